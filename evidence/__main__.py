@@ -24,11 +24,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
     parser.add_argument("what", choices=("run", "one", "page", "check", "quick"))
     parser.add_argument("names", nargs="*", help="claims or arms: C1, C1/statsq_w2; none = all")
-    parser.add_argument("--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10; or $QAT_CIFAR10")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument(
+        "--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10; or $QAT_CIFAR10"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes at a time"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of `one`")
     args = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
     try:
         return int(_do(args))
     except UsageError as error:
@@ -44,7 +50,9 @@ def _do(args: argparse.Namespace) -> bool:
         return bool(stale)
     if args.what in {"run", "one"}:
         if not (args.root and Path(args.root).is_dir()):
-            raise UsageError(f"--root={args.root!r}: must be the folder of CIFAR-10 (parquet files, or cifar-10-batches-py)")
+            raise UsageError(
+                f"--root={args.root!r}: must be the folder of CIFAR-10 (parquet files, or cifar-10-batches-py)"
+            )
         arms, root = Arms(), str(Path(args.root).resolve())
         if args.what == "run":
             return run_all(args.names, root, args.workers, arms) > 0
@@ -54,9 +62,13 @@ def _do(args: argparse.Namespace) -> bool:
     failed = 0
     if args.what == "quick":
         with tempfile.TemporaryDirectory(prefix="qat-evidence-") as folder:
-            arms = Arms(ROOT / "evidence" / "quick", Path(folder) / "records", Path(folder) / "runs")
+            arms = Arms(
+                ROOT / "evidence" / "quick", Path(folder) / "records", Path(folder) / "runs"
+            )
             failed = run_all((), None, args.workers, arms)
-            log.info("%s", "\n".join(page.pages(page.read_evidence(arms.claims, arms.records)).values()))
+            log.info(
+                "%s", "\n".join(page.pages(page.read_evidence(arms.claims, arms.records)).values())
+            )
     page.write(ROOT)
     return failed > 0
 

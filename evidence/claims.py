@@ -166,7 +166,10 @@ def load_claim(path: Path) -> Claim:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content = {key: value.strip() if isinstance(value, str) else value for key, value in content.items()}
+        content = {
+            key: value.strip() if isinstance(value, str) else value
+            for key, value in content.items()
+        }
         arms = {name: _arm(content, name, entry) for name, entry in content.pop("arms", {}).items()}
         expect = [Expectation(**entry) for entry in content.pop("expect", ())]
         tables = [Table(**entry) for entry in content.pop("tables", ())]
@@ -179,5 +182,7 @@ def load_claim(path: Path) -> Claim:
 def _arm(content: Mapping[str, Any], name: str, entry: dict[str, Any]) -> Arm:
     entry = {"seeds": content.get("seeds", (0, 1, 2)), **entry}
     entry["further"] = {title: Further(**one) for title, one in entry.get("further", {}).items()}
-    entry["best_of"] = [one if "/" in one else f"{content['id']}/{one}" for one in entry.get("best_of", ())]
+    entry["best_of"] = [
+        one if "/" in one else f"{content['id']}/{one}" for one in entry.get("best_of", ())
+    ]
     return Arm(content["id"], name, **entry)

@@ -32,10 +32,28 @@ _PANEL_INCHES = 3.3
 # How many letters of the size of labels go into the width of a figure, and into the title of a panel.
 _LETTERS, _TITLE_LETTERS = 92, 34
 # Colours on dark pages: a light one and what it becomes there. What has no colour of its own, such as text, is black in an SVG.
-_DARK = {"#000000": "#dde3ea", "#e6e6e6": "#3a4048", "#767676": "#9aa4af", "#0072b2": "#3f8fd2", "#56b4e9": "#b3e0fa"}
-_RULES = [f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}' for light, dark in _DARK.items() for kind in ("fill", "stroke")]
-DARK = " ".join(("svg {fill: #dde3ea}", '[style*="fill: #ffffff"] {fill: none !important}', *_RULES))
-_STYLE: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
+_DARK = {
+    "#000000": "#dde3ea",
+    "#e6e6e6": "#3a4048",
+    "#767676": "#9aa4af",
+    "#0072b2": "#3f8fd2",
+    "#56b4e9": "#b3e0fa",
+}
+_RULES = [
+    f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}'
+    for light, dark in _DARK.items()
+    for kind in ("fill", "stroke")
+]
+DARK = " ".join((
+    "svg {fill: #dde3ea}",
+    '[style*="fill: #ffffff"] {fill: none !important}',
+    *_RULES,
+))
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "qat",
+    "font.family": "DejaVu Sans",
+}
 
 
 @dataclass(frozen=True)
@@ -72,28 +90,62 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
     unit = 60.0 if figure.along.endswith("seconds") else 1.0  # minutes
     for name, shown in figure.series.items():
         found: Any = []
-        if figure.kind == "map":  # of the first seed that has it: the mean of maps would be smoother than each
-            found = next((record for record in evidence.records(claim, shown) if figure.curve in record.maps), None)
+        if (
+            figure.kind == "map"
+        ):  # of the first seed that has it: the mean of maps would be smoother than each
+            found = next(
+                (
+                    record
+                    for record in evidence.records(claim, shown)
+                    if figure.curve in record.maps
+                ),
+                None,
+            )
         elif figure.kind == "curves":
-            curves = [record.curves.get(figure.curve, []) for record in evidence.records(claim, shown)]
-            seeds = [seed for points in curves if (seed := {float(x): float(y) for x, y in points if None not in {x, y}})]
+            curves = [
+                record.curves.get(figure.curve, []) for record in evidence.records(claim, shown)
+            ]
+            seeds = [
+                seed
+                for points in curves
+                if (seed := {float(x): float(y) for x, y in points if None not in {x, y}})
+            ]
             places = sorted(set(seeds[0]).intersection(*seeds[1:])) if seeds else ()
             found = [Point(x, tuple(seed[x] for seed in seeds)) for x in places]
         else:
             for x, arm in shown.items():
-                values, costs = (tuple(evidence.values(claim, arm, metric).values()) for metric in (figure.metric, figure.along))
+                values, costs = (
+                    tuple(evidence.values(claim, arm, metric).values())
+                    for metric in (figure.metric, figure.along)
+                )
                 if values and (costs or not figure.along):
-                    found.append(Point(statistics.mean(costs) / unit, values, x) if costs else Point(x, values))
+                    found.append(
+                        Point(statistics.mean(costs) / unit, values, x)
+                        if costs
+                        else Point(x, values)
+                    )
         if found:
             series[name] = found
-    across = {name: tuple(evidence.values(claim, arm, figure.metric).values()) for name, arm in figure.reference.items()}
-    return Gathered(series, {name: Point(None, values) for name, values in across.items() if values})
+    across = {
+        name: tuple(evidence.values(claim, arm, figure.metric).values())
+        for name, arm in figure.reference.items()
+    }
+    return Gathered(
+        series, {name: Point(None, values) for name, values in across.items() if values}
+    )
 
 
 def alt(figure: Figure, found: Gathered) -> str:
     """What a figure shows, for those who do not see it."""
-    over = " over ".join(text for text in (figure.y or figure.curve or figure.metric, figure.x) if text)
-    return " ".join(f"{over}: {', '.join([*found.series, *found.reference])}".replace("[", "(").replace("]", ")").split())
+    over = " over ".join(
+        text for text in (figure.y or figure.curve or figure.metric, figure.x) if text
+    )
+    return " ".join(
+        f"{over}: {', '.join([*found.series, *found.reference])}"
+        .replace("[", "(")
+        .replace("]", ")")
+        .split()
+    )
 
 
 def write(of: Figure, found: Gathered, folder: Path) -> None:
@@ -103,7 +155,9 @@ def write(of: Figure, found: Gathered, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(mpl.rcParamsDefault | _STYLE), io.StringIO() as file:
         canvas = _maps(of, found.series) if of.kind == "map" else _draw(of, found)
-        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
         write_text(folder / of.file, for_dark_pages(file.getvalue()))
 
 
@@ -121,20 +175,44 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
     axis.set(xlabel=of.x, ylabel=of.y)
     {"lines": _lines, "scatter": _scatter, "curves": _curves}[of.kind](axis, found.series)
     for (name, point), dash in zip(found.reference.items(), itertools.cycle(DASHES), strict=False):
-        axis.axhline(point.mean, color=GREY, linestyle=dash, linewidth=1.2, label=f"{name}: {point.mean:.2f}", zorder=1)
+        axis.axhline(
+            point.mean,
+            color=GREY,
+            linestyle=dash,
+            linewidth=1.2,
+            label=f"{name}: {point.mean:.2f}",
+            zorder=1,
+        )
     entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     labels = sorted(entries, key=lambda label: label not in found.series)
     columns = max(1, min(len(labels), _LETTERS // (max(map(len, labels)) + 8)))
-    canvas.legend([entries[label] for label in labels], labels, loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
+    canvas.legend(
+        [entries[label] for label in labels],
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+    )
     return canvas
 
 
-def _bars(axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **look: Any) -> None:
+def _bars(
+    axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **look: Any
+) -> None:
     """Means with their 95 % intervals, in the colour and with the marker of the series' number."""
     from qat.analysis.analysis import PALETTE
 
-    look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 3, **look}
-    axis.errorbar(xs, [point.mean for point in points], yerr=[point.around for point in points], **look)
+    look = {
+        "color": PALETTE[number % len(PALETTE)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 5,
+        "capsize": 3,
+        **look,
+    }
+    axis.errorbar(
+        xs, [point.mean for point in points], yerr=[point.around for point in points], **look
+    )
 
 
 def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
@@ -155,8 +233,17 @@ def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
         _bars(axis, number, points, xs, label=name, **line)
         for x, point in zip(xs, points, strict=True):
             if len(point.values) > 1:
-                axis.plot([x + 0.025 * step] * len(point.values), point.values, ".", color=PALETTE[number % len(PALETTE)], alpha=0.6)
-    axis.set_xticks(list(places.values()), [textwrap.fill(str(x), max(6, _LETTERS // len(places))) for x in places])
+                axis.plot(
+                    [x + 0.025 * step] * len(point.values),
+                    point.values,
+                    ".",
+                    color=PALETTE[number % len(PALETTE)],
+                    alpha=0.6,
+                )
+    axis.set_xticks(
+        list(places.values()),
+        [textwrap.fill(str(x), max(6, _LETTERS // len(places))) for x in places],
+    )
     axis.margins(x=0.1)
     axis.grid(visible=False, axis="x")
 
@@ -170,7 +257,9 @@ def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
         points = sorted(points, key=lambda point: point.x)
         _bars(axis, number, points, [point.x for point in points], label=name, linewidth=1.4)
     for point in points:
-        axis.annotate(point.name, (point.x, point.mean), (7, -9), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            point.name, (point.x, point.mean), (7, -9), textcoords="offset points", fontsize=8
+        )
 
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
@@ -181,7 +270,9 @@ def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     for number, (name, points) in enumerate(series.items()):
         color, xs = PALETTE[number % len(PALETTE)], [point.x for point in points]
         if len(points[0].values) > 1:
-            axis.plot(xs, [point.values for point in points], color=color, linewidth=0.8, alpha=0.35)
+            axis.plot(
+                xs, [point.values for point in points], color=color, linewidth=0.8, alpha=0.35
+            )
         axis.plot(xs, [point.mean for point in points], color=color, linewidth=1.8, label=name)
         if len(places) <= FEW:
             _bars(axis, number, points, xs, linestyle="none")
@@ -196,7 +287,9 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
 
     from qat.analysis.analysis import HEAT, panels
 
-    canvas, axes = panels(1, len(series), width=_PANEL_INCHES * len(series), height=0.85 * _PANEL_INCHES)
+    canvas, axes = panels(
+        1, len(series), width=_PANEL_INCHES * len(series), height=0.85 * _PANEL_INCHES
+    )
     for axis, (name, record) in zip(axes, series.items(), strict=True):
         plane = record.maps[of.curve]
         given = plane["x"], plane["y"], np.array(plane["z"], dtype=float)

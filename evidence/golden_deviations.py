@@ -15,13 +15,23 @@ from tests import golden
 
 OFQ, PTQ = "ofq_goldens.npz", "ptq_goldens.npz"
 FAMILIES: dict[str, tuple[ModuleType, str, str, str]] = {
-    "StatsQ, forward and scale": (functions, "test_statsq", OFQ, r"statsq(2d|3d|_ties|_zero_row|_qk).*"),
+    "StatsQ, forward and scale": (
+        functions,
+        "test_statsq",
+        OFQ,
+        r"statsq(2d|3d|_ties|_zero_row|_qk).*",
+    ),
     "LSQ, forward and gradients": (functions, "test_lsq", OFQ, r"lsq_.*"),
     "LSQ, first scale": (functions, "test_lsq_first_scale", OFQ, r"lsq_.*"),
     "QK product, with gradients": (functions, "test_qkr_product", OFQ, r"qkr_product_b\d"),
     "distillation loss": (functions, "test_distillation_loss", OFQ, r"kd_loss_.*"),
     "min-max scales": (functions, "test_minmax_observer", PTQ, r"obs/minmax/.*"),
-    "affine fake quantization": (functions, "test_fake_quantize_affine", PTQ, r"uniform/u?int\d/(acts|w_lin|w_conv)"),
+    "affine fake quantization": (
+        functions,
+        "test_fake_quantize_affine",
+        PTQ,
+        r"uniform/u?int\d/(acts|w_lin|w_conv)",
+    ),
     "learning rates": (functions, "test_learning_rate_per_epoch", OFQ, r"lr_.*"),
     "modules, forward": (modules, "test_output", OFQ, modules.FAMILIES),
     "modules, gradients": (modules, "test_gradients", OFQ, modules.FAMILIES + "/grad"),
@@ -33,7 +43,12 @@ def largest(module: ModuleType, test: str, file: str, pattern: str) -> tuple[int
     seen = [0.0]
 
     def record(ours: torch.Tensor, theirs: torch.Tensor, **_: object) -> None:
-        seen.append((ours.detach().double() - theirs.detach().double().reshape(ours.shape)).abs().max().item())
+        seen.append(
+            (ours.detach().double() - theirs.detach().double().reshape(ours.shape))
+            .abs()
+            .max()
+            .item()
+        )
 
     judge, module.assert_close = module.assert_close, record
     try:

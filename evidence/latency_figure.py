@@ -10,7 +10,11 @@ import matplotlib as mpl
 from qat.analysis.analysis import GREY, PALETTE, panels
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TITLES = {"deit_tiny_patch16_224": "DeiT-T", "deit_small_patch16_224": "DeiT-S", "swin_tiny_patch4_window7_224": "Swin-T"}
+TITLES = {
+    "deit_tiny_patch16_224": "DeiT-T",
+    "deit_small_patch16_224": "DeiT-S",
+    "swin_tiny_patch4_window7_224": "Swin-T",
+}
 TIME = "batch 1, "
 STYLE = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
 
@@ -21,12 +25,18 @@ Tables = dict[str, dict[str, dict[str, str]]]
 def read(log: str) -> Tables:
     """Read the tables that `evidence/latency.py` prints."""
     tables: Tables = {}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in log.splitlines()
+        if line.startswith("|")
+    ]
     for row, after in zip(rows, [*rows[1:], []], strict=True):
         if after and set("".join(after)) == {"-"}:
             columns, files = row[1:], tables.setdefault(row[0], {})
         elif set("".join(row)) != {"-"}:
-            files[row[0]] = {column: cell for column, cell in zip(columns, row[1:], strict=True) if cell}
+            files[row[0]] = {
+                column: cell for column, cell in zip(columns, row[1:], strict=True) if cell
+            }
     return tables
 
 
@@ -37,13 +47,20 @@ def draw(tables: Tables, target: Path) -> None:
         for axis, (net, files) in zip(axes, tables.items(), strict=True):
             _panel(axis, files)
             float_file = files["float"]
-            axis.set_title(f"{TITLES.get(net, net)} (float: {float_file[f'{TIME}ms']} ms, {float(float_file['MB']):.0f} MB)", fontsize=8)
+            axis.set_title(
+                f"{TITLES.get(net, net)} (float: {float_file[f'{TIME}ms']} ms, {float(float_file['MB']):.0f} MB)",
+                fontsize=8,
+            )
             axis.set_xlim(0, 1.8)
             if axis is not axes[0]:
                 axis.set_yticklabels([])
-        axes[len(axes) // 2].set_xlabel("share of the float file's bytes, and of its time in onnxruntime", fontsize=9)
+        axes[len(axes) // 2].set_xlabel(
+            "share of the float file's bytes, and of its time in onnxruntime", fontsize=9
+        )
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=8, frameon=False)
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=len(labels), fontsize=8, frameon=False
+        )
         figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None})
 
 
@@ -55,11 +72,24 @@ def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
     runtimes = [name for name in files["float"] if name.startswith(TIME) and name != f"{TIME}ms"]
     for runtime, color, marker in zip(runtimes, PALETTE, "osD^v", strict=False):
         times = {places[file]: float(row[runtime]) for file, row in files.items() if runtime in row}
-        axis.plot(list(times.values()), list(times), marker, color=color, markersize=5, label=f"time, {runtime.removeprefix(TIME)}")
+        axis.plot(
+            list(times.values()),
+            list(times),
+            marker,
+            color=color,
+            markersize=5,
+            label=f"time, {runtime.removeprefix(TIME)}",
+        )
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
-    axis.set_yticks(list(places.values()), [file.replace("int8 of onnxruntime", "onnxruntime int8") for file in places])
+    axis.set_yticks(
+        list(places.values()),
+        [file.replace("int8 of onnxruntime", "onnxruntime int8") for file in places],
+    )
     axis.grid(visible=False, axis="y")
 
 
 if __name__ == "__main__":
-    draw(read((DOCS / "logs" / "latency.log").read_text(encoding="utf-8")), DOCS / "figures" / "latency.svg")
+    draw(
+        read((DOCS / "logs" / "latency.log").read_text(encoding="utf-8")),
+        DOCS / "figures" / "latency.svg",
+    )

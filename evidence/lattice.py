@@ -34,7 +34,9 @@ def _followed(net: Any) -> list[Any]:
 
 def _forward(self: FeatureDistillation, step: StepContext) -> Tensor:
     total = torch.zeros(())
-    for layer, own, followed in zip(_followed(step.net), step.features, step.teacher_features, strict=True):
+    for layer, own, followed in zip(
+        _followed(step.net), step.features, step.teacher_features, strict=True
+    ):
         with torch.no_grad():
             goal, variance = layer.input_quantizer(followed), followed.var()
         total = total + (layer.input_quantizer(own) - goal).square().mean() / variance

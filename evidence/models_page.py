@@ -39,18 +39,28 @@ def page() -> str:
     titles: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         titles.setdefault(row(family), []).append(family.title)
-    return INTRO + "".join(f"| {', '.join(families)} | {cells} |\n" for cells, families in titles.items())
+    return INTRO + "".join(
+        f"| {', '.join(families)} | {cells} |\n" for cells, families in titles.items()
+    )
 
 
 def row(family: Family) -> str:
     """Attention classes, whether QKR holds, float classes: the cells of a family, and of all that are like it."""
     plain = family.build()
-    in_float = qat.convert(family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size)
+    in_float = qat.convert(
+        family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size
+    )
     attentions = _classes(plain, float_products(in_float))
     qkr = _qkr(family, attentions)
-    net = qat.convert(family.build(), qat.recipe("ofq", attention=family.attention), input_size=family.input_size)
+    net = qat.convert(
+        family.build(), qat.recipe("ofq", attention=family.attention), input_size=family.input_size
+    )
     floats = {cls for _, cls in qat.conversion_report(net).stays_float} - {type(net).__name__}
-    return " | ".join((", ".join(f"`{cls}`" for cls in attentions) or "none", qkr, ", ".join(sorted(floats))))
+    return " | ".join((
+        ", ".join(f"`{cls}`" for cls in attentions) or "none",
+        qkr,
+        ", ".join(sorted(floats)),
+    ))
 
 
 def _classes(net: nn.Module, names: tuple[str, ...]) -> list[str]:
@@ -65,7 +75,11 @@ def _qkr(family: Family, attentions: list[str]) -> str:
         return "no: it " + str(error).partition("this model ")[2].partition(", so ")[0]
     if not attentions:
         return "no attention"
-    return "yes" if any(site.role == "qk" for site in qat.iter_quantizers(net)) else "no: attention stays float"
+    return (
+        "yes"
+        if any(site.role == "qk" for site in qat.iter_quantizers(net))
+        else "no: attention stays float"
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,15 @@ def spread(values: Collection[float], spec: str = DEFAULT) -> str:
     """Mean ± sample deviation; the number alone where there is one, or one count for all; a dash where there is none."""
     if not values:
         return NONE
-    mean, around = shown(statistics.mean(values), spec), statistics.stdev(values) if len(values) > 1 else None
-    return mean if around is None or (around == 0 and spec.endswith(".0f")) else f"{mean} ± {shown(around, spec.removeprefix('+'))}"
+    mean, around = (
+        shown(statistics.mean(values), spec),
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
+    return (
+        mean
+        if around is None or (around == 0 and spec.endswith(".0f"))
+        else f"{mean} ± {shown(around, spec.removeprefix('+'))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ class Evidence:
         owner, _, own = name.rpartition("/")
         owner = owner or claim.id
         if owner not in self.claims or own not in self.claims[owner].arms:
-            raise UsageError(f"{claim.file}: arm {name!r}: must be one of a claim's, CLAIM/ARM or ARM")
+            raise UsageError(
+                f"{claim.file}: arm {name!r}: must be one of a claim's, CLAIM/ARM or ARM"
+            )
         return self.claims[owner].arms[own]
 
     def records(self, claim: Claim, arm: str) -> list[Record]:
@@ -93,7 +102,9 @@ class Evidence:
             raise UsageError(f"{claim.file}: {arm}.{metric}: must be one of {', '.join(known)}")
         return self.values(claim, arm, metric)
 
-    def differences(self, claim: Claim, one: tuple[str, str], other: tuple[str, str] | float) -> list[float]:
+    def differences(
+        self, claim: Claim, one: tuple[str, str], other: tuple[str, str] | float
+    ) -> list[float]:
         """Differences of two arms, each with its metric, of the same seeds.
 
         A number, and a net that others start from and that has seed 0 alone, stand beside every seed of the other.
@@ -112,7 +123,10 @@ class Evidence:
         """Whether runs of the same seed of two arms ran on CPUs of different types; models that others start from do not count."""
         if not isinstance(other, str) or any(self._is_start(claim, arm) for arm in (one, other)):
             return False
-        left, right = ({record.seed: record.processor for record in self.records(claim, arm)} for arm in (one, other))
+        left, right = (
+            {record.seed: record.processor for record in self.records(claim, arm)}
+            for arm in (one, other)
+        )
         return any(left[seed] != right[seed] for seed in left.keys() & right.keys())
 
     def _is_start(self, claim: Claim, name: str) -> bool:
@@ -150,7 +164,9 @@ class _Numbers(string.Formatter):
             return (list(self.evidence.measured(self.claim, *one).values()), ""), field_name
         arm, metric = others[0]  # type: ignore[misc]
         if arm.startswith("mean "):
-            than: Any = statistics.mean(self.evidence.measured(self.claim, arm.removeprefix("mean "), metric).values())
+            than: Any = statistics.mean(
+                self.evidence.measured(self.claim, arm.removeprefix("mean "), metric).values()
+            )
         else:
             than = arm, metric
         return (self.evidence.differences(self.claim, one, than), "+"), field_name  # type: ignore[arg-type]
@@ -179,7 +195,9 @@ def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
     runs: dict[tuple[str, str], dict[int, Record]] = {}
     for record in read_records(records_dir):
         if record.claim not in claims or record.arm not in claims[record.claim].arms:
-            raise UsageError(f"{records_dir}: {record.claim}/{record.arm} must be an arm of a claim in {claims_dir}")
+            raise UsageError(
+                f"{records_dir}: {record.claim}/{record.arm} must be an arm of a claim in {claims_dir}"
+            )
         runs.setdefault((record.claim, record.arm), {})[record.seed] = record
     return Evidence(claims, runs)
 
@@ -189,7 +207,11 @@ def with_interval(values: Sequence[float], spec: str = DEFAULT) -> str:
     if not values:
         return NONE
     mean, around = shown(statistics.mean(values), spec), interval(values)
-    return mean if around is None or len(values) < SEEDS else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
+    return (
+        mean
+        if around is None or len(values) < SEEDS
+        else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +228,12 @@ class Found:
         around, margin = interval(self.differences), self.expectation.margin
         if around is None or len(self.differences) < SEEDS:
             return OPEN
-        ends = {"higher": (margin, math.inf), "lower": (-math.inf, -margin), "within": (-margin, math.inf), "near": (-margin, margin)}
+        ends = {
+            "higher": (margin, math.inf),
+            "lower": (-math.inf, -margin),
+            "within": (-margin, math.inf),
+            "near": (-margin, margin),
+        }
         low, high = ends[self.expectation.direction]
         if low < around[0] and around[1] < high:
             return YES
@@ -225,8 +252,16 @@ class Found:
     @property
     def wanted(self) -> str:
         """Where the difference should be."""
-        margin, below = f"{self.expectation.margin:g}", f"{'-' * (self.expectation.margin > 0)}{self.expectation.margin:g}"
-        texts = {"near": f"within ±{margin}", "higher": f"above {margin}", "lower": f"below {below}", "within": f"above {below}"}
+        margin, below = (
+            f"{self.expectation.margin:g}",
+            f"{'-' * (self.expectation.margin > 0)}{self.expectation.margin:g}",
+        )
+        texts = {
+            "near": f"within ±{margin}",
+            "higher": f"above {margin}",
+            "lower": f"below {below}",
+            "within": f"above {below}",
+        }
         return texts[self.expectation.direction]
 
 
@@ -250,15 +285,24 @@ def pages(evidence: Evidence) -> dict[str, str]:
     Raises:
         UsageError: one line that says which file is not as it should be.
     """
-    return {f"{PAGES}/{claim.id}.md": section(claim, evidence) for claim in evidence.claims.values()}
+    return {
+        f"{PAGES}/{claim.id}.md": section(claim, evidence) for claim in evidence.claims.values()
+    }
 
 
 def overview(evidence: Evidence, claim: Claim) -> str:
     """`docs/accuracy.md`: the text of `evidence/accuracy.yaml` with its numbers and the verdicts of all claims."""
-    judged = [one for one in evidence.claims.values() if one.expect and find(one, evidence)[0].differences]
-    papers, own = ([one for one in judged if one.source.startswith("ours") == is_ours] for is_ours in (False, True))
+    judged = [
+        one for one in evidence.claims.values() if one.expect and find(one, evidence)[0].differences
+    ]
+    papers, own = (
+        [one for one in judged if one.source.startswith("ours") == is_ours]
+        for is_ours in (False, True)
+    )
     answers = [find(one, evidence)[0].answer for one in papers]
-    counts = ", ".join(f"{answers.count(word)} {word}" for word in (YES, NO, SMALL, OPEN) if word in answers)
+    counts = ", ".join(
+        f"{answers.count(word)} {word}" for word in (YES, NO, SMALL, OPEN) if word in answers
+    )
     words = {"counts": counts, "papers": verdicts(papers, evidence), "own": verdicts(own, evidence)}
     return evidence.filled(claim, claim.why, words) + "\n"
 
@@ -269,7 +313,9 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
     for claim in claims:
         one = find(claim, evidence)[0]
         mixed |= one.mixed
-        notes = [f"{len(one.differences)} seeds"] * (len(one.differences) != SEEDS) + [f"expected {one.wanted}"] * (one.wanted != "above 0")
+        notes = [f"{len(one.differences)} seeds"] * (len(one.differences) != SEEDS) + [
+            f"expected {one.wanted}"
+        ] * (one.wanted != "above 0")
         what = f"{one.expectation.what} ({'; '.join(notes)})" if notes else one.expectation.what
         rows.append([claim.id, what, f"{one.difference}{MIXED * one.mixed}", one.answer])
     table = markdown(["claim", "compared", "difference", "verdict"], rows)
@@ -280,13 +326,22 @@ def section(claim: Claim, evidence: Evidence) -> str:
     """The page of one claim: what is said, what follows, what was measured, and what runs it again."""
     found, own = find(claim, evidence), evidence.of_claim(claim)
     source = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", claim.source)
-    parts = [f"# {claim.id}: {claim.title}", f"Source: {source}.", f"> {claim.statement}".replace("\n", "\n> ")]
+    parts = [
+        f"# {claim.id}: {claim.title}",
+        f"Source: {source}.",
+        f"> {claim.statement}".replace("\n", "\n> "),
+    ]
     parts = [_RELATIVE.sub(r"](../../docs/\1", part) for part in parts]
     for primary in found[:1]:
         seeds = f"{primary.seeds} seed{'s' * (len(primary.differences) != 1)}"
         difference = f"{primary.difference} over {seeds}; " if primary.differences else ""
-        parts.append(f"**{claim.id}: {primary.answer}.** {primary.expectation.what}: {difference}expected {primary.wanted}.")
-    parts += [_RELATIVE.sub(r"](../../docs/\1", evidence.filled(claim, claim.why)), *_shown(claim, evidence, found[1:])]
+        parts.append(
+            f"**{claim.id}: {primary.answer}.** {primary.expectation.what}: {difference}expected {primary.wanted}."
+        )
+    parts += [
+        _RELATIVE.sub(r"](../../docs/\1", evidence.filled(claim, claim.why)),
+        *_shown(claim, evidence, found[1:]),
+    ]
     if own:
         made = f"`python -m evidence run {claim.id}` makes these runs ({spent(own)})"
         parts.append(f"{made}; records: [{RECORDS}/{claim.id}.jsonl](../records/{claim.id}.jsonl).")
@@ -297,7 +352,9 @@ def section(claim: Claim, evidence: Evidence) -> str:
         if arm.retired:
             retired[arm.retired].append(f"`{arm.name}`")
     for why, names in retired.items():
-        parts.append(f"Made by an older version, whose commit their records name: {', '.join(names)} ({why}).")
+        parts.append(
+            f"Made by an older version, whose commit their records name: {', '.join(names)} ({why})."
+        )
     parts.append(MIXED_NOTE if any(one.mixed for one in found) else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -329,8 +386,15 @@ def results(claim: Claim, table: Table, evidence: Evidence) -> str:
     """Mean ± deviation over seeds; a dash where there is no run."""
     rows = []
     for arm in table.rows:
-        cells = [spread(evidence.values(claim, arm, metric).values(), table.formats.get(metric, DEFAULT)) for metric in table.columns]
-        rows.append([table.labels.get(arm) or evidence.arm(claim, arm).label, *cells, str(len(evidence.records(claim, arm)))])
+        cells = [
+            spread(evidence.values(claim, arm, metric).values(), table.formats.get(metric, DEFAULT))
+            for metric in table.columns
+        ]
+        rows.append([
+            table.labels.get(arm) or evidence.arm(claim, arm).label,
+            *cells,
+            str(len(evidence.records(claim, arm))),
+        ])
     return markdown(["", *table.columns.values(), "seeds"], rows)
 
 
@@ -351,7 +415,9 @@ def write(root: Path) -> None:
     """Write pages, figures and the part of the README below the root of the repository, each whole or not at all; of a mistake nothing."""
     evidence = read_evidence(root / CLAIMS, root / RECORDS)
     files = made(root, evidence)
-    folders = [(claim, root / PAGES / "figures") for claim in evidence.claims.values()] + [(load_claim(root / OVERVIEW), root / FIGURES)]
+    folders = [(claim, root / PAGES / "figures") for claim in evidence.claims.values()] + [
+        (load_claim(root / OVERVIEW), root / FIGURES)
+    ]
     for claim, folder in folders:
         for figure in claim.figures:
             found = drawing.gather(claim, figure, evidence)

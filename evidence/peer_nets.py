@@ -30,13 +30,28 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
     def layer(made: type, width: int) -> tuple[type, dict[str, Any]]:
         # Its weights are in a narrow range unless set otherwise: three levels at 2 bits.
-        weights = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": width, "weight_narrow_range": False}
+        weights = {
+            "weight_quant": Int8WeightPerChannelFloatMSE,
+            "weight_bit_width": width,
+            "weight_narrow_range": False,
+        }
         # It looks at ranges in so many batches and learns from then on.
-        inputs = {"input_quant": ShiftedUint8ActPerTensorFloatMSE, "input_bit_width": width, "input_collect_stats_steps": len(batches)}
+        inputs = {
+            "input_quant": ShiftedUint8ActPerTensorFloatMSE,
+            "input_bit_width": width,
+            "input_collect_stats_steps": len(batches),
+        }
         return made, {**weights, **inputs, "return_quant_tensor": False}
 
-    net = layerwise_quantize(net, {nn.Linear: layer(qnn.QuantLinear, bits)}, name_blacklist=[net.pretrained_cfg["classifier"]])  # type: ignore[index]
-    ends = {nn.Linear: layer(qnn.QuantLinear, ENDS_BITS), nn.Conv2d: layer(qnn.QuantConv2d, ENDS_BITS)}
+    net = layerwise_quantize(
+        net,
+        {nn.Linear: layer(qnn.QuantLinear, bits)},
+        name_blacklist=[net.pretrained_cfg["classifier"]],
+    )  # type: ignore[index]
+    ends = {
+        nn.Linear: layer(qnn.QuantLinear, ENDS_BITS),
+        nn.Conv2d: layer(qnn.QuantConv2d, ENDS_BITS),
+    }
     net = layerwise_quantize(net, ends).train()
     with torch.no_grad():
         for images in (*batches, batches[0]):
@@ -47,17 +62,25 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Learned steps of weights (a prototype), begun at their range; ranges of activations of each token anew: it cannot learn them."""
     from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, initialize_fake_quantizers
+    from torchao.quantization.qat import (
+        IntxFakeQuantizeConfig,
+        QATConfig,
+        initialize_fake_quantizers,
+    )
 
     last = net.pretrained_cfg["classifier"]  # type: ignore[index]
     for width, is_last in ((bits, False), (ENDS_BITS, True)):
         dtype = getattr(torch, f"int{width}")
         inputs = IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False)
-        weights = IntxFakeQuantizeConfig(dtype, "per_channel", is_symmetric=True, is_dynamic=False, range_learning=True)
+        weights = IntxFakeQuantizeConfig(
+            dtype, "per_channel", is_symmetric=True, is_dynamic=False, range_learning=True
+        )
         quantize_(
             net,
             QATConfig(activation_config=inputs, weight_config=weights, step="prepare"),
-            filter_fn=lambda module, name, is_last=is_last: type(module) is nn.Linear and (name == last) == is_last,
+            filter_fn=lambda module, name, is_last=is_last: (
+                type(module) is nn.Linear and (name == last) == is_last
+            ),
         )
     with torch.no_grad():
         initialize_fake_quantizers(net, (batches[0],))
@@ -67,7 +90,11 @@ def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Learned steps, and learned zero points of activations, begun where they lose least."""
     ends = {net.pretrained_cfg[name] for name in ("classifier", "first_conv")}  # type: ignore[index]
-    widths = {module: ENDS_BITS if name in ends else bits for name, module in net.named_modules() if type(module) in {nn.Linear, nn.Conv2d}}
+    widths = {
+        module: ENDS_BITS if name in ends else bits
+        for name, module in net.named_modules()
+        if type(module) in {nn.Linear, nn.Conv2d}
+    }
     found: dict[nn.Module, nn.Module] = {}
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -78,15 +105,24 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     for module, quantizer in found.items():
         module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
-        parametrize.register_parametrization(module, "weight", _learnable_weight(module.weight, widths[module]))
+        parametrize.register_parametrization(
+            module, "weight", _learnable_weight(module.weight, widths[module])
+        )
     return net
 
 
 def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
     """A step a channel, symmetric."""
     rows, qmin, qmax = weight.detach().flatten(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    kind = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0, "channel_len": len(weight)}
-    made = _LearnableFakeQuantize(MovingAveragePerChannelMinMaxObserver, qmin, qmax, use_grad_scaling=True, **kind)
+    kind = {
+        "dtype": torch.qint8,
+        "qscheme": torch.per_channel_symmetric,
+        "ch_axis": 0,
+        "channel_len": len(weight),
+    }
+    made = _LearnableFakeQuantize(
+        MovingAveragePerChannelMinMaxObserver, qmin, qmax, use_grad_scaling=True, **kind
+    )
     highest = rows.abs().amax(1)
     return _begun(made, rows, -highest, highest * qmax / -qmin)
 
@@ -94,7 +130,9 @@ def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
 def _learnable_input(x: Tensor, bits: int) -> nn.Module:
     """One step and one zero point."""
     kind = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
-    made = _LearnableFakeQuantize(MovingAverageMinMaxObserver, 0, 2**bits - 1, use_grad_scaling=True, **kind)
+    made = _LearnableFakeQuantize(
+        MovingAverageMinMaxObserver, 0, 2**bits - 1, use_grad_scaling=True, **kind
+    )
     rows = x.reshape(1, -1)
     return _begun(made, rows, rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0))
 
@@ -127,14 +165,24 @@ def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tu
         step = ((high - low) * part / (qmax - qmin)).clamp(min=torch.finfo(rows.dtype).eps)
         zero = qmin - (low * part / step).round()
         codes = (rows / step[:, None] + zero[:, None]).round().clamp(qmin, qmax)
-        found.append(torch.stack([((codes - zero[:, None]) * step[:, None] - rows).square().mean(1), step, zero]))
+        found.append(
+            torch.stack([
+                ((codes - zero[:, None]) * step[:, None] - rows).square().mean(1),
+                step,
+                zero,
+            ])
+        )
     errors, steps, zeros = torch.stack(found, 1)
     best = errors.argmin(0)[None]
     return steps.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 # The package whose version counts, and the function.
-PEERS = {"brevitas": ("brevitas", brevitas), "torchao": ("torchao", torchao), "torch_ao": ("torch", torch_ao)}
+PEERS = {
+    "brevitas": ("brevitas", brevitas),
+    "torchao": ("torchao", torchao),
+    "torch_ao": ("torch", torch_ao),
+}
 
 
 def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:

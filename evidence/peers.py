@@ -80,10 +80,18 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Train with `library=`, `bits=` and overrides of `train.py`, `run_dir=` among them."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
     own = dict(one.split("=", 1) for one in arguments if one.startswith(("library=", "bits=")))
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("train", overrides=[*FIXED, *(one for one in arguments if not one.startswith(("library=", "bits=")))])
+        cfg = hydra.compose(
+            "train",
+            overrides=[
+                *FIXED,
+                *(one for one in arguments if not one.startswith(("library=", "bits="))),
+            ],
+        )
     train(own["library"], int(own["bits"]), cfg)
 
 

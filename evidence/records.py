@@ -70,7 +70,10 @@ class Record:
         """
         epochs = [height for _, height in self.curves.get("val_top1", [])]
         last = [height for height in epochs[-(len(epochs) // 6) :] if height is not None]
-        return {**self.metrics, **({"val_end": statistics.mean(last)} if len(epochs) >= SHORTEST and last else {})}
+        return {
+            **self.metrics,
+            **({"val_end": statistics.mean(last)} if len(epochs) >= SHORTEST and last else {}),
+        }
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -98,6 +101,13 @@ def add_record(folder: Path, record: Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.claim}.jsonl"
     with FileLock(f"{path}.lock"):
-        kept = [one for one in read_records(folder) if one.claim == record.claim and _key(one) != _key(record)]
-        plain = [json.loads(json_text(dataclasses.asdict(one))) for one in sorted([*kept, record], key=_key)]  # null for NaN
+        kept = [
+            one
+            for one in read_records(folder)
+            if one.claim == record.claim and _key(one) != _key(record)
+        ]
+        plain = [
+            json.loads(json_text(dataclasses.asdict(one)))
+            for one in sorted([*kept, record], key=_key)
+        ]  # null for NaN
         write_text(path, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in plain))

@@ -34,7 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS_PYTHON = "outputs/peers/bin/python"
 FIGURES = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 SEARCH = ("fitness_before", "fitness")
-CURVES = {"val_top1": ("epoch", "val/top1", 1), "osc_share": ("step", "osc/share", 100), "osc_band": ("step", "osc/band", 100)}
+CURVES = {
+    "val_top1": ("epoch", "val/top1", 1),
+    "osc_share": ("step", "osc/share", 100),
+    "osc_band": ("step", "osc/band", 100),
+}
 POINTS = 60
 Run = tuple[Arm, int]
 
@@ -55,11 +59,17 @@ class Arms:
     by_path: dict[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.by_path.update({arm.path: arm for claim in load_claims(self.claims).values() for arm in claim.arms.values()})
+        self.by_path.update({
+            arm.path: arm
+            for claim in load_claims(self.claims).values()
+            for arm in claim.arms.values()
+        })
         for arm in self.by_path.values():
             for other in arm.needs():
                 if other not in self.by_path:
-                    raise UsageError(f"{arm.path} needs {other!r}: must be one of the arms of {self.claims}")
+                    raise UsageError(
+                        f"{arm.path} needs {other!r}: must be one of the arms of {self.claims}"
+                    )
 
     def __getitem__(self, path: str) -> Arm:
         return self.by_path[path]
@@ -79,9 +89,16 @@ class Arms:
             found.setdefault((arm.path, seed), (arm, seed))
 
         for name in wanted or claims:
-            chosen = [(seed, arm) for arm in self.by_path.values() if name in {arm.claim, arm.path} for seed in arm.seeds]
+            chosen = [
+                (seed, arm)
+                for arm in self.by_path.values()
+                if name in {arm.claim, arm.path}
+                for seed in arm.seeds
+            ]
             if not chosen:
-                raise UsageError(f"{name!r}: must be one of {', '.join(claims)}, or an arm of theirs, CLAIM/ARM")
+                raise UsageError(
+                    f"{name!r}: must be one of {', '.join(claims)}, or an arm of theirs, CLAIM/ARM"
+                )
             for seed, arm in sorted(chosen, key=lambda one: one[0]):
                 add(arm, seed)
         return list(found.values())
@@ -106,13 +123,21 @@ class Arms:
         def is_done(arm: Arm, seed: int) -> bool:
             record = records.get((arm.path, seed))
             has_weights = not arm.keep or (ROOT / self.kept(arm, seed)).exists()
-            return record is not None and set(arm.further) <= set(record.further_commands) and has_weights
+            return (
+                record is not None
+                and set(arm.further) <= set(record.further_commands)
+                and has_weights
+            )
 
         runs = self.ordered(wanted)
         chosen = {(arm.path, seed) for arm, seed in runs if not (is_done(arm, seed) or arm.retired)}
         for arm, seed in reversed(runs):
             if (arm.path, seed) in chosen:
-                lost = [of.partition("@")[0] for of in arm.sources() if not (ROOT / self.checkpoint(of, seed)).exists()]
+                lost = [
+                    of.partition("@")[0]
+                    for of in arm.sources()
+                    if not (ROOT / self.checkpoint(of, seed)).exists()
+                ]
                 chosen |= {(path, _seed_of(self[path], seed)) for path in lost}
         return [(arm, seed) for arm, seed in runs if (arm.path, seed) in chosen]
 
@@ -129,10 +154,17 @@ class Arms:
         """Overrides of the arm's command, without run_dir and data.root."""
         chosen = [*preset(arm.use), *arm.set]
         if arm.best_of:
-            scores = {f"{one.claim}/{one.arm}": one.metrics.get("val_top1") for one in reversed(read_records(self.records))}
+            scores = {
+                f"{one.claim}/{one.arm}": one.metrics.get("val_top1")
+                for one in reversed(read_records(self.records))
+            }
             chosen += self[max(arm.best_of, key=lambda path: scores.get(path) or 0.0)].set
         sources = {"ckpt": arm.ckpt, "teacher.ckpt": arm.teacher}
-        return [*chosen, *(f"{key}={self.checkpoint(of, seed)}" for key, of in sources.items() if of), f"seed={seed}"]
+        return [
+            *chosen,
+            *(f"{key}={self.checkpoint(of, seed)}" for key, of in sources.items() if of),
+            f"seed={seed}",
+        ]
 
 
 def _seed_of(arm: Arm, seed: int) -> int:
@@ -141,7 +173,9 @@ def _seed_of(arm: Arm, seed: int) -> int:
 
 def preset(names: Sequence[str]) -> list[str]:
     """Settings of presets, one after the other."""
-    presets: dict[str, list[str]] = yaml.safe_load((ROOT / "evidence" / "presets.yaml").read_text(encoding="utf-8"))
+    presets: dict[str, list[str]] = yaml.safe_load(
+        (ROOT / "evidence" / "presets.yaml").read_text(encoding="utf-8")
+    )
     return [setting for name in names for setting in presets[name]]
 
 
@@ -157,7 +191,9 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, arms: Arms) -
     with ThreadPoolExecutor(workers) as pool:
         while waiting or going:
             to_come = [*waiting, *going.values(), *failed]
-            for run in [run for run in waiting if not any(needed in to_come for needed in arms.needed(*run))]:
+            for run in [
+                run for run in waiting if not any(needed in to_come for needed in arms.needed(*run))
+            ]:
                 waiting.remove(run)
                 going[pool.submit(run_one, *run, root, arms)] = run
             if not going:
@@ -166,7 +202,13 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, arms: Arms) -
                 arm, seed = going.pop(future)
                 error = future.exception()
                 failed += [(arm, seed)] if error else []
-                log.info("%s seed %d: %s, %d to go", arm.path, seed, error or "done", len(waiting) + len(going))
+                log.info(
+                    "%s seed %d: %s, %d to go",
+                    arm.path,
+                    seed,
+                    error or "done",
+                    len(waiting) + len(going),
+                )
     return len(failed) + len(waiting)
 
 
@@ -176,7 +218,11 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
     todo = [(arm.command, place, arms.settings(arm, seed))]
     for name, one in arm.further.items():
         weights = arms.checkpoint(f"{arm.path}@{one.weights}", seed)
-        todo.append((one.command, place / name, [*preset(one.use), *one.set, f"ckpt={weights}", f"seed={seed}"]))
+        todo.append((
+            one.command,
+            place / name,
+            [*preset(one.use), *one.set, f"ckpt={weights}", f"seed={seed}"],
+        ))
     results = [execute(*one, root) for one in todo]
     if arm.keep:
         (ROOT / arms.kept(arm, seed)).parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +258,11 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
 
 def command_line(command: str, place: Path, settings: Sequence[str], root: str | None) -> list[str]:
     """What a person types for a run."""
-    program = [PEERS_PYTHON, "-m", "evidence.peers"] if command == "peers" else ["python", f"{command}.py"]
+    program = (
+        [PEERS_PYTHON, "-m", "evidence.peers"]
+        if command == "peers"
+        else ["python", f"{command}.py"]
+    )
     return [*program, f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
 
 
@@ -231,12 +281,21 @@ def execute(command: str, place: Path, settings: Sequence[str], root: str | None
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent.parent / f"{path.parent.name}.log").open("ab") as out:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-            subprocess.run([program, *line], cwd=ROOT, check=True, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            subprocess.run(
+                [program, *line],
+                cwd=ROOT,
+                check=True,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def figures_of(command: str, results: Mapping[str, Any], place: Path) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+def figures_of(
+    command: str, results: Mapping[str, Any], place: Path
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
     """Metrics, curves and maps of a command that has run."""
     metrics = {key: results[key] for key in FIGURES if isinstance(results.get(key), int | float)}
     if command in {"train", "peers"}:
@@ -256,7 +315,9 @@ def _oscillation(place: Path) -> dict[str, float]:
     """Percent of the weights that have a quantizer of few bits, and flips by weight."""
     for total in _rows(place / "oscillation.csv")[-1:]:
         weights = float(total["weights"])
-        return {key: 100 * float(total[key]) / weights for key in ("oscillating", "in_band")} | {"flips": float(total["flips"]) / weights}
+        return {key: 100 * float(total[key]) / weights for key in ("oscillating", "in_band")} | {
+            "flips": float(total["flips"]) / weights
+        }
     return {}
 
 
@@ -268,13 +329,21 @@ def _kurtosis(place: Path) -> dict[str, float]:
     net = qat.load(path)
     with torch.no_grad():
         found = kurtoses(latent_weights(net))
-    return {"kurtosis": found.mean().item(), "kurtosis_lowest": found.min().item(), "kurtosis_highest": found.max().item()}
+    return {
+        "kurtosis": found.mean().item(),
+        "kurtosis_lowest": found.min().item(),
+        "kurtosis_highest": found.max().item(),
+    }
 
 
 def _curves(place: Path) -> dict[str, Any]:
     rows, made = _rows(place / "metrics.csv"), {}
     for name, (x, y, factor) in CURVES.items():
-        points = [[int(float(row[x])), factor * float(row[y])] for row in rows if row.get(x) and row.get(y)]
+        points = [
+            [int(float(row[x])), factor * float(row[y])]
+            for row in rows
+            if row.get(x) and row.get(y)
+        ]
         if points:
             stride = max(1, len(points) // POINTS)
             made[name] = points[::-1][::stride][::-1]  # about so many of them, the last among them
@@ -302,5 +371,7 @@ def _landscape(place: Path) -> dict[str, Any]:
     if not rows:
         return {}
     xs, ys = (sorted({float(row[key]) for row in rows}) for key in ("x", "y"))
-    at = {(float(row["x"]), float(row["y"])): float(row.get("infonce") or row["loss"]) for row in rows}
+    at = {
+        (float(row["x"]), float(row["y"])): float(row.get("infonce") or row["loss"]) for row in rows
+    }
     return {"loss": {"x": xs, "y": ys, "z": [[at[x, y] for x in xs] for y in ys]}}

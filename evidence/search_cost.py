@@ -32,11 +32,15 @@ MICRO_BATCH = SearchSettings().micro_batch
 def candidate(evaluator: Evaluator, block: str) -> Tensor:
     """Scales of a block with noise as large as that of a search."""
     vector = evaluator.vectors[block]
-    noise = torch.rand(len(vector.read()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.rand(
+        len(vector.read()), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return (vector.read() + (2 * noise - 1) * vector.radius(None)).abs()
 
 
-def one_round(net: nn.Module, twin: nn.Module, images: Tensor, evaluator: Evaluator) -> dict[str, float]:
+def one_round(
+    net: nn.Module, twin: nn.Module, images: Tensor, evaluator: Evaluator
+) -> dict[str, float]:
     """Mean seconds of the process for every kind of evaluation, in turns."""
     plain, of_float, exact = timed(lambda: logits_of(twin, images, MICRO_BATCH))[0], [], []
     for block, vector in reversed(evaluator.vectors.items()):
@@ -56,7 +60,10 @@ def identical(net: nn.Module, twin: nn.Module, images: Tensor) -> bool:
     for block, vector in reversed(evaluator.vectors.items()):
         start = vector.read()
         vector.write(candidate(evaluator, block))
-        same.append(evaluator.fitness(block) == float(info_nce(logits_of(twin, images, MICRO_BATCH), targets).double()))
+        same.append(
+            evaluator.fitness(block)
+            == float(info_nce(logits_of(twin, images, MICRO_BATCH), targets).double())
+        )
         vector.write(start)
     return all(same)
 
@@ -79,7 +86,9 @@ def main() -> None:
     evaluator = Evaluator(twin, [images], [logits_of(net, images, MICRO_BATCH)], SearchSettings())
     evaluator.fitness(next(reversed(evaluator.vectors)))  # fills what is remembered, and warms up
     found = [one_round(net, twin, images, evaluator) for _ in range(args.rounds)]
-    print(f"{environment()}\n{args.model}, {args.images} images, micro-batches of {MICRO_BATCH}, {args.rounds} rounds")
+    print(
+        f"{environment()}\n{args.model}, {args.images} images, micro-batches of {MICRO_BATCH}, {args.rounds} rounds"
+    )
     for name in found[0]:
         ratio = statistics.median(took[name] / took["float"] for took in found)
         print(f"{name:6s} {statistics.median(took[name] for took in found):8.3f} s  {ratio:.3f}")

@@ -37,9 +37,19 @@ from qat.kernels.fused import heads, weight
 from qat.kernels.rows import PLAIN
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {"seq_2bit": Arm({}, recipe="seq")}
+ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {
+    "seq_2bit": Arm({}, recipe="seq")
+}
 BATCHES, ROUNDS = (64, 256), 9
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 
 
@@ -59,7 +69,9 @@ class Count:
 
 def size_of(x: Tensor) -> int:
     """Bytes of the elements that differ in memory."""
-    return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return x.element_size() * math.prod(
+        size for size, stride in zip(x.shape, x.stride(), strict=True) if stride
+    )
 
 
 def is_readable(x: Tensor) -> bool:
@@ -80,14 +92,21 @@ class Counting(TorchDispatchMode):
         """Run and count one operation."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
         if func.namespace == "prim" or name in _FREE or is_view:
             return out
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for x in given if name in _PRODUCTS else ():
             if x.ndim > 1 and not is_readable(x):
                 self.count.add([x, x])
-        read = given[1:] if name in {"copy_", "fill_", "zero_"} or (kwargs and "out" in kwargs and name == "baddbmm") else given
+        read = (
+            given[1:]
+            if name in {"copy_", "fill_", "zero_"}
+            or (kwargs and "out" in kwargs and name == "baddbmm")
+            else given
+        )
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if name.startswith("_fused_adam"):  # parameters and both moments
             written = [x for group in (args[0], args[2], args[3]) for x in group]
@@ -108,7 +127,13 @@ def _always(value: Any) -> Callable[..., Any]:
 def cuda_branches(count: Count | None = None) -> Generator[None]:
     """Everything goes the way that it goes on CUDA, on tensors of a CPU; our kernels are not run, and counted if there is a `count`."""
 
-    def launch(name: str, programs: tuple[int, ...], tensors: tuple[Tensor | None, ...], *numbers: float, **constants: Any) -> None:
+    def launch(
+        name: str,
+        programs: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        *numbers: float,
+        **constants: Any,
+    ) -> None:
         if count is not None:
             count.add([x for x in tensors if x is not None])
             count.triton += 1
@@ -164,7 +189,10 @@ def kept(net: nn.Module, batch: int, side: int = 224) -> int:
     torch._dynamo.reset()
     decompositions = {**select_decomp_table(), **operators.FORMULAS}
     compiler = aot_autograd(
-        fw_compiler=forward, bw_compiler=forward, decompositions=decompositions, partition_fn=min_cut_rematerialization_partition
+        fw_compiler=forward,
+        bw_compiler=forward,
+        decompositions=decompositions,
+        partition_fn=min_cut_rematerialization_partition,
     )
     with without_memory(net), torch.autocast("cpu", torch.bfloat16):
         torch.compile(net, fullgraph=True, backend=compiler)(torch.randn(batch, 3, side, side))
@@ -184,20 +212,39 @@ def main() -> None:
             counts = {name: counted(build(model, arm, few), batch) for name, arm in ROWS.items()}
             base, rows = counts[FLOAT], []
             for name, one in counts.items():
-                shares = f"{one.bytes / base.bytes:.2f}", f"{one.kernels} ({one.triton})", f"{one.kernels / base.kernels:.2f}"
+                shares = (
+                    f"{one.bytes / base.bytes:.2f}",
+                    f"{one.kernels} ({one.triton})",
+                    f"{one.kernels / base.kernels:.2f}",
+                )
                 rows.append([name, f"{one.bytes / 1e9:.1f}", *shares])
             print(f"\n{model}, batch {batch}, bfloat16 autocast\n")
-            print(table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], rows), flush=True)
+            print(
+                table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], rows),
+                flush=True,
+            )
     print(f"\nKept for backward by a compiled step, batch {BATCHES[-1]}: GiB (x float)\n")
-    memory = {name: [kept(build(model, arm, few), BATCHES[-1]) for model in args.models] for name, arm in ROWS.items()}
-    rows = [[n, *(f"{a / 2**30:.2f} ({a / b:.2f})" for a, b in zip(own, memory[FLOAT], strict=True))] for n, own in memory.items()]
+    memory = {
+        name: [kept(build(model, arm, few), BATCHES[-1]) for model in args.models]
+        for name, arm in ROWS.items()
+    }
+    rows = [
+        [n, *(f"{a / 2**30:.2f} ({a / b:.2f})" for a, b in zip(own, memory[FLOAT], strict=True))]
+        for n, own in memory.items()
+    ]
     print(table(["step", *args.models], rows), flush=True)
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
-    steps = {name: training_step(build(MODELS[0], arm, images, **TINY), images, half=True) for name, arm in ROWS.items()}
+    steps = {
+        name: training_step(build(MODELS[0], arm, images, **TINY), images, half=True)
+        for name, arm in ROWS.items()
+    }
     with cuda_branches():
         times = take_turns(steps, ROUNDS)
     print("\nHost, 12 blocks\n")
-    rows = [[name, f"{1000 * statistics.median(one.cpu):.1f}", ratio(one, times[FLOAT])] for name, one in times.items()]
+    rows = [
+        [name, f"{1000 * statistics.median(one.cpu):.1f}", ratio(one, times[FLOAT])]
+        for name, one in times.items()
+    ]
     print(table(["step", "ms", "x float: CPU [range], wall"], rows))
 
 

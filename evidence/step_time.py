@@ -29,8 +29,14 @@ from evidence.timing import environment, ratio, table, take_turns
 
 COMPILED_FLOAT = "compiled float"
 # Attention alone keeps something that could be computed again.
-ROWS = ARMS | {f"{name} [recompute]": dataclasses.replace(ARMS[name], memory="recompute") for name in ("ofq without qkr", "ofq")}
-ROWS |= {"linears without offsets": Arm({"attention": "float", "offsets": False}), "lsq": Arm({}, recipe="lsq")}
+ROWS = ARMS | {
+    f"{name} [recompute]": dataclasses.replace(ARMS[name], memory="recompute")
+    for name in ("ofq without qkr", "ofq")
+}
+ROWS |= {
+    "linears without offsets": Arm({"attention": "float", "offsets": False}),
+    "lsq": Arm({}, recipe="lsq"),
+}
 ROWS |= {"seq": Arm({}, recipe="seq"), "deploy": Arm({}, recipe="deploy_w4a4")}
 HEAD = ["net", "eager x float: CPU [range], wall", "saved x float"]
 HEAD_COMPILED = ["compiled x compiled float", "x eager float", "saved x float", "graphs, breaks"]
@@ -39,14 +45,23 @@ HEAD_COMPILED = ["compiled x compiled float", "x eager float", "saved x float", 
 def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[str]], int]:
     """The float step in words, the cells of every row, and what the float step keeps for backward."""
     nets = {name: build(model, arm, images) for name, arm in ROWS.items()}
-    steps = {name: training_step(nets[name], images, teacher_of(model, arm, images)) for name, arm in ROWS.items()}
+    steps = {
+        name: training_step(nets[name], images, teacher_of(model, arm, images))
+        for name, arm in ROWS.items()
+    }
     timings = take_turns(steps, rounds)
     saved = {name: saved_bytes(nets[name], step) for name, step in steps.items()}
     cells = {
-        name: [name, ratio(timings[name], timings[FLOAT]), f"{saved[name] / saved[FLOAT]:.2f} ({saved[name] / MIB:.0f} MiB)"]
+        name: [
+            name,
+            ratio(timings[name], timings[FLOAT]),
+            f"{saved[name] / saved[FLOAT]:.2f} ({saved[name] / MIB:.0f} MiB)",
+        ]
         for name in ROWS
     }
-    cpu, wall = (1000 * statistics.median(seconds) for seconds in (timings[FLOAT].cpu, timings[FLOAT].wall))
+    cpu, wall = (
+        1000 * statistics.median(seconds) for seconds in (timings[FLOAT].cpu, timings[FLOAT].wall)
+    )
     return f"eager float step {cpu:.0f} ms CPU, {wall:.0f} ms wall", cells, saved[FLOAT]
 
 
@@ -57,7 +72,9 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
         nets[name], teacher = build(model, arm, images), teacher_of(model, arm, images)
         if name != FLOAT:
             nets[name].compile()
-        steps[name] = training_step(nets[name], images, None if teacher is None else torch.compile(teacher.__call__))
+        steps[name] = training_step(
+            nets[name], images, None if teacher is None else torch.compile(teacher.__call__)
+        )
     with functorch_config.patch(aggressive_recomputation=True):
         timings = take_turns(steps, rounds)
         saved = saved_bytes(nets[row], steps[row])
@@ -69,8 +86,13 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
 def in_a_process(row: str, options: list[str], saved_float: int) -> list[str]:
     """The cells of `compiled`."""
     with tempfile.TemporaryDirectory() as cache:
-        command, variables = [sys.executable, __file__, *options, "--one", row], {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=variables)
+        command, variables = (
+            [sys.executable, __file__, *options, "--one", row],
+            {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        )
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, env=variables
+        )
     if done.returncode:
         return ["failed", "", "", ""]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -100,7 +122,9 @@ def main() -> None:
             cells[name] += in_a_process(name, options, saved)
         head = HEAD + HEAD_COMPILED * args.compiled
         print(f"\n{model}, batch {args.batch}, W2A2, {args.rounds} rounds: {said}\n")
-        print(table(head, [row + [""] * (len(head) - len(row)) for row in cells.values()]), flush=True)
+        print(
+            table(head, [row + [""] * (len(head) - len(row)) for row in cells.values()]), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def build(model: str, arm: Arm, images: Tensor, *, bits: int = 2, **sizes: Any) 
     net = timm.create_model(model, num_classes=1000, **sizes).to(images.device)
     if arm.knobs is not None:
         recipe = qat.recipe(arm.recipe, bits=bits, **arm.knobs)
-        qat.initialize_scales(qat.convert(net, recipe, input_size=tuple(images.shape[1:])), [images[:_CALIBRATION]])
+        qat.initialize_scales(
+            qat.convert(net, recipe, input_size=tuple(images.shape[1:])), [images[:_CALIBRATION]]
+        )
         qat.set_execution(net, memory=arm.memory)
     return net.train()
 
@@ -64,7 +66,11 @@ def teacher_of(model: str, arm: Arm, images: Tensor, **sizes: Any) -> Teacher | 
 
 
 def training_step(
-    net: nn.Module, images: Tensor, teacher: Callable[[Tensor], Tensor] | None = None, *, half: bool = False
+    net: nn.Module,
+    images: Tensor,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    *,
+    half: bool = False,
 ) -> Callable[[], Tensor]:
     """Forward, loss, backward and fused AdamW; gives the loss. As in a run, gradients take no memory between steps.
 
@@ -83,7 +89,11 @@ def training_step(
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits = net(images)
             followed = None if teacher is None else teacher(images)
-            loss = F.cross_entropy(logits, target) if teacher is None else distillation(StepContext(logits, target, followed, net))
+            loss = (
+                F.cross_entropy(logits, target)
+                if teacher is None
+                else distillation(StepContext(logits, target, followed, net))
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

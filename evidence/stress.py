@@ -32,23 +32,80 @@ from qat.ptq.search import Evaluator
 ROOT = Path(__file__).resolve().parents[1]
 # 19 steps an epoch; `last.ckpt` is written 17 times.
 TRAIN = (
-    *("train.py", "model.args.embed_dim=24", "model.args.depth=1", "++model.args.num_heads=3", "+model.args.drop_path_rate=0.2"),
-    *("+model.args.proj_drop_rate=0.2", "report=false", "data.batch_size=64", "data.augment=timm", "data.repeats=2", "data.mixup=0.8"),
-    *("data.cutmix=1.0", "trainer.max_epochs=3", "trainer.log_every_n_steps=2", "checkpoint.every_n_steps=4", "callbacks.ema.decay=0.9"),
+    *(
+        "train.py",
+        "model.args.embed_dim=24",
+        "model.args.depth=1",
+        "++model.args.num_heads=3",
+        "+model.args.drop_path_rate=0.2",
+    ),
+    *(
+        "+model.args.proj_drop_rate=0.2",
+        "report=false",
+        "data.batch_size=64",
+        "data.augment=timm",
+        "data.repeats=2",
+        "data.mixup=0.8",
+    ),
+    *(
+        "data.cutmix=1.0",
+        "trainer.max_epochs=3",
+        "trainer.log_every_n_steps=2",
+        "checkpoint.every_n_steps=4",
+        "callbacks.ema.decay=0.9",
+    ),
     "resume=auto",
 )
-CGA = ("callbacks.cga.start_epoch=1", "callbacks.cga.boundary_range=0.1", "callbacks.cga.qk=product")
-FREEZE = ("callbacks.freeze.momentum=0.1", "callbacks.freeze.threshold=0.3", "callbacks.freeze.final_threshold=0.2")
-PTQ = ("ptq.py", "ckpt={float}", "data.calibration_images=40", "ptq.batch=20", "report=false", "resume=auto")
+CGA = (
+    "callbacks.cga.start_epoch=1",
+    "callbacks.cga.boundary_range=0.1",
+    "callbacks.cga.qk=product",
+)
+FREEZE = (
+    "callbacks.freeze.momentum=0.1",
+    "callbacks.freeze.threshold=0.3",
+    "callbacks.freeze.final_threshold=0.2",
+)
+PTQ = (
+    "ptq.py",
+    "ckpt={float}",
+    "data.calibration_images=40",
+    "ptq.batch=20",
+    "report=false",
+    "resume=auto",
+)
 COMMANDS = {
-    "float": (*TRAIN, "callbacks=[default,ema]", "quant=fp", "trainer.max_epochs=1", "model.args.depth=2"),
+    "float": (
+        *TRAIN,
+        "callbacks=[default,ema]",
+        "quant=fp",
+        "trainer.max_epochs=1",
+        "model.args.depth=2",
+    ),
     "annealed": (*TRAIN, "callbacks=[default,cga,ema]", *CGA),
-    "frozen": (*TRAIN, "callbacks=[default,freeze,oscillation,ema]", *FREEZE, "trainer.accumulate_grad_batches=2"),
-    "sweep": ("train.py", "-m", *TRAIN[1:], "callbacks=[default,ema]", "trainer.max_epochs=1", "quant=ofq_2bit,lsq_4bit", "seed=0,1"),
+    "frozen": (
+        *TRAIN,
+        "callbacks=[default,freeze,oscillation,ema]",
+        *FREEZE,
+        "trainer.accumulate_grad_batches=2",
+    ),
+    "sweep": (
+        "train.py",
+        "-m",
+        *TRAIN[1:],
+        "callbacks=[default,ema]",
+        "trainer.max_epochs=1",
+        "quant=ofq_2bit,lsq_4bit",
+        "seed=0,1",
+    ),
     "evolq": (*PTQ, "search=evolution", "search.passes=2", "search.cycles=3", "search.radius=0.05"),
 }
 CALLS: tuple[tuple[Any, str], ...] = (
-    *((QATModule, "training_step"), (QATModule, "validation_step"), (QATModule, "configure_gradient_clipping")),
+    *(
+        (QATModule, "training_step"),
+        (QATModule, "validation_step"),
+        (QATModule, "configure_gradient_clipping"),
+    ),
     *((Evaluator, "fitness"), (torch, "save"), (os, "link"), (os, "replace")),
 )
 # What is measured; a search's rows end with seconds. Lightning does not restore `current_score`, and nothing reads it.
@@ -76,9 +133,14 @@ def watch(moment: tuple[str, int] | None, counts: Counter[str]) -> None:
         setattr(owner, name, watched(name, getattr(owner, name)))
 
 
-def run(folder: Path, name: str, run_dir: Path, moment: tuple[str, int] | None = None) -> Counter[str] | None:
+def run(
+    folder: Path, name: str, run_dir: Path, moment: tuple[str, int] | None = None
+) -> Counter[str] | None:
     """Run a command; gives how often each call was made, None if it was killed."""
-    command = [*(part.format(float=folder / "float/checkpoints/last.ckpt") for part in COMMANDS[name]), f"run_dir={run_dir}"]
+    command = [
+        *(part.format(float=folder / "float/checkpoints/last.ckpt") for part in COMMANDS[name]),
+        f"run_dir={run_dir}",
+    ]
     log, told, pid = run_dir.with_suffix(".log"), run_dir.with_suffix(".counts"), os.fork()
     if not pid:
         code, counts = 1, Counter[str]()
@@ -107,9 +169,14 @@ def run(folder: Path, name: str, run_dir: Path, moment: tuple[str, int] | None =
 
 def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
     """All that a run left, by file and place in it; not what Hydra keeps, nor a checkpoint that only a run of several saves has."""
-    for path in sorted(path for path in run_dir.rglob("*") if path.is_file() and ".hydra" not in path.parts):
+    for path in sorted(
+        path for path in run_dir.rglob("*") if path.is_file() and ".hydra" not in path.parts
+    ):
         name = str(path.relative_to(run_dir))
-        if path.suffix in {".log", ".png", ".svg"} or path.name in {"last.prev.ckpt", "multirun.yaml"}:
+        if path.suffix in {".log", ".png", ".svg"} or path.name in {
+            "last.prev.ckpt",
+            "multirun.yaml",
+        }:
             continue
         yield name, True
         found: Any = ()
@@ -118,7 +185,10 @@ def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
         elif path.suffix == ".json":
             found = json.loads(path.read_text())
         elif path.suffix == ".csv":
-            rows = ({k: v for k, v in row.items() if v and not MEASURED.search(k)} for row in csv.DictReader(path.open()))
+            rows = (
+                {k: v for k, v in row.items() if v and not MEASURED.search(k)}
+                for row in csv.DictReader(path.open())
+            )
             found = [row for row in rows if row.keys() - {"epoch", "step"}]
         yield from leaves(found, str(run_dir), name)
 
@@ -135,16 +205,27 @@ def leaves(value: Any, folder: str, path: str) -> Iterator[tuple[str, Any]]:
 def same(one: Any, other: Any) -> bool:
     """True for equal tensors, bit for bit, and for equal plain values."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25))
+        return one.dtype == other.dtype and torch.equal(
+            one.nan_to_num(7.25), other.nan_to_num(7.25)
+        )
     return type(one) is type(other) and (one == other or one != one)
 
 
 def main() -> None:
     """Kill, compare, print a line for each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="at least so many, and at least a run of each kind")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=20, help="at least so many, and at least a run of each kind"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=[name for name in COMMANDS if name != "float"], choices=COMMANDS)
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=[name for name in COMMANDS if name != "float"],
+        choices=COMMANDS,
+    )
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     torch.set_num_threads(1)
@@ -154,7 +235,10 @@ def main() -> None:
     draw, kills, wrong = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        counts = {name: run(folder, name, folder / name) or Counter() for name in dict.fromkeys(("float", *args.kinds))}
+        counts = {
+            name: run(folder, name, folder / name) or Counter()
+            for name in dict.fromkeys(("float", *args.kinds))
+        }
         expected = {name: dict(values(folder / name)) for name in args.kinds}
         while kills < args.kills:
             for name in args.kinds:
@@ -167,10 +251,16 @@ def main() -> None:
                     moments.append(f"{call} {moment[1]}")
                 run(folder, name, run_dir)
                 found = dict(values(run_dir))
-                differing = [key for key in expected[name].keys() | found if not same(expected[name].get(key), found.get(key))]
+                differing = [
+                    key
+                    for key in expected[name].keys() | found
+                    if not same(expected[name].get(key), found.get(key))
+                ]
                 kills, wrong = kills + len(moments), wrong + len(differing)
                 said = f"{name:10} killed after {', '.join(moments)}: {len(differing)} of {len(found)} values differ"
-                print(said, *(f"    {what}" for what in sorted(differing)[:8]), sep="\n", flush=True)
+                print(
+                    said, *(f"    {what}" for what in sorted(differing)[:8]), sep="\n", flush=True
+                )
     print(f"{kills} kills: {wrong} differences")
     raise SystemExit(bool(wrong))
 

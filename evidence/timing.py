@@ -31,12 +31,17 @@ def machine() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def environment() -> str:
     """Processor, threads, versions and load."""
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {sys.version.split()[0]}"
+    versions = (
+        f"torch {torch.__version__}, timm {timm.__version__}, Python {sys.version.split()[0]}"
+    )
     return f"{machine()}, {torch.get_num_threads()} thread(s), {versions}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
@@ -61,12 +66,17 @@ def take_turns(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[
 
 def ratio(timing: Timing, base: Timing) -> str:
     """A step in steps of the base, round by round: median, lowest and highest in CPU seconds, then the median by the clock."""
-    cpu, wall = ([a / b for a, b in zip(*both, strict=True)] for both in ((timing.cpu, base.cpu), (timing.wall, base.wall)))
+    cpu, wall = (
+        [a / b for a, b in zip(*both, strict=True)]
+        for both in ((timing.cpu, base.cpu), (timing.wall, base.wall))
+    )
     return f"{statistics.median(cpu):.2f} [{min(cpu):.2f}, {max(cpu):.2f}], {statistics.median(wall):.2f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; a cell may hold any text."""
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    escaped = [
+        [" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)
+    ]
     lines = [f"| {' | '.join(line)} |" for line in escaped]
     return re.sub(r"\|  (?=\|)", "| ", "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])))

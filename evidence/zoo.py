@@ -22,13 +22,19 @@ from qat.utils.files import write_text
 
 ZOO = ROOT / "zoo"
 # The run that each net is of: claim and arm.
-NETS = {"cifar10_w2a2": "AIM/seq_w2", "cifar10_w4a4": "C16/tensor_w4a4", "cifar10_w8a8": "C16/tensor_w8a8"}
+NETS = {
+    "cifar10_w2a2": "AIM/seq_w2",
+    "cifar10_w4a4": "C16/tensor_w4a4",
+    "cifar10_w8a8": "C16/tensor_w8a8",
+}
 
 
 def main() -> None:
     """Make those that are named."""
     parser = argparse.ArgumentParser(prog="python -m evidence.zoo", description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all")
+    parser.add_argument(
+        "names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all"
+    )
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     args = parser.parse_args()
     for name in args.names:
@@ -43,7 +49,13 @@ def make(name: str, root: str) -> None:
     target = ZOO / f"{name}.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(save_pretrained(net, folder) / "model.safetensors", target)
-        save_pretrained(net, folder, results=measured(target, root, Path(folder) / "eval"), license="mit", source=f"zoo/{target.name}")
+        save_pretrained(
+            net,
+            folder,
+            results=measured(target, root, Path(folder) / "eval"),
+            license="mit",
+            source=f"zoo/{target.name}",
+        )
         card = Path(folder, "README.md").read_text(encoding="utf-8")
     typed = shlex.join(command_line(arm.command, Path("RUN"), arms.settings(arm, 0), "FOLDER"))
     write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{typed}\n```\n")
@@ -51,7 +63,14 @@ def make(name: str, root: str) -> None:
 
 def measured(path: Path, root: str, run_dir: Path) -> dict[str, object]:
     """`results.json` of an evaluation of the file."""
-    command = [sys.executable, ROOT / "eval.py", f"ckpt={path}", f"data.root={root}", f"run_dir={run_dir}", "report=false"]
+    command = [
+        sys.executable,
+        ROOT / "eval.py",
+        f"ckpt={path}",
+        f"data.root={root}",
+        f"run_dir={run_dir}",
+        "report=false",
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     found: dict[str, object] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     return found

@@ -11,7 +11,16 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # a PostScript file would be run by Ghostscript
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # a PostScript file would be run by Ghostscript
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -33,7 +42,9 @@ def prepare(
     if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off at 255
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 2**16 - 1:
-            sys.exit(f"error: the image has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16")
+            sys.exit(
+                f"error: the image has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16"
+            )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     image = image.convert("L" if len(mean) == 1 else "RGB")
     if crop_pct is None:
@@ -45,9 +56,13 @@ def prepare(
             "squash": [scaled, scaled],
             "border": [round(scaled * side / max(image.size)) for side in image.size],
         }[crop_mode]
-        around = tuple(round(255 * value) for value in mean) if crop_mode == "border" else None  # black
+        around = (
+            tuple(round(255 * value) for value in mean) if crop_mode == "border" else None
+        )  # black
         square = Image.new(image.mode, (size, size), around or 0)
-        place = tuple((size - side) // 2 if side < size else -round((side - size) / 2) for side in sides)
+        place = tuple(
+            (size - side) // 2 if side < size else -round((side - size) / 2) for side in sides
+        )
         square.paste(image.resize(sides, INTERPOLATIONS[interpolation]), place)
         image = square
     pixels = np.asarray(image, dtype=np.float32).reshape(size, size, -1) / 255
@@ -64,8 +79,15 @@ def main(path: str, image: str) -> None:
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     # What the file says of itself: treatment of images, names of classes.
-    said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items() if key.startswith("qat.")}
-    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image, formats=FORMATS), **said["qat.preprocessing"])})
+    said = {
+        key: json.loads(value)
+        for key, value in session.get_modelmeta().custom_metadata_map.items()
+        if key.startswith("qat.")
+    }
+    (logits,) = session.run(
+        ["logits"],
+        {"image": prepare(Image.open(image, formats=FORMATS), **said["qat.preprocessing"])},
+    )
     shares = np.exp(logits[0] - logits[0].max())
     shares /= shares.sum()
     names = said["qat.classes"] or [str(i) for i in range(len(shares))]

@@ -55,10 +55,16 @@ def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
         u, v = rotated(n, uniform(0.35, 0.6, n), generator)
         third = 2 * math.pi / 3
         sides = torch.stack([u * math.cos(k * third) + v * math.sin(k * third) for k in range(3)])
-        within = torch.stack([u.square() + v.square() < 1, torch.maximum(u.abs(), v.abs()) < 0.85, sides.amax(0) < 0.6])
+        within = torch.stack([
+            u.square() + v.square() < 1,
+            torch.maximum(u.abs(), v.abs()) < 0.85,
+            sides.amax(0) < 0.6,
+        ])
         kind = torch.randint(4, (n,), generator=generator)  # 0: none
         inside = within[(kind - 1).clamp(min=0), torch.arange(n)] & (kind > 0)[:, None, None]
-        image = torch.where(inside[:, None], uniform(-1, 1, n, 3, 1, 1) + 1.5 * hues[kind][:, :, None, None], image)
+        image = torch.where(
+            inside[:, None], uniform(-1, 1, n, 3, 1, 1) + 1.5 * hues[kind][:, :, None, None], image
+        )
         label = torch.where(inside, kind[:, None, None], label)
     return image + 0.1 * torch.randn(image.shape, generator=generator), label
 
@@ -68,10 +74,20 @@ class Segmenter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 4, "num_heads": 2}
-        self.backbone = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1, 3), **sizes)
+        sizes = {
+            "img_size": SIZE,
+            "patch_size": PATCH,
+            "embed_dim": WIDTH,
+            "depth": 4,
+            "num_heads": 2,
+        }
+        self.backbone = timm.create_model(
+            "vit_tiny_patch16_224", features_only=True, out_indices=(1, 3), **sizes
+        )
         scores = nn.Conv2d(WIDTH, len(NAMES) * PATCH**2, 1)
-        self.head = nn.Sequential(nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1), nn.GELU(), scores, nn.PixelShuffle(PATCH))
+        self.head = nn.Sequential(
+            nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1), nn.GELU(), scores, nn.PixelShuffle(PATCH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to scores (B, classes, H, W)."""
@@ -82,11 +98,16 @@ def train(net: nn.Module, steps: int, lr: float, seed: int) -> nn.Module:
     """AdamW with a cosine schedule; step i sees the images of (seed, i), whatever the net."""
     keep = qat.no_weight_decay(net)
     groups = [
-        {"params": [p for name, p in net.named_parameters() if name not in keep], "weight_decay": 0.05},
+        {
+            "params": [p for name, p in net.named_parameters() if name not in keep],
+            "weight_decay": 0.05,
+        },
         {"params": [p for name, p in net.named_parameters() if name in keep], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1
+    )
     net.train()
     for step in range(steps):
         image, label = draw(BATCH, seed * 2**20 + step)
@@ -104,7 +125,12 @@ def iou(net: nn.Module) -> Tensor:
     """Intersection over union of each class (classes,) on the test images, in percent."""
     image, label = draw(TEST_IMAGES, TEST_SEED)
     found = torch.cat([net(part).argmax(1) for part in image.split(BATCH)])
-    confusion = torch.bincount(label.flatten() * len(NAMES) + found.flatten(), minlength=len(NAMES) ** 2).view(len(NAMES), -1).double()
+    confusion = (
+        torch
+        .bincount(label.flatten() * len(NAMES) + found.flatten(), minlength=len(NAMES) ** 2)
+        .view(len(NAMES), -1)
+        .double()
+    )
     hits = confusion.diagonal()
     return 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
@@ -118,10 +144,22 @@ def packed_bytes(net: Segmenter) -> int:
 
 def main() -> None:
     """Train, quantize, train again, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="of weights and activations; one quantized net for each")
-    parser.add_argument("--steps", type=int, default=200, help="in float, and as many again of each net")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the training images")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        default=[4, 2],
+        help="of weights and activations; one quantized net for each",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="in float, and as many again of each net"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and of the training images"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     start = train(Segmenter(), args.steps, 3e-3, args.seed)
@@ -129,9 +167,15 @@ def main() -> None:
     for bits in args.bits:
         net = copy.deepcopy(start)
         qat.convert(net.backbone, qat.recipe("ofq", bits=bits), input_size=(3, SIZE, SIZE))
-        qat.initialize_scales(net.backbone, [draw(BATCH, args.seed * 2**20 + step)[0] for step in range(4)])
+        qat.initialize_scales(
+            net.backbone, [draw(BATCH, args.seed * 2**20 + step)[0] for step in range(4)]
+        )
         nets[f"W{bits}A{bits}"] = net
-    print(f"{'net':<8}{'mean IoU':>10}" + "".join(f"{name:>12}" for name in NAMES) + f"{'bytes':>12}{'seconds':>9}")
+    print(
+        f"{'net':<8}{'mean IoU':>10}"
+        + "".join(f"{name:>12}" for name in NAMES)
+        + f"{'bytes':>12}{'seconds':>9}"
+    )
     for name, net in {"start": start, **nets}.items():
         began = time.perf_counter()
         if name != "start":

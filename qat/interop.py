@@ -65,7 +65,12 @@ def is_ofq(state: Mapping[str, Tensor]) -> bool:
 
 
 def load_ofq_checkpoint(
-    path: str | os.PathLike[str], model: str | None = None, bits: int | None = None, act_bits: int | None = None, *, qkr: bool | None = None
+    path: str | os.PathLike[str],
+    model: str | None = None,
+    bits: int | None = None,
+    act_bits: int | None = None,
+    *,
+    qkr: bool | None = None,
 ) -> nn.Module:
     """A net of ours from a checkpoint of the paper's code: DeiT or Swin, any depth and class count, with or without QKR.
 
@@ -86,31 +91,52 @@ def load_ofq_checkpoint(
 
 
 def net_from_ofq(
-    checkpoint: Checkpoint, model: str | None = None, bits: int | None = None, act_bits: int | None = None, *, qkr: bool | None = None
+    checkpoint: Checkpoint,
+    model: str | None = None,
+    bits: int | None = None,
+    act_bits: int | None = None,
+    *,
+    qkr: bool | None = None,
 ) -> OfqNet:
     """As `load_ofq_checkpoint`, from a file that is in memory."""
     origin, state = f"ckpt={str(checkpoint.path)!r}", checkpoint.state
     if not is_ofq(state):
-        raise UsageError(f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write it; ckpt_format=timm?")
+        raise UsageError(
+            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write it; ckpt_format=timm?"
+        )
     swin = any(name.endswith("relative_position_bias_table") for name in state)
     try:
         name, kwargs, has_qkr = _swin(state) if swin else _deit(state)
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes are those of no {'Swin' if swin else 'DeiT'} ({error})") from error
+        raise UsageError(
+            f"{origin}: its shapes are those of no {'Swin' if swin else 'DeiT'} ({error})"
+        ) from error
     if qkr is not None and qkr != has_qkr:
         has = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
         raise UsageError(f"qkr={qkr}: {origin} holds {has}")
     if model is not None and model != name:
-        kwargs |= _heads_of(model, name, kwargs, swin=swin, qkr=has_qkr, distilled="dist_token" in state, origin=origin)
+        kwargs |= _heads_of(
+            model,
+            name,
+            kwargs,
+            swin=swin,
+            qkr=has_qkr,
+            distilled="dist_token" in state,
+            origin=origin,
+        )
         name = model
 
     # Their script writes the bits of a quantized teacher over the student's before it saves.
-    said = {} if checkpoint.args is None or checkpoint.args.get("quant_teacher") else checkpoint.args
+    said = (
+        {} if checkpoint.args is None or checkpoint.args.get("quant_teacher") else checkpoint.args
+    )
     for setting, given, key in (("bits", bits, "wq_bitw"), ("act_bits", act_bits, "aq_bitw")):
         if given is not None and said.get(key, given) != given:
-            raise UsageError(f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say")
+            raise UsageError(
+                f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say"
+            )
     weight_bits, input_bits = said.get("wq_bitw", bits), said.get("aq_bitw", act_bits)
     if weight_bits is None:
         raise UsageError(
@@ -118,35 +144,66 @@ def net_from_ofq(
         )
     # In a Swin the authors' rule of a step size per position meets (B, H, W, C): there it is one per column.
     columns = {"map_scales": "column"} if swin else {}
-    used = recipe("ofq" if has_qkr else "ofq_noqkr", bits=weight_bits, act_bits=input_bits, steps="absolute", **columns)
+    used = recipe(
+        "ofq" if has_qkr else "ofq_noqkr",
+        bits=weight_bits,
+        act_bits=input_bits,
+        steps="absolute",
+        **columns,
+    )
     try:
         check_net(name, kwargs, state)
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes are those of no {name} ({' '.join(str(error).split())})") from error
+        raise UsageError(
+            f"{origin}: its shapes are those of no {name} ({' '.join(str(error).split())})"
+        ) from error
     # The authors' Linear always has a bias, timm's patch mergings have none.
-    grow_biases(net, [n for n, _ in net.named_modules() if n.endswith("reduction") and f"{n}.bias" in state])
+    grow_biases(
+        net, [n for n, _ in net.named_modules() if n.endswith("reduction") and f"{n}.bias" in state]
+    )
     convert(net, used, input_size=(kwargs["in_chans"], kwargs["img_size"], kwargs["img_size"]))
     _fill(net, state, qkr=has_qkr, origin=origin)
     check_finite(net, origin, unset=True)
     dead = sum(bool(_DEAD.search(one)) for one in state)
     note = f"weights, step sizes and offsets of {origin}, read as {used.name} W{used.bits}A{used.act_bits}"
-    return OfqNet(net.eval(), name, note + (f"; {dead} offsets that change no output are left out" if dead else ""))
+    return OfqNet(
+        net.eval(),
+        name,
+        note + (f"; {dead} offsets that change no output are left out" if dead else ""),
+    )
 
 
-def _heads_of(model: str, likely: str, kwargs: Mapping[str, Any], *, swin: bool, qkr: bool, distilled: bool, origin: str) -> dict[str, int]:
+def _heads_of(
+    model: str,
+    likely: str,
+    kwargs: Mapping[str, Any],
+    *,
+    swin: bool,
+    qkr: bool,
+    distilled: bool,
+    origin: str,
+) -> dict[str, int]:
     """The number of heads of a model given by name, where no shape tells it; its width has to be that of the file."""
     with torch.device("meta"):
         base = timm.create_model(model) if timm.is_model(model) else None
     family = SwinTransformer if swin else VisionTransformer
-    if not isinstance(base, family) or base.embed_dim != kwargs["embed_dim"] or hasattr(base, "dist_token") != distilled:
-        raise UsageError(f"model={model!r}: the weights of {origin} do not fit it; they look like {likely!r}")
+    if (
+        not isinstance(base, family)
+        or base.embed_dim != kwargs["embed_dim"]
+        or hasattr(base, "dist_token") != distilled
+    ):
+        raise UsageError(
+            f"model={model!r}: the weights of {origin} do not fit it; they look like {likely!r}"
+        )
     return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index]
 
 
 def _highest(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the highest number that stands in a name."""
-    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
+    return 1 + max(
+        (int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1
+    )
 
 
 def _side(state: Mapping[str, Tensor]) -> int:
@@ -168,7 +225,9 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
         "embed_dim": width,
         "depth": _highest(state, r"blocks\.(\d+)\."),
         # Without QKR no shape tells the number of heads: DeiTs have 64 channels in each.
-        "num_heads": state[f"{first}.move_qkx_b4.bias"].numel() // width if qkr else max(width // 64, 1),
+        "num_heads": state[f"{first}.move_qkx_b4.bias"].numel() // width
+        if qkr
+        else max(width // 64, 1),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
     }
     size = {192: "tiny", 384: "small"}.get(width, "base")
@@ -201,7 +260,11 @@ def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
     """Where the tensor called `name` in our state dict is in theirs, and which third of it; None = all of it."""
     if offset := _STACKED_OFFSET.search(name):
         prefix = name[: offset.start()] + "attn."
-        return (prefix + "move_v_b4.bias", None) if qkr else (prefix + "move_qkv_b4.bias", "qkv".index(offset[1]))
+        return (
+            (prefix + "move_v_b4.bias", None)
+            if qkr
+            else (prefix + "move_qkv_b4.bias", "qkv".index(offset[1]))
+        )
     for pattern, theirs in _NAMES:
         renamed, hits = re.subn(pattern, theirs, name)
         if hits:
@@ -216,13 +279,22 @@ def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str
         theirs, third = _their_name(name, qkr=qkr)
         if theirs not in state:
             raise UsageError(f"{origin}: tensor {theirs} is missing")
-        tensor, shape = state[theirs], own.shape if third is None else torch.Size((3 * own.numel(),))
+        tensor, shape = (
+            state[theirs],
+            own.shape if third is None else torch.Size((3 * own.numel(),)),
+        )
         # Maps and single numbers are flat there.
         if tensor.numel() != shape.numel() or (tensor.ndim > 1 and tensor.shape != shape):
-            raise UsageError(f"{origin}: {theirs} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        found[name] = tensor.reshape(shape) if third is None else tensor.reshape(shape).chunk(3)[third]
+            raise UsageError(
+                f"{origin}: {theirs} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+            )
+        found[name] = (
+            tensor.reshape(shape) if third is None else tensor.reshape(shape).chunk(3)[third]
+        )
         taken.add(theirs)
     for name in state.keys() - taken:
-        if not (_DEAD.search(name) or (name.endswith("clip_val") and bool((state[name] == 2).all()))):
+        if not (
+            _DEAD.search(name) or (name.endswith("clip_val") and bool((state[name] == 2).all()))
+        ):
             raise UsageError(f"{origin}: nothing in the model corresponds to {name}")
     net.load_state_dict(found)

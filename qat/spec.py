@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qat.errors import UsageError
-from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_bool, check_choice, check_text
+from qat.utils.validate import (
+    BLOCK_FLOATS,
+    FLOAT_BITS,
+    check_bits,
+    check_bool,
+    check_choice,
+    check_text,
+)
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
@@ -35,10 +42,16 @@ _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 def check_quantizer(setting: str, name: object) -> None:
     """Raise `UsageError` unless `name` is a built-in quantizer or has the form `package.module:Class`."""
-    if isinstance(name, str) and name.count(":") == 1 and all(part.isidentifier() for part in name.replace(":", ".").split(".")):
+    if (
+        isinstance(name, str)
+        and name.count(":") == 1
+        and all(part.isidentifier() for part in name.replace(":", ".").split("."))
+    ):
         return
     if name not in QUANTIZERS:
-        raise UsageError(f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class")
+        raise UsageError(
+            f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class"
+        )
 
 
 @dataclass(frozen=True)
@@ -175,10 +188,16 @@ class QuantRecipe:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer)
         check_quantizer("quant.act_quantizer", self.act_quantizer)
-        changed = [knob for knob, value in {**PRESETS["fp"], "act_bits": FLOAT_BITS}.items() if getattr(self, knob) != value]
+        changed = [
+            knob
+            for knob, value in {**PRESETS["fp"], "act_bits": FLOAT_BITS}.items()
+            if getattr(self, knob) != value
+        ]
         if self.name == "fp" and changed:
             value = getattr(self, changed[0])
-            raise UsageError(f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it")
+            raise UsageError(
+                f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it"
+            )
         all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
@@ -186,7 +205,9 @@ class QuantRecipe:
         check_bits("quant.head_bits", self.head_bits, all_float)
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in BLOCK_FLOATS:
-            raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}, whose blocks follow the heads")
+            raise UsageError(
+                f"quant.offsets=True: must be false with {self.act_quantizer}, whose blocks follow the heads"
+            )
         self._check_overrides()
 
     def _settle_rule_bits(self) -> None:
@@ -194,7 +215,9 @@ class QuantRecipe:
         if self.rule_bits is None:
             object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
 
-    def _check_choices(self, choices: Mapping[str, tuple[str, ...]], switches: Sequence[str]) -> None:
+    def _check_choices(
+        self, choices: Mapping[str, tuple[str, ...]], switches: Sequence[str]
+    ) -> None:
         for knob, allowed in choices.items():
             check_choice(f"{self.GROUP}.{knob}", getattr(self, knob), allowed)
         for knob in switches:
@@ -203,12 +226,18 @@ class QuantRecipe:
     def _check_overrides(self) -> None:
         if self.overrides is None:  # how a yaml file says that there are none
             object.__setattr__(self, "overrides", {})
-        if not isinstance(self.overrides, Mapping) or not all(isinstance(pattern, str) for pattern in self.overrides):
-            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: must be {{module glob: {{setting: value}}}}")
+        if not isinstance(self.overrides, Mapping) or not all(
+            isinstance(pattern, str) for pattern in self.overrides
+        ):
+            raise UsageError(
+                f"{self.GROUP}.overrides={self.overrides!r}: must be {{module glob: {{setting: value}}}}"
+            )
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(rule, Mapping) or set(rule) - knobs:
-                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its settings must be among {', '.join(sorted(knobs))}")
+                raise UsageError(
+                    f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its settings must be among {', '.join(sorted(knobs))}"
+                )
             self._under(pattern, self._with_following(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
@@ -231,16 +260,32 @@ class QuantRecipe:
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
         """A rule and what its `bits` sets beside it."""
-        following = ("stem_bits", "head_bits", *(["act_bits"] if self.rule_bits == "both" else [])) if "bits" in rule else ()
+        following = (
+            ("stem_bits", "head_bits", *(["act_bits"] if self.rule_bits == "both" else []))
+            if "bits" in rule
+            else ()
+        )
         return {knob: rule["bits"] for knob in following} | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`: one scale per output row; `role` is `weight` or `qk`."""
-        name = self.weight_quantizer if place == "block" else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
+        name = (
+            self.weight_quantizer
+            if place == "block"
+            else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
+        )
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
         axis = summed_axis(role) if name in BLOCK_FLOATS else 0
-        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=axis, step_init=self.step_init, steps=self.steps)
+        return QuantSpec(
+            role,
+            _WEIGHT_VARIANT.get(name, name),
+            bits,
+            signed=True,
+            axis=axis,
+            step_init=self.step_init,
+            steps=self.steps,
+        )
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
         """Spec of an activation.
@@ -266,7 +311,12 @@ class QuantRecipe:
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
         return QuantSpec(
-            role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, steps=self.steps, **layout
+            role,
+            name,
+            FLOAT_BITS if name == "float" else int(bits or 0),
+            step_init=self.step_init,
+            steps=self.steps,
+            **layout,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -288,7 +338,13 @@ _DEPLOY: dict[str, Any] = {
 }
 
 # Floats in blocks; around them what integer kernels can have.
-_BLOCK_FLOATS: dict[str, Any] = {"attention": "standard", "bits": 4, "offsets": False, "step_init": "mse", "steps": "relative"}
+_BLOCK_FLOATS: dict[str, Any] = {
+    "attention": "standard",
+    "bits": 4,
+    "offsets": False,
+    "step_init": "mse",
+    "steps": "relative",
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fp": {
@@ -300,10 +356,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "float",
         "offsets": False,
     },
-    "ofq": {"attention": "qkr", "weight_quantizer": "statsq", "act_quantizer": "lsq", "steps": "relative"},
-    "ofq_noqkr": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "lsq", "steps": "relative"},
-    "statsq": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "float", "steps": "relative"},
-    "lsq": {"attention": "standard", "weight_quantizer": "lsq", "act_quantizer": "lsq", "offsets": False, "steps": "relative"},
+    "ofq": {
+        "attention": "qkr",
+        "weight_quantizer": "statsq",
+        "act_quantizer": "lsq",
+        "steps": "relative",
+    },
+    "ofq_noqkr": {
+        "attention": "standard",
+        "weight_quantizer": "statsq",
+        "act_quantizer": "lsq",
+        "steps": "relative",
+    },
+    "statsq": {
+        "attention": "standard",
+        "weight_quantizer": "statsq",
+        "act_quantizer": "float",
+        "steps": "relative",
+    },
+    "lsq": {
+        "attention": "standard",
+        "weight_quantizer": "lsq",
+        "act_quantizer": "lsq",
+        "offsets": False,
+        "steps": "relative",
+    },
     "seq": {
         "attention": "standard",
         "weight_quantizer": "seq",
@@ -313,7 +390,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         # Sums of values by probabilities have a peak at zero, which half steps leave out.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
-    "minmax": {"attention": "standard", "weight_quantizer": "minmax", "act_quantizer": "minmax", "offsets": False},
+    "minmax": {
+        "attention": "standard",
+        "weight_quantizer": "minmax",
+        "act_quantizer": "minmax",
+        "offsets": False,
+    },
     "deploy_w8a8": {**_DEPLOY, "bits": 8},
     "deploy_w4a8": {**_DEPLOY, "bits": 4, "act_bits": 8},
     "deploy_w4a4": {**_DEPLOY, "bits": 4},

@@ -75,7 +75,11 @@ def float_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_4bit(tmp_path_factory, float_run):
     """A finished 4-bit run that started from the float one."""
-    return train(tmp_path_factory.mktemp("four") / "run", "quant=ofq_4bit", f"ckpt={float_run}/checkpoints/last.ckpt")
+    return train(
+        tmp_path_factory.mktemp("four") / "run",
+        "quant=ofq_4bit",
+        f"ckpt={float_run}/checkpoints/last.ckpt",
+    )
 
 
 @pytest.fixture
@@ -107,7 +111,9 @@ def write_parquet(path, contents, labels, column="img", label_column="label"):
     """Write a file as Hugging Face's `datasets` does: a struct of encoded bytes and a path, and an integer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    cells = pa.array([None if c is None else {"bytes": c, "path": None} for c in contents], type=struct)
+    cells = pa.array(
+        [None if c is None else {"bytes": c, "path": None} for c in contents], type=struct
+    )
     pq.write_table(pa.table({column: cells, label_column: pa.array(labels, type=pa.int64())}), path)
 
 
@@ -116,7 +122,9 @@ def write_cifar(root, train=40, test=10, seed=0):
     rng = np.random.default_rng(seed)
     for split, n in (("train", train), ("test", test)):
         pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        write_parquet(root / f"{split}.parquet", [encoded(p) for p in pixels], [i % 4 for i in range(n)])
+        write_parquet(
+            root / f"{split}.parquet", [encoded(p) for p in pixels], [i % 4 for i in range(n)]
+        )
     return root
 
 

@@ -56,7 +56,11 @@ def number(file: str, key: str) -> float:
 
 def below(file: str, prefix: str) -> dict[str, torch.Tensor]:
     """All arrays whose key starts with `prefix/`, by the rest of the key."""
-    return {k.removeprefix(prefix + "/"): torch.from_numpy(np.array(v)) for k, v in _arrays(file).items() if k.startswith(prefix + "/")}
+    return {
+        k.removeprefix(prefix + "/"): torch.from_numpy(np.array(v))
+        for k, v in _arrays(file).items()
+        if k.startswith(prefix + "/")
+    }
 
 
 def has(file: str, key: str) -> bool:

@@ -33,7 +33,9 @@ class Family:
     def build(self, **changes):
         """The net in eval mode, every parameter drawn so that none is zero."""
         torch.manual_seed(0)
-        return shake(timm.create_model(self.name, **{"num_classes": 10, **self.kwargs, **changes})).eval()
+        return shake(
+            timm.create_model(self.name, **{"num_classes": 10, **self.kwargs, **changes})
+        ).eval()
 
     @property
     def attention(self):
@@ -57,36 +59,68 @@ def _vit(title, name, size=32, qkr=True, **changes):
 ATTENTIONS = {
     "vit": _vit("ViT (`vit_*`), CLIP", "vit_tiny_patch16_224"),
     "vit_reg": _vit("ViT with register tokens (`vit_*_reg*`)", "vit_betwixt_patch16_reg4_gap_256"),
-    "vit_qk_norm": _vit("ViT with normalised queries and keys", "vit_tiny_patch16_224", qkr=False, qk_norm=True),
+    "vit_qk_norm": _vit(
+        "ViT with normalised queries and keys", "vit_tiny_patch16_224", qkr=False, qk_norm=True
+    ),
     "deit": _vit("DeiT (`deit_*`)", "deit_tiny_patch16_224"),
-    "deit_distilled": _vit("DeiT, distilled (`deit_*_distilled_*`)", "deit_tiny_distilled_patch16_224"),
+    "deit_distilled": _vit(
+        "DeiT, distilled (`deit_*_distilled_*`)", "deit_tiny_distilled_patch16_224"
+    ),
     "deit3": _vit("DeiT-III (`deit3_*`)", "deit3_small_patch16_224"),
     "dinov2": _vit("DINOv2 (`vit_*_dinov2`)", "vit_small_patch14_reg4_dinov2", patch_size=16),
-    "dinov2_giant": _vit("DINOv2 giant (`vit_giant_*_dinov2`)", "vit_giant_patch14_dinov2", patch_size=16),
+    "dinov2_giant": _vit(
+        "DINOv2 giant (`vit_giant_*_dinov2`)", "vit_giant_patch14_dinov2", patch_size=16
+    ),
     "siglip": _vit("SigLIP (`vit_*_siglip_*`)", "vit_base_patch16_siglip_224"),
-    "relpos": _vit("ViT with relative positions (`vit_relpos_*`, `vit_srelpos_*`)", "vit_relpos_medium_patch16_cls_224"),
-    "eva02": _vit("EVA, EVA-02 (`eva_*`, `eva02_*`)", "eva02_tiny_patch14_224", qkr=False, patch_size=16),
+    "relpos": _vit(
+        "ViT with relative positions (`vit_relpos_*`, `vit_srelpos_*`)",
+        "vit_relpos_medium_patch16_cls_224",
+    ),
+    "eva02": _vit(
+        "EVA, EVA-02 (`eva_*`, `eva02_*`)", "eva02_tiny_patch14_224", qkr=False, patch_size=16
+    ),
     "dinov3": _vit("DINOv3 (`vit_*_dinov3`)", "vit_small_patch16_dinov3", qkr=False),
     "pe": _vit("Perception Encoder (`vit_pe_*`)", "vit_pe_core_tiny_patch16_384", qkr=False),
     "beit": _vit("BEiT (`beit_*`, `beitv2_*`)", "beit_base_patch16_224"),
     "swin": Family("Swin (`swin_*`)", "swin_tiny_patch4_window7_224", {"img_size": 32, **_SWIN}),
-    "swinv2": Family("Swin v2 (`swinv2_*`)", "swinv2_tiny_window8_256", {"img_size": 32, **_SWIN}, qkr=False),
+    "swinv2": Family(
+        "Swin v2 (`swinv2_*`)", "swinv2_tiny_window8_256", {"img_size": 32, **_SWIN}, qkr=False
+    ),
 }
 GENERIC = {
-    "swinv2_cr": Family("Swin v2, cr (`swinv2_cr_*`)", "swinv2_cr_tiny_224", {"img_size": 32, **_SWIN}),
-    "convnext": Family("ConvNeXt (`convnext_*`)", "convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}),
+    "swinv2_cr": Family(
+        "Swin v2, cr (`swinv2_cr_*`)", "swinv2_cr_tiny_224", {"img_size": 32, **_SWIN}
+    ),
+    "convnext": Family(
+        "ConvNeXt (`convnext_*`)",
+        "convnext_atto",
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    ),
     "levit": Family(
         "LeViT (`levit_*`)",
         "levit_128s",
-        {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1)},
+        {
+            "img_size": 64,
+            "embed_dim": (16, 24, 32),
+            "key_dim": 8,
+            "num_heads": (2, 3, 4),
+            "depth": (1, 1, 1),
+        },
         64,
     ),
     "xcit": _vit("XCiT (`xcit_*`)", "xcit_nano_12_p16_224"),
     "cait": _vit("CaiT (`cait_*`)", "cait_xxs24_224"),
     "mobilevit": Family("MobileViT (`mobilevit_*`)", "mobilevit_xxs"),
-    "hiera": Family("Hiera (`hiera_*`)", "hiera_tiny_224", {"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1)}, 64),
+    "hiera": Family(
+        "Hiera (`hiera_*`)",
+        "hiera_tiny_224",
+        {"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1)},
+        64,
+    ),
     "pvt_v2": Family(
-        "PVT v2 (`pvt_v2_*`)", "pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32), "num_heads": (1, 1, 2, 2)}
+        "PVT v2 (`pvt_v2_*`)",
+        "pvt_v2_b0",
+        {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32), "num_heads": (1, 1, 2, 2)},
     ),
 }
 FAMILIES = ATTENTIONS | GENERIC
@@ -96,4 +130,6 @@ OFTEN = {"vit", "deit_distilled", "dinov3", "beit", "swin", "swinv2", "siglip", 
 
 def families():
     """Names as parameters of a test: those that are not run at every change are marked."""
-    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+    return [
+        name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES
+    ]

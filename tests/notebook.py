@@ -32,7 +32,14 @@ def executed(folder, parameters=""):
     environment = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
     where = {"metadata": {"path": str(place)}}
     with mock.patch.dict(os.environ, environment):
-        NotebookClient(book, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True, resources=where).execute()
+        NotebookClient(
+            book,
+            timeout=600,
+            kernel_name="python3",
+            record_timing=False,
+            coalesce_streams=True,
+            resources=where,
+        ).execute()
     return book
 
 
@@ -48,4 +55,6 @@ def tidied(book, place):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(tidied(executed(Path(folder)), Path(folder).resolve() / "examples"), NOTEBOOK)
+        nbformat.write(
+            tidied(executed(Path(folder)), Path(folder).resolve() / "examples"), NOTEBOOK
+        )

@@ -15,7 +15,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
-def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
+def in_processes(
+    count: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+) -> list[str]:
     """Call a function of a module in processes, as torchrun would place them; gives what each raised, "" for nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -23,7 +25,10 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "qat.tasks.train"])
     errors = context.SimpleQueue()
-    processes = [context.Process(target=_run, args=(number, count, port, errors, function, args)) for number in range(count)]
+    processes = [
+        context.Process(target=_run, args=(number, count, port, errors, function, args))
+        for number in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -38,8 +43,17 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
 
 
 def _run(number, count, port, errors, function, args):
-    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    place = {
+        "LOCAL_RANK": number,
+        "RANK": number,
+        "WORLD_SIZE": count,
+        "NODE_RANK": 0,
+        "MASTER_PORT": port,
+    }
+    os.environ.update({
+        "MASTER_ADDR": "127.0.0.1",
+        **{name: str(value) for name, value in place.items()},
+    })
     rank_zero_only.rank = fabric_rank_zero_only.rank = number
     torch.set_num_threads(1)
     try:

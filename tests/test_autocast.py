@@ -98,13 +98,17 @@ def test_fused_and_unfused_agree(net):
     largest = max(g.norm() for g in plain.values())
     for name, gradient in fused.items():
         assert gradient.isfinite().all()
-        if name.endswith("product_offset"):  # a softmax is blind to most of it: what is left of its gradient is rounding
+        if name.endswith(
+            "product_offset"
+        ):  # a softmax is blind to most of it: what is left of its gradient is rounding
             assert gradient.norm() < 1e-2 * largest
         else:
             assert (gradient - plain[name]).norm() <= 1e-2 * plain[name].norm(), name
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", BF16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", BF16)]
+)
 def test_a_net_trains(precision, dtype):
     learner = module(quantized("ofq"), lr=0.05)
     before = {name: p.detach().clone() for name, p in learner.net.named_parameters()}
@@ -131,7 +135,9 @@ def test_a_net_of_another_dtype_runs_whether_watched_or_not(preset, dtype):
     net = quantized(preset, bits=4).eval().to(dtype)
     x = images().to(dtype)
     alone = net(x)
-    hooks = [site.quantizer.register_forward_hook(lambda *_: None) for site in qat.iter_quantizers(net)]
+    hooks = [
+        site.quantizer.register_forward_hook(lambda *_: None) for site in qat.iter_quantizers(net)
+    ]
     among = net(x)
     for hook in hooks:
         hook.remove()

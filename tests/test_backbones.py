@@ -32,7 +32,11 @@ def backbone(kind):
 
 def quantized(kind, **knobs):
     net, family = backbone(kind)
-    qat.convert(net, qat.recipe("ofq", **{"attention": family.attention, **knobs}), input_size=family.input_size)
+    qat.convert(
+        net,
+        qat.recipe("ofq", **{"attention": family.attention, **knobs}),
+        input_size=family.input_size,
+    )
     return qat.initialize_scales(net, [family.images(4)]), family.images()
 
 
@@ -53,7 +57,9 @@ def test_without_rounding_the_maps_are_timms(kind):
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_from_conversion_to_a_packed_file(kind, tmp_path):
     net, family = backbone(kind)
-    qat.convert(net, qat.recipe("ofq", bits=4, attention=family.attention), input_size=family.input_size)
+    qat.convert(
+        net, qat.recipe("ofq", bits=4, attention=family.attention), input_size=family.input_size
+    )
     x = family.images()
     with pytest.raises(qat.UsageError, match="are not initialised; call qat.initialize_scales"):
         net(x)
@@ -86,7 +92,11 @@ def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
         assert torch.equal(net.forward_head(last), net(x))
     wrapped = family.build(features_only=True, out_indices=(0, 1), feature_cls="getter")
     qat.convert(wrapped, qat.recipe("ofq", bits=4), input_size=family.input_size)
-    inner = {name: value for name, value in net.state_dict().items() if name in wrapped.model.state_dict()}
+    inner = {
+        name: value
+        for name, value in net.state_dict().items()
+        if name in wrapped.model.state_dict()
+    }
     wrapped.model.load_state_dict(inner)
     assert all(map(torch.equal, maps(wrapped, x), found))
 
@@ -103,18 +113,33 @@ def test_a_net_around_it_is_converted_as_a_whole():
 
     net, x = Segmenter(), FAMILIES["vit"].images()
     qat.convert(net, qat.recipe("ofq", bits=4), input_size=FAMILIES["vit"].input_size)
-    widths = {name: site.quantizer.spec.bits for name, site in sites(qat.initialize_scales(net, [x])).items() if site.is_weight}
-    assert widths["backbone.model.patch_embed.proj.weight_quantizer"] == widths["head.weight_quantizer"] == 8
+    widths = {
+        name: site.quantizer.spec.bits
+        for name, site in sites(qat.initialize_scales(net, [x])).items()
+        if site.is_weight
+    }
+    assert (
+        widths["backbone.model.patch_embed.proj.weight_quantizer"]
+        == widths["head.weight_quantizer"]
+        == 8
+    )
     with pytest.raises(qat.UsageError, match="save: this model does not record how timm built it"):
         qat.save(net, "never.ckpt")
 
 
 def test_what_needs_classes_says_so(tmp_path):
     net, x = quantized("FeatureGetterNet")
-    with pytest.raises(qat.UsageError, match=r"^export_onnx: the model returns several tensors for an image; must be a classifier"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^export_onnx: the model returns several tensors for an image; must be a classifier",
+    ):
         qat.export_onnx(net, tmp_path / "net.onnx")
-    with pytest.raises(qat.UsageError, match=r"^search: the model must return logits \(N, classes\)"):
+    with pytest.raises(
+        qat.UsageError, match=r"^search: the model must return logits \(N, classes\)"
+    ):
         logits_of(net, x, 2)
-    with pytest.raises(qat.UsageError, match=r"^model.args: the model returns several tensors for an image"):
+    with pytest.raises(
+        qat.UsageError, match=r"^model.args: the model returns several tensors for an image"
+    ):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))

@@ -59,7 +59,9 @@ def of_family(name, bits):
     family = ATTENTIONS[name]
     depth = {"depths": (2, 1)} if name.startswith("swin") else {"depth": 1}
     net = family.build(drop_path_rate=0.0, **depth)
-    qat.convert(net, qat.recipe("ofq", bits=bits, attention=family.attention), input_size=family.input_size)
+    qat.convert(
+        net, qat.recipe("ofq", bits=bits, attention=family.attention), input_size=family.input_size
+    )
     return qat.initialize_scales(net, [family.images(8, seed=1)]), family.images(64)
 
 
@@ -67,19 +69,29 @@ def of_family(name, bits):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "aot_eager") for name in ("ofq", "ofq_noqkr", "swin", "eva02", "swinv2", "dinov3", "beit", "siglip")),
-        *((name, "inductor") for name in ("ofq", "ofq_noqkr")),  # a minute for each of the others, whose graphs are traced above
+        *(
+            (name, "aot_eager")
+            for name in ("ofq", "ofq_noqkr", "swin", "eva02", "swinv2", "dinov3", "beit", "siglip")
+        ),
+        *(
+            (name, "inductor") for name in ("ofq", "ofq_noqkr")
+        ),  # a minute for each of the others, whose graphs are traced above
     ],
 )
 def test_compiled_forward_and_backward(name, backend):
-    (net, x), (other, _) = (of_family(name, b) if name in ATTENTIONS else (quantized(name, bits=b), images(64)) for b in (2, 3))
+    (net, x), (other, _) = (
+        of_family(name, b) if name in ATTENTIONS else (quantized(name, bits=b), images(64))
+        for b in (2, 3)
+    )
     out, gradient = step(net.train(), x)
     compiled_out, compiled_gradient = step(torch.compile(net, fullgraph=True, backend=backend), x)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not dynamo.utils.counters["graph_break"]
     assert share_of_changed_images(out, compiled_out) <= (0.1 if name in ATTENTIONS else 0.05)
     assert share_of_changed_images(out, logits(other, x)) == 1
-    assert torch.cosine_similarity(gradient, compiled_gradient, dim=0) > (0.99 if name in ATTENTIONS else 0.999)
+    assert torch.cosine_similarity(gradient, compiled_gradient, dim=0) > (
+        0.99 if name in ATTENTIONS else 0.999
+    )
     assert torch.cosine_similarity(gradient, step(other.train(), x)[1], dim=0) < 0.99
 
 
@@ -91,7 +103,9 @@ class Quantizers(torch.nn.Module):
         net, seen = quantized(preset, bits=2), {}
         first = [site for site in qat.iter_quantizers(net) if site.name.startswith("blocks.0.")]
         for site in first:
-            site.quantizer.register_forward_pre_hook(lambda _, given, name=site.name: seen.setdefault(name, given[0].detach().clone()))
+            site.quantizer.register_forward_pre_hook(
+                lambda _, given, name=site.name: seen.setdefault(name, given[0].detach().clone())
+            )
         net(images(4))
         self.all = torch.nn.ModuleList(site.quantizer for site in first)
         self.given = [seen[site.name] for site in first]
@@ -113,7 +127,9 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
         expected, found = made(made.given), torch.compile(made, fullgraph=True)(made.given)
     assert len(found) > 6
     for quantizer, ours, theirs in zip(made.all, found, expected, strict=True):
-        if isinstance(quantizer, StatsQ):  # its scale is a mean, whose sum may be taken in another order; the codes are the same
+        if isinstance(
+            quantizer, StatsQ
+        ):  # its scale is a mean, whose sum may be taken in another order; the codes are the same
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs), quantizer
@@ -132,7 +148,11 @@ def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
 
 @pytest.mark.slow
 def test_a_graph_of_other_formulas_is_not_taken_from_a_cache():
-    net, x, found = StatsQ(QuantSpec("weight", "statsq", 2, signed=True, axis=0)), torch.ones(2, 3), []
+    net, x, found = (
+        StatsQ(QuantSpec("weight", "statsq", 2, signed=True, axis=0)),
+        torch.ones(2, 3),
+        [],
+    )
     with fresh_cache():
         for tag in ("one", "one", "other"):
             dynamo.reset()
@@ -140,7 +160,10 @@ def test_a_graph_of_other_formulas_is_not_taken_from_a_cache():
             with compiler.patch(cache_key_tag=tag), torch.no_grad():
                 CompiledCall(net, net)(x)
             counts = dynamo.utils.counters
-            found.append(counts["aot_autograd"]["autograd_cache_hit"] + counts["inductor"]["fxgraph_cache_hit"])
+            found.append(
+                counts["aot_autograd"]["autograd_cache_hit"]
+                + counts["inductor"]["fxgraph_cache_hit"]
+            )
     assert [hits > 0 for hits in found] == [False, True, False]
 
 
@@ -167,11 +190,16 @@ def test_gradients_pass_a_compiled_quantizer(quantizer):
     calls = {
         "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
         "lsq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None))),
-        "seq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))),
+        "seq": lambda w: kernels.lsq(
+            w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))
+        ),
         "log2": lambda w: fake_quantize_log2(w, 4),
     }
     found = []
-    for call in (calls[quantizer], torch.compile(calls[quantizer], fullgraph=True, backend="aot_eager")):
+    for call in (
+        calls[quantizer],
+        torch.compile(calls[quantizer], fullgraph=True, backend="aot_eager"),
+    ):
         w, step.grad = x.clone().requires_grad_(), None
         (call(w) * x).sum().backward()
         found.append((w.grad, step.grad))
@@ -188,7 +216,9 @@ def backend(monkeypatch):
 
 
 def graphs():
-    return dynamo.utils.counters["stats"]["unique_graphs"], sum(dynamo.utils.counters["graph_break"].values())
+    return dynamo.utils.counters["stats"]["unique_graphs"], sum(
+        dynamo.utils.counters["graph_break"].values()
+    )
 
 
 class NoMoreGraphs(Callback):
@@ -216,12 +246,24 @@ def train_a_distilled_pair():
     """Two epochs with a validation each; both data sets end with a short batch."""
     net, teacher = quantized("ofq", DISTILLED), Teacher(vit(DISTILLED))
     loss = CompositeLoss({"kd": Distillation()})
-    learner = QATModule(net, loss, num_classes=10, optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1), teacher=teacher)
+    learner = QATModule(
+        net,
+        loss,
+        num_classes=10,
+        optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1),
+        teacher=teacher,
+    )
     names = list(learner.state_dict())
     compile_in_place(net.train())
     teacher.compile()
     sizes = Sizes()
-    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[sizes, NoMoreGraphs()], num_sanity_val_steps=0, **QUIET)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[sizes, NoMoreGraphs()],
+        num_sanity_val_steps=0,
+        **QUIET,
+    )
     trainer.fit(learner, batches(6, 16), batches(6, 14))
     assert list(learner.state_dict()) == names
     assert (sizes.train, sizes.val) == ([6, 6, 4] * 2, [6, 6, 2] * 2)
@@ -248,7 +290,9 @@ def test_the_largest_batch_has_the_graph(backend):
     for n, value in expected.items():
         torch.testing.assert_close(found[n], value)
     with torch.compiler.set_stance("force_eager"):
-        net(images(64))  # somebody looks at the net eagerly: no reason to run smaller batches so from now on
+        net(
+            images(64)
+        )  # somebody looks at the net eagerly: no reason to run smaller batches so from now on
     dynamo.config.error_on_recompile = True
     try:
         logits(net, images(9))

@@ -28,12 +28,24 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydr
 CHOOSERS = {"experiment", "debug"}
 # Groups that train.py does not have.
 ELSEWHERE = {"ptq", "search", "analysis", "format"}
-RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS for bits in (2, 3, 4, 8)} | {
-    name: (name, {}) for name in PRESETS
+RECIPES = {
+    f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS for bits in (2, 3, 4, 8)
+} | {name: (name, {}) for name in PRESETS}
+RECIPES |= {
+    "nvfp4_w4a4": ("nvfp4", {}),
+    "mxfp4_w4a4": ("mxfp4", {}),
+    "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
 }
-RECIPES |= {"nvfp4_w4a4": ("nvfp4", {}), "mxfp4_w4a4": ("mxfp4", {}), "mxfp4_w4a8": ("mxfp4", {"act_bits": 8})}
 # One of each kind, for the tests of every change.
-OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swin_t", "swinv2_t", "eva02_t"}
+OFTEN = {
+    "deit_t",
+    "deit_t_distilled",
+    "vit_tiny_demo",
+    "resnet_tiny_demo",
+    "swin_t",
+    "swinv2_t",
+    "eva02_t",
+}
 # Queries and keys of these are rotated or normalised.
 NO_QKR = {"eva02_t", "swinv2_t"}
 # A recipe of each kind; what a net makes of it does not depend on the bits.
@@ -53,9 +65,13 @@ def whole(config, *overrides):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in sorted(CHOOSERS) for c in choices(g)])
+@pytest.mark.parametrize(
+    ("group", "choice"), [(g, c) for g in sorted(CHOOSERS) for c in choices(g)]
+)
 def test_every_choice_of_many_composes(group, choice):
-    needs_a_model = ("model=deit_t",) if choice.startswith(("ofq_", "evolq_")) and group == "experiment" else ()
+    needs_a_model = (
+        ("model=deit_t",) if choice.startswith(("ofq_", "evolq_")) and group == "experiment" else ()
+    )
     whole("ptq" if choice.startswith("evolq_") else "train", f"{group}={choice}", *needs_a_model)
 
 
@@ -79,7 +95,10 @@ def test_every_choice_composes(config, groups):
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
-        *(pytest.param(m, q, marks=() if m in OFTEN else pytest.mark.long) for m, q in itertools.product(choices("model"), KINDS)),
+        *(
+            pytest.param(m, q, marks=() if m in OFTEN else pytest.mark.long)
+            for m, q in itertools.product(choices("model"), KINDS)
+        ),
         *(("vit_tiny_demo", q) for q in choices("quant") if q not in KINDS),
     ],
 )
@@ -88,7 +107,10 @@ def test_every_recipe_fits_every_model(model, quant):
     start = build.build_start(cfg)
     recipe = build.build_recipe(cfg)
     if model in NO_QKR and recipe.attention == "qkr":
-        with pytest.raises(qat.UsageError, match="quant.attention='qkr': this model (normalises|rotates) queries and keys"):
+        with pytest.raises(
+            qat.UsageError,
+            match="quant.attention='qkr': this model (normalises|rotates) queries and keys",
+        ):
             qat.convert(start.net, recipe, input_size=(1, 8, 8))
         return
     qat.convert(start.net, recipe, input_size=(1, 8, 8))
@@ -100,29 +122,58 @@ def test_every_recipe_fits_every_model(model, quant):
     }
     # A pooling by attention has a learnt query of its own.
     pooled = {"q"} if model == "siglip_b" and recipe.attention == "qkr" else set()
-    present = {"weight", "input", "image"} if model.startswith("resnet") else {"weight", "input", "image", *expected[recipe.attention]}
+    present = (
+        {"weight", "input", "image"}
+        if model.startswith("resnet")
+        else {"weight", "input", "image", *expected[recipe.attention]}
+    )
     assert roles == (expected[recipe.attention] & present) | pooled
 
 
 @pytest.mark.parametrize("name", choices("quant"))
 def test_a_quant_file_has_all_knobs_and_is_the_recipe_of_its_name(name):
-    knobs = OmegaConf.to_container(compose("train", f"quant={name}", "run_dir=a").quant, resolve=True)
+    knobs = OmegaConf.to_container(
+        compose("train", f"quant={name}", "run_dir=a").quant, resolve=True
+    )
     assert set(knobs) == {f.name for f in dataclasses.fields(qat.QuantRecipe)} - {"rule_bits"}
     preset, settings = RECIPES[name]
     assert qat.QuantRecipe(**knobs) == qat.recipe(preset, **settings)
 
 
 SHORT_PATHS = [
-    *("quant.bits", "quant.act_bits", "quant.attention", "quant.overrides", "data.root", "data.batch_size", "data.num_workers"),
-    *("data.augment", "data.calibration_images", "optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs", "trainer.devices"),
-    *("trainer.precision", "trainer.fast_dev_run", "trainer.limit_train_batches", "trainer.accumulate_grad_batches", "teacher.model"),
+    *(
+        "quant.bits",
+        "quant.act_bits",
+        "quant.attention",
+        "quant.overrides",
+        "data.root",
+        "data.batch_size",
+        "data.num_workers",
+    ),
+    *(
+        "data.augment",
+        "data.calibration_images",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "trainer.max_epochs",
+        "trainer.devices",
+    ),
+    *(
+        "trainer.precision",
+        "trainer.fast_dev_run",
+        "trainer.limit_train_batches",
+        "trainer.accumulate_grad_batches",
+        "teacher.model",
+    ),
     *("teacher.ckpt", "model.pretrained", "model.weights", "seed", "ckpt", "run_dir"),
 ]
 
 
 def test_short_paths_need_no_plus():
     cfg = compose("train", *(f"{path}=7" for path in SHORT_PATHS))
-    assert all(str(OmegaConf.select(cfg, path)) in {"7", "True"} for path in SHORT_PATHS)  # of the schema's types
+    assert all(
+        str(OmegaConf.select(cfg, path)) in {"7", "True"} for path in SHORT_PATHS
+    )  # of the schema's types
 
 
 def test_a_key_that_does_not_exist_is_refused_by_hydra():
@@ -137,13 +188,17 @@ def accepted(function, *, without=()):
 
 @pytest.mark.parametrize("name", choices("trainer"))
 def test_trainer_keys_are_lightnings(name):
-    assert set(compose("train", f"trainer={name}", "run_dir=a").trainer) <= accepted(Trainer.__init__)
+    assert set(compose("train", f"trainer={name}", "run_dir=a").trainer) <= accepted(
+        Trainer.__init__
+    )
 
 
 @pytest.mark.parametrize("name", choices("data"))
 def test_data_files_have_all_settings(name):
     cfg = compose("train", f"data={name}", "run_dir=a").data
-    assert set(cfg) == {f.name for f in dataclasses.fields(get_class(cfg._target_).SETTINGS)} | {"_target_"}
+    assert set(cfg) == {f.name for f in dataclasses.fields(get_class(cfg._target_).SETTINGS)} | {
+        "_target_"
+    }
 
 
 @pytest.mark.parametrize("name", choices("loss"))
@@ -158,12 +213,22 @@ def test_debug_configs_run(tmp_path, debug):
     assert not list(run.rglob("*.ckpt"))
 
 
-ELSEWHERE_RUN = ("ofq_", "evolq_", "cifar10_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py, tests/test_docs.py
+ELSEWHERE_RUN = (
+    "ofq_",
+    "evolq_",
+    "cifar10_",
+)  # tests/tasks/test_recipes.py, tests/tasks/test_search.py, tests/test_docs.py
 
 
-@pytest.mark.parametrize("name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE_RUN)])
+@pytest.mark.parametrize(
+    "name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE_RUN)]
+)
 def test_experiments_run(tmp_path, float_run, name):
-    start = [f"ckpt={float_run}/checkpoints/last.ckpt"] if "kd" in compose("train", f"experiment={name}").loss.terms else []
+    start = (
+        [f"ckpt={float_run}/checkpoints/last.ckpt"]
+        if "kd" in compose("train", f"experiment={name}").loss.terms
+        else []
+    )
     small = ("trainer.fast_dev_run=true", *(o for o in TINY if "model.args" in o), *start)
     run = train(tmp_path / "run", f"experiment={name}", *small, "trainer.max_epochs=60")
     assert results(run)["weights"] == "final"

@@ -35,7 +35,11 @@ def test_every_line_of_the_page_has_its_test_and_every_test_its_line():
     assert all(ends)
     named = [name for end in ends for name in re.findall(r"\w+", end[1])]
     files = (path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    tests = [name for text in files for name in re.findall(r"^def test_deviates_from_reference_(\w+)\(", text, re.MULTILINE)]
+    tests = [
+        name
+        for text in files
+        for name in re.findall(r"^def test_deviates_from_reference_(\w+)\(", text, re.MULTILINE)
+    ]
     assert sorted(named) == sorted(tests)
 
 
@@ -89,7 +93,11 @@ def test_deviates_from_reference_dead_offsets_do_not_exist(preset):
 def test_deviates_from_reference_scales_exist_from_conversion_on(tmp_path):
     # There they are None until a first batch: a strict load into a fresh net fails and an early optimizer never trains them.
     net = converted("ofq", bits=2)
-    early = [p for group in torch.optim.SGD(net.parameters(), lr=0.1).param_groups for p in group["params"]]
+    early = [
+        p
+        for group in torch.optim.SGD(net.parameters(), lr=0.1).param_groups
+        for p in group["params"]
+    ]
     assert sites(net)["patch_embed.proj.input_quantizer"].quantizer(images()).isnan().all()
     qat.initialize_scales(net, [images()])
     assert {id(p) for p in early} == {id(p) for p in net.parameters()}
@@ -207,7 +215,11 @@ def test_deviates_from_reference_attention_weights_are_lost_only_on_request(pres
     net = converted(preset)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     lost = forget_attention_weights(net)
-    changed = {name for name, p in net.named_parameters() if not torch.equal(p.nan_to_num(), before[name].nan_to_num())}
+    changed = {
+        name
+        for name, p in net.named_parameters()
+        if not torch.equal(p.nan_to_num(), before[name].nan_to_num())
+    }
     linears = ("proj",) if preset == "ofq" else ("qkv", "proj")
     expected = [f"blocks.{i}.attn.{linear}" for i in (0, 1) for linear in linears]
     assert lost == expected
@@ -229,11 +241,22 @@ def test_deviates_from_reference_teacher_is_frozen():
 
 def test_deviates_from_reference_scales_come_from_images_without_augmentation():
     # There one augmented training batch makes the scales, another one for another order of the data.
-    data = Digits(image_size=8, patch_size=4, in_chans=1, num_classes=10, mean=[0.0], std=[1.0], augment="light", calibration_images=64)
+    data = Digits(
+        image_size=8,
+        patch_size=4,
+        in_chans=1,
+        num_classes=10,
+        mean=[0.0],
+        std=[1.0],
+        augment="light",
+        calibration_images=64,
+    )
     first, again = data.calibration_batches()[0], data.calibration_batches()[0]
     assert torch.equal(first, again)
     known = {image.tobytes() for image in data.split("train").images}
-    assert all((image * 255).round().byte().permute(1, 2, 0).numpy().tobytes() in known for image in first)
+    assert all(
+        (image * 255).round().byte().permute(1, 2, 0).numpy().tobytes() in known for image in first
+    )
 
 
 def test_deviates_from_reference_order_is_a_function_of_seed_and_epoch():
@@ -249,7 +272,15 @@ def test_deviates_from_reference_order_is_a_function_of_seed_and_epoch():
 
 def swin():
     """A float Swin of two stages."""
-    kwargs = {"img_size": 8, "patch_size": 1, "window_size": 4, "in_chans": 1, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    kwargs = {
+        "img_size": 8,
+        "patch_size": 1,
+        "window_size": 4,
+        "in_chans": 1,
+        "embed_dim": 8,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+    }
     return timm.create_model("swin_tiny_patch4_window7_224", **kwargs)
 
 
@@ -257,16 +288,24 @@ def swin():
 def test_deviates_from_reference_position_biases_are_kept(preset):
     # There Swin's tables start at random, whatever was pretrained.
     net = swin()
-    tables = [layer.blocks[0].attn.relative_position_bias_table.detach().clone() for layer in net.layers]
+    tables = [
+        layer.blocks[0].attn.relative_position_bias_table.detach().clone() for layer in net.layers
+    ]
     qat.convert(net, qat.recipe(preset), input_size=SIZE)
-    assert all(torch.equal(layer.blocks[0].attn.relative_position_bias_table, t) for layer, t in zip(net.layers, tables, strict=True))
+    assert all(
+        torch.equal(layer.blocks[0].attn.relative_position_bias_table, t)
+        for layer, t in zip(net.layers, tables, strict=True)
+    )
     assert "layers.0.blocks.0.attn.relative_position_bias_table" in forget_attention_weights(net)
     assert not torch.equal(net.layers[0].blocks[0].attn.relative_position_bias_table, tables[0])
 
 
 def test_deviates_from_reference_a_merging_gets_a_bias_only_on_request():
     # There patch merging, which has no bias, gets one with random values.
-    assert qat.convert(swin(), qat.recipe("ofq"), input_size=SIZE).layers[1].downsample.reduction.bias is None
+    assert (
+        qat.convert(swin(), qat.recipe("ofq"), input_size=SIZE).layers[1].downsample.reduction.bias
+        is None
+    )
     net = swin()
     assert invent_biases(net) == ["layers.1.downsample.reduction"]
     bias = qat.convert(net, qat.recipe("ofq"), input_size=SIZE).layers[1].downsample.reduction.bias
@@ -281,7 +320,9 @@ def test_deviates_from_reference_weights_can_be_rebuilt_from_codes(bits):
     weight = site.latent().detach()
     codes, scale = site.quantizer.codes(weight), site.quantizer.scale_of(weight)
     assert (codes.min(), codes.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    assert_close((2 * codes + 1) * scale / 2**bits, site.quantizer(weight).detach(), rtol=1e-6, atol=0)
+    assert_close(
+        (2 * codes + 1) * scale / 2**bits, site.quantizer(weight).detach(), rtol=1e-6, atol=0
+    )
 
 
 def test_deviates_from_reference_no_device_is_asked_for():
@@ -313,8 +354,16 @@ def test_deviates_from_reference_conversion_gives_back_the_net_it_was_given():
 
 def test_deviates_from_reference_every_setting_of_a_row_arrives():
     # There a blank behind a backslash ends the command of DeiT-S W4A4 before bits, QKR and distillation.
-    first, second = (compose("train", f"experiment=ofq_w4a4{stage}", "model=deit_s", "run_dir=a") for stage in ("", "_cga"))
-    assert (first.quant.bits, first.quant.act_bits, first.quant.attention, list(first.loss.terms)) == (4, None, "qkr", ["kd"])
+    first, second = (
+        compose("train", f"experiment=ofq_w4a4{stage}", "model=deit_s", "run_dir=a")
+        for stage in ("", "_cga")
+    )
+    assert (
+        first.quant.bits,
+        first.quant.act_bits,
+        first.quant.attention,
+        list(first.loss.terms),
+    ) == (4, None, "qkr", ["kd"])
     assert second.model.args == first.model.args
     assert all(second[group] == first[group] for group in ("quant", "data", "loss", "seed"))
     assert not first.overwrite
@@ -344,7 +393,9 @@ def test_deviates_from_reference_queries_and_keys_can_anneal(policy):
             attention = pl_module.net.blocks[0].attn
             latent = attention.latent
             attention.latent = lambda role: hooked(latent(role))
-            attention.qk_quantizer.register_forward_pre_hook(lambda *_: None)  # who is watched is handed the matrix
+            attention.qk_quantizer.register_forward_pre_hook(
+                lambda *_: None
+            )  # who is watched is handed the matrix
 
     def hooked(folded):
         folded.register_hook(gates.append)
@@ -373,7 +424,9 @@ def test_deviates_from_reference_annealing_masks_under_mixed_precision(precision
     for t in range(4):
         changed = moved(steps, t, "blocks.0.mlp.fc1.weight")
         assert changed.any()
-        assert not (changed & ~F.near_threshold(steps.before[t]["blocks.0.mlp.fc1.weight"], 2, 0.05)).any()
+        assert not (
+            changed & ~F.near_threshold(steps.before[t]["blocks.0.mlp.fc1.weight"], 2, 0.05)
+        ).any()
         assert steps.after[t]["blocks.0.mlp.fc1.weight"].isfinite().all()
 
 
@@ -386,7 +439,13 @@ def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do():
 def test_deviates_from_reference_a_mask_is_on_the_grid_of_its_own_weight():
     # There one number of bits, which a quantized teacher can change, makes the masks of all weights.
     start, steps = quantized(bits=2, overrides={"blocks.1.*": {"bits": 4}}), Steps()
-    fit(module(start), CGA(boundary_range=0.05, start_epoch=0, lr=1e-3), steps, max_epochs=1, limit_train_batches=1)
+    fit(
+        module(start),
+        CGA(boundary_range=0.05, start_epoch=0, lr=1e-3),
+        steps,
+        max_epochs=1,
+        limit_train_batches=1,
+    )
     for block, bits, other in ((0, 2, 4), (1, 4, 2)):
         name = f"blocks.{block}.mlp.fc1.weight"
         changed = moved(steps, 0, name)
@@ -400,7 +459,9 @@ def test_deviates_from_reference_oscillations_are_measured():
 
     class Look(Callback):
         def on_train_batch_end(self, trainer, *_):
-            logged.append({k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("osc/")})
+            logged.append({
+                k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("osc/")
+            })
 
     fit(module(quantized(bits=2), lr=0.03), Oscillation(), Look(), log_every_n_steps=8)
     assert 0 < logged[-1]["osc/share"] < 1
@@ -411,9 +472,14 @@ def test_deviates_from_reference_oscillations_are_measured():
 def test_deviates_from_reference_maps_have_one_scale(map_scales, scales):
     # There a map (B, H, W, C) meets the rule for tokens, dimension -2, and every column of it gets a scale.
     swin = ATTENTIONS["swin"]
-    net = qat.convert(swin.build(), qat.recipe("ofq", bits=2, map_scales=map_scales), input_size=swin.input_size)
+    net = qat.convert(
+        swin.build(), qat.recipe("ofq", bits=2, map_scales=map_scales), input_size=swin.input_size
+    )
     for layer in ("fc1", "fc2"):
-        assert sites(net)[f"layers.0.blocks.0.mlp.{layer}.input_quantizer"].quantizer.n_scales == scales
+        assert (
+            sites(net)[f"layers.0.blocks.0.mlp.{layer}.input_quantizer"].quantizer.n_scales
+            == scales
+        )
     mlp = qat.initialize_scales(net, [swin.images()]).layers[0].blocks[0].mlp
     x = randn(1, 64, 16)
     # Two columns change places: the result follows only if they share a scale.
@@ -425,7 +491,9 @@ def test_deviates_from_reference_swins_table_does_not_decay():
     # There all tensors of two dimensions and more decay but tokens and the position embedding.
     swin = ATTENTIONS["swin"]
     net = qat.convert(swin.build(), qat.recipe("ofq"), input_size=swin.input_size)
-    tables = {name for name, _ in net.named_parameters() if name.endswith("relative_position_bias_table")}
+    tables = {
+        name for name, _ in net.named_parameters() if name.endswith("relative_position_bias_table")
+    }
     assert tables
     assert tables <= qat.no_weight_decay(net)
 

@@ -23,7 +23,9 @@ RUN = (*TINY, "report=false")
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves files beside what it builds from."""
     source = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT / "qat", source / "qat", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "qat", source / "qat", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copytree(ROOT / "conf", source / "conf")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -37,7 +39,11 @@ def test_what_is_in_the_wheel(wheel):
     assert wheel.name.startswith("vit_qat-")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (entries,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
+        (entries,) = [
+            archive.read(name).decode()
+            for name in archive.namelist()
+            if name.endswith("entry_points.txt")
+        ]
     package = {f"qat/{path.relative_to(ROOT / 'qat')}" for path in (ROOT / "qat").rglob("*.py")}
     package |= {
         f"qat/{path.relative_to(ROOT / 'qat')}"
@@ -55,14 +61,28 @@ def qat(wheel, tmp_path_factory):
     env = tmp_path_factory.mktemp("env")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     (site,) = env.glob("lib/python3*/site-packages")
-    install = [sys.executable, "-m", "pip", "--python", str(env / "bin" / "python"), "install", "--no-deps", "--no-index", "--quiet"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(env / "bin" / "python"),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+    ]
     subprocess.run([*install, str(wheel)], check=True)
     (site / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
 
     def run(*arguments, cwd, program="qat"):
         command = [str(env / "bin" / program), *map(str, arguments)]
-        done = subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(
+            command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=500, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -71,7 +91,12 @@ def qat(wheel, tmp_path_factory):
 
 @pytest.mark.long
 def test_trains_and_evaluates_from_an_empty_folder(qat, tmp_path):
-    where = qat("-c", "import qat.tasks.conf as r; print(r.__file__, r.CONF)", cwd=tmp_path, program="python").split()
+    where = qat(
+        "-c",
+        "import qat.tasks.conf as r; print(r.__file__, r.CONF)",
+        cwd=tmp_path,
+        program="python",
+    ).split()
     assert all("site-packages/qat/" in path for path in where)
     assert not any(Path(path).is_relative_to(ROOT) for path in where)
     qat("train", *RUN, "run_dir=run", cwd=tmp_path)
@@ -81,26 +106,53 @@ def test_trains_and_evaluates_from_an_empty_folder(qat, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_find_a_module_beside_the_run(qat, tmp_path):
-    (tmp_path / "beside_the_run.py").write_text("from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n")
-    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "loss.terms.ce._target_=beside_the_run.Mine")
+    (tmp_path / "beside_the_run.py").write_text(
+        "from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n"
+    )
+    several = (
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "loss.terms.ce._target_=beside_the_run.Mine",
+    )
     out = qat("train", *RUN, *several, "run_dir=run", cwd=tmp_path)
     assert "CPUAccelerator x 2" in out
     alone = ("data.batch_size=128", "loss.terms.ce._target_=beside_the_run.Mine")
     qat("train", *RUN, *alone, "run_dir=alone", cwd=tmp_path)
-    state = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "alone")]
+    state = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("run", "alone")
+    ]
     assert state[0]["global_step"] == state[1]["global_step"] == 2
 
 
 def pinned(lines, signs):
     """Versions by name of the requirements that have a bound with one of these signs."""
-    found = [(Requirement(line).name.lower().replace("_", "-"), spec) for line in lines for spec in Requirement(line).specifier]
+    found = [
+        (Requirement(line).name.lower().replace("_", "-"), spec)
+        for line in lines
+        for spec in Requirement(line).specifier
+    ]
     return {name: Version(spec.version) for name, spec in found if spec.operator in signs}
 
 
 def test_the_oldest_versions_are_the_bounds_of_pyproject():
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    required, extras = content["project"]["dependencies"], content["project"]["optional-dependencies"].values()
-    assert len(pinned(required, (">=",))) == len(required), "a library that is needed has an oldest version"
-    oldest = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line and not line.startswith("#")]
-    allowed = [*content["build-system"]["requires"], *required, *(line for lines in extras for line in lines)]
+    required, extras = (
+        content["project"]["dependencies"],
+        content["project"]["optional-dependencies"].values(),
+    )
+    assert len(pinned(required, (">=",))) == len(required), (
+        "a library that is needed has an oldest version"
+    )
+    oldest = [
+        line
+        for line in (ROOT / "constraints-oldest.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    allowed = [
+        *content["build-system"]["requires"],
+        *required,
+        *(line for lines in extras for line in lines),
+    ]
     assert pinned(oldest, ("==",)) == pinned(allowed, (">=", "=="))

@@ -24,7 +24,13 @@ from tests.conftest import ROOT, compose, write_cifar
 from tests.data.files import write_folder, write_image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze", "export.py": "export"}
+SCRIPTS = {
+    "train.py": "train",
+    "eval.py": "eval",
+    "ptq.py": "ptq",
+    "analyze.py": "analyze",
+    "export.py": "export",
+}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # tests/cli/test_commands.py: the same commands where the package is installed.
@@ -44,7 +50,9 @@ LONG = (
     "recipes.md",
 )
 # What only a machine with GPUs or a cluster has.
-DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\.")
+DEVICES = re.compile(
+    r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\."
+)
 TINY_NET = ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3")
 SHORT = {
     "trainer.max_epochs": 1,
@@ -67,10 +75,14 @@ def fenced(page, *languages):
 def commands(page):
     """The commands of a page as they are typed, without the word `python`, in their order."""
     lines = [
-        INSTALLED.sub(r"python \1.py", line) for code in fenced(page, "", "bash", "sh") for line in code.replace("\\\n", " ").splitlines()
+        INSTALLED.sub(r"python \1.py", line)
+        for code in fenced(page, "", "bash", "sh")
+        for line in code.replace("\\\n", " ").splitlines()
     ]
     prose = FENCE.sub("", page.read_text())
-    found = [line for line in lines if line.startswith(tuple(f"python {script}" for script in SCRIPTS))]
+    found = [
+        line for line in lines if line.startswith(tuple(f"python {script}" for script in SCRIPTS))
+    ]
     return [shlex.split(line, comments=True)[1:] for line in [*found, *INLINE.findall(prose)]]
 
 
@@ -78,7 +90,11 @@ def cases():
     """Each page once for all that is quick, and once for all that is heavy."""
     for page in PAGES:
         for heavy in (False, True):
-            found = [command for command in commands(page) if any(word in one for one in command for word in HEAVY) == heavy]
+            found = [
+                command
+                for command in commands(page)
+                if any(word in one for one in command for word in HEAVY) == heavy
+            ]
             if found:
                 marks = [pytest.mark.long] if heavy or page.name in LONG else []
                 yield pytest.param(page, found, id=f"{page.name}{' heavy' * heavy}", marks=marks)
@@ -117,13 +133,23 @@ def prints_only(command):
 
 def settings(command):
     """The arguments that are settings, as a dictionary; flags of Hydra and their values are none."""
-    return dict(argument.split("=", 1) for argument in command if "=" in argument and not argument.startswith("-"))
+    return dict(
+        argument.split("=", 1)
+        for argument in command
+        if "=" in argument and not argument.startswith("-")
+    )
 
 
 def data_of(said):
     """The data that a command names, or whose experiment does."""
     experiment = said.get("experiment", "") if "data.root" in said else ""
-    return said.get("data") or ("imagefolder" if not experiment else "cifar10" if experiment.startswith("cifar10") else "imagenet")
+    return said.get("data") or (
+        "imagefolder"
+        if not experiment
+        else "cifar10"
+        if experiment.startswith("cifar10")
+        else "imagenet"
+    )
 
 
 def filled_in(command, shelf):
@@ -132,14 +158,19 @@ def filled_in(command, shelf):
     data = data_of(said)
     things = {"FOLDER": shelf.get(data), "IMAGENET": shelf["imagenet"], "PHOTOS": shelf["PHOTOS"]}
     things["PATH"] = shelf["best.ckpt"]
-    return [f"{key}{sign}{things.get(value, value)}" for key, sign, value in (argument.partition("=") for argument in command)]
+    return [
+        f"{key}{sign}{things.get(value, value)}"
+        for key, sign, value in (argument.partition("=") for argument in command)
+    ]
 
 
 def composed(script, overrides):
     """The config of the settings as they stand; of lists in a sweep the first."""
     parsed = OverridesParser.create().parse_overrides([one for one in overrides if "=" in one])
     single = [
-        f"{one.input_line.partition('=')[0]}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else one.input_line
+        f"{one.input_line.partition('=')[0]}={next(one.sweep_string_iterator())}"
+        if one.is_sweep_override()
+        else one.input_line
         for one in parsed
     ]
     own = [f"hydra.searchpath=[file://{Path.cwd()}/conf]"] if "--config-dir" in overrides else []
@@ -155,7 +186,11 @@ def with_weights(command, cfg, shelf):
         return command
     # A file has a head as timm's have, here with as many classes as the data.
     kept = [one for one in command if not one.startswith(("model.pretrained=", "model.weights="))]
-    small = [re.sub("^experiment=evolq.*", "data=imagenet", one) for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
+    small = [
+        re.sub("^experiment=evolq.*", "data=imagenet", one)
+        for one in kept
+        if "=" in one and not one.startswith(("ptq", "search"))
+    ]
     start = build.build_start(compose("train", *small, *TINY_NET, "model.pretrained=false"))
     torch.save(start.net.state_dict(), shelf["weights"] / "w.pt")
     return [*kept, *TINY_NET, "model.pretrained=false", f"model.weights={shelf['weights']}/w.pt"]
@@ -164,7 +199,12 @@ def with_weights(command, cfg, shelf):
 def provide(command, shelf, folder):
     """Runs that a command starts from and that no command before it has made: a float one where the name says so, else a 4-bit one."""
     said = settings(command)
-    files = [path.strip("[]'") for name in ("ckpt", "teacher.ckpt") for path in said.get(name, "").split(",") if path]
+    files = [
+        path.strip("[]'")
+        for name in ("ckpt", "teacher.ckpt")
+        for path in said.get(name, "").split(",")
+        if path
+    ]
     wanted = [Path(path).parts[:-2] for path in files if "/checkpoints/" in path] + [
         Path(said[name]).parts for name in ("run",) if name in said
     ]
@@ -187,26 +227,58 @@ def shortened(command, shelf):
     arguments = [one for one in arguments if not DEVICES.match(one)] + few_classes(said, shelf)
     arguments = with_weights(arguments, cfg, shelf)
     if script == "eval.py":
-        return [script, *arguments, *(() if "predict" in said else ("trainer.limit_test_batches=2",))]
+        return [
+            script,
+            *arguments,
+            *(() if "predict" in said else ("trainer.limit_test_batches=2",)),
+        ]
     if script == "analyze.py":
         few = ["analysis.points=3"] if said.get("analysis") == "landscape" else []
-        return [script, *arguments] if {"run", "sweep"} & said.keys() else [script, *arguments, *few, "images=4", "data.batch_size=4"]
+        return (
+            [script, *arguments]
+            if {"run", "sweep"} & said.keys()
+            else [script, *arguments, *few, "images=4", "data.batch_size=4"]
+        )
     if script == "export.py":
         return [script, *arguments, "images=4", "latency=1"]
     if script == "ptq.py":
-        few = ["ptq.reconstruct.steps=2", "ptq.reconstruct.batch=4"] if "reconstruct" in said.get("ptq", "") else []
-        return [script, *arguments, *few, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
-    fixed = any(one in arguments for one in TINY_NET) or "model.args.depth" in said or said.get("model", "").startswith("resnet")
+        few = (
+            ["ptq.reconstruct.steps=2", "ptq.reconstruct.batch=4"]
+            if "reconstruct" in said.get("ptq", "")
+            else []
+        )
+        return [
+            script,
+            *arguments,
+            *few,
+            "data.calibration_images=4",
+            "ptq.batch=4",
+            "trainer.limit_test_batches=2",
+            "report=false",
+        ]
+    fixed = (
+        any(one in arguments for one in TINY_NET)
+        or "model.args.depth" in said
+        or said.get("model", "").startswith("resnet")
+    )
     net = () if fixed else TINY_NET
-    arguments = [two_values(one) for one in arguments] + (["hydra.sweeper.n_trials=2"] if "hparams_search" in said else [])
-    phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
+    arguments = [two_values(one) for one in arguments] + (
+        ["hydra.sweeper.n_trials=2"] if "hparams_search" in said else []
+    )
+    phases = [
+        f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")
+    ]
     return [script, *arguments, *net, *phases, *(f"{key}={value}" for key, value in SHORT.items())]
 
 
 def two_values(argument):
     """Of a list in a sweep the first two values."""
     key, sign, value = argument.partition("=")
-    return f"{key}{sign}{','.join(value.split(',')[:2])}" if re.fullmatch(r"[\w.,]+", value) else argument
+    return (
+        f"{key}{sign}{','.join(value.split(',')[:2])}"
+        if re.fullmatch(r"[\w.,]+", value)
+        else argument
+    )
 
 
 def few_classes(said, shelf):
@@ -230,21 +302,33 @@ def test_commands_do_what_they_should(page, wanted, shelf, tmp_path, monkeypatch
         run_dir = said.get("run_dir", f"runs/number{number}")
         if command[0] in {"analyze.py", "export.py"}:
             provide(command, shelf, tmp_path)
-        arguments = shortened(command, shelf) + ([] if "run_dir" in said else [f"run_dir={run_dir}"])
+        arguments = shortened(command, shelf) + (
+            [] if "run_dir" in said else [f"run_dir={run_dir}"]
+        )
         code, out = typed(*(one.replace("$PWD", str(tmp_path)) for one in arguments), cwd=tmp_path)
-        assert code == 0, f"python {shlex.join(command)}\nrun as {shlex.join(arguments)}\n{out[-3000:]}"
+        assert code == 0, (
+            f"python {shlex.join(command)}\nrun as {shlex.join(arguments)}\n{out[-3000:]}"
+        )
         outputs = {path.name for path in (tmp_path / run_dir).rglob("*")}
         expected = {"predictions.csv", "results.json"} if "predict" in said else {"results.json"}
         if command[0] == "analyze.py":
             expected = {"results.json", "report.html"}
         if remade := said.get("run") or said.get("sweep"):  # has no outputs of its own
-            outputs, expected = {path.name for path in (tmp_path / remade).iterdir()}, {"report.html"}
+            outputs, expected = (
+                {path.name for path in (tmp_path / remade).iterdir()},
+                {"report.html"},
+            )
         assert prints_only(command) or outputs >= expected, shlex.join(command)
         before = run_dir
 
 
 @pytest.mark.parametrize(
-    ("page", "code"), [pytest.param(page, code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(fenced(page, "python"))]
+    ("page", "code"),
+    [
+        pytest.param(page, code, id=f"{page.name}-{i}")
+        for page in PAGES
+        for i, code in enumerate(fenced(page, "python"))
+    ],
 )
 def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     monkeypatch.chdir(tmp_path)
@@ -259,7 +343,9 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     write_image(tmp_path / "PHOTOS" / "cat.jpg", 40, 30)
     frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))
     write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
-    code = code.replace('"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=2, ')  # twelve blocks take a minute to export
+    code = code.replace(
+        '"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=2, '
+    )  # twelve blocks take a minute to export
     # What an example leaves to its reader.
     exec(compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)]})
 
@@ -271,7 +357,9 @@ def test_there_are_commands_and_examples():
     assert fenced(ROOT / "README.md", "python")
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "evidence").rglob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "evidence").rglob("*.md"))], ids=lambda page: page.name
+)
 def test_links_and_make_targets_exist(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
@@ -287,7 +375,11 @@ def test_the_names_of_the_equations_are_in_their_files():
     for *_, names, places in rows:
         files = (files if "same" in places else []) + re.findall(r"`(\S+\.py)`", places)
         code = "".join((ROOT / "qat" / path).read_text() for path in files)
-        words = [name for one in re.findall(r"`([^`]+)`", names) for name in re.findall(r"[A-Za-z_]\w*", one)]
+        words = [
+            name
+            for one in re.findall(r"`([^`]+)`", names)
+            for name in re.findall(r"[A-Za-z_]\w*", one)
+        ]
         assert [name for name in words if name not in code] == [], places
 
 
@@ -295,5 +387,7 @@ def test_the_readme_says_of_the_demo_what_its_log_does():
     printed = (ROOT / "docs" / "logs" / "demo.log").read_text().rpartition("results  ")[2]
     scores = re.findall(r"│ W\d+ A\d+ *│ *([\d.]+)", printed)
     assert len(scores) == 2
-    said = re.search(r"([\d.]+) % in float, ([\d.]+) % with 2-bit", (ROOT / "README.md").read_text())
+    said = re.search(
+        r"([\d.]+) % in float, ([\d.]+) % with 2-bit", (ROOT / "README.md").read_text()
+    )
     assert list(said.groups()) == scores

@@ -13,7 +13,9 @@ from tests.tiny import float_recipe
 
 @pytest.fixture(scope="module")
 def segmentation():
-    spec = importlib.util.spec_from_file_location("segmentation", ROOT / "examples" / "segmentation.py")
+    spec = importlib.util.spec_from_file_location(
+        "segmentation", ROOT / "examples" / "segmentation.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -23,7 +25,11 @@ def test_a_twin_that_rounds_nothing_learns_what_the_float_net_learns(segmentatio
     torch.manual_seed(0)
     net = segmentation.Segmenter()
     twin = copy.deepcopy(net)
-    qat.convert(twin.backbone, float_recipe("standard"), input_size=(3, segmentation.SIZE, segmentation.SIZE))
+    qat.convert(
+        twin.backbone,
+        float_recipe("standard"),
+        input_size=(3, segmentation.SIZE, segmentation.SIZE),
+    )
     assert qat.no_weight_decay(net) == qat.no_weight_decay(twin)
     for one in (net, twin):
         segmentation.train(one, 3, 1e-3, 0)
@@ -35,11 +41,16 @@ def test_a_twin_that_rounds_nothing_learns_what_the_float_net_learns(segmentatio
 @pytest.mark.long
 def test_the_table(segmentation, monkeypatch, capsys):
     monkeypatch.setattr(segmentation, "TEST_IMAGES", 64)
-    monkeypatch.setattr("sys.argv", ["segmentation.py", "--bits", "4", "--steps", "30", "--seed", "0"])
+    monkeypatch.setattr(
+        "sys.argv", ["segmentation.py", "--bits", "4", "--steps", "30", "--seed", "0"]
+    )
     segmentation.main()
     head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head == ["net", "mean", "IoU", *segmentation.NAMES, "bytes", "seconds"]
-    found = {name: ([float(v) for v in ious], int(size.replace(",", ""))) for name, *ious, size, _ in rows}
+    found = {
+        name: ([float(v) for v in ious], int(size.replace(",", "")))
+        for name, *ious, size, _ in rows
+    }
     assert list(found) == ["start", "float", "W4A4"]
     for (mean, *each), _ in found.values():
         assert mean == pytest.approx(sum(each) / 4, abs=0.01)

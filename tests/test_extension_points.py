@@ -204,33 +204,54 @@ def test_a_quantizer(tmp_path, extended):
     assert {type(site.quantizer).__name__ for site in weights} == {"Sign"}
     for site in weights:
         assert site.quantizer.codes(site.latent()).unique().tolist() == [-1, 1]
-    assert evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"] == results(run)["top1"]
+    assert (
+        evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"]
+        == results(run)["top1"]
+    )
 
 
 @pytest.fixture
 def half_steps(tmp_path, extended):
     """A short run with half steps for weights and activations, oscillations tracked."""
-    return train(tmp_path / "run", extended, "quant=half", "callbacks=[default,oscillation]", "callbacks.oscillation.max_bits=8")
+    return train(
+        tmp_path / "run",
+        extended,
+        "quant=half",
+        "callbacks=[default,oscillation]",
+        "callbacks.oscillation.max_bits=8",
+    )
 
 
 def exported(folder, run, *overrides):
     """Export the last checkpoint; gives the results."""
     from qat.tasks.export import export
 
-    export(compose("export", f"ckpt={run}/checkpoints/last.ckpt", f"run_dir={folder}", "model.imports=[ext_half]", *overrides))
+    export(
+        compose(
+            "export",
+            f"ckpt={run}/checkpoints/last.ckpt",
+            f"run_dir={folder}",
+            "model.imports=[ext_half]",
+            *overrides,
+        )
+    )
     return results(folder)
 
 
 def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_steps):
     net = qat.load(half_steps / "checkpoints" / "last.ckpt", imports=["ext_half"])
-    assert any((ratio != 1).any() for name, ratio in net.named_parameters() if name.endswith("ratio"))
+    assert any(
+        (ratio != 1).any() for name, ratio in net.named_parameters() if name.endswith("ratio")
+    )
     packed = exported(tmp_path / "packed", half_steps, "format=packed")
     assert packed["agreement"] == 100
     frozen = qat.load(tmp_path / "packed" / "net.safetensors", imports=["ext_half"])
     x = randn(4, 1, 8, 8)
     with torch.no_grad():
         assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
-    onnx = exported(tmp_path / "onnx", half_steps, "format=onnx", "latency=0")  # compared in onnxruntime
+    onnx = exported(
+        tmp_path / "onnx", half_steps, "format=onnx", "latency=0"
+    )  # compared in onnxruntime
     assert onnx["agreement"] == 100
     oscillations = (half_steps / "oscillation.csv").read_text().splitlines()
     assert len(oscillations) == 2 + sum(site.is_weight for site in qat.iter_quantizers(net))
@@ -241,7 +262,11 @@ def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
     from qat.tasks.analyze import analyze
 
     for name in ("weights", "oscillation"):
-        overrides = (f"ckpt={half_steps}/checkpoints/last.ckpt", f"analysis={name}", "model.imports=[ext_half]")
+        overrides = (
+            f"ckpt={half_steps}/checkpoints/last.ckpt",
+            f"analysis={name}",
+            "model.imports=[ext_half]",
+        )
         analyze(compose("analyze", *overrides, f"run_dir={tmp_path}/{name}"))
     (found,) = results(tmp_path / "weights")["summary"].values()
     assert found["quantized_weights"] == found["weights"]
@@ -257,7 +282,10 @@ def test_a_quantizer_of_a_file_is_imported_by_its_user_alone(tmp_path, extended,
     said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
     assert "quantizer='ext_quantizer:Sign': must be built in or from an imported module" in said
     assert "ext_quantizer" not in sys.modules
-    assert evaluate(tmp_path / "eval", best, "model.imports=[ext_quantizer]")["top1"] == results(run)["top1"]
+    assert (
+        evaluate(tmp_path / "eval", best, "model.imports=[ext_quantizer]")["top1"]
+        == results(run)["top1"]
+    )
 
 
 def test_a_dataset(tmp_path, extended):
@@ -272,7 +300,10 @@ def test_a_dataset(tmp_path, extended):
 def test_a_dataset_of_ones_own_has_to_be_named_for_evaluation(tmp_path, extended, refused):
     run = train(tmp_path / "run", extended, "data=mine")
     cfg = compose("eval", f"ckpt={run}/checkpoints/best.ckpt", f"run_dir={tmp_path}/eval")
-    assert "was trained on 'ext_dataset.Bright', which is not part of qat; choose it with data=..." in refused("evaluate", cfg)
+    assert (
+        "was trained on 'ext_dataset.Bright', which is not part of qat; choose it with data=..."
+        in refused("evaluate", cfg)
+    )
 
 
 def test_a_loss_term(tmp_path, extended):
@@ -290,22 +321,38 @@ def test_a_callback(tmp_path, extended):
 def test_a_model_family(tmp_path, extended):
     # timm and the registry of swaps learn of a file when it is imported: the model's yaml names it.
     args = [o for o in TINY if "model.args" not in o]
-    cfg = compose("train", extended, *args, "model=mine", "quant=ofq_2bit", f"run_dir={tmp_path}/run")
+    cfg = compose(
+        "train", extended, *args, "model=mine", "quant=ofq_2bit", f"run_dir={tmp_path}/run"
+    )
     from qat.tasks.train import train as task
 
     task(cfg)
     net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert type(net.gate).__name__ == "QuantGate"
-    assert {site.name for site in qat.iter_quantizers(net) if site.is_weight} == {"gate.weight_quantizer", "head.weight_quantizer"}
+    assert {site.name for site in qat.iter_quantizers(net) if site.is_weight} == {
+        "gate.weight_quantizer",
+        "head.weight_quantizer",
+    }
     with torch.no_grad():
         assert net(torch.zeros(1, 1, 8, 8)).isfinite().all()
-    again = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "model.imports=[ext_family]")
+    again = evaluate(
+        tmp_path / "eval",
+        f"ckpt={tmp_path}/run/checkpoints/best.ckpt",
+        "model.imports=[ext_family]",
+    )
     assert again["top1"] == results(tmp_path / "run")["top1"]
 
 
 @pytest.mark.long
 def test_all_at_once_from_the_command_line(tmp_path, extended):
-    overrides = ["quant=mine", "data=mine", "loss=mine", "callbacks=[default,mine]", *TINY, "run_dir=run"]
+    overrides = [
+        "quant=mine",
+        "data=mine",
+        "loss=mine",
+        "callbacks=[default,mine]",
+        *TINY,
+        "run_dir=run",
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--config-dir", "conf", *overrides],
         cwd=tmp_path,
@@ -316,7 +363,10 @@ def test_all_at_once_from_the_command_line(tmp_path, extended):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "count.txt").read_text() == "2"
-    assert (results(tmp_path / "run")["data"], results(tmp_path / "run")["recipe"]["name"]) == ("bright", "mine")
+    assert (results(tmp_path / "run")["data"], results(tmp_path / "run")["recipe"]["name"]) == (
+        "bright",
+        "mine",
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,7 +374,10 @@ def test_all_at_once_from_the_command_line(tmp_path, extended):
     [
         ("quant.weight_quantizer=ext_quantizer:Nope", "quantizer='ext_quantizer:Nope'"),
         ("quant.weight_quantizer=ext_nope:Sign", "quantizer='ext_nope:Sign'"),
-        ("quant.weight_quantizer=ext_loss:HeadDecay", "must be a subclass of qat.quantizers.Quantizer"),
+        (
+            "quant.weight_quantizer=ext_loss:HeadDecay",
+            "must be a subclass of qat.quantizers.Quantizer",
+        ),
         ("data._target_=ext_nope.Bright", "ext_nope.Bright"),
         ("loss.terms.ce._target_=ext_nope.Term", "ext_nope.Term"),
         ("callbacks.epoch_log._target_=ext_nope.Callback", "ext_nope.Callback"),

@@ -22,7 +22,12 @@ BLOCKED = """
 
 def test_it_runs_without_hydra_and_lightning():
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(BLOCKED)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", textwrap.dedent(BLOCKED)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     first, *_, last = done.stdout.strip().splitlines()

@@ -9,16 +9,38 @@ from tests.conftest import ROOT
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 EXPECTED = {
     "slurm": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "8"},
-    "slurm_1gpu": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "8"},
-    "slurm_8gpu": {"nodes": "1", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "8"},
-    "slurm_2x8gpu": {"nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "8"},
-    "slurm_cpu": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": None, "cpus-per-task": "4"},
+    "slurm_1gpu": {
+        "nodes": "1",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "1",
+        "cpus-per-task": "8",
+    },
+    "slurm_8gpu": {
+        "nodes": "1",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "8",
+    },
+    "slurm_2x8gpu": {
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "8",
+    },
+    "slurm_cpu": {
+        "nodes": "1",
+        "ntasks-per-node": "1",
+        "gpus-per-node": None,
+        "cpus-per-task": "4",
+    },
 }
 
 
 def launcher(preset):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("train", [f"hydra/launcher={preset}", "run_dir=sweep"], return_hydra_config=True)
+        cfg = hydra.compose(
+            "train", [f"hydra/launcher={preset}", "run_dir=sweep"], return_hydra_config=True
+        )
     cfg.hydra.job.name = "train"  # which Hydra takes from the script
     cfg.hydra.sweep.dir = "sweep"
     return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
@@ -30,13 +52,21 @@ def batch_script(preset):
     fields = launcher(preset)
     names = slurm.SlurmExecutor._equivalence_dict()
     ours = {
-        names.get(name, name): value for name, value in fields.items() if name not in {"_target_", "submitit_folder", "max_num_timeout"}
+        names.get(name, name): value
+        for name, value in fields.items()
+        if name not in {"_target_", "submitit_folder", "max_num_timeout"}
     }
     ours["mem"] = None if ours["mem"] is None else slurm._convert_mem(ours["mem"])
     text = slurm._make_sbatch_string("COMMAND", fields["submitit_folder"], **ours)
     lines = text.splitlines()
-    options = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH")]
-    return {name: value.strip("'") for name, _, value in options}, [line for line in lines if not line.startswith("#")]
+    options = [
+        line.removeprefix("#SBATCH --").partition("=")
+        for line in lines
+        if line.startswith("#SBATCH")
+    ]
+    return {name: value.strip("'") for name, _, value in options}, [
+        line for line in lines if not line.startswith("#")
+    ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

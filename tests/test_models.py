@@ -14,12 +14,19 @@ from tests.conftest import ROOT
 from tests.nets import ATTENTIONS, FAMILIES, GENERIC, families
 from tests.tiny import float_recipe, logits
 
-KINDS = {name: ("qkr", "standard", "float") if family.qkr else ("standard", "float") for name, family in ATTENTIONS.items()}
+KINDS = {
+    name: ("qkr", "standard", "float") if family.qkr else ("standard", "float")
+    for name, family in ATTENTIONS.items()
+}
 
 
 def converted(family, preset="ofq", **knobs):
     """A quantized net, scales NaN."""
-    return qat.convert(family.build(), qat.recipe(preset, **{"attention": family.attention, **knobs}), input_size=family.input_size)
+    return qat.convert(
+        family.build(),
+        qat.recipe(preset, **{"attention": family.attention, **knobs}),
+        input_size=family.input_size,
+    )
 
 
 def quantized(family, **knobs):
@@ -27,7 +34,9 @@ def quantized(family, **knobs):
     return qat.initialize_scales(converted(family, **knobs), [family.images(4, seed=1)])
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
+)
 def test_without_rounding_it_is_as_exact_as_timm(name, kind):
     # The yardstick is timm's own error against double precision.
     family = ATTENTIONS[name]
@@ -43,7 +52,12 @@ def test_without_rounding_it_is_as_exact_as_timm(name, kind):
 def test_without_rounding_the_generic_path_changes_nothing(name):
     family = GENERIC[name]
     plain = logits(family.build(), family.images())
-    ours = logits(converted(family, **{"weight_quantizer": "float", "act_quantizer": "float", "qk_bias": "fold"}), family.images())
+    ours = logits(
+        converted(
+            family, **{"weight_quantizer": "float", "act_quantizer": "float", "qk_bias": "fold"}
+        ),
+        family.images(),
+    )
     assert_close(ours, plain, rtol=0, atol=3e-6 * plain.abs().max().item())
 
 
@@ -53,13 +67,17 @@ def test_one_step_of_training(name, tmp_path):
     net = quantized(family, bits=4).train()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     net(family.images(4)).square().sum().backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [
+        n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ] == []
     torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0).step()
     # Not all: in nets as small as these a window of one token or a dead unit leaves a weight without gradient.
     moved = [not torch.equal(p, before[n]) for n, p in net.named_parameters() if p.ndim > 1]
     assert sum(moved) > 0.8 * len(moved)
     qat.save(net, tmp_path / "net.ckpt")
-    assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), family.images()), logits(net, family.images()))
+    assert torch.equal(
+        logits(qat.load(tmp_path / "net.ckpt"), family.images()), logits(net, family.images())
+    )
 
 
 @pytest.mark.parametrize("name", families())
@@ -67,12 +85,16 @@ def test_eight_bits_are_close_and_two_are_not(name):
     family = FAMILIES[name]
     x, exact = family.images(4), logits(family.build(), family.images(4)).flatten()
     nets = (quantized(family, preset="minmax", bits=b, qk_bias="fold") for b in (2, 8))
-    two, eight = (torch.corrcoef(torch.stack([logits(net, x).flatten(), exact]))[0, 1] for net in nets)
+    two, eight = (
+        torch.corrcoef(torch.stack([logits(net, x).flatten(), exact]))[0, 1] for net in nets
+    )
     assert eight > 0.94
     assert 1 - two > 4 * (1 - eight)
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
+)
 def test_all_weights_are_kept(name, kind):
     family = ATTENTIONS[name]
     expected = family.build().state_dict()
@@ -89,7 +111,9 @@ def test_every_attention_of_a_known_family_is_quantized(name):
     net = converted(ATTENTIONS[name])
     assert not [n for n, cls in qat.conversion_report(net).stays_float if "products" in cls]
     # The queries of a pooling head are no tokens: nothing to fold there.
-    found = [m for n, m in net.named_modules() if isinstance(m, ScoredAttention) and n != "attn_pool"]
+    found = [
+        m for n, m in net.named_modules() if isinstance(m, ScoredAttention) and n != "attn_pool"
+    ]
     assert {isinstance(m, QkrAttention) for m in found} == {ATTENTIONS[name].qkr}
 
 
@@ -109,7 +133,9 @@ def test_every_attention_of_a_known_family_is_quantized(name):
 def test_report_names_attentions_that_stay_float(name, classes):
     report = qat.conversion_report(converted(GENERIC[name]))
     note = " (products of activations)"
-    assert {cls.removesuffix(note) for _, cls in report.stays_float if cls.endswith(note)} == classes
+    assert {
+        cls.removesuffix(note) for _, cls in report.stays_float if cls.endswith(note)
+    } == classes
     assert all(f"  {module}  {cls}" in report.to_text() for module, cls in report.stays_float)
 
 

@@ -33,7 +33,10 @@ def test_every_cell_does_what_it_says(tmp_path):
     assert "error:" not in text, text[-3000:]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     runs = tmp_path / "examples" / "outputs" / "quickstart"
-    results = {name: json.loads((runs / name / "results.json").read_text()) for name in ("float", "4bit", "predictions", "onnx")}
+    results = {
+        name: json.loads((runs / name / "results.json").read_text())
+        for name in ("float", "4bit", "predictions", "onnx")
+    }
     assert (results["4bit"]["recipe"]["bits"], results["4bit"]["recipe"]["act_bits"]) == (4, 4)
     assert results["4bit"]["size_bytes"] < results["float"]["size_bytes"] / 5
     assert (runs / "4bit" / "report.html").exists()
@@ -51,4 +54,6 @@ def test_what_is_kept_of_a_run_is_whole_and_small():
 
 
 def test_names_no_machine():
-    assert not re.search(r"(?<![\w.])/(root|work|home|tmp|mnt|data|Users)\b|\x1b", NOTEBOOK.read_text())
+    assert not re.search(
+        r"(?<![\w.])/(root|work|home|tmp|mnt|data|Users)\b|\x1b", NOTEBOOK.read_text()
+    )

@@ -14,7 +14,11 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
-NAMED = [line for page in (DOCS / "api").glob("*.md") for line in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+NAMED = [
+    line
+    for page in (DOCS / "api").glob("*.md")
+    for line in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+]
 # Kilobytes of a page, of README and all pages, and letters of a page of the site, which has the API.
 LARGEST_KB, ALL_KB, LARGEST_PAGE = 12, 140, 60_000
 
@@ -23,7 +27,11 @@ def in_menu(entry):
     """Files of an entry of the menu."""
     if isinstance(entry, str):
         return [entry]
-    return [page for one in (entry.values() if isinstance(entry, dict) else entry) for page in in_menu(one)]
+    return [
+        page
+        for one in (entry.values() if isinstance(entry, dict) else entry)
+        for page in in_menu(one)
+    ]
 
 
 def test_every_page_is_in_the_menu_once():
@@ -32,13 +40,17 @@ def test_every_page_is_in_the_menu_once():
 
 
 def test_the_pages_are_short():
-    sizes = {page.name: page.stat().st_size / 1000 for page in [ROOT / "README.md", *DOCS.glob("*.md")]}
+    sizes = {
+        page.name: page.stat().st_size / 1000 for page in [ROOT / "README.md", *DOCS.glob("*.md")]
+    }
     assert {name: size for name, size in sizes.items() if size > LARGEST_KB} == {}
     assert sum(sizes.values()) <= ALL_KB
 
 
 def test_the_python_api_is_shown_whole():
-    assert sorted(name for name in NAMED if name.count(".") == 1) == sorted(f"qat.{name}" for name in qat.__all__)
+    assert sorted(name for name in NAMED if name.count(".") == 1) == sorted(
+        f"qat.{name}" for name in qat.__all__
+    )
     assert [name for name in qat.__all__ if not getattr(qat, name).__doc__] == []
 
 
@@ -47,11 +59,31 @@ def test_the_python_api_is_shown_whole():
     [
         ("docs/api/ptq.md", None, "[swept](../deviations.md#seq)", "[swept](../deviations.md#seq)"),
         ("docs/quickstart.md", None, "[readme](../README.md#map)", "[readme](index.md#map)"),
-        ("README.md", None, "![a report](docs/figures/report.png)", "![a report](figures/report.png)"),
+        (
+            "README.md",
+            None,
+            "![a report](docs/figures/report.png)",
+            "![a report](figures/report.png)",
+        ),
         ("docs/accuracy.md", None, "[runs](../evidence/records)", "runs (`evidence/records`)"),
-        ("docs/quickstart.md", "https://example.org/qat/", "[conf/](../conf)", "[conf/](https://example.org/qat/tree/main/conf)"),
-        ("README.md", "https://example.org/qat", "[cite](CITATION.cff)", "[cite](https://example.org/qat/blob/main/CITATION.cff)"),
-        ("docs/training.md", None, "[lost](nowhere.md)", "[lost](nowhere.md)"),  # what zensical refuses
+        (
+            "docs/quickstart.md",
+            "https://example.org/qat/",
+            "[conf/](../conf)",
+            "[conf/](https://example.org/qat/tree/main/conf)",
+        ),
+        (
+            "README.md",
+            "https://example.org/qat",
+            "[cite](CITATION.cff)",
+            "[cite](https://example.org/qat/blob/main/CITATION.cff)",
+        ),
+        (
+            "docs/training.md",
+            None,
+            "[lost](nowhere.md)",
+            "[lost](nowhere.md)",
+        ),  # what zensical refuses
     ],
 )
 def test_links_lead_where_they_should(page, repository, link, expected):
@@ -64,13 +96,25 @@ def site(tmp_path_factory):
     pytest.importorskip("zensical")
     folder = tmp_path_factory.mktemp("site")
     runpy.run_path(str(DOCS / "theme" / "pages.py"))["write"](folder / "pages", None)
-    config = (ROOT / "zensical.toml").read_text().replace('"outputs/pages"', '"pages"').replace('paths = ["."]', f'paths = ["{ROOT}"]')
+    config = (
+        (ROOT / "zensical.toml")
+        .read_text()
+        .replace('"outputs/pages"', '"pages"')
+        .replace('paths = ["."]', f'paths = ["{ROOT}"]')
+    )
     (folder / "zensical.toml").write_text(config)
     done = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--strict"], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "zensical", "build", "--strict"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
-    assert done.returncode == 0, re.findall(r"^Warning: .*|\[ [\w/.-]+:\d+:\d+ \]", said, re.MULTILINE)
+    assert done.returncode == 0, re.findall(
+        r"^Warning: .*|\[ [\w/.-]+:\d+:\d+ \]", said, re.MULTILINE
+    )
     return folder / "site"
 
 
@@ -80,7 +124,16 @@ def test_the_site_is_built_without_a_warning_and_asks_nobody(site):
     assert len(pages) > len(list(DOCS.rglob("*.md")))
     assets = r"""<(?:script|img|link)\b[^>]*(?:src|href)=["']?(https?:|//)"""
     assert [str(path) for path, text in pages.items() if re.search(assets, text)] == []
-    articles = {path: text.partition("<article")[2].partition("</article>")[0] for path, text in pages.items()}
-    words = {path: html.unescape(re.sub(r"<[^>]+>", "", text)).split() for path, text in articles.items()}
-    assert {str(path): size for path, text in words.items() if (size := len(" ".join(text))) > LARGEST_PAGE} == {}
+    articles = {
+        path: text.partition("<article")[2].partition("</article>")[0]
+        for path, text in pages.items()
+    }
+    words = {
+        path: html.unescape(re.sub(r"<[^>]+>", "", text)).split() for path, text in articles.items()
+    }
+    assert {
+        str(path): size
+        for path, text in words.items()
+        if (size := len(" ".join(text))) > LARGEST_PAGE
+    } == {}
     assert [str(path) for path, text in words.items() if ":::" in text] == []

@@ -17,9 +17,18 @@ WRONG_KNOBS = [
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
-    ({"stem_bits": 32, "weight_quantizer": "float"}, "quant.stem_bits=32: must be an integer from 2 to 8"),
-    ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: must be {module glob: {setting: value}}"),
-    ({"overrides": {3: {"bits": 8}}}, r"quant.overrides={3: {'bits': 8}}: must be {module glob: {setting: value}}"),
+    (
+        {"stem_bits": 32, "weight_quantizer": "float"},
+        "quant.stem_bits=32: must be an integer from 2 to 8",
+    ),
+    (
+        {"overrides": ["blocks.0"]},
+        r"quant.overrides=\['blocks.0'\]: must be {module glob: {setting: value}}",
+    ),
+    (
+        {"overrides": {3: {"bits": 8}}},
+        r"quant.overrides={3: {'bits': 8}}: must be {module glob: {setting: value}}",
+    ),
     (
         {"overrides": {"blocks.0.*": {"bit": 8}}},
         r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: its settings must be among act_bits, .*, bits, ",
@@ -36,7 +45,10 @@ def test_wrong_knobs_are_named(knobs, message):
 
 
 def test_presets():
-    chosen = {n: (r.attention, r.weight_quantizer, r.act_quantizer, r.offsets) for n, r in ((n, recipe(n)) for n in PRESETS)}
+    chosen = {
+        n: (r.attention, r.weight_quantizer, r.act_quantizer, r.offsets)
+        for n, r in ((n, recipe(n)) for n in PRESETS)
+    }
     assert chosen == {
         "fp": ("float", "float", "float", False),
         "ofq": ("qkr", "statsq", "lsq", True),
@@ -47,21 +59,30 @@ def test_presets():
         "minmax": ("standard", "minmax", "minmax", False),
         "mxfp4": ("standard", "mxfp", "mxfp", False),
         "nvfp4": ("standard", "nvfp4", "nvfp4", False),
-        **dict.fromkeys(("deploy_w8a8", "deploy_w4a8", "deploy_w4a4"), ("standard", "lsq", "lsq", False)),
+        **dict.fromkeys(
+            ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4"), ("standard", "lsq", "lsq", False)
+        ),
     }
     assert recipe("ofq").qk_bias == "drop"
 
 
 def test_rules_of_a_preset_stay_beside_others_and_can_be_replaced():
     own = {"*.attn.proj": {"act_quantizer": "lsq"}}
-    assert recipe("seq", overrides={"blocks.0.*": {"bits": 8}}).overrides == {**own, "blocks.0.*": {"bits": 8}}
-    assert recipe("seq", overrides={"*.attn.proj": {"act_quantizer": "seq"}}).overrides == {"*.attn.proj": {"act_quantizer": "seq"}}
+    assert recipe("seq", overrides={"blocks.0.*": {"bits": 8}}).overrides == {
+        **own,
+        "blocks.0.*": {"bits": 8},
+    }
+    assert recipe("seq", overrides={"*.attn.proj": {"act_quantizer": "seq"}}).overrides == {
+        "*.attn.proj": {"act_quantizer": "seq"}
+    }
     assert recipe("seq", overrides=None).overrides == own
 
 
 def test_recipes_to_deploy_have_one_step_a_tensor_and_codes_of_int8():
     made = recipe("deploy_w4a8")
-    specs = {role: made.act_spec(role, "block") for role in ("input", "q", "k", "v", "probs")} | {"image": made.act_spec("image", "stem")}
+    specs = {role: made.act_spec(role, "block") for role in ("input", "q", "k", "v", "probs")} | {
+        "image": made.act_spec("image", "stem")
+    }
     assert {(spec.axis, spec.offsets) for spec in specs.values()} == {(None, "none")}
     assert {spec.qmax for spec in specs.values()} == {127}
     assert made.weight_spec("block").qmin == -8
@@ -79,7 +100,10 @@ def test_rules_that_do_not_go_together_are_named_where_they_meet():
     blocks = {"weight_quantizer": "nvfp4", "act_quantizer": "nvfp4"}
     made = recipe("lsq", overrides={"blocks.*": blocks, "blocks.0.*": {"bits": 8}})
     assert made.at("blocks.1.attn").weight_quantizer == "nvfp4"
-    with pytest.raises(qat.UsageError, match=r"^quant.overrides\['blocks.0.attn'\]: quant.bits=8: must be 4 with nvfp4$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^quant.overrides\['blocks.0.attn'\]: quant.bits=8: must be 4 with nvfp4$",
+    ):
         made.at("blocks.0.attn")
 
 
@@ -87,7 +111,10 @@ def test_rules_of_a_stored_recipe_keep_their_meaning():
     made = recipe("ofq", bits=2, overrides={"blocks.0.*": {"bits": 4}})
     assert recipe_from(made.to_dict()) == made
     older = {key: value for key, value in made.to_dict().items() if key != "rule_bits"}
-    assert (recipe_from(older).at("blocks.0.attn").bits, recipe_from(older).at("blocks.0.attn").act_bits) == (4, 2)
+    assert (
+        recipe_from(older).at("blocks.0.attn").bits,
+        recipe_from(older).at("blocks.0.attn").act_bits,
+    ) == (4, 2)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +138,11 @@ def test_weights_of_ofq(place, role, expected):
         ("k", "block", QuantSpec("k", "lsq", 3, axis=-2, offsets="before")),
         ("v", "block", QuantSpec("v", "lsq", 3, axis=-1, offsets="both")),
         ("probs", "block", QuantSpec("probs", "lsq", 3, signed=False, axis=-2)),
-        ("image", "stem", QuantSpec("image", "lsq", 8, signed=None, axis=1, offsets="both", offset_ndim=2)),
+        (
+            "image",
+            "stem",
+            QuantSpec("image", "lsq", 8, signed=None, axis=1, offsets="both", offset_ndim=2),
+        ),
         ("input", "head", QuantSpec("input", "lsq", 8, axis=None, offsets="both")),
     ],
 )
@@ -121,7 +152,9 @@ def test_activations_of_ofq(role, place, expected):
 
 def test_float_quantizers_are_everywhere_or_nowhere():
     made = recipe("ofq", weight_quantizer="float", act_quantizer="float")
-    specs = [made.weight_spec(p) for p in ("stem", "block", "head")] + [made.act_spec("input", p) for p in ("block", "head")]
+    specs = [made.weight_spec(p) for p in ("stem", "block", "head")] + [
+        made.act_spec("input", p) for p in ("block", "head")
+    ]
     assert {(s.quantizer, s.bits, s.offsets) for s in specs} == {("float", FLOAT_BITS, "none")}
 
 
@@ -135,5 +168,7 @@ def test_steps_are_relative_unless_they_come_from_an_older_file(name):
 
 def test_steps_of_a_tensor():
     made = recipe("seq", act_scales="tensor")
-    assert {made.act_spec(role, "block").axis for role in ("input", "q", "k", "v", "probs", "image")} == {None}
+    assert {
+        made.act_spec(role, "block").axis for role in ("input", "q", "k", "v", "probs", "image")
+    } == {None}
     assert recipe("seq").act_spec("input", "block").axis == -2

@@ -16,11 +16,35 @@ from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(2, 4), max_size=2)
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(2, 4), max_size=2),
 )
 WIDTHS = st.integers(2, 8)
-MODULES = ("blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2", "blocks.10.mlp.fc1", "patch_embed.proj", "head")
-GLOBS = st.sampled_from(["*", "blocks.*", "blocks.0.*", "blocks.1.*", "*.mlp.*", "*.fc[12]", "head", "blocks.?.attn", "nothing"])
+MODULES = (
+    "blocks.0.attn",
+    "blocks.0.attn.qkv",
+    "blocks.0.mlp.fc1",
+    "blocks.1.mlp.fc2",
+    "blocks.10.mlp.fc1",
+    "patch_embed.proj",
+    "head",
+)
+GLOBS = st.sampled_from([
+    "*",
+    "blocks.*",
+    "blocks.0.*",
+    "blocks.1.*",
+    "*.mlp.*",
+    "*.fc[12]",
+    "head",
+    "blocks.?.attn",
+    "nothing",
+])
 
 
 def is_width(value):
@@ -44,20 +68,36 @@ def taken(make, message):
 @EXAMPLES
 def test_a_recipe_takes_widths_of_2_to_8(knob, value):
     is_left_open = value is None and knob == "act_bits"
-    assert taken(lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: must be an integer") is (is_width(value) or is_left_open)
+    assert taken(
+        lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: must be an integer"
+    ) is (is_width(value) or is_left_open)
 
 
 @given(st.sampled_from(["offsets", "weight_signed", "act_signed", "bias_correction"]), ANYTHING)
 @EXAMPLES
 def test_a_flag_is_true_or_false(knob, value):
     kind = QuantRecipe if knob == "offsets" else PtqRecipe
-    assert taken(lambda: kind(**{knob: value}), f"{knob}={value!r}: must be true or false") is isinstance(value, bool)
+    assert taken(
+        lambda: kind(**{knob: value}), f"{knob}={value!r}: must be true or false"
+    ) is isinstance(value, bool)
 
 
-@given(st.sampled_from(["attention", "qk_bias", "map_scales", "step_init", "weight_quantizer", "act_quantizer"]), ANYTHING)
+@given(
+    st.sampled_from([
+        "attention",
+        "qk_bias",
+        "map_scales",
+        "step_init",
+        "weight_quantizer",
+        "act_quantizer",
+    ]),
+    ANYTHING,
+)
 @EXAMPLES
 def test_a_choice_is_none_of_anything(knob, value):
-    assert not taken(lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: must be one of ")
+    assert not taken(
+        lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: must be one of "
+    )
 
 
 @given(st.sampled_from(ROLES + OUTPUT_ROLES), ANYTHING, st.sampled_from([True, False, None]))
@@ -83,7 +123,9 @@ recipes = st.builds(
     stem_bits=WIDTHS,
     head_bits=WIDTHS,
     offsets=st.booleans(),
-    overrides=st.dictionaries(GLOBS, st.fixed_dictionaries({}, optional={"bits": WIDTHS, "act_bits": WIDTHS}), max_size=3),
+    overrides=st.dictionaries(
+        GLOBS, st.fixed_dictionaries({}, optional={"bits": WIDTHS, "act_bits": WIDTHS}), max_size=3
+    ),
 ).filter(lambda recipe: recipe.name != "fp")
 ptq_recipes = st.builds(
     PtqRecipe,
@@ -94,7 +136,9 @@ ptq_recipes = st.builds(
     act_scales=st.sampled_from(["tensor", "token", "channel"]),
     weight_signed=st.booleans(),
     placement=st.sampled_from(["inputs", "fqvit"]),
-    overrides=st.dictionaries(GLOBS, st.fixed_dictionaries({}, optional={"bits": WIDTHS}), max_size=2),
+    overrides=st.dictionaries(
+        GLOBS, st.fixed_dictionaries({}, optional={"bits": WIDTHS}), max_size=2
+    ),
 )
 
 
@@ -110,10 +154,19 @@ def test_recipes_come_back_from_plain_data(recipe):
 @given(recipes, st.sampled_from(MODULES))
 @EXAMPLES
 def test_later_rules_win_where_their_globs_match(recipe, module):
-    expected = {"bits": recipe.bits, "act_bits": recipe.act_bits, "stem_bits": recipe.stem_bits, "head_bits": recipe.head_bits}
+    expected = {
+        "bits": recipe.bits,
+        "act_bits": recipe.act_bits,
+        "stem_bits": recipe.stem_bits,
+        "head_bits": recipe.head_bits,
+    }
     for pattern, rule in recipe.overrides.items():
         if fnmatch.fnmatchcase(module, pattern):
-            following = ["stem_bits", "head_bits", *(["act_bits"] if recipe.rule_bits == "both" else [])]
+            following = [
+                "stem_bits",
+                "head_bits",
+                *(["act_bits"] if recipe.rule_bits == "both" else []),
+            ]
             expected |= {knob: rule["bits"] for knob in following} if "bits" in rule else {}
             expected |= rule
     found = recipe.at(module)

@@ -38,7 +38,9 @@ def test_each_has_a_card_and_nothing_else_is_here():
     names = {path.stem for path in ZOO.iterdir()}
     assert names <= set(BITS)
     assert "cifar10_w2a2" in names
-    assert {path.name for path in ZOO.iterdir()} == {f"{name}.{suffix}" for name in names for suffix in ("safetensors", "md")}
+    assert {path.name for path in ZOO.iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("safetensors", "md")
+    }
 
 
 def test_is_small_and_names_no_machine(name):
@@ -60,7 +62,10 @@ def test_the_card_is_of_the_file(name, net):
     assert f'qat.load("zoo/{name}.safetensors")' in card
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("cifar10_w2a2", 1), *[pytest.param(name, 6, marks=pytest.mark.long) for name in BITS]])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("cifar10_w2a2", 1), *[pytest.param(name, 6, marks=pytest.mark.long) for name in BITS]],
+)
 def test_computes_the_same_on_integers(net, blocks, tmp_path):
     x = images()
     net.blocks = net.blocks[:blocks]
@@ -83,9 +88,17 @@ def test_photos(tmp_path, name):
     assert {row["class_1"] for row in rows} <= CLASSES
 
 
-@pytest.mark.skipif("QAT_CIFAR10" not in os.environ, reason="QAT_CIFAR10 names the folder of CIFAR-10")
+@pytest.mark.skipif(
+    "QAT_CIFAR10" not in os.environ, reason="QAT_CIFAR10 names the folder of CIFAR-10"
+)
 @pytest.mark.long
 def test_has_the_accuracy_of_its_card(tmp_path, name):
-    code, out = typed("eval.py", f"ckpt={ZOO / name}.safetensors", f"data.root={os.environ['QAT_CIFAR10']}", "run_dir=run", cwd=tmp_path)
+    code, out = typed(
+        "eval.py",
+        f"ckpt={ZOO / name}.safetensors",
+        f"data.root={os.environ['QAT_CIFAR10']}",
+        "run_dir=run",
+        cwd=tmp_path,
+    )
     assert code == 0, out
     assert f"top-1 {results(tmp_path / 'run')['top1']:.2f} %" in (ZOO / f"{name}.md").read_text()

@@ -7,7 +7,15 @@ from torch import nn
 import qat
 
 SIZE = (1, 8, 8)
-KWARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 2}
+KWARGS = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+}
 VIT = "vit_tiny_patch16_224"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
@@ -58,7 +66,14 @@ def sites(net):
 
 def float_recipe(attention, **knobs):
     """All swaps, no rounding."""
-    return qat.recipe("ofq", attention=attention, qk_bias="fold", weight_quantizer="float", act_quantizer="float", **knobs)
+    return qat.recipe(
+        "ofq",
+        attention=attention,
+        qk_bias="fold",
+        weight_quantizer="float",
+        act_quantizer="float",
+        **knobs,
+    )
 
 
 def logits(net, x=None):
@@ -76,7 +91,11 @@ def watched(net, run=logits):
     """What enters each quantizer and what it gives when a net runs, by name."""
     seen = {}
     hooks = [
-        site.quantizer.register_forward_hook(lambda m, args, out, name=site.name: seen.__setitem__(name, (args[0].detach(), out.detach())))
+        site.quantizer.register_forward_hook(
+            lambda m, args, out, name=site.name: seen.__setitem__(
+                name, (args[0].detach(), out.detach())
+            )
+        )
         for site in qat.iter_quantizers(net)
     ]
     run(net)

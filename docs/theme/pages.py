@@ -41,8 +41,13 @@ def write(folder: Path, repository: str | None) -> None:
     for source in [*PAGES, *DOCS.rglob("*.md")]:
         page = folder / (PAGES.get(source) or source.relative_to(DOCS))
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(rewritten(source.read_text(encoding="utf-8"), source, repository), encoding="utf-8")
+        page.write_text(
+            rewritten(source.read_text(encoding="utf-8"), source, repository), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), tomllib.loads((ROOT / "zensical.toml").read_text())["project"].get("repo_url"))
+    write(
+        Path(sys.argv[1]),
+        tomllib.loads((ROOT / "zensical.toml").read_text())["project"].get("repo_url"),
+    )

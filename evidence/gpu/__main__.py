@@ -13,17 +13,45 @@ FOLDER = Path("outputs/gpu")
 def main() -> None:
     """Measure or train, then print tables."""
     parser = argparse.ArgumentParser(prog="python -m evidence.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, help=f"JSON lines; what is there already is not measured again (default below {FOLDER})")
-    parser.add_argument("--seconds", type=float, default=540, help="when to end; the same command goes on from there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"JSON lines; what is there already is not measured again (default below {FOLDER})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=540,
+        help="when to end; the same command goes on from there",
+    )
     parser.add_argument("--models", nargs="+", help="timm's names; default DeiT-T, -S and -B")
-    parser.add_argument("--train", type=Path, metavar="FOLDER", help="with train*.parquet and test*.parquet of CIFAR-10: train instead")
+    parser.add_argument(
+        "--train",
+        type=Path,
+        metavar="FOLDER",
+        help="with train*.parquet and test*.parquet of CIFAR-10: train instead",
+    )
     parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: names of runs")
     parser.add_argument("--epochs", type=int, default=20, help="with --train: of a quantized run")
-    parser.add_argument("--float-epochs", type=int, default=30, help="with --train: of a float run, which others start from")
-    parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out and end")
-    parser.add_argument("--dry-run", action="store_true", help="walk through all of it on the CPU, with tiny nets, without the compiler")
+    parser.add_argument(
+        "--float-epochs",
+        type=int,
+        default=30,
+        help="with --train: of a float run, which others start from",
+    )
+    parser.add_argument(
+        "--summary", action="store_true", help="print the tables of what is in --out and end"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="walk through all of it on the CPU, with tiny nets, without the compiler",
+    )
     args = parser.parse_args()
-    for name in ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS"):  # processes take turns on the cores
+    for name in (
+        "TORCHINDUCTOR_COMPILE_THREADS",
+        "OMP_NUM_THREADS",
+    ):  # processes take turns on the cores
         os.environ.setdefault(name, "2")
     # After the options: processes that measure import this file too, and what they need alone.
     import torch

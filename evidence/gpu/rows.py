@@ -44,7 +44,9 @@ class Worker:
 
     def __init__(self, *, here: bool = False) -> None:
         spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-        self._pool = ThreadPoolExecutor(1) if here else ProcessPoolExecutor(1, spawn, _end_with_parent)
+        self._pool = (
+            ThreadPoolExecutor(1) if here else ProcessPoolExecutor(1, spawn, _end_with_parent)
+        )
 
     def send(self, function: Callable[..., Row], *given: Any) -> Future[Row]:
         """Ask for a call."""
@@ -77,7 +79,10 @@ def end_all() -> None:
 
 def failure(error: BaseException) -> Row:
     """The error in one line, and where it came from."""
-    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "trace": traceback.format_exc()[-1500:]}
+    return {
+        "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "trace": traceback.format_exc()[-1500:],
+    }
 
 
 def _end_with_parent() -> None:

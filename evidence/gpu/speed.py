@@ -37,7 +37,19 @@ ORDER = (
 # Seconds that a group's first steps may take, and those of a turn; a group is begun only with this much left.
 PREPARATION, TURN, NEEDED, RESERVE = 200.0, 60.0, 60.0, 60.0
 GIB = 2**30
-HEAD = ["arm", "mode", "ms", "x float, same mode", "x float, compiled", "images/s", "host ms", "device busy", "kernels", "GiB", "x float"]
+HEAD = [
+    "arm",
+    "mode",
+    "ms",
+    "x float, same mode",
+    "x float, compiled",
+    "images/s",
+    "host ms",
+    "device busy",
+    "kernels",
+    "GiB",
+    "x float",
+]
 _ready: dict[Variant, Callable[[], Any]] = {}  # in the process of a variant: its step
 
 
@@ -61,7 +73,11 @@ class Variant(NamedTuple):
 def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
     """What is timed together, the most valuable answers first."""
     order = ((2, "compiled"), (2, "eager")) if dry_run else ORDER
-    return [[Variant(model, batch, arm, mode) for arm in ARMS] for batch, mode in order for model in (models[:1] if dry_run else models)]
+    return [
+        [Variant(model, batch, arm, mode) for arm in ARMS]
+        for batch, mode in order
+        for model in (models[:1] if dry_run else models)
+    ]
 
 
 def prepare(variant: Variant, device: str) -> Row:
@@ -75,13 +91,18 @@ def prepare(variant: Variant, device: str) -> Row:
     if variant not in _ready:
         sizes: dict[str, Any] = TINY | {"depth": 1} if is_try else {}
         images = torch.randn(batch, 3, *[sizes.get("img_size", 224)] * 2, device=device)
-        net, teacher = build(model, ARMS[arm], images, **sizes), teacher_of(model, ARMS[arm], images, **sizes)
+        net, teacher = (
+            build(model, ARMS[arm], images, **sizes),
+            teacher_of(model, ARMS[arm], images, **sizes),
+        )
         if is_compiled and not is_try:
             compile_in_place(net, graphs=graphs)
             if teacher is not None:
                 teacher.compile(graphs=graphs)
         step = training_step(net, images, teacher, half=True)
-        _ready[variant] = (lambda: (torch.compiler.cudagraph_mark_step_begin(), step())[1]) if graphs else step
+        _ready[variant] = (
+            (lambda: (torch.compiler.cudagraph_mark_step_begin(), step())[1]) if graphs else step
+        )
     loss, first = _ready[variant]().item(), time.monotonic() - began
     if mode.endswith("graph") and not is_try:
         _ready[variant] = captured(_ready[variant])
@@ -141,7 +162,10 @@ def idleness(variant: Variant, times: int, device: str) -> Row:
     with cProfile.Profile() as host:
         for _ in range(times):
             _ready[variant]()
-    spent = sorted(pstats.Stats(host).get_stats_profile().func_profiles.items(), key=lambda item: -item[1].tottime)[:40]
+    spent = sorted(
+        pstats.Stats(host).get_stats_profile().func_profiles.items(),
+        key=lambda item: -item[1].tottime,
+    )[:40]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(times):
             _ready[variant]()
@@ -150,19 +174,29 @@ def idleness(variant: Variant, times: int, device: str) -> Row:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
         found = busy(json.loads(path.read_text())["traceEvents"], times)
-    return {**found, "host": [(name, 1000 * one.tottime / times, one.ncalls) for name, one in spent]}
+    return {
+        **found,
+        "host": [(name, 1000 * one.tottime / times, one.ncalls) for name, one in spent],
+    }
 
 
 def busy(events: list[dict[str, Any]], times: int) -> Row:
     """From the events of a trace, in microseconds: what overlaps counts once."""
-    found = sorted((e for e in events if e.get("cat") in {"kernel", "gpu_memcpy", "gpu_memset"}), key=lambda e: e["ts"])
+    found = sorted(
+        (e for e in events if e.get("cat") in {"kernel", "gpu_memcpy", "gpu_memset"}),
+        key=lambda e: e["ts"],
+    )
     total, last, longest = 0.0, float("-inf"), collections.Counter[str]()
     for event in found:
         longest[event["name"][:80]] += event["dur"] / 1000 / times
         end = event["ts"] + event["dur"]
         total += max(end - max(event["ts"], last), 0)
         last = max(last, end)
-    return {"busy_ms": total / 1000 / times, "kernels": len(found) / times, "longest": longest.most_common(40)}
+    return {
+        "busy_ms": total / 1000 / times,
+        "kernels": len(found) / times,
+        "longest": longest.most_common(40),
+    }
 
 
 def _give_back() -> None:
@@ -171,15 +205,23 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def take_turns(group: list[Variant], until: float, device: str, make: Callable[[], Worker]) -> dict[str, Row]:
+def take_turns(
+    group: list[Variant], until: float, device: str, make: Callable[[], Worker]
+) -> dict[str, Row]:
     """Prepare all side by side, then let those that can take turns; without time for all rounds those so far are all there are."""
     rounds, times = (1, 1) if device == "cpu" else (ROUNDS, STEPS)
     workers = {variant: make() for variant in group}
     asked = {variant: worker.send(prepare, variant, device) for variant, worker in workers.items()}
     ready = min(time.monotonic() + PREPARATION, until)
     rows = {variant: answer(one, ready) for variant, one in asked.items()}
-    for variant in [variant for variant, row in rows.items() if "memory" in row.get("failed", "") and time.monotonic() < until]:
-        rows[variant] = workers[variant].call(PREPARATION, prepare, variant, device)  # now that no other is at it
+    for variant in [
+        variant
+        for variant, row in rows.items()
+        if "memory" in row.get("failed", "") and time.monotonic() < until
+    ]:
+        rows[variant] = workers[variant].call(
+            PREPARATION, prepare, variant, device
+        )  # now that no other is at it
     for number in range(rounds + 1):
         if number > 2 and time.monotonic() > until:
             break
@@ -191,7 +233,9 @@ def take_turns(group: list[Variant], until: float, device: str, make: Callable[[
             elif number:  # the first round is not kept
                 for key, value in found.items():
                     rows[variant].setdefault(key, []).append(value)
-    for variant in [variant for variant, row in rows.items() if "failed" not in row and time.monotonic() < until]:
+    for variant in [
+        variant for variant, row in rows.items() if "failed" not in row and time.monotonic() < until
+    ]:
         rows[variant] |= workers[variant].call(TURN, idleness, variant, times, device)
     for worker in workers.values():
         worker.close()
@@ -204,17 +248,32 @@ def command(args: argparse.Namespace) -> str:
 
     Rows that are there are measured again beside others of their group: a ratio needs its neighbour.
     """
-    out, until, left, device = args.out, time.monotonic() + args.seconds - RESERVE, [], "cpu" if args.dry_run else "cuda"
+    out, until, left, device = (
+        args.out,
+        time.monotonic() + args.seconds - RESERVE,
+        [],
+        "cpu" if args.dry_run else "cuda",
+    )
     known = {row["name"] for row in read(out)}
     if "machine" not in known:
         name = "CPU, sizes for a try alone" if args.dry_run else torch.cuda.get_device_name()
-        append(out, {"name": "machine", "device": name, "torch": torch.__version__, "CUDA": torch.version.cuda})
+        append(
+            out,
+            {
+                "name": "machine",
+                "device": name,
+                "torch": torch.__version__,
+                "CUDA": torch.version.cuda,
+            },
+        )
     for group in groups(args.models or list(MODELS), dry_run=args.dry_run):
         missing = [variant.name for variant in group if variant.name not in known]
         if missing and time.monotonic() + NEEDED > until:
             left += missing
         elif missing:
-            for name, row in take_turns(group, until, device, lambda: Worker(here=args.dry_run)).items():
+            for name, row in take_turns(
+                group, until, device, lambda: Worker(here=args.dry_run)
+            ).items():
                 if row.get("failed") == LATE and time.monotonic() > until:
                     left.append(name)
                 else:
@@ -251,8 +310,18 @@ def report(rows: list[Row]) -> str:
             f"{1000 * int(batch) / ms:.0f}",
             f"{statistics.median(row['host_ms']):.2f}",
         ]
-        cells += [f"{row['busy_ms'] / ms:.2f}", f"{row['kernels']:.0f}"] if "busy_ms" in row else ["", ""]
-        cells += [f"{peak / GIB:.2f}", f"{peak / max(same['peak']):.2f}" if peak and same and same.get("peak") else ""]
+        cells += (
+            [f"{row['busy_ms'] / ms:.2f}", f"{row['kernels']:.0f}"]
+            if "busy_ms" in row
+            else ["", ""]
+        )
+        cells += [
+            f"{peak / GIB:.2f}",
+            f"{peak / max(same['peak']):.2f}" if peak and same and same.get("peak") else "",
+        ]
         here.append([arm, mode, *cells])
     parts = [", ".join(f"{key}: {value}" for key, value in machine.items() if key != "name")]
-    return "\n\n".join([*parts, *(f"{title}\n\n{table(HEAD, cells)}" for title, cells in lines.items())])
+    return "\n\n".join([
+        *parts,
+        *(f"{title}\n\n{table(HEAD, cells)}" for title, cells in lines.items()),
+    ])

@@ -46,8 +46,17 @@ PROCESSES = 6  # side by side
 FLOAT, BASE, QKR, BATCH = "float", "w2a2 statsq", "w2a2 statsq qkr", 512
 # LSQ as its own best start has it, and the recipe seq.
 LSQ, SEQ = {"weight_quantizer": "lsq", "step_init": "mse"}, PRESETS["seq"]
-VARIANTS: dict[str, dict[str, Any]] = {FLOAT: {}, BASE: {}, "w2a2 lsq": LSQ, "w2a2 seq": SEQ, QKR: {"attention": "qkr"}}
-VARIANTS |= {f"w2a8 {name}": {**knobs, "act_bits": 8} for name, knobs in (("statsq", {}), ("lsq", LSQ), ("seq", SEQ))}
+VARIANTS: dict[str, dict[str, Any]] = {
+    FLOAT: {},
+    BASE: {},
+    "w2a2 lsq": LSQ,
+    "w2a2 seq": SEQ,
+    QKR: {"attention": "qkr"},
+}
+VARIANTS |= {
+    f"w2a8 {name}": {**knobs, "act_bits": 8}
+    for name, knobs in (("statsq", {}), ("lsq", LSQ), ("seq", SEQ))
+}
 SEEDS = 8
 
 
@@ -82,7 +91,12 @@ def prepare(folder: Path, kept: Path, *, dry_run: bool) -> None:
     for split in ("train", "test"):
         if dry_run:
             count = 32 if split == "train" else 8
-            images = torch.randint(256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+            images = torch.randint(
+                256,
+                (count, 3, SIZE, SIZE),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(count),
+            )
             parts[split] = images, torch.arange(count) % CLASSES
             continue
         import pyarrow.parquet as pq  # not needed once images are decoded
@@ -92,7 +106,9 @@ def prepare(folder: Path, kept: Path, *, dry_run: bool) -> None:
             raise FileNotFoundError(f"--train {folder}: must hold {split}*.parquet of CIFAR-10")
         columns = [pq.read_table(file).to_pydict() for file in files]
         encoded = [cell["bytes"] for one in columns for cell in one.get("img", one.get("image"))]
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in encoded])
+        pixels = np.stack([
+            np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in encoded
+        ])
         labels = torch.tensor([label for one in columns for label in one["label"]])
         parts[split] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
     write_torch(kept, parts)
@@ -104,12 +120,16 @@ class Cifar:
     def __init__(self, kept: Path, device: torch.device) -> None:
         mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
         parts = {
-            name: ((images.float() / 255 - mean) / std, labels) for name, (images, labels) in read_torch(kept, map_location=device).items()
+            name: ((images.float() / 255 - mean) / std, labels)
+            for name, (images, labels) in read_torch(kept, map_location=device).items()
         }
         images, labels = parts["train"]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(device)
         held_out = min(VALIDATION, len(images) // 4)
-        self.parts = {name: (images[at], labels[at]) for name, at in (("train", order[:-held_out]), ("val", order[-held_out:]))}
+        self.parts = {
+            name: (images[at], labels[at])
+            for name, at in (("train", order[:-held_out]), ("val", order[-held_out:]))
+        }
         self.parts["test"] = parts["test"]
         self.device = device
 
@@ -117,7 +137,9 @@ class Cifar:
         """All images of a part in their order."""
         return zip(*(x.split(size) for x in self.parts[name]), strict=True)
 
-    def epoch(self, seed: int, epoch: int, size: int, shift: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, seed: int, epoch: int, size: int, shift: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches of one size, what is left over is not used; order, flips and shifts are functions of seed and epoch."""
         images, labels = self.parts["train"]
         generator = torch.Generator(self.device).manual_seed(1_000_003 * seed + epoch)
@@ -132,7 +154,9 @@ def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     flip = torch.rand(n, generator=generator, device=device) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
     down, right = torch.randint(2 * shift + 1, (2, n, 1), generator=generator, device=device)
-    row, column = (torch.arange(images.shape[i], device=device) + move for i, move in ((2, down), (3, right)))
+    row, column = (
+        torch.arange(images.shape[i], device=device) + move for i, move in ((2, down), (3, right))
+    )
     padded = F.pad(images, [shift] * 4).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device).view(-1, 1, 1)
     return padded[which, row.unsqueeze(2), column.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
@@ -142,7 +166,12 @@ def nets_of(run: Run, args: argparse.Namespace, data: Cifar) -> tuple[nn.Module,
     """The net at its start, and the float net that it follows. All blocks share one graph: whole nets compile for three times as long."""
     torch.manual_seed(run.seed)
     sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3} if args.dry_run else {}
-    made = [timm.create_model("deit_tiny_patch16_224", img_size=SIZE, patch_size=4, num_classes=CLASSES, **sizes) for _ in range(2)]
+    made = [
+        timm.create_model(
+            "deit_tiny_patch16_224", img_size=SIZE, patch_size=4, num_classes=CLASSES, **sizes
+        )
+        for _ in range(2)
+    ]
     net, teacher = (one.to(data.device) for one in made)
     if run.variant != FLOAT:
         trained = read_torch(Run(FLOAT, run.seed).file(args.out, "best"), map_location=data.device)
@@ -160,10 +189,16 @@ def train(run: Run, args: argparse.Namespace, until: float) -> Row:
     """Train a run, or go on with it, up to the end or while there is time for one epoch more; `until` by `time.monotonic`."""
     data = Cifar(args.out.parent / "cifar10.pt", torch.device("cpu" if args.dry_run else "cuda"))
     net, teacher = nets_of(run, args, data)
-    epochs, lr, shift, warm_up = (args.float_epochs, FLOAT_LR, SHIFT, WARM_UP) if teacher is None else (args.epochs, LR, 0, 0.0)
+    epochs, lr, shift, warm_up = (
+        (args.float_epochs, FLOAT_LR, SHIFT, WARM_UP)
+        if teacher is None
+        else (args.epochs, LR, 0, 0.0)
+    )
     optimizer = build_optimizer(net, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     steps = epochs * (len(data.parts["train"][0]) // args.batch)
-    schedule = cosine_schedule(optimizer, periods=steps, warmup=int(warm_up * steps), interval="step")
+    schedule = cosine_schedule(
+        optimizer, periods=steps, warmup=int(warm_up * steps), interval="step"
+    )
     kept, said = run.file(args.out, "state"), {"variant": run.variant, "seed": run.seed}
     state: dict[str, Any] = {"epoch": 0, "best_val": -1.0, "best_epoch": -1, "best": {}}
     if kept.exists():
@@ -180,13 +215,22 @@ def train(run: Run, args: argparse.Namespace, until: float) -> Row:
         val = accuracy(net, data, "val")
         seconds = time.monotonic() - began
         if val > state["best_val"]:
-            state |= {"best_val": val, "best_epoch": epoch, "best": {key: value.clone() for key, value in net.state_dict().items()}}
+            state |= {
+                "best_val": val,
+                "best_epoch": epoch,
+                "best": {key: value.clone() for key, value in net.state_dict().items()},
+            }
         state["epoch"] = epoch + 1
         write_torch(kept, {**state, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
         append(args.out, {**said, "epoch": epoch, "val": val, "loss": loss, "seconds": seconds})
     net.load_state_dict(state["best"])
     write_torch(run.file(args.out, "best"), net.state_dict())
-    row = {**said, "val": state["best_val"], "best_epoch": state["best_epoch"], "test": accuracy(net, data, "test")}
+    row = {
+        **said,
+        "val": state["best_val"],
+        "best_epoch": state["best_epoch"],
+        "test": accuracy(net, data, "test"),
+    }
     append(args.out, row)
     kept.unlink(missing_ok=True)
     return row
@@ -205,7 +249,9 @@ def one_epoch(
     for step, (images, target) in batches:
         schedule.step_update(step)
         with torch.autocast(images.device.type, torch.bfloat16):
-            loss = term(StepContext(net(images), target, None if teacher is None else teacher(images), net))
+            loss = term(
+                StepContext(net(images), target, None if teacher is None else teacher(images), net)
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -219,7 +265,10 @@ def accuracy(net: nn.Module, data: Cifar, part: str) -> float:
     net.eval()
     eager = torch.compiler.set_stance("force_eager")
     with eager, kept_weights(net), torch.autocast(data.device.type, torch.bfloat16):
-        right = [(net(images).argmax(1) == target).sum() for images, target in data.batches(part, EVAL_BATCH)]
+        right = [
+            (net(images).argmax(1) == target).sum()
+            for images, target in data.batches(part, EVAL_BATCH)
+        ]
     return 100 * torch.stack(right).sum().item() / len(data.parts[part][1])
 
 
@@ -230,11 +279,15 @@ def train_all(wanted: list[Run], args: argparse.Namespace, until: float) -> list
     going: dict[concurrent.futures.Future[Row], tuple[Run, Worker]] = {}
     while True:
         for run in waiting:
-            can_start = (run.variant == FLOAT or Run(FLOAT, run.seed) in done) and all(run != one for one, _ in going.values())
+            can_start = (run.variant == FLOAT or Run(FLOAT, run.seed) in done) and all(
+                run != one for one, _ in going.values()
+            )
             if can_start and len(going) < PROCESSES and time.monotonic() + NEEDED < until:
                 worker = Worker(here=args.dry_run)
                 going[worker.send(train, run, args, until)] = run, worker
-        ready, _ = concurrent.futures.wait(going, max(until + GRACE - time.monotonic(), 0), concurrent.futures.FIRST_COMPLETED)
+        ready, _ = concurrent.futures.wait(
+            going, max(until + GRACE - time.monotonic(), 0), concurrent.futures.FIRST_COMPLETED
+        )
         for future in ready:
             run, worker = going.pop(future)
             row = answer(future, until)
@@ -259,8 +312,16 @@ def command(args: argparse.Namespace) -> str:
     if args.dry_run:
         args.epochs = args.float_epochs = 2
         args.batch = 8
-    left = train_all([run for run in runs(dry_run=args.dry_run) if fnmatch.fnmatch(str(run), args.only)], args, until)
-    more = f"\n\n{len(left)} runs are left, run the command again: {', '.join(map(str, left))}" if left else ""
+    left = train_all(
+        [run for run in runs(dry_run=args.dry_run) if fnmatch.fnmatch(str(run), args.only)],
+        args,
+        until,
+    )
+    more = (
+        f"\n\n{len(left)} runs are left, run the command again: {', '.join(map(str, left))}"
+        if left
+        else ""
+    )
     return report(read(args.out)) + more
 
 
@@ -271,10 +332,15 @@ def report(rows: list[Row]) -> str:
         around = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return [name, str(len(values)), f"{statistics.fmean(values):{sign}.2f}{around}"]
 
-    of = {name: {row["seed"]: row["test"] for row in rows if "test" in row and row["variant"] == name} for name in VARIANTS}
+    of = {
+        name: {row["seed"]: row["test"] for row in rows if "test" in row and row["variant"] == name}
+        for name in VARIANTS
+    }
     lines = [line(name, list(found.values())) for name, found in of.items() if found]
     for name in VARIANTS:
         base = f"{name.split()[0]} statsq"
         if base in VARIANTS and name != base and (both := of[name].keys() & of[base]):
-            lines.append(line(f"{name} - {base}", [of[name][seed] - of[base][seed] for seed in both], "+"))
+            lines.append(
+                line(f"{name} - {base}", [of[name][seed] - of[base][seed] for seed in both], "+")
+            )
     return table(["variant", "seeds", "test top-1 ± std"], lines)

@@ -64,7 +64,9 @@ class ImageSet:
         for images, target in self.batches:
             logits = predict(images).float()
             correct = (logits.argmax(-1) == target).sum().double()
-            sums.append(torch.stack([correct, F.cross_entropy(logits, target, reduction="sum").double()]))
+            sums.append(
+                torch.stack([correct, F.cross_entropy(logits, target, reduction="sum").double()])
+            )
         n_correct, loss = torch.stack(sums).sum(0).tolist()
         return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
 
@@ -185,12 +187,22 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
             rows.append(point.key | (point.score or images.score)(point.net))
         if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:
             logged = now
-            log.info("%d of %d evaluations, about %s left", done, len(points), duration((now - began) / done * (len(points) - done)))
+            log.info(
+                "%d of %d evaluations, about %s left",
+                done,
+                len(points),
+                duration((now - began) / done * (len(points) - done)),
+            )
     return rows
 
 
 def panels(
-    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = 3.6, sharex: bool = False
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    width: float = WIDTH,
+    height: float = 3.6,
+    sharex: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of quiet axes, row by row: two spines, a pale grid below the data, text that is legible 720 pixels wide; inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -205,16 +217,24 @@ def panels(
     return figure, grid
 
 
-def save_figure(file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg") -> None:
+def save_figure(
+    file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg"
+) -> None:
     """Save a figure: text stays text, dollar signs in it too, and the same figure is the same file: no date, no random names."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.5}):
+    with mpl.rc_context({
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "path.simplify_threshold": 0.5,
+    }):
         metadata = {"Date": None, "Title": title, "Description": words} if kind == "svg" else None
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
 
 
-def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True) -> None:
+def write_outcome(
+    folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
+) -> None:
     """Write tables as CSV, pictures as SVG and PNG, and last `<name>.json`, which names them all.
 
     Args:
@@ -235,6 +255,9 @@ def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome:
         "settings": settings,
         "summary": outcome.summary,
         "tables": [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables],
-        "figures": [{"file": f"{one.name}.svg", "title": one.title, "alt": one.alt} for one in outcome.drawings],
+        "figures": [
+            {"file": f"{one.name}.svg", "title": one.title, "alt": one.alt}
+            for one in outcome.drawings
+        ],
     }
     write_text(folder / f"{name}.json", json_text(index))

@@ -10,7 +10,17 @@ from typing import ClassVar
 from matplotlib.patches import Patch
 from torch import nn
 
-from qat.analysis.analysis import PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
+from qat.analysis.analysis import (
+    PALETTE,
+    Analysis,
+    Drawing,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    panels,
+)
 from qat.errors import UsageError
 from qat.model.checkpoint import float_twin
 from qat.model.convert import conversion_of, stem_and_heads
@@ -18,7 +28,15 @@ from qat.model.cost import ModuleCost, module_costs, total
 from qat.utils.text import scaled
 
 # The order of the bars, each kind with the same colour in every picture.
-KINDS = ("attention weights", "attention products", "MLP", "patch embedding", "head", "norms", "other")
+KINDS = (
+    "attention weights",
+    "attention products",
+    "MLP",
+    "patch embedding",
+    "head",
+    "norms",
+    "other",
+)
 UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
 
 
@@ -42,14 +60,21 @@ class CostAnalysis(Analysis):
                     "net": studied.label,
                     "module": part.module or "(net)",
                     "kind": kind_of[part.module],
-                    "bits of operands": ", ".join(dict.fromkeys(f"{a} x {b}" for a, b in (product.bits for product in part.products))),
+                    "bits of operands": ", ".join(
+                        dict.fromkeys(
+                            f"{a} x {b}" for a, b in (product.bits for product in part.products)
+                        )
+                    ),
                     "bytes": part.size_bytes,
                     "MACs": part.macs,
                     "bit operations": part.bitops,
                 }
                 for part in parts
             ]
-        tables = [Table("cost", "Cost by kind of layer", kinds), Table("cost_modules", "Cost by module", modules)]
+        tables = [
+            Table("cost", "Cost by kind of layer", kinds),
+            Table("cost_modules", "Cost by module", modules),
+        ]
         return Outcome(summary, tables, [_bars(kinds)])
 
 
@@ -71,7 +96,10 @@ def module_kinds(net: nn.Module) -> dict[str, str]:
         words = name.lower().split(".")
         if name in where:
             kinds[name] = {"stem": "patch embedding", "head": "head"}[where[name]]
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm) or "norm" in words[-1]:
+        elif (
+            isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+            or "norm" in words[-1]
+        ):
             kinds[name] = "norms"
         elif any("attn" in word for word in words):
             kinds[name] = "attention weights"
@@ -81,14 +109,21 @@ def module_kinds(net: nn.Module) -> dict[str, str]:
 
 
 def _by_kind(parts: Sequence[ModuleCost], kind_of: Mapping[str, str]) -> list[Row]:
-    rows = {kind: dict.fromkeys(("parameters in training", "bytes", "MACs", "bit operations"), 0) for kind in KINDS}
+    rows = {
+        kind: dict.fromkeys(("parameters in training", "bytes", "MACs", "bit operations"), 0)
+        for kind in KINDS
+    }
     for part in parts:
         row = rows[kind_of[part.module]]
         row["parameters in training"] += part.n_params
         row["bytes"] += part.size_bytes
         for product in part.products:
             kind = kind_of[product.module]
-            row = rows["attention products" if product.of_activations and kind == "attention weights" else kind]
+            row = rows[
+                "attention products"
+                if product.of_activations and kind == "attention weights"
+                else kind
+            ]
             row["MACs"] += product.macs
             row["bit operations"] += product.bitops
     return [{"kind": kind, **row} for kind, row in rows.items() if any(row.values())]
@@ -103,7 +138,14 @@ def _bars(rows: Sequence[Row]) -> Drawing:
         for row in rows:
             if row[unit]:
                 colour = PALETTE[KINDS.index(row["kind"])]
-                axis.barh(row["net"], row[unit] / 1e6, left=wholes[row["net"]] / 1e6, color=colour, height=0.6, edgecolor="white")
+                axis.barh(
+                    row["net"],
+                    row[unit] / 1e6,
+                    left=wholes[row["net"]] / 1e6,
+                    color=colour,
+                    height=0.6,
+                    edgecolor="white",
+                )
             wholes[row["net"]] += row[unit]
         for place, (label, whole) in enumerate(wholes.items()):
             axis.text(whole / 1e6, place, f" {scaled(whole)}", va="center", fontsize=8)

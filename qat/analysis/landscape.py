@@ -73,11 +73,15 @@ class Landscape(Analysis):
         check_choice("analysis.loss", self.loss, tuple(LOSSES))
         check_int("analysis.points", self.points, 3)
         if self.points % 2 == 0:
-            raise UsageError(f"analysis.points={self.points}: must be odd, so that the unchanged model is the middle point")
+            raise UsageError(
+                f"analysis.points={self.points}: must be odd, so that the unchanged model is the middle point"
+            )
         # From 0.5 on a scale that is in both directions could reach zero.
         check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
-        object.__setattr__(self, "targets", check_globs("analysis.targets", self.targets, "attn.*.weight"))
+        object.__setattr__(
+            self, "targets", check_globs("analysis.targets", self.targets, "attn.*.weight")
+        )
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Evaluate every point of the plane of every net."""
@@ -85,16 +89,36 @@ class Landscape(Analysis):
         places = [self.radius * (i - half) / half for i in range(self.points)]
         points = []
         for studied in nets:
-            move, score = plane(studied.net, self.targets, self.seed), self._score(studied.net, images)
+            move, score = (
+                plane(studied.net, self.targets, self.seed),
+                self._score(studied.net, images),
+            )
             points += [
-                EvaluationPoint({"net": studied.label, "x": x, "y": y}, studied.net, functools.partial(move, x, y), score)
+                EvaluationPoint(
+                    {"net": studied.label, "x": x, "y": y},
+                    studied.net,
+                    functools.partial(move, x, y),
+                    score,
+                )
                 for y, x in itertools.product(places, places)
             ]
         rows = measure(points, images)
-        losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
-        grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
+        losses = torch.tensor(
+            [row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64
+        )
+        grids = dict(
+            zip(
+                [studied.label for studied in nets],
+                losses.view(-1, self.points, self.points),
+                strict=True,
+            )
+        )
         drawing = _contours(grids, places, LOSSES[self.loss])
-        return Outcome({label: shape_of(grid) for label, grid in grids.items()}, [Table("landscape", "Loss on the plane", rows)], [drawing])
+        return Outcome(
+            {label: shape_of(grid) for label, grid in grids.items()},
+            [Table("landscape", "Loss on the plane", rows)],
+            [drawing],
+        )
 
     def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
         if self.loss == "ce":
@@ -110,7 +134,9 @@ class Landscape(Analysis):
         return score
 
 
-def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float, float], AbstractContextManager[None]]:
+def plane(
+    net: nn.Module, targets: Sequence[str], seed: int
+) -> Callable[[float, float], AbstractContextManager[None]]:
     """A plane of scales: each scale s of the targets becomes s (1 + x u + y v), u and v uniform in [-1, 1].
 
     Zero points and ranges of codes stay.
@@ -129,15 +155,25 @@ def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float,
     generators = [torch.Generator().manual_seed(2 * seed + number) for number in (0, 1)]
     directions = {}
     for site in iter_quantizers(net):
-        if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
+        if site.is_weight and isinstance(
+            grid := site.quantizer.grid(site.latent().detach()), UniformGrid
+        ):
             name = f".{site.layer}.{site.role}"
             if any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets):
-                directions[site.quantizer] = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
+                directions[site.quantizer] = [
+                    2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1
+                    for g in generators
+                ]
     if not directions:
-        raise UsageError(f"analysis.targets={list(targets)}: must match a quantized weight; names look like 'blocks.0.mlp.fc1.weight'")
+        raise UsageError(
+            f"analysis.targets={list(targets)}: must match a quantized weight; names look like 'blocks.0.mlp.fc1.weight'"
+        )
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
-        return patched({q: functools.partial(requantized, q, resize=(1 + (x * u + y * v)).mul) for q, (u, v) in directions.items()})
+        return patched({
+            q: functools.partial(requantized, q, resize=(1 + (x * u + y * v)).mul)
+            for q, (u, v) in directions.items()
+        })
 
     return move
 
@@ -152,7 +188,9 @@ def shape_of(losses: Tensor) -> dict[str, float]:
     """
     low, high, middle = float(losses.min()), float(losses.max()), len(losses) // 2
     roughness = float(torch.cat([losses, losses.T]).diff(n=2, dim=1).abs().mean())
-    windows = F.pad(losses, (1, 1, 1, 1), value=torch.inf).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)
+    windows = (
+        F.pad(losses, (1, 1, 1, 1), value=torch.inf).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)
+    )
     windows[..., 4] = torch.inf
     return {
         "centre": float(losses[middle, middle]),
@@ -171,13 +209,19 @@ def _contours(grids: Mapping[str, Tensor], places: Sequence[float], loss: str) -
         centre = float(losses[len(places) // 2, len(places) // 2])
         rises = (losses - centre).numpy()
         filled = axis.contourf(places, places, rises, levels=LEVELS, cmap=HEAT)
-        axis.contour(places, places, rises, levels=LEVELS, colors="black", linewidths=0.4, linestyles="solid")
+        axis.contour(
+            places, places, rises, levels=LEVELS, colors="black", linewidths=0.4, linestyles="solid"
+        )
         axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
         axis.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
         axis.grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
-        drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(labelsize=7)
-        said.append(f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}")
+        drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(
+            labelsize=7
+        )
+        said.append(
+            f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}"
+        )
     title = f"{loss} above that of the unchanged model (+), scales changed by a fraction"
     return Drawing("landscape", title, "; ".join(said), drawn)

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from qat.analysis.analysis import PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
+from qat.analysis.analysis import (
+    PALETTE,
+    Analysis,
+    Drawing,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    panels,
+)
 from qat.errors import UsageError
 from qat.utils.files import csv_rows
 
@@ -45,7 +55,10 @@ class OscillationAnalysis(Analysis):
                     f"ckpt={str(studied.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
                 )
             layers += [{"net": studied.label, **row} for row in rows]
-        summary = {label: {name: [*curve.values()][-1] for name, curve in found.items() if curve} for label, found in curves.items()}
+        summary = {
+            label: {name: [*curve.values()][-1] for name, curve in found.items() if curve}
+            for label, found in curves.items()
+        }
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
         return Outcome(summary, tables, [_draw(curves)] if any(summary.values()) else [])
 
@@ -72,9 +85,18 @@ def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     for axis, name in zip(axes, names, strict=True):
         for number, (label, found) in enumerate(curves.items()):
             values, colour = [*found[name].values()], PALETTE[number % len(PALETTE)]
-            axis.plot([*found[name]], values, "--" if number else "-", color=colour, linewidth=1.3, label=label)
+            axis.plot(
+                [*found[name]],
+                values,
+                "--" if number else "-",
+                color=colour,
+                linewidth=1.3,
+                label=label,
+            )
             if values:
-                said.append(f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end")
+                said.append(
+                    f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end"
+                )
         axis.set(ylabel=name, ylim=(0, None))
     axes[-1].set_xlabel("optimizer step")
     axes[0].legend(fontsize=8, frameon=False)

@@ -57,7 +57,9 @@ def requantized(
         quantizer.calibrate(weight, {})
     grid = cast(UniformGrid, quantizer.grid(weight))
     if steps_from == "mse" and not grid.is_half_step:
-        step, zero = affine_scale(weight, quantizer.spec.bits, signed=grid.qmin < 0, axis=grid.axis, method="mse")
+        step, zero = affine_scale(
+            weight, quantizer.spec.bits, signed=grid.qmin < 0, axis=grid.axis, method="mse"
+        )
         grid = dataclasses.replace(grid, step=step, zero_point=zero)
     if resize is not None:
         grid = dataclasses.replace(grid, step=resize(grid.step))
@@ -95,7 +97,9 @@ class WeightSite:
     shape: torch.Size
 
 
-def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0) -> tuple[nn.Module, list[WeightSite]]:
+def weight_sites(
+    net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0
+) -> tuple[nn.Module, list[WeightSite]]:
     """The weights of a net, quantized or not; one whose quantizer has no grid of evenly spaced values is named in the log.
 
     Args:
@@ -108,17 +112,29 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
     """
     if conversion_of(net) is None:
         shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
-        identities = QuantRecipe(**PRESETS["fp"])  # unlike qat.recipe("fp"), which leaves a net untouched
+        identities = QuantRecipe(
+            **PRESETS["fp"]
+        )  # unlike qat.recipe("fp"), which leaves a net untouched
         net = convert(copy.deepcopy(net, shared), identities, input_size=input_size).eval()
     places, found = stem_and_heads(net), []
-    symmetric = build_quantizer(QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis))
+    symmetric = build_quantizer(
+        QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)
+    )
     for site in (site for site in iter_quantizers(net) if site.is_weight):
         quantizer, weight = site.quantizer, site.latent().detach()
         if quantizer.is_float or isinstance(quantizer.grid(weight), UniformGrid):
-            rule, bits = (symmetric, FLOAT_BITS) if quantizer.is_float else (quantizer, quantizer.spec.bits)
-            found.append(WeightSite(site.layer, places.get(site.layer, "block"), quantizer, rule, bits, weight.shape))
+            rule, bits = (
+                (symmetric, FLOAT_BITS) if quantizer.is_float else (quantizer, quantizer.spec.bits)
+            )
+            found.append(
+                WeightSite(
+                    site.layer, places.get(site.layer, "block"), quantizer, rule, bits, weight.shape
+                )
+            )
         else:
-            log.warning("%s: its quantizer has no uniform grid; this weight is left unchanged", site.name)
+            log.warning(
+                "%s: its quantizer has no uniform grid; this weight is left unchanged", site.name
+            )
     return net, found
 
 
@@ -129,9 +145,15 @@ def is_float(sites: Sequence[WeightSite]) -> bool:
 
 def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
     """Weights of blocks, those that a quantized net leaves in float not among them."""
-    return [site for site in sites if site.place == "block" and (site.bits != FLOAT_BITS or is_float(sites))]
+    return [
+        site
+        for site in sites
+        if site.place == "block" and (site.bits != FLOAT_BITS or is_float(sites))
+    ]
 
 
 def changed(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
     """While it lasts these weights are `requantized` with a change; no tensor of the net is touched."""
-    return patched({site.quantizer: functools.partial(requantized, site.rule, **change) for site in sites})
+    return patched({
+        site.quantizer: functools.partial(requantized, site.rule, **change) for site in sites
+    })

@@ -14,16 +14,47 @@ from typing import Any, ClassVar
 
 import torch
 
-from qat.analysis.analysis import PALETTE, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
-from qat.analysis.requantize import STEPS_FROM, WeightSite, changed, in_blocks, is_float, nearest_power_of_two, weight_sites
+from qat.analysis.analysis import (
+    PALETTE,
+    Analysis,
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    measure,
+    panels,
+)
+from qat.analysis.requantize import (
+    STEPS_FROM,
+    WeightSite,
+    changed,
+    in_blocks,
+    is_float,
+    nearest_power_of_two,
+    weight_sites,
+)
 from qat.errors import UsageError
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_list, check_number
+from qat.utils.validate import (
+    FLOAT_BITS,
+    check_bits,
+    check_choice,
+    check_int,
+    check_list,
+    check_number,
+)
 
 STEPS, BITS, POWER_OF_TWO = PARTS = ("steps", "bits", "power_of_two")
 FLOAT_SCALES = {"channel": 0, "tensor": None}
 # Name, title, axis.
 FIGURES = {
-    STEPS: ("step_sizes", "Accuracy when all step sizes of the weights change", "step size, as a multiple of its own"),
+    STEPS: (
+        "step_sizes",
+        "Accuracy when all step sizes of the weights change",
+        "step size, as a multiple of its own",
+    ),
     BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
 FLOAT_AT = 10  # where float stands on an axis of bits
@@ -85,27 +116,59 @@ class Robustness(Analysis):
             steps, widths, powers = ([row for row in rows if row["part"] == part] for part in PARTS)
             found: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
             if steps:
-                worst, percents = min(steps, key=operator.itemgetter("top1")), {row["ratio"]: row["top1"] for row in steps}
+                worst, percents = (
+                    min(steps, key=operator.itemgetter("top1")),
+                    {row["ratio"]: row["top1"] for row in steps},
+                )
                 mean = statistics.fmean(percents.values())
-                found[STEPS] = {"at_1": percents[1], "lowest": worst["top1"], "lowest_at": worst["ratio"], "mean": mean}
+                found[STEPS] = {
+                    "at_1": percents[1],
+                    "lowest": worst["top1"],
+                    "lowest_at": worst["ratio"],
+                    "mean": mean,
+                }
             if widths:
                 found["widths"] = {_place(row): row["top1"] for row in widths}
             if powers:
                 found[POWER_OF_TWO] = powers[0]["top1"]
             summary[studied.label] = found
-            table += [{"top-1 (%)" if name == "top1" else name: value for name, value in row.items()} for row in rows]
-        drawings = [_draw(part, rows) for part in FIGURES if (rows := [row for row in table if row["part"] == part])]
-        return Outcome(summary, [Table("robustness", "Accuracy with other step sizes and bit-widths of the weights", table)], drawings)
+            table += [
+                {"top-1 (%)" if name == "top1" else name: value for name, value in row.items()}
+                for row in rows
+            ]
+        drawings = [
+            _draw(part, rows)
+            for part in FIGURES
+            if (rows := [row for row in table if row["part"] == part])
+        ]
+        return Outcome(
+            summary,
+            [
+                Table(
+                    "robustness",
+                    "Accuracy with other step sizes and bit-widths of the weights",
+                    table,
+                )
+            ],
+            drawings,
+        )
 
     def _points(self, studied: StudiedNet) -> list[EvaluationPoint]:
         """The net as it is, then part by part."""
-        net, weights = weight_sites(studied.net, studied.input_size, FLOAT_SCALES[self.float_scales])
+        net, weights = weight_sites(
+            studied.net, studied.input_size, FLOAT_SCALES[self.float_scales]
+        )
         blocks = in_blocks(weights)
         if not blocks:
-            raise UsageError(f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid")
+            raise UsageError(
+                f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid"
+            )
         # What all changes of step sizes start from: the quantized weights of the net, or those of a float net quantized here.
         base: dict[str, Any] = {}
-        sites, parts = [site for site in weights if site.bits != FLOAT_BITS], {*(self.parts or PARTS)}
+        sites, parts = (
+            [site for site in weights if site.bits != FLOAT_BITS],
+            {*(self.parts or PARTS)},
+        )
         if is_float(weights) and self.float_bits is not None:
             sites, base = blocks, {"bits": self.float_bits, "steps_from": self.steps_from}
         elif not sites:
@@ -116,19 +179,36 @@ class Robustness(Analysis):
             parts = {BITS}
 
         def point(
-            part: str, of: Sequence[WeightSite] = (), *, ratio: float | None = None, width: float | None = None, **change: Any
+            part: str,
+            of: Sequence[WeightSite] = (),
+            *,
+            ratio: float | None = None,
+            width: float | None = None,
+            **change: Any,
         ) -> EvaluationPoint:
             key = {"net": studied.label, "part": part, "ratio": ratio, "bits": width}
             return EvaluationPoint(key, net, functools.partial(changed, of, **change))
 
-        width = sum(site.bits * site.shape.numel() for site in blocks) / sum(site.shape.numel() for site in blocks)
+        width = sum(site.bits * site.shape.numel() for site in blocks) / sum(
+            site.shape.numel() for site in blocks
+        )
         points = [point("clean", width=width if width % 1 else int(width))]
         if STEPS in parts:
             ratios = torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist()
             for ratio in sorted({1.0, *(float(f"{value:.6g}") for value in ratios)}):
-                points.append(point(STEPS, sites, ratio=ratio, **base, resize=functools.partial(operator.mul, ratio)))
+                points.append(
+                    point(
+                        STEPS,
+                        sites,
+                        ratio=ratio,
+                        **base,
+                        resize=functools.partial(operator.mul, ratio),
+                    )
+                )
         for bits in sorted(self.bits) if BITS in parts else ():
-            others = [site for site in blocks if site.bits != bits]  # a weight of this width keeps its trained step sizes
+            others = [
+                site for site in blocks if site.bits != bits
+            ]  # a weight of this width keeps its trained step sizes
             points.append(point(BITS, others, width=bits, bits=bits, steps_from=self.steps_from))
         if POWER_OF_TWO in parts:
             points.append(point(POWER_OF_TWO, sites, **base, resize=nearest_power_of_two))
@@ -144,8 +224,21 @@ def _draw(part: str, table: Sequence[Row]) -> Drawing:
         rows = [row for row in table if row["net"] == label]
         places = [row["ratio"] or min(row["bits"], FLOAT_AT) for row in rows]
         percents, names = [row["top-1 (%)"] for row in rows], [_place(row) for row in rows]
-        axis.plot(places, percents, "-o", color=PALETTE[number % len(PALETTE)], markersize=3.5, linewidth=1.4, label=label)
-        said.append(f"{label}: " + ", ".join(f"{percent:.1f} % at {name}" for percent, name in zip(percents, names, strict=True)))
+        axis.plot(
+            places,
+            percents,
+            "-o",
+            color=PALETTE[number % len(PALETTE)],
+            markersize=3.5,
+            linewidth=1.4,
+            label=label,
+        )
+        said.append(
+            f"{label}: "
+            + ", ".join(
+                f"{percent:.1f} % at {name}" for percent, name in zip(percents, names, strict=True)
+            )
+        )
         if part == BITS:
             axis.set_xticks(places, names)
     drawn.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)

@@ -15,7 +15,19 @@ import torch
 from matplotlib.colors import SymLogNorm
 from torch import nn
 
-from qat.analysis.analysis import WIDTH, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
+from qat.analysis.analysis import (
+    WIDTH,
+    Analysis,
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    measure,
+    panels,
+)
 from qat.analysis.requantize import WeightSite, in_blocks, is_float, requantized, weight_sites
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes
@@ -70,18 +82,32 @@ class Sensitivity(Analysis):
         for number, studied in enumerate(nets, start=1):
             lines, summary[studied.label] = self._measured(studied, images)
             table += lines
-            drawings.append(_heat_map(f"sensitivity-{number}" if len(nets) > 1 else "sensitivity", studied.label, lines))
-        return Outcome(summary, [Table("sensitivity", "Layers and what their quantization costs", table)], drawings)
+            drawings.append(
+                _heat_map(
+                    f"sensitivity-{number}" if len(nets) > 1 else "sensitivity",
+                    studied.label,
+                    lines,
+                )
+            )
+        return Outcome(
+            summary,
+            [Table("sensitivity", "Layers and what their quantization costs", table)],
+            drawings,
+        )
 
     def _measured(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
         """Lines of the table, and the summary."""
         label, conversion = studied.label, conversion_of(studied.net)
         net, sites = weight_sites(studied.net, studied.input_size)
         weights = {site.name: site for site in sites}
-        rounding: dict[str, list[Quantizer]] = {}  # by layer; what a net quantizes beside its layers is `(net)`
+        rounding: dict[
+            str, list[Quantizer]
+        ] = {}  # by layer; what a net quantizes beside its layers is `(net)`
         for site in iter_quantizers(net):
             if not site.quantizer.is_float or site.layer in weights:
-                rounding.setdefault(site.layer or "(net)", []).extend([] if site.quantizer.is_float else [site.quantizer])
+                rounding.setdefault(site.layer or "(net)", []).extend(
+                    [] if site.quantizer.is_float else [site.quantizer]
+                )
         # In training, a rule about the bits of a stem or a head means their input too.
         rest, sizes = stored_bytes(net, sites if is_float(sites) else in_blocks(sites), self.bits)
         least = rest + sum(min(of.values()) for of in sizes.values())
@@ -95,33 +121,57 @@ class Sensitivity(Analysis):
         for name, quantizers in rounding.items():
             if quantizers:
                 points.append(
-                    EvaluationPoint({"layer": name, "change": "in float"}, net, functools.partial(left_in_float, net, quantizers))
+                    EvaluationPoint(
+                        {"layer": name, "change": "in float"},
+                        net,
+                        functools.partial(left_in_float, net, quantizers),
+                    )
                 )
             for bits in self.bits:
                 if name in weights and bits != weights[name].bits:
                     change = functools.partial(with_bits, sites, {name: bits})
-                    points.append(EvaluationPoint({"layer": name, "change": f"{bits} bits"}, net, change))
+                    points.append(
+                        EvaluationPoint({"layer": name, "change": f"{bits} bits"}, net, change)
+                    )
         as_is, *rows = measure(points, images)
         lines: dict[str, Row] = {}
         for name in rounding:
             weight = weights.get(name)
-            lines[name] = {"net": label, "layer": name, "weights": weight and weight.shape.numel(), "bits": weight and weight.bits}
+            lines[name] = {
+                "net": label,
+                "layer": name,
+                "weights": weight and weight.shape.numel(),
+                "bits": weight and weight.bits,
+            }
         for row in rows:
             lines[row["layer"]][f"{row['change']}: loss change"] = row["loss"] - as_is["loss"]
-            lines[row["layer"]][f"{row['change']}: top-1 change (points)"] = row["top1"] - as_is["top1"]
+            lines[row["layer"]][f"{row['change']}: top-1 change (points)"] = (
+                row["top1"] - as_is["top1"]
+            )
 
         summary: dict[str, Any] = {"as_is": as_is}
         if in_float := [row for row in rows if row["change"] == "in float"]:
             best = min(in_float, key=lambda row: row["loss"])
-            summary["most_sensitive"] = {"layer": best["layer"], "loss_change": best["loss"] - as_is["loss"]}
+            summary["most_sensitive"] = {
+                "layer": best["layer"],
+                "loss_change": best["loss"] - as_is["loss"],
+            }
         if (budget := self.budget_mb) is not None:
-            rises = {name: {bits: float(lines[name].get(f"{bits} bits: loss change", 0.0)) for bits in of} for name, of in sizes.items()}
+            rises = {
+                name: {
+                    bits: float(lines[name].get(f"{bits} bits: loss change", 0.0)) for bits in of
+                }
+                for name, of in sizes.items()
+            }
             chosen = greedy_bits(sizes, rises, round(budget * MB) - rest)
-            (row,) = measure([EvaluationPoint({}, net, functools.partial(with_bits, sites, chosen))], images)
+            (row,) = measure(
+                [EvaluationPoint({}, net, functools.partial(with_bits, sites, chosen))], images
+            )
             suggestion = summary["suggestion"] = {
                 "budget_mb": budget,
                 "size_bytes": rest + sum(sizes[name][bits] for name, bits in chosen.items()),
-                "expected_loss": as_is["loss"] + sum(rises[name][bits] for name, bits in chosen.items()),
+                "expected_loss": as_is["loss"]
+                + sum(rises[name][bits] for name, bits in chosen.items()),
                 **row,
                 "bits_of_layers": chosen,
                 "setting": as_setting(conversion, chosen),
@@ -139,7 +189,11 @@ class Sensitivity(Analysis):
 def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
     """While it lasts these quantizers pass on what they get, and a norm in integers beside one, which rounds with its scale, is a norm."""
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
-    forwards |= {m: m.in_float for m in net.modules() if isinstance(m, IntegerLayerNorm) and not {*quantizers}.isdisjoint(m.between)}
+    forwards |= {
+        m: m.in_float
+        for m in net.modules()
+        if isinstance(m, IntegerLayerNorm) and not {*quantizers}.isdisjoint(m.between)
+    }
     return patched(forwards)
 
 
@@ -147,20 +201,31 @@ def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractC
     """While it lasts weights have these bits, by name, those of a float net with step sizes of least error; equal bits change nothing."""
     change = functools.partial(requantized, steps_from="mse" if is_float(sites) else "own")
     others = [site for site in sites if bits.get(site.name, site.bits) != site.bits]
-    return patched({site.quantizer: functools.partial(change, site.rule, bits=bits[site.name]) for site in others})
+    return patched({
+        site.quantizer: functools.partial(change, site.rule, bits=bits[site.name])
+        for site in others
+    })
 
 
-def stored_bytes(net: nn.Module, free: Sequence[WeightSite], widths: Sequence[int]) -> tuple[int, Sizes]:
+def stored_bytes(
+    net: nn.Module, free: Sequence[WeightSite], widths: Sequence[int]
+) -> tuple[int, Sizes]:
     """Bytes of a net but for some weights; and of each of those by its bits, the present ones among them."""
     rest = size_bytes(net) - sum(packed_bytes(site.shape.numel(), site.bits) for site in free)
     # `ptq.py` gives each row of a float weight a scale and a zero point.
     rest += sum(2 * FLOAT_BYTES * site.shape[0] for site in free if site.bits == FLOAT_BITS)
     return rest, {
-        site.name: {bits: packed_bytes(site.shape.numel(), bits) for bits in sorted({*widths, site.bits} - {FLOAT_BITS})} for site in free
+        site.name: {
+            bits: packed_bytes(site.shape.numel(), bits)
+            for bits in sorted({*widths, site.bits} - {FLOAT_BITS})
+        }
+        for site in free
     }
 
 
-def greedy_bits(sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int) -> dict[str, int]:
+def greedy_bits(
+    sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
+) -> dict[str, int]:
     """Bits of each layer that fit a size: from those of least loss, the reduction that adds least loss per byte saved, again and again.
 
     Args:
@@ -168,7 +233,10 @@ def greedy_bits(sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: in
         rises: what they add to the loss.
         room: bytes.
     """
-    bits = {name: min(of, key=lambda width: (rises[name][width], of[width])) for name, of in sizes.items()}
+    bits = {
+        name: min(of, key=lambda width: (rises[name][width], of[width]))
+        for name, of in sizes.items()
+    }
     while sum(sizes[name][width] for name, width in bits.items()) > room:
         _, name, width = min(
             ((rises[name][width] - rises[name][now]) / (of[now] - of[width]), name, width)
@@ -188,12 +256,17 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
     if conversion is not None:
         recipe, group = conversion.recipe, conversion.recipe.GROUP
         if recipe.rule_bits == "both":  # the weights' bits alone were chosen
-            rules = {name: rule | {"act_bits": recipe.at(name).act_bits} for name, rule in rules.items()}
-        rules = {name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules} | {
-            name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()
-        }
+            rules = {
+                name: rule | {"act_bits": recipe.at(name).act_bits} for name, rule in rules.items()
+            }
+        rules = {
+            name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules
+        } | {name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()}
     # In Hydra's grammar, in which keys have no quotes.
-    each = (f"{name}:{{{','.join(f'{knob}:{json.dumps(value)}' for knob, value in rule.items())}}}" for name, rule in rules.items())
+    each = (
+        f"{name}:{{{','.join(f'{knob}:{json.dumps(value)}' for knob, value in rule.items())}}}"
+        for name, rule in rules.items()
+    )
     return f"{group}.overrides={{{','.join(each)}}}"
 
 
@@ -201,7 +274,9 @@ def _heat_map(name: str, label: str, lines: Sequence[Row]) -> Drawing:
     """Loss changes by layer and what is changed of it; a shade is a factor, as one layer may cost a thousand times what another does."""
     found = sorted({column for line in lines for column in line if column.endswith("loss change")})
     columns = [column.partition(":")[0] for column in found]
-    losses = torch.tensor([[line.get(column, 0.0) for column in found] for line in lines], dtype=torch.float64)
+    losses = torch.tensor(
+        [[line.get(column, 0.0) for column in found] for line in lines], dtype=torch.float64
+    )
     reach = float(losses.abs().max()) or 1.0
     norm = SymLogNorm(linthresh=reach / 100, vmin=-reach, vmax=reach)
     drawn, (axis,) = panels(width=0.7 * WIDTH, height=1.1 + 0.19 * len(lines))
@@ -209,12 +284,25 @@ def _heat_map(name: str, label: str, lines: Sequence[Row]) -> Drawing:
     for (y, line), (x, column) in itertools.product(enumerate(lines), enumerate(found)):
         if (value := line.get(column)) is not None:
             is_dark = abs(float(norm(value)) - 0.5) > 0.33
-            axis.text(x, y, f"{value:+.2g}", ha="center", va="center", fontsize=6.5, color="white" if is_dark else "black")
+            axis.text(
+                x,
+                y,
+                f"{value:+.2g}",
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white" if is_dark else "black",
+            )
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(lines)), [line["layer"] for line in lines])
     axis.grid(visible=False)
-    drawn.colorbar(image, ax=axis, label="loss change", shrink=0.8, ticks=[-reach, 0, reach], format="%.2g")
+    drawn.colorbar(
+        image, ax=axis, label="loss change", shrink=0.8, ticks=[-reach, 0, reach], format="%.2g"
+    )
     pairs = zip(columns, losses.T, strict=True)
-    highest = [f"{column}: {lines[int(of.argmax())]['layer']} adds most ({float(of.max()):+.4f})" for column, of in pairs]
+    highest = [
+        f"{column}: {lines[int(of.argmax())]['layer']} adds most ({float(of.max()):+.4f})"
+        for column, of in pairs
+    ]
     title = f"Loss of {label} when one layer is left in float, or has weights of other bits"
     return Drawing(name, title, f"Heat map of {len(lines)} layers. {'; '.join(highest)}.", drawn)

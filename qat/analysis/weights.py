@@ -13,7 +13,18 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from qat.analysis.analysis import GREY, PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
+from qat.analysis.analysis import (
+    GREY,
+    PALETTE,
+    Analysis,
+    Drawing,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    panels,
+)
 from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
@@ -48,11 +59,23 @@ class WeightAnalysis(Analysis):
             table += [{"net": label, **row} for row in rows]
             if images.batches:
                 batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
-                activations += [{"net": label, **row} for row in activation_rows(studied.net, batch)]
-            shown = [(weights[i], rows[i]) for i in range(0, len(rows), math.ceil(len(rows) / MOST_PANELS))]  # evenly spaced
+                activations += [
+                    {"net": label, **row} for row in activation_rows(studied.net, batch)
+                ]
+            shown = [
+                (weights[i], rows[i])
+                for i in range(0, len(rows), math.ceil(len(rows) / MOST_PANELS))
+            ]  # evenly spaced
             suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
-            drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
-        tables = [Table("weights", "Weights and their codes", table), Table("weights_activations", "Activation quantizers", activations)]
+            drawings.append(
+                _histograms(
+                    f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown
+                )
+            )
+        tables = [
+            Table("weights", "Weights and their codes", table),
+            Table("weights_activations", "Activation quantizers", activations),
+        ]
         return Outcome(summary, [one for one in tables if one.rows], drawings)
 
 
@@ -73,7 +96,9 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
         row |= use_of_codes(quantizer, weight)
         row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
         if (grid := quantizer.grid(weight)) is not None:
-            row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, BOUNDARY).float().mean())
+            row["near a threshold, %"] = 100 * float(
+                grid.near_threshold(weight, BOUNDARY).float().mean()
+            )
     return row
 
 
@@ -84,7 +109,12 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
         sites[site.layer] += [site] if site.is_weight else []
     for name, module in net.named_modules():
         for site in sites[name]:
-            yield name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer
+            yield (
+                name,
+                site.role,
+                site.latent().detach(),
+                None if site.quantizer.is_float else site.quantizer,
+            )
         if not sites[name] and isinstance(module, nn.Linear | nn.Conv2d):
             yield name, "weight", module.weight.detach(), None
 
@@ -96,9 +126,14 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
     ends = quantizer.spec if grid is None else grid
     low, high = ends.qmin, ends.qmax
     # A code outside of the bounds, which a user's own quantizer may have, counts as the outermost one.
-    codes = (codes if grid is None else grid.in_order(codes)).flatten().long().clamp(low, high) - low
+    codes = (codes if grid is None else grid.in_order(codes)).flatten().long().clamp(
+        low, high
+    ) - low
     shares = torch.bincount(codes, minlength=high - low + 1) / codes.numel()
-    row: Row = {"unused levels": int((shares == 0).sum()), "at the end codes, %": 100 * float(shares[0] + shares[-1])}
+    row: Row = {
+        "unused levels": int((shares == 0).sum()),
+        "at the end codes, %": 100 * float(shares[0] + shares[-1]),
+    }
     if grid is not None:
         z = grid.to_code_coordinates(x)
         row["clipped, %"] = 100 * float(((z < low - 0.5) | (z > high + 0.5)).float().mean())
@@ -111,22 +146,48 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
 
     def watch(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         spec, x = site.quantizer.spec, args[0].detach().float()
-        known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
-        rows[site.name] = {**known, "values from": float(x.min()), "values to": float(x.max()), **use_of_codes(site.quantizer, x)}
+        known = {
+            "quantizer of": site.name,
+            "role": site.role,
+            "quantizer": spec.quantizer,
+            "bits": spec.bits,
+        }
+        rows[site.name] = {
+            **known,
+            "values from": float(x.min()),
+            "values to": float(x.max()),
+            **use_of_codes(site.quantizer, x),
+        }
 
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
-    with probing(net, [site.quantizer.register_forward_pre_hook(functools.partial(watch, site)) for site in sites]):
+    sites = [
+        site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float
+    ]
+    with probing(
+        net,
+        [
+            site.quantizer.register_forward_pre_hook(functools.partial(watch, site))
+            for site in sites
+        ],
+    ):
         net(images)
     return list(rows.values())
 
 
 def _summary(rows: Sequence[Row]) -> Row:
     coded = [row for row in rows if row["bits"] < FLOAT_BITS]
-    found = {"weights": sum(row["weights"] for row in rows), "quantized_weights": sum(row["weights"] for row in coded)}
+    found = {
+        "weights": sum(row["weights"] for row in rows),
+        "quantized_weights": sum(row["weights"] for row in coded),
+    }
     found["kurtosis_highest"] = max(row["kurtosis"] for row in rows)
-    for name, column in (("clipped_percent", "clipped, %"), ("near_threshold_percent", "near a threshold, %")):
+    for name, column in (
+        ("clipped_percent", "clipped, %"),
+        ("near_threshold_percent", "near a threshold, %"),
+    ):
         known = [row for row in coded if column in row]
-        found[name] = sum(row[column] * row["weights"] for row in known) / max(sum(row["weights"] for row in known), 1)
+        found[name] = sum(row[column] * row["weights"] for row in known) / max(
+            sum(row["weights"] for row in known), 1
+        )
     return found
 
 
@@ -137,7 +198,9 @@ def _histograms(file: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]
     (drawn, axes), said = panels(rows, columns, height=0.5 + 1.75 * rows), []
     for axis, ((layer, role, weight, quantizer), row) in zip(axes, shown, strict=False):
         name = layer if role == "weight" else f"{layer} ({role})"
-        numbers = f"kurtosis {row['kurtosis']:.2f}" + (f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB" if quantizer else "")
+        numbers = f"kurtosis {row['kurtosis']:.2f}" + (
+            f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB" if quantizer else ""
+        )
         said.append(f"{name}: {numbers}")
         axis.set_title(f"{name[-34:]}\n{numbers}", fontsize=7, loc="left")
         axis.grid(visible=False)
@@ -160,9 +223,29 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
             # Of 256 codes most may be empty: only the part that is occupied is drawn.
             low, high = max(low, float(values.min()) - 0.5), min(high, float(values.max()) + 0.5)
         else:
-            axis.vlines([level - 0.5 for level in levels[1:]], 0, 1, GREY, "--", linewidth=0.7, transform=axis.get_xaxis_transform())
-            axis.plot(levels, [0] * len(levels), "o", color=PALETTE[1], markersize=3.5, clip_on=False, zorder=5)
-    shares = 100 * torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high) / values.numel()
-    axis.stairs(shares.cpu(), torch.linspace(low, high, BINS + 1), fill=True, color=PALETTE[0], alpha=0.75)
+            axis.vlines(
+                [level - 0.5 for level in levels[1:]],
+                0,
+                1,
+                GREY,
+                "--",
+                linewidth=0.7,
+                transform=axis.get_xaxis_transform(),
+            )
+            axis.plot(
+                levels,
+                [0] * len(levels),
+                "o",
+                color=PALETTE[1],
+                markersize=3.5,
+                clip_on=False,
+                zorder=5,
+            )
+    shares = (
+        100 * torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high) / values.numel()
+    )
+    axis.stairs(
+        shares.cpu(), torch.linspace(low, high, BINS + 1), fill=True, color=PALETTE[0], alpha=0.75
+    )
     axis.set_xlabel("standard deviations" if grid is None else "code", fontsize=7, labelpad=1)
     axis.set(xlim=(low, high), ylim=(0, None))

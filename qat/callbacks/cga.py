@@ -85,7 +85,13 @@ class CGA(Callback):
             check_int("callbacks.cga.epochs", epochs, 1)
         if start_epoch is not None:
             check_int("callbacks.cga.start_epoch", start_epoch, 0)
-        self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = boundary_range, epochs, start_epoch, lr, qk
+        self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = (
+            boundary_range,
+            epochs,
+            start_epoch,
+            lr,
+            qk,
+        )
         self._first, self._stop = 0.0, math.inf
         self._sites: list[Site] = []
         self._factors: list[Any] = []
@@ -99,13 +105,29 @@ class CGA(Callback):
             return
         self._first, self._stop = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UsageError("callbacks.cga: callbacks.freeze freezes the same weights; use one of the two")
+            raise UsageError(
+                "callbacks.cga: callbacks.freeze freezes the same weights; use one of the two"
+            )
         sites = [site for site in iter_quantizers(cast(nn.Module, pl_module.net)) if site.is_weight]
         # The paper's thresholds lie between two values of one magnitude.
-        found = [s for s in sites if isinstance(grid := s.quantizer.grid(s.latent().detach()), UniformGrid) and grid.is_half_step]
+        found = [
+            s
+            for s in sites
+            if isinstance(grid := s.quantizer.grid(s.latent().detach()), UniformGrid)
+            and grid.is_half_step
+        ]
         self._sites = [site for site in found if site.role == "weight"]
-        self._factors = [f for s in found if s.role == "qk" and self.qk == "freeze" for f in (s.owner.q_weight, s.owner.k_weight)]
-        self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk" and self.qk == "product"]
+        self._factors = [
+            f
+            for s in found
+            if s.role == "qk" and self.qk == "freeze"
+            for f in (s.owner.q_weight, s.owner.k_weight)
+        ]
+        self._products = [
+            (s, BandGate(self.boundary_range))
+            for s in found
+            if s.role == "qk" and self.qk == "product"
+        ]
         if not found:
             raise UsageError(
                 "callbacks.cga: this model has no weights on a half-step grid (statsq, seq); use another quant=... or leave cga out"
@@ -114,25 +136,36 @@ class CGA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
         self._freezer.attach(trainer.optimizers)
-        self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
+        self._handles = [
+            site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products
+        ]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Open or close the gates, keep the rate. Not by the epoch alone: a run resumed in the middle of one starts no epoch."""
         for _, gate in self._products:
             gate.active = self._anneals(trainer.current_epoch)
         self._pin_rate(trainer, trainer.current_epoch)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Set the learning rate of the next step, so that what logs it has the one in force."""
         self._pin_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
         if not self._anneals(trainer.current_epoch):
             return
         near = [_near(site.quantizer, site.latent(), self.boundary_range) for site in self._sites]
         frozen = [(site.latent(), ~mask) for site, mask in zip(self._sites, near, strict=True)]
-        self._freezer.freeze([*frozen, *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors)])
+        self._freezer.freeze([
+            *frozen,
+            *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors),
+        ])
         log_share(trainer, pl_module, "cga/trainable", near)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -158,8 +191,12 @@ class CGA(Callback):
         if self.start_epoch is None:
             length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
             if length > total:
-                raise UsageError(f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}")
+                raise UsageError(
+                    f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}"
+                )
             return total - length, math.inf
         if self.start_epoch >= total:
-            raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}")
+            raise UsageError(
+                f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}"
+            )
         return self.start_epoch, math.inf if self.epochs is None else self.start_epoch + self.epochs

@@ -24,11 +24,15 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         UsageError: with these values the average would stay what it was at first.
     """
 
-    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, *, use_buffers: bool = False) -> None:
+    def __init__(
+        self, decay: float = 0.999, update_every_n_steps: int = 1, *, use_buffers: bool = False
+    ) -> None:
         check_number("callbacks.ema.decay", decay, 0, below=1)
         check_int("callbacks.ema.update_every_n_steps", update_every_n_steps, 1)
         self._decay = decay
-        super().__init__(use_buffers=use_buffers, decay=decay, update_every_n_steps=update_every_n_steps)
+        super().__init__(
+            use_buffers=use_buffers, decay=decay, update_every_n_steps=update_every_n_steps
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights to where they are trained; count updates where nothing waits for the count, and update all in one operation."""

@@ -44,20 +44,39 @@ class LastCheckpoint(Checkpoint):
         self._began: float | None = None
         self._step, self._saved_at, self._waits, self._stops = 0, -1, False, False
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep the record of the best checkpoint, also of a run that was moved to another directory, but not of a file that is gone."""
         states = checkpoint.get("callbacks", {})
-        for best in [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]:
+        for best in [
+            one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)
+        ]:
             state = states.pop(best.state_key, None)
             if not state:
                 continue
             folder = Path(best.dirpath or "")
-            paths = {key: str(folder / Path(path).name) if path else "" for key, path in state.items() if key.endswith("_path")}
+            paths = {
+                key: str(folder / Path(path).name) if path else ""
+                for key, path in state.items()
+                if key.endswith("_path")
+            }
             if paths["best_model_path"] and not Path(paths["best_model_path"]).is_file():
-                log.warning("resume: %s is missing; the best epoch is chosen from the epochs that follow", paths["best_model_path"])
+                log.warning(
+                    "resume: %s is missing; the best epoch is chosen from the epochs that follow",
+                    paths["best_model_path"],
+                )
                 continue
-            scores = {str(folder / Path(path).name): score for path, score in state["best_k_models"].items()}
-            states[best.state_key] = {**state, **paths, "best_k_models": scores, "dirpath": best.dirpath}
+            scores = {
+                str(folder / Path(path).name): score
+                for path, score in state["best_k_models"].items()
+            }
+            states[best.state_key] = {
+                **state,
+                **paths,
+                "best_k_models": scores,
+                "dirpath": best.dirpath,
+            }
         for stop in trainer.early_stopping_callbacks:
             if state := states.get(stop.state_key):
                 state["patience"] = stop.patience
@@ -69,18 +88,25 @@ class LastCheckpoint(Checkpoint):
         """
         goes_on = EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED
         stops = trainer.early_stopping_callbacks
-        trainer.should_stop |= any(stop.wait_count >= stop.patience or stop.stopping_reason not in goes_on for stop in stops)
+        trainer.should_stop |= any(
+            stop.wait_count >= stop.patience or stop.stopping_reason not in goes_on
+            for stop in stops
+        )
         self._began, self._saved_at, self._waits = None, -1, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._began = time.monotonic()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Remember the step, to know whether this batch completes one, and whether the run was to stop before it."""
         self._step, self._stops = trainer.global_step, trainer.should_stop
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save after a step that completes an interval; after the last batch of an epoch its end does.
 
         Between batches that are accumulated nothing is saved, and `max_time`, which looks after every batch, waits: no file has their
@@ -88,7 +114,11 @@ class LastCheckpoint(Checkpoint):
         """
         if trainer.global_step == self._step:
             trainer.should_stop = self._stops
-        elif self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
+        elif (
+            self.every_n_steps is not None
+            and trainer.global_step % self.every_n_steps == 0
+            and not trainer.is_last_batch
+        ):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +152,10 @@ class LastCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
-        return {"seconds": self.earlier_seconds + (0.0 if self._began is None else time.monotonic() - self._began)}
+        return {
+            "seconds": self.earlier_seconds
+            + (0.0 if self._began is None else time.monotonic() - self._began)
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on from them."""

@@ -12,7 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
+from qat.functional.oscillation import (
+    FreezingState,
+    OscillationState,
+    cosine_between,
+    freezing_step,
+    oscillation_step,
+    with_frozen,
+)
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
@@ -32,10 +39,14 @@ def logs_now(trainer: Trainer) -> bool:
     return every > 0 and (trainer.global_step + 1) % every == 0
 
 
-def log_share(trainer: Trainer, pl_module: LightningModule, name: str, masks: Sequence[Tensor]) -> None:
+def log_share(
+    trainer: Trainer, pl_module: LightningModule, name: str, masks: Sequence[Tensor]
+) -> None:
     """Log which share of all entries some masks let through, if this step is logged; nothing waits for the device."""
     if masks and logs_now(trainer):
-        share = torch.stack([mask.sum() for mask in masks]).sum() / sum(mask.numel() for mask in masks)
+        share = torch.stack([mask.sum() for mask in masks]).sum() / sum(
+            mask.numel() for mask in masks
+        )
         pl_module.log(name, share, on_step=True, on_epoch=False)
 
 
@@ -53,7 +64,9 @@ def track(state: OscillationState | None, codes: Tensor, momentum: float) -> Osc
         flips, state = state.flips, state._replace(flips=torch.zeros_like(state.frequency))
     seen = oscillation_step(state, codes, momentum)
     flips = flips + seen.flips.sum(dtype=torch.int64)
-    return OscillationState(seen.codes.to(torch.int16), seen.direction.to(torch.int8), seen.frequency, flips)
+    return OscillationState(
+        seen.codes.to(torch.int16), seen.direction.to(torch.int8), seen.frequency, flips
+    )
 
 
 class Oscillation(Callback):
@@ -97,20 +110,35 @@ class Oscillation(Callback):
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
-        self._sites = [s for s in sites if s.is_weight and s.quantizer.spec.bits <= self.max_bits and not s.quantizer.in_blocks]
+        self._sites = [
+            s
+            for s in sites
+            if s.is_weight and s.quantizer.spec.bits <= self.max_bits and not s.quantizer.in_blocks
+        ]
         if not self._sites:
             why = f"this model has no quantized weights of at most {self.max_bits} bits, floats in blocks aside"
             raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: {why}")
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Look at the codes of the forward pass that was."""
         if trainer.global_step % self.every_n_steps == 0:
             for site in self._sites:
-                self._states[site.name] = track(self._states.get(site.name), site.quantizer.codes(site.latent()), self.momentum)
+                self._states[site.name] = track(
+                    self._states.get(site.name), site.quantizer.codes(site.latent()), self.momentum
+                )
         if logs_now(trainer) and self._states:
-            n, oscillating, frequency, near, flips = torch.stack([counts for _, counts in self._measured()]).sum(0)
-            values = {"osc/share": oscillating / n, "osc/frequency": frequency / n, "osc/band": near / n, "osc/flips": flips}
+            n, oscillating, frequency, near, flips = torch.stack([
+                counts for _, counts in self._measured()
+            ]).sum(0)
+            values = {
+                "osc/share": oscillating / n,
+                "osc/frequency": frequency / n,
+                "osc/band": near / n,
+                "osc/flips": flips,
+            }
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     @torch.no_grad()
@@ -120,9 +148,24 @@ class Oscillation(Callback):
         for site in [s for s in self._sites if s.name in self._states]:
             weight, state = site.latent().detach(), self._states[site.name]
             grid = site.quantizer.grid(weight)
-            near = torch.zeros_like(weight, dtype=torch.bool) if grid is None else grid.near_threshold(weight, BOUNDARY)
-            sums = (state.frequency > self.threshold).sum(), state.frequency.sum(), near.sum(), state.flips
-            found.append((site, torch.stack([torch.full_like(sums[1], weight.numel()), *(s.to(weight.device).float() for s in sums)])))
+            near = (
+                torch.zeros_like(weight, dtype=torch.bool)
+                if grid is None
+                else grid.near_threshold(weight, BOUNDARY)
+            )
+            sums = (
+                (state.frequency > self.threshold).sum(),
+                state.frequency.sum(),
+                near.sum(),
+                state.flips,
+            )
+            found.append((
+                site,
+                torch.stack([
+                    torch.full_like(sums[1], weight.numel()),
+                    *(s.to(weight.device).float() for s in sums),
+                ]),
+            ))
         return found
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,11 +174,18 @@ class Oscillation(Callback):
             return
         sites, counts = zip(*self._measured(), strict=True)
         table = torch.stack(counts).cpu().double()
-        rows: list[dict[str, Any]] = [{"layer": s.layer, "role": s.role, "bits": s.quantizer.spec.bits} for s in sites]
+        rows: list[dict[str, Any]] = [
+            {"layer": s.layer, "role": s.role, "bits": s.quantizer.spec.bits} for s in sites
+        ]
         rows.append({"layer": "total"})
         for row, numbers in zip(rows, [*table, table.sum(0)], strict=True):
             n, oscillating, frequency, near, flips = numbers.tolist()
-            row |= {"weights": int(n), "oscillating": int(oscillating), "in_band": int(near), "flips": int(flips)}
+            row |= {
+                "weights": int(n),
+                "oscillating": int(oscillating),
+                "in_band": int(near),
+                "flips": int(flips),
+            }
             row["mean_frequency"] = frequency / n
         write_text(Path(self.dirpath) / FILE, csv_text(rows))
 
@@ -145,7 +195,9 @@ class Oscillation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
-        self._states = {name: OscillationState(**state) for name, state in state_dict["weights"].items()}
+        self._states = {
+            name: OscillationState(**state) for name, state in state_dict["weights"].items()
+        }
 
 
 class IterativeFreezing(Callback):
@@ -166,7 +218,9 @@ class IterativeFreezing(Callback):
 
     needs_whole_weights = True
 
-    def __init__(self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01) -> None:
+    def __init__(
+        self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01
+    ) -> None:
         self.threshold, self.final_threshold, self.momentum = threshold, final_threshold, momentum
         for name in ("threshold", "final_threshold", "momentum"):
             check_number(f"callbacks.freeze.{name}", getattr(self, name), 0, above=True, below=1)
@@ -181,10 +235,18 @@ class IterativeFreezing(Callback):
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
-        found = (site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS)
-        self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
+        found = (
+            site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS
+        )
+        self._sites = [
+            site
+            for site in found
+            if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)
+        ]
         if not self._sites:
-            raise UsageError(f"callbacks.freeze: this model has no weights of up to {MAX_BITS} bits on a uniform grid")
+            raise UsageError(
+                f"callbacks.freeze: this model has no weights of up to {MAX_BITS} bits on a uniform grid"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and count the steps of the run."""
@@ -196,14 +258,18 @@ class IterativeFreezing(Callback):
         return cosine_between(self.threshold, self.final_threshold, step / self._steps)
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Look at the codes of the forward pass that was, freeze, and hold what is frozen through the step."""
         threshold = self.threshold_at(trainer.global_step)
         frozen: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
             weight, state = site.latent(), self._frozen.get(site.name)
             if state is not None:
-                state = FreezingState(*(t.to(weight.device) for t in state))  # a checkpoint's are on the CPU
+                state = FreezingState(
+                    *(t.to(weight.device) for t in state)
+                )  # a checkpoint's are on the CPU
             codes = with_frozen(state, site.quantizer.codes(weight))
             seen = self._codes[site.name] = track(self._codes.get(site.name), codes, self.momentum)
             state = freezing_step(state, codes, seen.frequency, threshold, self.momentum)
@@ -219,14 +285,25 @@ class IterativeFreezing(Callback):
         for site in self._sites:
             weight, state = site.latent(), self._frozen[site.name]
             grid = cast(UniformGrid, site.quantizer.grid(weight))
-            strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
-            weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
+            strayed = state.frozen & (
+                (grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY
+            )
+            weight.copy_(
+                torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Codes, frequencies and frozen integers of every weight: 13 bytes for each of its entries."""
-        return {"codes": {k: v._asdict() for k, v in self._codes.items()}, "frozen": {k: v._asdict() for k, v in self._frozen.items()}}
+        return {
+            "codes": {k: v._asdict() for k, v in self._codes.items()},
+            "frozen": {k: v._asdict() for k, v in self._frozen.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self._codes = {name: OscillationState(**state) for name, state in state_dict["codes"].items()}
-        self._frozen = {name: FreezingState(**state) for name, state in state_dict["frozen"].items()}
+        self._codes = {
+            name: OscillationState(**state) for name, state in state_dict["codes"].items()
+        }
+        self._frozen = {
+            name: FreezingState(**state) for name, state in state_dict["frozen"].items()
+        }

@@ -43,7 +43,9 @@ class Preemption(Checkpoint):
             self._group = dist.new_group(backend="gloo")
             _end_exchange_of_lightning(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Look after an optimizer step; save, unless the end of the epoch does so in a moment."""
         if trainer.global_step == self._looked_at or self._signal:
             return
@@ -52,7 +54,9 @@ class Preemption(Checkpoint):
         if self._signal and not trainer.is_last_batch and (last := _writer(trainer)):
             last.save(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Stop before the next step: by now the figures of the last one are logged."""
         self._stop(trainer)
 
@@ -76,7 +80,9 @@ class Preemption(Checkpoint):
             signals.forget()
             signals.defer(on=True)  # whatever comes now finds a run that is leaving already
             last = _writer(trainer)
-            raise Preempted(self._signal, trainer.global_step, None if last is None else last.saved(trainer))
+            raise Preempted(
+                self._signal, trainer.global_step, None if last is None else last.saved(trainer)
+            )
 
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange; the outcome of the one before it, or of this one, the same in all processes."""
@@ -85,7 +91,10 @@ class Preemption(Checkpoint):
             return seen
         before = self._outcome()
         flag = torch.tensor([seen])
-        self._asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+        self._asked = (
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True),
+            flag,
+        )
         return self._outcome() if wait else before
 
     def _outcome(self) -> int:

@@ -25,7 +25,9 @@ class StepSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Seed the generators of this process."""
         seed_step(self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
 
@@ -43,7 +45,9 @@ class GraphSteps(Callback):
         """Nothing reads gradients after a step, but the next one where batches accumulate, which adds to them: a copy."""
         for parameter in pl_module.parameters():
             if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone() if trainer.accumulate_grad_batches > 1 else None
+                parameter.grad = (
+                    parameter.grad.clone() if trainer.accumulate_grad_batches > 1 else None
+                )
 
 
 class StepLimit(Callback):
@@ -77,7 +81,9 @@ class EpochLog(Callback):
         """Remember when the first epoch began."""
         self._start, self._first_epoch, self._images = time.monotonic(), trainer.current_epoch, 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count images."""
         self._images += len(batch[0]) * trainer.world_size
 
@@ -94,5 +100,15 @@ class EpochLog(Callback):
         values = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
         group = trainer.optimizers[0].param_groups[0]
         rate = group["lr"] / group.get("lr_scale", 1.0)
-        left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))
-        log.info("epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s", done, total, "  ".join(values), rate, self._images / seconds, left)
+        left = datetime.timedelta(
+            seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0))
+        )
+        log.info(
+            "epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s",
+            done,
+            total,
+            "  ".join(values),
+            rate,
+            self._images / seconds,
+            left,
+        )

@@ -41,7 +41,9 @@ from qat.utils.text import printable
 from qat.utils.validate import check_choice, unknown
 
 log = logging.getLogger(__name__)
-logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
+logging.getLogger("matplotlib").setLevel(
+    logging.WARNING
+)  # it announces its font cache on a fresh machine
 
 COMMANDS = {
     "train": "train, quantization-aware or in float",
@@ -68,7 +70,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 OTHERS_WAIT_S = 10
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
-_LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
+_LOST = re.compile(
+    r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv"
+)
 
 
 def main() -> int:
@@ -85,9 +89,14 @@ def main() -> int:
     if name in {"--help", "-h"}:
         lines = [f"  qat {one:<9}{what}" for one, what in COMMANDS.items()]
         tail = "qat COMMAND --help lists groups and settings."
-        sys.stdout.write("\n".join(["qat COMMAND [group=choice ...] [key=value ...]", *lines, tail, ""]))
+        sys.stdout.write(
+            "\n".join(["qat COMMAND [group=choice ...] [key=value ...]", *lines, tail, ""])
+        )
     elif name in {"version", "--version"}:
-        found = [f"vit-qat {qat.__version__}", *(f"{one} {importlib.metadata.version(one)}" for one in ("torch", "timm", "lightning"))]
+        found = [
+            f"vit-qat {qat.__version__}",
+            *(f"{one} {importlib.metadata.version(one)}" for one in ("torch", "timm", "lightning")),
+        ]
         sys.stdout.write(", ".join(found) + "\n")
     else:
         sys.stderr.write(f"error: qat {name}: must be one of {', '.join(COMMANDS)}\n")
@@ -108,7 +117,10 @@ def run(name: str) -> int:
 
     def job(cfg: DictConfig) -> float | None:
         nonlocal with_traceback, has_begun
-        with_traceback, has_begun = with_traceback or bool(HydraConfig.get().runtime.choices.get("debug")), True
+        with_traceback, has_begun = (
+            with_traceback or bool(HydraConfig.get().runtime.choices.get("debug")),
+            True,
+        )
         return run_task(cfg, with_traceback=with_traceback)
 
     job.__module__ = name  # Hydra calls the job so
@@ -143,7 +155,9 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
         is_path = name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS
         if is_path and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
-            inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+            inner = re.sub(
+                r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value
+            )
             value = f"'{inner}'"
         if is_path and not OF_NUMBERS.search(value):
             value = ELEMENT.sub(lambda found: found[1] or f"'{found[0]}'", value)
@@ -178,7 +192,9 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if HydraConfig.initialized():
         cfg.run_dir = HydraConfig.get().runtime.output_dir
-        cfg.sweep_dir = str(Path(cfg.run_dir).parent) if in_sweep else None  # for what its jobs share
+        cfg.sweep_dir = (
+            str(Path(cfg.run_dir).parent) if in_sweep else None
+        )  # for what its jobs share
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     found = run_dir.RunDirState(folder)
@@ -190,9 +206,15 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
             return sweep.reported(task(cfg))
     except Preempted as stop:
         if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(folder):
-            _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
+            _write_error(
+                cfg, f"stopped by {stop.name}", found
+            )  # so that the same command may be given again
         where = cfg.sweep_dir or cfg.run_dir
-        hint = f"the same command resumes with resume=auto run_dir={where}" if "resume" in cfg else "the same command repeats it"
+        hint = (
+            f"the same command resumes with resume=auto run_dir={where}"
+            if "resume" in cfg
+            else "the same command repeats it"
+        )
         sys.exit(ranks.leave(stop, folder, hint))
     except Exception as error:
         line = line_of(error)
@@ -201,7 +223,9 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
         message = line or " ".join(f"{type(error).__name__}: {error}".split())
         sweep.failures.append(message)
         if not ranks.is_first():
-            time.sleep(OTHERS_WAIT_S)  # the first process has the same line if it is its mistake too, and the launcher then ends this one
+            time.sleep(
+                OTHERS_WAIT_S
+            )  # the first process has the same line if it is its mistake too, and the launcher then ends this one
         who = "error" if ranks.is_first() else f"error in process {ranks.rank()}"
         log.error("%s: %s", who, message, exc_info=error if line is None else None)
         if not isinstance(error, run_dir.UsedError):
@@ -211,7 +235,9 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
     return sweep.reported(math.nan)
 
 
-def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable[[DictConfig], float | None]:
+def _start(
+    cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
+) -> Callable[[DictConfig], float | None]:
     """The task of a run in this process; where it needs several processes that nobody has started, this one becomes torchrun.
 
     Raises:
@@ -220,7 +246,9 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     ranks.check_place(trainer)
-    is_alone = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
+    is_alone = (
+        cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
+    )  # they refuse several devices themselves
     if count := 0 if is_alone else ranks.to_start(trainer):
         if in_sweep:
             raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
@@ -229,7 +257,9 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         os.environ[FULL_ERROR] = str(int(with_traceback))
         given = [one for one in sys.argv[1:] if not one.startswith("run_dir=")]
         name = [cfg.command] if typed("").startswith("qat") else []
-        ranks.become_torchrun(count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])])
+        ranks.become_torchrun(
+            count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])]
+        )
     if "resume" in cfg:
         cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
     if cfg.get("sweep") is not None:
@@ -249,8 +279,13 @@ def line_of(error: BaseException | None) -> str | None:
             return text
         if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
             group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-            return _unknown(f"{group}={name}", name, options(group)) + (ANY_MODEL if group == "model" else "")
-        if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
+            return _unknown(f"{group}={name}", name, options(group)) + (
+                ANY_MODEL if group == "model" else ""
+            )
+        if (
+            isinstance(error, ConfigKeyError | ConfigAttributeError)
+            and error.parent_node is not None
+        ):
             known = map(str, error.parent_node) if OmegaConf.is_dict(error.parent_node) else ()
             names = [
                 one
@@ -259,11 +294,18 @@ def line_of(error: BaseException | None) -> str | None:
             ]
             return _unknown(str(error.full_key or error.key), str(error.key), known, names)
         if isinstance(error, OmegaConfBaseException):
-            line, name = str(error).partition("\n")[0].rpartition(" raised while resolving interpolation: ")[2], str(error.full_key or "")
+            line, name = (
+                str(error)
+                .partition("\n")[0]
+                .rpartition(" raised while resolving interpolation: ")[2],
+                str(error.full_key or ""),
+            )
             return f"{name}: {line}" if name not in line else line
         if isinstance(error, OSError | RuntimeError) and _FILES.search(text):
             return "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)"
-        if isinstance(error, OSError) and (error.filename or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):
+        if isinstance(error, OSError) and (
+            error.filename or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        ):
             return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
         if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
             return f"{text}; memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
@@ -271,7 +313,10 @@ def line_of(error: BaseException | None) -> str | None:
             return f"another process of this run is gone: {text}"
         if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on"):
             return text
-        if error.__cause__ is None and type(error).__module__.partition(".")[0] in {"hydra", "lightning"}:
+        if error.__cause__ is None and type(error).__module__.partition(".")[0] in {
+            "hydra",
+            "lightning",
+        }:
             return text
         error = error.__cause__
     return None
@@ -280,7 +325,9 @@ def line_of(error: BaseException | None) -> str | None:
 def _unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
     """A setting that there is not: what to use where it was removed, else names that are near."""
     now = settings.removed(setting)
-    return f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known, elsewhere)
+    return (
+        f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known, elsewhere)
+    )
 
 
 def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> None:
@@ -289,7 +336,9 @@ def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> N
         return
     from qat.tasks.results import write_results
 
-    with contextlib.suppress(OSError, OmegaConfBaseException):  # the error may be about this folder, this config
+    with contextlib.suppress(
+        OSError, OmegaConfBaseException
+    ):  # the error may be about this folder, this config
         write_results(cfg, error=message)
         if found.has_begun():
             from qat.tasks.report import report_run

@@ -54,7 +54,9 @@ class SweepCallback(Callback):
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
-        OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
+        OmegaConf.save(
+            config, Path(self.folder) / "multirun.yaml"
+        )  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
             logging.getLogger("alembic").setLevel(logging.WARNING)  # it announces its plugins
@@ -78,22 +80,38 @@ def _enter(config: DictConfig, folder: str) -> None:
     """Lock the directory of a command; Hydra makes warnings of what its callbacks raise, so a mistake ends the process here."""
     trainer = config.get("trainer") or {}
     try:
-        if config.hydra.mode == RunMode.MULTIRUN and "submitit" not in config.hydra.launcher._target_ and ranks.to_start(trainer):
+        if (
+            config.hydra.mode == RunMode.MULTIRUN
+            and "submitit" not in config.hydra.launcher._target_
+            and ranks.to_start(trainer)
+        ):
             raise UsageError(SEVERAL.format(trainer["devices"]))
-        check_paths({"run_dir": None if config.run_dir == "" else config.run_dir})  # an empty one is refused below
+        check_paths({
+            "run_dir": None if config.run_dir == "" else config.run_dir
+        })  # an empty one is refused below
         run_dir.lock(folder)
-        if (log_file := Path(folder, f"{config.hydra.job.name}.log")).exists() and not log_file.is_file():
+        if (
+            log_file := Path(folder, f"{config.hydra.job.name}.log")
+        ).exists() and not log_file.is_file():
             raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: run_dir={folder!r}: must be a folder that is or can be made ({error.strerror})")
+        sys.exit(
+            f"error: run_dir={folder!r}: must be a folder that is or can be made ({error.strerror})"
+        )
 
 
 def reported(value: float | None) -> float | None:
     """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
     is_nan = value is not None and math.isnan(value)
-    return None if is_nan and HydraConfig.initialized() and "optuna" in str(HydraConfig.get().sweeper._target_) else value
+    return (
+        None
+        if is_nan
+        and HydraConfig.initialized()
+        and "optuna" in str(HydraConfig.get().sweeper._target_)
+        else value
+    )
 
 
 def summarize() -> None:
@@ -102,7 +120,11 @@ def summarize() -> None:
         return
     callback = _running.pop()
     folder = Path(callback.folder)
-    errors = {str(path.parents[1].relative_to(folder)): read_file(path).decode() for path in folder.rglob(str(ERROR)) if path.is_file()}
+    errors = {
+        str(path.parents[1].relative_to(folder)): read_file(path).decode()
+        for path in folder.rglob(str(ERROR))
+        if path.is_file()
+    }
     failures.extend(errors.values())
     if any(folder.rglob(".hydra")):
         from qat.report.sweep import publish
@@ -120,7 +142,9 @@ def gather_sweep(cfg: DictConfig) -> None:
     from qat.report.sweep import publish
 
     if any(cfg.get(name) is not None for name in ("ckpt", "run", "analysis")):
-        raise UsageError(f"sweep={cfg.sweep!r}: only gathers results; leave ckpt, run and analysis out")
+        raise UsageError(
+            f"sweep={cfg.sweep!r}: only gathers results; leave ckpt, run and analysis out"
+        )
     publish(Path(cfg.sweep), report=cfg.report)
 
 

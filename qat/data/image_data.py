@@ -76,7 +76,9 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
                 images.append(self.transform.apply(image))
                 labels.append(label)
         finish = self.transform.finish
-        return list(zip(images if finish is None else finish(torch.stack(images)), labels, strict=True))
+        return list(
+            zip(images if finish is None else finish(torch.stack(images)), labels, strict=True)
+        )
 
 
 class ImageData(LightningDataModule, ABC):
@@ -106,7 +108,9 @@ class ImageData(LightningDataModule, ABC):
             train_transform(self.settings)
         except Exception as error:  # timm and torchvision raise nearly anything; better here than in the middle of an epoch
             found = f"data.rand_augment={self.settings.rand_augment!r}, data.color_jitter={self.settings.color_jitter!r}"
-            raise UsageError(f"{found}: must be what timm's augmentation takes ({error})") from error
+            raise UsageError(
+                f"{found}: must be what timm's augmentation takes ({error})"
+            ) from error
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
@@ -116,7 +120,9 @@ class ImageData(LightningDataModule, ABC):
             UsageError: unknown or missing setting, or a value that cannot work.
         """
         try:
-            return cls.SETTINGS(**{name: value for name, value in settings.items() if name not in REMOVED})
+            return cls.SETTINGS(**{
+                name: value for name, value in settings.items() if name not in REMOVED
+            })
         except TypeError as error:
             raise UsageError(f"data: {error}") from error
 
@@ -140,7 +146,9 @@ class ImageData(LightningDataModule, ABC):
             UsageError: there is no such split, or a label is not a class.
         """
         if name not in self.splits:
-            raise UsageError(f"data.root={self.settings.root!r}: has no split {name!r}; it has {', '.join(self.splits)}")
+            raise UsageError(
+                f"data.root={self.settings.root!r}: has no split {name!r}; it has {', '.join(self.splits)}"
+            )
         return self._splits[name]
 
     @property
@@ -168,20 +176,37 @@ class ImageData(LightningDataModule, ABC):
         Args:
             confusion: (K, K), the evaluated images, by true class along the rows; None = all of the split.
         """
-        counts = np.bincount(self.split(self.evaluation_split).labels) if confusion is None else confusion.sum(1).numpy()
+        counts = (
+            np.bincount(self.split(self.evaluation_split).labels)
+            if confusion is None
+            else confusion.sum(1).numpy()
+        )
         share = 100 * float(counts.max()) / counts.sum()
-        return {"split": self.evaluation_split, "images": int(counts.sum()), "majority_share": round(float(share), 4)}
+        return {
+            "split": self.evaluation_split,
+            "images": int(counts.sum()),
+            "majority_share": round(float(share), 4),
+        }
 
     def _check(self, split: str, source: ImageSource) -> None:
         most = self.settings.num_classes
         wrong = source.labels[(source.labels < 0) | (source.labels >= most)]
         if len(wrong):
-            raise UsageError(f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}")
+            raise UsageError(
+                f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}"
+            )
         absent = np.setdiff1d(np.arange(most), source.labels)
         if split == "train" and len(absent) and is_first():
-            log.warning("data.num_classes=%d: %d without training images, the first is class %d", most, len(absent), absent[0])
+            log.warning(
+                "data.num_classes=%d: %d without training images, the first is class %d",
+                most,
+                len(absent),
+                absent[0],
+            )
         if source.chans != self.settings.in_chans:
-            raise UsageError(f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images")
+            raise UsageError(
+                f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images"
+            )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.
@@ -201,15 +226,25 @@ class ImageData(LightningDataModule, ABC):
         if not self.settings.mixes:
             return None
         if self.settings.batch_size % 2:
-            raise UsageError(f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix")
+            raise UsageError(
+                f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix"
+            )
         return BatchMixup(self.settings)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix a training batch on its device; Lightning calls this before every step."""
-        if self.trainer is None or not self.trainer.training or (mixup := self.batch_mixup()) is None:
+        if (
+            self.trainer is None
+            or not self.trainer.training
+            or (mixup := self.batch_mixup()) is None
+        ):
             return batch
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of all epochs, a resumed run's earlier ones included
-        return mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
+        step = (
+            self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        )  # of all epochs, a resumed run's earlier ones included
+        return mixup(
+            *batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank
+        )
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""
@@ -234,16 +269,31 @@ class ImageData(LightningDataModule, ABC):
         total = len(images)
         count = min(count or total, total)
         chosen = [i * total // count for i in range(count)]
-        return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.workers(count))
+        return DataLoader(
+            Subset(images, chosen),
+            batch_size=self.settings.batch_size,
+            num_workers=self.settings.workers(count),
+        )
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
         images = self._transformed(split, augmented=shuffle)
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         if len(images) < world:  # a process without images would leave the others waiting for it
-            raise UsageError(f"trainer.devices: {world} processes are more than the {len(images)} images of the {split} split")
+            raise UsageError(
+                f"trainer.devices: {world} processes are more than the {len(images)} images of the {split} split"
+            )
         # Copies without augmentation would be the same image again.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
-        sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, rank=rank, world_size=world, repeats=repeats)
+        sampler = SeededSampler(
+            len(images),
+            seed=self.settings.seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world,
+            repeats=repeats,
+        )
         workers = self.settings.workers(len(images))
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
@@ -268,7 +318,9 @@ class ImageData(LightningDataModule, ABC):
         """
         images = self._transformed("train")
         count = min(self.settings.calibration_images, len(images))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.settings.seed))[:count]
+        order = torch.randperm(
+            len(images), generator=torch.Generator().manual_seed(self.settings.seed)
+        )[:count]
         chunks = order.split(batch_size or self.settings.batch_size)
         return [torch.stack([images[int(i)][0] for i in chunk]) for chunk in chunks]
 
@@ -296,10 +348,19 @@ class EncodedImageData(ImageData):
         try:
             config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
         except Exception as error:
-            raise UsageError(f"data.model={settings['model']!r}: must be a name of timm's ({error})") from error
-        values = {name: getattr(config, name, None) or usual for name, usual in IMAGENET.items() if settings.get(name) is None}
+            raise UsageError(
+                f"data.model={settings['model']!r}: must be a name of timm's ({error})"
+            ) from error
+        values = {
+            name: getattr(config, name, None) or usual
+            for name, usual in IMAGENET.items()
+            if settings.get(name) is None
+        }
         if settings.get("in_chans") == 1:
-            values |= {name: [sum(values[name]) / len(values[name])] for name in {"mean", "std"} & set(values)}
+            values |= {
+                name: [sum(values[name]) / len(values[name])]
+                for name in {"mean", "std"} & set(values)
+            }
         return super().complete({**settings, **values})
 
     def read(self) -> dict[str, ImageSource]:
@@ -307,7 +368,11 @@ class EncodedImageData(ImageData):
         found: dict[str, ImageSource] = {}
         for split, images in hold_out(self.encoded()).items():
             source = load(images, self.settings.memory_mb)
-            found[split] = replace(source, known_as=images.fingerprint()) if isinstance(source, ImageArrays) else source
+            found[split] = (
+                replace(source, known_as=images.fingerprint())
+                if isinstance(source, ImageArrays)
+                else source
+            )
         return found
 
     @abstractmethod

@@ -37,7 +37,9 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
     """
     known = settings if isinstance(settings, DataSettings) else data_settings(settings)
     if known.in_chans not in {1, 3}:
-        raise UsageError(f"data.in_chans={known.in_chans}: must be 1 or 3, the channels of an image")
+        raise UsageError(
+            f"data.in_chans={known.in_chans}: must be 1 or 3, the channels of an image"
+        )
     transform = eval_transform(known)
     return lambda image: transform(_pixels(image, known))
 
@@ -48,7 +50,9 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
     if not (isinstance(dataset, type) and issubclass(dataset, ImageData)):
-        raise UsageError(f"data._target_={target!r}: must be a dataset of qat or of an imported module; import it, or pass its settings")
+        raise UsageError(
+            f"data._target_={target!r}: must be a dataset of qat or of an imported module; import it, or pass its settings"
+        )
     return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 
 
@@ -56,9 +60,20 @@ def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
     """(H, W, in_chans)."""
     if isinstance(image, str | Path):
         return decode(functools.partial(open_file, image), settings.in_chans, str(image))
-    kind = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in {2, 3} and image[..., None].shape[2] in {1, 3}:
+    kind = (
+        f"{image.dtype} array {image.shape}"
+        if isinstance(image, np.ndarray)
+        else type(image).__name__
+    )
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim in {2, 3}
+        and image[..., None].shape[2] in {1, 3}
+    ):
         image = to_pil(np.atleast_3d(image))
     if not isinstance(image, Image.Image):
-        raise UsageError(f"image of type {kind}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8")
+        raise UsageError(
+            f"image of type {kind}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8"
+        )
     return decode(lambda: image, settings.in_chans, f"image of type {kind}")

@@ -35,7 +35,9 @@ class FileImages(EncodedImages):
     def __init__(self, files: list[tuple[str, int]], folder: str, settings: DataSettings) -> None:
         # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
         self.paths = np.asarray([os.fsencode(path) for path, _ in files])
-        super().__init__(np.asarray([label for _, label in files], dtype=np.int64), folder, settings)
+        super().__init__(
+            np.asarray([label for _, label in files], dtype=np.int64), folder, settings
+        )
 
     def open(self, index: int) -> Image.Image:
         """One image."""
@@ -48,7 +50,9 @@ class FileImages(EncodedImages):
     def fingerprint(self) -> str:
         """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
         start = len(os.fsencode(self.where))
-        return digest(self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist()))
+        return digest(
+            self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist())
+        )
 
 
 class ImageFolder(EncodedImageData):
@@ -78,8 +82,15 @@ class ImageFolder(EncodedImageData):
             if split == "test" != source and not names:
                 continue  # ILSVRC's, whose labels are not published
             if unknown := sorted({*names} - {*classes}):
-                raise UsageError(f"{folder / unknown[0]}: unknown class; must be one of {source}'s, {', '.join(classes[:10])} ...")
-            files = [(path, ids[name]) for name in classes for path in files_below(folder / name) if is_image(path)]
+                raise UsageError(
+                    f"{folder / unknown[0]}: unknown class; must be one of {source}'s, {', '.join(classes[:10])} ..."
+                )
+            files = [
+                (path, ids[name])
+                for name in classes
+                for path in files_below(folder / name)
+                if is_image(path)
+            ]
             if not files:
                 raise UsageError(f"{folder}: holds no images; must hold {', '.join(EXTENSIONS)}")
             found[split] = FileImages(files, str(folder), self.settings)
@@ -88,7 +99,12 @@ class ImageFolder(EncodedImageData):
     def _folders(self) -> dict[str, Path]:
         """The folder of each split that there is; the first one says what classes there are."""
         root = data_folder(self.settings.root, LAYOUT)
-        found = {split: root / name for split, names in FOLDERS.items() for name in names[::-1] if (root / name).is_dir()}
+        found = {
+            split: root / name
+            for split, names in FOLDERS.items()
+            for name in names[::-1]
+            if (root / name).is_dir()
+        }
         if not found and _are_classes(root):
             return {"test" if self.evaluates_whole else "train": root}
         if not found:
@@ -133,8 +149,12 @@ class ImageNet(ImageFolder):
         """In words, as timm has them for a wnid; without `data.root` for all 1000."""
         info = ImageNetInfo()
         known = info.label_names()
-        wnids = super().named_classes() or (known if self.settings.num_classes == len(known) else [])
-        return [info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids] or None
+        wnids = super().named_classes() or (
+            known if self.settings.num_classes == len(known) else []
+        )
+        return [
+            info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids
+        ] or None
 
 
 def _are_classes(root: Path) -> bool:
@@ -145,7 +165,11 @@ def _are_classes(root: Path) -> bool:
 
 def class_names(folder: Path) -> list[str]:
     """Sorted names of the folders in `folder`, hidden ones left out."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
 
 
 def is_image(path: str) -> bool:

@@ -27,7 +27,9 @@ def find_parquet(root: Path, split: str) -> list[Path]:
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
     folders = {str(path.parent) for path in files}
     if len(folders) > 1:
-        raise UsageError(f"data.root={str(root)!r}: must be a folder with {split}*.parquet in one place; has {', '.join(sorted(folders))}")
+        raise UsageError(
+            f"data.root={str(root)!r}: must be a folder with {split}*.parquet in one place; has {', '.join(sorted(folders))}"
+        )
     return files
 
 
@@ -49,14 +51,21 @@ class ParquetImages(EncodedImages):
             dataset = pq.ParquetDataset(files)
             there = dataset.schema.names
             wanted = ((settings.image_column, IMAGES), (settings.label_column, LABELS))
-            columns = [next((c for c in ([named] if named else usual) if c in there), None) for named, usual in wanted]
+            columns = [
+                next((c for c in ([named] if named else usual) if c in there), None)
+                for named, usual in wanted
+            ]
             if None in columns:
-                raise UsageError(f"{where}: data.image_column and data.label_column must be two of {', '.join(there)}")
+                raise UsageError(
+                    f"{where}: data.image_column and data.label_column must be two of {', '.join(there)}"
+                )
             self.cells, labels = dataset.read(columns).columns
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{where}: cannot be read as parquet ({error})") from error
         if labels.null_count or not pa.types.is_integer(labels.type):
-            raise UsageError(f"{where}: labels must be integers; the column has type {labels.type} and {labels.null_count} nulls")
+            raise UsageError(
+                f"{where}: labels must be integers; the column has type {labels.type} and {labels.null_count} nulls"
+            )
         super().__init__(labels.to_numpy().astype(np.int64), where, settings)
 
     def open(self, index: int) -> Image.Image:
@@ -87,8 +96,14 @@ class HfParquet(EncodedImageData):
         Raises:
             UsageError: `data.root` is not set or holds no such files, or a file is not of this kind.
         """
-        root = data_folder(self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet")
-        images = {split: ParquetImages(files, self.settings) for split in SPLITS if (files := find_parquet(root, split))}
+        root = data_folder(
+            self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"
+        )
+        images = {
+            split: ParquetImages(files, self.settings)
+            for split in SPLITS
+            if (files := find_parquet(root, split))
+        }
         if "test" in images and np.all(images["test"].labels == -1):  # not published
             del images["test"]
         if not images:

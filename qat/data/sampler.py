@@ -36,7 +36,16 @@ class SeededSampler(DistributedSampler[Key]):
         skip: images of this process that the next iteration leaves out at its start; zero again afterwards.
     """
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+    ) -> None:
         self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -49,9 +58,15 @@ class SeededSampler(DistributedSampler[Key]):
     def _mine(self) -> list[Key]:
         if not self.shuffle:
             return [(self.epoch, index) for index in range(self.rank, self.length, self.world_size)]
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
-        places = torch.arange(self.rank, self.length - self.length % self.world_size, self.world_size)
-        keys = zip(order[places // self.repeats].tolist(), (places % self.repeats).tolist(), strict=True)
+        order = torch.randperm(
+            self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        )
+        places = torch.arange(
+            self.rank, self.length - self.length % self.world_size, self.world_size
+        )
+        keys = zip(
+            order[places // self.repeats].tolist(), (places % self.repeats).tolist(), strict=True
+        )
         return [(self.epoch, index, copy)[: 2 if self.repeats == 1 else 3] for index, copy in keys]
 
     def __iter__(self) -> Iterator[Key]:
@@ -91,7 +106,9 @@ class ResumableLoader(DataLoader):
 
     @property
     def _global_batch(self) -> int:
-        return (self.batch_size or 1) * getattr(self.sampler, "world_size", 1)  # Lightning's own sampler, to overfit, has none
+        return (self.batch_size or 1) * getattr(
+            self.sampler, "world_size", 1
+        )  # Lightning's own sampler, to overfit, has none
 
     def state_dict(self) -> dict[str, int]:
         """Number of batches handed out in this epoch, and of images, those of all processes together."""
@@ -106,12 +123,17 @@ class ResumableLoader(DataLoader):
         self._skip, images = state["batches"], state.get("images")
         if images not in {None, self._skip * self._global_batch}:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: {now}: must be {images // self._skip} images a step, as before, to end this epoch")
+            raise UsageError(
+                f"resume: {now}: must be {images // self._skip} images a step, as before, to end this epoch"
+            )
 
 
 def mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers; near inputs give far seeds."""
-    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0]
+        >> np.uint64(1)
+    )
 
 
 @contextlib.contextmanager

@@ -138,8 +138,12 @@ class DataSettings:
             if (value := getattr(self, name)) is not None or name not in MAY_BE_NONE:
                 check(f"data.{name}", value, *bounds)
         scale = self.scale if isinstance(self.scale, Sequence) else ()
-        if [isinstance(share, int | float) for share in scale] != [True, True] or not 0 < scale[0] <= scale[1] <= 1:
-            raise UsageError(f"data.scale={self.scale!r}: must be two shares of the image's area [lowest, highest], above 0 to 1")
+        if [isinstance(share, int | float) for share in scale] != [True, True] or not 0 < scale[
+            0
+        ] <= scale[1] <= 1:
+            raise UsageError(
+                f"data.scale={self.scale!r}: must be two shares of the image's area [lowest, highest], above 0 to 1"
+            )
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):
             check_channels(f"data.{name}", getattr(self, name), self.in_chans, lowest)
 
@@ -147,7 +151,11 @@ class DataSettings:
         """`num_workers`, or as the machine has cores for each of a run's processes on it; for few images none, which start sooner."""
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of a task of srun its own
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )  # of a task of srun its own
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
         return 0 if images < FEW_IMAGES else min(share, MOST_WORKERS)
 

@@ -30,13 +30,28 @@ class Digits(ImageData):
         everything = ImageArrays(pixels, digits.target.astype(np.int64))
         rest, test = stratified_split(everything.labels, 0.2)
         train, val = stratified_split(everything.labels[rest], 0.125)
-        return {"train": everything.take(rest[train]), "val": everything.take(rest[val]), "test": everything.take(test)}
+        return {
+            "train": everything.take(rest[train]),
+            "val": everything.take(rest[val]),
+            "test": everything.take(test),
+        }
 
 
 class FashionMnist(ImageData):
     """`root/FashionMNIST/raw` as torchvision unpacks it; a tenth of train is held out as val, always the same images."""
 
-    CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+    CLASSES = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
     DATASET: ClassVar[Any] = datasets.FashionMNIST
     LAYOUT = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
@@ -46,14 +61,22 @@ class FashionMnist(ImageData):
         Raises:
             UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
         """
-        return hold_out({split: self._part(data_folder(self.settings.root, self.LAYOUT), split) for split in ("train", "test")})
+        return hold_out({
+            split: self._part(data_folder(self.settings.root, self.LAYOUT), split)
+            for split in ("train", "test")
+        })
 
     def _part(self, root: Path, split: str) -> ImageArrays:
         try:
             found = self.DATASET(root, train=split == "train", download=False)
         except Exception as error:  # on damaged files torchvision raises nearly anything
-            raise UsageError(f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({' '.join(f'{error}'.split())})") from error
-        images = [to_pixels(Image.fromarray(image), self.settings.in_chans) for image in np.asarray(found.data)]
+            raise UsageError(
+                f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({' '.join(f'{error}'.split())})"
+            ) from error
+        images = [
+            to_pixels(Image.fromarray(image), self.settings.in_chans)
+            for image in np.asarray(found.data)
+        ]
         return ImageArrays(np.stack(images), np.asarray(found.targets, dtype=np.int64))
 
 
@@ -63,7 +86,18 @@ class Cifar10(FashionMnist):
     torchvision unpickles the batches only once their sums are those of the published files.
     """
 
-    CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    CLASSES = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     DATASET = datasets.CIFAR10
     LAYOUT = "train*.parquet and test*.parquet, or cifar-10-batches-py"
 
@@ -73,7 +107,12 @@ class Cifar10(FashionMnist):
         Raises:
             UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
         """
-        files = {split: find_parquet(data_folder(self.settings.root, self.LAYOUT), split) for split in ("train", "test")}
+        files = {
+            split: find_parquet(data_folder(self.settings.root, self.LAYOUT), split)
+            for split in ("train", "test")
+        }
         if not all(files.values()):
             return super().read()
-        return hold_out({split: load(ParquetImages(found, self.settings)) for split, found in files.items()})
+        return hold_out({
+            split: load(ParquetImages(found, self.settings)) for split, found in files.items()
+        })

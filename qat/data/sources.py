@@ -105,9 +105,13 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     if image.mode[0] in "IF":
         values = np.asarray(image)
         if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 2**16 - 1:
-            raise ValueError(f"it has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16")
+            raise ValueError(
+                f"it has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16"
+            )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
+    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(
+        image.height, image.width, -1
+    )
 
 
 def open_file(path: str | os.PathLike[str]) -> Image.Image:
@@ -129,7 +133,9 @@ def decode(opened: Callable[[], Image.Image], chans: int, name: str) -> NDArray[
     try:
         return to_pixels(opened(), chans)
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))  # not where an object lies in memory
+        reason = re.sub(
+            r" <[^>]*>", "", " ".join(str(error).split())
+        )  # not where an object lies in memory
         raise ImageError(f"{name} cannot be decoded ({reason})") from error
 
 
@@ -146,8 +152,15 @@ class EncodedImages(ABC):
     def __init__(self, labels: NDArray[np.int64], where: str, settings: DataSettings) -> None:
         if not len(labels):
             raise UsageError(f"{where}: holds no images")
-        self.labels, self.where, self.rows, self.on_error = labels, where, np.arange(len(labels)), settings.on_error
-        self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # by row; workers say it once, all together
+        self.labels, self.where, self.rows, self.on_error = (
+            labels,
+            where,
+            np.arange(len(labels)),
+            settings.on_error,
+        )
+        self._failed = torch.zeros(
+            len(labels), dtype=torch.bool
+        ).share_memory_()  # by row; workers say it once, all together
         self.chans = 1 if settings.in_chans == 1 else 3
 
     def take(self, indices: NDArray[np.int64]) -> Self:
@@ -183,7 +196,9 @@ class EncodedImages(ABC):
         """
         for row in itertools.chain(range(index, len(self)), range(index)):
             try:
-                return decode(partial(self.open, row), self.chans, self.name(row)), int(self.labels[row])
+                return decode(partial(self.open, row), self.chans, self.name(row)), int(
+                    self.labels[row]
+                )
             except ImageError as error:
                 if self.on_error == "raise":
                     raise ImageError(f"{error}; {SKIP}") from error
@@ -202,7 +217,10 @@ def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
     labels = np.empty_like(encoded.labels)  # an image that is skipped has another one's
     for row in range(len(encoded)):
         image, labels[row] = encoded[row]
-        if image.nbytes * len(encoded) > memory_mb * 1e6 or image.shape != (images or [image])[0].shape:
+        if (
+            image.nbytes * len(encoded) > memory_mb * 1e6
+            or image.shape != (images or [image])[0].shape
+        ):
             return encoded
         images.append(image)
     return ImageArrays(np.stack(images), labels)
@@ -213,7 +231,10 @@ def _are_same(one: ImageSource, other: ImageSource) -> bool:
     if not np.array_equal(one.labels, other.labels):
         return False
     try:
-        return all(np.array_equal(one[i][0], other[i][0]) for i in range(0, len(one), len(one) // SAMPLE or 1))
+        return all(
+            np.array_equal(one[i][0], other[i][0])
+            for i in range(0, len(one), len(one) // SAMPLE or 1)
+        )
     except ImageError:  # which a run shows that needs the image
         return False
 
@@ -222,17 +243,27 @@ def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """An image (H, W, C) as (size, size, C), bicubic, its proportions lost."""
     if image.shape[:2] == (size, size):
         return image
-    return np.asarray(to_pil(image).resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, image.shape[2])
+    return np.asarray(to_pil(image).resize((size, size), Image.Resampling.BICUBIC)).reshape(
+        size, size, image.shape[2]
+    )
 
 
-def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def stratified_split(
+    labels: NDArray[np.int64], held_out: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of the kept and the held-out images, class shares equal, always the same for the same labels."""
-    from sklearn.model_selection import train_test_split  # with pandas half a second, and most photos come with their splits
+    from sklearn.model_selection import (
+        train_test_split,  # with pandas half a second, and most photos come with their splits
+    )
 
     try:
-        kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels)
+        kept, out = train_test_split(
+            np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels
+        )
     except ValueError as error:
-        raise UsageError(f"data: {held_out:.0%} of {len(labels)} train images cannot be held out ({error})") from error
+        raise UsageError(
+            f"data: {held_out:.0%} of {len(labels)} train images cannot be held out ({error})"
+        ) from error
     return np.sort(kept), np.sort(out)
 
 
@@ -244,7 +275,10 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
     for one, other in itertools.combinations(splits, 2):
         if is_first() and _are_same(splits[one], splits[other]):
             log.warning(
-                "data: %s and %s are the same images; accuracy on %s does not show how the model does on new images", one, other, other
+                "data: %s and %s are the same images; accuracy on %s does not show how the model does on new images",
+                one,
+                other,
+                other,
             )
     if "train" not in splits or "val" in splits:
         return dict(splits)

@@ -41,7 +41,9 @@ class TimmSettings(DataSettings):
         super().__post_init__()
         check_bool("data.download", self.download)
         if self.train_split is self.val_split is self.test_split is None:
-            raise UsageError("data.train_split, data.val_split and data.test_split are null: one must be the name of a split")
+            raise UsageError(
+                "data.train_split, data.val_split and data.test_split are null: one must be the name of a split"
+            )
 
 
 class TimmImages(EncodedImages):
@@ -60,17 +62,29 @@ class TimmImages(EncodedImages):
         if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
         elif str(settings.root).endswith(".tar"):
-            options = {"cache_tarfiles": False}  # worker processes would share one open file, and its position
+            options = {
+                "cache_tarfiles": False
+            }  # worker processes would share one open file, and its position
         else:
             data_folder(settings.root, "the dataset that timm reads, or give a tar file")
         try:
             root = settings.root and str(settings.root)
-            dataset = timm.data.create_dataset(settings.name, root=root, split=split, download=settings.download, **options)
+            dataset = timm.data.create_dataset(
+                settings.name, root=root, split=split, download=settings.download, **options
+            )
             self.reader = reader = getattr(dataset, "reader", dataset)
-            targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
-            if hasattr(reader, "loader"):  # torchvision's, to which every format of Pillow is an image
+            targets = (
+                list(reader.iter_targets())
+                if hasattr(reader, "iter_targets")
+                else getattr(reader, "targets", None)
+            )
+            if hasattr(
+                reader, "loader"
+            ):  # torchvision's, to which every format of Pillow is an image
                 reader.loader = open_file
-            labels = np.asarray([label for _, label in reader.samples] if targets is None else targets).astype(np.int64, casting="safe")
+            labels = np.asarray(
+                [label for _, label in reader.samples] if targets is None else targets
+            ).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
@@ -125,11 +139,15 @@ class Timm(EncodedImageData):
                 continue
             images = TimmImages(self.settings, name)
             for other in (other for other, theirs in found.items() if images.files & theirs.files):
-                raise UsageError(f"data.{split}_split={name!r}: must differ from the {other} split; null for no such split")
+                raise UsageError(
+                    f"data.{split}_split={name!r}: must differ from the {other} split; null for no such split"
+                )
             classes = next(iter(found.values()), images).classes
             if images.classes != classes:
                 for unknown in sorted(images.classes.keys() - classes.keys()):
-                    raise UsageError(f"data.{split}_split={name!r}: class {unknown!r} must be one of the {next(iter(found))} split's")
+                    raise UsageError(
+                        f"data.{split}_split={name!r}: class {unknown!r} must be one of the {next(iter(found))} split's"
+                    )
                 own = {number: name for name, number in images.classes.items()}
                 images.labels = np.array([classes[own[label]] for label in images.labels.tolist()])
             found[split] = images
@@ -140,4 +158,8 @@ class Timm(EncodedImageData):
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
-        return sorted(classes, key=classes.__getitem__) if len(classes) == self.settings.num_classes else None
+        return (
+            sorted(classes, key=classes.__getitem__)
+            if len(classes) == self.settings.num_classes
+            else None
+        )

@@ -55,7 +55,10 @@ def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
 
 
 def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(settings.mean), list(settings.std), inplace=True)])
+    return v2.Compose([
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(settings.mean), list(settings.std), inplace=True),
+    ])
 
 
 def eval_transform(settings: DataSettings) -> Transform:
@@ -64,9 +67,17 @@ def eval_transform(settings: DataSettings) -> Transform:
     It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
-        return Transform(v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
+        return Transform(
+            v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]),
+            finish=_normalise(settings),
+        )
     interpolation = settings.interpolation or "bicubic"
-    scaled = _timm_transform(settings, crop_pct=settings.crop_pct, crop_mode=settings.crop_mode, interpolation=interpolation)
+    scaled = _timm_transform(
+        settings,
+        crop_pct=settings.crop_pct,
+        crop_mode=settings.crop_mode,
+        interpolation=interpolation,
+    )
     return Transform(v2.Compose([to_pil, scaled]))
 
 
@@ -74,13 +85,18 @@ def train_transform(settings: DataSettings) -> Transform:
     """The evaluation transform after the augmentation that the settings ask for."""
     if settings.augment == "none":
         return eval_transform(settings)
-    squeeze = [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
+    squeeze = (
+        [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
+    )
     if settings.augment == "light" and squeeze:
         shift = max(settings.image_size // 8, 1) if settings.shift is None else settings.shift
         crop = [v2.RandomCrop(settings.image_size, padding=shift)] if shift else []
         shifted = v2.Compose([*squeeze, _to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
         return Transform(shifted, is_random=True, finish=_normalise(settings))
-    options: dict[str, Any] = {"color_jitter": None, "interpolation": settings.interpolation or "bicubic"}
+    options: dict[str, Any] = {
+        "color_jitter": None,
+        "interpolation": settings.interpolation or "bicubic",
+    }
     if settings.augment == "timm":
         options = {
             "auto_augment": settings.rand_augment,
@@ -89,7 +105,9 @@ def train_transform(settings: DataSettings) -> Transform:
             "re_mode": "pixel",
             "interpolation": settings.train_interpolation,
         }
-    augmentation = _timm_transform(settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options)
+    augmentation = _timm_transform(
+        settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options
+    )
     for step in augmentation.transforms:
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
@@ -107,7 +125,9 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 def _timm_transform(settings: DataSettings, **options: Any) -> Any:
     size = (settings.in_chans, settings.image_size, settings.image_size)
-    return timm.data.create_transform(size, mean=tuple(settings.mean), std=tuple(settings.std), **options)
+    return timm.data.create_transform(
+        size, mean=tuple(settings.mean), std=tuple(settings.std), **options
+    )
 
 
 class BatchMixup:
@@ -130,7 +150,9 @@ class BatchMixup:
             num_classes=settings.num_classes,
         )
 
-    def __call__(self, images: Tensor, target: Tensor, *, epoch: int, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, target: Tensor, *, epoch: int, step: int, rank: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Mix one batch; `images` stays as it is.
 
         Args:
@@ -149,8 +171,12 @@ class BatchMixup:
         if self.off_epoch and epoch >= self.off_epoch:
             return images, target
         if len(images) % 2:  # where there are fewer training images than `batch_size`
-            raise UsageError(f"data.mixup, data.cutmix: pairs are mixed; the number of images must be even, a batch has {len(images)}")
-        exact = torch.promote_types(images.dtype, torch.float32)  # timm gives shares of classes the dtype of the images
+            raise UsageError(
+                f"data.mixup, data.cutmix: pairs are mixed; the number of images must be even, a batch has {len(images)}"
+            )
+        exact = torch.promote_types(
+            images.dtype, torch.float32
+        )  # timm gives shares of classes the dtype of the images
         with isolated_rng(self.seed, step, rank, STREAM):
             mixed, shares = self._mixup(images.to(exact, copy=True), target)
         return mixed.to(images.dtype), shares

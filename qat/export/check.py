@@ -85,16 +85,29 @@ class Checked:
     @property
     def problem(self) -> str | None:
         """Why the file must not be used; None if it agrees."""
-        return next((f"{name}: {found.problem}" for name, found in self.agreement.items() if name != OPENVINO and found.problem), None)
+        return next(
+            (
+                f"{name}: {found.problem}"
+                for name, found in self.agreement.items()
+                if name != OPENVINO and found.problem
+            ),
+            None,
+        )
 
     @property
     def top1(self) -> float:
         """Percent of the images on which both name the same class, the lowest of the runtimes that run the file."""
-        return min(100 * found.same_top1 / found.images for found in self.agreement.values() if found.images)
+        return min(
+            100 * found.same_top1 / found.images
+            for found in self.agreement.values()
+            if found.images
+        )
 
     def to_text(self) -> str:
         """Lines for people."""
-        lines = [f"{name}: {found.to_text()}" for name, found in self.agreement.items() if found.images]
+        lines = [
+            f"{name}: {found.to_text()}" for name, found in self.agreement.items() if found.images
+        ]
         if OPENVINO in self.agreement and (text := self.agreement[OPENVINO].problem):
             lines.append(f"not for OpenVINO: {text}")
         return "\n".join(lines)
@@ -109,19 +122,28 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     for runtime in (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,):
         try:
             logits = functools.partial(logits_of, open_session(path, runtime), batch=batch)
-            checked.agreement[runtime] = found = compare(net, logits, functools.partial(graph_codes, model, runtime), batches)
+            checked.agreement[runtime] = found = compare(
+                net, logits, functools.partial(graph_codes, model, runtime), batches
+            )
             if found.problem:
                 found.problem += f"; {found.to_text()}, logits apart by up to {found.apart:.1%} of the largest one"
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
-            lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]  # its own source files
-            checked.agreement[runtime] = Agreement(problem=f"it fails ({' '.join(' '.join(lines).split())[:200]})")
+            lines = [
+                line for line in str(error).splitlines() if not line.startswith("Exception from ")
+            ]  # its own source files
+            checked.agreement[runtime] = Agreement(
+                problem=f"it fails ({' '.join(' '.join(lines).split())[:200]})"
+            )
     return checked
 
 
 def compare(
-    net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf] | None, batches: Iterable[Tensor]
+    net: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    open_codes: Callable[[], CodesOf] | None,
+    batches: Iterable[Tensor],
 ) -> Agreement:
     """Compare another form of a net with it.
 
@@ -142,7 +164,12 @@ def compare(
     apart = (theirs - mine).abs().amax(1)
     same = apart <= TOLERANCE  # False of NaN
     other = (~same).nonzero().flatten().tolist()
-    found = Agreement(len(images), int((theirs.argmax(1) == mine.argmax(1)).sum()), len(other), max([0.0, *apart[same].tolist()]))
+    found = Agreement(
+        len(images),
+        int((theirs.argmax(1) == mine.argmax(1)).sum()),
+        len(other),
+        max([0.0, *apart[same].tolist()]),
+    )
     found.apart = float(apart.max() / theirs.abs().max().clamp_min(TOLERANCE))
     if open_codes is None:
         return found
@@ -163,10 +190,16 @@ def _first_difference(theirs: tuple[Tensor, Codes], mine: tuple[Tensor, Codes]) 
         other_place, others = (t.reshape(codes.shape) for t in theirs[1][name])
         differs = codes != others
         if differs.any():
-            is_near = (place - other_place)[differs].abs().max() <= ROUNDING * (1 + codes.abs().max())
+            is_near = (place - other_place)[differs].abs().max() <= ROUNDING * (
+                1 + codes.abs().max()
+            )
             return None if is_near else f"codes of {name} differ away from a threshold"
     apart = float((theirs[0] - mine[0]).abs().max())
-    return None if apart <= TOLERANCE else f"logits differ by {apart:.1e} where no code does; must be at most {TOLERANCE:.0e}"
+    return (
+        None
+        if apart <= TOLERANCE
+        else f"logits differ by {apart:.1e} where no code does; must be at most {TOLERANCE:.0e}"
+    )
 
 
 def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
@@ -180,8 +213,12 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
 
         return note
 
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
-    with probing(net, [site.quantizer.register_forward_pre_hook(hook(site.name)) for site in sites]):
+    sites = [
+        site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float
+    ]
+    with probing(
+        net, [site.quantizer.register_forward_pre_hook(hook(site.name)) for site in sites]
+    ):
         out: Tensor = net(image)
     return out, seen
 
@@ -194,12 +231,22 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
     shown.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in shown.graph.initializer}
     quantizers = [node for node in shown.graph.node if node.op_type == "QuantizeLinear"]
-    names = list(dict.fromkeys(name for node in quantizers for name in (node.input[0], node.output[0]) if name != INPUT))
+    names = list(
+        dict.fromkeys(
+            name for node in quantizers for name in (node.input[0], node.output[0]) if name != INPUT
+        )
+    )
     shown.graph.output.extend(ValueInfoProto(name=name) for name in names)
     session = open_session(shown.SerializeToString(), runtime)
 
     def run(image: Tensor) -> tuple[Tensor, Codes]:
-        values = dict(zip([OUTPUT, *names], map(torch.from_numpy, session([OUTPUT, *names], image.numpy())), strict=True))
+        values = dict(
+            zip(
+                [OUTPUT, *names],
+                map(torch.from_numpy, session([OUTPUT, *names], image.numpy())),
+                strict=True,
+            )
+        )
         values[INPUT] = image
         seen = {}
         for node in quantizers:
@@ -233,7 +280,9 @@ def _openvino() -> Any:
     return openvino.Core()
 
 
-def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: int = 0, precision: str = "f32") -> Session:
+def open_session(
+    model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: int = 0, precision: str = "f32"
+) -> Session:
     """Open a file, or a model in memory, on the CPU.
 
     Args:
@@ -247,8 +296,14 @@ def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: in
         return _open_executorch(given)
     if runtime == OPENVINO:
         # Where only weights are quantized it would quantize activations to 8 bits on processors that have integer products.
-        config = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_NUM_THREADS": str(threads)}
-        compiled = _openvino().compile_model(_openvino().read_model(io.BytesIO(given)), "CPU", config)
+        config = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            "INFERENCE_NUM_THREADS": str(threads),
+        }
+        compiled = _openvino().compile_model(
+            _openvino().read_model(io.BytesIO(given)), "CPU", config
+        )
 
         def run(names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
             found = compiled([images])
@@ -276,9 +331,13 @@ def saturates() -> bool:
     node = helper.make_node("MatMulInteger", ["left", "right"], ["sums"])
     left = helper.make_tensor_value_info("left", TensorProto.UINT8, (16, 16))
     sums = helper.make_tensor_value_info("sums", TensorProto.INT32, (16, 16))
-    graph = helper.make_graph([node], "product", [left], [sums], [numpy_helper.from_array(largest, "right")])
+    graph = helper.make_graph(
+        [node], "product", [left], [sums], [numpy_helper.from_array(largest, "right")]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     (result,) = session.run(None, {"left": np.full((16, 16), 255, np.uint8)})
     return bool((result != 16 * 255 * 127).any())
 
@@ -300,7 +359,9 @@ def _open_executorch(given: bytes) -> Session:
         os.close(before)
         os.close(nowhere)
 
-    def run(names: Sequence[str], images: np.ndarray, kept: Any = program) -> list[np.ndarray]:  # the method does not hold its program
+    def run(
+        names: Sequence[str], images: np.ndarray, kept: Any = program
+    ) -> list[np.ndarray]:  # the method does not hold its program
         return [out.numpy() for out in method.execute([torch.from_numpy(images)])]
 
     return run
@@ -326,7 +387,9 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
             began = time.perf_counter()
             session([OUTPUT], array)
             taken[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first one allocates
+    return {
+        name: statistics.median(times[1:]) for name, times in taken.items()
+    }  # the first one allocates
 
 
 @quiet()

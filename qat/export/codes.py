@@ -24,7 +24,16 @@ OPSETS = {2: 25, 4: 21, 8: 13}
 # Kernels of x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates beyond 32,767. Two products with a
 # code of at most this size fit: 2 * 255 * 64 = 32,640. uint8 times uint8 has kernels that do not saturate.
 LARGEST_INT8 = 64
-_VIEWS = frozenset({"transpose", "permute", "flatten", "unflatten", "unsqueeze", "repeat_interleave", "narrow", "chunk"})
+_VIEWS = frozenset({
+    "transpose",
+    "permute",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "repeat_interleave",
+    "narrow",
+    "chunk",
+})
 
 
 class _OnCodes:
@@ -33,7 +42,9 @@ class _OnCodes:
     graph: Any
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func not in _HANDLED:
             args = [number(one) for one in args]
         return _HANDLED.get(func, func)(*args, **(kwargs or {}))
@@ -69,11 +80,18 @@ class QuantizedTensor(_OnCodes):
         return lambda *args, **kwargs: self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
 
     def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
-        codes, *rest = (None if t is None else view(t) for t in (self.codes, self.scale, self.shift, self.after))
-        same = self.name, self.zero, self.graph
-        if isinstance(codes, tuple):
-            return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type, call-arg]
-        return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type, call-arg]
+        views: list[Any] = []
+        for tensor in (self.codes, self.scale, self.shift, self.after):
+            views.append(None if tensor is None else view(tensor))
+        if not isinstance(views[0], tuple):
+            return self._with(*views)
+        pieces = []
+        for i in range(len(views[0])):
+            pieces.append(self._with(*(None if piece is None else piece[i] for piece in views)))
+        return tuple(pieces)
+
+    def _with(self, codes: Any, scale: Any, shift: Any, after: Any) -> QuantizedTensor:
+        return QuantizedTensor(codes, scale, shift, after, self.name, self.zero, self.graph)
 
     def __matmul__(self, other: Any) -> Any:
         return _matmul(self, other)
@@ -99,7 +117,9 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
 _HANDLED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.dropout: lambda x, *_, **__: x,
-    **dict.fromkeys((torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
+    **dict.fromkeys(
+        (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul
+    ),
 }
 
 
@@ -131,7 +151,11 @@ class StoredWeight(_OnCodes):
     def factors(self) -> Tensor:
         """What products take, float32: whole numbers without their zero point, the shape of the weight."""
         factors = self.codes.float() * 2 + 1 if self.is_doubled else self.codes.float()
-        return factors if self.zero_point is None else factors - _rows(self.zero_point.float(), factors)
+        return (
+            factors
+            if self.zero_point is None
+            else factors - _rows(self.zero_point.float(), factors)
+        )
 
     @property
     def value(self) -> Tensor:
@@ -144,7 +168,9 @@ def _rows(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def store_weights(form: str, net: nn.Module, smallest: int, cpu: str = "fast") -> dict[str, StoredWeight]:
+def store_weights(
+    form: str, net: nn.Module, smallest: int, cpu: str = "fast"
+) -> dict[str, StoredWeight]:
     """The weights of a frozen net by their names, each as `store_weight` has it.
 
     Raises:
@@ -154,7 +180,9 @@ def store_weights(form: str, net: nn.Module, smallest: int, cpu: str = "fast") -
         if site.quantizer.in_blocks:
             why = f"{site.name} has blocks of {site.quantizer.spec.quantizer}, which its runtimes do not run on a CPU"
             raise UsageError(f"format={form}: {why}; must be format=packed")
-    weights = {name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    weights = {
+        name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)
+    }
     return {name: store_weight(weight, smallest, cpu) for name, weight in weights.items()}
 
 
@@ -173,7 +201,12 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
     bits, signed = weight.spec.bits, weight.stored.dtype == torch.int8
     size = next(width for width in OPSETS if width >= max(bits, smallest))
     below = 0 if signed else 2 ** (bits - 1)
-    codes, shift, scale, constant = weight.stored.to(torch.int16) - below, weight.shift + below, weight.scale, weight.after
+    codes, shift, scale, constant = (
+        weight.stored.to(torch.int16) - below,
+        weight.shift + below,
+        weight.scale,
+        weight.after,
+    )
     zero_point, is_doubled = None, False
     if not bool((shift % 1 != 0).any()):
         zero_point = (-shift).to(torch.int8) if bool(shift.any()) else None
@@ -186,5 +219,13 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
     if cpu == "any" and can_saturate:
         codes = codes + 128
         zero_point = 128 + (torch.zeros(1) if zero_point is None else zero_point.float())
-        return StoredWeight(weight, size, codes.to(torch.uint8), is_doubled, scale, zero_point.to(torch.uint8), constant)
+        return StoredWeight(
+            weight,
+            size,
+            codes.to(torch.uint8),
+            is_doubled,
+            scale,
+            zero_point.to(torch.uint8),
+            constant,
+        )
     return StoredWeight(weight, size, codes.to(torch.int8), is_doubled, scale, zero_point, constant)

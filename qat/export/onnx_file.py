@@ -108,11 +108,15 @@ def export_onnx(
     settings = OnnxSettings(dynamic_batch, target, two_bit, cpu)
     done = conversion_of(net)
     if done is None:
-        raise UsageError("export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first")
+        raise UsageError(
+            "export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first"
+        )
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
     if tuple(images.shape[1:]) != done.input_size or not len(images) or not images.isfinite().all():
-        raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size}), all numbers finite")
+        raise UsageError(
+            f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size}), all numbers finite"
+        )
     net = copied(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
     shape = check_input(frozen, done.input_size)
@@ -121,8 +125,15 @@ def export_onnx(
             f"export_onnx: the model returns {shape or 'several tensors'} for an image; must be a classifier, which returns (1, classes)"
         )
     is_square = done.input_size[1] == done.input_size[2]
-    meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None}
-    return write_checked(Path(path), lambda unchecked: write_onnx(unchecked, frozen, net, meta, [images.cpu().float()], settings))
+    meta = describe(frozen) | {
+        "preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None
+    }
+    return write_checked(
+        Path(path),
+        lambda unchecked: write_onnx(
+            unchecked, frozen, net, meta, [images.cpu().float()], settings
+        ),
+    )
 
 
 def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
@@ -138,7 +149,9 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
         problem, rejected = checked.problem, target.with_name(f"{target.name}.rejected")
         if problem is not None:
             unchecked.replace(rejected)
-            raise UsageError(f"file={str(target)!r}: the written file does not agree with the checkpoint ({problem}); kept as {rejected}")
+            raise UsageError(
+                f"file={str(target)!r}: the written file does not agree with the checkpoint ({problem}); kept as {rejected}"
+            )
         rejected.unlink(missing_ok=True)
         unchecked.replace(target)
     finally:
@@ -147,7 +160,12 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
 
 
 def write_onnx(
-    path: Path, frozen: nn.Module, net: nn.Module, meta: Mapping[str, Any], images: Sequence[Tensor], settings: OnnxSettings
+    path: Path,
+    frozen: nn.Module,
+    net: nn.Module,
+    meta: Mapping[str, Any],
+    images: Sequence[Tensor],
+    settings: OnnxSettings,
 ) -> Checked:
     """Write a file, run it beside its net.
 
@@ -163,8 +181,14 @@ def write_onnx(
 
     model = to_onnx(frozen, images[0][:1], settings)
     about = {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")}
-    props = {"qat": about, "qat.classes": list(meta.get("classes") or []), "qat.preprocessing": meta["preprocessing"]}
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in props.items() if value is not None})
+    props = {
+        "qat": about,
+        "qat.classes": list(meta.get("classes") or []),
+        "qat.preprocessing": meta["preprocessing"],
+    }
+    onnx.helper.set_model_props(
+        model, {key: json.dumps(value) for key, value in props.items() if value is not None}
+    )
     model.producer_name = "qat"
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))
@@ -193,7 +217,9 @@ def require_installed(form: str) -> None:
 
 @quiet()
 @torch.no_grad()
-def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()) -> onnx.ModelProto:  # noqa: B008  (frozen)
+def to_onnx(
+    net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()
+) -> onnx.ModelProto:  # noqa: B008  (frozen)
     """Write a frozen net down in standard operators.
 
     Args:
@@ -212,7 +238,12 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
     from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
     net, is_tensorrt = unfused(net), settings.target == "tensorrt"
-    stored = store_weights("onnx", net, 8 if is_tensorrt else TWO_BIT[settings.two_bit], "fast" if is_tensorrt else settings.cpu)
+    stored = store_weights(
+        "onnx",
+        net,
+        8 if is_tensorrt else TWO_BIT[settings.two_bit],
+        "fast" if is_tensorrt else settings.cpu,
+    )
     if is_tensorrt:
         write_in_graph(net, stored, TensorRT(net, stored))
     else:
@@ -227,9 +258,13 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
         divide_apart(model)
     simplify(model)
     narrow_weights(model, stored)
-    model.opset_imports[""] = opset = max(LOWEST_OPSET, *(OPSETS[one.width] for one in stored.values()))
+    model.opset_imports[""] = opset = max(
+        LOWEST_OPSET, *(OPSETS[one.width] for one in stored.values())
+    )
     proto = _to_proto(model)
-    proto.ir_version = max(proto.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
+    proto.ir_version = max(
+        proto.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    )
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -260,14 +295,22 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise UsageError(f"format=onnx: torch cannot export this model: {' '.join(str(cause).split())[:300]}") from error
+        raise UsageError(
+            f"format=onnx: torch cannot export this model: {' '.join(str(cause).split())[:300]}"
+        ) from error
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
-        return False if any(value and (value.name or "").endswith(CODES) for value in node.inputs) else None
+        return (
+            False
+            if any(value and (value.name or "").endswith(CODES) for value in node.inputs)
+            else None
+        )
 
     # Constants that grow, as an outer product of two vectors, are for the runtime to work out when it opens the file.
-    optimizer.optimize_ir(program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold)
+    optimizer.optimize_ir(
+        program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold
+    )
     return program.model
 
 

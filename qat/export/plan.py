@@ -105,45 +105,83 @@ class Planner:
 
     def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
         """What a quantizer gives."""
-        zero = torch.zeros(()) if grid.zero_point is None else view_along(grid.zero_point, x.ndim, grid.axis)
+        zero = (
+            torch.zeros(())
+            if grid.zero_point is None
+            else view_along(grid.zero_point, x.ndim, grid.axis)
+        )
         whole = whole_zero(grid)
-        scale, shift = (t.float().expand(x.shape) for t in (view_along(grid.scale, x.ndim, grid.axis), whole - zero))
+        scale, shift = (
+            t.float().expand(x.shape)
+            for t in (view_along(grid.scale, x.ndim, grid.axis), whole - zero)
+        )
         after = None if grid.after is None else grid.after.float().expand(x.shape)
-        return QuantizedTensor(x, scale, shift, after, grid.name, added_code(grid, self.cpu) + whole, self)
+        return QuantizedTensor(
+            x, scale, shift, after, grid.name, added_code(grid, self.cpu) + whole, self
+        )
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
         if isinstance(x, StoredWeight):
             return x.value
-        self.plans.append(Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after)))
+        self.plans.append(
+            Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after))
+        )
         return x.codes
 
-    def product(self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None) -> Tensor:
+    def product(
+        self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None
+    ) -> Tensor:
         """Note the plan of a product."""
         if isinstance(b, StoredWeight):
             rows, step = self.rows.get(b.frozen), self.columns.get(b.frozen, ONE)
             plan = _with_weight(a, b, bias, rows, step) if _is_outside(a, -1) else None
-            step = step if rows is None else (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
+            step = (
+                step
+                if rows is None
+                else (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
+            )
         else:
-            step, a, b = self.steps.get((a.name, b.name), ONE), _offset_in_shift(a, -1), _offset_in_shift(b, -2)
-            plan = _with_activation(a, b, step) if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None else None
+            step, a, b = (
+                self.steps.get((a.name, b.name), ONE),
+                _offset_in_shift(a, -1),
+                _offset_in_shift(b, -2),
+            )
+            plan = (
+                _with_activation(a, b, step)
+                if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None
+                else None
+            )
         self.plans.append(plan or Plan(on_codes=False, scale=None if step is ONE else 1 / step))
         for factor in () if plan else (a, b):
             number(factor)
-        return F.linear(a.codes, b.value, bias) if isinstance(b, StoredWeight) else torch.matmul(a.codes, b.codes)
+        return (
+            F.linear(a.codes, b.value, bias)
+            if isinstance(b, StoredWeight)
+            else torch.matmul(a.codes, b.codes)
+        )
 
 
 def _fold_scores(planner: Planner, attention: Any) -> None:
     if isinstance(attention, FqAttention):
         left = right = attention.qkv_quantizer if _has_no_norms(attention) else None
     else:
-        left = attention.input_quantizer if isinstance(attention, QkrAttention) else attention.q_quantizer
+        left = (
+            attention.input_quantizer
+            if isinstance(attention, QkrAttention)
+            else attention.q_quantizer
+        )
         right = attention.k_quantizer
     scale = getattr(attention, "scale", None)
-    if scale is None or not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
+    if scale is None or not (
+        isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)
+    ):
         return
     step = torch.tensor(1 / scale)
-    if _has_no_offset(grid := getattr(attention, "scores_quantizer", None)) and grid.scale.numel() == 1:
+    if (
+        _has_no_offset(grid := getattr(attention, "scores_quantizer", None))
+        and grid.scale.numel() == 1
+    ):
         step = step * grid.scale.reshape(())
         planner.divided.add(grid)
     planner.steps[left.name, right.name] = step
@@ -154,14 +192,27 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
 
 def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
     grids = attention.q_quantizer, attention.k_quantizer, attention.v_quantizer
-    before, weight = (getattr(attention.qkv, name, None) for name in ("input_quantizer", "weight_quantizer"))
-    is_direct = isinstance(before, FrozenActivation) and _has_no_norms(attention) and all(map(_has_no_offset, grids))
+    before, weight = (
+        getattr(attention.qkv, name, None) for name in ("input_quantizer", "weight_quantizer")
+    )
+    is_direct = (
+        isinstance(before, FrozenActivation)
+        and _has_no_norms(attention)
+        and all(map(_has_no_offset, grids))
+    )
     if not (is_direct and isinstance(weight, FrozenWeight)):
         return
-    size, tokens = attention.qkv.out_features // 3, [one.scale.numel() for one in grids if _is_each_token(one)]
-    planner.columns[weight] = torch.cat([torch.ones(size) if _is_each_token(one) else one.scale.expand(size) for one in grids])
+    size, tokens = (
+        attention.qkv.out_features // 3,
+        [one.scale.numel() for one in grids if _is_each_token(one)],
+    )
+    planner.columns[weight] = torch.cat([
+        torch.ones(size) if _is_each_token(one) else one.scale.expand(size) for one in grids
+    ])
     if tokens:
-        planner.rows[weight] = torch.stack([one.scale if _is_each_token(one) else torch.ones(tokens[0]) for one in grids], 1)
+        planner.rows[weight] = torch.stack(
+            [one.scale if _is_each_token(one) else torch.ones(tokens[0]) for one in grids], 1
+        )
     planner.divided.update(grids)
 
 
@@ -184,18 +235,36 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
     """What leaves the heads is put side by side, and comes to the projection."""
-    probs, values, grid = attention.probs_quantizer, attention.v_quantizer, getattr(attention.proj, "input_quantizer", None)
-    is_direct = isinstance(attention.norm, nn.Identity) and attention.gate is None and attention.groups == 1
-    if is_direct and isinstance(probs, FrozenActivation) and isinstance(values, FrozenActivation) and _has_no_offset(grid):
+    probs, values, grid = (
+        attention.probs_quantizer,
+        attention.v_quantizer,
+        getattr(attention.proj, "input_quantizer", None),
+    )
+    is_direct = (
+        isinstance(attention.norm, nn.Identity) and attention.gate is None and attention.groups == 1
+    )
+    if (
+        is_direct
+        and isinstance(probs, FrozenActivation)
+        and isinstance(values, FrozenActivation)
+        and _has_no_offset(grid)
+    ):
         step = grid.scale
         if step.numel() > 1:
-            step = step.unsqueeze(-1) if _is_each_token(grid) else step.reshape(attention.num_heads, 1, -1)
+            step = (
+                step.unsqueeze(-1)
+                if _is_each_token(grid)
+                else step.reshape(attention.num_heads, 1, -1)
+            )
         planner.steps[probs.name, values.name] = step
         planner.divided.add(grid)
 
 
 def _has_no_norms(attention: nn.Module) -> bool:
-    return all(isinstance(getattr(attention, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm"))
+    return all(
+        isinstance(getattr(attention, name, nn.Identity()), nn.Identity)
+        for name in ("q_norm", "k_norm")
+    )
 
 
 def _has_no_offset(grid: object) -> TypeGuard[FrozenActivation]:
@@ -244,13 +313,20 @@ def _is_outside(x: QuantizedTensor, dim: int) -> bool:
     return all(t is None or t.shape[dim] == 1 for t in (smallest(x.scale), smallest(x.shift)))
 
 
-def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, rows: Tensor | None, step: Tensor) -> Plan:
+def _with_weight(
+    a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, rows: Tensor | None, step: Tensor
+) -> Plan:
     none = torch.zeros((), dtype=torch.float64)
-    scale, shift, sums = (none if t is None else t.double() for t in (smallest(a.scale), smallest(a.shift), stored.constant))
+    scale, shift, sums = (
+        none if t is None else t.double()
+        for t in (smallest(a.scale), smallest(a.shift), stored.constant)
+    )
     after, factors = smallest(a.after), stored.factors.double()
     constant = None if bias is None else bias.double()
     if after is not None:
-        offset = after.double().expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
+        offset = (
+            after.double().expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
+        )
         constant = offset if constant is None else constant + offset
     # What is one number for the tensor or one for each output goes with the scales of the weight.
     columns, is_alone = 1 / step.double(), scale.numel() == 1
@@ -268,10 +344,17 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
 
     def shaped(t: Tensor | None, more: int = 0) -> Tensor | None:
         """With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers."""
-        return None if t is None else t.float().reshape([1] * (max(a.ndim, 3) + more - t.ndim) + list(t.shape))
+        return (
+            None
+            if t is None
+            else t.float().reshape([1] * (max(a.ndim, 3) + more - t.ndim) + list(t.shape))
+        )
 
     is_split = int(blocks > 0)
-    weight_scale, zero = (stored.scale.double() * one * columns).float().squeeze(), stored.zero_point
+    weight_scale, zero = (
+        (stored.scale.double() * one * columns).float().squeeze(),
+        stored.zero_point,
+    )
     return Plan(
         blocks=blocks,
         weight_scale=weight_scale,
@@ -297,7 +380,9 @@ def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Pl
     """(A + da) sa + ca times (B + db) sb, multiplied out, divided by the step size of the quantizer after it."""
     sa, da, ca = (smallest(t) for t in (a.scale, a.shift, a.after))
     sb, db = smallest(b.scale), smallest(b.shift)
-    of_rows, of_columns = (sa / step, sb) if step.ndim == 0 or step.shape[-1] == 1 else (sa, sb / step)
+    of_rows, of_columns = (
+        (sa / step, sb) if step.ndim == 0 or step.shape[-1] == 1 else (sa, sb / step)
+    )
     is_matrix = of_rows.numel() > 1 and of_columns.numel() > 1
     return Plan(
         scale=of_rows if is_matrix else of_rows * of_columns,

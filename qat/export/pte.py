@@ -29,7 +29,9 @@ LOWEST, HIGHEST = -128, 127
 SHARE = 0.05
 
 
-def write_pte(path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Tensor]) -> tuple[Checked, dict[str, Any]]:
+def write_pte(
+    path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Tensor]
+) -> tuple[Checked, dict[str, Any]]:
     """Write a file, run it beside its net.
 
     Args:
@@ -51,7 +53,9 @@ def write_pte(path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Te
     # Codes of a file cannot be read: images that differ by float rounding show how far values on thresholds move the logits of this net.
     allowed = max(SHARE, 2 * compare(net, lambda x: net(x * (1 + 1e-6)), None, images).apart)
     if not found.apart <= allowed:  # NaN, too
-        found.problem = f"logits differ by {found.apart:.1%} of the largest one; must be at most {allowed:.1%}"
+        found.problem = (
+            f"logits differ by {found.apart:.1%} of the largest one; must be at most {allowed:.1%}"
+        )
     return Checked({EXECUTORCH: found}), about | {"logits_apart": round(found.apart, 6)}
 
 
@@ -75,7 +79,9 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
     import torch.ao.quantization.fx._decomposed  # noqa: F401, PLC0415  (registers the operators)
-    from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass  # noqa: PLC0415  (an extra)
+    from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
+        RemoveNoopExpandCopyPass,  # noqa: PLC0415  (an extra)
+    )
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415  (an extra)
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415  (an extra)
 
@@ -83,11 +89,19 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     try:
         net(image)
         program = torch.export.export(net, (image,))
-        lowered = to_edge_transform_and_lower(program, [RemoveNoopExpandCopyPass()], [XnnpackPartitioner()])
+        lowered = to_edge_transform_and_lower(
+            program, [RemoveNoopExpandCopyPass()], [XnnpackPartitioner()]
+        )
         data = lowered.to_executorch().buffer
     except Exception as error:
-        raise UsageError(f"format=executorch: ExecuTorch cannot hold this net: {' '.join(str(error).split())[:300]}") from error
-    names = (str(node.target) for node in lowered.exported_program().graph.nodes if node.op == "call_function")
+        raise UsageError(
+            f"format=executorch: ExecuTorch cannot hold this net: {' '.join(str(error).split())[:300]}"
+        ) from error
+    names = (
+        str(node.target)
+        for node in lowered.exported_program().graph.nodes
+        if node.op == "call_function"
+    )
     outside = Counter(name.split(".")[1] for name in names if name.startswith("aten."))
     return data, {"float_products": rounded, "outside_xnnpack": dict(outside)}
 
@@ -103,10 +117,16 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
         else:
             weight.frozen.stored = weight.value
             weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
-    rest = [module for module in net.modules() if isinstance(module, FrozenActivation) and module not in on_codes]
+    rest = [
+        module
+        for module in net.modules()
+        if isinstance(module, FrozenActivation) and module not in on_codes
+    ]
     for grid in rest:
         grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)
-    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", grid.name).rpartition(".")[0] for grid in rest))
+    return list(
+        dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", grid.name).rpartition(".")[0] for grid in rest)
+    )
 
 
 def _round(step: float, lowest: int, highest: int, x: Tensor) -> Tensor:
@@ -119,8 +139,15 @@ def _round(step: float, lowest: int, highest: int, x: Tensor) -> Tensor:
 def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
     """Let a linear layer be one of XNNPACK, with an 8-bit input and a weight of 4 or 8 bits."""
     step, operators, frozen = float(grid.scale), torch.ops.quantized_decomposed, weight.frozen
-    bounds = (-8, 7) if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7 else (LOWEST, HIGHEST)
-    frozen.stored, frozen.scale = F.pad(weight.codes, (0, 2)), weight.scale.expand(len(weight.codes)).contiguous()
+    bounds = (
+        (-8, 7)
+        if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7
+        else (LOWEST, HIGHEST)
+    )
+    frozen.stored, frozen.scale = (
+        F.pad(weight.codes, (0, 2)),
+        weight.scale.expand(len(weight.codes)).contiguous(),
+    )
     frozen.shift = torch.zeros(len(weight.codes), dtype=torch.int64)
     layer.register_buffer("ends", None)
 
@@ -128,8 +155,21 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
         if layer.ends is None:  # the first time, before torch traces it
             layer.ends = torch.tensor([LOWEST * step, HIGHEST * step]).repeat(*x.shape[:-1], 1)
         x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
-        found = (*operators.choose_qparams_per_token_asymmetric(x, torch.int8), LOWEST, HIGHEST, torch.int8)
-        x = operators.dequantize_per_token(operators.quantize_per_token(x, *found), *found, torch.float32)
-        return F.linear(x, operators.dequantize_per_channel(frozen.stored, frozen.scale, frozen.shift, 0, *bounds, torch.int8), layer.bias)
+        found = (
+            *operators.choose_qparams_per_token_asymmetric(x, torch.int8),
+            LOWEST,
+            HIGHEST,
+            torch.int8,
+        )
+        x = operators.dequantize_per_token(
+            operators.quantize_per_token(x, *found), *found, torch.float32
+        )
+        return F.linear(
+            x,
+            operators.dequantize_per_channel(
+                frozen.stored, frozen.scale, frozen.shift, 0, *bounds, torch.int8
+            ),
+            layer.bias,
+        )
 
     layer.forward = forward

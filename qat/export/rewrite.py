@@ -19,13 +19,27 @@ from qat.export.write import CODES
 # What OpenVINO makes one operator of with a factor after it.
 _JOINED = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
 # What onnxruntime moves QuantizeLinear along, as it does along MaxPool, or makes one operator of with Conv.
-_PASSED = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Relu", "Clip", "BatchNormalization"})
+_PASSED = frozenset({
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Relu",
+    "Clip",
+    "BatchNormalization",
+})
 _NARROW = {4: ml_dtypes.int4, 2: ml_dtypes.int2}
 
 
 def simplify(model: ir.Model) -> None:
     """Apply the rules that keep a graph's meaning."""
-    rules = {"Add": _fold_into_layer_norm, "Reshape": _skip_reshape, "ReduceMean": _keep_dimensions, "QuantizeLinear": _set_apart}
+    rules = {
+        "Add": _fold_into_layer_norm,
+        "Reshape": _skip_reshape,
+        "ReduceMean": _keep_dimensions,
+        "QuantizeLinear": _set_apart,
+    }
     for node in list(model.graph):
         if node.op_type in rules:
             rules[node.op_type](model.graph, node)
@@ -50,7 +64,9 @@ def _only(value: ir.Value | None, kind: str) -> Any:
     return node if node and node.op_type == kind and len(value.uses()) == 1 else None  # type: ignore[union-attr]
 
 
-def _insert(graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any) -> ir.Value:
+def _insert(
+    graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any
+) -> ir.Value:
     """A further operator; gives its result."""
     made = ir.node(kind, inputs, attributes)
     graph.insert_before(before, made)
@@ -106,7 +122,10 @@ def _set_apart(graph: ir.Graph, node: ir.Node) -> None:
     is_joined = x.producer() is not None and x.producer().op_type in _JOINED
     if is_joined or step.ndim < 3 or step.shape[1] == 1 or step.size != step.shape[1]:
         return
-    axis, apart = _store(graph, f"{mul.name}.axis", np.array([1])), _store(graph, f"{mul.name}.step", np.expand_dims(step, 1))
+    axis, apart = (
+        _store(graph, f"{mul.name}.axis", np.array([1])),
+        _store(graph, f"{mul.name}.step", np.expand_dims(step, 1)),
+    )
     product = _insert(graph, clip, "Mul", _insert(graph, clip, "Unsqueeze", x, axis), apart)
     clip.replace_input_with(0, _insert(graph, clip, "Squeeze", product, axis))
 
@@ -136,7 +155,9 @@ def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
         if last != CODES or site not in stored or stored[site].width not in _NARROW:
             continue
         first, codes = graph[0], value.const_value.numpy().astype(_NARROW[stored[site].width])  # type: ignore[union-attr]
-        wide = _insert(graph, first, "Cast", _store(graph, f"{value.name}.stored", codes), to=ir.DataType.INT8)
+        wide = _insert(
+            graph, first, "Cast", _store(graph, f"{value.name}.stored", codes), to=ir.DataType.INT8
+        )
         if stored[site].is_doubled:
             wide = _insert(graph, first, "Add", _insert(graph, first, "Add", wide, wide), one)
         value.replace_all_uses_with(wide)

@@ -36,7 +36,9 @@ def unfused(net: nn.Module) -> nn.Module:
     return net
 
 
-def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT) -> None:
+def write_in_graph(
+    net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT
+) -> None:
     """Let quantizers give what products of a graph take; where what they give is in no product, its numbers."""
 
     def activation(grid: FrozenActivation, x: Tensor) -> Any:
@@ -55,18 +57,34 @@ def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Pl
 def _prepare_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
     """Give a weight its buffers. A product takes a matrix transposed: stored like this, no operator has to do that."""
     scale = stored.scale.squeeze()  # a scalar where it is one for all rows
-    zero = None if stored.zero_point is None else stored.zero_point.expand(stored.scale.shape).reshape(scale.shape).contiguous()
+    zero = (
+        None
+        if stored.zero_point is None
+        else stored.zero_point.expand(stored.scale.shape).reshape(scale.shape).contiguous()
+    )
     codes = stored.codes.t().contiguous() if stored.codes.ndim == 2 else stored.codes
-    for name, tensor in ((CODES, codes), ("onnx_zero", zero), ("onnx_factor", scale), ("onnx_constant", stored.constant)):
+    for name, tensor in (
+        (CODES, codes),
+        ("onnx_zero", zero),
+        ("onnx_factor", scale),
+        ("onnx_constant", stored.constant),
+    ):
         weight.register_buffer(name, tensor)
 
 
 def _set_buffers(grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None) -> None:
     """Of QuantizeLinear the scale, or else what its input is multiplied by, since runtimes take twice as long to divide; zero points."""
-    for name, tensor in (("step", step), ("inverse", inverse), ("added", added), ("zero", added + whole_zero(grid))):
+    for name, tensor in (
+        ("step", step),
+        ("inverse", inverse),
+        ("added", added),
+        ("zero", added + whole_zero(grid)),
+    ):
         grid.register_buffer(f"onnx_{name}", tensor)
     # Numbers that Clip cuts off at, None where the type of the codes does.
-    grid.onnx_bounds = None if grid.qmax - grid.qmin == 255 else (grid.qmin * float(step), grid.qmax * float(step))
+    grid.onnx_bounds = (
+        None if grid.qmax - grid.qmin == 255 else (grid.qmin * float(step), grid.qmax * float(step))
+    )
 
 
 class Writer(nn.Module):
@@ -106,7 +124,9 @@ class Writer(nn.Module):
         u = x if grid.before is None else x + grid.before
         u = u if grid.onnx_inverse is None else u * view_along(grid.onnx_inverse, x.ndim, grid.axis)
         u = u if grid.zero_point is None else u + view_along(grid.zero_point, x.ndim, grid.axis)
-        return QuantizedTensor(_quantize(u, grid), None, None, None, grid.name, grid.onnx_zero, self)
+        return QuantizedTensor(
+            _quantize(u, grid), None, None, None, grid.name, grid.onnx_zero, self
+        )
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
@@ -128,24 +148,40 @@ class Writer(nn.Module):
         """
         frozen: Any = weight.frozen
         codes, is_matrix = frozen.onnx_codes, weight.codes.ndim == 2
-        y: Tensor = torch.onnx.ops.symbolic("Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape)
-        for name, constant in (("sub", frozen.onnx_zero), ("mul", frozen.onnx_factor), ("add", frozen.onnx_constant)):
+        y: Tensor = torch.onnx.ops.symbolic(
+            "Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape
+        )
+        for name, constant in (
+            ("sub", frozen.onnx_zero),
+            ("mul", frozen.onnx_factor),
+            ("add", frozen.onnx_constant),
+        ):
             if constant is not None:
                 is_row = is_matrix or constant.ndim == 0
-                y = getattr(y, name)(constant if is_row else constant.reshape(-1, *[1] * (y.ndim - 1)))
+                y = getattr(y, name)(
+                    constant if is_row else constant.reshape(-1, *[1] * (y.ndim - 1))
+                )
         return y.t() if is_matrix else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
         """As planned."""
         is_weight, plan = isinstance(b, StoredWeight), self._next()
         if not plan.on_codes:
-            y = F.linear(number(a), number(b), bias) if is_weight else torch.matmul(number(a), number(b))
+            y = (
+                F.linear(number(a), number(b), bias)
+                if is_weight
+                else torch.matmul(number(a), number(b))
+            )
             return y if plan.scale is None else y * plan.scale
         # Two dimensions and a vector that is added would become one operator of float numbers.
         is_flat = is_weight and a.ndim == 2
         a = a.unsqueeze(1) if is_flat else a
         left = self._dequantized(a)
-        right = _dequantize(b.frozen.onnx_codes, plan.weight_scale, plan.weight_zero) if is_weight else self._dequantized(b)
+        right = (
+            _dequantize(b.frozen.onnx_codes, plan.weight_scale, plan.weight_zero)
+            if is_weight
+            else self._dequantized(b)
+        )
         y = torch.matmul(left, right)
         if plan.row is not None:
             y = y + plan.row
@@ -221,7 +257,9 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
     """QuantizeLinear with one step size, after what the type of the codes does not cut off."""
     u, added = u if grid.onnx_bounds is None else u.clamp(*grid.onnx_bounds), grid.onnx_added
     given, site = (u, grid.onnx_step, added), {SITE: grid.name}
-    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", given, {}, dtype=added.dtype, shape=u.shape, metadata_props=site)
+    codes: Tensor = torch.onnx.ops.symbolic(
+        "QuantizeLinear", given, {}, dtype=added.dtype, shape=u.shape, metadata_props=site
+    )
     return codes
 
 
@@ -229,5 +267,7 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: 
     """DequantizeLinear, float32, with one scale or one for each place along an axis."""
     given = (codes, scale) if zero is None else (codes, scale, zero)
     along: dict[str, Any] = {"axis": axis} if scale.ndim else {}
-    y: Tensor = torch.onnx.ops.symbolic("DequantizeLinear", given, along, dtype=torch.float32, shape=codes.shape)
+    y: Tensor = torch.onnx.ops.symbolic(
+        "DequantizeLinear", given, along, dtype=torch.float32, shape=codes.shape
+    )
     return y

@@ -19,7 +19,15 @@ from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
-from qat.functional.lsq import half_step_init_scale, least_unit, lsq, lsq_codes, lsq_init_scale, mse_init_scale, relative_step
+from qat.functional.lsq import (
+    half_step_init_scale,
+    least_unit,
+    lsq,
+    lsq_codes,
+    lsq_init_scale,
+    mse_init_scale,
+    relative_step,
+)
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe
 from qat.functional.oscillation import (
     FreezingState,
@@ -29,7 +37,14 @@ from qat.functional.oscillation import (
     with_frozen,
 )
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_rms_scale, statsq_scale, statsq_with_scale
+from qat.functional.statsq import (
+    statsq,
+    statsq_codes,
+    statsq_codes_with_scale,
+    statsq_rms_scale,
+    statsq_scale,
+    statsq_with_scale,
+)
 from qat.functional.ste import mean_abs, round_ste, view_along
 
 __all__ = [

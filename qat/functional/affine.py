@@ -41,7 +41,9 @@ def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[T
     return scale, (qmin - (low / scale).round()).clamp(qmin, qmax)
 
 
-def affine_from_range(low: Tensor, high: Tensor, bits: int, *, signed: bool) -> tuple[Tensor, Tensor]:
+def affine_from_range(
+    low: Tensor, high: Tensor, bits: int, *, signed: bool
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned ones.
 
     Returns:
@@ -51,13 +53,17 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int, *, signed: bool) -> 
     return rule(low, high, *code_range(bits, signed=signed))
 
 
-def affine_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def affine_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
     """Integer codes of `fake_quantize_affine`, zero point included, in [qmin, qmax]; the shape of `x`."""
     step, zero = view_along(scale.detach(), x.ndim, axis), view_along(zero_point, x.ndim, axis)
     return (x.detach().float() / step + zero).round().clamp(qmin, qmax).to(code_dtype(qmin, qmax))
 
 
-def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def fake_quantize_affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
     """(clamp(round(x / s + z), qmin, qmax) - z) * s, straight through the rounding; codes outside the range have no gradient.
 
     Args:
@@ -71,20 +77,37 @@ def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int
     Returns:
         The shape and dtype of `x`.
     """
-    step, zero = view_along(scale.float(), x.ndim, axis), view_along(zero_point.float(), x.ndim, axis)
+    step, zero = (
+        view_along(scale.float(), x.ndim, axis),
+        view_along(zero_point.float(), x.ndim, axis),
+    )
     if not torch.is_grad_enabled():
         # The same steps in one buffer: several times faster, for the search above all.
-        return x.float().div(step).add_(zero).round_().clamp_(qmin, qmax).sub_(zero).mul_(step).to(x.dtype)
+        return (
+            x
+            .float()
+            .div(step)
+            .add_(zero)
+            .round_()
+            .clamp_(qmin, qmax)
+            .sub_(zero)
+            .mul_(step)
+            .to(x.dtype)
+        )
     u = x.float() / step + zero
     rounded = u.detach().round()
     # Not a plain clamp: whether that passes a gradient at its bounds depends on the version of torch. And not of what goes straight
     # through: where u overflows, that is inf - inf.
-    codes = torch.where((rounded >= qmin) & (rounded <= qmax), round_ste(u), rounded.clamp(qmin, qmax))
+    codes = torch.where(
+        (rounded >= qmin) & (rounded <= qmax), round_ste(u), rounded.clamp(qmin, qmax)
+    )
     return ((codes - zero) * step).to(x.dtype)
 
 
 @torch.no_grad()
-def fake_quantize_affine_(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def fake_quantize_affine_(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
     """`fake_quantize_affine` written over `x`, without autograd: one buffer instead of one per operation, for inference.
 
     The same operations in the same order, so for finite `x` the values are equal to the last bit (the sign of a zero apart). An infinite
@@ -103,7 +126,10 @@ def fake_quantize_affine_(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: in
     """
     if x.dtype != torch.float32:
         return x.copy_(fake_quantize_affine_(x.float(), scale, zero_point, qmin, qmax, axis))
-    step, zero = view_along(scale.float(), x.ndim, axis), view_along(zero_point.float(), x.ndim, axis)
+    step, zero = (
+        view_along(scale.float(), x.ndim, axis),
+        view_along(zero_point.float(), x.ndim, axis),
+    )
     return x.div_(step).add_(zero).round_().clamp_(qmin, qmax).sub_(zero).mul_(step)
 
 
@@ -124,6 +150,9 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     """
     rows_q, rows_w = (t.float().movedim(axis, 0).flatten(1) for t in (quantized, w))
     std_q, std_w = (rows.std(-1, correction=min(1, rows.shape[1] - 1)) for rows in (rows_q, rows_w))
-    ratio, mean_q, mean_w = (view_along(t, w.ndim, axis) for t in (std_w / (std_q + 1e-8), rows_q.mean(-1), rows_w.mean(-1)))
+    ratio, mean_q, mean_w = (
+        view_along(t, w.ndim, axis)
+        for t in (std_w / (std_q + 1e-8), rows_q.mean(-1), rows_w.mean(-1))
+    )
     # Adding and subtracting mean q rounds as the reference does: its losses come out to the last bit.
     return ((quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w).to(quantized.dtype)

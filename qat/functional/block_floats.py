@@ -67,7 +67,11 @@ def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
         return None
     x = x.detach() if x.numel() else x.new_zeros(1)
     # The same number: one is a sixth of the other's time on a CPU, and a launch more on CUDA.
-    largest = torch.linalg.vector_norm(x, torch.inf) if x.is_cuda else torch.stack(x.aminmax()).abs().amax()
+    largest = (
+        torch.linalg.vector_norm(x, torch.inf)
+        if x.is_cuda
+        else torch.stack(x.aminmax()).abs().amax()
+    )
     return largest.float() / (form.highest * _E4M3_MAX)
 
 
@@ -94,7 +98,9 @@ def _scaled(x: Tensor, form: BlockFormat, t: Tensor | None) -> tuple[Tensor, Ten
     return blocks / torch.where(scales == 0, torch.inf, scales), scales, factors
 
 
-def round_blocks(x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None) -> Tensor:
+def round_blocks(
+    x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None
+) -> Tensor:
     """The nearest value of x / s, times s, for the scale s of each block; or gradients, zero where |x / s| is above the largest value.
 
     A power of two is s = 2^(floor(log2(max|block|)) - e), e = exponent of the largest value; with two levels it is
@@ -110,7 +116,11 @@ def round_blocks(x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | 
         The shape and dtype of `x`.
     """
     u, scales, _ = _scaled(x, form, t)
-    out = nearest_float(u, form) * scales if grad is None else torch.where(u.abs() > form.highest, 0.0, _blocks(grad, form))
+    out = (
+        nearest_float(u, form) * scales
+        if grad is None
+        else torch.where(u.abs() > form.highest, 0.0, _blocks(grad, form))
+    )
     # Rounded before it is flat: a compiler makes one pass of what has one shape.
     return in_dtype(out, x.dtype).flatten(-2)[..., : x.shape[-1]]
 

@@ -20,7 +20,9 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     Returns:
         Scalar, float32.
     """
-    return temperature**2 * F.cross_entropy(logits.float() / temperature, (teacher_logits.float() / temperature).softmax(-1))
+    return temperature**2 * F.cross_entropy(
+        logits.float() / temperature, (teacher_logits.float() / temperature).softmax(-1)
+    )
 
 
 def distillation_loss(

@@ -46,7 +46,13 @@ def noise_radius(bits: int) -> float:
 
 
 def draw(
-    seed: int, place: tuple[int, int, int], length: int, radius: float | Tensor, *, size: int = POPULATION, tournament: int = TOURNAMENT
+    seed: int,
+    place: tuple[int, int, int],
+    length: int,
+    radius: float | Tensor,
+    *,
+    size: int = POPULATION,
+    tournament: int = TOURNAMENT,
 ) -> Draw:
     """The draws of one cycle.
 
@@ -58,10 +64,14 @@ def draw(
         size: P, members of the population.
         tournament: S, how many of them compete.
     """
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(
+        1, np.uint64
+    )[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     members = torch.randint(size, (tournament,), generator=generator)
-    return Draw(members, (2 * torch.rand(length, generator=generator, dtype=torch.float64) - 1) * radius)
+    return Draw(
+        members, (2 * torch.rand(length, generator=generator, dtype=torch.float64) - 1) * radius
+    )
 
 
 def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> Population:
@@ -99,6 +109,11 @@ def insert(population: Population, child: Tensor, loss: float) -> Population:
         child: (n,).
         loss: its fitness, a finite number.
     """
-    losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(stable=True)
+    losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(
+        stable=True
+    )
     size = len(population.losses)
-    return Population(torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]], losses[:size])
+    return Population(
+        torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]],
+        losses[:size],
+    )

@@ -28,7 +28,11 @@ def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
         Scalar, float32, 0 for N = 1.
     """
     cosines = F.normalize(q.float(), dim=1) @ F.normalize(k.detach().float(), dim=1).T
-    return 2 * temperature * F.cross_entropy(cosines / temperature, torch.arange(len(q), device=q.device))
+    return (
+        2
+        * temperature
+        * F.cross_entropy(cosines / temperature, torch.arange(len(q), device=q.device))
+    )
 
 
 def _mse(q: Tensor, k: Tensor) -> Tensor:
@@ -36,7 +40,12 @@ def _mse(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _kl(q: Tensor, k: Tensor) -> Tensor:
-    return F.kl_div(q.float().log_softmax(-1), k.detach().float().log_softmax(-1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        q.float().log_softmax(-1),
+        k.detach().float().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
 
 
 def _cosine(q: Tensor, k: Tensor) -> Tensor:
@@ -53,5 +62,10 @@ def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
         kind: one of `FITNESSES`.
         temperature: of `infonce`, above 0.
     """
-    fitnesses: dict[str, Fitness] = {"infonce": partial(info_nce, temperature=temperature), "mse": _mse, "kl": _kl, "cosine": _cosine}
+    fitnesses: dict[str, Fitness] = {
+        "infonce": partial(info_nce, temperature=temperature),
+        "mse": _mse,
+        "kl": _kl,
+        "cosine": _cosine,
+    }
     return fitnesses[kind]

@@ -11,7 +11,9 @@ _MOST_SHIFTS = 31
 
 
 @torch.no_grad()
-def integer_layer_norm(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def integer_layer_norm(
+    x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
     """LayerNorm over the last dimension of integers that have a scale per channel, rounded to the output's scale; no epsilon, no gradient.
 
     Args:
@@ -28,7 +30,11 @@ def integer_layer_norm(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: T
     codes = (x.float() / in_scale).round() * (in_scale / smallest).round()
     mean = codes.mean(-1, keepdim=True) * smallest
     count = x.shape[-1]
-    spread = (count * codes.square().sum(-1, keepdim=True) - codes.sum(-1, keepdim=True).square()).clamp(min=0).sqrt()
+    spread = (
+        (count * codes.square().sum(-1, keepdim=True) - codes.sum(-1, keepdim=True).square())
+        .clamp(min=0)
+        .sqrt()
+    )
     std = smallest / count * spread
     factor = torch.where(std > 0, smallest / std, 0.0) * weight / out_scale
     shifts = (_PLACES - factor.abs().log2().floor()).clamp(0, _MOST_SHIFTS)

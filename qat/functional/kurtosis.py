@@ -13,7 +13,11 @@ from torch import Tensor
 from qat.utils.validate import check_choice, check_number
 
 UNIFORM_KURTOSIS = 1.8
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "max": torch.max,
+}
 REDUCTIONS = tuple(_REDUCTIONS)
 # Up to so many values float64 costs nothing, and the rounding errors of single values do not cancel out.
 FEW = 2**14
@@ -39,7 +43,9 @@ def kurtosis(w: Tensor) -> Tensor:
     square = (deviation - deviation.mean()).square()
     variance = square.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)
-    return (square.square().mean() / variance.square()).to(torch.promote_types(w.dtype, torch.float32))
+    return (square.square().mean() / variance.square()).to(
+        torch.promote_types(w.dtype, torch.float32)
+    )
 
 
 def kurtoses(weights: Iterable[Tensor]) -> Tensor:
@@ -60,7 +66,9 @@ def kure_of(values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "
     return _REDUCTIONS[reduction]((values - target).square())
 
 
-def kure_loss(weights: Iterable[Tensor], target: float = UNIFORM_KURTOSIS, reduction: str = "mean") -> Tensor:
+def kure_loss(
+    weights: Iterable[Tensor], target: float = UNIFORM_KURTOSIS, reduction: str = "mean"
+) -> Tensor:
     """(K_i - target)^2 of the kurtosis of each tensor, reduced to a scalar.
 
     Args:
@@ -72,10 +80,14 @@ def kure_loss(weights: Iterable[Tensor], target: float = UNIFORM_KURTOSIS, reduc
         UsageError: an argument that cannot work.
         ValueError: there are no weights.
     """
-    return kure_of(kurtoses([weights] if isinstance(weights, Tensor) else weights), target, reduction)
+    return kure_of(
+        kurtoses([weights] if isinstance(weights, Tensor) else weights), target, reduction
+    )
 
 
-def check_kure(target_setting: str, target: object, reduction_setting: str, reduction: object) -> None:
+def check_kure(
+    target_setting: str, target: object, reduction_setting: str, reduction: object
+) -> None:
     """Raise `UsageError`, under the names of the settings, unless the target is a number above 1 and the reduction one of `REDUCTIONS`."""
     check_number(target_setting, target, 1, above=True)
     check_choice(reduction_setting, reduction, REDUCTIONS)

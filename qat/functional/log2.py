@@ -48,7 +48,9 @@ class _Log2(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         exponent = _exponent(x)
         inside = (exponent >= 0) & (exponent < 2**ctx.bits)
-        return torch.where(inside, grad.float() * torch.exp2(-exponent) / x.float(), 0.0).to(x.dtype), None
+        return torch.where(inside, grad.float() * torch.exp2(-exponent) / x.float(), 0.0).to(
+            x.dtype
+        ), None
 
 
 def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
@@ -63,7 +65,9 @@ def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
         code.
     """
     check_bits("bits", bits)
-    return _Log2.apply(x, bits) if torch.is_grad_enabled() else _power(_exponent(x), bits).to(x.dtype)
+    return (
+        _Log2.apply(x, bits) if torch.is_grad_enabled() else _power(_exponent(x), bits).to(x.dtype)
+    )
 
 
 def log2_codes(x: Tensor, bits: int) -> Tensor:

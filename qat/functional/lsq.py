@@ -84,7 +84,13 @@ def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 
 
 def lsq_forward(
-    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    codes: CodeRange,
+    *,
+    sign: Tensor | None = None,
 ) -> Tensor:
     """round(clamp((x + a) / s, qmin, qmax)) * s + c, or, with half steps, (k + 1/2) * s + c, k = round((x + a) / s - 1/2) clamped.
 
@@ -147,11 +153,15 @@ def _over_leading(x: Tensor, kept: int) -> Tensor:
     return x if x.ndim <= kept else _over_leading(x.sum(0), kept)
 
 
-def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
+def gradient_scale(
+    x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None
+) -> float | Tensor:
     """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(q * m), m = elements of `x` per step, q = upper end of `codes`."""
     _, highest = codes.bounds(sign)
     m = max(group_size(x, codes.axis), 1)
-    return grad_factor / ((highest * m).sqrt() if isinstance(highest, Tensor) else math.sqrt(highest * m))
+    return grad_factor / (
+        (highest * m).sqrt() if isinstance(highest, Tensor) else math.sqrt(highest * m)
+    )
 
 
 class LSQFunction(torch.autograd.Function):
@@ -161,7 +171,13 @@ class LSQFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
+        x: Tensor,
+        scale: Tensor,
+        before: Tensor | None,
+        after: Tensor | None,
+        sign: Tensor | None,
+        codes: CodeRange,
+        grad_factor: float,
     ) -> Tensor:
         """`lsq_forward`, in the dtype of `x`."""
         return in_dtype(lsq_forward(x, scale, before, after, codes, sign=sign), x.dtype)
@@ -176,8 +192,20 @@ class LSQFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """`lsq_backward`, that of the scale times LSQ's factor."""
         x, scale, before, after, sign = ctx.saved_tensors
-        found = lsq_backward(grad, x, scale, before, ctx.codes, sign=sign, after_shape=None if after is None else after.shape)
-        of_scale = (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        found = lsq_backward(
+            grad,
+            x,
+            scale,
+            before,
+            ctx.codes,
+            sign=sign,
+            after_shape=None if after is None else after.shape,
+        )
+        of_scale = (
+            (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
 
 
@@ -213,13 +241,19 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
         The shape and dtype of `x`. Gradient of `x`: passes inside the closed range, zero outside. Gradient of `scale`: LSQ,
         straight through the floor of 1e-5.
     """
-    return LSQFunction.apply(x, scale, before, after, sign, CodeRange(qmin, qmax, axis, half), grad_factor)
+    return LSQFunction.apply(
+        x, scale, before, after, sign, CodeRange(qmin, qmax, axis, half), grad_factor
+    )
 
 
-def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, *, half: bool = False) -> Tensor:
+def lsq_codes(
+    x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, *, half: bool = False
+) -> Tensor:
     """Integer codes of `lsq`, in [qmin, qmax], int8 where they fit, else int16; the shape of `x`."""
     codes = CodeRange(qmin, qmax, axis, half)
-    found = codes.rounded((x.detach().float() / step_of(scale.detach(), x.ndim, axis)).clamp(*codes.ends))
+    found = codes.rounded(
+        (x.detach().float() / step_of(scale.detach(), x.ndim, axis)).clamp(*codes.ends)
+    )
     return (found - 0.5 if half else found).to(code_dtype(qmin, qmax))
 
 
@@ -233,14 +267,21 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
         change: t, (n,); 0 = as it began.
         unit: u, at least 0.
     """
-    return start * change.exp() + (unit - start).clamp(min=0) * change.relu()  # at 0 no version of torch lets a gradient through relu
+    return (
+        start * change.exp() + (unit - start).clamp(min=0) * change.relu()
+    )  # at 0 no version of torch lets a gradient through relu
 
 
-def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+def step_and_slope(
+    start: Tensor, growth: Tensor, change: Tensor, unit: float
+) -> tuple[Tensor, Tensor]:
     """`relative_step`, the same bits, and its derivative by the change; `growth` = exp(t)."""
     # Small tensors: operations between them take a third of the time of those with a number or a truth value.
     grown, lacking, more = start * growth, start.clamp(min=unit) - start, change.relu()
-    return grown + lacking * more, grown + lacking * more.sign()  # as torch differentiates relu: no gradient passes at 0
+    return (
+        grown + lacking * more,
+        grown + lacking * more.sign(),
+    )  # as torch differentiates relu: no gradient passes at 0
 
 
 def least_unit(qmax: int) -> float:
@@ -284,5 +325,7 @@ def half_step_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> T
     start = 2 * mean_abs(x, axis).float() / (qmax + 1)
     factors = torch.tensor(MSE_FACTORS, device=x.device)
     steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
-    errors = torch.stack([sum_along((lsq_forward(x, step, None, None, codes) - x).square(), axis) for step in steps])
+    errors = torch.stack([
+        sum_along((lsq_forward(x, step, None, None, codes) - x).square(), axis) for step in steps
+    ])
     return start * factors[errors.argmin(0)]

@@ -31,7 +31,14 @@ SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
 PTF_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
-def affine_error(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], axis: int | None, per: int | None) -> Tensor:
+def affine_error(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bounds: tuple[int, int],
+    axis: int | None,
+    per: int | None,
+) -> Tensor:
     """Mean squared error of fake quantization along `axis`, float32, per slice along `per`: (x.shape[per],), or (1,) for None."""
     x = x.detach().float()
     error = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis).sub_(x).square_()
@@ -39,18 +46,28 @@ def affine_error(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int
 
 
 def _shrunk(
-    x: Tensor, ends: tuple[Tensor, Tensor], bounds: tuple[int, int], rule: Rule, axis: int | None, per: int | None
+    x: Tensor,
+    ends: tuple[Tensor, Tensor],
+    bounds: tuple[int, int],
+    rule: Rule,
+    axis: int | None,
+    per: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the shrunk range with the smallest error; of several, the widest. One factor per slice along `per`."""
     factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
     low, high = ends
-    errors = [affine_error(x, *rule(low * factor, high * factor, *bounds), bounds, axis, per) for factor in factors]
+    errors = [
+        affine_error(x, *rule(low * factor, high * factor, *bounds), bounds, axis, per)
+        for factor in factors
+    ]
     # argmin takes the first of equal errors.
     best = factors[torch.stack(errors).argmin(0)]
     return rule(low * best, high * best, *bounds)
 
 
-def omse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+def omse_scale(
+    x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
+) -> tuple[Tensor, Tensor]:
     """Shrink the ranges of all slices by one common factor; asymmetric for signed codes too.
 
     Args:
@@ -67,20 +84,29 @@ def omse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool,
     return _shrunk(x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None)
 
 
-def mse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+def mse_scale(
+    x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
+) -> tuple[Tensor, Tensor]:
     """Shrink the range of every slice by a factor of its own, symmetric for signed codes: never worse than min-max. See `omse_scale`."""
     rule = symmetric_scale if signed else asymmetric_scale
     return _shrunk(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
 
 
-def ptf_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+def ptf_scale(
+    x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
+) -> tuple[Tensor, Tensor]:
     """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice, the smallest of equally good ones.
 
     The zero point is that of the whole tensor, asymmetric for signed codes too. See `omse_scale`.
     """
     bounds = code_range(bits, signed=signed)
-    scale, zero_point = (t.expand_as(low) for t in asymmetric_scale(low.amin(0, keepdim=True), high.amax(0, keepdim=True), *bounds))
-    errors = [affine_error(x, scale * factor, zero_point, bounds, axis, axis) for factor in PTF_FACTORS]
+    scale, zero_point = (
+        t.expand_as(low)
+        for t in asymmetric_scale(low.amin(0, keepdim=True), high.amax(0, keepdim=True), *bounds)
+    )
+    errors = [
+        affine_error(x, scale * factor, zero_point, bounds, axis, axis) for factor in PTF_FACTORS
+    ]
     factors = torch.tensor(PTF_FACTORS, dtype=torch.float32, device=x.device)
     return scale * factors[torch.stack(errors).argmin(0)], zero_point.clone()
 
@@ -128,7 +154,9 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
     # Sorted as torch.quantile does it: kthvalue takes a time quadratic in m for rows that are sorted already.
     ordered = rows.sort(dim=1).values
     below = [min(int(q * last), last - 1) for q in qs]
-    between = torch.stack([ordered[:, k].lerp(ordered[:, k + 1], q * last - k) for q, k in zip(qs, below, strict=True)])
+    between = torch.stack([
+        ordered[:, k].lerp(ordered[:, k + 1], q * last - k) for q, k in zip(qs, below, strict=True)
+    ])
     return torch.where(ordered[:, -1].isnan(), torch.nan, between)
 
 
@@ -156,7 +184,9 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
         return RangeState(low, high)
     if method not in _MOVING:
         return RangeState(torch.minimum(state.low, low), torch.maximum(state.high, high))
-    return RangeState(*(old + MOMENTUM * (new - old) for old, new in zip(state, (low, high), strict=True)))
+    return RangeState(
+        *(old + MOMENTUM * (new - old) for old, new in zip(state, (low, high), strict=True))
+    )
 
 
 def reaching_zero(state: RangeState) -> RangeState:
@@ -166,10 +196,14 @@ def reaching_zero(state: RangeState) -> RangeState:
     """
     width = _NEGLIGIBLE * (state.high - state.low)
     low = torch.where(state.low > width, torch.zeros_like(state.low), state.low)
-    return RangeState(low, torch.where(state.high < -width, torch.zeros_like(state.high), state.high))
+    return RangeState(
+        low, torch.where(state.high < -width, torch.zeros_like(state.high), state.high)
+    )
 
 
-def affine_from_state(state: RangeState, x: Tensor, bits: int, *, signed: bool, axis: int | None, method: str) -> tuple[Tensor, Tensor]:
+def affine_from_state(
+    state: RangeState, x: Tensor, bits: int, *, signed: bool, axis: int | None, method: str
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point after the last batch; see `affine_scale`.
 
     Args:
@@ -186,7 +220,13 @@ def affine_from_state(state: RangeState, x: Tensor, bits: int, *, signed: bool, 
     return affine_from_range(*state, bits, signed=signed)
 
 
-def affine_scale(x: Tensor, bits: int, signed: bool, axis: int | None, method: str = "minmax") -> tuple[Tensor, Tensor]:  # noqa: FBT001  (public signature)
+def affine_scale(
+    x: Tensor,
+    bits: int,
+    signed: bool,  # noqa: FBT001  (public signature)
+    axis: int | None,
+    method: str = "minmax",
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point for `fake_quantize_affine`, from one tensor.
 
     Unsigned codes are asymmetric; signed ones are symmetric with zero point 0, but for `omse` and `ptf`.
@@ -208,4 +248,6 @@ def affine_scale(x: Tensor, bits: int, signed: bool, axis: int | None, method: s
         UsageError: unknown method.
     """
     check_choice("method", method, METHODS)
-    return affine_from_state(observe(None, x, axis, method), x, bits, signed=signed, axis=axis, method=method)
+    return affine_from_state(
+        observe(None, x, axis, method), x, bits, signed=signed, axis=axis, method=method
+    )

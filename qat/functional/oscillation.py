@@ -25,7 +25,9 @@ class OscillationState(NamedTuple):
     flips: Tensor
 
 
-def oscillation_step(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
+def oscillation_step(
+    state: OscillationState | None, codes: Tensor, momentum: float
+) -> OscillationState:
     """Look at the codes once more.
 
     An oscillation is a change of the code against the direction of its last change.
@@ -62,7 +64,9 @@ class FreezingState(NamedTuple):
     mean: Tensor
 
 
-def freezing_step(state: FreezingState | None, codes: Tensor, frequency: Tensor, threshold: float, momentum: float) -> FreezingState | None:
+def freezing_step(
+    state: FreezingState | None, codes: Tensor, frequency: Tensor, threshold: float, momentum: float
+) -> FreezingState | None:
     """Freeze what oscillates more often than the threshold, at the rounded mean of its codes.
 
     The mean is the one from before this look. While the frequency of a frozen entry, which can only fall, is still above the threshold, its

@@ -29,15 +29,21 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         ValueError: a code has more bits.
     """
     check_bits("bits", bits)
-    if codes.numel() and not (-(2 ** (bits - 1)) <= int(codes.min()) and int(codes.max()) < 2**bits):
-        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
+    if codes.numel() and not (
+        -(2 ** (bits - 1)) <= int(codes.min()) and int(codes.max()) < 2**bits
+    ):
+        raise ValueError(
+            f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits"
+        )
     flat = codes.flatten().to(torch.int16)
     stream = ((flat.unsqueeze(1) >> torch.arange(bits, device=flat.device)) & 1).flatten()
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % _BYTE)).view(-1, _BYTE)
     return (stream << torch.arange(_BYTE, device=flat.device)).sum(1).to(torch.uint8)
 
 
-def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], *, signed: bool) -> Tensor:
+def unpack_codes(
+    packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], *, signed: bool
+) -> Tensor:
     """What `pack_codes` was given.
 
     Args:
@@ -55,8 +61,12 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     check_bits("bits", bits)
     n = torch.Size(shape).numel()
     if packed.shape != (packed_bytes(n, bits),):
-        raise ValueError(f"{tuple(packed.shape)} bytes for {n} codes of {bits} bits, expected {packed_bytes(n, bits)}")
-    stream = ((packed.unsqueeze(1).to(torch.int16) >> torch.arange(_BYTE, device=packed.device)) & 1).flatten()[: n * bits]
+        raise ValueError(
+            f"{tuple(packed.shape)} bytes for {n} codes of {bits} bits, expected {packed_bytes(n, bits)}"
+        )
+    stream = (
+        (packed.unsqueeze(1).to(torch.int16) >> torch.arange(_BYTE, device=packed.device)) & 1
+    ).flatten()[: n * bits]
     codes = (stream.view(-1, bits) << torch.arange(bits, device=packed.device)).sum(1)
     if signed:
         codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)

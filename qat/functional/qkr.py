@@ -23,7 +23,9 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
         UsageError: the rows do not divide into heads.
     """
     if wq.shape != wk.shape or wq.shape[0] % num_heads:
-        raise UsageError(f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree and divide into heads")
+        raise UsageError(
+            f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree and divide into heads"
+        )
     with torch.autocast(wq.device.type, enabled=False):
         q, k = (w.float().unflatten(0, (num_heads, -1)) for w in (wq, wk))
         return torch.bmm(q.transpose(1, 2), k).flatten(0, 1)
@@ -41,5 +43,8 @@ def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
         (h, C), float32.
     """
     with torch.autocast(wk.device.type, enabled=False):
-        k, b = wk.float().unflatten(0, (num_heads, -1)), q_bias.float().unflatten(0, (num_heads, -1))
+        k, b = (
+            wk.float().unflatten(0, (num_heads, -1)),
+            q_bias.float().unflatten(0, (num_heads, -1)),
+        )
         return torch.bmm(b.unsqueeze(1), k).squeeze(1)

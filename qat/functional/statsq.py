@@ -31,7 +31,11 @@ def statsq_scale(w: Tensor) -> Tensor:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
     # One mean after the other, as the paper's code: all at once, that of equal weights, whose codes are ties, is off by a rounding error.
-    mean = magnitude.mean(-1, keepdim=True).mean(0, keepdim=True) if w.ndim == 3 else magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
+    mean = (
+        magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
+        if w.ndim == 3
+        else magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
+    )
     return 2 * mean
 
 
@@ -51,7 +55,10 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
         raise ValueError(f"statsq_rms: w has {w.ndim} dimensions, expected 2, 3 or 4")
     kept = 1 if w.ndim == 3 else 0
     others = tuple(i for i in range(w.ndim) if i != kept)
-    rms = torch.linalg.vector_norm(w.detach().float(), dim=others, keepdim=True) / (w.numel() / w.shape[kept]) ** 0.5
+    rms = (
+        torch.linalg.vector_norm(w.detach().float(), dim=others, keepdim=True)
+        / (w.numel() / w.shape[kept]) ** 0.5
+    )
     return GAUSSIAN_RANGE[bits] * 2**bits / (2**bits - 1) * rms
 
 

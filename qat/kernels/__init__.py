@@ -36,7 +36,9 @@ def use(choice: str) -> None:
     if choice not in CHOICES:
         raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
-        raise UsageError("kernels='triton': Triton or CUDA is not there; here it must be one of auto, off")
+        raise UsageError(
+            "kernels='triton': Triton or CUDA is not there; here it must be one of auto, off"
+        )
     _choice = choice
 
 
@@ -47,20 +49,26 @@ def are_off() -> bool:
         UsageError: `torch.func` is at work, whose transforms the kernels do not know.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
-        raise UsageError("torch.func: its transforms do not go through the kernels; kernels=off, qat.kernels.use('off'), takes them")
+        raise UsageError(
+            "torch.func: its transforms do not go through the kernels; kernels=off, qat.kernels.use('off'), takes them"
+        )
     return _choice == "off" or torch.jit.is_tracing()
 
 
 class _LSQ(LSQFunction):
     @staticmethod
-    def forward(x: Tensor, scale: Any, before: Any, after: Any, sign: Any, codes: Any, grad_factor: float) -> Tensor:
+    def forward(
+        x: Tensor, scale: Any, before: Any, after: Any, sign: Any, codes: Any, grad_factor: float
+    ) -> Tensor:
         return operators.lsq_forward(x, scale, before, after, sign, *codes, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
         x, scale, before, after, sign = ctx.saved_tensors
-        found = operators.gradients(LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor), grad, x)
+        found = operators.gradients(
+            LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor), grad, x
+        )
         return *found[:4], None, None, None
 
 
@@ -71,7 +79,11 @@ def lsq(x: Tensor, q: LSQParams) -> Tensor:
 
 def statsq_scale(w: Tensor) -> Tensor:
     """`qat.functional.statsq_scale`, the bits that `operators.statsq` finds."""
-    return operators.statsq(w.detach(), 2, w.dtype)[1] if w.is_cuda and not are_off() else formula_of_scale(w)
+    return (
+        operators.statsq(w.detach(), 2, w.dtype)[1]
+        if w.is_cuda and not are_off()
+        else formula_of_scale(w)
+    )
 
 
 class _StatsQ(StatsQFunction):
@@ -90,7 +102,9 @@ class _RelativeStep(torch.autograd.Function):
     def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
         growth = change.exp()
         # Of a unit of 0 no start is below it.
-        step, slope = operators.step_and_slope(start, growth, change, unit) if unit else (start * growth,) * 2
+        step, slope = (
+            operators.step_and_slope(start, growth, change, unit) if unit else (start * growth,) * 2
+        )
         ctx.save_for_backward(slope)
         return step
 

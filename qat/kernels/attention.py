@@ -22,7 +22,12 @@ MOST = 2**16 - 1
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in DTYPES and gpu.available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and dtype in DTYPES
+        and gpu.available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: torch.dtype) -> bool:
@@ -36,9 +41,16 @@ def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: to
         dtype: of the factors of products.
     """
     tokens, size = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
-    is_known = not (codes.qmin or codes.half) and (codes.axis, scale.numel()) in ((None, 1), (-2, tokens))
+    is_known = not (codes.qmin or codes.half) and (codes.axis, scale.numel()) in (
+        (None, 1),
+        (-2, tokens),
+    )
     # Rows of others would be loaded element by element, which takes more memory.
-    fits_tiles = tokens <= LARGEST and size % 8 == qkv.shape[-1] % 16 == 0 and _side(size) * dtype.itemsize <= LARGEST
+    fits_tiles = (
+        tokens <= LARGEST
+        and size % 8 == qkv.shape[-1] % 16 == 0
+        and _side(size) * dtype.itemsize <= LARGEST
+    )
     return is_known and fits_tiles and 0 < qkv.shape[0] <= MOST and _runs_on(qkv.device, dtype)
 
 
@@ -47,7 +59,14 @@ def _side(size: int) -> int:
     return max(1 << (size - 1).bit_length(), 16)
 
 
-def _launch(name: str, block: int, given: tuple[Tensor, ...], scale: Tensor, others: tuple[Tensor | None, ...], settings: Any) -> None:
+def _launch(
+    name: str,
+    block: int,
+    given: tuple[Tensor, ...],
+    scale: Tensor,
+    others: tuple[Tensor | None, ...],
+    settings: Any,
+) -> None:
     """Run a kernel on queries, keys and values. Blocks of float32, which fills twice the registers, have half the rows."""
     if type(given[0]) not in PLAIN:  # shapes are all that is asked for
         return
@@ -64,7 +83,9 @@ def _launch(name: str, block: int, given: tuple[Tensor, ...], scale: Tensor, oth
 
 
 # Blocks are the fastest on an H100 for heads of 64 elements and 197 tokens.
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
     """`lsq_forward(softmax(factor * q k^T)) v`, each head for itself.
 
     Args:
@@ -83,7 +104,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings:
     return out, sums
 
 
-def attention_backward(grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def attention_backward(
+    grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any
+) -> tuple[Tensor, ...]:
     """Gradients of `attention_forward`.
 
     Args:
@@ -99,7 +122,9 @@ def attention_backward(grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tens
         Those of `q`, `k` and `v`, and `lsq_backward`'s sum for the scale.
     """
     like = (q, k, v, sums, sums)
-    dq, dk, dv, dots, errors = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    dq, dk, dv, dots, errors = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
+    )
     grad = grad.contiguous()
     _launch("attention_queries", 32, (q, k, v), scale, (grad, sums, dq, dots, errors), settings)
     _launch("attention_keys", 64, (q, k, v), scale, (grad, sums, dots, dk, dv), settings)
@@ -108,4 +133,6 @@ def attention_backward(grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tens
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor scale, int qmin, int qmax, int? axis, bool half, int num_heads, float factor"
 forward = operator(f"({_ARGUMENTS}) -> (Tensor, Tensor)")(attention_forward)
-backward = operator(f"(Tensor grad, Tensor sums, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")(attention_backward)
+backward = operator(
+    f"(Tensor grad, Tensor sums, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)(attention_backward)

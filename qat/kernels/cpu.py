@@ -24,7 +24,32 @@ from qat.utils import compile_cpp
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
-    "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _I, _P, _P, _P, _P, _P, _P, _I, _F, _I),
+    "lsq_backward": (
+        _P,
+        _N,
+        _P,
+        _N,
+        _P,
+        _N,
+        _N,
+        _N,
+        _P,
+        _N,
+        _I,
+        _P,
+        _F,
+        _F,
+        _I,
+        _P,
+        _P,
+        _P,
+        _P,
+        _P,
+        _P,
+        _I,
+        _F,
+        _I,
+    ),
     "statsq_forward": (_P, _P, _N, _N, _P, _I, _F, _I),
     "round_blocks": (_P, _P, _P, _N, _N, _N, _F, _F, _F, _P, _I),
 }
@@ -54,7 +79,9 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 def _run(name: str, *args: Any) -> None:
     """Call a function in C++, to which tensors are pointers, and which takes the number of threads last."""
-    getattr(_library(), name)(*[x.data_ptr() if type(x) in PLAIN else x for x in args], torch.get_num_threads())
+    getattr(_library(), name)(
+        *[x.data_ptr() if type(x) in PLAIN else x for x in args], torch.get_num_threads()
+    )
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
@@ -64,7 +91,21 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     if layout is None:
         return None
     (rows, length, stride, *steps), out = layout, x.new_empty(x.shape)
-    _run("lsq_forward", x, stride, out, rows, length, q.scale, *steps, q.before, q.after, *q.codes.ends, q.codes.half, q.sign)
+    _run(
+        "lsq_forward",
+        x,
+        stride,
+        out,
+        rows,
+        length,
+        q.scale,
+        *steps,
+        q.before,
+        q.after,
+        *q.codes.ends,
+        q.codes.half,
+        q.sign,
+    )
     return out.to(dtype)
 
 
@@ -87,8 +128,16 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     if layout is None:
         return None
     rows, length, stride, *steps = layout
-    grad_stride, out_stride, is_softmax = row_stride(grad, length), row_stride(place, length), bool(made.kind)
-    is_plain = not (is_softmax or dequantized is not None) if layout.by_column else not is_softmax or length == x.shape[-1]
+    grad_stride, out_stride, is_softmax = (
+        row_stride(grad, length),
+        row_stride(place, length),
+        bool(made.kind),
+    )
+    is_plain = (
+        not (is_softmax or dequantized is not None)
+        if layout.by_column
+        else not is_softmax or length == x.shape[-1]
+    )
     if grad_stride is None or out_stride is None or not is_plain:
         return None
     threads, like = torch.get_num_threads(), (q.before, q.after if with_after else None)

@@ -33,12 +33,23 @@ _COMPILED: dict[Any, Any] = {}
 @functools.cache
 def available() -> bool:
     """True if Triton and a device are there and agree with `reference`. The first call compiles, and waits for the device."""
-    if importlib.util.find_spec("triton") is None or (device_type() == "cuda" and not torch.cuda.is_available()):
+    if importlib.util.find_spec("triton") is None or (
+        device_type() == "cuda" and not torch.cuda.is_available()
+    ):
         return False
-    return works("Triton", lambda: reference.agrees(lsq_forward, lsq_backward, device_type(), CodeRange(-4, 3, 1)))
+    return works(
+        "Triton",
+        lambda: reference.agrees(lsq_forward, lsq_backward, device_type(), CodeRange(-4, 3, 1)),
+    )
 
 
-def _launch(name: str, programs: tuple[int, ...], tensors: tuple[Any, ...], *numbers: float, **constants: Any) -> None:
+def _launch(
+    name: str,
+    programs: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    *numbers: float,
+    **constants: Any,
+) -> None:
     """Run the kernel of a name, whose arguments are tensors, of which the first is there, then numbers and constants."""
     device = tensors[0].get_device()  # -1, which is none, in the interpreter
     pointers = [x if x is None else x.data_ptr() for x in tensors]
@@ -54,7 +65,10 @@ def _launch(name: str, programs: tuple[int, ...], tensors: tuple[Any, ...], *num
         source = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
         kernel = source[programs](*tensors, *numbers, **{**OPTIONS, **constants})
         if kernel:
-            _COMPILED[key] = kernel, [constants[name] for name in source.arg_names if name in constants]
+            _COMPILED[key] = (
+                kernel,
+                [constants[name] for name in source.arg_names if name in constants],
+            )
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -103,14 +117,25 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     Returns:
         What the operator gives.
     """
-    fits = made.kind not in {"tanh", "softmax"} and dequantized in {None, *DTYPES} and fit(DTYPES, grad, x, *q[:4], out, weight, bias)
+    fits = (
+        made.kind not in {"tanh", "softmax"}
+        and dequantized in {None, *DTYPES}
+        and fit(DTYPES, grad, x, *q[:4], out, weight, bias)
+    )
     layout = rows_of(x, q, weight, bias) if fits else None
     out_stride = None if layout is None else row_stride(out, layout.length)
     is_whole = made.kind in WHOLE
-    if layout is None or out_stride is None or (is_whole and not layout.length == x.shape[-1] <= LONGEST):
+    if (
+        layout is None
+        or out_stride is None
+        or (is_whole and not layout.length == x.shape[-1] <= LONGEST)
+    ):
         return None
     rows, length, stride, steps, by_column = layout
-    (block, (down, across)), (grad, grad_stride) = tiles_of(layout, LONGEST if is_whole else None), spaced(grad, length)
+    (block, (down, across)), (grad, grad_stride) = (
+        tiles_of(layout, LONGEST if is_whole else None),
+        spaced(grad, length),
+    )
     # Nothing is summed up over rows of probabilities.
     strip = block["BLOCK_R"] * (1 if made.kind == "scores" else -(-down * across // PROGRAMS))
     strips = -(-rows // strip)
@@ -128,22 +153,44 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     return errors.sum(0) if by_column else errors.sum((0, 2)), sums.sum(1).flatten(), y
 
 
-def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
+def step_and_slope(
+    start: Tensor, growth: Tensor, change: Tensor, unit: float
+) -> tuple[Tensor, Tensor] | None:
     """`qat.functional.lsq.step_and_slope`, in one launch, where its operations are nine."""
-    if not (fit((torch.float32,), start, growth, change) and all(x.is_contiguous() for x in (start, growth, change))):
+    if not (
+        fit((torch.float32,), start, growth, change)
+        and all(x.is_contiguous() for x in (start, growth, change))
+    ):
         return None
     step, slope = torch.empty_like(start), torch.empty_like(start)
-    _launch("step_and_slope", (-(-start.numel() // TILE),), (step, slope, start, growth, change), start.numel(), unit, BLOCK=TILE)
+    _launch(
+        "step_and_slope",
+        (-(-start.numel() // TILE),),
+        (step, slope, start, growth, change),
+        start.numel(),
+        unit,
+        BLOCK=TILE,
+    )
     return step, slope
 
 
-def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, find: bool = False) -> Tensor | None:
+def statsq_forward(
+    w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, find: bool = False
+) -> Tensor | None:
     """`reference.statsq_forward` for a scale per row, rounded to `dtype` as it is written; `find` writes `scale` first."""
     layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
     if layout is None:
         return None
     (block, programs), out = tiles_of(layout, WIDEST), w.new_empty(w.shape, dtype=dtype)
-    _launch("statsq_forward", programs[:1], (w, out, scale), float(2 ** (bits - 1)), *layout[:2], FIND=find, **block)
+    _launch(
+        "statsq_forward",
+        programs[:1],
+        (w, out, scale),
+        float(2 ** (bits - 1)),
+        *layout[:2],
+        FIND=find,
+        **block,
+    )
     return out
 
 

@@ -38,10 +38,14 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if type(args[0]) not in PLAIN or torch._C._get_dispatch_mode(_PROXY) is not None:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
-                raise UsageError("vmap: gradients of kernels are made one at a time; kernels=off, qat.kernels.use('off'), is for vmap")
+                raise UsageError(
+                    "vmap: gradients of kernels are made one at a time; kernels=off, qat.kernels.use('off'), is for vmap"
+                )
             return made(*args)
 
-        torch.compiler.substitute_in_graph(run, skip_signature_check=True)(lambda *args: overload(*args))
+        torch.compiler.substitute_in_graph(run, skip_signature_check=True)(
+            lambda *args: overload(*args)
+        )
         return run
 
     return register

@@ -40,8 +40,22 @@ class Made(NamedTuple):
         """Gradients of x, or scores, of weight and bias from that of what was made, which may be written to; it has the dtype of x."""
         if self.kind == "norm":
             wanted = [True, weight is not None, bias is not None]
-            return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *kept, weight, bias, wanted)
+            return torch.ops.aten.native_layer_norm_backward(
+                grad, x, x.shape[-1:], *kept, weight, bias, wanted
+            )
         if self.kind in {"none", "tanh"}:
-            return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=self.kind, grad_input=grad), None, None
+            return (
+                torch.ops.aten.gelu_backward.grad_input(
+                    grad, x, approximate=self.kind, grad_input=grad
+                ),
+                None,
+                None,
+            )
         probs = kept[0] if kept else x
-        return (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number if self.kind else grad, None, None
+        return (
+            (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number
+            if self.kind
+            else grad,
+            None,
+            None,
+        )

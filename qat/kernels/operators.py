@@ -55,7 +55,9 @@ def _with_forms(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def lsq_forward(x: Tensor, *args: Any) -> Tensor:
     """`reference.lsq_forward`, rounded to a dtype."""
     q, dtype = params_of(args)
-    return in_dtype(reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign), dtype)
+    return in_dtype(
+        reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign), dtype
+    )
 
 
 @_with_forms("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor")
@@ -72,7 +74,9 @@ def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 del FORMULAS[torch.ops.qat.statsq.default]  # a compiler would add up the scale in another order
-step_and_slope = _with_forms("(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)")(formula_of_steps)
+step_and_slope = _with_forms(
+    "(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)"
+)(formula_of_steps)
 
 
 def _joined(*sums: Tensor | None) -> Tensor:
@@ -89,8 +93,16 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     Given are the gradient of the scale; those of both offsets and of a LayerNorm's weight and bias, as far as they are wanted, one after
     the other in one tensor; and what the forward pass gave.
     """
-    (q, with_after, out, dequantized, *norm), made, kernels = params_of(args[:13]), Made(*args[13:]), _on(x)
-    found: Any = None if kernels is None else kernels.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=with_after)
+    (q, with_after, out, dequantized, *norm), made, kernels = (
+        params_of(args[:13]),
+        Made(*args[13:]),
+        _on(x),
+    )
+    found: Any = (
+        None
+        if kernels is None
+        else kernels.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=with_after)
+    )
     if found is None and made.is_other:
         quantized, *kept = made.forward(x, *norm)
         scale, sums, y = lsq_backward(grad, quantized, *args[:11], None, None, *Made())
@@ -101,7 +113,9 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     elif found is None:
         y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
         shape = q.after.shape if with_after else None
-        of_x, scale, *offsets = reference.lsq_backward(grad, x, q.scale, q.before, q.codes, sign=q.sign, after_shape=shape)[:4]
+        of_x, scale, *offsets = reference.lsq_backward(
+            grad, x, q.scale, q.before, q.codes, sign=q.sign, after_shape=shape
+        )[:4]
         out.copy_(made.backward(of_x, x, None, None)[0])
         found = scale, _joined(scale.new_empty(0), *offsets), y
     return tuple(out.new_empty(0) if t is None else t for t in found)
@@ -148,10 +162,16 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     with_after = with_after and q.after is not None
     levels = None if dequantized is None else _through(x, dequantized)
-    of_scale, sums, y = lsq_backward(grad, x, *q[:4], *q.codes, with_after, out, levels, *norm, *made)
-    of_scale = of_scale * gradient_scale(x if counted is None else counted, q.codes, q.grad_factor, q.sign)
+    of_scale, sums, y = lsq_backward(
+        grad, x, *q[:4], *q.codes, with_after, out, levels, *norm, *made
+    )
+    of_scale = of_scale * gradient_scale(
+        x if counted is None else counted, q.codes, q.grad_factor, q.sign
+    )
     before, after, *of_norm = split(sums, q.before, q.after if with_after else None, *norm)
-    return LsqGradients(out, of_scale, before, after, None if dequantized is None else y.to(dequantized), *of_norm)
+    return LsqGradients(
+        out, of_scale, before, after, None if dequantized is None else y.to(dequantized), *of_norm
+    )
 
 
 def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
@@ -166,4 +186,6 @@ def round_blocks(x: Tensor, *args: Any) -> Tensor:
     return reference.round_blocks(x, *args).contiguous()
 
 
-FORMULAS[torch.ops.qat.round_blocks.default] = reference.round_blocks  # a compiler would need a second pass for the piece
+FORMULAS[torch.ops.qat.round_blocks.default] = (
+    reference.round_blocks
+)  # a compiler would need a second pass for the piece

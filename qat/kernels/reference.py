@@ -29,7 +29,9 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
 
 
 @torch.no_grad()
-def agrees(forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange) -> bool:
+def agrees(
+    forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
+) -> bool:
     """Whether forms of LSQ's passes give the bits of the formulas, but for sums: in and out of range, halfway between codes.
 
     Args:
@@ -39,12 +41,26 @@ def agrees(forward: Callable[..., Any], backward: Callable[..., Any], device: st
         grids: what to try, for tensors (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
-    scale, offset = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32), x.flatten()[:37]
+    scale, offset = (
+        torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32),
+        x.flatten()[:37],
+    )
     for codes in grids:
         q, of_x = LSQParams(scale, offset, offset, None, codes), torch.empty_like(x)
         sums = backward(x, x, q, of_x, torch.float32, None, None, Made(), with_after=False)
-        expected, wanted = lsq_backward(x, x, scale, offset, codes), lsq_forward(x, scale, offset, offset, codes)
-        same = sums is not None and torch.allclose(sums[0], expected.scale, rtol=1e-4, atol=1e-3) and torch.equal(of_x, expected.x)
-        if not (same and torch.equal(sums[2], wanted) and torch.equal(forward(x, *q[:4], *codes, torch.float32), wanted)):
+        expected, wanted = (
+            lsq_backward(x, x, scale, offset, codes),
+            lsq_forward(x, scale, offset, offset, codes),
+        )
+        same = (
+            sums is not None
+            and torch.allclose(sums[0], expected.scale, rtol=1e-4, atol=1e-3)
+            and torch.equal(of_x, expected.x)
+        )
+        if not (
+            same
+            and torch.equal(sums[2], wanted)
+            and torch.equal(forward(x, *q[:4], *codes, torch.float32), wanted)
+        ):
             return False
     return True

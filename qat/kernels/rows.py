@@ -76,7 +76,9 @@ def row_stride(x: Tensor, length: int) -> int | None:
 def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
     """True for plain tensors on one device, those that are not None, in one of the dtypes each."""
     found = [x for x in tensors if x is not None]
-    return all(type(x) in PLAIN and x.dtype in dtypes and x.device == found[0].device for x in found)
+    return all(
+        type(x) in PLAIN and x.dtype in dtypes and x.device == found[0].device for x in found
+    )
 
 
 def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:

@@ -41,4 +41,7 @@ def tiles_of(layout: Layout, whole: int | None = None) -> tuple[dict[str, int], 
     columns, even = 1 << (layout.length - 1).bit_length(), layout.length & -layout.length
     columns = min(columns, whole) if whole else min(even if even >= NARROW else columns, WIDEST)
     rows = min(1 << (layout.rows - 1).bit_length(), max(TILE // columns, 1))
-    return {"BLOCK_R": rows, "BLOCK_C": columns}, (-(-layout.rows // rows), -(-layout.length // columns))
+    return {"BLOCK_R": rows, "BLOCK_C": columns}, (
+        -(-layout.rows // rows),
+        -(-layout.length // columns),
+    )

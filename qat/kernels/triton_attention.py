@@ -14,7 +14,9 @@ from qat.kernels.triton_kernels import _clamped, _errors, _inside, _places, _rou
 
 
 @triton.jit
-def _read(x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr, BLOCK_D: constexpr) -> tensor:
+def _read(
+    x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr, BLOCK_D: constexpr
+) -> tensor:
     """Rows of the program's head and image, zero where there are none."""
     column = tl.arange(0, BLOCK_D)
     places = _places(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
@@ -22,10 +24,14 @@ def _read(x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr,
 
 
 @triton.jit
-def _write(x: tensor, tile: tensor, row: tensor, rows: tensor, SIZE: constexpr, BLOCK_D: constexpr) -> None:
+def _write(
+    x: tensor, tile: tensor, row: tensor, rows: tensor, SIZE: constexpr, BLOCK_D: constexpr
+) -> None:
     """To a tensor of nothing but these heads."""
     column = tl.arange(0, BLOCK_D)
-    places = _places(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, tl.num_programs(1) * SIZE)
+    places = _places(
+        tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, tl.num_programs(1) * SIZE
+    )
     tl.store(x + places, tile, mask=_inside(row, column, rows, SIZE))
 
 
@@ -128,7 +134,10 @@ def attention_keys(  # noqa: PLR0913
 ) -> None:
     """Backward for a tile of keys and values, down all queries; what is (queries, keys) elsewhere is (keys, queries) here."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_tile, v_tile = _read(k, m, rows, k_stride, SIZE, BLOCK_D), _read(v, m, rows, v_stride, SIZE, BLOCK_D)
+    k_tile, v_tile = (
+        _read(k, m, rows, k_stride, SIZE, BLOCK_D),
+        _read(v, m, rows, v_stride, SIZE, BLOCK_D),
+    )
     of_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     of_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, rows, BLOCK_N):

@@ -100,7 +100,14 @@ def _plus(tile: tensor, offset: tensor) -> tensor:
 
 @triton.jit
 def _remade(  # noqa: PLR0913, PLR0917
-    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, number: tensor, MADE: constexpr, DTYPE: constexpr
+    x: tensor,
+    weight: tensor,
+    bias: tensor,
+    column: tensor,
+    length: tensor,
+    number: tensor,
+    MADE: constexpr,
+    DTYPE: constexpr,
 ) -> tuple[tensor, tensor, tensor]:
     """What was made of x, and what its gradient needs: normalised rows and one over their deviation, GELU's share of x, probabilities."""
     made, unit, inverse = x, x, 1.0
@@ -123,7 +130,14 @@ def _remade(  # noqa: PLR0913, PLR0917
 
 @triton.jit
 def _through(  # noqa: PLR0913
-    grad: tensor, x: tensor, unit: tensor, inverse: tensor, weight: tensor, length: tensor, number: tensor, MADE: constexpr
+    grad: tensor,
+    x: tensor,
+    unit: tensor,
+    inverse: tensor,
+    weight: tensor,
+    length: tensor,
+    number: tensor,
+    MADE: constexpr,
 ) -> tensor:
     """The gradient of x from that of what was made of it."""
     if MADE == "norm":
@@ -139,7 +153,9 @@ def _through(  # noqa: PLR0913
 
 
 @triton.jit
-def _errors(grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr) -> tuple[tensor, tensor, tensor]:
+def _errors(
+    grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr
+) -> tuple[tensor, tensor, tensor]:
     """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the value in steps."""
     clamped = _clamped(u, low, high)
     is_out = u > high if low is None else (u < low) | (u > high)
@@ -154,7 +170,9 @@ def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor, place: ten
 
 
 @triton.jit
-def _keep_wanted(sums: tensor, tiles: tensor, column: tensor, length: tensor, WANTED: constexpr) -> None:
+def _keep_wanted(
+    sums: tensor, tiles: tensor, column: tensor, length: tensor, WANTED: constexpr
+) -> None:
     """Write the sums of the columns of WANTED tiles: a row of a program behind the other's, tile by tile."""
     place = tl.program_id(0)
     for i in tl.static_range(4):
@@ -187,7 +205,11 @@ def lsq_forward(  # noqa: PLR0913  (a kernel is given where everything lies)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = _inside(row, column, rows, length)
-    step = _step(scale, column, column < length)[None, :] if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
+    step = (
+        _step(scale, column, column < length)[None, :]
+        if BY_COLUMN
+        else _step(scale, row % steps, row < rows)[:, None]
+    )
     shifted = _read(x, _places(row, column, stride), inside)
     if before is not None:
         shifted += _columns(before, column, length)
@@ -238,21 +260,34 @@ def lsq_backward(  # noqa: PLR0913
     what is a multiple of 16 Triton finds out by itself, and 8 elements of half precision are the 16 bytes that one instruction reads.
     """
     low, high = _bounds(low, high, sign)
-    length, g_stride, x_stride, dx_stride = length * UNIT, g_stride * UNIT, x_stride * UNIT, dx_stride * UNIT
+    length, g_stride, x_stride, dx_stride = (
+        length * UNIT,
+        g_stride * UNIT,
+        x_stride * UNIT,
+        dx_stride * UNIT,
+    )
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     # Not in the loop, where each would be waited for.
     shift = None if before is None else _columns(before, column, length)
     shift_back = None if after is None else _columns(after, column, length)
     weights = None if weight is None else _columns(weight, column, length)
     biases = None if bias is None else _columns(bias, column, length)
-    step_row, zero = _step(scale, column, (column < length) & BY_COLUMN)[None, :], tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    step_row, zero = (
+        _step(scale, column, (column < length) & BY_COLUMN)[None, :],
+        tl.zeros((BLOCK_R, BLOCK_C), tl.float32),
+    )
     error, sum_dx, sum_g, sum_dw = zero, zero, zero, zero
     for first in range(0, strip, BLOCK_R):
         row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
         inside = _inside(row, column, rows, length)
         step = step_row if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
-        grad, value = _read(g, _places(row, column, g_stride), inside), _read(x, _places(row, column, x_stride), inside)
-        made, unit, inverse = _remade(value, weights, biases, column, length, number, MADE, x.dtype.element_ty)
+        grad, value = (
+            _read(g, _places(row, column, g_stride), inside),
+            _read(x, _places(row, column, x_stride), inside),
+        )
+        made, unit, inverse = _remade(
+            value, weights, biases, column, length, number, MADE, x.dtype.element_ty
+        )
         inner, wrong, code = _errors(grad, _quotient(_plus(made, shift), step), low, high, HALF)
         sum_dx, sum_g, sum_dw = sum_dx + inner, sum_g + grad, sum_dw + inner * unit
         of_x = _through(inner, value, unit, inverse, weights, length, number, MADE)
@@ -262,7 +297,11 @@ def lsq_backward(  # noqa: PLR0913
         if BY_COLUMN:
             error += wrong
         else:
-            tl.store(errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(wrong, 1), mask=row < rows)
+            tl.store(
+                errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1),
+                tl.sum(wrong, 1),
+                mask=row < rows,
+            )
     if BY_COLUMN:
         _keep(errors, error, column, length, tl.program_id(0))
     _keep_wanted(sums, (sum_dx, sum_g, sum_dw, sum_dx), column, length, WANTED)
@@ -270,7 +309,14 @@ def lsq_backward(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["n"])
 def step_and_slope(
-    step: tensor, slope: tensor, start: tensor, growth: tensor, change: tensor, n: tensor, unit: tensor, BLOCK: constexpr
+    step: tensor,
+    slope: tensor,
+    start: tensor,
+    growth: tensor,
+    change: tensor,
+    n: tensor,
+    unit: tensor,
+    BLOCK: constexpr,
 ) -> None:
     """`step_and_slope` of `qat.functional.lsq`."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -299,7 +345,9 @@ def statsq_forward(  # noqa: PLR0913
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for first in range(0, length, BLOCK_C):
             column = first + tl.arange(0, BLOCK_C)
-            total += tl.abs(_read(w, _places(row, column, length), _inside(row, column, rows, length)))
+            total += tl.abs(
+                _read(w, _places(row, column, length), _inside(row, column, rows, length))
+            )
         s = 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length)
         tl.store(scale + row, s, mask=row < rows)
     else:
@@ -308,5 +356,7 @@ def statsq_forward(  # noqa: PLR0913
     for first in range(0, length, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
         inside, places = _inside(row, column, rows, length), _places(row, column, length)
-        u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
+        u = _clamped(
+            tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP
+        )
         tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)

@@ -37,12 +37,16 @@ OF_PERSONS = ("bash", "interactive")
 
 def rank() -> int:
     """Number of this process in the run; 0 in a run of one process."""
-    return env_number("RANK", *(["SLURM_PROCID"] if "SLURM_STEP_ID" in os.environ else []), default=0)
+    return env_number(
+        "RANK", *(["SLURM_PROCID"] if "SLURM_STEP_ID" in os.environ else []), default=0
+    )
 
 
 def env_number(*names: str, default: int = 1) -> int:
     """The first of some environment variables that holds a whole number."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+    return next(
+        (int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default
+    )
 
 
 def is_first() -> bool:
@@ -66,14 +70,20 @@ def to_start(trainer: Mapping[str, Any]) -> int:
     """
     strategy, nodes = str(trainer.get("strategy")), trainer.get("num_nodes", 1)
     if any(word in strategy for word in COPYING):
-        raise UsageError(f"trainer.strategy={strategy!r}: must be one that starts new processes: auto, ddp, fsdp")
+        raise UsageError(
+            f"trainer.strategy={strategy!r}: must be one that starts new processes: auto, ddp, fsdp"
+        )
     if is_srun_task() or "LOCAL_RANK" in os.environ:
         return 0
     if nodes != 1:
-        raise UsageError(f"trainer.num_nodes={nodes!r}: must be 1; the processes of several nodes are started by srun or torchrun")
+        raise UsageError(
+            f"trainer.num_nodes={nodes!r}: must be 1; the processes of several nodes are started by srun or torchrun"
+        )
     count = local_count(trainer)
     if count > HIGHEST_COUNT:
-        raise UsageError(f"trainer.devices={trainer.get('devices')!r}: must be up to {HIGHEST_COUNT} processes on a machine")
+        raise UsageError(
+            f"trainer.devices={trainer.get('devices')!r}: must be up to {HIGHEST_COUNT} processes on a machine"
+        )
     return count if count > 1 else 0
 
 
@@ -88,7 +98,11 @@ def local_count(trainer: Mapping[str, Any]) -> int:
 
     with contextlib.suppress(Exception):  # the run itself shows what Lightning says
         asked = {key: trainer.get(key, "auto") for key in ("accelerator", "devices")}
-        return int(Trainer(**asked, logger=False, enable_checkpointing=False, enable_model_summary=False).num_devices)
+        return int(
+            Trainer(
+                **asked, logger=False, enable_checkpointing=False, enable_model_summary=False
+            ).num_devices
+        )
     return 1
 
 
@@ -118,7 +132,10 @@ def become_torchrun(count: int, command: Sequence[str]) -> NoReturn:
     options = ["--standalone", f"--nproc-per-node={count}", f"--shutdown-timeout={SAVE_S}"]
     options.append("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("torchrun.py")), *options, *command])
+    os.execv(
+        sys.executable,
+        [sys.executable, str(Path(__file__).with_name("torchrun.py")), *options, *command],
+    )
 
 
 def job() -> str | None:
@@ -147,11 +164,20 @@ def check_place(trainer: Mapping[str, Any]) -> None:
         return
     if not is_srun_task():
         tasks = env_number("SLURM_NTASKS")
-        if tasks > 1 and "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS:
+        if (
+            tasks > 1
+            and "SLURM_STEP_ID" not in os.environ
+            and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS
+        ):
             ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
-            raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}")
+            raise UsageError(
+                f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}"
+            )
         return
-    wanted = (("devices", local_count(trainer), slurm_tasks_per_node()), ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes()))
+    wanted = (
+        ("devices", local_count(trainer), slurm_tasks_per_node()),
+        ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes()),
+    )
     for name, requested, there in wanted:
         if requested != there:
             what = "nodes" if name == "num_nodes" else "tasks on each node"
@@ -168,14 +194,22 @@ def environments() -> list[Any]:
 
     if is_srun_task():
         return [SLURMEnvironment(auto_requeue=False)]
-    return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else []
+    return (
+        [LightningEnvironment()]
+        if "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+        else []
+    )
 
 
 def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
     """The setting `resume`; "auto" where it is False in a job that SLURM has started again, which goes on where it was."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     owner = run_dir / OWNER
-    if restarts == "0" or resume is not False or (overwrite and not (owner.is_file() and owner.read_text().strip() == job())):
+    if (
+        restarts == "0"
+        or resume is not False
+        or (overwrite and not (owner.is_file() and owner.read_text().strip() == job()))
+    ):
         return resume
     if is_first():
         log.info("job %s, restart %s: resume=auto", job(), restarts)
@@ -204,7 +238,9 @@ def leave(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
     requeues = stop.wants_requeue and job() is not None
     if is_first():
         saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
-        where = "outside training" if stop.step is None else f"after training step {stop.step}: {saved}"
+        where = (
+            "outside training" if stop.step is None else f"after training step {stop.step}: {saved}"
+        )
         what = f"{'preempted' if stop.wants_requeue else 'stopped'} by {stop.name} {where}"
         log.warning("%s%s", what, f", requeueing job {job()}" if requeues else f"; {resume_hint}")
         failure = _requeue(run_dir) if requeues else None
@@ -224,7 +260,14 @@ def _requeue(run_dir: Path) -> str | None:
     time.sleep(SAID_S)
     command = ["scontrol", "requeue", str(job())]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=REQUEUE_S, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=REQUEUE_S,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())

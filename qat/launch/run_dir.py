@@ -30,16 +30,32 @@ PATIENCE_S, TICK_S = 120, 0.5
 TRAINING = (
     *(f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "last.prev.ckpt")),
     "checkpoints/best-epoch*.ckpt",
-    *(RESULTS, "metrics.csv", CONFIG, "command.json", "conversion.txt", "oscillation.csv", "report.html"),
+    *(
+        RESULTS,
+        "metrics.csv",
+        CONFIG,
+        "command.json",
+        "conversion.txt",
+        "oscillation.csv",
+        "report.html",
+    ),
     "events.out.tfevents.*",
-    *(f"analysis/{name}{rest}" for name in ("cost", "weights") for rest in (".csv", ".json", "_*.csv", "_*.svg")),
+    *(
+        f"analysis/{name}{rest}"
+        for name in ("cost", "weights")
+        for rest in (".csv", ".json", "_*.csv", "_*.svg")
+    ),
 )
 # What the commands write.
 WRITTEN = (
     *TRAINING,
     *("quantized.ckpt", "reconstruct.csv", "reconstruct.ckpt", "search.csv", "search.ckpt"),
     *("classes.csv", "confusion.csv", "predictions.csv"),
-    *(f"{prefix}net.{suffix}" for prefix in ("", ".unchecked.") for suffix in ("onnx", "safetensors", "pte")),
+    *(
+        f"{prefix}net.{suffix}"
+        for prefix in ("", ".unchecked.")
+        for suffix in ("onnx", "safetensors", "pte")
+    ),
 )
 # Directories that this process has locked, and the open file of each.
 _locked: dict[Path, int] = {}
@@ -72,30 +88,43 @@ def lock(run_dir: str) -> None:
     """
     check_text("run_dir", run_dir)
     folder = Path(run_dir).resolve()
-    if folder in _locked or not ranks.is_first() or os.environ.get(ranks.HELD) == str(folder / LOCK):
+    if (
+        folder in _locked
+        or not ranks.is_first()
+        or os.environ.get(ranks.HELD) == str(folder / LOCK)
+    ):
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    deadline = time.monotonic() + (PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
+    deadline = time.monotonic() + (
+        PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
+    )
     while folder not in _locked:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):  # else its holder has just given it back
+            if path.exists() and os.path.samestat(
+                os.fstat(handle), path.stat()
+            ):  # else its holder has just given it back
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
                 _locked[folder] = handle
                 return
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:
-                holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+                holder = (
+                    path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+                )
                 os.close(handle)
                 raise UsedError(
                     f"run_dir={str(run_dir)!r}: is in use by {holder}; must be another directory, or wait for it to end"
                 ) from None
             time.sleep(TICK_S)
         except OSError:
-            log.warning("run_dir=%r: this file system has no locks; make sure that only one run writes there", str(run_dir))
+            log.warning(
+                "run_dir=%r: this file system has no locks; make sure that only one run writes there",
+                str(run_dir),
+            )
             _locked[folder] = handle
             return
         os.close(handle)
@@ -107,7 +136,9 @@ def unlock(run_dir: str) -> None:
     handle = _locked.pop(folder, None)
     if handle is not None:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)  # first: a run that waits for the old file sees that it is another
+            (folder / LOCK).unlink(
+                missing_ok=True
+            )  # first: a run that waits for the old file sees that it is another
         os.close(handle)
 
 
@@ -138,7 +169,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def of_training(run_dir: Path) -> list[Path]:
     """What a training has left, by name: what a new one replaces."""
-    return [path for pattern in TRAINING for path in sorted(run_dir.glob(pattern)) if path.is_symlink() or path.is_file()]
+    return [
+        path
+        for pattern in TRAINING
+        for path in sorted(run_dir.glob(pattern))
+        if path.is_symlink() or path.is_file()
+    ]
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -151,12 +187,22 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
 
     For commands that write into a directory of theirs again: what is there would be replaced by what says nothing of it.
     """
-    names = ("checkpoints/*",) if command == "ptq" else ("checkpoints/*", "quantized", "reconstruct", "search")
+    names = (
+        ("checkpoints/*",)
+        if command == "ptq"
+        else ("checkpoints/*", "quantized", "reconstruct", "search")
+    )
     saved = [path for name in names for path in sorted(run_dir.glob(f"{name}.ckpt"))]
     found = {} if not is_finished(run_dir) else json_object(run_dir / RESULTS)
-    another = found.get("command") not in {None, command} or (weights is not None and found.get("weights") not in {None, weights})
+    another = found.get("command") not in {None, command} or (
+        weights is not None and found.get("weights") not in {None, weights}
+    )
     if saved or another:
-        what = saved[0].relative_to(run_dir) if saved else f"{RESULTS} of {found.get('command')}.py {found.get('weights')}"
+        what = (
+            saved[0].relative_to(run_dir)
+            if saved
+            else f"{RESULTS} of {found.get('command')}.py {found.get('weights')}"
+        )
         raise UsedError(f"run_dir={str(run_dir)!r} holds {what} already; choose another run_dir")
 
 
@@ -168,7 +214,11 @@ class RunDirState:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self._was_used, self._config = run_dir, bool(used(run_dir)), _stamp(run_dir / CONFIG)
+        self.run_dir, self._was_used, self._config = (
+            run_dir,
+            bool(used(run_dir)),
+            _stamp(run_dir / CONFIG),
+        )
 
     def has_begun(self) -> bool:
         """True if the run has written its settings since, which it does once they are checked."""

@@ -91,7 +91,9 @@ def listen() -> None:
         return
     _arrivals.process = os.getpid()
     for number in SIGNALS:
-        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+        if (
+            number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        ):  # as it is in the background of a script
             signal.signal(number, _note)
 
 
@@ -120,7 +122,9 @@ def _note(number: int, frame: FrameType | None) -> None:
         _arrivals.interrupted_at = _arrivals.interrupted_at or now
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
-        _arrivals.is_deferred = True  # what cleans up after the exception is not interrupted by another one
+        _arrivals.is_deferred = (
+            True  # what cleans up after the exception is not interrupted by another one
+        )
         raise Preempted(number)
 
 

@@ -10,7 +10,14 @@ from qat.lit.teacher import Teacher
 if TYPE_CHECKING:
     from qat.lit.module import QATModule as QATModule
 
-__all__ = ["QATModule", "Teacher", "build_optimizer", "cosine_schedule", "parameter_groups", "scaled_lr"]
+__all__ = [
+    "QATModule",
+    "Teacher",
+    "build_optimizer",
+    "cosine_schedule",
+    "parameter_groups",
+    "scaled_lr",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,10 @@ class PercentAccuracy(MulticlassAccuracy):
 
 def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
     """Top-1 and top-5 accuracy in percent (top-k with all classes where there are fewer than five)."""
-    metrics = {f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+    metrics = {
+        f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
+        for k in (1, 5)
+    }
     return MetricCollection(metrics, prefix=prefix)  # type: ignore[arg-type]
 
 
@@ -60,11 +63,15 @@ def check_logits(loss: float, what: str) -> None:
     """
     if math.isnan(loss):
         widest = "trainer.precision=32-true has the widest range"
-        raise UsageError(f"{what}: the model's logits hold NaN or infinity; must be finite ({widest})")
+        raise UsageError(
+            f"{what}: the model's logits hold NaN or infinity; must be finite ({widest})"
+        )
 
 
 @torch.no_grad()
-def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes: int, device: torch.device
+) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy.
 
     Args:
@@ -81,4 +88,6 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes
         logits, classes = predict(images.to(device)).float(), target.to(device)
         metrics.update(logits, classes)
         loss.update(mean_cross_entropy(logits, classes), weight=len(images))
-    return {name: float(value) for name, value in {**metrics.compute(), "loss": loss.compute()}.items()}
+    return {
+        name: float(value) for name, value in {**metrics.compute(), "loss": loss.compute()}.items()
+    }

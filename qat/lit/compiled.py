@@ -44,7 +44,11 @@ compiler.cache_key_tag += source_hash(functional, kernels)
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
 # The second name is that of division in older versions of torch, spelled so.
-ROUNDING = {"eager_numerics.division_rounding": True, "emulate_divison_rounding": True, "emulate_precision_casts": True}
+ROUNDING = {
+    "eager_numerics.division_rounding": True,
+    "emulate_divison_rounding": True,
+    "emulate_precision_casts": True,
+}
 
 
 def compile_options() -> dict[str, bool]:
@@ -53,7 +57,11 @@ def compile_options() -> dict[str, bool]:
     Rows without padding, as operators would copy others; with `trainer.deterministic` no choice by what was fastest just then.
     """
     known = inductor.get_config_copy()
-    wanted = {**ROUNDING, "comprehensive_padding": False, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    wanted = {
+        **ROUNDING,
+        "comprehensive_padding": False,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     return {name: value for name, value in wanted.items() if name in known}
 
 
@@ -64,7 +72,10 @@ def _say(reason: str) -> None:
 
 def _without_graphs(record: logging.LogRecord) -> bool:
     """Whether torch has to say it: what it runs without a CUDA graph is one line here, many of a stack there."""
-    skipped = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", record.getMessage().partition("\n")[0].rstrip())
+    skipped = re.match(
+        r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$",
+        record.getMessage().partition("\n")[0].rstrip(),
+    )
     if skipped:
         _say(skipped[1])
     return not skipped
@@ -84,7 +95,14 @@ class CompiledCall:
             begins (`torch.compiler.cudagraph_mark_step_begin`); what a call gives is not.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor], Any],
+        net: nn.Module,
+        *,
+        recompute: bool = False,
+        graphs: bool = False,
+    ) -> None:
         # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
         options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": graphs}
         self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -97,7 +115,10 @@ class CompiledCall:
 
     def __call__(self, images: Tensor) -> Any:
         """What the function gives."""
-        way, graphs = (self._net.training, torch.is_grad_enabled(), images.shape[1:]), counters["stats"]
+        way, graphs = (
+            (self._net.training, torch.is_grad_enabled(), images.shape[1:]),
+            counters["stats"],
+        )
         if len(images) < self._largest.get(way, 0):
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)

@@ -20,7 +20,11 @@ from qat.launch.signals import Preempted
 from qat.utils.files import csv_rows, write_text
 
 # W&B and MLflow report to their makers unless these say otherwise, and MLflow lists the tables that it makes.
-for _name, _value in {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}.items():
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}.items():
     os.environ.setdefault(_name, _value)
 
 
@@ -50,10 +54,16 @@ class _Writer(ExperimentWriter):
         path = Path(self.metrics_file_path)
         try:
             there = csv_rows(path) if resumed_at and path.is_file() else []
-            rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < resumed_at]
+            rows = [
+                {key: value for key, value in row.items() if value != ""}
+                for row in there
+                if int(row["step"]) < resumed_at
+            ]
             self.metrics_keys = sorted(set().union(*rows))
         except Exception as error:
-            raise UsageError(f"{path}: must be the table that this run wrote; without it the run resumes, too ({error})") from error
+            raise UsageError(
+                f"{path}: must be the table that this run wrote; without it the run resumes, too ({error})"
+            ) from error
         if rows:
             self._write(rows)
         else:
@@ -83,7 +93,11 @@ class _Writer(ExperimentWriter):
 
 def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
     """Put the row of a step, or of an epoch, into `metrics.csv` before the checkpoint that counts it as logged: Lightning does so later."""
-    connector, loop, loggers = trainer._logger_connector, trainer.fit_loop.epoch_loop, trainer.loggers
+    connector, loop, loggers = (
+        trainer._logger_connector,
+        trainer.fit_loop.epoch_loop,
+        trainer.loggers,
+    )
     trainer.loggers = [one for one in loggers if isinstance(one, CSVLog)]
     loop._batches_that_stepped -= epoch  # as Lightning does for the row of an epoch
     if epoch or connector.should_update_logs:

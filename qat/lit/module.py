@@ -79,8 +79,12 @@ class QATModule(LightningModule):
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
-        self.test_confusion = MulticlassConfusionMatrix(num_classes) if num_classes <= MOST_CONFUSED else None
-        self.confusion: Tensor | None = None  # (K, K) on the CPU once a test has ended: images by true and by predicted class
+        self.test_confusion = (
+            MulticlassConfusionMatrix(num_classes) if num_classes <= MOST_CONFUSED else None
+        )
+        self.confusion: Tensor | None = (
+            None  # (K, K) on the CPU once a test has ended: images by true and by predicted class
+        )
         names = ("loss", *(f"loss_{name}" for name in loss.terms))
         self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
 
@@ -98,7 +102,11 @@ class QATModule(LightningModule):
         self._accumulated = batches
         if self.lsq_grad_batch == "global":
             for site in iter_quantizers(self.net):
-                for step in () if site.is_weight else (m for m in site.quantizer.modules() if isinstance(m, LSQ)):
+                for step in (
+                    ()
+                    if site.is_weight
+                    else (m for m in site.quantizer.modules() if isinstance(m, LSQ))
+                ):
                     step.grad_factor = (self.trainer.world_size * batches) ** -0.5
 
     def on_fit_start(self) -> None:
@@ -110,7 +118,9 @@ class QATModule(LightningModule):
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
         self._steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._groups = sum(len(optimizer.param_groups) for optimizer in self.trainer.optimizers)
-        self._frozen = [parameter for parameter in self.net.parameters() if not parameter.requires_grad]
+        self._frozen = [
+            parameter for parameter in self.net.parameters() if not parameter.requires_grad
+        ]
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             schedule.step(self.current_epoch)
@@ -126,9 +136,23 @@ class QATModule(LightningModule):
         if accumulated != self._accumulated:
             self._accumulate(accumulated)
         total, parts = self.loss(self.context(batch, self.global_step / self._steps))
-        self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
-        self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
-        for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
+        self.log(
+            "train/loss_step",
+            total.detach(),
+            on_step=True,
+            on_epoch=False,
+            prog_bar=True,
+            batch_size=len(images),
+        )
+        self.log_dict(
+            {f"train/{name}": value for name, value in self.loss.watched().items()},
+            on_step=True,
+            on_epoch=False,
+        )
+        for name, value in {
+            "loss": total.detach(),
+            **{f"loss_{k}": v for k, v in parts.items()},
+        }.items():
             mean = self.train_means[name]
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
@@ -136,7 +160,9 @@ class QATModule(LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; Lightning has divided the loss by the batches of a full step, where the mean of this step's counts."""
-        super().backward(loss * (self.trainer.accumulate_grad_batches / self._accumulated), *args, **kwargs)
+        super().backward(
+            loss * (self.trainer.accumulate_grad_batches / self._accumulated), *args, **kwargs
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse weights that a callback unfreezes during the run: the schedule and weight decay know only those of its start.
@@ -154,7 +180,9 @@ class QATModule(LightningModule):
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
         """Run teacher and net on a batch (images, targets), for the loss to compare."""
         images, target = batch
-        teacher_logits, followed = self.teacher.with_features(images, self.loss.blocks) if self.teacher else (None, [])
+        teacher_logits, followed = (
+            self.teacher.with_features(images, self.loss.blocks) if self.teacher else (None, [])
+        )
         with self._outputs.of_pass() as features:
             logits = self.net(images)
         return StepContext(logits, target, teacher_logits, self.net, progress, features, followed)
@@ -180,7 +208,9 @@ class QATModule(LightningModule):
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss) -> Tensor:
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss
+    ) -> Tensor:
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
@@ -192,15 +222,22 @@ class QATModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule if there is one."""
         if self._optimizer is None:
-            raise RuntimeError("QATModule was built without an optimizer: it can evaluate, not train")
+            raise RuntimeError(
+                "QATModule was built without an optimizer: it can evaluate, not train"
+            )
         optimizer = self._optimizer(self.net)
         if self._scheduler is None:
             return optimizer
         epochs = self.trainer.max_epochs or 1
         if epochs < 0:
-            raise UsageError("trainer.max_epochs=-1: must be at least 1: schedules are laid out for epochs")
+            raise UsageError(
+                "trainer.max_epochs=-1: must be at least 1: schedules are laid out for epochs"
+            )
         schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": interval},
+        }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Move a schedule of timm's on: they are functions of the epoch or step that comes next."""
@@ -243,7 +280,10 @@ class QATModule(LightningModule):
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             checkpoint[MEANS_KEY] = {  # sums, each of all processes: (processes,)
-                name: {key: cast(Tensor, self.all_gather(value)).reshape(-1) for key, value in mean.metric_state.items()}
+                name: {
+                    key: cast(Tensor, self.all_gather(value)).reshape(-1)
+                    for key, value in mean.metric_state.items()
+                }
                 for name, mean in self.train_means.items()
             }
 
@@ -260,7 +300,11 @@ class QATModule(LightningModule):
             )
         sums_of = checkpoint.get(MEANS_KEY, {})
         for name in self.train_means.keys() & sums_of.keys():
-            for key, sums in sums_of[name].items() if len(sums_of[name]["weight"]) == self.trainer.world_size else ():
+            for key, sums in (
+                sums_of[name].items()
+                if len(sums_of[name]["weight"]) == self.trainer.world_size
+                else ()
+            ):
                 setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))
 
 
@@ -274,7 +318,9 @@ def steps_per_epoch(trainer: Trainer) -> int:
     if datamodule is None:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)  # a count, or a share
+    batches = (
+        min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    )  # a count, or a share
     every = trainer.val_check_interval
     if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch:
         raise UsageError(

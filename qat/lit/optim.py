@@ -19,7 +19,11 @@ _FUSED = {"adam", "adamw"}  # optimizers of torch that have a fused form, by tim
 
 
 def parameter_groups(
-    net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0, layer_decay: float | None = None
+    net: nn.Module,
+    *,
+    weight_decay: float,
+    scale_lr_factor: float = 1.0,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Three groups: weights with decay; biases, norms, tokens and offsets without; scales without, at their own rate.
 
@@ -40,13 +44,17 @@ def parameter_groups(
     if layer_decay is not None:
         check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
         if not hasattr(net, "group_matcher"):
-            raise UsageError(f"optimizer.layer_decay={layer_decay}: timm does not number the layers of {type(net).__name__}; must be null")
+            raise UsageError(
+                f"optimizer.layer_decay={layer_decay}: timm does not number the layers of {type(net).__name__}; must be null"
+            )
         # As timm counts them: 0 = embedding, the highest = head.
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     scales, _ = quantizer_parameters(net)
     without = no_weight_decay(net)
     last = max(layers.values(), default=0)
-    groups: dict[tuple[str, int], list[nn.Parameter]] = {(name, layer): [] for layer in range(last + 1) for name in GROUPS}
+    groups: dict[tuple[str, int], list[nn.Parameter]] = {
+        (name, layer): [] for layer in range(last + 1) for name in GROUPS
+    }
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -56,7 +64,8 @@ def parameter_groups(
         {
             "params": parameters,
             "weight_decay": weight_decay if kind == "decay" else 0.0,
-            "lr_scale": (scale_lr_factor if kind == "scales" else 1.0) * (layer_decay or 1.0) ** (last - layer),
+            "lr_scale": (scale_lr_factor if kind == "scales" else 1.0)
+            * (layer_decay or 1.0) ** (last - layer),
             "name": kind if layer_decay is None else f"layer{layer}_{kind}",
         }
         for (kind, layer), parameters in groups.items()
@@ -111,16 +120,26 @@ def build_optimizer(
     known = [*map(str, timm.optim.list_optimizers())]
     if str(opt).lower() not in known:
         raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), known))
-    groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
+    groups = parameter_groups(
+        net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay
+    )
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-    given = ", ".join(f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items())
-    if opt.lower() in _FUSED and all(type(parameter) is nn.Parameter for parameter in net.parameters()):  # not where processes share them
+    given = ", ".join(
+        f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items()
+    )
+    if opt.lower() in _FUSED and all(
+        type(parameter) is nn.Parameter for parameter in net.parameters()
+    ):  # not where processes share them
         options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
-        optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
+        optimizer = timm.optim.create_optimizer_v2(
+            groups, opt=opt, lr=lr, weight_decay=0.0, **options
+        )
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"{given}: do not work together ({error}); conf/optimizer has values that do") from error
+        raise UsageError(
+            f"{given}: do not work together ({error}); conf/optimizer has values that do"
+        ) from error
     # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
@@ -149,5 +168,10 @@ def cosine_schedule(
         # timm multiplies by lr_scale in every update: the base it starts from must not hold it already.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)
     return CosineLRScheduler(
-        optimizer, t_initial=max(periods, 1), lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=interval == "epoch"
+        optimizer,
+        t_initial=max(periods, 1),
+        lr_min=min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=warmup_lr,
+        t_in_epochs=interval == "epoch",
     )

@@ -33,7 +33,12 @@ def strategy_of(name: Any, processes: int) -> Any:
     if processes == 1:
         return "auto" if name == SHARDED else name
     searching = partial(data_parallel, find_unused_parameters=True)
-    ours: dict[Any, Callable[[], Strategy]] = {"auto": data_parallel, "ddp": data_parallel, SEARCHING: searching, SHARDED: ShardedStrategy}
+    ours: dict[Any, Callable[[], Strategy]] = {
+        "auto": data_parallel,
+        "ddp": data_parallel,
+        SEARCHING: searching,
+        SHARDED: ShardedStrategy,
+    }
     return ours[name]() if isinstance(name, str) and name in ours else name
 
 
@@ -49,8 +54,14 @@ def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
     """
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     # torch 2.14 has another name for it.
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {sync_buffers: False, "gradient_as_bucket_view": True, "find_unused_parameters": find_unused_parameters}
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )
+    options: dict[str, Any] = {
+        sync_buffers: False,
+        "gradient_as_bucket_view": True,
+        "find_unused_parameters": find_unused_parameters,
+    }
     return DDPStrategy(**options)
 
 
@@ -82,7 +93,9 @@ class ShardedStrategy(DDPStrategy):
         for tensor in (*net.parameters(), *net.buffers()):
             dist.broadcast(tensor.detach(), 0)
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
-        blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
+        blocks = [
+            module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]
+        ]
         for module in (*reversed(blocks), net):  # inner ones first
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
@@ -103,7 +116,10 @@ class ShardedStrategy(DDPStrategy):
         """Read into a net that is whole, or that is shared out already."""
         module = cast(LightningModule, self.lightning_module)
         there = module.state_dict()
-        state = {name: like(value, there.get(name, value)) for name, value in checkpoint["state_dict"].items()}
+        state = {
+            name: like(value, there.get(name, value))
+            for name, value in checkpoint["state_dict"].items()
+        }
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -141,7 +157,11 @@ class ShardedStrategy(DDPStrategy):
     def _share_out_states(self) -> None:
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
-                state.update({key: like(value, parameter) for key, value in state.items() if isinstance(value, Tensor)})
+                state.update({
+                    key: like(value, parameter)
+                    for key, value in state.items()
+                    if isinstance(value, Tensor)
+                })
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         def gather(tensor: DTensor) -> Tensor | None:
@@ -166,7 +186,9 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that every process has, shared out as `other` of the same shape is, and on its device; nothing is sent."""
     if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
         return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None
+    )
 
 
 class SyncBatchNorms(TorchSyncBatchNorm):
@@ -188,7 +210,11 @@ class SyncBatchNorms(TorchSyncBatchNorm):
         """The same model with its original batch norms, which take over parameters and statistics."""
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if original := self._originals.get(module):
-                original.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, training=module.training)
+                original.__dict__.update(
+                    _parameters=module._parameters,
+                    _buffers=module._buffers,
+                    training=module.training,
+                )
                 model.set_submodule(name, original)
         return model
 
@@ -196,15 +222,24 @@ class SyncBatchNorms(TorchSyncBatchNorm):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints written atomically, read without unpickling anything but plain data, and only if they are whole."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Write beside the path, flush to the disk, rename; the `last.ckpt` that is replaced stays as `last.prev.ckpt`."""
         try:
             write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UsageError(f"{path} cannot be written ({reason}); the previous checkpoint is intact") from error
+            raise UsageError(
+                f"{path} cannot be written ({reason}); the previous checkpoint is intact"
+            ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: FBT001  (Lightning's signature)
+    def load_checkpoint(  # Lightning's signature
+        self,
+        path: Any,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,  # noqa: FBT001
+    ) -> dict[str, Any]:
         """Read plain data and tensors of a file whose checksums fit; `weights_only` is always on."""
         checkpoint: dict[str, Any] = read_torch(path, map_location=map_location)
         return checkpoint

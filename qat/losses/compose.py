@@ -102,16 +102,22 @@ class CompositeLoss(nn.Module):
             raise UsageError("loss.terms={}: must have at least one term")
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
-                raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")
+                raise UsageError(
+                    f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm"
+                )
         blocks = {term.blocks for term in terms.values() if term.blocks}
         if len(blocks) > 1:
-            raise UsageError(f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that read blocks")
+            raise UsageError(
+                f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that read blocks"
+            )
         self.blocks = next(iter(blocks), None)
         self.needs_teacher = any(term.needs_teacher for term in terms.values())
         try:
             self.terms: Any = nn.ModuleDict(dict(terms))
         except (KeyError, TypeError) as error:
-            raise UsageError(f"loss.terms: a term has a name that a module cannot have: {error}") from error
+            raise UsageError(
+                f"loss.terms: a term has a name that a module cannot have: {error}"
+            ) from error
 
     def prepare(self, net: nn.Module) -> None:
         """Have every term find what it works on; see `LossTerm.prepare`."""
@@ -126,4 +132,6 @@ class CompositeLoss(nn.Module):
         """The sum, and each term's unweighted value (detached) by name."""
         values = {name: term(step) for name, term in self.terms.items()}
         weighted = [self.terms[name].weight * value for name, value in values.items()]
-        return sum(weighted[1:], weighted[0]), {name: value.detach() for name, value in values.items()}
+        return sum(weighted[1:], weighted[0]), {
+            name: value.detach() for name, value in values.items()
+        }

@@ -30,7 +30,9 @@ class CrossEntropy(LossTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
-        return F.cross_entropy(step.prediction.float(), step.target, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            step.prediction.float(), step.target, label_smoothing=self.label_smoothing
+        )
 
 
 class Distillation(LossTerm):
@@ -46,7 +48,13 @@ class Distillation(LossTerm):
 
     needs_teacher = True
 
-    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0, hard_weight: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        weight: float = 1.0,
+        hard_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__(weight)
         check_number("loss.label_smoothing", label_smoothing, 0, below=1)
         check_number("loss.hard_weight", hard_weight, 0)
@@ -82,7 +90,9 @@ class FeatureDistillation(LossTerm):
 
     needs_teacher = True
 
-    def __init__(self, weight: float = 1.0, blocks: str = "all", schedule: str = "constant") -> None:
+    def __init__(
+        self, weight: float = 1.0, blocks: str = "all", schedule: str = "constant"
+    ) -> None:
         check_number("loss.features", weight, 0)
         check_choice("loss.features_blocks", blocks, ("all", "last"))
         check_choice("loss.features_schedule", schedule, ("constant", "cosine"))
@@ -92,8 +102,13 @@ class FeatureDistillation(LossTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar, on the part of `weight` that is in force."""
-        own, followed = ([tuple(one.shape[1:]) for one in features] for features in (step.features, step.teacher_features))
+        own, followed = (
+            [tuple(one.shape[1:]) for one in features]
+            for features in (step.features, step.teacher_features)
+        )
         if not own or own != followed:
-            raise UsageError(f"loss.features: blocks of the model return {own}, those of the teacher {followed}; must be the same shapes")
+            raise UsageError(
+                f"loss.features: blocks of the model return {own}, those of the teacher {followed}; must be the same shapes"
+            )
         share = 1.0 if self.schedule == "constant" else cosine_between(1.0, 0.0, step.progress)
         return share * feature_distance(step.features, step.teacher_features)

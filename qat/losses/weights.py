@@ -31,12 +31,16 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
         UsageError: there are none.
     """
     weights = [(site.layer, site.latent()) for site in iter_quantizers(net) if site.is_weight] or [
-        (name, module.weight) for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        (name, module.weight)
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     outside = stem_and_heads(net)
     found = {id(weight): weight for layer, weight in weights if layer not in outside}
     if not found:
-        raise UsageError("loss.kure: this model has no linear layers or convolutions besides stem and heads")
+        raise UsageError(
+            "loss.kure: this model has no linear layers or convolutions besides stem and heads"
+        )
     return list(found.values())
 
 
@@ -51,7 +55,9 @@ class Kure(LossTerm):
 
     needs_whole_weights = True
 
-    def __init__(self, weight: float = 1.0, target: float = UNIFORM_KURTOSIS, reduction: str = "mean") -> None:
+    def __init__(
+        self, weight: float = 1.0, target: float = UNIFORM_KURTOSIS, reduction: str = "mean"
+    ) -> None:
         check_number("loss.kure", weight, 0)
         check_kure("loss.kure_target", target, "loss.kure_reduction", reduction)
         super().__init__(weight)
@@ -65,7 +71,11 @@ class Kure(LossTerm):
         """Scalar."""
         values = kurtoses(latent_weights(step.net))
         seen = values.detach()
-        self.watched = {"kurtosis_mean": seen.mean(), "kurtosis_min": seen.min(), "kurtosis_max": seen.max()}
+        self.watched = {
+            "kurtosis_mean": seen.mean(),
+            "kurtosis_min": seen.min(),
+            "kurtosis_max": seen.max(),
+        }
         return kure_of(values, self.target, self.reduction)
 
 
@@ -94,12 +104,20 @@ class Dampening(LossTerm):
             UsageError: the net has no weights on evenly spaced values of so few bits.
         """
         distances = []
-        for site in [s for s in iter_quantizers(step.net) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]:
+        for site in [
+            s
+            for s in iter_quantizers(step.net)
+            if s.is_weight and s.quantizer.spec.bits <= self.max_bits
+        ]:
             weight = site.latent().float()
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid):
                 inside = weight.clamp(*grid.ends(weight.ndim))
-                distances.append((site.quantizer(weight).detach() - inside).square().sum())  # no gradient to the step size
+                distances.append(
+                    (site.quantizer(weight).detach() - inside).square().sum()
+                )  # no gradient to the step size
         if not distances:
-            raise UsageError(f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so few bits on a uniform grid")
+            raise UsageError(
+                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so few bits on a uniform grid"
+            )
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()

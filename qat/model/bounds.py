@@ -17,7 +17,12 @@ TIMES, SPARE_TENSORS, SPARE_NUMBERS, SPARE_PASSED = 8, 2000, 2**24, 2**28
 _OTHER = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
-def check_net(name: str, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor], input_size: Sequence[Any] | None = None) -> None:
+def check_net(
+    name: str,
+    kwargs: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    input_size: Sequence[Any] | None = None,
+) -> None:
     """Raise `ValueError` if a net would need much more memory than some weights; none is taken for it.
 
     Args:
@@ -35,12 +40,21 @@ def check_net(name: str, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor
     def count(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
         shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
         heads = getattr(module, "num_heads", 0)
-        scores = shape[0] * heads * shape[1] ** 2 if isinstance(heads, int) and len(shape) == 3 else 0
+        scores = (
+            shape[0] * heads * shape[1] ** 2 if isinstance(heads, int) and len(shape) == 3 else 0
+        )
         if max(scores, out.numel() if isinstance(out, Tensor) else 0) > most:
-            raise ValueError(f"an image of {tuple(input_size or ())} takes much more memory than the weights of the file")
+            raise ValueError(
+                f"an image of {tuple(input_size or ())} takes much more memory than the weights of the file"
+            )
 
     # What else is wrong is said where the net itself is built; one that looks at its values cannot be built without them.
-    with contextlib.suppress(*_OTHER), about_as_large_as(weights), torch.device("meta"), torch.no_grad():
+    with (
+        contextlib.suppress(*_OTHER),
+        about_as_large_as(weights),
+        torch.device("meta"),
+        torch.no_grad(),
+    ):
         net = timm.create_model(name, **kwargs).eval()
         if input_size is not None:
             hook = nn.modules.module.register_module_forward_hook(count)
@@ -61,10 +75,15 @@ def about_as_large_as(state: Mapping[str, Tensor]) -> Generator[None]:
         if tensor is not None:
             tensors, numbers = tensors - 1, numbers - tensor.numel()
         if min(tensors, numbers) < 0:
-            raise ValueError(f"the model is much larger than the weights of the file, at its {name}")
+            raise ValueError(
+                f"the model is much larger than the weights of the file, at its {name}"
+            )
 
     watched = nn.modules.module
-    hooks = watched.register_module_parameter_registration_hook(count), watched.register_module_buffer_registration_hook(count)
+    hooks = (
+        watched.register_module_parameter_registration_hook(count),
+        watched.register_module_buffer_registration_hook(count),
+    )
     try:
         yield
     finally:

@@ -34,10 +34,19 @@ FORMAT_VERSION = 1
 META_KEY = "qat"
 # Of timm's `pretrained_cfg`: which weights, and how images are prepared for them; other tags of one model differ in it.
 OF_IMAGES = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # would read further files
+FETCHING_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+}  # would read further files
 NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm", "ofq")
-_AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
+_AVERAGED, _TRAINED = (
+    ("state_dict_ema", "model_ema"),
+    ("state_dict", "model"),
+)  # under which scripts keep weights
 _WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")  # what wrappers put before names
 _MOST_PIXELS = 2**25  # of an image that a file says its net takes
 
@@ -73,15 +82,26 @@ def describe(
     Raises:
         UsageError: the net does not say how it was built, or not in plain data; data or classes are not of their kind.
     """
-    data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
+    data, classes = (
+        data_of(net) if data is None else data,
+        classes_of(net) if classes is None else classes,
+    )
     fits = isinstance(data, Mapping | None) and isinstance(classes, list | tuple | None)
-    if not fits or not is_plain(data and dict(data)) or not all(type(name) is str for name in classes or []):
-        raise UsageError("save: data must be a dict of Python's own numbers, text, lists and dicts, classes a list of names")
+    if (
+        not fits
+        or not is_plain(data and dict(data))
+        or not all(type(name) is str for name in classes or [])
+    ):
+        raise UsageError(
+            "save: data must be a dict of Python's own numbers, text, lists and dicts, classes a list of names"
+        )
     config = getattr(net, "pretrained_cfg", None) or {}
     name = model or config.get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
-        how = "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+        how = (
+            "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+        )
         raise UsageError(f"save: this model does not record how timm built it; {how}")
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
@@ -90,14 +110,20 @@ def describe(
         head = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else None  # type: ignore[operator]
         outputs = getattr(head, "out_features", num_classes)
         if outputs != num_classes:
-            raise UsageError(f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both")
+            raise UsageError(
+                f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both"
+            )
     if not is_plain(kwargs):
-        raise UsageError(f"save: model arguments {kwargs} are not plain data; set model_kwargs={{...}} of numbers and text")
+        raise UsageError(
+            f"save: model arguments {kwargs} are not plain data; set model_kwargs={{...}} of numbers and text"
+        )
     done, recipe = conversion_of(net), recipe_of(net)
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
-        "pretrained_cfg": {key: value for key, value in config.items() if key in OF_IMAGES and value is not None},
+        "pretrained_cfg": {
+            key: value for key, value in config.items() if key in OF_IMAGES and value is not None
+        },
         "pool": get_model_args(net).get("global_pool"),
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
@@ -153,7 +179,9 @@ def check_loads(path: str | os.PathLike[str]) -> None:
         try:
             load(path)
         except UsageError as error:
-            raise UsageError(f"save: written, but qat.load cannot rebuild the model: {error}") from error
+            raise UsageError(
+                f"save: written, but qat.load cannot rebuild the model: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -179,11 +207,17 @@ class Checkpoint:
 
 def _read_file(path: Path, origin: str) -> Any:
     if not path.is_file():
-        raise UsageError(f"{origin}: {'must be a file, not a folder' if path.is_dir() else 'no such file'}")
+        raise UsageError(
+            f"{origin}: {'must be a file, not a folder' if path.is_dir() else 'no such file'}"
+        )
     try:
         if path.suffix == ".safetensors":
             packed = read_packed(path)
-            return safetensors.torch.load_file(path) if packed is None else {"state_dict": packed[0], META_KEY: packed[1]}
+            return (
+                safetensors.torch.load_file(path)
+                if packed is None
+                else {"state_dict": packed[0], META_KEY: packed[1]}
+            )
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return read_torch(path)
@@ -191,13 +225,19 @@ def _read_file(path: Path, origin: str) -> Any:
         raise
     except Exception as error:
         # Not torch's words, which advise to turn the check off.
-        why: object = "damaged, or it holds more than tensors and plain data; save only the state_dict()"
+        why: object = (
+            "damaged, or it holds more than tensors and plain data; save only the state_dict()"
+        )
         if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             why = getattr(error, "strerror", error)
-        raise UsageError(f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})") from error
+        raise UsageError(
+            f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})"
+        ) from error
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
+def read_checkpoint(
+    path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt"
+) -> Checkpoint:
     """Read a file of ours, of timm, or a plain state dict (torch or safetensors). Nothing in it is executed.
 
     Where a training script has left averaged weights as well, those are read, as timm does.
@@ -215,13 +255,30 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     origin = f"{setting}={str(path)!r}"
     content = _read_file(path, origin)
     if not isinstance(content, Mapping):
-        raise UsageError(f"{origin}: holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise UsageError(
+            f"{origin}: holds a {type(content).__name__}, expected a dictionary of tensors"
+        )
     meta = content.get(META_KEY) if fmt in {"auto", "qat"} else None
     if fmt == "qat" and meta is None:
-        raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
-    state = next((v for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(v := content.get(k), Mapping) and v), content)
-    named = {_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    module = "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])  # such as `net.` of a LightningModule
+        raise UsageError(
+            f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq"
+        )
+    state = next(
+        (
+            v
+            for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED)
+            if isinstance(v := content.get(k), Mapping) and v
+        ),
+        content,
+    )
+    named = {
+        _WRAPPED.sub("", k): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
+    }
+    module = (
+        "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])
+    )  # such as `net.` of a LightningModule
     tensors = timm_names({k.removeprefix(module): v for k, v in named.items()})
     if not tensors:
         raise UsageError(f"{origin}: holds no weights")
@@ -229,26 +286,48 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     if meta is not None:
         _check_meta(meta, origin)
         if "pytorch-lightning_version" in content:
-            tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
+            tensors = {
+                k.removeprefix(NET_PREFIX): v
+                for k, v in tensors.items()
+                if k.startswith(NET_PREFIX)
+            }
     step, args = content.get("global_step"), content.get("args")
-    said = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else None
-    return Checkpoint(path, tensors, meta, step if isinstance(step, int) else None, said, _training_of(content))
+    said = (
+        vars(args)
+        if isinstance(args, argparse.Namespace)
+        else dict(args)
+        if isinstance(args, Mapping)
+        else None
+    )
+    return Checkpoint(
+        path, tensors, meta, step if isinstance(step, int) else None, said, _training_of(content)
+    )
 
 
 def _check_meta(meta: Any, origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
     try:
         check_bounds(meta)
-        model, data, size, config = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1], meta.get("pretrained_cfg") or {}
+        model, data, size, config = (
+            meta["model"],
+            meta.get("data") or {},
+            meta.get("input_size") or [1],
+            meta.get("pretrained_cfg") or {},
+        )
         kinds: dict[type, tuple[Any, ...]] = {
             dict: (model["kwargs"], data, config, meta.get("run", {})),
             str: (model["name"], data.get("_target_", ""), data.get("model") or ""),
             int: (meta.get("format_version", 0),),
         }
-        if not (all(isinstance(value, kind) for kind in kinds for value in kinds[kind]) and math.prod(size) <= _MOST_PIXELS):
+        if not (
+            all(isinstance(value, kind) for kind in kinds for value in kinds[kind])
+            and math.prod(size) <= _MOST_PIXELS
+        ):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the model: {error}") from error
+        raise UsageError(
+            f"{origin}: is damaged, or not written by qat: its description of the model: {error}"
+        ) from error
     check_images(f"{origin}: its data", data)
 
 
@@ -256,7 +335,10 @@ def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(LookupError, TypeError, ValueError):
         epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
         (state,) = content["optimizer_states"]
-        groups = [(sorted({*map(str, group)} - {"params"}), len(group["params"])) for group in state["param_groups"]]
+        groups = [
+            (sorted({*map(str, group)} - {"params"}), len(group["params"]))
+            for group in state["param_groups"]
+        ]
         return {"epochs": epochs, "groups": groups}
     return {}
 
@@ -271,20 +353,36 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     if meta is None:
         raise UsageError(f"{origin}: does not say which model it holds; set model=...")
     if (version := meta.get("format_version", 0)) > FORMAT_VERSION:
-        raise UsageError(f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}")
+        raise UsageError(
+            f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}"
+        )
     try:
         with about_as_large_as(checkpoint.state):
             net = _described(meta, checkpoint.state)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"{origin}: cannot build the model it describes ({' '.join(str(error).split())})") from error
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        raise UsageError(
+            f"{origin}: cannot build the model it describes ({' '.join(str(error).split())})"
+        ) from error
     if is_frozen(net):
         prune_offsets(net, checkpoint.state)
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
-        raise UsageError(f"{origin}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
+        raise UsageError(
+            f"{origin}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
+        ) from error
     check_finite(net, origin, unset=True)
-    with contextlib.suppress(UsageError):  # a file without scales gives a net that raises when it is called
+    with contextlib.suppress(
+        UsageError
+    ):  # a file without scales gives a net that raises when it is called
         assert_ready(net)
     net.qat_data, net.qat_classes = meta.get("data"), meta.get("classes")  # type: ignore[assignment]
     return net.eval()
@@ -299,11 +397,18 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
         raise ValueError(f"argument {argument} would read something else")
     if weights is not None:
         data = meta.get("data") or {}
-        check_net(name, kwargs, weights, meta.get("input_size") or [data.get("in_chans"), *[data.get("image_size")] * 2])
+        check_net(
+            name,
+            kwargs,
+            weights,
+            meta.get("input_size") or [data.get("in_chans"), *[data.get("image_size")] * 2],
+        )
     net: nn.Module = timm.create_model(name, **kwargs)
     if meta.get("pool") not in {None, get_model_args(net).get("global_pool")}:
         net.reset_classifier(net.num_classes, meta["pool"])  # type: ignore[operator]
-    if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
+    if images := {
+        key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES
+    }:
         config = {**net.pretrained_cfg, **images}  # type: ignore[dict-item]
         check_images("pretrained_cfg", config)
         net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
@@ -322,7 +427,9 @@ def float_twin(net: nn.Module) -> nn.Module:
         UsageError: the net does not say how timm built it.
         LookupError, TypeError, ValueError, RuntimeError: what it says cannot be built.
     """
-    with torch.random.fork_rng(devices=[]):  # the weights, drawn on the CPU, are not looked at: nobody's draws move
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the weights, drawn on the CPU, are not looked at: nobody's draws move
         return _described({**describe(net), "recipe": None}).eval()
 
 
@@ -366,7 +473,11 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under timm's names; a state dict of anything but torchvision's Swin comes back as it is."""
     if _MARK not in state:
         return dict(state)
-    return {_renamed(name): tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+    return {
+        _renamed(name): tensor
+        for name, tensor in state.items()
+        if not name.endswith("relative_position_index")
+    }
 
 
 def _renamed(name: str) -> str:

@@ -61,9 +61,13 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             as it was.
     """
     if any(conversion_of(module) is not None for module in net.modules()):
-        raise UsageError("convert: the model is already quantized; build a new one, or load a checkpoint into another recipe with ckpt=")
+        raise UsageError(
+            "convert: the model is already quantized; build a new one, or load a checkpoint into another recipe with ckpt="
+        )
     if any(parameter.is_meta for parameter in net.parameters()):
-        raise UsageError("convert: the model is on the meta device; must hold weights: call model.to_empty(device=...), then load them")
+        raise UsageError(
+            "convert: the model is on the meta device; must hold weights: call model.to_empty(device=...), then load them"
+        )
     if not isinstance(recipe, QuantRecipe):
         raise UsageError(f"convert: recipe={recipe!r}: must be what qat.recipe(...) gives")
     check_images("convert", {"input_size": input_size})
@@ -76,7 +80,12 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     before = type(net), dict(net._modules)
     try:
-        _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
+        _walk(
+            net,
+            "",
+            _Walk(recipe, stem_and_heads(net), swapped),
+            swap_net(net, SwapContext(recipe.at(""), "block")),
+        )
         if isinstance(net, FqNet):
             net.connect()
         _check_tied(net, swapped)
@@ -104,29 +113,43 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
     """A rule has to reach a module that owns quantizers or an attention, which may be in float by this very rule."""
     reached = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
-    own = PRESETS.get(recipe.name, {}).get("overrides", {})  # not every net has what a recipe says of attentions
+    own = PRESETS.get(recipe.name, {}).get(
+        "overrides", {}
+    )  # not every net has what a recipe says of attentions
     for pattern in recipe.overrides:
         if pattern not in own and not fnmatch.filter(reached, pattern):
             names = [*reached, *(name for name, _ in net.named_modules())]
             example = next((n for n in names if n.count(".") >= 2), names[-1])
-            raise UsageError(f"{recipe.GROUP}.overrides[{pattern!r}]: must match a quantized module; names look like {example!r}")
+            raise UsageError(
+                f"{recipe.GROUP}.overrides[{pattern!r}]: must match a quantized module; names look like {example!r}"
+            )
 
 
 def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
     """Query-key reparameterization gives an attention weights of its own: those that another layer uses too would be tied no more."""
     used = set(net.parameters())
-    for old in dict.fromkeys(old for parent, name, old in swapped if isinstance(getattr(parent, name), QkrAttention)):
+    for old in dict.fromkeys(
+        old for parent, name, old in swapped if isinstance(getattr(parent, name), QkrAttention)
+    ):
         own = set(old.qkv.parameters())  # type: ignore[union-attr]
         if own & used:
-            raise UsageError("quant.attention='qkr': this model ties qkv to another layer; here it must be one of standard, float")
+            raise UsageError(
+                "quant.attention='qkr': this model ties qkv to another layer; here it must be one of standard, float"
+            )
         used |= own
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
     """Scales follow the place of a token, which is another one where tokens before it are dropped; only training drops any."""
-    rates = [module.prob for module in net.modules() if isinstance(module, PatchDropout | PatchDropoutWithIndices)]
+    rates = [
+        module.prob
+        for module in net.modules()
+        if isinstance(module, PatchDropout | PatchDropoutWithIndices)
+    ]
     rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera's own
-    per_token = any(site.quantizer.axis == -2 for site in iter_quantizers(net) if site.quantizer.n_scales)
+    per_token = any(
+        site.quantizer.axis == -2 for site in iter_quantizers(net) if site.quantizer.n_scales
+    )
     if rate and per_token and recipe.GROUP == "quant":
         raise UsageError(
             f"model.args.patch_drop_rate={rate}: {recipe.name} has scales for each token; must be 0, or quant.act_scales=tensor"
@@ -143,9 +166,14 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
         described = getattr(module, "pretrained_cfg", None) or {}
         for key, place in (("classifier", "head"), ("first_conv", "stem")):
             parts = described.get(key) or ()
-            places |= {f"{name}.{part}".lstrip("."): place for part in ([parts] if isinstance(parts, str) else parts)}
+            places |= {
+                f"{name}.{part}".lstrip("."): place
+                for part in ([parts] if isinstance(parts, str) else parts)
+            }
     if "stem" not in {places.get(name) for name in modules}:
-        places |= {next((name for name, m in modules.items() if isinstance(m, nn.Conv2d)), ""): "stem"}
+        places |= {
+            next((name for name, m in modules.items() if isinstance(m, nn.Conv2d)), ""): "stem"
+        }
     return places
 
 
@@ -155,9 +183,15 @@ def recipe_of(net: nn.Module) -> QuantRecipe | None:
     if done is None:
         return None
     modules = dict(net.named_modules())
-    heads = [name for name, place in stem_and_heads(net).items() if place == "head" and type(modules.get(name)) in {nn.Linear, nn.Conv2d}]
+    heads = [
+        name
+        for name, place in stem_and_heads(net).items()
+        if place == "head" and type(modules.get(name)) in {nn.Linear, nn.Conv2d}
+    ]
     in_float = {"weight_quantizer": "float", "act_quantizer": "float"}
-    return dataclasses.replace(done.recipe, overrides={**done.recipe.overrides, **dict.fromkeys(heads, in_float)})
+    return dataclasses.replace(
+        done.recipe, overrides={**done.recipe.overrides, **dict.fromkeys(heads, in_float)}
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +209,9 @@ class _Walk:
 
 def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
     """One pre-order walk; after a swap it goes on into the new module's children."""
-    for child_name, child in list(module._modules.items()):  # `named_children` leaves out all but the first name of a module
+    for child_name, child in list(
+        module._modules.items()
+    ):  # `named_children` leaves out all but the first name of a module
         path = f"{name}.{child_name}".lstrip(".")
         arrives = done.inputs.get(child_name, "signed")
         if child is None or isinstance(child, Quantizer) or arrives == "float":
@@ -204,21 +240,31 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
     walk.swapped.append((parent, name, old))
     for key, value in vars(old).items():
         if "hook" in key and not (isinstance(value, dict) and vars(new).get(key)):
-            setattr(new, key, value)  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
+            setattr(
+                new, key, value
+            )  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
         elif not hasattr(new, key):
             setattr(new, key, value)
     for kind in ("_parameters", "_buffers", "_modules"):  # what somebody has added
         added = vars(old)[kind].items()
-        vars(new)[kind].update({key: value for key, value in added if value is not None and key not in _REPLACED and not hasattr(new, key)})
+        vars(new)[kind].update({
+            key: value
+            for key, value in added
+            if value is not None and key not in _REPLACED and not hasattr(new, key)
+        })
     setattr(parent, name, new.train(old.training))
     return new
 
 
 def _refuse_reparameterization(*_: object, **__: object) -> None:
-    raise UsageError("reparameterize: the model is already quantized and would lose its quantizers; reparameterize first, then convert")
+    raise UsageError(
+        "reparameterize: the model is already quantized and would lose its quantizers; reparameterize first, then convert"
+    )
 
 
-def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> torch.Size | None:
+def check_input(
+    net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()
+) -> torch.Size | None:
     """Shape of what a net makes of one image of `input_size` (channels, height, width), None if that is no tensor.
 
     Raises:
@@ -230,25 +276,41 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = " ".join(str(error).split())
         fit = "data.image_size and model.args.img_size must agree"
-        raise UsageError(f"input_size={input_size}: the model does not accept images of this size ({reason}); {fit}") from error
+        raise UsageError(
+            f"input_size={input_size}: the model does not accept images of this size ({reason}); {fit}"
+        ) from error
     return out.shape if isinstance(out, Tensor) else None
 
 
-def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
+def _allocate(
+    net: nn.Module,
+    input_size: tuple[int, int, int],
+    swapped: list[tuple[nn.Module, str, nn.Module]],
+) -> None:
     """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
     groups: dict[Quantizer, int] = {}
 
     def allocate(module: Any, args: tuple[Tensor, ...]) -> None:
-        if groups.setdefault(module, module.n_groups(args[0].shape)) != module.n_groups(args[0].shape):
+        if groups.setdefault(module, module.n_groups(args[0].shape)) != module.n_groups(
+            args[0].shape
+        ):
             module.share_scale()
         module.allocate(args[0].shape, args[0].device)
 
-    check_input(net, input_size, [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)])
+    check_input(
+        net,
+        input_size,
+        [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)],
+    )
     # Undo swaps of modules that the net never calls: it reads their weight past the quantizers, which would never get a scale.
     reached: dict[nn.Module, bool] = {}
     for site in iter_quantizers(net):
         reached[site.owner] = reached.get(site.owner, False) or site.quantizer in groups
-    for entry in [(parent, name, old) for parent, name, old in swapped if not reached.get(getattr(parent, name), True)]:
+    for entry in [
+        (parent, name, old)
+        for parent, name, old in swapped
+        if not reached.get(getattr(parent, name), True)
+    ]:
         parent, name, old = entry
         setattr(parent, name, old.train(getattr(parent, name).training))
         swapped.remove(entry)

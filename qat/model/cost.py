@@ -57,7 +57,9 @@ def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     if len(factors) != 2:
         return []
     sizes: dict[str, int] = {}
-    for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):
+    for letters, factor in zip(
+        equation.split("->")[0].replace(" ", "").split(","), factors, strict=True
+    ):
         sizes |= dict(zip(letters, factor.shape, strict=False))
     return [math.prod(sizes.values())]
 
@@ -73,7 +75,8 @@ _OF_ACTIVATIONS: dict[Any, _Count] = {
     torch.einsum: _einsum_macs,
 }
 _OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys(
-    [F.linear, F.conv1d, F.conv2d, F.conv3d], lambda operands, out: [out.numel() * operands[1][0].numel()]
+    [F.linear, F.conv1d, F.conv2d, F.conv3d],
+    lambda operands, out: [out.numel() * operands[1][0].numel()],
 )
 
 
@@ -85,14 +88,22 @@ class _Watch(TorchFunctionMode):
         self.running: list[str] = []
         self.found: list[MatrixProduct] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
         if count is not None:
             where, operands = self.running[-1] if self.running else "", (*args, *kwargs.values())
             by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in operands)
-            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(operands, out))
+            self.found.extend(
+                MatrixProduct(where, macs, not by_weight) for macs in count(operands, out)
+            )
         return out
 
 
@@ -162,7 +173,10 @@ def cost(net: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
 def total(parts: list[ModuleCost]) -> Cost:
     """The sum of what modules cost."""
-    return Cost(**{field.name: sum(getattr(part, field.name) for part in parts) for field in dataclasses.fields(Cost)})
+    return Cost(**{
+        field.name: sum(getattr(part, field.name) for part in parts)
+        for field in dataclasses.fields(Cost)
+    })
 
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
@@ -172,12 +186,17 @@ def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[Modul
         products[product.module].append(product)
     stored = _stored(net)
     names = [name for name, _ in net.named_modules() if name in stored or name in products]
-    return [ModuleCost(name, **stored.get(name, Counter()), products=tuple(products.get(name, ()))) for name in names]
+    return [
+        ModuleCost(name, **stored.get(name, Counter()), products=tuple(products.get(name, ())))
+        for name in names
+    ]
 
 
 def size_bytes(net: nn.Module) -> int:
     """Bytes to store a net: codes packed at their width, a float32 scale a row, the float rest."""
-    return sum(n for sums in _stored(net).values() for kind, n in sums.items() if kind != "n_params")
+    return sum(
+        n for sums in _stored(net).values() for kind, n in sums.items() if kind != "n_params"
+    )
 
 
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
@@ -186,7 +205,11 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     sites = {site.name: site for site in iter_quantizers(net)}
     # Of a relative step what it began with and what was learned are one number.
     masters = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
-    masters |= {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
+    masters |= {
+        id(site.quantizer.bounds)
+        for site in sites.values()
+        if isinstance(site.quantizer, FrozenActivation)
+    }
     for site in sites.values():
         spec, owner = site.quantizer.spec, site.owner
         if not site.is_weight or spec.bits == FLOAT_BITS:
@@ -195,36 +218,57 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
         if isinstance(site.quantizer, FrozenWeight):
             latent = site.quantizer.stored
             # A shift that is no zero point is implied by the quantizer's kind.
-            masters |= {id(latent)} if spec.quantizer == "affine" else {id(latent), id(site.quantizer.shift)}
+            masters |= (
+                {id(latent)}
+                if spec.quantizer == "affine"
+                else {id(latent), id(site.quantizer.shift)}
+            )
             found["n_params"] += latent.numel()
         else:
             latent, n_scales = site.latent(), site.quantizer.n_scales
-            masters |= {id(t) for t in ((owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,))}
+            masters |= {
+                id(t)
+                for t in (
+                    (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)
+                )
+            }
             # As deployed also scales that training makes from the weight; where a bias is corrected, each row has a scale, a zero point and
             # a constant.
             rows = len(latent)
             if isinstance(site.quantizer, BlockFloat):
                 found["scale_bytes"] += site.quantizer.scale_bytes(latent.shape)
             else:
-                found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
+                found["scale_bytes"] += FLOAT_BYTES * (
+                    2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows
+                )
             found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
         # Rows of blocks begin with a byte of their own.
         length = latent.shape[spec.axis or 0] if site.quantizer.in_blocks else latent.numel()
         found["code_bytes"] += latent.numel() // length * packed_bytes(length, spec.bits)
     for name, parameter in net.named_parameters():
         sums[_place(name, sites)[0]]["n_params"] += parameter.numel()
-    kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file
+    kept = (
+        net.state_dict().keys()
+    )  # tables that a net makes anew, as Swin's indices, are in no file
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if name in kept and id(tensor) not in masters:
             layer, kind = _place(name, sites)
-            sums[layer][kind] += tensor.numel() * (1 if tensor.dtype == torch.uint8 else FLOAT_BYTES)
+            sums[layer][kind] += tensor.numel() * (
+                1 if tensor.dtype == torch.uint8 else FLOAT_BYTES
+            )
     return sums
 
 
 def _place(name: str, sites: dict[str, Site]) -> tuple[str, str]:
     """The module that a tensor counts for, that of its quantizer where it has one, and the kind of its bytes."""
     site = next((site for site in sites if name.startswith(f"{site}.")), None)
-    kind = "offset_bytes" if name.rpartition(".")[2] in _OFFSETS else "float_bytes" if site is None else "scale_bytes"
+    kind = (
+        "offset_bytes"
+        if name.rpartition(".")[2] in _OFFSETS
+        else "float_bytes"
+        if site is None
+        else "scale_bytes"
+    )
     return (site or name).rpartition(".")[0], kind
 
 
@@ -232,7 +276,9 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     """Every matrix product of one image, by one forward pass on zeros: ours by formula, layers and float attentions as they run."""
     modules = dict(net.named_modules())
     ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
-    inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
+    inherited = {
+        id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)
+    }
     found: list[MatrixProduct] = []
     watch = _Watch()
     hooks = []
@@ -241,20 +287,34 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
         def enter(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             watch.running.append(name)
             if name in ours:
-                counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
-                found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
+                counted = (
+                    _qkr(module, args[0])
+                    if isinstance(module, QkrAttention)
+                    else _attention(module, args[0])  # type: ignore[arg-type]
+                )
+                found.extend(
+                    MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted
+                )
 
         def leave(*_: Any) -> None:
             watch.running.pop()
 
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        hooks += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
     with probing(net, hooks), watch:
         net(zero_image(net, input_size))  # type: ignore[arg-type]
     for product in watch.found:
         if product.module not in ours:
             layer = modules[product.module]
-            weight, act = _bits(getattr(layer, "weight_quantizer", None)), _bits(getattr(layer, "input_quantizer", None))
-            bits = product.bits if product.of_activations else (weight, inherited.get(id(layer), act))
+            weight, act = (
+                _bits(getattr(layer, "weight_quantizer", None)),
+                _bits(getattr(layer, "input_quantizer", None)),
+            )
+            bits = (
+                product.bits if product.of_activations else (weight, inherited.get(id(layer), act))
+            )
             found.append(dataclasses.replace(product, bits=bits))
     return found
 
@@ -266,16 +326,30 @@ def _bits(quantizer: object) -> int:
 def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
     macs = module.n_scores(x) * module.head_dim
     joint = getattr(module, "qkv_quantizer", None)
-    q, k, v = (_bits(joint or getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v"))
+    q, k, v = (
+        _bits(joint or getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v")
+    )
     return [(macs, q, k, True), (macs, _bits(module.probs_quantizer), v, True)]
 
 
 def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
     width = x.shape[-1]
-    act, weight, key = _bits(module.input_quantizer), _bits(module.qk_quantizer), _bits(module.k_quantizer)
-    product, score, values = module.num_heads * x.numel() * width, module.n_scores(x) * width, module.n_scores(x) * module.head_dim
+    act, weight, key = (
+        _bits(module.input_quantizer),
+        _bits(module.qk_quantizer),
+        _bits(module.k_quantizer),
+    )
+    product, score, values = (
+        module.num_heads * x.numel() * width,
+        module.n_scores(x) * width,
+        module.n_scores(x) * module.head_dim,
+    )
     probs = _bits(module.probs_quantizer)
-    found = [(product, weight, act, False), (score, act, key, True), (values, probs, _bits(module.v_quantizer), True)]
+    found = [
+        (product, weight, act, False),
+        (score, act, key, True),
+        (values, probs, _bits(module.v_quantizer), True),
+    ]
     if module.q_bias is not None or module.folded_bias is not None:
         found.append((module.num_heads * x.numel(), FLOAT_BITS, act, False))
     return found

@@ -29,7 +29,9 @@ class EntryFreezer:
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Hook into the optimizers' steps."""
         self.detach()
-        self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in optimizers]
+        self._handles = [
+            optimizer.register_step_post_hook(self._restore) for optimizer in optimizers
+        ]
 
     def detach(self) -> None:
         """Remove the hooks and forget what was frozen."""
@@ -47,7 +49,9 @@ class EntryFreezer:
         self._frozen = []
         for parameter, mask in entries:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(mask, 0.0)  # not a product with the mask: NaN * 0 is NaN
+                parameter.grad.masked_fill_(
+                    mask, 0.0
+                )  # not a product with the mask: NaN * 0 is NaN
             self._frozen.append((parameter, mask, parameter.detach().clone()))
 
     @torch.no_grad()

@@ -61,7 +61,13 @@ class FrozenWeight(Frozen):
     shift: Tensor
     after: Tensor | None
 
-    def __init__(self, spec: QuantSpec, axis: int | None, name: str, parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        axis: int | None,
+        name: str,
+        parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    ) -> None:
         super().__init__(spec, axis, name)
         for key, value in zip(("stored", "scale", "shift", "after"), parts, strict=True):
             self.register_buffer(key, value)
@@ -83,7 +89,14 @@ class FrozenWeight(Frozen):
         lowest = -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
         highest = lowest + 2**self.spec.bits - 1
         after = None if self.after is None else view_along(self.after, self.stored.ndim, self.axis)
-        return UniformGrid(qmin=lowest, qmax=highest, step=self.scale, zero_point=-self.shift, axis=self.axis, after=after)
+        return UniformGrid(
+            qmin=lowest,
+            qmax=highest,
+            step=self.scale,
+            zero_point=-self.shift,
+            axis=self.axis,
+            after=after,
+        )
 
 
 class FrozenBlocks(FrozenWeight):
@@ -103,7 +116,12 @@ class FrozenBlocks(FrozenWeight):
         codes, factors, t = block_float_codes(weight.movedim(quantizer.dim, -1), quantizer.form)
         self.scale_dtype = torch.float8_e8m0fnu if t is None else torch.float8_e4m3fn
         scale = factors.to(self.scale_dtype).view(torch.uint8)
-        super().__init__(quantizer.spec, quantizer.axis, name, (codes.movedim(-1, quantizer.dim).contiguous(), scale, None, None))
+        super().__init__(
+            quantizer.spec,
+            quantizer.axis,
+            name,
+            (codes.movedim(-1, quantizer.dim).contiguous(), scale, None, None),
+        )
         self.register_buffer("per_tensor_scale", t)
         self.register_buffer("like", weight.new_empty(0), persistent=False)  # of the net's dtype
         self.empty = quantizer.grid()
@@ -120,9 +138,17 @@ class FrozenBlocks(FrozenWeight):
     def packed(self) -> dict[str, Tensor]:
         """What torchao's `MXTensor` and `NVFP4Tensor` hold: `qdata`, two E2M1 codes a byte, `scale`, `per_tensor_scale`."""
         codes = self.stored.movedim(self.empty.dim, -1)
-        qdata = pack_pairs(codes) if self.spec.bits == 4 else codes.contiguous().view(torch.float8_e4m3fn)
+        qdata = (
+            pack_pairs(codes)
+            if self.spec.bits == 4
+            else codes.contiguous().view(torch.float8_e4m3fn)
+        )
         found = {"qdata": qdata, "scale": self.scale.view(self.scale_dtype)}
-        return found if self.per_tensor_scale is None else found | {"per_tensor_scale": self.per_tensor_scale}
+        return (
+            found
+            if self.per_tensor_scale is None
+            else found | {"per_tensor_scale": self.per_tensor_scale}
+        )
 
 
 class FrozenActivation(Frozen):
@@ -151,7 +177,12 @@ class FrozenActivation(Frozen):
         zero = grid.zero_point
         if not isinstance(zero, Tensor):
             zero = torch.full_like(grid.step, zero) if zero else None  # type: ignore[assignment]
-        for key, value in (("scale", grid.step), ("zero_point", zero), ("before", grid.before), ("after", grid.after)):
+        for key, value in (
+            ("scale", grid.step),
+            ("zero_point", zero),
+            ("before", grid.before),
+            ("after", grid.after),
+        ):
             self.register_buffer(key, None if value is None else value.detach().float().clone())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +199,14 @@ class FrozenActivation(Frozen):
         """That of the buffers."""
         zero = 0.0 if self.zero_point is None else self.zero_point
         bounds = {"qmin": self.qmin, "qmax": self.qmax}
-        return UniformGrid(**bounds, step=self.scale, zero_point=zero, axis=self.axis, before=self.before, after=self.after)
+        return UniformGrid(
+            **bounds,
+            step=self.scale,
+            zero_point=zero,
+            axis=self.axis,
+            before=self.before,
+            after=self.after,
+        )
 
     def _rounded(self, x: Tensor) -> Tensor:
         """Codes as float32."""
@@ -222,7 +260,9 @@ def freeze(net: nn.Module) -> nn.Module:
             made from other tensors (pruning, parametrizations).
     """
     if conversion_of(net) is None:
-        raise UsageError("freeze: the model is not quantized; convert and train it first, or load a quantized checkpoint")
+        raise UsageError(
+            "freeze: the model is not quantized; convert and train it first, or load a quantized checkpoint"
+        )
     if is_frozen(net):
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
@@ -238,8 +278,12 @@ def is_frozen(net: nn.Module) -> bool:
 
 def keeps_weights(net: nn.Module) -> bool:
     """False if freezing moved offsets into biases, or folded queries and keys: the float net cannot be recovered from what is left."""
-    offsets = any(getattr(quantizer, name) is not None for quantizer in _activations(net) for name in OFFSETS)
-    return not offsets and not (is_frozen(net) and any(isinstance(module, QkrAttention) for module in net.modules()))
+    offsets = any(
+        getattr(quantizer, name) is not None for quantizer in _activations(net) for name in OFFSETS
+    )
+    return not offsets and not (
+        is_frozen(net) and any(isinstance(module, QkrAttention) for module in net.modules())
+    )
 
 
 @torch.no_grad()
@@ -295,14 +339,23 @@ def _fold_before(quantizer: object, linear: QuantLinear, rows: slice) -> None:
 
 
 def _add_to_bias(linear: QuantLinear, rows: slice, what: Tensor) -> None:
-    bias = torch.zeros(linear.out_features, device=what.device) if linear.bias is None else linear.bias.detach().float().clone()
+    bias = (
+        torch.zeros(linear.out_features, device=what.device)
+        if linear.bias is None
+        else linear.bias.detach().float().clone()
+    )
     bias[rows] += what
     linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def prune_offsets(net: nn.Module, others: Collection[str]) -> None:
     """Let go of offsets that are not among `others`, by name: those of zeros, which no file has."""
-    offsets = ((name, module, kind) for name, module in net.named_modules() if isinstance(module, FrozenActivation) for kind in OFFSETS)
+    offsets = (
+        (name, module, kind)
+        for name, module in net.named_modules()
+        if isinstance(module, FrozenActivation)
+        for kind in OFFSETS
+    )
     for name, module, kind in offsets:
         if f"{name}.{kind}" not in others:
             setattr(module, kind, None)
@@ -318,16 +371,26 @@ def _frozen(site: Site) -> Quantizer:
     if quantizer.is_float:
         return quantizer
     weight = site.latent().detach() if site.is_weight else None
-    if weight is not None and not ({"q_weight", "k_weight"} if site.role == "qk" else {"weight"}) <= site.owner._parameters.keys():
+    if (
+        weight is not None
+        and not ({"q_weight", "k_weight"} if site.role == "qk" else {"weight"})
+        <= site.owner._parameters.keys()
+    ):
         raise UsageError(f"freeze: {site.layer} {NOT_PLAIN}")
     grid = quantizer.grid(weight)
     if isinstance(grid, UniformGrid):
-        return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
+        return (
+            FrozenActivation(quantizer.spec, site.name, grid)
+            if weight is None
+            else _weight(site, grid, weight)
+        )
     if weight is not None and isinstance(quantizer, BlockFloat):
         return FrozenBlocks(quantizer, site.name, weight)
     if grid is None or weight is not None or grid.before is not None:
         why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
-        raise UsageError(f"freeze: {why}; must be a quantizer whose method grid says where its values lie")
+        raise UsageError(
+            f"freeze: {why}; must be a quantizer whose method grid says where its values lie"
+        )
     return FrozenNonuniform(quantizer, site.name)
 
 
@@ -340,8 +403,14 @@ def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
         axis = axis or 0
         rows = grid.after.detach().float().expand_as(weight).movedim(axis, 0).flatten(1)
         if (rows != rows[:, :1]).any():
-            raise UsageError(f"freeze: {site.name} has an offset after its quantizer that differs within a row; must be one for each row")
-        scale, shift, after = scale.expand(len(rows)).clone(), shift.expand(len(rows)).clone(), rows[:, 0].clone()
+            raise UsageError(
+                f"freeze: {site.name} has an offset after its quantizer that differs within a row; must be one for each row"
+            )
+        scale, shift, after = (
+            scale.expand(len(rows)).clone(),
+            shift.expand(len(rows)).clone(),
+            rows[:, 0].clone(),
+        )
     made = FrozenWeight(spec, axis, site.name, (codes, scale, shift, after))
     return _corrected(made, weight) if spec.bias_correction else made
 
@@ -350,10 +419,17 @@ def _corrected(made: FrozenWeight, weight: Tensor) -> FrozenWeight:
     """Bias correction is an affine map of every row: its factor goes into the scale, which all rows have then."""
     axis = made.axis or 0
     plain = made()
-    rows, corrected = (t.movedim(axis, 0).flatten(1) for t in (plain, correct_mean_and_std(plain, weight, axis)))
+    rows, corrected = (
+        t.movedim(axis, 0).flatten(1) for t in (plain, correct_mean_and_std(plain, weight, axis))
+    )
     centered, mean = rows - rows.mean(1, keepdim=True), corrected.mean(1, keepdim=True)
     spread = centered.square().sum(1)
     ratio = torch.where(spread > 0, ((corrected - mean) * centered).sum(1) / spread, 1.0)
     n = len(rows)
-    parts = (made.stored, made.scale.expand(n) * ratio, made.shift.expand(n).clone(), corrected.mean(1) - ratio * rows.mean(1))
+    parts = (
+        made.stored,
+        made.scale.expand(n) * ratio,
+        made.shift.expand(n).clone(),
+        corrected.mean(1) - ratio * rows.mean(1),
+    )
     return FrozenWeight(made.spec, axis, made.name, parts)

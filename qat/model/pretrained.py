@@ -39,7 +39,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
     """The first of some files of a repository that is in the local cache."""
-    return next((path for name in names if isinstance(path := huggingface_hub.try_to_load_from_cache(repository, name), str)), None)
+    return next(
+        (
+            path
+            for name in names
+            if isinstance(path := huggingface_hub.try_to_load_from_cache(repository, name), str)
+        ),
+        None,
+    )
 
 
 def require_host(address: str, origin: str, missing: str, instead: str) -> None:
@@ -51,12 +58,16 @@ def require_host(address: str, origin: str, missing: str, instead: str) -> None:
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S):
+        with urllib.request.urlopen(
+            urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S
+        ):
             pass
     except urllib.error.HTTPError:  # it responds
         pass
     except (OSError, http.client.HTTPException) as error:
-        raise UsageError(f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}") from error
+        raise UsageError(
+            f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}"
+        ) from error
 
 
 def fetch(repository: str, origin: str) -> Path:
@@ -73,7 +84,12 @@ def fetch(repository: str, origin: str) -> Path:
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
     if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
         missing = f"{repository} is not in the local cache"
-        require_host(huggingface_hub.constants.ENDPOINT, origin, missing, "a folder that was downloaded elsewhere works too")
+        require_host(
+            huggingface_hub.constants.ENDPOINT,
+            origin,
+            missing,
+            "a folder that was downloaded elsewhere works too",
+        )
         try:
             huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
         except (OSError, ValueError) as error:
@@ -92,7 +108,11 @@ def fetch(repository: str, origin: str) -> Path:
             check_images("pretrained_cfg", described)
         if not is_ours(folder) and timm.is_model(name := str(config.get("architecture"))):
             with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                shapes = {
+                    name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                    for name in names
+                }
             check_net(name, arguments, shapes)
     except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
@@ -136,14 +156,20 @@ def save_pretrained(
     """
     place = Path(folder)
     given = results or {}
-    measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
+    measured = {
+        key: given[key]
+        for key in ("top1", "top5", "images", "split", "data")
+        if given.get(key) is not None
+    }
     for key in {"top1", "top5", "images"} & measured.keys():
         check_number(f"save_pretrained: results.{key}", measured[key], 0)
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
-        meta["data"] = _without_paths({key: value for key, value in meta["data"].items() if key != "root"})
+        meta["data"] = _without_paths({
+            key: value for key, value in meta["data"].items() if key != "root"
+        })
     write_packed(frozen, place / WEIGHTS, meta)
     check_loads(place / WEIGHTS)
     config = {
@@ -172,7 +198,9 @@ def _without_paths(value: Any) -> Any:
 
 def _words(text: object) -> str:
     """A stranger's text as words of Markdown: no markup, no HTML, no second line."""
-    return re.sub(r"[^\w .,%()+-]", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split()))
+    return re.sub(
+        r"[^\w .,%()+-]", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split())
+    )
 
 
 def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
@@ -182,9 +210,12 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
     recipe = None if done is None else done.recipe
     rows = {
         "Architecture": f"`{_words(config['architecture'])}` of timm",
-        "Recipe": "float" if recipe is None else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
+        "Recipe": "float"
+        if recipe is None
+        else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
         "Data": _words((config["data"] or {}).get("_target_", "not stated")),
-        "Accuracy": ", ".join(f"{key} {_words(value)}" for key, value in results.items()) or "not measured",
+        "Accuracy": ", ".join(f"{key} {_words(value)}" for key, value in results.items())
+        or "not measured",
         "Packed file": f"{config['size_bytes']:,} bytes",
     }
     data = huggingface_hub.ModelCardData(
@@ -234,11 +265,15 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
     origin = f"from_pretrained: {str(source)!r}"
     folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
     if not is_ours(folder):
-        raise UsageError(f"{origin}: its {CONFIG} is not of qat.save_pretrained; timm.create_model reads those of timm")
+        raise UsageError(
+            f"{origin}: its {CONFIG} is not of qat.save_pretrained; timm.create_model reads those of timm"
+        )
     return load(folder / WEIGHTS, imports=imports)
 
 
-def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any) -> str:
+def push_to_hub(
+    net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any
+) -> str:
     """Write a net as `save_pretrained` does and upload it.
 
     Args:
@@ -258,13 +293,22 @@ def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: 
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name")
     if api is None:
-        require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")
+        require_host(
+            huggingface_hub.constants.ENDPOINT,
+            origin,
+            "nothing was uploaded",
+            "save_pretrained writes a folder",
+        )
         api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
         save_pretrained(net, folder, source=repository, **saving)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}")
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}"
+            )
         except (OSError, ValueError) as error:
-            raise UsageError(f"{origin}: the hub refuses ({' '.join(str(error).split())[:200]})") from error
+            raise UsageError(
+                f"{origin}: the hub refuses ({' '.join(str(error).split())[:200]})"
+            ) from error
     return str(getattr(done, "commit_url", done))

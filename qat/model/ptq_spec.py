@@ -46,7 +46,11 @@ _WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction":
 # Knobs of training, which `QuantRecipe` has; they mean nothing here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more scales than one: heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last one of all else.
-_AXES: dict[str, dict[str, int | None]] = {"tensor": {}, "token": {"image": None}, "channel": {"scores": 1, "probs": 1, "image": 1}}
+_AXES: dict[str, dict[str, int | None]] = {
+    "tensor": {},
+    "token": {"image": None},
+    "channel": {"scores": 1, "probs": 1, "image": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,19 @@ class PtqRecipe(QuantRecipe):
     layernorm: str = "float"  # type: ignore[misc]
 
     GROUP: ClassVar[str] = "ptq"
-    NET_WIDE: ClassVar[frozenset[str]] = QuantRecipe.NET_WIDE | {"placement", "layernorm", "method", *_OF_TRAINING}
+    NET_WIDE: ClassVar[frozenset[str]] = QuantRecipe.NET_WIDE | {
+        "placement",
+        "layernorm",
+        "method",
+        *_OF_TRAINING,
+    }
 
     def __post_init__(self) -> None:
         check_text("ptq.name", self.name)
         if self.name == "fp":
-            raise UsageError("ptq.name='fp': must be another name, as a recipe called fp leaves the model in float")
+            raise UsageError(
+                "ptq.name='fp': must be another name, as a recipe called fp leaves the model in float"
+            )
         self._settle_rule_bits()
         for knob, source in _FOLLOWS.items():
             if getattr(self, knob) is None:
@@ -126,13 +137,28 @@ class PtqRecipe(QuantRecipe):
             (("softmax_bits",), str(self.softmax_quantizer)),
         ):
             for knob in knobs:
-                check_bits(f"ptq.{knob}", getattr(self, knob), "" if knob in _OUTSIDE and quantizer in BLOCK_FLOATS else quantizer)
-        blocks = [q for q in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)) if q in BLOCK_FLOATS]
+                check_bits(
+                    f"ptq.{knob}",
+                    getattr(self, knob),
+                    "" if knob in _OUTSIDE and quantizer in BLOCK_FLOATS else quantizer,
+                )
+        blocks = [
+            q
+            for q in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer))
+            if q in BLOCK_FLOATS
+        ]
         for knob, only in _WITH_BLOCKS.items():
             if blocks and getattr(self, knob) != only:
-                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be {only} with {blocks[0]}")
-        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
-            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
+                raise UsageError(
+                    f"ptq.{knob}={getattr(self, knob)!r}: must be {only} with {blocks[0]}"
+                )
+        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != (
+            "fqvit",
+            "affine",
+        ):
+            raise UsageError(
+                "ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit"
+            )
         self._check_overrides()
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +168,20 @@ class PtqRecipe(QuantRecipe):
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`."""
-        name, bits = self._at(place, self.weight_quantizer), {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
+        name, bits = (
+            self._at(place, self.weight_quantizer),
+            {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place],
+        )
         return QuantSpec(
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
             signed=self.weight_signed,
-            axis=summed_axis(role) if name in BLOCK_FLOATS else 0 if self.weight_scales == "channel" else None,
+            axis=summed_axis(role)
+            if name in BLOCK_FLOATS
+            else 0
+            if self.weight_scales == "channel"
+            else None,
             observer=self.weight_observer,
             bias_correction=self.bias_correction and name != "float",
         )
@@ -165,14 +198,23 @@ class PtqRecipe(QuantRecipe):
             place: one of `PLACES`.
             signed: as `QuantRecipe` has it.
         """
-        name, bits = self._at(place, self.act_quantizer), self.act_bits if place == "block" else self.outer_act_bits
+        name, bits = (
+            self._at(place, self.act_quantizer),
+            self.act_bits if place == "block" else self.outer_act_bits,
+        )
         if role == "probs":
             name, bits = str(self.softmax_quantizer), self.softmax_bits
         if self.attention == "float" and role in {"q", "k", "v", "qkv", "scores", "probs"}:
             name = "float"
         observer = self.residual_observer if role == "residual" else self.act_observer
         usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
-        axis = summed_axis(role) if name in BLOCK_FLOATS else -1 if observer == "ptf" else _AXES[self.act_scales].get(role, usual)
+        axis = (
+            summed_axis(role)
+            if name in BLOCK_FLOATS
+            else -1
+            if observer == "ptf"
+            else _AXES[self.act_scales].get(role, usual)
+        )
         return QuantSpec(
             role,
             name,
@@ -194,9 +236,14 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
         TypeError: a knob is none of either kind.
         UsageError: a value that cannot work, a quantizer `package.module:Class` of a module that is not imported.
     """
-    known = {"rule_bits": "weights", **stored}  # in a file without it, rules have never set other bits
+    known = {
+        "rule_bits": "weights",
+        **stored,
+    }  # in a file without it, rules have never set other bits
     known.pop("compensation", None)  # of older files
-    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
+    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {
+        f.name for f in dataclasses.fields(QuantRecipe)
+    }
     recipe = PtqRecipe(**known) if names & set(stored) else QuantRecipe(**known)
     for name in custom_quantizers(recipe):
         check_imported("quantizer", name)
@@ -214,6 +261,10 @@ def check_imported(setting: str, name: str) -> None:
     """Raise `UsageError` unless the class `package.module:Class` is there already: nothing that a file names is imported."""
     module, _, attribute = name.partition(":")
     # Of the module's own names: a lookup of another one might import further modules.
-    if not isinstance(vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type):
+    if not isinstance(
+        vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type
+    ):
         hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
-        raise UsageError(f"{setting}={name!r}: must be built in or from an imported module; a file never imports one: {hint}")
+        raise UsageError(
+            f"{setting}={name!r}: must be built in or from an imported module; a file never imports one: {hint}"
+        )

@@ -19,17 +19,27 @@ from qat.utils.probing import images_of, probing, unset_scales_allowed
 
 def is_ready(quantizer: Quantizer) -> bool:
     """True if no parameter or buffer of the quantizer holds a NaN."""
-    return not any(bool(t.isnan().any()) for t in (*quantizer.parameters(), *quantizer.buffers()) if t.is_floating_point())
+    return not any(
+        bool(t.isnan().any())
+        for t in (*quantizer.parameters(), *quantizer.buffers())
+        if t.is_floating_point()
+    )
 
 
 def assert_ready(net: nn.Module) -> None:
     """Raise `UsageError` naming the first quantizer whose scales were never filled; where none is, the net has no `guard` any more."""
     for site in iter_quantizers(net):
         if not is_ready(site.quantizer):
-            filling = "qat.ptq.calibrate" if type(site.quantizer) is Affine else "qat.initialize_scales"
-            raise UsageError(f"scales of {site.name} are not initialised; call {filling}(net, batches) or load a checkpoint")
+            filling = (
+                "qat.ptq.calibrate" if type(site.quantizer) is Affine else "qat.initialize_scales"
+            )
+            raise UsageError(
+                f"scales of {site.name} are not initialised; call {filling}(net, batches) or load a checkpoint"
+            )
     for module in net.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check_before_forward]:
+        for key in [
+            key for key, hook in module._forward_pre_hooks.items() if hook is _check_before_forward
+        ]:
             module._forward_pre_hooks.pop(key, None)
 
 
@@ -42,7 +52,9 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
         unset: scales that were never set, which are NaN, are allowed.
     """
     quantizers = [site.quantizer for site in iter_quantizers(net)]
-    scales = {id(t) for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())}
+    scales = {
+        id(t) for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())
+    }
     for name, tensor in net.state_dict(keep_vars=True).items():
         is_scale = id(tensor) in scales
         damaged = tensor.isinf() if is_scale and unset else ~tensor.isfinite()
@@ -73,7 +85,9 @@ def _check_after_load(net: nn.Module, _: Any) -> None:
 def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or unset_scales_allowed.get():
         return
-    with contextlib.suppress(RuntimeError):  # a fake tensor, or one on the meta device, has no values to look at
+    with contextlib.suppress(
+        RuntimeError
+    ):  # a fake tensor, or one on the meta device, has no values to look at
         assert_ready(net)
 
 
@@ -98,7 +112,13 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
         return net
     unset = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
     try:
-        with probing(net, [quantizer.register_forward_pre_hook(functools.partial(_calibrate, {})) for quantizer in pending]):
+        with probing(
+            net,
+            [
+                quantizer.register_forward_pre_hook(functools.partial(_calibrate, {}))
+                for quantizer in pending
+            ],
+        ):
             for batch in batches:
                 net(images_of(batch, net))
             assert_ready(net)

@@ -53,7 +53,9 @@ class Site:
                 f"{self.name} holds only integer codes; the float weights are in the checkpoint that the model was frozen from"
             )
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
-            raise TypeError(f"{self.name} quantizes an activation; only roles {', '.join(WEIGHT_ROLES)} have a float master")
+            raise TypeError(
+                f"{self.name} quantizes an activation; only roles {', '.join(WEIGHT_ROLES)} have a float master"
+            )
         return self.owner.latent(self.role)
 
 
@@ -109,7 +111,9 @@ def no_weight_decay(net: nn.Module) -> set[str]:
         net: converted or float.
     """
     found = dict(net.named_parameters())
-    named = (_named_by_timm(net) & found.keys()) | {name for name, p in found.items() if p.ndim <= 1 or name.endswith(".bias")}
+    named = (_named_by_timm(net) & found.keys()) | {
+        name for name, p in found.items() if p.ndim <= 1 or name.endswith(".bias")
+    }
     quantizers = set.union(*quantizer_parameters(net))
     return named | {name for name, p in found.items() if p in quantizers}
 
@@ -119,4 +123,8 @@ def _named_by_timm(net: nn.Module) -> set[str]:
     own = getattr(type(net), "no_weight_decay", None)
     if own is not None:
         return set(own(net))
-    return {f"{child_name}.{name}" for child_name, child in net.named_children() for name in _named_by_timm(child)}
+    return {
+        f"{child_name}.{name}"
+        for child_name, child in net.named_children()
+        for name in _named_by_timm(child)
+    }

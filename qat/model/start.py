@@ -52,19 +52,31 @@ def check_model(setting: str, model: object) -> None:
     if not isinstance(model, str) or not timm.is_model(model):
         # By their beginnings: names go on with patch and image sizes.
         beginnings = {name[: len(str(model)) + 1]: name for name in reversed(timm.list_models())}
-        near = ", ".join(beginnings[found] for found in difflib.get_close_matches(str(model), beginnings, cutoff=0))
+        near = ", ".join(
+            beginnings[found]
+            for found in difflib.get_close_matches(str(model), beginnings, cutoff=0)
+        )
         raise UsageError(f"{setting}={model!r}: timm has no such model; closest: {near}")
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     check_model("model.name", model)
-    failures: tuple[type[Exception], ...] = (TypeError, AssertionError, ValueError, ArithmeticError, LookupError, AttributeError)
+    failures: tuple[type[Exception], ...] = (
+        TypeError,
+        AssertionError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    )
     if not loading:  # where weights are read as well, a RuntimeError says that they do not fit
         failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except failures as error:
-        raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
+        raise UsageError(
+            f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}"
+        ) from error
     return net
 
 
@@ -77,18 +89,31 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = 
     """
     fresh = _create(model, kwargs)  # also says what is wrong with name or arguments
     described = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    hub_id, url, instead = described.get("hf_hub_id"), described.get("url"), "use model.weights=FILE or model.pretrained=false"
+    hub_id, url, instead = (
+        described.get("hf_hub_id"),
+        described.get("url"),
+        "use model.weights=FILE or model.pretrained=false",
+    )
     if not hub_id and not url:
-        raise UsageError(f"model.pretrained=true: timm has no pretrained weights for {model!r}; {instead}")
+        raise UsageError(
+            f"model.pretrained=true: timm has no pretrained weights for {model!r}; {instead}"
+        )
     had, has = described.get("num_classes"), getattr(fresh, "num_classes", None)
     if keep_head and had != has:
-        raise UsageError(f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE")
+        raise UsageError(
+            f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE"
+        )
     cached = find_cached(hub_id, (WEIGHTS, "pytorch_model.bin")) if hub_id else None
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
     address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
-    require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
+    require_host(
+        address,
+        "model.pretrained=true",
+        f"the weights of {model!r} are not in the local cache",
+        instead,
+    )
     try:
         net = _create(model, kwargs, pretrained=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -132,16 +157,26 @@ def from_state(
         has = 0 if theirs is None else theirs.shape[0]
         if has != classes:
             wrong.append(f"has {has} classes, the data {classes}")
-            notes.append(f"new {name} for {classes} classes" + (f" (the file has {has})" if has else ""))
+            notes.append(
+                f"new {name} for {classes} classes" + (f" (the file has {has})" if has else "")
+            )
             state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")
     chans = cfg["input_size"][0] if stem is None else stem.shape[1]
-    overlay = {"state_dict": state, "num_classes": fresh.num_classes, "input_size": (chans, *cfg["input_size"][1:])}
+    overlay = {
+        "state_dict": state,
+        "num_classes": fresh.num_classes,
+        "input_size": (chans, *cfg["input_size"][1:]),
+    }
     try:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         found, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
-        why = f"it has {found}; asked for {asked}" if found and found != asked else " ".join(str(error).split())[:300]
+        why = (
+            f"it has {found}; asked for {asked}"
+            if found and found != asked
+            else " ".join(str(error).split())[:300]
+        )
         raise UsageError(f"{origin}: its weights do not fit {model} ({why})") from error
     if keep_head and wrong:
         raise UsageError(f"{origin}: {wrong[0]}{hint}")
@@ -156,10 +191,23 @@ def _size(state: Mapping[str, Tensor], stem: str) -> str:
     """Blocks and width of the net that weights are of, or what they are called, for people; nothing where there are no blocks."""
     blocks = {found[0] for name in state if (found := re.match(r".*\bblocks\.\d+", name))}
     first = state.get(f"{stem}.weight")
-    return f"weights such as {min(state)}" if first is None else f"{len(blocks)} blocks, {len(first)} wide" if blocks else ""
+    return (
+        f"weights such as {min(state)}"
+        if first is None
+        else f"{len(blocks)} blocks, {len(first)} wide"
+        if blocks
+        else ""
+    )
 
 
-def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool, keep_head: bool = False) -> Start:
+def from_checkpoint(
+    model: str,
+    kwargs: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    reset_head: bool,
+    keep_head: bool = False,
+) -> Start:
     """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
 
     Args:
@@ -176,10 +224,20 @@ def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoin
     if checkpoint.meta is None:
         return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
     source, hint = build_from(checkpoint), "" if keep_head else NEW_HEAD
-    return from_net(model, kwargs, source, origin=origin, reset_head=reset_head and not keep_head, hint=hint)
+    return from_net(
+        model, kwargs, source, origin=origin, reset_head=reset_head and not keep_head, hint=hint
+    )
 
 
-def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin: str, reset_head: bool, hint: str = NEW_HEAD) -> Start:
+def from_net(
+    model: str,
+    kwargs: Mapping[str, Any],
+    source: nn.Module,
+    *,
+    origin: str,
+    reset_head: bool,
+    hint: str = NEW_HEAD,
+) -> Start:
     """Start from a net of any recipe; its scales may be copied after conversion.
 
     Raises:
@@ -189,6 +247,8 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
         why = "holds only integer codes, with folded weights or offsets"
         raise UsageError(f"{origin}: {why}; must be the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
-    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint)
+    start = from_state(
+        model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint
+    )
     start.source = source
     return start

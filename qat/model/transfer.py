@@ -102,7 +102,11 @@ def invent_biases(net: nn.Module) -> list[str]:
     Returns:
         Their names.
     """
-    names = [name for name, module in net.named_modules() if type(module) is nn.Linear and module.bias is None and ".attn." not in name]
+    names = [
+        name
+        for name, module in net.named_modules()
+        if type(module) is nn.Linear and module.bias is None and ".attn." not in name
+    ]
     grow_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
@@ -131,10 +135,19 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
 
 def _copy_affine(donor: Quantizer, target: Quantizer) -> bool:
     """Give LSQ the symmetric grid of post-training quantization; False where it cannot have it."""
-    if not (isinstance(donor, Affine) and type(target) is LSQ and donor.spec.bits == target.spec.bits) or donor.spec.bias_correction:
+    if (
+        not (
+            isinstance(donor, Affine)
+            and type(target) is LSQ
+            and donor.spec.bits == target.spec.bits
+        )
+        or donor.spec.bias_correction
+    ):
         return False
     # As many steps along another axis would be others.
-    fits = donor.axis is None or (donor.axis == target.axis and donor.scale.shape == target.scale.shape)
+    fits = donor.axis is None or (
+        donor.axis == target.axis and donor.scale.shape == target.scale.shape
+    )
     if not fits or bool((donor.zero_point + target.spec.qmin != donor.qmin).any()):
         return False
     target.set_scale(donor.scale.expand_as(target.scale))

@@ -43,18 +43,33 @@ def data_config(net: nn.Module) -> Mapping[str, Any]:
 def _by_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
     if not config:
-        raise UsageError("transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings")
+        raise UsageError(
+            "transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings"
+        )
     done = conversion_of(net)
     chans, height, width = done.input_size if done else get_model_input_config(net)["input_size"]
     chans = get_model_args(net).get("in_chans", chans)
     if height != width:
-        raise UsageError(f"transform: the model takes images of {height} x {width} pixels; must be square")
+        raise UsageError(
+            f"transform: the model takes images of {height} x {width} pixels; must be square"
+        )
     found = timm.data.resolve_data_config({}, pretrained_cfg=config)
-    settings = {name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
+    settings = {
+        name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    }
     if chans != len(settings["mean"]):
-        settings |= {name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")}
-    classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1  # a backbone has none, and images do not depend on it
-    return settings | {"image_size": height, "patch_size": None, "in_chans": chans, "num_classes": classes}
+        settings |= {
+            name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")
+        }
+    classes = (
+        getattr(net, "num_classes", None) or config.get("num_classes") or 1
+    )  # a backbone has none, and images do not depend on it
+    return settings | {
+        "image_size": height,
+        "patch_size": None,
+        "in_chans": chans,
+        "num_classes": classes,
+    }
 
 
 def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
@@ -67,7 +82,11 @@ def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> Non
     """
     if given == own:
         return
-    (mean, std), (own_mean, own_std) = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
+    (mean, std), (own_mean, own_std) = torch.tensor([given, own], dtype=torch.float64)[
+        ..., None, None
+    ]
     # A buffer moves with the net; it is in none of its files.
-    net.register_buffer("to_own", torch.stack([std, mean - own_mean]).div(own_std).float(), persistent=False)
+    net.register_buffer(
+        "to_own", torch.stack([std, mean - own_mean]).div(own_std).float(), persistent=False
+    )
     net.register_forward_pre_hook(lambda net, args: (args[0] * net.to_own[0] + net.to_own[1],))

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, probs_dtype, qkr_attention
+from qat.kernels.fused import (
+    QkrOperands,
+    QkrWeights,
+    Scoring,
+    attention,
+    can_fuse,
+    probs_dtype,
+    qkr_attention,
+)
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_watched
@@ -27,7 +35,11 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
 def _bias_beside(attention: Any) -> Tensor | None:
     """(3*h*d,), zeros for keys, of modules that keep `q_bias` and `v_bias` beside their `qkv`; None where they have none."""
     q_bias, v_bias = attention.q_bias, attention.v_bias
-    return None if q_bias is None or v_bias is None else torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    return (
+        None
+        if q_bias is None or v_bias is None
+        else torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    )
 
 
 def _learning_as(source: Tensor, t: Tensor) -> nn.Parameter:
@@ -69,7 +81,11 @@ class ScoredAttention(nn.Module):
         super().__init__()
         self.num_heads: int = attention.num_heads
         self.scale: float = getattr(attention, "scale", 1.0)  # cosine attention learns its own
-        self.head_dim: int = attention.head_dim if hasattr(attention, "head_dim") else attention.proj.in_features // attention.num_heads
+        self.head_dim: int = (
+            attention.head_dim
+            if hasattr(attention, "head_dim")
+            else attention.proj.in_features // attention.num_heads
+        )
         self.groups: int = getattr(attention, "num_kv_groups", 1)
         self.v_quantizer = context.act("v")
         self.probs_quantizer = context.act("probs")
@@ -90,7 +106,9 @@ class ScoredAttention(nn.Module):
         Returns:
             (B, N, h*d).
         """
-        probs = self.attn_drop(self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores))))
+        probs = self.attn_drop(
+            self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores)))
+        )
         values = self.shared(split_heads(self.v_quantizer(v), v.shape[-1] // self.head_dim))
         return (probs @ values).transpose(1, 2).flatten(2)
 
@@ -130,7 +148,10 @@ class QuantAttention(ScoredAttention):
         self.q_quantizer = context.act("q")
         self.k_quantizer = context.act("k")
         self.qkv: Any = getattr(attention, "qkv", None)
-        self.q_bias, self.v_bias = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
+        self.q_bias, self.v_bias = (
+            getattr(attention, "q_bias", None),
+            getattr(attention, "v_bias", None),
+        )
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, N, h*d) each, of x (B, N, C), with the biases beside `qkv`."""
@@ -139,13 +160,19 @@ class QuantAttention(ScoredAttention):
 
     def heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, h*d) to (B, h, N, d), normalised; fewer heads of keys where groups of heads share theirs."""
-        return self.q_norm(split_heads(q, self.num_heads)), self.k_norm(split_heads(k, self.num_heads // self.groups))
+        return self.q_norm(split_heads(q, self.num_heads)), self.k_norm(
+            split_heads(k, self.num_heads // self.groups)
+        )
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d), each with one step per token, shared by the heads."""
-        return _quantized(q, self.q_quantizer) @ self.shared(_quantized(k, self.k_quantizer)).transpose(-2, -1)
+        return _quantized(q, self.q_quantizer) @ self.shared(
+            _quantized(k, self.k_quantizer)
+        ).transpose(-2, -1)
 
-    def fused(self, qkv: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+    def fused(
+        self, qkv: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | None:
         """`gather(scores(q, k) * factor + bias + mask, v)` in one Function, None where it cannot be.
 
         Args:
@@ -154,13 +181,20 @@ class QuantAttention(ScoredAttention):
             bias: (h, N, N) or None.
             mask: (W, N, N) for the W windows of an image, or None.
         """
-        is_plain = self.groups == 1 and all(is_off(module) for module in (self.q_norm, self.k_norm, self.attn_drop))
+        is_plain = self.groups == 1 and all(
+            is_off(module) for module in (self.q_norm, self.k_norm, self.attn_drop)
+        )
         if not (is_plain and can_fuse(qkv)):
             return None
-        q, k, v, p = (operand_of(o) for o in (self.q_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
+        q, k, v, p = (
+            operand_of(o)
+            for o in (self.q_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer)
+        )
         if q is None or k is None or v is None or p is None:
             return None
-        return attention(qkv, (q, k, v, p), Scoring(bias, mask, self.num_heads, factor, self.keep_probs))
+        return attention(
+            qkv, (q, k, v, p), Scoring(bias, mask, self.num_heads, factor, self.keep_probs)
+        )
 
 
 class QkrAttention(ScoredAttention, QuantModule):
@@ -185,20 +219,28 @@ class QkrAttention(ScoredAttention, QuantModule):
         super().__init__(attention, context)
         bias = _bias_beside(attention) if hasattr(attention, "q_bias") else attention.qkv.bias
         wq, wk, wv = (third.clone() for third in attention.qkv.weight.detach().chunk(3))
-        bq, _, bv = (None, None, None) if bias is None else (third.clone() for third in bias.detach().chunk(3))
+        bq, _, bv = (
+            (None, None, None)
+            if bias is None
+            else (third.clone() for third in bias.detach().chunk(3))
+        )
         of_q, of_v = (getattr(attention, name, attention.qkv.bias) for name in ("q_bias", "v_bias"))
         self.q_weight, self.k_weight = (_learning_as(attention.qkv.weight, w) for w in (wq, wk))
         self.v = nn.Linear(wv.shape[1], wv.shape[0], bias=bv is not None, device="meta")
         self.v.weight = _learning_as(attention.qkv.weight, wv)
         if bv is not None:
             self.v.bias = _learning_as(of_v, bv)
-        self.q_bias = _learning_as(of_q, bq) if bq is not None and context.recipe.qk_bias == "fold" else None
+        self.q_bias = (
+            _learning_as(of_q, bq) if bq is not None and context.recipe.qk_bias == "fold" else None
+        )
         self.register_buffer("folded_bias", None)
         self.input_quantizer = context.act("input")
         self.qk_quantizer = context.weight("qk")
         self.k_quantizer = context.product()
         offsets = context.recipe.offsets and context.recipe.act_quantizer != "float"
-        self.product_offset = nn.Parameter(wq.new_zeros(self.num_heads * wq.shape[1])) if offsets else None
+        self.product_offset = (
+            nn.Parameter(wq.new_zeros(self.num_heads * wq.shape[1])) if offsets else None
+        )
 
     def latent(self, role: str) -> Tensor:
         """The folded matrix M (h*C, C) for `qk`."""
@@ -211,9 +253,15 @@ class QkrAttention(ScoredAttention, QuantModule):
         product = F.linear(xq, _of_dtype(self.quantized("qk"), xq), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
-        scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
+        scores = torch.matmul(
+            xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
+        )
         per_key = self.per_key_weight()
-        return scores if per_key is None else scores + F.linear(xq, _of_dtype(per_key, xq)).transpose(1, 2).unsqueeze(2)
+        return (
+            scores
+            if per_key is None
+            else scores + F.linear(xq, _of_dtype(per_key, xq)).transpose(1, 2).unsqueeze(2)
+        )
 
     def per_key_weight(self) -> Tensor | None:
         """(h, C), which makes a score of each key alone: the query bias, folded; None without one."""
@@ -225,7 +273,9 @@ class QkrAttention(ScoredAttention, QuantModule):
         """Keep what `per_key_weight` gives in place of what it is made from."""
         self.folded_bias = self.per_key_weight()
 
-    def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+    def fused(
+        self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | None:
         """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""
         v = self.v
         if not (isinstance(v, QuantLinear) and not is_watched(v) and is_off(v.input_quantizer)):
@@ -235,11 +285,21 @@ class QkrAttention(ScoredAttention, QuantModule):
         matrix, of_v = weight_params(self, "qk"), weight_params(v, "weight")
         if matrix is None or of_v is None:
             return None
-        found = (operand_of(o) for o in (self.input_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
+        found = (
+            operand_of(o)
+            for o in (
+                self.input_quantizer,
+                self.k_quantizer,
+                self.v_quantizer,
+                self.probs_quantizer,
+            )
+        )
         operands = [o for o in found if o is not None]
         if len(operands) < 4:
             return None
-        folded = self.latent("qk") if matrix.ready is None or torch.is_grad_enabled() else matrix.ready
+        folded = (
+            self.latent("qk") if matrix.ready is None or torch.is_grad_enabled() else matrix.ready
+        )
         weights = QkrWeights(folded, v.weight, v.bias, self.product_offset, self.per_key_weight())
         scoring = Scoring(bias, mask, self.num_heads, factor, self.keep_probs)
         return qkr_attention(x, weights, (matrix, of_v), QkrOperands(*operands), scoring)
@@ -251,7 +311,11 @@ class QkrAttention(ScoredAttention, QuantModule):
         """
         state = {"qkv.weight": torch.cat([self.q_weight, self.k_weight, self.v.weight]).detach()}
         if self.v.bias is not None:
-            state["qkv.bias"] = torch.cat([self._query_bias(), torch.zeros_like(self.v.bias), self.v.bias]).detach()
+            state["qkv.bias"] = torch.cat([
+                self._query_bias(),
+                torch.zeros_like(self.v.bias),
+                self.v.bias,
+            ]).detach()
         return state
 
     def _query_bias(self) -> Tensor:
@@ -302,7 +366,9 @@ class RelativeBias(nn.Module):
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
         self.relative_position_bias_table = attention.relative_position_bias_table
-        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+        self.register_buffer(
+            "relative_position_index", attention.relative_position_index, persistent=False
+        )
 
     def position_bias(self) -> Tensor:
         """(h, N, N), to be added to scaled scores."""

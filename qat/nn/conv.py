@@ -20,7 +20,9 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         weight_quantizer: quantizer of W (O, I/groups, kh, kw).
     """
 
-    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: Quantizer) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: Quantizer
+    ) -> None:
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -48,7 +50,11 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def is_patchwise(self) -> bool:
         """True if no two outputs see the same pixel, as in a patch embedding, and the input's quantizer learns."""
         learns = next(self.input_quantizer.parameters(), None) is not None
-        side_by_side = self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1)
+        side_by_side = (
+            self.kernel_size == self.stride
+            and self.padding in {(0, 0), "valid"}
+            and self.dilation == (1, 1)
+        )
         return learns and side_by_side and self.groups == 1
 
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -60,11 +66,22 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         rows, columns = x.shape[2] // kh, x.shape[3] // kw
         x = x[..., : rows * kh, : columns * kw].unflatten(3, (columns, kw)).unflatten(2, (rows, kh))
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, weight.flatten(1), self.bias).transpose(-2, -1).unflatten(-1, (rows, columns))
+        return (
+            F
+            .linear(patches, weight.flatten(1), self.bias)
+            .transpose(-2, -1)
+            .unflatten(-1, (rows, columns))
+        )
 
 
 @register_swap(nn.Conv2d, "conv")
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
     """Any convolution; the input of the first one is the image."""
     image = context.place == "stem"
-    return Swap(QuantConv2d(module, context.input_quantizer("image") if image else context.planes(), context.weight()))
+    return Swap(
+        QuantConv2d(
+            module,
+            context.input_quantizer("image") if image else context.planes(),
+            context.weight(),
+        )
+    )

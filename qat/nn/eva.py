@@ -22,7 +22,9 @@ class QuantRopeAttention(QuantAttention):
         super().__init__(attention, context)
         self.num_prefix_tokens = attention.num_prefix_tokens
         self.rotate_half = attention.rotate_half
-        self.q_proj, self.k_proj, self.v_proj = (getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+        self.q_proj, self.k_proj, self.v_proj = (
+            getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")
+        )
 
     def forward(
         self,
@@ -39,14 +41,25 @@ class QuantRopeAttention(QuantAttention):
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries (B, N, h*d), keys and values."""
-        return (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.qkv is None else super().projected(x)
+        return (
+            (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            if self.qkv is None
+            else super().projected(x)
+        )
 
     def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
         if rope is None:
             return t
         prefix, patches = t[:, :, : self.num_prefix_tokens], t[:, :, self.num_prefix_tokens :]
-        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2).type_as(t)
+        return torch.cat(
+            [prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2
+        ).type_as(t)
 
 
 for _cls in (EvaAttention, AttentionRope):
-    register_attention(_cls, QuantRopeAttention, "rotates queries and keys by position", also_float=_cls is EvaAttention)
+    register_attention(
+        _cls,
+        QuantRopeAttention,
+        "rotates queries and keys by position",
+        also_float=_cls is EvaAttention,
+    )

@@ -86,10 +86,17 @@ class FqVitAttention(FqAttention):
         super().__init__(attention, context)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+    def forward(  # timm's signature
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         q, k, v = self.quantized_qkv(x)
-        scores = self.scores_quantizer((self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale))
+        scores = self.scores_quantizer(
+            (self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale)
+        )
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
 
@@ -100,11 +107,18 @@ class FqBlock(Block):
     mlp_quantizer: nn.Module
     residual2_quantizer: nn.Module
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+    def forward(  # timm's signature
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
         """Map (B, N, C) to the same shape."""
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = self.residual1_quantizer(x + self.drop_path1(self.ls1(attended)))
-        return self.residual2_quantizer(x + self.drop_path2(self.ls2(self.mlp_quantizer(self.mlp(self.norm2(x))))))
+        return self.residual2_quantizer(
+            x + self.drop_path2(self.ls2(self.mlp_quantizer(self.mlp(self.norm2(x)))))
+        )
 
 
 class _FqOutput(nn.Module):
@@ -136,11 +150,15 @@ class FqNet(VisionTransformer):
     def add_quantizers(self, context: SwapContext) -> None:
         """Put the quantizers beside timm's modules."""
         self.tokens_quantizer = context.act("output")
-        self.positions_quantizer = nn.Identity() if self.pos_embed is None else context.act("output")
+        self.positions_quantizer = (
+            nn.Identity() if self.pos_embed is None else context.act("output")
+        )
         self.embedding_quantizer = context.act("residual")
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        found = (getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token"))  # in timm's order
+        found = (
+            getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token")
+        )  # in timm's order
         tokens = [token.expand(x.shape[0], -1, -1) for token in found if token is not None]
         positions = None if self.pos_embed is None else self.positions_quantizer(self.pos_embed)
         if positions is not None and self.no_embed_class:
@@ -159,25 +177,46 @@ class FqNet(VisionTransformer):
         for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
                 continue
-            if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, after)):
-                raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float")
+            if not all(
+                isinstance(one, Affine) or getattr(one, "zero_point", None) is not None
+                for one in (before, after)
+            ):
+                raise UsageError(
+                    f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float"
+                )
             first, last = before.spec, after.spec  # type: ignore[attr-defined]
             # It sums over the channels of a token: their scales before it are one, or powers of two of it.
-            if TOKENS in {first.axis, last.axis} or (first.axis is not None and first.observer != "ptf"):
+            if TOKENS in {first.axis, last.axis} or (
+                first.axis is not None and first.observer != "ptf"
+            ):
                 need = "one scale, or one for each channel by ptq.residual_observer=ptf"
-                raise UsageError(f"ptq.layernorm='integer': {name} needs {need} before it, and none for each token after it")
+                raise UsageError(
+                    f"ptq.layernorm='integer': {name} needs {need} before it, and none for each token after it"
+                )
             norm.between = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
         """Name and module of each norm, and what stands before it and after it; None where that is no quantizer known here."""
-        before: object = self.embedding_quantizer if isinstance(self.norm_pre, nn.Identity) else None
+        before: object = (
+            self.embedding_quantizer if isinstance(self.norm_pre, nn.Identity) else None
+        )
         for i, block in enumerate(self.blocks):
             if not isinstance(block, FqBlock):
                 before = None
                 continue
-            yield f"blocks.{i}.norm1", block.norm1, before, getattr(getattr(block.attn, "qkv", None), "input_quantizer", None)
+            yield (
+                f"blocks.{i}.norm1",
+                block.norm1,
+                before,
+                getattr(getattr(block.attn, "qkv", None), "input_quantizer", None),
+            )
             first = getattr(block.mlp, "fc1", None)
-            yield f"blocks.{i}.norm2", block.norm2, block.residual1_quantizer, getattr(first, "input_quantizer", None)
+            yield (
+                f"blocks.{i}.norm2",
+                block.norm2,
+                block.residual1_quantizer,
+                getattr(first, "input_quantizer", None),
+            )
             before = block.residual2_quantizer
         yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
 
@@ -195,11 +234,15 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
         UsageError: its position embedding follows the size of the image.
     """
     if module.dynamic_img_size:
-        raise UsageError("ptq.placement='fqvit': this model takes images of any size, and positions are quantized; here it must be inputs")
+        raise UsageError(
+            "ptq.placement='fqvit': this model takes images of any size, and positions are quantized; here it must be inputs"
+        )
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]
-    return Swap(module, children={"norm": wanted_norm(module.norm, context)} if ends_in_token else {})
+    return Swap(
+        module, children={"norm": wanted_norm(module.norm, context)} if ends_in_token else {}
+    )
 
 
 @register_swap(nn.Linear, "fqvit")
@@ -221,7 +264,9 @@ class FqWindowAttention(RelativeBias, FqAttention):
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
         q, k, v = self.quantized_qkv(x)
         scores = self.scores_quantizer(q @ k.transpose(-2, -1) * self.scale)
-        biases = self.table_quantizer(self.relative_position_bias_table)[self.relative_position_index].permute(2, 0, 1)
+        biases = self.table_quantizer(self.relative_position_bias_table)[
+            self.relative_position_index
+        ].permute(2, 0, 1)
         return self.attend(add_window_mask(self.biased_quantizer(scores + biases), mask), v, x)
 
 
@@ -236,7 +281,9 @@ class FqSwinBlock(SwinTransformerBlock):
         """Map (B, H, W, C) to the same shape."""
         x = self.residual1_quantizer(x + self.drop_path1(self._attn(self.norm1(x))))
         tokens = x.flatten(1, 2)
-        out = self.residual2_quantizer(tokens + self.drop_path2(self.mlp_quantizer(self.mlp(self.norm2(tokens)))))
+        out = self.residual2_quantizer(
+            tokens + self.drop_path2(self.mlp_quantizer(self.mlp(self.norm2(tokens))))
+        )
         return out.view_as(x)
 
 
@@ -244,7 +291,11 @@ class FqSwinBlock(SwinTransformerBlock):
 @register_swap(WindowAttention, "fqvit")
 def swap_attention(module: Any, context: SwapContext) -> Swap:
     """Attention and window attention."""
-    return Swap((FqWindowAttention if isinstance(module, WindowAttention) else FqVitAttention)(module, context))
+    return Swap(
+        (FqWindowAttention if isinstance(module, WindowAttention) else FqVitAttention)(
+            module, context
+        )
+    )
 
 
 @register_swap(Block, "fqvit")
@@ -253,7 +304,9 @@ def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Sw
     """Block of ViT or Swin."""
     made: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
     made.norm1, made.norm2 = wanted_norm(module.norm1, context), wanted_norm(module.norm2, context)
-    made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (context.act(r) for r in ("residual", "output", "residual"))
+    made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (
+        context.act(r) for r in ("residual", "output", "residual")
+    )
     return Swap(made)
 
 
@@ -261,7 +314,11 @@ def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Sw
 @register_swap(PatchMerging, "fqvit")
 def swap_output(module: nn.Module, context: SwapContext) -> Swap:
     """Patch embedding and patch merging."""
-    return _with_output(FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging, module, context)
+    return _with_output(
+        FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging,
+        module,
+        context,
+    )
 
 
 def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:

@@ -13,7 +13,11 @@ from qat.quantizers import Quantizer
 def _found(quantizer: nn.Module) -> LSQParams | WeightParams | None:
     """What a quantizer gives to the Function; None where it gives nothing, or somebody watches it."""
     inner = getattr(quantizer, "quantizer", quantizer)
-    return quantizer.operand() if isinstance(quantizer, Quantizer) and not (is_watched(quantizer) or is_watched(inner)) else None
+    return (
+        quantizer.operand()
+        if isinstance(quantizer, Quantizer) and not (is_watched(quantizer) or is_watched(inner))
+        else None
+    )
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
@@ -32,4 +36,8 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
 
 def is_off(module: nn.Module) -> bool:
     """True for a dropout or an identity that lets everything through, and that nobody watches."""
-    return isinstance(module, nn.Dropout | nn.Identity) and not (module.training and getattr(module, "p", False)) and not is_watched(module)
+    return (
+        isinstance(module, nn.Dropout | nn.Identity)
+        and not (module.training and getattr(module, "p", False))
+        and not is_watched(module)
+    )

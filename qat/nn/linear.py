@@ -15,7 +15,16 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
 
 # Activations whose negative tail is small enough for an unsigned grid; the learnt offset in front recovers the rest.
-_NEARLY_POSITIVE = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, timm_layers.GELU, timm_layers.GELUTanh, timm_layers.QuickGELU)
+_NEARLY_POSITIVE = (
+    nn.GELU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    timm_layers.GELU,
+    timm_layers.GELUTanh,
+    timm_layers.QuickGELU,
+)
 
 
 class QuantLinear(nn.Linear, QuantModule):
@@ -27,8 +36,12 @@ class QuantLinear(nn.Linear, QuantModule):
         weight_quantizer: quantizer of W (out, in).
     """
 
-    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module, weight_quantizer: Quantizer) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    def __init__(
+        self, linear: nn.Linear, input_quantizer: nn.Module, weight_quantizer: Quantizer
+    ) -> None:
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
         self.weight, self.bias = linear.weight, linear.bias
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
@@ -54,13 +67,21 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
     """`Mlp` stays; its `fc2` knows that GELU stands before it."""
-    behind_activation = isinstance(module.act, _NEARLY_POSITIVE) and isinstance(module.norm, nn.Identity)
+    behind_activation = isinstance(module.act, _NEARLY_POSITIVE) and isinstance(
+        module.norm, nn.Identity
+    )
     return Swap(module, {"fc2": "unsigned"} if behind_activation else {})
 
 
 def _is_kept(module: nn.Module, x: Tensor, made: Tensor) -> bool:
     # What a hook is given may be differentiated by later on.
-    return can_fuse(x) and torch.is_grad_enabled() and made.requires_grad and made.dtype == x.dtype and not is_watched(module)
+    return (
+        can_fuse(x)
+        and torch.is_grad_enabled()
+        and made.requires_grad
+        and made.dtype == x.dtype
+        and not is_watched(module)
+    )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -113,5 +134,9 @@ def swap_gelu(module: nn.Module, context: SwapContext) -> Swap:
     if context.recipe.placement == "fqvit":
         return Swap(module)
     made = shallow_cast(GELU, module)
-    made.approximate = "tanh" if isinstance(module, timm_layers.GELUTanh) else getattr(module, "approximate", "none")
+    made.approximate = (
+        "tanh"
+        if isinstance(module, timm_layers.GELUTanh)
+        else getattr(module, "approximate", "none")
+    )
     return Swap(made)

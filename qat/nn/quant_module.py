@@ -23,7 +23,12 @@ def shallow_cast(cls: type[M], module: nn.Module) -> M:
 
 def is_watched(module: nn.Module) -> bool:
     """True if somebody wants to see what passes through the module, or to do it in another way, as calibration and analyses do."""
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return bool(hooks) or "forward" in module.__dict__
 
 

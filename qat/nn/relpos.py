@@ -27,7 +27,9 @@ class QuantRelPosAttention(QuantAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
         q, k, v = self.projected(x)
-        return self.attend(_biased(self.scores(*self.heads(q, k)) * self.scale, self.rel_pos, shared_rel_pos), v, x)
+        return self.attend(
+            _biased(self.scores(*self.heads(q, k)) * self.scale, self.rel_pos, shared_rel_pos), v, x
+        )
 
 
 class QkrRelPosAttention(QkrAttention):
@@ -40,7 +42,9 @@ class QkrRelPosAttention(QkrAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
         xq = self.input_quantizer(x)
-        return self.attend(_biased(self.scores(xq) * self.scale, self.rel_pos, shared_rel_pos), self.v(xq), x)
+        return self.attend(
+            _biased(self.scores(xq) * self.scale, self.rel_pos, shared_rel_pos), self.v(xq), x
+        )
 
 
 register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)

@@ -38,11 +38,15 @@ class SwapContext:
 
     def act(self, role: str) -> Quantizer:
         """An activation quantizer for this place."""
-        return build_quantizer(self.recipe.act_spec(role, self.place, signed=self.input != "unsigned"))
+        return build_quantizer(
+            self.recipe.act_spec(role, self.place, signed=self.input != "unsigned")
+        )
 
     def product(self) -> Quantizer:
         """QKR's key: signed, one scale per position; its offset in front is a bias of the map that makes it."""
-        return build_quantizer(dataclasses.replace(self.recipe.act_spec("k", self.place), offsets="none"))
+        return build_quantizer(
+            dataclasses.replace(self.recipe.act_spec("k", self.place), offsets="none")
+        )
 
     def input_quantizer(self, role: str = "input") -> nn.Module:
         """The quantizer of the module's input; nothing where it is quantized already."""
@@ -96,22 +100,36 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
 
     An attention class without a swap of the recipe's intent stays float around its quantized Linears.
     """
-    attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[context.recipe.attention]
+    attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[
+        context.recipe.attention
+    ]
     intents = (context.recipe.placement, attention, "linear", "conv")
-    if "forward" in vars(module) or (isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module)):
+    if "forward" in vars(module) or (
+        isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module)
+    ):
         return None
-    return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
+    return next(
+        (_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS),
+        None,
+    )
 
 
 def is_plain(layer: nn.Module) -> bool:
     """True for a Linear or convolution of a known class that has a weight, a bias and no more: not pruned, normalised or adapted."""
     is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
-    return is_known and set(layer._parameters) == {"weight", "bias"} and not (layer._buffers or layer._modules)
+    return (
+        is_known
+        and set(layer._parameters) == {"weight", "bias"}
+        and not (layer._buffers or layer._modules)
+    )
 
 
 def is_attention(module: nn.Module) -> bool:
     """True for a module, not yet swapped, of a class with a swap of some `attention`."""
-    return any((type(module), intent) in _SWAPS for intent in ("qkr_attention", "attention", "float_attention"))
+    return any(
+        (type(module), intent) in _SWAPS
+        for intent in ("qkr_attention", "attention", "float_attention")
+    )
 
 
 def swap_net(net: nn.Module, context: SwapContext) -> Swap:
@@ -122,5 +140,7 @@ def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     """
     swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
     if swap is None and context.recipe.layernorm == "integer":
-        raise UsageError(f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; here it must be float")
+        raise UsageError(
+            f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; here it must be float"
+        )
     return Swap(net) if swap is None else swap(net, context)

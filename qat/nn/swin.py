@@ -11,7 +11,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor
 
 from qat.kernels.fused import can_fuse, unflattened
-from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention
+from qat.nn.attention import (
+    QkrAttention,
+    QuantAttention,
+    RelativeBias,
+    add_window_mask,
+    register_attention,
+)
 from qat.nn.linear import hint_mlp
 from qat.nn.quant_module import shallow_cast
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
@@ -45,7 +51,9 @@ class QkrWindowAttention(RelativeBias, QkrAttention):
 
     def timm_weights(self) -> dict[str, Tensor]:
         """The base's tensors and the table."""
-        return super().timm_weights() | {"relative_position_bias_table": self.relative_position_bias_table.detach()}
+        return super().timm_weights() | {
+            "relative_position_bias_table": self.relative_position_bias_table.detach()
+        }
 
 
 class MapMlp(timm_layers.Mlp):
@@ -75,5 +83,9 @@ register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 def see_map(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
     """The block stays; its `mlp`, to which timm hands a flattened map, learns the map's shape."""
     mlp = shallow_cast(MapMlp, module.mlp)
-    mlp.columns = timm_layers.to_2tuple(module.input_resolution)[1] if context.recipe.map_scales == "column" else 0
+    mlp.columns = (
+        timm_layers.to_2tuple(module.input_resolution)[1]
+        if context.recipe.map_scales == "column"
+        else 0
+    )
     return Swap(module, children={"mlp": mlp})

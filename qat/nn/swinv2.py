@@ -38,7 +38,9 @@ class QuantCosineAttention(QuantAttention):
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
         q, k, v = self.projected(x)
         q, k = (F.normalize(t, dim=-1) for t in self.heads(q, k))
-        scores = self.scores(q, k) * self.logit_scale.clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
+        scores = (
+            self.scores(q, k) * self.logit_scale.clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
+        )
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
 
     def _position_bias(self) -> Tensor:
@@ -48,7 +50,9 @@ class QuantCosineAttention(QuantAttention):
 
 
 _WHY = "normalises queries and keys (cosine attention)"
-register_attention(WindowAttention, QuantCosineAttention, _WHY, inputs={"cpb_mlp": "float"}, also_float=True)
+register_attention(
+    WindowAttention, QuantCosineAttention, _WHY, inputs={"cpb_mlp": "float"}, also_float=True
+)
 
 
 @register_swap(WindowMultiHeadAttention, "linear")

@@ -13,13 +13,20 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
     """Scores (B, h, N, N) with timm's meaning of a boolean, additive or causal mask."""
-    return maybe_add_mask(scores, resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal))
+    return maybe_add_mask(
+        scores, resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
+    )
 
 
 class QuantVitAttention(QuantAttention):
     """Standard attention."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+    def forward(  # timm's signature
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         qkv = self.qkv(x)
         out = None if is_causal or attn_mask is not None else self.fused(qkv, self.scale)
@@ -33,7 +40,12 @@ class QuantVitAttention(QuantAttention):
 class QkrVitAttention(QkrAttention):
     """Query-key reparameterization."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+    def forward(  # timm's signature
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         out = None if is_causal or attn_mask is not None else self.fused(x, self.scale)
         if out is not None:

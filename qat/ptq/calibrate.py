@@ -38,8 +38,13 @@ class Calibration:
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
     """While it lasts nothing is rounded: quantizers give back what they get, integer norms are norms."""
-    forwards: dict[nn.Module, Forward] = {m: m.in_float for m in net.modules() if isinstance(m, IntegerLayerNorm)}
-    with allow_unset_scales(), patched(forwards | {site.quantizer: lambda x: x for site in iter_quantizers(net)}):
+    forwards: dict[nn.Module, Forward] = {
+        m: m.in_float for m in net.modules() if isinstance(m, IntegerLayerNorm)
+    }
+    with (
+        allow_unset_scales(),
+        patched(forwards | {site.quantizer: lambda x: x for site in iter_quantizers(net)}),
+    ):
         yield
 
 
@@ -57,9 +62,15 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     Raises:
         UsageError: no affine quantizer, no batch, other things than finite images, or a quantizer that no batch reached.
     """
-    found = [(s, s.quantizer) for s in iter_quantizers(net) if type(s.quantizer) is Affine and s.quantizer.n_scales]
+    found = [
+        (s, s.quantizer)
+        for s in iter_quantizers(net)
+        if type(s.quantizer) is Affine and s.quantizer.n_scales
+    ]
     if not found:
-        raise UsageError("calibrate: the model has no affine quantizer; convert it with a qat.PtqRecipe first")
+        raise UsageError(
+            "calibrate: the model has no affine quantizer; convert it with a qat.PtqRecipe first"
+        )
     for site, quantizer in found:
         if site.is_weight:
             quantizer.calibrate(site.latent(), {})
@@ -67,10 +78,15 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     states: dict[Affine, RangeState] = {}
 
     def note(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
-        states[quantizer] = observe(states.get(quantizer), args[0], quantizer.axis, quantizer.method)
+        states[quantizer] = observe(
+            states.get(quantizer), args[0], quantizer.axis, quantizer.method
+        )
 
     images, count, last = 0, 0, None
-    with probing(net, [quantizer.register_forward_pre_hook(note) for quantizer in activations]), in_float(net):
+    with (
+        probing(net, [quantizer.register_forward_pre_hook(note) for quantizer in activations]),
+        in_float(net),
+    ):
         for batch in batches:
             last = images_of(batch, net)
             net(last)
@@ -79,7 +95,10 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         raise UsageError("calibrate: must have at least one batch of images")
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
     if searching:
-        hooks = [q.register_forward_pre_hook(lambda q, args: q.fill(states[q], args[0])) for q in searching]
+        hooks = [
+            q.register_forward_pre_hook(lambda q, args: q.fill(states[q], args[0]))
+            for q in searching
+        ]
         with probing(net, hooks), in_float(net):
             net(last)
     for quantizer, state in states.items():

@@ -47,14 +47,22 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
     with probing(net, []), probing(reference, []):
         units, ours, theirs = find_units(net, reference, images, _SETTING)
         # Some attentions multiply by `qkv.weight` in float and call no module.
-        left_out = [site.layer for layers in units.values() for site in layers if site.layer not in theirs.order.place]
+        left_out = [
+            site.layer
+            for layers in units.values()
+            for site in layers
+            if site.layer not in theirs.order.place
+        ]
         for unit, layers in units.items():
             with ours.at(unit), theirs.at(unit):
                 for site in layers:
                     if site.layer not in left_out:
                         _fold(site, *_channel_fit(ours, theirs, unit, site))
     if left_out:
-        log.info("not compensated, because the float model has no module for them: %s", ", ".join(left_out))
+        log.info(
+            "not compensated, because the float model has no module for them: %s",
+            ", ".join(left_out),
+        )
     fitted = sum(map(len, units.values())) - len(left_out)
     log.info("compensated %d layers", fitted)
     return fitted

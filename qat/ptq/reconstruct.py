@@ -69,7 +69,9 @@ def split_batches(images: Tensor, batch: int) -> list[Tensor]:
         UsageError: they fill none.
     """
     if len(images) < batch:
-        raise UsageError(f"ptq.reconstruct.batch={batch}: must be at most the number of calibration images, {len(images)}")
+        raise UsageError(
+            f"ptq.reconstruct.batch={batch}: must be at most the number of calibration images, {len(images)}"
+        )
     return list(images[: len(images) // batch * batch].split(batch))
 
 
@@ -117,21 +119,47 @@ def reconstruct(
             net.load_state_dict(state["tensors"], strict=False)
             done = len(state["units"])
             if done:
-                log.info("reconstruction resumed after %s (%d of %d)", state["units"][-1], done, len(units))
+                log.info(
+                    "reconstruction resumed after %s (%d of %d)",
+                    state["units"][-1],
+                    done,
+                    len(units),
+                )
             for number, (unit, layers) in enumerate(list(units.items())[done:], done):
                 started = time.monotonic()
                 before, after = _fit(ours, theirs, unit, layers, number, settings, context)
                 seconds = time.monotonic() - started
                 state["units"].append(unit)
-                state["tensors"] |= {k: v.clone() for k, v in net.state_dict().items() if k.startswith(f"{unit}.")}
+                state["tensors"] |= {
+                    k: v.clone() for k, v in net.state_dict().items() if k.startswith(f"{unit}.")
+                }
                 state["seconds"] += seconds
-                progress.rows.append((unit, settings.steps, f"{before:.6g}", f"{after:.6g}", f"{seconds:.1f}"))
+                progress.rows.append((
+                    unit,
+                    settings.steps,
+                    f"{before:.6g}",
+                    f"{after:.6g}",
+                    f"{seconds:.1f}",
+                ))
                 progress.save(state)
-                log.info("%d/%d %s: loss %.4g -> %.4g in %.0f s", number + 1, len(units), unit, before, after, seconds)
+                log.info(
+                    "%d/%d %s: loss %.4g -> %.4g in %.0f s",
+                    number + 1,
+                    len(units),
+                    unit,
+                    before,
+                    after,
+                    seconds,
+                )
     finally:
         for parameter, was in frozen:
             parameter.requires_grad_(was)
-    return {"units": len(units), "steps": settings.steps, "images": sum(map(len, batches)), "seconds": round(state["seconds"], 1)}
+    return {
+        "units": len(units),
+        "steps": settings.steps,
+        "images": sum(map(len, batches)),
+        "seconds": round(state["seconds"], 1),
+    }
 
 
 def _fit(
@@ -147,7 +175,11 @@ def _fit(
     goal = _goal(theirs, unit)
     spread = _spread([y for _, y in goal])
     module = ours.net.get_submodule(unit)
-    scaled: list[Any] = [s.quantizer for s in iter_quantizers(ours.net) if s.name.startswith(f"{unit}.") and s.quantizer.n_scales]
+    scaled: list[Any] = [
+        s.quantizer
+        for s in iter_quantizers(ours.net)
+        if s.name.startswith(f"{unit}.") and s.quantizer.n_scales
+    ]
 
     def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
         """Squared error of the unit's output, in units of its spread; with a generator, float inputs are mixed in."""
@@ -171,7 +203,9 @@ def _fit(
         return float(torch.stack([loss_of(i) for i in range(len(goal))]).mean())
 
     def generator(n: int, kind: int, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed((((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind) % 2**64)
+        return torch.Generator(device).manual_seed(
+            (((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind) % 2**64
+        )
 
     def loss_at(step: int) -> Tensor:
         """On a batch and a mixture that are functions of seed, unit and step."""
@@ -184,7 +218,9 @@ def _fit(
         _train(scaled, layers, settings, loss_at)
         after = mean_loss()
     if not math.isfinite(after):
-        raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
+        raise UsageError(
+            f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr"
+        )
     return before, after
 
 
@@ -195,25 +231,40 @@ def _goal(theirs: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
         for i in range(len(theirs.batches)):
             args, output = theirs.output(unit, i)
             if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-                raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
+                raise UsageError(
+                    f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate"
+                )
             check_finite(args[0], unit, _SETTING)
             check_finite(output, unit, _SETTING)
             goal.append((args[0], output))
     return goal
 
 
-def _train(scaled: list[Any], layers: list[Site], settings: ReconstructSettings, loss_at: Callable[[int], Tensor]) -> None:
+def _train(
+    scaled: list[Any],
+    layers: list[Site],
+    settings: ReconstructSettings,
+    loss_at: Callable[[int], Tensor],
+) -> None:
     """All steps; the step sizes are exp of what is learned times where they began."""
     starts = [quantizer.scale.clone() for quantizer in scaled]
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)
     weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
-    adam = torch.optim.Adam([{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}])
-    cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2)
+    adam = torch.optim.Adam([
+        {"params": weights, "lr": settings.lr},
+        {"params": changes, "lr": settings.scale_lr},
+    ])
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2
+    )
     buffers = [quantizer._buffers["scale"] for quantizer in scaled]
 
     def scales() -> list[Tensor]:
-        return [(start * change.exp()).clamp(min=LOWEST_SCALE) for start, change in zip(starts, changes, strict=True)]
+        return [
+            (start * change.exp()).clamp(min=LOWEST_SCALE)
+            for start, change in zip(starts, changes, strict=True)
+        ]
 
     try:
         for step in range(settings.steps):

@@ -79,12 +79,19 @@ class RunOrder:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 del returned[starts.pop() :]
                 returned.append(name)
-                if args and isinstance(output, Tensor) and isinstance(args[0], Tensor) and output.shape == args[0].shape:
+                if (
+                    args
+                    and isinstance(output, Tensor)
+                    and isinstance(args[0], Tensor)
+                    and output.shape == args[0].shape
+                ):
                     self.keeps_shape.add(name)
 
             return hook
 
-        hooks = [module.register_forward_pre_hook(enter(name)) for name, module in net.named_modules()]
+        hooks = [
+            module.register_forward_pre_hook(enter(name)) for name, module in net.named_modules()
+        ]
         hooks += [module.register_forward_hook(leave(name)) for name, module in net.named_modules()]
         with probing(net, hooks):
             net(image)
@@ -105,17 +112,31 @@ class Runner:
     """
 
     def __init__(
-        self, net: nn.Module, entries: Mapping[str, Sequence[str]], batches: Sequence[Tensor], limit: float = 0, *, to_the_end: bool = False
+        self,
+        net: nn.Module,
+        entries: Mapping[str, Sequence[str]],
+        batches: Sequence[Tensor],
+        limit: float = 0,
+        *,
+        to_the_end: bool = False,
     ) -> None:
         self.net, self.batches, self.limit = net, batches, limit
         self.modules = dict(net.named_modules())
         self.order = RunOrder(net, batches[0][:1])
         place = self.order.place
-        self.entries = {name: min(entries[name], key=lambda n: place.get(n, len(place))) for name in place if name in entries}
+        self.entries = {
+            name: min(entries[name], key=lambda n: place.get(n, len(place)))
+            for name in place
+            if name in entries
+        }
         self._at = 0
         self.forget()
         self._sizes: dict[str, dict[int, float]] = {}
-        self._whole = {name for name, entry in self.entries.items() if not self.order.once.issuperset({name, entry})}
+        self._whole = {
+            name
+            for name, entry in self.entries.items()
+            if not self.order.once.issuperset({name, entry})
+        }
         self._check(to_the_end=to_the_end)
 
     def _check(self, *, to_the_end: bool) -> None:
@@ -132,11 +153,17 @@ class Runner:
             for name in reversed(names):
                 with self.at(name):
                     if not all(map(torch.equal, outcome(name), expected[name])):
-                        log.warning("%s cannot run on its own input; the whole model runs instead", name)
+                        log.warning(
+                            "%s cannot run on its own input; the whole model runs instead", name
+                        )
                         self._whole.add(name)
                 remembered = [self._inputs[name], *(self._outputs[n] for n in self._needed(name))]
-                storages = [t.untyped_storage() for t in tree_leaves(remembered) if isinstance(t, Tensor)]
-                self._sizes[name] = {s.data_ptr(): s.nbytes() / len(self.batches[0]) for s in storages}
+                storages = [
+                    t.untyped_storage() for t in tree_leaves(remembered) if isinstance(t, Tensor)
+                ]
+                self._sizes[name] = {
+                    s.data_ptr(): s.nbytes() / len(self.batches[0]) for s in storages
+                }
         self.batches, self.limit = given, limit
         self.forget()
 
@@ -153,8 +180,14 @@ class Runner:
             return
         if name not in self._inputs:
             self._remember(name)
-        stubs = {self.modules[n]: self._played(n) for n in self.order.before[self.entries[name]] if n in self.order.once}
-        inputs = self.modules[name].register_forward_pre_hook(lambda *_: self._inputs[name][self._at], with_kwargs=True, prepend=True)
+        stubs = {
+            self.modules[n]: self._played(n)
+            for n in self.order.before[self.entries[name]]
+            if n in self.order.once
+        }
+        inputs = self.modules[name].register_forward_pre_hook(
+            lambda *_: self._inputs[name][self._at], with_kwargs=True, prepend=True
+        )
         try:
             with patched(stubs):
                 yield
@@ -189,7 +222,11 @@ class Runner:
 
     def _played(self, name: str) -> Callable[..., Any]:
         kept = self._outputs.get(name)
-        return (lambda x, *args, **kwargs: x) if kept is None else (lambda *args, **kwargs: kept[self._at])
+        return (
+            (lambda x, *args, **kwargs: x)
+            if kept is None
+            else (lambda *args, **kwargs: kept[self._at])
+        )
 
     def _remember(self, name: str) -> None:
         """One forward of all batches up to the entry of `name`; modules before it are remembered with it as far as memory goes."""
@@ -209,14 +246,20 @@ class Runner:
             raise StopForward
 
         hooks = [
-            self.modules[n].register_forward_pre_hook(lambda _, *given, kept=kept: kept.append(given), with_kwargs=True)
+            self.modules[n].register_forward_pre_hook(
+                lambda _, *given, kept=kept: kept.append(given), with_kwargs=True
+            )
             for n, kept in self._inputs.items()
         ]
         hooks += [
-            self.modules[n].register_forward_hook(lambda _, args, output, kept=kept: kept.append(output))
+            self.modules[n].register_forward_hook(
+                lambda _, args, output, kept=kept: kept.append(output)
+            )
             for n, kept in self._outputs.items()
         ]
-        with probing(self.net, [*hooks, self.modules[self.entries[name]].register_forward_pre_hook(stop)]):
+        with probing(
+            self.net, [*hooks, self.modules[self.entries[name]].register_forward_pre_hook(stop)]
+        ):
             for batch in self.batches:
                 with contextlib.suppress(StopForward):
                     self.net(batch)
@@ -240,15 +283,25 @@ def find_units(
         UsageError: the net has no blocks, or none with a quantized weight; or the reference is quantized.
     """
     if not all(site.quantizer.is_float for site in iter_quantizers(reference)):
-        raise UsageError(f"{setting}: the reference is quantized; must be a copy of the model made before qat.convert")
+        raise UsageError(
+            f"{setting}: the reference is quantized; must be a copy of the model made before qat.convert"
+        )
     blocks = find_blocks(net)
     layers = [s for s in iter_quantizers(net) if s.role == "weight" and not s.quantizer.is_float]
-    unit_of = {site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer) for site in layers}
+    unit_of = {
+        site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer)
+        for site in layers
+    }
     if blocks.keys().isdisjoint(unit_of.values()):
-        raise UsageError(f"{setting}: this model has no blocks with quantized weights in modules called {CONTAINER!r}")
+        raise UsageError(
+            f"{setting}: this model has no blocks with quantized weights in modules called {CONTAINER!r}"
+        )
     ran = RunOrder(net, batches[0][:1])
     units: dict[str, list[Site]] = {}
-    for site in sorted((s for s in layers if {s.layer, unit_of[s.name]} <= ran.once), key=lambda s: ran.place[s.layer]):
+    for site in sorted(
+        (s for s in layers if {s.layer, unit_of[s.name]} <= ran.once),
+        key=lambda s: ran.place[s.layer],
+    ):
         units.setdefault(unit_of[site.name], []).append(site)
     units = {name: units[name] for name in ran.place if name in units}
     entries = {name: [name] for name in units}
@@ -258,4 +311,6 @@ def find_units(
 def check_finite(value: Tensor, unit: str, setting: str) -> None:
     """Raise `UsageError` if what enters or leaves a unit holds NaN or infinity."""
     if not bool(value.isfinite().all()):
-        raise UsageError(f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of ckpt, data.mean and data.std")
+        raise UsageError(
+            f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of ckpt, data.mean and data.std"
+        )

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert, noise_radius
+from qat.functional.evolution import (
+    POPULATION,
+    TOURNAMENT,
+    Draw,
+    best,
+    draw,
+    evolved_child,
+    initial_population,
+    insert,
+    noise_radius,
+)
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.scales import assert_ready
 from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
@@ -78,7 +88,9 @@ class SearchSettings:
         check_number("search.cache_gib", self.cache_gib, 0)
         if self.radius is not None:
             check_number("search.radius", self.radius, 0, above=True)
-        object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight"))
+        object.__setattr__(
+            self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight")
+        )
 
 
 @dataclass(frozen=True)
@@ -123,26 +135,37 @@ class ScaleVector:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
-        self.quantizers: list[Any] = [getattr(site.quantizer, "quantizer", site.quantizer) for site in sites]
+        self.quantizers: list[Any] = [
+            getattr(site.quantizer, "quantizer", site.quantizer) for site in sites
+        ]
 
     def read(self) -> Tensor:
         """(n,) float64 on the CPU."""
-        return torch.cat([quantizer.scale.detach().cpu().double().flatten() for quantizer in self.quantizers])
+        return torch.cat([
+            quantizer.scale.detach().cpu().double().flatten() for quantizer in self.quantizers
+        ])
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Put (n,) into the net, in its dtype; a scale is at least float32 eps."""
         parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
-            quantizer.set_scale(part.to(quantizer.scale).clamp(min=LOWEST_SCALE).view_as(quantizer.scale))
+            quantizer.set_scale(
+                part.to(quantizer.scale).clamp(min=LOWEST_SCALE).view_as(quantizer.scale)
+            )
 
     def radius(self, fixed: float | None) -> Tensor:
         """(n,) float64: `fixed`, or what suits the bits of each scale."""
-        radii = [(q.n_scales, noise_radius(q.spec.bits) if fixed is None else fixed) for q in self.quantizers]
+        radii = [
+            (q.n_scales, noise_radius(q.spec.bits) if fixed is None else fixed)
+            for q in self.quantizers
+        ]
         return torch.cat([torch.full((n,), radius, dtype=torch.float64) for n, radius in radii])
 
 
-def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, int] = {}) -> dict[str, ScaleVector]:
+def scale_vectors(
+    net: nn.Module, targets: Iterable[str], place: Mapping[str, int] = {}
+) -> dict[str, ScaleVector]:
     """The vector of every block that has one, first block first.
 
     Args:
@@ -159,15 +182,27 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, in
     vectors: dict[str, ScaleVector] = {}
     known: set[str] = set()
     for block in blocks:
-        inside = [site for site in iter_quantizers(net) if site.quantizer.n_scales and site.name.startswith(f"{block}.")]
-        called = {site: f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".") for site in inside}
+        inside = [
+            site
+            for site in iter_quantizers(net)
+            if site.quantizer.n_scales and site.name.startswith(f"{block}.")
+        ]
+        called = {
+            site: f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".") for site in inside
+        }
         known.update(called.values())
-        chosen = [site for site in inside if any(fnmatch.fnmatchcase(called[site], glob) for glob in targets)]
+        chosen = [
+            site
+            for site in inside
+            if any(fnmatch.fnmatchcase(called[site], glob) for glob in targets)
+        ]
         if chosen:
             vectors[block] = ScaleVector(sorted(chosen, key=lambda site: place.get(site.name, 0)))
     if not vectors:
         stored = ", ".join(sorted(known)) or "nothing"
-        raise UsageError(f"search.targets={list(targets)}: must match a scale of a block; stored scales are those of {stored}")
+        raise UsageError(
+            f"search.targets={list(targets)}: must match a scale of a block; stored scales are those of {stored}"
+        )
     return vectors
 
 
@@ -185,20 +220,36 @@ class Evaluator:
         runner: `runner.forget()` has to be called when scales before the next block have changed.
     """
 
-    def __init__(self, net: nn.Module, batches: Sequence[Tensor], targets: Sequence[Tensor], settings: SearchSettings) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        batches: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        settings: SearchSettings,
+    ) -> None:
         device = next(net.parameters()).device
         self.weights = [site for site in iter_quantizers(net) if site.is_weight]
-        self.vectors = scale_vectors(net, settings.targets, RunOrder(net, batches[0][:1].to(device)).place)
+        self.vectors = scale_vectors(
+            net, settings.targets, RunOrder(net, batches[0][:1].to(device)).place
+        )
         self.targets = [target.to(device) for target in targets]
         self.loss = logit_fitness(settings.fitness, settings.temperature)
-        parts = [(j, part) for j, images in enumerate(batches) for part in images.to(device).split(settings.micro_batch)]
+        parts = [
+            (j, part)
+            for j, images in enumerate(batches)
+            for part in images.to(device).split(settings.micro_batch)
+        ]
         self.batch_of = [j for j, _ in parts]
         # The step of an activation may be read before its quantizer runs: an integer norm is made for it. That of a weight is not.
         entries = {
-            name: [site.name for site in vector.sites] if all(site.is_weight for site in vector.sites) else [name]
+            name: [site.name for site in vector.sites]
+            if all(site.is_weight for site in vector.sites)
+            else [name]
             for name, vector in self.vectors.items()
         }
-        self.runner = Runner(net, entries, [part for _, part in parts], settings.cache_gib * 2**30, to_the_end=True)
+        self.runner = Runner(
+            net, entries, [part for _, part in parts], settings.cache_gib * 2**30, to_the_end=True
+        )
 
     @torch.no_grad()
     def fitness(self, block: str) -> float:
@@ -208,16 +259,25 @@ class Evaluator:
         later = [site for site in self.weights if place.get(site.layer, 0) > place[block]]
         # Weights are quantized once, not for every micro-batch.
         weights = {site.quantizer: site.quantizer(site.latent()) for site in later}
-        fixed: dict[nn.Module, Forward] = {quantizer: lambda _, found=found: found for quantizer, found in weights.items()}
+        fixed: dict[nn.Module, Forward] = {
+            quantizer: lambda _, found=found: found for quantizer, found in weights.items()
+        }
         with self.runner.at(block), patched(fixed):
             for i, j in enumerate(self.batch_of):
                 logits[j].append(self.runner(i))
-        losses = [self.loss(torch.cat(parts), target) for parts, target in zip(logits, self.targets, strict=True)]
+        losses = [
+            self.loss(torch.cat(parts), target)
+            for parts, target in zip(logits, self.targets, strict=True)
+        ]
         return float(torch.stack(losses).double().mean())
 
 
 def evolve(
-    start: Tensor, fitness: float, evaluate: Callable[[int, Tensor], float], drawn: Callable[[int], Draw], settings: SearchSettings
+    start: Tensor,
+    fitness: float,
+    evaluate: Callable[[int, Tensor], float],
+    drawn: Callable[[int], Draw],
+    settings: SearchSettings,
 ) -> tuple[Tensor, float]:
     """One visit: the winner of a tournament mutates, the worst member leaves. Source: Evol-Q's code.
 
@@ -264,11 +324,15 @@ def search(
         UsageError: nothing to search, or a fitness that is not finite.
     """
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
-        raise UsageError("search.fitness='infonce': requires ptq.batch of at least 2; here it must be one of mse, kl, cosine")
+        raise UsageError(
+            "search.fitness='infonce': requires ptq.batch of at least 2; here it must be one of mse, kl, cosine"
+        )
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
     assert_ready(net)
-    progress = Progress(run_dir, "search", COLUMNS, settings, [*net.state_dict().values(), *batches, *targets])
+    progress = Progress(
+        run_dir, "search", COLUMNS, settings, [*net.state_dict().values(), *batches, *targets]
+    )
     state = progress.resume() if resume else None
     with probing(net, ()):
         evaluator = Evaluator(net, batches, targets, settings)
@@ -279,9 +343,13 @@ def search(
         else:
             for name, values in state["scales"].items():
                 vectors[name].write(values)
-            log.info("search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"])
+            log.info(
+                "search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"]
+            )
         blocks = list(find_blocks(net))
-        for number, name in [(number, name) for number in range(settings.passes) for name in order][state["visits"] :]:
+        for number, name in [(number, name) for number in range(settings.passes) for name in order][
+            state["visits"] :
+        ]:
             if name == order[0]:
                 evaluator.runner.forget()
             before = state["fitness"]
@@ -290,14 +358,30 @@ def search(
                 accuracy = validate()
                 # The reference's rule: after the first pass the best accuracy stays, during it the latest.
                 if number == 0 or accuracy > state["best"]["accuracy"]:
-                    state["best"] = {"accuracy": accuracy, "scales": {n: vector.read() for n, vector in vectors.items()}}
+                    state["best"] = {
+                        "accuracy": accuracy,
+                        "scales": {n: vector.read() for n, vector in vectors.items()},
+                    }
             progress.save(state)
-            log.info("search pass %d/%d %s: fitness %.6f -> %.6f", number + 1, settings.passes, name, before, state["fitness"])
+            log.info(
+                "search pass %d/%d %s: fitness %.6f -> %.6f",
+                number + 1,
+                settings.passes,
+                name,
+                before,
+                state["fitness"],
+            )
         if state["best"] is not None:
             for name, values in state["best"]["scales"].items():
                 vectors[name].write(values)
     selected = "calibration" if state["best"] is None else "validation"
-    return SearchResult(selected, *(state[key] for key in ("fitness_before", "fitness", "evaluations", "accepted", "seconds")))
+    return SearchResult(
+        selected,
+        *(
+            state[key]
+            for key in ("fitness_before", "fitness", "evaluations", "accepted", "seconds")
+        ),
+    )
 
 
 def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any]:
@@ -307,14 +391,22 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     _check_fitness(fitness, "the unchanged model")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
-    state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
+    state: dict[str, Any] = {
+        **counts,
+        "fitness": fitness,
+        "fitness_before": fitness,
+        "scales": {},
+        "best": None,
+    }
     progress.save(state)
     return state
 
 
 def _check_fitness(fitness: float, candidate: str) -> None:
     if not math.isfinite(fitness):
-        raise UsageError(f"search: the fitness of {candidate} is {fitness}; its logits are not finite numbers")
+        raise UsageError(
+            f"search: the fitness of {candidate} is {fitness}; its logits are not finite numbers"
+        )
 
 
 def _visit(
@@ -339,11 +431,25 @@ def _visit(
         accepted, lowest = found < lowest, min(found, lowest)
         state["evaluations"] += 1
         state["accepted"] += accepted
-        progress.rows.append((place[0], name, cycle, found, int(accepted), f"{time.perf_counter() - since:.3f}"))
+        progress.rows.append((
+            place[0],
+            name,
+            cycle,
+            found,
+            int(accepted),
+            f"{time.perf_counter() - since:.3f}",
+        ))
         return found
 
     def drawn(cycle: int) -> Draw:
-        return draw(settings.seed, (*place, cycle), len(radius), radius, size=settings.population, tournament=settings.tournament)
+        return draw(
+            settings.seed,
+            (*place, cycle),
+            len(radius),
+            radius,
+            size=settings.population,
+            tournament=settings.tournament,
+        )
 
     found, fitness = start, lowest
     try:

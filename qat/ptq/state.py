@@ -27,7 +27,14 @@ class Progress:
         rows: of the table, so far.
     """
 
-    def __init__(self, folder: str | Path | None, group: str, columns: tuple[str, ...], settings: Any, tensors: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        group: str,
+        columns: tuple[str, ...],
+        settings: Any,
+        tensors: Iterable[Tensor],
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.name, self.columns = group.rpartition(".")[2], columns
         self.settings = {f"{group}.{key}": value for key, value in asdict(settings).items()}
@@ -44,12 +51,16 @@ class Progress:
             return None
         try:
             content = read_torch(path)
-            settings, inputs, rows, state = (content[key] for key in ("settings", "inputs", "rows", "state"))
+            settings, inputs, rows, state = (
+                content[key] for key in ("settings", "inputs", "rows", "state")
+            )
         except Exception as error:
             raise UsageError(f"resume: {path} cannot be read; delete it to start over") from error
         for key, value in self.settings.items():
             if settings.get(key) != value:
-                raise UsageError(f"{key}={value!r}: the run to resume has {settings.get(key)!r} ({path})")
+                raise UsageError(
+                    f"{key}={value!r}: the run to resume has {settings.get(key)!r} ({path})"
+                )
         if inputs != self.inputs:
             raise UsageError(f"resume: {path} belongs to another model or other calibration images")
         self.rows = rows
@@ -59,6 +70,11 @@ class Progress:
         """Replace both files; at every moment there is a complete one of each."""
         if self.folder is None:
             return
-        content = {"settings": self.settings, "inputs": self.inputs, "rows": self.rows, "state": dict(state)}
+        content = {
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "rows": self.rows,
+            "state": dict(state),
+        }
         write_torch(self.folder / f"{self.name}.ckpt", content)
         write_text(self.folder / f"{self.name}.csv", csv_lines([self.columns, *self.rows]))

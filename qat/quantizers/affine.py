@@ -8,8 +8,21 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.affine import affine_codes, affine_from_range, code_range, correct_mean_and_std, fake_quantize_affine, min_max
-from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe, reaching_zero
+from qat.functional.affine import (
+    affine_codes,
+    affine_from_range,
+    code_range,
+    correct_mean_and_std,
+    fake_quantize_affine,
+    min_max,
+)
+from qat.functional.observers import (
+    RangeState,
+    affine_from_state,
+    affine_scale,
+    observe,
+    reaching_zero,
+)
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -45,7 +58,9 @@ class Affine(Quantizer):
             UsageError: `x` is an activation.
         """
         if self.spec.role != "weight":
-            raise UsageError(f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales")
+            raise UsageError(
+                f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales"
+            )
         self.fill(observe(None, x, self.axis, self.method), x)
 
     @property
@@ -56,7 +71,16 @@ class Affine(Quantizer):
     def fill(self, state: RangeState, x: Tensor) -> None:
         """Set scale and zero point after the last batch; `x`, that batch, is only read where candidates are tried on it."""
         signed = self.qmin < 0
-        self._fill(*affine_from_state(reaching_zero(state), x, self.spec.bits, signed=signed, axis=self.axis, method=self.method))
+        self._fill(
+            *affine_from_state(
+                reaching_zero(state),
+                x,
+                self.spec.bits,
+                signed=signed,
+                axis=self.axis,
+                method=self.method,
+            )
+        )
 
     def _fill(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
@@ -74,7 +98,9 @@ class Affine(Quantizer):
     def grid(self, x: Tensor | None = None) -> UniformGrid:
         """The fixed range, without the correction of a bias, which is no part of the grid (`spec.bias_correction`)."""
         step, zero = self.scale.float(), self.zero_point.float()
-        return UniformGrid(qmin=self.qmin, qmax=self.qmax, step=step, zero_point=zero, axis=self.axis)
+        return UniformGrid(
+            qmin=self.qmin, qmax=self.qmax, step=step, zero_point=zero, axis=self.axis
+        )
 
 
 @register("minmax")
@@ -114,7 +140,9 @@ class DynamicMinMax(Quantizer):
         if x is None:
             return None
         step, zero = self._range(x)
-        return UniformGrid(qmin=self.spec.qmin, qmax=self.spec.qmax, step=step, zero_point=zero, axis=self.axis)
+        return UniformGrid(
+            qmin=self.spec.qmin, qmax=self.spec.qmax, step=step, zero_point=zero, axis=self.axis
+        )
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for `x`, (n,) each."""

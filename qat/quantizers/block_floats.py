@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from qat import kernels
-from qat.functional.block_floats import BLOCK_FORMATS, BlockFormat, block_float_codes, float_place, float_values
+from qat.functional.block_floats import (
+    BLOCK_FORMATS,
+    BlockFormat,
+    block_float_codes,
+    float_place,
+    float_values,
+)
 from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -44,7 +50,9 @@ class FloatGrid(Grid):
             ValueError: the grid is that of no tensor.
         """
         if self.factors is None:
-            raise ValueError("FloatGrid: its scales are those of a tensor; must be made by quantizer.grid(x)")
+            raise ValueError(
+                "FloatGrid: its scales are those of a tensor; must be made by quantizer.grid(x)"
+            )
         return self.factors if self.tensor_scale is None else self.factors * self.tensor_scale
 
     def along(self, length: int) -> Tensor:
@@ -90,7 +98,9 @@ class BlockFloat(Quantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """Bits of E2M1 (0 to 15) or E4M3, uint8."""
-        return block_float_codes(x.detach().movedim(self.dim, -1), self.form)[0].movedim(-1, self.dim)
+        return block_float_codes(x.detach().movedim(self.dim, -1), self.form)[0].movedim(
+            -1, self.dim
+        )
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
         """That of `x`; of None one that knows its format alone."""

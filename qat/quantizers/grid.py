@@ -76,7 +76,9 @@ class UniformGrid(Grid):
     def along(self, ndim: int) -> tuple[Tensor, Tensor | float]:
         """Step and zero point that broadcast against `ndim` dimensions."""
         zero = self.zero_point
-        return view_along(self.step, ndim, self.axis), view_along(zero, ndim, self.axis) if isinstance(zero, Tensor) else zero
+        return view_along(self.step, ndim, self.axis), view_along(
+            zero, ndim, self.axis
+        ) if isinstance(zero, Tensor) else zero
 
     @property
     def is_half_step(self) -> bool:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from qat import kernels
 from qat.functional.affine import code_range
-from qat.functional.lsq import SCALE_FLOOR, CodeRange, least_unit, lsq_codes, lsq_init_scale, mse_init_scale
+from qat.functional.lsq import (
+    SCALE_FLOOR,
+    CodeRange,
+    least_unit,
+    lsq_codes,
+    lsq_init_scale,
+    mse_init_scale,
+)
 from qat.kernels import LSQParams
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
@@ -29,7 +36,9 @@ _INITIAL_SCALE = {"lsq": lsq_init_scale, "mse": mse_init_scale}
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
     """Mean of the values handed in so far; `state` remembers it under `mean` and their number under `n`."""
     state["n"] = state.get("n", 0) + 1
-    state["mean"] = value if state["n"] == 1 else state["mean"] + (value - state["mean"]) / state["n"]
+    state["mean"] = (
+        value if state["n"] == 1 else state["mean"] + (value - state["mean"]) / state["n"]
+    )
     return state["mean"]
 
 
@@ -49,7 +58,9 @@ class LSQ(Quantizer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.grad_factor = 1.0
-        self._parameters["scale"] = None  # where the property finds it; `register_parameter` refuses names that a class has
+        self._parameters["scale"] = (
+            None  # where the property finds it; `register_parameter` refuses names that a class has
+        )
         self.start: Tensor
         self.register_buffer("start", None)
         self.register_parameter("change", None)
@@ -125,7 +136,12 @@ class LSQ(Quantizer):
         return self._grid(self.spec.qmin, self.spec.qmax)
 
     def _grid(self, qmin: int, qmax: int) -> UniformGrid:
-        return UniformGrid(qmin=qmin, qmax=qmax, step=self.scale.detach().float().clamp(min=SCALE_FLOOR), axis=self.axis)
+        return UniformGrid(
+            qmin=qmin,
+            qmax=qmax,
+            step=self.scale.detach().float().clamp(min=SCALE_FLOOR),
+            axis=self.axis,
+        )
 
 
 class AutoSignLSQ(LSQ):
@@ -152,7 +168,9 @@ class AutoSignLSQ(LSQ):
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Sign from the smallest value seen; LSQ's step from factor 2 whatever the sign (the reference's rule for images)."""
-        lowest = torch.minimum(x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device)))
+        lowest = torch.minimum(
+            x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device))
+        )
         state["lowest"] = lowest
         signed = bool(lowest < self.NEGATIVE)
         self.set_scale(self._step(x, state)[signed])
@@ -165,7 +183,9 @@ class AutoSignLSQ(LSQ):
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
             return {signed: twice_mean_abs / qmax**0.5 for signed, (_, qmax) in self.bounds.items()}
         return {
-            signed: running_mean(state.setdefault(f"signed={signed}", {}), self.initial_scale(x, *bounds))
+            signed: running_mean(
+                state.setdefault(f"signed={signed}", {}), self.initial_scale(x, *bounds)
+            )
             for signed, bounds in self.bounds.items()
         }
 
@@ -181,7 +201,10 @@ class AutoSignLSQ(LSQ):
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes with the bounds of the sign that was found, int16."""
-        signed, unsigned = (lsq_codes(x, self.scale, *self.bounds[s], self.axis).to(torch.int16) for s in (True, False))
+        signed, unsigned = (
+            lsq_codes(x, self.scale, *self.bounds[s], self.axis).to(torch.int16)
+            for s in (True, False)
+        )
         return torch.where(self.signed > 0, signed, unsigned)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:

@@ -33,9 +33,14 @@ class Quantizer(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Who rounds in a way of its own has a grid and an operand of its own: those of a class that it inherits from might be wrong."""
         super().__init_subclass__(**kwargs)
-        for told, *rounding in ("grid", "forward", "codes"), ("operand", "forward", "shifted", "codes", "scale_of"):
+        for told, *rounding in (
+            ("grid", "forward", "codes"),
+            ("operand", "forward", "shifted", "codes", "scale_of"),
+        ):
             # The first class that says something of it may be a mixin.
-            if told not in next(names for base in cls.__mro__ if (names := vars(base)).keys() & {told, *rounding}):
+            if told not in next(
+                names for base in cls.__mro__ if (names := vars(base)).keys() & {told, *rounding}
+            ):
                 setattr(cls, told, getattr(Quantizer, told))
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -82,7 +87,9 @@ class Quantizer(nn.Module, ABC):
         A negative axis that would meet the batch dimension gives way to one scale for the tensor: a scale per image of a batch
         means nothing. So does the axis of an input that is a feature map (B, H, W, C), unless the spec wants its columns apart.
         """
-        meets_batch = self.spec.axis is not None and self.spec.axis < 0 and self.spec.axis + len(shape) == 0
+        meets_batch = (
+            self.spec.axis is not None and self.spec.axis < 0 and self.spec.axis + len(shape) == 0
+        )
         is_map = self.spec.role == "input" and len(shape) > 3
         if meets_batch or (is_map and self.spec.map_scales == "tensor"):
             self.axis = None

@@ -13,7 +13,9 @@ from qat.spec import QuantSpec
 _BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {"float": Float}
 
 
-def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
+def register(
+    name: str,
+) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
     """Make `quantizer=name` build the decorated class or function of this package.
 
     Those that a recipe may name are listed in `qat.spec.QUANTIZERS` as well.
@@ -42,7 +44,9 @@ def import_quantizer(path: str) -> type[Quantizer]:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"quantizer={path!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Quantizer)) or found.__abstractmethods__:
-        raise UsageError(f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer that has forward and codes")
+        raise UsageError(
+            f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer that has forward and codes"
+        )
     return found
 
 
@@ -59,6 +63,8 @@ def build_quantizer(spec: QuantSpec) -> Quantizer:
     elif spec.quantizer in _BUILDERS:
         builder = _BUILDERS[spec.quantizer]
     else:
-        raise UsageError(f"quantizer={spec.quantizer!r}: must be one of {', '.join(sorted(_BUILDERS))} or package.module:Class")
+        raise UsageError(
+            f"quantizer={spec.quantizer!r}: must be one of {', '.join(sorted(_BUILDERS))} or package.module:Class"
+        )
     quantizer = builder(spec)
     return quantizer if spec.offsets == "none" else Shifted(quantizer)

@@ -63,7 +63,10 @@ class Shifted(Quantizer):
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
         """That of the quantizer in the middle, with the offsets around it."""
-        before, after = (None if t is None else t.detach().float() for t in (self.offset_before, self.offset_after))
+        before, after = (
+            None if t is None else t.detach().float()
+            for t in (self.offset_before, self.offset_after)
+        )
         found = self.quantizer.grid(None if x is None else self._moved(x, self.offset_before))
         return None if found is None else dataclasses.replace(found, before=before, after=after)
 

@@ -52,7 +52,13 @@ class StatsQ(Quantizer):
         if x is None:
             return None
         n = 2 ** (self.spec.bits - 1)
-        return UniformGrid(qmin=-n, qmax=n - 1, step=self.scale_of(x).flatten() / n, zero_point=-0.5, axis=self._axis_of(x))
+        return UniformGrid(
+            qmin=-n,
+            qmax=n - 1,
+            step=self.scale_of(x).flatten() / n,
+            zero_point=-0.5,
+            axis=self._axis_of(x),
+        )
 
     def _axis_of(self, x: Tensor) -> int | None:
         """Dimension that keeps scales of its own."""

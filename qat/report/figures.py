@@ -67,8 +67,14 @@ def picture(title: str, words: str, drawn: Figure) -> dict[str, str]:
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Losses, validation accuracy, learning rate, oscillation and annealing, as far as rows of `metrics.csv` have them."""
     columns = sorted({column for row in rows for column, value in row.items() if value != ""})
-    named = {title: next((one for one in columns if re.fullmatch(name, one)), "") for title, name in CURVES.items()}
-    curves = (_curve(title, [(row.get("step"), row.get(name)) for row in rows]) for title, name in named.items())
+    named = {
+        title: next((one for one in columns if re.fullmatch(name, one)), "")
+        for title, name in CURVES.items()
+    }
+    curves = (
+        _curve(title, [(row.get("step"), row.get(name)) for row in rows])
+        for title, name in named.items()
+    )
     return [curve for curve in curves if curve]
 
 
@@ -79,13 +85,24 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [curve] if curve else []
 
 
-def _curve(title: str, pairs: Sequence[tuple[Any, Any]], over: str = "step") -> dict[str, str] | None:
+def _curve(
+    title: str, pairs: Sequence[tuple[Any, Any]], over: str = "step"
+) -> dict[str, str] | None:
     """A line through the pairs of finite numbers, if there are any."""
-    points = [(x, y) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x + y)]
+    points = [
+        (x, y)
+        for x, y in pairs
+        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x + y)
+    ]
     if not points:
         return None
     drawn, (axis,) = panels(width=WIDTH, height=2.5)
-    axis.plot(*zip(*points, strict=True), "o-" if len(points) <= FEW else "-", color=PALETTE[0], markersize=3)
+    axis.plot(
+        *zip(*points, strict=True),
+        "o-" if len(points) <= FEW else "-",
+        color=PALETTE[0],
+        markersize=3,
+    )
     axis.set_xlabel(over)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ends = dict.fromkeys(f"{shown(y)} at {over} {shown(x)}" for x, y in (points[0], points[-1]))

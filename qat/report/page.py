@@ -14,14 +14,31 @@ from qat.utils.files import csv_rows, write_text
 from qat.utils.text import duration, json_object, read_file, scaled, unlearned
 
 FILE = "report.html"
-ANALYSES = "analysis"  # folder of the analyses that training and calibration make of their own model
+ANALYSES = (
+    "analysis"  # folder of the analyses that training and calibration make of their own model
+)
 # Tables of a run's own analyses that are shown, and their columns; the files have more.
 LAYERS = {
-    "weights.csv": ("layer", "role", "bits", "weights", "kurtosis", "unused levels", "at the end codes, %", "SNR (dB)"),
+    "weights.csv": (
+        "layer",
+        "role",
+        "bits",
+        "weights",
+        "kurtosis",
+        "unused levels",
+        "at the end codes, %",
+        "SNR (dB)",
+    ),
     "cost_modules.csv": ("module", "kind", "bits of operands", "bytes", "MACs", "bit operations"),
 }
 FACTS = ("finished", "device", "seed", "weights", "git_commit")
-MEASURED = {"top1": "Top-1, %", "top5": "Top-5, %", "loss": "Loss", "size_bytes": "Bytes", "bitops": "Bit operations"}
+MEASURED = {
+    "top1": "Top-1, %",
+    "top5": "Top-5, %",
+    "loss": "Loss",
+    "size_bytes": "Bytes",
+    "bitops": "Bit operations",
+}
 
 # All text is escaped, and a name that does not exist is an error.
 ENVIRONMENT = Environment(
@@ -42,13 +59,20 @@ def write_report(folder: Path) -> Path:
     Returns:
         The file.
     """
-    results, typed, config = _json(folder / "results.json", folder), _json(folder / "command.json", folder), folder / "config.yaml"
+    results, typed, config = (
+        _json(folder / "results.json", folder),
+        _json(folder / "command.json", folder),
+        folder / "config.yaml",
+    )
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
     cost = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
     in_float = next((one.get("in_float") or {} for one in cost.values()), {})
     context = {
         "kind": command,
-        "subject": " · ".join(results[key] for key in ("model", "quant", "data") if results.get(key)) or folder.resolve().name,
+        "subject": " · ".join(
+            results[key] for key in ("model", "quant", "data") if results.get(key)
+        )
+        or folder.resolve().name,
         "results": results,
         "note": unlearned(results),
         "figures": _figures(results, in_float),
@@ -57,9 +81,12 @@ def write_report(folder: Path) -> Path:
         "search": search_figure(_table(folder / "search.csv", folder)),
         "oscillation": _table(folder / "oscillation.csv", folder),
         "analyses": _analyses(folder),
-        "typed": typed and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
+        "typed": typed
+        and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
-        "config": read_file(config).decode(errors="replace") if _is_inside(config, folder) else None,
+        "config": read_file(config).decode(errors="replace")
+        if _is_inside(config, folder)
+        else None,
     }
     return write_page("run.html.j2", folder, context)
 
@@ -75,7 +102,10 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
     Returns:
         The file.
     """
-    write_text(folder / FILE, ENVIRONMENT.get_template(template).render(folder=folder, contents=[], **context))
+    write_text(
+        folder / FILE,
+        ENVIRONMENT.get_template(template).render(folder=folder, contents=[], **context),
+    )
     return folder / FILE
 
 
@@ -84,7 +114,10 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     names = dict.fromkeys(name for row in rows for name in row)
     texts = {name: [text for row in rows if (text := shown(row.get(name, "")))] for name in names}
     kept = [name for name in names if texts[name]]
-    return [(name, name != kept[0] and all(text[0] in "+-−–.0123456789" for text in texts[name])) for name in kept]
+    return [
+        (name, name != kept[0] and all(text[0] in "+-−–.0123456789" for text in texts[name]))
+        for name in kept
+    ]
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -101,22 +134,42 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
     """Rows of a CSV file in a folder, numbers as such; of some columns only, without the name of a model that is the same in all."""
     rows = csv_rows(path) if _is_inside(path, folder) else []
     left_out = "net" if len({row.get("net") for row in rows}) == 1 else ""
-    kept = [name for name in (rows[0] if rows else ()) if name != left_out and (name in names or not names)]
-    return [{name: row[name] if (value := number(row[name])) is None else value for name in kept} for row in rows]
+    kept = [
+        name
+        for name in (rows[0] if rows else ())
+        if name != left_out and (name in names or not names)
+    ]
+    return [
+        {name: row[name] if (value := number(row[name])) is None else value for name in kept}
+        for row in rows
+    ]
 
 
 def _figures(results: Row, in_float: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Title, value and meaning of the numbers that come first."""
-    top1, top1_fp, agreement, seconds = (results.get(key) for key in ("top1", "top1_fp", "agreement", "wall_seconds"))
+    top1, top1_fp, agreement, seconds = (
+        results.get(key) for key in ("top1", "top1_fp", "agreement", "wall_seconds")
+    )
     figures = []
     if top1 is not None:
         change = "" if top1_fp is None else f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
         figures.append(("Top-1", f"{top1:.2f} %", f"{results.get('split')} split{change}"))
     if agreement is not None:
-        figures.append(("Same class", f"{agreement:.2f} %", "of the images get the checkpoint's class"))
-    for title, key, unit, less in (("Size", "size_bytes", "B", "smaller"), ("Bit operations", "bitops", "", "fewer")):
+        figures.append((
+            "Same class",
+            f"{agreement:.2f} %",
+            "of the images get the checkpoint's class",
+        ))
+    for title, key, unit, less in (
+        ("Size", "size_bytes", "B", "smaller"),
+        ("Bit operations", "bitops", "", "fewer"),
+    ):
         if own := results.get(key):
-            than = f"{in_float[key] / own:,.1f}× {less} than in float" if in_float.get(key, own) != own else ""
+            than = (
+                f"{in_float[key] / own:,.1f}× {less} than in float"
+                if in_float.get(key, own) != own
+                else ""
+            )
             figures.append((title, scaled(own, unit), than))
     if seconds is not None:
         figures.append(("Time", duration(seconds), results.get("device") or ""))
@@ -125,10 +178,15 @@ def _figures(results: Row, in_float: Mapping[str, float]) -> list[tuple[str, str
 
 def _measured(results: Row, in_float: Mapping[str, float]) -> list[Row]:
     """The model, after itself in float if it is quantized; scores that are not known have no column."""
-    bits, names = bits_of(results.get("recipe")), {key: name for key, name in MEASURED.items() if results.get(key) is not None}
+    bits, names = (
+        bits_of(results.get("recipe")),
+        {key: name for key, name in MEASURED.items() if results.get(key) is not None},
+    )
     known = {name: results.get(f"{key}_fp", in_float.get(key)) for key, name in names.items()}
     before = [{"model": "Float"} | known] if bits and any(known.values()) else []
-    own = {"model": f"Quantized, {bits}" if bits else "Float"} | {name: results[key] for key, name in names.items()}
+    own = {"model": f"Quantized, {bits}" if bits else "Float"} | {
+        name: results[key] for key, name in names.items()
+    }
     return [*before, own] if results.get("size_bytes") else []
 
 
@@ -137,7 +195,14 @@ def _exported(results: Row) -> list[Row]:
     times = (results.get("latency_ms") or {}).items()
     sizes = (results.get("bytes") or {}).items()
     what = "file" if results.get("agrees") else "part"
-    return [{what: key, "bytes": size, **{f"{name}, ms": taken.get(key) for name, taken in times if taken}} for key, size in sizes]
+    return [
+        {
+            what: key,
+            "bytes": size,
+            **{f"{name}, ms": taken.get(key) for name, taken in times if taken},
+        }
+        for key, size in sizes
+    ]
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:

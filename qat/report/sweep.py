@@ -39,7 +39,9 @@ MOST_DRAWN = 40  # groups: names of more cannot be read
 
 def gather(folder: Path) -> list[Row]:
     """A row for each job below a directory, nested ones too: what it was given, its error, what its `results.json` says."""
-    begun = {path.parent for path in folder.rglob("results.json")} | {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
+    begun = {path.parent for path in folder.rglob("results.json")} | {
+        path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")
+    }
     rows = []
     for path in begun - {folder}:
         results = json_object(path / "results.json")
@@ -47,12 +49,18 @@ def gather(folder: Path) -> list[Row]:
         status = "done" if not error else "failed" if results else "not finished"
         rows.append(
             {"job": str(path.relative_to(folder)), "status": status}
-            | {GIVEN + key: value for key, value in overrides_of(path).items() if key not in IGNORED and not key.startswith("hydra.")}
+            | {
+                GIVEN + key: value
+                for key, value in overrides_of(path).items()
+                if key not in IGNORED and not key.startswith("hydra.")
+            }
             | {key: value for key, value in results.items() if not isinstance(value, dict | list)}
             | {"error": " ".join(str(error or "").split())}
         )
     # 2 comes before 10.
-    return sorted(rows, key=lambda row: [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])])
+    return sorted(
+        rows, key=lambda row: [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
+    )
 
 
 def overrides_of(folder: Path) -> dict[str, str]:
@@ -60,9 +68,14 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
     The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
     """
-    listed, path = json_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
+    listed, path = (
+        json_object(folder / "command.json").get("overrides"),
+        folder / ".hydra" / "overrides.yaml",
+    )
     if listed is None and path.is_file():
-        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # half a file, as a kill leaves it
+        with contextlib.suppress(
+            OSError, ValueError, RecursionError, yaml.YAMLError
+        ):  # half a file, as a kill leaves it
             listed = yaml.safe_load(read_file(path))
     texts = listed if isinstance(listed, list) else []
     parts = (one.partition("=") for one in texts if isinstance(one, str))
@@ -71,14 +84,21 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
 def varied(jobs: Sequence[Row]) -> list[str]:
     """Names of the settings by which jobs differ, and the seed if it was given."""
-    names = dict.fromkeys(name.removeprefix(GIVEN) for job in jobs for name in job if name.startswith(GIVEN))
-    return [name for name in names if name == "seed" or len({job.get(GIVEN + name) for job in jobs}) > 1]
+    names = dict.fromkeys(
+        name.removeprefix(GIVEN) for job in jobs for name in job if name.startswith(GIVEN)
+    )
+    return [
+        name for name in names if name == "seed" or len({job.get(GIVEN + name) for job in jobs}) > 1
+    ]
 
 
 def given(job: Row, names: Sequence[str]) -> dict[str, str]:
     """Some settings of a job; a long number with four significant digits."""
     texts = {name: str(job.get(GIVEN + name, MISSING)) for name in names}
-    return {name: text if len(text) < 9 or (value := number(text)) is None else f"{value:.4g}" for name, text in texts.items()}
+    return {
+        name: text if len(text) < 9 or (value := number(text)) is None else f"{value:.4g}"
+        for name, text in texts.items()
+    }
 
 
 def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
@@ -87,10 +107,16 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
         # The checkpoint that a job starts from may have its seed in its name.
-        texts = (re.sub(r"(seed[-_=]?)\d+", r"\1*", str(job.get(GIVEN + name, MISSING))) for name in names)
+        texts = (
+            re.sub(r"(seed[-_=]?)\d+", r"\1*", str(job.get(GIVEN + name, MISSING)))
+            for name in names
+        )
         groups.setdefault(tuple(texts), []).append(job)
     keys = [GIVEN + name for name in names]
-    return [(given(dict(zip(keys, texts, strict=True)), names), group) for texts, group in groups.items()]
+    return [
+        (given(dict(zip(keys, texts, strict=True)), names), group)
+        for texts, group in groups.items()
+    ]
 
 
 def label(settings: Mapping[str, str]) -> str:
@@ -101,7 +127,9 @@ def label(settings: Mapping[str, str]) -> str:
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
     """The known numbers of a measure, of the jobs that are done; the spread of larger ones than `MOST_MEASURED` overflows."""
     measured = [job.get(measure) for job in jobs if job["status"] == "done"]
-    return [value for value in measured if isinstance(value, int | float) and abs(value) < MOST_MEASURED]
+    return [
+        value for value in measured if isinstance(value, int | float) and abs(value) < MOST_MEASURED
+    ]
 
 
 def mean(jobs: Sequence[Row], measure: str) -> str:
@@ -116,7 +144,11 @@ def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
     rows = []
     for settings, group in grouped(jobs):
         done = sum(job["status"] == "done" for job in group)
-        rows.append(settings | {"n": str(done)} | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)})
+        rows.append(
+            settings
+            | {"n": str(done)}
+            | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)}
+        )
     return rows
 
 
@@ -124,7 +156,9 @@ def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> T
     """Rows as a table for the terminal."""
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="right" if name in dict(MEASURES.values()) else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if name in dict(MEASURES.values()) else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table
@@ -154,8 +188,20 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
             "counted": counted,
             "groups": group_rows(jobs),
             "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
-            "jobs": [{"job": job["job"], **given(job, names), "top-1 %": job.get("top1"), "error": job["error"]} for job in jobs],
-            "links": {job["job"]: f"{job['job']}/{FILE}" for job in jobs if (folder / job["job"] / FILE).is_file()},
+            "jobs": [
+                {
+                    "job": job["job"],
+                    **given(job, names),
+                    "top-1 %": job.get("top1"),
+                    "error": job["error"],
+                }
+                for job in jobs
+            ],
+            "links": {
+                job["job"]: f"{job['job']}/{FILE}"
+                for job in jobs
+                if (folder / job["job"] / FILE).is_file()
+            },
         }
         write_page("sweep.html.j2", folder, context)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
@@ -169,15 +215,27 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
     """Top-1 of every group with its spread, each job a dot."""
-    groups = [(label(settings), group) for settings, group in grouped(jobs) if values(group, "top1")][:MOST_DRAWN]
+    groups = [
+        (label(settings), group) for settings, group in grouped(jobs) if values(group, "top1")
+    ][:MOST_DRAWN]
     drawn, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
     for y, (_, group) in enumerate(groups):
         known = values(group, "top1")
         spread = statistics.stdev(known) if len(known) > 1 else 0
-        axis.errorbar(statistics.fmean(known), y, xerr=spread, fmt="o", color=PALETTE[0], markersize=5, capsize=3 if spread else 0)
+        axis.errorbar(
+            statistics.fmean(known),
+            y,
+            xerr=spread,
+            fmt="o",
+            color=PALETTE[0],
+            markersize=5,
+            capsize=3 if spread else 0,
+        )
         axis.plot(known, [y] * len(known), ".", color=PALETTE[1], markersize=4)
     axis.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
     axis.margins(y=0.2)
     axis.invert_yaxis()
     said = "; ".join(f"{name}: {mean(group, 'top1')} %" for name, group in groups)
-    return picture("Top-1, %", f"{said}. Small: single jobs. Large: mean and sample standard deviation.", drawn)
+    return picture(
+        "Top-1, %", f"{said}. Small: single jobs. Large: mean and sample standard deviation.", drawn
+    )

@@ -51,13 +51,24 @@ def analyze(cfg: DictConfig) -> None:
     cfg.data = jobs[0].data  # the config that was settled: it is what is recorded
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
-        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1")
+        raise UsageError(
+            f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1"
+        )
     if trainer.precision != "32-true":
-        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true")
+        raise UsageError(
+            f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true"
+        )
     device = trainer.strategy.root_device
     nets = [
-        StudiedNet(label, subject.net.eval().to(device), subject.data.input_size, None if path is None else Path(path))
-        for label, subject, path in zip(make_labels(cfg.labels, origins), subjects, paths, strict=True)
+        StudiedNet(
+            label,
+            subject.net.eval().to(device),
+            subject.data.input_size,
+            None if path is None else Path(path),
+        )
+        for label, subject, path in zip(
+            make_labels(cfg.labels, origins), subjects, paths, strict=True
+        )
     ]
 
     data, images = subjects[0].data, NO_IMAGES
@@ -67,12 +78,17 @@ def analyze(cfg: DictConfig) -> None:
         entries[net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
     if analysis.split is not None:
         split = cfg.split or (data.evaluation_split if analysis.split == "test" else analysis.split)
-        images = ImageSet([(x.to(device), target.to(device)) for x, target in data.sample(split, cfg.images)], split)
+        images = ImageSet(
+            [(x.to(device), target.to(device)) for x, target in data.sample(split, cfg.images)],
+            split,
+        )
         entries["images"] = f"{images.n_images} of the {split} split; {summary.describe_data(data)}"
     log.info(summary.lines("qat: analysis", entries | {"outputs": str(run_dir)}))
 
     outcome = analysis.run(nets, images)
-    record_run(cfg)  # nothing refuses from here on: the files of an older run are as they were until now
+    record_run(
+        cfg
+    )  # nothing refuses from here on: the files of an older run are as they were until now
     write_outcome(run_dir, analysis.name, build.plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
     write_results(
@@ -102,18 +118,26 @@ def build_analysis(cfg: DictConfig) -> Analysis:
         )
     analysis = build.instantiate(cfg.analysis, "analysis")
     if not isinstance(analysis, Analysis):
-        raise UsageError(f"analysis._target_={cfg.analysis._target_!r}: must be a subclass of qat.analysis.Analysis")
+        raise UsageError(
+            f"analysis._target_={cfg.analysis._target_!r}: must be a subclass of qat.analysis.Analysis"
+        )
     return analysis
 
 
 def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:
     """Nets that are compared see the same images."""
     names = ("in_chans", "image_size", "num_classes", "mean", "std")
-    first, *others = [{"class": type(one.data).__name__} | {name: getattr(one.data.settings, name) for name in names} for one in subjects]
+    first, *others = [
+        {"class": type(one.data).__name__}
+        | {name: getattr(one.data.settings, name) for name in names}
+        for one in subjects
+    ]
     for path, other in zip(paths[1:], others, strict=True):
         for name in [name for name in first if first[name] != other[name]]:
             ours = f"those of {paths[0]!r} {first[name]}"
-            raise UsageError(f"ckpt={path!r}: its data have {name} {other[name]}, {ours}; set data=... for both")
+            raise UsageError(
+                f"ckpt={path!r}: its data have {name} {other[name]}, {ours}; set data=... for both"
+            )
 
 
 def make_labels(given: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
@@ -125,9 +149,14 @@ def make_labels(given: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
     if given is not None:
         labels = list(given)
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
-            raise UsageError(f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), all different")
+            raise UsageError(
+                f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), all different"
+            )
         return labels
-    parts = [[part for part in Path(path).with_suffix("").parts if part != "checkpoints"] for path in paths]
+    parts = [
+        [part for part in Path(path).with_suffix("").parts if part != "checkpoints"]
+        for path in paths
+    ]
     for start in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-start:]) for one in parts]
         if len(set(labels)) == len(labels):

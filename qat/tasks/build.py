@@ -20,7 +20,14 @@ from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
 from qat.model.ptq_spec import custom_quantizers
 from qat.model.scales import assert_ready, initialize_scales
-from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_state
+from qat.model.start import (
+    Start,
+    from_checkpoint,
+    from_net,
+    from_pretrained,
+    from_scratch,
+    from_state,
+)
 from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
@@ -43,7 +50,9 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         UsageError: there is no such class, or it does not take the arguments; names `setting`.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
-        raise UsageError(f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class")
+        raise UsageError(
+            f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class"
+        )
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -51,7 +60,9 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from error
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UsageError(f"{setting}._target_={node.get('_target_')!r}: {reason} (with {arguments})") from error
+        raise UsageError(
+            f"{setting}._target_={node.get('_target_')!r}: {reason} (with {arguments})"
+        ) from error
 
 
 def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
@@ -77,7 +88,9 @@ def build_data(cfg: DictConfig) -> ImageData:
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
-        raise UsageError(f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData")
+        raise UsageError(
+            f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
+        )
     return data
 
 
@@ -89,7 +102,9 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     """
     recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
-        import_quantizer(name)  # typed by the user; a checkpoint that names the same one finds it imported
+        import_quantizer(
+            name
+        )  # typed by the user; a checkpoint that names the same one finds it imported
     return recipe
 
 
@@ -103,7 +118,9 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     for name in ("num_classes", "in_chans"):
         args.setdefault(name, cfg.data[name])  # not timm's own defaults: the data are given
         if args[name] != cfg.data[name] or isinstance(args[name], bool):
-            raise UsageError(f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; set data.{name} if that is wrong")
+            raise UsageError(
+                f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; set data.{name} if that is wrong"
+            )
     return args
 
 
@@ -126,11 +143,15 @@ def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     Raises:
         UsageError: the file cannot be read as what it should be.
     """
-    if cfg.ckpt_format == "ofq" or (cfg.ckpt_format == "auto" and checkpoint.meta is None and is_ofq(checkpoint.state)):
+    if cfg.ckpt_format == "ofq" or (
+        cfg.ckpt_format == "auto" and checkpoint.meta is None and is_ofq(checkpoint.state)
+    ):
         return net_from_ofq(checkpoint, cfg.model.name, cfg.ckpt_bits, cfg.ckpt_act_bits)
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
-            raise UsageError(f"{setting}={cfg[setting]!r}: only for files of the paper's code (ckpt_format=ofq), others say their bits")
+            raise UsageError(
+                f"{setting}={cfg[setting]!r}: only for files of the paper's code (ckpt_format=ofq), others say their bits"
+            )
     return None
 
 
@@ -150,17 +171,33 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
         checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
         theirs = authors_net(cfg, checkpoint)
         if theirs is None:
-            return from_checkpoint(name, args, checkpoint, reset_head=cfg.model.reset_head, keep_head=keep_head)
-        start = from_net(name, args, theirs.net, origin=f"ckpt={str(cfg.ckpt)!r}", reset_head=cfg.model.reset_head)
+            return from_checkpoint(
+                name, args, checkpoint, reset_head=cfg.model.reset_head, keep_head=keep_head
+            )
+        start = from_net(
+            name,
+            args,
+            theirs.net,
+            origin=f"ckpt={str(cfg.ckpt)!r}",
+            reset_head=cfg.model.reset_head,
+        )
         start.notes.append(theirs.note)
         return start
     if cfg.model.weights:
         file = read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights")
-        return from_state(name, args, file.state, origin=f"model.weights={str(file.path)!r}", keep_head=keep_head)
-    return from_pretrained(name, args, keep_head=keep_head) if cfg.model.pretrained else from_scratch(name, args)
+        return from_state(
+            name, args, file.state, origin=f"model.weights={str(file.path)!r}", keep_head=keep_head
+        )
+    return (
+        from_pretrained(name, args, keep_head=keep_head)
+        if cfg.model.pretrained
+        else from_scratch(name, args)
+    )
 
 
-def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int) -> list[str]:
+def quantize(
+    start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
+) -> list[str]:
     """Convert the net in place and fill its scales: copied where the start has them, else from data.
 
     Args:
@@ -187,7 +224,11 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, p
     assert_ready(start.net)
     if copied and not missing:
         return [*notes, f"scales of all {len(copied)} quantizers copied"]
-    of = f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)}) " if copied else ""
+    of = (
+        f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)}) "
+        if copied
+        else ""
+    )
     return [*notes, f"scales {of}initialised from {sum(map(len, batches))} training images"]
 
 
@@ -198,5 +239,10 @@ def build_loss(cfg: DictConfig) -> CompositeLoss:
         UsageError: a term cannot be made.
     """
     terms = {name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()}
-    added = {name: instantiate(term, f"loss.regularizers.{name}") for name, term in (cfg.loss.get("regularizers") or {}).items()}
-    return CompositeLoss(terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0})
+    added = {
+        name: instantiate(term, f"loss.regularizers.{name}")
+        for name, term in (cfg.loss.get("regularizers") or {}).items()
+    }
+    return CompositeLoss(
+        terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0}
+    )

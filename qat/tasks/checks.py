@@ -40,7 +40,14 @@ WHOLE = {
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
 }
-NUMBERS = ("gradient_clip_val", "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "val_check_interval")
+NUMBERS = (
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "overfit_batches",
+    "val_check_interval",
+)
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
 UNFIT: dict[type[Callback], str] = {
@@ -63,7 +70,9 @@ def check_settings(cfg: DictConfig) -> None:
     check(cfg)
     _settle_hub(cfg)
     if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
-        cfg.data.num_classes = build_data(cfg).settings.num_classes  # the model is built from the config
+        cfg.data.num_classes = build_data(
+            cfg
+        ).settings.num_classes  # the model is built from the config
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":
         check_trainer(cfg.trainer)
@@ -80,16 +89,24 @@ def _settle_hub(cfg: DictConfig) -> None:
     if not (name or "").startswith(PREFIX):
         return
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
-    config, wanted, weights = json_object(folder / CONFIG), cfg.model.pretrained, str(folder / WEIGHTS)
+    config, wanted, weights = (
+        json_object(folder / CONFIG),
+        cfg.model.pretrained,
+        str(folder / WEIGHTS),
+    )
     cfg.model.pretrained = False
     if is_ours(folder):
         if cfg.ckpt or cfg.model.weights:
-            raise UsageError(f"{'ckpt' if cfg.ckpt else 'model.weights'} and model={name} are set: a model starts from one of them")
+            raise UsageError(
+                f"{'ckpt' if cfg.ckpt else 'model.weights'} and model={name} are set: a model starts from one of them"
+            )
         cfg.ckpt, cfg.model.name = weights, None
         return
     check_model(f"model={name}: architecture", config.get("architecture"))
     with open_dict(cfg):
-        given = {key: value for key, value in cfg.model.args.items_ex(resolve=False) if value is not None}
+        given = {
+            key: value for key, value in cfg.model.args.items_ex(resolve=False) if value is not None
+        }
         cfg.model.args = {**(config.get("model_args") or {}), **given}
     cfg.model.name = config["architecture"]
     if wanted:
@@ -103,22 +120,38 @@ def _settle_hub(cfg: DictConfig) -> None:
 def check_callback(name: str, callback: object) -> None:
     """Raise `UsageError` unless it is a callback that can work, and what it monitors may exist: Lightning says so after an epoch."""
     if not isinstance(callback, Callback):
-        raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
+        raise UsageError(
+            f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback"
+        )
     for kind, instead in UNFIT.items():
         if isinstance(callback, kind):
-            raise UsageError(f"callbacks.{name}: a run cannot have {type(callback).__name__}; {instead}")
+            raise UsageError(
+                f"callbacks.{name}: a run cannot have {type(callback).__name__}; {instead}"
+            )
     monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
     best = "min" if "loss" in str(monitor) else "max" if "/top" in str(monitor) else mode
     if mode not in {None, best}:
         where = "lowest" if best == "min" else "highest"
-        raise UsageError(f"callbacks.{name}.mode={mode!r}: the best {monitor} is the {where}; must be {best}")
+        raise UsageError(
+            f"callbacks.{name}.mode={mode!r}: the best {monitor} is the {where}; must be {best}"
+        )
     kept, file = getattr(callback, "save_top_k", 1), getattr(callback, "filename", None)
-    if kept not in {0, 1} and "{" not in (file or "{") and not getattr(callback, "_enable_version_counter", True):
+    if (
+        kept not in {0, 1}
+        and "{" not in (file or "{")
+        and not getattr(callback, "_enable_version_counter", True)
+    ):
         raise UsageError(
             f"callbacks.{name}.save_top_k={kept}: must be 1 where all files are {file}.ckpt; callbacks=[default,best_k] keeps several"
         )
-    if isinstance(monitor, str) and (monitor.startswith("val") or "/" not in monitor) and monitor not in VAL_METRICS:
-        raise UsageError(f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}")
+    if (
+        isinstance(monitor, str)
+        and (monitor.startswith("val") or "/" not in monitor)
+        and monitor not in VAL_METRICS
+    ):
+        raise UsageError(
+            f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}"
+        )
 
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:
@@ -128,7 +161,9 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     shape = check_input(net, data.input_size)
     if shape is None or len(shape) != 2:
         gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
-        raise UsageError(f"model.args: the model returns {gives} for an image; must be a classifier, which returns (1, classes)")
+        raise UsageError(
+            f"model.args: the model returns {gives} for an image; must be a classifier, which returns (1, classes)"
+        )
 
 
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
@@ -139,7 +174,9 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     number = next(n for n, (old, new) in enumerate(zip(had, has, strict=True)) if old != new)
     said = f"{origin}: its class {number} is {had[number]!r}, that of the data {has[number]!r}"
     if sorted(had) == sorted(has):
-        raise UsageError(f"{said}: the same classes in another order; must be data with the order that it was trained on")
+        raise UsageError(
+            f"{said}: the same classes in another order; must be data with the order that it was trained on"
+        )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", said)
 
@@ -164,9 +201,13 @@ def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> 
         )
     if cfg.trainer.get("strategy") == SHARDED:
         if cfg.compile in {True, "graphs"}:
-            raise UsageError(f"compile={str(cfg.compile).lower()}: {strategy} gathers weights inside the compiled graph; must be false")
+            raise UsageError(
+                f"compile={str(cfg.compile).lower()}: {strategy} gathers weights inside the compiled graph; must be false"
+            )
         if precision == "16-mixed":
-            raise UsageError(f"trainer.precision={precision!r}: {strategy} has no gradient scaler; must be 32-true or bf16-mixed")
+            raise UsageError(
+                f"trainer.precision={precision!r}: {strategy} has no gradient scaler; must be 32-true or bf16-mixed"
+            )
         for name, term in loss.terms.items():
             check_sharding(cfg, f"the loss term {name}", term)
 
@@ -179,7 +220,9 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
         return
     size = data.settings.image_size
     if any(size % side for side in patch):
-        raise UsageError(f"data.image_size={size}: must be a multiple of the model's patch size {patch[0]} (data.patch_size)")
+        raise UsageError(
+            f"data.image_size={size}: must be a multiple of the model's patch size {patch[0]} (data.patch_size)"
+        )
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
@@ -197,7 +240,11 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     if isinstance(time, int | float):
         raise UsageError(f"trainer.max_time={time}: must be DD:HH:MM:SS")
     if time is not None and not re.search("[1-9]", str(time)):  # `00:00:00:00`, or {hours: 0}
-        raise UsageError(f"trainer.max_time={str(time)!r}: must be above 0, so that at least one step is taken")
+        raise UsageError(
+            f"trainer.max_time={str(time)!r}: must be above 0, so that at least one step is taken"
+        )
     epochs, every = settings["max_epochs"], settings.get("check_val_every_n_epoch")
     if every is not None and every > epochs:
-        raise UsageError(f"trainer.check_val_every_n_epoch={every}: no epoch would be validated; must be an integer from 1 to {epochs}")
+        raise UsageError(
+            f"trainer.check_val_every_n_epoch={every}: no epoch would be validated; must be an integer from 1 to {epochs}"
+        )

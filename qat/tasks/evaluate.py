@@ -33,7 +33,15 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import report_run
-from qat.tasks.results import class_results, measured, recipe_fields, record_run, sizes, write_class_tables, write_results
+from qat.tasks.results import (
+    class_results,
+    measured,
+    recipe_fields,
+    record_run,
+    sizes,
+    write_class_tables,
+    write_results,
+)
 from qat.utils.text import count
 
 log = logging.getLogger(__name__)
@@ -69,7 +77,9 @@ def evaluate(cfg: DictConfig) -> float | None:
         connect(trainer)
     data = subject.data
     shown = {
-        "data": summary.describe_data(data) if paths is None else f"{count(len(paths), 'image')} of {cfg.predict}",
+        "data": summary.describe_data(data)
+        if paths is None
+        else f"{count(len(paths), 'image')} of {cfg.predict}",
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
     }
@@ -109,7 +119,9 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     check_finite(net, f"ckpt={origin(cfg)!r}")
     done, settings = conversion_of(net), data.settings
     if (classes := getattr(net, "num_classes", settings.num_classes)) != settings.num_classes:
-        raise UsageError(f"data.num_classes={settings.num_classes}: the model has {classes} classes")
+        raise UsageError(
+            f"data.num_classes={settings.num_classes}: the model has {classes} classes"
+        )
     if done is not None and done.input_size != data.input_size:
         raise UsageError(
             f"data.image_size={settings.image_size}: the model is quantized for images of {done.input_size}, got {data.input_size}"
@@ -122,7 +134,9 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, names)
 
 
-def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path | None = None) -> dict[str, Any]:
+def measure(
+    subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path | None = None
+) -> dict[str, Any]:
     """Accuracies in percent, loss, sizes: the keys of `results.json` that a test split gives.
 
     Args:
@@ -132,10 +146,17 @@ def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path |
         folder: where tables of its classes are written, which are then among the keys as well.
     """
     data = subject.data
-    module = QATModule(subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)
+    module = QATModule(
+        subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes
+    )
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(module.confusion)
-    shown = summary.scores(found) | {"loss": f"{found['loss']:.4f}", "size": summary.describe_size(subject.net, costs.size_bytes)}
+    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(
+        module.confusion
+    )
+    shown = summary.scores(found) | {
+        "loss": f"{found['loss']:.4f}",
+        "size": summary.describe_size(subject.net, costs.size_bytes),
+    }
     log.info(summary.lines(f"{data.evaluation_split} split", shown))
     if module.confusion is not None and folder is not None:
         if is_first():
@@ -154,10 +175,15 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         UsageError: the checkpoint names a dataset from outside this package.
     """
     wanted: dict[str, Any] = {k: v for k, v in build.plain(cfg.data).items() if v is not None}
-    meta, predicts = (checkpoint.meta or {}) if checkpoint is not None else {}, cfg.get("predict") is not None
+    meta, predicts = (
+        (checkpoint.meta or {}) if checkpoint is not None else {},
+        cfg.get("predict") is not None,
+    )
     if "_target_" in wanted:
         if meta and "model" in cfg.data and cfg.data.model is None:
-            cfg.data.model = meta["model"]["name"]  # photos are cropped and normalised as that model wants them
+            cfg.data.model = meta["model"][
+                "name"
+            ]  # photos are cropped and normalised as that model wants them
         return
     stored = _stored_data(meta, cfg)
     if "_target_" not in stored:
@@ -180,24 +206,44 @@ def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
         UsageError: it names anything else, or hides a name or an interpolation among the values.
     """
     stored = dict(meta.get("data") or {})
-    ours = {f"qat.data.{name}" for name, kind in vars(qat.data).items() if isinstance(kind, type) and issubclass(kind, ImageData)}
-    target, values = stored.get("_target_"), [value for key, value in stored.items() if key != "_target_"]
-    if ("_target_" in stored and target not in ours) or any(mark in repr(values) for mark in ("_target_", "${")):
-        raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {target!r}, which is not part of qat; choose it with data=...")
+    ours = {
+        f"qat.data.{name}"
+        for name, kind in vars(qat.data).items()
+        if isinstance(kind, type) and issubclass(kind, ImageData)
+    }
+    target, values = (
+        stored.get("_target_"),
+        [value for key, value in stored.items() if key != "_target_"],
+    )
+    if ("_target_" in stored and target not in ours) or any(
+        mark in repr(values) for mark in ("_target_", "${")
+    ):
+        raise UsageError(
+            f"ckpt={cfg.ckpt!r} was trained on {target!r}, which is not part of qat; choose it with data=..."
+        )
     name = str(stored.get("name"))
-    if target != "qat.data.Timm" or not (stored.get("download") or name.lower().startswith(DOWNLOADED)):
+    if target != "qat.data.Timm" or not (
+        stored.get("download") or name.lower().startswith(DOWNLOADED)
+    ):
         return stored
     if cfg.get("predict") is None:
-        raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {name!r}, which may be downloaded; choose it with data=timm data.name={name}")
+        raise UsageError(
+            f"ckpt={cfg.ckpt!r} was trained on {name!r}, which may be downloaded; choose it with data=timm data.name={name}"
+        )
     shared = {field.name for field in dataclasses.fields(DataSettings)}
-    return {"_target_": "qat.data.ImageFolder", **{key: value for key, value in stored.items() if key in shared}}
+    return {
+        "_target_": "qat.data.ImageFolder",
+        **{key: value for key, value in stored.items() if key in shared},
+    }
 
 
 def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
     """True if a checkpoint names the folder of the data as its own: some of its images are then in the training."""
     meta = checkpoint.meta if checkpoint is not None else None
     stored = ((meta or {}).get("data") or {}).get("root")
-    return bool(stored and data.settings.root) and os.path.realpath(str(stored)) == os.path.realpath(str(data.settings.root))
+    return bool(stored and data.settings.root) and os.path.realpath(
+        str(stored)
+    ) == os.path.realpath(str(data.settings.root))
 
 
 def origin(cfg: DictConfig) -> str:
@@ -210,7 +256,9 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
     if checkpoint is not None and checkpoint.meta is not None:
         held, wanted = checkpoint.meta["model"]["name"], cfg.model.name
         if wanted not in {None, held}:
-            raise UsageError(f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}; leave model out")
+            raise UsageError(
+                f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}; leave model out"
+            )
         return build_from(checkpoint), held
     theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
     if theirs is not None:
@@ -218,6 +266,8 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
         return theirs.net, theirs.model
     if cfg.model.name is None:
         if checkpoint is None:
-            raise UsageError("ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE")
+            raise UsageError(
+                "ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE"
+            )
         raise UsageError(f"ckpt={cfg.ckpt!r} does not say which model it holds; set model=NAME")
     return build.build_start(cfg, keep_head=True).net.eval(), cfg.model.name

@@ -16,8 +16,24 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import EXECUTORCH, Checked, compare, milliseconds, net_codes, open_session, quantize_8bit
-from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_installed, write_checked, write_onnx
+from qat.export.check import (
+    EXECUTORCH,
+    Checked,
+    compare,
+    milliseconds,
+    net_codes,
+    open_session,
+    quantize_8bit,
+)
+from qat.export.onnx_file import (
+    IMAGES,
+    OnnxSettings,
+    export_float,
+    preprocessing,
+    require_installed,
+    write_checked,
+    write_onnx,
+)
 from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import build_from, describe, float_twin, load, read_checkpoint
@@ -71,10 +87,14 @@ def export(cfg: DictConfig) -> float:
     net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
     done = conversion_of(net)
     if done is None:
-        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, of train.py or ptq.py")
+        raise UsageError(
+            f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, of train.py or ptq.py"
+        )
     images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
     frozen = net if is_frozen(net) else freeze(net)
-    about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if form == "onnx" else {})
+    about = describe(frozen, data=data, classes=classes) | (
+        {"preprocessing": preprocessing(prepared)} if form == "onnx" else {}
+    )
     more = {"weights": origin(cfg), "checked on": shown, "file": str(target)}
     summary.announce("export", net, name, done.recipe, done.input_size, **more)
     record_run(cfg)
@@ -96,7 +116,11 @@ def export(cfg: DictConfig) -> float:
     if form != "packed":
         results |= _beside_float(target, float_twin(frozen), images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
-    shown_results = {_SHOWN.get(key, key): _words(value) for key, value in results.items() if key != "time_of_float"}
+    shown_results = {
+        _SHOWN.get(key, key): _words(value)
+        for key, value in results.items()
+        if key != "time_of_float"
+    }
     written = {"file": f"{target}, {size:,} bytes"} | shown_results
     log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     for runtime, share in (results.get("time_of_float") or {}).items():
@@ -124,23 +148,35 @@ def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
 
 def _net_and_images(
     cfg: DictConfig,
-) -> tuple[nn.Module, str, DataSettings, list[torch.Tensor], dict[str, Any] | None, list[str] | None, str]:
+) -> tuple[
+    nn.Module, str, DataSettings, list[torch.Tensor], dict[str, Any] | None, list[str] | None, str
+]:
     """The net and its name; how images are prepared, images, their config and classes, and what is said of them.
 
     Without data it is noise: of a net that was made in Python nobody may know what it is for.
     """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
     meta, data, classes = checkpoint.meta, None, None
-    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
+    if (
+        meta is None
+        or "_target_" in (meta.get("data") or {})
+        or "_target_" in build.plain(cfg.data)
+    ):
         subject = build_subject(cfg)
         net, name, source = subject.net, subject.name, subject.data
         data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
-        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
+        images = [
+            images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)
+        ]
         prepared, classes = source.settings, subject.classes
         shown = f"{count(sum(map(len, images)), 'image')} of {type(source).__name__.lower()}"
     else:
         net, name = build_from(checkpoint), meta["model"]["name"]
-        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+        prepared, images, shown = (
+            data_settings(data_config(net)),
+            [],
+            f"{IMAGES} images of noise; data=... has others",
+        )
     return net, name, prepared, images, data, classes, shown
 
 
@@ -151,11 +187,15 @@ def _target(cfg: DictConfig) -> Path:
     target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
     suffix = Path(NAMES[cfg.format.name]).suffix
     if target.suffix != suffix:
-        raise UsageError(f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}")
+        raise UsageError(
+            f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}"
+        )
     if target.is_dir():
         raise UsageError(f"file={str(target)!r}: must be a file, not a folder")
     if target.exists() and not cfg.overwrite:
-        raise UsageError(f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere")
+        raise UsageError(
+            f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere"
+        )
     return target
 
 
@@ -164,12 +204,24 @@ def _words(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):
-        joint, between = ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
+        joint, between = (
+            ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
+        )
         return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
-    return "yes" if value is True else "no" if value is False else "not measured" if value is None else f"{value:,}"
+    return (
+        "yes"
+        if value is True
+        else "no"
+        if value is False
+        else "not measured"
+        if value is None
+        else f"{value:,}"
+    )
 
 
-def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int) -> dict[str, Any]:
+def _beside_float(
+    path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int
+) -> dict[str, Any]:
     """Bytes of the file and of the same net in float and, in ONNX, with weights of 8 bits (values random); its time where it runs."""
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float"}
@@ -183,9 +235,19 @@ def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Ch
         times: dict[str, dict[str, float]] = {}
         for runtime, found in checked.agreement.items() if repeats else ():
             if found.images:
-                sessions = {name: open_session(file, runtime, threads=1) for name, file in files.items()}
-                times[runtime] = {name: round(one, 3) for name, one in milliseconds(sessions, image, repeats).items()}
+                sessions = {
+                    name: open_session(file, runtime, threads=1) for name, file in files.items()
+                }
+                times[runtime] = {
+                    name: round(one, 3)
+                    for name, one in milliseconds(sessions, image, repeats).items()
+                }
         sizes = {name: file.stat().st_size for name, file in files.items()}
     agrees = {runtime: found.problem is None for runtime, found in checked.agreement.items()}
     shares = {runtime: round(taken["this"] / taken["float"], 3) for runtime, taken in times.items()}
-    return {"bytes": sizes, "agrees": agrees, "latency_ms": times or None, "time_of_float": shares or None}
+    return {
+        "bytes": sizes,
+        "agrees": agrees,
+        "latency_ms": times or None,
+        "time_of_float": shares or None,
+    }

@@ -15,7 +15,12 @@ import timm.scheduler.scheduler
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -40,10 +45,15 @@ log = logging.getLogger(__name__)
 logging.getLogger("lightning").handlers.clear()
 for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
     logging.getLogger(_name).setLevel(logging.WARNING)
-for _name in ("lightning.pytorch.callbacks.early_stopping", "lightning.pytorch.utilities.rank_zero"):
+for _name in (
+    "lightning.pytorch.callbacks.early_stopping",
+    "lightning.pytorch.utilities.rank_zero",
+):
     logging.getLogger(_name).setLevel(logging.INFO)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: record.levelno > logging.INFO or record.getMessage().startswith("Time limit reached")
+    lambda record: (
+        record.levelno > logging.INFO or record.getMessage().startswith("Time limit reached")
+    )
 )
 for _message in (
     ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
@@ -62,9 +72,17 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
     settings = plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, above=True)
-    settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), lr_base_batch=settings.pop("lr_base_batch", None))
+    settings["lr"] = scaled_lr(
+        settings["lr"],
+        global_batch=global_batch(cfg, trainer),
+        lr_base_batch=settings.pop("lr_base_batch", None),
+    )
     if cfg.scheduler.min_lr > settings["lr"]:
-        log.warning("scheduler.min_lr=%r: is above the learning rate %.4g (optimizer.lr)", cfg.scheduler.min_lr, settings["lr"])
+        log.warning(
+            "scheduler.min_lr=%r: is above the learning rate %.4g (optimizer.lr)",
+            cfg.scheduler.min_lr,
+            settings["lr"],
+        )
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 
@@ -80,17 +98,28 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     settings = plain(cfg.scheduler)
     warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
     check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
-    check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=cfg.trainer.max_epochs - warmup_epochs)
+    check_number(
+        "scheduler.cooldown_epochs",
+        cooldown_epochs,
+        0,
+        below=cfg.trainer.max_epochs - warmup_epochs,
+    )
     for name, epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
         if settings["interval"] == "epoch" and epochs % 1:
-            raise UsageError(f"scheduler.{name}_epochs={epochs}: must be an integer with scheduler.interval=epoch; step takes fractions")
+            raise UsageError(
+                f"scheduler.{name}_epochs={epochs}: must be an integer with scheduler.interval=epoch; step takes fractions"
+            )
     if cfg.trainer.fast_dev_run:
         warmup_epochs = cooldown_epochs = 0
 
-    def make(optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> tuple[timm.scheduler.scheduler.Scheduler, str]:
+    def make(
+        optimizer: torch.optim.Optimizer, epochs: int, steps: int
+    ) -> tuple[timm.scheduler.scheduler.Scheduler, str]:
         unit = 1 if settings["interval"] == "epoch" else steps
         periods, warmup = int((epochs - cooldown_epochs) * unit), int(warmup_epochs * unit)
-        return cosine_schedule(optimizer, periods=periods, warmup=warmup, **settings), settings["interval"]
+        return cosine_schedule(optimizer, periods=periods, warmup=warmup, **settings), settings[
+            "interval"
+        ]
 
     return make
 
@@ -110,7 +139,9 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callbacks.append(callback)
     averages = any(isinstance(one, WeightAveraging) for one in callbacks)
     if averages and not any(isinstance(one, Checkpointing) for one in callbacks):
-        raise UsageError("callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]")
+        raise UsageError(
+            "callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]"
+        )
     if averages and any(getattr(one, "save_weights_only", False) for one in callbacks):
         raise UsageError(
             "callbacks: save_weights_only=true writes the weights in training, not their average; must be false with an average"
@@ -119,16 +150,24 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         callbacks.append(GraphSteps())
     # Annealing sets the learning rate and takes weights back before others log or average them. `last.ckpt` has the state of all others,
     # and preemption ends the run after it.
-    callbacks.sort(key=lambda one: isinstance(one, LastCheckpoint | Preemption) - isinstance(one, CGA))
+    callbacks.sort(
+        key=lambda one: isinstance(one, LastCheckpoint | Preemption) - isinstance(one, CGA)
+    )
     return [StepSeed(cfg.seed), *callbacks]
 
 
 def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
     """The loggers of `cfg.logger`; `metrics.csv` of a run that is resumed at a step keeps the rows before it."""
-    loggers = [instantiate(one, f"logger.{name}") for name, one in (cfg.logger or {}).items() if one is not None]
+    loggers = [
+        instantiate(one, f"logger.{name}")
+        for name, one in (cfg.logger or {}).items()
+        if one is not None
+    ]
     for logger in loggers:
         if not isinstance(logger, Logger):
-            raise UsageError(f"logger: {type(logger).__name__} is not a subclass of lightning.pytorch.loggers.Logger")
+            raise UsageError(
+                f"logger: {type(logger).__name__} is not a subclass of lightning.pytorch.loggers.Logger"
+            )
         if isinstance(logger, CSVLog):
             logger.resumed_at = resumed_at
     return loggers
@@ -141,30 +180,42 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         UsageError: Lightning does not take one of the settings, or the accelerator is not there.
     """
     settings: dict[str, Any] = {
-        key: instantiate(value, f"trainer.{key}") if OmegaConf.is_dict(value) and "_target_" in value else plain(value)
+        key: instantiate(value, f"trainer.{key}")
+        if OmegaConf.is_dict(value) and "_target_" in value
+        else plain(value)
         for key, value in cfg.trainer.items()
     }
     # Sharded, what is gathered for a validation is trained with afterwards; compiled, a test would need a graph beside the validation's.
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
-    settings["strategy"] = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
+    settings["strategy"] = strategy_of(
+        settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1)
+    )
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
     callbacks = [one for one in callbacks if loggers or not isinstance(one, LearningRateMonitor)]
     own: dict[str, Any] = {
         "callbacks": callbacks,
         "logger": loggers or False,
-        "plugins": [AtomicCheckpointIO(), *environments(), *([SyncBatchNorms()] if settings.get("sync_batchnorm") else [])],
+        "plugins": [
+            AtomicCheckpointIO(),
+            *environments(),
+            *([SyncBatchNorms()] if settings.get("sync_batchnorm") else []),
+        ],
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(one, Checkpointing) for one in callbacks),  # else Lightning adds one of its own
+        "enable_checkpointing": any(
+            isinstance(one, Checkpointing) for one in callbacks
+        ),  # else Lightning adds one of its own
         "enable_progress_bar": any(isinstance(one, ProgressBar) for one in callbacks),
     }
     known = inspect.signature(Trainer).parameters
     for name, value in settings.items():
         if name in own:
-            raise UsageError(f"trainer.{name}={value!r}: must be left out; qat sets it (callbacks, logger, run_dir)")
+            raise UsageError(
+                f"trainer.{name}={value!r}: must be left out; qat sets it (callbacks, logger, run_dir)"
+            )
         if name not in known:
             raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
     try:
@@ -172,11 +223,19 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # The settings whose name or text the message has, else those of where a net runs.
-        named = [name for name, value in settings.items() if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message]
+        named = [
+            name
+            for name, value in settings.items()
+            if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message
+        ]
         named = named or ["accelerator", "devices", "strategy"]
-        raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error
+        raise UsageError(
+            f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}"
+        ) from error
     if settings.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
-        raise UsageError("trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; must be false")
+        raise UsageError(
+            "trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; must be false"
+        )
     return trainer
 
 
@@ -192,7 +251,9 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     except (AttributeError, TypeError, AssertionError) as error:
-        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} does not support it; must be false") from error
+        raise UsageError(
+            f"model.grad_checkpointing=true: {cfg.model.name} does not support it; must be false"
+        ) from error
 
 
 def compiles(cfg: DictConfig) -> bool | str:
@@ -204,14 +265,20 @@ def compiles(cfg: DictConfig) -> bool | str:
     asked = cfg.get("compile", False)
     if asked not in {True, False, "auto", "graphs"}:
         raise UsageError(f"compile={asked!r}: must be one of true, false, auto, graphs")
-    on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
+    on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {
+        "auto",
+        "gpu",
+        "cuda",
+    }
     if asked == "graphs" and not on_cuda:
         raise UsageError(
             f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator={cfg.trainer.get('accelerator')!r} has none; "
             "must be one of true, false, auto"
         )
     if asked == "auto":
-        return on_cuda and cfg.trainer.get("strategy") != SHARDED  # and "graphs", once a GPU has shown them right
+        return (
+            on_cuda and cfg.trainer.get("strategy") != SHARDED
+        )  # and "graphs", once a GPU has shown them right
     return asked
 
 

@@ -60,7 +60,9 @@ def find_images(where: str) -> list[Path]:
         raise UsageError(f"predict={where!r}: no such file or folder")
     found = sorted(Path(path) for path in files_below(root, hidden=False) if is_image(path))
     if not found:
-        raise UsageError(f"predict={where!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}")
+        raise UsageError(
+            f"predict={where!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}"
+        )
     return found
 
 
@@ -72,7 +74,9 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
             or a logit is not finite.
     """
     if trainer.world_size > 1:
-        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
+        raise UsageError(
+            f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1"
+        )
     settings, ranks = subject.data.settings, min(RANKS, len(subject.classes))
     loader = DataLoader(
         _Files(paths, settings),
@@ -88,13 +92,27 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         check_logits(float((0 * logits).sum()), f"predict={str(cfg.predict)!r}")
         for number, best in zip(numbers.tolist(), map(zip, classes, shares), strict=True):
             if number >= 0:
-                rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
+                rows.append([
+                    str(paths[number]),
+                    *(
+                        cell
+                        for one, share in best
+                        for cell in (subject.classes[one], f"{share:.6f}")
+                    ),
+                ])
     if not rows:
-        raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
-    columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
+        raise UsageError(
+            f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded"
+        )
+    columns = [
+        f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")
+    ]
     file = Path(cfg.run_dir) / FILE
     write_text(file, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
-    shown = {row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %" for row in rows[:SHOWN_IMAGES]}
+    shown = {
+        row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %"
+        for row in rows[:SHOWN_IMAGES]
+    }
     log.info(summary.lines("predictions", shown))
     log.info("%d of %d images: %s", len(rows), len(paths), file)
 
@@ -115,11 +133,17 @@ class _Files(Dataset[tuple[int, Tensor]]):
             if self.settings.on_error == "raise":
                 raise ImageError(f"{error}; {SKIP}") from error
             log.warning("data.on_error=skip: %s; left out", error)
-            return -1, torch.zeros(self.settings.in_chans, self.settings.image_size, self.settings.image_size)
+            return -1, torch.zeros(
+                self.settings.in_chans, self.settings.image_size, self.settings.image_size
+            )
 
 
 def class_names(stored: object, data: ImageData) -> list[str]:
     """Names of the classes of the data: those stored with the net, else those known for the data, else ids."""
     ids = range(data.settings.num_classes)
-    found = (names for names in (stored, data.named_classes()) if isinstance(names, list) and len(names) == len(ids))
+    found = (
+        names
+        for names in (stored, data.named_classes())
+        if isinstance(names, list) and len(names) == len(ids)
+    )
     return [str(name) for name in next(found, ids)]

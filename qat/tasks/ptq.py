@@ -65,7 +65,9 @@ def ptq(cfg: DictConfig) -> float:
     check_settings(cfg)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, searching = build_ptq_recipe(cfg), build_search(cfg)
-    fitting = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
+    fitting = build.settings_of(
+        ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {}
+    )
     method = "keep" if recipe is None else recipe.method
     _check_run_dir(cfg)
     build.import_modules(cfg)
@@ -78,7 +80,9 @@ def ptq(cfg: DictConfig) -> float:
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     changes_weights = method in {"compensate", "reconstruct"}
     if trainer.world_size > 1 and (changes_weights or searching):
-        raise UsageError(f"trainer.devices={trainer.world_size}: must be 1 with a search or ptq.method=compensate, reconstruct")
+        raise UsageError(
+            f"trainer.devices={trainer.world_size}: must be 1 with a search or ptq.method=compensate, reconstruct"
+        )
     quantized = subject
     if recipe is not None:
         net = convert(copied(subject.net), recipe, input_size=subject.data.input_size)
@@ -90,10 +94,16 @@ def ptq(cfg: DictConfig) -> float:
         record_run(cfg)
         _announce(cfg, quantized, batches, trainer)
     with closing(trainer.loggers):
-        followed = subject if teacher is None else dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
+        followed = (
+            subject
+            if teacher is None
+            else dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
+        )
         with in_float(followed.net):
             plain = _measure(trainer, followed, "float")
-        figures: dict[str, Any] = {f"{key}_fp": plain.get(key) for key in ("top1", "top5", "loss")} | {"calibration": None}
+        figures: dict[str, Any] = {
+            f"{key}_fp": plain.get(key) for key in ("top1", "top5", "loss")
+        } | {"calibration": None}
         if recipe is None:
             figures["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
         else:
@@ -104,13 +114,26 @@ def ptq(cfg: DictConfig) -> float:
         if changes_weights:
             # What follows has to come close to the float net as it was: the weights of this one change.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
-            figures |= _fit_weights(cfg, quantized.net, teacher, batches, fitting if method == "reconstruct" else None, trainer)
+            figures |= _fit_weights(
+                cfg,
+                quantized.net,
+                teacher,
+                batches,
+                fitting if method == "reconstruct" else None,
+                trainer,
+            )
         if searching is not None:
             figures["search"] = _search(cfg, searching, quantized, batches, trainer, teacher)
         began -= _seconds_before_resume(figures, since)
         if not cfg.trainer.fast_dev_run and is_first():
             classes = classes_of(quantized.net) or subject.data.named_classes()
-            save(quantized.net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=classes)
+            save(
+                quantized.net,
+                Path(cfg.run_dir) / FILE,
+                model=subject.name,
+                data=build.plain(cfg.data),
+                classes=classes,
+            )
         found = _measure(trainer, quantized, "quantized")
     figures |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
     write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **found, **figures)
@@ -120,7 +143,9 @@ def ptq(cfg: DictConfig) -> float:
     return float(found["top1"])
 
 
-def _announce(cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> None:
+def _announce(
+    cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+) -> None:
     data = quantized.data
     more = {
         "data": summary.describe_data(data),
@@ -130,7 +155,9 @@ def _announce(cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], t
         "outputs": str(cfg.run_dir),
     }
     title = "post-training quantization"
-    summary.announce(title, quantized.net, quantized.name, quantized.recipe, data.input_size, **more)
+    summary.announce(
+        title, quantized.net, quantized.name, quantized.recipe, data.input_size, **more
+    )
     log.info(summary.conversion(quantized.net, Path(cfg.run_dir)))
 
 
@@ -138,7 +165,9 @@ def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, An
     """Evaluate a net, which is on the trainer's device then: keys of `results.json`."""
     log.info("evaluating the %s model", what)
     found = measure(subject, trainer, cost(subject.net, subject.data.input_size))
-    subject.net.to(trainer.strategy.root_device)  # Lightning takes it to the CPU at the end of a test
+    subject.net.to(
+        trainer.strategy.root_device
+    )  # Lightning takes it to the CPU at the end of a test
     return found
 
 
@@ -152,7 +181,12 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
 
 
 def _fit_weights(
-    cfg: DictConfig, net: nn.Module, teacher: nn.Module, batches: list[Tensor], fitting: ReconstructSettings | None, trainer: Trainer
+    cfg: DictConfig,
+    net: nn.Module,
+    teacher: nn.Module,
+    batches: list[Tensor],
+    fitting: ReconstructSettings | None,
+    trainer: Trainer,
 ) -> dict[str, Any]:
     """Compensate, and reconstruct where there are settings for it; gives what `results.json` says of it."""
     since = time.monotonic()
@@ -160,7 +194,17 @@ def _fit_weights(
     if fitting is None:
         return {"compensation": {"layers": layers, "seconds": round(time.monotonic() - since, 1)}}
     context, resume = trainer.precision_plugin.forward_context, bool(cfg.resume)
-    return {"reconstruction": reconstruct(net, teacher, torch.cat(batches), fitting, context=context, run_dir=cfg.run_dir, resume=resume)}
+    return {
+        "reconstruction": reconstruct(
+            net,
+            teacher,
+            torch.cat(batches),
+            fitting,
+            context=context,
+            run_dir=cfg.run_dir,
+            resume=resume,
+        )
+    }
 
 
 def _search(
@@ -180,8 +224,18 @@ def _search(
     def accuracy() -> float:
         return evaluate(net, data.val_dataloader(), data.settings.num_classes, device)["top1"]
 
-    found = search(net, batches, targets, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume), validate=accuracy)
-    log.info("search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds)
+    found = search(
+        net,
+        batches,
+        targets,
+        settings,
+        run_dir=cfg.run_dir,
+        resume=bool(cfg.resume),
+        validate=accuracy,
+    )
+    log.info(
+        "search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds
+    )
     return dataclasses.asdict(found)
 
 
@@ -197,7 +251,11 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     Raises:
         UsageError: it has a key that is no knob, or a value that cannot work.
     """
-    knobs = {key: value for key, value in build.plain(cfg.ptq).items() if key not in {"batch", "reconstruct"}}
+    knobs = {
+        key: value
+        for key, value in build.plain(cfg.ptq).items()
+        if key not in {"batch", "reconstruct"}
+    }
     if cfg.ptq.get("name") != KEEP:
         return build.settings_of(PtqRecipe, "ptq", knobs)
     for key in knobs.keys() - {"name"}:
@@ -227,8 +285,12 @@ def _check_run_dir(cfg: DictConfig) -> None:
     if cfg.resume:
         outputs.check_own(run_dir, cfg.command, origin(cfg))
     elif used := outputs.used(run_dir):
-        held = next((path for path in reversed(used) if path.suffix == ".ckpt"), used[0]).relative_to(run_dir)
-        raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
+        held = next(
+            (path for path in reversed(used) if path.suffix == ".ckpt"), used[0]
+        ).relative_to(run_dir)
+        raise UsedError(
+            f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true"
+        )
 
 
 def _has_state(run_dir: Path) -> bool:
@@ -242,9 +304,17 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
         UsageError: it is not, or there is nothing to be done, or nothing to compare with; or the run to resume had another method.
     """
     if cfg.resume and _has_state(Path(cfg.run_dir)):
-        kept = "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
-        compare_settings(build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept)
-    held = None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
+        kept = (
+            "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
+        )
+        compare_settings(
+            build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept
+        )
+    held = (
+        None
+        if conversion_of(subject.net) is None
+        else summary.describe_recipe(subject.recipe).partition(":")[0]
+    )
     file = f"ckpt={str(cfg.ckpt)!r}"
     if cfg.ptq.get("name") != KEEP:
         if held is not None:
@@ -256,14 +326,22 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
             )
         return
     if is_frozen(subject.net):
-        raise UsageError(f"{file}: holds only integer codes; must be the checkpoint that it was exported from")
+        raise UsageError(
+            f"{file}: holds only integer codes; must be the checkpoint that it was exported from"
+        )
     if held is None:
-        raise UsageError("ptq=keep: the model is in float; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
+        raise UsageError(
+            "ptq=keep: the model is in float; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8"
+        )
     if not searches:
-        raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
+        raise UsageError(
+            "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"
+        )
     if cfg.teacher.ckpt is None and getattr(subject.recipe, "method", None) != "calibrate":
         how = "fitted" if isinstance(subject.recipe, PtqRecipe) else "trained"
-        raise UsageError(f"{file}: was {how} quantized ({held}), so it has no float logits to follow; set teacher.ckpt=FILE")
+        raise UsageError(
+            f"{file}: was {how} quantized ({held}), so it has no float logits to follow; set teacher.ckpt=FILE"
+        )
     assert_ready(subject.net)
 
 
@@ -278,7 +356,9 @@ def _target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None:
         return None
     net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
     if conversion_of(net) is not None:
-        raise UsageError(f"teacher.ckpt={path!r}: is quantized; must be a float model, whose logits are the targets of the search")
+        raise UsageError(
+            f"teacher.ckpt={path!r}: is quantized; must be a float model, whose logits are the targets of the search"
+        )
     fit_teacher(Start(net), cfg, subject.data, "teacher.ckpt")
     return net.eval()
 
@@ -291,7 +371,9 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
     """
     wanted, size = data.settings.calibration_images, cfg.ptq.batch
     if wanted < size:
-        raise UsageError(f"data.calibration_images={wanted}: less than one batch; must be an integer of at least ptq.batch={size}")
+        raise UsageError(
+            f"data.calibration_images={wanted}: less than one batch; must be an integer of at least ptq.batch={size}"
+        )
     batches = [batch for batch in data.calibration_batches(size) if len(batch) == size]
     if not batches:
         count = len(data.split("train"))

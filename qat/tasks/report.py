@@ -20,7 +20,9 @@ from qat.tasks.build import import_modules
 log = logging.getLogger(__name__)
 
 
-def report_run(cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None) -> None:
+def report_run(
+    cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None
+) -> None:
     """Make the page of a run that ends, in its first process; whatever goes wrong is one line in the log, and the run is what it was.
 
     Args:
@@ -35,7 +37,11 @@ def report_run(cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[
             describe_layers(net, input_size, Path(cfg.run_dir))
         _write(Path(cfg.run_dir))
     except Exception as error:
-        log.warning("report.html could not be written, everything else was: %s: %s", type(error).__name__, " ".join(str(error).split()))
+        log.warning(
+            "report.html could not be written, everything else was: %s: %s",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
 
 
 def remake(cfg: DictConfig) -> None:
@@ -48,13 +54,22 @@ def remake(cfg: DictConfig) -> None:
         raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
-        raise UsageError(f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json")
-    path = next((path for name in ("best", "last", "quantized") for path in folder.rglob(f"{name}.ckpt")), None)
+        raise UsageError(
+            f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json"
+        )
+    path = next(
+        (path for name in ("best", "last", "quantized") for path in folder.rglob(f"{name}.ckpt")),
+        None,
+    )
     if path is not None and not (folder / "analysis").is_dir():
         import_modules(cfg)
         checkpoint = read_checkpoint(path, fmt="qat")
         data = (checkpoint.meta or {})["data"]
-        describe_layers(build_from(checkpoint), (data["in_chans"], data["image_size"], data["image_size"]), folder)
+        describe_layers(
+            build_from(checkpoint),
+            (data["in_chans"], data["image_size"], data["image_size"]),
+            folder,
+        )
     _write(folder)
 
 
@@ -72,6 +87,9 @@ def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Pa
     from qat.report.page import ANALYSES
 
     nets = [StudiedNet("this run", net.eval(), input_size)]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks belong to no compiled graph
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):  # hooks belong to no compiled graph
         for name, analysis in (("weights", WeightAnalysis()), ("cost", CostAnalysis())):
             write_outcome(folder / ANALYSES, name, {}, analysis.run(nets, NO_IMAGES), png=False)

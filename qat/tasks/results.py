@@ -60,7 +60,11 @@ def record_run(cfg: DictConfig) -> None:
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     if HydraConfig.initialized():
         found = HydraConfig.get()
-        known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
+        known = {
+            "command": f"{found.job.name}.py",
+            "program": typed(found.job.name),
+            "overrides": list(found.overrides.task),
+        }
         write_text(Path(cfg.run_dir) / "command.json", json_text(known))
 
 
@@ -109,12 +113,19 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     """`quant`, the name a config of this recipe has (`ofq_2bit`, `deploy_w8a8`), and `recipe`, all its knobs."""
     alike = recipe.GROUP == "quant" and recipe.bits == recipe.act_bits and recipe.name != "deploy"
     width = f"{recipe.bits}bit" if alike else f"w{recipe.bits}a{recipe.act_bits}"
-    return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
+    return {
+        "quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}",
+        "recipe": recipe.to_dict(),
+    }
 
 
 def measured(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
     """The keys that a test loop and `qat.model.cost` fill; no `top5` of five classes or fewer, which are all among the five likeliest."""
-    return {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss") if classes > 5 or key != "top5"} | sizes(costs)
+    return {
+        key: metrics[f"test/{key}"]
+        for key in ("top1", "top5", "loss")
+        if classes > 5 or key != "top5"
+    } | sizes(costs)
 
 
 def sizes(costs: Cost) -> dict[str, Any]:
@@ -131,7 +142,9 @@ def _device(cfg: DictConfig) -> str:
 
 def library_versions(*more: str) -> dict[str, str]:
     """Versions of Python, qat and the libraries that it stands on, and of packages that are named."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning", *more)}
+    found = {
+        name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning", *more)
+    }
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 

@@ -54,7 +54,9 @@ class Model:
     name: str | None = None
     row: str | None = None
     pretrained: bool = False
-    weights: Any = None  # here and below: a typed path would turn 1.10 into "1.1" before anybody sees it
+    weights: Any = (
+        None  # here and below: a typed path would turn 1.10 into "1.1" before anybody sees it
+    )
     reset_head: bool = False
     imports: list[str] | None = None
     init: str = "full"
@@ -121,11 +123,22 @@ class Shared:
     def __post_init__(self) -> None:
         check_int("seed", self.seed, 0, HIGHEST_SEED)
         check_choice("ckpt_format", self.ckpt_format, CKPT_FORMATS)
-        check_paths({name: getattr(self, name, None) for name in ("run_dir", "predict", "run", "sweep", "file")})
+        check_paths({
+            name: getattr(self, name, None)
+            for name in ("run_dir", "predict", "run", "sweep", "file")
+        })
         check_paths({"data.root": self.data.get("root")})
-        for one in self.ckpt if self.ckpt and isinstance(self.ckpt, list) and self.command == "analyze" else [self.ckpt]:
+        for one in (
+            self.ckpt
+            if self.ckpt and isinstance(self.ckpt, list) and self.command == "analyze"
+            else [self.ckpt]
+        ):
             check_paths({"ckpt": one})
-        starts = {"ckpt": self.ckpt, "model.weights": self.model.weights, "model.pretrained": self.model.pretrained}
+        starts = {
+            "ckpt": self.ckpt,
+            "model.weights": self.model.weights,
+            "model.pretrained": self.model.pretrained,
+        }
         if len(given := [name for name, value in starts.items() if value]) > 1:
             raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
         if getattr(self, "resume", False) not in {True, False, "auto"}:
@@ -138,7 +151,9 @@ class Shared:
             if (bits := getattr(self, name)) is not None:
                 check_bits(name, bits)
                 if not self.ckpt:
-                    raise UsageError(f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE")
+                    raise UsageError(
+                        f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"
+                    )
 
 
 @dataclass(kw_only=True)

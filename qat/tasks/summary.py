@@ -40,7 +40,9 @@ def lines(title: str, entries: dict[str, str]) -> str:
 
 def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) -> str:
     """Name, parameters (those that are integer codes among them) and size of the images."""
-    params = sum(p.numel() for p in net.parameters()) + sum(m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight))
+    params = sum(p.numel() for p in net.parameters()) + sum(
+        m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight)
+    )
     chans, height, width = input_size
     return f"{alias(name, getattr(net, '_model_args', {}))}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
 
@@ -49,12 +51,16 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
     """Bytes, and of which file: `best.ckpt` is larger, as it has what training goes on with."""
     if conversion_of(net) is None:
         return f"{scaled(size_bytes, 'B')} of float weights"
-    return f"packed size {scaled(size_bytes, 'B')}" + ("" if is_frozen(net) else f" (`{typed('export')} format=packed` writes the file)")
+    return f"packed size {scaled(size_bytes, 'B')}" + (
+        "" if is_frozen(net) else f" (`{typed('export')} format=packed` writes the file)"
+    )
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, str]:
     """Accuracies in words, with a remark where they say little."""
-    shown = {f"top-{k}": f"{top:.2f} %" for k in (1, 5) if (top := results.get(f"top{k}")) is not None}
+    shown = {
+        f"top-{k}": f"{top:.2f} %" for k in (1, 5) if (top := results.get(f"top{k}")) is not None
+    }
     return shown | ({"note": note} if (note := unlearned(results)) else {})
 
 
@@ -82,9 +88,22 @@ def describe_data(data: ImageData) -> str:
     return f"{type(data).__name__.lower()}: {counts} images, {count(data.settings.num_classes, 'class')}"
 
 
-def announce(title: str, net: nn.Module, name: str, recipe: QuantRecipe, input_size: tuple[int, int, int], **more: str) -> None:
+def announce(
+    title: str,
+    net: nn.Module,
+    name: str,
+    recipe: QuantRecipe,
+    input_size: tuple[int, int, int],
+    **more: str,
+) -> None:
     """Log what a command works on."""
-    log.info(lines(f"qat: {title}", {"model": describe_model(name, net, input_size), "recipe": describe_recipe(recipe)} | more))
+    log.info(
+        lines(
+            f"qat: {title}",
+            {"model": describe_model(name, net, input_size), "recipe": describe_recipe(recipe)}
+            | more,
+        )
+    )
 
 
 def describe_device(trainer: Trainer) -> str:
@@ -97,9 +116,15 @@ def conversion(net: nn.Module, folder: Path) -> str:
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
     kinds = Counter(f"{row.quantizer} {row.bits} bit ({row.role})" for row in report.rows)
-    floats = Counter(f"{re.sub(r'[0-9]+', '*', name)} ({kind})" for name, kind in report.stays_float)
+    floats = Counter(
+        f"{re.sub(r'[0-9]+', '*', name)} ({kind})" for name, kind in report.stays_float
+    )
     shown = (", ".join(f"{what} x{n}" for what, n in found.items()) for found in (kinds, floats))
-    return lines("quantized", dict(zip(("quantizers", "stays float"), shown, strict=True)) | {"layer by layer": "conversion.txt"})
+    return lines(
+        "quantized",
+        dict(zip(("quantizers", "stays float"), shown, strict=True))
+        | {"layer by layer": "conversion.txt"},
+    )
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
@@ -128,7 +153,13 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
 
 
 def announce_run(
-    cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: Start, module: QATModule, trainer: Trainer, lr: float
+    cfg: DictConfig,
+    recipe: QuantRecipe,
+    data: ImageData,
+    start: Start,
+    module: QATModule,
+    trainer: Trainer,
+    lr: float,
 ) -> None:
     """Log what is trained, on what, from where and how; write `conversion.txt`."""
     optimizer = cfg.optimizer
@@ -143,7 +174,9 @@ def announce_run(
     }
     announce("training", start.net, cfg.model.name, recipe, data.input_size, **more)
     if not (cfg.trainer.fast_dev_run or trainer.checkpoint_callbacks):
-        log.warning("callbacks: none of them writes checkpoints, so this model will not be saved; callbacks=[default,...] does")
+        log.warning(
+            "callbacks: none of them writes checkpoints, so this model will not be saved; callbacks=[default,...] does"
+        )
     if recipe.name != "fp":
         log.info(conversion(start.net, Path(cfg.run_dir)))
 
@@ -161,7 +194,9 @@ def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer)
     followed = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)["top1"]
     top1, beside = followed, ""
     if teacher.is_one_of_two:
-        top1 = evaluate(teacher.net, data.test_dataloader(), data.settings.num_classes, device)["top1"]
+        top1 = evaluate(teacher.net, data.test_dataloader(), data.settings.num_classes, device)[
+            "top1"
+        ]
         beside = f", class head only; {top1:.2f} % with both heads"
     log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, followed, beside)
     return top1 if conversion_of(teacher.net) is None else None

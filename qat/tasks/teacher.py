@@ -41,7 +41,11 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
-    given = [f"teacher.{name}={cfg.teacher[name]!r}" for name in ("ckpt", "pretrained") if cfg.teacher[name]]
+    given = [
+        f"teacher.{name}={cfg.teacher[name]!r}"
+        for name in ("ckpt", "pretrained")
+        if cfg.teacher[name]
+    ]
     if not loss.needs_teacher:
         if given:
             log.warning("%s: no loss term uses a teacher, so it is not loaded", given[0])
@@ -69,7 +73,9 @@ def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) ->
     net, origin = start.net, f"{setting}={OmegaConf.select(cfg, setting)!r}"
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:
-        raise UsageError(f"{origin} is the teacher: has {classes} classes, the data {data.settings.num_classes}")
+        raise UsageError(
+            f"{origin} is the teacher: has {classes} classes, the data {data.settings.num_classes}"
+        )
     check_classes(net, data, origin)
     try:
         check_input(net, data.input_size)
@@ -84,25 +90,37 @@ def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> Non
     had, has = _trained_with(start, cfg, data, setting), _normalization(data)
     if had != has and is_first():
         names = ("mean {} and std {}".format(*pair) for pair in (had, has))
-        log.warning("%s=%r: trained on images of {}; data.mean and data.std set {}".format(*names), setting, OmegaConf.select(cfg, setting))
+        log.warning(
+            "%s=%r: trained on images of {}; data.mean and data.std set {}".format(*names),
+            setting,
+            OmegaConf.select(cfg, setting),
+        )
 
 
 def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
     return list(data.settings.mean), list(data.settings.std)
 
 
-def _trained_with(start: Start, cfg: DictConfig, data: ImageData, setting: str) -> tuple[list[float], list[float]]:
+def _trained_with(
+    start: Start, cfg: DictConfig, data: ImageData, setting: str
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of what a net was trained on; those of the data where nothing says it.
 
     A file says it, and timm of its own weights. Of other weights timm's word is taken where the data follow it too.
     """
     net = start.source or start.net
     follows_timm = isinstance(data, EncodedImageData) and cfg.data.get("mean") is None
-    is_known = data_of(net) or setting.endswith(".pretrained") or (follows_timm and setting != "model.name")
+    is_known = (
+        data_of(net)
+        or setting.endswith(".pretrained")
+        or (follows_timm and setting != "model.name")
+    )
     if not is_known:
         return _normalization(data)
     config, one = data_config(net), {"image_size": 1, "patch_size": None, "num_classes": 1}
-    settings = EncodedImageData.complete(one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")})
+    settings = EncodedImageData.complete(
+        one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")}
+    )
     return list(settings.mean), list(settings.std)
 
 
@@ -114,7 +132,9 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:
-        raise UsageError(f"teacher.model={name!r}: set its weights with teacher.ckpt=FILE or teacher.pretrained=true")
+        raise UsageError(
+            f"teacher.model={name!r}: set its weights with teacher.ckpt=FILE or teacher.pretrained=true"
+        )
     try:
         return from_pretrained(name, args, keep_head=True).net
     except UsageError as error:
@@ -126,7 +146,9 @@ def _students_start(cfg: DictConfig) -> Start:
         if not cfg.trainer.fast_dev_run:
             instead = "set teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
             raise UsageError(f"loss with distillation: no teacher; {instead}")
-        log.warning("no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher")
+        log.warning(
+            "no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher"
+        )
     start = build_start(cfg, keep_head=True)
     if start.source is not None and conversion_of(start.source) is not None:
         raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")

@@ -23,10 +23,23 @@ from qat.model.cost import cost
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_classes, check_classifier, check_options, check_patches, check_settings
+from qat.tasks.checks import (
+    check_classes,
+    check_classifier,
+    check_options,
+    check_patches,
+    check_settings,
+)
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
-from qat.tasks.resume import check_data, check_optimizer, check_teacher, compared, find_resume, outputs_to_replace
+from qat.tasks.resume import (
+    check_data,
+    check_optimizer,
+    check_teacher,
+    compared,
+    find_resume,
+    outputs_to_replace,
+)
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
 from qat.utils.files import digest_of
@@ -55,8 +68,15 @@ def train(cfg: DictConfig) -> float:
     check_options(cfg, recipe, loss)
     resume = find_resume(cfg, recipe, args)
     replaced = [] if resume else outputs_to_replace(cfg)
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=(resume and resume.step) or 0))
-    optimizer, scheduler = fit.build_optimizer_factory(cfg, trainer), fit.build_scheduler_factory(cfg)
+    trainer = fit.build_trainer(
+        cfg,
+        fit.build_callbacks(cfg),
+        fit.build_loggers(cfg, resumed_at=(resume and resume.step) or 0),
+    )
+    optimizer, scheduler = (
+        fit.build_optimizer_factory(cfg, trainer),
+        fit.build_scheduler_factory(cfg),
+    )
 
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
@@ -67,7 +87,13 @@ def train(cfg: DictConfig) -> float:
     if resume:
         check_teacher(resume, taught_by)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
-    description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
+    description = describe(
+        start.net,
+        model=cfg.model.name,
+        model_kwargs=args,
+        data=build.plain(cfg.data),
+        classes=data.named_classes(),
+    )
     module = QATModule(
         start.net,
         loss,
@@ -76,7 +102,8 @@ def train(cfg: DictConfig) -> float:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=description | {"run": {"settings": compared(cfg), "images": data.fingerprints(), "teacher": taught_by}},
+        describe=description
+        | {"run": {"settings": compared(cfg), "images": data.fingerprints(), "teacher": taught_by}},
     )
 
     connect(trainer)
@@ -95,14 +122,30 @@ def train(cfg: DictConfig) -> float:
         val_top1, weights = _take_best(module, data, trainer)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
-    earlier = next((one.earlier_seconds for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), 0.0)
+    earlier = next(
+        (
+            one.earlier_seconds
+            for one in trainer.checkpoint_callbacks
+            if isinstance(one, LastCheckpoint)
+        ),
+        0.0,
+    )
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
         costs = cost(module.net, data.input_size)
-    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(module.confusion)
+    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(
+        module.confusion
+    )
     seconds = round(time.monotonic() - began + earlier, 1)
-    outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": seconds}
+    outcome = {
+        "weights": weights,
+        "val_top1": val_top1,
+        "top1_fp": top1_fp,
+        "wall_seconds": seconds,
+    }
     results = write_results(cfg, **recipe_fields(recipe), **found, **outcome)
-    scores = ", ".join(f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items())
+    scores = ", ".join(
+        f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items()
+    )
     size = summary.describe_size(module.net, costs.size_bytes)
     log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, weights, size, cfg.run_dir)
     report_run(cfg, module.net, data.input_size)
@@ -110,12 +153,19 @@ def train(cfg: DictConfig) -> float:
 
 
 def _start(
-    cfg: DictConfig, resume: Checkpoint | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
+    cfg: DictConfig,
+    resume: Checkpoint | None,
+    recipe: QuantRecipe,
+    data: ImageData,
+    trainer: Trainer,
+    optimizer: OptimizerFactory,
 ) -> Start:
     """The net, quantized, on its device, as the run begins or is resumed."""
     if resume:
         check_data(cfg, resume, data)
-        start = Start(build_from(resume).train(), [f"step {resume.step} of this run ({resume.path.name})"])
+        start = Start(
+            build_from(resume).train(), [f"step {resume.step} of this run ({resume.path.name})"]
+        )
     else:
         start = build.build_start(cfg)
         if start.source is not None:
@@ -127,7 +177,9 @@ def _start(
     if resume:
         check_optimizer(resume, optimizer(start.net))
     else:
-        start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
+        start.notes += build.quantize(
+            start, recipe, data, init=cfg.model.init, processes=trainer.world_size
+        )
     return start
 
 
@@ -138,7 +190,14 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         Validation top-1 of these weights in percent, and what they are called.
     """
     saved: Any = trainer.checkpoint_callbacks
-    best: Any = next((one for one in saved if isinstance(one, ModelCheckpoint) and one.monitor and one.best_model_score is not None), None)
+    best: Any = next(
+        (
+            one
+            for one in saved
+            if isinstance(one, ModelCheckpoint) and one.monitor and one.best_model_score is not None
+        ),
+        None,
+    )
     name = "final"
     if best is not None:
         module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())

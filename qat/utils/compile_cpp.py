@@ -16,7 +16,15 @@ from pathlib import Path
 
 _TIMEOUT = 60
 # No option that lets a compiler change a result, such as -ffast-math.
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd", "-shared", "-fPIC")
+_FLAGS = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fopenmp-simd",
+    "-shared",
+    "-fPIC",
+)
 # From the fastest down: not every compiler knows the machine it runs on, or has OpenMP.
 _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
@@ -46,16 +54,31 @@ def _compiled(source: str, compiler: str, library: Path) -> Path:
         text, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         text.write_text(source)
         for extras in _EXTRAS:
-            done = subprocess.run([compiler, *_FLAGS, *extras, "-o", made, text], check=False, capture_output=True, timeout=_TIMEOUT)
+            done = subprocess.run(
+                [compiler, *_FLAGS, *extras, "-o", made, text],
+                check=False,
+                capture_output=True,
+                timeout=_TIMEOUT,
+            )
             if done.returncode == 0:
                 made.replace(library)
                 return library
-    raise OSError(f"{compiler} fails: {done.stderr.decode(errors='replace').strip().partition(chr(10))[0]}")
+    raise OSError(
+        f"{compiler} fails: {done.stderr.decode(errors='replace').strip().partition(chr(10))[0]}"
+    )
 
 
 def _key(source: str, compiler: str) -> str:
     found = Path(compiler).resolve()
-    parts = (source, _FLAGS, _EXTRAS, found, found.stat().st_mtime_ns, platform.machine(), _features())
+    parts = (
+        source,
+        _FLAGS,
+        _EXTRAS,
+        found,
+        found.stat().st_mtime_ns,
+        platform.machine(),
+        _features(),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -66,7 +89,9 @@ def _features() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
 
 
 def _cache() -> Path | None:

@@ -85,7 +85,9 @@ def _named(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and (error.filename is None or str(error.filename).endswith(_UNFINISHED)):
+        if error.errno is not None and (
+            error.filename is None or str(error.filename).endswith(_UNFINISHED)
+        ):
             error.filename = str(path)
         raise
 
@@ -193,9 +195,14 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
         with zipfile.ZipFile(path) as archive:
             # torch would leave the memory of an entry marked as a folder as it finds it, and no checksum covers that mark.
             entries = archive.infolist()
-            folder = next((entry.filename for entry in entries if entry.external_attr & _FOLDER_MARK), None)
+            folder = next(
+                (entry.filename for entry in entries if entry.external_attr & _FOLDER_MARK), None
+            )
             # Looked at before any of it is read: three megabytes may unpack to three gigabytes.
-            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+            if (
+                any(entry.compress_type for entry in entries)
+                or sum(entry.file_size for entry in entries) > Path(path).stat().st_size
+            ):
                 return "it is compressed, which torch.save never does"
             damaged = archive.testzip() or folder
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
@@ -222,7 +229,9 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     """A digest of the values of tensors, in their order: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -264,7 +273,10 @@ def _check_opcodes(file: IO[bytes]) -> None:
             popped = _pop(stack, opcode, mark)
             if opcode.name in {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}:
                 _check_call(popped[0].name if popped else str(argument))
-            slot = _Slot(str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else "", 1 + sum(one.values for one in popped))
+            slot = _Slot(
+                str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else "",
+                1 + sum(one.values for one in popped),
+            )
             if opcode.name == "STACK_GLOBAL":
                 slot.name = ".".join(one.name for one in popped)
             elif "UNICODE" in opcode.name:
@@ -297,7 +309,11 @@ def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> lis
 
 
 def _check_call(name: str) -> None:
-    registered = {f"{one.__module__}.{one.__qualname__}" for one in torch.serialization.get_safe_globals() if callable(one)}
+    registered = {
+        f"{one.__module__}.{one.__qualname__}"
+        for one in torch.serialization.get_safe_globals()
+        if callable(one)
+    }
     if not (name.startswith(_CALLABLE_PREFIXES) or name in {*_CALLABLE, *registered}):
         raise pickle.UnpicklingError(f"calls {name}, which no checkpoint needs")
 
@@ -327,7 +343,13 @@ def check_bounds(value: object) -> None:
     for _ in range(MOST_DEPTH):
         below: list[object] = []
         for node in level:
-            below.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ())
+            below.extend(
+                node.values()
+                if isinstance(node, dict)
+                else node
+                if isinstance(node, list | tuple)
+                else ()
+            )
             if values + len(below) > MOST_VALUES:
                 raise ValueError(f"holds more than {MOST_VALUES} values")
         values += len(below)
@@ -339,9 +361,24 @@ def check_bounds(value: object) -> None:
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
     """Raise `UsageError` unless the weights of a file of `size` bytes are dense real numbers, no more of them than it has room for."""
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-            kind = "without values" if tensor.is_meta else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
-            raise UsageError(f"{origin}: its weight {name} is {kind.removeprefix('torch.')}; weights must be dense real numbers")
-    numbers = sum(tensor.numel() for tensor in tensors.values())  # not those of their storages: many may share one, or be promised alone
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+            or tensor.is_complex()
+        ):
+            kind = (
+                "without values"
+                if tensor.is_meta
+                else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
+            )
+            raise UsageError(
+                f"{origin}: its weight {name} is {kind.removeprefix('torch.')}; weights must be dense real numbers"
+            )
+    numbers = sum(
+        tensor.numel() for tensor in tensors.values()
+    )  # not those of their storages: many may share one, or be promised alone
     if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
-        raise UsageError(f"{origin}: is damaged: its weights have {numbers} numbers, more than a file of {size} bytes holds")
+        raise UsageError(
+            f"{origin}: is damaged: its weights have {numbers} numbers, more than a file of {size} bytes holds"
+        )

@@ -59,7 +59,9 @@ def copied(net: nn.Module) -> nn.Module:
     """
     net = getattr(net, "_orig_mod", net)
     held = itertools.chain.from_iterable(tree_leaves(vars(module)) for module in net.modules())
-    return copy.deepcopy(net, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
+    return copy.deepcopy(
+        net, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    )
 
 
 def images_of(batch: Any, net: nn.Module) -> Tensor:
@@ -69,9 +71,22 @@ def images_of(batch: Any, net: nn.Module) -> Tensor:
         UsageError: it is neither, holds no image, or there are values that are not finite.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not (isinstance(images, Tensor) and images.ndim == 4 and len(images) and images.is_floating_point()):
-        what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise UsageError(f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader")
+    if not (
+        isinstance(images, Tensor)
+        and images.ndim == 4
+        and len(images)
+        and images.is_floating_point()
+    ):
+        what = (
+            f"{images.dtype} {tuple(images.shape)}"
+            if isinstance(images, Tensor)
+            else type(images).__name__
+        )
+        raise UsageError(
+            f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader"
+        )
     if not images.isfinite().all():
-        raise UsageError("calibration images hold NaN or infinity; check data.mean, data.std and the files")
+        raise UsageError(
+            "calibration images hold NaN or infinity; check data.mean, data.std and the files"
+        )
     return images.to(next(net.parameters()))

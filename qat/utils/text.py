@@ -49,7 +49,12 @@ def count(n: int, noun: str) -> str:
 def unlearned(results: Mapping[str, Any]) -> str:
     """What to say of an accuracy within two standard errors of that of always naming the most frequent class; else empty."""
     top1, images, share = (results.get(key) for key in ("top1", "images", "majority_share"))
-    if top1 is None or not images or share is None or top1 - share > 2 * math.sqrt(share * (100 - share) / images):
+    if (
+        top1 is None
+        or not images
+        or share is None
+        or top1 - share > 2 * math.sqrt(share * (100 - share) / images)
+    ):
         return ""
     return f"not clearly better than always predicting the most frequent class, which gives {share:.2f} %"
 

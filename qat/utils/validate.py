@@ -22,13 +22,18 @@ HIGHEST_NUMBER = sys.float_info.max
 MOST_SIDE = 2**14
 # A tenth makes an image ten times as large before it is cropped; VOLO has 1.15, a border around the image.
 LOWEST_CROP, HIGHEST_CROP = 0.1, 2
-CROP_MODES, INTERPOLATIONS = ("center", "squash", "border"), ("nearest", "bilinear", "bicubic", "lanczos")
+CROP_MODES, INTERPOLATIONS = (
+    ("center", "squash", "border"),
+    ("nearest", "bilinear", "bicubic", "lanczos"),
+)
 
 
 def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
     """What to say of a name that there is not: the nearest of those that there are, here or in another group, or all that are here."""
     choices, close = sorted(known), functools.partial(difflib.get_close_matches, name)
-    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | {one: one for one in choices}
+    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | {
+        one: one for one in choices
+    }
     near = [name] if name in full else close(choices) or close(full)
     if near and name.startswith(near[0]):
         near = near[:1]
@@ -43,13 +48,36 @@ def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_number(
-    setting: str, value: object, lowest: float, *, above: bool = False, below: float = math.inf, highest: float = math.inf
+    setting: str,
+    value: object,
+    lowest: float,
+    *,
+    above: bool = False,
+    below: float = math.inf,
+    highest: float = math.inf,
 ) -> None:
     """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to `highest`, or up to but not including `below`."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and lowest <= value < below
+        and not (above and value == lowest)
+    )
     if not (fits and value <= min(highest, HIGHEST_NUMBER)):  # type: ignore[operator]
-        end = f" to below {below:g}" if below < math.inf else f" to {highest:g}" if highest < math.inf else ""
-        bound = f"above {lowest:g}{end}" if above else f"from {lowest:g}{end}" if end else f"of at least {lowest:g}"
+        end = (
+            f" to below {below:g}"
+            if below < math.inf
+            else f" to {highest:g}"
+            if highest < math.inf
+            else ""
+        )
+        bound = (
+            f"above {lowest:g}{end}"
+            if above
+            else f"from {lowest:g}{end}"
+            if end
+            else f"of at least {lowest:g}"
+        )
         raise UsageError(f"{setting}={value!r}: must be a number {bound}")
 
 
@@ -57,7 +85,11 @@ def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_W
     """Raise `UsageError` unless `value` is an integer from `lowest` to `highest`."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         is_too_large = isinstance(value, int) and value > highest
-        bound = f"from {lowest} to {highest}" if is_too_large or highest < HIGHEST_WHOLE else f"of at least {lowest}"
+        bound = (
+            f"from {lowest} to {highest}"
+            if is_too_large or highest < HIGHEST_WHOLE
+            else f"of at least {lowest}"
+        )
         raise UsageError(f"{setting}={value!r}: must be an integer {bound}")
 
 
@@ -83,25 +115,44 @@ def check_list(setting: str, value: object) -> Sequence[Any]:
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts that are not empty."""
     found = (value,) if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
+    if (
+        not isinstance(found, list | tuple)
+        or not found
+        or not all(isinstance(glob, str) and glob for glob in found)
+    ):
         raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
     return tuple(found)
 
 
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
     """Raise `UsageError` unless there is a finite number above `lowest` for each of `chans` channels (None: of any)."""
-    fits = isinstance(values, Sequence) and not isinstance(values, str) and (chans is None or chans == len(values))
-    if not (fits and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)):
+    fits = (
+        isinstance(values, Sequence)
+        and not isinstance(values, str)
+        and (chans is None or chans == len(values))
+    )
+    if not (
+        fits
+        and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)
+    ):
         above = f" above {lowest:g}" if lowest > -math.inf else ""
-        raise UsageError(f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels")
+        raise UsageError(
+            f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels"
+        )
 
 
 def check_images(where: str, said: Mapping[str, Any]) -> None:
     """Raise `UsageError` if what a file says of how images are prepared, as timm's `pretrained_cfg` or as a data config, cannot be."""
     chans, size = said.get("in_chans"), said.get("input_size")
     if size is not None:
-        if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int and 0 < side <= MOST_SIDE for side in size)):
-            raise UsageError(f"{where}.input_size={size!r}: must be channels, height and width, integers from 1 to {MOST_SIDE}")
+        if not (
+            isinstance(size, list | tuple)
+            and len(size) == 3
+            and all(type(side) is int and 0 < side <= MOST_SIDE for side in size)
+        ):
+            raise UsageError(
+                f"{where}.input_size={size!r}: must be channels, height and width, integers from 1 to {MOST_SIDE}"
+            )
         chans = size[0]
     checks: dict[str, tuple[Any, ...]] = {
         "image_size": (check_int, 1, MOST_SIDE),
@@ -125,4 +176,6 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
         return
     check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
     if bits not in BLOCK_FLOATS.get(quantizer, (bits,)):
-        raise UsageError(f"{setting}={bits!r}: must be {' or '.join(map(str, BLOCK_FLOATS[quantizer]))} with {quantizer}")
+        raise UsageError(
+            f"{setting}={bits!r}: must be {' or '.join(map(str, BLOCK_FLOATS[quantizer]))} with {quantizer}"
+        )

@@ -65,7 +65,10 @@ def studied(net, label="net"):
 def image_set(n=16, batch=6):
     """Random images with random classes, in batches of which the last is smaller."""
     generator = torch.Generator().manual_seed(3)
-    images, classes = torch.rand(n, *tiny.SIZE, generator=generator) * 2 - 1, torch.randint(10, (n,), generator=generator)
+    images, classes = (
+        torch.rand(n, *tiny.SIZE, generator=generator) * 2 - 1,
+        torch.randint(10, (n,), generator=generator),
+    )
     return ImageSet(list(zip(images.split(batch), classes.split(batch), strict=True)), "test")
 
 

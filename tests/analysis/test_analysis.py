@@ -12,13 +12,29 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from qat.analysis import Drawing, EvaluationPoint, ImageSet, Outcome, Table, analysis, measure, write_outcome
+from qat.analysis import (
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Table,
+    analysis,
+    measure,
+    write_outcome,
+)
 from qat.analysis.analysis import panels
 from qat.data import Digits
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, state
 
-DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
+DIGITS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.3051],
+    "std": [0.3759],
+}
 
 
 def points_of(net, shifts):
@@ -33,7 +49,9 @@ def points_of(net, shifts):
         finally:
             net.head.bias.data.copy_(before)
 
-    return [EvaluationPoint({"net": "a", "shift": by}, net, lambda by=by: shifted(by)) for by in shifts]
+    return [
+        EvaluationPoint({"net": "a", "shift": by}, net, lambda by=by: shifted(by)) for by in shifts
+    ]
 
 
 def test_rows_come_in_the_order_of_the_points(monkeypatch, caplog):
@@ -91,11 +109,20 @@ def test_logits_in_half_precision_are_counted_in_single():
     logits = torch.tensor([[300.0, 0.0], [0.0, 1.0]], dtype=torch.float16)
     images = ImageSet([(torch.zeros(2, 1, 2, 2), torch.tensor([1, 1]))], "test")
     found = images.score(lambda _: logits)
-    assert (found["top1"], found["loss"]) == (50.0, pytest.approx((300 + torch.log1p(torch.exp(torch.tensor(-1.0)))).item() / 2))
+    assert (found["top1"], found["loss"]) == (
+        50.0,
+        pytest.approx((300 + torch.log1p(torch.exp(torch.tensor(-1.0)))).item() / 2),
+    )
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [(4, [0, 90, 180, 270]), (7, [i * 360 // 7 for i in range(7)]), (360, range(360)), (9999, range(360))]
+    ("count", "expected"),
+    [
+        (4, [0, 90, 180, 270]),
+        (7, [i * 360 // 7 for i in range(7)]),
+        (360, range(360)),
+        (9999, range(360)),
+    ],
 )
 def test_a_sample_is_spread_over_its_split(count, expected):
     data = Digits(**DIGITS, batch_size=64)
@@ -111,7 +138,10 @@ def outcome():
     axis.set(xlabel="ratio", ylabel="top-1 (%)")
     axis.set_yticks([10, 90], [r"a$\no$", "$b$"])
     axis.plot([0.7, 1, 1.3], [10, 90, 20])
-    rows = [{"net": "a, b", "ratio": 0.7, "top-1 (%)": 10.25}, {"net": 'say "c"', "ratio": 1.0, "loss": math.nan}]
+    rows = [
+        {"net": "a, b", "ratio": 0.7, "top-1 (%)": 10.25},
+        {"net": 'say "c"', "ratio": 1.0, "loss": math.nan},
+    ]
     drawing = Drawing("curve", "A curve", "Falls from 90 % to 10 %.", made)
     return Outcome({"a": {"mean": math.inf}}, [Table("steps", "Steps", rows)], [drawing])
 
@@ -122,8 +152,15 @@ def test_the_index_names_what_is_there(tmp_path):
     assert index["analysis"] == "robustness"
     assert (index["settings"], index["summary"]) == ({"low": 0.7}, {"a": {"mean": None}})
     assert index["tables"] == [{"file": "steps.csv", "title": "Steps"}]
-    assert index["figures"] == [{"file": "curve.svg", "title": "A curve", "alt": "Falls from 90 % to 10 %."}]
-    assert {path.name for path in tmp_path.iterdir()} == {"robustness.json", "steps.csv", "curve.svg", "curve.png"}
+    assert index["figures"] == [
+        {"file": "curve.svg", "title": "A curve", "alt": "Falls from 90 % to 10 %."}
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "robustness.json",
+        "steps.csv",
+        "curve.svg",
+        "curve.png",
+    }
 
 
 def test_a_table_reads_back(tmp_path):
@@ -140,8 +177,14 @@ def test_a_picture_is_text_with_its_words_and_a_png_of_its_width(tmp_path):
     for folder in ("one", "two"):
         write_outcome(tmp_path / folder, "robustness", {}, outcome())
     root = ET.parse(tmp_path / "one" / "curve.svg").getroot()
-    words = {element.text for element in root.iter() if element.tag.endswith(("}text", "}title", "}description"))}
+    words = {
+        element.text
+        for element in root.iter()
+        if element.tag.endswith(("}text", "}title", "}description"))
+    }
     assert {"ratio", "top-1 (%)", r"a$\no$", "$b$", "A curve", "Falls from 90 % to 10 %."} <= words
-    assert 1000 < Image.open(tmp_path / "one" / "curve.png").width <= 1100  # 7.2 inches, 150 pixels each
+    assert (
+        1000 < Image.open(tmp_path / "one" / "curve.png").width <= 1100
+    )  # 7.2 inches, 150 pixels each
     for name in ("curve.svg", "curve.png"):  # the same picture is the same file
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

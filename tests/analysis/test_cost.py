@@ -31,11 +31,28 @@ def assert_sums(net, size):
     assert {part.module for part in parts} <= {name for name, _ in net.named_modules()}
     assert sum(part.n_params for part in parts) == sum(p.numel() for p in net.parameters())
     products = list(matmuls(net, size))
-    assert sum(part.macs for part in parts) == sum(product.macs for product in products) == cost(net, size).macs
-    assert sum(part.bitops for part in parts) == sum(p.macs * p.bits[0] * p.bits[1] for p in products) == cost(net, size).bitops
-    coded = [site for site in qat.iter_quantizers(net) if site.is_weight and site.quantizer.spec.bits < 32]
-    assert sum(part.code_bytes for part in parts) == sum(-(-s.latent().numel() * s.quantizer.spec.bits // 8) for s in coded)
-    fields = (sum(getattr(part, f"{kind}_bytes") for part in parts) for kind in ("code", "scale", "offset", "float"))
+    assert (
+        sum(part.macs for part in parts)
+        == sum(product.macs for product in products)
+        == cost(net, size).macs
+    )
+    assert (
+        sum(part.bitops for part in parts)
+        == sum(p.macs * p.bits[0] * p.bits[1] for p in products)
+        == cost(net, size).bitops
+    )
+    coded = [
+        site
+        for site in qat.iter_quantizers(net)
+        if site.is_weight and site.quantizer.spec.bits < 32
+    ]
+    assert sum(part.code_bytes for part in parts) == sum(
+        -(-s.latent().numel() * s.quantizer.spec.bits // 8) for s in coded
+    )
+    fields = (
+        sum(getattr(part, f"{kind}_bytes") for part in parts)
+        for kind in ("code", "scale", "offset", "float")
+    )
     assert sum(fields) == sum(part.size_bytes for part in parts) == cost(net, size).size_bytes
 
 
@@ -47,7 +64,11 @@ def test_modules_add_up(kind):
 @pytest.mark.parametrize("family", families())
 def test_modules_of_every_family_add_up(family):
     chosen = FAMILIES[family]
-    net = qat.convert(chosen.build(), qat.recipe("ofq", bits=3, attention=chosen.attention), input_size=chosen.input_size)
+    net = qat.convert(
+        chosen.build(),
+        qat.recipe("ofq", bits=3, attention=chosen.attention),
+        input_size=chosen.input_size,
+    )
     assert_sums(net, chosen.input_size)
 
 
@@ -58,7 +79,9 @@ def test_one_block_by_hand():
     assert attention.code_bytes == folded // 4
     # A step per row of the folded matrix (made from the weights), per token, per token and head; probabilities, per query; values.
     assert attention.scale_bytes == 4 * (HEADS * WIDTH + TOKENS + TOKENS * HEADS + TOKENS + WIDTH)
-    assert attention.offset_bytes == 4 * (2 * WIDTH + HEADS * WIDTH + 2 * WIDTH)  # input, product, values
+    assert attention.offset_bytes == 4 * (
+        2 * WIDTH + HEADS * WIDTH + 2 * WIDTH
+    )  # input, product, values
     assert attention.float_bytes == 0
     assert [(p.macs, p.bits, p.of_activations) for p in attention.products] == [
         (HEADS * TOKENS * WIDTH**2, (2, 2), False),
@@ -95,7 +118,9 @@ def test_kinds_add_up_and_tell_products_from_weights():
         assert sum(row["bytes"] for row in table) == cost(net, SIZE).size_bytes
         assert sum(row["bit operations"] for row in table) == cost(net, SIZE).bitops
     assert rows["attention products"]["MACs"] == TOKENS**2 * WIDTH * (HEADS + 1)
-    assert rows["attention weights"]["MACs"] == TOKENS * WIDTH**2 * (HEADS + 1 + 1)  # folded matrix, values, projection
+    assert rows["attention weights"]["MACs"] == TOKENS * WIDTH**2 * (
+        HEADS + 1 + 1
+    )  # folded matrix, values, projection
     assert rows["MLP"]["MACs"] == 2 * TOKENS * WIDTH * HIDDEN
     assert rows["head"]["MACs"] == WIDTH * CLASSES
     assert (rows["norms"]["bytes"], rows["norms"]["MACs"]) == (4 * 3 * 2 * WIDTH, 0)

@@ -24,7 +24,12 @@ def draws(shape, seed):
 def test_the_shape_of_a_bowl(points):
     places = (torch.arange(points, dtype=torch.float64) - points // 2) / (points // 2)
     shape = shape_of(places.square().unsqueeze(1) + places.square())
-    assert (shape["centre"], shape["lowest"], shape["highest"], shape["local_minima"]) == (0, 0, 2, 1)
+    assert (shape["centre"], shape["lowest"], shape["highest"], shape["local_minima"]) == (
+        0,
+        0,
+        2,
+        1,
+    )
     assert shape["roughness"] == pytest.approx(2 * (2 / (points - 1)) ** 2)
     assert shape["relative_roughness"] == pytest.approx(4 / (points - 1) ** 2)
 
@@ -58,9 +63,19 @@ def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
     net = net_of("ofq2")
     layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
     with plane(net, ["mlp.fc1.weight"], 0)(0.2, 0.0), torch.no_grad():
-        scale = layer.weight_quantizer.scale_of(layer.weight) * (1 + 0.2 * draws(layer.weight.shape[0], 0).unsqueeze(1))
-        assert_close(layer.weight_quantizer(layer.weight), statsq_with_scale(layer.weight, scale, 2), rtol=0, atol=1e-7)
-        assert torch.equal(attention.qk_quantizer(attention.latent("qk")), qat.functional.statsq(attention.latent("qk"), 2))
+        scale = layer.weight_quantizer.scale_of(layer.weight) * (
+            1 + 0.2 * draws(layer.weight.shape[0], 0).unsqueeze(1)
+        )
+        assert_close(
+            layer.weight_quantizer(layer.weight),
+            statsq_with_scale(layer.weight, scale, 2),
+            rtol=0,
+            atol=1e-7,
+        )
+        assert torch.equal(
+            attention.qk_quantizer(attention.latent("qk")),
+            qat.functional.statsq(attention.latent("qk"), 2),
+        )
 
 
 @pytest.mark.parametrize("kind", ["ofq2", "lsq2", "minmax", "ptq4", "corrected"])
@@ -83,11 +98,15 @@ def test_losses_on_the_grid_are_cross_entropies_there():
     before, targets = state(net), ["attn.*.weight", "mlp.*.weight"]
     outcome = Landscape(points=3, radius=0.2, targets=targets).run([studied(net)], images)
     rows = outcome.tables[0].rows
-    assert [(row["x"], row["y"]) for row in rows] == [(x, y) for y in (-0.2, 0, 0.2) for x in (-0.2, 0, 0.2)]
+    assert [(row["x"], row["y"]) for row in rows] == [
+        (x, y) for y in (-0.2, 0, 0.2) for x in (-0.2, 0, 0.2)
+    ]
     move, ((x, target),) = plane(net, targets, 0), images.batches
     for row in rows:
         with move(row["x"], row["y"]):
-            assert row["loss"] == pytest.approx(float(F.cross_entropy(tiny.logits(net, x), target)), rel=1e-6)
+            assert row["loss"] == pytest.approx(
+                float(F.cross_entropy(tiny.logits(net, x), target)), rel=1e-6
+            )
     assert is_as_before(net, before)
     assert outcome.summary["net"]["centre"] == rows[4]["loss"]
     assert outcome.summary["net"]["highest"] == max(row["loss"] for row in rows)
@@ -99,7 +118,9 @@ def test_infonce_is_to_the_nets_own_float_logits():
     net, images = net_of("ptq3"), image_set(n=8, batch=8)
     rows = Landscape(points=3, loss="infonce").run([studied(net)], images).tables[0].rows
     x = images.batches[0][0]
-    assert rows[4]["infonce"] == pytest.approx(float(info_nce(tiny.logits(net, x), tiny.logits(tiny.vit(), x))), rel=1e-5)
+    assert rows[4]["infonce"] == pytest.approx(
+        float(info_nce(tiny.logits(net, x), tiny.logits(tiny.vit(), x))), rel=1e-5
+    )
     assert len({row["infonce"] for row in rows}) > 1
 
 
@@ -108,14 +129,20 @@ def test_several_nets():
     outcome = Landscape(points=3).run(nets, image_set(n=8))
     assert [row["net"] for row in outcome.tables[0].rows] == ["one"] * 9 + ["two"] * 9
     assert set(outcome.summary) == {"one", "two"}
-    assert [axis.get_title(loc="left").partition("\n")[0] for axis in outcome.drawings[0].figure.axes[:2]] == ["one", "two"]
+    assert [
+        axis.get_title(loc="left").partition("\n")[0]
+        for axis in outcome.drawings[0].figure.axes[:2]
+    ] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"loss": "mse"}, "analysis.loss='mse': must be one of ce, infonce"),
-        ({"points": 4}, "analysis.points=4: must be odd, so that the unchanged model is the middle point"),
+        (
+            {"points": 4},
+            "analysis.points=4: must be odd, so that the unchanged model is the middle point",
+        ),
         ({"points": 1}, "analysis.points=1: must be an integer of at least 3"),
         ({"radius": 0.5}, "analysis.radius=0.5: must be a number above 0 to below 0.5"),
         ({"targets": []}, "analysis.targets=[]: must be a list of globs such as attn.*.weight"),
@@ -129,5 +156,8 @@ def test_settings_that_cannot_work(settings, message):
 
 @pytest.mark.parametrize("net", [tiny.vit, lambda: net_of("ofq2")], ids=["float", "quantized"])
 def test_nets_that_a_plane_does_not_fit(net):
-    with pytest.raises(UsageError, match=r"analysis.targets=\['conv\*'\]: must match a quantized weight; names look like 'blocks.0"):
+    with pytest.raises(
+        UsageError,
+        match=r"analysis.targets=\['conv\*'\]: must match a quantized weight; names look like 'blocks.0",
+    ):
         plane(net(), ["conv*"], 0)

@@ -18,7 +18,9 @@ def write_run(folder, lines=LINES, header=HEADER):
     """A run directory; gives the net of its checkpoint."""
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
-    return StudiedNet(folder.name, torch.nn.Identity(), (1, 8, 8), folder / "checkpoints" / "best.ckpt")
+    return StudiedNet(
+        folder.name, torch.nn.Identity(), (1, 8, 8), folder / "checkpoints" / "best.ckpt"
+    )
 
 
 def analysed(*nets):
@@ -29,14 +31,19 @@ def analysed(*nets):
     ("more", "share"),
     [
         ([], {4: 10, 9: 30, 19: 20}),
-        ([",0.5,110,0.25,0.2,9"], {4: 10, 9: 25, 19: 20}),  # a run that was resumed logs a step again
+        (
+            [",0.5,110,0.25,0.2,9"],
+            {4: 10, 9: 25, 19: 20},
+        ),  # a run that was resumed logs a step again
     ],
 )
 def test_the_log_is_read_as_it_is(tmp_path, more, share):
     write_run(tmp_path / "run", LINES + more)
     curves = read_curves(tmp_path / "run" / "metrics.csv")
     assert curves[SHARE] == pytest.approx(share)
-    assert curves[FLIPS] == (pytest.approx({9: 20, 19: 2}) if not more else pytest.approx({9: 22, 19: 1}))
+    assert curves[FLIPS] == (
+        pytest.approx({9: 20, 19: 2}) if not more else pytest.approx({9: 22, 19: 1})
+    )
 
 
 def test_half_a_line_after_a_kill_is_ignored(tmp_path):
@@ -52,7 +59,9 @@ def test_several_runs_lie_over_each_other(tmp_path):
     assert [line.get_label() for line in drawing.figure.axes[0].lines] == ["a", "b"]
     assert [axis.get_ylabel() for axis in drawing.figure.axes] == [SHARE, FLIPS]
     assert found.summary == {"a": {SHARE: 20, FLIPS: 2}, "b": {SHARE: 10}}
-    assert "a: oscillating weights, % 10.00 at first, 30.00 at most, 20.00 at the end" in drawing.alt
+    assert (
+        "a: oscillating weights, % 10.00 at first, 30.00 at most, 20.00 at the end" in drawing.alt
+    )
     assert found.tables == []
 
 
@@ -61,7 +70,10 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
     net = write_run(tmp_path / "run", lines)
     with pytest.raises(UsageError) as error:
         analysed(net)
-    assert str(error.value) == f"ckpt={str(net.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+    assert (
+        str(error.value)
+        == f"ckpt={str(net.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+    )
     with pytest.raises(UsageError, match=r"ckpt='None': its run did not track oscillation"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
@@ -71,9 +83,13 @@ def test_a_real_run(tmp_path):
         tmp_path / "run", "quant=ofq_2bit", "callbacks=[default,oscillation]", "optimizer.lr=0.1",
         "trainer.max_epochs=3", "trainer.log_every_n_steps=1", "callbacks.oscillation.momentum=0.2",
     )  # fmt: skip
-    found = analysed(StudiedNet("run", torch.nn.Identity(), (1, 8, 8), run / "checkpoints" / "last.ckpt"))
+    found = analysed(
+        StudiedNet("run", torch.nn.Identity(), (1, 8, 8), run / "checkpoints" / "last.ckpt")
+    )
     with (run / "oscillation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [*found.tables[0].rows] == [{"net": "run", **row} for row in rows]
-    assert found.summary["run"][SHARE] == pytest.approx(100 * int(rows[-1]["oscillating"]) / int(rows[-1]["weights"]), rel=1e-4)
+    assert found.summary["run"][SHARE] == pytest.approx(
+        100 * int(rows[-1]["oscillating"]) / int(rows[-1]["weights"]), rel=1e-4
+    )
     assert len(found.drawings[0].figure.axes[0].lines[0].get_xdata()) == 6

@@ -9,7 +9,13 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.analysis.requantize import changed, is_float, nearest_power_of_two, requantized, weight_sites
+from qat.analysis.requantize import (
+    changed,
+    is_float,
+    nearest_power_of_two,
+    requantized,
+    weight_sites,
+)
 from qat.functional.statsq import statsq_with_scale
 from qat.quantizers import LSQ, Affine, DynamicMinMax, StatsQ
 from qat.spec import QuantSpec
@@ -53,7 +59,9 @@ def test_without_a_change_it_is_the_quantizer_and_32_bits_are_the_float_weight(k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [{"resize": times(0.8)}, {"bits": 5}, {"bits": 2, "steps_from": "mse"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"resize": times(0.8)}, {"bits": 5}, {"bits": 2, "steps_from": "mse"}], ids=str
+)
 def test_every_change_is_undone_bit_for_bit_also_after_an_error(kind, change):
     net = net_of(kind)
     (_, sites), before, expected = weight_sites(net, tiny.SIZE), state(net), tiny.logits(net)
@@ -93,12 +101,18 @@ def by_function(quantizer, weight, resize):
     if isinstance(quantizer, StatsQ):
         return statsq_with_scale(weight, resize(qat.functional.statsq_scale(weight)), spec.bits)
     if isinstance(quantizer, LSQ):
-        return qat.functional.lsq(weight, resize(quantizer.scale), spec.qmin, spec.qmax, quantizer.axis)
+        return qat.functional.lsq(
+            weight, resize(quantizer.scale), spec.qmin, spec.qmax, quantizer.axis
+        )
     if isinstance(quantizer, Affine):
         bounds = (quantizer.qmin, quantizer.qmax)
-        return qat.functional.fake_quantize_affine(weight, resize(quantizer.scale), quantizer.zero_point, *bounds, quantizer.axis)
+        return qat.functional.fake_quantize_affine(
+            weight, resize(quantizer.scale), quantizer.zero_point, *bounds, quantizer.axis
+        )
     scale, zero = qat.functional.affine_scale(weight, spec.bits, signed=True, axis=quantizer.axis)
-    return qat.functional.fake_quantize_affine(weight, resize(scale), zero, spec.qmin, spec.qmax, quantizer.axis)
+    return qat.functional.fake_quantize_affine(
+        weight, resize(scale), zero, spec.qmin, spec.qmax, quantizer.axis
+    )
 
 
 @pytest.mark.parametrize("kind", ["ofq2", "ofq4", "lsq4", "minmax", "stored", "ptq4", "signed"])
@@ -119,19 +133,31 @@ def test_other_step_sizes_are_those_of_the_function_on_other_scales(kind):
 @torch.no_grad()
 def test_another_width_in_training_is_what_the_quantizer_would_start_with(kind, bits):
     for site, weight, quantizer in sites_of(net_of(kind)):
-        if isinstance(site.quantizer, StatsQ | DynamicMinMax | LSQ) and bits != site.quantizer.spec.bits:
-            fresh = type(site.quantizer)(QuantSpec("weight", site.quantizer.spec.quantizer, bits, axis=site.quantizer.axis))
+        if (
+            isinstance(site.quantizer, StatsQ | DynamicMinMax | LSQ)
+            and bits != site.quantizer.spec.bits
+        ):
+            fresh = type(site.quantizer)(
+                QuantSpec("weight", site.quantizer.spec.quantizer, bits, axis=site.quantizer.axis)
+            )
             fresh.allocate(weight.shape, weight.device)
             fresh.calibrate(weight, {})
             assert torch.equal(requantized(quantizer, weight, bits=bits), fresh(weight))
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"weight_observer": "omse", "bias_correction": True}, {"weight_observer": "mse", "weight_signed": True}]
+    "knobs",
+    [
+        {},
+        {"weight_observer": "omse", "bias_correction": True},
+        {"weight_observer": "mse", "weight_signed": True},
+    ],
 )
 @torch.no_grad()
 def test_another_width_of_ptq_is_what_calibration_would_have_given(knobs):
-    for (_, weight, quantizer), (theirs, _, _) in zip(sites_of(ptq(bits=4, **knobs)), sites_of(ptq(bits=3, **knobs)), strict=True):
+    for (_, weight, quantizer), (theirs, _, _) in zip(
+        sites_of(ptq(bits=4, **knobs)), sites_of(ptq(bits=3, **knobs)), strict=True
+    ):
         assert torch.equal(requantized(quantizer, weight, bits=3), theirs.quantizer(weight))
 
 
@@ -145,7 +171,17 @@ def test_least_error_of_an_affine_grid_is_that_of_affine_scale():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1.0, 1.0), (1.4142, 1.0), (1.4143, 2.0), (0.75, 1.0), (0.7071, 0.5), (3.0, 4.0), (2.0**-40, 2.0**-40), (0.0, 0.0), (1e-3, 2.0**-10)],
+    [
+        (1.0, 1.0),
+        (1.4142, 1.0),
+        (1.4143, 2.0),
+        (0.75, 1.0),
+        (0.7071, 0.5),
+        (3.0, 4.0),
+        (2.0**-40, 2.0**-40),
+        (0.0, 0.0),
+        (1e-3, 2.0**-10),
+    ],
 )
 def test_powers_of_two(value, expected):
     assert nearest_power_of_two(torch.tensor([value])).item() == expected
@@ -153,7 +189,10 @@ def test_powers_of_two(value, expected):
 
 def test_bias_correction_stays_under_a_change():
     for site, weight, quantizer in sites_of(net_of("corrected")):
-        found, rows = requantized(quantizer, weight, resize=times(1.3)).flatten(1), weight.flatten(1)
+        found, rows = (
+            requantized(quantizer, weight, resize=times(1.3)).flatten(1),
+            weight.flatten(1),
+        )
         assert_close(found.mean(1), rows.mean(1), rtol=0, atol=1e-5, msg=site.name)
         assert_close(found.std(1), rows.std(1), rtol=1e-4, atol=1e-5, msg=site.name)
 
@@ -177,10 +216,17 @@ def test_a_float_net_has_a_twin_that_shares_its_tensors():
     assert tiny.parameters(net) == parameters
     assert not hasattr(net, "qat_conversion")
     places = {site.name: site.place for site in sites}
-    assert (places["patch_embed.proj"], places["head"], places["blocks.0.attn.qkv"]) == ("stem", "head", "block")
+    assert (places["patch_embed.proj"], places["head"], places["blocks.0.attn.qkv"]) == (
+        "stem",
+        "head",
+        "block",
+    )
 
 
-@pytest.mark.parametrize(("axis", "expected"), [(0, [[-1.0, 0.0, 0.5], [-6.0, 0.0, 3.0]]), (None, [[0.0, 0.0, 0.0], [-6.0, 0.0, 3.0]])])
+@pytest.mark.parametrize(
+    ("axis", "expected"),
+    [(0, [[-1.0, 0.0, 0.5], [-6.0, 0.0, 3.0]]), (None, [[0.0, 0.0, 0.0], [-6.0, 0.0, 3.0]])],
+)
 def test_float_weights_have_step_sizes_per_channel_or_tensor(axis, expected):
     # Symmetric codes -2..1 on ranges of 0.75 and 4.5, halved: steps 0.5 and 3, or 3 for both.
     weight = torch.tensor([[-0.75, 0.2, 0.7], [-4.5, 1.0, 4.0]])
@@ -196,8 +242,13 @@ class Doubled(StatsQ):
 
 
 def test_a_quantizer_that_is_not_known_is_left_alone(caplog):
-    net = tiny.quantized("ofq_noqkr", bits=2, overrides={"blocks.0.*": {"weight_quantizer": f"{__name__}:Doubled"}})
+    net = tiny.quantized(
+        "ofq_noqkr", bits=2, overrides={"blocks.0.*": {"weight_quantizer": f"{__name__}:Doubled"}}
+    )
     _, sites = weight_sites(net, tiny.SIZE)
     assert len(sites) == 6
     assert not any(site.name.startswith("blocks.0.") for site in sites)
-    assert "blocks.0.mlp.fc1.weight_quantizer: its quantizer has no uniform grid; this weight is left unchanged" in caplog.text
+    assert (
+        "blocks.0.mlp.fc1.weight_quantizer: its quantizer has no uniform grid; this weight is left unchanged"
+        in caplog.text
+    )

@@ -38,21 +38,30 @@ def test_accuracies_are_those_of_the_changed_weights(kind):
     for key, row in measured.items():
         part, ratio, bits = key
         sites = [site for site in blocks if site.bits != bits] if part == "bits" else weights
-        resize = nearest_power_of_two if part == "power_of_two" else functools.partial(operator.mul, ratio or 1.0)
+        resize = (
+            nearest_power_of_two
+            if part == "power_of_two"
+            else functools.partial(operator.mul, ratio or 1.0)
+        )
         with changed(sites, bits=bits if part == "bits" else None, resize=resize):
             expected = images.score(net)
         assert (row["top-1 (%)"], row["loss"]) == (expected["top1"], expected["loss"]), key
     own = weights[1].bits
     assert [key[1] for key in measured if key[0] == "steps"] == [0.5, 1.0, 1.5, 2.0]
     assert [key[2] for key in measured if key[0] == "bits"] == [2, 4, 32]
-    percents = {ratio: row["top-1 (%)"] for (part, ratio, _), row in measured.items() if part == "steps"}
+    percents = {
+        ratio: row["top-1 (%)"] for (part, ratio, _), row in measured.items() if part == "steps"
+    }
     assert found["steps"] == {
         "at_1": percents[1.0],
         "lowest": min(percents.values()),
         "lowest_at": min(percents, key=percents.get),
         "mean": pytest.approx(sum(percents.values()) / 4),
     }
-    assert found["widths"] == {name: measured["bits", None, bits]["top-1 (%)"] for name, bits in (("2", 2), ("4", 4), ("float", 32))}
+    assert found["widths"] == {
+        name: measured["bits", None, bits]["top-1 (%)"]
+        for name, bits in (("2", 2), ("4", 4), ("float", 32))
+    }
     assert (found["top1"], found["bits"], found["power_of_two"]) == (
         measured["clean", None, own]["top-1 (%)"],
         own,
@@ -68,7 +77,9 @@ def test_the_width_of_a_mixed_net_is_a_mean_and_weights_that_have_a_width_keep_t
     assert found["bits"] == pytest.approx((4 * 4 + 8 * 2) / 12)
     assert list(found["widths"]) == ["2"]
     images, (_, weights) = image_set(), weight_sites(net, tiny.SIZE)
-    with changed([site for site in weights if site.place == "block" and ".mlp." not in site.name], bits=2):
+    with changed(
+        [site for site in weights if site.place == "block" and ".mlp." not in site.name], bits=2
+    ):
         assert rows[1]["loss"] == images.score(net)["loss"]
 
 
@@ -83,33 +94,58 @@ def test_a_float_net_has_widths_alone():
 @torch.no_grad()
 def test_a_float_net_is_quantized_where_that_is_wanted(scales):
     net, images, axis = tiny.vit(), image_set(24), 0 if scales == "channel" else None
-    rows, found = run(net, images, parts=["steps", "power_of_two"], float_bits=3, float_scales=scales, steps_from="mse")
+    rows, found = run(
+        net,
+        images,
+        parts=["steps", "power_of_two"],
+        float_bits=3,
+        float_scales=scales,
+        steps_from="mse",
+    )
     assert [row["part"] for row in rows] == ["clean", "steps", "steps", "steps", "power_of_two"]
     twin = tiny.vit()
     for name, module in twin.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
-            scale, zero = qat.functional.affine_scale(module.weight, 3, signed=True, axis=axis, method="mse")
-            module.weight.copy_(qat.functional.fake_quantize_affine(module.weight, scale, zero, -4, 3, axis))
-    assert rows[2]["loss"] == pytest.approx(images.score(twin.eval())["loss"], rel=1e-6) != rows[0]["loss"]
+            scale, zero = qat.functional.affine_scale(
+                module.weight, 3, signed=True, axis=axis, method="mse"
+            )
+            module.weight.copy_(
+                qat.functional.fake_quantize_affine(module.weight, scale, zero, -4, 3, axis)
+            )
+    assert (
+        rows[2]["loss"]
+        == pytest.approx(images.score(twin.eval())["loss"], rel=1e-6)
+        != rows[0]["loss"]
+    )
     assert found["steps"]["at_1"] == rows[2]["top-1 (%)"]
 
 
 def test_two_nets_are_compared(tmp_path):
-    outcome = Robustness(**SMALL).run([studied(net_of("ofq2"), "ours"), studied(tiny.vit(), "float")], image_set())
+    outcome = Robustness(**SMALL).run(
+        [studied(net_of("ofq2"), "ours"), studied(tiny.vit(), "float")], image_set()
+    )
     assert list(outcome.summary) == ["ours", "float"]
-    assert [(row["net"], row["bits"]) for row in outcome.tables[0].rows if row["part"] == "bits"] == [
-        (label, bits) for label in ("ours", "float") for bits in (2, 4, 32)
-    ]
+    assert [
+        (row["net"], row["bits"]) for row in outcome.tables[0].rows if row["part"] == "bits"
+    ] == [(label, bits) for label in ("ours", "float") for bits in (2, 4, 32)]
     assert ["float: " in drawing.alt for drawing in outcome.drawings] == [False, True]
     assert all("ours: " in drawing.alt and "%" in drawing.alt for drawing in outcome.drawings)
     write_outcome(tmp_path, "robustness", {}, outcome)
-    names = {"robustness.csv", "robustness.json", *(f"{name}.{kind}" for name in ("step_sizes", "bit_widths") for kind in ("svg", "png"))}
+    names = {
+        "robustness.csv",
+        "robustness.json",
+        *(f"{name}.{kind}" for name in ("step_sizes", "bit_widths") for kind in ("svg", "png")),
+    }
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @torch.no_grad()
 def test_ratios_are_drawn_where_they_are():
-    (drawing,) = Robustness(parts=["steps"], low=1e-7, high=32, ratios=2).run([studied(net_of("ofq2"))], image_set()).drawings
+    (drawing,) = (
+        Robustness(parts=["steps"], low=1e-7, high=32, ratios=2)
+        .run([studied(net_of("ofq2"))], image_set())
+        .drawings
+    )
     assert [*drawing.figure.axes[0].lines[0].get_xdata()] == [1e-7, 1, 32]
     assert drawing.alt.endswith(" % at 32.")
     assert " % at 1e-07, " in drawing.alt
@@ -135,8 +171,14 @@ def test_the_yaml_has_every_setting_at_its_default():
         ({"steps_from": "max"}, "analysis.steps_from='max': must be one of own, mse"),
         ({"float_bits": 32}, "analysis.float_bits=32: must be an integer from 2 to 8"),
         ({"float_scales": "row"}, "analysis.float_scales='row': must be one of channel, tensor"),
-        ({"parts": ["bits", "steps"]}, "analysis.parts=['bits', 'steps']: net has no quantized weights; set analysis.float_bits"),
-        ({"parts": ["steps"]}, "analysis.parts=['steps']: net has no quantized weights; set analysis.float_bits, e.g. to 4"),
+        (
+            {"parts": ["bits", "steps"]},
+            "analysis.parts=['bits', 'steps']: net has no quantized weights; set analysis.float_bits",
+        ),
+        (
+            {"parts": ["steps"]},
+            "analysis.parts=['steps']: net has no quantized weights; set analysis.float_bits, e.g. to 4",
+        ),
     ],
 )
 def test_mistakes(settings, line):
@@ -146,5 +188,7 @@ def test_mistakes(settings, line):
 
 
 def test_floats_in_blocks_have_no_step_sizes_to_change():
-    with pytest.raises(UsageError, match="analysis=robustness: net has no weights in blocks on a uniform grid"):
+    with pytest.raises(
+        UsageError, match="analysis=robustness: net has no weights in blocks on a uniform grid"
+    ):
         Robustness().run([studied(tiny.quantized("nvfp4"))], image_set())

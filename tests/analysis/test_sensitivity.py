@@ -12,7 +12,13 @@ from torch import nn
 
 import qat
 from qat.analysis.requantize import in_blocks, weight_sites
-from qat.analysis.sensitivity import Sensitivity, as_setting, greedy_bits, left_in_float, stored_bytes
+from qat.analysis.sensitivity import (
+    Sensitivity,
+    as_setting,
+    greedy_bits,
+    left_in_float,
+    stored_bytes,
+)
 from qat.errors import UsageError
 from qat.model.convert import conversion_of
 from qat.model.cost import size_bytes
@@ -28,7 +34,11 @@ from tests.analysis.common import PTQ, QAT, image_set, is_as_before, net_of, ptq
 def run(net, **settings):
     """Lines of the table by layer, the summary, the figures."""
     outcome = Sensitivity(**settings).run([studied(net)], image_set())
-    return {line["layer"]: line for line in outcome.tables[0].rows}, outcome.summary["net"], outcome.drawings
+    return (
+        {line["layer"]: line for line in outcome.tables[0].rows},
+        outcome.summary["net"],
+        outcome.drawings,
+    )
 
 
 def without_quantizers(net, names):
@@ -43,11 +53,15 @@ def without_quantizers(net, names):
 def converted_anew(kind, overrides):
     """The net of this kind with rules, its tensors those of the net without them."""
     if kind in PTQ:
-        net = qat.convert(tiny.vit(), PtqRecipe(**PTQ[kind], overrides=overrides), input_size=tiny.SIZE)
+        net = qat.convert(
+            tiny.vit(), PtqRecipe(**PTQ[kind], overrides=overrides), input_size=tiny.SIZE
+        )
         calibrate(net, [tiny.images(seed=1)])
         return net.eval()
     preset, knobs = QAT[kind]
-    net = qat.convert(tiny.vit(), qat.recipe(preset, **knobs, overrides=overrides), input_size=tiny.SIZE)
+    net = qat.convert(
+        tiny.vit(), qat.recipe(preset, **knobs, overrides=overrides), input_size=tiny.SIZE
+    )
     if kind == "lsq4":
         return qat.initialize_scales(net, [tiny.images()]).eval()
     net.load_state_dict(net_of(kind).state_dict())
@@ -77,7 +91,10 @@ def test_changes_are_those_of_nets_without_quantizers_and_of_nets_converted_with
         assert line["in float: loss change"] == found["loss"] - as_is["loss"]
         assert line["in float: top-1 change (points)"] == found["top1"] - as_is["top1"]
     best = min(lines.values(), key=lambda line: line["in float: loss change"])
-    assert summary["most_sensitive"] == {"layer": best["layer"], "loss_change": best["in float: loss change"]}
+    assert summary["most_sensitive"] == {
+        "layer": best["layer"],
+        "loss_change": best["in float: loss change"],
+    }
 
     recipe = conversion_of(net).recipe
     for name in ("blocks.0.mlp.fc1", "blocks.1.mlp.fc2"):
@@ -86,13 +103,28 @@ def test_changes_are_those_of_nets_without_quantizers_and_of_nets_converted_with
         assert lines[name]["8 bits: loss change"] == found["loss"] - as_is["loss"]
 
 
-@pytest.mark.parametrize("side", ["blocks.1.mlp.fc1.input_quantizer", "blocks.0.residual1_quantizer", "blocks.0.mlp.fc1.weight_quantizer"])
+@pytest.mark.parametrize(
+    "side",
+    [
+        "blocks.1.mlp.fc1.input_quantizer",
+        "blocks.0.residual1_quantizer",
+        "blocks.0.mlp.fc1.weight_quantizer",
+    ],
+)
 def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side):
     net = ptq(bits=4, layernorm="integer", residual_observer="ptf")
     sites = {site.name: site.quantizer for site in qat.iter_quantizers(net)}
     with left_in_float(net, [sites[side]]):
-        found = {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and m.__dict__.get("forward") == m.in_float}
-    assert found == {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and sites[side] in m.between}
+        found = {
+            name
+            for name, m in net.named_modules()
+            if isinstance(m, IntegerLayerNorm) and m.__dict__.get("forward") == m.in_float
+        }
+    assert found == {
+        name
+        for name, m in net.named_modules()
+        if isinstance(m, IntegerLayerNorm) and sites[side] in m.between
+    }
     assert len(found) == ("weight" not in side)
     with in_float(net):
         expected = tiny.logits(net)
@@ -109,7 +141,9 @@ def test_weights_of_a_float_net_have_the_step_sizes_of_least_error():
     weight.data = qat.functional.fake_quantize_affine(weight.data, scale, zero, -4, 3, 0)
     expected = images.score(by_hand)["loss"] - images.score(net)["loss"]
     assert lines["blocks.0.mlp.fc1"]["3 bits: loss change"] == pytest.approx(expected, abs=1e-7)
-    assert lines.keys() == {name for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert lines.keys() == {
+        name for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     assert "most_sensitive" not in summary
     assert "in float:" not in drawings[0].alt
     assert is_as_before(net, before)
@@ -123,19 +157,31 @@ def test_sizes_and_bits_are_those_of_nets_converted_with_the_setting(kind):
     group, rules = overrides(as_setting(conversion_of(net), bits))
     assert group == ("ptq" if kind in PTQ else "quant")
     anew = converted_anew(kind, rules)
-    found = {site.layer: site.quantizer.spec.bits for site in qat.iter_quantizers(anew) if site.is_weight}
+    found = {
+        site.layer: site.quantizer.spec.bits for site in qat.iter_quantizers(anew) if site.is_weight
+    }
     assert {name: found[name] for name in bits} == bits
     assert rest + sum(sizes[name][width] for name, width in bits.items()) == size_bytes(anew)
-    acts = [{s.name: s.quantizer.spec for s in qat.iter_quantizers(n) if not s.is_weight} for n in (net, anew)]
+    acts = [
+        {s.name: s.quantizer.spec for s in qat.iter_quantizers(n) if not s.is_weight}
+        for n in (net, anew)
+    ]
     assert acts[0] == acts[1]
 
 
 def test_rules_that_a_net_has_stay():
-    rules = {"blocks.0.mlp.fc1": {"bits": 8, "act_bits": 6, "act_observer": "omse"}, "*.proj": {"act_bits": 5}}
+    rules = {
+        "blocks.0.mlp.fc1": {"bits": 8, "act_bits": 6, "act_observer": "omse"},
+        "*.proj": {"act_bits": 5},
+    }
     net = qat.convert(tiny.vit(), PtqRecipe(bits=4, overrides=rules), input_size=tiny.SIZE)
-    _, found = overrides(as_setting(conversion_of(net), {"blocks.0.mlp.fc1": 2, "blocks.1.attn.proj": 3}))
+    _, found = overrides(
+        as_setting(conversion_of(net), {"blocks.0.mlp.fc1": 2, "blocks.1.attn.proj": 3})
+    )
     assert found["*.proj"] == {"act_bits": 5}
-    assert {"bits": 2, "act_bits": 6, "act_observer": "omse"}.items() == found["blocks.0.mlp.fc1"].items()
+    assert {"bits": 2, "act_bits": 6, "act_observer": "omse"}.items() == found[
+        "blocks.0.mlp.fc1"
+    ].items()
     assert list(found)[0] == "*.proj"
     assert found["blocks.1.attn.proj"]["bits"] == 3
 
@@ -168,9 +214,13 @@ def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
     assert suggested["size_bytes"] <= budget * 1e6
     bits = suggested["bits_of_layers"]
     assert len(set(bits.values())) > 1
-    assert bits == {name: line[f"bits for {budget:g} MB"] for name, line in lines.items() if name in bits}
+    assert bits == {
+        name: line[f"bits for {budget:g} MB"] for name, line in lines.items() if name in bits
+    }
     rises = (lines[name].get(f"{width} bits: loss change", 0.0) for name, width in bits.items())
-    assert suggested["expected_loss"] == pytest.approx(summary["as_is"]["loss"] + sum(rises), abs=1e-12)
+    assert suggested["expected_loss"] == pytest.approx(
+        summary["as_is"]["loss"] + sum(rises), abs=1e-12
+    )
     group, rules = overrides(suggested["setting"])
     assert group == ("quant" if kind == "ofq2" else "ptq")
     anew = converted_anew(kind, rules)
@@ -183,7 +233,11 @@ def test_the_smallest_size_that_is_printed_can_be_typed():
     with pytest.raises(UsageError) as error:
         run(net_of("ofq2"), bits=[2, 8], budget_mb=0.001)
     printed = re.search(r"must be at least ([\d.]+), which net takes", str(error.value))[1]
-    assert {*run(net_of("ofq2"), bits=[2, 8], budget_mb=float(printed))[1]["suggestion"]["bits_of_layers"].values()} == {2}
+    assert {
+        *run(net_of("ofq2"), bits=[2, 8], budget_mb=float(printed))[1]["suggestion"][
+            "bits_of_layers"
+        ].values()
+    } == {2}
 
 
 @pytest.mark.parametrize(

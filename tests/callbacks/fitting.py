@@ -10,7 +10,12 @@ from qat.lit import QATModule, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy
 from tests.tiny import images, quantized
 
-QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+QUIET = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
 
 
 def batches(size=4, n=16, labels=10):
@@ -20,13 +25,23 @@ def batches(size=4, n=16, labels=10):
 def module(net, lr=0.01, weight_decay=0.1, **settings):
     """A module on a copy of a net; `terms` are further loss terms."""
     loss = CompositeLoss({"ce": CrossEntropy(), **settings.pop("terms", {})})
-    optimizer = settings.pop("optimizer", lambda n: build_optimizer(n, lr=lr, weight_decay=weight_decay))
-    return QATModule(copy.deepcopy(net).train(), loss, num_classes=10, optimizer=optimizer, **settings)
+    optimizer = settings.pop(
+        "optimizer", lambda n: build_optimizer(n, lr=lr, weight_decay=weight_decay)
+    )
+    return QATModule(
+        copy.deepcopy(net).train(), loss, num_classes=10, optimizer=optimizer, **settings
+    )
 
 
 def fit(learner, *callbacks, data=None, **settings):
     """Train two epochs of four steps."""
-    trainer = Trainer(**{"accelerator": "cpu", "max_epochs": 2, "callbacks": list(callbacks), **QUIET, **settings})
+    trainer = Trainer(**{
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "callbacks": list(callbacks),
+        **QUIET,
+        **settings,
+    })
     trainer.fit(learner, batches() if data is None else data)
     return trainer
 
@@ -38,11 +53,15 @@ class Steps(Callback):
         self.before, self.after, self.gradients, self.rates = [], [], [], []
 
     def on_fit_start(self, trainer, pl_module):
-        trainer.optimizers[0].register_step_pre_hook(lambda *_: self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups]))
+        trainer.optimizers[0].register_step_pre_hook(
+            lambda *_: self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+        )
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.before.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
-        self.gradients.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None})
+        self.gradients.append({
+            n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
+        })
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step > len(self.after):
@@ -56,7 +75,9 @@ def moved(steps, t, name):
 
 def differing(a, b):
     """Names of entries of two state dicts that differ."""
-    return sorted(n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n]))
+    return sorted(
+        n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])
+    )
 
 
 def net(preset="ofq", **knobs):

@@ -9,7 +9,9 @@ from tests.tasks.test_resume import full, killed_at, last, results, run  # noqa:
 
 
 def record(content):
-    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    (state,) = (
+        state for name, state in content["callbacks"].items() if name.startswith("ModelCheckpoint")
+    )
     return state
 
 
@@ -25,7 +27,11 @@ def killed(tmp_path_factory):
     path, content = run_dir / "checkpoints" / "last.ckpt", last(run_dir)
     state = record(content)
     score = torch.tensor(99.0)
-    state.update(best_model_score=score, kth_value=score, best_k_models=dict.fromkeys(state["best_k_models"], score))
+    state.update(
+        best_model_score=score,
+        kth_value=score,
+        best_k_models=dict.fromkeys(state["best_k_models"], score),
+    )
     torch.save(content, path)
     return run_dir
 
@@ -43,6 +49,9 @@ def test_a_best_that_is_gone_is_forgotten(tmp_path, killed, caplog):
     path = run_dir / "checkpoints" / "best.ckpt"
     path.unlink()
     run(run_dir, "resume=true")
-    assert f"resume: {path} is missing; the best epoch is chosen from the epochs that follow" in caplog.text
+    assert (
+        f"resume: {path} is missing; the best epoch is chosen from the epochs that follow"
+        in caplog.text
+    )
     assert best(run_dir)["global_step"] == 27
     assert results(run_dir)["weights"] == "best.ckpt"

@@ -65,7 +65,14 @@ def test_everything_else_trains_as_before(preset):
             allowed = near(plain.before[0][name])
             expected = torch.where(allowed, expected, plain.before[0][name])
         assert torch.equal(found, expected), name
-    heads = ("head.weight", "patch_embed.proj.weight", "head.bias", "blocks.0.mlp.fc1.bias", "blocks.0.norm1.weight", "pos_embed")
+    heads = (
+        "head.weight",
+        "patch_embed.proj.weight",
+        "head.bias",
+        "blocks.0.mlp.fc1.bias",
+        "blocks.0.norm1.weight",
+        "pos_embed",
+    )
     assert all(moved(annealed, 0, name).any() for name in heads)
 
 
@@ -74,7 +81,9 @@ def test_reference_leaves_queries_and_keys_free():
     fit(module(net()), annealing(qk="reference"), steps)
     for name in ("blocks.0.attn.q_weight", "blocks.1.attn.k_weight"):
         # A frozen entry stays and has no gradient; one that is free may stay where its momentum passes through zero.
-        assert all((moved(steps, t, name) | (steps.gradients[t][name] != 0)).all() for t in range(8))
+        assert all(
+            (moved(steps, t, name) | (steps.gradients[t][name] != 0)).all() for t in range(8)
+        )
 
 
 def test_freeze_holds_queries_and_keys():
@@ -97,15 +106,24 @@ def test_product_gates_the_gradient_of_the_folded_matrix():
     class Catch(Callback):
         def on_fit_start(self, trainer, pl_module):
             site = sites(pl_module.net)["blocks.0.attn.qk_quantizer"]
-            site.quantizer.register_full_backward_hook(lambda m, grad_in, grad_out: caught.append(grad_out[0]))
+            site.quantizer.register_full_backward_hook(
+                lambda m, grad_in, grad_out: caught.append(grad_out[0])
+            )
 
     fit(learner, Catch(), max_epochs=1, limit_train_batches=1)
     gated, steps = module(start), Steps()
     fit(gated, annealing(qk="product"), steps, max_epochs=1, limit_train_batches=1)
     g = torch.where(near(matrix), caught[0], 0.0).unflatten(0, (heads, -1))
     q, k = wq.unflatten(0, (heads, -1)), wk.unflatten(0, (heads, -1))
-    assert_close(steps.gradients[0]["blocks.0.attn.q_weight"], (k @ g.transpose(1, 2)).flatten(0, 1), rtol=1e-4, atol=1e-7)
-    assert_close(steps.gradients[0]["blocks.0.attn.k_weight"], (q @ g).flatten(0, 1), rtol=1e-4, atol=1e-7)
+    assert_close(
+        steps.gradients[0]["blocks.0.attn.q_weight"],
+        (k @ g.transpose(1, 2)).flatten(0, 1),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    assert_close(
+        steps.gradients[0]["blocks.0.attn.k_weight"], (q @ g).flatten(0, 1), rtol=1e-4, atol=1e-7
+    )
     assert moved(steps, 0, "blocks.0.attn.q_weight").all()
 
 
@@ -147,14 +165,21 @@ def test_a_skipped_step_of_a_scaler():
 @pytest.mark.parametrize(("interval", "first", "epochs"), [("step", 1, None), ("epoch", 1, 2)])
 def test_the_rate_is_its_own(interval, first, epochs):
     def schedule(optimizer, epochs, steps):
-        return cosine_schedule(optimizer, periods=epochs if interval == "epoch" else epochs * steps, interval=interval), interval
+        return cosine_schedule(
+            optimizer, periods=epochs if interval == "epoch" else epochs * steps, interval=interval
+        ), interval
 
     def optimizer(net):
         return qat.lit.build_optimizer(net, lr=0.01, weight_decay=0.0, scale_lr_factor=0.5)
 
     plain, annealed = Steps(), Steps()
     fit(module(net(), optimizer=optimizer, scheduler=schedule), plain, max_epochs=4)
-    fit(module(net(), optimizer=optimizer, scheduler=schedule), CGA(start_epoch=first, epochs=epochs, lr=3e-5), annealed, max_epochs=4)
+    fit(
+        module(net(), optimizer=optimizer, scheduler=schedule),
+        CGA(start_epoch=first, epochs=epochs, lr=3e-5),
+        annealed,
+        max_epochs=4,
+    )
     stop = 4 if epochs is None else first + epochs
     for t, (found, expected) in enumerate(zip(annealed.rates, plain.rates, strict=True)):
         inside = first <= t // 4 < stop
@@ -173,15 +198,26 @@ def test_the_rate_is_its_own(interval, first, epochs):
 )
 def test_which_epochs(settings, epochs):
     steps = Steps()
-    fit(module(net()), annealing(**{"start_epoch": None, **settings}), steps, data=batches(16), max_epochs=10)
-    frozen = [t for t in range(10) if moved(steps, t, "blocks.0.mlp.fc1.weight").float().mean() < 0.5]
+    fit(
+        module(net()),
+        annealing(**{"start_epoch": None, **settings}),
+        steps,
+        data=batches(16),
+        max_epochs=10,
+    )
+    frozen = [
+        t for t in range(10) if moved(steps, t, "blocks.0.mlp.fc1.weight").float().mean() < 0.5
+    ]
     assert frozen == epochs
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"boundary_range": 0.5}, r"callbacks\.cga\.boundary_range=0\.5: must be a number above 0 to below 0\.5"),
+        (
+            {"boundary_range": 0.5},
+            r"callbacks\.cga\.boundary_range=0\.5: must be a number above 0 to below 0\.5",
+        ),
         ({"epochs": 0}, r"callbacks\.cga\.epochs=0: must be an integer of at least 1"),
         ({"qk": "both"}, r"callbacks\.cga\.qk='both': must be one of reference, product, freeze"),
     ],
@@ -194,10 +230,22 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize(
     ("start", "callbacks", "message"),
     [
-        ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
-        ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
+        (
+            "ofq",
+            [CGA(start_epoch=2)],
+            r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2",
+        ),
+        (
+            "ofq",
+            [CGA(epochs=3)],
+            r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2",
+        ),
         ("lsq", [CGA()], r"callbacks\.cga: this model has no weights on a half-step grid"),
-        ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze freezes the same weights"),
+        (
+            "ofq",
+            [IterativeFreezing(), CGA()],
+            r"callbacks\.cga: callbacks\.freeze freezes the same weights",
+        ),
     ],
 )
 def test_runs_that_it_cannot_anneal(start, callbacks, message):
@@ -266,7 +314,10 @@ def test_averages_see_held_weights():
 
     class Copy(Callback):
         def on_train_batch_end(self, *_):
-            copies.append({n: p.detach().clone() for n, p in average._average_model.module.net.named_parameters()})
+            copies.append({
+                n: p.detach().clone()
+                for n, p in average._average_model.module.net.named_parameters()
+            })
 
     fit(module(net()), average, annealing(), steps, Copy())
     for t in range(8):
@@ -289,7 +340,15 @@ class Report(Callback):
 def test_two_processes_agree(tmp_path):
     learner = module(net())
     start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
-    fit(learner, annealing(qk="product"), Report(tmp_path), strategy="ddp_fork", devices=2, max_epochs=1, limit_train_batches=1)
+    fit(
+        learner,
+        annealing(qk="product"),
+        Report(tmp_path),
+        strategy="ddp_fork",
+        devices=2,
+        max_epochs=1,
+        limit_train_batches=1,
+    )
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert differing(first, second) == []
     for name in masked("ofq"):

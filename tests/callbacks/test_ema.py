@@ -11,7 +11,10 @@ from qat.callbacks import EMAWeightAveraging
     [
         ({"decay": 1}, "callbacks.ema.decay=1: must be a number from 0 to below 1"),
         ({"decay": "x"}, "callbacks.ema.decay='x': must be a number from 0 to below 1"),
-        ({"update_every_n_steps": 0}, "callbacks.ema.update_every_n_steps=0: must be an integer of at least 1"),
+        (
+            {"update_every_n_steps": 0},
+            "callbacks.ema.update_every_n_steps=0: must be an integer of at least 1",
+        ),
     ],
 )
 def test_an_average_that_would_not_follow_is_refused(settings, message):

@@ -101,9 +101,19 @@ def spoil_first_layer(net):
 def test_a_healthy_run_is_left_as_it_is():
     modules = [Small(), Small()]
     assert fit(modules[0]).global_step == 10
-    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.fit(modules[1], DataLoader(TensorDataset(torch.ones(20, 3), torch.zeros(20)), batch_size=2))
-    assert all(torch.equal(a, b) for a, b in zip(*(module.parameters() for module in modules), strict=True))
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(
+        modules[1], DataLoader(TensorDataset(torch.ones(20, 3), torch.zeros(20)), batch_size=2)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(module.parameters() for module in modules), strict=True)
+    )
 
 
 def images_with_nan():
@@ -177,8 +187,18 @@ class SickProcess(LossTerm):
 
 def test_a_loss_of_one_process_ends_all_of_them():
     learner = module(net(), terms={"sick": SickProcess()})
-    with pytest.raises(Exception, match=r"the loss or a gradient of training step 1 is not finite; first: the loss or its gradient"):
-        fit_net(learner, FiniteCheck(), strategy="ddp_fork", devices=2, max_epochs=2, limit_train_batches=2)
+    with pytest.raises(
+        Exception,
+        match=r"the loss or a gradient of training step 1 is not finite; first: the loss or its gradient",
+    ):
+        fit_net(
+            learner,
+            FiniteCheck(),
+            strategy="ddp_fork",
+            devices=2,
+            max_epochs=2,
+            limit_train_batches=2,
+        )
 
 
 # --- in runs of the command
@@ -198,17 +218,26 @@ def checkpoints(run_dir):
     found = {}
     for path in (run_dir / "checkpoints").glob("*.ckpt"):
         content = torch.load(path, weights_only=True)
-        assert all(value.isfinite().all() for value in content["state_dict"].values() if value.is_floating_point()), path
+        assert all(
+            value.isfinite().all()
+            for value in content["state_dict"].values()
+            if value.is_floating_point()
+        ), path
         found[path.name] = content["global_step"]
     return found
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(tmp_path, monkeypatch, refused, is_late):
+def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(
+    tmp_path, monkeypatch, refused, is_late
+):
     monkeypatch.setattr(finite, "_reading_is_free", lambda module: not is_late)
     run = tmp_path / "run"
     message = poisoned(monkeypatch, refused, run, Poison(3, damage))
-    assert "training stopped: the loss or a gradient of training step 3 is not finite; first: " in message
+    assert (
+        "training stopped: the loss or a gradient of training step 3 is not finite; first: "
+        in message
+    )
     assert is_late or "first: blocks.0.mlp.fc1.weight; " in message
     assert checkpoints(run) == {"last.ckpt": 2}
     train(run, *SIX, "resume=true")
@@ -219,6 +248,8 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
 @pytest.mark.parametrize("quant", ["fp", "ofq_2bit"])
 def test_the_layer_that_overflows_is_named(tmp_path, monkeypatch, refused, quant):
     """After a quantizer an infinity is the highest code: the loss is finite, its gradient is not."""
-    message = poisoned(monkeypatch, refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}")
+    message = poisoned(
+        monkeypatch, refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}"
+    )
     assert "step 3 is not finite; first: the output of blocks.0.mlp.act (GELU)" in message
     assert "error" in results(tmp_path / "run")

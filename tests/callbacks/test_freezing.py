@@ -10,7 +10,9 @@ from qat.callbacks import IterativeFreezing
 from tests.callbacks.fitting import QUIET, Steps, batches, differing, fit, module, net
 from tests.tiny import sites
 
-LAYERS = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "attn.v", "mlp.fc1", "mlp.fc2")]
+LAYERS = [
+    f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "attn.v", "mlp.fc1", "mlp.fc2")
+]
 # A low threshold in a run with large steps: freezes hundreds of weights within a few steps.
 EAGER = {"threshold": 0.15, "final_threshold": 0.05, "momentum": 0.1}
 
@@ -22,7 +24,11 @@ class Codes(Callback):
         self.used = []
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        found = {n: s.quantizer.codes(s.latent()) for n, s in sites(pl_module.net).items() if s.role == "weight"}
+        found = {
+            n: s.quantizer.codes(s.latent())
+            for n, s in sites(pl_module.net).items()
+            if s.role == "weight"
+        }
         self.used.append({n: c.clone() for n, c in found.items()})
 
 
@@ -41,7 +47,9 @@ def replay(callback, used, name):
     for t, looks in enumerate(used):
         codes = F.with_frozen(frozen, looks[name])
         state = F.oscillation_step(state, codes, callback.momentum)
-        frozen = F.freezing_step(frozen, codes, state.frequency, callback.threshold_at(t), callback.momentum)
+        frozen = F.freezing_step(
+            frozen, codes, state.frequency, callback.threshold_at(t), callback.momentum
+        )
         history.append((frozen.frozen.clone(), frozen.codes.clone()))
     return history
 
@@ -61,18 +69,26 @@ def test_what_is_frozen_follows_the_functions(preset):
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
 def test_frozen_codes_are_in_force_from_the_next_forward(preset):
     _, learner, callback, codes, _ = run(preset)
-    final = {n: s.quantizer.codes(s.latent()) for n, s in sites(learner.net).items() if s.role == "weight"}
+    final = {
+        n: s.quantizer.codes(s.latent())
+        for n, s in sites(learner.net).items()
+        if s.role == "weight"
+    }
     followers = [*codes.used[1:], final]
     checked = 0
     for name in callback._frozen:
-        for (mask, values), after in zip(replay(callback, codes.used, name), followers, strict=True):
+        for (mask, values), after in zip(
+            replay(callback, codes.used, name), followers, strict=True
+        ):
             assert torch.equal(after[name][mask].float(), values[mask])
             checked += mask.sum().item()
     assert checked > 500
 
 
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
-def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(preset):
+def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(
+    preset,
+):
     _, learner, callback, codes, steps = run(preset)
     for name, site in sites(learner.net).items():
         if name not in callback._frozen:
@@ -81,8 +97,12 @@ def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_
         for t, (mask, _) in enumerate(replay(callback, codes.used, name)):
             assert not steps.gradients[t][weight_name][mask].any()
         state = callback._frozen[name]
-        away = (site.quantizer.grid(site.latent()).to_code_coordinates(site.latent()) - state.codes).abs()[state.frozen]
-        assert (away <= 0.3).all()  # the quarter of a cell at which it is put back, and what the scale moved by that
+        away = (
+            site.quantizer.grid(site.latent()).to_code_coordinates(site.latent()) - state.codes
+        ).abs()[state.frozen]
+        assert (
+            away <= 0.3
+        ).all()  # the quarter of a cell at which it is put back, and what the scale moved by that
 
 
 def test_the_folded_matrix_and_wide_weights_are_left_alone():
@@ -113,10 +133,15 @@ def test_resumed_equals_uninterrupted(tmp_path):
     assert differing(whole.net.state_dict(), half.net.state_dict()) == []
     for name, state in first._frozen.items():
         assert all(torch.equal(a, b) for a, b in zip(state, second._frozen[name], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True)
+        )
 
 
 def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze: this model has no weights of up to 4 bits on a uniform grid"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"callbacks\.freeze: this model has no weights of up to 4 bits on a uniform grid",
+    ):
         fit(learner, IterativeFreezing())

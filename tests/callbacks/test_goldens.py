@@ -29,8 +29,15 @@ def bits_of(case):
 
 def fit(module, batches, *callbacks):
     """Run a trainer over batches, one step each."""
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **settings).fit(module, batches)
+    settings = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **settings).fit(
+        module, batches
+    )
 
 
 class Steps(Callback):
@@ -60,7 +67,10 @@ class TakeNoise(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         for name, parameter in pl_module.net.named_parameters():
-            gradient, first, third = (source[name].reshape(parameter.shape) for source in (self.gradients, self.first, self.third))
+            gradient, first, third = (
+                source[name].reshape(parameter.shape)
+                for source in (self.gradients, self.first, self.third)
+            )
             if trainer.global_step == 1:
                 parameter.data = torch.where(gradient.abs() > ALIVE, parameter.data, first)
             if trainer.global_step == 2:
@@ -102,10 +112,17 @@ def test_weight(case):
     n = sum(golden.has(OFQ, f"{case}/grad{t}") for t in range(100))
     expected = [ofq(case, f"w{t}") for t in range(n + 1)]
     for t in range(n):
-        assert torch.equal(~F.near_threshold(expected[t], bits_of(case), 0.05), ofq(case, f"frozen{t}"))
+        assert torch.equal(
+            ~F.near_threshold(expected[t], bits_of(case), 0.05), ofq(case, f"frozen{t}")
+        )
     module, steps = Prescribed(expected[0].clone(), bits_of(case)), Steps()
     gradients = torch.stack([ofq(case, f"grad{t}") for t in range(n)])
-    fit(module, DataLoader(TensorDataset(gradients)), CGA(boundary_range=0.05, start_epoch=0, lr=1e-3), steps)
+    fit(
+        module,
+        DataLoader(TensorDataset(gradients)),
+        CGA(boundary_range=0.05, start_epoch=0, lr=1e-3),
+        steps,
+    )
     for t in range(n):
         found, frozen = steps.parameters[t]["0.weight"], ofq(case, f"frozen{t}")
         assert_close(found, expected[t + 1], rtol=1e-6, atol=1e-6)
@@ -132,11 +149,25 @@ def small_vit(case):
     }
     net = VisionTransformer(**settings, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
-    unquantized = {"bits": 32, "act_bits": 32, "weight_quantizer": "float", "act_quantizer": "float"}
+    unquantized = {
+        "bits": 32,
+        "act_bits": 32,
+        "weight_quantizer": "float",
+        "act_quantizer": "float",
+    }
     attention = "qkr" if "qkr" in case else "standard"
-    recipe = qat.recipe("ofq", bits=bits_of(case), attention=attention, steps="absolute", overrides={"patch_embed.proj": unquantized})
+    recipe = qat.recipe(
+        "ofq",
+        bits=bits_of(case),
+        attention=attention,
+        steps="absolute",
+        overrides={"patch_embed.proj": unquantized},
+    )
     qat.convert(net, recipe, input_size=tuple(image))
-    net.load_state_dict({name: value.reshape(net.state_dict()[name].shape) for name, value in state.items()}, strict=True)
+    net.load_state_dict(
+        {name: value.reshape(net.state_dict()[name].shape) for name, value in state.items()},
+        strict=True,
+    )
     return net
 
 
@@ -152,21 +183,42 @@ def test_net(case):
 
     images = torch.cat([ofq(case, f"x{t}") for t in range(3)])
     target = torch.cat([ofq(case, f"y{t}") for t in range(3)])
-    gradients, *theirs = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("grad0", "param1", "param3"))
-    module = QATModule(net.train(), CompositeLoss({"ce": CrossEntropy()}), num_classes=5, optimizer=optimizer)
-    annealing = CGA(boundary_range=number(f"{case}/boundary_range"), start_epoch=0, lr=number(f"{case}/lr"), qk="reference")
+    gradients, *theirs = (
+        renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("grad0", "param1", "param3")
+    )
+    module = QATModule(
+        net.train(), CompositeLoss({"ce": CrossEntropy()}), num_classes=5, optimizer=optimizer
+    )
+    annealing = CGA(
+        boundary_range=number(f"{case}/boundary_range"),
+        start_epoch=0,
+        lr=number(f"{case}/lr"),
+        qk="reference",
+    )
     batches = DataLoader(TensorDataset(images, target), batch_size=len(images) // 3)
     fit(module, batches, annealing, steps, TakeNoise(gradients, *theirs))
 
     assert set(gradients) == set(steps.gradients)
     for name, gradient in gradients.items():
         found = steps.gradients[name]
-        assert_close(found, gradient.reshape(found.shape), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            found,
+            gradient.reshape(found.shape),
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
     for t, expected in zip((1, 3), theirs, strict=True):
         for name, found in steps.parameters[t - 1].items():
             alive = gradients[name].reshape(found.shape).abs() > ALIVE
             value = expected[name].reshape(found.shape)
-            assert_close(found[alive], value[alive], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, t=t: f"{n} after step {t}: {m}")
+            assert_close(
+                found[alive],
+                value[alive],
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m, n=name, t=t: f"{n} after step {t}: {m}",
+            )
 
 
 @golden.parametrize(OFQ, r"cga_step_(qkr|plain)_w\d/moved_fraction")
@@ -174,8 +226,14 @@ def test_what_moves_is_near_a_threshold(case):
     case = case.partition("/")[0]
     before, after = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("sd0", "param1"))
     boundary = golden.number(OFQ, f"{case}/boundary_range")
-    masked = [site for site in qat.iter_quantizers(small_vit(case)) if site.role == "weight" and site.name.startswith("blocks")]
-    assert len(masked) == 4 * len({name.split(".")[1] for name in before if name.startswith("blocks.")})
+    masked = [
+        site
+        for site in qat.iter_quantizers(small_vit(case))
+        if site.role == "weight" and site.name.startswith("blocks")
+    ]
+    assert len(masked) == 4 * len({
+        name.split(".")[1] for name in before if name.startswith("blocks.")
+    })
     for site in masked:
         name = site.name.removesuffix("_quantizer")
         moved = before[name] != after[name]

@@ -10,7 +10,9 @@ from tests.conftest import tiny
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_interval(every):
-    with pytest.raises(qat.UsageError, match=r"checkpoint.every_n_steps=.*: must be an integer of at least 1"):
+    with pytest.raises(
+        qat.UsageError, match=r"checkpoint.every_n_steps=.*: must be an integer of at least 1"
+    ):
         LastCheckpoint(every_n_steps=every)
 
 
@@ -19,7 +21,10 @@ def test_interval(every):
     [
         (None, [5, 10]),
         (2, [2, 4, 5, 6, 8, 10]),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((5, [5, 10]), (1, [*range(1, 11)]))),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((5, [5, 10]), (1, [*range(1, 11)]))
+        ),
     ],
 )
 def test_when(every, steps, tmp_path, monkeypatch):
@@ -37,8 +42,18 @@ def test_when(every, steps, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "save_checkpoint", spy)
     every_n = "null" if every is None else every
-    train(tiny(tmp_path / "run", "trainer.limit_train_batches=5", "trainer.max_epochs=2", f"checkpoint.every_n_steps={every_n}"))
+    train(
+        tiny(
+            tmp_path / "run",
+            "trainer.limit_train_batches=5",
+            "trainer.max_epochs=2",
+            f"checkpoint.every_n_steps={every_n}",
+        )
+    )
     assert saved == steps
     folder = tmp_path / "run" / "checkpoints"
-    assert [torch.load(folder / n, weights_only=True)["global_step"] for n in ("last.prev.ckpt", "last.ckpt")] == steps[-2:]
+    assert [
+        torch.load(folder / n, weights_only=True)["global_step"]
+        for n in ("last.prev.ckpt", "last.ckpt")
+    ] == steps[-2:]
     assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "last.prev.ckpt"]

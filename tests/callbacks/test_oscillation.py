@@ -21,12 +21,18 @@ class Seen(Callback):
         self.codes, self.logged = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        found = {n: s.quantizer.codes(s.latent()) for n, s in sites(pl_module.net).items() if s.is_weight}
-        self.latents = {n: s.latent().detach().clone() for n, s in sites(pl_module.net).items() if s.is_weight}
+        found = {
+            n: s.quantizer.codes(s.latent()) for n, s in sites(pl_module.net).items() if s.is_weight
+        }
+        self.latents = {
+            n: s.latent().detach().clone() for n, s in sites(pl_module.net).items() if s.is_weight
+        }
         self.codes.append({n: c.clone() for n, c in found.items()})
 
     def on_train_batch_end(self, trainer, *_):
-        self.logged.append({k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("osc/")})
+        self.logged.append({
+            k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("osc/")
+        })
 
 
 def exact(looks, name, momentum):
@@ -61,12 +67,18 @@ def test_tracked_are_weights_of_few_bits():
     assert set(callback._states) == {f"{b}.{layer}_quantizer" for b in blocks for layer in layers}
     wider = Oscillation(max_bits=8)
     fit(module(net()), wider, max_epochs=1)
-    assert set(wider._states) - set(callback._states) == {"patch_embed.proj.weight_quantizer", "head.weight_quantizer"}
+    assert set(wider._states) - set(callback._states) == {
+        "patch_embed.proj.weight_quantizer",
+        "head.weight_quantizer",
+    }
 
 
 @pytest.mark.parametrize("bits", [1, 32])
 def test_floats_have_no_codes_to_track(bits):
-    with pytest.raises(qat.UsageError, match=f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8"):
+    with pytest.raises(
+        qat.UsageError,
+        match=f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8",
+    ):
         Oscillation(max_bits=bits)
 
 
@@ -86,10 +98,16 @@ def test_what_is_logged():
     logged = seen.logged[-1]
     states = {name: exact(seen.codes, name, 0.05) for name in callback._states}
     n = sum(state.codes.numel() for state in states.values())
-    assert logged["osc/share"] == pytest.approx(sum((s.frequency > 0.06).sum().item() for s in states.values()) / n)
-    assert logged["osc/frequency"] == pytest.approx(sum(s.frequency.sum().item() for s in states.values()) / n, rel=1e-2)
+    assert logged["osc/share"] == pytest.approx(
+        sum((s.frequency > 0.06).sum().item() for s in states.values()) / n
+    )
+    assert logged["osc/frequency"] == pytest.approx(
+        sum(s.frequency.sum().item() for s in states.values()) / n, rel=1e-2
+    )
     assert logged["osc/flips"] == sum(s.flips.sum().item() for s in states.values()) > 0
-    assert logged["osc/band"] == pytest.approx(sum(F.near_threshold(seen.latents[name], 2, 0.005).sum().item() for name in states) / n)
+    assert logged["osc/band"] == pytest.approx(
+        sum(F.near_threshold(seen.latents[name], 2, 0.005).sum().item() for name in states) / n
+    )
     assert 0 < logged["osc/share"] < 1
 
 
@@ -105,11 +123,16 @@ def test_the_table(tmp_path):
     assert int(row["oscillating"]) == (state.frequency > 0.005).sum().item()
     assert int(row["flips"]) == state.flips.sum().item() > 0
     assert float(row["mean_frequency"]) == pytest.approx(state.frequency.mean().item(), rel=1e-2)
-    assert [int(total[key]) for key in ("weights", "flips")] == [sum(int(r[key]) for r in rows) for key in ("weights", "flips")]
+    assert [int(total[key]) for key in ("weights", "flips")] == [
+        sum(int(r[key]) for r in rows) for key in ("weights", "flips")
+    ]
 
 
 @pytest.mark.parametrize("start", ["fp", "8 bit"])
 def test_nothing_to_track(start):
     learner = module(vit()) if start == "fp" else module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"callbacks\.oscillation\.max_bits=4: this model has no quantized weights of at most 4 bits"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"callbacks\.oscillation\.max_bits=4: this model has no quantized weights of at most 4 bits",
+    ):
         fit(learner, Oscillation())

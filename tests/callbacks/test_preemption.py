@@ -39,7 +39,15 @@ def stopped(run_dir, monkeypatch, sender, *overrides):
     with monkeypatch.context() as patch:
         patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), sender])
         with pytest.raises(SystemExit) as stop:
-            commands.run_task(compose("train", *SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides))
+            commands.run_task(
+                compose(
+                    "train",
+                    *SETTINGS,
+                    "checkpoint.every_n_steps=null",
+                    f"run_dir={run_dir}",
+                    *overrides,
+                )
+            )
     return stop.value.code
 
 
@@ -60,7 +68,12 @@ STOPS = [
     (Send(4, signal.SIGUSR1), 5, 138, "preempted by SIGUSR1"),
     (Send(17, signal.SIGUSR2), 18, 140, "preempted by SIGUSR2"),
     (Send(20, signal.SIGINT), 21, 130, "stopped by Ctrl-C"),
-    (Send(27, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"), 27, 143, "stopped by SIGTERM"),
+    (
+        Send(27, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"),
+        27,
+        143,
+        "stopped by SIGTERM",
+    ),
 ]
 
 
@@ -70,9 +83,14 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
         caplog.clear()
         assert stopped(run_dir, monkeypatch, sender, "resume=auto") == code
         assert last(run_dir)["global_step"] == saved_at
-        (line,) = [record.getMessage() for record in caplog.records if "last.ckpt written" in record.getMessage()]
+        (line,) = [
+            record.getMessage()
+            for record in caplog.records
+            if "last.ckpt written" in record.getMessage()
+        ]
         assert (
-            line == f"{verb} after training step {saved_at}: last.ckpt written; the same command resumes with resume=auto run_dir={run_dir}"
+            line
+            == f"{verb} after training step {saved_at}: last.ckpt written; the same command resumes with resume=auto run_dir={run_dir}"
         )
         assert not (run_dir / "results.json").exists()
     run(run_dir, "resume=auto")
@@ -81,15 +99,23 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
 
 
 def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog):
-    assert stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null") == 143
-    assert "stopped by SIGTERM after training step 3: this run writes no last.ckpt; the same command resumes" in caplog.text
+    assert (
+        stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null")
+        == 143
+    )
+    assert (
+        "stopped by SIGTERM after training step 3: this run writes no last.ckpt; the same command resumes"
+        in caplog.text
+    )
 
 
 def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     writer = LastCheckpoint(dirpath=str(tmp_path))
     with pytest.raises(Preempted) as stop:
-        train_module(module(net()), writer, Preemption(), Send(2, signal.SIGTERM), enable_checkpointing=True)
+        train_module(
+            module(net()), writer, Preemption(), Send(2, signal.SIGTERM), enable_checkpointing=True
+        )
     assert (stop.value.step, stop.value.saved) == (3, tmp_path / "last.ckpt")
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
@@ -101,7 +127,9 @@ class Note(Callback):
         self.folder = folder
 
     def on_exception(self, trainer, pl_module, exception):
-        (self.folder / f"{trainer.global_rank}.txt").write_text(f"{type(exception).__name__} {exception.signal} {exception.step}")
+        (self.folder / f"{trainer.global_rank}.txt").write_text(
+            f"{type(exception).__name__} {exception.signal} {exception.step}"
+        )
 
 
 def _one_of_two(folder):
@@ -109,7 +137,14 @@ def _one_of_two(folder):
     rank = int(os.environ["RANK"])
     sender = [Send(1, signal.SIGUSR1)] if rank == 1 else []
     callbacks = [LastCheckpoint(dirpath=str(folder)), Preemption(), Note(folder), *sender]
-    train_module(learner, *callbacks, data=batches(4, 64), strategy="ddp", devices=2, enable_checkpointing=True)
+    train_module(
+        learner,
+        *callbacks,
+        data=batches(4, 64),
+        strategy="ddp",
+        devices=2,
+        enable_checkpointing=True,
+    )
 
 
 def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):

@@ -118,7 +118,10 @@ def dangerous_pickle(path):
 
 
 def dangerous_meta(path):
-    torch.save(torch.load(path, weights_only=True) | {"qat": {"model": Payload(path.parent / "made")}}, path)
+    torch.save(
+        torch.load(path, weights_only=True) | {"qat": {"model": Payload(path.parent / "made")}},
+        path,
+    )
 
 
 UNREADABLE: dict[str, Callable[..., Any]] = {
@@ -133,7 +136,9 @@ UNREADABLE: dict[str, Callable[..., Any]] = {
     "payload in what it says of itself": dangerous_meta,
     "a tensor": saved(lambda content: torch.zeros(3)),
     "no tensors": saved(lambda content: {"state_dict": {"a": 1}}),
-    "only an optimizer": saved(lambda content: {"qat": content["qat"], "optimizer_states": content["optimizer_states"]}),
+    "only an optimizer": saved(
+        lambda content: {"qat": content["qat"], "optimizer_states": content["optimizer_states"]}
+    ),
 }
 
 # Of files that can be read: what they say of themselves, or hold, is wrong.
@@ -142,18 +147,24 @@ WRONG: dict[str, Callable[..., Any]] = {
     "a weight missing": weights(without_a_weight),
     "a weight of another shape": weights(other_shape),
     "no weights at all": weights(lambda state: {}),
-    "weights of another net": weights(lambda state: {f"net.{k}": v for k, v in timm.create_model("test_vit").state_dict().items()}),
+    "weights of another net": weights(
+        lambda state: {f"net.{k}": v for k, v in timm.create_model("test_vit").state_dict().items()}
+    ),
     "format_version=99": meta("format_version", value=99),
     "model=null": meta("model", value=None),
     "model.name=unknown": meta("model", "name", value="vit_nope"),
     "model.name=hub:": meta("model", "name", value="hf-hub:nobody/nothing"),
-    "kwargs.checkpoint_path": meta("model", "kwargs", value=lambda kwargs: kwargs | {"checkpoint_path": "/etc/passwd"}),
+    "kwargs.checkpoint_path": meta(
+        "model", "kwargs", value=lambda kwargs: kwargs | {"checkpoint_path": "/etc/passwd"}
+    ),
     "kwargs.colour": meta("model", "kwargs", value=lambda kwargs: kwargs | {"colour": 3}),
     "kwargs.depth=1e9": meta("model", "kwargs", "depth", value=10**9),
     "kwargs.embed_dim=99984": meta("model", "kwargs", "embed_dim", value=99984),
     "recipe=3": meta("recipe", value=3),
     "recipe.bits=99": meta("recipe", "bits", value=99),
-    "recipe.weight_quantizer=a module that would run": meta("recipe", "weight_quantizer", value="this:X"),
+    "recipe.weight_quantizer=a module that would run": meta(
+        "recipe", "weight_quantizer", value="this:X"
+    ),
     "recipe.colour": meta("recipe", value=lambda recipe: recipe | {"colour": 3}),
     "recipe of another kind": meta("recipe", "attention", value="float"),
     "input_size=[1,8]": meta("input_size", value=[1, 8]),
@@ -168,8 +179,12 @@ WRONG: dict[str, Callable[..., Any]] = {
 # What a run goes on from is more than weights.
 STOPPED: dict[str, Callable[..., Any]] = {
     "no loops": saved(lambda content: {k: v for k, v in content.items() if k != "loops"}),
-    "no optimizer_states": saved(lambda content: {k: v for k, v in content.items() if k != "optimizer_states"}),
-    "optimizer_states of fewer groups": edited("optimizer_states", 0, "param_groups", value=lambda groups: groups[:1]),
+    "no optimizer_states": saved(
+        lambda content: {k: v for k, v in content.items() if k != "optimizer_states"}
+    ),
+    "optimizer_states of fewer groups": edited(
+        "optimizer_states", 0, "param_groups", value=lambda groups: groups[:1]
+    ),
 }
 
 

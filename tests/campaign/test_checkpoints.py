@@ -16,7 +16,12 @@ from tests.conftest import compose, tiny, train
 def tracked(tmp_path_factory, float_run):
     """A quantized run with `callbacks=[default,oscillation]`."""
     run = tmp_path_factory.mktemp("tracked") / "run"
-    return train(run, "quant=ofq_4bit", "callbacks=[default,oscillation]", f"ckpt={float_run}/checkpoints/best.ckpt")
+    return train(
+        run,
+        "quant=ofq_4bit",
+        "callbacks=[default,oscillation]",
+        f"ckpt={float_run}/checkpoints/best.ckpt",
+    )
 
 
 @pytest.mark.long
@@ -38,7 +43,12 @@ def test_a_safetensors_file_that_is_cut_is_one_line(tmp_path, refused):
         assert f"{setting}='{tmp_path}/a.safetensors'" in line
 
 
-GOES_ON = ("quant=ofq_4bit", "callbacks=[default,oscillation]", "resume=true", "trainer.max_epochs=3")
+GOES_ON = (
+    "quant=ofq_4bit",
+    "callbacks=[default,oscillation]",
+    "resume=true",
+    "trainer.max_epochs=3",
+)
 
 
 @pytest.mark.long
@@ -54,13 +64,19 @@ def test_a_run_does_not_go_on_from_one_that_is_wrong(tmp_path, tracked, name):
 
 def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, tracked):
     """Torch would take the moments of AdamW for those of SGD."""
-    assert "optimizer.opt='sgd' (it had 'adamw')" in refused("train", tiny(tracked, *GOES_ON, "optimizer=sgd"))
+    assert "optimizer.opt='sgd' (it had 'adamw')" in refused(
+        "train", tiny(tracked, *GOES_ON, "optimizer=sgd")
+    )
     moved = shutil.copytree(tracked, tmp_path / "run")
     (moved / "config.yaml").unlink()  # the checkpoint says so as well
-    assert "optimizer.opt='sgd' (it had 'adamw')" in refused("train", tiny(moved, *GOES_ON, "optimizer=sgd"))
+    assert "optimizer.opt='sgd' (it had 'adamw')" in refused(
+        "train", tiny(moved, *GOES_ON, "optimizer=sgd")
+    )
     path = moved / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    del content["qat"]["run"]  # as in a file of an older version, of which the optimizer's state is left
+    del content["qat"][
+        "run"
+    ]  # as in a file of an older version, of which the optimizer's state is left
     torch.save(content, path)
     line = refused("train", tiny(moved, *GOES_ON, "optimizer=sgd"))
     assert "last.ckpt has another optimizer, or one of other parameters; use ckpt=PATH" in line

@@ -25,14 +25,27 @@ from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
 
 PARSER = OverridesParser.create()
-SEND = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
+SEND = (
+    "+callbacks.send._target_=tests.callbacks.test_preemption.Send",
+    f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]",
+)
 
 
 def command(script, *overrides, cwd, **env):
     """Run one of the root scripts as a process; gives exit code, output and errors."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HYDRA"))} | {"OMP_NUM_THREADS": "1"} | env
+    environment = (
+        {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HYDRA"))}
+        | {"OMP_NUM_THREADS": "1"}
+        | env
+    )
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *overrides], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(ROOT / script), *overrides],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -63,14 +76,46 @@ def test_a_path_is_what_was_typed(path):
 
 def test_homes_grammar_and_sweeps(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
-    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b", "quant.overrides={head:{bits:4}}"]
-    given += ["model.args.depth=4", "model=resnet26d", "model=timm/resnet18", "model=deit_t", "model=nope"]
+    given = [
+        "data.root=~/x y",
+        "ckpt=~",
+        "ckpt=~me/x",
+        "model=~x",
+        "model=hf-hub:a/b",
+        "quant.overrides={head:{bits:4}}",
+    ]
+    given += [
+        "model.args.depth=4",
+        "model=resnet26d",
+        "model=timm/resnet18",
+        "model=deit_t",
+        "model=nope",
+    ]
     assert commands.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
-        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}", "++model.args.depth=4"),
-        *("model=_timm", "model.name=resnet26d", "model=_timm", "model.name=resnet18", "model=deit_t", "model=nope"),
+        *(
+            "model=_hub",
+            "model.name=hf-hub:a/b",
+            "++quant.overrides={head:{bits:4}}",
+            "++model.args.depth=4",
+        ),
+        *(
+            "model=_timm",
+            "model.name=resnet26d",
+            "model=_timm",
+            "model.name=resnet18",
+            "model=deit_t",
+            "model=nope",
+        ),
     ]
-    for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
+    for grammar in (
+        "ckpt='a b'",
+        "ckpt=${oc.env:HOME}/a b",
+        "ckpt=null",
+        "quant.bits=2,3",
+        "~logger",
+        "ckpt=[a,b]",
+    ):
         assert commands.prepared([grammar]) == [grammar]
     assert commands.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
     assert value(commands.prepared(["ckpt=a,b"])[0]) == "a,b"
@@ -79,7 +124,10 @@ def test_homes_grammar_and_sweeps(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "elements"),
     [
-        ("ckpt=[2026_11, a/1.10,'b, 1_0 ',null,1.50]", ["2026_11", "a/1.10", "b, 1_0 ", None, "1.50"]),
+        (
+            "ckpt=[2026_11, a/1.10,'b, 1_0 ',null,1.50]",
+            ["2026_11", "a/1.10", "b, 1_0 ", None, "1.50"],
+        ),
         ("data.root=2024_01,1.50,x", ["2024_01", "1.50", "x"]),
         ("data.root=choice(1.10, true)", ["1.10", "true"]),
         ("data.root=range(1,3)", [1, 2]),
@@ -93,9 +141,14 @@ def test_paths_of_a_list_or_a_sweep_are_what_was_typed(given, elements):
 
 def test_a_path_that_yaml_has_read_as_a_number_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun_dir: 1.10\n")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun_dir: 1.10\n"
+    )
     code, out = typed("train.py", "-cd", "conf", "experiment=mine", cwd=tmp_path)
-    assert (code, out) == ("error: run_dir=1.1: must be a path, in quotes where it looks like a number", "")
+    assert (code, out) == (
+        "error: run_dir=1.1: must be a path, in quotes where it looks like a number",
+        "",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
@@ -133,10 +186,19 @@ LINES = [
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
-    ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
+    (
+        "compile=[1]",
+        "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'",
+    ),
     ("run_dir=", "run_dir='': must be a non-empty string"),
-    ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
-    ("callbacks.finite.policy=skip", f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}"),
+    (
+        "run_dir=file/run",
+        "run_dir='file/run': must be a folder that is or can be made (Not a directory)",
+    ),
+    (
+        "callbacks.finite.policy=skip",
+        f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}",
+    ),
     (
         "+experiment=ofq_deit_s_w2a2",
         "experiment=ofq_deit_s_w2a2: was removed; use: experiment=ofq_w2a2 model=deit_t (w3a3, w4a4; with _cga)",
@@ -166,7 +228,15 @@ def test_corrections_name_settings_that_there_are(setting):
 
 
 def test_an_argument_that_is_right_needs_no_correction():
-    given = ["data=digits", "data.root=x", "quant=seq_2bit", "quant.bits=4", "~logger", "callbacks=[default,ema]", "model.args.depth=4"]
+    given = [
+        "data=digits",
+        "data.root=x",
+        "quant=seq_2bit",
+        "quant.bits=4",
+        "~logger",
+        "callbacks=[default,ema]",
+        "model.args.depth=4",
+    ]
     assert corrections.correction(given) is None
 
 
@@ -176,7 +246,9 @@ def test_what_has_gone_is_not_there():
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
-    code, out, err = command("train.py", *TINY, "quant.bits=9", "run_dir=~/my run", cwd=tmp_path, HOME=str(tmp_path))
+    code, out, err = command(
+        "train.py", *TINY, "quant.bits=9", "run_dir=~/my run", cwd=tmp_path, HOME=str(tmp_path)
+    )
     assert (code, out) == (1, "error: quant.bits=9: must be an integer from 2 to 8\n")
     assert "Traceback" not in err
     assert results(tmp_path / "my run")["error"] == "quant.bits=9: must be an integer from 2 to 8"
@@ -197,12 +269,27 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
             RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed."),
             "DataLoader worker (pid 12) is killed by signal: Killed.; mem",
         ),
-        (RuntimeError("received 0 items of ancdata"), "too many open files; data.num_workers must be fewer"),
+        (
+            RuntimeError("received 0 items of ancdata"),
+            "too many open files; data.num_workers must be fewer",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: cannot be read or written (No space left on device)"),
-        (OSError(errno.ENOSPC, "No space left on device"), "a file: cannot be read or written (No space left on device)"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: cannot be read or written (Permission denied)"),
-        (RuntimeError("Early stopping conditioned on metric `x`"), "Early stopping conditioned on metric `x`"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            "x: cannot be read or written (No space left on device)",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file: cannot be read or written (No space left on device)",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x"),
+            "x: cannot be read or written (Permission denied)",
+        ),
+        (
+            RuntimeError("Early stopping conditioned on metric `x`"),
+            "Early stopping conditioned on metric `x`",
+        ),
         (
             RuntimeError("Connection closed by peer [1.2.3.4]\nmore"),
             "another process of this run is gone: Connection closed by peer [1.2.3.4] more",
@@ -233,19 +320,38 @@ def test_train_then_evaluate(tmp_path):
     assert code == 0, out
     assert f"top-1  {top1:.2f} %" in out
     found = results(tmp_path / "eval")
-    assert (found["top1"], found["command_line"]) == (top1, "qat eval ckpt=run/checkpoints/best.ckpt run_dir=eval")
+    assert (found["top1"], found["command_line"]) == (
+        top1,
+        "qat eval ckpt=run/checkpoints/best.ckpt run_dir=eval",
+    )
 
 
 def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
     """In a folder with a conf and a module of its own."""
-    (tmp_path / "beside_the_run.py").write_text("from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n")
+    (tmp_path / "beside_the_run.py").write_text(
+        "from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n"
+    )
     (tmp_path / "conf" / "loss").mkdir(parents=True)
-    (tmp_path / "conf" / "loss" / "mine.yaml").write_text("terms:\n  ce:\n    _target_: beside_the_run.Mine\n")
+    (tmp_path / "conf" / "loss" / "mine.yaml").write_text(
+        "terms:\n  ce:\n    _target_: beside_the_run.Mine\n"
+    )
     for name in ("run", "again"):
-        code, out = typed("qat", "train", "--config-dir", "conf", "loss=mine", *TINY, "report=false", f"run_dir={name}", cwd=tmp_path)
+        code, out = typed(
+            "qat",
+            "train",
+            "--config-dir",
+            "conf",
+            "loss=mine",
+            *TINY,
+            "report=false",
+            f"run_dir={name}",
+            cwd=tmp_path,
+        )
         assert code == 0, out
     first, again = results(tmp_path / "run"), results(tmp_path / "again")
-    assert [first[key] for key in ("quant", "top1", "loss", "versions")] == [again[key] for key in ("quant", "top1", "loss", "versions")]
+    assert [first[key] for key in ("quant", "top1", "loss", "versions")] == [
+        again[key] for key in ("quant", "top1", "loss", "versions")
+    ]
     assert first["command_line"].startswith("qat train loss=mine ")
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     assert "beside_the_run.Mine" in recorded
@@ -256,17 +362,35 @@ def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
 def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_path, name):
     code, out = typed(f"{name}.py", "--help", cwd=tmp_path)
     assert code == 0
-    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings and their defaults"))
-    own = {one for default in OmegaConf.load(ROOT / "conf" / f"{name}.yaml").defaults if isinstance(default, DictConfig) for one in default}
-    assert {line.partition(":")[0] for line in groups if ": " in line} == {one for one in own if one.isidentifier()}
+    groups, lines = (
+        part.splitlines()
+        for part in out.partition("Any value")[0].split("Settings and their defaults")
+    )
+    own = {
+        one
+        for default in OmegaConf.load(ROOT / "conf" / f"{name}.yaml").defaults
+        if isinstance(default, DictConfig)
+        for one in default
+    }
+    assert {line.partition(":")[0] for line in groups if ": " in line} == {
+        one for one in own if one.isidentifier()
+    }
     silent = [line.strip() for line in lines if re.match(r" *\w+: ", line) and " # " not in line]
     # A value of another setting, a class, a group that is off.
-    assert [line for line in silent if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)] == []
+    assert [
+        line
+        for line in silent
+        if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)
+    ] == []
     assert ("optimizer:" in lines) == (name == "train")
     assert any(line.startswith("  max_epochs:") for line in lines) == (name == "train")
     experiments = [line for line in groups if line.startswith("experiment: ")]
-    assert ["demo_fp" in line for line in experiments] == {"train": [True], "ptq": [False]}.get(name, [])
-    assert ["evolq_w4a8" in line for line in experiments] == {"train": [False], "ptq": [True]}.get(name, [])
+    assert ["demo_fp" in line for line in experiments] == {"train": [True], "ptq": [False]}.get(
+        name, []
+    )
+    assert ["evolq_w4a8" in line for line in experiments] == {"train": [False], "ptq": [True]}.get(
+        name, []
+    )
 
 
 def test_lists_its_commands_and_choices(tmp_path):
@@ -275,7 +399,10 @@ def test_lists_its_commands_and_choices(tmp_path):
     assert all(f"qat {name} " in out for name in commands.COMMANDS)
     code, out = typed("qat", "version", cwd=tmp_path)
     assert (code, out.partition(" ")[0]) == (0, "vit-qat")
-    assert typed("qat", "trian", cwd=tmp_path) == (1, "error: qat trian: must be one of train, eval, ptq, analyze, export, version\n")
+    assert typed("qat", "trian", cwd=tmp_path) == (
+        1,
+        "error: qat trian: must be one of train, eval, ptq, analyze, export, version\n",
+    )
     code, out = typed("qat", "train", "--help", cwd=tmp_path)
     assert (code, out.splitlines()[0].split(" [")[0]) == (0, "qat train")
     assert "quant: deploy_w4a4, deploy_w4a8, deploy_w8a8, fp, lsq_2bit" in out
@@ -286,21 +413,27 @@ def test_lists_its_commands_and_choices(tmp_path):
 def test_a_job_of_a_cluster_needs_no_script(monkeypatch):
     """submitit and joblib hand over the function that Hydra calls. Oracle: it is whole without the module that made it."""
     found, called = [], []
-    monkeypatch.setattr(hydra, "main", lambda **_: lambda function: found.append(function) or (lambda: None))
+    monkeypatch.setattr(
+        hydra, "main", lambda **_: lambda function: found.append(function) or (lambda: None)
+    )
     monkeypatch.setattr(commands.sys, "argv", ["qat"])
     monkeypatch.setattr(sweep, "failures", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert commands.run("train") == 0
     carried = cloudpickle.dumps(found[0])
     monkeypatch.setattr(commands, "run_task", lambda cfg, **_: called.append(cfg))
-    monkeypatch.setattr(commands.HydraConfig, "get", lambda: OmegaConf.create({"runtime": {"choices": {}}}))
+    monkeypatch.setattr(
+        commands.HydraConfig, "get", lambda: OmegaConf.create({"runtime": {"choices": {}}})
+    )
     cloudpickle.loads(carried)("config")
     assert (called, found[0].__module__) == (["config"], "train")
 
 
 @pytest.mark.parametrize(("job", "form"), [("4711", "slurm-4711"), (None, "%Y-%m-%d_%H-%M-%S")])
 def test_the_run_directory_is_named_by_the_job_or_the_date(monkeypatch, job, form):
-    monkeypatch.setenv("SLURM_JOB_ID", "") if job is None else monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_ID", "") if job is None else monkeypatch.setenv(
+        "SLURM_JOB_ID", job
+    )
     name = compose("eval").run_dir
     assert name == f"outputs/eval/{form}" if job else time.strptime(name, f"outputs/eval/{form}")
 
@@ -326,16 +459,30 @@ def interrupted(cwd, moment, *arguments):
 
 def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path):
     # Python names each import after it: before the first of the command's own, Ctrl-C is Python's.
-    code, said = interrupted(tmp_path, "qat.launch.startup\n", "-X", "importtime", ROOT / "train.py", "run_dir=run")
+    code, said = interrupted(
+        tmp_path, "qat.launch.startup\n", "-X", "importtime", ROOT / "train.py", "run_dir=run"
+    )
     assert code == 130
-    assert re.fullmatch(r"stopped by Ctrl-C.*\n", "".join(line for line in said.splitlines(True) if not line.startswith("import time:")))
+    assert re.fullmatch(
+        r"stopped by Ctrl-C.*\n",
+        "".join(line for line in said.splitlines(True) if not line.startswith("import time:")),
+    )
 
 
 def test_a_stopped_run_says_how_it_goes_on(tmp_path):
-    given = (*TINY, "quant.overrides={blocks.0.*:{bits:8}}", "report=false", "trainer.limit_train_batches=3", *SEND)
+    given = (
+        *TINY,
+        "quant.overrides={blocks.0.*:{bits:8}}",
+        "report=false",
+        "trainer.limit_train_batches=3",
+        *SEND,
+    )
     code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
     assert code == 130
-    more = re.search(r"stopped by Ctrl-C after training step 1: last.ckpt written; the same command resumes with (.*)", said)[1].split()
+    more = re.search(
+        r"stopped by Ctrl-C after training step 1: last.ckpt written; the same command resumes with (.*)",
+        said,
+    )[1].split()
     code, said = typed("train.py", *given, *more, cwd=tmp_path)
     assert code == 0, said
     assert "resumed at training step 1 from" in said
@@ -349,7 +496,8 @@ def test_ctrl_c_ends_a_sweep(tmp_path):
     assert code == 130
     assert "Traceback" not in said
     assert re.search(
-        r"stopped by Ctrl-C after training step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n", said
+        r"stopped by Ctrl-C after training step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n",
+        said,
     )
     assert not (tmp_path / "run" / "1").exists()
 
@@ -379,15 +527,21 @@ def test_several_processes(tmp_path):
 @pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_and_a_kill_end_all_processes(tmp_path):
-    code, said = interrupted(tmp_path, "epoch 2/500", ROOT / "train.py", *DDP, "trainer.max_epochs=500")
+    code, said = interrupted(
+        tmp_path, "epoch 2/500", ROOT / "train.py", *DDP, "trainer.max_epochs=500"
+    )
     assert code == 130, said
     assert "Traceback" not in said
     assert said.count("stopped by Ctrl-C after training step") == 1
     given = (*DDP, "trainer.max_epochs=500", "resume=true")
-    run = subprocess.Popen([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     while "resumed at training step" not in run.stdout.readline():
         assert run.poll() is None
-    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    ]
     run.kill()
     run.wait()
     deadline = time.monotonic() + 10

@@ -79,7 +79,9 @@ def test_analyze_gathers_it_again(swept):
     ],
 )
 def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):
-    assert re.search(line, refused("analyze", compose("analyze", f"run_dir={tmp_path}", *typed_in.split())))
+    assert re.search(
+        line, refused("analyze", compose("analyze", f"run_dir={tmp_path}", *typed_in.split()))
+    )
 
 
 @pytest.mark.long
@@ -90,7 +92,9 @@ def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path)
     assert code == 1
     assert "1 job: 1 done" in out
     assert "job 0 (seed=1): run_dir='" in out
-    assert "holds best.ckpt already" in (tmp_path / "sweep" / "0" / ".hydra" / "error.txt").read_text()
+    assert (
+        "holds best.ckpt already" in (tmp_path / "sweep" / "0" / ".hydra" / "error.txt").read_text()
+    )
     assert "error" not in results(tmp_path / "sweep" / "0")
 
 
@@ -114,7 +118,13 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     before = [overrides_of(tmp_path / "study" / str(number)) for number in range(4)]
     code, out = typed("train.py", *given, "hydra.sweeper.n_trials=5", cwd=tmp_path)
     assert "5 jobs: " in out
-    assert sorted(path.name for path in (tmp_path / "study").iterdir() if path.name.isdigit()) == ["0", "1", "2", "3", "4"]
+    assert sorted(path.name for path in (tmp_path / "study").iterdir() if path.name.isdigit()) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     after = [overrides_of(tmp_path / "study" / str(number)) for number in range(5)]
     assert [one["optimizer.lr"] for one in after[:4]] == [one["optimizer.lr"] for one in before]
     assert len({one["optimizer.lr"] for one in after}) == 5
@@ -122,10 +132,14 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     assert out.count("resumed at training step") == 4 - len(failed)
 
 
-@pytest.mark.parametrize("search", sorted(path.stem for path in (ROOT / "conf" / "hparams_search").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "search", sorted(path.stem for path in (ROOT / "conf" / "hparams_search").glob("*.yaml"))
+)
 def test_searches_are_repeatable_and_name_settings_that_exist(search):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("train", [f"hparams_search={search}", "run_dir=a"], return_hydra_config=True)
+        cfg = hydra.compose(
+            "train", [f"hparams_search={search}", "run_dir=a"], return_hydra_config=True
+        )
     assert cfg.hydra.mode.name == "MULTIRUN"
     sweeper = cfg.hydra.sweeper
     assert sweeper.sampler.seed is not None
@@ -138,11 +152,19 @@ def test_searches_are_repeatable_and_name_settings_that_exist(search):
 @pytest.mark.long
 def test_in_a_sweep_a_mistake_stops_its_job_alone(tmp_path):
     """Of the settings, and of the run: its loss turns into NaN."""
-    spoil = ("+callbacks.spoil._target_=tests.callbacks.test_finite.SpoiledNet", "+callbacks.spoil.step=1,99")
-    code, out = typed("train.py", "-m", *TINY, "quant.bits=9,2", *spoil, "run_dir=sweep", cwd=tmp_path)
+    spoil = (
+        "+callbacks.spoil._target_=tests.callbacks.test_finite.SpoiledNet",
+        "+callbacks.spoil.step=1,99",
+    )
+    code, out = typed(
+        "train.py", "-m", *TINY, "quant.bits=9,2", *spoil, "run_dir=sweep", cwd=tmp_path
+    )
     assert code == 1
     found = [results(tmp_path / "sweep" / str(number)) for number in range(4)]
-    assert [one.get("error", "")[:20] for one in found] == ["quant.bits=9: must be"[:20]] * 2 + ["training stopped: the loss"[:20], ""]
+    assert [one.get("error", "")[:20] for one in found] == ["quant.bits=9: must be"[:20]] * 2 + [
+        "training stopped: the loss"[:20],
+        "",
+    ]
     assert [one["top1"] is None for one in found] == [True, True, True, False]
     assert out.count("error: quant.bits=9") == 2
     assert "4 jobs: 1 done, 3 failed" in out

@@ -9,7 +9,14 @@ from PIL import Image
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 # What most tests ask of a dataset: 8 x 8 pixels in colour, two classes.
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
+SETTINGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 3,
+    "num_classes": 2,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+}
 GREY = {"in_chans": 1, "mean": [0.5], "std": [0.25]}
 
 
@@ -22,7 +29,9 @@ def write_fashion_mnist(root, train=40, test=10):
         made[prefix] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n) % 4
         for kind, array in zip(("images-idx3", "labels-idx1"), made[prefix], strict=True):
             header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+            (folder / f"{prefix}-{kind}-ubyte").write_bytes(
+                header + array.astype(np.uint8).tobytes()
+            )
     return made
 
 
@@ -33,10 +42,15 @@ def write_cifar_batches(root, n=8):
     folder.mkdir(parents=True)
     for name in BATCHES:
         made[name] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), [i % 4 for i in range(n)]
-        content = {"data": made[name][0].transpose(0, 3, 1, 2).reshape(n, -1), "labels": made[name][1]}
+        content = {
+            "data": made[name][0].transpose(0, 3, 1, 2).reshape(n, -1),
+            "labels": made[name][1],
+        }
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b", "c", "d"]}))
-    return made, {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return made, {
+        path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()
+    }
 
 
 def write_image(path, height, width, value=None, seed=0):
@@ -53,5 +67,10 @@ def write_folder(root, splits=(("train", 20), ("val", 4)), classes=("ant", "bee"
         for c, name in enumerate(classes):
             for i in range(n):
                 height, width = (size, size) if size else (12 + i % 5, 18 - i % 3)
-                write_image(root / split / name / f"{i:03}.{('png', 'JPEG')[i % 2]}", height, width, seed=1000 * c + i)
+                write_image(
+                    root / split / name / f"{i:03}.{('png', 'JPEG')[i % 2]}",
+                    height,
+                    width,
+                    seed=1000 * c + i,
+                )
     return root

@@ -6,19 +6,32 @@ from sklearn.datasets import load_digits
 from qat.data import Digits
 from tests.conftest import compose
 
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
+SETTINGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.3051],
+    "std": [0.3759],
+}
 SPLITS = ("train", "val", "test")
 
 
 def rows(arrays):
-    return [(image.tobytes(), int(label)) for image, label in zip(arrays.images, arrays.labels, strict=True)]
+    return [
+        (image.tobytes(), int(label))
+        for image, label in zip(arrays.images, arrays.labels, strict=True)
+    ]
 
 
 def test_splits_are_of_fixed_size_and_share_out_all_images():
     data = Digits(**SETTINGS)
     assert [len(data.split(s)) for s in SPLITS] == [1257, 180, 360]
     source = load_digits()
-    everything = [(np.rint(i * 255 / 16).astype(np.uint8).tobytes(), int(t)) for i, t in zip(source.images, source.target, strict=True)]
+    everything = [
+        (np.rint(i * 255 / 16).astype(np.uint8).tobytes(), int(t))
+        for i, t in zip(source.images, source.target, strict=True)
+    ]
     assert sorted(sum((rows(data.split(s)) for s in SPLITS), [])) == sorted(everything)
 
 

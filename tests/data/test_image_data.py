@@ -11,7 +11,14 @@ from torch.testing import assert_close
 import qat
 from qat.data import Digits, ImageArrays, ImageData
 
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
+SETTINGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.25],
+    "std": [0.5],
+}
 
 
 class Numbered(ImageData):
@@ -25,13 +32,17 @@ class Numbered(ImageData):
         return {name: self.arrays(n) for name, n in self.sizes.items()}
 
     def arrays(self, n):
-        images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones(self.shape, dtype=np.uint8)
+        images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones(
+            self.shape, dtype=np.uint8
+        )
         return ImageArrays(images, self.first_label + np.arange(n, dtype=np.int64) % 10)
 
 
 def numbers(batches):
     """Which image of `Numbered` each entry is."""
-    return [round((image.mean().item() * 0.5 + 0.25) * 255) for images, _ in batches for image in images]
+    return [
+        round((image.mean().item() * 0.5 + 0.25) * 255) for images, _ in batches for image in images
+    ]
 
 
 def loaded(loader, epoch=0):
@@ -51,14 +62,19 @@ def test_without_a_test_split_validation_is_evaluated():
     data = Numbered(**SETTINGS)
     assert data.evaluation_split == "val"
     assert numbers(data.test_dataloader()) == list(range(7))
-    with pytest.raises(qat.UsageError, match="^data.root=None: has no split 'test'; it has train, val$"):
+    with pytest.raises(
+        qat.UsageError, match="^data.root=None: has no split 'test'; it has train, val$"
+    ):
         data.split("test")
 
 
 def test_every_process_needs_an_image():
     data = Numbered(**SETTINGS)
     data.trainer = SimpleNamespace(global_rank=0, world_size=8)
-    with pytest.raises(qat.UsageError, match="^trainer.devices: 8 processes are more than the 7 images of the val split$"):
+    with pytest.raises(
+        qat.UsageError,
+        match="^trainer.devices: 8 processes are more than the 7 images of the val split$",
+    ):
         data.val_dataloader()
 
 
@@ -71,7 +87,12 @@ def test_training_leaves_out_the_last_incomplete_batch():
 @pytest.mark.parametrize("augment", ["none", "light", "timm"])
 def test_worker_processes_change_neither_order_nor_augmentation(augment):
     def epoch(workers):
-        return loaded(Digits(**SETTINGS, augment=augment, batch_size=100, num_workers=workers).train_dataloader(), epoch=3)
+        return loaded(
+            Digits(
+                **SETTINGS, augment=augment, batch_size=100, num_workers=workers
+            ).train_dataloader(),
+            epoch=3,
+        )
 
     (images, labels), (images_2, labels_2) = epoch(0), epoch(2)
     assert torch.equal(labels, labels_2)
@@ -92,7 +113,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
 
 def test_calibration_batches_are_seeded_training_images_without_augmentation():
     def batches(**settings):
-        return Numbered(**SETTINGS, calibration_images=20, batch_size=8, **settings).calibration_batches()
+        return Numbered(
+            **SETTINGS, calibration_images=20, batch_size=8, **settings
+        ).calibration_batches()
 
     first = batches(seed=1)
     assert [tuple(b.shape) for b in first] == [(8, 1, 8, 8), (8, 1, 8, 8), (4, 1, 8, 8)]
@@ -133,7 +156,9 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
     assert sorted(numbers(loader)) == list(range(30))
 
 
-@pytest.mark.parametrize(("first", "classes", "label"), [(0, 9, 9), (-1, 10, -1)])  # Hugging Face marks unpublished labels by -1
+@pytest.mark.parametrize(
+    ("first", "classes", "label"), [(0, 9, 9), (-1, 10, -1)]
+)  # Hugging Face marks unpublished labels by -1
 def test_a_label_that_is_no_class_is_refused(first, classes, label):
     data = Numbered(**{**SETTINGS, "num_classes": classes})
     data.first_label = first
@@ -145,11 +170,16 @@ def test_a_label_that_is_no_class_is_refused(first, classes, label):
 def test_images_with_another_number_of_channels_are_refused():
     data = Numbered(**SETTINGS)
     data.shape = (8, 8, 3)
-    with pytest.raises(qat.UsageError, match=r"data\.in_chans=1: must be 3, the channels of the images"):
+    with pytest.raises(
+        qat.UsageError, match=r"data\.in_chans=1: must be 3, the channels of the images"
+    ):
         data.train_dataloader()
 
 
-@pytest.mark.parametrize(("classes", "lines"), [(10, []), (12, ["data.num_classes=12: 2 without training images, the first is class 10"])])
+@pytest.mark.parametrize(
+    ("classes", "lines"),
+    [(10, []), (12, ["data.num_classes=12: 2 without training images, the first is class 10"])],
+)
 def test_classes_without_training_images_are_named(caplog, classes, lines):
     settings = {"image_size": 8, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
     assert Digits(**settings, num_classes=classes).splits == ("train", "val", "test")

@@ -48,7 +48,11 @@ def test_images_and_labels_are_torchvisions(tmp_path, size):
 def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path):
     found = data(write_folder(tmp_path, (("train", 20),)))
     assert found.split("val").labels.tolist() == [0, 0, 1, 1]
-    images = {found.split(split)[i][0].tobytes() for split in ("train", "val") for i in range(len(found.split(split)))}
+    images = {
+        found.split(split)[i][0].tobytes()
+        for split in ("train", "val")
+        for i in range(len(found.split(split)))
+    }
     assert len(images) == 40
     with pytest.raises(qat.UsageError, match=r"^data: 10% of 2 train images cannot be held out \("):
         data(write_folder(tmp_path / "few", (("train", 1),))).train_dataloader()
@@ -69,11 +73,15 @@ def test_where_images_are_held_changes_no_pixel(tmp_path, augment):
 
 SAME = {
     "link": lambda train, other: other.symlink_to(train),
-    "links": lambda train, other: shutil.copytree(train, other, copy_function=lambda a, b: Path(b).symlink_to(a)),
+    "links": lambda train, other: shutil.copytree(
+        train, other, copy_function=lambda a, b: Path(b).symlink_to(a)
+    ),
     "hard links": lambda train, other: shutil.copytree(train, other, copy_function=os.link),
     "copies": shutil.copytree,
     "others": lambda train, other: write_folder(other, ((".", 21),), size=9),
-    "one differs": lambda train, other: write_image(shutil.copytree(train, other) / "bee" / "019.JPEG", 9, 9),
+    "one differs": lambda train, other: write_image(
+        shutil.copytree(train, other) / "bee" / "019.JPEG", 9, 9
+    ),
 }
 
 
@@ -105,7 +113,10 @@ def test_the_number_of_classes_has_to_be_that_of_the_folders(tmp_path):
     (tmp_path / "none" / "train").mkdir(parents=True)
     assert "has 0 class folders" in lines(tmp_path / "none", num_classes=None)
     for classes in (2, 4):
-        with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train"):
+        with pytest.raises(
+            qat.UsageError,
+            match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train",
+        ):
             data(root, num_classes=classes).train_dataloader()
 
 
@@ -113,7 +124,9 @@ def test_class_folders_without_splits_are_split_for_a_training_and_evaluated_who
     root = write_folder(tmp_path, (("train", 20),))
     flat, split = data(root / "train"), data(root)
     assert flat.splits == ("train", "val")
-    assert [flat.split(name).labels.tolist() for name in flat.splits] == [split.split(name).labels.tolist() for name in flat.splits]
+    assert [flat.split(name).labels.tolist() for name in flat.splits] == [
+        split.split(name).labels.tolist() for name in flat.splits
+    ]
     assert torch.equal(images_of(flat.val_dataloader()), images_of(split.val_dataloader()))
     whole = data(root / "train")
     whole.evaluates_whole = True
@@ -125,9 +138,23 @@ def test_class_folders_without_splits_are_split_for_a_training_and_evaluated_who
 def test_a_model_learns_and_is_evaluated_on_class_folders(tmp_path):
     """A model that timm knows and `conf/` does not, with an argument of its own, and as many classes as there are folders."""
     flat = write_folder(tmp_path / "data", (("train", 20),), classes=("a", "b", "c")) / "train"
-    given = [f"data.root={flat}", "data.image_size=32", "data.num_workers=0", "data.batch_size=8", "model=timm/vit_tiny_patch16_384"]
-    given += ["model.args.depth=1", "model.args.embed_dim=24", "quant=fp", "trainer.fast_dev_run=false", "trainer.max_epochs=1"]
-    code, out = typed("train.py", "data=imagefolder", *given, "report=false", "run_dir=run", cwd=tmp_path)
+    given = [
+        f"data.root={flat}",
+        "data.image_size=32",
+        "data.num_workers=0",
+        "data.batch_size=8",
+        "model=timm/vit_tiny_patch16_384",
+    ]
+    given += [
+        "model.args.depth=1",
+        "model.args.embed_dim=24",
+        "quant=fp",
+        "trainer.fast_dev_run=false",
+        "trainer.max_epochs=1",
+    ]
+    code, out = typed(
+        "train.py", "data=imagefolder", *given, "report=false", "run_dir=run", cwd=tmp_path
+    )
     assert code == 0, out
     assert "54 train, 6 val images, 3 classes" in out
     best = tmp_path / "run" / "checkpoints" / "best.ckpt"
@@ -140,8 +167,13 @@ def test_a_model_learns_and_is_evaluated_on_class_folders(tmp_path):
 
 @pytest.mark.parametrize("source", ["train", "val"])
 def test_a_class_that_the_first_split_does_not_have_is_refused(tmp_path, source):
-    write_image(write_folder(tmp_path, ((source, 20), ("test", 4))) / "test" / "cat" / "a.png", 12, 12)
-    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/test/cat: unknown class; must be one of {source}'s, ant, bee"):
+    write_image(
+        write_folder(tmp_path, ((source, 20), ("test", 4))) / "test" / "cat" / "a.png", 12, 12
+    )
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"{tmp_path}/test/cat: unknown class; must be one of {source}'s, ant, bee",
+    ):
         data(tmp_path).test_dataloader()
 
 
@@ -151,7 +183,9 @@ def test_test_images_without_class_folders_are_left_out(tmp_path, splits):
     write_image(root / "test" / "ILSVRC2012_test_00000001.JPEG", 12, 12)
     (root / "test" / ".cache").mkdir()
     found = data(root, crop_pct=1.0, interpolation="bicubic")
-    assert found.splits == tuple(split for split in ("train", "val") if split == "val" or split in dict(splits))
+    assert found.splits == tuple(
+        split for split in ("train", "val") if split == "val" or split in dict(splits)
+    )
 
 
 def lines(root, **changes):
@@ -162,10 +196,14 @@ def lines(root, **changes):
 
 def test_a_folder_of_another_kind_is_named(tmp_path):
     for root in (None, "/no/such"):
-        assert lines(root).startswith(f"data.root={root!r}: must be the folder that holds train/<class>/*")
+        assert lines(root).startswith(
+            f"data.root={root!r}: must be the folder that holds train/<class>/*"
+        )
     assert lines(tmp_path).startswith(f"data.root='{tmp_path}': has no folder train")
     write_image(tmp_path / "train" / "a.png", 8, 8)
-    assert lines(tmp_path).startswith(f"data.num_classes=2: data.root='{tmp_path}' has 0 class folders in train/<class>/*")
+    assert lines(tmp_path).startswith(
+        f"data.num_classes=2: data.root='{tmp_path}' has 0 class folders in train/<class>/*"
+    )
 
 
 def test_a_split_without_images_is_named(tmp_path):
@@ -185,7 +223,9 @@ def test_one_split_without_train_is_enough_for_evaluation(tmp_path, split):
         assert torch.equal(images, expected)
         assert torch.equal(labels, ids)
     for use in (alone.train_dataloader, alone.calibration_batches):
-        with pytest.raises(qat.UsageError, match=r"^data\.root='.*': has no split 'train'; it has (val|test)$"):
+        with pytest.raises(
+            qat.UsageError, match=r"^data\.root='.*': has no split 'train'; it has (val|test)$"
+        ):
             use()
 
 
@@ -205,18 +245,38 @@ def test_a_net_is_evaluated_but_not_trained_on_val_alone(tmp_path, refused):
     found = evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt", f"data.root={alone}")
     assert found["loss"] == pytest.approx(results(run)["loss"], rel=1e-5)
     assert (found["data"], found["split"]) == ("imagefolder", "val")
-    line = refused("train", compose("train", "data=imagefolder", f"data.root={alone}", *small, *TINY, f"run_dir={tmp_path}/refused"))
+    line = refused(
+        "train",
+        compose(
+            "train",
+            "data=imagefolder",
+            f"data.root={alone}",
+            *small,
+            *TINY,
+            f"run_dir={tmp_path}/refused",
+        ),
+    )
     assert line.endswith(f"data.root='{alone}': has no split 'train'; it has val")
 
 
 @pytest.mark.parametrize(("model", "mean"), [("deit_t", 0.485), ("vit_s", 0.5)])
 def test_evaluation_on_imagenet_is_what_the_models_weights_expect(tmp_path, model, mean):
     root = write_folder(tmp_path, (("train", 4), ("val", 3)), classes=WNIDS)
-    cfg = compose("train", "data=imagenet", f"model={model}", "data.num_classes=3", "data.num_workers=0", f"data.root={root}", "run_dir=a")
+    cfg = compose(
+        "train",
+        "data=imagenet",
+        f"model={model}",
+        "data.num_classes=3",
+        "data.num_workers=0",
+        f"data.root={root}",
+        "run_dir=a",
+    )
     found = build.build_data(cfg)
     assert found.settings.mean[0] == mean
     assert found.input_size == (3, 224, 224)
-    options = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(cfg.model.name).to_dict())
+    options = timm.data.resolve_data_config(
+        pretrained_cfg=timm.get_pretrained_cfg(cfg.model.name).to_dict()
+    )
     transform = timm.data.create_transform(**options)
     expected = torch.stack([transform(image) for image, _ in datasets.ImageFolder(root / "val")])
     torch.testing.assert_close(images_of(found.val_dataloader()), expected, rtol=0, atol=1e-6)
@@ -227,7 +287,9 @@ def test_without_a_pretrained_config_it_is_imagenets(tmp_path, model):
     settings = ImageNet(**UNSET, root=str(tmp_path), model=model).settings
     assert (settings.crop_pct, settings.interpolation) == (0.9, "bicubic")
     assert (settings.mean, settings.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert ImageNet(**UNSET | {"in_chans": 1}, root=str(tmp_path)).settings.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert ImageNet(**UNSET | {"in_chans": 1}, root=str(tmp_path)).settings.mean == pytest.approx([
+        (0.485 + 0.456 + 0.406) / 3
+    ])
 
 
 def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
@@ -238,6 +300,7 @@ def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
     assert found.named_classes()[1].startswith("goldfish")
     write_image(root / "val" / "tench" / "a.png", 12, 12)
     with pytest.raises(
-        qat.UsageError, match=rf"data\.root='{root}': class tench is not a WordNet id like n01440764; data=imagefolder takes other names"
+        qat.UsageError,
+        match=rf"data\.root='{root}': class tench is not a WordNet id like n01440764; data=imagefolder takes other names",
     ):
         ImageNet(**UNSET, root=str(root)).val_dataloader()

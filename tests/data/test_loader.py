@@ -18,7 +18,9 @@ class Keys(torch.utils.data.Dataset):
 
 def loader(workers=0, repeats=1):
     sampler = SeededSampler(20, seed=1, shuffle=True, repeats=repeats)
-    return ResumableLoader(Keys(), batch_size=4, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+    return ResumableLoader(
+        Keys(), batch_size=4, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+    )
 
 
 def epoch(made, number):

@@ -15,16 +15,27 @@ from qat.data.sampler import isolated_rng
 from qat.data.transforms import STREAM
 from qat.losses import CrossEntropy, StepContext
 
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
+SETTINGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.25],
+    "std": [0.5],
+}
 
 
 def mixing(**changes):
-    return BatchMixup(DataSettings(**{**SETTINGS, "mixup": 0.8, "cutmix": 1.0, "seed": 3, **changes}))
+    return BatchMixup(
+        DataSettings(**{**SETTINGS, "mixup": 0.8, "cutmix": 1.0, "seed": 3, **changes})
+    )
 
 
 def batch(n=8, chans=2, size=10):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, chans, size, size + 3, generator=generator), torch.randint(10, (n,), generator=generator)
+    return torch.randn(n, chans, size, size + 3, generator=generator), torch.randint(
+        10, (n,), generator=generator
+    )
 
 
 def constant(n=8):
@@ -32,7 +43,9 @@ def constant(n=8):
     return torch.arange(float(n))[:, None, None, None].expand(n, 1, 8, 8), torch.arange(n)
 
 
-@pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1.0), (0, 1.0, 1.0), (0.8, 1.0, 1.0), (0.8, 1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("mixup", "cutmix", "prob"), [(0.8, 0, 1.0), (0, 1.0, 1.0), (0.8, 1.0, 1.0), (0.8, 1.0, 0.5)]
+)
 def test_images_and_targets_are_timms(mixup, cutmix, prob):
     ours = mixing(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_switch_prob=0.4)
     options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": 0.4}
@@ -113,7 +126,9 @@ def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
     images, target = batch()
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
     _, shares = mixing()(images, target, epoch=0, step=4)
-    found = CrossEntropy(label_smoothing=smoothing)(StepContext(logits, shares, None, torch.nn.Identity()))
+    found = CrossEntropy(label_smoothing=smoothing)(
+        StepContext(logits, shares, None, torch.nn.Identity())
+    )
     timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=10)
     with isolated_rng(3, 4, 0, STREAM):
         _, smoothed = timms(images.clone(), target)
@@ -123,10 +138,17 @@ def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
 @pytest.mark.parametrize("alpha", ["mixup", "cutmix"])
 def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
     data = Digits(**SETTINGS, batch_size=25, **{alpha: 1.0})
-    with pytest.raises(qat.UsageError, match=r"^data\.batch_size=25: must be even with data\.mixup or data\.cutmix$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^data\.batch_size=25: must be even with data\.mixup or data\.cutmix$",
+    ):
         data.batch_mixup()
     assert sum(len(target) for _, target in data.test_dataloader()) == 360
     assert Digits(**SETTINGS, batch_size=25).batch_mixup() is None
-    (whole,) = Digits(**SETTINGS, batch_size=1258, **{alpha: 1.0}).train_dataloader()  # one more than there are
-    with pytest.raises(qat.UsageError, match=r"^data\.mixup, data\.cutmix: .* must be even, a batch has 1257$"):
+    (whole,) = Digits(
+        **SETTINGS, batch_size=1258, **{alpha: 1.0}
+    ).train_dataloader()  # one more than there are
+    with pytest.raises(
+        qat.UsageError, match=r"^data\.mixup, data\.cutmix: .* must be even, a batch has 1257$"
+    ):
         mixing()(*whole, epoch=0, step=0)

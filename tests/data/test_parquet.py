@@ -14,24 +14,37 @@ from qat.data.parquet import ParquetImages, find_parquet
 from tests.conftest import encoded, write_cifar, write_parquet
 from tests.data.files import SETTINGS
 
-PARTS = (("train-00000-of-00002", 12), ("train-00001-of-00002", 8), ("validation-00000-of-00001", 6))
+PARTS = (
+    ("train-00000-of-00002", 12),
+    ("train-00001-of-00002", 8),
+    ("validation-00000-of-00001", 6),
+)
 
 
 def pixels(n, size=None, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, (size or 9 + i % 4, size or 12, 3), dtype=np.uint8) for i in range(n)]
+    return [
+        rng.integers(0, 256, (size or 9 + i % 4, size or 12, 3), dtype=np.uint8) for i in range(n)
+    ]
 
 
 def write(root, parts=PARTS, size=None, **columns):
     made = {}
     for seed, (name, n) in enumerate(parts):
         made[name] = pixels(n, size, seed)
-        write_parquet(root / "data" / f"{name}.parquet", [encoded(p) for p in made[name]], [i % 2 for i in range(n)], **columns)
+        write_parquet(
+            root / "data" / f"{name}.parquet",
+            [encoded(p) for p in made[name]],
+            [i % 2 for i in range(n)],
+            **columns,
+        )
     return made
 
 
 def same(source, expected):
-    return len(source) == len(expected) and all(np.array_equal(source[i][0], image) for i, image in enumerate(expected))
+    return len(source) == len(expected) and all(
+        np.array_equal(source[i][0], image) for i, image in enumerate(expected)
+    )
 
 
 def data(root, **changes):
@@ -58,7 +71,10 @@ def test_cifar(tmp_path):
     assert again.fingerprints() == found.fingerprints()
     images, _ = next(iter(found.val_dataloader()))
     assert images.shape == (4, 3, 8, 8)
-    with pytest.raises(qat.UsageError, match=r"data\.num_classes=3: labels must be from 0 to 2; the train split has 3"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"data\.num_classes=3: labels must be from 0 to 2; the train split has 3",
+    ):
         Cifar10(**{**SETTINGS, "num_classes": 3}, root=str(tmp_path)).train_dataloader()
 
 
@@ -72,13 +88,19 @@ def test_columns_can_be_named(tmp_path):
     made = write(tmp_path, column="photo", label_column="kind")
     columns = {"image_column": "photo", "label_column": "kind"}
     assert same(data(tmp_path, **columns).split("val"), made["validation-00000-of-00001"])
-    with pytest.raises(qat.UsageError, match=r"data\.image_column and data\.label_column must be two of photo, kind$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"data\.image_column and data\.label_column must be two of photo, kind$",
+    ):
         data(tmp_path).split("val")
 
 
 def test_cells_of_bytes(tmp_path):
     made = pixels(6)
-    table = {"image": pa.array([encoded(p) for p in made], type=pa.binary()), "fine_label": pa.array([0, 1] * 3)}
+    table = {
+        "image": pa.array([encoded(p) for p in made], type=pa.binary()),
+        "fine_label": pa.array([0, 1] * 3),
+    }
     for name in ("train", "validation"):
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     assert same(data(tmp_path).split("val"), made)
@@ -90,7 +112,9 @@ def test_a_damaged_image_is_named(tmp_path, content):
     for name, contents in (("train", made), ("validation", [*made[:2], content, *made[3:]])):
         cells = [one if one is content else encoded(one) for one in contents]
         write_parquet(tmp_path / f"{name}.parquet", cells, [0, 1] * 3)
-    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}: validation\.parquet .*: image 2 cannot be decoded \("):
+    with pytest.raises(
+        qat.UsageError, match=rf"^{tmp_path}: validation\.parquet .*: image 2 cannot be decoded \("
+    ):
         data(tmp_path).split("val")
 
 
@@ -135,21 +159,36 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, kind):
     path = tmp_path / "train.parquet"
     write_parquet(path, [encoded(p) for p in pixels(4)], [0, 1, 0, 1])
     content = path.read_bytes()
-    changed = {"text": b"hello", "empty": b"", "cut": content[: len(content) // 2], "data lost": content[:4] + bytes(200) + content[204:]}
+    changed = {
+        "text": b"hello",
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "data lost": content[:4] + bytes(200) + content[204:],
+    }
     path.write_bytes(changed[kind])
-    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}: train\.parquet .*: cannot be read as parquet"):
+    with pytest.raises(
+        qat.UsageError, match=rf"^{tmp_path}: train\.parquet .*: cannot be read as parquet"
+    ):
         data(tmp_path).train_dataloader()
 
 
 @pytest.mark.parametrize(
     ("labels", "line"),
     [
-        (pa.array([0, None]), "train.parquet ... train.parquet: labels must be integers; the column has type int64 and 1 nulls"),
-        (pa.array(["a", "b"]), "train.parquet ... train.parquet: labels must be integers; the column has type string and 0 nulls"),
+        (
+            pa.array([0, None]),
+            "train.parquet ... train.parquet: labels must be integers; the column has type int64 and 1 nulls",
+        ),
+        (
+            pa.array(["a", "b"]),
+            "train.parquet ... train.parquet: labels must be integers; the column has type string and 0 nulls",
+        ),
     ],
 )
 def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
-    pq.write_table(pa.table({"image": pa.array([b"", b""]), "label": labels}), tmp_path / "train.parquet")
+    pq.write_table(
+        pa.table({"image": pa.array([b"", b""]), "label": labels}), tmp_path / "train.parquet"
+    )
     with pytest.raises(qat.UsageError, match=line):
         data(tmp_path).train_dataloader()
 
@@ -169,5 +208,6 @@ def test_a_copy_of_train_is_named(tmp_path, caplog):
     data(tmp_path).split("train")
     pairs = [("train", "val"), ("train", "test"), ("val", "test")]
     assert caplog.messages == [
-        f"data: {a} and {b} are the same images; accuracy on {b} does not show how the model does on new images" for a, b in pairs
+        f"data: {a} and {b} are the same images; accuracy on {b} does not show how the model does on new images"
+        for a, b in pairs
     ]

@@ -39,16 +39,22 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 def test_shards_interleave_to_the_order_of_one_process(world):
     # A step sees the same images whatever the number of processes.
     samplers = [shuffled(epoch=2, rank=r, world_size=world) for r in range(world)]
-    assert [i for step in zip(*map(indices, samplers), strict=True) for i in step] == indices(shuffled(epoch=2))[: 103 - 103 % world]
+    assert [i for step in zip(*map(indices, samplers), strict=True) for i in step] == indices(
+        shuffled(epoch=2)
+    )[: 103 - 103 % world]
     assert {len(sampler) for sampler in samplers} == {103 // world}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_evaluation_shards_hold_every_image_exactly_once(world):
-    samplers = [SeededSampler(103, seed=0, shuffle=False, rank=r, world_size=world) for r in range(world)]
+    samplers = [
+        SeededSampler(103, seed=0, shuffle=False, rank=r, world_size=world) for r in range(world)
+    ]
     assert sorted(sum((indices(s) for s in samplers), [])) == list(range(103))
     assert [len(s) for s in samplers] == [len(indices(s)) for s in samplers]
-    assert isinstance(samplers[0], DistributedSampler)  # which Lightning's trainer does not share out again
+    assert isinstance(
+        samplers[0], DistributedSampler
+    )  # which Lightning's trainer does not share out again
 
 
 def test_mixed_seeds_depend_on_every_number_and_its_place():
@@ -96,8 +102,16 @@ def test_repeats_are_dealt_out_as_timm_deals_them(repeats, world):
 
     n = 103 - 103 % world
     data = range(n)
-    timms = [list(RepeatAugSampler(data, world, r, num_repeats=repeats, selected_round=0)) for r in range(world)]
-    samplers = [SeededSampler(n, seed=0, shuffle=True, rank=r, world_size=world, repeats=repeats) for r in range(world)]
+    timms = [
+        list(RepeatAugSampler(data, world, r, num_repeats=repeats, selected_round=0))
+        for r in range(world)
+    ]
+    samplers = [
+        SeededSampler(n, seed=0, shuffle=True, rank=r, world_size=world, repeats=repeats)
+        for r in range(world)
+    ]
     ours = [[index for _, index, _ in sampler] for sampler in samplers]
     assert ranks(ours) == ranks(timms)
-    assert [len(sampler) for sampler in samplers] == [len(one) for one in ours] == [n // world] * world
+    assert (
+        [len(sampler) for sampler in samplers] == [len(one) for one in ours] == [n // world] * world
+    )

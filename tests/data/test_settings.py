@@ -7,7 +7,14 @@ import pytest
 import qat
 from qat.data import DataSettings, Digits
 
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
+SETTINGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.25],
+    "std": [0.5],
+}
 WRONG = [
     ("augment", "bad", "must be one of none, light, timm"),
     ("batch_size", 0, "must be an integer of at least 1"),
@@ -56,17 +63,28 @@ def test_bad_settings_name_themselves(name, value, message):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rand_augment": text} for text in ("rand-x9", "random-m9", "v1")] + [{"color_jitter": [0.1]}, {"color_jitter": {"hue": 0.1}}]
+    "wrong",
+    [{"rand_augment": text} for text in ("rand-x9", "random-m9", "v1")]
+    + [{"color_jitter": [0.1]}, {"color_jitter": {"hue": 0.1}}],
 )
 def test_what_timms_augmentation_does_not_take_is_refused_before_the_run(wrong):
-    with pytest.raises(qat.UsageError, match=r"^data\.rand_augment=.*, data\.color_jitter=.*: must be what timm's augmentation takes \("):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^data\.rand_augment=.*, data\.color_jitter=.*: must be what timm's augmentation takes \(",
+    ):
         Digits(**SETTINGS, augment="timm", **({"rand_augment": None} | wrong))
 
 
 def test_unknown_and_missing_settings_are_named():
-    with pytest.raises(qat.UsageError, match=r"^data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'",
+    ):
         Digits(**SETTINGS, colour=3)
-    with pytest.raises(qat.UsageError, match=r"^data: DataSettings\.__init__\(\) missing 1 required positional argument: 'image_size'"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^data: DataSettings\.__init__\(\) missing 1 required positional argument: 'image_size'",
+    ):
         Digits(**{name: value for name, value in SETTINGS.items() if name != "image_size"})
 
 

@@ -14,7 +14,9 @@ COLOURS = {**SETTINGS, "num_classes": 4, "image_size": 32}
 
 
 def rows(images, labels):
-    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+    return sorted(
+        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+    )
 
 
 def check_splits(data, train, test):
@@ -22,7 +24,9 @@ def check_splits(data, train, test):
     splits = {name: data.split(name) for name in ("train", "val", "test")}
     assert [len(one) for one in splits.values()] == [36, 4, len(test[1])]
     assert sorted(splits["val"].labels.tolist()) == [0, 1, 2, 3]
-    everything = [row for name in ("train", "val") for row in rows(splits[name].images, splits[name].labels)]
+    everything = [
+        row for name in ("train", "val") for row in rows(splits[name].images, splits[name].labels)
+    ]
     assert sorted(everything) == rows(*train)
     assert np.array_equal(splits["test"].images, test[0])
     assert splits["test"].labels.tolist() == list(test[1])
@@ -32,48 +36,80 @@ def check_splits(data, train, test):
 def cifar(tmp_path, monkeypatch):
     """Batches whose sums torchvision takes for those of the published files."""
     made, sums = write_cifar_batches(tmp_path)
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, sums[name]] for name in made if name != "test_batch"])
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "train_list",
+        [[name, sums[name]] for name in made if name != "test_batch"],
+    )
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
+    )
     return made
 
 
 def test_batches_of_cifar(tmp_path, cifar):
     batches = [cifar[name] for name in cifar if name != "test_batch"]
-    train = np.concatenate([images for images, _ in batches]), [label for _, labels in batches for label in labels]
+    train = (
+        np.concatenate([images for images, _ in batches]),
+        [label for _, labels in batches for label in labels],
+    )
     check_splits(Cifar10(**COLOURS, root=str(tmp_path)), train, cifar["test_batch"])
-    assert Cifar10(**COLOURS | GREY, root=str(tmp_path)).split("test").images.shape == (8, 32, 32, 1)
+    assert Cifar10(**COLOURS | GREY, root=str(tmp_path)).split("test").images.shape == (
+        8,
+        32,
+        32,
+        1,
+    )
     write_cifar(tmp_path)
-    assert len(Cifar10(**COLOURS, root=str(tmp_path)).split("test")) == 10, "parquet files come first"
+    assert len(Cifar10(**COLOURS, root=str(tmp_path)).split("test")) == 10, (
+        "parquet files come first"
+    )
 
 
 @pytest.mark.parametrize("file", ["data_batch_3", "test_batch", None])
-def test_nothing_is_unpickled_unless_the_sums_are_the_published_ones(tmp_path, cifar, monkeypatch, file):
+def test_nothing_is_unpickled_unless_the_sums_are_the_published_ones(
+    tmp_path, cifar, monkeypatch, file
+):
     if file is None:
         monkeypatch.undo()  # the sums of these files are not the published ones
     else:
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(b"anything")
     monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("unpickled"))
     layout = r"train\*\.parquet and test\*\.parquet, or cifar-10-batches-py"
-    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold complete {layout} \(Dataset not found or corrupted"):
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"^data\.root='{tmp_path}': must hold complete {layout} \(Dataset not found or corrupted",
+    ):
         Cifar10(**COLOURS, root=str(tmp_path)).train_dataloader()
 
 
 def test_fashion_mnist(tmp_path):
     made = write_fashion_mnist(tmp_path)
     grey = {**COLOURS, **GREY, "root": str(tmp_path)}
-    check_splits(FashionMnist(**grey), *((images[..., None], labels) for images, labels in made.values()))
-    assert np.array_equal(FashionMnist(**grey, seed=2).split("val").images, FashionMnist(**grey).split("val").images)
+    check_splits(
+        FashionMnist(**grey), *((images[..., None], labels) for images, labels in made.values())
+    )
+    assert np.array_equal(
+        FashionMnist(**grey, seed=2).split("val").images, FashionMnist(**grey).split("val").images
+    )
     colour = FashionMnist(**COLOURS, root=str(tmp_path)).split("test")
     assert np.array_equal(colour.images, np.repeat(made["t10k"][0][..., None], 3, axis=3))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no idx file", b"\0\0\x08\x03\0\0\0\x28\0\0\0\x1c\0\0\0\x1c"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no idx file", b"\0\0\x08\x03\0\0\0\x28\0\0\0\x1c\0\0\0\x1c"]
+)
 def test_missing_and_damaged_files_are_one_line(tmp_path, content):
     write_fashion_mnist(tmp_path)
     path = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold complete FashionMNIST/raw/.* \(.*\)$") as caught:
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"^data\.root='{tmp_path}': must hold complete FashionMNIST/raw/.* \(.*\)$",
+    ) as caught:
         FashionMnist(**{**COLOURS, **GREY}, root=str(tmp_path)).train_dataloader()
     assert "\n" not in str(caught.value)
 

@@ -30,13 +30,23 @@ def saved(image, fmt="PNG", **options):
 
 
 def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(width, height, bits, colours, rows):
     """A PNG written by hand: Pillow's own way of saving 16 bits depends on its version, and no image of 60,000 pixels a side is needed."""
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def animated():
@@ -46,7 +56,10 @@ def animated():
 
 ODD = {
     "cmyk": lambda: saved(Image.fromarray(PIXELS).convert("CMYK"), "JPEG", quality=95),
-    "palette": lambda: saved(Image.fromarray(PIXELS).convert("P", palette=Image.Palette.ADAPTIVE, colors=8), transparency=0),
+    "palette": lambda: saved(
+        Image.fromarray(PIXELS).convert("P", palette=Image.Palette.ADAPTIVE, colors=8),
+        transparency=0,
+    ),
     "rgba": lambda: saved(Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]), "RGBA")),
     "grey with alpha": lambda: saved(Image.fromarray(PIXELS).convert("LA")),
     "one bit": lambda: saved(Image.fromarray(PIXELS).convert("1")),
@@ -56,7 +69,9 @@ ODD = {
 DAMAGED = {
     "empty": lambda: b"",
     "a text": lambda: b"this is no image\n" * 9,
-    "postscript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    "postscript": lambda: (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    ),
     "cut jpeg": lambda: saved(Image.fromarray(PIXELS.repeat(30, 0).repeat(30, 1)), "JPEG")[:900],
     "cut png": lambda: saved(Image.fromarray(PIXELS))[:60],
     "a huge declared size": lambda: png(60000, 60000, 8, 2, b"\0"),
@@ -75,7 +90,14 @@ def folder(root, damaged=(), n=6):
 
 
 def data(root, **changes):
-    return ImageFolder(**{**SETTINGS, "num_classes": 1, "crop_pct": 1.0, "interpolation": "bicubic", "root": str(root), **changes})
+    return ImageFolder(**{
+        **SETTINGS,
+        "num_classes": 1,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "root": str(root),
+        **changes,
+    })
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -125,13 +147,18 @@ def test_a_damaged_image_is_named(tmp_path):
         data(tmp_path).split("train")
     lazy = data(tmp_path, memory_mb=0).split("train")
     assert int(lazy[1][0].mean()) == 10
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \(.*on_error=skip leaves out"):
+    with pytest.raises(
+        ImageError,
+        match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \(.*on_error=skip leaves out",
+    ):
         lazy[2]
 
 
 @pytest.mark.parametrize("memory_mb", [4096, 0])
 def test_skipped_the_next_image_takes_its_place(tmp_path, caplog, memory_mb):
-    found = data(folder(tmp_path, damaged=[2, 5]), memory_mb=memory_mb, on_error="skip").split("train")
+    found = data(folder(tmp_path, damaged=[2, 5]), memory_mb=memory_mb, on_error="skip").split(
+        "train"
+    )
     for _ in range(2):
         assert [int(found[i][0].mean()) for i in range(len(found))] == [0, 10, 30, 30, 40, 0]
     assert [record.getMessage().partition(" cannot")[0] for record in caplog.records] == [
@@ -164,7 +191,10 @@ def test_workers_say_once_what_they_skip(tmp_path):
 def test_what_does_not_fit_is_decoded_when_needed(tmp_path):
     root = str(write_folder(tmp_path, size=10))
     megabytes = 40 * 10 * 10 * 3 / 1e6
-    small, large = (ImageFolder(**SETTINGS, root=root, memory_mb=mb).split("train") for mb in (megabytes * 0.99, megabytes))
+    small, large = (
+        ImageFolder(**SETTINGS, root=root, memory_mb=mb).split("train")
+        for mb in (megabytes * 0.99, megabytes)
+    )
     assert (type(small).__name__, type(large)) == ("FileImages", ImageArrays)
     assert all(np.array_equal(small[i][0], large[i][0]) for i in range(40))
     assert small.fingerprint() == large.fingerprint()
@@ -178,5 +208,7 @@ def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path):
         # What a loader's worker process sends; a real one would take seconds to be cleared away after an error.
         sent = ExceptionWrapper(where="in DataLoader worker process 0")
     assert "Traceback" in sent.exc_msg
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \([^\n]*decoded$"):
+    with pytest.raises(
+        ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \([^\n]*decoded$"
+    ):
         sent.reraise()

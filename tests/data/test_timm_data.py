@@ -50,7 +50,11 @@ def test_a_folder_may_be_a_number_or_a_path(tmp_path, monkeypatch):
     write_folder(tmp_path / "2024", SPLITS)
     monkeypatch.chdir(tmp_path)
     for root in (2024, tmp_path / "2024"):  # as the command line reads it
-        assert len(Timm(**SETTINGS, root=root).split("train")) == len(ImageFolder(**SETTINGS, root=root).split("train")) == 40
+        assert (
+            len(Timm(**SETTINGS, root=root).split("train"))
+            == len(ImageFolder(**SETTINGS, root=root).split("train"))
+            == 40
+        )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -58,7 +62,9 @@ def test_a_file_of_a_folder_that_has_no_end_is_named(tmp_path, kind):
     root = write_folder(tmp_path, SPLITS, size=10)
     path = root / "train" / "ant" / "x.png"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or none that ends"):
+    with pytest.raises(
+        qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or none that ends"
+    ):
         data(root).split("train")
 
 
@@ -67,10 +73,15 @@ def test_a_tar_file_is_timms_and_goes_on_in_the_middle_of_an_epoch(tmp_path, wor
     path = tar(tmp_path)
     settings = {"val_split": None, "augment": "timm", "batch_size": 4}
     found = data(path, **settings, num_workers=workers)
-    expected = {(np.asarray(image).tobytes(), label) for image, label in timm.data.create_dataset("", str(path))}
+    expected = {
+        (np.asarray(image).tobytes(), label)
+        for image, label in timm.data.create_dataset("", str(path))
+    }
     assert [len(found.split(split)) for split in ("train", "val")] == [36, 4]
     assert {
-        (image.tobytes(), label) for split in ("train", "val") for image, label in map(found.split(split).__getitem__, range(4))
+        (image.tobytes(), label)
+        for split in ("train", "val")
+        for image, label in map(found.split(split).__getitem__, range(4))
     } < expected
     whole = [images for images, _ in data(path, **settings).train_dataloader()]
     loader = found.train_dataloader()
@@ -80,7 +91,14 @@ def test_a_tar_file_is_timms_and_goes_on_in_the_middle_of_an_epoch(tmp_path, wor
 
 def test_torchvisions_datasets(tmp_path):
     made = write_fashion_mnist(tmp_path)
-    found = data(tmp_path, **GREY, name="torch/fashion_mnist", num_classes=10, val_split=None, test_split="test")
+    found = data(
+        tmp_path,
+        **GREY,
+        name="torch/fashion_mnist",
+        num_classes=10,
+        val_split=None,
+        test_split="test",
+    )
     assert [len(found.split(split)) for split in ("train", "val", "test")] == [36, 4, 10]
     assert np.array_equal(found.split("test").images[..., 0], made["t10k"][0])
     assert found.split("test").labels.tolist() == made["t10k"][1].tolist()
@@ -93,7 +111,10 @@ def test_a_dataset_of_the_hub(monkeypatch):
     class Rows(list):
         """What timm uses of a `datasets.Dataset`."""
 
-        info = SimpleNamespace(splits=None, features={"kind": SimpleNamespace(names=["ant", "bee"], str2int=["ant", "bee"].index)})
+        info = SimpleNamespace(
+            splits=None,
+            features={"kind": SimpleNamespace(names=["ant", "bee"], str2int=["ant", "bee"].index)},
+        )
 
         def cast_column(self, *_):
             return self
@@ -101,22 +122,36 @@ def test_a_dataset_of_the_hub(monkeypatch):
         def remove_columns(self, _):
             return [{"kind": row["kind"]} for row in self]
 
-    rows = Rows({"photo": {"bytes": encoded(image)}, "kind": i % 2} for i, image in enumerate(images))
+    rows = Rows(
+        {"photo": {"bytes": encoded(image)}, "kind": i % 2} for i, image in enumerate(images)
+    )
     asked = []
     fake = SimpleNamespace(
-        load_dataset=lambda name, **how: asked.append((name, how["split"])) or rows, Image=lambda **_: None, __spec__=None
+        load_dataset=lambda name, **how: asked.append((name, how["split"])) or rows,
+        Image=lambda **_: None,
+        __spec__=None,
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
-    monkeypatch.setattr("timm.data.readers._hfds.get_class_labels", lambda *_: {"ant": 0, "bee": 1}, raising=False)
-    found = Timm(**SETTINGS, name="hfds/user/photos", image_column="photo", label_column="kind", val_split="train[:10%]")
+    monkeypatch.setattr(
+        "timm.data.readers._hfds.get_class_labels", lambda *_: {"ant": 0, "bee": 1}, raising=False
+    )
+    found = Timm(
+        **SETTINGS,
+        name="hfds/user/photos",
+        image_column="photo",
+        label_column="kind",
+        val_split="train[:10%]",
+    )
     assert np.array_equal(found.split("train").images, images)
     assert found.split("val").labels.tolist() == [0, 1] * 20
     assert asked == [("user/photos", "train"), ("user/photos", "train[:10%]")]
 
 
 def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):
-    first, second = (data(write_folder(tmp_path / name, SPLITS)).fingerprints() for name in ("a", "b"))
+    first, second = (
+        data(write_folder(tmp_path / name, SPLITS)).fingerprints() for name in ("a", "b")
+    )
     assert first == second
     assert first["train"] != first["val"]
     write_image(tmp_path / "b" / "train" / "ant" / "more.png", 9, 9)
@@ -130,17 +165,28 @@ def test_a_split_has_the_classes_of_train_with_their_ids(tmp_path, name):
     write_folder(tmp_path, (("validation", 4),), classes=("bee",))
     assert data(tmp_path, name=name).split("val").labels.tolist() == [1] * 4
     write_folder(tmp_path, (("validation", 4),), classes=("Ant",))
-    with pytest.raises(qat.UsageError, match=r"^data\.val_split='validation': class 'Ant' must be one of the train split's$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^data\.val_split='validation': class 'Ant' must be one of the train split's$",
+    ):
         data(tmp_path, name=name).split("val")
 
 
-@pytest.mark.parametrize("case", ["no such folder in the split's name", "one split twice", "a tar file", "val is test"])
+@pytest.mark.parametrize(
+    "case", ["no such folder in the split's name", "one split twice", "a tar file", "val is test"]
+)
 def test_a_split_that_is_another_one_is_refused(tmp_path, case):
     splits = SPLITS if case == "val is test" else (("train", 20),)
     root = tar(tmp_path) if case == "a tar file" else write_folder(tmp_path / "data", splits)
-    changes = {"one split twice": {"val_split": "train"}, "val is test": {"test_split": "validation"}}.get(case, {})
+    changes = {
+        "one split twice": {"val_split": "train"},
+        "val is test": {"test_split": "validation"},
+    }.get(case, {})
     one, other = ("test", "val") if case == "val is test" else ("val", "train")
-    with pytest.raises(qat.UsageError, match=rf"^data\.{one}_split='\w+': must differ from the {other} split; null for no such split$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"^data\.{one}_split='\w+': must differ from the {other} split; null for no such split$",
+    ):
         data(root, **changes).train_dataloader()
 
 
@@ -153,8 +199,14 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
         ),
         ({"name": None}, r"data\.name=None: must be a dataset that timm can read"),
         ({"download": "no"}, r"data\.download='no': must be true or false$"),
-        ({"train_split": None, "val_split": None}, r"data\.train_split, data\.val_split and data\.test_split are null: one must be"),
-        ({"root": None}, r"data\.root=None: must be the folder that holds the dataset that timm reads, or give a tar file$"),
+        (
+            {"train_split": None, "val_split": None},
+            r"data\.train_split, data\.val_split and data\.test_split are null: one must be",
+        ),
+        (
+            {"root": None},
+            r"data\.root=None: must be the folder that holds the dataset that timm reads, or give a tar file$",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, changes, line):

@@ -13,7 +13,14 @@ from qat.data.transforms import eval_transform, train_transform
 
 
 def settings(chans=1, **changes):
-    fixed = {"image_size": 8, "patch_size": 4, "in_chans": chans, "num_classes": 10, "mean": [0.25] * chans, "std": [0.5] * chans}
+    fixed = {
+        "image_size": 8,
+        "patch_size": 4,
+        "in_chans": chans,
+        "num_classes": 10,
+        "mean": [0.25] * chans,
+        "std": [0.5] * chans,
+    }
     return DataSettings(**{**fixed, **changes})
 
 
@@ -72,16 +79,28 @@ def test_light_shifts_by_an_eighth_or_what_is_asked_for_and_flips():
         ({"random_erasing": 0.5}, {"re_prob": 0.5}),
         ({"scale": [0.5, 0.6], "hflip": 0.2}, {"scale": (0.5, 0.6), "hflip": 0.2}),
         ({"train_interpolation": "nearest"}, {"interpolation": "nearest"}),
-        ({"augment": "light", "interpolation": "bilinear"}, {"interpolation": "bilinear", "re_prob": 0}),
-        ({"augment": "light", "scale": [0.5, 1.0]}, {"interpolation": "bicubic", "re_prob": 0, "scale": (0.5, 1.0)}),
+        (
+            {"augment": "light", "interpolation": "bilinear"},
+            {"interpolation": "bilinear", "re_prob": 0},
+        ),
+        (
+            {"augment": "light", "scale": [0.5, 1.0]},
+            {"interpolation": "bicubic", "re_prob": 0, "scale": (0.5, 1.0)},
+        ),
     ],
 )
 def test_settings_are_timms(ours, timms):
     plain = {"color_jitter": None, "interpolation": "random", "re_prob": 0.25, "re_mode": "pixel"}
-    expected = timm.data.create_transform((3, 8, 8), is_training=True, mean=(0.25,) * 3, std=(0.5,) * 3, **{**plain, **timms})
-    transform = train_transform(settings(3, **{"augment": "timm", "crop_pct": 1.0, "rand_augment": None, **ours}))
+    expected = timm.data.create_transform(
+        (3, 8, 8), is_training=True, mean=(0.25,) * 3, std=(0.5,) * 3, **{**plain, **timms}
+    )
+    transform = train_transform(
+        settings(3, **{"augment": "timm", "crop_pct": 1.0, "rand_augment": None, **ours})
+    )
     found = outputs(transform, photo(), 60)
-    assert torch.equal(found, outputs(lambda pixels: expected(Image.fromarray(pixels)), photo(), 60))
+    assert torch.equal(
+        found, outputs(lambda pixels: expected(Image.fromarray(pixels)), photo(), 60)
+    )
     assert found.std(0).min() > 0
 
 
@@ -102,7 +121,11 @@ def test_settings_are_timms(ours, timms):
     ],
 )
 def test_every_draw_of_a_string_works(changes, chans):
-    found = outputs(train_transform(settings(chans, augment="timm", random_erasing=0, **changes)), photo(chans), 200)
+    found = outputs(
+        train_transform(settings(chans, augment="timm", random_erasing=0, **changes)),
+        photo(chans),
+        200,
+    )
     assert found.shape[1:] == (chans, 8, 8)
     assert found.isfinite().all()
     assert found.std(0).min() > 0

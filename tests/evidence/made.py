@@ -8,7 +8,11 @@ from evidence.page import read_evidence
 from evidence.records import Record, add_record
 
 ARMS = {"new": {"label": "New"}, "old": {"label": "Old"}, "idle": {"label": "not run"}}
-SAID = {"title": "New against old", "source": "Paper, arXiv 2302.02210", "statement": "New is better."}
+SAID = {
+    "title": "New against old",
+    "source": "Paper, arXiv 2302.02210",
+    "statement": "New is better.",
+}
 RECORD = Record(
     claim="C1",
     arm="new",

@@ -23,9 +23,19 @@ def test_dry_runs_without_hydra_and_lightning(tmp_path):
     for arguments in ([], ["--train", str(tmp_path)]):
         code += f"sys.argv = ['', '--dry-run', *{arguments}]\nrunpy.run_module('evidence.gpu', run_name='__main__')\n"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    measured, trained = (rows.read(next(tmp_path.rglob(f"{kind}.jsonl"))) for kind in ("measured", "train"))
+    measured, trained = (
+        rows.read(next(tmp_path.rglob(f"{kind}.jsonl"))) for kind in ("measured", "train")
+    )
     assert [row for row in measured + trained if "failed" in row] == []
     assert {row["name"] for row in measured} == {"machine"} | {
         v.name for group in speed.groups(list(speed.MODELS), dry_run=True) for v in group
@@ -36,7 +46,13 @@ def test_dry_runs_without_hydra_and_lightning(tmp_path):
 
 def settings(folder, **changes):
     train.prepare(folder, folder / "cifar10.pt", dry_run=True)
-    made = {"out": folder / "train.jsonl", "epochs": 3, "float_epochs": 2, "batch": 8, "dry_run": True}
+    made = {
+        "out": folder / "train.jsonl",
+        "epochs": 3,
+        "float_epochs": 2,
+        "batch": 8,
+        "dry_run": True,
+    }
     return argparse.Namespace(**made | changes)
 
 
@@ -77,9 +93,17 @@ def test_runs_end_in_time_and_one_that_failed_is_recorded(tmp_path, monkeypatch)
 def test_augmentation_flips_and_moves_whole_images():
     images = torch.arange(1.0, 1 + 64 * 3 * 16).view(64, 3, 4, 4)
     seen = set()
-    for image, moved in zip(images, train.augmented(images, 1, torch.Generator().manual_seed(0)), strict=True):
+    for image, moved in zip(
+        images, train.augmented(images, 1, torch.Generator().manual_seed(0)), strict=True
+    ):
         padded = [torch.nn.functional.pad(x, [1] * 4) for x in (image, image.flip(-1))]
-        places = [(f, i, j) for f in (0, 1) for i in range(3) for j in range(3) if torch.equal(padded[f][:, i : i + 4, j : j + 4], moved)]
+        places = [
+            (f, i, j)
+            for f in (0, 1)
+            for i in range(3)
+            for j in range(3)
+            if torch.equal(padded[f][:, i : i + 4, j : j + 4], moved)
+        ]
         assert len(places) == 1
         seen |= set(places)
     assert len(seen) > 12
@@ -87,8 +111,14 @@ def test_augmentation_flips_and_moves_whole_images():
 
 def test_what_fails_in_a_process_is_a_row_and_ends_nothing():
     workers = [rows.Worker() for _ in range(3)]
-    asked = [worker.send(*call) for worker, call in zip(workers, [(int, "x"), (os._exit, 3), (time.sleep, 60)], strict=True)]
-    found = [rows.answer(one, time.monotonic() + 60 * (number < 2))["failed"] for number, one in enumerate(asked)]
+    asked = [
+        worker.send(*call)
+        for worker, call in zip(workers, [(int, "x"), (os._exit, 3), (time.sleep, 60)], strict=True)
+    ]
+    found = [
+        rows.answer(one, time.monotonic() + 60 * (number < 2))["failed"]
+        for number, one in enumerate(asked)
+    ]
     rows.end_all()
     assert found[0] == "ValueError: invalid literal for int() with base 10: 'x'"
     assert "terminated abruptly" in found[1]
@@ -96,9 +126,26 @@ def test_what_fails_in_a_process_is_a_row_and_ends_nothing():
 
 
 def test_busy_time_counts_overlaps_once_and_rows_are_ratios_of_rounds():
-    given = [("kernel", 0, 2000), ("kernel", 1000, 2000), ("gpu_memcpy", 10000, 1000), ("gpu_user_annotation", 0, 99999)]
-    events = [{"cat": kind, "name": kind, "ts": start, "dur": length} for kind, start, length in given]
-    assert speed.busy(events, 2) == {"busy_ms": 2.0, "kernels": 1.5, "longest": [("kernel", 2.0), ("gpu_memcpy", 0.5)]}
+    given = [
+        ("kernel", 0, 2000),
+        ("kernel", 1000, 2000),
+        ("gpu_memcpy", 10000, 1000),
+        ("gpu_user_annotation", 0, 99999),
+    ]
+    events = [
+        {"cat": kind, "name": kind, "ts": start, "dur": length} for kind, start, length in given
+    ]
+    assert speed.busy(events, 2) == {
+        "busy_ms": 2.0,
+        "kernels": 1.5,
+        "longest": [("kernel", 2.0), ("gpu_memcpy", 0.5)],
+    }
     row = {"host_ms": [1.0], "peak": [5], "busy_ms": 1.5, "kernels": 9.0}
-    text = speed.report([{"name": "net, 8, float, eager", "ms": [1.0, 2.0]} | row, {"name": "net, 8, ofq, eager", "ms": [2.0, 6.0]} | row])
-    assert "| ofq | eager | 4.00 | 2.50 [2.00, 3.00] | | 2000 | 1.00 | 0.38 | 9 | 0.00 | 1.00 |" in text
+    text = speed.report([
+        {"name": "net, 8, float, eager", "ms": [1.0, 2.0]} | row,
+        {"name": "net, 8, ofq, eager", "ms": [2.0, 6.0]} | row,
+    ])
+    assert (
+        "| ofq | eager | 4.00 | 2.50 [2.00, 3.00] | | 2000 | 1.00 | 0.38 | 9 | 0.00 | 1.00 |"
+        in text
+    )

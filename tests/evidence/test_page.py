@@ -31,7 +31,11 @@ def test_pages_and_readme_are_what_the_records_give():
 
 
 def test_recorded_commands_say_how_step_sizes_are_learned():
-    commands = [record.command for record in read_records(ROOT / "evidence" / "records") if " quant=ofq" in record.command]
+    commands = [
+        record.command
+        for record in read_records(ROOT / "evidence" / "records")
+        if " quant=ofq" in record.command
+    ]
     assert len(commands) > 200
     assert [command for command in commands if "quant.steps=" not in command] == []
 
@@ -42,14 +46,25 @@ def test_the_headline_has_a_name_that_trains_the_same(name):
     asked = arms.settings(arms[HEADLINE[name]], 0)
     start = [one for one in asked if one.startswith("ckpt=")]
     # The float net that a run starts from is its teacher where none is named; loader processes change nothing.
-    ours = compose("train", *f"experiment={name}".split(), *start, "data.num_workers=0", "run_dir=a")
-    theirs = compose("train", *(one for one in asked if not one.startswith("teacher.ckpt=")), "run_dir=a")
-    assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
+    ours = compose(
+        "train", *f"experiment={name}".split(), *start, "data.num_workers=0", "run_dir=a"
+    )
+    theirs = compose(
+        "train", *(one for one in asked if not one.startswith("teacher.ckpt=")), "run_dir=a"
+    )
+    assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(
+        theirs, resolve=True
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "spec", "text"),
-    [((), ".2f", "–"), ((61.2,), ".2f", "61.20"), ((60, 62), ".1f", "61.0 ± 1.4"), ((1.0, 2.0, 3.0), "+.2f", "+2.00 ± 1.00")],
+    [
+        ((), ".2f", "–"),
+        ((61.2,), ".2f", "61.20"),
+        ((60, 62), ".1f", "61.0 ± 1.4"),
+        ((1.0, 2.0, 3.0), "+.2f", "+2.00 ± 1.00"),
+    ],
 )
 def test_mean_and_sample_deviation(values, spec, text):
     assert page.spread(values, spec) == text
@@ -60,7 +75,9 @@ def test_verdicts_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
     found = [value + shift for value in (-0.7, 0.1, 0.4, -0.2, 0.4)]
     told_apart = stats.ttest_1samp(found, 0.0).pvalue < 0.05
     answer = page.Found(Expectation("it", "top1", "new", "old", "higher"), tuple(found)).answer
-    assert answer == ("inconclusive" if not told_apart else "confirmed" if shift > 0 else "contradicted")
+    assert answer == (
+        "inconclusive" if not told_apart else "confirmed" if shift > 0 else "contradicted"
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,9 +102,14 @@ def test_answers(direction, margin, mean, said):
 
 def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_path):
     made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0], "keep": True}})
-    made.claim(tmp_path, expect=[EXPECT, EXPECT | {"than": "START/float"}, EXPECT | {"than": 60, "metric": "other"}])
+    made.claim(
+        tmp_path,
+        expect=[EXPECT, EXPECT | {"than": "START/float"}, EXPECT | {"than": 60, "metric": "other"}],
+    )
     made.runs(tmp_path, "new", [61.0, None, 81.0, 91.0])
-    made.runs(tmp_path, "old", [60.0, 70.0, 79.0])  # seed 1 of the other measured nothing, seed 3 has no other
+    made.runs(
+        tmp_path, "old", [60.0, 70.0, 79.0]
+    )  # seed 1 of the other measured nothing, seed 3 has no other
     made.runs(tmp_path, "float", [1.0], claim="START")
     found, claim = made.evidence(tmp_path)
     with pytest.raises(UsageError, match=r"c1.yaml: new.other: must be one of top1"):
@@ -123,10 +145,31 @@ def test_numbers_in_text(tmp_path, why, text):
 
 
 def test_a_whole_page_and_its_pictures(tmp_path):
-    lines = {"kind": "lines", "x": "bits", "y": "top-1, %", "series": {"New": {2: "new", 3: "idle"}, "Old": {2: "old"}}}
-    curves = {"file": "b.svg", "kind": "curves", "curve": "val", "series": {"New": "new"}, "reference": {"old": "old"}}
-    table = {"rows": ["new", "old", "idle"], "columns": {"top1": "top-1"}, "labels": {"old": "Older"}}
-    made.claim(tmp_path, expect=[EXPECT], tables=[table], figures=[{"file": "a.svg", **lines}, curves], why="As in [ptq](ptq.md).")
+    lines = {
+        "kind": "lines",
+        "x": "bits",
+        "y": "top-1, %",
+        "series": {"New": {2: "new", 3: "idle"}, "Old": {2: "old"}},
+    }
+    curves = {
+        "file": "b.svg",
+        "kind": "curves",
+        "curve": "val",
+        "series": {"New": "new"},
+        "reference": {"old": "old"},
+    }
+    table = {
+        "rows": ["new", "old", "idle"],
+        "columns": {"top1": "top-1"},
+        "labels": {"old": "Older"},
+    }
+    made.claim(
+        tmp_path,
+        expect=[EXPECT],
+        tables=[table],
+        figures=[{"file": "a.svg", **lines}, curves],
+        why="As in [ptq](ptq.md).",
+    )
     made.runs(tmp_path, "new", [61.0, 62.0, 63.5], curves={"val": [[0, 1.0], [1, None], [2, 3.0]]})
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
     found, claim = made.evidence(tmp_path)
@@ -134,11 +177,17 @@ def test_a_whole_page_and_its_pictures(tmp_path):
     row = "| C1 | it | +1.17 [+0.45, +1.88] | confirmed |"
     assert row in page.verdicts([claim], found)
     own = shown["evidence/pages/C1.md"]
-    assert "**C1: confirmed.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nAs in [ptq](../../docs/ptq.md)." in own
+    assert (
+        "**C1: confirmed.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nAs in [ptq](../../docs/ptq.md)."
+        in own
+    )
     assert "| New | 62.17 ± 1.26 | 3 |\n| Older | 61.00 ± 1.00 | 3 |\n| not run | – | 0 |" in own
     assert "![top-1, % over bits: New, Old](figures/a.svg)" in own
     assert "records: [evidence/records/C1.jsonl](../records/C1.jsonl)" in own
-    points, (curve,) = drawing.gather(claim, claim.figures[0], found), drawing.gather(claim, claim.figures[1], found).series.values()
+    points, (curve,) = (
+        drawing.gather(claim, claim.figures[0], found),
+        drawing.gather(claim, claim.figures[1], found).series.values(),
+    )
     assert [(name, point.x, point.values) for name, (point,) in points.series.items()] == [
         ("New", 2, (61.0, 62.0, 63.5)),
         ("Old", 2, (60.0, 61.0, 62.0)),
@@ -165,7 +214,9 @@ def test_pairs_on_two_types_of_cpu_are_marked(tmp_path):
 def test_a_figure_has_other_colours_on_dark_pages():
     drawn = (ROOT / "docs" / "figures" / "accuracy-bits.svg").read_text()
     style = drawn.partition("prefers-color-scheme: dark")[2].partition("</style>")[0]
-    assert {"#ffffff", "#000000", "#0072b2"} <= set(re.findall(r"(?:fill|stroke): (#\w{6})\"]", style))
+    assert {"#ffffff", "#000000", "#0072b2"} <= set(
+        re.findall(r"(?:fill|stroke): (#\w{6})\"]", style)
+    )
     assert "#000000" in drawn.partition("</style>")[2]
 
 

@@ -16,18 +16,34 @@ from tests.conftest import TINY
 
 def test_layers_have_few_levels_and_learned_steps_no_weight_decay():
     torch.manual_seed(0)
-    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    net = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+    )
     weights, batches = set(net.parameters()), [torch.randn(8, 3, 32, 32) for _ in range(2)]
     net = quantized("torch_ao", net, batches, 2)
     levels = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            module.register_forward_hook(lambda module, args, _, name=name: levels.update({name: [len(args[0].unique()), module.weight]}))
+            module.register_forward_hook(
+                lambda module, args, _, name=name: levels.update({
+                    name: [len(args[0].unique()), module.weight]
+                })
+            )
     net(batches[0]).square().mean().backward()
     assert len(levels) == 2 * 4 + 2
     for name, (inputs, weight) in levels.items():
         rows = max(len(row.unique()) for row in weight.flatten(1))
-        assert (min(inputs, rows) > 4) if name in {"head", "patch_embed.proj"} else (inputs <= 4 and rows <= 4)
+        assert (
+            (min(inputs, rows) > 4)
+            if name in {"head", "patch_embed.proj"}
+            else (inputs <= 4 and rows <= 4)
+        )
     learned = {one for one in net.parameters() if one not in weights}
     assert len(learned) == 4 * len(levels)
     assert all(one.grad is not None for one in learned)
@@ -37,7 +53,10 @@ def test_layers_have_few_levels_and_learned_steps_no_weight_decay():
 
 
 def test_the_step_that_fits_best_is_found_among_forty():
-    rows = torch.stack([torch.tensor([-1.0, 0.0, 1.0, 2.0]) * 0.6, torch.tensor([-2.0, -1.0, 0.0, 1.0])])
+    rows = torch.stack([
+        torch.tensor([-1.0, 0.0, 1.0, 2.0]) * 0.6,
+        torch.tensor([-2.0, -1.0, 0.0, 1.0]),
+    ])
     step, zero = fitting(rows, torch.tensor([-0.6, -2.0]), torch.tensor([1.2, 1.0]), 0, 3)
     assert torch.allclose(step, torch.tensor([0.6, 1.0]))
     assert zero.tolist() == [1, 2]
@@ -46,8 +65,22 @@ def test_the_step_that_fits_best_is_found_among_forty():
 def test_a_run_that_was_cut_short_begins_anew_and_leaves_results(tmp_path, float_run):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "best.ckpt").write_text("of a run that was cut short")
-    main(["library=torch_ao", "bits=4", *TINY, "loss=kd", f"ckpt={float_run}/checkpoints/best.ckpt", f"run_dir={tmp_path}/run"])
+    main([
+        "library=torch_ao",
+        "bits=4",
+        *TINY,
+        "loss=kd",
+        f"ckpt={float_run}/checkpoints/best.ckpt",
+        f"run_dir={tmp_path}/run",
+    ])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (results["command"], results["quant"], results["bits"], results["seed"]) == ("peers", "torch_ao_4bit", 4, 0)
+    assert (results["command"], results["quant"], results["bits"], results["seed"]) == (
+        "peers",
+        "torch_ao_4bit",
+        4,
+        0,
+    )
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    assert max(float(row["val/top1"]) for row in rows if row["val/top1"]) == pytest.approx(results["val_top1"])
+    assert max(float(row["val/top1"]) for row in rows if row["val/top1"]) == pytest.approx(
+        results["val_top1"]
+    )

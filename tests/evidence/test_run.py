@@ -20,7 +20,12 @@ from tests.evidence import made
 
 ARMS = {
     "float": {"use": ["cifar"], "seeds": [0], "keep": True},
-    "slow": {"ckpt": "C1/float", "teacher": "C1/float@last", "set": ["optimizer.lr=1e-4"], "seeds": [0]},
+    "slow": {
+        "ckpt": "C1/float",
+        "teacher": "C1/float@last",
+        "set": ["optimizer.lr=1e-4"],
+        "seeds": [0],
+    },
     "fast": {"ckpt": "C1/float", "set": ["optimizer.lr=1e-3"], "seeds": [0]},
     "chosen": {"best_of": ["slow", "C1/fast"], "set": ["quant=fp"], "seeds": [0, 1]},
     "calibrated": {"command": "ptq", "ckpt": "C1/chosen", "seeds": [0, 1]},
@@ -29,7 +34,9 @@ ARMS = {
 
 
 def arms_of(folder, entries=ARMS):
-    path = made.claim(folder, arms={name: {"label": name, **entry} for name, entry in entries.items()})
+    path = made.claim(
+        folder, arms={name: {"label": name, **entry} for name, entry in entries.items()}
+    )
     return Arms(path.parent, folder / "records", folder / "runs")
 
 
@@ -38,12 +45,20 @@ def named(runs):
 
 
 def test_records_go_there_and_back(tmp_path):
-    made.record(tmp_path, seed=10, metrics={"top1": 61.2, "loss": math.nan}, curves={"val": [[1, 50.0], [2, math.inf]]})
+    made.record(
+        tmp_path,
+        seed=10,
+        metrics={"top1": 61.2, "loss": math.nan},
+        curves={"val": [[1, 50.0], [2, math.inf]]},
+    )
     made.record(tmp_path, seed=9)
     made.record(tmp_path, seed=9, command="again")
     again, one = read_records(tmp_path / "records")
     assert (again.seed, again.command) == (9, "again")
-    assert (one.metrics, one.curves) == ({"top1": 61.2, "loss": None}, {"val": [[1, 50.0], [2, None]]})
+    assert (one.metrics, one.curves) == (
+        {"top1": 61.2, "loss": None},
+        {"val": [[1, 50.0], [2, None]]},
+    )
     add_record(tmp_path / "other", one)
     assert read_records(tmp_path / "other") == [one]
     (tmp_path / "other" / "C1.jsonl").write_text('{"claim": "C1"}\n')
@@ -55,8 +70,16 @@ def test_settings_are_presets_then_own_then_where_it_starts(tmp_path):
     arms, kept = arms_of(tmp_path), tmp_path / "weights" / "C1" / "float-seed0.pt"
     assert arms.settings(arms["C1/float"], 0) == [*preset(["cifar"]), "seed=0"]
     last = tmp_path / "runs" / "C1" / "float-seed0" / "checkpoints" / "last.ckpt"
-    assert arms.settings(arms["C1/slow"], 0) == ["optimizer.lr=1e-4", f"ckpt={kept}", f"teacher.ckpt={last}", "seed=0"]
-    assert arms.settings(arms["C1/seen"], 1) == [f"ckpt={tmp_path}/runs/C1/calibrated-seed1/quantized.ckpt", "seed=1"]
+    assert arms.settings(arms["C1/slow"], 0) == [
+        "optimizer.lr=1e-4",
+        f"ckpt={kept}",
+        f"teacher.ckpt={last}",
+        "seed=0",
+    ]
+    assert arms.settings(arms["C1/seen"], 1) == [
+        f"ckpt={tmp_path}/runs/C1/calibrated-seed1/quantized.ckpt",
+        "seed=1",
+    ]
     made.record(tmp_path, arm="slow", metrics={"val_top1": 61.0})
     made.record(tmp_path, arm="fast", metrics={"val_top1": 60.0})
     assert arms.settings(arms["C1/chosen"], 1) == ["quant=fp", "optimizer.lr=1e-4", "seed=1"]
@@ -64,7 +87,14 @@ def test_settings_are_presets_then_own_then_where_it_starts(tmp_path):
 
 def test_runs_come_after_those_they_need_and_once(tmp_path):
     arms = arms_of(tmp_path)
-    assert named(arms.ordered(["C1/seen"])) == [("float", 0), ("slow", 0), ("fast", 0), ("chosen", 1), ("calibrated", 1), ("seen", 1)]
+    assert named(arms.ordered(["C1/seen"])) == [
+        ("float", 0),
+        ("slow", 0),
+        ("fast", 0),
+        ("chosen", 1),
+        ("calibrated", 1),
+        ("seen", 1),
+    ]
     everything = named(arms.ordered())
     assert len(everything) == len(set(everything)) == 8
     assert everything.index(("chosen", 0)) < everything.index(("chosen", 1))
@@ -91,7 +121,12 @@ def test_every_run_of_the_repository_composes():
     arms = Arms()
     for arm, seed in arms.ordered():
         if not (arm.command == "peers" or arm.retired or arm.best_of) and seed == arm.seeds[0]:
-            assert compose(arm.command, *command_line(arm.command, arms.run_dir(arm, seed), arms.settings(arm, seed), str(ROOT))[2:])
+            assert compose(
+                arm.command,
+                *command_line(
+                    arm.command, arms.run_dir(arm, seed), arms.settings(arm, seed), str(ROOT)
+                )[2:],
+            )
 
 
 def test_a_run_leaves_a_record(tmp_path, monkeypatch):
@@ -104,21 +139,52 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
 
     original = subprocess.run
     monkeypatch.setattr("evidence.run.subprocess.run", in_this_process)
-    tiny = ["data=digits", "model.args.depth=1", "model.args.embed_dim=24", "trainer.max_epochs=1", "trainer.limit_train_batches=4"]
-    bits = {"command": "analyze", "set": ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"]}
-    trained = {"use": ["tracked"], "set": [*tiny, "quant=ofq_2bit", "loss=ce"], "keep": True, "further": {"cost": bits}, "seeds": [3]}
+    tiny = [
+        "data=digits",
+        "model.args.depth=1",
+        "model.args.embed_dim=24",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=4",
+    ]
+    bits = {
+        "command": "analyze",
+        "set": ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"],
+    }
+    trained = {
+        "use": ["tracked"],
+        "set": [*tiny, "quant=ofq_2bit", "loss=ce"],
+        "keep": True,
+        "further": {"cost": bits},
+        "seeds": [3],
+    }
     arms = arms_of(tmp_path, {"trained": trained})
     run_one(arms["C1/trained"], 3, None, arms)
-    (record,), run_dir = read_records(tmp_path / "records"), tmp_path / "runs" / "C1" / "trained-seed3"
+    (record,), run_dir = (
+        read_records(tmp_path / "records"),
+        tmp_path / "runs" / "C1" / "trained-seed3",
+    )
     results = json.loads((run_dir / "results.json").read_text())
-    assert [record.metrics[key] for key in ("top1", "val_top1", "loss")] == [results[key] for key in ("top1", "val_top1", "loss")]
+    assert [record.metrics[key] for key in ("top1", "val_top1", "loss")] == [
+        results[key] for key in ("top1", "val_top1", "loss")
+    ]
     *_, total = csv.DictReader((run_dir / "oscillation.csv").open())
-    assert record.metrics["oscillating"] == 100 * float(total["oscillating"]) / float(total["weights"])
+    assert record.metrics["oscillating"] == 100 * float(total["oscillating"]) / float(
+        total["weights"]
+    )
     assert record.metrics["kurtosis"] > 1
-    (row,) = [row for row in csv.DictReader((run_dir / "cost" / "robustness.csv").open()) if row["part"] == "bits" and row["bits"] == "3"]
+    (row,) = [
+        row
+        for row in csv.DictReader((run_dir / "cost" / "robustness.csv").open())
+        if row["part"] == "bits" and row["bits"] == "3"
+    ]
     assert [3.0, float(row["top-1 (%)"])] in record.curves["cost.bits"]
-    assert record.command.startswith(f"python train.py run_dir={run_dir} 'callbacks=[default,oscillation]' data=digits")
-    kept, best = (qat.load(path).state_dict() for path in (arms.kept(arms["C1/trained"], 3), run_dir / "checkpoints" / "best.ckpt"))
+    assert record.command.startswith(
+        f"python train.py run_dir={run_dir} 'callbacks=[default,oscillation]' data=digits"
+    )
+    kept, best = (
+        qat.load(path).state_dict()
+        for path in (arms.kept(arms["C1/trained"], 3), run_dir / "checkpoints" / "best.ckpt")
+    )
     assert all(torch.equal(kept[name], best[name]) for name in best)
     assert named(arms.to_do()) == []
 
@@ -129,5 +195,8 @@ def test_a_run_that_fails_holds_up_those_that_need_it_alone(tmp_path, monkeypatc
     arms = arms_of(tmp_path, {name: {"seeds": [3], **entry} for name, entry in entries.items()})
     assert run_all((), None, 2, arms) == 3
     runs = tmp_path / "runs" / "C1"
-    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == ["alone-seed3", "broken-seed3"]
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == [
+        "alone-seed3",
+        "broken-seed3",
+    ]
     assert named(arms.to_do()) == [("broken", 3), ("waiting", 3), ("alone", 3)]

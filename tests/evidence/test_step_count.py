@@ -25,8 +25,16 @@ def lsq(x, scale):
         (lambda a: a.to(torch.bfloat16), ((4, 6),), (6 * N, 1, 0)),
         (lambda a, b: a.copy_(b), ((4, 6), (4, 6)), (2 * 4 * N, 1, 0)),
         # Read in strides; a factor without rows or columns in one piece is copied before.
-        (lambda a, b: torch.bmm(a[:, :, :3], b[:, :3]), ((2, 4, 6), (2, 6, 4)), (4 * (24 + 24 + 32), 1, 0)),
-        (lambda a, b: torch.bmm(a[:, :, ::2], b[:, :3]), ((2, 4, 6), (2, 6, 4)), (4 * (24 + 24 + 32) + 4 * 48, 2, 0)),
+        (
+            lambda a, b: torch.bmm(a[:, :, :3], b[:, :3]),
+            ((2, 4, 6), (2, 6, 4)),
+            (4 * (24 + 24 + 32), 1, 0),
+        ),
+        (
+            lambda a, b: torch.bmm(a[:, :, ::2], b[:, :3]),
+            ((2, 4, 6), (2, 6, 4)),
+            (4 * (24 + 24 + 32) + 4 * 48, 2, 0),
+        ),
         # Ours writes what it is asked for.
         (lsq, ((4, 6), (4,)), (4 * N + 4 * 4 + 2 * N, 1, 1)),
     ],
@@ -42,7 +50,12 @@ def test_operations(function, shapes, expected):
 
 def test_a_step_of_each_row_moves_more_than_the_float_step():
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
-    found = {name: counted(build("deit_tiny_patch16_224", arm, images, **TINY, depth=1), 2, TINY["img_size"]) for name, arm in ROWS.items()}
+    found = {
+        name: counted(
+            build("deit_tiny_patch16_224", arm, images, **TINY, depth=1), 2, TINY["img_size"]
+        )
+        for name, arm in ROWS.items()
+    }
     assert min(found, key=lambda name: found[name].bytes) == "float"
     assert found["float"].triton == 0
     assert all(one.triton > 10 for name, one in found.items() if name != "float")
@@ -52,6 +65,13 @@ def test_a_step_of_each_row_moves_more_than_the_float_step():
 def test_a_compiled_step_keeps_less_than_the_float_step():
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     arms = ("float", "linears", "ofq without qkr")
-    found = [kept(build("deit_tiny_patch16_224", ROWS[name], images, **TINY, depth=1), 16, TINY["img_size"]) for name in arms]
+    found = [
+        kept(
+            build("deit_tiny_patch16_224", ROWS[name], images, **TINY, depth=1),
+            16,
+            TINY["img_size"],
+        )
+        for name in arms
+    ]
     assert min(found) == found[1] > 0
     assert max(found) == found[0]

@@ -34,14 +34,34 @@ from tests import tiny
 from tests.model.frozen.test_freeze import RECIPES, made, trained
 from tests.nets import FAMILIES
 
-NET = {"img_size": 8, "in_chans": 1, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}
+NET = {
+    "img_size": 8,
+    "in_chans": 1,
+    "patch_size": 2,
+    "embed_dim": 24,
+    "depth": 1,
+    "num_heads": 3,
+    "num_classes": 5,
+}
 DEPLOY = {name: qat.recipe(name) for name in ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4")}
 PTQ = {
-    "log2": ("deit", {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True}),
-    "log2_swin": ("swin", {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True}),
-    "ptf": ("deit", {"bits": 4, "act_observer": "omse", "residual_observer": "ptf"}),  # a scale for each channel of the residual stream
+    "log2": (
+        "deit",
+        {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True},
+    ),
+    "log2_swin": (
+        "swin",
+        {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True},
+    ),
+    "ptf": (
+        "deit",
+        {"bits": 4, "act_observer": "omse", "residual_observer": "ptf"},
+    ),  # a scale for each channel of the residual stream
     "token": ("deit", {"bits": 8, "act_scales": "token"}),
-    "two_bits": ("deit", {"bits": 2}),  # codes of a convolution that its kernel for integers does not take
+    "two_bits": (
+        "deit",
+        {"bits": 2},
+    ),  # codes of a convolution that its kernel for integers does not take
     "shared": ("deit", {}),  # the embedding of positions, which all images share, is quantized
 }
 
@@ -60,14 +80,20 @@ def file(frozen, image, path, **settings):
 def assert_agrees(net, path, images, **settings):
     file(qat.freeze(net), images[:1], path, **settings)
     done = check_onnx(net, path, [images])
-    assert {name: found.problem for name, found in done.agreement.items()} == dict.fromkeys(done.agreement)
+    assert {name: found.problem for name, found in done.agreement.items()} == dict.fromkeys(
+        done.agreement
+    )
     assert set(done.agreement) == {ONNXRUNTIME, *([OPENVINO] if has_openvino() else [])}
     assert done.agreement[ONNXRUNTIME].images == len(images)
 
 
 @pytest.fixture
 def net():
-    made = qat.convert(timm.create_model("vit_tiny_patch16_224", **NET), qat.recipe("deploy_w8a8"), input_size=(1, 8, 8))
+    made = qat.convert(
+        timm.create_model("vit_tiny_patch16_224", **NET),
+        qat.recipe("deploy_w8a8"),
+        input_size=(1, 8, 8),
+    )
     return qat.initialize_scales(made, [torch.randn(8, 1, 8, 8)])
 
 
@@ -82,15 +108,27 @@ def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tm
     family = FAMILIES["levit"]
     net = qat.convert(family.build(), qat.recipe("deploy_w8a8"), input_size=family.input_size)
     qat.initialize_scales(net, [family.images(4)]).eval()(family.images(4))
-    assert qat.export_onnx(torch.compile(net, backend="eager"), tmp_path / "net.onnx").problem is None
+    assert (
+        qat.export_onnx(torch.compile(net, backend="eager"), tmp_path / "net.onnx").problem is None
+    )
 
 
 @pytest.mark.slow
 def test_fused_attention_of_five_axes(tmp_path):
     net = timm.create_model(
-        "hiera_tiny_224", img_size=64, embed_dim=24, num_heads=1, stages=(1, 1), q_pool=1, mask_unit_size=(4, 4), num_classes=5
+        "hiera_tiny_224",
+        img_size=64,
+        embed_dim=24,
+        num_heads=1,
+        stages=(1, 1),
+        q_pool=1,
+        mask_unit_size=(4, 4),
+        num_classes=5,
     )
-    qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 64, 64)), [torch.randn(4, 3, 64, 64)])
+    qat.initialize_scales(
+        qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 64, 64)),
+        [torch.randn(4, 3, 64, 64)],
+    )
     assert_agrees(net.eval(), tmp_path / "net.onnx", torch.randn(4, 3, 64, 64))
 
 
@@ -102,19 +140,35 @@ def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
             module.weight.data[0] *= 20
     net.fc.weight.data *= 0.01
     images = torch.randn(8, 3, 32, 32)
-    net = qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 32, 32)), [images])
+    net = qat.initialize_scales(
+        qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 32, 32)), [images]
+    )
     assert_agrees(net.eval(), tmp_path / "net.onnx", images)
 
 
-FORMS = [("deit_distilled", "qkr", 2), ("swin", "qkr", 2), ("swin", "standard", 3), ("beit", "qkr", 4), ("eva02", "standard", 2)]
+FORMS = [
+    ("deit_distilled", "qkr", 2),
+    ("swin", "qkr", 2),
+    ("swin", "standard", 3),
+    ("beit", "qkr", 4),
+    ("eva02", "standard", 2),
+]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "attention", "bits"), FORMS)
 def test_families(name, attention, bits, tmp_path):
     family = FAMILIES[name]
-    net = qat.convert(family.build(), qat.recipe("ofq", bits=bits, attention=attention), input_size=family.input_size)
-    assert_agrees(trained(qat.initialize_scales(net, [family.images(4)])), tmp_path / "net.onnx", family.images(6, 1))
+    net = qat.convert(
+        family.build(),
+        qat.recipe("ofq", bits=bits, attention=attention),
+        input_size=family.input_size,
+    )
+    assert_agrees(
+        trained(qat.initialize_scales(net, [family.images(4)])),
+        tmp_path / "net.onnx",
+        family.images(6, 1),
+    )
 
 
 @pytest.mark.slow
@@ -132,11 +186,17 @@ def test_a_zero_point_has_the_shape_of_its_scale():
     net = tiny.vit()
     for block in net.blocks:
         block.attn.qkv.weight.data += 0.5
-    net = qat.convert(net, qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor"), input_size=tiny.SIZE)
+    net = qat.convert(
+        net, qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor"), input_size=tiny.SIZE
+    )
     qat.ptq.calibrate(net, [tiny.images()])
     graph = to_onnx(qat.freeze(net.eval()), tiny.images(1)).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    inputs = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and len(node.input) == 3]
+    inputs = [
+        node.input
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and len(node.input) == 3
+    ]
     assert [shapes[scale] for _, scale, zero in inputs if shapes[zero] == (96,)] == [(96,), (96,)]
     assert all(shapes[scale] == shapes[zero] for _, scale, zero in inputs)
 
@@ -144,20 +204,32 @@ def test_a_zero_point_has_the_shape_of_its_scale():
 @pytest.mark.slow
 def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
     torch.manual_seed(0)
-    net = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=10)
+    net = timm.create_model(
+        "vit_tiny_r_s16_p8_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=10
+    )
     images = torch.randn(8, 3, 64, 64)
-    net = qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w4a8"), input_size=(3, 64, 64)), [images]).eval()
+    net = qat.initialize_scales(
+        qat.convert(net, qat.recipe("deploy_w4a8"), input_size=(3, 64, 64)), [images]
+    ).eval()
     assert_agrees(net, tmp_path / "net.onnx", images)
     model = onnx.load(tmp_path / "net.onnx")
-    assert (model.opset_import[0].version, "GroupNormalization" in {node.op_type for node in model.graph.node}) == (21, False)
+    assert (
+        model.opset_import[0].version,
+        "GroupNormalization" in {node.op_type for node in model.graph.node},
+    ) == (21, False)
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     settings.optimized_model_filepath = str(tmp_path / "changed.onnx")
-    onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), settings, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        str(tmp_path / "net.onnx"), settings, providers=["CPUExecutionProvider"]
+    )
     graph = onnx.load(tmp_path / "changed.onnx").graph
     makers = {name: node.op_type for node in graph.node for name in node.output}
     assert [makers[node.input[0]] for node in graph.node if node.op_type == "MaxPool"] == ["Pad"]
-    assert [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"] == [None, None]
+    assert [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"] == [
+        None,
+        None,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +241,11 @@ def two_bit(tmp_path_factory):
 
 def test_only_standard_operators(two_bit):
     frozen, model, _ = two_bit
-    assert [entry.domain for entry in model.opset_import if entry.domain not in {"", "pkg.onnxscript.torch_lib.common"}] == []
+    assert [
+        entry.domain
+        for entry in model.opset_import
+        if entry.domain not in {"", "pkg.onnxscript.torch_lib.common"}
+    ] == []
     assert {node.domain for node in model.graph.node} == {""}
     counts = collections.Counter(node.op_type for node in model.graph.node)
     assert counts["QuantizeLinear"] == 16  # image, head, and seven in each of two blocks
@@ -186,25 +262,38 @@ def test_factors_of_scores_and_offsets_of_norms_are_in_other_constants(two_bit):
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         made = makers.get(node.input[0]) if node.op_type in {"Add", "Mul"} else None
-        assert made is None or (node.op_type, made.op_type) not in {("Mul", "Mul"), ("Add", "LayerNormalization")}
+        assert made is None or (node.op_type, made.op_type) not in {
+            ("Mul", "Mul"),
+            ("Add", "LayerNormalization"),
+        }
 
 
 def test_weights_are_stored_at_their_width(two_bit):
     frozen, model, _ = two_bit
     kinds = collections.Counter(tensor.data_type for tensor in model.graph.initializer)
     assert kinds[onnx.TensorProto.INT4] == 10
-    tensor = next(t for t in model.graph.initializer if t.name == "blocks.0.mlp.fc1.weight_quantizer.onnx_codes.stored")
+    tensor = next(
+        t
+        for t in model.graph.initializer
+        if t.name == "blocks.0.mlp.fc1.weight_quantizer.onnx_codes.stored"
+    )
     assert list(tensor.dims) == [32, 128]  # transposed: (in, out)
     assert len(tensor.raw_data) == 32 * 128 // 2
-    odd = unpack_codes(torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8), 4, (32, 128), signed=True)
-    assert torch.equal(odd.T, 2 * tiny.sites(frozen)["blocks.0.mlp.fc1.weight_quantizer"].quantizer.codes() + 1)
+    odd = unpack_codes(
+        torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8), 4, (32, 128), signed=True
+    )
+    assert torch.equal(
+        odd.T, 2 * tiny.sites(frozen)["blocks.0.mlp.fc1.weight_quantizer"].quantizer.codes() + 1
+    )
 
 
 def test_any_number_of_images(two_bit):
     frozen, _, path = two_bit
     session = open_session(path)
     for n in (1, 2, 7):
-        torch.testing.assert_close(logits_of(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logits_of(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5
+        )
     found = milliseconds({"a": session, "b": session}, tiny.images(1), 3)
     assert set(found) == {"a", "b"}
     assert all(0 < time < 1000 for time in found.values())
@@ -214,16 +303,24 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
     frozen, model, _ = two_bit
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    tensor = next(t for t in changed.graph.initializer if "blocks.1.mlp.fc1.weight_quantizer.onnx_codes" in t.name)
+    tensor = next(
+        t
+        for t in changed.graph.initializer
+        if "blocks.1.mlp.fc1.weight_quantizer.onnx_codes" in t.name
+    )
     tensor.raw_data = bytes(255 - byte for byte in tensor.raw_data)
     onnx.save(changed, tmp_path / "net.onnx")
     problem = check_onnx(frozen, tmp_path / "net.onnx", [tiny.images(4)]).problem
-    assert problem.startswith("onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold; same class on ")
+    assert problem.startswith(
+        "onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold; same class on "
+    )
 
 
 def _torch_exports(name, attention, *, dynamic):
     family = FAMILIES[name]
-    net = qat.convert(family.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=family.input_size)
+    net = qat.convert(
+        family.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=family.input_size
+    )
     frozen = qat.freeze(qat.initialize_scales(net, [family.images(4)]))
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
     program = torch.export.export(frozen, (family.images(3),), strict=True, dynamic_shapes=shapes)
@@ -233,7 +330,10 @@ def _torch_exports(name, attention, *, dynamic):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("name", "attention"), [("deit", "qkr"), ("deit", "standard"), ("swin", "qkr"), ("swin", "standard")])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("deit", "qkr"), ("deit", "standard"), ("swin", "qkr"), ("swin", "standard")],
+)
 def test_torch_exports_frozen_nets(name, attention, dynamic):
     _torch_exports(name, attention, dynamic=dynamic)
 
@@ -244,24 +344,43 @@ def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(DEPLOY[name])
     frozen = qat.freeze(net)
     model = file(frozen, tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+    }
     makers = {name: node for node in model.graph.node for name in node.output}
     pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(pairs) == sum(isinstance(module, FrozenActivation) for module in frozen.modules())
     for node in pairs:
         _, step, zero = node.input
-        assert (constants[step].shape, constants[zero].dtype, int(constants[zero])) == ((), "int8", 0)
-    factors = [name for node in model.graph.node if node.op_type in {"MatMul", "Gemm", "Conv"} for name in node.input[:2]]
+        assert (constants[step].shape, constants[zero].dtype, int(constants[zero])) == (
+            (),
+            "int8",
+            0,
+        )
+    factors = [
+        name
+        for node in model.graph.node
+        if node.op_type in {"MatMul", "Gemm", "Conv"}
+        for name in node.input[:2]
+    ]
     seen = {makers[name].op_type for name in factors}
     assert seen <= {"DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Gather", "Split"}
-    assert {makers[name].op_type for name in factors if "weight" in "".join(makers[name].input)} == {"DequantizeLinear"}
+    assert {
+        makers[name].op_type for name in factors if "weight" in "".join(makers[name].input)
+    } == {"DequantizeLinear"}
     assert check_onnx(net, tmp_path / "net.onnx", [tiny.images(16, 1)]).problem is None
 
 
 NO_INTEGERS = {
     "token": (qat.recipe("ofq", bits=2, offsets=False), r"_quantizer must have one scale"),
-    "unsigned": (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
-    "offsets": (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
+    "unsigned": (
+        qat.recipe("lsq", bits=8, act_scales="tensor"),
+        r"_quantizer must have one scale, .* codes within int8",
+    ),
+    "offsets": (
+        qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True),
+        r"_quantizer must have one scale, .* or offset",
+    ),
 }
 
 
@@ -269,8 +388,14 @@ NO_INTEGERS = {
     ("recipe", "said"),
     [
         *NO_INTEGERS.values(),
-        (qat.recipe("seq", bits=4, act_scales="tensor", offsets=False), r"_quantizer must have one scale, no zero point, half steps"),
-        (qat.recipe("deploy_w8a8", weight_quantizer="statsq"), r"weight_quantizer must have one scale, no zero point"),
+        (
+            qat.recipe("seq", bits=4, act_scales="tensor", offsets=False),
+            r"_quantizer must have one scale, no zero point, half steps",
+        ),
+        (
+            qat.recipe("deploy_w8a8", weight_quantizer="statsq"),
+            r"weight_quantizer must have one scale, no zero point",
+        ),
     ],
     ids=[*NO_INTEGERS, "half steps", "weights"],
 )
@@ -284,38 +409,63 @@ def test_a_net_converted_in_python(net, tmp_path):
     net.blocks[0].eval()
     before = [module.training for module in net.modules()]
     x = torch.randn(4, 1, 8, 8)
-    checked = qat.export_onnx(copy.deepcopy(net).double(), tmp_path / "new" / "net.onnx", images=x.double())
+    checked = qat.export_onnx(
+        copy.deepcopy(net).double(), tmp_path / "new" / "net.onnx", images=x.double()
+    )
     assert (checked.problem, checked.agreement["onnxruntime"].images) == (None, 4)
-    assert qat.export_onnx(net, tmp_path / "new" / "net.onnx", images=x, dynamic_batch=False).problem is None
+    assert (
+        qat.export_onnx(net, tmp_path / "new" / "net.onnx", images=x, dynamic_batch=False).problem
+        is None
+    )
     assert [module.training for module in net.modules()] == before
     found = logits_of(open_session(tmp_path / "new" / "net.onnx"), x, batch=1)
     torch.testing.assert_close(found, net.eval()(x), rtol=0, atol=1e-4)
     model = onnx.load(tmp_path / "new" / "net.onnx")
-    assert ([value.name for value in model.graph.input], [value.name for value in model.graph.output]) == (["image"], ["logits"])
+    assert (
+        [value.name for value in model.graph.input],
+        [value.name for value in model.graph.output],
+    ) == (["image"], ["logits"])
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(1, 8, 8), torch.zeros(2, 1, 16, 8), torch.zeros(0, 1, 8, 8), torch.full((2, 1, 8, 8), torch.nan)]
+    "images",
+    [
+        torch.zeros(1, 8, 8),
+        torch.zeros(2, 1, 16, 8),
+        torch.zeros(0, 1, 8, 8),
+        torch.full((2, 1, 8, 8), torch.nan),
+    ],
 )
 def test_images_that_do_not_fit(net, tmp_path, images):
-    with pytest.raises(qat.UsageError, match=r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\), all numbers finite"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\), all numbers finite",
+    ):
         qat.export_onnx(net, tmp_path / "net.onnx", images=images)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_are_not_square(tmp_path):
     size = (1, 8, 16)
-    made = qat.convert(timm.create_model("vit_tiny_patch16_224", **NET | {"img_size": (8, 16)}), qat.recipe("deploy_w8a8"), input_size=size)
+    made = qat.convert(
+        timm.create_model("vit_tiny_patch16_224", **NET | {"img_size": (8, 16)}),
+        qat.recipe("deploy_w8a8"),
+        input_size=size,
+    )
     frozen = qat.freeze(qat.initialize_scales(made, [torch.randn(8, *size)]))
-    assert qat.export_onnx(frozen, tmp_path / "net.onnx").agreement["onnxruntime"].images == 16  # of noise
+    assert (
+        qat.export_onnx(frozen, tmp_path / "net.onnx").agreement["onnxruntime"].images == 16
+    )  # of noise
     said = {entry.key for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
     assert {"qat", "qat.preprocessing"} & said == {"qat"}
 
 
 def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "check_onnx", lambda *_: Checked({ONNXRUNTIME: Agreement(problem="it is blue")}))
+    monkeypatch.setattr(
+        onnx_file, "check_onnx", lambda *_: Checked({ONNXRUNTIME: Agreement(problem="it is blue")})
+    )
     (tmp_path / "net.onnx").write_text("the older one")
     line = r"does not agree with the checkpoint \(onnxruntime: it is blue\); kept as .*net.onnx.rejected"
     with pytest.raises(qat.UsageError, match=line):
@@ -330,8 +480,14 @@ def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeyp
         ({"target": "gpu"}, r"format.target='gpu': must be one of cpu, tensorrt"),
         ({"two_bit": "int3"}, r"format.two_bit='int3': must be one of int4, int2"),
         ({"dynamic_batch": "no"}, r"dynamic_batch='no': must be true or false"),
-        ({"net": tiny.vit()}, r"export_onnx: the model is not quantized; call qat.convert\(model, qat.recipe\(...\)\) first"),
-        ({"net": made(qat.recipe("ofq", bits=2)), "target": "tensorrt"}, r"format.target=tensorrt: .* must have one scale"),
+        (
+            {"net": tiny.vit()},
+            r"export_onnx: the model is not quantized; call qat.convert\(model, qat.recipe\(...\)\) first",
+        ),
+        (
+            {"net": made(qat.recipe("ofq", bits=2)), "target": "tensorrt"},
+            r"format.target=tensorrt: .* must have one scale",
+        ),
     ],
 )
 def test_mistakes(net, given, said, tmp_path):
@@ -362,17 +518,27 @@ def test_an_error_of_openvino_is_reported_and_rejects_no_file(net, tmp_path, mon
     monkeypatch.setattr(check, "open_session", broken)
     checked = check_onnx(net, tmp_path / "net.onnx", [torch.randn(4, 1, 8, 8)])
     assert (checked.problem, checked.agreement["onnxruntime"].problem) == (None, None)
-    assert checked.to_text().splitlines()[-1] == "not for OpenVINO: it fails ([Add] failed: index '0' out of range)"
+    assert (
+        checked.to_text().splitlines()[-1]
+        == "not for OpenVINO: it fails ([Add] failed: index '0' out of range)"
+    )
 
 
 def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
     net = net.eval()
     x = torch.randn(10, 1, 8, 8)
-    found = check.compare(net, lambda x: net(x) + 1, lambda: lambda image: check.net_codes(net, image), [x])
-    assert found.problem == "on 10 of 10 images its output differs from that of its graph run operator by operator"
+    found = check.compare(
+        net, lambda x: net(x) + 1, lambda: lambda image: check.net_codes(net, image), [x]
+    )
+    assert (
+        found.problem
+        == "on 10 of 10 images its output differs from that of its graph run operator by operator"
+    )
     assert (found.same_top1, found.other_logits, found.largest) == (10, 10, 0.0)
 
 
 def test_agreement_in_words():
-    text = Checked({ONNXRUNTIME: Agreement(images=256, same_top1=255, other_logits=4, largest=4.8e-6)}).to_text()
+    text = Checked({
+        ONNXRUNTIME: Agreement(images=256, same_top1=255, other_logits=4, largest=4.8e-6)
+    }).to_text()
     assert text == "onnxruntime: same class on 255 of 256 images"

@@ -29,11 +29,15 @@ def products(model, images):
     factors = []
     for node in model.graph.node:
         sources = [made_by.get(name) for name in node.input]
-        is_integer = all(source is not None and source.op_type == "DequantizeLinear" for source in sources)
+        is_integer = all(
+            source is not None and source.op_type == "DequantizeLinear" for source in sources
+        )
         if node.op_type == "MatMul" and is_integer:
             factors.append([source.input[0] for source in sources])
     names = sorted({name for pair in factors for name in pair})
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+    }
     computed = [name for name in names if name not in constants]
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
@@ -50,7 +54,10 @@ def saturated(left, right):
     left, right = left.astype(np.int32), right.astype(np.int32)
     count = 0
     for k in range(0, left.shape[-1] - 1, 2):
-        sums = left[..., :, k, None] * right[..., k, None, :] + left[..., :, k + 1, None] * right[..., k + 1, None, :]
+        sums = (
+            left[..., :, k, None] * right[..., k, None, :]
+            + left[..., :, k + 1, None] * right[..., k + 1, None, :]
+        )
         count += int(((sums > 32767) | (sums < -32768)).sum())
     return count
 

@@ -11,7 +11,11 @@ from tests.model.frozen.test_freeze import made
 
 
 def weights(recipe):
-    return {name: module for name, module in qat.freeze(made(recipe)).named_modules() if isinstance(module, FrozenWeight)}
+    return {
+        name: module
+        for name, module in qat.freeze(made(recipe)).named_modules()
+        if isinstance(module, FrozenWeight)
+    }
 
 
 STATSQ = {  # bits: type, lowest and highest stored number, are they doubled, is half a step added
@@ -35,7 +39,9 @@ def test_statsq(bits):
     torch.testing.assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("lowest", "stored"), [(4, [-3, -1, 1, 3]), (2, [-2, -1, 0, 1]), (8, [-3, -1, 1, 3])])
+@pytest.mark.parametrize(
+    ("lowest", "stored"), [(4, [-3, -1, 1, 3]), (2, [-2, -1, 0, 1]), (8, [-3, -1, 1, 3])]
+)
 def test_two_bits(lowest, stored):
     weight = weights(qat.recipe("ofq", bits=2))["blocks.0.mlp.fc2.weight_quantizer"]
     form = store_weight(weight, lowest)
@@ -67,13 +73,21 @@ def test_ranges_with_a_zero_point():
 
 def test_the_opset_follows_from_the_types():
     for bits, lowest, opset in ((2, 2, 25), (2, 4, 21), (8, 4, 13)):
-        forms = [store_weight(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
+        forms = [
+            store_weight(weight, lowest)
+            for weight in weights(qat.recipe("ofq", bits=bits)).values()
+        ]
         assert max(OPSETS[form.width] for form in forms) == opset
 
 
 @pytest.mark.parametrize(
     ("bits", "cpu", "dtype"),
-    [(8, "any", torch.uint8), (8, "fast", torch.int8), (7, "any", torch.int8), (4, "any", torch.int8)],
+    [
+        (8, "any", torch.uint8),
+        (8, "fast", torch.int8),
+        (7, "any", torch.int8),
+        (4, "any", torch.int8),
+    ],
 )
 def test_codes_that_could_saturate_are_unsigned(bits, cpu, dtype):
     weight = weights(qat.recipe("lsq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]

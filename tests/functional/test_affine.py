@@ -13,7 +13,8 @@ BITS = [2, 4, 8]
 
 
 @pytest.mark.parametrize(
-    ("bits", "signed", "expected"), [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))]
+    ("bits", "signed", "expected"),
+    [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))],
 )
 def test_code_range(bits, signed, expected):
     assert F.code_range(bits, signed=signed) == expected
@@ -55,7 +56,9 @@ def test_only_codes_outside_the_range_lose_their_gradient():
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize(("bits", "signed", "zero_point"), [(2, True, 0), (2, False, 2), (4, True, 0), (8, False, 100)])
+@pytest.mark.parametrize(
+    ("bits", "signed", "zero_point"), [(2, True, 0), (2, False, 2), (4, True, 0), (8, False, 100)]
+)
 def test_agrees_with_torch(bits, signed, zero_point):
     x, upstream = randn(400, seed=1), randn(400, seed=2)
     scale, bounds = 0.5 ** (bits - 1), F.code_range(bits, signed=signed)
@@ -63,7 +66,9 @@ def test_agrees_with_torch(bits, signed, zero_point):
     expected = torch.fake_quantize_per_tensor_affine(theirs, scale, zero_point, *bounds)
     expected.backward(upstream)
     ours = x.clone().requires_grad_()
-    out = F.fake_quantize_affine(ours, torch.tensor([scale]), torch.tensor([float(zero_point)]), *bounds, None)
+    out = F.fake_quantize_affine(
+        ours, torch.tensor([scale]), torch.tensor([float(zero_point)]), *bounds, None
+    )
     out.backward(upstream)
     assert 0 < (theirs.grad == 0).sum() < 400
     assert torch.equal(out, expected)
@@ -76,9 +81,14 @@ def test_a_scale_may_learn(axis):
     scale, zero_point = F.affine_scale(x, 2, False, axis)
     scale = (0.7 * scale).requires_grad_()
     F.fake_quantize_affine(x, scale, zero_point, 0, 3, axis).sum().backward()
-    step, zero = F.view_along(scale.detach(), 2, axis).expand(3, 5), F.view_along(zero_point, 2, axis)
+    step, zero = (
+        F.view_along(scale.detach(), 2, axis).expand(3, 5),
+        F.view_along(zero_point, 2, axis),
+    )
     code = (x / step + zero).round()
-    per_value = torch.where((code >= 0) & (code <= 3), code - zero - x / step, code.clamp(0, 3) - zero)
+    per_value = torch.where(
+        (code >= 0) & (code <= 3), code - zero - x / step, code.clamp(0, 3) - zero
+    )
     expected = per_value.sum().view(1) if axis is None else per_value.sum(1 if axis == 0 else 0)
     assert_close(scale.grad, expected)
 
@@ -88,7 +98,12 @@ def as_bits(x):
     return (x + 0.0).view(torch.int32)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([0, 1, 2, -1, None]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([2, 3, 4, 8]),
+    st.booleans(),
+    st.sampled_from([0, 1, 2, -1, None]),
+)
 @settings(max_examples=60, deadline=None)
 def test_in_place_equals_the_other_to_the_last_bit(seed, bits, signed, axis):
     x = 3 * randn(3, 4, 50, seed=seed)

@@ -8,7 +8,9 @@ from qat import functional as F
 from tests.tiny import randn
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((6, 40), 0), ((5, 3, 4, 4), 0), ((40, 6), 1), ((40, 6), -1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6, 40), 0), ((5, 3, 4, 4), 0), ((40, 6), 1), ((40, 6), -1)]
+)
 def test_every_channel_has_the_moments_of_its_weight(shape, axis):
     w = randn(*shape) + 0.3
     quantized = F.fake_quantize_affine(w, *F.affine_scale(w, 2, False, axis), 0, 3, axis)

@@ -39,7 +39,9 @@ def test_all_16_codes_of_e2m1():
     assert values[8].signbit()
     rounded = nearest_float(values, MXFP4)
     assert torch.equal(rounded, values)
-    assert torch.equal(float_place(values, MXFP4), torch.tensor([*range(8), *range(0, -8, -1)]).float())
+    assert torch.equal(
+        float_place(values, MXFP4), torch.tensor([*range(8), *range(0, -8, -1)]).float()
+    )
 
 
 def test_all_values_of_e4m3():
@@ -50,14 +52,20 @@ def test_all_values_of_e4m3():
     assert torch.equal(nearest_float(values, MXFP8)[finite], values[finite])
     assert float_place(values, MXFP8)[:127].tolist() == list(range(127))
     x = torch.cat([randn(5000) * 100, randn(5000) / 100])
-    assert torch.equal(nearest_float(x.clamp(-448, 448), MXFP8), x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert torch.equal(
+        nearest_float(x.clamp(-448, 448), MXFP8), x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    )
 
 
 @pytest.mark.parametrize(("low", "high"), list(itertools.pairwise(E2M1)))
 def test_ties_go_to_the_even_code(low, high):
     even = low if E2M1.index(low) % 2 == 0 else high
     middle = torch.tensor((low + high) / 2)
-    around = torch.stack([middle.nextafter(torch.tensor(0.0)), middle, middle.nextafter(torch.tensor(9.0))])
+    around = torch.stack([
+        middle.nextafter(torch.tensor(0.0)),
+        middle,
+        middle.nextafter(torch.tensor(9.0)),
+    ])
     assert nearest_float(around, NVFP4).tolist() == [low, even, high]
     assert nearest_float(-around, NVFP4).tolist() == [-low, -even, -high]
 
@@ -85,7 +93,11 @@ def test_two_levels_of_scales():
 def test_codes_and_scales_give_the_values_and_a_short_block_is_a_block(form, length):
     x = randn(3, length) * torch.tensor([[1e-3], [1.0], [30.0]])
     codes, factors, t = block_float_codes(x, form)
-    assert (codes.dtype, codes.shape, factors.shape) == (torch.uint8, x.shape, (3, -(-length // form.block)))
+    assert (codes.dtype, codes.shape, factors.shape) == (
+        torch.uint8,
+        x.shape,
+        (3, -(-length // form.block)),
+    )
     scales = (factors if t is None else factors * t).repeat_interleave(form.block, -1)[:, :length]
     assert torch.equal(float_values(codes, form) * scales, block_float(x, form))
     rest = length % form.block
@@ -116,7 +128,11 @@ def test_nan_and_infinity(form):
     assert block_float_codes(x, form)[1][0, 0].isnan()
     x[0, 0] = -INF
     y = block_float(x, form)
-    assert y.isnan().all() if form.two_level else y[0, 0] == -INF and not y[0, 1 : form.block].any() and y[1].eq(1).all()
+    assert (
+        y.isnan().all()
+        if form.two_level
+        else y[0, 0] == -INF and not y[0, 1 : form.block].any() and y[1].eq(1).all()
+    )
 
 
 @FORMATS
@@ -126,14 +142,19 @@ def test_the_gradient_passes_but_where_a_value_saturates(form):
     grad = randn(*x.shape)
     y.backward(grad)
     _, factors, t = block_float_codes(x.detach(), form)
-    beyond = x.detach().abs() / (factors if t is None else factors * t).repeat_interleave(form.block, -1) > form.highest
+    beyond = (
+        x.detach().abs() / (factors if t is None else factors * t).repeat_interleave(form.block, -1)
+        > form.highest
+    )
     assert 0 < beyond.sum() < 0.1 * x.numel()
     assert torch.equal(x.grad, torch.where(beyond, 0.0, grad))
 
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "small and large", "odd values", "ties", "apart in memory", "none"])
+@pytest.mark.parametrize(
+    "case", ["plain", "small and large", "odd values", "ties", "apart in memory", "none"]
+)
 def test_kernels_give_the_bits_of_the_formula(form, dtype, case):
     x = randn(6, 77)
     if case == "small and large":
@@ -180,7 +201,10 @@ def test_it_can_be_differentiated_twice_and_mapped(form):
     (first,) = torch.autograd.grad(y, x, create_graph=True)
     assert torch.autograd.grad(first.square().sum(), x)[0].any()
     x = randn(4, 3, 40)
-    assert torch.equal(torch.func.vmap(lambda one: block_float(one, form))(x), torch.stack([block_float(one, form) for one in x]))
+    assert torch.equal(
+        torch.func.vmap(lambda one: block_float(one, form))(x),
+        torch.stack([block_float(one, form) for one in x]),
+    )
 
 
 @pytest.mark.parametrize("n", [1, 6, 7])
@@ -203,7 +227,9 @@ def test_torchao_casts_to_the_same_bytes(form):
         theirs = nvfp4.NVFP4Tensor.to_nvfp4(x, per_tensor_scale=t)
         scale = factors.to(torch.float8_e4m3fn)
     else:
-        theirs = mx.MXTensor.to_mx(x, torch.float8_e4m3fn if form.bits == 8 else torch.float4_e2m1fn_x2)
+        theirs = mx.MXTensor.to_mx(
+            x, torch.float8_e4m3fn if form.bits == 8 else torch.float4_e2m1fn_x2
+        )
         scale = factors.to(torch.float8_e8m0fnu)
     qdata = pack_pairs(codes) if form.bits == 4 else codes
     assert torch.equal(theirs.qdata.view(torch.uint8), qdata)

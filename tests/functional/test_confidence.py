@@ -31,11 +31,16 @@ def test_the_definition(shape, bits):
         assert torch.equal(near, by_definition(z, boundary))
 
 
-@pytest.mark.parametrize(("boundary", "percent"), [(0.003, (0.48, 0.51, 0.52)), (0.005, (0.79, 0.86, 0.86)), (0.01, (1.55, 1.69, 1.74))])
+@pytest.mark.parametrize(
+    ("boundary", "percent"),
+    [(0.003, (0.48, 0.51, 0.52)), (0.005, (0.79, 0.86, 0.86)), (0.01, (1.55, 1.69, 1.74))],
+)
 def test_shares_of_gaussian_rows(boundary, percent):
     w = randn(1000, 1000)
     for bits, expected in zip((2, 3, 4), percent, strict=True):
-        assert 100 * F.near_threshold(w, bits, boundary).float().mean().item() == pytest.approx(expected, abs=0.03)
+        assert 100 * F.near_threshold(w, bits, boundary).float().mean().item() == pytest.approx(
+            expected, abs=0.03
+        )
 
 
 def test_only_thresholds_between_codes_that_occur():

@@ -15,7 +15,9 @@ def cross_entropy(p, logits):
 
 
 def test_soft_cross_entropy():
-    assert_close(F.soft_cross_entropy(STUDENT, TEACHER), cross_entropy(TEACHER.softmax(-1), STUDENT))
+    assert_close(
+        F.soft_cross_entropy(STUDENT, TEACHER), cross_entropy(TEACHER.softmax(-1), STUDENT)
+    )
 
 
 def test_class_head_learns_labels_and_distillation_head_the_teacher():

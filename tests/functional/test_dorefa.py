@@ -17,7 +17,12 @@ PTQ = "ptq_goldens.npz"
 def test_goldens(case):
     w, bits = golden.tensor(PTQ, "kure/in/normal"), int(case[-1])
     for name, expected in golden.below(PTQ, case).items():
-        assert_close(dorefa(w, bits, float(name.partition("/")[0].removeprefix("ratio"))), expected, rtol=0, atol=1e-6)
+        assert_close(
+            dorefa(w, bits, float(name.partition("/")[0].removeprefix("ratio"))),
+            expected,
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 def test_values_by_hand():
@@ -35,6 +40,9 @@ def test_deviates_from_reference_ratios_are_of_the_step_and_codes_are_clamped():
     assert len(dorefa(w, 2, 1.3).unique()) > 4
     quantizer = LSQ(QuantSpec("weight", "lsq", 2, axis=0))
     quantizer.scale = torch.nn.Parameter(torch.full((4,), 0.5))
-    finer, coarser = (requantized(quantizer, w, resize=resize).unique() for resize in (lambda step: step / 2, lambda step: 2 * step))
+    finer, coarser = (
+        requantized(quantizer, w, resize=resize).unique()
+        for resize in (lambda step: step / 2, lambda step: 2 * step)
+    )
     assert finer.tolist() == [-0.5, -0.25, 0.0, 0.25]
     assert coarser.tolist() == [-2.0, -1.0, 0.0, 1.0]

@@ -33,7 +33,10 @@ def start():
     return evolution.initial_population(SCALES, SCALES.square().sum().item())
 
 
-@pytest.mark.parametrize(("loss", "order"), [(0.5, [9, 0, 1]), (1.5, [0, 9, 1]), (2.0, [0, 1, 9]), (4.0, [0, 1, 2]), (5.0, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("loss", "order"),
+    [(0.5, [9, 0, 1]), (1.5, [0, 9, 1]), (2.0, [0, 1, 9]), (4.0, [0, 1, 2]), (5.0, [0, 1, 2])],
+)
 def test_insertion(loss, order):
     after = evolution.insert(population(1.0, 2.0, 4.0), torch.full((2,), 9.0), loss)
     assert names(after) == order
@@ -63,4 +66,7 @@ def test_draws_are_functions_of_seed_and_place():
     assert torch.equal(drawn.noise, again.noise)
     assert torch.equal(drawn.members, again.members)
     others = [(2, (2, 3, 4)), (1, (3, 3, 4)), (1, (2, 4, 4)), (1, (2, 3, 5)), (1, (3, 2, 4))]
-    assert all(not torch.equal(evolution.draw(seed, place, 50, 0.1).noise, drawn.noise) for seed, place in others)
+    assert all(
+        not torch.equal(evolution.draw(seed, place, 50, 0.1).noise, drawn.noise)
+        for seed, place in others
+    )

@@ -35,7 +35,17 @@ def test_statsq(case):
 
 
 def lsq_axis(case: str) -> int | None:
-    axes = {"token3d": 1, "token4d": 2, "softmax4d": 2, "channel3d": 2, "2d": 0, "tensor": None, "weight2d": 0, "conv4d": 0, "image": 1}
+    axes = {
+        "token3d": 1,
+        "token4d": 2,
+        "softmax4d": 2,
+        "channel3d": 2,
+        "2d": 0,
+        "tensor": None,
+        "weight2d": 0,
+        "conv4d": 0,
+        "image": 1,
+    }
     return axes[case.split("_")[1]]
 
 
@@ -77,7 +87,11 @@ def test_qkr_product(case):
 @golden.parametrize(OFQ, r"kd_loss_.*")
 def test_distillation_loss(case):
     single = golden.has(OFQ, f"{case}/student")
-    names = ("student", "student", "teacher") if single else ("student_cls", "student_dist", "teacher_cls")
+    names = (
+        ("student", "student", "teacher")
+        if single
+        else ("student_cls", "student_dist", "teacher_cls")
+    )
     inputs = {name: ofq(case, name).requires_grad_() for name in set(names)}
     loss = F.distillation_loss(*(inputs[name] for name in names), ofq(case, "target"))
     assert_close(loss.detach(), ofq(case, "loss"), **FORWARD)
@@ -93,7 +107,9 @@ def test_learning_rate_per_epoch(case):
     warmup = 5 if math.isclose(expected[0].item(), 1e-6, rel_tol=1e-3) else 0
     peak = 1e-6 + warmup * (expected[1].item() - 1e-6) if warmup else expected[0].item()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    schedule = cosine_schedule(optimizer, periods=300, warmup=warmup, min_lr=1e-5, warmup_lr=1e-6, interval="epoch")
+    schedule = cosine_schedule(
+        optimizer, periods=300, warmup=warmup, min_lr=1e-5, warmup_lr=1e-6, interval="epoch"
+    )
     got = []
     for epoch in range(len(expected)):
         schedule.step(epoch)

@@ -43,18 +43,26 @@ def test_one_layer(case):
             target = float(key.removeprefix("loss_t"))
             loss, grad = with_gradient(w, lambda t, target=target: kure_loss([t], target))
             assert_close(loss, golden.scalar(PTQ, f"{case}/{key}"), **FORWARD)
-            assert_close(grad, golden.tensor(PTQ, f"{case}/grad_t{key.removeprefix('loss_t')}"), **GRADIENT)
+            assert_close(
+                grad, golden.tensor(PTQ, f"{case}/grad_t{key.removeprefix('loss_t')}"), **GRADIENT
+            )
 
 
 @golden.parametrize(PTQ, "kure/multi")
 def test_several_layers(case):
-    weights = [golden.tensor(PTQ, f"kure/in/{name}") for name in ("normal", "uniform", "laplace", "conv")]
+    weights = [
+        golden.tensor(PTQ, f"kure/in/{name}") for name in ("normal", "uniform", "laplace", "conv")
+    ]
     expected = golden.below(PTQ, case)
     if "per_layer" in expected:
         per_layer = torch.stack([kure_loss([w]) for w in weights])
         assert_close(per_layer, expected["per_layer"], **FORWARD)
     for reduction in expected.keys() & {"mean", "sum", "max"}:
-        assert_close(kure_loss(weights, reduction=reduction), golden.scalar(PTQ, f"{case}/{reduction}"), **FORWARD)
+        assert_close(
+            kure_loss(weights, reduction=reduction),
+            golden.scalar(PTQ, f"{case}/{reduction}"),
+            **FORWARD,
+        )
 
 
 @pytest.mark.parametrize(
@@ -62,11 +70,16 @@ def test_several_layers(case):
     [
         ([-1, 1], 1 / 4),
         ([-1, -1, 1, 1], 9 / 16),
-        (torch.linspace(-1, 1, 1001).tolist(), 0.6 * (3 * 1001**2 - 7) / (1001**2 - 1) * (1000 / 1001) ** 2),
+        (
+            torch.linspace(-1, 1, 1001).tolist(),
+            0.6 * (3 * 1001**2 - 7) / (1001**2 - 1) * (1000 / 1001) ** 2,
+        ),
     ],
 )
 def test_exact_values(values, expected):
-    assert kurtosis(torch.tensor(values, dtype=torch.float32)).item() == pytest.approx(expected, rel=1e-6)
+    assert kurtosis(torch.tensor(values, dtype=torch.float32)).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e5])
@@ -81,11 +94,23 @@ def test_far_from_zero_tiny_or_huge_weights_lose_no_digits(offset, scale):
 
 def test_the_gradient_of_every_tensor_of_several():
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((3, 4), (2, 2, 3), (7,))]
+    weights = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((3, 4), (2, 2, 3), (7,))
+    ]
     assert torch.autograd.gradcheck(lambda *t: kurtoses(t), weights)
 
 
-@pytest.mark.parametrize("w", [torch.zeros(4, 3), torch.full((1000,), 0.1), torch.full((7,), 1e-45), torch.ones(1), torch.tensor(3.0)])
+@pytest.mark.parametrize(
+    "w",
+    [
+        torch.zeros(4, 3),
+        torch.full((1000,), 0.1),
+        torch.full((7,), 1e-45),
+        torch.ones(1),
+        torch.tensor(3.0),
+    ],
+)
 def test_a_constant_tensor_has_neither_nan_nor_a_gradient(w):
     value, grad = with_gradient(w)
     assert value == 0

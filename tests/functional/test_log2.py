@@ -15,7 +15,10 @@ def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("x", "code", "value"), [(0.8, 0, 1.0), (0.7, 1, 0.5), (3.0, 0, 1.0), (0.26, 2, 0.25), (0.089, 3, 0.125)])
+@pytest.mark.parametrize(
+    ("x", "code", "value"),
+    [(0.8, 0, 1.0), (0.7, 1, 0.5), (3.0, 0, 1.0), (0.26, 2, 0.25), (0.089, 3, 0.125)],
+)
 def test_by_hand(x, code, value):
     assert F.log2_codes(torch.tensor(x), 2) == code
     assert F.fake_quantize_log2(torch.tensor(x), 2) == value
@@ -34,7 +37,9 @@ def test_deviates_from_reference_zero_of_log2(bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_small_values_become_zero_not_the_smallest_power(bits):
-    x = torch.exp2(-torch.tensor([2.0**bits - 1, 2.0**bits - 0.51, 2.0**bits - 0.49, 2.0**bits + 3]))
+    x = torch.exp2(
+        -torch.tensor([2.0**bits - 1, 2.0**bits - 0.51, 2.0**bits - 0.49, 2.0**bits + 3])
+    )
     least = 2.0 ** -(2**bits - 1)
     assert F.fake_quantize_log2(x, bits).tolist() == [least, least, 0, 0]
     assert F.log2_codes(x, bits).tolist() == [2**bits - 1] * 4

@@ -49,18 +49,27 @@ def gradients(function, x, scale, upstream):
 def test_agrees_with_autograd(shape, axis, qmin, qmax):
     x, scale = case(shape, axis)
     upstream = randn(*shape, seed=2)
-    out, grad_x, grad_scale = gradients(lambda x, s: F.lsq(x, s, qmin, qmax, axis), x, scale, upstream)
-    expected, expected_x, expected_scale = gradients(lambda x, s: naive(x, s, qmin, qmax, axis), x, scale, upstream)
+    out, grad_x, grad_scale = gradients(
+        lambda x, s: F.lsq(x, s, qmin, qmax, axis), x, scale, upstream
+    )
+    expected, expected_x, expected_scale = gradients(
+        lambda x, s: naive(x, s, qmin, qmax, axis), x, scale, upstream
+    )
     assert torch.equal(out, expected)
     assert_close(grad_x, expected_x, rtol=1e-6, atol=1e-6)
-    assert_close(grad_scale, expected_scale / math.sqrt(qmax * n_per_scale(x, axis)), rtol=1e-6, atol=1e-6)
+    assert_close(
+        grad_scale, expected_scale / math.sqrt(qmax * n_per_scale(x, axis)), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("qmin", "qmax"), RANGES)
 def test_deviates_from_reference_closed_range_has_a_gradient(qmin, qmax):
     bounds = torch.tensor([float(qmin), float(qmax)])
     outside = torch.nextafter(bounds, torch.tensor([-math.inf, math.inf]))
-    x = torch.cat([bounds, outside if qmin else torch.stack([torch.tensor(-1e-6), outside[1]])]).requires_grad_()
+    x = torch.cat([
+        bounds,
+        outside if qmin else torch.stack([torch.tensor(-1e-6), outside[1]]),
+    ]).requires_grad_()
     F.lsq(x, torch.ones(1), qmin, qmax, None).sum().backward()
     assert x.grad.tolist() == [1, 1, 0, 0]
 
@@ -93,13 +102,17 @@ def test_nan_scale_gives_nan():
 def test_backward_keeps_input_and_scale_only():
     kept = []
     x, scale = (t.requires_grad_() for t in case((4, 16, 32), 1))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.nbytes) or t, lambda t: t
+    ):
         F.lsq(x, scale, -2, 1, 1)
     assert sorted(kept) == sorted([x.nbytes, scale.nbytes])
 
 
 @pytest.mark.parametrize(("shape", "axis"), CASES)
-@pytest.mark.parametrize(("qmin", "qmax", "factor"), [(-2, 1, 2), (-8, 7, 2), (0, 3, 4), (0, 255, 4)])
+@pytest.mark.parametrize(
+    ("qmin", "qmax", "factor"), [(-2, 1, 2), (-8, 7, 2), (0, 3, 4), (0, 255, 4)]
+)
 def test_first_step(shape, axis, qmin, qmax, factor):
     x, _ = case(shape, axis)
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
@@ -116,13 +129,19 @@ def squared_error(rows, steps, qmin, qmax):
 @pytest.mark.parametrize(("qmin", "qmax"), [(-2, 1), (-8, 7), (0, 3), (-128, 127)])
 def test_first_step_of_least_squared_error(shape, axis, qmin, qmax):
     x, _ = case(shape, axis)
-    x = x.repeat(*[20 if i == x.ndim - 1 else 1 for i in range(x.ndim)]) if axis not in {-1, x.ndim - 1} else x
+    x = (
+        x.repeat(*[20 if i == x.ndim - 1 else 1 for i in range(x.ndim)])
+        if axis not in {-1, x.ndim - 1}
+        else x
+    )
     x = randn(x.shape, seed=1).exp() * x
     x = x if qmin else x.abs()
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
     found = F.mse_init_scale(x, qmin, qmax, axis)
     start = F.lsq_init_scale(x, qmin, qmax, axis)
-    candidates = torch.stack([squared_error(rows, start * 2 ** (i / 8), qmin, qmax) for i in range(-24, 33)])
+    candidates = torch.stack([
+        squared_error(rows, start * 2 ** (i / 8), qmin, qmax) for i in range(-24, 33)
+    ])
     assert_close(squared_error(rows, found, qmin, qmax), candidates.amin(0), rtol=1e-4, atol=0)
 
 

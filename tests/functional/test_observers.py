@@ -48,7 +48,9 @@ def test_a_nan_in_any_batch_stays(method, bad):
 @pytest.mark.parametrize("signed", [True, False])
 def test_one_batch_is_affine_scale(method, signed):
     x = BATCHES[0]
-    found = F.affine_from_state(F.observe(None, x, -1, method), x, 4, signed=signed, axis=-1, method=method)
+    found = F.affine_from_state(
+        F.observe(None, x, -1, method), x, 4, signed=signed, axis=-1, method=method
+    )
     assert_close(found, F.affine_scale(x, 4, signed, -1, method), rtol=0, atol=0)
     assert all(t.shape == (6,) and t.dtype == torch.float32 for t in found)
 
@@ -60,4 +62,9 @@ def test_quantile_of_long_rows(q, monkeypatch):
     # torch.quantile has ranks in float32, 1e-4 of the way to the next value; ours are in float64.
     for longest, tolerance in ((observers.LONGEST_ROW, 1e-4), (1000, 1e-6)):
         monkeypatch.setattr(observers, "LONGEST_ROW", longest)
-        assert_close(observers.quantiles(rows, q, 0.5)[0].double(), torch.from_numpy(expected), rtol=tolerance, atol=1e-6)
+        assert_close(
+            observers.quantiles(rows, q, 0.5)[0].double(),
+            torch.from_numpy(expected),
+            rtol=tolerance,
+            atol=1e-6,
+        )

@@ -30,7 +30,11 @@ def track(rows, momentum=0.25):
 )
 def test_sequences(codes, flips, direction, frequency):
     state = track(codes)
-    assert (state.flips.item(), state.direction.item(), state.frequency.item()) == (flips, direction, frequency)
+    assert (state.flips.item(), state.direction.item(), state.frequency.item()) == (
+        flips,
+        direction,
+        frequency,
+    )
     assert state.codes.item() == codes[-1]
     assert {t.dtype for t in state} == {torch.float32}
 
@@ -66,6 +70,8 @@ def test_a_threshold_of_zero_freezes_nothing():
     assert (out, state) == ([0, 1, 0, 1], None)
 
 
-@pytest.mark.parametrize(("progress", "value"), [(0, 2.0), (0.5, 1.25), (1, 0.5), (1.5, 0.5), (1 / 3, 1.625)])
+@pytest.mark.parametrize(
+    ("progress", "value"), [(0, 2.0), (0.5, 1.25), (1, 0.5), (1.5, 0.5), (1 / 3, 1.625)]
+)
 def test_cosine(progress, value):
     assert cosine_between(2.0, 0.5, progress) == pytest.approx(value)

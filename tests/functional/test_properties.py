@@ -25,7 +25,10 @@ def values(shape, seed, low=None):
     if kind == 0:
         x = torch.tensor(EDGES)[torch.randint(len(EDGES), shape, generator=generator)]
     elif kind == 1:
-        x = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 7, (), generator=generator).item()
+        x = (
+            torch.randn(shape, generator=generator)
+            * 10.0 ** torch.randint(-6, 7, (), generator=generator).item()
+        )
     elif kind == 2:
         x = torch.full(shape, EDGES[seed // 4 % len(EDGES)])
     else:
@@ -34,7 +37,9 @@ def values(shape, seed, low=None):
 
 
 tensors = st.builds(values, SHAPES, st.integers(0, 2**31))
-plain_tensors = st.builds(lambda shape, seed: values(shape, 4 * seed + 1), SHAPES, st.integers(0, 2**20))
+plain_tensors = st.builds(
+    lambda shape, seed: values(shape, 4 * seed + 1), SHAPES, st.integers(0, 2**20)
+)
 probabilities = st.builds(functools.partial(values, low=0.0), SHAPES, st.integers(0, 2**31))
 
 
@@ -46,7 +51,9 @@ def steps(x, axis, seed):
 
 def zeros(scale, bits, seed):
     """A zero point for each step."""
-    return torch.randint(0, 2**bits, scale.shape, generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(
+        0, 2**bits, scale.shape, generator=torch.Generator().manual_seed(seed)
+    ).float()
 
 
 def axes(x):
@@ -85,7 +92,9 @@ class OfAffine(OfLsq):
         return F.affine_codes(x, self.scale, self.zero, *self.bounds, self.axis)
 
     def decode(self, codes, ndim):
-        return (codes.float() - F.view_along(self.zero, ndim, self.axis)) * F.view_along(self.scale, ndim, self.axis)
+        return (codes.float() - F.view_along(self.zero, ndim, self.axis)) * F.view_along(
+            self.scale, ndim, self.axis
+        )
 
 
 class OfStatsQ(OfLsq):
@@ -103,7 +112,9 @@ class OfStatsQ(OfLsq):
         return F.statsq_codes_with_scale(x, F.view_along(self.scale, x.ndim, self.axis), self.bits)
 
     def decode(self, codes, ndim):
-        return (codes.float() + 0.5) / 2 ** (self.bits - 1) * F.view_along(self.scale, ndim, self.axis)
+        return (
+            (codes.float() + 0.5) / 2 ** (self.bits - 1) * F.view_along(self.scale, ndim, self.axis)
+        )
 
 
 GRIDS = {"lsq": OfLsq, "affine": OfAffine, "statsq": OfStatsQ}
@@ -113,7 +124,9 @@ grids = pytest.mark.parametrize("grid", GRIDS)
 def drawn(data, grid, inputs=tensors):
     """An input, and a quantizer of its shape."""
     x = data.draw(inputs)
-    return x, GRIDS[grid](x, data.draw(st.sampled_from(axes(x))), data.draw(BITS), data.draw(st.integers(0, 2**20)))
+    return x, GRIDS[grid](
+        x, data.draw(st.sampled_from(axes(x))), data.draw(BITS), data.draw(st.integers(0, 2**20))
+    )
 
 
 @grids
@@ -144,7 +157,9 @@ def test_quantizing_twice_changes_nothing(grid, data):
 @EXAMPLES
 def test_a_larger_value_never_gets_a_smaller_code(grid, data):
     x = data.draw(tensors).flatten().sort().values.unsqueeze(0)
-    quantizer = GRIDS[grid](x, data.draw(st.sampled_from([None, 0])), data.draw(BITS), data.draw(st.integers(0, 2**20)))
+    quantizer = GRIDS[grid](
+        x, data.draw(st.sampled_from([None, 0])), data.draw(BITS), data.draw(st.integers(0, 2**20))
+    )
     assert (quantizer.codes(x).int().diff() >= 0).all()
     assert (quantizer(x).diff() >= 0).all()
 

@@ -39,11 +39,15 @@ def test_observer(case):
     state = None
     for batch in batches:
         state = F.observe(state, batch, axis, method)
-    scale, zero_point = F.affine_from_state(state, batches[-1], bits, signed=signed, axis=axis, method=method)
+    scale, zero_point = F.affine_from_state(
+        state, batches[-1], bits, signed=signed, axis=axis, method=method
+    )
     assert_close(scale, flat(f"{case}/scale"), **EXACT)
     assert torch.equal(zero_point, flat(f"{case}/zero_point").expand_as(zero_point))
     if len(batches) == 1 and method != "ema":
-        assert_close(F.affine_scale(x, bits, signed, axis, method), (scale, zero_point), rtol=0, atol=0)
+        assert_close(
+            F.affine_scale(x, bits, signed, axis, method), (scale, zero_point), rtol=0, atol=0
+        )
 
 
 def fake_quantized(x, prefix, kind, scale):
@@ -75,11 +79,20 @@ def test_perturbed_weight(case):
     assert torch.equal(zero_point, flat(f"{case}/zero_point"))
     noise = torch.from_numpy(np.random.RandomState(7).uniform(-1e-3, 1e-3, len(scale0)))
     scale1 = golden.tensor(PTQ, f"{case}/scale1").reshape(-1)
-    assert_close(evolution.mutate(flat(f"{case}/scale0").double(), noise), scale1.double(), rtol=1e-12, atol=0)
+    assert_close(
+        evolution.mutate(flat(f"{case}/scale0").double(), noise),
+        scale1.double(),
+        rtol=1e-12,
+        atol=0,
+    )
     codes, values = fake_quantized(w, case, "uint4", scale1.float())
     assert torch.equal(codes, golden.tensor(PTQ, f"{case}/int").float())
     assert_close(values, golden.tensor(PTQ, f"{case}/dequant").float(), **EXACT)
-    assert_close(F.correct_mean_and_std(values, w), golden.tensor(PTQ, f"{case}/dequant_bcorr").float(), **EXACT)
+    assert_close(
+        F.correct_mean_and_std(values, w),
+        golden.tensor(PTQ, f"{case}/dequant_bcorr").float(),
+        **EXACT,
+    )
 
 
 @golden.parametrize(PTQ, r"log2/uint\d")
@@ -87,7 +100,10 @@ def test_fake_quantize_log2(case):
     bits = int(case[-1])
     x, codes, values = load("log2/in", f"{case}/int", f"{case}/dequant")
     zero = x == 0  # the reference gives NaN there
-    expected_codes, expected = torch.where(zero, 2.0**bits - 1, codes), torch.where(zero, 0.0, values)
+    expected_codes, expected = (
+        torch.where(zero, 2.0**bits - 1, codes),
+        torch.where(zero, 0.0, values),
+    )
     assert torch.equal(F.log2_codes(x, bits).float(), expected_codes)
     assert torch.equal(F.fake_quantize_log2(x, bits), expected)
 
@@ -100,7 +116,9 @@ def test_log_int_softmax(case):
 
 @golden.parametrize(PTQ, "intln")
 def test_integer_layer_norm(case):
-    x, in_scale, out_scale, weight, bias = load(*(f"{case}/{key}" for key in ("in", "in_scale", "out_scale", "weight", "bias")))
+    x, in_scale, out_scale, weight, bias = load(
+        *(f"{case}/{key}" for key in ("in", "in_scale", "out_scale", "weight", "bias"))
+    )
     out = F.integer_layer_norm(x, in_scale, out_scale, weight, bias)
     assert_close(out, golden.tensor(PTQ, f"{case}/out_int"), **EXACT)
     float_norm = torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, 1e-6)
@@ -124,7 +142,10 @@ def test_info_nce(case):
 @golden.parametrize(PTQ, r"evo/synth_.*")
 def test_evolution(case):
     s0, target, expected_scales, expected_losses, tournaments = load(
-        *(f"{case}/{key}" for key in ("s0", "target", "eval_scales", "eval_losses", "tournament_losses"))
+        *(
+            f"{case}/{key}"
+            for key in ("s0", "target", "eval_scales", "eval_losses", "tournament_losses")
+        )
     )
     radius = evolution.noise_radius(int(case.split("_b")[1].split("_")[0]))
     # The reference draws from these two generators, in this order.
@@ -132,13 +153,17 @@ def test_evolution(case):
     incumbent = s0.double()
     assert_close(incumbent, expected_scales[0], rtol=0, atol=0)
     population = evolution.initial_population(s0, expected_losses[0].item())
-    for cycle, (scales, loss) in enumerate(zip(expected_scales[1:], expected_losses[1:], strict=True)):
+    for cycle, (scales, loss) in enumerate(
+        zip(expected_scales[1:], expected_losses[1:], strict=True)
+    ):
         members = torch.tensor(choices.choices(range(15), k=10))
         assert torch.equal(population.losses[members], tournaments[cycle])
         noise = torch.from_numpy(uniform.uniform(-radius, radius, len(s0)))
         child = evolution.evolved_child(population, evolution.Draw(members, noise))
         assert_close(child, scales, rtol=1e-12, atol=0)
-        assert 1e6 * (child - target.double()).square().sum().item() == pytest.approx(loss.item(), rel=1e-9)
+        assert 1e6 * (child - target.double()).square().sum().item() == pytest.approx(
+            loss.item(), rel=1e-9
+        )
         population = evolution.insert(population, child, loss.item())
         assert len(population.losses) == 15
     scales, loss = evolution.best(population)

@@ -28,7 +28,9 @@ def test_scores_through_the_fold(wq, wk):
     x, y = randn(5, WIDTH, seed=2), randn(7, WIDTH, seed=3)
     folded = F.fold_qk(wq, wk, HEADS).unflatten(0, (HEADS, WIDTH))
     for h in range(HEADS):
-        assert_close(x @ folded[h] @ y.T, (x @ head(wq, h).T) @ (y @ head(wk, h).T).T, rtol=1e-5, atol=1e-5)
+        assert_close(
+            x @ folded[h] @ y.T, (x @ head(wq, h).T) @ (y @ head(wk, h).T).T, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_fold_q_bias_is_the_score_of_the_bias(wq, wk):
@@ -41,7 +43,9 @@ def test_fold_q_bias_is_the_score_of_the_bias(wq, wk):
 
 
 def test_rows_have_to_divide_into_heads(wq, wk):
-    with pytest.raises(qat.UsageError, match=r"num_heads=5: wq \(12, 10\) and wk \(12, 10\) must agree and divide"):
+    with pytest.raises(
+        qat.UsageError, match=r"num_heads=5: wq \(12, 10\) and wk \(12, 10\) must agree and divide"
+    ):
         F.fold_qk(wq, wk, 5)
     with pytest.raises(qat.UsageError, match=r"wk \(9, 10\)"):
         F.fold_qk(wq, wk[:9], 3)

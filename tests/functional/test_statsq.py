@@ -16,7 +16,13 @@ def drawn(rows, columns, seed, magnitude):
     return randn(rows, columns, seed=seed) * magnitude
 
 
-weights = st.builds(drawn, st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-6, 1.0, 1e6]))
+weights = st.builds(
+    drawn,
+    st.integers(1, 5),
+    st.integers(1, 33),
+    st.integers(0, 2**31),
+    st.sampled_from([1e-20, 1e-6, 1.0, 1e6]),
+)
 
 
 def test_two_bits_by_hand():
@@ -31,7 +37,9 @@ def test_two_bits_by_hand():
 def test_every_value_is_the_level_nearest_to_it(bits):
     w = randn(3, 50)
     n = 2 ** (bits - 1)
-    levels = (F.statsq_scale(w).unsqueeze(-1) * (torch.arange(-n, n) + 0.5) / n).expand(3, 50, 2 * n)
+    levels = (F.statsq_scale(w).unsqueeze(-1) * (torch.arange(-n, n) + 0.5) / n).expand(
+        3, 50, 2 * n
+    )
     nearest = (w.unsqueeze(-1) - levels).abs().argmin(-1, keepdim=True)
     assert_close(F.statsq(w, bits), levels.gather(-1, nearest).squeeze(-1))
 

@@ -24,11 +24,19 @@ def test_sums_and_means_along_any_axis(axis):
     assert_close(sum_along(x, axis), x.sum(others))
     assert_close(F.mean_abs(x, axis), x.abs().mean(others))
     assert group_size(x, axis) == 120 // x.shape[axis]
-    assert F.view_along(F.mean_abs(x, axis), 4, axis).shape == tuple(1 if d in others else x.shape[d] for d in range(4))
+    assert F.view_along(F.mean_abs(x, axis), 4, axis).shape == tuple(
+        1 if d in others else x.shape[d] for d in range(4)
+    )
 
 
 @pytest.mark.parametrize(
-    ("bounds", "dtype"), [((-128, 127), torch.int8), ((0, 127), torch.int8), ((0, 255), torch.int16), ((0, 65535), torch.int32)]
+    ("bounds", "dtype"),
+    [
+        ((-128, 127), torch.int8),
+        ((0, 127), torch.int8),
+        ((0, 255), torch.int16),
+        ((0, 65535), torch.int32),
+    ],
 )
 def test_smallest_dtype_that_holds_the_codes(bounds, dtype):
     assert code_dtype(*bounds) == dtype

@@ -22,8 +22,17 @@ def main() -> int:
     import pytest
 
     # The configuration above this folder asks for plugins, its fixtures for Hydra.
-    alone = ["-c", os.devnull, f"--rootdir={HERE.parents[1]}", f"--confcutdir={HERE}", "-p", "no:cacheprovider"]
-    sys.stdout.write(f"torch {torch.__version__}, {torch.cuda.get_device_name() if has_device else 'no CUDA device'}\n")
+    alone = [
+        "-c",
+        os.devnull,
+        f"--rootdir={HERE.parents[1]}",
+        f"--confcutdir={HERE}",
+        "-p",
+        "no:cacheprovider",
+    ]
+    sys.stdout.write(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if has_device else 'no CUDA device'}\n"
+    )
     sys.stdout.flush()
     return pytest.main([*alone, "-q", "-W", "ignore", str(HERE), *sys.argv[1:]])
 

@@ -48,7 +48,9 @@ def _multiplies(monkeypatch):
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def of_numbers(self, a, b, *rest):
-        wide = (self.create_fp_ext(x, float32) if str(x.dtype.scalar) == "bf16" else x for x in (a, b))
+        wide = (
+            self.create_fp_ext(x, float32) if str(x.dtype.scalar) == "bf16" else x for x in (a, b)
+        )
         return multiply(self, *wide, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", of_numbers)
@@ -110,17 +112,33 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item):
     report = (yield).get_result()
     used = item.funcargs if hasattr(item, "funcargs") else {}
-    report.where = "Triton's interpreter" if used.get("kernels_on") == "cpu" else "CPU" if not torch.cuda.is_available() else "device"
+    report.where = (
+        "Triton's interpreter"
+        if used.get("kernels_on") == "cpu"
+        else "CPU"
+        if not torch.cuda.is_available()
+        else "device"
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
     """One line: how many tests ran where, and why others did not."""
     stats = terminalreporter.stats
-    of_here = [report for kind in ("passed", "failed") for report in stats.get(kind, ()) if "tests/gpu/" in report.nodeid]
+    of_here = [
+        report
+        for kind in ("passed", "failed")
+        for report in stats.get(kind, ())
+        if "tests/gpu/" in report.nodeid
+    ]
     ran = collections.Counter(report.where for report in of_here if hasattr(report, "where"))
     skipped = [report for report in stats.get("skipped", ()) if "tests/gpu/" in report.nodeid]
-    why = collections.Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    why = collections.Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped
+    )
     if ran or why:
-        done = ", ".join(f"{count} {'in' if 'interpreter' in place else 'on the'} {place}" for place, count in ran.items())
+        done = ", ".join(
+            f"{count} {'in' if 'interpreter' in place else 'on the'} {place}"
+            for place, count in ran.items()
+        )
         left = "; ".join(f"{count}: {reason}" for reason, count in why.items())
         terminalreporter.write_line(f"tests/gpu: ran {done or 'none'}; not run {left or 'none'}")

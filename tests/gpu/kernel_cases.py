@@ -39,13 +39,17 @@ FORMS = {
 
 def same(a, b):
     """The same bits, every NaN alike; the second rounded to the dtype of the first."""
-    a, b = (torch.where(x.isnan(), 7e7, x).view(torch.int32) for x in (a.float(), b.to(a.dtype).float()))
+    a, b = (
+        torch.where(x.isnan(), 7e7, x).view(torch.int32) for x in (a.float(), b.to(a.dtype).float())
+    )
     return torch.equal(a, b)
 
 
 def near(ours, expected, magnitude):
     """Within 1e-6 of the magnitudes that were added up."""
-    return ours.shape == expected.shape and bool(((ours - expected).abs() <= 1e-6 * magnitude).all())
+    return ours.shape == expected.shape and bool(
+        ((ours - expected).abs() <= 1e-6 * magnitude).all()
+    )
 
 
 def values(step, shape, low, high, half=False):
@@ -62,9 +66,13 @@ def case(shape, axis, n_offsets, bounds):
     """Input, scale, offsets before and after, grid. Steps are powers of two, so that halfway is exact, others, and one too small."""
     low, high, *half = bounds
     grid = CodeRange(low, high, axis, bool(half))
-    scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[: 1 if axis is None else shape[axis]]
+    scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[
+        : 1 if axis is None else shape[axis]
+    ]
     x = values(step_of(scale, len(shape), axis), shape, *bounds)
-    before, after = (torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2))
+    before, after = (
+        torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2)
+    )
     return x, scale, before, after, grid
 
 
@@ -72,12 +80,23 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, d
     """Names of the results of both passes that differ; what they give is in `dtype`."""
     grad = torch.randn(x.shape) if grad is None else grad
     shape = None if after is None else after.shape
-    expected, sizes = (reference.lsq_backward(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
+    expected, sizes = (
+        reference.lsq_backward(g, x, scale, before, grid, sign=sign, after_shape=shape)
+        for g in (grad, grad.abs())
+    )
     furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
-    is_right = {"forward": same(calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y)}
-    found = calls.gpu_backward(grad, x, scale, before, grid, sign=sign, dequantized=dtype, after=after, out=out)
-    is_right["dtype"] = found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
+    is_right = {
+        "forward": same(
+            calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y
+        )
+    }
+    found = calls.gpu_backward(
+        grad, x, scale, before, grid, sign=sign, dequantized=dtype, after=after, out=out
+    )
+    is_right["dtype"] = (
+        found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
+    )
     is_right["levels"] = same(found.dequantized, expected_y)
     is_right["out"] = out is None or found.x is out
     is_right["x"] = same(found.x, expected.x)
@@ -92,7 +111,11 @@ def without_a_number(shape, axis, n_offsets, bounds):
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     scale[-1], x[0, 0] = torch.nan, torch.nan
     found = calls.gpu_forward(x, scale, before, after, grid)
-    return [] if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any() else ["forward"]
+    return (
+        []
+        if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any()
+        else ["forward"]
+    )
 
 
 def probs(shape, axis, dtype=torch.float32, hidden=0):
@@ -105,10 +128,20 @@ def probs(shape, axis, dtype=torch.float32, hidden=0):
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
     how = {"made": SCORES, "dequantized": torch.float32}
     ours = calls.gpu_backward(grad, scores, scale, None, grid, out=torch.empty_like(grad), **how)
-    right = [near(ours.x, expected, size + size.sum(-1, keepdim=True) * p), near(ours.scale, of_scale, furthest)]
+    right = [
+        near(ours.x, expected, size + size.sum(-1, keepdim=True) * p),
+        near(ours.scale, of_scale, furthest),
+    ]
     levels = calls.gpu_backward(grad, scores, scale, None, grid, out=grad, **how).dequantized
-    right += [torch.equal(grad, ours.x), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
-    return [name for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True) if not fine]
+    right += [
+        torch.equal(grad, ours.x),
+        same(levels, reference.lsq_forward(p, scale, None, None, grid)),
+    ]
+    return [
+        name
+        for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True)
+        if not fine
+    ]
 
 
 def statsq(shape, axis, bits, dtype=torch.float32):
@@ -121,7 +154,10 @@ def statsq(shape, axis, bits, dtype=torch.float32):
     scale.select(axis, 1).fill_(torch.nan)
     w = torch.where(torch.rand(shape) < 0.5, w, torch.randn(shape)).to(dtype)
     expected = reference.statsq_forward(w, scale, bits)
-    found = {d: gpu.statsq_forward(w, scale, bits, d) for d in (torch.float32, torch.bfloat16, torch.float16)}
+    found = {
+        d: gpu.statsq_forward(w, scale, bits, d)
+        for d in (torch.float32, torch.bfloat16, torch.float16)
+    }
     return [str(d) for d, ours in found.items() if ours.dtype != d or not same(ours, expected)]
 
 
@@ -152,7 +188,9 @@ def steps(n):
 def apart(shape, axis, n_offsets, bounds):
     """The middle third of something, as queries, keys and values are; so are its gradient and what takes that of the input."""
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
-    mine, grad = (torch.full((*shape[:-1], 3 * shape[-1]), torch.nan).chunk(3, -1)[1] for _ in range(2))
+    mine, grad = (
+        torch.full((*shape[:-1], 3 * shape[-1]), torch.nan).chunk(3, -1)[1] for _ in range(2)
+    )
     wrong = differences(mine.copy_(x), scale, before, after, grid, grad=grad.normal_(), out=mine)
     return wrong + differences(x, scale, before, after, grid, grad=torch.ones(1).expand(shape))
 
@@ -161,7 +199,11 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
     """Gradients of what was made into the input of a quantizer, against LayerNorm's or GELU's own backward pass of the reference's."""
     _, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    norm = (torch.rand(shape[-1:]).to(dtype), torch.randn(shape[-1:]).to(dtype)) if made.kind == "norm" else (None, None)
+    norm = (
+        (torch.rand(shape[-1:]).to(dtype), torch.randn(shape[-1:]).to(dtype))
+        if made.kind == "norm"
+        else (None, None)
+    )
     out, ours = torch.empty_like(x), torch.empty_like(x)
     how = {"dequantized": torch.float32, "after": after, "norm": norm, "made": made}
     with mock.patch.object(operators, "_on", return_value=None):
@@ -171,7 +213,10 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
     near_enough = 1e-5 if dtype == torch.float32 else 1e-2
     pairs = zip(found._fields, found, expected, strict=True)
     return [
-        name for name, a, b in pairs if (a is None) != (b is None) or (a is not None and (a - b).norm() > near_enough * b.float().norm())
+        name
+        for name, a, b in pairs
+        if (a is None) != (b is None)
+        or (a is not None and (a - b).norm() > near_enough * b.float().norm())
     ]
 
 
@@ -180,7 +225,11 @@ def in_place(shape, axis, n_offsets, bounds):
     grad = torch.randn(shape)
     expected = calls.gpu_backward(grad, x, scale, before, grid, after=after)[:4]
     found = calls.gpu_backward(grad, x, scale, before, grid, after=after, out=grad)[:4]
-    return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
+    return (
+        []
+        if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad
+        else ["in place"]
+    )
 
 
 def infinite(shape, axis, n_offsets, bounds):
@@ -208,7 +257,11 @@ def in_strips(*form):
 
 def signs(*form):
     x, scale, before, after, grid = case(*form)
-    return [str(s) + name for s in (1.0, 0.0, torch.nan) for name in differences(x, scale, before, after, grid, torch.tensor(s))]
+    return [
+        str(s) + name
+        for s in (1.0, 0.0, torch.nan)
+        for name in differences(x, scale, before, after, grid, torch.tensor(s))
+    ]
 
 
 def other_dtypes(*form):
@@ -218,7 +271,15 @@ def other_dtypes(*form):
         f"{kind} {d}"
         for d in halves
         for dtype in (d, torch.float32)
-        for kind in differences(x.clamp(-999, 999).to(dtype), scale, before, after, grid, grad=torch.randn(x.shape).to(d), dtype=d)
+        for kind in differences(
+            x.clamp(-999, 999).to(dtype),
+            scale,
+            before,
+            after,
+            grid,
+            grad=torch.randn(x.shape).to(d),
+            dtype=d,
+        )
     ]
 
 
@@ -228,15 +289,34 @@ def gradients_in_half_precision(shape, axis):
     scores, wrong = x.abs().clamp(max=9), []
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
-        exact = calls.gpu_backward(grad, scores, scale, None, grid, made=SCORES, dequantized=torch.float32)
-        found = calls.gpu_backward(grad, scores, scale, None, grid, made=SCORES, dequantized=d, out=grad)
-        right = same(grad, exact.x), torch.equal(found.scale, exact.scale), same(found.dequantized, exact.dequantized)
+        exact = calls.gpu_backward(
+            grad, scores, scale, None, grid, made=SCORES, dequantized=torch.float32
+        )
+        found = calls.gpu_backward(
+            grad, scores, scale, None, grid, made=SCORES, dequantized=d, out=grad
+        )
+        right = (
+            same(grad, exact.x),
+            torch.equal(found.scale, exact.scale),
+            same(found.dequantized, exact.dequantized),
+        )
         wrong += [] if all(right) and found.dequantized.dtype == d else [f"probabilities {d}"]
         given = scale, None, None, grid
-        exact, grad = calls.gpu_backward(torch.ones(shape), x, scale, None, grid), torch.ones(shape).to(d)
+        exact, grad = (
+            calls.gpu_backward(torch.ones(shape), x, scale, None, grid),
+            torch.ones(shape).to(d),
+        )
         found = calls.gpu_backward(grad, x, scale, None, grid, out=grad)
-        wrong += [] if found.x is grad and same(grad, exact.x) and torch.equal(found.scale, exact.scale) else [f"LSQ {d}"]
-        wrong += [] if same(calls.gpu_forward(x, *given, dtype=d), reference.lsq_forward(x, *given)) else [f"forward {d}"]
+        wrong += (
+            []
+            if found.x is grad and same(grad, exact.x) and torch.equal(found.scale, exact.scale)
+            else [f"LSQ {d}"]
+        )
+        wrong += (
+            []
+            if same(calls.gpu_forward(x, *given, dtype=d), reference.lsq_forward(x, *given))
+            else [f"forward {d}"]
+        )
     return wrong
 
 
@@ -251,7 +331,9 @@ def declined():
         "turned": calls.gpu_forward(turned, scale, None, None, grid),
         "fake": calls.gpu_forward(fake, scale, None, None, grid),
         "two offsets": calls.gpu_forward(x, scale, before, x[0].clone(), grid),
-        "offset of rows": calls.gpu_forward(x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)),
+        "offset of rows": calls.gpu_forward(
+            x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)
+        ),
         "steps": calls.gpu_forward(x, scale[:1], None, None, grid),
         "steps apart": calls.gpu_forward(x, scale.repeat(2)[::2], None, None, grid),
         "no elements": calls.gpu_forward(x[:0], scale, None, None, grid),
@@ -276,10 +358,18 @@ def checked():
     found = [gpu.available()]
     for bad in (wrong, broken):
         gpu.available.cache_clear()
-        with mock.patch.object(gpu, "lsq_backward", bad), mock.patch.object(library.log, "info") as said:
+        with (
+            mock.patch.object(gpu, "lsq_backward", bad),
+            mock.patch.object(library.log, "info") as said,
+        ):
             found += [gpu.available(), said.call_args.args[2]]
     gpu.available.cache_clear()
-    return [] if found == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"] else found
+    return (
+        []
+        if found
+        == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"]
+        else found
+    )
 
 
 MADE = {"norm": Made("norm", 1e-5), "gelu": Made("none")}

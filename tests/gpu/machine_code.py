@@ -30,19 +30,41 @@ class NoDriver:
 
 def rows(x, scale, before, after, grid, sign=None):
     calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
-    calls.gpu_backward(x, x, scale, before, grid, sign=sign, dequantized=None if after is None else x.dtype, after=after)
+    calls.gpu_backward(
+        x,
+        x,
+        scale,
+        before,
+        grid,
+        sign=sign,
+        dequantized=None if after is None else x.dtype,
+        after=after,
+    )
 
 
 def through(made, x, dtype):
-    weight, bias = (torch.ones(x.shape[-1]) for _ in range(2)) if made.kind == "norm" else (None, None)
+    weight, bias = (
+        (torch.ones(x.shape[-1]) for _ in range(2)) if made.kind == "norm" else (None, None)
+    )
     steps, before, grid = torch.ones(x.shape[1]), torch.ones(x.shape[-1]), gpu.CodeRange(0, 3, 1)
-    calls.gpu_backward(x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), made=made)
+    calls.gpu_backward(
+        x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), made=made
+    )
 
 
 def probabilities(dtype):
     grad, scores = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
     grid = gpu.CodeRange(0, 3, -2)
-    calls.gpu_backward(grad, scores, torch.ones(3), None, grid, out=grad, dequantized=dtype, made=Made("scores", 0.3))
+    calls.gpu_backward(
+        grad,
+        scores,
+        torch.ones(3),
+        None,
+        grid,
+        out=grad,
+        dequantized=dtype,
+        made=Made("scores", 0.3),
+    )
 
 
 def halves(dtype):
@@ -64,10 +86,15 @@ LAUNCHES = {
     "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, torch.float32),
     "scales of weights": lambda: gpu.statsq(torch.ones(3, 8), 2, torch.float32),
     "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
-    "gelu, bfloat16": lambda: through(Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16),
+    "gelu, bfloat16": lambda: through(
+        Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
+    ),
     "probabilities": lambda: probabilities(torch.float32),
     **{name: lambda d=d: halves(d) for name, d in HALVES.items()},
-    **{f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, d) for name, d in HALVES.items()},
+    **{
+        f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, d)
+        for name, d in HALVES.items()
+    },
     **{f"probabilities, {name}": lambda d=d: probabilities(d) for name, d in HALVES.items()},
     "attention": lambda: attentions(torch.float32),
     **{f"attention, {name}": lambda d=d: attentions(d) for name, d in HALVES.items()},
@@ -83,7 +110,11 @@ def main():
 
             def compile_only(name, programs, tensors, *numbers, keep=keep, **constants):
                 kernel = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
-                keep(kernel.warmup(*tensors, *numbers, grid=programs, **{**gpu.OPTIONS, **constants}).asm["ptx"])
+                keep(
+                    kernel.warmup(
+                        *tensors, *numbers, grid=programs, **{**gpu.OPTIONS, **constants}
+                    ).asm["ptx"]
+                )
 
             with (
                 mock.patch.object(tiles, "device_type", return_value="cpu"),

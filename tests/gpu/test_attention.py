@@ -22,10 +22,18 @@ def parts(tokens, heads, size, axis=-2, scale=None, batch=2):
     width, steps = heads * size, 1 if axis is None else tokens
     qkv = torch.randn(batch, tokens, 3 * width, requires_grad=True)
     signed = CodeRange(-2, 1, -2)
-    operands = [LSQParams((0.5 + torch.rand(tokens)).requires_grad_(), None, None, None, signed, 0.5) for _ in range(3)]
-    operands[2] = operands[2]._replace(before=torch.randn(width).requires_grad_(), after=torch.randn(width).requires_grad_())
+    operands = [
+        LSQParams((0.5 + torch.rand(tokens)).requires_grad_(), None, None, None, signed, 0.5)
+        for _ in range(3)
+    ]
+    operands[2] = operands[2]._replace(
+        before=torch.randn(width).requires_grad_(), after=torch.randn(width).requires_grad_()
+    )
     step = (0.5 + torch.rand(steps)) / tokens if scale is None else torch.full((steps,), scale)
-    return qkv, (*operands, LSQParams(step.requires_grad_(), None, None, None, CodeRange(0, 3, axis)))
+    return qkv, (
+        *operands,
+        LSQParams(step.requires_grad_(), None, None, None, CodeRange(0, 3, axis)),
+    )
 
 
 def results(qkv, operands, heads, monkeypatch, *, in_tiles):
@@ -45,10 +53,14 @@ CASES = [(size, {}) for size in SIZES] + [
 
 
 @pytest.mark.parametrize(("size", "how"), CASES)
-def test_results_and_gradients_of_the_function_that_keeps_probabilities(kernels_on, monkeypatch, size, how):
+def test_results_and_gradients_of_the_function_that_keeps_probabilities(
+    kernels_on, monkeypatch, size, how
+):
     with torch.device(kernels_on):
         given = parts(*size, **how)
-        found, expected = (results(*given, size[1], monkeypatch, in_tiles=one) for one in (True, False))
+        found, expected = (
+            results(*given, size[1], monkeypatch, in_tiles=one) for one in (True, False)
+        )
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
@@ -63,7 +75,9 @@ def test_a_query_that_is_no_number_spoils_its_row(kernels_on, monkeypatch):
     rows = found[0].isnan()
     assert rows[0, 3, :16].all()
     assert rows.sum() == 16
-    assert all(torch.equal(one.isnan(), other.isnan()) for one, other in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(one.isnan(), other.isnan()) for one, other in zip(found, expected, strict=True)
+    )
 
 
 def tensors(dtype, tokens=37, heads=3, size=24):
@@ -81,7 +95,10 @@ def both(q, k, v, grad, scale, settings):
 def test_half_precision_rounds_factors_and_results(kernels_on, dtype):
     with torch.device(kernels_on):
         *given, scale, settings = tensors(dtype)
-        found, exact = both(*given, scale, settings), both(*(x.float() for x in given), scale, settings)
+        found, exact = (
+            both(*given, scale, settings),
+            both(*(x.float() for x in given), scale, settings),
+        )
     *halves, of_scale = found
     assert {x.dtype for x in halves} == {dtype}
     assert_close(of_scale, exact[-1], rtol=1e-4, atol=1e-5 * float(exact[-1].abs().max()))
@@ -93,7 +110,10 @@ def test_half_precision_rounds_factors_and_results(kernels_on, dtype):
 def test_rows_may_lie_apart(kernels_on):
     with torch.device(kernels_on):
         *given, scale, settings = tensors(torch.float32)
-        apart, close = both(*given, scale, settings), both(*(x.contiguous() for x in given), scale, settings)
+        apart, close = (
+            both(*given, scale, settings),
+            both(*(x.contiguous() for x in given), scale, settings),
+        )
     assert all(torch.equal(one, other) for one, other in zip(apart, close, strict=True))
 
 
@@ -103,7 +123,9 @@ def test_operators_are_what_torch_wants_them_to_be(kernels_on, axis):
         q, k, v, grad, scale, settings = tensors(torch.float32, tokens=5)
         given = (q, k, v, scale if axis else scale[:1], *settings[:2], axis, *settings[3:])
         torch.library.opcheck(torch.ops.qat.attention_forward.default, given)
-        torch.library.opcheck(torch.ops.qat.attention_backward.default, (grad, torch.zeros(2, 3, 5), *given))
+        torch.library.opcheck(
+            torch.ops.qat.attention_backward.default, (grad, torch.zeros(2, 3, 5), *given)
+        )
 
 
 def test_a_compiled_graph_holds_the_operators(kernels_on, monkeypatch):
@@ -116,7 +138,9 @@ def test_a_compiled_graph_holds_the_operators(kernels_on, monkeypatch):
     with torch.device(kernels_on):
         given = parts(9, 2, 16)
         eager = results(*given, 2, monkeypatch, in_tiles=True)
-        run = torch.compile(whole, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        run = torch.compile(
+            whole, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        )
         monkeypatch.setitem(globals(), "whole", run)
         traced = results(*given, 2, monkeypatch, in_tiles=True)
     assert {f"qat.{name}.default" for name in NAMES} <= set(graphs)
@@ -159,7 +183,13 @@ def test_what_fits(monkeypatch, expected, given, codes, dtype):
 
 
 def test_a_device_has_such_kernels(device):
-    assert attention.fits(torch.empty(2, 5, 96, device=device), 2, torch.ones(5, device=device), PER_TOKEN, torch.bfloat16)
+    assert attention.fits(
+        torch.empty(2, 5, 96, device=device),
+        2,
+        torch.ones(5, device=device),
+        PER_TOKEN,
+        torch.bfloat16,
+    )
 
 
 def test_a_cpu_has_none():

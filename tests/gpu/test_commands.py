@@ -19,9 +19,18 @@ ON_DEVICE = ("trainer=gpu", "trainer.precision=bf16-mixed")
 WAYS = {
     "eager": ("compile=false",),
     "compiled": ("compile=true",),
-    "annealed": ("compile=false", "callbacks=[default,ema,cga,oscillation]", "callbacks.cga.epochs=1"),
+    "annealed": (
+        "compile=false",
+        "callbacks=[default,ema,cga,oscillation]",
+        "callbacks.cga.epochs=1",
+    ),
     "frozen": ("compile=false", "callbacks=[default,ema,freeze]"),
-    "kurtosis, absolute steps, float16": ("compile=false", "loss.kure=0.1", "quant.steps=absolute", "trainer.precision=16-mixed"),
+    "kurtosis, absolute steps, float16": (
+        "compile=false",
+        "loss.kure=0.1",
+        "quant.steps=absolute",
+        "trainer.precision=16-mixed",
+    ),
     "seq": ("compile=false", "quant=seq_2bit"),
 }
 # Beside them mixup, dropout, drop path and averaged weights.
@@ -31,7 +40,12 @@ GRAPHS = {
         *("callbacks=[default,ema,cga]", "callbacks.cga.epochs=1", "trainer.gradient_clip_val=0.1"),
     ),
     "scaled, accumulated": (
-        *("trainer.precision=16-mixed", "data.batch_size=64", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=18"),
+        *(
+            "trainer.precision=16-mixed",
+            "data.batch_size=64",
+            "trainer.accumulate_grad_batches=2",
+            "trainer.limit_train_batches=18",
+        ),
     ),
 }
 # Of images: values between two codes go to the one side or the other, and take along what depends on them.
@@ -52,7 +66,11 @@ def test_a_resumed_run_is_the_run(device, way, tmp_path, monkeypatch):
 @pytest.mark.parametrize("way", GRAPHS)
 def test_a_resumed_run_of_graphs_is_the_compiled_run(device, way, tmp_path, monkeypatch, recorded):
     """Gradients that are added to, outputs and a teacher's features, in memory that a later step overwrites."""
-    teacher = run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false") / "checkpoints" / "last.ckpt"
+    teacher = (
+        run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false")
+        / "checkpoints"
+        / "last.ckpt"
+    )
     settings = [*ON_DEVICE, *(one.format(float=teacher) for one in GRAPHS[way])]
     whole = run(tmp_path / "whole", *settings, "compile=true")
     torch._dynamo.utils.counters.clear()
@@ -69,15 +87,26 @@ def trained(tmp_path_factory):
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     folder = tmp_path_factory.mktemp("trained")
-    size = ("++model.args.embed_dim=48", "++model.args.depth=2", "data.augment=none", "optimizer.lr=2e-3", "trainer.max_epochs=8")
+    size = (
+        "++model.args.embed_dim=48",
+        "++model.args.depth=2",
+        "data.augment=none",
+        "optimizer.lr=2e-3",
+        "trainer.max_epochs=8",
+    )
     settings = (*ON_DEVICE, *size, "trainer.limit_train_batches=1.0", "compile=false")
     start = train(folder / "float", "quant=fp", *settings) / "checkpoints" / "last.ckpt"
-    return start, train(folder / "two", "quant=ofq_2bit", "loss=kd", f"ckpt={start}", *settings) / "checkpoints" / "last.ckpt"
+    return start, train(
+        folder / "two", "quant=ofq_2bit", "loss=kd", f"ckpt={start}", *settings
+    ) / "checkpoints" / "last.ckpt"
 
 
 def test_training_learns_and_its_file_is_the_same_net_anywhere(trained, tmp_path):
     for number, ckpt in enumerate(trained):
-        there, here = (evaluate(tmp_path / f"{number} {where}", f"ckpt={ckpt}", trainer) for where, trainer in TRAINERS.items())
+        there, here = (
+            evaluate(tmp_path / f"{number} {where}", f"ckpt={ckpt}", trainer)
+            for where, trainer in TRAINERS.items()
+        )
         assert min(there["top1"], here["top1"]) > 80
         assert there["top1"] == pytest.approx(here["top1"], abs=POINTS)
         assert there["loss"] == pytest.approx(here["loss"], rel=0.1)
@@ -95,7 +124,13 @@ def test_training_learns_and_its_file_is_the_same_net_anywhere(trained, tmp_path
     ids=lambda settings: settings[0],
 )
 def test_post_training(trained, settings, tmp_path):
-    arguments = (f"ckpt={trained[0]}", "data.calibration_images=100", "ptq.batch=20", "report=true", *settings)
+    arguments = (
+        f"ckpt={trained[0]}",
+        "data.calibration_images=100",
+        "ptq.batch=20",
+        "report=true",
+        *settings,
+    )
     for where, trainer in TRAINERS.items():
         ptq(compose("ptq", f"run_dir={tmp_path / where}", trainer, *arguments))
     there, here = (results(tmp_path / where) for where in TRAINERS)
@@ -106,7 +141,10 @@ def test_post_training(trained, settings, tmp_path):
     assert {p.device.type for p in net.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("settings", [("ptq=reconstruct_w4a4", "ptq.reconstruct.steps=5"), ("ptq=evolq_w4a8", "search.passes=1")])
+@pytest.mark.parametrize(
+    "settings",
+    [("ptq=reconstruct_w4a4", "ptq.reconstruct.steps=5"), ("ptq=evolq_w4a8", "search.passes=1")],
+)
 def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
     found = []
     for resume in ("false", "true"):
@@ -117,7 +155,14 @@ def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
 
 
 def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
-    settings = (*ON_DEVICE, "++model.args.embed_dim=48", "++model.args.depth=2", "compile=false", "loss=kd_features", "quant=seq_2bit")
+    settings = (
+        *ON_DEVICE,
+        "++model.args.embed_dim=48",
+        "++model.args.depth=2",
+        "compile=false",
+        "loss=kd_features",
+        "quant=seq_2bit",
+    )
     first = train(tmp_path / "first", *settings, f"ckpt={trained[0]}") / "checkpoints" / "last.ckpt"
     run_dir = train(tmp_path / "second", *settings, f"ckpt={first}", f"teacher.ckpt={trained[0]}")
     assert results(run_dir)["top1"] > 50
@@ -134,7 +179,16 @@ def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
     ids=lambda settings: settings[0],
 )
 def test_analyses(trained, settings, tmp_path):
-    analyze(compose("analyze", f"run_dir={tmp_path}", f"ckpt={trained[1]}", "trainer=gpu", "images=40", *settings))
+    analyze(
+        compose(
+            "analyze",
+            f"run_dir={tmp_path}",
+            f"ckpt={trained[1]}",
+            "trainer=gpu",
+            "images=40",
+            *settings,
+        )
+    )
     assert results(tmp_path)["complete"]
 
 

@@ -40,7 +40,9 @@ def test_without_a_device(monkeypatch):
     gpu.available.cache_clear()
     try:
         # In Triton's interpreter it stands in for one.
-        assert gpu.available() is (importlib.util.find_spec("triton") is not None and tiles.device_type() == "cpu")
+        assert gpu.available() is (
+            importlib.util.find_spec("triton") is not None and tiles.device_type() == "cpu"
+        )
     finally:
         gpu.available.cache_clear()
 
@@ -54,7 +56,10 @@ def both_passes(device, shape=(4, 300, 64)):
     given = (grad, x, scale, before, grid)
     expected = reference.lsq_backward(*given, after_shape=after.shape)
     levels = reference.lsq_forward(x, scale, before, after, grid)
-    return lambda: calls.gpu_backward(*given, dequantized=torch.float32, after=after), (expected, levels)
+    return lambda: calls.gpu_backward(*given, dequantized=torch.float32, after=after), (
+        expected,
+        levels,
+    )
 
 
 def test_in_a_cuda_graph(device):
@@ -92,14 +97,19 @@ def test_the_same_bits_in_every_run(device):
         assert all(torch.equal(a, b) for a, b in zip(run()[:5], first, strict=True))
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((140_000, 1024), None), ((9_000_000, 16), None), ((2, 70_000, 600), 1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((140_000, 1024), None), ((9_000_000, 16), None), ((2, 70_000, 600), 1)]
+)
 def test_more_than_65535_tiles(device, shape, axis):
     grid = CodeRange(-2, 1, axis)
     with torch.device(device):
         x, scale = torch.randn(shape), torch.full((1 if axis is None else shape[axis],), 0.7)
         found = calls.gpu_forward(x, scale, None, None, grid)
         assert same(found, reference.lsq_forward(x, scale, None, None, grid))
-        assert same(calls.gpu_backward(x, x, scale, None, grid).x, reference.lsq_backward(x, x, scale, None, grid).x)
+        assert same(
+            calls.gpu_backward(x, x, scale, None, grid).x,
+            reference.lsq_backward(x, x, scale, None, grid).x,
+        )
 
 
 def test_more_elements_than_32_bits_count(device):
@@ -108,22 +118,32 @@ def test_more_elements_than_32_bits_count(device):
     if free < 5 * 2 * rows * length:
         pytest.skip("less than 22 GB of memory are free")
     x = torch.empty(rows, length, device=device, dtype=torch.bfloat16).normal_()
-    found = calls.gpu_forward(x, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
+    found = calls.gpu_forward(
+        x, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None)
+    )
     tail = x[-5:].contiguous()
     assert same(
-        found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
+        found[-5:].contiguous(),
+        reference.lsq_forward(
+            tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None)
+        ),
     )
 
 
 @pytest.mark.parametrize("length", [192, 197])
 @pytest.mark.parametrize(("name", "bits"), BLOCK_FORMATS)
 def test_blocks_of_floats_are_compiled_to_one_pass(device, name, bits, length):
-    form, x = BLOCK_FORMATS[name, bits], torch.randn(3, 50, length, device=device, dtype=torch.bfloat16)
+    form, x = (
+        BLOCK_FORMATS[name, bits],
+        torch.randn(3, 50, length, device=device, dtype=torch.bfloat16),
+    )
     t = tensor_scale(x, form)
     for grad in (None, torch.randn_like(x)):
         torch._dynamo.reset()
         metrics.reset()
-        found = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())(x, t, grad, bits)
+        found = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())(
+            x, t, grad, bits
+        )
         assert torch.equal(found, round_blocks(x, form, t, grad))
         assert metrics.generated_kernel_count == 1
 
@@ -152,16 +172,24 @@ def test_machine_code():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.gpu.machine_code"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {len(kernels) for kernels in found.values()} == {1, 2, 3}
     for name, kernels in found.items():
         for code in kernels:
             # A logarithm, an exponential, an error function and a root are made of such products, by a library.
-            ptx = re.sub(r"(fma\.rn|abs|ex2\.approx|rsqrt\.approx)\.ftz\.f32", "", code) if re.match("attention|gelu|norm", name) else code
+            ptx = (
+                re.sub(r"(fma\.rn|abs|ex2\.approx|rsqrt\.approx)\.ftz\.f32", "", code)
+                if re.match("attention|gelu|norm", name)
+                else code
+            )
             # A quotient is corrected by two of them unless its absolute value is large.
-            assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == 2 * len(re.findall(r"\babs\.f32", ptx)), name
+            assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == 2 * len(
+                re.findall(r"\babs\.f32", ptx)
+            ), name
             ptx = ptx.replace("fma.rn.f32", "")
             assert set(re.findall(r"\bcvt\.(\w+)\.(?:bf16|f16)\w*\.f32", ptx)) <= {"rn"}, name
             assert bool(re.search(r"\bcvt\.rn\.b?f16", ptx)) == ("float16" in name), name

@@ -16,7 +16,9 @@ from qat.quantizers import LSQ
 from tests.gpu.ways import KINDS, Apart, compared, judged, relative_error, results
 from tests.nets import FAMILIES
 
-QUANTIZED = [arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher]
+QUANTIZED = [
+    arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher
+]
 NETS = [FAMILIES[name] for name in ("vit", "deit", "swin")]
 
 
@@ -41,14 +43,23 @@ def test_ways_of_running_agree(device, kind, arm):
 def test_a_nan_is_never_right():
     one, none, half = ({"logits": torch.tensor([1.0, 1.0, x])} for x in (1.0, torch.nan, 1.0005))
     assert judged(one, one, [one])[0]
-    for found, expected, control in ((none, one, one), (one, none, one), (one, one, none), (one, {"logits": torch.zeros(3)}, one)):
+    for found, expected, control in (
+        (none, one, one),
+        (one, none, one),
+        (one, one, none),
+        (one, {"logits": torch.zeros(3)}, one),
+    ):
         assert not judged(found, expected, [control, half])[0]
     away = {"logits": torch.tensor([1.0, 1.0, 1.001])}
     assert [judged(away, one, controls)[0] for controls in ([one], [one, half])] == [False, True]
 
 
 def quantized(family, device, bits):
-    net = qat.convert(family.build().to(device), qat.recipe("ofq", bits=bits, attention="standard"), input_size=family.input_size)
+    net = qat.convert(
+        family.build().to(device),
+        qat.recipe("ofq", bits=bits, attention="standard"),
+        input_size=family.input_size,
+    )
     images = family.images(4).to(device)
     return qat.initialize_scales(net, [images]), images
 
@@ -89,9 +100,16 @@ def test_with_kernels_and_without(device, family):
 def test_scales_from_a_device_are_those_of_the_cpu(device):
     family = NETS[0]
     net, images = quantized(family, torch.device("cpu"), 4)
-    twin = qat.convert(family.build().to(device), qat.recipe("ofq", bits=4, attention="standard"), input_size=family.input_size)
+    twin = qat.convert(
+        family.build().to(device),
+        qat.recipe("ofq", bits=4, attention="standard"),
+        input_size=family.input_size,
+    )
     qat.initialize_scales(twin, [images.to(device)])
-    expected, found = ({n: m.scale.detach().cpu() for n, m in one.named_modules() if isinstance(m, LSQ)} for one in (net, twin))
+    expected, found = (
+        {n: m.scale.detach().cpu() for n, m in one.named_modules() if isinstance(m, LSQ)}
+        for one in (net, twin)
+    )
     first = next(iter(expected))
     assert torch.allclose(found[first], expected[first], rtol=1e-5)
     # Behind the first quantizer a code on a tie moves what later ones see.
@@ -133,24 +151,34 @@ def test_what_differs_between_device_and_cpu_are_ties(anywhere, family, bits):
     expected, logits = calls(net, images)
     found, of_device = calls(copy.deepcopy(net).to(anywhere), images.to(anywhere), expected)
     assert len(found) == len(expected) > 10
-    assert max(relative_error(again, y) for (*_, again), (_, y) in zip(found, expected, strict=True)) < 1e-6
+    assert (
+        max(relative_error(again, y) for (*_, again), (_, y) in zip(found, expected, strict=True))
+        < 1e-6
+    )
     assert max(relative_error(x, y) for (x, *_), (y, _) in zip(found, expected, strict=True)) < 1e-5
     assert relative_error(of_device, logits) < 1e-5
-    moved = [((x - y).abs() > 1e-4 * y.abs().max()).float().mean().item() for (_, x, _), (_, y) in zip(found, expected, strict=True)]
+    moved = [
+        ((x - y).abs() > 1e-4 * y.abs().max()).float().mean().item()
+        for (_, x, _), (_, y) in zip(found, expected, strict=True)
+    ]
     assert max(moved) < 1e-3, moved
 
 
 @pytest.mark.parametrize("arm", QUANTIZED)
 def test_bfloat16_autocast_is_finite(anywhere, arm):
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"], device=anywhere)
-    found = results(build("deit_tiny_patch16_224", ARMS[arm], images, **TINY, depth=1), images, autocast=True)
+    found = results(
+        build("deit_tiny_patch16_224", ARMS[arm], images, **TINY, depth=1), images, autocast=True
+    )
     assert all(x.isfinite().all() for x in found.values())
 
 
 def test_a_file_goes_from_device_to_device(anywhere, tmp_path):
     family = NETS[1]
     net, images = quantized(family, anywhere, 2)
-    qat.save(net, tmp_path / "net.ckpt", model=family.name, model_kwargs=family.kwargs)  # which older versions of timm do not note
+    qat.save(
+        net, tmp_path / "net.ckpt", model=family.name, model_kwargs=family.kwargs
+    )  # which older versions of timm do not note
     again = qat.load(tmp_path / "net.ckpt")
     assert {p.device.type for p in again.parameters()} == {"cpu"}
     with torch.no_grad():

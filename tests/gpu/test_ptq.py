@@ -33,6 +33,12 @@ def test_reconstruction_comes_closer_as_on_the_cpu(anywhere, dtype):
     settings = ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2)
     net, reference = moved(anywhere, method="reconstruct")
     before = error(net, reference, OTHERS.to(anywhere))
-    reconstruct(net, reference, IMAGES, settings, context=lambda: torch.autocast(anywhere.type, dtype, enabled=dtype is not None))
+    reconstruct(
+        net,
+        reference,
+        IMAGES,
+        settings,
+        context=lambda: torch.autocast(anywhere.type, dtype, enabled=dtype is not None),
+    )
     assert error(net, reference, OTHERS.to(anywhere)) < 0.8 * before
     assert all(p.device.type == anywhere.type for p in net.parameters())

@@ -19,8 +19,14 @@ from qat.quantizers import StatsQ
 from qat.utils.files import read_torch, write_torch
 
 MODEL, BATCH = "deit_tiny_patch16_224", 4
-TERMS = {"ce": lambda: {"ce": CrossEntropy()}, "kure": lambda: {"ce": CrossEntropy(), "kure": Kure()}}
-TERMS |= {"dampening": lambda: {"ce": CrossEntropy(), "dampening": Dampening()}, "kd": lambda: {"kd": Distillation()}}
+TERMS = {
+    "ce": lambda: {"ce": CrossEntropy()},
+    "kure": lambda: {"ce": CrossEntropy(), "kure": Kure()},
+}
+TERMS |= {
+    "dampening": lambda: {"ce": CrossEntropy(), "dampening": Dampening()},
+    "kd": lambda: {"kd": Distillation()},
+}
 
 
 class Run:
@@ -33,7 +39,11 @@ class Run:
         self.target = torch.arange(BATCH, device=device)
         self.net = build(MODEL, ARMS[arm], self.images, **TINY, depth=1)
         self.call = self.net if call is None else call(self.net)
-        self.teacher = teacher_of(MODEL, ARMS["ofq + teacher"], self.images, **TINY, depth=1) if terms == "kd" else None
+        self.teacher = (
+            teacher_of(MODEL, ARMS["ofq + teacher"], self.images, **TINY, depth=1)
+            if terms == "kd"
+            else None
+        )
         self.loss = CompositeLoss(TERMS[terms]())
         self.loss.prepare(self.net)
         self.optimizer = build_optimizer(self.net, lr=1e-3, weight_decay=0.05, fused=True)
@@ -48,14 +58,23 @@ class Run:
     def backward(self, scale=lambda loss: loss):
         followed = None if self.teacher is None else self.teacher(self.images)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss, _ = self.loss(StepContext(self.call(self.images), self.target, followed, self.net))
+            loss, _ = self.loss(
+                StepContext(self.call(self.images), self.target, followed, self.net)
+            )
         scale(loss).backward()
         return loss.detach()
 
     def update(self, step=lambda optimizer: optimizer.step()):
         if self.anneals:
-            sites = [s for s in qat.iter_quantizers(self.net) if s.role == "weight" and isinstance(s.quantizer, StatsQ)]
-            self.freezer.freeze((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005)) for s in sites)
+            sites = [
+                s
+                for s in qat.iter_quantizers(self.net)
+                if s.role == "weight" and isinstance(s.quantizer, StatsQ)
+            ]
+            self.freezer.freeze(
+                (s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005))
+                for s in sites
+            )
         step(self.optimizer)
         self.optimizer.zero_grad()
 
@@ -93,10 +112,14 @@ def course(device, *, graphs, terms, scaled, accumulated):
     """Losses, weights, their average and moments of six steps: graphs are warmed up in the first, recorded in the second, then replayed."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = Run(device, terms=terms, anneals=True, call=lambda net: CompiledCall(net, net, graphs=graphs))
+    run = Run(
+        device, terms=terms, anneals=True, call=lambda net: CompiledCall(net, net, graphs=graphs)
+    )
     if run.teacher is not None:
         run.teacher.compile(graphs=graphs)
-    average = torch.optim.swa_utils.AveragedModel(run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average = torch.optim.swa_utils.AveragedModel(
+        run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     scaler, losses = torch.amp.GradScaler(device.type, enabled=scaled), []
     for number in range(6 * accumulated):
         torch.compiler.cudagraph_mark_step_begin()
@@ -111,7 +134,9 @@ def course(device, *, graphs, terms, scaled, accumulated):
         scaler.update()
         average.update_parameters(run.net)
     return {"losses": torch.stack(losses), **run.net.state_dict(), **average.state_dict()} | {
-        f"{key} {index}": moment for index, state in run.optimizer.state_dict()["state"].items() for key, moment in state.items()
+        f"{key} {index}": moment
+        for index, state in run.optimizer.state_dict()["state"].items()
+        for key, moment in state.items()
     }
 
 
@@ -126,9 +151,14 @@ WAYS = {
 
 @pytest.mark.parametrize(("terms", "scaled", "accumulated"), WAYS.values(), ids=WAYS)
 def test_steps_of_graphs_are_compiled_ones(device, terms, scaled, accumulated, recorded):
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)  # else both are compiled with what was fastest when they were
+    torch.use_deterministic_algorithms(
+        mode=True, warn_only=True
+    )  # else both are compiled with what was fastest when they were
     try:
-        expected, found = (course(device, graphs=graphs, terms=terms, scaled=scaled, accumulated=accumulated) for graphs in (False, True))
+        expected, found = (
+            course(device, graphs=graphs, terms=terms, scaled=scaled, accumulated=accumulated)
+            for graphs in (False, True)
+        )
     finally:
         torch.use_deterministic_algorithms(mode=False)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
@@ -148,7 +178,10 @@ def test_a_resumed_run_is_the_run(anywhere, tmp_path, anneals):
         write_torch(tmp_path / "state.pt", whole.state())
         for _ in range(3):
             whole.step()
-        resumed, state = Run(anywhere, anneals=anneals), read_torch(tmp_path / "state.pt", map_location=anywhere)
+        resumed, state = (
+            Run(anywhere, anneals=anneals),
+            read_torch(tmp_path / "state.pt", map_location=anywhere),
+        )
         resumed.net.load_state_dict(state["net"])
         resumed.optimizer.load_state_dict(state["optimizer"])
         for _ in range(3):
@@ -159,4 +192,7 @@ def test_a_resumed_run_is_the_run(anywhere, tmp_path, anneals):
     assert all(torch.equal(ours["net"][name], value) for name, value in theirs["net"].items())
     assert any(not torch.equal(start["net"][name], value) for name, value in theirs["net"].items())
     for index, moments in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(ours["optimizer"]["state"][index][key], value) for key, value in moments.items())
+        assert all(
+            torch.equal(ours["optimizer"]["state"][index][key], value)
+            for key, value in moments.items()
+        )

@@ -37,13 +37,17 @@ def relative_error(found, expected):
 def results(net, images, call=None, *, autocast=False):
     """Logits, and gradients of their mean square by the weights and by scales and offsets."""
     net.zero_grad()
-    with torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+    with (
+        torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    ):
         logits = (net if call is None else call)(images)
     logits.float().square().mean().backward()
     steps = set().union(*quantizer_parameters(net))
     found = {"logits": logits.detach().float()}
     for kind, members in (("weights", set(net.parameters()) - steps), ("scales", steps)):
-        gradients = [p.grad.flatten() for p in net.parameters() if p in members and p.grad is not None]
+        gradients = [
+            p.grad.flatten() for p in net.parameters() if p in members and p.grad is not None
+        ]
         if gradients:
             found[kind] = torch.cat(gradients)
     return {kind: x.cpu() for kind, x in found.items()}
@@ -58,14 +62,20 @@ def compared(kind, arm, device):
     net = build("deit_tiny_patch16_224", ARMS[arm], images, bits=8, depth=2)
     kernels.use("off" if kind in {"device", "kernels"} else "auto")
     expected, is_half = results(net, images), kind == "compiled bfloat16"
-    controls = [results(net, images, autocast=True)] if is_half else [results(moved(net), images) for _ in range(CONTROLS)]
+    controls = (
+        [results(net, images, autocast=True)]
+        if is_half
+        else [results(moved(net), images) for _ in range(CONTROLS)]
+    )
     if kind == "kernels":
         kernels.use("triton")
     elif kind == "device":
         net, images = net.cpu(), images.cpu()
     torch._dynamo.reset()
     with Apart() if kind == "fused" else contextlib.nullcontext():
-        found = results(net, images, CompiledCall(net, net) if "compiled" in kind else None, autocast=is_half)
+        found = results(
+            net, images, CompiledCall(net, net) if "compiled" in kind else None, autocast=is_half
+        )
     return judged(found, expected, controls)
 
 
@@ -82,6 +92,15 @@ def judged(found, expected, controls):
     """Errors, those of the control, and whether the former are explained by the latter; a NaN is below no limit."""
     errors = {kind: relative_error(found[kind], expected[kind]) for kind in expected}
     # Not Python's `max`, which drops NaN.
-    allowed = {k: torch.tensor([relative_error(control[k], expected[k]) for control in controls]).max().item() for k in expected}
-    right = all(errors[kind] <= max(FACTOR * allowed[kind], SMALL) and allowed[kind] < 1 for kind in expected)
+    allowed = {
+        k: torch
+        .tensor([relative_error(control[k], expected[k]) for control in controls])
+        .max()
+        .item()
+        for k in expected
+    }
+    right = all(
+        errors[kind] <= max(FACTOR * allowed[kind], SMALL) and allowed[kind] < 1
+        for kind in expected
+    )
     return right, errors, allowed

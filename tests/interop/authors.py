@@ -84,7 +84,9 @@ class Writer:
         self.linear(f"{name}.mlp.fc2", width, 4 * width, rows or tokens)
 
 
-def deit(*, qkr=True, depth=1, width=192, side=16, patch=8, chans=3, classes=5, distilled=True, seed=0):
+def deit(
+    *, qkr=True, depth=1, width=192, side=16, patch=8, chans=3, classes=5, distilled=True, seed=0
+):
     """A DeiT's state dict."""
     w, tokens = Writer(seed), (side // patch) ** 2 + 1 + distilled
     w.add("cls_token", 1, 1, width)
@@ -150,23 +152,36 @@ class Reader:
         self.sd, self.bits, self.act_bits, self.eps = state, bits, act_bits, eps
 
     def norm(self, name, x):
-        return F.layer_norm(x, x.shape[-1:], self.sd[f"{name}.weight"], self.sd[f"{name}.bias"], self.eps)
+        return F.layer_norm(
+            x, x.shape[-1:], self.sd[f"{name}.weight"], self.sd[f"{name}.bias"], self.eps
+        )
 
     def shifted(self, name, x, *, signed=True):
         step = self.sd[f"{name}.input_quant_fn.s"].unsqueeze(-1)
-        return lsq(x + self.sd[f"{name}.move_b4.bias"], step, self.act_bits, signed=signed) + self.sd[f"{name}.move_aft.bias"]
+        return (
+            lsq(x + self.sd[f"{name}.move_b4.bias"], step, self.act_bits, signed=signed)
+            + self.sd[f"{name}.move_aft.bias"]
+        )
 
     def linear(self, name, x, *, signed=True):
-        return self.shifted(name, x, signed=signed) @ statsq(self.sd[f"{name}.weight"], self.bits).T + self.sd[f"{name}.bias"]
+        return (
+            self.shifted(name, x, signed=signed) @ statsq(self.sd[f"{name}.weight"], self.bits).T
+            + self.sd[f"{name}.bias"]
+        )
 
     def outer(self, name, x):
         weight = lsq(self.sd[f"{name}.weight"], self.sd[f"{name}.lsqw_fn.s"][:, None], 8)
-        x = lsq(x + self.sd[f"{name}.move_b4.bias"], self.sd[f"{name}.input_quant_fn.s"], 8) + self.sd[f"{name}.move_aft.bias"]
+        x = (
+            lsq(x + self.sd[f"{name}.move_b4.bias"], self.sd[f"{name}.input_quant_fn.s"], 8)
+            + self.sd[f"{name}.move_aft.bias"]
+        )
         return x @ weight.T + self.sd[f"{name}.bias"]
 
     def stem(self, name, x):
         side = x.shape[-1]
-        before, after = (self.sd[f"{name}.move_{place}.bias"].view(side, side) for place in ("b4", "aft"))
+        before, after = (
+            self.sd[f"{name}.move_{place}.bias"].view(side, side) for place in ("b4", "aft")
+        )
         x = lsq(x + before, self.sd[f"{name}.input_quant_fn.s"].view(-1, 1, 1), 8) + after
         weight = lsq(self.sd[f"{name}.weight"], self.sd[f"{name}.lsqw_fn.s"].view(-1, 1, 1, 1), 8)
         return F.conv2d(x, weight, self.sd[f"{name}.bias"], stride=weight.shape[-1])
@@ -177,8 +192,13 @@ class Reader:
     def attention(self, name, x, heads, bias=0.0):
         scores, v = (self.qkr if f"{name}.q.weight" in self.sd else self.qkv)(name, x, heads)
         probs = (scores * math.sqrt(heads / x.shape[-1]) + bias).softmax(-1)
-        probs = lsq(probs, self.sd[f"{name}.quan_a_softmax_fn.s"].unsqueeze(-1), self.act_bits, signed=False)
-        v = lsq(v, self.sd[f"{name}.quan_a_v_fn.s"], self.act_bits) + self.sd[f"{name}.move_v_aft.bias"]
+        probs = lsq(
+            probs, self.sd[f"{name}.quan_a_softmax_fn.s"].unsqueeze(-1), self.act_bits, signed=False
+        )
+        v = (
+            lsq(v, self.sd[f"{name}.quan_a_v_fn.s"], self.act_bits)
+            + self.sd[f"{name}.move_v_aft.bias"]
+        )
         out = torch.einsum("bhnm,bmhd->bnhd", probs, v.unflatten(-1, (heads, -1))).flatten(2)
         return self.linear(f"{name}.proj", out)
 
@@ -189,23 +209,32 @@ class Reader:
         y = (xq @ folded.T + self.sd[f"{name}.move_qkx_b4.bias"]).unflatten(-1, (heads, -1))
         y = lsq(y, self.sd[f"{name}.quan_a_qkx_fn.s"].view(-1, heads, 1), self.act_bits)
         y = y + self.sd[f"{name}.move_qkx_aft.bias"].view(heads, -1)
-        v = xq @ statsq(self.sd[f"{name}.v.weight"], self.bits).T + self.sd[f"{name}.v.bias"] + self.sd[f"{name}.move_v_b4.bias"]
+        v = (
+            xq @ statsq(self.sd[f"{name}.v.weight"], self.bits).T
+            + self.sd[f"{name}.v.bias"]
+            + self.sd[f"{name}.move_v_b4.bias"]
+        )
         return torch.einsum("bnc,bmhc->bhnm", xq, y), v
 
     def qkv(self, name, x, heads):
         q, k, v = (self.linear(f"{name}.qkv", x) + self.sd[f"{name}.move_qkv_b4.bias"]).chunk(3, -1)
         q, k = (
-            lsq(t, self.sd[f"{name}.quan_a_{role}_fn.s"].unsqueeze(-1), self.act_bits) + self.sd[f"{name}.move_{role}_aft.bias"]
+            lsq(t, self.sd[f"{name}.quan_a_{role}_fn.s"].unsqueeze(-1), self.act_bits)
+            + self.sd[f"{name}.move_{role}_aft.bias"]
             for t, role in ((q, "q"), (k, "k"))
         )
-        return torch.einsum("bnhd,bmhd->bhnm", q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))), v
+        return torch.einsum(
+            "bnhd,bmhd->bhnm", q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
+        ), v
 
 
 def deit_logits(state, images, bits, act_bits):
     """Mean of the heads."""
     r = Reader(state, bits, act_bits, 1e-6)
     x = r.stem("patch_embed.proj", images).flatten(2).transpose(1, 2)
-    tokens = [state[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in state]
+    tokens = [
+        state[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in state
+    ]
     x = torch.cat([*tokens, x], 1) + state["pos_embed"]
     i = 0
     while f"blocks.{i}.norm1.weight" in state:
@@ -213,13 +242,20 @@ def deit_logits(state, images, bits, act_bits):
         x = x + r.mlp(f"blocks.{i}.mlp", r.norm(f"blocks.{i}.norm2", x))
         i += 1
     x = r.norm("norm", x)
-    return torch.stack([r.outer(head, x[:, j]) for j, head in enumerate(("head", "head_dist")[: len(tokens)])]).mean(0)
+    return torch.stack([
+        r.outer(head, x[:, j]) for j, head in enumerate(("head", "head_dist")[: len(tokens)])
+    ]).mean(0)
 
 
 def windows(x, side):
     """(B, H, W, C) to (B, windows, side*side, C)."""
     b, h, w, c = x.shape
-    return x.view(b, h // side, side, w // side, side, c).transpose(2, 3).reshape(b, -1, side * side, c)
+    return (
+        x
+        .view(b, h // side, side, w // side, side, c)
+        .transpose(2, 3)
+        .reshape(b, -1, side * side, c)
+    )
 
 
 def shifted_window_mask(size, side, shift):
@@ -236,8 +272,19 @@ def swin_attention(r, name, x, side, *, shift):
     bias = table[window_index(side)].permute(2, 0, 1)
     parts = windows(x.roll((-shift, -shift), (1, 2)), side)
     mask = shifted_window_mask(size, side, shift) if shift else torch.zeros(parts.shape[1], 1, 1, 1)
-    parts = torch.stack([r.attention(name, parts[:, i], table.shape[1], bias + mask[i]) for i in range(parts.shape[1])], 1)
-    grid = parts.view(len(x), size // side, size // side, side, side, -1).transpose(2, 3).reshape(x.shape)
+    parts = torch.stack(
+        [
+            r.attention(name, parts[:, i], table.shape[1], bias + mask[i])
+            for i in range(parts.shape[1])
+        ],
+        1,
+    )
+    grid = (
+        parts
+        .view(len(x), size // side, size // side, side, side, -1)
+        .transpose(2, 3)
+        .reshape(x.shape)
+    )
     return grid.roll((shift, shift), (1, 2))
 
 
@@ -248,11 +295,16 @@ def swin_logits(state, images, bits, act_bits, window=4):
     while f"features.{2 * stage + 1}.0.norm1.weight" in state:
         if stage:
             quarters = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-            x = r.linear(f"features.{2 * stage}.reduction", r.norm(f"features.{2 * stage}.norm", torch.cat(quarters, -1)))
+            x = r.linear(
+                f"features.{2 * stage}.reduction",
+                r.norm(f"features.{2 * stage}.norm", torch.cat(quarters, -1)),
+            )
         i = 0
         while (name := f"features.{2 * stage + 1}.{i}") + ".norm1.weight" in state:
             shift = window // 2 if i % 2 and x.shape[1] > window else 0
-            x = x + swin_attention(r, f"{name}.attn", r.norm(f"{name}.norm1", x), window, shift=shift)
+            x = x + swin_attention(
+                r, f"{name}.attn", r.norm(f"{name}.norm1", x), window, shift=shift
+            )
             x = x + r.mlp(f"{name}.mlp", r.norm(f"{name}.norm2", x))
             i += 1
         stage += 1

@@ -42,8 +42,14 @@ def block_outputs(net, names, x):
         place = {"stem": "patch_embed"}.get(name, name)
         if name.startswith("features."):
             stage, _, block = name.removeprefix("features.").partition(".")
-            place = f"layers.{int(stage) // 2}.blocks.{block}" if block else f"layers.{int(stage) // 2}.downsample"
-        modules[place].register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+            place = (
+                f"layers.{int(stage) // 2}.blocks.{block}"
+                if block
+                else f"layers.{int(stage) // 2}.downsample"
+            )
+        modules[place].register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: out})
+        )
     return logits(net, x), seen
 
 
@@ -52,15 +58,30 @@ def block_outputs(net, names, x):
 def test_logits_and_blocks_are_those_of_the_reference(case):
     with np.load(FOLDER / "interop" / f"{case}.npz") as file:
         golden = dict(file)
-    knobs = {"bits": int(golden["weight_bits"]), "act_bits": int(golden["act_bits"]), "qkr": bool(golden["qkr"])}
+    knobs = {
+        "bits": int(golden["weight_bits"]),
+        "act_bits": int(golden["act_bits"]),
+        "qkr": bool(golden["qkr"]),
+    }
     net = qat.load_ofq_checkpoint(FOLDER / "interop" / f"{case}.pth.tar", **knobs)
     names = [str(name) for name in golden["block_names"]]
     out, seen = block_outputs(net, ["stem", *names], torch.from_numpy(golden["images"]))
     assert_close(out, torch.from_numpy(golden["logits"]), rtol=0, atol=1e-4)
     for name, block in seen.items():
         rows = block[0].flatten(0, -2)[:6, :8]
-        assert_close(rows, torch.from_numpy(golden[f"sample/{name}"]), rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        assert_close(block.flatten(1).std(1), torch.from_numpy(golden[f"per_image_std/{name}"]), rtol=0, atol=1e-4)
+        assert_close(
+            rows,
+            torch.from_numpy(golden[f"sample/{name}"]),
+            rtol=0,
+            atol=1e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+        assert_close(
+            block.flatten(1).std(1),
+            torch.from_numpy(golden[f"per_image_std/{name}"]),
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +101,9 @@ def test_deit(tmp_path, bits, act_bits, shape):
     assert_close(logits(net, x), authors.deit_logits(state, x, bits, act_bits), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "shape"), [(2, {}), (4, {"qkr": False, "depths": (1, 2), "classes": 7})])
+@pytest.mark.parametrize(
+    ("bits", "shape"), [(2, {}), (4, {"qkr": False, "depths": (1, 2), "classes": 7})]
+)
 def test_swin(tmp_path, bits, shape):
     state = authors.swin(**shape)
     net = qat.load_ofq_checkpoint(written(tmp_path, state), model=SWIN, bits=bits)
@@ -99,19 +122,36 @@ ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 309, "args": argparse.Namespace(**ARGS)},
-        lambda state: {"state_dict_ema": {k: v + 1 for k, v in state.items()}, "state_dict": state, "args": ARGS},
-        lambda state: {"state_dict": state, "optimizer": {"state": {}, "param_groups": []}, "args": ARGS, "metric": 12.5},
+        lambda state: {
+            "state_dict": {f"module.{k}": v for k, v in state.items()},
+            "epoch": 309,
+            "args": argparse.Namespace(**ARGS),
+        },
+        lambda state: {
+            "state_dict_ema": {k: v + 1 for k, v in state.items()},
+            "state_dict": state,
+            "args": ARGS,
+        },
+        lambda state: {
+            "state_dict": state,
+            "optimizer": {"state": {}, "param_groups": []},
+            "args": ARGS,
+            "metric": 12.5,
+        },
     ],
 )
 def test_wrappers_of_all_kinds(tmp_path, state, wrap):
     net = qat.load_ofq_checkpoint(written(tmp_path, wrap(state)), TINY, bits=2)
-    assert_close(logits(net, images(16)), authors.deit_logits(state, images(16), 2, 2), rtol=0, atol=1e-4)
+    assert_close(
+        logits(net, images(16)), authors.deit_logits(state, images(16), 2, 2), rtol=0, atol=1e-4
+    )
     assert not net.training
 
 
 def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
-    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=3, aq_bitw=4)})
+    path = written(
+        tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=3, aq_bitw=4)}
+    )
     recipe = qat.load_ofq_checkpoint(path).qat_conversion.recipe
     assert (recipe.bits, recipe.act_bits, recipe.attention, recipe.qk_bias) == (3, 4, "qkr", "drop")
 
@@ -119,15 +159,35 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
-        ({}, {}, "bits=None: {} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"),
+        (
+            {},
+            {},
+            "bits=None: {} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)",
+        ),
         ({}, {"bits": 0}, "quant.bits=0: must be an integer from 2 to 8"),
         ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be an integer from 2 to 8"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
-        ({}, {"bits": 2, "model": "nope"}, f"model='nope': the weights of {{}} do not fit it; they look like '{TINY}'"),
-        ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it; they look like '{TINY}'"),
+        (
+            {},
+            {"bits": 2, "model": "nope"},
+            f"model='nope': the weights of {{}} do not fit it; they look like '{TINY}'",
+        ),
+        (
+            {},
+            {"bits": 2, "model": SWIN},
+            f"model='{SWIN}': the weights of {{}} do not fit it; they look like '{TINY}'",
+        ),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
-        ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: its shapes are those of no DeiT (tuple index out of range)"),
-        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: its shapes are those of no DeiT (integer division or modulo by zero)"),
+        (
+            {"cls_token": torch.ones(())},
+            {"bits": 2},
+            "{}: its shapes are those of no DeiT (tuple index out of range)",
+        ),
+        (
+            {"cls_token": torch.ones(1, 1, 0)},
+            {"bits": 2},
+            "{}: its shapes are those of no DeiT (integer division or modulo by zero)",
+        ),
         (
             {f"layers.0.{TABLE}": torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},
@@ -138,7 +198,11 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
             {"bits": 2},
             "{}: its shapes are those of no Swin (list index out of range)",
         ),
-        ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the model corresponds to blocks.0.gamma"),
+        (
+            {"blocks.0.gamma": torch.ones(1)},
+            {"bits": 2},
+            "{}: nothing in the model corresponds to blocks.0.gamma",
+        ),
         (
             {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
             {"bits": 2},
@@ -157,7 +221,10 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
 @pytest.mark.parametrize("depth", [2000, 10**9])
 def test_a_file_describes_no_net_that_is_much_larger_than_itself(tmp_path, state, depth):
     path = written(tmp_path, {**state, f"blocks.{depth}.gamma": torch.ones(1)})
-    with pytest.raises(qat.UsageError, match=f"its shapes are those of no {TINY} .*(much larger than the weights|must be at most)"):
+    with pytest.raises(
+        qat.UsageError,
+        match=f"its shapes are those of no {TINY} .*(much larger than the weights|must be at most)",
+    ):
         qat.load_ofq_checkpoint(path, bits=2)
 
 
@@ -175,13 +242,19 @@ def test_a_file_that_would_run_code_is_refused_with_a_way_out(tmp_path, state):
     path = written(tmp_path, {"state_dict": state, "logger": Foreign()})
     with pytest.raises(qat.UsageError) as error:
         qat.load_ofq_checkpoint(path, bits=2)
-    assert "it holds more than tensors and plain data; save only the state_dict()" in str(error.value)
+    assert "it holds more than tensors and plain data; save only the state_dict()" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
 def test_bits_that_contradict_the_file_are_refused(tmp_path, state):
     path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(**ARGS)})
-    with pytest.raises(qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"):
+    with pytest.raises(
+        qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"
+    ):
         qat.load_ofq_checkpoint(path, bits=3)
-    with pytest.raises(qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"):
+    with pytest.raises(
+        qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"
+    ):
         qat.load_ofq_checkpoint(path, act_bits=4)

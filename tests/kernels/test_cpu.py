@@ -31,10 +31,28 @@ CASES = {
     "query": (randn(3, 2, 6, 7).softmax(-1), 6, None, None, CodeRange(0, 3, -2)),
     "map": (randn(2, 3, 8, 8), 3, offset(8, 8), offset(8, 8), CodeRange(-128, 127, 1)),
     "output row": (randn(12, 3, 4, 4), 12, None, None, CodeRange(-128, 127, 0)),
-    "columns of a wider tensor": (randn(2, 5, 57)[..., 19:38], 5, offset(19), None, CodeRange(-2, 1, -2)),
-    "rows that are no sequence": (randn(5, 2, 19).transpose(0, 1), 5, offset(19), None, CodeRange(-2, 1, -2)),
+    "columns of a wider tensor": (
+        randn(2, 5, 57)[..., 19:38],
+        5,
+        offset(19),
+        None,
+        CodeRange(-2, 1, -2),
+    ),
+    "rows that are no sequence": (
+        randn(5, 2, 19).transpose(0, 1),
+        5,
+        offset(19),
+        None,
+        CodeRange(-2, 1, -2),
+    ),
     "half steps": (2 * randn(2, 5, 19), 5, offset(19), offset(19), CodeRange(-2, 1, -2, half=True)),
-    "half steps, ties": (randn(2, 5, 19).round() / 2, 1, None, None, CodeRange(-4, 3, None, half=True)),
+    "half steps, ties": (
+        randn(2, 5, 19).round() / 2,
+        1,
+        None,
+        None,
+        CodeRange(-4, 3, None, half=True),
+    ),
     "half precision": (randn(2, 5, 19).bfloat16(), 5, offset(19), offset(19), CodeRange(-2, 1, -2)),
 }
 
@@ -82,12 +100,16 @@ def test_the_sign_is_read_off_a_tensor(sign):
     plain = CodeRange(-128, 127, 1) if sign else CodeRange(0, 255, 1)
     found = calls.lsq_forward(x, steps(n), before, after, grid, sign=torch.tensor(sign))
     assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, plain))
-    backward = calls.lsq_backward(grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign))
+    backward = calls.lsq_backward(
+        grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign)
+    )
     assert torch.equal(backward.x, reference.lsq_backward(grad, x, steps(n), before, plain)[0])
 
 
 def test_ties_the_ends_of_the_range_and_what_is_no_number():
-    x = torch.tensor([[-2.5, -2.0, -1.5, -0.5, 0.5, 1.0, 1.5, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45]])
+    x = torch.tensor([
+        [-2.5, -2.0, -1.5, -0.5, 0.5, 1.0, 1.5, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45]
+    ])
     for grid in (CodeRange(-2, 1, -2), CodeRange(0, 3, -2)):
         scale = torch.ones(1)
         assert_close(
@@ -97,11 +119,20 @@ def test_ties_the_ends_of_the_range_and_what_is_no_number():
             atol=0,
             equal_nan=True,
         )
-        ours, theirs = (f(torch.ones_like(x), x, scale, None, grid)[0] for f in (calls.lsq_backward, reference.lsq_backward))
+        ours, theirs = (
+            f(torch.ones_like(x), x, scale, None, grid)[0]
+            for f in (calls.lsq_backward, reference.lsq_backward)
+        )
         assert torch.equal(ours, theirs)
-    assert calls.lsq_forward(x, torch.tensor([torch.nan]), None, None, CodeRange(-2, 1, -2)).isnan().all()
+    assert (
+        calls
+        .lsq_forward(x, torch.tensor([torch.nan]), None, None, CodeRange(-2, 1, -2))
+        .isnan()
+        .all()
+    )
     assert torch.equal(
-        calls.lsq_forward(x[:, :6], torch.zeros(1), None, None, CodeRange(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
+        calls.lsq_forward(x[:, :6], torch.zeros(1), None, None, CodeRange(-2, 1, -2)),
+        torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5,
     )
 
 
@@ -109,7 +140,10 @@ def test_ties_the_ends_of_the_range_and_what_is_no_number():
 def test_statsq_agrees(bits):
     w = torch.cat([randn(7, 33), torch.zeros(1, 33)])
     scale = 2 * w.abs().mean(1, keepdim=True)
-    assert torch.equal(operators.statsq_forward(w, scale, bits, torch.float32), reference.statsq_forward(w, scale, bits))
+    assert torch.equal(
+        operators.statsq_forward(w, scale, bits, torch.float32),
+        reference.statsq_forward(w, scale, bits),
+    )
 
 
 def test_probabilities_agree():
@@ -191,10 +225,17 @@ def test_an_empty_batch():
     assert torch.equal(scale.grad, torch.zeros(5))
 
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")])
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")]
+)
 def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
     """They write through pointers: an array of another dtype or device would be too small, or nowhere."""
-    x, scale, before, grad = randn(7, 5, 33), randn(5, seed=1).abs() + 0.1, offset(33), randn(7, 5, 33, seed=2)
+    x, scale, before, grad = (
+        randn(7, 5, 33),
+        randn(5, seed=1).abs() + 0.1,
+        offset(33),
+        randn(7, 5, 33, seed=2),
+    )
     codes, default = CodeRange(-4, 3, 1), torch.get_default_dtype()
     expected = reference.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape)
     cpu.available.cache_clear()
@@ -203,7 +244,9 @@ def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
         torch.set_default_dtype(dtype)
         with torch.device(device):
             assert cpu.available()
-            found = calls.lsq_backward(grad, x, scale, before, codes, after=before, dequantized=torch.float32)
+            found = calls.lsq_backward(
+                grad, x, scale, before, codes, after=before, dequantized=torch.float32
+            )
             made = calls.lsq_forward(x, scale, before, before, codes)
             probs = calls.softmax_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
     finally:
@@ -214,4 +257,6 @@ def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
         assert_close(getattr(found, name), getattr(expected, name))
     assert torch.equal(found.dequantized, made)
     assert torch.equal(made, reference.lsq_forward(x, scale, before, before, codes))
-    assert_close(probs[0], calls.softmax_reference(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)[0])
+    assert_close(
+        probs[0], calls.softmax_reference(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)[0]
+    )

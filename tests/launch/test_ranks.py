@@ -8,7 +8,15 @@ import pytest
 from qat.errors import UsageError
 from qat.launch import ranks
 
-PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
+PLACES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "SLURM_PROCID",
+    "SLURM_STEP_ID",
+    "SLURM_NTASKS",
+    "TORCHELASTIC_RUN_ID",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +30,8 @@ def count(**trainer):
 
 
 @pytest.mark.parametrize(
-    ("devices", "expected"), [(1, 0), (2, 2), ("2", 2), ([0, 1, 2], 3), ("auto", 0), ("x", 0), (0, 0), (-1, 0), (True, 0)]
+    ("devices", "expected"),
+    [(1, 0), (2, 2), ("2", 2), ([0, 1, 2], 3), ("auto", 0), ("x", 0), (0, 0), (-1, 0), (True, 0)],
 )
 def test_a_command_starts_what_devices_asks_for(devices, expected):
     assert count(devices=devices) == expected
@@ -30,7 +39,11 @@ def test_a_command_starts_what_devices_asks_for(devices, expected):
 
 @pytest.mark.parametrize(
     ("found", "expected"),
-    [({"LOCAL_RANK": "0"}, 0), ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, 0), ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, 2)],
+    [
+        ({"LOCAL_RANK": "0"}, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, 2),
+    ],
 )
 def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, expected):
     for name, value in found.items():
@@ -43,7 +56,10 @@ def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, ex
     [
         ({"strategy": "ddp_spawn"}, r"^trainer\.strategy='ddp_spawn': must be .*auto, ddp, fsdp"),
         ({"num_nodes": 2}, r"^trainer\.num_nodes=2: must be 1; .* srun or torchrun"),
-        ({"devices": 100000}, r"^trainer\.devices=100000: must be up to 1024 processes on a machine"),
+        (
+            {"devices": 100000},
+            r"^trainer\.devices=100000: must be up to 1024 processes on a machine",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_refused(trainer, line):
@@ -77,6 +93,8 @@ def test_the_process_becomes_torchrun_of_the_same_command(monkeypatch):
     ranks.become_torchrun(4, ["train.py", "a=1"])
     ((program, arguments),) = called
     assert program == arguments[0] == sys.executable
-    assert {"--standalone", "--nproc-per-node=4", f"--shutdown-timeout={ranks.SAVE_S}"} < set(arguments)
+    assert {"--standalone", "--nproc-per-node=4", f"--shutdown-timeout={ranks.SAVE_S}"} < set(
+        arguments
+    )
     assert arguments[-2:] == ["train.py", "a=1"]
     assert os.environ["OMP_NUM_THREADS"] == "3"

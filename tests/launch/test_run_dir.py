@@ -45,18 +45,27 @@ def locked_elsewhere(folder):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
-    "arguments", [("train.py", "overwrite=true"), ("train.py", "-m", "seed=1,2"), ("eval.py", "ckpt=x.ckpt")], ids=" ".join
+    "arguments",
+    [("train.py", "overwrite=true"), ("train.py", "-m", "seed=1,2"), ("eval.py", "ckpt=x.ckpt")],
+    ids=" ".join,
 )
 def test_a_second_run_is_refused_in_one_line_and_leaves_no_trace(tmp_path, arguments):
     with locked_elsewhere(tmp_path / "run") as holder:
         before = contents(tmp_path)
         code, out = typed(*arguments, "run_dir=run", cwd=tmp_path)
         who = f"process {holder.pid} on host {socket.gethostname()}"
-        assert code == f"error: run_dir='run': is in use by {who}; must be another directory, or wait for it to end"
+        assert (
+            code
+            == f"error: run_dir='run': is in use by {who}; must be another directory, or wait for it to end"
+        )
         assert out == ""
         assert contents(tmp_path) == before
 
@@ -73,7 +82,9 @@ def test_a_job_whose_directory_is_in_use_fails_alone(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr("qat.tasks.train.train", lambda cfg: trained.append(cfg.seed))
     with locked_elsewhere(tmp_path / "sweep" / "0"):
-        code, out = typed("train.py", "-m", *TINY, "report=false", "seed=1,2", "run_dir=sweep", cwd=tmp_path)
+        code, out = typed(
+            "train.py", "-m", *TINY, "report=false", "seed=1,2", "run_dir=sweep", cwd=tmp_path
+        )
     assert code == 1
     assert re.search(r"error: run_dir='.*/sweep/0': is in use by process \d+", out)
     assert not (tmp_path / "sweep" / "0" / "results.json").exists()
@@ -98,7 +109,9 @@ from qat.launch import run_dir
 run_dir.lock_for_ranks(sys.argv[1])
 os.execvp("sh", ["sh", "-c", "echo; exec sleep 60"])
 """
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as launcher:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as launcher:
         launcher.stdout.readline()
         with pytest.raises(UsedError, match=f"process {launcher.pid} on host"):
             run_dir.lock(str(tmp_path))

@@ -49,7 +49,11 @@ def test_cleaning_up_after_it_is_not_interrupted():
 def test_inside_training_it_is_noted_and_the_wish_to_stop_outranks():
     with signals.listening():
         signals.defer(on=True)
-        for number, expected in ((signal.SIGUSR2, signal.SIGUSR2), (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGTERM)):
+        for number, expected in (
+            (signal.SIGUSR2, signal.SIGUSR2),
+            (signal.SIGTERM, signal.SIGTERM),
+            (signal.SIGUSR1, signal.SIGTERM),
+        ):
             send(number)
             assert signals.arrived() == expected
     with signals.listening():

@@ -16,22 +16,45 @@ from qat.launch.signals import Preempted
 from tests.conftest import compose, train
 
 WAYS = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
-JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "qat", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0"}
+JOB = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_JOB_NAME": "qat",
+    "SLURM_NNODES": "1",
+    "SLURM_NODELIST": "localhost",
+    "SLURM_PROCID": "0",
+}
 BATCH = {**JOB, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-TASK = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-PAIR = {**TASK, "SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "nowhere[1-2]"}
+TASK = {
+    **BATCH,
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+PAIR = {
+    **TASK,
+    "SLURM_NNODES": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NODELIST": "nowhere[1-2]",
+}
 
 
 @pytest.fixture
 def place(monkeypatch):
     """Sets variables in place of all that a launcher may have set."""
     launchers = ("SLURM", "MASTER_", "TORCHELASTIC")
-    for name in [name for name in os.environ if name.startswith(launchers) or name in {"RANK", "LOCAL_RANK"}]:
+    for name in [
+        name for name in os.environ if name.startswith(launchers) or name in {"RANK", "LOCAL_RANK"}
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "")  # so that what the code sets is taken back
     monkeypatch.delenv("MASTER_ADDR")
 
-    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # Lightning's environments set it for good
+    monkeypatch.setattr(
+        rank_zero_only, "rank", rank_zero_only.rank
+    )  # Lightning's environments set it for good
 
     def put(variables):
         for name, value in variables.items():
@@ -48,9 +71,21 @@ def place(monkeypatch):
             [],
             f"SLURM has 2 tasks for this job, and this process is not one of them; {WAYS}",
         ),
-        (TASK, [], "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
-        (TASK, ["trainer.devices=4"], "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
-        (PAIR, ["trainer.devices=1"], "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets"),
+        (
+            TASK,
+            [],
+            "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets",
+        ),
+        (
+            TASK,
+            ["trainer.devices=4"],
+            "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets",
+        ),
+        (
+            PAIR,
+            ["trainer.devices=1"],
+            "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets",
+        ),
     ],
     ids=["no-srun", "devices", "more-devices", "nodes"],
 )
@@ -66,7 +101,10 @@ def test_processes_that_would_wait_for_each_other_are_refused(place, variables, 
     [
         ({}, []),
         (TASK, ["trainer=slurm"]),
-        ({**TASK, "SLURM_JOB_NAME": "interactive"}, ["trainer=slurm"]),  # which Lightning alone would take for two single runs
+        (
+            {**TASK, "SLURM_JOB_NAME": "interactive"},
+            ["trainer=slurm"],
+        ),  # which Lightning alone would take for two single runs
         ({**BATCH, "SLURM_JOB_NAME": "bash"}, []),  # a person tries something in an allocation
         ({**BATCH, "TORCHELASTIC_RUN_ID": "none"}, ["trainer.devices=8"]),
         ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, []),  # srun --ntasks=1 in a job of two
@@ -106,7 +144,9 @@ def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
         ({**JOB, "SLURM_RESTART_COUNT": "1"}, False, True, False),
     ],
 )
-def test_a_job_that_is_started_again_goes_on(place, tmp_path, variables, resume, overwrite, expected):
+def test_a_job_that_is_started_again_goes_on(
+    place, tmp_path, variables, resume, overwrite, expected
+):
     place(variables)
     assert ranks.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
 
@@ -160,14 +200,19 @@ def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, capl
 def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, scontrol, caplog):
     asked = scontrol()
     place({**TASK, "SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "0"})
-    assert left(caplog, Preempted(signal.SIGUSR2)) == (140, ["preempted by SIGUSR2 outside training, requeueing job 3_0"])
+    assert left(caplog, Preempted(signal.SIGUSR2)) == (
+        140,
+        ["preempted by SIGUSR2 outside training, requeueing job 3_0"],
+    )
     place({"SLURM_PROCID": "1"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
     assert asked() == (["requeue 3_0"], [ranks.SAID_S, ranks.KILL_S, ranks.KILL_S])
 
 
 @pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt"])
-def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol, caplog, tmp_path, name):
+def test_a_job_that_never_saves_anything_is_not_started_for_ever(
+    place, scontrol, caplog, tmp_path, name
+):
     asked = scontrol()
     place({**JOB, "SLURM_RESTART_COUNT": "1"})
     assert len(left(caplog, Preempted(signal.SIGUSR1), tmp_path)[1]) == 1
@@ -195,12 +240,18 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
 @pytest.mark.parametrize(
     ("variables", "stop", "line"),
     [
-        (JOB, Preempted(signal.SIGTERM, 5), "stopped by SIGTERM after training step 5: this run writes no last.ckpt; WAY ON"),
+        (
+            JOB,
+            Preempted(signal.SIGTERM, 5),
+            "stopped by SIGTERM after training step 5: this run writes no last.ckpt; WAY ON",
+        ),
         ({}, Preempted(signal.SIGUSR1), "preempted by SIGUSR1 outside training; WAY ON"),
     ],
     ids=["cancelled", "elsewhere"],
 )
-def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, caplog, variables, stop, line):
+def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(
+    place, scontrol, caplog, variables, stop, line
+):
     asked = scontrol()
     place(variables)
     assert left(caplog, stop) == (128 + stop.signal, [line])

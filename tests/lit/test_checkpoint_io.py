@@ -12,7 +12,9 @@ from qat.lit.strategies import AtomicCheckpointIO
 
 def test_round_trip(tmp_path):
     path = tmp_path / "new" / "a.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.arange(3)}, "global_step": 7}, path)
+    AtomicCheckpointIO().save_checkpoint(
+        {"state_dict": {"w": torch.arange(3)}, "global_step": 7}, path
+    )
     back = AtomicCheckpointIO().load_checkpoint(path)
     assert back["global_step"] == 7
     assert back["state_dict"]["w"].tolist() == [0, 1, 2]
@@ -27,7 +29,11 @@ def test_code_inside_a_file_is_refused_whatever_the_caller_says(tmp_path, weight
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc] . unexpected pos"),
+    ],
 )
 def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
@@ -37,7 +43,10 @@ def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(qat.UsageError, match=r"last.ckpt cannot be written \(.*\); the previous checkpoint is intact"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"last.ckpt cannot be written \(.*\); the previous checkpoint is intact",
+    ):
         AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

@@ -17,7 +17,12 @@ from qat.utils import files
 from qat.utils.files import csv_rows
 from tests.conftest import compose, results, train
 
-ROWS = [{"a": 1.5, "step": 0}, {"b": 2.0, "step": 0}, {"a": 0.1, "b": 1e-9, "step": 4}, {"c": 7.0, "step": 5}]
+ROWS = [
+    {"a": 1.5, "step": 0},
+    {"b": 2.0, "step": 0},
+    {"a": 0.1, "b": 1e-9, "step": 4},
+    {"c": 7.0, "step": 5},
+]
 
 
 def log(folder, rows, resumed_at=0):
@@ -29,7 +34,10 @@ def log(folder, rows, resumed_at=0):
 
 
 def read(folder):
-    return [{key: value for key, value in row.items() if value} for row in csv_rows(folder / "metrics.csv")]
+    return [
+        {key: value for key, value in row.items() if value}
+        for row in csv_rows(folder / "metrics.csv")
+    ]
 
 
 def texts(rows):
@@ -50,7 +58,10 @@ def test_a_resumed_run_drops_the_rows_that_come_again(resumed_at, kept, tmp_path
     assert read(tmp_path) == texts(ROWS)
 
 
-@pytest.mark.parametrize("content", ["step,a\n0,1\n".encode("utf-16"), b"a,b\n1,2\n", b"step,a\n3.5,2\n", b"step,a\n0,2,3\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["step,a\n0,1\n".encode("utf-16"), b"a,b\n1,2\n", b"step,a\n3.5,2\n", b"step,a\n0,2,3\n"],
+)
 def test_another_table_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "metrics.csv").write_bytes(content)
     with pytest.raises(UsageError, match=r"metrics\.csv: must be the table that this run wrote"):
@@ -93,7 +104,10 @@ def test_an_open_run_of_wandb_is_ended(error, code):
 def logged(run_dir):
     """`metrics.csv` as {metric: [values in order]}."""
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
-    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0].keys() - {"epoch", "step"}}
+    return {
+        key: [float(row[key]) for row in rows if row[key]]
+        for key in rows[0].keys() - {"epoch", "step"}
+    }
 
 
 def of_tensorboard(run_dir):
@@ -107,9 +121,16 @@ def of_mlflow(run_dir):
     import mlflow.tracking
 
     client = mlflow.tracking.MlflowClient(f"sqlite:///{run_dir}/mlflow.db")
-    ((found,),) = [client.search_runs([experiment.experiment_id]) for experiment in client.search_experiments() if experiment.name == "qat"]
+    ((found,),) = [
+        client.search_runs([experiment.experiment_id])
+        for experiment in client.search_experiments()
+        if experiment.name == "qat"
+    ]
     assert (found.info.run_name, found.info.status) == (str(run_dir), "FINISHED")
-    return {key: [m.value for m in client.get_metric_history(found.info.run_id, key)] for key in found.data.metrics}
+    return {
+        key: [m.value for m in client.get_metric_history(found.info.run_id, key)]
+        for key in found.data.metrics
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +139,9 @@ def run(tmp_path_factory):
     folder, connect = tmp_path_factory.mktemp("loggers"), socket.socket.connect
 
     def local_only(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in {"127.0.0.1", "::1", "localhost"}, address
+        assert self.family == socket.AF_UNIX or address[0] in {"127.0.0.1", "::1", "localhost"}, (
+            address
+        )
         return connect(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -126,7 +149,12 @@ def run(tmp_path_factory):
             patch.delenv(name)
         patch.setattr(socket.socket, "connect", local_only)
         patch.chdir(folder)
-        train(folder / "run", "logger=[csv,tensorboard,wandb,mlflow]", "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
+        train(
+            folder / "run",
+            "logger=[csv,tensorboard,wandb,mlflow]",
+            "trainer.max_epochs=2",
+            "trainer.log_every_n_steps=1",
+        )
     assert [path.name for path in folder.iterdir()] == ["run"]
     return folder / "run"
 

@@ -50,7 +50,9 @@ class Gradients(Callback):
         self.steps, self.rates = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.steps.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None})
+        self.steps.append({
+            n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
+        })
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
@@ -60,9 +62,13 @@ def test_the_last_step_of_an_epoch_counts_its_own_batches(batch):
     net, left = quantized("lsq"), 2 * batch
     many, one = Gradients(), Gradients()
     still = {"optimizer": lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0)}
-    trainer(callbacks=[many], accumulate_grad_batches=4).fit(module(copy.deepcopy(net), **still), batches(2, 8 + left))
+    trainer(callbacks=[many], accumulate_grad_batches=4).fit(
+        module(copy.deepcopy(net), **still), batches(2, 8 + left)
+    )
     rest = TensorDataset(images(8 + left)[8:], CLASSES[8 : 8 + left])
-    trainer(callbacks=[one]).fit(module(copy.deepcopy(net), **still), DataLoader(rest, batch_size=left))
+    trainer(callbacks=[one]).fit(
+        module(copy.deepcopy(net), **still), DataLoader(rest, batch_size=left)
+    )
     assert len(many.steps) == 2
     assert_close(many.steps[1], one.steps[0], rtol=1e-4, atol=1e-6)
 
@@ -80,7 +86,9 @@ class Unfreeze(Callback):
         if trainer.current_epoch == 1:
             pl_module.net.blocks.requires_grad_(requires_grad=True)
             if self.group:
-                trainer.optimizers[0].add_param_group({"params": list(pl_module.net.blocks.parameters())})
+                trainer.optimizers[0].add_param_group({
+                    "params": list(pl_module.net.blocks.parameters())
+                })
 
 
 @pytest.mark.parametrize("group", [True, False])
@@ -91,13 +99,21 @@ def test_weights_that_are_unfrozen_during_the_run_are_refused(group):
 
 
 def lsq_factors(net, *, weights):
-    return [m.grad_factor for s in sites(net).values() if s.is_weight == weights for m in s.quantizer.modules() if isinstance(m, LSQ)]
+    return [
+        m.grad_factor
+        for s in sites(net).values()
+        if s.is_weight == weights
+        for m in s.quantizer.modules()
+        if isinstance(m, LSQ)
+    ]
 
 
 def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypatch):
     net = quantized("lsq")
     learner = module(net)
-    monkeypatch.setattr(QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12))
+    monkeypatch.setattr(
+        QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12)
+    )
     learner.setup("fit")
     assert lsq_factors(net, weights=False) == pytest.approx([1 / 6] * (2 + 2 * 8))
     assert lsq_factors(net, weights=True) == [1.0] * (2 + 2 * 4)
@@ -125,7 +141,14 @@ def test_rates_follow_the_schedule(interval):
     def schedule(optimizer, epochs, steps):
         assert (epochs, steps) == (3, 2)
         periods, warmup = (6, 2) if interval == "step" else (3, 1)
-        return cosine_schedule(optimizer, periods=periods, warmup=warmup, min_lr=0.0, warmup_lr=0.002, interval=interval), interval
+        return cosine_schedule(
+            optimizer,
+            periods=periods,
+            warmup=warmup,
+            min_lr=0.0,
+            warmup_lr=0.002,
+            interval=interval,
+        ), interval
 
     trainer(max_epochs=3, callbacks=[seen]).fit(module(vit(), scheduler=schedule), batches(8))
     # 0.01/2 * (1 + cos(pi t/T)); the warm-up goes from 0.002 to 0.01.
@@ -154,7 +177,10 @@ def test_the_loss_of_an_epoch_is_a_mean_over_images():
     learner = module(vit(), optimizer=lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0))
     run = trainer()
     run.fit(learner, batches(6))
-    assert_close(run.callback_metrics["train/loss"], torch.nn.functional.cross_entropy(learner.net(images(16)), CLASSES).detach())
+    assert_close(
+        run.callback_metrics["train/loss"],
+        torch.nn.functional.cross_entropy(learner.net(images(16)), CLASSES).detach(),
+    )
 
 
 def test_accuracies_are_percentages_of_all_images():
@@ -164,9 +190,13 @@ def test_accuracies_are_percentages_of_all_images():
     (found,) = run.test(module(net), batches(5), verbose=False)
     assert set(found) == {"test/top1", "test/top5", "test/loss"}
     top5 = (answers.topk(5).indices == CLASSES[:, None]).any(-1)
-    assert found["test/top1"] == pytest.approx(100 * (answers.argmax(-1) == CLASSES).float().mean().item())
+    assert found["test/top1"] == pytest.approx(
+        100 * (answers.argmax(-1) == CLASSES).float().mean().item()
+    )
     assert found["test/top5"] == pytest.approx(100 * top5.float().mean().item())
-    assert found["test/loss"] == pytest.approx(-answers.log_softmax(-1)[torch.arange(16), CLASSES].mean().item(), rel=1e-5)
+    assert found["test/loss"] == pytest.approx(
+        -answers.log_softmax(-1)[torch.arange(16), CLASSES].mean().item(), rel=1e-5
+    )
 
 
 def test_the_teacher_leaves_no_trace(tmp_path):
@@ -178,7 +208,9 @@ def test_the_teacher_leaves_no_trace(tmp_path):
     run.save_checkpoint(tmp_path / "a.ckpt")
     of_teacher = {p.data_ptr() for p in teacher_net.parameters()}
     assert not any(p.data_ptr() in of_teacher for p in learner.parameters())
-    assert not any(p.data_ptr() in of_teacher for g in run.optimizers[0].param_groups for p in g["params"])
+    assert not any(
+        p.data_ptr() in of_teacher for g in run.optimizers[0].param_groups for p in g["params"]
+    )
     assert not teacher_net.training
     assert all(p.grad is None for p in teacher_net.parameters())
     for name, tensor in teacher_net.state_dict().items():
@@ -190,11 +222,16 @@ def test_the_teacher_leaves_no_trace(tmp_path):
 def test_both_heads_learn_from_a_teacher():
     net = quantized("ofq", name=DISTILLED)
     teacher, seen = vit(DISTILLED), Gradients()
-    trainer(callbacks=[seen]).fit(module(copy.deepcopy(net), {"kd": Distillation()}, teacher=Teacher(teacher)), batches(16))
+    trainer(callbacks=[seen]).fit(
+        module(copy.deepcopy(net), {"kd": Distillation()}, teacher=Teacher(teacher)), batches(16)
+    )
     net.set_distilled_training(True)
     cls, dist = net.train()(images(16))
     target = teacher.head(teacher.forward_features(images(16))[:, 0]).softmax(-1)
-    loss = -cls.log_softmax(-1)[torch.arange(16), CLASSES].mean() - (target * dist.log_softmax(-1)).sum(-1).mean()
+    loss = (
+        -cls.log_softmax(-1)[torch.arange(16), CLASSES].mean()
+        - (target * dist.log_softmax(-1)).sum(-1).mean()
+    )
     heads = {f"{head}.bias": net.get_parameter(f"{head}.bias") for head in ("head", "head_dist")}
     for name, expected in zip(heads, torch.autograd.grad(loss, heads.values()), strict=True):
         assert_close(seen.steps[0][name], expected)

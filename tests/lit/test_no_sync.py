@@ -13,7 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.kernels
-from qat.callbacks import CGA, EMAWeightAveraging, FiniteCheck, IterativeFreezing, Oscillation, finite
+from qat.callbacks import (
+    CGA,
+    EMAWeightAveraging,
+    FiniteCheck,
+    IterativeFreezing,
+    Oscillation,
+    finite,
+)
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
 from qat.nn.attention import set_execution
@@ -42,9 +49,13 @@ class NoWaiting(TorchDispatchMode):
         self.optimizer = optimizer
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._opname in WAITING and not any(args[0] is state.get("step") for state in self.optimizer.state.values()):
+        if func._opname in WAITING and not any(
+            args[0] is state.get("step") for state in self.optimizer.state.values()
+        ):
             raise AssertionError(f"{func} waits for the device")
-        if func._opname == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if func._opname == "index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
             raise AssertionError("an index of truth values has to be counted")
         return func(*args, **(kwargs or {}))
 
@@ -54,7 +65,11 @@ class NoCopies(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in {torch.tensor, torch.as_tensor} and kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor):
+        if (
+            func in {torch.tensor, torch.as_tensor}
+            and kwargs.get("device") is not None
+            and not isinstance(args[0], torch.Tensor)
+        ):
             raise AssertionError(f"{func.__name__}({args[0]}, device=...) waits for the device")
         return func(*args, **kwargs)
 

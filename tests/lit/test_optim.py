@@ -66,7 +66,10 @@ def test_groups_of_a_quantized_net():
     found = names(model, parameter_groups(model, weight_decay=0.1))
     scales = {name for name, _ in model.named_parameters() if name.endswith(".change")}
     offsets = {name for name, _ in model.named_parameters() if "offset" in name}
-    assert {"blocks.0.attn.product_offset", "patch_embed.proj.input_quantizer.offset_before"} <= offsets
+    assert {
+        "blocks.0.attn.product_offset",
+        "patch_embed.proj.input_quantizer.offset_before",
+    } <= offsets
     assert model.get_parameter("patch_embed.proj.input_quantizer.offset_before").ndim == 2
     assert set(found["decay"]) == WEIGHTS | QKR_WEIGHTS
     assert set(found["no_decay"]) == PLAIN | {"blocks.0.attn.v.bias"} | offsets
@@ -88,7 +91,10 @@ def test_decay_and_rates_of_the_groups():
         ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: must be a number of at least 0"),
         ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: must be a number above 0"),
         ({"opt": "nope"}, r"optimizer\.opt='nope'"),
-        ({"opt": "adamw", "nesterov": True}, r"optimizer\.nesterov=True, optimizer\.opt='adamw': do not work together"),
+        (
+            {"opt": "adamw", "nesterov": True},
+            r"optimizer\.nesterov=True, optimizer\.opt='adamw': do not work together",
+        ),
     ],
 )
 def test_bad_settings_name_themselves(settings, message):
@@ -97,7 +103,10 @@ def test_bad_settings_name_themselves(settings, message):
 
 
 def optimizer_of(lr, lr_scale=1.0):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr * s, "lr_scale": s} for s in (1.0, lr_scale)]
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1))], "lr": lr * s, "lr_scale": s}
+        for s in (1.0, lr_scale)
+    ]
     return torch.optim.SGD(groups, lr=lr)
 
 
@@ -108,7 +117,9 @@ def cosine(t, length, lr, low):
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_cosine_with_warm_up(interval):
     optimizer = optimizer_of(0.1, lr_scale=0.5)
-    schedule = cosine_schedule(optimizer, periods=20, warmup=5, min_lr=0.01, warmup_lr=0.001, interval=interval)
+    schedule = cosine_schedule(
+        optimizer, periods=20, warmup=5, min_lr=0.01, warmup_lr=0.001, interval=interval
+    )
     advance = schedule.step if interval == "epoch" else schedule.step_update
     rates = [optimizer.param_groups[0]["lr"]]
     for t in range(1, 25):
@@ -116,7 +127,9 @@ def test_cosine_with_warm_up(interval):
         rates.append(optimizer.param_groups[0]["lr"])
         assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2)
     warm = [0.001 + t * (0.1 - 0.001) / 5 for t in range(5)]
-    assert rates == pytest.approx(warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5)
+    assert rates == pytest.approx(
+        warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5
+    )
 
 
 def rates(net, groups, scale_lr_factor=1.0):
@@ -126,20 +139,32 @@ def rates(net, groups, scale_lr_factor=1.0):
 
 
 def test_a_schedule_shorter_than_its_unit_is_one_unit():
-    schedule = cosine_schedule(build_optimizer(nn.Linear(2, 2), lr=0.1, weight_decay=0.0), periods=0, min_lr=0.01)
+    schedule = cosine_schedule(
+        build_optimizer(nn.Linear(2, 2), lr=0.1, weight_decay=0.0), periods=0, min_lr=0.01
+    )
     assert [schedule._get_lr(epoch)[0] for epoch in range(3)] == [0.1, 0.01, 0.01]
 
 
 def test_layer_decay_needs_layers_that_timm_numbers():
-    with pytest.raises(qat.UsageError, match=r"^optimizer\.layer_decay=0\.5: timm does not number the layers of Linear; must be null$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^optimizer\.layer_decay=0\.5: timm does not number the layers of Linear; must be null$",
+    ):
         parameter_groups(nn.Linear(2, 2), weight_decay=0.0, layer_decay=0.5)
 
 
 def test_layer_decay_is_timms():
     model = vit(DISTILLED, depth=2)
     theirs = rates(model, timm.optim.param_groups_layer_decay(model, layer_decay=0.6))
-    assert rates(model, parameter_groups(model, weight_decay=0.1, layer_decay=0.6)) == pytest.approx(theirs)
-    assert sorted(set(theirs.values())) == pytest.approx([0.6**3, 0.6**2, 0.6, 1.0])  # embedding, first block, second block and norm, heads
+    assert rates(
+        model, parameter_groups(model, weight_decay=0.1, layer_decay=0.6)
+    ) == pytest.approx(theirs)
+    assert sorted(set(theirs.values())) == pytest.approx([
+        0.6**3,
+        0.6**2,
+        0.6,
+        1.0,
+    ])  # embedding, first block, second block and norm, heads
 
 
 @pytest.mark.parametrize(
@@ -155,7 +180,12 @@ def test_rate_follows_the_batch(settings, expected):
 
 @pytest.mark.parametrize(
     ("opt", "options", "fused"),
-    [("adamw", {}, True), ("adam", {}, True), ("adamw", {"fused": False}, False), ("sgd", {}, None)],
+    [
+        ("adamw", {}, True),
+        ("adam", {}, True),
+        ("adamw", {"fused": False}, False),
+        ("sgd", {}, None),
+    ],
 )
 def test_one_operation_updates_all_parameters_where_torch_has_it(opt, options, fused):
     optimizer = build_optimizer(vit(), opt=opt, lr=1e-3, weight_decay=0.05, **options)
@@ -171,7 +201,9 @@ def step_with_gradients(optimizer, net, seed):
     optimizer.step()
 
 
-@pytest.mark.parametrize("groups_name_it", [True, False], ids=["fused=None in the file", "no word of it in the file"])
+@pytest.mark.parametrize(
+    "groups_name_it", [True, False], ids=["fused=None in the file", "no word of it in the file"]
+)
 @pytest.mark.parametrize("opt", ["adamw", "adam"])
 def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name_it):
     """As torch restores it: a group of the file brings its own form along. Oracle: the optimizer that wrote it, going on."""
@@ -191,15 +223,27 @@ def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name
     for seed in range(3, 6):
         step_with_gradients(writer, old, seed)
         step_with_gradients(optimizer, net, seed)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(net.parameters(), old.parameters(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(net.parameters(), old.parameters(), strict=True)
+    )
     assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 
 def test_fused_steps_clip_gradients_under_autocast(tmp_path):
     net = vit()
     module = QATModule(
-        net, CompositeLoss({"ce": CrossEntropy()}), num_classes=10, optimizer=lambda n: build_optimizer(n, lr=1e-3, weight_decay=0.0)
+        net,
+        CompositeLoss({"ce": CrossEntropy()}),
+        num_classes=10,
+        optimizer=lambda n: build_optimizer(n, lr=1e-3, weight_decay=0.0),
     )
     before = net.head.weight.detach().clone()
-    Trainer(**QUIET, max_steps=2, precision="bf16-mixed", gradient_clip_val=1.0, default_root_dir=tmp_path).fit(module, batches())
+    Trainer(
+        **QUIET,
+        max_steps=2,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        default_root_dir=tmp_path,
+    ).fit(module, batches())
     assert not torch.equal(net.head.weight, before)

@@ -24,7 +24,10 @@ def test_mean_of_both_heads_is_the_nets_own_evaluation():
 
 def test_blocks_are_those_that_are_asked_for():
     teacher = Teacher(vit())
-    (last,), every = teacher.with_features(images(), "last")[1], teacher.with_features(images(), "all")[1]
+    (last,), every = (
+        teacher.with_features(images(), "last")[1],
+        teacher.with_features(images(), "all")[1],
+    )
     assert len(every) == len(teacher.net.blocks) > 1
     assert_close(every[-1], last, rtol=0, atol=0)
 
@@ -49,7 +52,10 @@ def test_it_gets_images_as_it_was_trained_with_them(name):
 
 def test_it_answers_in_the_students_autocast_dtype_and_keeps_nothing():
     teacher, kept = Teacher(vit()), []
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         found = teacher(images().requires_grad_())
     assert found.dtype == torch.bfloat16
     assert found.grad_fn is None

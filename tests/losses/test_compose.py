@@ -29,8 +29,13 @@ def step(logits):
 
 def test_total_is_the_weighted_sum_and_parts_are_unweighted():
     logits = torch.tensor([[1.0, 2.0, 6.0]], requires_grad=True)
-    total, parts = CompositeLoss({"square": Square(weight=0.5), "mean": Mean(weight=3.0)})(step(logits))
-    assert {name: float(value) for name, value in parts.items()} == {"square": pytest.approx(41 / 3), "mean": 3.0}
+    total, parts = CompositeLoss({"square": Square(weight=0.5), "mean": Mean(weight=3.0)})(
+        step(logits)
+    )
+    assert {name: float(value) for name, value in parts.items()} == {
+        "square": pytest.approx(41 / 3),
+        "mean": 3.0,
+    }
     assert total.item() == pytest.approx(0.5 * 41 / 3 + 3.0 * 3.0)
     total.backward()
     assert_close(logits.grad, 0.5 * 2 * logits.detach() / 3 + 3.0 / 3)
@@ -39,8 +44,17 @@ def test_total_is_the_weighted_sum_and_parts_are_unweighted():
 
 def test_terms_that_read_other_blocks_are_refused():
     last, every = FeatureDistillation(blocks="last"), FeatureDistillation(blocks="all")
-    assert CompositeLoss({"ce": CrossEntropy(), "last": last, "again": FeatureDistillation(blocks="last")}).blocks == "last"
-    with pytest.raises(qat.UsageError, match=r"loss\.terms: blocks are \['all', 'last'\]; must be the same"):
+    assert (
+        CompositeLoss({
+            "ce": CrossEntropy(),
+            "last": last,
+            "again": FeatureDistillation(blocks="last"),
+        }).blocks
+        == "last"
+    )
+    with pytest.raises(
+        qat.UsageError, match=r"loss\.terms: blocks are \['all', 'last'\]; must be the same"
+    ):
         CompositeLoss({"last": last, "every": every})
 
 
@@ -50,13 +64,18 @@ def test_no_terms_are_refused():
 
 
 def test_a_term_of_another_class_is_refused_by_name():
-    with pytest.raises(qat.UsageError, match=r"loss\.terms\.mine: Linear is not a subclass of qat\.losses\.LossTerm"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"loss\.terms\.mine: Linear is not a subclass of qat\.losses\.LossTerm",
+    ):
         CompositeLoss({"mine": nn.Linear(1, 1)})
 
 
 @pytest.mark.parametrize("name", ["training", "values", "a.b", "", 5])
 def test_a_name_that_a_module_cannot_have_is_refused(name):
-    with pytest.raises(qat.UsageError, match=r"^loss\.terms: a term has a name that a module cannot have: "):
+    with pytest.raises(
+        qat.UsageError, match=r"^loss\.terms: a term has a name that a module cannot have: "
+    ):
         CompositeLoss({name: CrossEntropy()})
 
 

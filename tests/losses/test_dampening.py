@@ -26,14 +26,20 @@ def by_hand(site):
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
 def test_the_sum(preset):
     net = quantized(preset, bits=2)
-    inside = [site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits <= 4]
+    inside = [
+        site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits <= 4
+    ]
     assert len(inside) == {"ofq": 10, "ofq_noqkr": 8, "lsq": 8}[preset]
     assert_close(Dampening()(step(net)), sum(by_hand(site) for site in inside))
-    outside = [site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits == 8]
+    outside = [
+        site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits == 8
+    ]
     assert_close(Dampening(max_bits=8)(step(net)), sum(by_hand(site) for site in inside + outside))
 
 
-@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.25, 0.5 - 0.5 * 0.5**0.5), (0.5, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("progress", "share"), [(0.0, 0.0), (0.25, 0.5 - 0.5 * 0.5**0.5), (0.5, 0.5), (1.0, 1.0)]
+)
 def test_it_grows_along_a_cosine(progress, share):
     net = quantized(bits=2)
     assert_close(Dampening()(step(net, progress)), share * Dampening()(step(net)))
@@ -56,7 +62,8 @@ def test_the_gradient_pulls_to_the_level(preset):
 
 def test_a_net_without_such_weights():
     with pytest.raises(
-        qat.UsageError, match=r"loss term Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid"
+        qat.UsageError,
+        match=r"loss term Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid",
     ):
         Dampening()(step(vit()))
 

@@ -34,7 +34,9 @@ def test_one_head_gets_both_targets():
 
 def test_probabilities_as_target():
     target = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    assert_close(loss((CLS, DIST), target), -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST))
+    assert_close(
+        loss((CLS, DIST), target), -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST)
+    )
 
 
 def test_hard_labels_have_a_weight():
@@ -46,7 +48,9 @@ def test_without_hard_labels_the_teacher_is_followed_alone():
 
 
 def test_a_hard_weight_below_zero_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.hard_weight=-1: must be a number of at least 0"):
+    with pytest.raises(
+        qat.UsageError, match=r"loss\.hard_weight=-1: must be a number of at least 0"
+    ):
         Distillation(hard_weight=-1)
 
 

@@ -15,7 +15,9 @@ from tests import tiny
 def blocks_of(net, images):
     """What each block gives."""
     seen = []
-    hooks = [block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in net.blocks]
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in net.blocks
+    ]
     net(images)
     for hook in hooks:
         hook.remove()
@@ -62,8 +64,12 @@ def test_what_is_compared_are_the_blocks_of_one_pass():
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
 def test_it_may_give_way_to_the_other_terms(progress, share):
     x, y = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
-    step = StepContext(torch.zeros(1, 2), torch.zeros(1).long(), None, nn.Identity(), progress, [x], [y])
-    assert_close(FeatureDistillation(1.0, schedule="cosine")(step), share * F.feature_distance([x], [y]))
+    step = StepContext(
+        torch.zeros(1, 2), torch.zeros(1).long(), None, nn.Identity(), progress, [x], [y]
+    )
+    assert_close(
+        FeatureDistillation(1.0, schedule="cosine")(step), share * F.feature_distance([x], [y])
+    )
     assert_close(FeatureDistillation(1.0)(step), F.feature_distance([x], [y]))
 
 
@@ -85,10 +91,20 @@ def test_made_again_for_the_backward_pass():
     assert_close([p.grad for p in student.parameters() if p.grad is not None], expected)
 
 
-@pytest.mark.parametrize("teacher", [(), (torch.zeros(2, 5, 7),), (torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))])
+@pytest.mark.parametrize(
+    "teacher", [(), (torch.zeros(2, 5, 7),), (torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))]
+)
 def test_a_teacher_of_another_shape_is_refused(teacher):
     step = StepContext(
-        torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), None, nn.Identity(), features=(torch.zeros(2, 5, 8),), teacher_features=teacher
+        torch.zeros(2, 3),
+        torch.zeros(2, dtype=torch.long),
+        None,
+        nn.Identity(),
+        features=(torch.zeros(2, 5, 8),),
+        teacher_features=teacher,
     )
-    with pytest.raises(qat.UsageError, match=r"loss\.features: blocks of the model return \[\(5, 8\)\], those of the teacher"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"loss\.features: blocks of the model return \[\(5, 8\)\], those of the teacher",
+    ):
         FeatureDistillation(1.0)(step)

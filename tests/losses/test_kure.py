@@ -21,7 +21,11 @@ def step(net):
 
 def weights(net):
     outside = ("patch_embed.", "head.")
-    return [site.latent() for name, site in sites(net).items() if site.is_weight and not name.startswith(outside)]
+    return [
+        site.latent()
+        for name, site in sites(net).items()
+        if site.is_weight and not name.startswith(outside)
+    ]
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
@@ -31,14 +35,19 @@ def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
     term = Kure(target=2.5, reduction=reduction)
     assert_close(term(step(net)), kure_loss(weights(net), 2.5, reduction))
     expected = torch.stack([kurtosis(w) for w in weights(net)]).detach()
-    assert_close(term.watched, {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")})
+    assert_close(
+        term.watched,
+        {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")},
+    )
     assert not any(value.requires_grad for value in term.watched.values())
 
 
 def test_deviates_from_reference_both_factors_of_the_product_are_pulled():
     net = quantized("ofq")
     Kure()(step(net)).backward()
-    moved = [name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    moved = [
+        name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    ]
     assert {f"blocks.{i}.attn.{f}_weight" for i in (0, 1) for f in "qk"} < set(moved)
 
 
@@ -81,7 +90,9 @@ def test_impossible_settings(tmp_path, refused, setting, message):
 
 
 def test_a_run_logs_the_kurtoses(tmp_path):
-    run = train(tmp_path / "run", "loss.kure=1", "trainer.log_every_n_steps=1", "callbacks=[default,ema]")
+    run = train(
+        tmp_path / "run", "loss.kure=1", "trainer.log_every_n_steps=1", "callbacks=[default,ema]"
+    )
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     logged = [float(row["train/kurtosis_mean"]) for row in rows if row["train/kurtosis_mean"]]
     assert len(logged) == 2
@@ -93,7 +104,10 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 QKR = ("attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-@pytest.mark.parametrize(("preset", "layers"), [("fp", LAYERS), ("lsq", LAYERS), ("ofq_noqkr", LAYERS), ("minmax", LAYERS), ("ofq", QKR)])
+@pytest.mark.parametrize(
+    ("preset", "layers"),
+    [("fp", LAYERS), ("lsq", LAYERS), ("ofq_noqkr", LAYERS), ("minmax", LAYERS), ("ofq", QKR)],
+)
 def test_the_weights_are_all_but_stem_and_head(preset, layers):
     net = vit() if preset == "fp" else quantized(preset)
     modules = dict(net.named_modules())
@@ -101,7 +115,11 @@ def test_the_weights_are_all_but_stem_and_head(preset, layers):
     found = latent_weights(net)
     assert {id(w) for w in found if w.is_leaf} == {id(w) for w in expected}
     folded = [w for w in found if not w.is_leaf]
-    assert [w.shape for w in folded] == [block.attn.latent("qk").shape for block in net.blocks] if preset == "ofq" else folded == []
+    assert (
+        [w.shape for w in folded] == [block.attn.latent("qk").shape for block in net.blocks]
+        if preset == "ofq"
+        else folded == []
+    )
 
 
 def test_a_weight_that_is_there_twice_counts_once():
@@ -115,10 +133,15 @@ def test_a_weight_that_is_there_twice_counts_once():
 
 def test_convolutions_of_a_net_are_found_but_the_first():
     found = latent_weights(timm.create_model("resnet18", num_classes=10))
-    assert len(found) == 19, "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
+    assert len(found) == 19, (
+        "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
+    )
     assert all(weight.ndim == 4 for weight in found)
 
 
 def test_nothing_to_act_on():
-    with pytest.raises(qat.UsageError, match=r"loss.kure: this model has no linear layers or convolutions besides stem and heads"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"loss.kure: this model has no linear layers or convolutions besides stem and heads",
+    ):
         Kure().prepare(torch.nn.Sequential(torch.nn.LayerNorm(3)))

@@ -28,7 +28,9 @@ def test_probabilities():
 
 
 def test_label_smoothing_moves_mass_to_all_classes():
-    assert_close(loss(LOGITS, CLASSES, label_smoothing=0.1), 0.9 * HARD - 0.1 * LOG_P.mean(-1).mean())
+    assert_close(
+        loss(LOGITS, CLASSES, label_smoothing=0.1), 0.9 * HARD - 0.1 * LOG_P.mean(-1).mean()
+    )
 
 
 def test_two_heads_are_averaged_before_the_loss():
@@ -44,5 +46,8 @@ def test_half_precision_logits_give_a_float32_loss():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_smoothing_outside_the_range_is_refused(smoothing):
-    with pytest.raises(qat.UsageError, match=rf"loss\.label_smoothing={smoothing}: must be a number from 0 to below 1"):
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"loss\.label_smoothing={smoothing}: must be a number from 0 to below 1",
+    ):
         CrossEntropy(label_smoothing=smoothing)

@@ -13,7 +13,15 @@ MERGING = "layers.1.downsample.reduction"
 
 def swin():
     torch.manual_seed(0)
-    kwargs = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
+    kwargs = {
+        "img_size": 16,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 8,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "num_classes": 3,
+    }
     return timm.create_model("swin_tiny_patch4_window7_224", **kwargs).eval()
 
 

@@ -23,7 +23,18 @@ import qat
 from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
 from tests.campaign.checkpoints import Payload
 from tests.nets import FAMILIES
-from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
+from tests.tiny import (
+    DISTILLED,
+    KWARGS,
+    SIZE,
+    VIT,
+    converted,
+    images,
+    logits,
+    quantized,
+    shake,
+    vit,
+)
 
 
 @pytest.fixture
@@ -67,7 +78,15 @@ def test_missing_scales_survive_as_missing(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "pool"), [("vit", None), ("vit", "avg"), ("siglip", "avg"), ("swin", "max"), ("swin", ""), ("hiera", "max")]
+    ("name", "pool"),
+    [
+        ("vit", None),
+        ("vit", "avg"),
+        ("siglip", "avg"),
+        ("swin", "max"),
+        ("swin", ""),
+        ("hiera", "max"),
+    ],
 )
 def test_a_new_head_is_rebuilt(path, name, pool):
     net, x = FAMILIES[name].build(), FAMILIES[name].images()
@@ -107,7 +126,10 @@ def test_a_new_head_of_a_quantized_net_is_in_float(path, preset, name):
 def test_a_head_that_was_put_there_by_hand_is_refused(path):
     net = vit()
     net.head = nn.Linear(net.head.in_features, 7)
-    with pytest.raises(qat.UsageError, match=r"save: the head has 7 outputs, num_classes=10; net.reset_classifier\(7\) sets both"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"save: the head has 7 outputs, num_classes=10; net.reset_classifier\(7\) sets both",
+    ):
         qat.save(net, path)
 
 
@@ -117,7 +139,11 @@ def test_content_is_plain_data(path):
     meta = content["qat"]
     assert meta["format_version"] == 1
     assert meta["model"] == {"name": VIT, "kwargs": KWARGS}
-    assert (meta["recipe"]["name"], meta["recipe"]["bits"], meta["input_size"]) == ("ofq", 2, [1, 8, 8])
+    assert (meta["recipe"]["name"], meta["recipe"]["bits"], meta["input_size"]) == (
+        "ofq",
+        2,
+        [1, 8, 8],
+    )
 
 
 def test_a_net_built_by_hand_is_described_by_its_caller(path):
@@ -143,7 +169,9 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
     ],
 )
 def test_what_could_not_be_read_is_not_written(path, meta):
-    with pytest.raises(qat.UsageError, match="save: data must be a dict of .*, classes a list of names"):
+    with pytest.raises(
+        qat.UsageError, match="save: data must be a dict of .*, classes a list of names"
+    ):
         qat.save(vit(), path, **meta)
     assert not path.exists()
 
@@ -174,7 +202,11 @@ def test_truncated_file(path, fraction):
 
 
 def same(a, b):
-    return a.meta == b.meta and a.state.keys() == b.state.keys() and all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+    return (
+        a.meta == b.meta
+        and a.state.keys() == b.state.keys()
+        and all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+    )
 
 
 def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
@@ -196,7 +228,11 @@ def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
     victim = tmp_path / "executed"
-    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Payload(victim)}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"state_dict": {"w": torch.ones(1)}, "x": Payload(victim)},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
     refused(path, "not a checkpoint that can be read safely")
     path.write_bytes(pickle.dumps(Payload(victim)))
     refused(path, "not a checkpoint that can be read safely")
@@ -213,11 +249,26 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["qat"].update(format_version="2"), "its description of the model: has something of another kind"),
-        (lambda c: c["qat"].update(data={"model": 7}), "its description of the model: has something of another kind"),
-        (lambda c: c["qat"].update(data={"in_chans": [3], "mean": [0.5]}), "its data.mean=[0.5]: must be a finite number for each"),
-        (lambda c: c["qat"].update(format_version=2), "written by a newer qat (format 2); this one reads up to 1"),
-        (lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
+        (
+            lambda c: c["qat"].update(format_version="2"),
+            "its description of the model: has something of another kind",
+        ),
+        (
+            lambda c: c["qat"].update(data={"model": 7}),
+            "its description of the model: has something of another kind",
+        ),
+        (
+            lambda c: c["qat"].update(data={"in_chans": [3], "mean": [0.5]}),
+            "its data.mean=[0.5]: must be a finite number for each",
+        ),
+        (
+            lambda c: c["qat"].update(format_version=2),
+            "written by a newer qat (format 2); this one reads up to 1",
+        ),
+        (
+            lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}),
+            f"weights do not fit {VIT}",
+        ),
         (lambda c: c["state_dict"].pop("head.bias"), "head.bias"),
         (lambda c: c["state_dict"].update({"extra": torch.zeros(1)}), "extra"),
     ],
@@ -232,7 +283,13 @@ def test_a_file_that_does_not_fit(path, change, said):
     [
         ([1, 2], "holds a list, expected a dictionary of tensors"),
         ({}, "holds no weights"),
-        ({"state_dict": {1: torch.zeros(1)}, "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}]}, "holds no weights"),
+        (
+            {
+                "state_dict": {1: torch.zeros(1)},
+                "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}],
+            },
+            "holds no weights",
+        ),
     ],
 )
 def test_content_without_weights(path, content, said):
@@ -249,14 +306,30 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
     ("meta", "said"),
     [
         ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
-        ({"model": {"name": "hf-hub:someone/net", "kwargs": {}}}, "timm has no model 'hf-hub:someone/net'"),
-        ({"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}}, "argument pretrained would read something else"),
+        (
+            {"model": {"name": "hf-hub:someone/net", "kwargs": {}}},
+            "timm has no model 'hf-hub:someone/net'",
+        ),
+        (
+            {"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}},
+            "argument pretrained would read something else",
+        ),
         (
             {"model": {"name": VIT, "kwargs": {**KWARGS, "checkpoint_path": "/etc/hosts"}}},
             "argument checkpoint_path would read something else",
         ),
-        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"bits": 99}, "input_size": [1, 8, 8]}, "quant.bits=99"),
-        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]}, "input_size=(1, 9, 9)"),
+        (
+            {
+                "model": {"name": VIT, "kwargs": KWARGS},
+                "recipe": {"bits": 99},
+                "input_size": [1, 8, 8],
+            },
+            "quant.bits=99",
+        ),
+        (
+            {"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]},
+            "input_size=(1, 9, 9)",
+        ),
     ],
     ids=str,
 )
@@ -271,14 +344,20 @@ def test_a_file_imports_nothing(path, tmp_path, monkeypatch, knob):
     monkeypatch.syspath_prepend(tmp_path)
     name = {"blocks.*": {"weight_quantizer": "stranger:X"}} if knob == "overrides" else "stranger:X"
     changed(path, lambda c: c["qat"]["recipe"].update({knob: name}))
-    refused(path, "quantizer='stranger:X': must be built in or from an imported module", "qat.load(path, imports=['stranger'])")
+    refused(
+        path,
+        "quantizer='stranger:X': must be built in or from an imported module",
+        "qat.load(path, imports=['stranger'])",
+    )
     assert "stranger" not in sys.modules
     with contextlib.suppress(qat.UsageError):  # its weights are those of another quantizer
         qat.load(path, imports=["stranger"])
     assert sys.modules.pop("stranger").X
 
 
-@pytest.mark.parametrize("name", ["os:system", "this:X", "unittest.__main__:X", "collections:OrderedDict", "qat:report"])
+@pytest.mark.parametrize(
+    "name", ["os:system", "this:X", "unittest.__main__:X", "collections:OrderedDict", "qat:report"]
+)
 def test_a_file_names_no_other_code(path, name):
     changed(path, lambda c: c["qat"]["recipe"].update(weight_quantizer=name))
     before = set(sys.modules)
@@ -298,30 +377,75 @@ def shared(levels):
     return value
 
 
-ANY_SIZE, LARGE = {"pos_embed": "none", "dynamic_img_size": True}, {"in_chans": 1, "image_size": 8000}
+ANY_SIZE, LARGE = (
+    {"pos_embed": "none", "dynamic_img_size": True},
+    {"in_chans": 1, "image_size": 8000},
+)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the model is much larger than the weights of the file"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the model is much larger than the weights of the file"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000), "the model is much larger than the weights of the file"),
         (
-            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, input_size=[1, 5000, 5000]),
+            lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9),
+            "argument depth=1000000000 must be at most",
+        ),
+        (
+            lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000),
+            "the model is much larger than the weights of the file",
+        ),
+        (
+            lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000),
+            "the model is much larger than the weights of the file",
+        ),
+        (
+            lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000),
+            "the model is much larger than the weights of the file",
+        ),
+        (
+            lambda c: c["qat"].update(
+                model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, input_size=[1, 5000, 5000]
+            ),
             "an image of (1, 5000, 5000) takes much more memory than the weights of the file",
         ),
         (
-            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, recipe=None, input_size=None, data=LARGE),
+            lambda c: c["qat"].update(
+                model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}},
+                recipe=None,
+                input_size=None,
+                data=LARGE,
+            ),
             "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
         ),
-        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the model: has something of another kind"),
-        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the model: is nested more than 32 deep"),
-        (lambda c: c["qat"].update(classes=shared(30)), "its description of the model: holds more than 1000000 values"),
-        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the model: has something of another kind"),
+        (
+            lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]),
+            "its description of the model: has something of another kind",
+        ),
+        (
+            lambda c: c["qat"].update(data={"nested": nested(150)}),
+            "its description of the model: is nested more than 32 deep",
+        ),
+        (
+            lambda c: c["qat"].update(classes=shared(30)),
+            "its description of the model: holds more than 1000000 values",
+        ),
+        (
+            lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}),
+            "its description of the model: has something of another kind",
+        ),
     ],
-    ids=["depth", "blocks", "width", "positions", "tokens", "data", "image", "nested", "shared", "target"],
+    ids=[
+        "depth",
+        "blocks",
+        "width",
+        "positions",
+        "tokens",
+        "data",
+        "image",
+        "nested",
+        "shared",
+        "target",
+    ],
 )
 def test_what_a_file_asks_for_has_bounds(path, change, said):
     changed(path, change)
@@ -335,7 +459,11 @@ def test_what_a_file_asks_for_has_bounds(path, change, said):
     ("name", "value", "said"),
     [
         ("input_size", "abc", "must be channels, height and width, integers from 1 to 16384"),
-        ("input_size", [3, 10**6, 10**6], "must be channels, height and width, integers from 1 to 16384"),
+        (
+            "input_size",
+            [3, 10**6, 10**6],
+            "must be channels, height and width, integers from 1 to 16384",
+        ),
         ("mean", [0.5] * 4, "must be a finite number for each of the 3 channels"),
         ("mean", "abc", "must be a finite number for each of the 3 channels"),
         ("std", [0.5, 0.5, 0], "must be a finite number above 0 for each of the 3 channels"),
@@ -368,9 +496,21 @@ def test_weights_are_dense_real_numbers(path, weight, said):
 @pytest.mark.parametrize("count", [1, 100])
 def test_weights_have_no_more_numbers_than_the_file_has_room_for(path, count):
     """Views of one number, each below every bound of a tensor alone, would let the net be as large as they pretend."""
-    views = {f"blocks.{i}.mlp.fc1.weight": torch.zeros(1).expand(10**8 // count) for i in range(count)}
-    changed(path, lambda c: (c["state_dict"].update(views), c["qat"]["model"]["kwargs"].update(embed_dim=12_000)))
-    refused(path, "is damaged: its weights have", f"numbers, more than a file of {path.stat().st_size} bytes holds")
+    views = {
+        f"blocks.{i}.mlp.fc1.weight": torch.zeros(1).expand(10**8 // count) for i in range(count)
+    }
+    changed(
+        path,
+        lambda c: (
+            c["state_dict"].update(views),
+            c["qat"]["model"]["kwargs"].update(embed_dim=12_000),
+        ),
+    )
+    refused(
+        path,
+        "is damaged: its weights have",
+        f"numbers, more than a file of {path.stat().st_size} bytes holds",
+    )
 
 
 def test_a_storage_that_is_only_promised_is_refused(path):
@@ -424,7 +564,9 @@ def test_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.net."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.net."]
+)
 def test_wrappers_leave_no_trace(path, key, prefix):
     state = {prefix + k: v for k, v in vit().state_dict().items()}
     torch.save({key: state, "epoch": 3, "model_ema": {}} if key else state, path)
@@ -462,9 +604,18 @@ def test_compiled_in_place_saves_the_same_names(path):
 
 def test_training_checkpoint(path):
     net = quantized()
-    lightning = {"pytorch-lightning_version": "2.6.6", "global_step": 7, "optimizer_states": [{"lr": 0.1}]}
+    lightning = {
+        "pytorch-lightning_version": "2.6.6",
+        "global_step": 7,
+        "optimizer_states": [{"lr": 0.1}],
+    }
     changed(
-        path, lambda c: c.update(lightning, state_dict={"loss.weight": torch.ones(1)} | {f"net.{k}": v for k, v in c["state_dict"].items()})
+        path,
+        lambda c: c.update(
+            lightning,
+            state_dict={"loss.weight": torch.ones(1)}
+            | {f"net.{k}": v for k, v in c["state_dict"].items()},
+        ),
     )
     read = read_checkpoint(path)
     assert read.step == 7
@@ -472,7 +623,10 @@ def test_training_checkpoint(path):
 
 
 def test_of_timms_trainer_the_averaged_weights_are_read(path):
-    trained, averaged = vit().state_dict(), {name: tensor + 1 for name, tensor in vit().state_dict().items()}
+    trained, averaged = (
+        vit().state_dict(),
+        {name: tensor + 1 for name, tensor in vit().state_dict().items()},
+    )
     torch.save({"arch": VIT, "state_dict": trained, "state_dict_ema": averaged}, path)
     assert torch.equal(read_checkpoint(path).state["head.bias"], averaged["head.bias"])
 

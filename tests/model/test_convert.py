@@ -17,7 +17,21 @@ from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
 from qat.model.transfer import timm_state_dict
 from qat.nn import QuantLinear
-from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, float_recipe, images, logits, parameters, quantized, randn, sites, vit
+from tests.tiny import (
+    DISTILLED,
+    KWARGS,
+    SIZE,
+    VIT,
+    converted,
+    float_recipe,
+    images,
+    logits,
+    parameters,
+    quantized,
+    randn,
+    sites,
+    vit,
+)
 
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
 
@@ -81,16 +95,28 @@ def test_fp_leaves_the_net_alone():
 
 
 @pytest.mark.parametrize("attention", ["standard", "float", "qkr"])
-@pytest.mark.parametrize(("weight_quantizer", "act_quantizer"), [("statsq", "lsq"), ("lsq", "minmax"), ("minmax", "statsq")])
+@pytest.mark.parametrize(
+    ("weight_quantizer", "act_quantizer"),
+    [("statsq", "lsq"), ("lsq", "minmax"), ("minmax", "statsq")],
+)
 def test_every_parameter_learns(attention, weight_quantizer, act_quantizer):
     # No parameter is excepted: what could not learn (offsets behind the key or the product) is not created.
-    knobs = {"attention": attention, "weight_quantizer": weight_quantizer, "act_quantizer": act_quantizer, "qk_bias": "fold"}
+    knobs = {
+        "attention": attention,
+        "weight_quantizer": weight_quantizer,
+        "act_quantizer": act_quantizer,
+        "qk_bias": "fold",
+    }
     net = quantized("ofq", DISTILLED, bits=2, **knobs).train()
     net.set_distilled_training(True)
     for seed in range(3):
         cls, dist = net(images(seed=seed))
         (cls.square().sum() + dist.square().sum()).backward()
-    silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    silent = [
+        name
+        for name, p in net.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
     assert silent == []
 
 
@@ -112,11 +138,16 @@ def test_report_lists_every_quantizer_and_what_stays_float():
     norms = {f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2)} | {"norm"}
     assert {name for name, cls in report.stays_float if cls == "LayerNorm"} == norms
     owned = {n.rpartition(".")[0] for n, _ in net.named_parameters()}
-    listed = {r.module for r in report.rows} | {"" if n == "(net)" else n for n, _ in report.stays_float}
+    listed = {r.module for r in report.rows} | {
+        "" if n == "(net)" else n for n, _ in report.stays_float
+    }
     assert {n for n in owned if "_quantizer" not in n} <= listed
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.Sequential(net), lambda net: nn.Sequential(qat.freeze(net))])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda net: net, lambda net: nn.Sequential(net), lambda net: nn.Sequential(qat.freeze(net))],
+)
 @pytest.mark.parametrize("recipe", ["ofq", "fp"])
 def test_converting_twice_is_an_error(wrap, recipe):
     net = quantized()
@@ -125,14 +156,19 @@ def test_converting_twice_is_an_error(wrap, recipe):
     qat.assert_ready(net)
 
 
-IMAGES_LINE = r"^convert\.input_size=.*: must be channels, height and width, integers from 1 to 16384$"
+IMAGES_LINE = (
+    r"^convert\.input_size=.*: must be channels, height and width, integers from 1 to 16384$"
+)
 
 
 @pytest.mark.parametrize(
     ("recipe", "size", "line"),
     [
         ("ofq", SIZE, r"^convert: recipe='ofq': must be what qat\.recipe\(\.\.\.\) gives$"),
-        *((qat.recipe("ofq"), size, IMAGES_LINE) for size in (8, (8, 8), "abc", (1, 8, 0), (1, 8, 8.0))),
+        *(
+            (qat.recipe("ofq"), size, IMAGES_LINE)
+            for size in (8, (8, 8), "abc", (1, 8, 0), (1, 8, 8.0))
+        ),
     ],
 )
 def test_arguments_of_another_kind(recipe, size, line):
@@ -150,7 +186,8 @@ def test_a_net_without_weights_is_an_error():
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_that_do_not_pass(size):
     with pytest.raises(
-        qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): the model does not accept images of this size"
+        qat.UsageError,
+        match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): the model does not accept images of this size",
     ):
         qat.convert(vit(), qat.recipe("ofq"), input_size=size)
 
@@ -224,7 +261,9 @@ def test_rules_for_one_block_stay_there():
     assert weight.quantizer.codes(weight.latent()).unique().tolist() == list(range(-8, 8))
 
 
-@pytest.mark.parametrize("pattern", ["blocks.7.*", "nothing", "blocks.0", "norm", "blocks.0.attn.qkv"])
+@pytest.mark.parametrize(
+    "pattern", ["blocks.7.*", "nothing", "blocks.0", "norm", "blocks.0.attn.qkv"]
+)
 def test_a_rule_that_changes_nothing_is_an_error(pattern):
     message = rf"quant.overrides\['{pattern.replace('*', '.')}'\]: must match a quantized module; names look like 'blocks.0.attn"
     with pytest.raises(qat.UsageError, match=message):
@@ -247,16 +286,22 @@ def test_hooks_and_attributes_stay_where_they_were_put():
     layer.tag = attention.tag = layer._tag = "mine"
     handles = [
         layer.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__)),
-        attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append(type(module).__name__), with_kwargs=True),
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(type(module).__name__), with_kwargs=True
+        ),
         attention.register_full_backward_hook(lambda module, into, out: seen.append("backward")),
-        layer.register_state_dict_post_hook(lambda module, state, prefix, local: seen.append("state")),
+        layer.register_state_dict_post_hook(
+            lambda module, state, prefix, local: seen.append("state")
+        ),
     ]
     qat.initialize_scales(qat.convert(net, qat.recipe("ofq"), input_size=SIZE), [images()])
     seen.clear()
     net(images().requires_grad_()).sum().backward()
     net.state_dict()
     assert seen == ["QuantLinear", "QkrVitAttention", "backward", "state"]
-    assert net.blocks[0].mlp.fc1.tag == net.blocks[0].mlp.fc1._tag == net.blocks[1].attn.tag == "mine"
+    assert (
+        net.blocks[0].mlp.fc1.tag == net.blocks[0].mlp.fc1._tag == net.blocks[1].attn.tag == "mine"
+    )
     for handle in handles:
         handle.remove()
     logits(net)
@@ -269,7 +314,11 @@ class Adapted(nn.Linear):
 
     def __init__(self, base):
         super().__init__(base.in_features, base.out_features)
-        self.weight, self.bias, self.a = base.weight, base.bias, nn.Parameter(torch.randn(base.out_features, base.in_features) / 9)
+        self.weight, self.bias, self.a = (
+            base.weight,
+            base.bias,
+            nn.Parameter(torch.randn(base.out_features, base.in_features) / 9),
+        )
 
     def forward(self, x):
         return super().forward(x) + nn.functional.linear(x, self.a)
@@ -304,14 +353,19 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
         setattr(parent, name, MORE[way](getattr(parent, name)))
     own = {name for name, _ in net.named_parameters()}
     if recipe == "ofq":
-        with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': its qkv is a \w+ with more than a weight and a bias"):
+        with pytest.raises(
+            qat.UsageError,
+            match=r"^quant\.attention='qkr': its qkv is a \w+ with more than a weight and a bias",
+        ):
             qat.convert(net, qat.recipe(recipe), input_size=SIZE)
         assert {name for name, _ in net.named_parameters()} == own
         return
     qat.convert(net, qat.recipe(recipe), input_size=SIZE)
     assert own <= {name for name, _ in net.named_parameters()}
     floats = dict(conversion_report(net).stays_float)
-    assert {"blocks.0.mlp.fc1", "blocks.1.attn.qkv"} <= {name.removesuffix(".parametrizations.weight") for name in floats}
+    assert {"blocks.0.mlp.fc1", "blocks.1.attn.qkv"} <= {
+        name.removesuffix(".parametrizations.weight") for name in floats
+    }
     assert "blocks.0.mlp.fc2" not in floats
 
 
@@ -329,10 +383,16 @@ class Beside(nn.Module):
 def test_an_adapter_around_a_layer_is_kept_or_refused():
     net = vit()
     net.blocks[1].attn.qkv = Beside(net.blocks[1].attn.qkv)
-    with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': its qkv is a Beside with more than a weight and a bias"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^quant\.attention='qkr': its qkv is a Beside with more than a weight and a bias",
+    ):
         qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
     qat.convert(net, qat.recipe("ofq_noqkr"), input_size=SIZE)
-    assert {"blocks.1.attn.qkv.base.weight_quantizer", "blocks.1.attn.qkv.more.weight_quantizer"} <= sites(net).keys()
+    assert {
+        "blocks.1.attn.qkv.base.weight_quantizer",
+        "blocks.1.attn.qkv.more.weight_quantizer",
+    } <= sites(net).keys()
 
 
 WRAPPED = {
@@ -344,9 +404,16 @@ WRAPPED = {
 
 @pytest.mark.parametrize("way", WRAPPED)
 def test_first_and_last_layers_of_a_net_are_found_in_what_stands_around_it(way):
-    expected = {name: site.quantizer.spec.bits for name, site in sites(converted("ofq", bits=2)).items()}
+    expected = {
+        name: site.quantizer.spec.bits for name, site in sites(converted("ofq", bits=2)).items()
+    }
     net = WRAPPED[way](vit())
-    found = {name: site.quantizer.spec.bits for name, site in sites(qat.convert(net, qat.recipe("ofq", bits=2), input_size=SIZE)).items()}
+    found = {
+        name: site.quantizer.spec.bits
+        for name, site in sites(
+            qat.convert(net, qat.recipe("ofq", bits=2), input_size=SIZE)
+        ).items()
+    }
     assert {name.partition(".")[2]: bits for name, bits in found.items()} == expected
 
 
@@ -357,7 +424,11 @@ def test_what_was_added_to_an_attention_stays(recipe):
     attention.gain, attention.branch = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
     attention.register_buffer("mask", torch.ones(1))
     qat.convert(net, qat.recipe(recipe), input_size=SIZE)
-    assert {"blocks.0.attn.gain", "blocks.0.attn.branch.weight", "blocks.0.attn.mask"} <= net.state_dict().keys()
+    assert {
+        "blocks.0.attn.gain",
+        "blocks.0.attn.branch.weight",
+        "blocks.0.attn.mask",
+    } <= net.state_dict().keys()
     assert net.blocks[0].attn.gain is attention.gain
 
 
@@ -371,7 +442,10 @@ def test_an_attention_whose_forward_was_replaced_stays_as_it_is():
 def test_reparameterization_loses_no_hook():
     net = vit()
     net.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(qat.UsageError, match="with more than a weight and a bias, or with hooks, and would be taken apart"):
+    with pytest.raises(
+        qat.UsageError,
+        match="with more than a weight and a bias, or with hooks, and would be taken apart",
+    ):
         qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
 
 
@@ -386,7 +460,11 @@ def test_a_hook_in_a_pool_that_nothing_takes_apart_stays(recipe):
     assert calls == [1]
 
 
-DROPPING = [(VIT, KWARGS), ("eva02_tiny_patch14_224", KWARGS), ("hiera_tiny_224", {"num_classes": 5, "in_chans": 1, "img_size": 224})]
+DROPPING = [
+    (VIT, KWARGS),
+    ("eva02_tiny_patch14_224", KWARGS),
+    ("hiera_tiny_224", {"num_classes": 5, "in_chans": 1, "img_size": 224}),
+]
 
 
 @pytest.mark.parametrize(("model", "changes"), DROPPING, ids=[name for name, _ in DROPPING])
@@ -404,7 +482,10 @@ def test_dropped_tokens_have_no_scales_of_their_own(model, changes):
 
 def test_a_net_that_dropped_tokens_is_quantized_after_training():
     recipe = PtqRecipe(act_scales="token")
-    assert conversion_of(qat.convert(vit(patch_drop_rate=0.5), recipe, input_size=SIZE)).recipe == recipe
+    assert (
+        conversion_of(qat.convert(vit(patch_drop_rate=0.5), recipe, input_size=SIZE)).recipe
+        == recipe
+    )
 
 
 def test_a_quantized_net_is_not_reparameterized():
@@ -431,7 +512,9 @@ def test_a_tied_qkv_is_refused_under_qkr_and_stays_tied_elsewhere(tie):
         second.qkv = first.qkv
     else:
         second.qkv.weight = first.qkv.weight
-    with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': this model ties qkv to another layer"):
+    with pytest.raises(
+        qat.UsageError, match=r"^quant\.attention='qkr': this model ties qkv to another layer"
+    ):
         qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
     assert (net.blocks[0].attn, net.blocks[1].attn) == (first, second)
     qat.convert(net, qat.recipe("ofq", attention="standard"), input_size=SIZE)

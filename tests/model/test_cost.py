@@ -49,7 +49,9 @@ def test_float():
 def test_standard_attention_at_2_bits():
     found = cost(net("ofq_noqkr", bits=2), SIZE)
     codes = STEM + HEAD + (3 * WIDTH * WIDTH + PROJ + 2 * FC) // 4
-    row_scales = 4 * (3 * WIDTH + WIDTH + HIDDEN + WIDTH)  # StatsQ's, made from the weights in training and stored for deployment
+    row_scales = 4 * (
+        3 * WIDTH + WIDTH + HIDDEN + WIDTH
+    )  # StatsQ's, made from the weights in training and stored for deployment
     # Input of qkv and q: a step per token, two offsets; k: one offset.
     qkv = 3 * WIDTH + 3 * TOKENS + 2 * WIDTH + 2 * WIDTH + WIDTH
     assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + qkv)
@@ -65,7 +67,9 @@ def test_query_key_reparameterization_at_2_bits():
     row_scales = 4 * (HEADS * WIDTH + WIDTH + WIDTH + HIDDEN + WIDTH)
     # v bias; input: a step per token, two offsets; product: a step per token and head, an offset per row of the folded matrix.
     attention = WIDTH + TOKENS + 2 * WIDTH + TOKENS * HEADS + HEADS * WIDTH
-    assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + attention)
+    assert found.size_bytes == codes + row_scales + 4 * (
+        FLOAT_REST + STEM_AND_HEAD + INPUTS + attention
+    )
     products = {
         "product": HEADS * TOKENS * WIDTH**2,
         "score": HEADS * TOKENS**2 * WIDTH,
@@ -83,7 +87,11 @@ def test_bits_of_both_operands_count():
     assert block["blocks.0.mlp.fc1"] == (2, 5)
     assert block["blocks.0.attn"] == (5, 5)
     assert block["head"] == (8, 8)
-    qkr = [m for m in matmuls(net("ofq", bits=2, act_bits=5), SIZE) if m.module.startswith("blocks.0.attn")]
+    qkr = [
+        m
+        for m in matmuls(net("ofq", bits=2, act_bits=5), SIZE)
+        if m.module.startswith("blocks.0.attn")
+    ]
     assert {(m.module, m.bits) for m in qkr} == {
         ("blocks.0.attn", (2, 5)),
         ("blocks.0.attn", (5, 5)),
@@ -93,7 +101,13 @@ def test_bits_of_both_operands_count():
 
 
 def test_a_folded_query_bias_makes_a_score_of_each_key():
-    counts = [{(m.module, m.bits): m.macs for m in matmuls(net("ofq", bits=2, act_bits=5, qk_bias=b), SIZE)} for b in ("drop", "fold")]
+    counts = [
+        {
+            (m.module, m.bits): m.macs
+            for m in matmuls(net("ofq", bits=2, act_bits=5, qk_bias=b), SIZE)
+        }
+        for b in ("drop", "fold")
+    ]
     added = {key: macs for key, macs in counts[1].items() if key not in counts[0]}
     assert added == {("blocks.0.attn", (32, 5)): HEADS * TOKENS * WIDTH}
 
@@ -137,12 +151,17 @@ def swin_macs(attention):
 @pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
 def test_attention_in_windows(attention):
     swin = ATTENTIONS["swin"]
-    model = qat.convert(swin.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=swin.input_size)
+    model = qat.convert(
+        swin.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=swin.input_size
+    )
     layers, products = swin_macs(attention)
     found = cost(model, swin.input_size)
     assert found.macs == layers + products
     ends = 64 * 16 * 48 + 32 * 10
-    assert found.bitops == 64 * ends + 4 * (layers - ends) + (32**2 if attention == "float" else 4) * products
+    assert (
+        found.bitops
+        == 64 * ends + 4 * (layers - ends) + (32**2 if attention == "float" else 4) * products
+    )
 
 
 def test_swin_tiny_as_published():

@@ -40,7 +40,9 @@ def net(run_4bit):
 def cache(tmp_path, monkeypatch):
     """Puts a folder into the hub's local cache under a name; nothing can be fetched."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
 
     def put(name):
@@ -55,7 +57,11 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_folder_gives_the_net_again(tmp_path, net):
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
     again = qat.from_pretrained(folder)
     x = randn(4, 1, 8, 8)
     with torch.no_grad():
@@ -68,18 +74,34 @@ def test_the_card_says_what_was_measured_and_no_path(tmp_path, net):
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
     size = (folder / "model.safetensors").stat().st_size
     said = (folder / "README.md").read_text()
-    for part in ("license: mit", "`ofq`: weights 4 bit, activations 4 bit", "top1 74.125, top5 98.0, images 360, split test, data digits"):
+    for part in (
+        "license: mit",
+        "`ofq`: weights 4 bit, activations 4 bit",
+        "top1 74.125, top5 98.0, images 360, split test, data digits",
+    ):
         assert part in said
     assert f"{size:,} bytes" in said
     config = json.loads((folder / "config.json").read_text())
-    assert (config["architecture"], config["size_bytes"], config["recipe"]["bits"]) == ("vit_tiny_patch16_224", size, 4)
+    assert (config["architecture"], config["size_bytes"], config["recipe"]["bits"]) == (
+        "vit_tiny_patch16_224",
+        size,
+        4,
+    )
     for path in folder.iterdir():
         assert b"/a/machine" not in path.read_bytes()
         assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
-    net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=3).eval()
+    net = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=1,
+        num_heads=3,
+        num_classes=3,
+    ).eval()
     folder = qat.save_pretrained(net, tmp_path / "net")
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -100,9 +122,18 @@ def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
     ],
 )
 def test_data_have_names_and_no_paths(tmp_path, net, name, public):
-    folder = qat.save_pretrained(net, tmp_path / "net", data={**net.qat_data, "name": name, "more": [{"a": name}]}, results={"data": name})
+    folder = qat.save_pretrained(
+        net,
+        tmp_path / "net",
+        data={**net.qat_data, "name": name, "more": [{"a": name}]},
+        results={"data": name},
+    )
     config = json.loads((folder / "config.json").read_text())
-    assert (config["data"]["name"], config["data"]["more"], config["results"]["data"]) == (public, [{"a": public}], public)
+    assert (config["data"]["name"], config["data"]["more"], config["results"]["data"]) == (
+        public,
+        [{"a": public}],
+        public,
+    )
     assert qat.load(folder / "model.safetensors").qat_data["name"] == public
 
 
@@ -110,15 +141,28 @@ def test_the_text_of_a_stranger_is_no_markup(tmp_path, net):
     evil = "a|<script>alert(1)</script>\n\n# b ![c](//d) `e` *f*"
     results = {"top1": 50.0, "split": evil, "data": evil}
     folder = qat.save_pretrained(
-        net, tmp_path / "net", data={**net.qat_data, "_target_": evil}, results=results, license=f"mit\ntags: [{evil}]"
+        net,
+        tmp_path / "net",
+        data={**net.qat_data, "_target_": evil},
+        results=results,
+        license=f"mit\ntags: [{evil}]",
     )
-    plain = qat.save_pretrained(net, tmp_path / "plain", results={"top1": 50.0, "split": "a", "data": "a"}, license="mit")
-    said, expected = ((place / "README.md").read_text().partition("\n---\n") for place in (folder, plain))
+    plain = qat.save_pretrained(
+        net, tmp_path / "plain", results={"top1": 50.0, "split": "a", "data": "a"}, license="mit"
+    )
+    said, expected = (
+        (place / "README.md").read_text().partition("\n---\n") for place in (folder, plain)
+    )
     assert yaml.safe_load(said[0].strip("-"))["tags"] == ["quantization", "vision"]
-    assert [line.count("|") for line in said[2].splitlines()] == [line.count("|") for line in expected[2].splitlines()]
+    assert [line.count("|") for line in said[2].splitlines()] == [
+        line.count("|") for line in expected[2].splitlines()
+    ]
     assert not set("<>![*") & set(said[2].partition("```")[0])
     for value in (math.nan, "<b>"):
-        with pytest.raises(qat.UsageError, match=r"save_pretrained: results.top1=.*: must be a number of at least 0"):
+        with pytest.raises(
+            qat.UsageError,
+            match=r"save_pretrained: results.top1=.*: must be a number of at least 0",
+        ):
             qat.save_pretrained(net, tmp_path / "net", results={"top1": value})
 
 
@@ -140,7 +184,10 @@ class FakeApi:
 
 def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
     api = FakeApi()
-    assert qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS) == "https://hub/me/net"
+    assert (
+        qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS)
+        == "https://hub/me/net"
+    )
     assert api.calls == [("me/net", {"private": True, "exist_ok": True})]
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, source="me/net")
     assert 'qat.from_pretrained("me/net")' in api.files["README.md"].decode()
@@ -154,10 +201,14 @@ def test_without_a_connection(net, monkeypatch, cache):
     began = time.monotonic()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        qat.UsageError, match=r"push_to_hub: 'me/net': nothing was uploaded and .* cannot be reached \(HF_HUB_OFFLINE is set"
+        qat.UsageError,
+        match=r"push_to_hub: 'me/net': nothing was uploaded and .* cannot be reached \(HF_HUB_OFFLINE is set",
     ):
         qat.push_to_hub(net, "me/net")
-    with pytest.raises(qat.UsageError, match=r"from_pretrained: 'me/net': me/net is not in the local cache and .* cannot be reached"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"from_pretrained: 'me/net': me/net is not in the local cache and .* cannot be reached",
+    ):
         qat.from_pretrained("me/net")
     assert time.monotonic() - began < 5
 
@@ -177,7 +228,9 @@ def test_a_repository_of_ours(tmp_path, net, cache):
     assert code == 0, out
     assert results(tmp_path / "eval")["quant"] == "ofq_4bit"
     for other in ("ckpt", "model.weights"):
-        code, out = typed("eval.py", "model=hf-hub:me/net", f"{other}=other.ckpt", "run_dir=eval", cwd=tmp_path)
+        code, out = typed(
+            "eval.py", "model=hf-hub:me/net", f"{other}=other.ckpt", "run_dir=eval", cwd=tmp_path
+        )
         assert (code, f"{other} and model=hf-hub:me/net are set" in out) == (1, True)
 
 
@@ -193,7 +246,12 @@ def test_a_float_net_of_timm(tmp_path, cache):
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": kwargs, "pretrained_cfg": described}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 7,
+        "model_args": kwargs,
+        "pretrained_cfg": described,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     data = write_folder(tmp_path / "folder")
     arguments = (
@@ -207,33 +265,69 @@ def test_a_float_net_of_timm(tmp_path, cache):
     )
     few = [one for one in TINY if "model" not in one]
     torch.save(teacher.state_dict(), tmp_path / "own.pt")
-    code, out = typed("train.py", "model=hf-hub:timm/tiny", "model.weights=own.pt", *arguments, *few, "run_dir=own", cwd=tmp_path)
+    code, out = typed(
+        "train.py",
+        "model=hf-hub:timm/tiny",
+        "model.weights=own.pt",
+        *arguments,
+        *few,
+        "run_dir=own",
+        cwd=tmp_path,
+    )
     assert (code, "weights of model.weights='own.pt'" in out) == (0, True), out
     code, out = typed("train.py", "model=hf-hub:timm/tiny", *arguments, *few, cwd=tmp_path)
     assert code == 0, out
-    assert f"weights of model.weights='{folder}/model.safetensors'; new head for 2 classes (the file has 7)" in out
+    assert (
+        f"weights of model.weights='{folder}/model.safetensors'; new head for 2 classes (the file has 7)"
+        in out
+    )
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     assert "name: vit_tiny_patch16_224" in recorded
     assert "- 0.25" in recorded  # of images, by pretrained_cfg
-    assert qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt").patch_embed.proj.weight.shape == (24, 3, 8, 8)
-    with pytest.raises(qat.UsageError, match=r"its config.json is not of qat.save_pretrained; timm.create_model reads"):
+    assert qat.load(
+        tmp_path / "run" / "checkpoints" / "last.ckpt"
+    ).patch_embed.proj.weight.shape == (24, 3, 8, 8)
+    with pytest.raises(
+        qat.UsageError,
+        match=r"its config.json is not of qat.save_pretrained; timm.create_model reads",
+    ):
         qat.from_pretrained("timm/tiny")
 
 
 @pytest.mark.parametrize(
     ("asks", "said"),
     [
-        ({"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}, "its arguments would read something else"),
-        ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{', which would be resolved"),
-        ({"model_args": {"img_size": 100_000}}, "the model is much larger than the weights of the file, at its pos_embed"),
-        ({"model_args": {"depth": 100_000}}, "the model is much larger than the weights of the file"),
-        ({"pretrained_cfg": {"std": [0.5, 0.5, 0]}}, r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must be a finite number above 0 for each"),
-        ({"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}}, r"it holds '\$\{', which would be resolved"),
+        (
+            {"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}},
+            "its arguments would read something else",
+        ),
+        (
+            {"model_args": {"weight_init": "${oc.env:HOME}"}},
+            r"it holds '\$\{', which would be resolved",
+        ),
+        (
+            {"model_args": {"img_size": 100_000}},
+            "the model is much larger than the weights of the file, at its pos_embed",
+        ),
+        (
+            {"model_args": {"depth": 100_000}},
+            "the model is much larger than the weights of the file",
+        ),
+        (
+            {"pretrained_cfg": {"std": [0.5, 0.5, 0]}},
+            r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must be a finite number above 0 for each",
+        ),
+        (
+            {"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}},
+            r"it holds '\$\{', which would be resolved",
+        ),
     ],
 )
 def test_a_config_that_would_read_more_is_refused(cache, asks, said):
     folder = cache("bad/net")
     safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", **asks}))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", **asks})
+    )
     with pytest.raises(qat.UsageError, match=rf"model=x: config.json cannot be used \({said}"):
         pretrained.fetch("bad/net", "model=x")

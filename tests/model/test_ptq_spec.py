@@ -14,10 +14,22 @@ WRONG = [
     ({"rule_bits": "all"}, "ptq.rule_bits='all': must be one of both, weights"),
     ({"bits": 9}, "ptq.bits=9: must be an integer from 2 to 8"),
     ({"placement": "outputs"}, "ptq.placement='outputs': must be one of inputs, fqvit"),
-    ({"weight_observer": "ptf"}, "ptq.weight_observer='ptf': must be one of minmax, percentile, omse, mse, ema"),
-    ({"residual_observer": "max"}, "ptq.residual_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema"),
-    ({"act_observer": "ptf"}, "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, ema"),
-    ({"layernorm": "integer", "placement": "inputs"}, "ptq.layernorm='integer': needs the scales on both sides of a norm"),
+    (
+        {"weight_observer": "ptf"},
+        "ptq.weight_observer='ptf': must be one of minmax, percentile, omse, mse, ema",
+    ),
+    (
+        {"residual_observer": "max"},
+        "ptq.residual_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema",
+    ),
+    (
+        {"act_observer": "ptf"},
+        "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, ema",
+    ),
+    (
+        {"layernorm": "integer", "placement": "inputs"},
+        "ptq.layernorm='integer': needs the scales on both sides of a norm",
+    ),
     (
         {"overrides": {"head": {"placement": "inputs"}}},
         r"ptq.overrides\['head'\]={'placement': 'inputs'}: its settings must be among act_bits",
@@ -40,15 +52,26 @@ def test_none_follows_another_knob():
     assert PtqRecipe(bits=4, act_bits=None).act_bits == 4
 
 
-@pytest.mark.parametrize("made", [PtqRecipe(bits=3, residual_observer="ptf", overrides={"head": {"bits": 8}}), qat.recipe("ofq", bits=2)])
+@pytest.mark.parametrize(
+    "made",
+    [
+        PtqRecipe(bits=3, residual_observer="ptf", overrides={"head": {"bits": 8}}),
+        qat.recipe("ofq", bits=2),
+    ],
+)
 def test_plain_data_gives_the_same_recipe_of_the_same_kind(made):
     again = recipe_from(made.to_dict())
     assert (type(again), again) == (type(made), made)
 
 
 def test_weights_have_a_scale_per_output_channel_and_activations_one():
-    made = PtqRecipe(bits=4, weight_observer="omse", act_observer="percentile", residual_observer="ptf")
-    assert all((made.weight_spec(p).bits, made.weight_spec(p).axis) == (4, 0) for p in ("stem", "block", "head"))
+    made = PtqRecipe(
+        bits=4, weight_observer="omse", act_observer="percentile", residual_observer="ptf"
+    )
+    assert all(
+        (made.weight_spec(p).bits, made.weight_spec(p).axis) == (4, 0)
+        for p in ("stem", "block", "head")
+    )
     for role in {*ROLES, *OUTPUT_ROLES} - {"weight", "qk"}:
         spec = made.act_spec(role, "block")
         expected = (-1, "ptf") if role == "residual" else (None, "percentile")

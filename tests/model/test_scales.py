@@ -19,7 +19,10 @@ def test_assert_ready_names_the_first_gap():
     qat.assert_ready(net)
     with torch.no_grad():
         net.blocks[1].mlp.fc1.input_quantizer.quantizer.start[3] = torch.nan
-    with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised; call qat.initialize_scales"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised; call qat.initialize_scales",
+    ):
         qat.assert_ready(net)
     with pytest.raises(qat.UsageError, match=r"scales of patch_embed.proj.input_quantizer are not"):
         qat.assert_ready(converted())
@@ -57,7 +60,10 @@ def test_what_holds_no_finite_images_is_an_error_and_leaves_no_scale(batch, line
 
 
 def test_a_loader_of_images_and_labels_is_taken_as_it_is():
-    nets = [qat.initialize_scales(converted(), [batch]) for batch in (images(), [images(), torch.zeros(len(images()))])]
+    nets = [
+        qat.initialize_scales(converted(), [batch])
+        for batch in (images(), [images(), torch.zeros(len(images()))])
+    ]
     assert torch.equal(logits(nets[0]), logits(nets[1]))
 
 
@@ -80,12 +86,22 @@ def test_mode_is_restored_and_hooks_are_gone(training):
 
 
 def test_calibration_runs_without_dropout():
-    nets = [qat.convert(vit(proj_drop_rate=0.5), qat.recipe("ofq"), input_size=SIZE).train(mode) for mode in (True, False)]
+    nets = [
+        qat.convert(vit(proj_drop_rate=0.5), qat.recipe("ofq"), input_size=SIZE).train(mode)
+        for mode in (True, False)
+    ]
     trained, evaluated = (qat.initialize_scales(net, [images()]).state_dict() for net in nets)
     assert all(torch.equal(trained[name], evaluated[name]) for name in evaluated)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn.input_quantizer", "blocks.0.mlp.fc1.input_quantizer", "blocks.1.mlp.fc1.input_quantizer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.attn.input_quantizer",
+        "blocks.0.mlp.fc1.input_quantizer",
+        "blocks.1.mlp.fc1.input_quantizer",
+    ],
+)
 def test_each_quantizer_sees_its_input_behind_the_others(name):
     net = quantized(bits=2)
     x = watched(net)[name][0]
@@ -103,7 +119,9 @@ def test_several_batches_average_where_inputs_agree():
     assert_close(net.patch_embed.proj.input_quantizer.quantizer.scale.detach(), expected)
 
 
-UNSET = r"scales of .*input_quantizer are not initialised; call qat.initialize_scales\(net, batches\)"
+UNSET = (
+    r"scales of .*input_quantizer are not initialised; call qat.initialize_scales\(net, batches\)"
+)
 
 
 def refuses(net):
@@ -126,7 +144,10 @@ def test_training_without_scales_raises_before_a_parameter_changes():
     with pytest.raises(qat.UsageError, match=UNSET):
         net(images()).sum().backward()
     optimizer.step()
-    assert all(torch.equal(v, before[k]) or (v.isnan() & before[k].isnan()).all() for k, v in net.state_dict().items())
+    assert all(
+        torch.equal(v, before[k]) or (v.isnan() & before[k].isnan()).all()
+        for k, v in net.state_dict().items()
+    )
 
 
 def test_a_net_without_scales_raises_wherever_it_is():
@@ -149,9 +170,13 @@ def by_hand(source, net):
 
 FILLED = {
     "data": lambda source, net: qat.initialize_scales(net, [images()]),
-    "data, from outside": lambda source, net: qat.initialize_scales(torch.nn.Sequential(net), [images()]),
+    "data, from outside": lambda source, net: qat.initialize_scales(
+        torch.nn.Sequential(net), [images()]
+    ),
     "state dict": lambda source, net: net.load_state_dict(source.state_dict()),
-    "state dict of an outer module": lambda source, net: torch.nn.Sequential(net).load_state_dict(torch.nn.Sequential(source).state_dict()),
+    "state dict of an outer module": lambda source, net: torch.nn.Sequential(net).load_state_dict(
+        torch.nn.Sequential(source).state_dict()
+    ),
     "copy": copy_scales,
     "hand": by_hand,
 }
@@ -168,7 +193,9 @@ def test_a_net_with_scales_runs_and_is_checked_no_more(way):
 
 
 @pytest.mark.parametrize(
-    "around", [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy], ids=["itself", "sequential", "averaged", "copy"]
+    "around",
+    [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy],
+    ids=["itself", "sequential", "averaged", "copy"],
 )
 @pytest.mark.parametrize("assign", [False, True])
 def test_scales_that_are_loaded_as_nan_are_found(around, assign):
@@ -176,7 +203,10 @@ def test_scales_that_are_loaded_as_nan_are_found(around, assign):
     state = copy.deepcopy(net.state_dict())
     net.load_state_dict(state, assign=assign)
     assert hooks(net) == []
-    net.load_state_dict({name: t * torch.nan if name.endswith("start") else t for name, t in state.items()}, assign=assign)
+    net.load_state_dict(
+        {name: t * torch.nan if name.endswith("start") else t for name, t in state.items()},
+        assign=assign,
+    )
     assert refuses(net)
     net.load_state_dict(state)
     assert logits(net).isfinite().all()
@@ -188,7 +218,9 @@ def test_scales_that_a_partial_load_leaves_out_are_named():
     state = quantized().state_dict()
     del state["blocks.1.mlp.fc1.input_quantizer.quantizer.start"]
     net.load_state_dict(state, strict=False)
-    with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+    with pytest.raises(
+        qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"
+    ):
         net(images())
     qat.initialize_scales(net, [images()])
     assert logits(net).isfinite().all()

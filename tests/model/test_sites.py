@@ -7,7 +7,10 @@ import qat
 from qat import functional as F
 from tests.tiny import converted, quantized, sites, watched
 
-STEM = [("patch_embed.proj.input_quantizer", "image"), ("patch_embed.proj.weight_quantizer", "weight")]
+STEM = [
+    ("patch_embed.proj.input_quantizer", "image"),
+    ("patch_embed.proj.weight_quantizer", "weight"),
+]
 MLP = [
     ("mlp.fc1.input_quantizer", "input"),
     ("mlp.fc1.weight_quantizer", "weight"),
@@ -34,7 +37,11 @@ ATTENTION = {
         ("attn.probs_quantizer", "probs"),
         *PROJ,
     ],
-    "float": [("attn.qkv.input_quantizer", "input"), ("attn.qkv.weight_quantizer", "weight"), *PROJ],
+    "float": [
+        ("attn.qkv.input_quantizer", "input"),
+        ("attn.qkv.weight_quantizer", "weight"),
+        *PROJ,
+    ],
 }
 
 
@@ -45,7 +52,9 @@ def head(name):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_names_and_roles(attention):
     found = [(s.name, s.role) for s in qat.iter_quantizers(converted(attention=attention))]
-    blocks = [(f"blocks.{i}.{name}", role) for i in range(2) for name, role in ATTENTION[attention] + MLP]
+    blocks = [
+        (f"blocks.{i}.{name}", role) for i in range(2) for name, role in ATTENTION[attention] + MLP
+    ]
     assert sorted(found) == sorted(STEM + blocks + head("head"))
 
 

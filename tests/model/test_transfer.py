@@ -15,7 +15,19 @@ import qat
 from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_checkpoint, from_pretrained, from_scratch
 from qat.model.transfer import copy_scales
-from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, sites, vit
+from tests.tiny import (
+    DISTILLED,
+    KWARGS,
+    SIZE,
+    VIT,
+    converted,
+    images,
+    logits,
+    quantized,
+    shake,
+    sites,
+    vit,
+)
 
 
 @pytest.fixture
@@ -24,7 +36,9 @@ def path(tmp_path):
 
 
 def start(path, model=VIT, *, reset_head=False, **changes):
-    return from_checkpoint(model, {**KWARGS, **changes}, read_checkpoint(path), reset_head=reset_head)
+    return from_checkpoint(
+        model, {**KWARGS, **changes}, read_checkpoint(path), reset_head=reset_head
+    )
 
 
 def same_state(a, b):
@@ -44,7 +58,9 @@ def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
 def test_float_to_quantized(path):
     qat.save(vit(), path)
     net = qat.convert(start(path).net, qat.recipe("ofq", bits=2), input_size=SIZE)
-    assert torch.equal(logits(qat.initialize_scales(net, [images()])), logits(quantized("ofq", bits=2)))
+    assert torch.equal(
+        logits(qat.initialize_scales(net, [images()])), logits(quantized("ofq", bits=2))
+    )
 
 
 def test_four_bits_to_two(path):
@@ -76,17 +92,25 @@ def test_reparameterized_to_standard_and_back(path, qk_bias):
         assert_close(logits(float_net), logits(vit()), rtol=1e-5, atol=1e-5)
     else:
         assert float_net.blocks[0].attn.qkv.bias[:64].abs().max() == 0
-    standard = qat.initialize_scales(qat.convert(float_net, qat.recipe("ofq_noqkr"), input_size=SIZE), [images()])
+    standard = qat.initialize_scales(
+        qat.convert(float_net, qat.recipe("ofq_noqkr"), input_size=SIZE), [images()]
+    )
     qat.save(standard, path)
     back = qat.convert(start(path).net, qat.recipe("ofq", qk_bias=qk_bias), input_size=SIZE)
-    weights = {n: p for n, p in qkr.named_parameters() if "_quantizer" not in n and "offset" not in n}
-    assert {"blocks.0.attn.q_weight", "blocks.0.attn.v.weight", "blocks.1.attn.proj.bias"} <= set(weights)
+    weights = {
+        n: p for n, p in qkr.named_parameters() if "_quantizer" not in n and "offset" not in n
+    }
+    assert {"blocks.0.attn.q_weight", "blocks.0.attn.v.weight", "blocks.1.attn.proj.bias"} <= set(
+        weights
+    )
     assert all(torch.equal(back.get_parameter(n), p) for n, p in weights.items())
 
 
 def test_another_class_count_needs_consent(path):
     qat.save(quantized(), path)
-    message = rf"ckpt='{path}': has 10 classes, the data 7; model.reset_head=true gives it a new head"
+    message = (
+        rf"ckpt='{path}': has 10 classes, the data 7; model.reset_head=true gives it a new head"
+    )
     with pytest.raises(qat.UsageError, match=message):
         start(path, num_classes=7)
     made = start(path, num_classes=7, reset_head=True)
@@ -101,7 +125,12 @@ def test_another_patch_size_is_resampled(path):
     assert made.net.patch_embed.proj.weight.shape == (32, 1, 4, 4)
     assert made.net.pos_embed.shape == (1, 5, 32)
     # Patches of one grey level, twice as large: the resampled embedding answers as the old one did.
-    assert_close(made.net.patch_embed(torch.ones(1, 1, 8, 8))[0, 0], vit().patch_embed(torch.ones(1, 1, 8, 8))[0, 0], rtol=1e-4, atol=1e-4)
+    assert_close(
+        made.net.patch_embed(torch.ones(1, 1, 8, 8))[0, 0],
+        vit().patch_embed(torch.ones(1, 1, 8, 8))[0, 0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_another_image_size_gets_positions_in_between(path):
@@ -116,15 +145,22 @@ def test_colour_weights_are_summed_for_grey_images(path):
     colour = vit(in_chans=3)
     torch.save(colour.state_dict(), path)
     made = start(path)
-    assert_close(made.net.patch_embed.proj.weight, colour.patch_embed.proj.weight.sum(1, keepdim=True))
+    assert_close(
+        made.net.patch_embed.proj.weight, colour.patch_embed.proj.weight.sum(1, keepdim=True)
+    )
     grey = images()
-    assert_close(logits(made.net, grey), logits(colour, grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    assert_close(
+        logits(made.net, grey), logits(colour, grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("state", "why"),
     [
-        (timm.create_model("resnet18", num_classes=10).state_dict(), "it has weights such as bn1.bias; asked for 2 blocks, 32 wide"),
+        (
+            timm.create_model("resnet18", num_classes=10).state_dict(),
+            "it has weights such as bn1.bias; asked for 2 blocks, 32 wide",
+        ),
         (vit(embed_dim=64).state_dict(), "it has 2 blocks, 64 wide; asked for 2 blocks, 32 wide"),
         (vit(depth=3).state_dict(), "it has 3 blocks, 32 wide; asked for 2 blocks, 32 wide"),
         (vit(DISTILLED).state_dict(), "Error"),
@@ -133,13 +169,17 @@ def test_colour_weights_are_summed_for_grey_images(path):
 )
 def test_weights_of_another_net(path, state, why):
     torch.save(state, path)
-    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights do not fit {VIT} \({why}") as caught:
+    with pytest.raises(
+        qat.UsageError, match=rf"ckpt='{path}': its weights do not fit {VIT} \({why}"
+    ) as caught:
         start(path)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_model_shows_what_is_near():
-    with pytest.raises(qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; closest: .*deit"):
+    with pytest.raises(
+        qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; closest: .*deit"
+    ):
         from_scratch("deit_tinny", {})
 
 
@@ -158,10 +198,21 @@ def test_all_scales_are_copied_between_equal_recipes():
 
 def timm_like(net):
     """Everything but quantizer state and the offset in front of the product."""
-    return {k: v for k, v in net.state_dict().items() if "_quantizer" not in k and "product_offset" not in k}
+    return {
+        k: v
+        for k, v in net.state_dict().items()
+        if "_quantizer" not in k and "product_offset" not in k
+    }
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), http.client.BadStatusLine("hello")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no route"),
+        TimeoutError("timed out"),
+        http.client.BadStatusLine("hello"),
+    ],
+)
 def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     asked = []
 
@@ -174,7 +225,9 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     began = time.monotonic()
     message = "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache and .* cannot be reached"
-    with pytest.raises(qat.UsageError, match=message + r".*model.weights=FILE or model.pretrained=false"):
+    with pytest.raises(
+        qat.UsageError, match=message + r".*model.weights=FILE or model.pretrained=false"
+    ):
         from_pretrained("deit_tiny_patch16_224", {})
     assert time.monotonic() - began < 10
     assert asked == [4]
@@ -183,7 +236,9 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, error):
 def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
     net = shake(timm.create_model("deit_tiny_patch16_224", depth=1))
     torch.save(net.state_dict(), tmp_path / "model.bin")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.bin"))
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.bin")
+    )
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
     made = from_pretrained("deit_tiny_patch16_224", {"depth": 1})
     assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
@@ -192,7 +247,16 @@ def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
 
 def fitted(**knobs):
     """A net after post-training quantization, at the bits of `deploy_w4a4`."""
-    recipe = qat.PtqRecipe(placement="inputs", bits=4, act_bits=4, weight_signed=True, stem_bits=8, head_bits=8, outer_act_bits=8, **knobs)
+    recipe = qat.PtqRecipe(
+        placement="inputs",
+        bits=4,
+        act_bits=4,
+        weight_signed=True,
+        stem_bits=8,
+        head_bits=8,
+        outer_act_bits=8,
+        **knobs,
+    )
     net = qat.convert(vit(), recipe, input_size=SIZE)
     qat.ptq.calibrate(net, [images()])
     return net.eval()
@@ -206,6 +270,12 @@ def test_learned_steps_take_the_grids_of_post_training_quantization(path):
     assert missing == [f"blocks.{i}.mlp.fc2.input_quantizer" for i in range(2)]
     assert len(copied) == len(sites(target)) - 2
     for name in copied:
-        x = torch.randn(4, 16, 32) if not sites(source)[name].is_weight else sites(source)[name].latent()
+        x = (
+            torch.randn(4, 16, 32)
+            if not sites(source)[name].is_weight
+            else sites(source)[name].latent()
+        )
         x = x.abs() / x.abs().max() if sites(source)[name].role == "probs" else x
-        assert_close(sites(target)[name].quantizer(x), sites(source)[name].quantizer(x), rtol=0, atol=1e-6)
+        assert_close(
+            sites(target)[name].quantizer(x), sites(source)[name].quantizer(x), rtol=0, atol=1e-6
+        )

@@ -19,8 +19,19 @@ from qat.model.transform import data_config
 from tests.conftest import ROOT, train
 from tests.data.files import write_folder, write_image
 
-DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
-NETS = {"grey": {"img_size": 16, "in_chans": 1, "num_classes": 3}, "colour": {"img_size": 32}, "own size": {}}
+DIGITS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.3051],
+    "std": [0.3759],
+}
+NETS = {
+    "grey": {"img_size": 16, "in_chans": 1, "num_classes": 3},
+    "colour": {"img_size": 32},
+    "own size": {},
+}
 
 
 def net(name="deit_tiny_patch16_224", **kwargs):
@@ -46,19 +57,49 @@ def test_digits_as_the_loader_has_them(run_4bit):
 @pytest.mark.parametrize("kind", ["path", "text", "Pillow's image", "array"])
 def test_photos_as_the_loader_has_them(tmp_path, kind):
     root = write_folder(tmp_path / "root", splits=(("train", 4), ("val", 4)))
-    settings = {"image_size": 16, "patch_size": 8, "in_chans": 3, "num_classes": 2, "root": str(root), "crop_pct": None}
-    settings |= {"mean": None, "std": None, "interpolation": None, "model": "deit3_small_patch16_224"}
+    settings = {
+        "image_size": 16,
+        "patch_size": 8,
+        "in_chans": 3,
+        "num_classes": 2,
+        "root": str(root),
+        "crop_pct": None,
+    }
+    settings |= {
+        "mean": None,
+        "std": None,
+        "interpolation": None,
+        "model": "deit3_small_patch16_224",
+    }
     wanted = torch.cat([images for images, _ in ImageFolder(**settings).test_dataloader()])
-    apply = qat.transform(saved(tmp_path, net(img_size=16, num_classes=2), data={"_target_": "qat.data.ImageFolder", **settings}))
+    apply = qat.transform(
+        saved(
+            tmp_path,
+            net(img_size=16, num_classes=2),
+            data={"_target_": "qat.data.ImageFolder", **settings},
+        )
+    )
     paths = sorted(p for p in (root / "val").rglob("*") if p.is_file())
-    read = {"path": lambda p: p, "text": str, "Pillow's image": Image.open, "array": lambda p: np.asarray(Image.open(p))}[kind]
+    read = {
+        "path": lambda p: p,
+        "text": str,
+        "Pillow's image": Image.open,
+        "array": lambda p: np.asarray(Image.open(p)),
+    }[kind]
     assert torch.equal(torch.stack([apply(read(p)) for p in paths]), wanted)
 
 
 def test_the_data_of_a_run_are_kept_by_load_and_save(tmp_path):
     root = write_folder(tmp_path / "root")
     size = ("data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8")
-    run = train(tmp_path / "run", "data=imagefolder", f"data.root={root}", "data.num_classes=2", *size, "quant=fp")
+    run = train(
+        tmp_path / "run",
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.num_classes=2",
+        *size,
+        "quant=fp",
+    )
     loaded = qat.load(run / "checkpoints" / "last.ckpt")
     image = write_image(tmp_path / "x.png", 40, 30)
     assert torch.equal(qat.transform(saved(tmp_path, loaded))(image), qat.transform(loaded)(image))
@@ -71,21 +112,33 @@ def test_without_data_it_is_timms_own(tmp_path, name, quantized):
     chans, size = NETS[name].get("in_chans", 3), NETS[name].get("img_size", 224)
     if quantized:
         qat.convert(model, qat.recipe("lsq", bits=4), input_size=(chans, size, size))
-    config = timm.data.resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=model.pretrained_cfg)
+    config = timm.data.resolve_data_config(
+        {"input_size": (3, size, size)}, pretrained_cfg=model.pretrained_cfg
+    )
     if chans == 1:
-        config |= {"input_size": (1, size, size), "mean": [sum(config["mean"]) / 3], "std": [sum(config["std"]) / 3]}
-    image = Image.open(write_image(tmp_path / "x.png", 300, 260)).convert("L" if chans == 1 else "RGB")
+        config |= {
+            "input_size": (1, size, size),
+            "mean": [sum(config["mean"]) / 3],
+            "std": [sum(config["std"]) / 3],
+        }
+    image = Image.open(write_image(tmp_path / "x.png", 300, 260)).convert(
+        "L" if chans == 1 else "RGB"
+    )
     wanted = timm.data.create_transform(**config)(image)
     assert torch.equal(qat.transform(model)(image), wanted)
     assert torch.equal(qat.transform(saved(tmp_path, model))(tmp_path / "x.png"), wanted)
 
 
 def test_what_data_says_comes_before_timm(tmp_path):
-    model = saved(tmp_path, net(img_size=16), data={"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": None})
+    model = saved(
+        tmp_path, net(img_size=16), data={"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": None}
+    )
     pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
     wanted = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
     found = qat.transform(model)(pixels)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)  # a division by 255 rounds otherwise than a multiplication
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=1e-7
+    )  # a division by 255 rounds otherwise than a multiplication
     assert torch.equal(qat.transform(saved(tmp_path, model))(pixels), found)
 
 
@@ -129,7 +182,9 @@ def test_every_crop_is_timms(mode, share):
     net.pretrained_cfg = {**net.pretrained_cfg, "crop_mode": mode, "crop_pct": share}
     treatment = preprocessing(data_settings(data_config(net)))
     for size in ((260, 300), (90, 333), (500, 224)):
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+        image = Image.fromarray(
+            np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+        )
         expected = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))(image)
         assert torch.equal(qat.transform(net)(image), expected)
         assert np.array_equal(prepare(image, **treatment)[0], expected.numpy())

@@ -23,4 +23,6 @@ class Holder(nn.Module):
 
 def swapped(plain, recipe, tokens, **inputs):
     """A converted copy in its holder."""
-    return qat.convert(Holder(copy.deepcopy(plain), **inputs), recipe, input_size=(1, tokens, WIDTH))
+    return qat.convert(
+        Holder(copy.deepcopy(plain), **inputs), recipe, input_size=(1, tokens, WIDTH)
+    )

@@ -35,7 +35,9 @@ def beit():
 
 @pytest.mark.parametrize(("name", "scores"), [("deit", 2 * 25), ("swin", 4 * 2 * 16**2)])
 def test_number_of_scores(name, scores):
-    net = qat.convert(ATTENTIONS[name].build(), qat.recipe("ofq_noqkr"), input_size=ATTENTIONS[name].input_size)
+    net = qat.convert(
+        ATTENTIONS[name].build(), qat.recipe("ofq_noqkr"), input_size=ATTENTIONS[name].input_size
+    )
     qat.initialize_scales(net, [ATTENTIONS[name].images(1)])
     attn = next(m for m in net.modules() if isinstance(m, attention.ScoredAttention))
     seen = []
@@ -46,7 +48,12 @@ def test_number_of_scores(name, scores):
 
 @pytest.mark.parametrize(
     ("make", "qk_bias", "lost"),
-    [(vit, "fold", slice(WIDTH, 2 * WIDTH)), (vit, "drop", slice(0, 2 * WIDTH)), (beit, "fold", slice(0)), (beit, "drop", slice(None))],
+    [
+        (vit, "fold", slice(WIDTH, 2 * WIDTH)),
+        (vit, "drop", slice(0, 2 * WIDTH)),
+        (beit, "fold", slice(0)),
+        (beit, "drop", slice(None)),
+    ],
 )
 def test_weights_go_back_under_timms_names(make, qk_bias, lost):
     """All but the biases that a softmax is blind to, or that the recipe drops."""
@@ -71,26 +78,38 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
     net.get_parameter(frozen).requires_grad = False
     with torch.no_grad():  # says nothing about what learns
         attn = swapped(net, FOLD, TOKENS).attn
-    assert {n for n in ("q_weight", "k_weight", "v.weight", "q_bias", "v.bias") if not attn.get_parameter(n).requires_grad} == kept
+    assert {
+        n
+        for n in ("q_weight", "k_weight", "v.weight", "q_bias", "v.bias")
+        if not attn.get_parameter(n).requires_grad
+    } == kept
 
 
 @pytest.mark.parametrize(
     ("cls", "settings", "reason"),
     [
-        (timm.layers.Attention, {"qk_norm": True, "norm_layer": nn.LayerNorm}, "normalises queries and keys"),
+        (
+            timm.layers.Attention,
+            {"qk_norm": True, "norm_layer": nn.LayerNorm},
+            "normalises queries and keys",
+        ),
         (EvaAttention, {"scale_norm": False}, "rotates queries and keys by position"),
         (AttentionRope, {"scale_norm": False}, "rotates queries and keys by position"),
     ],
 )
 def test_reparameterization_is_refused(cls, settings, reason):
-    message = f"quant.attention='qkr': this model {reason}, so .* here it must be one of standard, float"
+    message = (
+        f"quant.attention='qkr': this model {reason}, so .* here it must be one of standard, float"
+    )
     with pytest.raises(qat.UsageError, match=message):
         swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
 
 
 def test_rotated_then_quantized():
     rope, x = randn(TOKENS - 1, WIDTH, seed=3), randn(3, 1, TOKENS, WIDTH)
-    net = swapped(plain(EvaAttention, scale_norm=False), qat.recipe("ofq_noqkr", bits=2), TOKENS, rope=rope)
+    net = swapped(
+        plain(EvaAttention, scale_norm=False), qat.recipe("ofq_noqkr", bits=2), TOKENS, rope=rope
+    )
     attn = qat.initialize_scales(net, [x]).attn
 
     def heads(t):
@@ -98,19 +117,44 @@ def test_rotated_then_quantized():
 
     def rotated(t):
         t = heads(t)
-        return torch.cat([t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)], 2).transpose(1, 2).flatten(2)
+        return (
+            torch
+            .cat([t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)], 2)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
-    q, k, v = (attn.qkv(x.squeeze(1)) + torch.cat([attn.q_bias, torch.zeros(WIDTH), attn.v_bias])).chunk(3, -1)
-    scores = heads(attn.q_quantizer(rotated(q))) @ heads(attn.k_quantizer(rotated(k))).transpose(-1, -2) / (WIDTH / 2) ** 0.5
-    out = attn.proj((attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
+    q, k, v = (
+        attn.qkv(x.squeeze(1)) + torch.cat([attn.q_bias, torch.zeros(WIDTH), attn.v_bias])
+    ).chunk(3, -1)
+    scores = (
+        heads(attn.q_quantizer(rotated(q)))
+        @ heads(attn.k_quantizer(rotated(k))).transpose(-1, -2)
+        / (WIDTH / 2) ** 0.5
+    )
+    out = attn.proj(
+        (attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v)))
+        .transpose(1, 2)
+        .flatten(2)
+    )
     assert_close(net(x), out)
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 def test_a_pools_queries_have_a_scale_each_and_keys_one_per_token(preset):
-    net, x = swapped(plain(AttentionPoolLatent, latent_len=3), qat.recipe(preset, bits=2), TOKENS), randn(3, 1, TOKENS, WIDTH)
-    found = {name.removeprefix("attn."): site.quantizer.n_scales for name, site in sites(net).items()}
-    assert [found[f"{role}_quantizer"] for role in ("q", "k", "probs", "v")] == [3, TOKENS, 3, WIDTH]
+    net, x = (
+        swapped(plain(AttentionPoolLatent, latent_len=3), qat.recipe(preset, bits=2), TOKENS),
+        randn(3, 1, TOKENS, WIDTH),
+    )
+    found = {
+        name.removeprefix("attn."): site.quantizer.n_scales for name, site in sites(net).items()
+    }
+    assert [found[f"{role}_quantizer"] for role in ("q", "k", "probs", "v")] == [
+        3,
+        TOKENS,
+        3,
+        WIDTH,
+    ]
     assert sites(net)["attn.mlp.fc2.input_quantizer"].quantizer.spec.signed is False
     assert qat.initialize_scales(net, [x])(x).isfinite().all()
     assert net.attn.n_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS

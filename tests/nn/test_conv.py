@@ -17,7 +17,10 @@ def test_convolution_of_the_quantized_operands():
     x = images()
     assert isinstance(conv, QuantConv2d)
     assert isinstance(conv, nn.Conv2d)
-    assert_close(conv(x), F.conv2d(conv.input_quantizer(x), conv.weight_quantizer(conv.weight), conv.bias, stride=2))
+    assert_close(
+        conv(x),
+        F.conv2d(conv.input_quantizer(x), conv.weight_quantizer(conv.weight), conv.bias, stride=2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,11 @@ def test_settings_of_the_convolution_are_kept(settings):
     x = torch.randn(3, 2, 8, 8)
     expected = plain(x)
     net = nn.Sequential(plain)
-    qat.convert(net, qat.recipe("ofq", weight_quantizer="float", act_quantizer="float"), input_size=(2, 8, 8))
+    qat.convert(
+        net,
+        qat.recipe("ofq", weight_quantizer="float", act_quantizer="float"),
+        input_size=(2, 8, 8),
+    )
     assert isinstance(net[0], QuantConv2d)
     assert torch.equal(net(x), expected)
 
@@ -52,6 +59,8 @@ def test_convolutions_inside_have_one_scale_and_no_offsets():
     assert (inner.spec.role, inner.spec.bits, inner.n_scales) == ("input", 2, 1)
     assert [n for n, _ in net[1].named_parameters() if "offset" in n] == []
     x = randn(2, 2, 6, 6)
-    expected = F.conv2d(inner(x), net[1].weight_quantizer(net[1].weight), net[1].bias, padding=1, groups=2)
+    expected = F.conv2d(
+        inner(x), net[1].weight_quantizer(net[1].weight), net[1].bias, padding=1, groups=2
+    )
     assert_close(net[1](x), expected)
     assert inner(torch.zeros(1, 2, 6, 6)).eq(0).all()

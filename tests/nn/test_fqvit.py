@@ -17,27 +17,51 @@ from qat.ptq import calibrate, in_float
 from tests.tiny import DISTILLED, SIZE, VIT, images, logits, randn, vit
 
 IN_BLOCK = {
-    *("attn.qkv.input_quantizer", "attn.qkv_quantizer", "attn.scores_quantizer", "attn.probs_quantizer", "attn.proj.input_quantizer"),
-    *("attn.output_quantizer", "residual1_quantizer", "mlp.fc1.input_quantizer", "mlp.fc2.input_quantizer", "mlp_quantizer"),
+    *(
+        "attn.qkv.input_quantizer",
+        "attn.qkv_quantizer",
+        "attn.scores_quantizer",
+        "attn.probs_quantizer",
+        "attn.proj.input_quantizer",
+    ),
+    *(
+        "attn.output_quantizer",
+        "residual1_quantizer",
+        "mlp.fc1.input_quantizer",
+        "mlp.fc2.input_quantizer",
+        "mlp_quantizer",
+    ),
     "residual2_quantizer",
 }
 OUTSIDE = {
-    *("patch_embed.proj.input_quantizer", "patch_embed.output_quantizer", "tokens_quantizer", "positions_quantizer"),
+    *(
+        "patch_embed.proj.input_quantizer",
+        "patch_embed.output_quantizer",
+        "tokens_quantizer",
+        "positions_quantizer",
+    ),
     *("embedding_quantizer", "head.input_quantizer", "head.output_quantizer"),
 }
 
 
 def placed(name=VIT, kwargs=None, **knobs):
-    net = qat.convert(vit(name, **(kwargs or {})), PtqRecipe(**{"bits": 4, **knobs}), input_size=SIZE)
+    net = qat.convert(
+        vit(name, **(kwargs or {})), PtqRecipe(**{"bits": 4, **knobs}), input_size=SIZE
+    )
     calibrate(net, [images()])
     return net
 
 
-@pytest.mark.parametrize(("name", "more"), [(VIT, set()), (DISTILLED, {"head_dist.input_quantizer", "head_dist.output_quantizer"})])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(VIT, set()), (DISTILLED, {"head_dist.input_quantizer", "head_dist.output_quantizer"})],
+)
 def test_where_activations_are_quantized(name, more):
     sites = [site.name for site in qat.iter_quantizers(placed(name)) if not site.is_weight]
     assert len(sites) == len(set(sites))
-    assert set(sites) == OUTSIDE | more | {f"blocks.{i}.{site}" for i in range(2) for site in IN_BLOCK}
+    assert set(sites) == OUTSIDE | more | {
+        f"blocks.{i}.{site}" for i in range(2) for site in IN_BLOCK
+    }
 
 
 def block_by_hand(block, x):
@@ -45,9 +69,13 @@ def block_by_hand(block, x):
     y = F.layer_norm(x, n, block.norm1.weight, block.norm1.bias, block.norm1.eps)
     q, k, v = attn.qkv_quantizer(attn.qkv(y)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
     probs = attn.probs_quantizer(attn.scores_quantizer(q @ k.transpose(-1, -2) / 4).softmax(-1))
-    x = block.residual1_quantizer(x + attn.output_quantizer(attn.proj((probs @ v).transpose(1, 2).flatten(2))))
+    x = block.residual1_quantizer(
+        x + attn.output_quantizer(attn.proj((probs @ v).transpose(1, 2).flatten(2)))
+    )
     y = F.layer_norm(x, n, block.norm2.weight, block.norm2.bias, block.norm2.eps)
-    return block.residual2_quantizer(x + block.mlp_quantizer(block.mlp.fc2(F.gelu(block.mlp.fc1(y)))))
+    return block.residual2_quantizer(
+        x + block.mlp_quantizer(block.mlp.fc2(F.gelu(block.mlp.fc1(y))))
+    )
 
 
 @torch.no_grad()
@@ -95,13 +123,21 @@ def test_integer_norms_work_on_the_scales_around_them():
     assert set(norms) == {"norm", *(f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2))}
     around = {
         "blocks.0.norm1": (net.embedding_quantizer, net.blocks[0].attn.qkv.input_quantizer),
-        "blocks.1.norm1": (net.blocks[0].residual2_quantizer, net.blocks[1].attn.qkv.input_quantizer),
-        "blocks.1.norm2": (net.blocks[1].residual1_quantizer, net.blocks[1].mlp.fc1.input_quantizer),
+        "blocks.1.norm1": (
+            net.blocks[0].residual2_quantizer,
+            net.blocks[1].attn.qkv.input_quantizer,
+        ),
+        "blocks.1.norm2": (
+            net.blocks[1].residual1_quantizer,
+            net.blocks[1].mlp.fc1.input_quantizer,
+        ),
         "norm": (net.blocks[1].residual2_quantizer, net.head.input_quantizer),
     }
     for name, (before, behind) in around.items():
         x = before(randn(2, 17, 32))
-        expected = integer_layer_norm(x, before.scale, behind.scale, norms[name].weight, norms[name].bias)
+        expected = integer_layer_norm(
+            x, before.scale, behind.scale, norms[name].weight, norms[name].bias
+        )
         assert torch.equal(norms[name](x), expected)
     twin = copy.deepcopy(net)
     assert twin.norm.between[0] is twin.blocks[1].residual2_quantizer

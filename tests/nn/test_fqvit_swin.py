@@ -31,15 +31,44 @@ def test_without_rounding_it_is_timms_net(placement):
 def test_where_activations_are_quantized():
     sites = {site.name for site in qat.iter_quantizers(placed()) if not site.is_weight}
     block = {
-        *("attn.qkv.input_quantizer", "attn.qkv_quantizer", "attn.scores_quantizer", "attn.table_quantizer", "attn.biased_quantizer"),
-        *("attn.probs_quantizer", "attn.proj.input_quantizer", "attn.output_quantizer", "residual1_quantizer"),
-        *("mlp.fc1.input_quantizer", "mlp.fc2.input_quantizer", "mlp_quantizer", "residual2_quantizer"),
+        *(
+            "attn.qkv.input_quantizer",
+            "attn.qkv_quantizer",
+            "attn.scores_quantizer",
+            "attn.table_quantizer",
+            "attn.biased_quantizer",
+        ),
+        *(
+            "attn.probs_quantizer",
+            "attn.proj.input_quantizer",
+            "attn.output_quantizer",
+            "residual1_quantizer",
+        ),
+        *(
+            "mlp.fc1.input_quantizer",
+            "mlp.fc2.input_quantizer",
+            "mlp_quantizer",
+            "residual2_quantizer",
+        ),
     }
     outside = {
-        *("patch_embed.proj.input_quantizer", "patch_embed.output_quantizer", "layers.1.downsample.reduction.input_quantizer"),
-        *("layers.1.downsample.output_quantizer", "head.fc.input_quantizer", "head.fc.output_quantizer"),
+        *(
+            "patch_embed.proj.input_quantizer",
+            "patch_embed.output_quantizer",
+            "layers.1.downsample.reduction.input_quantizer",
+        ),
+        *(
+            "layers.1.downsample.output_quantizer",
+            "head.fc.input_quantizer",
+            "head.fc.output_quantizer",
+        ),
     }
-    assert sites == outside | {f"layers.{stage}.blocks.{i}.{site}" for stage in range(2) for i in range(2) for site in block}
+    assert sites == outside | {
+        f"layers.{stage}.blocks.{i}.{site}"
+        for stage in range(2)
+        for i in range(2)
+        for site in block
+    }
 
 
 def test_a_file_gives_the_same_logits(tmp_path):

@@ -37,7 +37,11 @@ def same(ours, theirs):
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in ours[1].items():
         assert_close(
-            gradient, theirs[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            gradient,
+            theirs[1][name],
+            rtol=1e-3,
+            atol=1e-5 * gradient.abs().max().item() + 1e-7,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -75,7 +79,9 @@ def test_nets_are_the_same(family, kind, unfused):
 @pytest.mark.parametrize("recipe", ["deploy_w4a4", "lsq", "seq"])
 def test_a_net_may_write_into_what_a_layer_gave(recipe, unfused):
     """NaFlexViT adds its positions in place to what its first Linear gave."""
-    net = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=1, num_heads=3, num_classes=10)
+    net = timm.create_model(
+        "naflexvit_base_patch16_gap", embed_dim=48, depth=1, num_heads=3, num_classes=10
+    )
     qat.convert(net, qat.recipe(recipe, bits=4), input_size=(3, 64, 64))
     x = torch.randn(2, 3, 64, 64)
     qat.initialize_scales(net, [x])
@@ -88,14 +94,21 @@ def deit(knobs, depth, x, recipe="ofq", memory="save"):
     torch.manual_seed(0)
     net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)
     if knobs is not None:
-        qat.initialize_scales(qat.convert(net, qat.recipe(recipe, bits=2, **knobs), input_size=(3, 64, 64)), [x])
+        qat.initialize_scales(
+            qat.convert(net, qat.recipe(recipe, bits=2, **knobs), input_size=(3, 64, 64)), [x]
+        )
     return qat.set_execution(net, memory=memory).train()
 
 
 @pytest.mark.parametrize("recipe", ["ofq", "lsq", "seq"])
 @pytest.mark.parametrize(
     ("attention", "memory", "most"),
-    [("float", "save", 0.65), ("standard", "save", 0.70), ("qkr", "save", 0.80), ("qkr", "recompute", 0.55)],
+    [
+        ("float", "save", 0.65),
+        ("standard", "save", 0.70),
+        ("qkr", "save", 0.80),
+        ("qkr", "recompute", 0.55),
+    ],
 )
 def test_a_quantized_block_keeps_less_than_a_float_block(attention, memory, most, recipe):
     """Neither is any quantized weight among it, as large as what a block of these few tokens may keep; only the folded matrix, in float."""
@@ -119,7 +132,13 @@ def test_blocks_may_be_run_again_instead_of_kept():
 
 
 @pytest.mark.parametrize(
-    ("attention", "name"), [("standard", "attn_drop"), ("standard", "q_norm"), ("qkr", "attn_drop"), ("qkr", "v.input_quantizer")]
+    ("attention", "name"),
+    [
+        ("standard", "attn_drop"),
+        ("standard", "q_norm"),
+        ("qkr", "attn_drop"),
+        ("qkr", "v.input_quantizer"),
+    ],
 )
 def test_a_hook_is_called_in_a_fused_attention_too(attention, name):
     net, seen = quantized(attention=attention), []
@@ -131,7 +150,9 @@ def test_a_hook_is_called_in_a_fused_attention_too(attention, name):
 @pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.act"])
 def test_what_a_hook_was_given_can_be_differentiated_by(name, unfused):
     net, seen, found = quantized(attention="standard").train(), [], []
-    net.get_submodule(f"blocks.0.{name}").register_forward_hook(lambda m, given, out: seen.append(out))
+    net.get_submodule(f"blocks.0.{name}").register_forward_hook(
+        lambda m, given, out: seen.append(out)
+    )
     for switch in (lambda: None, unfused):
         switch()
         out = net(images()).square().sum()

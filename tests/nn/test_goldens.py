@@ -44,7 +44,10 @@ def renamed(tensors):
             continue
         if name.endswith("move_qkv_b4.bias"):
             prefix = name.removesuffix("move_qkv_b4.bias")
-            out |= {f"{prefix}{r}_quantizer.offset_before": part for r, part in zip("qkv", value.chunk(3), strict=True)}
+            out |= {
+                f"{prefix}{r}_quantizer.offset_before": part
+                for r, part in zip("qkv", value.chunk(3), strict=True)
+            }
             continue
         for pattern, ours in RENAMES:
             name, hits = re.subn(pattern, ours, name)
@@ -56,7 +59,10 @@ def renamed(tensors):
 
 def heads_of(state):
     """How many heads a reference's attention has: an offset for each row of its folded matrix, else two, which leave no trace."""
-    rows, width = (next((v.numel() for k, v in state.items() if k.endswith(name)), 0) for name in ("move_qkx_b4.bias", "move_v_b4.bias"))
+    rows, width = (
+        next((v.numel() for k, v in state.items() if k.endswith(name)), 0)
+        for name in ("move_qkx_b4.bias", "move_v_b4.bias")
+    )
     return rows // width if rows else 2
 
 
@@ -79,9 +85,19 @@ def source_module(case, sd, x):
         rows, heads = sd["relative_position_bias_table"].shape
         window = (math.isqrt(rows) + 1) // 2
         shift = window // 2 if case.endswith("_shift") else 0
-        return Windows(SwinTransformerBlock(dim, tuple(x.shape[1:3]), heads, window_size=window, shift_size=shift))
+        return Windows(
+            SwinTransformerBlock(
+                dim, tuple(x.shape[1:3]), heads, window_size=window, shift_size=shift
+            )
+        )
     hidden = sd["mlp.fc1.weight"].shape[0]
-    return Block(dim, heads_of(sd), mlp_ratio=hidden / dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    return Block(
+        dim,
+        heads_of(sd),
+        mlp_ratio=hidden / dim,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+    )
 
 
 class Windows(nn.Module):
@@ -116,9 +132,14 @@ def converted(case):
     attention = "qkr" if "qkr" in case else "standard"
     recipe = qat.recipe("ofq", bits=bits, act_bits=act_bits, attention=attention, steps="absolute")
     module = source_module(case, sd, x)
-    size = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:]) if x.ndim == 3 else (1, 1, *x.shape[1:])
+    size = (
+        x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:]) if x.ndim == 3 else (1, 1, *x.shape[1:])
+    )
     net = nn.Sequential(Drop(4 - x.ndim), module)
-    net.pretrained_cfg = {"first_conv": "1" if "patch" in case else "", "classifier": "1" if "head" in case else ""}
+    net.pretrained_cfg = {
+        "first_conv": "1" if "patch" in case else "",
+        "classifier": "1" if "head" in case else "",
+    }
     if re.fullmatch(r"qlinear_.*_u", case):
         mlp = timm.layers.Mlp(module.in_features, module.in_features)
         mlp.fc2 = module
@@ -131,7 +152,13 @@ def converted(case):
     ours = owner.state_dict()
     theirs = {k: v.reshape(ours[k].shape) if k in ours else v for k, v in renamed(sd).items()}
     result = owner.load_state_dict(theirs, strict=False)
-    return SimpleNamespace(module=net[1], owner=owner, missing=result.missing_keys, unexpected=result.unexpected_keys, x=x)
+    return SimpleNamespace(
+        module=net[1],
+        owner=owner,
+        missing=result.missing_keys,
+        unexpected=result.unexpected_keys,
+        x=x,
+    )
 
 
 FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch|swin|swin_qkr)_w\da\d(_[su]|_shift)?"
@@ -160,4 +187,10 @@ def test_gradients(case):
     ours = {name: p.grad for name, p in made.owner.named_parameters()}
     assert set(expected) == set(ours)
     for name, grad in expected.items():
-        assert_close(ours[name], grad.reshape(ours[name].shape), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            ours[name],
+            grad.reshape(ours[name].shape),
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )

@@ -17,7 +17,13 @@ class Tail(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("activation", "norm", "signed"), [(nn.ReLU, None, False), (nn.GELU, None, False), (Tail, None, True), (nn.GELU, nn.LayerNorm, True)]
+    ("activation", "norm", "signed"),
+    [
+        (nn.ReLU, None, False),
+        (nn.GELU, None, False),
+        (Tail, None, True),
+        (nn.GELU, nn.LayerNorm, True),
+    ],
 )
 def test_sign_follows_what_stands_in_front(activation, norm, signed):
     net = nn.Sequential(timm.layers.Mlp(8, 16, act_layer=activation, norm_layer=norm))

@@ -28,9 +28,15 @@ def test_normalised_then_quantized():
     q, k = (F.normalize(heads(t), dim=-1).transpose(1, 2).flatten(2) for t in (q, k))
     scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
     scores = scores * attn.logit_scale.clamp(max=math.log(100)).exp()
-    table = attn.cpb_mlp(attn.relative_coords_table).view(-1, 2)[attn.relative_position_index.flatten()]
+    table = attn.cpb_mlp(attn.relative_coords_table).view(-1, 2)[
+        attn.relative_position_index.flatten()
+    ]
     scores = scores + 16 * table.view(16, 16, 2).permute(2, 0, 1).sigmoid()
-    out = attn.proj((attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
+    out = attn.proj(
+        (attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v)))
+        .transpose(1, 2)
+        .flatten(2)
+    )
     assert_close(attn(x), out)
 
 

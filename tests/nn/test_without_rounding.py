@@ -20,7 +20,11 @@ ROPE = {"num_heads": 4, "norm_layer": nn.LayerNorm, "scale_norm": False}
 POOL = {"num_heads": 2}
 TOKENS = 10  # a class token and a window of 3 x 3
 EVERY, NO_QKR = ("qkr", "standard", "float"), ("standard", "float")
-ROTATED = ({"rope": randn(TOKENS - 1, 8, seed=3)}, {"rope": None}, {"rope": randn(TOKENS - 1, 8, seed=3), "is_causal": True})
+ROTATED = (
+    {"rope": randn(TOKENS - 1, 8, seed=3)},
+    {"rope": None},
+    {"rope": randn(TOKENS - 1, 8, seed=3), "is_causal": True},
+)
 # Class, its settings, what is changed in them, forms of attention, further inputs of a call.
 FAMILIES = [
     (
@@ -53,7 +57,13 @@ FAMILIES = [
     (
         BeitAttention,
         BEIT,
-        [{}, {"qkv_bias": False}, {"window_size": None}, {"attn_head_dim": 8}, {"qkv_bias_separate": True}],
+        [
+            {},
+            {"qkv_bias": False},
+            {"window_size": None},
+            {"attn_head_dim": 8},
+            {"qkv_bias_separate": True},
+        ],
         EVERY,
         ({}, {"shared_rel_pos_bias": randn(1, 2, TOKENS, TOKENS, seed=2)}),
     ),
@@ -112,7 +122,13 @@ FAMILIES = [
 @pytest.mark.parametrize(
     ("cls", "settings", "kind", "inputs"),
     [
-        pytest.param(cls, base | changes, kind, inputs, id=f"{cls.__name__}-{changes}-{kind}-{','.join(inputs)}")
+        pytest.param(
+            cls,
+            base | changes,
+            kind,
+            inputs,
+            id=f"{cls.__name__}-{changes}-{kind}-{','.join(inputs)}",
+        )
         for cls, base, several, kinds, further in FAMILIES
         for changes in several
         for kind in kinds
@@ -123,9 +139,13 @@ def test_an_attention_is_timms(cls, settings, kind, inputs):
     torch.manual_seed(0)
     plain, x = shake(cls(WIDTH, **settings)).eval(), randn(3, 1, TOKENS, WIDTH)
     expected = Holder(plain, **inputs)(x)
-    assert_close(swapped(plain, float_recipe(kind), TOKENS, **inputs)(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(
+        swapped(plain, float_recipe(kind), TOKENS, **inputs)(x), expected, rtol=1e-5, atol=1e-5
+    )
     if any(value is not None for value in inputs.values()):
-        assert (expected - Holder(plain)(x)).abs().max() > 0.05, "what comes in beside the tokens matters"
+        assert (expected - Holder(plain)(x)).abs().max() > 0.05, (
+            "what comes in beside the tokens matters"
+        )
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -147,4 +167,6 @@ def test_a_net_with_relative_positions_is_timms(kind, name, changes):
     x = ATTENTIONS["relpos"].images()
     ours = qat.convert(net(), float_recipe(kind), input_size=(3, 32, 32))
     assert_close(logits(ours, x), logits(net(), x), rtol=1e-5, atol=1e-5)
-    assert not [site.name for site in qat.iter_quantizers(ours) if "rel_pos" in site.name], "what makes the bias stays float"
+    assert not [site.name for site in qat.iter_quantizers(ours) if "rel_pos" in site.name], (
+        "what makes the bias stays float"
+    )

@@ -6,7 +6,14 @@ import qat
 from qat.ptq import calibrate
 from tests import tiny
 
-KNOBS = {"placement": "inputs", "bits": 3, "act_bits": 3, "weight_observer": "mse", "act_observer": "mse", "weight_signed": True}
+KNOBS = {
+    "placement": "inputs",
+    "bits": 3,
+    "act_bits": 3,
+    "weight_observer": "mse",
+    "act_observer": "mse",
+    "weight_signed": True,
+}
 
 
 def pair(name=tiny.VIT, method="compensate", **knobs):

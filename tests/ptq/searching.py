@@ -37,7 +37,10 @@ def quantized(name=tiny.VIT, preset="minmax", **knobs):
 def whole_fitness(net, images, targets, settings):
     """By whole forwards, nothing remembered."""
     loss = logit_fitness(settings.fitness, settings.temperature)
-    losses = [loss(logits_of(net, batch, settings.micro_batch), target) for batch, target in zip(images, targets, strict=True)]
+    losses = [
+        loss(logits_of(net, batch, settings.micro_batch), target)
+        for batch, target in zip(images, targets, strict=True)
+    ]
     return float(torch.stack(losses).double().mean())
 
 
@@ -47,4 +50,6 @@ def state(net):
 
 def changed(before, net):
     """Names of tensors that differ."""
-    return {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {
+        name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])
+    }

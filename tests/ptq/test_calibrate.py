@@ -34,7 +34,9 @@ def ptq(name=VIT, n=2, **knobs):
 def test_every_range_is_that_of_the_float_net(placement):
     net, seen = ptq(placement=placement), {}
     handles = [
-        site.quantizer.register_forward_pre_hook(lambda _, args, name=site.name: seen.setdefault(name, []).append(args[0]))
+        site.quantizer.register_forward_pre_hook(
+            lambda _, args, name=site.name: seen.setdefault(name, []).append(args[0])
+        )
         for site in qat.iter_quantizers(net)
         if not site.is_weight
     ]
@@ -48,7 +50,9 @@ def test_every_range_is_that_of_the_float_net(placement):
         low, high = rows.amin(1), rows.amax(1)
         around_zero = (low <= 0) & (high >= 0)  # the others: below
         assert around_zero.float().mean() > 0.7 or site.role == "probs"
-        assert_close(site.quantizer.scale[around_zero], ((high - low) / 255)[around_zero], rtol=1e-6, atol=0)
+        assert_close(
+            site.quantizer.scale[around_zero], ((high - low) / 255)[around_zero], rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "omse", "mse"])
@@ -106,7 +110,12 @@ def test_bias_correction_keeps_mean_and_spread_of_every_channel():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"layernorm": "integer", "residual_observer": "ptf"}, {"placement": "inputs"}, {"bias_correction": True}]
+    "knobs",
+    [
+        {"layernorm": "integer", "residual_observer": "ptf"},
+        {"placement": "inputs"},
+        {"bias_correction": True},
+    ],
 )
 def test_a_file_gives_the_same_logits_to_the_last_bit(tmp_path, knobs):
     net = ptq(**knobs)
@@ -139,13 +148,19 @@ def test_mistakes(net, batches, message):
 
 
 def allocated(method, axis=None):
-    quantizer = build_quantizer(QuantSpec("input", "affine", 8, signed=False, axis=axis, observer=method, map_scales="column"))
+    quantizer = build_quantizer(
+        QuantSpec(
+            "input", "affine", 8, signed=False, axis=axis, observer=method, map_scales="column"
+        )
+    )
     quantizer.allocate(torch.Size((4, 5, 6)), torch.device("cpu"))
     return quantizer
 
 
 def batches(n=3):
-    return [torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(n)]
+    return [
+        torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("axis", [None, -1, -2])
@@ -155,7 +170,13 @@ def test_ranges_of_several_batches(method, axis):
     for batch in batches():
         state = observe(state, batch, axis, method)
         ends = batch.amax([d for d in range(3) if axis is None or d != axis % 3]).flatten()
-        high = ends if high is None else high + 0.01 * (ends - high) if method == "ema" else torch.maximum(high, ends)
+        high = (
+            ends
+            if high is None
+            else high + 0.01 * (ends - high)
+            if method == "ema"
+            else torch.maximum(high, ends)
+        )
     quantizer.fill(state, batches()[-1])
     assert quantizer.scale.isfinite().all()
     if method != "percentile":
@@ -168,6 +189,13 @@ def test_deviates_from_reference_a_range_far_from_zero_reaches_it():
     x = torch.linspace(5, 6, 120).view(4, 5, 6)
     quantizer.fill(observe(None, x, None, "minmax"), x)
     assert quantizer(x).sub(x).abs().max() <= quantizer.scale / 2 + 1e-6
-    low, high = reaching_zero(RangeState(torch.tensor([0.01, 5.0, -6.0, -1.0]), torch.tensor([1.0, 6.0, -5.0, 1.0])))
-    assert low.tolist() == pytest.approx([0.01, 0.0, -6.0, -1.0])  # next to zero the reference's formula stays
+    low, high = reaching_zero(
+        RangeState(torch.tensor([0.01, 5.0, -6.0, -1.0]), torch.tensor([1.0, 6.0, -5.0, 1.0]))
+    )
+    assert low.tolist() == pytest.approx([
+        0.01,
+        0.0,
+        -6.0,
+        -1.0,
+    ])  # next to zero the reference's formula stays
     assert high.tolist() == pytest.approx([1.0, 6.0, 0.0, 1.0])

@@ -23,7 +23,13 @@ ALL = torch.cat(IMAGES)
 def test_a_channel_is_left_with_the_mean_of_the_float_net_and_no_gain_to_win():
     net, reference = pair()
     compensate(net, reference, IMAGES)
-    for layer in ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc2", "head"):
+    for layer in (
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.1.mlp.fc2",
+        "head",
+    ):
         y, target = (outputs(n, layer, ALL).flatten(0, -2).double() for n in (net, reference))
         assert_close(y.mean(0), target.mean(0), rtol=0, atol=1e-5)
         covariance = ((y - y.mean(0)) * (target - y)).mean(0)
@@ -31,10 +37,14 @@ def test_a_channel_is_left_with_the_mean_of_the_float_net_and_no_gain_to_win():
         assert (covariance.abs() <= 10 * RIDGE * (y - y.mean(0)).square().mean(0) + 1e-6).all()
 
 
-@pytest.mark.parametrize("knobs", [{}, {"method": "calibrate", "bits": 4, "weight_quantizer": "nvfp4"}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"method": "calibrate", "bits": 4, "weight_quantizer": "nvfp4"}]
+)
 def test_codes_of_weights_stay_and_nothing_is_added(knobs):
     net, reference = pair(**knobs)
-    before = {s.name: s.quantizer.codes(s.latent()) for s in qat.iter_quantizers(net) if s.is_weight}
+    before = {
+        s.name: s.quantizer.codes(s.latent()) for s in qat.iter_quantizers(net) if s.is_weight
+    }
     size = size_bytes(net)
     done = compensate(net, reference, IMAGES)
     assert (done, size_bytes(net)) == (10, size)
@@ -43,7 +53,11 @@ def test_codes_of_weights_stay_and_nothing_is_added(knobs):
             weight = site.latent()
             differs = site.quantizer.codes(weight) != before[site.name]
             # A product and a quotient may round over a threshold.
-            place = site.quantizer.grid(weight).to_code_coordinates(weight)[differs] if differs.any() else torch.empty(0)
+            place = (
+                site.quantizer.grid(weight).to_code_coordinates(weight)[differs]
+                if differs.any()
+                else torch.empty(0)
+            )
             assert ((place - place.floor() - 0.5).abs() < NEAR).all()
 
 
@@ -59,9 +73,15 @@ def test_the_logits_come_closer(bits):
 def test_layers_that_the_float_net_has_no_module_call_for(name, caplog):
     caplog.set_level("INFO")
     torch.manual_seed(0)
-    reference = timm.create_model(name, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=6).eval()
+    reference = timm.create_model(
+        name, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=6
+    ).eval()
     images = torch.randn(16, 3, 16, 16)
-    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="compensate"), input_size=(3, 16, 16))
+    net = qat.convert(
+        copy.deepcopy(reference),
+        qat.PtqRecipe(**KNOBS, method="compensate"),
+        input_size=(3, 16, 16),
+    )
     qat.ptq.calibrate(net, [images])
     before = error(net.eval(), reference, images)
     compensate(net, reference, [images])
@@ -91,7 +111,10 @@ def test_files_with_matrices_after_blocks_are_refused(suffix, said, tmp_path):
         write_packed(net, path, meta)
     else:
         torch.save({"qat": meta, "state_dict": net.state_dict()}, path)
-    with pytest.raises(qat.UsageError, match=r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\""):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\"",
+    ):
         qat.load(path)
 
 
@@ -100,7 +123,9 @@ def test_one_scale_for_a_weight_takes_a_bias_alone():
     weight = net.blocks[0].mlp.fc2.weight.clone()
     compensate(net, reference, IMAGES)
     assert torch.equal(net.blocks[0].mlp.fc2.weight, weight)
-    y, target = (outputs(n, "blocks.0.mlp.fc2", ALL).flatten(0, -2).mean(0) for n in (net, reference))
+    y, target = (
+        outputs(n, "blocks.0.mlp.fc2", ALL).flatten(0, -2).mean(0) for n in (net, reference)
+    )
     assert_close(y, target, rtol=0, atol=1e-5)
 
 

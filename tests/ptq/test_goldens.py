@@ -40,7 +40,9 @@ NAMES = [
 
 
 def ours(name):
-    return next(re.sub(f"^{theirs}$", mine, name) for theirs, mine in NAMES if re.fullmatch(theirs, name))
+    return next(
+        re.sub(f"^{theirs}$", mine, name) for theirs, mine in NAMES if re.fullmatch(theirs, name)
+    )
 
 
 def recipe_of(case):
@@ -66,7 +68,9 @@ HEADS = 3  # the only size that weights do not show
 def float_net():
     """Of the size that the weights have."""
     weights = golden.below(PTQ, "vit/weights")
-    patches, hidden, head = (weights[f"{name}.weight"] for name in ("patch_embed.proj", "blocks.0.mlp.fc1", "head"))
+    patches, hidden, head = (
+        weights[f"{name}.weight"] for name in ("patch_embed.proj", "blocks.0.mlp.fc1", "head")
+    )
     net = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=batches()[0].shape[-1],
@@ -97,8 +101,14 @@ def assert_logits(net, expected):
     """Equal, but for what codes on a threshold change: flipping them must give the expected logits."""
     ties = Ties(net)
     for batch, logits in zip(batches(), expected, strict=True):
-        flips = ties.explain(lambda batch=batch: net(batch), lambda y, logits=logits: float((y - logits).abs().max()), LOGITS)
-        assert flips is not None, f"logits differ by more than {LOGITS}, and no codes on thresholds explain it"
+        flips = ties.explain(
+            lambda batch=batch: net(batch),
+            lambda y, logits=logits: float((y - logits).abs().max()),
+            LOGITS,
+        )
+        assert flips is not None, (
+            f"logits differ by more than {LOGITS}, and no codes on thresholds explain it"
+        )
 
 
 @golden.parametrize(PTQ, TAGS)
@@ -110,7 +120,11 @@ def test_scales_zero_points_and_logits(case):
     for name, scale in scales.items():
         quantizer = quantizers[ours(name)]
         assert_close(
-            quantizer.scale, scale.flatten().expand_as(quantizer.scale), rtol=1e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}"
+            quantizer.scale,
+            scale.flatten().expand_as(quantizer.scale),
+            rtol=1e-6,
+            atol=0,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
         zero_point = zero_points[name].flatten().float()
         assert torch.equal(quantizer.zero_point, zero_point.expand_as(quantizer.zero_point)), name

@@ -28,7 +28,9 @@ def equal(a, b):
 def test_the_logits_of_other_images_come_closer():
     net, reference = pair(method="reconstruct")
     before = error(net, reference, tiny.images(64, 9))
-    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2))
+    done = reconstruct(
+        net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2)
+    )
     assert (done["units"], done["steps"], done["images"]) == (4, 40, 48)
     assert error(net, reference, tiny.images(64, 9)) < 0.8 * before
 
@@ -37,7 +39,9 @@ def test_weights_biases_and_all_steps_of_quantizers_are_learned_and_nothing_else
     net, reference = pair(method="reconstruct")
     before, float_before = state(net), state(reference)
     reconstruct(net, reference, IMAGES, SETTINGS)
-    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     layers = {f"{layer}.{kind}" for layer in layers_of(net) for kind in ("weight", "bias")}
     scales = {f"{site.name}.scale" for site in qat.iter_quantizers(net)}
     assert changed <= layers | scales
@@ -49,7 +53,12 @@ def test_weights_biases_and_all_steps_of_quantizers_are_learned_and_nothing_else
 @pytest.mark.parametrize("seed", [20261127, 2**31 - 1])
 def test_a_large_seed(seed):
     net, reference = pair(method="reconstruct")
-    assert reconstruct(net, reference, IMAGES[:4], ReconstructSettings(steps=1, batch=4, seed=seed))["units"] == 4
+    assert (
+        reconstruct(net, reference, IMAGES[:4], ReconstructSettings(steps=1, batch=4, seed=seed))[
+            "units"
+        ]
+        == 4
+    )
 
 
 def layers_of(net):
@@ -81,7 +90,15 @@ def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
 def test_other_families(name):
-    swin = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "in_chans": 1}
+    swin = {
+        "img_size": 8,
+        "patch_size": 2,
+        "window_size": 2,
+        "embed_dim": 16,
+        "depths": (1, 2),
+        "num_heads": (2, 2),
+        "in_chans": 1,
+    }
     kwargs = swin if name.startswith("swin") else {}
     net, reference = families_pair(name, kwargs)
     before = error(net, reference, IMAGES)
@@ -95,7 +112,11 @@ def families_pair(name, kwargs):
         return pair(name, "reconstruct")
     torch.manual_seed(0)
     reference = tiny.shake(timm.create_model(name, num_classes=10, **kwargs)).eval()
-    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS | {"method": "reconstruct"}), input_size=tiny.SIZE)
+    net = qat.convert(
+        copy.deepcopy(reference),
+        qat.PtqRecipe(**KNOBS | {"method": "reconstruct"}),
+        input_size=tiny.SIZE,
+    )
     qat.ptq.calibrate(net, [IMAGES])
     return net.eval(), reference
 
@@ -113,14 +134,23 @@ def test_inputs_that_are_not_finite():
 def test_a_backbone():
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    reference = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes).eval()
+    reference = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes
+    ).eval()
     images = torch.randn(16, 3, 16, 16)
-    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="reconstruct"), input_size=(3, 16, 16))
+    net = qat.convert(
+        copy.deepcopy(reference),
+        qat.PtqRecipe(**KNOBS, method="reconstruct"),
+        input_size=(3, 16, 16),
+    )
     qat.ptq.calibrate(net, [images])
 
     def error_of_maps():
         with torch.no_grad():
-            return sum(float((a - b).square().mean()) for a, b in zip(net(images), reference(images), strict=True))
+            return sum(
+                float((a - b).square().mean())
+                for a, b in zip(net(images), reference(images), strict=True)
+            )
 
     before = error_of_maps()
     reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8))
@@ -130,16 +160,29 @@ def test_a_backbone():
 def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
     """Also after quantizers that stand beside modules, as those of an attention pool do."""
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
     reference = timm.create_model("vit_base_patch16_siglip_224", **sizes).eval()
     images = torch.randn(8, 3, 16, 16)
-    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="reconstruct"), input_size=(3, 16, 16))
+    net = qat.convert(
+        copy.deepcopy(reference),
+        qat.PtqRecipe(**KNOBS, method="reconstruct"),
+        input_size=(3, 16, 16),
+    )
     qat.ptq.calibrate(net, [images])
     fit, units = module._fit, []
 
     def inputs(unit, run):
         seen = []
-        handle = net.get_submodule(unit).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        handle = net.get_submodule(unit).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].clone())
+        )
         found = run()
         handle.remove()
         return seen[-1], found

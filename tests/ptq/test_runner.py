@@ -11,8 +11,24 @@ from qat.ptq.runner import Runner
 from tests import tiny
 from tests.ptq.searching import WEIGHTS, batches, quantized
 
-SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "in_chans": 1, "num_classes": 10}
-BEIT = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 3, "num_heads": 2, "in_chans": 1, "num_classes": 10}
+SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "in_chans": 1,
+    "num_classes": 10,
+}
+BEIT = {
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+}
 FAMILIES = {
     "deit_tiny_distilled_patch16_224": tiny.KWARGS,
     "swin_tiny_patch4_window7_224": SWIN,
@@ -23,7 +39,9 @@ FAMILIES = {
 
 
 def runner(net, parts, limit=float("inf"), entry=""):
-    return Runner(net, {name: [name + entry] for name in find_blocks(net)}, parts, limit, to_the_end=True)
+    return Runner(
+        net, {name: [name + entry] for name in find_blocks(net)}, parts, limit, to_the_end=True
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -32,7 +50,9 @@ def test_every_block_leads_to_the_same_logits_and_what_comes_before_does_not_run
     size = FAMILIES[name]["img_size"]
     images = torch.randn(5, 1, size, size, generator=torch.Generator().manual_seed(0))
     net = tiny.shake(timm.create_model(name, **FAMILIES[name])).eval()
-    qat.convert(net, qat.recipe("minmax", weight_quantizer=WEIGHTS), input_size=tuple(images.shape[1:]))
+    qat.convert(
+        net, qat.recipe("minmax", weight_quantizer=WEIGHTS), input_size=tuple(images.shape[1:])
+    )
     qat.initialize_scales(net, [images])
     parts, calls = images.split(2), []
     whole, runs = [net(part) for part in parts], runner(net, parts)
@@ -69,13 +89,18 @@ def test_inputs_are_remembered_once_for_all_blocks_or_as_far_as_memory_goes():
 def test_what_runs_in_the_block_before_its_entry_is_remembered_too(monkeypatch):
     net, _ = quantized()
     parts = batches()
-    runs, quantizer = runner(net, parts, entry=".mlp.fc2.weight_quantizer"), net.blocks[1].mlp.fc2.weight_quantizer
+    runs, quantizer = (
+        runner(net, parts, entry=".mlp.fc2.weight_quantizer"),
+        net.blocks[1].mlp.fc2.weight_quantizer,
+    )
     with runs.at("blocks.1"):
         pass
     quantizer.scale.mul_(1.3)
     whole = [net(part) for part in parts]
     for name in ("norm1", "attn", "norm2", "mlp.act", "mlp.fc2.input_quantizer"):
-        monkeypatch.setattr(net.get_submodule(f"blocks.1.{name}"), "forward", lambda *_: pytest.fail("runs"))
+        monkeypatch.setattr(
+            net.get_submodule(f"blocks.1.{name}"), "forward", lambda *_: pytest.fail("runs")
+        )
     with runs.at("blocks.1"):
         assert all(torch.equal(runs(i), logits) for i, logits in enumerate(whole))
 
@@ -97,7 +122,9 @@ class Again(nn.Module):
 def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
     net, images = Again(), tiny.images(3)
     runs = runner(net, [images])
-    assert caplog.messages == [f"blocks.{i} cannot run on its own input; the whole model runs instead" for i in (2, 1)]
+    assert caplog.messages == [
+        f"blocks.{i} cannot run on its own input; the whole model runs instead" for i in (2, 1)
+    ]
     with runs.at("blocks.2"):
         assert torch.equal(runs(0), net(images))
     expected = runs.output("blocks.2", 0)

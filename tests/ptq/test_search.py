@@ -16,15 +16,25 @@ from tests import tiny
 from tests.nets import FAMILIES
 from tests.ptq.searching import batches, changed, quantized, state, whole_fitness
 
-CHOSEN = {f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")}
+CHOSEN = {
+    f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")
+}
 
 
 def settings(**knobs):
-    return SearchSettings(**{"passes": 2, "micro_batch": 3, "radius": 0.05, "relative": True, **knobs})
+    return SearchSettings(**{
+        "passes": 2,
+        "micro_batch": 3,
+        "radius": 0.05,
+        "relative": True,
+        **knobs,
+    })
 
 
 def run(net, logits, folder=None, *, resume=False, validate=None, **knobs):
-    return search(net, batches(), logits, settings(**knobs), run_dir=folder, resume=resume, validate=validate)
+    return search(
+        net, batches(), logits, settings(**knobs), run_dir=folder, resume=resume, validate=validate
+    )
 
 
 def lines(folder):
@@ -33,12 +43,16 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("fitness", ["infonce", "mse", "kl", "cosine"])
-def test_deviates_from_reference_every_fitness_falls_and_only_the_chosen_scales_change(fitness, tmp_path):
+def test_deviates_from_reference_every_fitness_falls_and_only_the_chosen_scales_change(
+    fitness, tmp_path
+):
     net, targets = quantized()
     before, modes = state(net), [m.training for m in net.modules()]
     result = run(net, targets, tmp_path, fitness=fitness)
     found = lines(tmp_path)
-    assert [(line["pass"], line["block"]) for line in found[1::3]] == [(p, f"blocks.{b}") for p in "01" for b in (1, 0)]
+    assert [(line["pass"], line["block"]) for line in found[1::3]] == [
+        (p, f"blocks.{b}") for p in "01" for b in (1, 0)
+    ]
     assert [line["cycle"] for line in found] == ["incumbent", *(["0", "1", "2"] * 4)]
     accepted = [float(line["fitness"]) for line in found if line["accepted"] == "1"]
     assert accepted == sorted(accepted, reverse=True)
@@ -60,7 +74,11 @@ def integer_norms():
 @pytest.mark.parametrize(
     ("build", "knobs"),
     [
-        *((lambda: quantized()[0], {"micro_batch": m, "cache_gib": c}) for m in (3, 100) for c in (4.0, 0.0)),
+        *(
+            (lambda: quantized()[0], {"micro_batch": m, "cache_gib": c})
+            for m in (3, 100)
+            for c in (4.0, 0.0)
+        ),
         (integer_norms, {}),
         (integer_norms, {"targets": ["attn.qkv.input", "attn.qkv.weight"]}),
         (lambda: quantized(preset="ofq", weight_quantizer="lsq")[0], {"targets": ["attn.qk"]}),
@@ -72,7 +90,10 @@ def test_a_fitness_is_that_of_whole_forwards_bit_for_bit(build, knobs):
     for block in reversed(evaluator.vectors):
         vector = evaluator.vectors[block]
         evaluator.fitness(block)
-        vector.write(vector.read() * (1 + 0.1 * torch.rand(len(vector.read()), generator=torch.Generator().manual_seed(0))))
+        vector.write(
+            vector.read()
+            * (1 + 0.1 * torch.rand(len(vector.read()), generator=torch.Generator().manual_seed(0)))
+        )
         seen.add(evaluator.fitness(block))
         assert evaluator.fitness(block) == whole_fitness(net, batches(), targets, settings(**knobs))
         evaluator.runner.forget()
@@ -100,8 +121,18 @@ def test_deviates_from_reference_draws_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("preset", "knobs", "targets", "expected"),
     [
-        ("minmax", {}, ["mlp.fc1.input", "attn.probs"], {"mlp.fc1.input_quantizer", "attn.probs_quantizer"}),
-        ("ofq", {"weight_quantizer": "lsq"}, SearchSettings().targets, {f"attn.{s}_quantizer" for s in ("qk", "v.weight", "proj.weight")}),
+        (
+            "minmax",
+            {},
+            ["mlp.fc1.input", "attn.probs"],
+            {"mlp.fc1.input_quantizer", "attn.probs_quantizer"},
+        ),
+        (
+            "ofq",
+            {"weight_quantizer": "lsq"},
+            SearchSettings().targets,
+            {f"attn.{s}_quantizer" for s in ("qk", "v.weight", "proj.weight")},
+        ),
         ("ofq", {"weight_quantizer": "lsq"}, ["attn.v"], {"attn.v_quantizer.quantizer"}),
     ],
 )
@@ -123,7 +154,13 @@ def test_deviates_from_reference_equal_losses_are_no_error_and_change_nothing():
 def test_reference_selection_keeps_the_best_on_validation_images_and_says_so():
     net, targets = quantized()
     seen, accuracies = [], iter([50.0, 40.0, 45.0, 40.0])
-    result = run(net, targets, reference_selection=True, cycles=10, validate=lambda: seen.append(state(net)) or next(accuracies))
+    result = run(
+        net,
+        targets,
+        reference_selection=True,
+        cycles=10,
+        validate=lambda: seen.append(state(net)) or next(accuracies),
+    )
     assert result.selected_on == "validation"
     # During the first pass the latest stays, whatever its accuracy; 45 is more than 40.
     assert (len(seen), changed(seen[2], net)) == (4, set())
@@ -132,7 +169,12 @@ def test_reference_selection_keeps_the_best_on_validation_images_and_says_so():
 
 def test_deviates_from_reference_no_validation_image_is_looked_at():
     net, targets = quantized()
-    assert run(net, targets, passes=1, validate=lambda: pytest.fail("validation images were looked at")).selected_on == "calibration"
+    assert (
+        run(
+            net, targets, passes=1, validate=lambda: pytest.fail("validation images were looked at")
+        ).selected_on
+        == "calibration"
+    )
 
 
 def test_deviates_from_reference_each_scale_has_a_floor_and_the_noise_of_its_bits():
@@ -141,7 +183,10 @@ def test_deviates_from_reference_each_scale_has_a_floor_and_the_noise_of_its_bit
     vector = scale_vectors(net, SearchSettings().targets)["blocks.0"]
     wide = vector.quantizers[0]
     wide.spec = dataclasses.replace(wide.spec, bits=8)
-    assert vector.radius(None).tolist() == [1e-4] * wide.n_scales + [1e-3] * vector.quantizers[1].n_scales
+    assert (
+        vector.radius(None).tolist()
+        == [1e-4] * wide.n_scales + [1e-3] * vector.quantizers[1].n_scales
+    )
     vector.write(torch.zeros(len(vector.read())))
     assert (vector.read() >= torch.finfo(torch.float32).eps).all()
 
@@ -151,7 +196,9 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
     before = state(net)
 
     def overflow(module, args, output):
-        touched = not torch.equal(module.weight_quantizer.scale, before["blocks.0.attn.qkv.weight_quantizer.scale"])
+        touched = not torch.equal(
+            module.weight_quantizer.scale, before["blocks.0.attn.qkv.weight_quantizer.scale"]
+        )
         return output * float("nan") if touched else output
 
     handle = net.blocks[0].attn.qkv.register_forward_hook(overflow)
@@ -166,7 +213,9 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
 
 
 def flat():
-    net = qat.convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE)
+    net = qat.convert(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE
+    )
     return qat.initialize_scales(net, batches())
 
 
@@ -184,7 +233,11 @@ def flat():
             {},
             r"\['attn\*.\*.weight', 'attn\*.qk'\]: must match a scale of a block",
         ),
-        (lambda: (flat(), quantized()[1]), {}, "this model has no blocks in modules called 'blocks'"),
+        (
+            lambda: (flat(), quantized()[1]),
+            {},
+            "this model has no blocks in modules called 'blocks'",
+        ),
         (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialised"),
     ],
 )
@@ -237,41 +290,86 @@ def test_the_same_scales_after_a_kill(visits, before_state, tmp_path, monkeypatc
         return lambda: next(left)
 
     whole, targets = quantized()
-    expected = run(whole, targets, tmp_path / "whole", reference_selection=True, validate=validate(0))
+    expected = run(
+        whole, targets, tmp_path / "whole", reference_selection=True, validate=validate(0)
+    )
     killed_after(monkeypatch, visits, before_state=before_state)
     with pytest.raises(Killed):
-        run(quantized()[0], targets, tmp_path / "killed", reference_selection=True, validate=validate(0))
+        run(
+            quantized()[0],
+            targets,
+            tmp_path / "killed",
+            reference_selection=True,
+            validate=validate(0),
+        )
     monkeypatch.undo()
     done, net = visits - before_state, quantized()[0]
-    found = run(net, targets, tmp_path / "killed", resume=True, reference_selection=True, validate=validate(done))
+    found = run(
+        net,
+        targets,
+        tmp_path / "killed",
+        resume=True,
+        reference_selection=True,
+        validate=validate(done),
+    )
     assert changed(state(whole), net) == set()
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert (found.fitness, found.accepted, found.evaluations) == (expected.fitness, expected.accepted, expected.evaluations)
+    assert (found.fitness, found.accepted, found.evaluations) == (
+        expected.fitness,
+        expected.accepted,
+        expected.evaluations,
+    )
     # What is finished is not run again.
     monkeypatch.setattr("qat.ptq.search.evolve", lambda *_: pytest.fail("is run again"))
-    assert run(quantized()[0], targets, tmp_path / "killed", resume=True, reference_selection=True, validate=validate(4)) == found
+    assert (
+        run(
+            quantized()[0],
+            targets,
+            tmp_path / "killed",
+            resume=True,
+            reference_selection=True,
+            validate=validate(4),
+        )
+        == found
+    )
 
 
 def test_resume_demands_the_same_search(tmp_path):
     net, targets = quantized()
     run(net, targets, tmp_path)
     for knobs, images, message in (
-        ({"cycles": 5}, batches(), r"^search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)"),
+        (
+            {"cycles": 5},
+            batches(),
+            r"^search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)",
+        ),
         ({}, [b + 1 for b in batches()], "belongs to another model or other calibration images"),
     ):
         with pytest.raises(UsageError, match=message):
-            search(quantized()[0], images, targets, settings(**knobs), run_dir=tmp_path, resume=True)
+            search(
+                quantized()[0], images, targets, settings(**knobs), run_dir=tmp_path, resume=True
+            )
     whole = (tmp_path / "search.ckpt").read_bytes()
     for damaged in (whole[:-1], whole[:10], b""):
         (tmp_path / "search.ckpt").write_bytes(damaged)
-        with pytest.raises(UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start over$"):
+        with pytest.raises(
+            UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start over$"
+        ):
             run(quantized()[0], targets, tmp_path, resume=True)
     run(quantized()[0], targets, tmp_path)  # without resume it starts anew
     assert len(lines(tmp_path)) == 13
 
 
 # Blocks; LeViT has three, and two attentions that make the map smaller.
-SEARCHED = {"deit_distilled": 2, "deit3": 2, "beit": 2, "swin": 4, "levit": 5, "cait": 2, "pvt_v2": 4}
+SEARCHED = {
+    "deit_distilled": 2,
+    "deit3": 2,
+    "beit": 2,
+    "swin": 4,
+    "levit": 5,
+    "cait": 2,
+    "pvt_v2": 4,
+}
 
 
 @pytest.mark.parametrize("name", SEARCHED)

@@ -38,7 +38,11 @@ def test_synthetic_chain(case):
     scales, losses = values(f"{case}/eval_scales"), values(f"{case}/eval_losses")
     bits, cycles = (int(part[1:]) for part in case.split("_")[1:])
     settings = SearchSettings(cycles=cycles, radius=1e-4 if bits == 8 else 1e-3)
-    target, start, radius = values(f"{case}/target").double(), values(f"{case}/s0").double(), settings.radius
+    target, start, radius = (
+        values(f"{case}/target").double(),
+        values(f"{case}/s0").double(),
+        settings.radius,
+    )
     draws, seen = reference_draws(), []
 
     def evaluate(cycle, scales):
@@ -48,9 +52,20 @@ def test_synthetic_chain(case):
     def loss(scales):
         return float(1e6 * (scales - target).square().sum())
 
-    best, lowest = evolve(start, loss(start), evaluate, lambda cycle: draws((0, 0, cycle), torch.full_like(start, radius)), settings)
+    best, lowest = evolve(
+        start,
+        loss(start),
+        evaluate,
+        lambda cycle: draws((0, 0, cycle), torch.full_like(start, radius)),
+        settings,
+    )
     assert torch.equal(torch.stack(seen), scales[1:])
-    assert_close(torch.tensor([loss(s) for s in (start, *seen)], dtype=torch.float64), losses.flatten(), rtol=1e-9, atol=0)
+    assert_close(
+        torch.tensor([loss(s) for s in (start, *seen)], dtype=torch.float64),
+        losses.flatten(),
+        rtol=1e-9,
+        atol=0,
+    )
     assert torch.equal(best, values(f"{case}/best_scales").flatten())
     assert lowest == pytest.approx(golden.number(PTQ, f"{case}/best_loss"), rel=1e-9)
 
@@ -64,7 +79,9 @@ def test_chain_of_a_tiny_vit(case, monkeypatch):
     ties, loss_of = Ties(net), logit_fitness("infonce", TEMPERATURE)
 
     def whole_net():
-        losses = [loss_of(net(batch), target) for batch, target in zip(batches(), targets, strict=True)]
+        losses = [
+            loss_of(net(batch), target) for batch, target in zip(batches(), targets, strict=True)
+        ]
         return float(torch.stack(losses).double().mean())
 
     def assert_loss(loss, expected):
@@ -86,16 +103,42 @@ def test_chain_of_a_tiny_vit(case, monkeypatch):
             return expected[cycle + 1]
 
         best, lowest = evolve(start, expected[0], recording, drawn, settings)
-        visits.append({"init": start, "scales": scales_of_visit, "best_loss": lowest, "best_scales": best})
+        visits.append({
+            "init": start,
+            "scales": scales_of_visit,
+            "best_loss": lowest,
+            "best_scales": best,
+        })
         return best, lowest
 
     monkeypatch.setattr("qat.ptq.search.evolve", watched)
-    settings = SearchSettings(passes=len(recorded["losses"]) // len(net.blocks), cycles=recorded["losses"].shape[1] - 1, micro_batch=8)
-    monkeypatch.setattr("qat.ptq.search.draw", lambda seed, place, n, radius, **_: draws(place, radius))
+    settings = SearchSettings(
+        passes=len(recorded["losses"]) // len(net.blocks),
+        cycles=recorded["losses"].shape[1] - 1,
+        micro_batch=8,
+    )
+    monkeypatch.setattr(
+        "qat.ptq.search.draw", lambda seed, place, n, radius, **_: draws(place, radius)
+    )
     search(net, batches(), targets, settings)
-    assert_close(torch.tensor([v["best_loss"] for v in visits]).double(), recorded["best_loss"].double(), rtol=0, atol=LOSS)
+    assert_close(
+        torch.tensor([v["best_loss"] for v in visits]).double(),
+        recorded["best_loss"].double(),
+        rtol=0,
+        atol=LOSS,
+    )
     assert_close(torch.stack([v["init"] for v in visits]), recorded["init"], rtol=1e-5, atol=0)
-    assert_close(torch.stack([torch.stack(v["scales"]) for v in visits]), recorded["scales"], rtol=1e-5, atol=1e-9)
-    assert_close(torch.stack([v["best_scales"] for v in visits]), recorded["best_scales"], rtol=1e-5, atol=1e-9)
+    assert_close(
+        torch.stack([torch.stack(v["scales"]) for v in visits]),
+        recorded["scales"],
+        rtol=1e-5,
+        atol=1e-9,
+    )
+    assert_close(
+        torch.stack([v["best_scales"] for v in visits]),
+        recorded["best_scales"],
+        rtol=1e-5,
+        atol=1e-9,
+    )
     assert all(math.isfinite(v["best_loss"]) for v in visits)
     assert_logits(net, golden.tensor(PTQ, f"{tag}/out_q_final_in_place"))

@@ -16,7 +16,9 @@ class Ties:
 
     def __init__(self, net):
         self.net = net
-        self.sites = [s for s in qat.iter_quantizers(net) if not s.is_weight and not s.quantizer.is_float]
+        self.sites = [
+            s for s in qat.iter_quantizers(net) if not s.is_weight and not s.quantizer.is_float
+        ]
 
     @contextlib.contextmanager
     def run(self, flips=()):
@@ -39,7 +41,11 @@ class Ties:
                 for element in ((distance < NEAR) & inside).nonzero().flatten().tolist():
                     other = float(2 * place[element].floor() + 1 - codes[element])
                     candidates.append((name, call, element, other))
-                mine = {element: code for (site, at, element), code in forced.items() if (site, at) == (name, call)}
+                mine = {
+                    element: code
+                    for (site, at, element), code in forced.items()
+                    if (site, at) == (name, call)
+                }
                 if not mine:
                     return None
                 for element, code in mine.items():

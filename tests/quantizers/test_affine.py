@@ -44,4 +44,6 @@ def test_weights_follow_their_own_range():
     for w in (randn(4, 6), 10 * randn(4, 6, seed=1)):
         scale = w.abs().amax(1) / 7.5
         assert_close(made(w), (w / scale.view(-1, 1)).round().clamp(-8, 7) * scale.view(-1, 1))
-        assert torch.equal(made.codes(w), (w / scale.view(-1, 1)).round().clamp(-8, 7).to(torch.int8))
+        assert torch.equal(
+            made.codes(w), (w / scale.view(-1, 1)).round().clamp(-8, 7).to(torch.int8)
+        )

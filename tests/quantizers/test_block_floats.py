@@ -19,11 +19,19 @@ from tests.quantizers.common import build
 from tests.tiny import randn
 
 FORMATS = pytest.mark.parametrize(("name", "bits"), list(BLOCK_FORMATS))
-RECIPES = {"nvfp4": ("nvfp4", {}), "mxfp4": ("mxfp4", {}), "mxfp4_a8": ("mxfp4", {"act_bits": 8}), "qkr": ("nvfp4", {"attention": "qkr"})}
+RECIPES = {
+    "nvfp4": ("nvfp4", {}),
+    "mxfp4": ("mxfp4", {}),
+    "mxfp4_a8": ("mxfp4", {"act_bits": 8}),
+    "qkr": ("nvfp4", {"attention": "qkr"}),
+}
 
 
 @FORMATS
-@pytest.mark.parametrize(("axis", "shape"), [(-1, (2, 5, 40)), (-2, (2, 40, 5)), (1, (8, 40, 3, 3)), (None, (2, 40, 6, 6))])
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    [(-1, (2, 5, 40)), (-2, (2, 40, 5)), (1, (8, 40, 3, 3)), (None, (2, 40, 6, 6))],
+)
 def test_blocks_lie_along_an_axis(name, bits, axis, shape):
     quantizer, x, form = build(name, bits=bits, axis=axis), randn(*shape), BLOCK_FORMATS[name, bits]
     dim = 1 if axis is None else axis
@@ -46,7 +54,9 @@ def test_the_grid(name, bits):
     torch.testing.assert_close(grid.to_code_coordinates(quantizer(x)), place)
     low, high = grid.ends()
     assert low <= quantizer(x).min() < quantizer(x).max() <= high
-    lowest = quantizer(x).abs().unflatten(-1, (-1, 8)) / grid.unit.repeat_interleave(grid.form.block // 8, -1)[:, :5].unsqueeze(-1)
+    lowest = quantizer(x).abs().unflatten(-1, (-1, 8)) / grid.unit.repeat_interleave(
+        grid.form.block // 8, -1
+    )[:, :5].unsqueeze(-1)
     torch.testing.assert_close(lowest, lowest.round())
     assert 0.5 < grid.near_threshold(x, 0.4).float().mean() < 1
     assert not grid.near_threshold(quantizer(x), 0.4).any()
@@ -69,12 +79,18 @@ def test_the_default_dtype_and_device_do_not_matter(name, bits):
 def test_what_is_quantized(recipe):
     preset, knobs = RECIPES[recipe]
     net = tiny.quantized(preset, **knobs)
-    found = {(s.quantizer.spec.quantizer, s.quantizer.spec.bits) for n, s in tiny.sites(net).items() if n.startswith(("patch", "head"))}
+    found = {
+        (s.quantizer.spec.quantizer, s.quantizer.spec.bits)
+        for n, s in tiny.sites(net).items()
+        if n.startswith(("patch", "head"))
+    }
     assert found == {("lsq", 8)}
     name = "nvfp4" if preset == "nvfp4" else "mxfp"
     inside = [s for n, s in tiny.sites(net).items() if n.startswith("blocks")]
     expected = {True: (name, 4), False: (name, knobs.get("act_bits", 4))}
-    assert all((s.quantizer.spec.quantizer, s.quantizer.spec.bits) == expected[s.is_weight] for s in inside)
+    assert all(
+        (s.quantizer.spec.quantizer, s.quantizer.spec.bits) == expected[s.is_weight] for s in inside
+    )
     roles = {"weight", "input", "v", "probs"} | ({"qk", "k"} if recipe == "qkr" else {"q", "k"})
     assert {s.role for s in inside} == roles
     seen = tiny.watched(net)
@@ -85,7 +101,12 @@ def test_what_is_quantized(recipe):
         x, y = seen[f"blocks.0.attn.{role}_quantizer"]
         assert torch.equal(y, block_float(x, form))
     if recipe != "qkr":
-        assert seen["blocks.0.attn.q_quantizer"][0].shape == (8, 2, 17, 16)  # a head's 16 are one block, not half of one
+        assert seen["blocks.0.attn.q_quantizer"][0].shape == (
+            8,
+            2,
+            17,
+            16,
+        )  # a head's 16 are one block, not half of one
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -95,7 +116,10 @@ def test_a_training_step(recipe):
     net(tiny.images()).logsumexp(1).sum().backward()
     gradients = {name: p.grad for name, p in net.named_parameters() if "qk_bias" not in name}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
-    assert gradients["blocks.0.mlp.fc1.weight"].count_nonzero() > 0.9 * gradients["blocks.0.mlp.fc1.weight"].numel()
+    assert (
+        gradients["blocks.0.mlp.fc1.weight"].count_nonzero()
+        > 0.9 * gradients["blocks.0.mlp.fc1.weight"].numel()
+    )
 
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
@@ -123,7 +147,10 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
     x, grads = randn(5, length), [randn(5, length, seed=i) for i in range(3)]
     x[0, 3], x[-1] = 0.0, 0.0
     torch._dynamo.reset()
-    *found, of_x = run(torch.compile(each, fullgraph=True, options=compiled.compile_options()), kernels.block_floats)
+    *found, of_x = run(
+        torch.compile(each, fullgraph=True, options=compiled.compile_options()),
+        kernels.block_floats,
+    )
     torch._dynamo.reset()
     *expected, expected_of_x = run(each, block_float)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -134,17 +161,30 @@ def test_regularizers():
     net = tiny.quantized("nvfp4")
     step = StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net)
     Kure()(step).backward()
-    assert all(s.owner.weight.grad.any() for n, s in tiny.sites(net).items() if s.is_weight and n.startswith("blocks"))
-    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid"):
+    assert all(
+        s.owner.weight.grad.any()
+        for n, s in tiny.sites(net).items()
+        if s.is_weight and n.startswith("blocks")
+    )
+    with pytest.raises(
+        qat.UsageError,
+        match="Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid",
+    ):
         Dampening()(step)
 
 
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (IterativeFreezing, "callbacks.freeze: this model has no weights of up to 4 bits on a uniform grid"),
+        (
+            IterativeFreezing,
+            "callbacks.freeze: this model has no weights of up to 4 bits on a uniform grid",
+        ),
         (CGA, "callbacks.cga: this model has no weights on a half-step grid"),
-        (Oscillation, "callbacks.oscillation.max_bits=4: this model has no quantized weights of at most 4 bits, floats in blocks aside"),
+        (
+            Oscillation,
+            "callbacks.oscillation.max_bits=4: this model has no quantized weights of at most 4 bits, floats in blocks aside",
+        ),
     ],
 )
 def test_callbacks_that_need_steps(callback, message):
@@ -158,8 +198,16 @@ def test_callbacks_that_need_steps(callback, message):
         ("nvfp4", {"bits": 8}, "quant.bits=8: must be 4 with nvfp4"),
         ("nvfp4", {"act_bits": 8}, "quant.act_bits=8: must be 4 with nvfp4"),
         ("mxfp4", {"bits": 3}, "quant.bits=3: must be 4 or 8 with mxfp"),
-        ("mxfp4", {"overrides": {"blocks.0.*": {"bits": 2}}}, r"quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8 with mxfp"),
-        ("mxfp4", {"offsets": True}, "quant.offsets=True: must be false with mxfp, whose blocks follow the heads"),
+        (
+            "mxfp4",
+            {"overrides": {"blocks.0.*": {"bits": 2}}},
+            r"quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8 with mxfp",
+        ),
+        (
+            "mxfp4",
+            {"offsets": True},
+            "quant.offsets=True: must be false with mxfp, whose blocks follow the heads",
+        ),
     ],
 )
 def test_recipes_that_cannot_be(preset, knobs, message):
@@ -169,18 +217,36 @@ def test_recipes_that_cannot_be(preset, knobs, message):
         build_quantizer(QuantSpec("input", "mxfp", 2))
 
 
-PTQ = {"weight_quantizer": "nvfp4", "act_quantizer": "nvfp4", "placement": "inputs", "bits": 4, "act_bits": 4}
+PTQ = {
+    "weight_quantizer": "nvfp4",
+    "act_quantizer": "nvfp4",
+    "placement": "inputs",
+    "bits": 4,
+    "act_bits": 4,
+}
 OUTSIDE = {"stem_bits": 8, "head_bits": 8, "outer_act_bits": 8}
 
 
 def test_post_training():
     net = qat.convert(tiny.vit(), qat.PtqRecipe(**PTQ, **OUTSIDE), input_size=tiny.SIZE)
     qat.ptq.calibrate(net, [tiny.images()])
-    found = {(s.quantizer.spec.quantizer, s.quantizer.spec.bits) for n, s in tiny.sites(net).items() if n.startswith(("patch", "head"))}
+    found = {
+        (s.quantizer.spec.quantizer, s.quantizer.spec.bits)
+        for n, s in tiny.sites(net).items()
+        if n.startswith(("patch", "head"))
+    }
     assert found == {("affine", 8)}
-    trained = {name: s.quantizer.spec for name, s in tiny.sites(tiny.converted("nvfp4")).items() if name.startswith("blocks")}
-    ours = {name: s.quantizer.spec for name, s in tiny.sites(net).items() if name.startswith("blocks")}
-    assert {n: (s.quantizer, s.bits, s.axis) for n, s in ours.items()} == {n: (s.quantizer, s.bits, s.axis) for n, s in trained.items()}
+    trained = {
+        name: s.quantizer.spec
+        for name, s in tiny.sites(tiny.converted("nvfp4")).items()
+        if name.startswith("blocks")
+    }
+    ours = {
+        name: s.quantizer.spec for name, s in tiny.sites(net).items() if name.startswith("blocks")
+    }
+    assert {n: (s.quantizer, s.bits, s.axis) for n, s in ours.items()} == {
+        n: (s.quantizer, s.bits, s.axis) for n, s in trained.items()
+    }
     assert torch.equal(tiny.logits(qat.freeze(net)), tiny.logits(net))
     message = r"search.targets=\['attn.qkv.weight'\]: must match a scale of a block; stored scales are those of nothing"
     with pytest.raises(qat.UsageError, match=message):

@@ -21,11 +21,15 @@ def test_codes_and_values_are_those_of_the_quantizer(kind):
     assert len(found) >= 10
     for name, quantizer, x, values in found:
         grid, codes = quantizer.grid(x), quantizer.codes(x).float()
-        assert torch.equal(grid.to_code_coordinates(x).round().clamp(grid.qmin, grid.qmax), codes), name
+        assert torch.equal(
+            grid.to_code_coordinates(x).round().clamp(grid.qmin, grid.qmax), codes
+        ), name
         assert not grid.step.requires_grad, name
         if not quantizer.spec.bias_correction:
             assert_close(grid.dequantize(codes), values, rtol=1e-6, atol=1e-6)
-            lowest, highest = (end if grid.after is None else end + grid.after for end in grid.ends(x.ndim))
+            lowest, highest = (
+                end if grid.after is None else end + grid.after for end in grid.ends(x.ndim)
+            )
             assert ((values >= lowest - 1e-6) & (values <= highest + 1e-6)).all(), name
 
 
@@ -33,13 +37,21 @@ def test_powers_of_two():
     quantizer = build("log2", "probs", bits=2, signed=False)
     grid, x = quantizer.grid(), torch.tensor([1.0, 0.4, 0.2, 0.1])
     assert (grid.qmin, grid.qmax, grid.unit) == (0, 3, 0.125)
-    assert grid.dequantize(quantizer.codes(x)).tolist() == quantizer(x).tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert (
+        grid.dequantize(quantizer.codes(x)).tolist()
+        == quantizer(x).tolist()
+        == [1.0, 0.5, 0.25, 0.125]
+    )
     assert grid.to_code_coordinates(x).round().tolist() == [0, 1, 2, 3]
     assert [end.item() for end in grid.ends()] == [0.125, 1.0]
 
 
 def test_a_grid_that_follows_the_tensor_is_not_known_without_it():
-    for quantizer in (build("statsq", "weight", axis=0), build("statsq", "input", axis=-1), build("minmax_dynamic", "weight", axis=0)):
+    for quantizer in (
+        build("statsq", "weight", axis=0),
+        build("statsq", "input", axis=-1),
+        build("minmax_dynamic", "weight", axis=0),
+    ):
         assert quantizer.grid() is None
         assert isinstance(quantizer.grid(torch.randn(3, 4)), UniformGrid)
     assert build("float", "input", bits=32).grid(torch.randn(3, 4)) is None
@@ -89,7 +101,9 @@ def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     assert (grid.qmax, operand.codes) == (1, (-2, 1, None, False))
 
 
-@pytest.mark.parametrize(("name", "fuses"), [("lsq", True), ("seq", True), ("statsq", False), ("minmax_dynamic", False)])
+@pytest.mark.parametrize(
+    ("name", "fuses"), [("lsq", True), ("seq", True), ("statsq", False), ("minmax_dynamic", False)]
+)
 def test_what_products_are_fused_with(name, fuses):
     assert (allocated(name, torch.ones(2, 3, 4), signed=True).operand() is not None) is fuses
 
@@ -100,4 +114,6 @@ def test_zeros_on_a_step_of_zero_sit_on_the_threshold():
     grid = build("statsq", "weight", axis=0, bits=2).grid(weight)
     assert (grid.to_code_coordinates(weight)[2] == -0.5).all()
     assert (grid.dequantize(torch.zeros_like(weight))[2] == 0).all()
-    assert torch.equal(grid.near_threshold(weight, 0.005), qat.functional.near_threshold(weight, 2, 0.005))
+    assert torch.equal(
+        grid.near_threshold(weight, 0.005), qat.functional.near_threshold(weight, 2, 0.005)
+    )

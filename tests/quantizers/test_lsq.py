@@ -52,7 +52,9 @@ def image(lowest, seed=0):
     return x
 
 
-@pytest.mark.parametrize(("lowest", "signed"), [(-0.5, True), (-2e-5, True), (-1e-6, False), (0.0, False)])
+@pytest.mark.parametrize(
+    ("lowest", "signed"), [(-0.5, True), (-2e-5, True), (-1e-6, False), (0.0, False)]
+)
 def test_sign_of_an_image_comes_from_the_data(lowest, signed):
     x = image(lowest)
     made = calibrated("lsq", x, role="image", bits=8, signed=None, axis=1)

@@ -50,11 +50,17 @@ def test_shape_and_dtype_of_the_input_come_out(quantizer, dtype, offsets):
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax", "minmax_dynamic", "statsq", "float"])
-@pytest.mark.parametrize(("role", "shape"), [("image", (2, 3, 8, 8)), ("input", (2, 5, 8)), ("weight", (6, 8))])
+@pytest.mark.parametrize(
+    ("role", "shape"), [("image", (2, 3, 8, 8)), ("input", (2, 5, 8)), ("weight", (6, 8))]
+)
 def test_all_state_is_where_the_input_is(quantizer, role, shape):
     # "meta" stands for an accelerator: a net may be there before it is converted.
     recipe = qat.recipe("ofq", weight_quantizer="lsq", act_quantizer="lsq", bits=8)
-    spec = recipe.weight_spec("block") if role == "weight" else recipe.act_spec(role, "stem" if role == "image" else "block")
+    spec = (
+        recipe.weight_spec("block")
+        if role == "weight"
+        else recipe.act_spec(role, "stem" if role == "image" else "block")
+    )
     made = build_quantizer(dataclasses.replace(spec, quantizer=quantizer))
     made.allocate(torch.Size(shape), torch.device("meta"))
     assert {t.device.type for t in (*made.parameters(), *made.buffers())} <= {"meta"}

@@ -66,8 +66,14 @@ def test_a_name_is_given_once():
         ("no_such_module_anywhere:Half", "No module named 'no_such_module_anywhere'"),
         ("plugged_quantizers:Nothing", "no attribute 'Nothing'"),
         ("plugged_quantizers:NotOne", "must be a subclass of qat.quantizers.Quantizer"),
-        ("plugged_quantizers:WithoutCodes", "must be a subclass of qat.quantizers.Quantizer that has forward and codes"),
-        ("qat.quantizers:Quantizer", "must be a subclass of qat.quantizers.Quantizer that has forward and codes"),
+        (
+            "plugged_quantizers:WithoutCodes",
+            "must be a subclass of qat.quantizers.Quantizer that has forward and codes",
+        ),
+        (
+            "qat.quantizers:Quantizer",
+            "must be a subclass of qat.quantizers.Quantizer that has forward and codes",
+        ),
         ("math:pi", "must be a subclass of qat.quantizers.Quantizer"),
     ],
 )

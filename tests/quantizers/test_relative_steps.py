@@ -49,7 +49,10 @@ def test_an_activation_that_begins_at_zero_grows_and_can_be_used():
     with torch.no_grad():
         made.change.copy_(torch.tensor([2.0, 0.0, -2.0]))
     first = unit / 64
-    assert_close(made.scale.detach(), torch.tensor([first * 7.389056 + (unit - first) * 2, first, first * 0.135335]))
+    assert_close(
+        made.scale.detach(),
+        torch.tensor([first * 7.389056 + (unit - first) * 2, first, first * 0.135335]),
+    )
     made.scale.sum().backward()
     assert (made.change.grad > 0).all()
 
@@ -79,7 +82,10 @@ def test_a_net_is_the_same_function_whichever_way_its_steps_are_learned(tmp_path
     assert torch.equal(qat.load(tmp_path / "net.ckpt")(images()), relative(images()))
 
 
-@pytest.mark.parametrize(("source", "target"), [("absolute", "relative"), ("relative", "absolute"), ("relative", "relative")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("absolute", "relative"), ("relative", "absolute"), ("relative", "relative")],
+)
 def test_scales_are_carried_over_between_the_two(source, target):
     donor, net = quantized(steps=source), converted(steps=target)
     with torch.no_grad():

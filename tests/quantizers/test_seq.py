@@ -56,14 +56,18 @@ def test_deviates_from_reference_ties_go_to_the_even_code_as_onnx_rounds():
 
 @pytest.mark.parametrize("axis", [0, None])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_deviates_from_reference_the_start_by_least_squares_is_the_best_of_its_candidates(bits, axis):
+def test_deviates_from_reference_the_start_by_least_squares_is_the_best_of_its_candidates(
+    bits, axis
+):
     x, n = randn(4, 64), 2 ** (bits - 1)
     start = F.half_step_init_scale(x, -n, n - 1, axis)
     mean = 2 * (x.abs().mean(1) if axis == 0 else x.abs().mean().view(1)) / n
     error = {}
     for i in range(-24, 33):
         values, _ = written_out(x, mean * 2 ** (i / 8), n, axis)
-        error[i] = (values - x).square().mean(1) if axis == 0 else (values - x).square().mean().view(1)
+        error[i] = (
+            (values - x).square().mean(1) if axis == 0 else (values - x).square().mean().view(1)
+        )
     best = torch.stack(list(error.values())).argmin(0) - 24
     assert_close(start, mean * 2 ** (best / 8))
 

@@ -28,11 +28,20 @@ def test_activations_are_rows_along_the_axis(axis):
     assert isinstance(made, ActStatsQ)
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
     expected = F.statsq(rows, 3)
-    expected = expected.view(4, 5, 6) if axis is None else expected.view(x.movedim(axis, 0).shape).movedim(0, axis)
+    expected = (
+        expected.view(4, 5, 6)
+        if axis is None
+        else expected.view(x.movedim(axis, 0).shape).movedim(0, axis)
+    )
     torch.testing.assert_close(made(x), expected)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([1, 2, -1, -2, None]), st.sampled_from([2, 3, 8]), st.booleans())
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, -1, -2, None]),
+    st.sampled_from([2, 3, 8]),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_codes_are_those_of_the_forward(seed, axis, bits, same_magnitude):
     x = randn(3, 7, 5, seed=seed)

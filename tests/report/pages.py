@@ -42,8 +42,18 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="400" height="200"><rect wi
 def write_analysis(folder, name, title="A title", alt="In words.", rows=LAYERS, summary=None):
     """What an analysis leaves: its index, a table, a picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables, figures = [{"file": f"{name}.csv", "title": title}], [{"file": f"{name}_plot.svg", "title": title, "alt": alt}]
-    (folder / f"{name}.json").write_text(json.dumps({"analysis": name, "summary": summary or {}, "tables": tables, "figures": figures}))
+    tables, figures = (
+        [{"file": f"{name}.csv", "title": title}],
+        [{"file": f"{name}_plot.svg", "title": title, "alt": alt}],
+    )
+    (folder / f"{name}.json").write_text(
+        json.dumps({
+            "analysis": name,
+            "summary": summary or {},
+            "tables": tables,
+            "figures": figures,
+        })
+    )
     (folder / f"{name}.csv").write_text(rows)
     (folder / f"{name}_plot.svg").write_text(SVG)
 
@@ -56,7 +66,9 @@ def write_run(folder, **results):
     (folder / "results.json").write_text(json.dumps(RESULTS | results))
     (folder / "metrics.csv").write_text(METRICS)
     (folder / "config.yaml").write_text("command: train\n")
-    (folder / "command.json").write_text(json.dumps({"program": "qat train", "overrides": ["seed=0", "callbacks=[default,ema]"]}))
+    (folder / "command.json").write_text(
+        json.dumps({"program": "qat train", "overrides": ["seed=0", "callbacks=[default,ema]"]})
+    )
     return folder
 
 
@@ -69,9 +81,20 @@ class Reader(HTMLParser):
         self.feed(text)
         self.close()
         ids = [attrs["id"] for _, attrs in self.found if "id" in attrs]
-        links = [attrs[name].lstrip("#") for _, attrs in self.found for name in ("aria-labelledby", "href") if name in attrs]
-        self.wrong += [f"<{tag}> is open" for tag in self.open] + [f"id {one} twice" for one in ids if ids.count(one) > 1]
-        self.wrong += [f"nothing has the id {one}" for one in links if one not in ids and not one.startswith("data:") and "/" not in one]
+        links = [
+            attrs[name].lstrip("#")
+            for _, attrs in self.found
+            for name in ("aria-labelledby", "href")
+            if name in attrs
+        ]
+        self.wrong += [f"<{tag}> is open" for tag in self.open] + [
+            f"id {one} twice" for one in ids if ids.count(one) > 1
+        ]
+        self.wrong += [
+            f"nothing has the id {one}"
+            for one in links
+            if one not in ids and not one.startswith("data:") and "/" not in one
+        ]
 
     def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))

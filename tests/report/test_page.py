@@ -23,9 +23,31 @@ def test_a_reader_finds_what_is_wrong():
 @pytest.mark.parametrize(
     "text",
     [
-        *("88.89 %", "test split, −1.11 to float", "190 kB", "10.0× smaller", "200.0× fewer", "34 s", "W2 A2", "1,902,360", "0.6174"),
-        *("qat train seed=0 'callbacks=[default,ema]'", "2026-01-02", "2.14.1", "command: train", "blocks.1.mlp.fc1", "12.25"),
-        *("2.25 at step 9 to 1.5 at step 19.", "1.93 at step 9", "analysis/cost.csv", "vit_tiny_patch16_224 · ofq_2bit · digits"),
+        *(
+            "88.89 %",
+            "test split, −1.11 to float",
+            "190 kB",
+            "10.0× smaller",
+            "200.0× fewer",
+            "34 s",
+            "W2 A2",
+            "1,902,360",
+            "0.6174",
+        ),
+        *(
+            "qat train seed=0 'callbacks=[default,ema]'",
+            "2026-01-02",
+            "2.14.1",
+            "command: train",
+            "blocks.1.mlp.fc1",
+            "12.25",
+        ),
+        *(
+            "2.25 at step 9 to 1.5 at step 19.",
+            "1.93 at step 9",
+            "analysis/cost.csv",
+            "vit_tiny_patch16_224 · ofq_2bit · digits",
+        ),
     ],
 )
 def test_says(page, text):
@@ -35,9 +57,14 @@ def test_says(page, text):
 def test_nothing_is_fetched_and_everything_has_a_name(page):
     assert [attrs["src"][:9] for attrs in page.all("img")] == ["data:imag"] * 7
     assert all(attrs["alt"] for attrs in page.all("img"))
-    assert all(attrs["href"].startswith(("#", "data:")) for tag in ("a", "link") for attrs in page.all(tag))
+    assert all(
+        attrs["href"].startswith(("#", "data:")) for tag in ("a", "link") for attrs in page.all(tag)
+    )
     assert not any("src" in attrs for attrs in page.all("script"))
-    assert any(attrs.get("content", "").startswith("default-src 'none'; img-src data:;") for attrs in page.all("meta"))
+    assert any(
+        attrs.get("content", "").startswith("default-src 'none'; img-src data:;")
+        for attrs in page.all("meta")
+    )
     assert len(page.all("caption")) == len(page.all("table")) >= 3
     assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
     assert all(attrs.get("scope") in {"col", "row"} for attrs in page.all("th"))
@@ -45,8 +72,18 @@ def test_nothing_is_fetched_and_everything_has_a_name(page):
 
 def test_text_is_never_markup(tmp_path):
     classes = [{"class": HOSTILE, "images": 3, "top1": 50.0}]
-    run = write_run(tmp_path / "run", **dict.fromkeys(("model", "weights", "error", "device", "split"), HOSTILE), classes=classes)
-    write_analysis(run, "robustness", HOSTILE, HOSTILE, rows=f'"{HOSTILE.replace(chr(34), chr(34) * 2)}",b\n1,2\n')
+    run = write_run(
+        tmp_path / "run",
+        **dict.fromkeys(("model", "weights", "error", "device", "split"), HOSTILE),
+        classes=classes,
+    )
+    write_analysis(
+        run,
+        "robustness",
+        HOSTILE,
+        HOSTILE,
+        rows=f'"{HOSTILE.replace(chr(34), chr(34) * 2)}",b\n1,2\n',
+    )
     (run / "metrics.csv").write_text("step,val/top1,lr-<script>\n1,2,3\n2,3,4\n")
     (run / "config.yaml").write_text(HOSTILE)
     (run / "command.json").write_text(json.dumps({"program": HOSTILE, "overrides": [HOSTILE]}))
@@ -56,7 +93,16 @@ def test_text_is_never_markup(tmp_path):
     assert found.text.count("document.title='hacked'") > 10
 
 
-@pytest.mark.parametrize("missing", ["results.json", "metrics.csv", "command.json", "analysis/weights.json", "analysis/weights.csv"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "results.json",
+        "metrics.csv",
+        "command.json",
+        "analysis/weights.json",
+        "analysis/weights.csv",
+    ],
+)
 @pytest.mark.parametrize("content", [None, '{"analysis": '])
 def test_a_file_that_is_missing_or_cut_leaves_the_rest(tmp_path, missing, content):
     run = write_run(tmp_path / "run")
@@ -75,17 +121,33 @@ def test_of_an_empty_directory_and_of_a_run_that_is_going(tmp_path):
 
 
 def test_of_a_search(tmp_path):
-    run = write_run(tmp_path / "run", command="ptq", search={"method": "evolution"}, top1_calibrated=77.5)
-    (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
+    run = write_run(
+        tmp_path / "run", command="ptq", search={"method": "evolution"}, top1_calibrated=77.5
+    )
+    (run / "search.csv").write_text(
+        "pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n"
+    )
     found = read(write_report(run)).text
     for text in ("5 at candidate 0 to 4.5 at candidate 2.", "evolution", "top1 calibrated", "77.5"):
         assert text in found
 
 
 def test_of_an_exported_file(tmp_path):
-    sizes, taken = {"float": 2_000_000, "this": 500_000}, {"onnxruntime": {"float": 10.0, "this": 7.25}, "openvino": None}
-    results = {"command": "export", "file": "net.onnx", "top1": None, "split": None, "size_bytes": 500_000, "agreement": 99.5}
-    found = read(write_report(write_run(tmp_path / "run", **results, bytes=sizes, latency_ms=taken))).text
+    sizes, taken = (
+        {"float": 2_000_000, "this": 500_000},
+        {"onnxruntime": {"float": 10.0, "this": 7.25}, "openvino": None},
+    )
+    results = {
+        "command": "export",
+        "file": "net.onnx",
+        "top1": None,
+        "split": None,
+        "size_bytes": 500_000,
+        "agreement": 99.5,
+    }
+    found = read(
+        write_report(write_run(tmp_path / "run", **results, bytes=sizes, latency_ms=taken))
+    ).text
     for text in ("net.onnx", "500 kB", "99.50 %", "2,000,000", "onnxruntime, ms", "7.25"):
         assert text in found
 
@@ -102,21 +164,32 @@ def test_of_a_calibration(tmp_path, search):
 
 
 def test_of_few_classes_and_of_a_run_that_learned_nothing(tmp_path):
-    found = read(write_report(write_run(tmp_path / "run", top5=None, top1=43.33, images=60, majority_share=40.0))).text
+    found = read(
+        write_report(
+            write_run(tmp_path / "run", top5=None, top1=43.33, images=60, majority_share=40.0)
+        )
+    ).text
     assert "Top-5" not in found
-    assert "Top-1 is not clearly better than always predicting the most frequent class, which gives 40.00 %." in found
+    assert (
+        "Top-1 is not clearly better than always predicting the most frequent class, which gives 40.00 %."
+        in found
+    )
 
 
 def test_layers_are_folded_where_they_are_not_the_subject(tmp_path):
     folded = read(write_report(write_run(tmp_path / "run")))
     write_analysis(tmp_path / "weights", "weights")
     subject = read(write_report(tmp_path / "weights"))
-    assert len(folded.all("summary")) - len(folded.all("figcaption")) - 1 == 1  # a table of layers, beside config.yaml
+    assert (
+        len(folded.all("summary")) - len(folded.all("figcaption")) - 1 == 1
+    )  # a table of layers, beside config.yaml
     assert len(subject.all("summary")) == len(subject.all("figcaption"))
 
 
 def test_of_a_float_run(tmp_path):
-    found = read(write_report(write_run(tmp_path / "run", quant="fp", recipe={"name": "fp"}, top1_fp=None))).text
+    found = read(
+        write_report(write_run(tmp_path / "run", quant="fp", recipe={"name": "fp"}, top1_fp=None))
+    ).text
     assert "Quantized" not in found
     assert "Size of weights" in found
     assert "88.89" in found
@@ -130,15 +203,36 @@ def test_of_an_analysis_all_tables_and_of_long_ones_the_first_rows(tmp_path):
 
 
 def test_numbers_and_columns():
-    values = (190236, "190236", 100.0, 0.000123456, 1234.567, "fc1", None, "", float("nan"), True, 1e30)
-    assert "|".join(map(shown, values)) == "190,236|190236|100|0.0001235|1,234.57|fc1|–||nan|True|1e+30"
+    values = (
+        190236,
+        "190236",
+        100.0,
+        0.000123456,
+        1234.567,
+        "fc1",
+        None,
+        "",
+        float("nan"),
+        True,
+        1e30,
+    )
+    assert (
+        "|".join(map(shown, values))
+        == "190,236|190236|100|0.0001235|1,234.57|fc1|–||nan|True|1e+30"
+    )
     recipes = (None, {"name": "fp"}, {"name": "ofq", "bits": 2, "act_bits": 3})
     assert [bits_of(recipe) for recipe in recipes] == [None, None, "W2 A3"]
-    assert columns([{"a": 1, "b": "−3 ± 1", "c": "x", "d": ""}]) == [("a", False), ("b", True), ("c", False)]
+    assert columns([{"a": 1, "b": "−3 ± 1", "c": "x", "d": ""}]) == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["tables", "figures"])
-@pytest.mark.parametrize("name", ["../secret", "{outside}/secret", "link", "linked/secret", "../run/../secret"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "{outside}/secret", "link", "linked/secret", "../run/../secret"]
+)
 def test_a_directory_cannot_show_files_from_elsewhere(tmp_path, kind, name):
     run = tmp_path / "run"
     run.mkdir()
@@ -153,7 +247,9 @@ def test_a_directory_cannot_show_files_from_elsewhere(tmp_path, kind, name):
     assert base64.b64encode(b"TOPSECRET")[:11].decode() not in text
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "results.json", "command.json", "analysis/weights.csv"])
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "config.yaml", "results.json", "command.json", "analysis/weights.csv"]
+)
 def test_links_out_of_a_directory_are_not_followed(tmp_path, name):
     run = write_run(tmp_path / "run")
     outside = tmp_path / "outside"
@@ -168,4 +264,7 @@ def test_links_out_of_a_directory_are_not_followed(tmp_path, name):
 def test_a_run_directory_may_be_a_link(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "link").symlink_to(run)
-    assert write_report(tmp_path / "link").read_text().replace("/link", "/run") == write_report(run).read_text()
+    assert (
+        write_report(tmp_path / "link").read_text().replace("/link", "/run")
+        == write_report(run).read_text()
+    )

@@ -25,9 +25,25 @@ def folder(tmp_path):
     """Two groups of three seeds; of the second one job failed, and one was killed."""
     root = tmp_path / "sweep"
     for number, (seed, top1) in enumerate([(1, 90.0), (2, 92.0), (10, 97.0)]):
-        job(root / str(number), "quant=ofq_2bit", f"seed={seed}", "trainer.max_epochs=5", "run_dir=a", seed=seed, top1=top1)
+        job(
+            root / str(number),
+            "quant=ofq_2bit",
+            f"seed={seed}",
+            "trainer.max_epochs=5",
+            "run_dir=a",
+            seed=seed,
+            top1=top1,
+        )
     job(root / "3", "quant=ofq_4bit", "seed=1", "trainer.max_epochs=5", seed=1, top1=80.0)
-    job(root / "4", "quant=ofq_4bit", "seed=2", "trainer.max_epochs=5", seed=2, top1=None, error="the loss\nis nan")
+    job(
+        root / "4",
+        "quant=ofq_4bit",
+        "seed=2",
+        "trainer.max_epochs=5",
+        seed=2,
+        top1=None,
+        error="the loss\nis nan",
+    )
     job(root / "10", "quant=ofq_4bit", "seed=10", "trainer.max_epochs=5")
     return root
 
@@ -42,7 +58,9 @@ def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(fo
         "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still going",
         f"in {folder}: sweep.csv",
     ]
-    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line
+    ]
     # 90, 92, 97: mean 93, squares 9 + 1 + 16 over n - 1 = 2, so the deviation is sqrt(13).
     assert rows == [["ofq_2bit", "3", "93.00 ± 3.61"], ["ofq_4bit", "1", "80.00"]]
     assert not (folder / "report.html").exists()
@@ -54,7 +72,12 @@ def test_the_csv_has_a_row_for_each_job(folder):
         rows = list(csv.DictReader(file))
     assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
     assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "not finished"]
-    assert {"overrides.quant": "ofq_2bit", "overrides.seed": "1", "top1": "90.0", "model": RESULTS["model"]}.items() <= rows[0].items()
+    assert {
+        "overrides.quant": "ofq_2bit",
+        "overrides.seed": "1",
+        "top1": "90.0",
+        "model": RESULTS["model"],
+    }.items() <= rows[0].items()
     assert rows[4]["error"] == "the loss is nan"
     assert "recipe" not in rows[0]
 
@@ -63,9 +86,16 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
     (folder / "0" / "report.html").touch()
     publish(folder, report=True)
     found = read(folder / "report.html")
-    for text in ("sweep: over quant, seed", "93.00 ± 3.61", "the loss is nan", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
+    for text in (
+        "sweep: over quant, seed",
+        "93.00 ± 3.61",
+        "the loss is nan",
+        "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %",
+    ):
         assert text in found.text
-    assert [link["href"] for link in found.all("a") if "report.html" in link["href"]] == ["0/report.html"]
+    assert [link["href"] for link in found.all("a") if "report.html" in link["href"]] == [
+        "0/report.html"
+    ]
     assert len(found.all("img")) == 1
 
 
@@ -76,16 +106,26 @@ def test_of_a_refused_job_the_results_keep_the_settings_they_came_from(folder):
 
 
 def test_nested_sweeps_are_gathered_together(folder):
-    job(folder / "more" / "0", "quant=ofq_2bit", "seed=3", "trainer.max_epochs=5", seed=3, top1=93.0)
+    job(
+        folder / "more" / "0", "quant=ofq_2bit", "seed=3", "trainer.max_epochs=5", seed=3, top1=93.0
+    )
     assert gather(folder)[-1]["job"] == "more/0"
     assert group_rows(gather(folder))[0]["n"] == "4"
 
 
 def test_long_numbers_are_shortened_where_they_are_shown(tmp_path):
-    for number, rate in enumerate(("0.00024156772025296256", "0.001", "0.00024156")):  # two that look alike are two
+    for number, rate in enumerate((
+        "0.00024156772025296256",
+        "0.001",
+        "0.00024156",
+    )):  # two that look alike are two
         job(tmp_path / str(number), f"optimizer.lr={rate}", top1=90.0)
     publish(tmp_path, report=True)
-    assert [row["optimizer.lr"] for row in group_rows(gather(tmp_path))] == ["0.0002416", "0.001", "0.0002416"]
+    assert [row["optimizer.lr"] for row in group_rows(gather(tmp_path))] == [
+        "0.0002416",
+        "0.001",
+        "0.0002416",
+    ]
     assert "0.00024156772025296256" in (tmp_path / "sweep.csv").read_text()
 
 
@@ -110,9 +150,20 @@ def test_a_sweep_of_few_classes_has_no_top5(tmp_path, capsys):
 
 def test_a_checkpoint_for_each_seed_splits_no_group(tmp_path):
     for seed, top1 in enumerate([90.0, 92.0]):
-        job(tmp_path / str(seed), f"seed={seed}", f"ckpt=runs/float-seed{seed}/best.ckpt", "quant=ofq_2bit", seed=seed, top1=top1)
+        job(
+            tmp_path / str(seed),
+            f"seed={seed}",
+            f"ckpt=runs/float-seed{seed}/best.ckpt",
+            "quant=ofq_2bit",
+            seed=seed,
+            top1=top1,
+        )
     (row,) = group_rows(gather(tmp_path))
-    assert (row["ckpt"], row["n"], row["top-1 %"]) == ("runs/float-seed*/best.ckpt", "2", "91.00 ± 1.41")
+    assert (row["ckpt"], row["n"], row["top-1 %"]) == (
+        "runs/float-seed*/best.ckpt",
+        "2",
+        "91.00 ± 1.41",
+    )
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
@@ -124,11 +175,18 @@ def test_a_table_of_several_runs(folder, capsys):
     job(folder / "seed1" / "fp", quant="fp", recipe=None, seed=1, top1=95.0)
     job(folder / "seed2" / "fp", quant="fp", recipe=None, seed=2, top1=97.0)
     assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp")]) == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:4]]
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    ]
     assert rows[0] == ["ofq_2bit", "W2 A2", "90.00"]
     assert ["fp", "W32 A32", "96.00 ± 1.41"] in rows
     assert main([str(folder / "10")]) == 1
-    assert capsys.readouterr().err == f"error: {folder / '10'}: must be the directory of a run; there is no results.json\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {folder / '10'}: must be the directory of a run; there is no results.json\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +194,17 @@ def test_a_table_of_several_runs(folder, capsys):
     [
         *((".hydra/overrides.yaml", text) for text in ("- a=1\n- 'b=", "5", "- {a: 1}\n", "\x00")),
         *(("command.json", json.dumps({"overrides": value})) for value in (5, "a=1", [5, None])),
-        *(("results.json", text) for text in ('{"top1": "x"}', '{"top1": NaN}', '{"top1": 1e308}', '{"top1": [1]}', "[", "5")),
+        *(
+            ("results.json", text)
+            for text in (
+                '{"top1": "x"}',
+                '{"top1": NaN}',
+                '{"top1": 1e308}',
+                '{"top1": [1]}',
+                "[",
+                "5",
+            )
+        ),
     ],
 )
 def test_a_damaged_job_leaves_the_rest_of_the_table(folder, capsys, file, text):

@@ -24,7 +24,9 @@ class Pace(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step != self.step:
             return
-        (Path(trainer.default_root_dir) / f"waiting-{trainer.global_rank}").write_text(str(os.getpid()))
+        (Path(trainer.default_root_dir) / f"waiting-{trainer.global_rank}").write_text(
+            str(os.getpid())
+        )
         deadline = time.monotonic() + LONGEST_S
         while not signals.arrived() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -60,8 +60,14 @@ PartitionName=pair Nodes=n1,n2 MaxTime=INFINITE DefaultTime=00:10:00 State=UP
 def missing():
     """Why there can be no scheduler here; None where there can."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
-    absent = [name for name in (*DAEMONS, "srun", "sbatch", "scontrol") if shutil.which(name, path=path) is None]
-    return f"not installed: {', '.join(absent)} (`make test-slurm` installs them)" if absent else None
+    absent = [
+        name
+        for name in (*DAEMONS, "srun", "sbatch", "scontrol")
+        if shutil.which(name, path=path) is None
+    ]
+    return (
+        f"not installed: {', '.join(absent)} (`make test-slurm` installs them)" if absent else None
+    )
 
 
 def _free_ports(count):
@@ -83,29 +89,51 @@ class Scheduler:
     def __init__(self, base, *path):
         self.base = Path(base).resolve()
         self.env = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "HYDRA", "SUBMITIT", "MASTER_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "HYDRA", "SUBMITIT", "MASTER_"))
         }
         self.env["SLURM_CONF"] = str(self.base / "slurm.conf")
-        self.env["PATH"] = ":".join([*map(str, path), str(self.base / "bin"), self.env.get("PATH", ""), "/usr/sbin"])
+        self.env["PATH"] = ":".join([
+            *map(str, path),
+            str(self.base / "bin"),
+            self.env.get("PATH", ""),
+            "/usr/sbin",
+        ])
 
     def start(self):
         """Write key and configuration, start the daemons, wait until the nodes are idle."""
         for folder in ("state", "log", "run", "bin", *(f"spool/{node}" for node in NODES)):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         host = socket.gethostname().partition(".")[0]
-        (self.base / "slurm.conf").write_text(CONF.format(user=getpass.getuser(), base=self.base, host=host, ports=_free_ports(4)))
+        (self.base / "slurm.conf").write_text(
+            CONF.format(user=getpass.getuser(), base=self.base, host=host, ports=_free_ports(4))
+        )
         key = self.base / "run" / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
         sacct = self.base / "bin" / "sacct"
         sacct.write_text(SACCT)
         sacct.chmod(0o755)
-        names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munge.seed"}
-        self.call("munged", f"--log-file={self.base}/log/munged.log", *(f"--{k}={self.base}/run/{v}" for k, v in names.items()))
+        names = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "seed-file": "munge.seed",
+        }
+        self.call(
+            "munged",
+            f"--log-file={self.base}/log/munged.log",
+            *(f"--{k}={self.base}/run/{v}" for k, v in names.items()),
+        )
         self.call("slurmctld")
         for node in NODES:
             self.call("slurmd", "-N", node)
-        self.until(lambda: self.call("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), "the nodes are idle", 20)
+        self.until(
+            lambda: self.call("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES),
+            "the nodes are idle",
+            20,
+        )
 
     def stop(self):
         """End jobs and daemons; give the logs of the daemons back."""
@@ -116,13 +144,26 @@ class Scheduler:
 
     def logs(self, lines=8):
         """The ends of the daemons' logs, for a report of what went wrong."""
-        return "\n".join(f"== {p.name}\n" + "\n".join(p.read_text().splitlines()[-lines:]) for p in sorted((self.base / "log").iterdir()))
+        return "\n".join(
+            f"== {p.name}\n" + "\n".join(p.read_text().splitlines()[-lines:])
+            for p in sorted((self.base / "log").iterdir())
+        )
 
     def call(self, *command, check=True, timeout=60, **options):
         """Standard output of a command of SLURM; of what it says on an error too."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False, **options)
+        done = subprocess.run(
+            command,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **options,
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: rc {done.returncode}\n{done.stdout}{done.stderr}\n{self.logs()}")
+            raise RuntimeError(
+                f"{' '.join(command)}: rc {done.returncode}\n{done.stdout}{done.stderr}\n{self.logs()}"
+            )
         return done.stdout
 
     def job(self, number):
@@ -140,7 +181,9 @@ class Scheduler:
         while not (found := condition()):
             if time.monotonic() > deadline:
                 said = output.read_text()[-3000:] if output is not None and output.exists() else ""
-                raise TimeoutError(f"not after {seconds} s: {what}\n{said}\n{self.call('squeue', check=False)}\n{self.logs()}")
+                raise TimeoutError(
+                    f"not after {seconds} s: {what}\n{said}\n{self.call('squeue', check=False)}\n{self.logs()}"
+                )
             time.sleep(0.1)
         return found
 

@@ -17,14 +17,25 @@ log = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
 # Nine steps an epoch, on two processes or one. Adam would turn the rounding of sums into steps of its own size.
-SETTINGS = ["model.args.embed_dim=24", "model.args.depth=1", "trainer.max_epochs=2", "optimizer=sgd", "optimizer.lr=0.01", "report=false"]
+SETTINGS = [
+    "model.args.embed_dim=24",
+    "model.args.depth=1",
+    "trainer.max_epochs=2",
+    "optimizer=sgd",
+    "optimizer.lr=0.01",
+    "report=false",
+]
 ON_CPU = ["trainer.accelerator=cpu"]
 HELD_AT = 4
 # One after the step in which a signal comes: the processes exchange it.
 STOPPED_AT = HELD_AT + 2
 HELD = ["+callbacks.pace._target_=tests.slurm.pace.Pace", f"+callbacks.pace.step={HELD_AT}"]
 # The batch script of the documentation; what a job is to have of its own is said to sbatch.
-SCRIPT = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```$", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+SCRIPT = re.search(
+    r"^```bash\n(#!/bin/bash\n.*?)^```$",
+    (ROOT / "docs" / "cluster.md").read_text(),
+    re.DOTALL | re.MULTILINE,
+)[1]
 COMMAND = Path(sys.executable).with_name("qat")
 MODEST = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
 
@@ -37,8 +48,13 @@ class Job:
         path = folder / "train.sbatch"
         path.write_text(script)
         sizes = ["--nodes=1", "--ntasks-per-node=1", *MODEST, *options]
-        self.number = scheduler.call("sbatch", "--parsable", *sizes, str(path), *SETTINGS, *overrides, cwd=folder).strip()
-        self.run_dir, self.output = folder / "outputs" / "train" / f"slurm-{self.number}", folder / f"qat-{self.number}.out"
+        self.number = scheduler.call(
+            "sbatch", "--parsable", *sizes, str(path), *SETTINGS, *overrides, cwd=folder
+        ).strip()
+        self.run_dir, self.output = (
+            folder / "outputs" / "train" / f"slurm-{self.number}",
+            folder / f"qat-{self.number}.out",
+        )
 
     def signal_when_held(self, *options, processes=1):
         """Send a signal once the processes are in the middle of a step."""
@@ -48,7 +64,12 @@ class Job:
     def held(self, processes):
         """Wait until the processes are in the middle of a step; gives their numbers."""
         signs = [self.run_dir / f"waiting-{rank}" for rank in range(processes)]
-        self.scheduler.until(lambda: held(signs) or self.scheduler.end(self.number), f"job {self.number} trains", 240, self.output)
+        self.scheduler.until(
+            lambda: held(signs) or self.scheduler.end(self.number),
+            f"job {self.number} trains",
+            240,
+            self.output,
+        )
         assert held(signs), self.output.read_text()
         return [int(sign.read_text()) for sign in signs]
 
@@ -80,11 +101,26 @@ def jobs(scheduler, folder):
     pair = ["--partition=pair", "--nodes=2", "--export=ALL,MASTER_ADDR=127.0.0.1"]
     plain = SCRIPT.replace("srun python", "python")
     return {
-        "preempted": Job(scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", "data.num_workers=1", options=pair),
+        "preempted": Job(
+            scheduler,
+            folder,
+            *ON_CPU,
+            *HELD,
+            "data.batch_size=64",
+            "data.num_workers=1",
+            options=pair,
+        ),
         "cancelled": Job(scheduler, folder, *ON_CPU, *HELD, "data.num_workers=1"),
-        "bereft": Job(scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", options=["--ntasks-per-node=2"]),
+        "bereft": Job(
+            scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", options=["--ntasks-per-node=2"]
+        ),
         "plain": Job(scheduler, folder, *ON_CPU, options=["--ntasks-per-node=2"], script=plain),
-        "installed": Job(scheduler, folder, *ON_CPU, script=SCRIPT.replace("srun python train.py", f"srun {COMMAND} train")),
+        "installed": Job(
+            scheduler,
+            folder,
+            *ON_CPU,
+            script=SCRIPT.replace("srun python train.py", f"srun {COMMAND} train"),
+        ),
     }
 
 
@@ -110,7 +146,10 @@ def preempted(jobs):
 def sweep(scheduler, folder, jobs):
     """Two jobs of two processes each, with the same settings. The first is held and gets submitit's own signal."""
     fields = {"partition": "ci", "tasks_per_node": 2, "cpus_per_task": 1, "timeout_min": 10}
-    preset = ["hydra/launcher=slurm_cpu", *(f"hydra.launcher.{name}={value}" for name, value in fields.items())]
+    preset = [
+        "hydra/launcher=slurm_cpu",
+        *(f"hydra.launcher.{name}={value}" for name, value in fields.items()),
+    ]
     command = [
         sys.executable,
         "train.py",
@@ -124,13 +163,24 @@ def sweep(scheduler, folder, jobs):
         f"{HELD[1]},99",
         "run_dir=sweep",
     ]
-    parent = subprocess.Popen(command, cwd=folder, env=scheduler.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    parent = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=scheduler.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         signs = [folder / "sweep" / "0" / f"waiting-{rank}" for rank in (0, 1)]
-        scheduler.until(lambda: held(signs) or parent.poll() is not None, "the first job trains", 240)
+        scheduler.until(
+            lambda: held(signs) or parent.poll() is not None, "the first job trains", 240
+        )
         array = re.search(r"(\d+)_0", scheduler.call("squeue", "-h", "-r", "-o", "%i")).group(1)
         scheduler.call("scancel", "--signal=USR2", f"{array}_0")
-        scheduler.until(lambda: scheduler.job(f"{array}_0")["Restarts"] == "1", "the first job is requeued", 120)
+        scheduler.until(
+            lambda: scheduler.job(f"{array}_0")["Restarts"] == "1", "the first job is requeued", 120
+        )
         scheduler.wait(f"{array}_0", seconds=240)
         out, _ = parent.communicate(timeout=120)
     finally:
@@ -147,7 +197,11 @@ def last(run_dir):
 def assert_same(run_dir, other_dir):
     one, other = last(run_dir), last(other_dir)
     assert one["global_step"] == other["global_step"] == 18
-    assert [n for n, value in other["state_dict"].items() if not torch.equal(one["state_dict"][n], value)] == []
+    assert [
+        n
+        for n, value in other["state_dict"].items()
+        if not torch.equal(one["state_dict"][n], value)
+    ] == []
     moments = [state["optimizer_states"][0]["state"] for state in (one, other)]
     assert moments[1]
     for index, state in moments[1].items():
@@ -176,7 +230,12 @@ def test_cancelled_it_saves_and_stays_cancelled(jobs, scheduler):
 def test_when_a_process_dies_the_others_do_not_wait_for_it(jobs, scheduler):
     _, second = jobs["bereft"].held(2)
     os.kill(second, signal.SIGKILL)
-    scheduler.until(lambda: scheduler.end(jobs["bereft"].number), "the first process is gone", 60, jobs["bereft"].output)
+    scheduler.until(
+        lambda: scheduler.end(jobs["bereft"].number),
+        "the first process is gone",
+        60,
+        jobs["bereft"].output,
+    )
     assert "task 1: Killed" in jobs["bereft"].ended("FAILED")
 
 
@@ -188,11 +247,15 @@ def test_the_command_of_an_installed_package_trains_as_the_script_does(jobs):
 
 def test_without_srun_several_tasks_are_refused(jobs):
     what = "error: SLURM has 2 tasks for this job, and this process is not one of them"
-    ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
+    ways = (
+        "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
+    )
     assert jobs["plain"].ended("FAILED").strip() == f"{what}; {ways}"
 
 
-def test_preempted_in_mid_epoch_a_job_of_two_nodes_goes_on_under_its_number(preempted, scheduler, folder, sweep):
+def test_preempted_in_mid_epoch_a_job_of_two_nodes_goes_on_under_its_number(
+    preempted, scheduler, folder, sweep
+):
     job, said = preempted
     lines = [
         f"preempted by SIGUSR1 after training step {STOPPED_AT}: last.ckpt written, requeueing job {job.number}",
@@ -212,7 +275,10 @@ def test_preempted_in_mid_epoch_a_job_of_two_nodes_goes_on_under_its_number(pree
 def test_in_a_sweep_a_job_that_gets_sigusr2_goes_on(sweep):
     array, root = sweep
     log = (root / "0" / "train.log").read_text()
-    assert f"preempted by SIGUSR2 after training step {STOPPED_AT}: last.ckpt written, requeueing job {array}_0" in log
+    assert (
+        f"preempted by SIGUSR2 after training step {STOPPED_AT}: last.ckpt written, requeueing job {array}_0"
+        in log
+    )
     assert f"resumed at training step {STOPPED_AT} from {root}/0/checkpoints/last.ckpt" in log
     assert_same(root / "0", root / "1")
 
@@ -222,5 +288,7 @@ def test_two_processes_train_as_one_does_and_write_one_set_of_files(sweep, alone
     ours, theirs = last(job), last(alone)
     assert ours["global_step"] == theirs["global_step"] == 18
     for name, value in theirs["state_dict"].items():
-        torch.testing.assert_close(ours["state_dict"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours["state_dict"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert named(job) - {"train.log", "command.json"} == named(alone)

@@ -16,7 +16,13 @@ from qat.tasks.analyze import make_labels
 from tests.conftest import compose, results
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
 
-SMALL = ("analysis=robustness", "analysis.parts=[steps,bits]", "analysis.ratios=3", "analysis.bits=[2,4,32]", "images=40")
+SMALL = (
+    "analysis=robustness",
+    "analysis.parts=[steps,bits]",
+    "analysis.ratios=3",
+    "analysis.bits=[2,4,32]",
+    "images=40",
+)
 
 
 def analyze(run_dir, *overrides):
@@ -35,12 +41,22 @@ def test_what_a_run_leaves_behind(tmp_path, run_4bit, name):
     more = {"robustness": SMALL[1:], "landscape": ("analysis.points=3",)}.get(name, ())
     found = analyze(tmp_path, f"ckpt={last(run_4bit)}", f"analysis={name}", "images=40", *more)
     split = {"robustness": "test", "weights": "train", "landscape": "val"}.get(name)
-    assert (found["command"], found["analysis"], found["split"], found["weights"]) == ("analyze", name, split, str(last(run_4bit)))
+    assert (found["command"], found["analysis"], found["split"], found["weights"]) == (
+        "analyze",
+        name,
+        split,
+        str(last(run_4bit)),
+    )
     assert (found["quant"], found["data"]) == ("ofq_4bit", "digits")
     index = json.loads((tmp_path / f"{name}.json").read_text())
     assert index["summary"] == found["summary"]
     assert list(found["summary"]) == ["last"]
-    named = [entry[key] for entry in index["tables"] + index["figures"] for key in ("file", "png") if key in entry]
+    named = [
+        entry[key]
+        for entry in index["tables"] + index["figures"]
+        for key in ("file", "png")
+        if key in entry
+    ]
     assert named
     assert {*named, "config.yaml", "results.json"} <= {path.name for path in tmp_path.iterdir()}
 
@@ -69,8 +85,14 @@ def bare(run_dir, *overrides, **settings):
 def test_an_analysis_of_ones_own_is_a_class(tmp_path, run_4bit):
     (row,) = bare(tmp_path, f"ckpt={last(run_4bit)}", "images=null", word="yes")
     found = results(tmp_path)
-    assert (found["analysis"], found["split"], found["summary"]) == ("bare", "test", {"n": 360, "word": "yes"})
-    assert float(row["top1"]) == pytest.approx(counted(qat.load(last(run_4bit)), Digits(**DIGITS))[0])
+    assert (found["analysis"], found["split"], found["summary"]) == (
+        "bare",
+        "test",
+        {"n": 360, "word": "yes"},
+    )
+    assert float(row["top1"]) == pytest.approx(
+        counted(qat.load(last(run_4bit)), Digits(**DIGITS))[0]
+    )
 
 
 def test_several_checkpoints_are_compared(tmp_path, run_4bit, float_run):
@@ -100,23 +122,43 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
     ("overrides", "line"),
     [
         (["analysis.low=0"], "analysis.low=0: must be a number above 0"),
-        (["ckpt=[{four},{four}]"], "ckpt=['{four}', '{four}']: their names do not differ; set labels"),
-        (["ckpt=[{four},{float}]", "labels=[a,a]"], "labels=['a', 'a']: must be as many as there are checkpoints (2), all different"),
+        (
+            ["ckpt=[{four},{four}]"],
+            "ckpt=['{four}', '{four}']: their names do not differ; set labels",
+        ),
+        (
+            ["ckpt=[{four},{float}]", "labels=[a,a]"],
+            "labels=['a', 'a']: must be as many as there are checkpoints (2), all different",
+        ),
         (["ckpt=[{four},3]"], "ckpt=3: must be a path"),
         (["ckpt=[]"], "ckpt=[]: must be a path"),
-        (["ckpt=[{four},{large}]"], "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]; set data=... for both"),
+        (
+            ["ckpt=[{four},{large}]"],
+            "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]; set data=... for both",
+        ),
         (
             ["ckpt=[{four},{fashion}]"],
             "ckpt='{fashion}': its data have class FashionMnist, those of '{four}' Digits; ",
         ),
         (["trainer.devices=2"], "trainer.devices=2: analyses run on one device; must be 1"),
-        (["trainer.precision=bf16-mixed"], "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true"),
-        (["analysis=oscillation"], "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]"),
-        (["analysis=weights", "ckpt={frozen}", "data=digits"], "patch_embed.proj.weight_quantizer holds only integer codes; "),
+        (
+            ["trainer.precision=bf16-mixed"],
+            "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
+        ),
+        (
+            ["analysis=oscillation"],
+            "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",
+        ),
+        (
+            ["analysis=weights", "ckpt={frozen}", "data=digits"],
+            "patch_embed.proj.weight_quantizer holds only integer codes; ",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4bit, float_run, refused, overrides, line):
+def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
+    tmp_path, run_4bit, float_run, refused, overrides, line
+):
     content = torch.load(last(run_4bit), weights_only=True)["qat"]["data"]
     names = {"four": last(run_4bit), "float": last(float_run)} | {
         name: tmp_path / f"{name}.ckpt" for name in ("large", "fashion", "frozen")
@@ -131,11 +173,15 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4b
         path.write_text("{}\n")
     ckpt = [] if any(one.startswith("ckpt") for one in overrides) else [f"ckpt={last(run_4bit)}"]
     small = SMALL[-1:] if any(one.startswith("analysis=") for one in overrides) else SMALL
-    cfg = compose("analyze", f"run_dir={run}", *ckpt, *small, *(one.format(**names) for one in overrides))
+    cfg = compose(
+        "analyze", f"run_dir={run}", *ckpt, *small, *(one.format(**names) for one in overrides)
+    )
     assert refused("analyze", cfg).startswith("error: " + line.format(**names))
     assert {path.read_text() for path in older} == {"{}\n"}
 
 
 def test_an_analysis_has_to_be_chosen(tmp_path, refused):
     choices = "cost, landscape, oscillation, robustness, sensitivity, weights"
-    assert f"analysis is not set: must be one of {choices}; or set run=DIR" in refused("analyze", compose("analyze", f"run_dir={tmp_path}"))
+    assert f"analysis is not set: must be one of {choices}; or set run=DIR" in refused(
+        "analyze", compose("analyze", f"run_dir={tmp_path}")
+    )

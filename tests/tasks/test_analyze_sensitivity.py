@@ -11,16 +11,28 @@ from tests.tasks.test_evaluate import last
 
 
 def weight_bits(path):
-    return {site.layer: site.quantizer.spec.bits for site in qat.iter_quantizers(qat.load(path)) if site.is_weight}
+    return {
+        site.layer: site.quantizer.spec.bits
+        for site in qat.iter_quantizers(qat.load(path))
+        if site.is_weight
+    }
 
 
 def suggested(folder, ckpt, budget):
     """Setting as it is printed, and what the results say of it."""
-    command = ("analysis=sensitivity", "analysis.bits=[2,8]", f"analysis.budget_mb={budget}", "images=40", "split=val")
+    command = (
+        "analysis=sensitivity",
+        "analysis.bits=[2,8]",
+        f"analysis.budget_mb={budget}",
+        "images=40",
+        "split=val",
+    )
     code, out = typed("analyze.py", f"ckpt={ckpt}", f"run_dir={folder}/run", *command, cwd=folder)
     assert code == 0, out
     (line,) = [line for line in out.splitlines() if ".overrides={" in line]
-    (summary,) = [entry for entry in results(folder / "run")["summary"].values() if "suggestion" in entry]
+    (summary,) = [
+        entry for entry in results(folder / "run")["summary"].values() if "suggestion" in entry
+    ]
     (argument,) = shlex.split(line.strip())
     assert argument == summary["suggestion"]["setting"]
     return argument, summary["suggestion"]

@@ -15,7 +15,12 @@ from tests.tasks.test_ptq import SMALL, quantize
 from tests.tiny import DISTILLED
 
 NET = ("model=deit_t_distilled", "++model.args.depth=1", "++model.args.embed_dim=192")
-STILL = ("optimizer.lr=1e-30", "scheduler.min_lr=0", "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+STILL = (
+    "optimizer.lr=1e-30",
+    "scheduler.min_lr=0",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=1",
+)
 DIGITS = {"side": 8, "patch": 4, "chans": 1, "classes": 10}
 
 
@@ -27,7 +32,10 @@ def theirs():
 @pytest.fixture
 def path(tmp_path, theirs):
     file = tmp_path / "theirs.pth.tar"
-    torch.save({"state_dict": theirs, "args": argparse.Namespace(wq_bitw=2, aq_bitw=2), "arch": DISTILLED}, file)
+    torch.save(
+        {"state_dict": theirs, "args": argparse.Namespace(wq_bitw=2, aq_bitw=2), "arch": DISTILLED},
+        file,
+    )
     return file
 
 
@@ -38,12 +46,17 @@ def train(run_dir, *overrides):
     return run_dir
 
 
-@pytest.mark.parametrize("how", [(), ("ckpt_format=ofq",), ("ckpt_format=ofq", "model=deit_t_distilled")])
+@pytest.mark.parametrize(
+    "how", [(), ("ckpt_format=ofq",), ("ckpt_format=ofq", "model=deit_t_distilled")]
+)
 def test_eval_gives_the_accuracy_of_their_logits(tmp_path, path, theirs, how):
     out = evaluate(tmp_path / "run", f"ckpt={path}", *how)
     cfg = compose("train", "run_dir=a").data
     batches = list(Digits(**{k: v for k, v in cfg.items() if k != "_target_"}).test_dataloader())
-    hits = sum((authors.deit_logits(theirs, images, 2, 2).argmax(1) == target).sum().item() for images, target in batches)
+    hits = sum(
+        (authors.deit_logits(theirs, images, 2, 2).argmax(1) == target).sum().item()
+        for images, target in batches
+    )
     assert out["top1"] == pytest.approx(100 * hits / sum(len(target) for _, target in batches))
     assert (out["quant"], out["model"]) == ("ofq_2bit", DISTILLED)
 
@@ -67,38 +80,66 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
     merging = start.net.layers[1].downsample.reduction
     assert_close(merging.bias, theirs["features.2.reduction.bias"])
     qat.save(start.net, tmp_path / "float.ckpt")
-    assert_close(qat.load(tmp_path / "float.ckpt").layers[1].downsample.reduction.bias, merging.bias)
+    assert_close(
+        qat.load(tmp_path / "float.ckpt").layers[1].downsample.reduction.bias, merging.bias
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
-        ("evaluate", ["ckpt_bits=3"], "bits=3: ckpt='{}' was trained with 2, as its own arguments say"),
+        (
+            "evaluate",
+            ["ckpt_bits=3"],
+            "bits=3: ckpt='{}' was trained with 2, as its own arguments say",
+        ),
         (
             "evaluate",
             ["data=digits", "data.image_size=16"],
             "data.image_size=16: the model is quantized for images of (1, 8, 8), got (1, 16, 16)",
         ),
-        ("evaluate", ["ckpt_format=qat"], "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq"),
+        (
+            "evaluate",
+            ["ckpt_format=qat"],
+            "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq",
+        ),
         (
             "train",
             [*NET, "model=deit_s_distilled"],
             "model='deit_small_distilled_patch16_224': the weights of ckpt='{}' do not fit it",
         ),
-        ("train", [*NET, "loss=kd"], "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt=FILE"),
-        ("train", [*NET, "data.num_classes=4"], "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives it a new head"),
+        (
+            "train",
+            [*NET, "loss=kd"],
+            "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt=FILE",
+        ),
+        (
+            "train",
+            [*NET, "data.num_classes=4"],
+            "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives it a new head",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, message):
     config = "eval" if command == "evaluate" else "train"
-    line = refused(command, compose(config, f"ckpt={path}", f"run_dir={tmp_path / 'run'}", *overrides))
+    line = refused(
+        command, compose(config, f"ckpt={path}", f"run_dir={tmp_path / 'run'}", *overrides)
+    )
     assert message.format(path) in line
 
 
 def test_a_search_over_their_steps_needs_no_word_about_the_net(tmp_path, path, theirs):
-    net = timm.create_model(DISTILLED, img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=1)
+    net = timm.create_model(
+        DISTILLED, img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=1
+    )
     torch.save(net.state_dict(), tmp_path / "float.pth")
-    given = (f"ckpt={path}", f"teacher.ckpt={tmp_path}/float.pth", "search=evolution", "search.passes=1", "search.targets=[mlp.*.input]")
+    given = (
+        f"ckpt={path}",
+        f"teacher.ckpt={tmp_path}/float.pth",
+        "search=evolution",
+        "search.passes=1",
+        "search.targets=[mlp.*.input]",
+    )
     found = quantize(tmp_path / "run", "ptq=keep", *given, *SMALL)
     again = qat.load(tmp_path / "run" / "quantized.ckpt")
     assert (found["model"], len(again.blocks)) == (DISTILLED, 1)

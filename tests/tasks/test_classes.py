@@ -18,21 +18,39 @@ def rows(path):
 
 def test_a_matrix_by_hand():
     found = class_results(MATRIX, NAMES)
-    assert [list(one.values()) for one in found["classes"]] == [["cat", 10, 80.0], ["dog", 10, 50.0], ["none", 0, None]]
-    assert [list(one.values()) for one in found["confused"]] == [["dog", "cat", 5, 50.0], ["cat", "dog", 2, 20.0]]
+    assert [list(one.values()) for one in found["classes"]] == [
+        ["cat", 10, 80.0],
+        ["dog", 10, 50.0],
+        ["none", 0, None],
+    ]
+    assert [list(one.values()) for one in found["confused"]] == [
+        ["dog", "cat", 5, 50.0],
+        ["cat", "dog", 2, 20.0],
+    ]
 
 
 def test_tables_have_the_names(tmp_path):
     write_class_tables(tmp_path, MATRIX, ["cat", "do,g", "no\x1bne"])
-    assert rows(tmp_path / CLASSES)[:3] == [["class", "images", "top1"], ["cat", "10", "80.0"], ["do,g", "10", "50.0"]]
-    assert rows(tmp_path / CONFUSION)[:2] == [["true \\ predicted", "cat", "do,g", "no\\x1bne"], ["cat", "8", "2", "0"]]
+    assert rows(tmp_path / CLASSES)[:3] == [
+        ["class", "images", "top1"],
+        ["cat", "10", "80.0"],
+        ["do,g", "10", "50.0"],
+    ]
+    assert rows(tmp_path / CONFUSION)[:2] == [
+        ["true \\ predicted", "cat", "do,g", "no\\x1bne"],
+        ["cat", "8", "2", "0"],
+    ]
 
 
 def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
     from qat.tasks.evaluate import evaluate
 
     caplog.set_level("INFO")
-    evaluate(compose("eval", f"ckpt={run_4bit}/checkpoints/best.ckpt", f"run_dir={tmp_path}", "report=true"))
+    evaluate(
+        compose(
+            "eval", f"ckpt={run_4bit}/checkpoints/best.ckpt", f"run_dir={tmp_path}", "report=true"
+        )
+    )
     found = results(tmp_path)
     confusion = torch.tensor([[int(n) for n in row[1:]] for row in rows(tmp_path / CONFUSION)[1:]])
     assert confusion.sum() == found["images"] == sum(one["images"] for one in found["classes"])
@@ -49,9 +67,23 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     from qat.tasks.evaluate import evaluate
     from qat.tasks.train import train
 
-    root, sides = tmp_path / "photos", ("data.image_size=8", "data.patch_size=4", "data.num_workers=0", "data.calibration_images=8")
+    root, sides = (
+        tmp_path / "photos",
+        (
+            "data.image_size=8",
+            "data.patch_size=4",
+            "data.num_workers=0",
+            "data.calibration_images=8",
+        ),
+    )
     write_folder(root, classes=("class2", "class10"))
-    data = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", "data.batch_size=4", *sides)
+    data = (
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.num_classes=2",
+        "data.batch_size=4",
+        *sides,
+    )
     # timm sorts by the numbers within names.
     other = ("data=timm", "data.val_split=val", *data[1:])
     train(tiny(tmp_path / "run", *data, "quant=fp"))
@@ -59,8 +91,13 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     said = f"ckpt={best[5:]!r}: its class 0 is 'class10', that of the data 'class2': the same classes in another order"
     assert said in refused("evaluate", compose("eval", best, *other, f"run_dir={tmp_path}/eval"))
     assert said in refused("train", tiny(tmp_path / "more", best, *other, "quant=fp"))
-    assert f"teacher.{said}" in refused("train", tiny(tmp_path / "more", f"teacher.{best}", "loss=kd", *other, "quant=fp"))
+    assert f"teacher.{said}" in refused(
+        "train", tiny(tmp_path / "more", f"teacher.{best}", "loss=kd", *other, "quant=fp")
+    )
     (root / "train" / "class2").rename(root / "train" / "two")
     (root / "val" / "class2").rename(root / "val" / "two")
     evaluate(compose("eval", best, *data, f"run_dir={tmp_path}/eval"))
-    assert "its class 1 is 'class2', that of the data 'two': names differ; assuming the same classes" in caplog.text
+    assert (
+        "its class 1 is 'class2', that of the data 'two': names differ; assuming the same classes"
+        in caplog.text
+    )

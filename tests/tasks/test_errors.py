@@ -220,43 +220,73 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
 
 
 def test_a_validation_that_no_epoch_reaches(tmp_path, refused):
-    line = r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; more with "
-    assert re.search(line, refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99")))
+    line = (
+        r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; more with "
+    )
+    assert re.search(
+        line, refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
+    )
 
 
 @pytest.mark.parametrize(("typed", "line"), EVAL, ids=[typed for typed, _ in EVAL])
 def test_evaluate(tmp_path, refused, no_step, places, typed, line):
-    message = refused("evaluate", compose("eval", f"run_dir={tmp_path}/run", *overrides(typed, places)))
+    message = refused(
+        "evaluate", compose("eval", f"run_dir={tmp_path}/run", *overrides(typed, places))
+    )
     assert re.search(line, message), message
 
 
 @pytest.mark.parametrize("setting", ["ckpt", "model.weights", "loss=kd teacher.ckpt"])
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "write",
+    [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))],
+    ids=["torch", "pickle"],
+)
 def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting):
-    write({"state_dict": {"a": torch.zeros(1)}, "more": Payload(tmp_path / "made")}, tmp_path / "a.ckpt")
+    write(
+        {"state_dict": {"a": torch.zeros(1)}, "more": Payload(tmp_path / "made")},
+        tmp_path / "a.ckpt",
+    )
     message = refused("train", tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
     assert "a.ckpt': not a checkpoint that can be read safely" in message
     assert not (tmp_path / "made").exists()
 
 
-def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(tmp_path, refused, no_step, monkeypatch):
+def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(
+    tmp_path, refused, no_step, monkeypatch
+):
     assert pretrained.TIMEOUT_S < 5
     monkeypatch.setattr(pretrained, "TIMEOUT_S", 0.2)
     monkeypatch.setenv("no_proxy", "*")
-    cfg = compose("train", "model=deit_t", "data.image_size=32", "model.pretrained=true", f"run_dir={tmp_path}/run")
+    cfg = compose(
+        "train",
+        "model=deit_t",
+        "data.image_size=32",
+        "model.pretrained=true",
+        f"run_dir={tmp_path}/run",
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
         began = time.monotonic()
         message = refused("train", cfg)
-    assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache" in message
+    assert (
+        "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache"
+        in message
+    )
     assert "timed out" in message
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")], ids=["full", "denied"]
+    "error",
+    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")],
+    ids=["full", "denied"],
 )
-def test_a_checkpoint_that_cannot_be_written_costs_only_itself(tmp_path, refused, monkeypatch, error):
+def test_a_checkpoint_that_cannot_be_written_costs_only_itself(
+    tmp_path, refused, monkeypatch, error
+):
     save, calls = torch.save, []
 
     def fails_later(content, path):
@@ -268,8 +298,13 @@ def test_a_checkpoint_that_cannot_be_written_costs_only_itself(tmp_path, refused
 
     monkeypatch.setattr(torch, "save", fails_later)
     run = tmp_path / "run"
-    message = refused("train", tiny(run, "trainer.limit_train_batches=6", "checkpoint.every_n_steps=2"))
-    assert re.search(rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the previous checkpoint is intact", message)
+    message = refused(
+        "train", tiny(run, "trainer.limit_train_batches=6", "checkpoint.every_n_steps=2")
+    )
+    assert re.search(
+        rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the previous checkpoint is intact",
+        message,
+    )
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert "cannot be written" in results(run)["error"]

@@ -15,16 +15,27 @@ from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 from tests.data.files import write_image
 
-DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
+DIGITS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.3051],
+    "std": [0.3759],
+}
 MODEL = [o for o in TINY if "model.args" in o]
 
 
 @torch.no_grad()
 def counted(net, data, split="test"):
     """Top-1 in percent and mean cross-entropy on a split."""
-    batches = [(net.eval()(images).log_softmax(-1), target) for images, target in data.sample(split)]
+    batches = [
+        (net.eval()(images).log_softmax(-1), target) for images, target in data.sample(split)
+    ]
     log_p, target = (torch.cat(t) for t in zip(*batches, strict=True))
-    return 100 * (log_p.argmax(-1) == target).float().mean().item(), -log_p[torch.arange(len(target)), target].mean().item()
+    return 100 * (log_p.argmax(-1) == target).float().mean().item(), -log_p[
+        torch.arange(len(target)), target
+    ].mean().item()
 
 
 def edited(path, target, data):
@@ -44,7 +55,12 @@ def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit):
     top1, loss = counted(qat.load(last(run_4bit)), Digits(**DIGITS))
     assert found["top1"] == pytest.approx(top1)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
-    assert (found["command"], found["quant"], found["data"], found["split"]) == ("eval", "ofq_4bit", "digits", "test")
+    assert (found["command"], found["quant"], found["data"], found["split"]) == (
+        "eval",
+        "ofq_4bit",
+        "digits",
+        "test",
+    )
     assert found["weights"] == str(last(run_4bit))
 
 
@@ -60,14 +76,24 @@ def test_another_split(tmp_path, run_4bit, split):
 
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("evaluate", ()), ("analyze", ("analysis=weights",)), ("export", ("format=packed",)), ("ptq", ("resume=auto",))],
+    [
+        ("evaluate", ()),
+        ("analyze", ("analysis=weights",)),
+        ("export", ("format=packed",)),
+        ("ptq", ("resume=auto",)),
+    ],
 )
 def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
     run = tmp_path / "run"
     shutil.copytree(run_4bit, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    cfg = compose("eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more)
-    assert refused(command, cfg) == f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
+    cfg = compose(
+        "eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more
+    )
+    assert (
+        refused(command, cfg)
+        == f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
+    )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -75,27 +101,52 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
     for _ in range(2):
         evaluate(tmp_path, f"ckpt={last(run_4bit)}")
     said = refused("evaluate", compose("eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}"))
-    assert said == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
-    said = refused("ptq", compose("ptq", f"ckpt={last(float_run)}", f"run_dir={tmp_path}", "resume=auto"))
-    assert said == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
+    assert (
+        said
+        == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
+    )
+    said = refused(
+        "ptq", compose("ptq", f"ckpt={last(float_run)}", f"run_dir={tmp_path}", "resume=auto")
+    )
+    assert (
+        said
+        == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
+    )
     assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
 def test_the_stored_data_with_another_root(tmp_path):
     roots = [write_cifar(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
-    small = ["data=cifar10", "data.num_workers=0", "data.batch_size=16", "data.num_classes=4", "data.image_size=8"]
+    small = [
+        "data=cifar10",
+        "data.num_workers=0",
+        "data.batch_size=16",
+        "data.num_classes=4",
+        "data.image_size=8",
+    ]
     run = train(tmp_path / "run", *small, f"data.root={roots[0]}", "quant=fp")
-    stored = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 4, "mean": compose("train", "data=cifar10").data.mean}
+    stored = {
+        "image_size": 8,
+        "patch_size": 4,
+        "in_chans": 3,
+        "num_classes": 4,
+        "mean": compose("train", "data=cifar10").data.mean,
+    }
     for number, override in enumerate(([], [f"data.root={roots[1]}"])):
         found = evaluate(tmp_path / f"eval{number}", f"ckpt={last(run)}", *override)
-        data = Cifar10(**stored, std=compose("train", "data=cifar10").data.std, root=str(roots[number]))
+        data = Cifar10(
+            **stored, std=compose("train", "data=cifar10").data.std, root=str(roots[number])
+        )
         top1, loss = counted(qat.load(last(run)), data)
         assert found["data"] == "cifar10"
         assert found["top1"] == pytest.approx(top1)
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(("command", "typed", "workers"), [("eval", [], None), ("ptq", [], None), ("analyze", ["data.num_workers=1"], 1)])
+@pytest.mark.parametrize(
+    ("command", "typed", "workers"),
+    [("eval", [], None), ("ptq", [], None), ("analyze", ["data.num_workers=1"], 1)],
+)
 def test_the_workers_of_a_file_are_not_started(tmp_path, float_run, command, typed, workers):
     data = read_checkpoint(last(float_run)).meta["data"]
     file = edited(last(float_run), tmp_path / "a.ckpt", data | {"num_workers": 200})
@@ -118,7 +169,9 @@ def test_a_timm_model_from_a_weight_file(tmp_path):
 
 @pytest.mark.parametrize("to", ["split=test", "predict={photo}"])
 @pytest.mark.parametrize("bias", [torch.inf, -torch.inf, torch.nan])
-def test_logits_that_are_not_finite_are_an_error(tmp_path, refused, float_run, monkeypatch, bias, to):
+def test_logits_that_are_not_finite_are_an_error(
+    tmp_path, refused, float_run, monkeypatch, bias, to
+):
     photo, heads = write_image(tmp_path / "a.png", 8, 8), nn.Linear.forward
 
     def forward(layer, x):
@@ -126,7 +179,12 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path, refused, float_run, m
         return torch.cat([out[:, :-1], out[:, -1:] + bias], 1) if layer.out_features == 10 else out
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
-    message = refused("evaluate", compose("eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}/eval", to.format(photo=photo)))
+    message = refused(
+        "evaluate",
+        compose(
+            "eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}/eval", to.format(photo=photo)
+        ),
+    )
     assert ": the model's logits hold NaN or infinity; must be finite" in message
 
 
@@ -134,38 +192,63 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path, refused, float_run, m
 @pytest.mark.parametrize("setting", ["ckpt", "model.weights"])
 def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refused, float_run):
     state = qat.load(last(float_run)).state_dict()
-    torch.save(state | {name: state[name][:5] for name in ("head.weight", "head.bias")}, tmp_path / "w.pt")
-    settings = [f"{setting}={tmp_path}/w.pt", "model=vit_tiny_demo", *MODEL, "data=digits", f"run_dir={tmp_path}/a"]
+    torch.save(
+        state | {name: state[name][:5] for name in ("head.weight", "head.bias")}, tmp_path / "w.pt"
+    )
+    settings = [
+        f"{setting}={tmp_path}/w.pt",
+        "model=vit_tiny_demo",
+        *MODEL,
+        "data=digits",
+        f"run_dir={tmp_path}/a",
+    ]
     message = refused({"eval": "evaluate", "ptq": "ptq"}[command], compose(command, *settings))
     assert message.endswith(f"{setting}='{tmp_path}/w.pt': has 5 classes, the data 10")
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path, refused):
     message = refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
-    assert "ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE" in message
+    assert (
+        "ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE"
+        in message
+    )
     assert results(tmp_path)["command"] == "eval"
     assert "ckpt is not set" in results(tmp_path)["error"]
 
 
 def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused, run_4bit):
-    path = edited(last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"})
+    path = edited(
+        last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"}
+    )
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
-    assert f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not part of qat; choose it with data=..." in message
+    assert (
+        f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not part of qat; choose it with data=..."
+        in message
+    )
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
 
 
-@pytest.mark.parametrize("named", [{"name": "hfds/some/body"}, {"name": "torch/mnist", "download": True}])
+@pytest.mark.parametrize(
+    "named", [{"name": "hfds/some/body"}, {"name": "torch/mnist", "download": True}]
+)
 def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
-    path = edited(last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "qat.data.Timm", **named})
+    path = edited(
+        last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "qat.data.Timm", **named}
+    )
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
-    assert message.endswith(f"which may be downloaded; choose it with data=timm data.name={named['name']}")
+    assert message.endswith(
+        f"which may be downloaded; choose it with data=timm data.name={named['name']}"
+    )
     write_image(tmp_path / "photo.png", 8, 8)
     evaluate(tmp_path / "b", f"ckpt={path}", f"predict={tmp_path}/photo.png")
     assert (tmp_path / "b" / "predictions.csv").is_file()
 
 
 @pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
-@pytest.mark.parametrize("where", ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"])
+@pytest.mark.parametrize(
+    "where",
+    ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"],
+)
 def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path / "photo.png", 8, 8)
@@ -178,9 +261,15 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, mo
         "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
     }[where]
     path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
-    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run", *asked))
+    message = refused(
+        "evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run", *asked)
+    )
     assert not (tmp_path / "made").exists()
-    assert ("its data.mean=[{" if "mean" in data and type(data["mean"][0]) is dict else "choose it with data=...") in message
+    assert (
+        "its data.mean=[{"
+        if "mean" in data and type(data["mean"][0]) is dict
+        else "choose it with data=..."
+    ) in message
 
 
 def test_photos_are_treated_as_the_checkpoint_s_model_wants(float_run, tmp_path):

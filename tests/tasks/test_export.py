@@ -20,7 +20,15 @@ from qat.export.check import OPENVINO, logits_of, open_session
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
 
-SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 1, "num_heads": 3}
+SMALL = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 24,
+    "depth": 1,
+    "num_heads": 3,
+}
 
 
 RATIO = r"^runs at \d+\.\d\d of float's time in %s \(this machine, 1 thread\)$"
@@ -49,13 +57,22 @@ def run_2bit(tmp_path_factory):
 def test_an_onnx_file(onnx_file, run_2bit):
     path, found = onnx_file
     x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(logits_of(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4
+    )
     assert (found["command"], found["quant"], found["agreement"]) == ("export", "ofq_2bit", 100)
-    assert found["size_bytes"] == path.stat().st_size == found["bytes"]["this"] < found["bytes"]["float"]
+    assert (
+        found["size_bytes"]
+        == path.stat().st_size
+        == found["bytes"]["this"]
+        < found["bytes"]["float"]
+    )
     assert all(set(times) == {"float", "int8", "this"} for times in found["latency_ms"].values())
     assert set(found["latency_ms"]) == {"onnxruntime", "openvino"}
     for runtime, taken in found["latency_ms"].items():
-        assert found["time_of_float"][runtime] == pytest.approx(taken["this"] / taken["float"], rel=0.01)
+        assert found["time_of_float"][runtime] == pytest.approx(
+            taken["this"] / taken["float"], rel=0.01
+        )
     assert list(path.parent.glob(".*")) == []
 
 
@@ -70,11 +87,15 @@ def test_a_file_says_how_to_use_it(onnx_file):
 
 def test_the_example_needs_no_torch(onnx_file, run_2bit, tmp_path):
     path, _ = onnx_file
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (31, 40, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (31, 40, 3), dtype=np.uint8)).save(
+        tmp_path / "image.png"
+    )
     blocked = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = sys.modules['timm'] = None; import runpy;"
     arguments = ["", str(path), str(tmp_path / "image.png")]
     code = f"{blocked} sys.argv = {arguments!r}; runpy.run_path('examples/classify.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     net = qat.load(last(run_2bit))
     shares = net(qat.transform(net)(tmp_path / "image.png")[None]).softmax(-1)[0]
     expected = [f"{100 * shares[i]:5.1f} %  {i}" for i in shares.argsort(descending=True)[:5]]
@@ -83,7 +104,11 @@ def test_the_example_needs_no_torch(onnx_file, run_2bit, tmp_path):
 
 @pytest.fixture(scope="module")
 def deployable(tmp_path_factory):
-    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("deploy_w4a8"), input_size=(1, 8, 8))
+    net = qat.convert(
+        timm.create_model("vit_tiny_patch16_224", **SMALL),
+        qat.recipe("deploy_w4a8"),
+        input_size=(1, 8, 8),
+    )
     path = tmp_path_factory.mktemp("deployable") / "net.ckpt"
     qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), path)
     return path
@@ -93,7 +118,9 @@ def test_the_time_is_given_as_a_share_of_floats_where_it_was_measured(deployable
     caplog.set_level("INFO")
     exported(tmp_path / "timed", f"ckpt={deployable}")
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert all(re.search(RATIO % runtime, said, re.MULTILINE) for runtime in ("onnxruntime", "openvino"))
+    assert all(
+        re.search(RATIO % runtime, said, re.MULTILINE) for runtime in ("onnxruntime", "openvino")
+    )
     caplog.clear()
     assert exported(tmp_path / "not", f"ckpt={deployable}", "latency=0")["time_of_float"] is None
     assert "of float's time" not in "".join(record.getMessage() for record in caplog.records)
@@ -105,15 +132,27 @@ def test_an_executorch_file(deployable, tmp_path, caplog):
     caplog.set_level("INFO")
     found = exported(tmp_path, f"ckpt={deployable}", "format=executorch")
     assert (found["agreement"], found["agrees"]) == (100, {"executorch": True})
-    assert found["size_bytes"] == (tmp_path / "net.pte").stat().st_size == found["bytes"]["this"] < found["bytes"]["float"]
+    assert (
+        found["size_bytes"]
+        == (tmp_path / "net.pte").stat().st_size
+        == found["bytes"]["this"]
+        < found["bytes"]["float"]
+    )
     assert set(found["latency_ms"]["executorch"]) == {"float", "this"}
     assert found["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
-    assert re.search(RATIO % "executorch", "\n".join(record.getMessage() for record in caplog.records), re.MULTILINE)
+    assert re.search(
+        RATIO % "executorch",
+        "\n".join(record.getMessage() for record in caplog.records),
+        re.MULTILINE,
+    )
 
 
 def test_executorch_that_is_not_installed_is_one_line(deployable, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(qat.UsageError, match=r"^format=executorch: executorch is not installed; pip install -e '.\[executorch\]'$"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"^format=executorch: executorch is not installed; pip install -e '.\[executorch\]'$",
+    ):
         exported(tmp_path, f"ckpt={deployable}", "format=executorch")
     assert list(tmp_path.glob("net*")) == []
 
@@ -138,9 +177,14 @@ def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, mo
         return sizes
 
     real = qat.tasks.export.write_packed
-    monkeypatch.setattr(qat.tasks.export, "write_packed", lambda net, path, meta: broken(path, net, meta))
+    monkeypatch.setattr(
+        qat.tasks.export, "write_packed", lambda net, path, meta: broken(path, net, meta)
+    )
     (tmp_path / "net.safetensors").write_text("the older one")
-    with pytest.raises(qat.UsageError, match=r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected",
+    ):
         exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed", "overwrite=true")
     assert (tmp_path / "net.safetensors").read_text() == "the older one"
     assert (tmp_path / "net.safetensors.rejected").exists()
@@ -176,7 +220,9 @@ def test_a_float_net_is_refused(tmp_path):
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):
     path, _ = onnx_file
     before = path.read_bytes()
-    with pytest.raises(qat.UsageError, match="net.onnx exists already; set overwrite=true to replace it"):
+    with pytest.raises(
+        qat.UsageError, match="net.onnx exists already; set overwrite=true to replace it"
+    ):
         exported(path.parent, f"ckpt={last(run_2bit)}")
     assert path.read_bytes() == before
 
@@ -184,14 +230,21 @@ def test_a_file_that_is_there_stays(onnx_file, run_2bit):
 def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(tmp_path, caplog):
     caplog.set_level("INFO")
     net = qat.convert(
-        timm.create_model("vit_tiny_patch16_224", **SMALL | {"num_classes": 7}), qat.recipe("ofq", bits=2), input_size=(1, 8, 8)
+        timm.create_model("vit_tiny_patch16_224", **SMALL | {"num_classes": 7}),
+        qat.recipe("ofq", bits=2),
+        input_size=(1, 8, 8),
     )
     qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), tmp_path / "net.ckpt")
     found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt", "latency=0")
     assert found["agrees"] == {"onnxruntime": True, "openvino": True}
     assert [record.name for record in caplog.records if not record.name.startswith("qat.")] == []
-    said = {entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "net.onnx").metadata_props}
-    assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == ([], 8)
+    said = {
+        entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "net.onnx").metadata_props
+    }
+    assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == (
+        [],
+        8,
+    )
 
 
 def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
@@ -200,7 +253,11 @@ def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
             raise RuntimeError("it cannot")
         return open_session(model, runtime, **given)
 
-    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("deploy_w8a8"), input_size=(1, 8, 8))
+    net = qat.convert(
+        timm.create_model("vit_tiny_patch16_224", **SMALL),
+        qat.recipe("deploy_w8a8"),
+        input_size=(1, 8, 8),
+    )
     qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), tmp_path / "net.ckpt")
     monkeypatch.setattr(check, "open_session", broken)
     found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt")

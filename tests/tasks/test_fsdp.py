@@ -22,8 +22,21 @@ from tests.tasks.test_processes import KilledError, farthest, leaves
 
 # W2A2 with QKR; momentum and clipping, so that moments and the norm of all gradients are shared out too.
 SETTINGS = (
-    *("model.args.embed_dim=24", "model.args.depth=1", "report=false", "scheduler.warmup_epochs=0", "quant=ofq_2bit", "logger=[]"),
-    *("optimizer.opt=sgd", "optimizer.lr=0.03", "trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.gradient_clip_val=0.5"),
+    *(
+        "model.args.embed_dim=24",
+        "model.args.depth=1",
+        "report=false",
+        "scheduler.warmup_epochs=0",
+        "quant=ofq_2bit",
+        "logger=[]",
+    ),
+    *(
+        "optimizer.opt=sgd",
+        "optimizer.lr=0.03",
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=2",
+        "trainer.gradient_clip_val=0.5",
+    ),
     *("data.calibration_images=64", "checkpoint.every_n_steps=3"),
 )
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "data.batch_size=60", *SETTINGS)
@@ -33,7 +46,12 @@ READ, MAKE_CALLBACKS = Digits.read, fit.build_callbacks
 def odd(self):
     """Two processes have 61 and 60 images to validate: two batches and one."""
     splits = READ(self)
-    return {**splits, "val": replace(splits["val"], images=splits["val"].images[:121], labels=splits["val"].labels[:121])}
+    return {
+        **splits,
+        "val": replace(
+            splits["val"], images=splits["val"].images[:121], labels=splits["val"].labels[:121]
+        ),
+    }
 
 
 class Act(Callback):
@@ -46,7 +64,9 @@ class Act(Callback):
         if trainer.global_step == self.kill:
             raise KilledError
         if trainer.global_step == self.weight and trainer.global_rank == 1:
-            pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").detach().to_local()[0, 0] = torch.nan
+            pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").detach().to_local()[0, 0] = (
+                torch.nan
+            )
 
     def on_after_backward(self, trainer, pl_module):
         if self.gradient and trainer.global_step == 1 and trainer.global_rank == 1:
@@ -56,8 +76,17 @@ class Act(Callback):
     def on_train_end(self, trainer, pl_module):
         weights = dict(pl_module.net.named_parameters())
         images = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
-        parts = {name: value.to_local().numel() / value.numel() for name, value in weights.items() if isinstance(value, DTensor)}
-        noted = {"images": images, "logits": pl_module.net.eval()(images), "parts": parts, "count": len(weights)}
+        parts = {
+            name: value.to_local().numel() / value.numel()
+            for name, value in weights.items()
+            if isinstance(value, DTensor)
+        }
+        noted = {
+            "images": images,
+            "logits": pl_module.net.eval()(images),
+            "parts": parts,
+            "count": len(weights),
+        }
         torch.save(noted, self.folder / f"end-{trainer.global_rank}.pt")
 
 
@@ -65,13 +94,17 @@ def run(folder, *overrides, **what):
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Digits, "read", odd)
-        patch.setattr(fit, "build_callbacks", lambda cfg: [*MAKE_CALLBACKS(cfg), Act(folder, **what)])
+        patch.setattr(
+            fit, "build_callbacks", lambda cfg: [*MAKE_CALLBACKS(cfg), Act(folder, **what)]
+        )
         train(compose("train", f"run_dir={folder}", *overrides))
 
 
 def runs(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finite, "_reading_is_free", lambda module: False)  # as on an accelerator, where nobody waits for a flag
+        patch.setattr(
+            finite, "_reading_is_free", lambda module: False
+        )  # as on an accelerator, where nobody waits for a flag
         run(root / "whole", *TWO)
     with pytest.raises(KilledError):
         run(root / "again", *TWO, kill=3)
@@ -99,7 +132,9 @@ def test_two_processes_equal_one(root):
     found, alone = last(root / "whole"), last(root / "one")
     assert farthest(found["state_dict"], alone["state_dict"]) <= 1e-5
     assert farthest(leaves(found["optimizer_states"]), leaves(alone["optimizer_states"])) <= 1e-5
-    first, second = (torch.load(root / "whole" / f"end-{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (
+        torch.load(root / "whole" / f"end-{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     assert len(first["parts"]) == first["count"]  # no parameter is whole in a process
     assert all(part + second["parts"][name] == 1 for name, part in first["parts"].items())
     assert 0.4 < first["parts"]["blocks.0.mlp.fc1.weight"] < 0.6
@@ -116,7 +151,9 @@ def test_the_file_is_that_of_one_process(root):
         }
     noted = torch.load(root / "whole" / "end-0.pt", weights_only=True)
     with torch.no_grad():
-        assert torch.equal(qat.load(root / "whole" / "checkpoints" / "last.ckpt")(noted["images"]), noted["logits"])
+        assert torch.equal(
+            qat.load(root / "whole" / "checkpoints" / "last.ckpt")(noted["images"]), noted["logits"]
+        )
 
 
 @pytest.mark.long
@@ -130,10 +167,16 @@ def test_a_run_that_is_killed_equals_one_that_was_never_stopped(root):
 
 @pytest.mark.long
 def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
-    gradient = "the loss or a gradient of training step 1 is not finite; first: the loss or its gradient"
-    weight = "the loss or a gradient of training step 2 is not finite; first: blocks.0.mlp.fc1.weight"
+    gradient = (
+        "the loss or a gradient of training step 1 is not finite; first: the loss or its gradient"
+    )
+    weight = (
+        "the loss or a gradient of training step 2 is not finite; first: blocks.0.mlp.fc1.weight"
+    )
     for rank in (0, 1):
-        assert (root / f"gradient-{rank}.txt").read_text().startswith(f"training stopped: {gradient}")
+        assert (
+            (root / f"gradient-{rank}.txt").read_text().startswith(f"training stopped: {gradient}")
+        )
         assert (root / f"weight-{rank}.txt").read_text().startswith(f"training stopped: {weight}; ")
 
 
@@ -145,7 +188,11 @@ ALLOWED = "needs whole weights; must be ddp$"
     [
         (("callbacks=[default,cga]",), f"callbacks.cga {ALLOWED}"),
         *(
-            pytest.param((f"callbacks=[default,{name}]",), f"callbacks.{name} {ALLOWED}", marks=pytest.mark.long)
+            pytest.param(
+                (f"callbacks=[default,{name}]",),
+                f"callbacks.{name} {ALLOWED}",
+                marks=pytest.mark.long,
+            )
             for name in ("freeze", "oscillation", "ema")
         ),
         (("loss=ce_dampening",), f"the loss term dampening {ALLOWED}"),
@@ -154,7 +201,11 @@ ALLOWED = "needs whole weights; must be ddp$"
 )
 def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     with pytest.raises(UsageError, match=rf"^trainer\.strategy='fsdp': {line}"):
-        train(compose("train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", *settings))
+        train(
+            compose(
+                "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", *settings
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -162,9 +213,16 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     [
         ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
         ("compile=graphs", r"^compile=graphs: trainer\.strategy='fsdp' .*; must be false$"),
-        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$"),
+        (
+            "trainer.precision=16-mixed",
+            r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
     with pytest.raises(UsageError, match=line):
-        train(compose("train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting))
+        train(
+            compose(
+                "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting
+            )
+        )

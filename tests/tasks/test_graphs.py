@@ -27,9 +27,13 @@ class Graphs:
     def compile(self, function, **settings):
         self.options.append(settings.get("options", {}))
         owner, kept = getattr(function, "__self__", function), object()
-        for number, parameter in enumerate(owner.parameters() if isinstance(owner, nn.Module) else ()):
+        for number, parameter in enumerate(
+            owner.parameters() if isinstance(owner, nn.Module) else ()
+        ):
             if parameter.requires_grad:
-                parameter.register_hook(lambda gradient, number=number: self.put((kept, number), gradient))
+                parameter.register_hook(
+                    lambda gradient, number=number: self.put((kept, number), gradient)
+                )
 
         class Put(torch.autograd.Function):
             @staticmethod
@@ -64,17 +68,25 @@ def graphs(monkeypatch):
 def test_graphs_are_refused_without_cuda(accelerator):
     line = f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator='{accelerator}' has none; must be one of true, false, auto"
     with pytest.raises(qat.UsageError, match=f"^{re.escape(line)}$"):
-        fit.build_callbacks(compose("train", "compile=graphs", f"trainer.accelerator={accelerator}", "run_dir=a"))
+        fit.build_callbacks(
+            compose("train", "compile=graphs", f"trainer.accelerator={accelerator}", "run_dir=a")
+        )
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("graphs", True), ("true", False), ("auto", False)])
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("graphs", True), ("true", False), ("auto", False)]
+)
 def test_nets_and_callbacks_of_a_run(asked, expected, graphs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg = compose("train", f"compile={asked}", "trainer.accelerator=auto", "run_dir=a")
     teacher = qat.lit.Teacher(nn.Linear(2, 2))
     fit.compile_nets(cfg, nn.Linear(2, 2), teacher)
-    assert [options["triton.cudagraphs"] for options in graphs.options[1:]] == [expected] * 2  # the first is a try
-    assert any(isinstance(callback, GraphSteps) for callback in fit.build_callbacks(cfg)) is expected
+    assert [options["triton.cudagraphs"] for options in graphs.options[1:]] == [
+        expected
+    ] * 2  # the first is a try
+    assert (
+        any(isinstance(callback, GraphSteps) for callback in fit.build_callbacks(cfg)) is expected
+    )
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -93,7 +105,9 @@ class Grads(Callback):
         self.seen = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None})
+        self.seen.append({
+            n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
+        })
 
 
 def gradients(*callbacks, compiled=False, **settings):
@@ -139,7 +153,12 @@ def test_validation_and_test_begin_steps(graphs):
     "settings",
     [
         ("callbacks=[default,ema,cga]", "callbacks.cga.epochs=1", "trainer.gradient_clip_val=0.1"),
-        ("data.batch_size=64", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=18", "trainer.precision=bf16-mixed"),
+        (
+            "data.batch_size=64",
+            "trainer.accumulate_grad_batches=2",
+            "trainer.limit_train_batches=18",
+            "trainer.precision=bf16-mixed",
+        ),
         ("loss=kd_features", "quant=seq_2bit", "teacher.ckpt={float}"),
     ],
     ids=["averaged, annealed, clipped", "accumulated in bfloat16", "with a teacher"],
@@ -158,9 +177,15 @@ def test_a_resumed_run_is_the_eager_run(settings, tmp_path, monkeypatch, graphs,
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ("skipping cudagraphs due to mutated inputs (2 instances). Found from : \n   File net.py", "mutated inputs (2 instances)"),
+        (
+            "skipping cudagraphs due to mutated inputs (2 instances). Found from : \n   File net.py",
+            "mutated inputs (2 instances)",
+        ),
         ("skipping cudagraphs due to cpu device (arg0_1)", "cpu device (arg0_1)"),
-        ("disabling cudagraphs due to incompatible op aten.x Found from: \n", "incompatible op aten.x"),
+        (
+            "disabling cudagraphs due to incompatible op aten.x Found from: \n",
+            "incompatible op aten.x",
+        ),
     ],
 )
 def test_why_a_step_has_no_graph_is_one_line_once(said, reason, graphs, caplog):

@@ -34,7 +34,9 @@ class Steps(Callback):
         self.batches.append([part.clone() for part in batch])
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.weights.append({name: p.detach().clone() for name, p in pl_module.net.named_parameters()})
+        self.weights.append({
+            name: p.detach().clone() for name, p in pl_module.net.named_parameters()
+        })
 
 
 @pytest.fixture
@@ -56,11 +58,17 @@ def load(run_dir, name="last.ckpt"):
 
 
 def column(run_dir, name):
-    return [float(row[name]) for row in csv.DictReader((run_dir / "metrics.csv").open()) if row.get(name)]
+    return [
+        float(row[name])
+        for row in csv.DictReader((run_dir / "metrics.csv").open())
+        if row.get(name)
+    ]
 
 
 def test_averaged_weights(watched):
-    run_dir, steps = watched("callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.limit_train_batches=4")
+    run_dir, steps = watched(
+        "callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.limit_train_batches=4"
+    )
     average = steps.weights[0]
     for weights in steps.weights[1:]:
         average = {name: 0.5 * average[name] + 0.5 * value for name, value in weights.items()}
@@ -76,53 +84,91 @@ def test_an_average_is_where_the_weights_are_trained():
     """Lightning makes it before the module is moved there."""
     module, average = LightningModule(), EMAWeightAveraging()
     module.layer = torch.nn.Linear(2, 2)
-    average.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
+    average.setup(
+        SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit"
+    )
     assert {tensor.device.type for tensor in average._average_model.parameters()} == {"meta"}
 
 
 def test_averages_end_with_the_training_and_are_not_dropped_on_resume(tmp_path):
-    noisy = ("callbacks.best.monitor=val/loss", "callbacks.best.mode=min", "trainer.max_epochs=3", "optimizer.lr=1")
+    noisy = (
+        "callbacks.best.monitor=val/loss",
+        "callbacks.best.mode=min",
+        "trainer.max_epochs=3",
+        "optimizer.lr=1",
+    )
     train(tmp_path / "run", "callbacks=[default,ema]", "callbacks.ema.decay=0", *noisy)
     found = evaluate(tmp_path / "best", f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "split=val")
     assert results(tmp_path / "run")["val_top1"] == pytest.approx(found["top1"])
-    with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; resume with callbacks=\[default,ema\]"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"resume: the run averages its weights; resume with callbacks=\[default,ema\]",
+    ):
         train(tmp_path / "run", "resume=true", *noisy[:2], "trainer.max_epochs=4", "optimizer.lr=1")
 
 
 def test_accumulated_batches_are_one_large_one(watched):
-    _, small = watched(*SGD, "data.batch_size=32", "trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=8", name="small")
+    _, small = watched(
+        *SGD,
+        "data.batch_size=32",
+        "trainer.accumulate_grad_batches=4",
+        "trainer.limit_train_batches=8",
+        name="small",
+    )
     _, large = watched(*SGD, "data.batch_size=128", name="large")
     for name, value in large.weights[-1].items():
         torch.testing.assert_close(small.weights[-1][name], value, rtol=1e-5, atol=1e-6)
     assert len(small.weights) == 8
-    assert any((small.weights[2][n] != small.weights[3][n]).any() for n in small.weights[0])  # a step after four batches
-    assert all(torch.equal(small.weights[0][n], small.weights[2][n]) for n in small.weights[0])  # and none before
+    assert any(
+        (small.weights[2][n] != small.weights[3][n]).any() for n in small.weights[0]
+    )  # a step after four batches
+    assert all(
+        torch.equal(small.weights[0][n], small.weights[2][n]) for n in small.weights[0]
+    )  # and none before
 
 
 def test_gradients_are_clipped(watched):
     def length(overrides, name):
-        _, steps = watched(*SGD, "optimizer.lr=0.5", "scheduler.interval=epoch", *overrides, name=name)
-        return torch.cat([(steps.weights[1][n] - steps.weights[0][n]).flatten() for n in steps.weights[0]]).norm().item()
+        _, steps = watched(
+            *SGD, "optimizer.lr=0.5", "scheduler.interval=epoch", *overrides, name=name
+        )
+        return (
+            torch
+            .cat([(steps.weights[1][n] - steps.weights[0][n]).flatten() for n in steps.weights[0]])
+            .norm()
+            .item()
+        )
 
-    assert length(["trainer.gradient_clip_val=0.001"], "clipped") == pytest.approx(0.5 * 0.001, rel=1e-3)
+    assert length(["trainer.gradient_clip_val=0.001"], "clipped") == pytest.approx(
+        0.5 * 0.001, rel=1e-3
+    )
     assert length([], "free") > 0.5 * 0.01
 
 
 def test_bf16(watched, tmp_path):
     full, _ = watched("seed=1", "trainer.limit_train_batches=6", name="full")
-    run_dir, steps = watched("seed=1", "trainer.limit_train_batches=6", "trainer.precision=bf16-mixed", name="bf16")
+    run_dir, steps = watched(
+        "seed=1", "trainer.limit_train_batches=6", "trainer.precision=bf16-mixed", name="bf16"
+    )
     assert all(value.dtype == torch.float32 for value in steps.weights[-1].values())
     assert any(
-        (value != read_checkpoint(full / "checkpoints" / "last.ckpt").state[name]).any() for name, value in steps.weights[-1].items()
+        (value != read_checkpoint(full / "checkpoints" / "last.ckpt").state[name]).any()
+        for name, value in steps.weights[-1].items()
     )
     (ours,), (theirs,) = column(run_dir, "train/loss"), column(full, "train/loss")
     assert ours == pytest.approx(theirs, rel=0.02)
-    assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")["loss"] == pytest.approx(results(full)["loss"], rel=0.1)
+    assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")[
+        "loss"
+    ] == pytest.approx(results(full)["loss"], rel=0.1)
 
 
 def test_the_schedule_ends_with_the_part(watched):
     run_dir, _ = watched(
-        "trainer.limit_train_batches=3", "trainer.max_epochs=2", "optimizer.lr=0.01", "scheduler.min_lr=0", "trainer.log_every_n_steps=1"
+        "trainer.limit_train_batches=3",
+        "trainer.max_epochs=2",
+        "optimizer.lr=0.01",
+        "scheduler.min_lr=0",
+        "trainer.log_every_n_steps=1",
     )
     rates = column(run_dir, "lr-AdamW/decay")
     assert rates[0] == pytest.approx(0.01)
@@ -132,7 +178,12 @@ def test_the_schedule_ends_with_the_part(watched):
 
 def test_mixup_reaches_the_step(watched):
     _, steps = watched(
-        "data.mixup=0.8", "data.cutmix=1.0", "data.augment=none", "trainer.limit_train_batches=4", "data.batch_size=64", name="mixed"
+        "data.mixup=0.8",
+        "data.cutmix=1.0",
+        "data.augment=none",
+        "trainer.limit_train_batches=4",
+        "data.batch_size=64",
+        name="mixed",
     )
     _, plain = watched("data.augment=none", "trainer.limit_train_batches=4", name="plain")
     for (mixed, target), (images, ids) in zip(steps.batches, plain.batches, strict=True):
@@ -141,21 +192,34 @@ def test_mixup_reaches_the_step(watched):
         one_hot = torch.nn.functional.one_hot(ids, 10)
         other = int((ids != ids.flip(0)).nonzero()[0])
         share = target[other, ids[other]]
-        torch.testing.assert_close(target, share * one_hot + (1 - share) * one_hot.flip(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            target, share * one_hot + (1 - share) * one_hot.flip(0), atol=1e-6, rtol=0
+        )
         assert not torch.equal(mixed, images)
 
 
 def test_two_batches_by_heart(watched):
-    run_dir, steps = watched("debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01")
+    run_dir, steps = watched(
+        "debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01"
+    )
     losses = column(run_dir, "train/loss")
     assert losses[-1] < 0.1 * losses[0]
-    assert all(torch.equal(steps.batches[i][0], steps.batches[i % 2][0]) for i in range(len(steps.batches)))
+    assert all(
+        torch.equal(steps.batches[i][0], steps.batches[i % 2][0]) for i in range(len(steps.batches))
+    )
 
 
 def test_the_rate_follows_the_batch(watched, caplog):
     caplog.set_level("INFO")
-    scaling = ("optimizer.lr_base_batch=32", "data.batch_size=16", "trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=4")
-    run_dir, _ = watched("optimizer.lr=0.001", "scheduler.min_lr=0.01", *scaling, "trainer.log_every_n_steps=1")
+    scaling = (
+        "optimizer.lr_base_batch=32",
+        "data.batch_size=16",
+        "trainer.accumulate_grad_batches=4",
+        "trainer.limit_train_batches=4",
+    )
+    run_dir, _ = watched(
+        "optimizer.lr=0.001", "scheduler.min_lr=0.01", *scaling, "trainer.log_every_n_steps=1"
+    )
     assert "global batch 64, adamw lr 0.002," in caplog.text
     assert "scheduler.min_lr=0.01: is above the learning rate 0.002 (optimizer.lr)" in caplog.text
     assert column(run_dir, "lr-AdamW/decay")[0] == pytest.approx(0.002)

@@ -11,7 +11,11 @@ from qat.tasks import fit
 from tests.conftest import results
 from tests.tasks.test_resume import killed_at, last, metrics, run
 
-EPOCHS = ("trainer.limit_train_batches=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+EPOCHS = (
+    "trainer.limit_train_batches=4",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+)
 
 
 class At(Callback):
@@ -36,7 +40,9 @@ def assert_same(run_dir, whole):
     ours, theirs = last(run_dir), last(whole)
     assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
     for key in ("state_dict", "current_model_state"):
-        assert [name for name in theirs[key] if not torch.equal(ours[key][name], theirs[key][name])] == []
+        assert [
+            name for name in theirs[key] if not torch.equal(ours[key][name], theirs[key][name])
+        ] == []
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,9 @@ def test_a_run_at_its_limit_of_steps_stays_there(tmp_path, ten):
 
 def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
     run_dir = tmp_path / "run"
-    with_callback(At(6, lambda trainer: setattr(trainer, "should_stop", True)), monkeypatch, run_dir, *EPOCHS)
+    with_callback(
+        At(6, lambda trainer: setattr(trainer, "should_stop", True)), monkeypatch, run_dir, *EPOCHS
+    )
     assert last(run_dir)["global_step"] == 6
     run(run_dir, *EPOCHS, "resume=true")
     assert_same(run_dir, whole)
@@ -90,7 +98,9 @@ def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
 def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
     settings = (*EPOCHS, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=2")
     with monkeypatch.context() as patch:
-        patch.setattr(Timer, "time_elapsed", lambda timer, *_: 0 if timer.start_time() is None else 60)  # over after the first batch
+        patch.setattr(
+            Timer, "time_elapsed", lambda timer, *_: 0 if timer.start_time() is None else 60
+        )  # over after the first batch
         run_dir = run(tmp_path / "run", *settings, "+trainer.max_time=00:00:00:30")
     assert last(run_dir)["global_step"] == 1
     run(run_dir, *settings, "resume=true")

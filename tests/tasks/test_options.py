@@ -22,7 +22,9 @@ def test_checkpointing_computes_the_same(tmp_path):
     plain = train(tmp_path / "plain", *settings)
     saved = train(tmp_path / "saved", "model.grad_checkpointing=true", *settings)
     theirs = weights(plain)
-    assert [name for name, value in weights(saved).items() if not torch.equal(value, theirs[name])] == []
+    assert [
+        name for name, value in weights(saved).items() if not torch.equal(value, theirs[name])
+    ] == []
 
 
 def test_checkpointing_switches_the_net():
@@ -30,7 +32,9 @@ def test_checkpointing_switches_the_net():
     fit.use_less_memory(compose("train", "model.grad_checkpointing=true", "run_dir=a"), net)
     assert net.grad_checkpointing
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         net.train()(images())
     large = [size for size in kept if size > 64]  # than steps and their parts
     assert len(large) < 30  # a block alone keeps as many
@@ -48,7 +52,9 @@ def test_no_compiler(asked, monkeypatch, caplog):
     why = "torch cannot compile for cpu here (no C++ compiler found)"
     if asked == "auto":
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
-        assert [r.getMessage() for r in caplog.records] == [f"compile=auto: the model is not compiled: {why}"]
+        assert [r.getMessage() for r in caplog.records] == [
+            f"compile=auto: the model is not compiled: {why}"
+        ]
         return
     with pytest.raises(qat.UsageError, match=re.escape(f"compile={asked}: {why}; must be false")):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
@@ -69,7 +75,9 @@ def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
 @pytest.mark.parametrize("memory", ["recompute", "save"])
 def test_a_compiler_saves_memory_if_asked(memory, monkeypatch):
     asked, net = [], torch.nn.Linear(2, 2)
-    monkeypatch.setattr(fit, "compile_in_place", lambda net, recompute, **_: asked.append((net, recompute)))
+    monkeypatch.setattr(
+        fit, "compile_in_place", lambda net, recompute, **_: asked.append((net, recompute))
+    )
     fit.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
     assert asked == [(net, memory == "recompute")]
 

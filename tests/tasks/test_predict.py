@@ -16,14 +16,35 @@ from tests.conftest import compose, results, train
 from tests.data.files import write_folder, write_image
 
 SMALL = ("data.num_workers=0", "data.image_size=16", "data.patch_size=8", "data.batch_size=8")
-KEYS = {"command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "n_params", "size_bytes", "wall_seconds"}
+KEYS = {
+    "command",
+    "model",
+    "quant",
+    "data",
+    "seed",
+    "split",
+    "weights",
+    "top1",
+    "top5",
+    "loss",
+    "n_params",
+    "size_bytes",
+    "wall_seconds",
+}
 
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory):
     """A float net trained on two classes of photographs; its data are gone afterwards."""
     root = write_folder(tmp_path_factory.mktemp("bees") / "root")
-    run = train(root.parent / "run", "data=imagefolder", f"data.root={root}", "data.num_classes=2", *SMALL, "quant=fp")
+    run = train(
+        root.parent / "run",
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.num_classes=2",
+        *SMALL,
+        "quant=fp",
+    )
     root.rename(root.parent / "gone")
     return run
 
@@ -32,7 +53,13 @@ def folder_run(tmp_path_factory):
 def photos(tmp_path):
     """Twelve images in two folders, and things that are none."""
     paths = [
-        write_image(tmp_path / "photos" / "ab"[i % 2] / f"x{i:02}.{('png', 'JPG')[i % 3 == 0]}", 10 + i, 20, seed=i) for i in range(12)
+        write_image(
+            tmp_path / "photos" / "ab"[i % 2] / f"x{i:02}.{('png', 'JPG')[i % 3 == 0]}",
+            10 + i,
+            20,
+            seed=i,
+        )
+        for i in range(12)
     ]
     for other in ("a/notes.txt", "a/._x00.png", ".cache/y.png"):
         (tmp_path / "photos" / other).parent.mkdir(exist_ok=True)
@@ -64,9 +91,9 @@ def ranks(row):
 
 
 def same(found, wanted):
-    return [name for name, _ in found] == [name for name, _ in wanted] and [s for _, s in found] == pytest.approx(
-        [s for _, s in wanted], abs=1e-6
-    )
+    return [name for name, _ in found] == [name for name, _ in wanted] and [
+        s for _, s in found
+    ] == pytest.approx([s for _, s in wanted], abs=1e-6)
 
 
 def last(run):
@@ -76,11 +103,22 @@ def last(run):
 @pytest.mark.parametrize("size", [5, 64])
 def test_every_image_gets_its_five_likeliest_classes(tmp_path, photos, run_4bit, size, caplog):
     caplog.set_level("INFO")
-    header, rows = predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", f"data.batch_size={size}")
-    assert header == ["path", *(f"{what}_{rank}" for rank in range(1, 6) for what in ("class", "probability"))]
+    header, rows = predict(
+        tmp_path / "run",
+        f"ckpt={last(run_4bit)}",
+        f"predict={tmp_path}/photos",
+        f"data.batch_size={size}",
+    )
+    assert header == [
+        "path",
+        *(f"{what}_{rank}" for rank in range(1, 6) for what in ("class", "probability")),
+    ]
     assert [row[0] for row in rows] == [str(path) for path in photos]
     net = qat.load(last(run_4bit))
-    assert all(same(ranks(row), expected(net, path, "0123456789")) for row, path in zip(rows, photos, strict=True))
+    assert all(
+        same(ranks(row), expected(net, path, "0123456789"))
+        for row, path in zip(rows, photos, strict=True)
+    )
     assert str(photos[9]) in caplog.text
     assert str(photos[10]) not in caplog.text
     assert "12 images: " in caplog.text
@@ -90,16 +128,27 @@ def test_results_have_the_usual_keys_and_no_accuracy(tmp_path, photos, run_4bit)
     predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={photos[0]}")
     found = results(tmp_path / "run")
     assert set(found) >= KEYS
-    assert [found[key] for key in ("command", "quant", "weights", "data", "split")] == ["eval", "ofq_4bit", str(last(run_4bit)), None, None]
+    assert [found[key] for key in ("command", "quant", "weights", "data", "split")] == [
+        "eval",
+        "ofq_4bit",
+        str(last(run_4bit)),
+        None,
+        None,
+    ]
     assert [found[key] for key in ("top1", "top5", "loss")] == [None] * 3
     assert found["size_bytes"] > 0
 
 
 def test_two_classes_by_name_when_the_training_data_are_gone(tmp_path, photos, folder_run):
-    header, rows = predict(tmp_path / "run", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos")
+    header, rows = predict(
+        tmp_path / "run", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos"
+    )
     assert header == ["path", "class_1", "probability_1", "class_2", "probability_2"]
     net = qat.load(last(folder_run))
-    assert all(same(ranks(row), expected(net, path, ["ant", "bee"])) for row, path in zip(rows, photos, strict=True))
+    assert all(
+        same(ranks(row), expected(net, path, ["ant", "bee"]))
+        for row, path in zip(rows, photos, strict=True)
+    )
 
 
 def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, photos):
@@ -107,7 +156,10 @@ def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, p
     net = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=7).eval()
     qat.save(net, tmp_path / "net.ckpt")
     _, rows = predict(tmp_path / "run", f"ckpt={tmp_path}/net.ckpt", f"predict={tmp_path}/photos")
-    assert all(same(ranks(row), expected(net, path, "0123456")) for row, path in zip(rows, photos, strict=True))
+    assert all(
+        same(ranks(row), expected(net, path, "0123456"))
+        for row, path in zip(rows, photos, strict=True)
+    )
 
 
 def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
@@ -119,7 +171,9 @@ def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, re
     caplog.set_level("INFO")
     # Batches of one: that of the damaged file is empty.
     for size in (1, 12):
-        _, rows = predict(tmp_path / f"b{size}", *asked, "data.on_error=skip", f"data.batch_size={size}")
+        _, rows = predict(
+            tmp_path / f"b{size}", *asked, "data.on_error=skip", f"data.batch_size={size}"
+        )
         assert [row[0] for row in rows] == [str(path) for path in photos if path != photos[3]]
     net = qat.load(last(run_4bit))
     assert same(ranks(rows[3]), expected(net, photos[4], "0123456789"))
@@ -128,11 +182,19 @@ def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, re
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("nowhere", "predict='nowhere': no such file or folder"), (".", "predict='.': the folder holds no images; must hold .jpg, .jpeg")],
+    [
+        ("nowhere", "predict='nowhere': no such file or folder"),
+        (".", "predict='.': the folder holds no images; must hold .jpg, .jpeg"),
+    ],
 )
-def test_wrong_paths_are_refused_before_a_net_is_read(tmp_path, refused, monkeypatch, where, message):
+def test_wrong_paths_are_refused_before_a_net_is_read(
+    tmp_path, refused, monkeypatch, where, message
+):
     monkeypatch.chdir(tmp_path)
-    assert message in refused("evaluate", compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"))
+    assert message in refused(
+        "evaluate",
+        compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"),
+    )
 
 
 def test_the_data_of_a_file_are_not_read(tmp_path, photos, run_4bit, monkeypatch):
@@ -146,8 +208,13 @@ def test_known_classes():
     grey = {"image_size": 28, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
     assert class_names(None, Cifar10(**photos, num_classes=10))[2:4] == ["bird", "cat"]
     assert class_names(None, Cifar10(**photos, num_classes=4)) == ["0", "1", "2", "3"]
-    assert class_names(None, FashionMnist(**grey, num_classes=10))[::9] == ["T-shirt/top", "Ankle boot"]
-    assert class_names(None, ImageNet(**photos, num_classes=1000))[1] == "goldfish, Carassius auratus"
+    assert class_names(None, FashionMnist(**grey, num_classes=10))[::9] == [
+        "T-shirt/top",
+        "Ankle boot",
+    ]
+    assert (
+        class_names(None, ImageNet(**photos, num_classes=1000))[1] == "goldfish, Carassius auratus"
+    )
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=2)) == ["a", "b"]
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=3)) == ["0", "1", "2"]
 
@@ -157,16 +224,22 @@ def test_names_that_are_no_text_cost_no_predictions(tmp_path, run_4bit):
     for name in (b"\xff.png", b"\x1b[31m.png"):
         os.link(tmp_path / "photos" / "x.png", os.path.join(os.fsencode(tmp_path / "photos"), name))
     _, rows = predict(tmp_path, f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
-    assert [row[0] for row in rows] == [f"{tmp_path}/photos/{name}" for name in (r"\x1b[31m.png", "x.png", r"\xff.png")]
+    assert [row[0] for row in rows] == [
+        f"{tmp_path}/photos/{name}" for name in (r"\x1b[31m.png", "x.png", r"\xff.png")
+    ]
 
 
 @pytest.mark.parametrize("name", [b"\xff.png", b"\x1b[31m.png"])
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_names_that_are_no_text_can_be_shown_and_logged(tmp_path, run_4bit, name, is_damaged):
-    path = write_image(tmp_path / "photos" / "x.png", 16, 16).rename(tmp_path / "photos" / os.fsdecode(name))
+    path = write_image(tmp_path / "photos" / "x.png", 16, 16).rename(
+        tmp_path / "photos" / os.fsdecode(name)
+    )
     if is_damaged:
         path.write_bytes(b"no image")
-    code, out = typed("eval.py", f"ckpt={last(run_4bit)}", "predict=photos", "run_dir=run", cwd=tmp_path)
+    code, out = typed(
+        "eval.py", f"ckpt={last(run_4bit)}", "predict=photos", "run_dir=run", cwd=tmp_path
+    )
     assert code == is_damaged
     assert f"photos/{printable(path.name)}" in out
     assert "\x1b" not in out
@@ -174,7 +247,19 @@ def test_names_that_are_no_text_can_be_shown_and_logged(tmp_path, run_4bit, name
     assert ".png" in (tmp_path / "run" / "eval.log").read_text()
 
 
-def test_one_device_is_required_before_the_run_waits_for_others(tmp_path, photos, run_4bit, refused, monkeypatch):
-    monkeypatch.setattr("qat.tasks.evaluate.connect", lambda trainer: pytest.fail(f"waits for {trainer.world_size} processes"))
-    asked = (f"ckpt={last(run_4bit)}", f"predict={photos[0]}", "trainer.devices=2", f"run_dir={tmp_path}/run")
-    assert "trainer.devices=2: predictions are made on one device; must be 1" in refused("evaluate", compose("eval", *asked))
+def test_one_device_is_required_before_the_run_waits_for_others(
+    tmp_path, photos, run_4bit, refused, monkeypatch
+):
+    monkeypatch.setattr(
+        "qat.tasks.evaluate.connect",
+        lambda trainer: pytest.fail(f"waits for {trainer.world_size} processes"),
+    )
+    asked = (
+        f"ckpt={last(run_4bit)}",
+        f"predict={photos[0]}",
+        "trainer.devices=2",
+        f"run_dir={tmp_path}/run",
+    )
+    assert "trainer.devices=2: predictions are made on one device; must be 1" in refused(
+        "evaluate", compose("eval", *asked)
+    )

@@ -30,8 +30,19 @@ def quantize(run_dir, *overrides):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A float net that reads digits."""
-    size = ("++model.args.embed_dim=48", "++model.args.depth=2", "data.augment=none", "optimizer.lr=2e-3", "trainer.max_epochs=8")
-    return train(tmp_path_factory.mktemp("trained") / "run", "quant=fp", *size, "trainer.limit_train_batches=1.0")
+    size = (
+        "++model.args.embed_dim=48",
+        "++model.args.depth=2",
+        "data.augment=none",
+        "optimizer.lr=2e-3",
+        "trainer.max_epochs=8",
+    )
+    return train(
+        tmp_path_factory.mktemp("trained") / "run",
+        "quant=fp",
+        *size,
+        "trainer.limit_train_batches=1.0",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +55,18 @@ def quantized_run(tmp_path_factory, trained):
 
 def test_what_a_run_leaves_behind(quantized_run, trained):
     found = results(quantized_run)
-    assert {p.name for p in quantized_run.iterdir()} >= {"quantized.ckpt", "results.json", "config.yaml", "conversion.txt"}
-    assert (found["command"], found["quant"], found["data"], found["split"]) == ("ptq", "fqvit_w4a8", "digits", "test")
+    assert {p.name for p in quantized_run.iterdir()} >= {
+        "quantized.ckpt",
+        "results.json",
+        "config.yaml",
+        "conversion.txt",
+    }
+    assert (found["command"], found["quant"], found["data"], found["split"]) == (
+        "ptq",
+        "fqvit_w4a8",
+        "digits",
+        "test",
+    )
     assert (found["weights"], found["model"]) == (str(last(trained)), "vit_tiny_patch16_224")
     calibration = found["calibration"]
     assert (calibration["images"], calibration["batches"], calibration["seed"]) == (1000, 10, 0)
@@ -55,7 +76,10 @@ def test_what_a_run_leaves_behind(quantized_run, trained):
 
 def test_its_numbers_are_those_of_the_two_nets(quantized_run, trained):
     found = results(quantized_run)
-    theirs, ours = qat.load(last(trained)).state_dict(), qat.load(quantized_run / "quantized.ckpt").state_dict()
+    theirs, ours = (
+        qat.load(last(trained)).state_dict(),
+        qat.load(quantized_run / "quantized.ckpt").state_dict(),
+    )
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     top1, loss = counted(qat.load(quantized_run / "quantized.ckpt"), Digits(**DIGITS))
     assert found["top1"] == pytest.approx(top1)
@@ -64,25 +88,38 @@ def test_its_numbers_are_those_of_the_two_nets(quantized_run, trained):
 
 
 def test_eval_gives_the_same_numbers(tmp_path, quantized_run):
-    again, found = evaluate(tmp_path, f"ckpt={quantized_run}/quantized.ckpt"), results(quantized_run)
+    again, found = (
+        evaluate(tmp_path, f"ckpt={quantized_run}/quantized.ckpt"),
+        results(quantized_run),
+    )
     for key in ("top1", "top5", "loss", "size_bytes", "bitops", "n_params", "quant", "recipe"):
         assert again[key] == found[key], key
 
 
-def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(monkeypatch, tmp_path):
+def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(
+    monkeypatch, tmp_path
+):
     # There they are drawn by a generator that has made the weights before.
     from qat.tasks import ptq as module
 
     seen = []
-    monkeypatch.setattr(module, "calibration_batches", lambda *args, made=module.calibration_batches: seen.append(made(*args)) or seen[-1])
+    monkeypatch.setattr(
+        module,
+        "calibration_batches",
+        lambda *args, made=module.calibration_batches: seen.append(made(*args)) or seen[-1],
+    )
     for depth in (1, 2):
-        quantize(tmp_path / str(depth), *MODEL, *SMALL, f"++model.args.depth={depth}", "ptq=minmax_w8a8")
+        quantize(
+            tmp_path / str(depth), *MODEL, *SMALL, f"++model.args.depth={depth}", "ptq=minmax_w8a8"
+        )
     assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("quant", ["ofq_4bit", "fp"])
 def test_training_starts_from_the_file(tmp_path, quantized_run, trained, quant):
-    start = build.build_start(tiny(tmp_path, *size(), f"quant={quant}", f"ckpt={quantized_run}/quantized.ckpt"))
+    start = build.build_start(
+        tiny(tmp_path, *size(), f"quant={quant}", f"ckpt={quantized_run}/quantized.ckpt")
+    )
     theirs = qat.load(last(trained)).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in start.net.state_dict().items())
     run = train(tmp_path / "run", *size(), f"quant={quant}", f"ckpt={quantized_run}/quantized.ckpt")
@@ -99,7 +136,10 @@ def size():
 def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     cfg = compose("ptq", f"ptq={name}", "run_dir=a")
     others = {"qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8", "rule_bits"}
-    assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {"batch", "reconstruct"}
+    assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {
+        "batch",
+        "reconstruct",
+    }
     assert recipe_fields(build_ptq_recipe(cfg))["quant"] == name
 
 
@@ -110,7 +150,13 @@ def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
         ("ptq=fqvit_w4a4", "ptq.softmax_bits=3"),
         ("model=deit_t_distilled", "++model.args.depth=1", "ptq.overrides={head:{bits:8}}"),
         pytest.param(
-            ("model=swin_t", "++model.args.depths=[1,1,1,1]", "ptq.batch=10", "data.calibration_images=10", "trainer.limit_test_batches=1"),
+            (
+                "model=swin_t",
+                "++model.args.depths=[1,1,1,1]",
+                "ptq.batch=10",
+                "data.calibration_images=10",
+                "trainer.limit_test_batches=1",
+            ),
             marks=pytest.mark.long,
         ),
     ],
@@ -130,9 +176,18 @@ def test_other_recipes_and_models(tmp_path, overrides):
         (("+ptq.colour=red",), "ptq.colour: must be one of name, bits"),
         (("ptq.reconstruct=3",), "ptq.reconstruct=3: must be a group of settings"),
         (("ptq.batch=0",), "ptq.batch=0: must be an integer of at least 1"),
-        (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100"),
-        (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),
-        (("ptq.overrides={nothing:{bits:8}}",), "ptq.overrides['nothing']: must match a quantized module"),
+        (
+            ("data.calibration_images=50",),
+            "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100",
+        ),
+        (
+            ("ptq.batch=2000", "data.calibration_images=2000"),
+            "ptq.batch=2000: the data have 1257 training images",
+        ),
+        (
+            ("ptq.overrides={nothing:{bits:8}}",),
+            "ptq.overrides['nothing']: must match a quantized module",
+        ),
         (("ckpt=missing.ckpt",), "ckpt='missing.ckpt': no such file"),
     ],
 )
@@ -153,13 +208,21 @@ def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantize
     ("overrides", "message"),
     [
         (("resume=maybe",), "resume='maybe': must be one of false, true, auto"),
-        (("resume=true",), "has no search.ckpt and no reconstruct.ckpt; use resume=auto to start a new run in that case"),
-        (("search=evolution", "search.passes=0"), "search.passes=0: must be an integer of at least 1"),
+        (
+            ("resume=true",),
+            "has no search.ckpt and no reconstruct.ckpt; use resume=auto to start a new run in that case",
+        ),
+        (
+            ("search=evolution", "search.passes=0"),
+            "search.passes=0: must be an integer of at least 1",
+        ),
         (("+search.colour=red",), "search.colour: must be one of passes, cycles"),
     ],
 )
 def test_mistakes_about_the_search(tmp_path, float_run, refused, overrides, message):
-    assert message in refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={last(float_run)}", *overrides))
+    assert message in refused(
+        "ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={last(float_run)}", *overrides)
+    )
 
 
 def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_run, quantized_run):
@@ -167,7 +230,9 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
     shutil.copytree(quantized_run, run)
     before = (run / "quantized.ckpt").read_bytes()
     arguments = (f"run_dir={run}", f"ckpt={last(float_run)}", *SMALL)
-    assert "holds quantized.ckpt already; choose another run_dir or set overwrite=true" in refused("ptq", compose("ptq", *arguments))
+    assert "holds quantized.ckpt already; choose another run_dir or set overwrite=true" in refused(
+        "ptq", compose("ptq", *arguments)
+    )
     assert (run / "quantized.ckpt").read_bytes() == before
     (run / "results.json").unlink()
     assert "holds quantized.ckpt already" in refused("export", compose("export", *arguments[:2]))
@@ -177,12 +242,20 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
 
 def test_a_search_runs_between_calibration_and_evaluation(tmp_path, trained):
     start = (f"ckpt={last(trained)}", "ptq=minmax_w4a8", *SMALL)
-    found = quantize(tmp_path, *start, "+search.passes=1", "+search.cycles=2", "+search.population=3")
+    found = quantize(
+        tmp_path, *start, "+search.passes=1", "+search.cycles=2", "+search.population=3"
+    )
     assert found["search"]["fitness"] <= found["search"]["fitness_before"]
     assert found["search"]["evaluations"] == 2 * 2
     net = qat.load(tmp_path / "quantized.ckpt")
     assert found["top1"] == pytest.approx(counted(net, Digits(**DIGITS))[0])
     quantize(tmp_path / "without", *start)
     before = qat.load(tmp_path / "without" / "quantized.ckpt").state_dict()
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed <= {f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")}
+    changed = {
+        name for name, value in net.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed <= {
+        f"blocks.{b}.attn.{layer}.weight_quantizer.scale"
+        for b in range(2)
+        for layer in ("qkv", "proj")
+    }

@@ -25,7 +25,9 @@ ACTIVATIONS = "search.targets=[attn.input,attn.proj.input,mlp.*.input]"
 @pytest.fixture(scope="module")
 def lsq_run(tmp_path_factory, float_run):
     """Three bits, a stored scale for every weight, trained from the float net."""
-    return train(tmp_path_factory.mktemp("lsq") / "run", "quant=lsq_3bit", f"ckpt={last(float_run)}")
+    return train(
+        tmp_path_factory.mktemp("lsq") / "run", "quant=lsq_3bit", f"ckpt={last(float_run)}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,12 @@ def tensors(path):
 def changed(one, two):
     """Names of tensors that two files have different."""
     one, two = (
-        {name.removeprefix("net."): t for name, t in tensors(path).items() if not name.startswith("teacher")} for path in (one, two)
+        {
+            name.removeprefix("net."): t
+            for name, t in tensors(path).items()
+            if not name.startswith("teacher")
+        }
+        for path in (one, two)
     )
     assert one.keys() == two.keys()
     return {name for name in one if not torch.equal(one[name], two[name])}
@@ -54,46 +61,76 @@ def fitnesses(folder):
         return [float(line["fitness"]) for line in csv.DictReader(file) if line["accepted"] == "1"]
 
 
-def test_a_net_trained_with_lsq_gets_other_weight_scales_and_nothing_else(tmp_path, lsq_run, float_run):
+def test_a_net_trained_with_lsq_gets_other_weight_scales_and_nothing_else(
+    tmp_path, lsq_run, float_run
+):
     found = quantize(tmp_path, *KEEP, f"ckpt={last(lsq_run)}", f"teacher.ckpt={last(float_run)}")
     names = changed(last(lsq_run), tmp_path / "quantized.ckpt")
-    assert {name.rpartition(".")[0] for name in names} <= {f"blocks.0.attn.{layer}.weight_quantizer" for layer in ("qkv", "proj")}
+    assert {name.rpartition(".")[0] for name in names} <= {
+        f"blocks.0.attn.{layer}.weight_quantizer" for layer in ("qkv", "proj")
+    }
     assert found["search"]["fitness"] < found["search"]["fitness_before"]
     assert (found["quant"], found["calibration"]) == ("lsq_3bit", None)
-    assert found["top1_fp"] == pytest.approx(evaluate(tmp_path / "fp", f"ckpt={last(float_run)}")["top1"])
-    assert found["top1_start"] == pytest.approx(evaluate(tmp_path / "start", f"ckpt={last(lsq_run)}")["top1"])
+    assert found["top1_fp"] == pytest.approx(
+        evaluate(tmp_path / "fp", f"ckpt={last(float_run)}")["top1"]
+    )
+    assert found["top1_start"] == pytest.approx(
+        evaluate(tmp_path / "start", f"ckpt={last(lsq_run)}")["top1"]
+    )
 
 
 def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
     """The fitness of the file, measured here with plain forwards on the same images and the float net's own logits."""
-    cfg = compose("ptq", *KEEP, f"ckpt={last(lsq_run)}", f"teacher.ckpt={last(float_run)}", f"run_dir={tmp_path}")
+    cfg = compose(
+        "ptq",
+        *KEEP,
+        f"ckpt={last(lsq_run)}",
+        f"teacher.ckpt={last(float_run)}",
+        f"run_dir={tmp_path}",
+    )
     batches = calibration_batches(cfg, build_subject(cfg).data)
     ptq(cfg)
     teacher = qat.load(last(float_run)).eval()
     with torch.no_grad():
         targets = [teacher(batch) for batch in batches]
-    fitness = whole_fitness(qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings())
+    fitness = whole_fitness(
+        qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings()
+    )
     assert fitness == pytest.approx(results(tmp_path)["search"]["fitness"], rel=1e-6)
 
 
-def test_a_net_with_statsq_weights_has_scales_of_activations(tmp_path, run_4bit, float_run, refused):
+def test_a_net_with_statsq_weights_has_scales_of_activations(
+    tmp_path, run_4bit, float_run, refused
+):
     start = (*KEEP, f"ckpt={last(run_4bit)}", f"teacher.ckpt={last(float_run)}")
     line = refused("ptq", compose("ptq", *start, f"run_dir={tmp_path}/refused"))
-    assert "search.targets=['attn*.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, " in line
+    assert (
+        "search.targets=['attn*.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, "
+        in line
+    )
     found = quantize(tmp_path / "run", *start, ACTIVATIONS)
     names = changed(last(run_4bit), tmp_path / "run" / "quantized.ckpt")
     assert names
-    assert all(name.startswith("blocks.0.") and ".input_quantizer.quantizer." in name and "offset" not in name for name in names)
+    assert all(
+        name.startswith("blocks.0.")
+        and ".input_quantizer.quantizer." in name
+        and "offset" not in name
+        for name in names
+    )
     assert found["search"]["fitness"] < found["search"]["fitness_before"]
 
 
 def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     """The same calibration images and, in float, the same net: the second search begins with the fitness of the first."""
     path = calibrated / "quantized.ckpt"
-    found = quantize(tmp_path, *KEEP, f"ckpt={path}", "search.seed=5", "search.targets=[mlp.*.weight]")
+    found = quantize(
+        tmp_path, *KEEP, f"ckpt={path}", "search.seed=5", "search.targets=[mlp.*.weight]"
+    )
     assert found["search"]["fitness_before"] == results(calibrated)["search"]["fitness"]
     assert fitnesses(tmp_path) == sorted(fitnesses(tmp_path), reverse=True)
-    assert changed(path, tmp_path / "quantized.ckpt") <= {f"blocks.0.mlp.fc{n}.weight_quantizer.scale" for n in (1, 2)}
+    assert changed(path, tmp_path / "quantized.ckpt") <= {
+        f"blocks.0.mlp.fc{n}.weight_quantizer.scale" for n in (1, 2)
+    }
     assert found["top1_fp"] == pytest.approx(results(calibrated)["top1_fp"])
     assert found["quant"] == "omse_w3a8"
 
@@ -102,12 +139,32 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     ("start", "overrides", "message"),
     [
         ("float", KEEP, "ptq=keep: the model is in float; must be a recipe of conf/ptq"),
-        ("lsq", ("ptq=keep", *SMALL), "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"),
-        ("lsq", KEEP, "was trained quantized (lsq), so it has no float logits to follow; set teacher.ckpt=FILE"),
-        ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: ptq=keep leaves the model unchanged and takes only ptq.batch"),
-        ("lsq", (*KEEP, "teacher.ckpt={lsq}"), "is quantized; must be a float model, whose logits are the targets of the search"),
+        (
+            "lsq",
+            ("ptq=keep", *SMALL),
+            "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution",
+        ),
+        (
+            "lsq",
+            KEEP,
+            "was trained quantized (lsq), so it has no float logits to follow; set teacher.ckpt=FILE",
+        ),
+        (
+            "lsq",
+            (*KEEP, "+ptq.bits=8"),
+            "ptq.bits: ptq=keep leaves the model unchanged and takes only ptq.batch",
+        ),
+        (
+            "lsq",
+            (*KEEP, "teacher.ckpt={lsq}"),
+            "is quantized; must be a float model, whose logits are the targets of the search",
+        ),
         ("lsq", (*KEEP, "teacher.ckpt=nowhere.ckpt"), "teacher.ckpt='nowhere.ckpt': no such file"),
-        ("lsq", (*SEARCH, *SMALL), "must be a float model; ptq=keep search=evolution takes a quantized one"),
+        (
+            "lsq",
+            (*SEARCH, *SMALL),
+            "must be a float model; ptq=keep search=evolution takes a quantized one",
+        ),
         (
             "float",
             (*SEARCH, *SMALL, "teacher.ckpt={float}"),
@@ -118,4 +175,6 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
 def test_mistakes_are_one_line(tmp_path, refused, float_run, lsq_run, start, overrides, message):
     paths = {"float": last(float_run), "lsq": last(lsq_run)}
     given = [o.format(**paths) if o.startswith("teacher.") else o for o in overrides]
-    assert message in refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={paths[start]}", *given))
+    assert message in refused(
+        "ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={paths[start]}", *given)
+    )

@@ -28,16 +28,37 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
         assert results(tmp_path / name).get("error") is None
     packed = tmp_path / "packed" / NAMES["packed"]
     assert evaluate(tmp_path / "p", f"ckpt={packed}")["top1"] == found["top1"]
-    line = refused("ptq", compose("ptq", f"run_dir={tmp_path / 'k'}", f"ckpt={file}", "ptq=keep", "search=evolution", *SMALL))
-    assert "was fitted quantized (compensate), so it has no float logits to follow; set teacher.ckpt=FILE" in line
+    line = refused(
+        "ptq",
+        compose(
+            "ptq",
+            f"run_dir={tmp_path / 'k'}",
+            f"ckpt={file}",
+            "ptq=keep",
+            "search=evolution",
+            *SMALL,
+        ),
+    )
+    assert (
+        "was fitted quantized (compensate), so it has no float logits to follow; set teacher.ckpt=FILE"
+        in line
+    )
 
 
 def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run, caplog):
-    overrides = ("ptq=reconstruct_w3a3", *STEPS, "search=evolution", "search.passes=1", "search.cycles=1")
+    overrides = (
+        "ptq=reconstruct_w3a3",
+        *STEPS,
+        "search=evolution",
+        "search.passes=1",
+        "search.cycles=1",
+    )
     found = quantize(tmp_path / "q", float_run, *overrides)
     assert found["reconstruction"]["units"] == 3
     assert found["search"]["evaluations"] == 1
-    assert {"reconstruct.ckpt", "reconstruct.csv", "search.csv", "quantized.ckpt"} <= {p.name for p in (tmp_path / "q").iterdir()}
+    assert {"reconstruct.ckpt", "reconstruct.csv", "search.csv", "quantized.ckpt"} <= {
+        p.name for p in (tmp_path / "q").iterdir()
+    }
     before = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
     state = torch.load(tmp_path / "q/reconstruct.ckpt", weights_only=True)
     assert found["wall_seconds"] > state["state"]["seconds"] > 0
@@ -51,19 +72,28 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert [m for m in caplog.messages if m.startswith("resume: ")] == []
     quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
-    with pytest.raises(qat.UsageError, match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method",
+    ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 
 
 def test_what_cannot_work_is_one_line(tmp_path, float_run):
     for overrides, line in (
-        (("ptq=reconstruct_w4a4", "ptq.reconstruct.batch=65"), r"ptq\.reconstruct\.batch=65: must be at most the number"),
+        (
+            ("ptq=reconstruct_w4a4", "ptq.reconstruct.batch=65"),
+            r"ptq\.reconstruct\.batch=65: must be at most the number",
+        ),
         (("ptq=reconstruct_w4a4", "ptq.bits=1"), r"ptq\.bits=1: must be an integer from 2 to 8"),
         (
             ("ptq=compensate_w4a4", "trainer.devices=2"),
             r"trainer\.devices=2: must be 1 with a search or ptq\.method=comp",
         ),
-        (("ptq=reconstruct_w4a4", "+ptq.reconstruct.rate=1"), r"ptq\.reconstruct\.rate: must be one of steps"),
+        (
+            ("ptq=reconstruct_w4a4", "+ptq.reconstruct.rate=1"),
+            r"ptq\.reconstruct\.rate: must be one of steps",
+        ),
         (("ptq=compensate_w4a4", "resume=true"), r"has no search\.ckpt and no reconstruct\.ckpt"),
     ):
         with pytest.raises(qat.UsageError, match=line):

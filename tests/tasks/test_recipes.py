@@ -18,7 +18,11 @@ from tests.conftest import compose, results
 ROWS = [f"{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
 SMALL = {
     "deit": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
-    "swin": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
+    "swin": (
+        "++model.args.embed_dim=8",
+        "++model.args.depths=[2,1,1,1]",
+        "++model.args.num_heads=[1,1,2,2]",
+    ),
 }
 # Rows that share a schedule, by the golden case that has it.
 SCHEDULES = {
@@ -79,33 +83,68 @@ def test_learning_rates_of_both_stages(case):
     expected = golden.ofq(case, "lr_per_epoch").double().tolist()
     kind = case.removeprefix("lr_")
     for row in SCHEDULES[kind]:
-        assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(expected, rel=1e-6)
+        assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("stage", ["", "_cga"])
 def test_settings_are_the_published_ones(row, stage):
     cfg = recipe_of(row + stage)
-    found = (cfg.data.batch_size, cfg.optimizer.weight_decay, cfg.data.mixup, cfg.data.cutmix, cfg.loss.label_smoothing, cfg.data.repeats)
+    found = (
+        cfg.data.batch_size,
+        cfg.optimizer.weight_decay,
+        cfg.data.mixup,
+        cfg.data.cutmix,
+        cfg.loss.label_smoothing,
+        cfg.data.repeats,
+    )
     assert found == TABLE[row]
-    assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == ("timm", "rand-m9-mstd0.5-inc1", 0.25)
-    assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == ("adamw", [0.9, 0.999], 1e-8, 42)
-    assert (cfg.quant.name, cfg.quant.act_bits, f"w{cfg.quant.bits}a{cfg.quant.bits}") == ("ofq", None, row[-4:])
+    assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == (
+        "timm",
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+    )
+    assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == (
+        "adamw",
+        [0.9, 0.999],
+        1e-8,
+        42,
+    )
+    assert (cfg.quant.name, cfg.quant.act_bits, f"w{cfg.quant.bits}a{cfg.quant.bits}") == (
+        "ofq",
+        None,
+        row[-4:],
+    )
     assert (cfg.quant.map_scales == "column") == row.startswith("swin")
-    assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.model.args.drop_path_rate) == ("32-true", None, 0.0)
+    assert (
+        cfg.trainer.precision,
+        cfg.trainer.gradient_clip_val,
+        cfg.model.args.drop_path_rate,
+    ) == ("32-true", None, 0.0)
     assert list(cfg.loss.terms) == ["kd"]
     assert cfg.loss.teacher_head == "cls"
 
 
 def test_the_second_stage_anneals_from_its_first_step():
     cfg = recipe_of("deit_t_w2a2_cga")
-    assert (cfg.trainer.max_epochs, cfg.callbacks.cga.boundary_range, cfg.callbacks.cga.start_epoch) == (30, 0.005, 0)
+    assert (
+        cfg.trainer.max_epochs,
+        cfg.callbacks.cga.boundary_range,
+        cfg.callbacks.cga.start_epoch,
+    ) == (30, 0.005, 0)
     assert (cfg.model.pretrained, cfg.teacher.pretrained) == (False, True)
 
 
 @pytest.mark.parametrize(
     ("overrides", "pretrained"),
-    [([], True), (["ckpt=a"], False), (["model.weights=a"], False), (["trainer.fast_dev_run=true"], False)],
+    [
+        ([], True),
+        (["ckpt=a"], False),
+        (["model.weights=a"], False),
+        (["trainer.fast_dev_run=true"], False),
+    ],
 )
 def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained):
     assert recipe_of("swin_t_w2a2", *overrides).model.pretrained is pretrained
@@ -113,7 +152,8 @@ def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained)
 
 def test_a_net_without_a_published_row_is_refused_by_name():
     with pytest.raises(
-        OmegaConfBaseException, match="no published row of this model at 2 bits; model must be one of deit_t, deit_s, swin_t"
+        OmegaConfBaseException,
+        match="no published row of this model at 2 bits; model must be one of deit_t, deit_s, swin_t",
     ):
         _ = compose("train", "experiment=ofq_w2a2", "model=vit_b", "run_dir=a").model.name
 
@@ -123,9 +163,20 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     from qat.tasks.train import train
 
     with caplog.at_level(logging.INFO):
-        train(recipe_of(f"{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
+        train(
+            recipe_of(
+                f"{family}_t_w2a2",
+                "data=digits",
+                "trainer.fast_dev_run=true",
+                f"run_dir={tmp_path}",
+                *SMALL[family],
+            )
+        )
     assert results(tmp_path)["weights"] == "final"
-    assert "no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher" in caplog.text
+    assert (
+        "no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher"
+        in caplog.text
+    )
     batch = 140 if family == "deit" else 64
     base, lr = (560, "0.000547") if family == "deit" else (512, "0.0005")
     assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g}," in caplog.text
@@ -138,17 +189,38 @@ def test_both_stages_of_a_row(tmp_path, family):
     row, small = (
         f"{family}_{'s' if family == 'deit' else 't'}_w3a3",
         [
-            *("data=digits", "data.batch_size=16", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
+            *(
+                "data=digits",
+                "data.batch_size=16",
+                "trainer.max_epochs=1",
+                "trainer.limit_train_batches=2",
+                "trainer.limit_val_batches=1",
+            ),
             *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
         ],
     )
     torch.manual_seed(0)
-    float_net = build.build_start(compose("train", *chosen(row), *small, "model.pretrained=false", "run_dir=a")).net
+    float_net = build.build_start(
+        compose("train", *chosen(row), *small, "model.pretrained=false", "run_dir=a")
+    ).net
     qat.save(float_net, tmp_path / "float.ckpt")
-    train(recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
+    train(
+        recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}")
+    )
     first = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    train(recipe_of(f"{row}_cga", *small, f"ckpt={first}", f"teacher.ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'second'}"))
-    before, after = qat.load(first).state_dict(), qat.load(tmp_path / "second" / "checkpoints" / "last.ckpt").state_dict()
+    train(
+        recipe_of(
+            f"{row}_cga",
+            *small,
+            f"ckpt={first}",
+            f"teacher.ckpt={tmp_path / 'float.ckpt'}",
+            f"run_dir={tmp_path / 'second'}",
+        )
+    )
+    before, after = (
+        qat.load(first).state_dict(),
+        qat.load(tmp_path / "second" / "checkpoints" / "last.ckpt").state_dict(),
+    )
     weight = next(name for name in before if name.endswith("mlp.fc1.weight"))
     moved = (before[weight] != after[weight]).float().mean().item()
     assert 0 < moved < 0.1, "most weights are frozen"
@@ -157,26 +229,45 @@ def test_both_stages_of_a_row(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted", "patch"), [(224, None, 4), (224, 4, 4), (32, 4, 4), (8, 4, 1), (28, 4, 2), (16, 4, 2), (4, 4, 1)]
+    ("size", "wanted", "patch"),
+    [(224, None, 4), (224, 4, 4), (32, 4, 4), (8, 4, 1), (28, 4, 2), (16, 4, 2), (4, 4, 1)],
 )
 def test_patch_of_a_swin(size, wanted, patch):
     assert conf.swin_patch(size, wanted) == patch
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "own", "window"), [(224, 4, 7, 7), (256, 4, 8, 8), (256, 4, 7, 4), (32, 4, 7, 4), (28, 2, 7, 7), (8, 1, 8, 4)]
+    ("size", "patch", "own", "window"),
+    [(224, 4, 7, 7), (256, 4, 8, 8), (256, 4, 7, 4), (32, 4, 7, 4), (28, 2, 7, 7), (8, 1, 8, 4)],
 )
 def test_window_of_a_swin(size, patch, own, window):
     assert conf.swin_window(size, patch, own) == window
 
 
 def test_cooldown_is_part_of_the_epochs(refused, tmp_path):
-    cfg = compose("train", "trainer.max_epochs=12", "scheduler.cooldown_epochs=2", "scheduler.interval=epoch", "run_dir=a")
+    cfg = compose(
+        "train",
+        "trainer.max_epochs=12",
+        "scheduler.cooldown_epochs=2",
+        "scheduler.interval=epoch",
+        "run_dir=a",
+    )
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     schedule, _ = fit.build_scheduler_factory(cfg)(optimizer, 12, 5)
     schedule.step(5)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi / 2)))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(
+        1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi / 2))
+    )
     schedule.step(10)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
-    bad = compose("train", "trainer.max_epochs=3", "scheduler.warmup_epochs=1", "scheduler.cooldown_epochs=2", f"run_dir={tmp_path}")
-    assert refused("train", bad) == "error: scheduler.cooldown_epochs=2.0: must be a number from 0 to below 2"
+    bad = compose(
+        "train",
+        "trainer.max_epochs=3",
+        "scheduler.warmup_epochs=1",
+        "scheduler.cooldown_epochs=2",
+        f"run_dir={tmp_path}",
+    )
+    assert (
+        refused("train", bad)
+        == "error: scheduler.cooldown_epochs=2.0: must be a number from 0 to below 2"
+    )

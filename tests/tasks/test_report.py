@@ -27,7 +27,14 @@ def test_a_training_run_has_a_page(tmp_path):
     run = tmp_path / "first"
     found = page(run)
     command = "quant=ofq_3bit 'callbacks=[default,ema]' seed=3 run_dir=first"
-    for text in (f"{results(run)['top1']:.2f} %", "test split", "W3 A3", "blocks.0.mlp.fc1", "python train.py ++model.args", command):
+    for text in (
+        f"{results(run)['top1']:.2f} %",
+        "test split",
+        "W3 A3",
+        "blocks.0.mlp.fc1",
+        "python train.py ++model.args",
+        command,
+    ):
         assert text in found.text, text
     assert len(found.all("img")) >= 4
     assert (run / "report.html").stat().st_size < 600_000
@@ -39,10 +46,26 @@ def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
     from qat.tasks.ptq import ptq
 
     if command == "ptq":
-        ptq(compose("ptq", "report=true", f"ckpt={float_run}/checkpoints/last.ckpt", *SMALL, f"run_dir={tmp_path}"))
+        ptq(
+            compose(
+                "ptq",
+                "report=true",
+                f"ckpt={float_run}/checkpoints/last.ckpt",
+                *SMALL,
+                f"run_dir={tmp_path}",
+            )
+        )
         assert f"{results(tmp_path)['top1_fp']:.2f}".rstrip("0").rstrip(".") in page(tmp_path).text
     else:
-        analyze(compose("analyze", "report=true", f"ckpt={run_4bit}/checkpoints/last.ckpt", "analysis=cost", f"run_dir={tmp_path}"))
+        analyze(
+            compose(
+                "analyze",
+                "report=true",
+                f"ckpt={run_4bit}/checkpoints/last.ckpt",
+                "analysis=cost",
+                f"run_dir={tmp_path}",
+            )
+        )
         assert "Cost by kind of layer" in page(tmp_path).text
         assert not (tmp_path / "analysis").exists()
 
@@ -63,7 +86,9 @@ def test_a_run_starts_without_what_makes_a_page():
             elif isinstance(node, ast.Import):
                 waiting += [one.name for one in node.names]
     assert {"qat.data.sources", "qat.nn.linear", "qat.tasks.fit"} <= seen
-    assert [module for module in sorted(seen) if module.startswith(("qat.report", "qat.analysis"))] == []
+    assert [
+        module for module in sorted(seen) if module.startswith(("qat.report", "qat.analysis"))
+    ] == []
 
 
 def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
@@ -73,7 +98,10 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(report, "describe_layers", broken)
     train(tmp_path / "run", "quant=fp", "report=true")
     (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
-    assert record.getMessage() == "report.html could not be written, everything else was: RuntimeError: no ink at all"
+    assert (
+        record.getMessage()
+        == "report.html could not be written, everything else was: RuntimeError: no ink at all"
+    )
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -91,6 +119,14 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
 
 
 def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
-    cfg = compose("train", *TINY, "quant=fp", "report=true", "optimizer.lr=1e30", "trainer.limit_train_batches=6", f"run_dir={tmp_path}")
+    cfg = compose(
+        "train",
+        *TINY,
+        "quant=fp",
+        "report=true",
+        "optimizer.lr=1e30",
+        "trainer.limit_train_batches=6",
+        f"run_dir={tmp_path}",
+    )
     assert "training stopped" in refused("train", cfg)
     assert "The run failed: training stopped" in page(tmp_path).text

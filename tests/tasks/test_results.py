@@ -11,15 +11,28 @@ from qat.tasks.results import measured, recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
-    write_results(OmegaConf.create({"command": "train", "run_dir": str(tmp_path), "seed": 3}), top1=float("nan"), loss=0.5)
+    write_results(
+        OmegaConf.create({"command": "train", "run_dir": str(tmp_path), "seed": 3}),
+        top1=float("nan"),
+        loss=0.5,
+    )
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert (found["command"], found["seed"], found["loss"]) == ("train", 3, 0.5)
-    assert (found["top1"], found["model"], found["data"], found["bitops"]) == (None, None, None, None)
+    assert (found["top1"], found["model"], found["data"], found["bitops"]) == (
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "knobs", "quant"),
-    [("ofq", {"bits": 2}, "ofq_2bit"), ("fp", {}, "fp"), ("lsq", {"bits": 4, "act_bits": 8}, "lsq_w4a8")],
+    [
+        ("ofq", {"bits": 2}, "ofq_2bit"),
+        ("fp", {}, "fp"),
+        ("lsq", {"bits": 4, "act_bits": 8}, "lsq_w4a8"),
+    ],
 )
 def test_a_recipe_is_named_as_its_config(name, knobs, quant):
     recipe = qat.recipe(name, **knobs)
@@ -31,4 +44,8 @@ def test_a_recipe_is_named_as_its_config(name, knobs, quant):
 def test_of_five_classes_or_fewer_all_are_among_the_five_likeliest():
     metrics = {"test/top1": 40.0, "test/top5": 100.0, "test/loss": 1.5}
     found = [measured(metrics, Cost(1, 2, 3, 4), classes) for classes in (6, 5)]
-    assert found[0] == found[1] | {"top5": 100.0} == {"top1": 40.0, "top5": 100.0, "loss": 1.5, "n_params": 1, "size_bytes": 2, "bitops": 4}
+    assert (
+        found[0]
+        == found[1] | {"top5": 100.0}
+        == {"top1": 40.0, "top5": 100.0, "loss": 1.5, "n_params": 1, "size_bytes": 2, "bitops": 4}
+    )

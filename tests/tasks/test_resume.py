@@ -80,10 +80,16 @@ def assert_same_run(run_dir, full):
     assert ours["global_step"] == theirs["global_step"] == 27
     for key in ("state_dict", "current_model_state", "averaging_state"):
         assert [n for n in theirs[key] if not torch.equal(ours[key][n], theirs[key][n])] == []
-    assert any(not torch.equal(theirs["state_dict"][n], value) for n, value in theirs["current_model_state"].items())
+    assert any(
+        not torch.equal(theirs["state_dict"][n], value)
+        for n, value in theirs["current_model_state"].items()
+    )
     moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs)]
     for index, state in moments[1].items():
-        assert all(torch.equal(moments[0][index][key], state[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(moments[0][index][key], state[key])
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        )
     kept = ("top1", "top5", "loss", "val_top1", "weights")
     assert [results(run_dir)[k] for k in kept] == [results(full)[k] for k in kept]
 
@@ -95,7 +101,9 @@ def full(tmp_path_factory):
 
 
 # Before the first save; between two saves; right after one; at an epoch's first step; at the last step of all.
-@pytest.mark.parametrize("step", [5, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12, 26))])
+@pytest.mark.parametrize(
+    "step", [5, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12, 26))]
+)
 def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch)
     run(run_dir, "resume=auto")
@@ -107,10 +115,18 @@ def test_a_kill_right_after_a_save_loses_no_row(tmp_path, monkeypatch):
     rows = []
 
     def save(self, checkpoint, path, storage_options=None):
-        rows.append((checkpoint["global_step"], list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))))
+        rows.append((
+            checkpoint["global_step"],
+            list(csv.DictReader((tmp_path / "run" / "metrics.csv").open())),
+        ))
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
-    run(tmp_path / "run", "callbacks.best=null", "trainer.log_every_n_steps=1", "trainer.max_epochs=1")
+    run(
+        tmp_path / "run",
+        "callbacks.best=null",
+        "trainer.log_every_n_steps=1",
+        "trainer.max_epochs=1",
+    )
     assert [step for step, _ in rows] == [2, 4, 6, 8, 9]
     for step, there in rows:
         written = [row["train/loss_step"] for row in there if row["train/loss_step"]]
@@ -144,8 +160,16 @@ def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
 @pytest.mark.long
 def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch):
     """Nothing is saved between batches that are accumulated, also not by a run that was resumed there; no validation is left out."""
-    settings = ("trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=4", "trainer.log_every_n_steps=1")
-    settings += ("trainer.max_epochs=1", "checkpoint.every_n_steps=1", "trainer.limit_train_batches=8")
+    settings = (
+        "trainer.accumulate_grad_batches=2",
+        "+trainer.val_check_interval=4",
+        "trainer.log_every_n_steps=1",
+    )
+    settings += (
+        "trainer.max_epochs=1",
+        "checkpoint.every_n_steps=1",
+        "trainer.limit_train_batches=8",
+    )
     whole = run(tmp_path / "whole", *settings)
     run_dir = killed_at(2, tmp_path / "run", monkeypatch, *settings)
     assert last(run_dir)["global_step"] == 2
@@ -169,9 +193,15 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quant=lsq_4bit"], r"resume: .*last.ckpt has another recipe \(quant: .*weight_quantizer.*\); use ckpt=PATH to start from it"),
+        (
+            ["quant=lsq_4bit"],
+            r"resume: .*last.ckpt has another recipe \(quant: .*weight_quantizer.*\); use ckpt=PATH to start from it",
+        ),
         (["quant=fp"], r"resume: .*last.ckpt has another recipe"),
-        (["model.args.depth=2"], r"resume: .*last.ckpt holds .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2"),
+        (
+            ["model.args.depth=2"],
+            r"resume: .*last.ckpt holds .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
+        ),
         (["resume=maybe"], r"resume='maybe': must be one of false, true, auto"),
     ],
 )
@@ -193,7 +223,10 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start",
+    ):
         run(tmp_path / "run", "resume=true")
 
 
@@ -202,7 +235,9 @@ def write(path, content):
 
 
 DAMAGES = {
-    "a bit": lambda path, whole: write(path, whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]),
+    "a bit": lambda path, whole: write(
+        path, whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
+    ),
     "half": lambda path, whole: write(path, whole[: len(whole) // 2]),
     "empty": lambda path, whole: write(path, b""),
     "gone": lambda path, whole: path.unlink(),
@@ -242,7 +277,10 @@ def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     path = run_dir / "checkpoints" / "last.ckpt"
-    assert line == f"error: {path} cannot be written (File too large); the previous checkpoint is intact"
+    assert (
+        line
+        == f"error: {path} cannot be written (File too large); the previous checkpoint is intact"
+    )
     assert {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == before
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
@@ -265,15 +303,34 @@ def said(run_dir, caplog, *overrides):
         (["trainer.precision=bf16-mixed"], ["trainer.precision was '32-true', is 'bf16-mixed'"]),
         (
             ["trainer.gradient_clip_val=0.5", "seed=3"],
-            ["seed was 0, is 3", "data.seed was 0, is 3", "trainer.gradient_clip_val was None, is 0.5"],
+            [
+                "seed was 0, is 3",
+                "data.seed was 0, is 3",
+                "trainer.gradient_clip_val was None, is 0.5",
+            ],
         ),
         (["trainer.max_epochs=4"], ["trainer.max_epochs was 3, is 4" + IN_STEPS]),
-        (["trainer.limit_train_batches=3"], ["trainer.limit_train_batches was 1.0, is 3" + IN_STEPS]),
+        (
+            ["trainer.limit_train_batches=3"],
+            ["trainer.limit_train_batches was 1.0, is 3" + IN_STEPS],
+        ),
         (["teacher.ckpt=other.ckpt"], ["teacher.ckpt was None, is 'other.ckpt'"]),
         (["callbacks.ema.decay=0.9"], ["callbacks.ema.decay was 0.8, is 0.9"]),
         (["+callbacks.stop={patience:3}"], ["callbacks.stop.patience was 'not set', is 3"]),
-        (["compile=true", "memory=recompute"], ["compile was 'auto', is True", "memory was 'save', is 'recompute'"]),
-        (["data.num_workers=2", "data.memory_mb=0", "report=false", "checkpoint.every_n_steps=1", "logger=[]"], []),
+        (
+            ["compile=true", "memory=recompute"],
+            ["compile was 'auto', is True", "memory was 'save', is 'recompute'"],
+        ),
+        (
+            [
+                "data.num_workers=2",
+                "data.memory_mb=0",
+                "report=false",
+                "checkpoint.every_n_steps=1",
+                "logger=[]",
+            ],
+            [],
+        ),
         (["callbacks.progress=null", "data.root=/elsewhere", "trainer.log_every_n_steps=1"], []),
     ],
     ids=lambda value: value[0].partition("=")[0] if value else "none",
@@ -293,7 +350,9 @@ def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
     net = qat.load(own)
     torch.nn.init.zeros_(net.head.weight)
     qat.save(net, own)
-    with pytest.raises(qat.UsageError, match=r"^resume: .*last\.ckpt was trained with other weights of the teacher"):
+    with pytest.raises(
+        qat.UsageError, match=r"^resume: .*last\.ckpt was trained with other weights of the teacher"
+    ):
         train(*first, f"{setting}={own}", "resume=true")
     train(*first, f"{setting}={other}", "resume=true")
 
@@ -322,8 +381,25 @@ def photo_run(run_dir, folder, *overrides):
         "data.image_size=8",
         "data.patch_size=4",
     )
-    small += ("data.mean=[0.5]", "data.std=[0.5]", "data.crop_pct=null", "data.batch_size=4", "data.num_workers=0", "report=false")
-    train(compose("train", "data=imagefolder", *small, f"data.root={folder}", f"run_dir={run_dir}", "trainer.max_epochs=1", *overrides))
+    small += (
+        "data.mean=[0.5]",
+        "data.std=[0.5]",
+        "data.crop_pct=null",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "report=false",
+    )
+    train(
+        compose(
+            "train",
+            "data=imagefolder",
+            *small,
+            f"data.root={folder}",
+            f"run_dir={run_dir}",
+            "trainer.max_epochs=1",
+            *overrides,
+        )
+    )
     return run_dir
 
 
@@ -339,18 +415,26 @@ def rename_a_class(folder):
             rename_a_class,
             r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; use ckpt=PATH in another run_dir to start a new run$",
         ),
-        (lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"), r"^data: the images of train are not those"),
+        (
+            lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"),
+            r"^data: the images of train are not those",
+        ),
         (
             lambda folder: (folder / "val/dog/3.png").unlink(),
             r"^data: the images of val are not those .*; set allow_changed_data=true to resume",
         ),
-        (lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"), r"^data: the images of val are not those"),
+        (
+            lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"),
+            r"^data: the images of val are not those",
+        ),
     ],
     ids=["renamed class", "added", "removed", "another"],
 )
 def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
     run_dir, folder = (shutil.copytree(path, tmp_path / path.name) for path in photos)
-    photo_run(run_dir, folder, "resume=true", "data.memory_mb=0")  # elsewhere, and read in another way: the same images
+    photo_run(
+        run_dir, folder, "resume=true", "data.memory_mb=0"
+    )  # elsewhere, and read in another way: the same images
     change(folder)
     with pytest.raises(qat.UsageError, match=line):
         photo_run(run_dir, folder, "resume=true")
@@ -368,7 +452,10 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
             ["optimizer.lr=0.1"],
             r"^optimizer\.lr=0\.1 \(it had 0\.001\): a resumed run keeps its optimizer and schedule; ",
         ),
-        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 epochs; must be an integer of at least 3$"),
+        (
+            ["trainer.max_epochs=2"],
+            r"^trainer\.max_epochs=2: .*last\.ckpt has 3 epochs; must be an integer of at least 3$",
+        ),
     ],
     ids=["rate", "epochs"],
 )
@@ -382,7 +469,13 @@ def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
 def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     short = ("trainer.max_epochs=1", "trainer.limit_train_batches=4")
     run_dir = killed_at(3, tmp_path / "run", monkeypatch, *short)
-    run(run_dir, *short, "resume=true", "~loss.terms.ce", "+loss.terms.again={_target_:qat.losses.CrossEntropy}")
+    run(
+        run_dir,
+        *short,
+        "resume=true",
+        "~loss.terms.ce",
+        "+loss.terms.again={_target_:qat.losses.CrossEntropy}",
+    )
     assert last(run_dir)["global_step"] == 4
 
 
@@ -392,7 +485,10 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
     for path in folder.glob("last*"):
         path.unlink()
     shutil.copy(full / "checkpoints" / "best.ckpt", folder / "best.ckpt")
-    with pytest.raises(qat.UsageError, match=r"holds best.ckpt already; choose another run_dir or set overwrite=true"):
+    with pytest.raises(
+        qat.UsageError,
+        match=r"holds best.ckpt already; choose another run_dir or set overwrite=true",
+    ):
         run(run_dir, "resume=false")
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
@@ -400,6 +496,8 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
 
 def test_a_dry_run_leaves_a_run_alone(full):
     before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
-    with pytest.raises(qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "):
+    with pytest.raises(
+        qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "
+    ):
         run(full, "resume=auto", "overwrite=true", "trainer.fast_dev_run=true")
     assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before

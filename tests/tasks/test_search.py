@@ -36,7 +36,10 @@ def test_a_row_is_what_its_name_says(name):
     [
         ("+search.cycle=3", "search.cycle: must be one of passes, cycles"),
         ("search.reference_selection=no", "search.reference_selection='no': must be true or false"),
-        ("search.targets=[head]", "search.targets=['head']: must match a scale of a block; stored scales are those of "),
+        (
+            "search.targets=[head]",
+            "search.targets=['head']: must match a scale of a block; stored scales are those of ",
+        ),
     ],
 )
 def test_mistakes(override, line, refused, tmp_path):

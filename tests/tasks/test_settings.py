@@ -33,7 +33,11 @@ def test_the_configs_are_valid_and_typed(command):
         if setting in {"command", "run_dir"}:
             continue
         with pytest.raises(ConfigCompositionException) as caught:
-            compose(command, "run_dir=a", f"++{setting}={'x' if setting in {'model.imports', 'labels'} else '[[1]]'}")
+            compose(
+                command,
+                "run_dir=a",
+                f"++{setting}={'x' if setting in {'model.imports', 'labels'} else '[[1]]'}",
+            )
         assert re.search(rf"\b{re.escape(setting)}\b", line_of(caught.value)), setting
 
 
@@ -52,7 +56,12 @@ def test_lightnings_arguments_go_by_their_names():
     names = inspect.signature(Trainer).parameters
     cfg = compose("train", *(f"trainer.{name}=null" for name in names), "run_dir=a")
     assert set(names) <= set(cfg.trainer)
-    assert compose("eval", "trainer=gpu", "trainer.profiler._target_=a.B", "run_dir=a").trainer.profiler._target_ == "a.B"
+    assert (
+        compose(
+            "eval", "trainer=gpu", "trainer.profiler._target_=a.B", "run_dir=a"
+        ).trainer.profiler._target_
+        == "a.B"
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,9 +71,15 @@ def test_lightnings_arguments_go_by_their_names():
         ("+model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
         ("ckpt=''", "ckpt='': must be a path; null = none"),
         ("teacher.ckpt=''", "teacher.ckpt='': must be a path; null = none"),
-        *((f"{name}=1.10", f"{name}=1.1: must be a path") for name in ("ckpt", "model.weights", "teacher.ckpt", "data.root")),
+        *(
+            (f"{name}=1.10", f"{name}=1.1: must be a path")
+            for name in ("ckpt", "model.weights", "teacher.ckpt", "data.root")
+        ),
         ("ckpt_format=zip", "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
-        ("ckpt_bits=4", "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
+        (
+            "ckpt_bits=4",
+            "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE",
+        ),
         ("resume=yes", "resume='yes': must be one of false, true, auto"),
     ],
 )

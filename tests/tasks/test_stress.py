@@ -14,8 +14,22 @@ KINDS = ("annealed", "evolq")
 
 @pytest.mark.long
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    command = [sys.executable, str(ROOT / "evidence/stress.py"), "--kills=2", "--seed=1", "--kinds", *KINDS]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(ROOT / "evidence/stress.py"),
+        "--kills=2",
+        "--seed=1",
+        "--kinds",
+        *KINDS,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     _, *lines, total = done.stdout.splitlines()
     assert re.fullmatch(r"\d+ kills: 0 differences", total)

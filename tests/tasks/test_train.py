@@ -23,7 +23,20 @@ from qat.tasks.teacher import build_teacher
 from tests.conftest import evaluate, results, tiny, train, write_cifar
 
 KEYS = [
-    *("command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "val_top1", "top1_fp"),
+    *(
+        "command",
+        "model",
+        "quant",
+        "data",
+        "seed",
+        "split",
+        "weights",
+        "top1",
+        "top5",
+        "loss",
+        "val_top1",
+        "top1_fp",
+    ),
     *("n_params", "size_bytes", "bitops", "wall_seconds", "git_commit", "versions"),
 ]  # what scripts outside this repository rely on
 
@@ -37,7 +50,11 @@ def state(run_dir, name="last.ckpt"):
 
 
 def column(run_dir, name):
-    return [float(row[name]) for row in csv.DictReader((run_dir / "metrics.csv").open()) if row.get(name)]
+    return [
+        float(row[name])
+        for row in csv.DictReader((run_dir / "metrics.csv").open())
+        if row.get(name)
+    ]
 
 
 def plain_weights(path, classes=10):
@@ -56,25 +73,57 @@ def run_2bit(tmp_path_factory):
 
 def test_outputs(run_2bit):
     names = {str(p.relative_to(run_2bit)) for p in run_2bit.rglob("*") if p.is_file()}
-    assert names >= {"config.yaml", "conversion.txt", "metrics.csv", "results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
-    assert {n for n in names if n.endswith(".ckpt")} == {f"checkpoints/{name}.ckpt" for name in ("best", "last", "last.prev")}
+    assert names >= {
+        "config.yaml",
+        "conversion.txt",
+        "metrics.csv",
+        "results.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    }
+    assert {n for n in names if n.endswith(".ckpt")} == {
+        f"checkpoints/{name}.ckpt" for name in ("best", "last", "last.prev")
+    }
 
 
 def test_results(run_2bit):
     found = results(run_2bit)
     assert set(KEYS) <= set(found)
-    assert (found["command"], found["model"], found["quant"], found["data"]) == ("train", "vit_tiny_patch16_224", "ofq_2bit", "digits")
-    assert (found["seed"], found["split"], found["weights"], found["top1_fp"]) == (3, "test", "best.ckpt", None)
+    assert (found["command"], found["model"], found["quant"], found["data"]) == (
+        "train",
+        "vit_tiny_patch16_224",
+        "ofq_2bit",
+        "digits",
+    )
+    assert (found["seed"], found["split"], found["weights"], found["top1_fp"]) == (
+        3,
+        "test",
+        "best.ckpt",
+        None,
+    )
     assert found["val_top1"] == pytest.approx(max(column(run_2bit, "val/top1")))
     assert 0 <= found["top1"] <= found["top5"] <= 100
-    assert found["n_params"] == sum(p.numel() for p in qat.load(run_2bit / "checkpoints" / "last.ckpt").parameters())
+    assert found["n_params"] == sum(
+        p.numel() for p in qat.load(run_2bit / "checkpoints" / "last.ckpt").parameters()
+    )
     assert set(found["versions"]) >= {"python", "torch", "timm", "lightning"}
 
 
 def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
     trained = results(run_2bit)
     found = evaluate(tmp_path / "eval", f"ckpt={run_2bit}/checkpoints/best.ckpt")
-    for key in ("model", "quant", "data", "split", "top1", "top5", "loss", "n_params", "size_bytes", "bitops"):
+    for key in (
+        "model",
+        "quant",
+        "data",
+        "split",
+        "top1",
+        "top5",
+        "loss",
+        "n_params",
+        "size_bytes",
+        "bitops",
+    ):
         assert found[key] == trained[key], key
     assert found["command"] == "eval"
 
@@ -88,7 +137,12 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
 
 
 def test_fast_dev_run_writes_results_and_no_checkpoint(tmp_path):
-    run = train(tmp_path / "run", "trainer.fast_dev_run=true", "trainer.max_epochs=30", "scheduler.warmup_epochs=5")
+    run = train(
+        tmp_path / "run",
+        "trainer.fast_dev_run=true",
+        "trainer.max_epochs=30",
+        "scheduler.warmup_epochs=5",
+    )
     assert not list(run.rglob("*.ckpt"))
     assert set(KEYS) <= set(results(run))
     assert results(run)["weights"] == "final"
@@ -107,11 +161,22 @@ def test_a_used_run_dir_is_refused_and_stays_as_it_is(tmp_path, refused):
     run = train(tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     message = refused("train", tiny(run))
-    assert f"run_dir='{run}' holds best.ckpt already; choose another run_dir or set overwrite=true" in message
+    assert (
+        f"run_dir='{run}' holds best.ckpt already; choose another run_dir or set overwrite=true"
+        in message
+    )
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-SOMEBODYS = ("results.json", "metrics.csv", "config.yaml", "conversion.txt", "report.html", "checkpoints/mine.ckpt", "quantized.ckpt")
+SOMEBODYS = (
+    "results.json",
+    "metrics.csv",
+    "config.yaml",
+    "conversion.txt",
+    "report.html",
+    "checkpoints/mine.ckpt",
+    "quantized.ckpt",
+)
 
 
 @pytest.mark.parametrize("name", SOMEBODYS)
@@ -124,13 +189,19 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         ["seed=-1"],
     ):  # neither by a run nor by the error of one that is refused, which would make it look like a failed run
         message = refused("train", tiny(run, *mistake))
-        assert mistake or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true" in message
+        assert (
+            mistake
+            or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true"
+            in message
+        )
         assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
         assert (run / name).read_text() == '{"top1": 77}'
 
 
 @pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
-def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, refused, monkeypatch, again):
+def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(
+    tmp_path, refused, monkeypatch, again
+):
     def fails(*_, **__):
         raise qat.UsageError("the first step fails")
 
@@ -148,7 +219,9 @@ def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, re
 def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(
+            "lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+        )
         with pytest.raises(SystemExit) as stop:
             commands.run_task(tiny(run))
     assert stop.value.code == 130
@@ -175,24 +248,43 @@ def test_overwrite_removes_what_a_run_makes_and_follows_no_link(tmp_path):
 
 
 def epochs_and_scores(run):
-    return [(row["epoch"], row["step"], row["val/top1"], row["test/top1"]) for row in csv.DictReader((run / "metrics.csv").open())]
+    return [
+        (row["epoch"], row["step"], row["val/top1"], row["test/top1"])
+        for row in csv.DictReader((run / "metrics.csv").open())
+    ]
 
 
 def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
-    chosen = ("callbacks=[default,early_stop,best_k]", "callbacks.early_stop.min_delta=100", "callbacks.early_stop.patience=2")
+    chosen = (
+        "callbacks=[default,early_stop,best_k]",
+        "callbacks.early_stop.min_delta=100",
+        "callbacks.early_stop.patience=2",
+    )
     run = train(tmp_path / "run", "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen)
     kept = sorted(path.name for path in (run / "checkpoints").glob("best-epoch*"))
     assert len(kept) == 2
     assert all(re.fullmatch(r"best-epoch00\d-top1-\d+\.\d\d\.ckpt", name) for name in kept)
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["epoch"] == 2
-    (state,) = (state for state in last["callbacks"].values() if len(state.get("best_k_models", ())) == 2)
+    (state,) = (
+        state for state in last["callbacks"].values() if len(state.get("best_k_models", ())) == 2
+    )
     assert sorted(Path(path).name for path in state["best_k_models"]) == kept
     rows = epochs_and_scores(run)
     train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen, "resume=true")
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == last["global_step"]
+    assert (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        == last["global_step"]
+    )
     assert epochs_and_scores(run) == rows
-    train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen[:2], "callbacks.early_stop.patience=3", "resume=true")
+    train(
+        run,
+        "trainer.max_epochs=9",
+        "callbacks.best_k.save_top_k=2",
+        *chosen[:2],
+        "callbacks.early_stop.patience=3",
+        "resume=true",
+    )
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
     train(run, "overwrite=true")
     assert not list((run / "checkpoints").glob("best-epoch*"))
@@ -221,7 +313,13 @@ def test_between_equal_recipes_all_scales_are_copied(tmp_path, run_4bit, caplog)
 
 def five_classes(tmp_path):
     root = write_cifar(tmp_path / "data", train=80)
-    return ["data=cifar10", f"data.root={root}", "data.batch_size=16", "data.num_workers=0", "data.num_classes=5"]
+    return [
+        "data=cifar10",
+        f"data.root={root}",
+        "data.batch_size=16",
+        "data.num_workers=0",
+        "data.num_classes=5",
+    ]
 
 
 def test_another_class_count_needs_reset_head(tmp_path, refused):
@@ -255,7 +353,10 @@ class Watch(Callback):
 def test_the_teacher_is_the_float_start_and_its_accuracy_is_kept(tmp_path, float_run, caplog):
     caplog.set_level("INFO")
     run = train(
-        tmp_path / "run", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt", "+callbacks.watch._target_=tests.tasks.test_train.Watch"
+        tmp_path / "run",
+        "loss=kd",
+        f"ckpt={float_run}/checkpoints/last.ckpt",
+        "+callbacks.watch._target_=tests.tasks.test_train.Watch",
     )
     teacher = Watch.seen["teacher"].net.state_dict()
     assert all(torch.equal(teacher[name], tensor) for name, tensor in state(float_run).items())
@@ -269,10 +370,16 @@ def test_the_teacher_is_the_float_start_and_its_accuracy_is_kept(tmp_path, float
 @pytest.mark.parametrize("setting", ["ckpt", "teacher.ckpt"])
 def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, float_run, setting):
     file = float_run / "checkpoints" / "best.ckpt"
-    run = train(tmp_path / "run", "loss=kd", f"{setting}={file}", "data.mean=[0.9]", "data.std=[0.02]")
-    assert results(run)["top1_fp"] == pytest.approx(results(float_run)["top1"], abs=0.3)  # an image at a boundary
+    run = train(
+        tmp_path / "run", "loss=kd", f"{setting}={file}", "data.mean=[0.9]", "data.std=[0.02]"
+    )
+    assert results(run)["top1_fp"] == pytest.approx(
+        results(float_run)["top1"], abs=0.3
+    )  # an image at a boundary
     line = f"ckpt='{file}': trained on images of mean [0.3051] and std [0.3759]; data.mean and data.std set mean [0.9] and std [0.02]"
-    assert [r.getMessage() for r in caplog.records if "trained on images" in r.getMessage()] == ([line] if setting == "ckpt" else [])
+    assert [r.getMessage() for r in caplog.records if "trained on images" in r.getMessage()] == (
+        [line] if setting == "ckpt" else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,12 +387,17 @@ def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, 
     [
         ("teacher.pretrained=true", 0.5),  # timm's word for its weights, whatever the data have
         ("teacher.ckpt={}", 0.3051),  # weights of unknown images
-        ("teacher.ckpt={} data._target_=tests.tasks.test_train.Photos data.mean=null data.std=null data.model=resnet18", 0.5),
+        (
+            "teacher.ckpt={} data._target_=tests.tasks.test_train.Photos data.mean=null data.std=null data.model=resnet18",
+            0.5,
+        ),
     ],
 )
 def test_what_a_teacher_was_trained_with(tmp_path, monkeypatch, typed, own):
     plain_weights(tmp_path / "w.pt")
-    monkeypatch.setattr("qat.tasks.teacher.from_pretrained", lambda name, args, **_: from_scratch(name, args))
+    monkeypatch.setattr(
+        "qat.tasks.teacher.from_pretrained", lambda name, args, **_: from_scratch(name, args)
+    )
     cfg = tiny(tmp_path / "run", "loss=kd", *typed.format(tmp_path / "w.pt").split())
     data = build.build_data(cfg)
     net = build_teacher(cfg, build.build_loss(cfg), data).net
@@ -307,11 +419,19 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     caplog.set_level("INFO")
     run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
     net = qat.load(run / "checkpoints" / "last.ckpt")
-    with torch.no_grad():  # the class head always says 8, the rarest digit; the mean of both 3, the most frequent one
+    with (
+        torch.no_grad()
+    ):  # the class head always says 8, the rarest digit; the mean of both 3, the most frequent one
         for linear, digit, sure in ((net.head, 8, 50.0), (net.head_dist, 3, 100.0)):
             linear.bias[digit] = sure
     qat.save(net, tmp_path / "net.ckpt")
-    distilled = train(tmp_path / "run", "model=deit_t_distilled", "loss=kd", f"ckpt={tmp_path}/net.ckpt", f"loss.teacher_head={head}")
+    distilled = train(
+        tmp_path / "run",
+        "model=deit_t_distilled",
+        "loss=kd",
+        f"ckpt={tmp_path}/net.ckpt",
+        f"loss.teacher_head={head}",
+    )
     own = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/net.ckpt")["top1"]
     assert results(distilled)["top1_fp"] == pytest.approx(own)
     assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")

@@ -13,7 +13,15 @@ import zipfile
 import pytest
 import torch
 
-from qat.utils.files import damage_of, json_text, read_torch, remove_unfinished, replacing, write_text, write_torch
+from qat.utils.files import (
+    damage_of,
+    json_text,
+    read_torch,
+    remove_unfinished,
+    replacing,
+    write_text,
+    write_torch,
+)
 
 
 def test_a_new_file_appears_whole(tmp_path):
@@ -123,7 +131,9 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     write_torch(path, content)
     whole = path.read_bytes()
     assert damage_of(path) is None
-    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    flipped = [
+        whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)
+    ]
     cut = [whole[:length] for length in range(0, len(whole), 41)]
     found = []
     for damaged in [*flipped, *cut]:
@@ -133,7 +143,10 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     # Nothing depends on some of the bits, as those of the time of day.
     as_it_was = [one for one in found if one is not None]
     assert len(as_it_was) < len(flipped) / 2
-    assert all(one.keys() == content.keys() and torch.equal(one["a"], content["a"]) and one["b"] == "text" for one in as_it_was)
+    assert all(
+        one.keys() == content.keys() and torch.equal(one["a"], content["a"]) and one["b"] == "text"
+        for one in as_it_was
+    )
 
 
 def pickled(name, *arguments):
@@ -168,7 +181,9 @@ def test_a_pickle_that_asks_for_much_is_refused_before_it_is_read(tmp_path, valu
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", b"\x80\x02" + value + b".")
-    with pytest.raises((pickle.UnpicklingError, OverflowError), match="no checkpoint needs|more than"):
+    with pytest.raises(
+        (pickle.UnpicklingError, OverflowError), match="no checkpoint needs|more than"
+    ):
         read_torch(path)
 
 
@@ -179,8 +194,18 @@ def test_what_checkpoints_hold_is_read(tmp_path, legacy):
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    content = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "weight": net.weight, "lists": [shared, shared]}
-    content |= {"args": argparse.Namespace(lr=0.1), "size": net.weight.size(), "device": net.weight.device, "set": {1, 2}}
+    content = {
+        "net": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "weight": net.weight,
+        "lists": [shared, shared],
+    }
+    content |= {
+        "args": argparse.Namespace(lr=0.1),
+        "size": net.weight.size(),
+        "device": net.weight.device,
+        "set": {1, 2},
+    }
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
     with torch.serialization.safe_globals([argparse.Namespace]):
         found = read_torch(tmp_path / "x.ckpt")

@@ -31,7 +31,17 @@ def test_nothing_that_a_terminal_acts_upon_is_left():
 
 def test_three_digits_and_a_prefix():
     values = (0.25, 999, 999.6, 1000, 190236, 999_499, 999_500, 8.22e6, 2e20)
-    assert [scaled(value) for value in values] == ["0.25", "999", "1 k", "1 k", "190 k", "999 k", "1 M", "8.22 M", "2e+05 P"]
+    assert [scaled(value) for value in values] == [
+        "0.25",
+        "999",
+        "1 k",
+        "1 k",
+        "190 k",
+        "999 k",
+        "1 M",
+        "8.22 M",
+        "2e+05 P",
+    ]
     assert scaled(999_950, "B") == "1 MB"
 
 
@@ -47,6 +57,8 @@ def test_only_files_that_end_are_read(tmp_path, kind):
     }
     make[kind]()
     for read in (read_file, csv_rows):
-        with pytest.raises(OSError, match="No such file, or none that ends within 1073741824 bytes"):
+        with pytest.raises(
+            OSError, match="No such file, or none that ends within 1073741824 bytes"
+        ):
             read(path)
     assert json_object(path) == {}

@@ -17,7 +17,11 @@ from qat.kernels.library import differentiated_once
 class _LsqLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        (made_x, x, *norm, made), q, (weight, *settings, bias) = args[:5], LSQParams(*args[5:11]), args[11:]
+        (made_x, x, *norm, made), q, (weight, *settings, bias) = (
+            args[:5],
+            LSQParams(*args[5:11]),
+            args[11:],
+        )
         dtype = product_dtype(x)
         wq, params = WeightParams(*settings).begin(weight, dtype)
         keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
@@ -36,17 +40,45 @@ class _LsqLinear(torch.autograd.Function):
         wq = params.forward(weight, dtype)
         of_xq = (grad @ wq).view(x.shape)
         # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
-        of_after = None if q.after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0)
+        of_after = (
+            None if q.after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0)
+        )
         wanted = dtype if ctx.needs_input_grad[11] or ctx.needs_input_grad[13] else None
-        found = operators.gradients(q, of_xq, x, with_after=False, in_place=True, dequantized=wanted, norm=(weight_, bias_), made=made)
+        found = operators.gradients(
+            q,
+            of_xq,
+            x,
+            with_after=False,
+            in_place=True,
+            dequantized=wanted,
+            norm=(weight_, bias_),
+            made=made,
+        )
         xq = found.dequantized
-        of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
+        of_weight, of_step = (
+            (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
+        )
         of_x = None, found.x, found.norm_weight, found.norm_bias, None
         of_bias = None if bias is None else of_bias
-        return *of_x, found.scale, found.before, of_after, None, None, None, of_weight, None, of_step, None, of_bias
+        return (
+            *of_x,
+            found.scale,
+            found.before,
+            of_after,
+            None,
+            None,
+            None,
+            of_weight,
+            None,
+            of_step,
+            None,
+            of_bias,
+        )
 
 
-def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:
+def lsq_linear(
+    x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None
+) -> Tensor:
     """q(x) @ q(W)^T + b.
 
     Args:

@@ -57,7 +57,9 @@ def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
 
     On CUDA backward is given scores: half the memory of probabilities, which cost less to make than to read.
     """
-    return ScoreShape(num_heads, factor, product_dtype(x), None if x.device.type in ROWS else probs_dtype(x))
+    return ScoreShape(
+        num_heads, factor, product_dtype(x), None if x.device.type in ROWS else probs_dtype(x)
+    )
 
 
 def to_keep(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape) -> Tensor:
@@ -90,7 +92,13 @@ def gather(found: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape)
 
 
 def gather_backward(
-    grad: Tensor, found: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape, *, with_bias: bool
+    grad: Tensor,
+    found: Tensor,
+    values: Tensor,
+    operand: LSQParams,
+    shape: ScoreShape,
+    *,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `gather(softmax(factor * scores + bias))`.
 
@@ -111,9 +119,21 @@ def gather_backward(
     of_scores = grad.new_empty(found.shape)
     heads_product(grads, heads_of(values, h).transpose(-2, -1), of_scores, 1.0)
     # What is summed up for a bias is not rounded before.
-    out = torch.empty_like(found, dtype=torch.float32) if with_bias and of_scores.dtype != torch.float32 else of_scores
+    out = (
+        torch.empty_like(found, dtype=torch.float32)
+        if with_bias and of_scores.dtype != torch.float32
+        else of_scores
+    )
     made = Made(shape.kind, 1.0 if with_bias else shape.factor)
-    grads_of = operators.gradients(operand, of_scores, found, out=out, dequantized=shape.dtype, made=made, counted=found[..., :n])
+    grads_of = operators.gradients(
+        operand,
+        of_scores,
+        found,
+        out=out,
+        dequantized=shape.dtype,
+        made=made,
+        counted=found[..., :n],
+    )
     heads_product(grads_of.dequantized.transpose(-2, -1), grads, heads_of(of_values, h), 1.0)  # type: ignore[union-attr]  # it is asked for
     of_bias = out[..., :n].sum(1) if with_bias else None
     if with_bias and shape.factor != 1:

@@ -33,13 +33,17 @@ class Source(NamedTuple):
         return torch.Size, ()
 
 
-def remember(made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def remember(
+    made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Note on `made` what it is made of, all of which somebody keeps for backward already.
 
     Returns:
         `made`.
     """
-    version = 0 if torch.compiler.is_compiling() else made._version + x._version  # which a graph cannot ask for
+    version = (
+        0 if torch.compiler.is_compiling() else made._version + x._version
+    )  # which a graph cannot ask for
     setattr(made, _NOTE, Source((x, weight, bias), how, version))
     return made
 
@@ -61,13 +65,23 @@ def _source(x: Tensor) -> Source | None:
     if torch.compiler.is_compiling():
         check_unwritten(x)
         return note
-    return None if note.version != x._version + note.tensors[0]._version or x.retains_grad or x._backward_hooks else note
+    return (
+        None
+        if note.version != x._version + note.tensors[0]._version
+        or x.retains_grad
+        or x._backward_hooks
+        else note
+    )
 
 
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """`x.unflatten(dim, sizes)`, a dimension before the last, which keeps the note of `x`."""
     made, note = x.unflatten(dim, sizes), _source(x)
-    return made if note is None else remember(made, note.made, note.tensors[0].unflatten(dim, sizes), *note.tensors[1:])
+    return (
+        made
+        if note is None
+        else remember(made, note.made, note.tensors[0].unflatten(dim, sizes), *note.tensors[1:])
+    )
 
 
 def given(x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Made]:

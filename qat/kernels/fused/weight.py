@@ -40,7 +40,9 @@ class WeightParams(NamedTuple):
             made, scale = operators.statsq(weight, self.settings, dtype)
         else:
             made, scale = self.forward(weight, dtype), self.scale
-        return made, self._replace(scale=scale, ready=made if made.device.type in KEPT else self.ready)
+        return made, self._replace(
+            scale=scale, ready=made if made.device.type in KEPT else self.ready
+        )
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of a product in `dtype`."""

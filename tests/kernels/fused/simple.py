@@ -19,7 +19,17 @@ from qat.kernels.fused.weight import WeightParams
 def quantize(o: LSQParams, x: Tensor) -> Tensor:
     """Fake-quantize `x`."""
     qmin, qmax, axis, half = o.codes
-    return lsq(x, o.scale, qmin, qmax, axis, half=half, grad_factor=o.grad_factor, before=o.before, after=o.after)
+    return lsq(
+        x,
+        o.scale,
+        qmin,
+        qmax,
+        axis,
+        half=half,
+        grad_factor=o.grad_factor,
+        before=o.before,
+        after=o.after,
+    )
 
 
 def quantize_weight(params: WeightParams, weight: Tensor) -> Tensor:
@@ -29,7 +39,9 @@ def quantize_weight(params: WeightParams, weight: Tensor) -> Tensor:
     return weight if params.lsq is None else quantize(params.lsq, weight)
 
 
-def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:
+def lsq_linear(
+    x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None
+) -> Tensor:
     """See `qat.kernels.fused.lsq_linear`."""
     return F.linear(quantize(operand, x), quantize_weight(params, weight), bias)
 
@@ -42,11 +54,20 @@ def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) 
 
 def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
     """See `qat.kernels.fused.attention`."""
-    q, k, v = (heads_of(quantize(o, x), scoring.num_heads) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True))
+    q, k, v = (
+        heads_of(quantize(o, x), scoring.num_heads)
+        for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)
+    )
     return _gather(q @ k.transpose(-2, -1) * scoring.factor, v, operands[3], scoring)
 
 
-def qkr_attention(x: Tensor, weights: Any, params: tuple[WeightParams, WeightParams], operands: Any, scoring: Scoring) -> Tensor:
+def qkr_attention(
+    x: Tensor,
+    weights: Any,
+    params: tuple[WeightParams, WeightParams],
+    operands: Any,
+    scoring: Scoring,
+) -> Tensor:
     """See `qat.kernels.fused.qkr_attention`."""
     xq, num_heads = quantize(operands.input, x), scoring.num_heads
     mapped = F.linear(xq, quantize_weight(params[0], weights.matrix).to(xq.dtype), weights.offset)
@@ -54,5 +75,7 @@ def qkr_attention(x: Tensor, weights: Any, params: tuple[WeightParams, WeightPar
     scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
     if weights.per_key is not None:
         scores = scores + F.linear(xq, weights.per_key.to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
-    v = quantize(operands.values, F.linear(xq, quantize_weight(params[1], weights.v), weights.v_bias))
+    v = quantize(
+        operands.values, F.linear(xq, quantize_weight(params[1], weights.v), weights.v_bias)
+    )
     return _gather(scores * scoring.factor, heads_of(v, num_heads), operands.probs, scoring)

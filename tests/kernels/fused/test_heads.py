@@ -19,7 +19,10 @@ def test_products_written_between_those_of_other_heads(tokens, factor, shared):
 
 def test_small_and_large_products_are_the_same_bits(monkeypatch):
     torch.manual_seed(0)
-    a, b = torch.randn(3, 4, 16, 16).transpose(-2, -1), heads.heads_of(torch.randn(4, 16, 3 * 32), 3)
+    a, b = (
+        torch.randn(3, 4, 16, 16).transpose(-2, -1),
+        heads.heads_of(torch.randn(4, 16, 3 * 32), 3),
+    )
     found = []
     for large in (0, 2048):
         monkeypatch.setattr(heads, "LARGE", large)

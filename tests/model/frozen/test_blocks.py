@@ -14,7 +14,11 @@ from tests.model.frozen.test_packed import written
 from tests.nets import FAMILIES
 from tests.quantizers.test_block_floats import RECIPES
 
-MADE = {**RECIPES, "mxfp8": ("mxfp4", {"bits": 8}), "fold": ("mxfp4", {"attention": "qkr", "qk_bias": "fold"})}
+MADE = {
+    **RECIPES,
+    "mxfp8": ("mxfp4", {"bits": 8}),
+    "fold": ("mxfp4", {"attention": "qkr", "qk_bias": "fold"}),
+}
 WEIGHT = "blocks.0.mlp.fc2.weight_quantizer"
 
 
@@ -50,19 +54,27 @@ def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family, tmp_path):
     assert torch.equal(tiny.logits(frozen, x), expected)
     sizes = written(frozen, tmp_path / "net.safetensors")
     assert torch.equal(tiny.logits(qat.load(tmp_path / "net.safetensors"), x), expected)
-    assert sum(sizes.values()) - sizes["header"] == pytest.approx(size_bytes(net), abs=16)  # bounds of codes
+    assert sum(sizes.values()) - sizes["header"] == pytest.approx(
+        size_bytes(net), abs=16
+    )  # bounds of codes
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "qkr"])
 def test_a_frozen_net_of_another_dtype(name):
     frozen = qat.freeze(made(name))
     expected = tiny.logits(frozen)
-    torch.testing.assert_close(tiny.logits(frozen.double(), tiny.images().double()).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        tiny.logits(frozen.double(), tiny.images().double()).float(), expected, rtol=1e-5, atol=1e-5
+    )
     assert tiny.logits(frozen.bfloat16(), tiny.images().bfloat16()).dtype == torch.bfloat16
 
 
 def test_rows_of_an_odd_length(tmp_path):
-    net = qat.convert(torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19)), qat.recipe("nvfp4"), input_size=(3, 8, 8))
+    net = qat.convert(
+        torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19)),
+        qat.recipe("nvfp4"),
+        input_size=(3, 8, 8),
+    )
     qat.initialize_scales(net.eval(), [tiny.randn(2, 3, 8, 8)])
     frozen = qat.freeze(net)
     assert torch.equal(frozen(tiny.randn(2, 3, 8, 8)), net(tiny.randn(2, 3, 8, 8)))
@@ -92,11 +104,15 @@ def test_torchao_opens_a_weight(name, tmp_path):
     file = safetensors.torch.load_file(tmp_path / "net.safetensors")
     parts = {key: file.get(f"{WEIGHT}.{key}") for key in ("qdata", "scale", "per_tensor_scale")}
     if name == "nvfp4":
-        theirs = nvfp4.NVFP4Tensor(parts["qdata"], parts["scale"], 16, torch.float32, parts["per_tensor_scale"])
+        theirs = nvfp4.NVFP4Tensor(
+            parts["qdata"], parts["scale"], 16, torch.float32, parts["per_tensor_scale"]
+        )
     else:
         kind = torch.float8_e4m3fn if name == "mxfp8" else torch.float4_e2m1fn_x2
         preference = mx.KernelPreference.EMULATED
-        theirs = mx.MXTensor(parts["qdata"], parts["scale"], kind, 32, torch.float32, preference, None, False)
+        theirs = mx.MXTensor(
+            parts["qdata"], parts["scale"], kind, 32, torch.float32, preference, None, False
+        )
     ours = net.blocks[0].mlp.fc2.quantized("weight")
     assert theirs.shape == ours.shape
     assert torch.equal(theirs.dequantize(torch.float32), ours)

@@ -20,11 +20,17 @@ RECIPES = {
     "ofq_noqkr_4bit": qat.recipe("ofq_noqkr", bits=4),
     "float_attention": qat.recipe("ofq", bits=2, attention="float"),
     "seq_2bit": qat.recipe("seq", bits=2),
-    "statsq_rms_3bit": qat.recipe("seq", bits=3, weight_quantizer="statsq_rms", act_scales="tensor"),
+    "statsq_rms_3bit": qat.recipe(
+        "seq", bits=3, weight_quantizer="statsq_rms", act_scales="tensor"
+    ),
     "lsq_4bit": qat.recipe("lsq", bits=4),
     "minmax_8bit": qat.recipe("minmax", bits=8),
     "weights_alone": qat.recipe("statsq", bits=2),
-    "mixed": qat.recipe("ofq", bits=2, overrides={"blocks.0.mlp.*": {"bits": 4}, "blocks.1.attn": {"weight_quantizer": "float"}}),
+    "mixed": qat.recipe(
+        "ofq",
+        bits=2,
+        overrides={"blocks.0.mlp.*": {"bits": 4}, "blocks.1.attn": {"weight_quantizer": "float"}},
+    ),
 }
 
 
@@ -65,10 +71,16 @@ def test_logits_are_those_of_the_net(name):
 def test_every_family_is_frozen(name, method):
     family = FAMILIES[name]
     if method == "train":
-        net = qat.convert(family.build(), qat.recipe("ofq", bits=2, attention=family.attention), input_size=family.input_size)
+        net = qat.convert(
+            family.build(),
+            qat.recipe("ofq", bits=2, attention=family.attention),
+            input_size=family.input_size,
+        )
         trained(qat.initialize_scales(net, [family.images(8, 1)]))
     else:
-        recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
+        recipe = qat.PtqRecipe(
+            bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True
+        )
         net = qat.convert(family.build(), recipe, input_size=family.input_size)
         qat.ptq.calibrate(net, [family.images(8, 1)])
     # One by one: a convolution of several images may sum in another order, and a value on a threshold takes another code.
@@ -77,7 +89,9 @@ def test_every_family_is_frozen(name, method):
 
 def test_weights_are_codes():
     net = made(RECIPES["ofq_2bit"])
-    latents = {site.name: site.latent().detach() for site in qat.iter_quantizers(net) if site.is_weight}
+    latents = {
+        site.name: site.latent().detach() for site in qat.iter_quantizers(net) if site.is_weight
+    }
     frozen = qat.freeze(net)
     held = tiny.sites(frozen)
     assert all(isinstance(held[name].quantizer, FrozenWeight) for name in latents)
@@ -85,7 +99,12 @@ def test_weights_are_codes():
     quantizer = held["blocks.0.mlp.fc1.weight_quantizer"].quantizer
     assert torch.equal(quantizer.codes(), statsq_codes(weight, 2))
     assert torch.equal(quantizer.scale, (statsq_scale(weight) / 2).flatten())
-    torch.testing.assert_close(quantizer(), tiny.sites(net)["blocks.0.mlp.fc1.weight_quantizer"].quantizer(weight), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        quantizer(),
+        tiny.sites(net)["blocks.0.mlp.fc1.weight_quantizer"].quantizer(weight),
+        rtol=1e-6,
+        atol=0,
+    )
     assert held["blocks.0.attn.qk_quantizer"].quantizer.codes().shape == (2 * 32, 32)
 
 
@@ -95,38 +114,59 @@ def test_offsets_are_folded_where_that_is_exact():
     held, were = tiny.sites(frozen), tiny.sites(net)
     fc1, its = net.blocks[0].mlp.fc1, were["blocks.0.mlp.fc1.input_quantizer"].quantizer
     assert held["blocks.0.mlp.fc1.input_quantizer"].quantizer.after is None
-    torch.testing.assert_close(frozen.blocks[0].mlp.fc1.bias, fc1.bias + fc1.quantized("weight") @ its.offset_after)
+    torch.testing.assert_close(
+        frozen.blocks[0].mlp.fc1.bias, fc1.bias + fc1.quantized("weight") @ its.offset_after
+    )
     assert torch.equal(held["blocks.0.mlp.fc1.input_quantizer"].quantizer.before, its.offset_before)
     for i, role in enumerate("qkv"):
         assert held[f"blocks.0.attn.{role}_quantizer"].quantizer.before is None
         qkv, its = net.blocks[0].attn.qkv, were[f"blocks.0.attn.{role}_quantizer"].quantizer
-        rows, behind = slice(32 * i, 32 * (i + 1)), were["blocks.0.attn.qkv.input_quantizer"].quantizer.offset_after
+        rows, behind = (
+            slice(32 * i, 32 * (i + 1)),
+            were["blocks.0.attn.qkv.input_quantizer"].quantizer.offset_after,
+        )
         expected = qkv.bias + qkv.quantized("weight") @ behind
-        torch.testing.assert_close(frozen.blocks[0].attn.qkv.bias[rows], expected[rows] + its.offset_before)
+        torch.testing.assert_close(
+            frozen.blocks[0].attn.qkv.bias[rows], expected[rows] + its.offset_before
+        )
 
 
 def test_what_cannot_be_frozen_is_refused():
     with pytest.raises(qat.UsageError, match="freeze: the model is not quantized"):
         qat.freeze(tiny.vit())
-    with pytest.raises(qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"):
+    with pytest.raises(
+        qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"
+    ):
         qat.freeze(tiny.converted())
     net = made(RECIPES["ofq_2bit"])
     with pytest.raises(qat.UsageError, match="freeze: the model is already frozen"):
         qat.freeze(qat.freeze(net))
     present = tiny.quantized("ofq_noqkr", act_quantizer="statsq")
-    with pytest.raises(qat.UsageError, match="patch_embed.proj.input_quantizer is quantized by statsq, whose values have no fixed grid"):
+    with pytest.raises(
+        qat.UsageError,
+        match="patch_embed.proj.input_quantizer is quantized by statsq, whose values have no fixed grid",
+    ):
         qat.freeze(present)
 
 
 @pytest.mark.parametrize("recipe", ["ofq_2bit", "lsq_4bit"])
-@pytest.mark.parametrize("change", [parametrizations.weight_norm, partial(prune.l1_unstructured, amount=0.5)])
+@pytest.mark.parametrize(
+    "change", [parametrizations.weight_norm, partial(prune.l1_unstructured, amount=0.5)]
+)
 def test_weights_that_are_made_from_others_are_refused(recipe, change, tmp_path):
     net = made(RECIPES[recipe])
-    layer, name = ("blocks.0.attn", "q_weight") if recipe == "ofq_2bit" else ("blocks.0.mlp.fc1", "weight")
+    layer, name = (
+        ("blocks.0.attn", "q_weight") if recipe == "ofq_2bit" else ("blocks.0.mlp.fc1", "weight")
+    )
     change(net.get_submodule(layer), name)
-    with pytest.raises(qat.UsageError, match=rf"^freeze: {layer} is pruned or parametrized; must have plain weights"):
+    with pytest.raises(
+        qat.UsageError,
+        match=rf"^freeze: {layer} is pruned or parametrized; must have plain weights",
+    ):
         qat.freeze(net)
-    with pytest.raises(qat.UsageError, match="^save: the net is pruned or parametrized; must have plain weights"):
+    with pytest.raises(
+        qat.UsageError, match="^save: the net is pruned or parametrized; must have plain weights"
+    ):
         qat.save(net, tmp_path / "net.pt")
     assert not (tmp_path / "net.pt").exists()
 

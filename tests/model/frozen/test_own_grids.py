@@ -32,7 +32,14 @@ class Centered(Quantizer):
         if w is None:
             return None
         mean, step = self.parts(w.detach())
-        return UniformGrid(qmin=-self.n, qmax=self.n - 1, step=step.flatten(), axis=0, before=-mean, after=self.behind(mean, w))
+        return UniformGrid(
+            qmin=-self.n,
+            qmax=self.n - 1,
+            step=step.flatten(),
+            axis=0,
+            before=-mean,
+            after=self.behind(mean, w),
+        )
 
     def behind(self, mean, w):
         return mean
@@ -43,7 +50,11 @@ def quantized(cls):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05)
-    qat.convert(net, qat.recipe("ofq_noqkr", bits=4, weight_quantizer=f"{__name__}:{cls.__name__}"), input_size=tiny.SIZE)
+    qat.convert(
+        net,
+        qat.recipe("ofq_noqkr", bits=4, weight_quantizer=f"{__name__}:{cls.__name__}"),
+        input_size=tiny.SIZE,
+    )
     return qat.initialize_scales(net, [tiny.images(8)]).eval()
 
 
@@ -58,4 +69,9 @@ def test_an_offset_behind_each_row(tmp_path):
 
 @pytest.mark.long
 def test_an_offset_behind_each_row_in_onnx(tmp_path):
-    assert qat.export_onnx(quantized(Centered), tmp_path / "net.onnx", images=tiny.images(4, 1)).problem is None
+    assert (
+        qat.export_onnx(
+            quantized(Centered), tmp_path / "net.onnx", images=tiny.images(4, 1)
+        ).problem
+        is None
+    )

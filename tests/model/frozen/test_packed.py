@@ -20,13 +20,18 @@ from tests.model.frozen.test_freeze import RECIPES, made
 
 
 def written(net, path):
-    return write_packed(net, path, describe(net, data={"image_size": 8}, classes=list("abcdefghij")))
+    return write_packed(
+        net, path, describe(net, data={"image_size": 8}, classes=list("abcdefghij"))
+    )
 
 
 BRIEF = ("ofq_2bit", "mixed")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in BRIEF else pytest.mark.long) for name in RECIPES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in BRIEF else pytest.mark.long) for name in RECIPES],
+)
 def test_a_file_gives_the_frozen_net_back(name, tmp_path):
     frozen = qat.freeze(made(RECIPES[name]))
     written(frozen, tmp_path / "net.safetensors")
@@ -40,8 +45,14 @@ def test_a_file_gives_the_frozen_net_back(name, tmp_path):
 
 
 def test_what_was_found_by_calibration_comes_back(tmp_path):
-    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True, layernorm="integer", act_bits=8), input_size=tiny.SIZE)
-    qat.ptq.calibrate(net, [tiny.images().abs()])  # an image without negative values: the range of its codes is not in the recipe
+    net = qat.convert(
+        tiny.vit(),
+        qat.PtqRecipe(bits=4, bias_correction=True, layernorm="integer", act_bits=8),
+        input_size=tiny.SIZE,
+    )
+    qat.ptq.calibrate(
+        net, [tiny.images().abs()]
+    )  # an image without negative values: the range of its codes is not in the recipe
     frozen = qat.freeze(net.eval())
     written(frozen, tmp_path / "net.safetensors")
     assert torch.equal(qat.load(tmp_path / "net.safetensors")(tiny.images()), frozen(tiny.images()))
@@ -51,13 +62,19 @@ def test_a_file_is_as_large_as_its_parts(tmp_path):
     net = made(RECIPES["ofq_2bit"])
     frozen = qat.freeze(net)
     sizes = written(frozen, tmp_path / "net.safetensors")
-    bits = [site.latent().numel() * site.quantizer.spec.bits for site in qat.iter_quantizers(net) if site.is_weight]
+    bits = [
+        site.latent().numel() * site.quantizer.spec.bits
+        for site in qat.iter_quantizers(net)
+        if site.is_weight
+    ]
     assert sum(sizes.values()) == (tmp_path / "net.safetensors").stat().st_size
     assert sizes["codes"] == sum(-(-n // 8) for n in bits)
     floats = sum(
         4 * value.numel()
         for key, value in frozen.state_dict().items()
-        if value.is_floating_point() and not key.endswith("shift") and not (value == value.flatten()[0]).all()
+        if value.is_floating_point()
+        and not key.endswith("shift")
+        and not (value == value.flatten()[0]).all()
     )
     bounds = 8 * sum(key.endswith("bounds") for key in frozen.state_dict())
     assert sizes["scales"] + sizes["offsets"] + sizes["rest"] == floats + bounds
@@ -68,8 +85,12 @@ def test_cost_counts_codes(tmp_path):
     before, after = cost(net, tiny.SIZE), cost(qat.freeze(net), tiny.SIZE)
     assert after.bitops == before.bitops
     assert after.macs == before.macs
-    folded = 2 * (32 + 32 + 128 + 32) + 32  # behind the inputs of proj, fc1, fc2 and head, in front of v
-    assert before.size_bytes - after.size_bytes == 4 * (folded + 1)  # and whether the image has a sign
+    folded = (
+        2 * (32 + 32 + 128 + 32) + 32
+    )  # behind the inputs of proj, fc1, fc2 and head, in front of v
+    assert before.size_bytes - after.size_bytes == 4 * (
+        folded + 1
+    )  # and whether the image has a sign
     written(qat.freeze(net), tmp_path / "net.safetensors")
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
 
@@ -82,7 +103,9 @@ def test_damage_is_one_line(tmp_path):
     with pytest.raises(qat.UsageError, match=r"net.safetensors'.*damaged|not a checkpoint"):
         qat.load(path)
     path.write_bytes(whole.replace(b'"format":"packed-1"', b'"format":"packed-9"'))
-    with pytest.raises(qat.UsageError, match="format 'packed-9'; this version of qat reads packed-1 and packed-2"):
+    with pytest.raises(
+        qat.UsageError, match="format 'packed-9'; this version of qat reads packed-1 and packed-2"
+    ):
         qat.load(path)
     path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     with pytest.raises(qat.UsageError, match="checksum does not fit"):
@@ -109,7 +132,10 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
             qat.load(path)
     path.write_bytes(whole)
     with safetensors.safe_open(path, "pt") as file:
-        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
+        said, tensors = (
+            file.metadata(),
+            {name: file.get_tensor(name) for name in ("codes", "floats")},
+        )
     x, net = tiny.images(4, 1), qat.load(path)
     safetensors.torch.save_file(tensors, path, said | {"crc32": of_tensors(tensors)})
     assert torch.equal(qat.load(path)(x), net(x))
@@ -119,19 +145,35 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
     ("index", "line"),
     [
         ([["head.weight", [2**40], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
-        ([["head.weight", [2**40], "c", 0.0, "float32"], ["head.bias", [-(2**40)], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
+        (
+            [
+                ["head.weight", [2**40], "c", 0.0, "float32"],
+                ["head.bias", [-(2**40)], "c", 0.0, "float32"],
+            ],
+            "lists 1099511627776 numbers",
+        ),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
         ([], "more data than its index lists"),
         ([["n" * 2**24, [1], "c", 0.0, "float32"]], "Unterminated string"),
     ],
-    ids=["a large constant", "a sum that is small", "more floats than there are", "no dtype", "nothing", "a large index"],
+    ids=[
+        "a large constant",
+        "a sum that is small",
+        "more floats than there are",
+        "no dtype",
+        "nothing",
+        "a large index",
+    ],
 )
 def test_a_file_that_lies_is_one_line(index, line, tmp_path):
     path = tmp_path / "net.safetensors"
     written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
     with safetensors.safe_open(path, "pt") as file:
-        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
+        said, tensors = (
+            file.metadata(),
+            {name: file.get_tensor(name) for name in ("codes", "floats")},
+        )
     said["index"] = base64.b64encode(zlib.compress(json.dumps(index).encode())).decode()
     said["crc32"] = of_tensors(tensors)
     safetensors.torch.save_file(tensors, path, said)
@@ -139,13 +181,29 @@ def test_a_file_that_lies_is_one_line(index, line, tmp_path):
         qat.load(path)
 
 
-@pytest.mark.parametrize("recipe", [qat.recipe("deploy_w8a8"), qat.recipe("lsq", bits=4), qat.recipe("statsq", bits=2)])
+@pytest.mark.parametrize(
+    "recipe", [qat.recipe("deploy_w8a8"), qat.recipe("lsq", bits=4), qat.recipe("statsq", bits=2)]
+)
 def test_a_net_starts_from_the_numbers_that_codes_stand_for(recipe, tmp_path):
     net = made(recipe)
     written(qat.freeze(net), tmp_path / "net.safetensors")
-    start = from_net(tiny.VIT, tiny.KWARGS, qat.load(tmp_path / "net.safetensors"), origin="ckpt='net'", reset_head=False).net.state_dict()
-    quantized = {site.name.replace("_quantizer", ""): site.quantizer(site.latent()) for site in qat.iter_quantizers(net) if site.is_weight}
-    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= quantized.keys()
+    start = from_net(
+        tiny.VIT,
+        tiny.KWARGS,
+        qat.load(tmp_path / "net.safetensors"),
+        origin="ckpt='net'",
+        reset_head=False,
+    ).net.state_dict()
+    quantized = {
+        site.name.replace("_quantizer", ""): site.quantizer(site.latent())
+        for site in qat.iter_quantizers(net)
+        if site.is_weight
+    }
+    assert {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "head.weight",
+    } <= quantized.keys()
     for name, weight in timm_state_dict(net).items():
         torch.testing.assert_close(start[name], quantized.get(name, weight), rtol=0, atol=1e-7)
 
@@ -157,5 +215,8 @@ def test_nothing_goes_on_from_folded_weights(name, tmp_path):
     line = "ckpt='net': holds only integer codes, with folded weights or offsets; must be the checkpoint that it was exported from"
     with pytest.raises(qat.UsageError, match=line):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
-    with pytest.raises(qat.UsageError, match="weight_quantizer holds only integer codes; the float weights are in the checkpoint"):
+    with pytest.raises(
+        qat.UsageError,
+        match="weight_quantizer holds only integer codes; the float weights are in the checkpoint",
+    ):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
