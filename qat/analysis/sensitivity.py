@@ -1,4 +1,7 @@
-"""Which layers of a net cost its accuracy, and which bits each should have under a size. Docs: docs/analysis.md."""
+"""Sensitivity of each layer to quantization, and bits for each under a budget of bytes.
+
+Docs: docs/analysis.md.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,27 @@ from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 log = logging.getLogger(__name__)
 MB = 10**6
 
-# Bytes of the weights of layers, by name and bits.
+# Bytes of the weights of a layer, by its name and bits.
 Sizes = Mapping[str, Mapping[int, int]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the weights may take.
+
+    Attributes:
+        fixed_bytes: size of everything else.
+        room: bytes for the weights.
+        sizes: bytes of each weight by its bits.
+    """
+
+    fixed_bytes: int
+    room: int
+    sizes: Sizes
+
+    def size_with(self, bits: Mapping[str, int]) -> int:
+        """Bytes of the model with these bits."""
+        return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,8 @@ class Sensitivity(Analysis):
     """The settings of `analysis/sensitivity.yaml`.
 
     Attributes:
-        bits: widths at which the weights of each layer are tried.
-        budget_mb: size to suggest bits for, 10^6 bytes; None = no suggestion.
+        bits: bit-widths to try for the weights of each layer.
+        budget_mb: size for which to suggest bits, in 10^6 bytes; None = no suggestion.
 
     Raises:
         UsageError: a value that cannot work.
@@ -80,229 +102,278 @@ class Sensitivity(Analysis):
         table: list[Row] = []
         drawings: list[Drawing] = []
         for number, studied in enumerate(nets, start=1):
-            lines, summary[studied.label] = self._measured(studied, images)
-            table += lines
-            drawings.append(
-                _heat_map(
-                    f"sensitivity-{number}" if len(nets) > 1 else "sensitivity",
-                    studied.label,
-                    lines,
-                )
-            )
-        return Outcome(
-            summary,
-            [Table("sensitivity", "Layers and what their quantization costs", table)],
-            drawings,
-        )
+            rows, summary[studied.label] = self._analyze(studied, images)
+            table += rows
+            name = f"sensitivity-{number}" if len(nets) > 1 else "sensitivity"
+            drawings.append(_heat_map(name, studied.label, rows))
+        tables = [Table("sensitivity", "Layers and what their quantization costs", table)]
+        return Outcome(summary, tables, drawings)
 
-    def _measured(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
-        """Lines of the table, and the summary."""
-        label, conversion = studied.label, conversion_of(studied.net)
+    def _analyze(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
+        """Rows of the table, by layer, and the summary of one model."""
         net, sites = weight_sites(studied.net, studied.input_size)
         weights = {site.name: site for site in sites}
-        rounding: dict[
-            str, list[Quantizer]
-        ] = {}  # by layer; what a net quantizes beside its layers is `(net)`
-        for site in iter_quantizers(net):
-            if not site.quantizer.is_float or site.layer in weights:
-                rounding.setdefault(site.layer or "(net)", []).extend(
-                    [] if site.quantizer.is_float else [site.quantizer]
-                )
-        # In training, a rule about the bits of a stem or a head means their input too.
-        rest, sizes = stored_bytes(net, sites if is_float(sites) else in_blocks(sites), self.bits)
-        least = rest + sum(min(of.values()) for of in sizes.values())
-        if self.budget_mb is not None and least > round(self.budget_mb * MB):
-            # To the byte: what is printed can be typed.
-            raise UsageError(
-                f"analysis.budget_mb={self.budget_mb}: must be at least {least / MB:f}, which {label} takes with the lowest bits everywhere"
-            )
+        quantizers = _quantizers_by_layer(net, weights)
+        budget = None if self.budget_mb is None else self._budget(studied, net, sites)
 
+        unchanged, *changed = measure(self._points(net, sites, quantizers), images)
+        rows = {name: _row(studied.label, name, weights.get(name)) for name in quantizers}
+        for result in changed:
+            row = rows[result["layer"]]
+            change = result["change"]
+            row[f"{change}: loss change"] = result["loss"] - unchanged["loss"]
+            row[f"{change}: top-1 change (points)"] = result["top1"] - unchanged["top1"]
+
+        summary: dict[str, Any] = {"as_is": unchanged}
+        left_in_float = [result for result in changed if result["change"] == "in float"]
+        if left_in_float:
+            best = min(left_in_float, key=lambda result: result["loss"])
+            loss_change = best["loss"] - unchanged["loss"]
+            summary["most_sensitive"] = {"layer": best["layer"], "loss_change": loss_change}
+        if budget is not None:
+            loss_changes = _loss_changes(rows, budget.sizes)
+            bits = greedy_bits(budget.sizes, loss_changes, budget.room)
+            point = EvaluationPoint({}, net, functools.partial(with_bits, sites, bits))
+            (result,) = measure([point], images)
+            added_losses = [loss_changes[name][width] for name, width in bits.items()]
+            summary["suggestion"] = {
+                "budget_mb": self.budget_mb,
+                "size_bytes": budget.size_with(bits),
+                "expected_loss": unchanged["loss"] + sum(added_losses),
+                **result,
+                "bits_of_layers": bits,
+                "setting": as_setting(conversion_of(studied.net), bits),
+            }
+            _log_suggestion(studied.label, summary["suggestion"])
+            for name, row in rows.items():
+                row[f"bits for {self.budget_mb:g} MB"] = bits.get(name)
+        return list(rows.values()), summary
+
+    def _points(
+        self,
+        net: nn.Module,
+        sites: Sequence[WeightSite],
+        quantizers: Mapping[str, Sequence[Quantizer]],
+    ) -> list[EvaluationPoint]:
+        """The unchanged model, then each layer in float and at the other bit-widths."""
+        weights = {site.name: site for site in sites}
         points = [EvaluationPoint({}, net)]
-        for name, quantizers in rounding.items():
-            if quantizers:
-                points.append(
-                    EvaluationPoint(
-                        {"layer": name, "change": "in float"},
-                        net,
-                        functools.partial(left_in_float, net, quantizers),
-                    )
-                )
+        for name, layer_quantizers in quantizers.items():
+            if layer_quantizers:
+                labels = {"layer": name, "change": "in float"}
+                change = functools.partial(left_in_float, net, layer_quantizers)
+                points.append(EvaluationPoint(labels, net, change))
             for bits in self.bits:
                 if name in weights and bits != weights[name].bits:
+                    labels = {"layer": name, "change": f"{bits} bits"}
                     change = functools.partial(with_bits, sites, {name: bits})
-                    points.append(
-                        EvaluationPoint({"layer": name, "change": f"{bits} bits"}, net, change)
-                    )
-        as_is, *rows = measure(points, images)
-        lines: dict[str, Row] = {}
-        for name in rounding:
-            weight = weights.get(name)
-            lines[name] = {
-                "net": label,
-                "layer": name,
-                "weights": weight and weight.shape.numel(),
-                "bits": weight and weight.bits,
-            }
-        for row in rows:
-            lines[row["layer"]][f"{row['change']}: loss change"] = row["loss"] - as_is["loss"]
-            lines[row["layer"]][f"{row['change']}: top-1 change (points)"] = (
-                row["top1"] - as_is["top1"]
-            )
+                    points.append(EvaluationPoint(labels, net, change))
+        return points
 
-        summary: dict[str, Any] = {"as_is": as_is}
-        if in_float := [row for row in rows if row["change"] == "in float"]:
-            best = min(in_float, key=lambda row: row["loss"])
-            summary["most_sensitive"] = {
-                "layer": best["layer"],
-                "loss_change": best["loss"] - as_is["loss"],
-            }
-        if (budget := self.budget_mb) is not None:
-            rises = {
-                name: {
-                    bits: float(lines[name].get(f"{bits} bits: loss change", 0.0)) for bits in of
-                }
-                for name, of in sizes.items()
-            }
-            chosen = greedy_bits(sizes, rises, round(budget * MB) - rest)
-            (row,) = measure(
-                [EvaluationPoint({}, net, functools.partial(with_bits, sites, chosen))], images
+    def _budget(self, studied: StudiedNet, net: nn.Module, sites: Sequence[WeightSite]) -> Budget:
+        """Bytes for the weights whose bits may be chosen.
+
+        Raises:
+            UsageError: the budget is below the smallest size of the model.
+        """
+        assert self.budget_mb is not None  # noqa: S101  (narrows a type)
+        budget_bytes = round(self.budget_mb * MB)
+        # In training, a rule about the bits of a stem or a head includes their input.
+        free_sites = sites if is_float(sites) else in_blocks(sites)
+        fixed_bytes, sizes = stored_bytes(net, free_sites, self.bits)
+        smallest = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
+        if smallest > budget_bytes:
+            # Printed to the byte, so that it can be used as the new budget.
+            raise UsageError(
+                f"analysis.budget_mb={self.budget_mb}: must be at least {smallest / MB:f}, "
+                f"which {studied.label} takes with the lowest bits everywhere"
             )
-            suggestion = summary["suggestion"] = {
-                "budget_mb": budget,
-                "size_bytes": rest + sum(sizes[name][bits] for name, bits in chosen.items()),
-                "expected_loss": as_is["loss"]
-                + sum(rises[name][bits] for name, bits in chosen.items()),
-                **row,
-                "bits_of_layers": chosen,
-                "setting": as_setting(conversion, chosen),
-            }
-            log.info(
-                "%(net)s within %(budget_mb)g MB: %(size_bytes)d bytes, "
-                "loss %(loss).4f (%(expected_loss).4f as the sum of single changes), top-1 %(top1).2f %%:\n'%(setting)s'",
-                {"net": label, **suggestion},
-            )
-            for name, line in lines.items():
-                line[f"bits for {budget:g} MB"] = chosen.get(name)
-        return list(lines.values()), summary
+        return Budget(fixed_bytes, budget_bytes - fixed_bytes, sizes)
+
+
+def _quantizers_by_layer(
+    net: nn.Module, weights: Mapping[str, WeightSite]
+) -> dict[str, list[Quantizer]]:
+    """Quantizers that round, by layer; the layers of weights are listed even without one.
+
+    Quantizers that belong to no layer are listed under "(net)".
+    """
+    quantizers: dict[str, list[Quantizer]] = {}
+    for site in iter_quantizers(net):
+        if site.quantizer.is_float and site.layer not in weights:
+            continue
+        of_layer = quantizers.setdefault(site.layer or "(net)", [])
+        if not site.quantizer.is_float:
+            of_layer.append(site.quantizer)
+    return quantizers
+
+
+def _row(label: str, layer: str, weight: WeightSite | None) -> Row:
+    return {
+        "net": label,
+        "layer": layer,
+        "weights": weight and weight.shape.numel(),
+        "bits": weight and weight.bits,
+    }
+
+
+def _loss_changes(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, dict[int, float]]:
+    """Loss changes by layer and bits; 0 at the present bits, which were not tried."""
+    changes: dict[str, dict[int, float]] = {}
+    for name, layer_sizes in sizes.items():
+        changes[name] = {}
+        for bits in layer_sizes:
+            changes[name][bits] = float(rows[name].get(f"{bits} bits: loss change", 0.0))
+    return changes
+
+
+def _log_suggestion(label: str, suggestion: Mapping[str, Any]) -> None:
+    log.info(
+        "%(net)s within %(budget_mb)g MB: %(size_bytes)d bytes, "
+        "loss %(loss).4f (%(expected_loss).4f as the sum of single changes), "
+        "top-1 %(top1).2f %%:\n'%(setting)s'",
+        {"net": label, **suggestion},
+    )
 
 
 def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
-    """While it lasts these quantizers pass on what they get, and a norm in integers beside one, which rounds with its scale, is a norm."""
+    """Let these quantizers return their input inside a `with` block.
+
+    An integer LayerNorm next to one of them, which rounds with its scale, is a float LayerNorm.
+    """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
-    forwards |= {
-        m: m.in_float
-        for m in net.modules()
-        if isinstance(m, IntegerLayerNorm) and not {*quantizers}.isdisjoint(m.between)
-    }
+    for module in net.modules():
+        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(module.between):
+            forwards[module] = module.in_float
     return patched(forwards)
 
 
 def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractContextManager[None]:
-    """While it lasts weights have these bits, by name, those of a float net with step sizes of least error; equal bits change nothing."""
-    change = functools.partial(requantized, steps_from="mse" if is_float(sites) else "own")
-    others = [site for site in sites if bits.get(site.name, site.bits) != site.bits]
-    return patched({
-        site.quantizer: functools.partial(change, site.rule, bits=bits[site.name])
-        for site in others
-    })
+    """Give weights other bits inside a `with` block.
+
+    Args:
+        sites: weights; those of a float model get the step sizes with the least error.
+        bits: by name of the weight.
+    """
+    steps_from = "mse" if is_float(sites) else "own"
+    forwards: dict[nn.Module, Forward] = {}
+    for site in sites:
+        width = bits.get(site.name, site.bits)
+        if width != site.bits:
+            forwards[site.quantizer] = functools.partial(
+                requantized, site.rule, bits=width, steps_from=steps_from
+            )
+    return patched(forwards)
 
 
 def stored_bytes(
     net: nn.Module, free: Sequence[WeightSite], widths: Sequence[int]
 ) -> tuple[int, Sizes]:
-    """Bytes of a net but for some weights; and of each of those by its bits, the present ones among them."""
-    rest = size_bytes(net) - sum(packed_bytes(site.shape.numel(), site.bits) for site in free)
-    # `ptq.py` gives each row of a float weight a scale and a zero point.
-    rest += sum(2 * FLOAT_BYTES * site.shape[0] for site in free if site.bits == FLOAT_BITS)
-    return rest, {
-        site.name: {
-            bits: packed_bytes(site.shape.numel(), bits)
-            for bits in sorted({*widths, site.bits} - {FLOAT_BITS})
-        }
-        for site in free
-    }
+    """Bytes of a model without some of its weights, and bytes of each of those by its bits.
+
+    Args:
+        net: the model.
+        free: weights whose bits may be chosen.
+        widths: bits to choose from; the present ones are added.
+    """
+    fixed_bytes = size_bytes(net)
+    sizes: dict[str, dict[int, int]] = {}
+    for site in free:
+        count = site.shape.numel()
+        fixed_bytes -= packed_bytes(count, site.bits)
+        if site.bits == FLOAT_BITS:
+            # `ptq.py` gives each row of a float weight a scale and a zero point.
+            fixed_bytes += 2 * FLOAT_BYTES * site.shape[0]
+        all_widths = {*widths, site.bits} - {FLOAT_BITS}
+        sizes[site.name] = {bits: packed_bytes(count, bits) for bits in sorted(all_widths)}
+    return fixed_bytes, sizes
 
 
 def greedy_bits(
     sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
 ) -> dict[str, int]:
-    """Bits of each layer that fit a size: from those of least loss, the reduction that adds least loss per byte saved, again and again.
+    """Bits of each layer that fit a size.
+
+    Starts from the bits of least loss. As long as the weights are too large, it takes the
+    reduction that adds the least loss per byte saved.
 
     Args:
         sizes: bytes by layer and bits; the smallest of all fit.
-        rises: what they add to the loss.
+        rises: loss changes by layer and bits.
         room: bytes.
     """
     bits = {
-        name: min(of, key=lambda width: (rises[name][width], of[width]))
-        for name, of in sizes.items()
+        name: min(layer_sizes, key=lambda width: (rises[name][width], layer_sizes[width]))
+        for name, layer_sizes in sizes.items()
     }
     while sum(sizes[name][width] for name, width in bits.items()) > room:
-        _, name, width = min(
-            ((rises[name][width] - rises[name][now]) / (of[now] - of[width]), name, width)
-            for name, of in sizes.items()
-            for now in [bits[name]]
-            for width in of
-            if of[width] < of[now]
-        )
+        reductions = []
+        for name, layer_sizes in sizes.items():
+            current = bits[name]
+            for width, size in layer_sizes.items():
+                saved_bytes = layer_sizes[current] - size
+                if saved_bytes > 0:
+                    added_loss = rises[name][width] - rises[name][current]
+                    reductions.append((added_loss / saved_bytes, name, width))
+        _, name, width = min(reductions)
         bits[name] = width
     return bits
 
 
 def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
-    """Bits of layers, after the rules that a net has, as a command takes them: `quant.overrides={...}` of `train.py`, else `ptq.`."""
+    """The override for a command line that sets bits of layers, with the rules that a model has.
+
+    Returns:
+        `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}`.
+    """
     group = "ptq"
     rules: dict[str, dict[str, Any]] = {name: {"bits": width} for name, width in bits.items()}
     if conversion is not None:
-        recipe, group = conversion.recipe, conversion.recipe.GROUP
-        if recipe.rule_bits == "both":  # the weights' bits alone were chosen
-            rules = {
-                name: rule | {"act_bits": recipe.at(name).act_bits} for name, rule in rules.items()
-            }
+        recipe = conversion.recipe
+        group = recipe.GROUP
         rules = {
-            name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules
-        } | {name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()}
-    # In Hydra's grammar, in which keys have no quotes.
-    each = (
-        f"{name}:{{{','.join(f'{knob}:{json.dumps(value)}' for knob, value in rule.items())}}}"
-        for name, rule in rules.items()
-    )
-    return f"{group}.overrides={{{','.join(each)}}}"
+            **{name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules},
+            **{name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()},
+        }
+        if recipe.rule_bits == "both":  # but only the bits of weights were chosen
+            for name in bits:
+                rules[name]["act_bits"] = recipe.at(name).act_bits
+    # In Hydra's grammar, keys have no quotes.
+    entries = []
+    for name, rule in rules.items():
+        values = ",".join(f"{knob}:{json.dumps(value)}" for knob, value in rule.items())
+        entries.append(f"{name}:{{{values}}}")
+    return f"{group}.overrides={{{','.join(entries)}}}"
 
 
-def _heat_map(name: str, label: str, lines: Sequence[Row]) -> Drawing:
-    """Loss changes by layer and what is changed of it; a shade is a factor, as one layer may cost a thousand times what another does."""
-    found = sorted({column for line in lines for column in line if column.endswith("loss change")})
-    columns = [column.partition(":")[0] for column in found]
+def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
+    """Loss changes by layer and change, on a logarithmic scale."""
+    keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
+    columns = [key.partition(":")[0] for key in keys]
     losses = torch.tensor(
-        [[line.get(column, 0.0) for column in found] for line in lines], dtype=torch.float64
+        [[row.get(key, 0.0) for key in keys] for row in rows], dtype=torch.float64
     )
-    reach = float(losses.abs().max()) or 1.0
-    norm = SymLogNorm(linthresh=reach / 100, vmin=-reach, vmax=reach)
-    drawn, (axis,) = panels(width=0.7 * WIDTH, height=1.1 + 0.19 * len(lines))
+    limit = float(losses.abs().max()) or 1.0
+    norm = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
+    figure, (axis,) = panels(width=0.7 * WIDTH, height=1.1 + 0.19 * len(rows))
     image = axis.imshow(losses.numpy(), aspect="auto", cmap="PuOr_r", norm=norm)
-    for (y, line), (x, column) in itertools.product(enumerate(lines), enumerate(found)):
-        if (value := line.get(column)) is not None:
-            is_dark = abs(float(norm(value)) - 0.5) > 0.33
-            axis.text(
-                x,
-                y,
-                f"{value:+.2g}",
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color="white" if is_dark else "black",
-            )
+    for (y, row), (x, key) in itertools.product(enumerate(rows), enumerate(keys)):
+        value = row.get(key)
+        if value is None:
+            continue
+        is_dark = abs(float(norm(value)) - 0.5) > 0.33
+        color = "white" if is_dark else "black"
+        axis.text(x, y, f"{value:+.2g}", ha="center", va="center", fontsize=6.5, color=color)
     axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(lines)), [line["layer"] for line in lines])
+    axis.set_yticks(range(len(rows)), [row["layer"] for row in rows])
     axis.grid(visible=False)
-    drawn.colorbar(
-        image, ax=axis, label="loss change", shrink=0.8, ticks=[-reach, 0, reach], format="%.2g"
-    )
-    pairs = zip(columns, losses.T, strict=True)
-    highest = [
-        f"{column}: {lines[int(of.argmax())]['layer']} adds most ({float(of.max()):+.4f})"
-        for column, of in pairs
-    ]
+    ticks = [-limit, 0, limit]
+    figure.colorbar(image, ax=axis, label="loss change", shrink=0.8, ticks=ticks, format="%.2g")
+
+    highest = []
+    for column, changes in zip(columns, losses.T, strict=True):
+        layer = rows[int(changes.argmax())]["layer"]
+        highest.append(f"{column}: {layer} adds most ({float(changes.max()):+.4f})")
     title = f"Loss of {label} when one layer is left in float, or has weights of other bits"
-    return Drawing(name, title, f"Heat map of {len(lines)} layers. {'; '.join(highest)}.", drawn)
+    summary = f"Heat map of {len(rows)} layers. {'; '.join(highest)}."
+    return Drawing(name, title, summary, figure)

@@ -1,6 +1,7 @@
-"""The commands, `qat train ...` or in a clone `python train.py ...`: from the command line to a task, and from an error to a line.
+"""The commands `qat train ...`, or `python train.py ...` in a clone.
 
-Imports nothing heavy, so that `--help` answers at once.
+They run a task in its run directory, and print a known mistake as one line. Nothing heavy is
+imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import contextlib
-import errno
 import importlib
 import importlib.metadata
 import logging
@@ -18,32 +18,31 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 import qat
 from qat.cli import sweep
 from qat.cli.corrections import correction, refuse_flags
+from qat.cli.mistakes import line_of
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
 from qat.tasks import settings
-from qat.tasks.conf import CONF, options, typed, yaml_lines
+from qat.tasks.conf import CONF, options, typed
 from qat.utils.text import printable
-from qat.utils.validate import check_choice, unknown
+from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
-logging.getLogger("matplotlib").setLevel(
-    logging.WARNING
-)  # it announces its font cache on a fresh machine
+# matplotlib announces its font cache on a fresh machine.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {
     "train": "train, quantization-aware or in float",
@@ -53,26 +52,22 @@ COMMANDS = {
     "export": "a file to deploy",
     "version": "versions of what is installed",
 }
-# Settings whose values are paths, which are typed as the shell knows them; the second by the last part of their names.
+# Settings whose values are paths, written as in a shell: whole names, and last parts of names.
 PATHS = {"predict", "run", "sweep", "file", "run_dir"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
 # A quoted text, or a whole element that Hydra would read as a number or a truth value.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
 NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
 ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
-# What needs no quotes in Hydra's grammar, and what is grammar itself.
-PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
+# Values that need no quotes in Hydra's grammar, and values that use the grammar.
+PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
-OF_NUMBERS = re.compile(r"\b(range|interval)\(")
-ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
+SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# Groups that take keys that they do not have yet.
+# Settings that may be new keys of their group.
 OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 OTHERS_WAIT_S = 10
-_FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
-_LOST = re.compile(
-    r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv"
-)
 
 
 def main() -> int:
@@ -81,23 +76,21 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    sys.path.append(os.getcwd())  # modules beside the run, as `python -m` finds them
+    sys.path.append(os.getcwd())  # for modules of the user, as with `python -m`
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in settings.COMMANDS:
         del sys.argv[1]
         return run(name)
     if name in {"--help", "-h"}:
-        lines = [f"  qat {one:<9}{what}" for one, what in COMMANDS.items()]
-        tail = "qat COMMAND --help lists groups and settings."
-        sys.stdout.write(
-            "\n".join(["qat COMMAND [group=choice ...] [key=value ...]", *lines, tail, ""])
-        )
+        sys.stdout.write("qat COMMAND [group=choice ...] [key=value ...]\n")
+        for command, description in COMMANDS.items():
+            sys.stdout.write(f"  qat {command:<9}{description}\n")
+        sys.stdout.write("qat COMMAND --help lists groups and settings.\n")
     elif name in {"version", "--version"}:
-        found = [
-            f"vit-qat {qat.__version__}",
-            *(f"{one} {importlib.metadata.version(one)}" for one in ("torch", "timm", "lightning")),
-        ]
-        sys.stdout.write(", ".join(found) + "\n")
+        versions = [f"vit-qat {qat.__version__}"]
+        for library in ("torch", "timm", "lightning"):
+            versions.append(f"{library} {importlib.metadata.version(library)}")
+        sys.stdout.write(", ".join(versions) + "\n")
     else:
         sys.stderr.write(f"error: qat {name}: must be one of {', '.join(COMMANDS)}\n")
         return 1
@@ -105,26 +98,25 @@ def main() -> int:
 
 
 def run(name: str) -> int:
-    """Do what the command line says.
+    """Run a command with the arguments of the command line.
 
     Args:
         name: of the command, a key of `settings.COMMANDS`.
 
     Returns:
-        The exit code: 1 if a run, or a job of a sweep, has failed.
+        The exit code: 1 if the run, or a job of a sweep, has failed.
     """
-    with_traceback, has_begun = os.environ.get(FULL_ERROR) == "1", False
+    with_traceback = os.environ.get(FULL_ERROR) == "1"
+    has_begun = False
 
     def job(cfg: DictConfig) -> float | None:
         nonlocal with_traceback, has_begun
-        with_traceback, has_begun = (
-            with_traceback or bool(HydraConfig.get().runtime.choices.get("debug")),
-            True,
-        )
+        has_begun = True
+        with_traceback = with_traceback or bool(HydraConfig.get().runtime.choices.get("debug"))
         return run_task(cfg, with_traceback=with_traceback)
 
-    job.__module__ = name  # Hydra calls the job so
-    os.environ[FULL_ERROR] = "1"  # Hydra raises what it would write at length
+    job.__module__ = name  # Hydra's name for the job
+    os.environ[FULL_ERROR] = "1"  # lets Hydra raise errors instead of printing them
     arguments = sys.argv[1:]
     try:
         refuse_flags(arguments)
@@ -134,7 +126,8 @@ def run(name: str) -> int:
         finally:
             sweep.summarize()
     except Exception as error:
-        line = (None if has_begun else correction(arguments)) or line_of(error)
+        line = None if has_begun else correction(arguments)
+        line = line or line_of(error)
         if line is None and not has_begun:
             line = " ".join(str(error).split())
         if line is None or with_traceback:
@@ -145,59 +138,85 @@ def run(name: str) -> int:
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, a model by its name written out."""
-    done = []
+    """Arguments as Hydra needs them.
+
+    `~` is expanded, paths are quoted where Hydra's grammar needs it, and `model=NAME`
+    becomes the settings that it is short for.
+    """
+    is_multirun = "-m" in arguments or "--multirun" in arguments
+    hydra_arguments = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+")
-        key = f"++{name}" if OPEN.fullmatch(name) else key
-        value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
-        is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
-        is_path = name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS
-        if is_path and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
-            inner = re.sub(
-                r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value
-            )
-            value = f"'{inner}'"
-        if is_path and not OF_NUMBERS.search(value):
-            value = ELEMENT.sub(lambda found: found[1] or f"'{found[0]}'", value)
-        done += _named_model(value) if name == "model" else [f"{key}{equals}{value}"]
-    return done
+        if OPEN.fullmatch(name):
+            key = f"++{name}"
+        if value == "~" or value.startswith("~/"):
+            value = os.path.expanduser("~") + value[1:]
+        if name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS:
+            value = _quoted_path(value, is_multirun=is_multirun)
+        if name == "model":
+            hydra_arguments += _named_model(value)
+        else:
+            hydra_arguments.append(f"{key}{equals}{value}")
+    return hydra_arguments
+
+
+def _quoted_path(value: str, *, is_multirun: bool) -> str:
+    """A path, quoted where Hydra's grammar would refuse it or read it as a number."""
+    is_sweep = is_multirun and SWEEP.search(value)
+    needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
+    if needs_quotes:
+        value = _quoted(value)
+    if SWEEP_OF_NUMBERS.search(value):
+        return value
+    return ELEMENT.sub(lambda match: match[1] or f"'{match[0]}'", value)
+
+
+def _quoted(value: str) -> str:
+    """A value in single quotes, with backslashes doubled before a quote and at the end."""
+
+    def escape(match: re.Match[str]) -> str:
+        backslashes, quote = match.groups()
+        return backslashes * 2 + ("\\'" if quote else "")
+
+    escaped = re.sub(r"(\\*)('|$)", escape, value)
+    return f"'{escaped}'"
 
 
 def _named_model(name: str) -> list[str]:
-    """`model=NAME` in Hydra's words: one of ours, of a repository on the hub, or any of timm's."""
+    """`model=NAME` in Hydra's words: a config of ours, a repository on the hub, or any timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):
         return [f"model={name}"]
     import timm
 
-    timms = name.removeprefix("timm/")
-    return ["model=_timm", f"model.name={timms}"] if timm.is_model(timms) else [f"model={name}"]
+    timm_name = name.removeprefix("timm/")
+    if timm.is_model(timm_name):
+        return ["model=_timm", f"model.name={timm_name}"]
+    return [f"model={name}"]
 
 
 def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
-    """Do one job: in its run directory, which it alone writes into; a known mistake is one line.
+    """Run one job in its run directory; print a known mistake as one line.
 
-    A single run then exits with 1; in a sweep the job writes its error to `results.json` and returns NaN, and the other jobs go on.
+    A single run that fails exits with 1. A job of a sweep that fails writes its error to
+    `results.json` and returns NaN, so that the other jobs run.
 
     Args:
         cfg: the composed config.
-        with_traceback: let errors through.
+        with_traceback: raise errors instead of printing them.
 
     Returns:
-        What the task returns: the number a sweep optimises.
+        The result of the task: the number that a sweep optimises.
     """
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if HydraConfig.initialized():
         cfg.run_dir = HydraConfig.get().runtime.output_dir
-        cfg.sweep_dir = (
-            str(Path(cfg.run_dir).parent) if in_sweep else None
-        )  # for what its jobs share
+        cfg.sweep_dir = str(Path(cfg.run_dir).parent) if in_sweep else None
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    found = run_dir.RunDirState(folder)
+    state = run_dir.RunDirState(folder)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -205,40 +224,59 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
         with run_dir.locked(cfg.run_dir), signals.listening():
             return sweep.reported(task(cfg))
     except Preempted as stop:
-        if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(folder):
-            _write_error(
-                cfg, f"stopped by {stop.name}", found
-            )  # so that the same command may be given again
-        where = cfg.sweep_dir or cfg.run_dir
-        hint = (
-            f"the same command resumes with resume=auto run_dir={where}"
-            if "resume" in cfg
-            else "the same command repeats it"
-        )
-        sys.exit(ranks.leave(stop, folder, hint))
+        sys.exit(_leave(cfg, stop, state))
     except Exception as error:
         line = line_of(error)
         if with_traceback or (line is None and not in_sweep):
             raise
-        message = line or " ".join(f"{type(error).__name__}: {error}".split())
-        sweep.failures.append(message)
-        if not ranks.is_first():
-            time.sleep(
-                OTHERS_WAIT_S
-            )  # the first process has the same line if it is its mistake too, and the launcher then ends this one
-        who = "error" if ranks.is_first() else f"error in process {ranks.rank()}"
-        log.error("%s: %s", who, message, exc_info=error if line is None else None)
-        if not isinstance(error, run_dir.UsedError):
-            _write_error(cfg, message, found)
+        _report_failure(cfg, error, line, state)
     if not in_sweep:
         sys.exit(1)
     return sweep.reported(math.nan)
 
 
+def _leave(cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState) -> int:
+    """The exit code of a run that a signal has stopped, after telling the user how to resume it."""
+    folder = Path(cfg.run_dir)
+    if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
+        # A run with an error may be started again by the same command.
+        _write_error(cfg, f"stopped by {stop.name}", state)
+    hint = "the same command repeats it"
+    if "resume" in cfg:
+        hint = f"the same command resumes with resume=auto run_dir={cfg.sweep_dir or cfg.run_dir}"
+    return ranks.leave(stop, folder, hint)
+
+
+def _report_failure(
+    cfg: DictConfig, error: Exception, line: str | None, state: run_dir.RunDirState
+) -> None:
+    """Log an error, and write it to the run directory.
+
+    Args:
+        cfg: the composed config.
+        error: what the task has raised.
+        line: the result of `line_of`.
+        state: of the run directory, before the task.
+    """
+    message = line or " ".join(f"{type(error).__name__}: {error}".split())
+    sweep.failures.append(message)
+    label = "error"
+    if not ranks.is_first():
+        # If the first process fails with the same error, the launcher ends this one meanwhile.
+        time.sleep(OTHERS_WAIT_S)
+        label = f"error in process {ranks.rank()}"
+    log.error("%s: %s", label, message, exc_info=error if line is None else None)
+    if not isinstance(error, run_dir.UsedError):
+        _write_error(cfg, message, state)
+
+
 def _start(
     cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
 ) -> Callable[[DictConfig], float | None]:
-    """The task of a run in this process; where it needs several processes that nobody has started, this one becomes torchrun.
+    """The task of a command.
+
+    If the run needs several processes, and no launcher has started them, this process becomes
+    torchrun and does not return.
 
     Raises:
         UsageError: the run cannot have the processes that it asks for.
@@ -246,20 +284,16 @@ def _start(
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     ranks.check_place(trainer)
-    is_alone = (
-        cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
-    )  # they refuse several devices themselves
-    if count := 0 if is_alone else ranks.to_start(trainer):
+    # These commands refuse several devices themselves.
+    has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
+    count = 0 if has_one_process else ranks.to_start(trainer)
+    if count:
         if in_sweep:
             raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
         settings.check(cfg)
         run_dir.lock_for_ranks(cfg.run_dir)
         os.environ[FULL_ERROR] = str(int(with_traceback))
-        given = [one for one in sys.argv[1:] if not one.startswith("run_dir=")]
-        name = [cfg.command] if typed("").startswith("qat") else []
-        ranks.become_torchrun(
-            count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])]
-        )
+        ranks.become_torchrun(count, _command_line(cfg))
     if "resume" in cfg:
         cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
     if cfg.get("sweep") is not None:
@@ -268,96 +302,41 @@ def _start(
     return getattr(importlib.import_module(f"qat.tasks.{task}"), task)
 
 
-def line_of(error: BaseException | None) -> str | None:
-    """What to print of a known mistake, in one line; None for any other error.
-
-    Hydra wraps what a constructor raises, so that the mistake may be the cause of an error.
-    """
-    while error is not None:
-        text = " ".join(str(error).split())
-        if isinstance(error, UsageError):
-            return text
-        if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-            group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-            return _unknown(f"{group}={name}", name, options(group)) + (
-                ANY_MODEL if group == "model" else ""
-            )
-        if (
-            isinstance(error, ConfigKeyError | ConfigAttributeError)
-            and error.parent_node is not None
-        ):
-            known = map(str, error.parent_node) if OmegaConf.is_dict(error.parent_node) else ()
-            names = [
-                one
-                for _, one, _ in yaml_lines(OmegaConf.to_yaml(error.parent_node._get_root()))
-                if not one.startswith(("hydra", "callbacks", "default_"))
-            ]
-            return _unknown(str(error.full_key or error.key), str(error.key), known, names)
-        if isinstance(error, OmegaConfBaseException):
-            line, name = (
-                str(error)
-                .partition("\n")[0]
-                .rpartition(" raised while resolving interpolation: ")[2],
-                str(error.full_key or ""),
-            )
-            return f"{name}: {line}" if name not in line else line
-        if isinstance(error, OSError | RuntimeError) and _FILES.search(text):
-            return "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)"
-        if isinstance(error, OSError) and (
-            error.filename or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        ):
-            return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
-        if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
-            return f"{text}; memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
-        if isinstance(error, RuntimeError) and _LOST.search(text):
-            return f"another process of this run is gone: {text}"
-        if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on"):
-            return text
-        if error.__cause__ is None and type(error).__module__.partition(".")[0] in {
-            "hydra",
-            "lightning",
-        }:
-            return text
-        error = error.__cause__
-    return None
+def _command_line(cfg: DictConfig) -> list[str]:
+    """The command line of this run for other processes, with its run directory."""
+    is_console_script = typed("").startswith("qat")
+    command = [cfg.command] if is_console_script else []
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
+    return [sys.argv[0], *command, *arguments, *prepared([f"run_dir={cfg.run_dir}"])]
 
 
-def _unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """A setting that there is not: what to use where it was removed, else names that are near."""
-    now = settings.removed(setting)
-    return (
-        f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known, elsewhere)
-    )
-
-
-def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> None:
-    """Results with an error, and the report of a run that had begun."""
-    if not (ranks.is_first() and found.takes_error()):
+def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:
+    """Write results with an error, and the report if the run had begun."""
+    if not ranks.is_first() or not state.takes_error():
         return
     from qat.tasks.results import write_results
 
-    with contextlib.suppress(
-        OSError, OmegaConfBaseException
-    ):  # the error may be about this folder, this config
+    # The error may be about this folder or this config.
+    with contextlib.suppress(OSError, OmegaConfBaseException):
         write_results(cfg, error=message)
-        if found.has_begun():
+        if state.has_begun():
             from qat.tasks.report import report_run
 
             report_run(cfg)
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Writes to what `sys.stdout` is when a line comes: a live progress bar puts itself there and prints lines above itself."""
+    """Writes to the present `sys.stdout`: a live progress bar replaces it to print above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, in which a name of a file or a class can neither move the cursor nor stop the output."""
+        """The line without control characters, which the name of a file or class may contain."""
         return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: a reader may be gone (`| head`), and the log file has the line."""
+        """Ignore errors: the reader may be gone (`| head`), and the log file has the line."""
 
     @property
     def stream(self) -> TextIO:

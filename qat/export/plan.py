@@ -1,12 +1,14 @@
-"""What each product of a net adds to its codes, worked out while it runs on an image.
+"""Constants that turn each product of a model into a product of integer codes.
 
-No scale varies along a summed dimension, so
+They are computed while the model runs on an image. No scale varies along a summed dimension, so
 
     codes_x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
-where the product and scale_w are one integer kernel of a runtime. Half steps, zero points and offsets end in `row` and `constant`.
+where the product and scale_w are one integer kernel of a runtime. Half steps, zero points and
+offsets are part of `row` and `constant`.
 
-Step sizes that a quantizer divides by are folded into the scale of the product before it, where nothing stands between the two.
+A quantizer divides by a step size. Where a product directly precedes it, this is part of the scale
+of the product.
 """
 
 from __future__ import annotations
@@ -43,46 +45,55 @@ _CONSTANTS = (
 
 
 class Plan(nn.Module):
-    """Of a product, or of codes that become numbers; tensors of as few elements as they can have, None = nothing.
+    """Constants of one product, or of codes that are dequantized. None = not needed.
+
+    Repeated values are stored once, in dimensions of size 1.
 
     Attributes:
-        on_codes: False = a scale varies along the summed dimension, and the product is one of numbers; `scale` alone counts then.
-        blocks: scale and constant are those of this many parts of the outputs, (..., blocks, 1 or out / blocks); 0 = of the outputs.
-        scale: what the sum is multiplied with.
-        columns_scale: what that is multiplied with, where both together would be a matrix: worked out when a file is opened.
+        on_codes: False = a scale varies along the summed dimension, so the product is one of
+            dequantized numbers, and only `scale` is used.
+        blocks: number of parts of the outputs with a scale and constant of their own,
+            (..., blocks, 1 or out / blocks); 0 = scale and constant are not split.
+        scale: factor of the sum.
+        columns_scale: second factor, where the product of both would be a matrix.
         row: added to the sum, before the scale.
-        ones: (K, 1), int8: the sum over a row of the left codes is a product with them, in integers.
-        sums: what that sum is multiplied with, and added, before the scale.
-        columns: the same of a column of the right codes.
-        constant: added after the scale; of a Linear its bias, too.
-        later: what the constant is multiplied with.
-        left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes, then with left_scale.
-        weight_scale: (out,) or (), of the codes of a weight.
-        weight_zero: their zero point, one for each of these scales; None = 0.
+        ones: (K, 1), int8: a product with them sums a row of the left codes in integers.
+        sums: factor of that sum, which is added before the scale.
+        columns: factor of the sum over a column of the right codes, added before the scale.
+        constant: added after the scale; includes the bias of a Linear.
+        later: factor of the constant.
+        left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes.
+        left_scale: factor of that product.
+        weight_scale: (out,) or (), scale of the codes of a weight.
+        weight_zero: zero point for each of these scales; None = 0.
     """
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
         super().__init__()
-        self.on_codes, self.blocks = on_codes, blocks
+        self.on_codes = on_codes
+        self.blocks = blocks
         for name in _CONSTANTS:
             self.register_buffer(name, tensors.get(name))
 
 
 class Planner:
-    """Works products out. No value of an image counts, only shapes and what quantizers hold.
+    """Computes the plans of a model from the shapes of its tensors and from its quantizers.
 
     Args:
-        net: frozen; the factors of scores in its attentions are 1 afterwards.
-        cpu: `any` or `fast`, as `added_code` takes it.
+        net: a frozen model; the factors of scores in its attentions are set to 1.
+        cpu: `any` or `fast`, see `added_code`.
 
     Attributes:
-        plans: of all products and numbers, in the order in which they run.
-        divided: quantizers whose input the product before them divides.
-        rows: what the outputs of a weight are divided by: (N, blocks), a step size for each token and part of the outputs.
-        columns: the same, (out,): a step size for each channel, 1 where there is one for each token.
-        steps: by the names of the quantizers of a product's factors: of probabilities and values (), (N, 1) or (h, 1, d), what leaves the
-            heads (B, h, N, d) is divided by; of queries and keys the inverse of the factor of scores, times their step size if they are
-            quantized.
+        plans: of all products and dequantized codes, in the order in which they run.
+        divided: quantizers whose step size is part of the product before them.
+        rows: by weight, step sizes that divide its outputs for each token and part of the
+            outputs, (N, blocks).
+        columns: by weight, step sizes that divide its outputs for each channel, (out,); 1 where
+            there is one for each token.
+        steps: by the names of the quantizers of both factors, step sizes that divide a product of
+            activations: (), (N, 1) or (h, 1, d) for probabilities and values, whose product is
+            (B, h, N, d). For queries and keys, the inverse of the factor of scores, times the
+            step size of the scores if they are quantized.
     """
 
     def __init__(self, net: nn.Module, cpu: str) -> None:
@@ -104,171 +115,171 @@ class Planner:
             _fold_heads(self, module)
 
     def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
-        """What a quantizer gives."""
-        zero = (
-            torch.zeros(())
-            if grid.zero_point is None
-            else view_along(grid.zero_point, x.ndim, grid.axis)
-        )
-        whole = whole_zero(grid)
-        scale, shift = (
-            t.float().expand(x.shape)
-            for t in (view_along(grid.scale, x.ndim, grid.axis), whole - zero)
-        )
+        """The output of a quantizer."""
+        zero = torch.zeros(())
+        if grid.zero_point is not None:
+            zero = view_along(grid.zero_point, x.ndim, grid.axis)
+        first_code = whole_zero(grid)
+        scale = view_along(grid.scale, x.ndim, grid.axis).float().expand(x.shape)
+        shift = (first_code - zero).float().expand(x.shape)
         after = None if grid.after is None else grid.after.float().expand(x.shape)
-        return QuantizedTensor(
-            x, scale, shift, after, grid.name, added_code(grid, self.cpu) + whole, self
-        )
+        added = added_code(grid, self.cpu) + first_code
+        return QuantizedTensor(x, scale, shift, after, grid.name, added, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
         if isinstance(x, StoredWeight):
             return x.value
-        self.plans.append(
-            Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after))
-        )
+        plan = Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after))
+        self.plans.append(plan)
         return x.codes
 
     def product(
         self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None
     ) -> Tensor:
-        """Note the plan of a product."""
+        """Add the plan of a product."""
         if isinstance(b, StoredWeight):
-            rows, step = self.rows.get(b.frozen), self.columns.get(b.frozen, ONE)
-            plan = _with_weight(a, b, bias, rows, step) if _is_outside(a, -1) else None
-            step = (
-                step
-                if rows is None
-                else (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
-            )
+            return self._product_with_weight(a, b, bias)
+        step = self.steps.get((a.name, b.name), ONE)
+        a = _offset_in_shift(a, -1)
+        b = _offset_in_shift(b, -2)
+        if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None:
+            self.plans.append(_with_activation(a, b, step))
         else:
-            step, a, b = (
-                self.steps.get((a.name, b.name), ONE),
-                _offset_in_shift(a, -1),
-                _offset_in_shift(b, -2),
-            )
-            plan = (
-                _with_activation(a, b, step)
-                if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None
-                else None
-            )
-        self.plans.append(plan or Plan(on_codes=False, scale=None if step is ONE else 1 / step))
-        for factor in () if plan else (a, b):
-            number(factor)
-        return (
-            F.linear(a.codes, b.value, bias)
-            if isinstance(b, StoredWeight)
-            else torch.matmul(a.codes, b.codes)
-        )
+            self._product_of_numbers(a, b, step)
+        return torch.matmul(a.codes, b.codes)
+
+    def _product_with_weight(
+        self, a: QuantizedTensor, b: StoredWeight, bias: Tensor | None
+    ) -> Tensor:
+        rows = self.rows.get(b.frozen)
+        step = self.columns.get(b.frozen, ONE)
+        if _is_outside(a, -1):
+            self.plans.append(_with_weight(a, b, bias, rows, step))
+        else:
+            if rows is not None:
+                step = (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
+            self._product_of_numbers(a, b, step)
+        return F.linear(a.codes, b.value, bias)
+
+    def _product_of_numbers(
+        self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, step: Tensor
+    ) -> None:
+        scale = None if step is ONE else 1 / step
+        self.plans.append(Plan(on_codes=False, scale=scale))
+        number(a)
+        number(b)
 
 
 def _fold_scores(planner: Planner, attention: Any) -> None:
-    if isinstance(attention, FqAttention):
-        left = right = attention.qkv_quantizer if _has_no_norms(attention) else None
-    else:
-        left = (
-            attention.input_quantizer
-            if isinstance(attention, QkrAttention)
-            else attention.q_quantizer
-        )
-        right = attention.k_quantizer
+    """Fold the factor of the scores, and their step size, into the product of queries and keys."""
+    left, right = _score_quantizers(attention)
     scale = getattr(attention, "scale", None)
-    if scale is None or not (
-        isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)
-    ):
+    if scale is None:
+        return
+    if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
     step = torch.tensor(1 / scale)
-    if (
-        _has_no_offset(grid := getattr(attention, "scores_quantizer", None))
-        and grid.scale.numel() == 1
-    ):
-        step = step * grid.scale.reshape(())
-        planner.divided.add(grid)
+    scores_grid = getattr(attention, "scores_quantizer", None)
+    if _has_no_offset(scores_grid) and scores_grid.scale.numel() == 1:
+        step = step * scores_grid.scale.reshape(())
+        planner.divided.add(scores_grid)
     planner.steps[left.name, right.name] = step
     if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
         attention.folded_bias *= scale
     attention.scale = 1.0
 
 
+def _score_quantizers(attention: Any) -> tuple[object, object]:
+    """Quantizers of the factors of the scores."""
+    if isinstance(attention, FqAttention):
+        quantizer = attention.qkv_quantizer if _has_no_norms(attention) else None
+        return quantizer, quantizer
+    if isinstance(attention, QkrAttention):
+        return attention.input_quantizer, attention.k_quantizer
+    return attention.q_quantizer, attention.k_quantizer
+
+
 def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
-    grids = attention.q_quantizer, attention.k_quantizer, attention.v_quantizer
-    before, weight = (
-        getattr(attention.qkv, name, None) for name in ("input_quantizer", "weight_quantizer")
-    )
-    is_direct = (
-        isinstance(before, FrozenActivation)
-        and _has_no_norms(attention)
-        and all(map(_has_no_offset, grids))
-    )
-    if not (is_direct and isinstance(weight, FrozenWeight)):
+    """Fold the step sizes of queries, keys and values into their common projection."""
+    grids = (attention.q_quantizer, attention.k_quantizer, attention.v_quantizer)
+    weight = getattr(attention.qkv, "weight_quantizer", None)
+    if not isinstance(getattr(attention.qkv, "input_quantizer", None), FrozenActivation):
         return
-    size, tokens = (
-        attention.qkv.out_features // 3,
-        [one.scale.numel() for one in grids if _is_each_token(one)],
-    )
-    planner.columns[weight] = torch.cat([
-        torch.ones(size) if _is_each_token(one) else one.scale.expand(size) for one in grids
-    ])
-    if tokens:
-        planner.rows[weight] = torch.stack(
-            [one.scale if _is_each_token(one) else torch.ones(tokens[0]) for one in grids], 1
-        )
+    if not isinstance(weight, FrozenWeight) or not _has_no_norms(attention):
+        return
+    if not all(map(_has_no_offset, grids)):
+        return
+    size = attention.qkv.out_features // 3
+    columns = []
+    token_scales: list[Tensor | None] = []
+    for grid in grids:
+        if _is_each_token(grid):
+            columns.append(torch.ones(size))
+            token_scales.append(grid.scale)
+        else:
+            columns.append(grid.scale.expand(size))
+            token_scales.append(None)
+    planner.columns[weight] = torch.cat(columns)
+    num_tokens = next((scale.numel() for scale in token_scales if scale is not None), None)
+    if num_tokens is not None:
+        ones = torch.ones(num_tokens)
+        rows = [ones if scale is None else scale for scale in token_scales]
+        planner.rows[weight] = torch.stack(rows, 1)
     planner.divided.update(grids)
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
-    """Keys have a step size for each token and head, values are as they leave their Linear."""
+    """Fold the step sizes of keys, for each token and head, and of values into their products."""
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
-    keys, weight = attention.k_quantizer, attention.qk_quantizer
-    if isinstance(weight, FrozenWeight) and _has_no_offset(keys):
-        size, is_each_token = len(weight.stored), _is_each_token(keys)
-        planner.columns[weight] = torch.ones(size) if is_each_token else keys.scale.expand(size)
-        if is_each_token:
-            planner.rows[weight] = keys.scale.reshape(-1, attention.num_heads)
+    keys = attention.k_quantizer
+    matrix = attention.qk_quantizer
+    if isinstance(matrix, FrozenWeight) and _has_no_offset(keys):
+        size = len(matrix.stored)
+        if _is_each_token(keys):
+            planner.columns[matrix] = torch.ones(size)
+            planner.rows[matrix] = keys.scale.reshape(-1, attention.num_heads)
+        else:
+            planner.columns[matrix] = keys.scale.expand(size)
         planner.divided.add(keys)
-    values, weight = attention.v_quantizer, getattr(attention.v, "weight_quantizer", None)
-    if isinstance(weight, FrozenWeight) and _has_no_offset(values) and not _is_each_token(values):
+    values = attention.v_quantizer
+    weight = getattr(attention.v, "weight_quantizer", None)
+    if not isinstance(weight, FrozenWeight) or not _has_no_offset(values):
+        return
+    if not _is_each_token(values):
         planner.columns[weight] = values.scale.expand(attention.v.out_features)
         planner.divided.add(values)
 
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
-    """What leaves the heads is put side by side, and comes to the projection."""
-    probs, values, grid = (
-        attention.probs_quantizer,
-        attention.v_quantizer,
-        getattr(attention.proj, "input_quantizer", None),
-    )
-    is_direct = (
-        isinstance(attention.norm, nn.Identity) and attention.gate is None and attention.groups == 1
-    )
-    if (
-        is_direct
-        and isinstance(probs, FrozenActivation)
-        and isinstance(values, FrozenActivation)
-        and _has_no_offset(grid)
-    ):
-        step = grid.scale
-        if step.numel() > 1:
-            step = (
-                step.unsqueeze(-1)
-                if _is_each_token(grid)
-                else step.reshape(attention.num_heads, 1, -1)
-            )
-        planner.steps[probs.name, values.name] = step
-        planner.divided.add(grid)
+    """Fold the step size of the input of the projection into the product before it."""
+    probs = attention.probs_quantizer
+    values = attention.v_quantizer
+    grid = getattr(attention.proj, "input_quantizer", None)
+    has_norm = not isinstance(attention.norm, nn.Identity)
+    if has_norm or attention.gate is not None or attention.groups != 1:
+        return
+    if not (isinstance(probs, FrozenActivation) and isinstance(values, FrozenActivation)):
+        return
+    if not _has_no_offset(grid):
+        return
+    step = grid.scale
+    if step.numel() > 1 and _is_each_token(grid):
+        step = step.unsqueeze(-1)
+    elif step.numel() > 1:
+        step = step.reshape(attention.num_heads, 1, -1)
+    planner.steps[probs.name, values.name] = step
+    planner.divided.add(grid)
 
 
 def _has_no_norms(attention: nn.Module) -> bool:
-    return all(
-        isinstance(getattr(attention, name, nn.Identity()), nn.Identity)
-        for name in ("q_norm", "k_norm")
-    )
+    norms = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+    return all(isinstance(norm, nn.Identity) for norm in norms)
 
 
 def _has_no_offset(grid: object) -> TypeGuard[FrozenActivation]:
-    """A quantizer with nothing before its division."""
+    """True for a quantizer that divides its input without adding an offset first."""
     return isinstance(grid, FrozenActivation) and grid.before is None
 
 
@@ -277,19 +288,23 @@ def _is_each_token(grid: FrozenActivation) -> bool:
 
 
 def whole_zero(grid: FrozenActivation) -> int:
-    """The code from which products count: that of zero, or the one above it where zero lies between two codes."""
-    zero = 0.0 if grid.zero_point is None else float(grid.zero_point.float().mean().ceil())
+    """The code from which products count: that of zero, or the next one above zero."""
+    zero = 0.0
+    if grid.zero_point is not None:
+        zero = float(grid.zero_point.float().mean().ceil())
     return int(min(max(zero, grid.qmin), grid.qmax))
 
 
 def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
-    """Return what is added to codes so that they fit a type of 8 bits: (), of that type.
+    """Return the number that, added to codes, makes them fit 8 bits: (), of the 8-bit type.
 
-    Runtimes are fastest at uint8 times int8, so the right factor of a product is int8, unless that could saturate.
+    Runtimes are fastest at uint8 times int8, so the right factor of a product is int8 unless
+    that could saturate.
 
     Args:
         grid: the quantizer of the codes.
-        cpu: `any` chooses uint8 on the right for codes beyond `LARGEST_INT8`; `fast` always chooses int8 there.
+        cpu: `any` chooses uint8 on the right for codes beyond `LARGEST_INT8`; `fast` always
+            chooses int8 there.
     """
     added = -128 if grid.qmax > 127 else 0
     is_small = max(-(grid.qmin + added), grid.qmax + added) <= LARGEST_INT8
@@ -299,77 +314,115 @@ def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
 
 
 def smallest(t: Tensor | None) -> Any:
-    """Without what repeats itself: dimensions along which it stays the same have size 1 then; None of zeros."""
+    """Shrink dimensions along which a tensor is constant to size 1; None for a tensor of zeros."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):
-        one = t.narrow(dim, 0, 1)
-        t = one if t.stride(dim) == 0 or torch.equal(t, one.expand_as(t)) else t
+        first = t.narrow(dim, 0, 1)
+        if t.stride(dim) == 0 or torch.equal(t, first.expand_as(t)):
+            t = first
     return t.contiguous()
 
 
 def _is_outside(x: QuantizedTensor, dim: int) -> bool:
-    """Whether scale and shift can stand outside of a sum along a dimension."""
+    """True if scale and shift do not vary along a summed dimension."""
     return all(t is None or t.shape[dim] == 1 for t in (smallest(x.scale), smallest(x.shift)))
 
 
 def _with_weight(
-    a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, rows: Tensor | None, step: Tensor
+    a: QuantizedTensor,
+    stored: StoredWeight,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    step: Tensor,
 ) -> Plan:
-    none = torch.zeros((), dtype=torch.float64)
-    scale, shift, sums = (
-        none if t is None else t.double()
-        for t in (smallest(a.scale), smallest(a.shift), stored.constant)
-    )
-    after, factors = smallest(a.after), stored.factors.double()
-    constant = None if bias is None else bias.double()
-    if after is not None:
-        offset = (
-            after.double().expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
-        )
-        constant = offset if constant is None else constant + offset
-    # What is one number for the tensor or one for each output goes with the scales of the weight.
-    columns, is_alone = 1 / step.double(), scale.numel() == 1
-    one = scale.reshape(()) if is_alone else ONE.double()
-    row = shift * (factors.sum(1) * stored.scale.double() + factors.shape[1] * sums) * one * columns
-    sums = sums * one * columns
-    constant = None if constant is None else constant * columns
-    later = None if rows is None else 1 / rows.double().unsqueeze(-1)  # (N, blocks, 1)
-    # OpenVINO 2026.4 takes a scale of rows for one of columns where nothing, not even a zero point, stands between it and the product.
-    blocks = int(not is_alone and not a.zero) if later is None else later.shape[-2]
-    if blocks:
-        scale = scale.unsqueeze(-1)
-        constant = None if constant is None else constant.unflatten(-1, (blocks, -1))
-    outer = later if is_alone else scale if later is None else scale * later
+    """Plan of the product with a weight; the arithmetic is in float64.
 
-    def shaped(t: Tensor | None, more: int = 0) -> Tensor | None:
-        """With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers."""
-        return (
-            None
-            if t is None
-            else t.float().reshape([1] * (max(a.ndim, 3) + more - t.ndim) + list(t.shape))
-        )
+    Args:
+        a: left factor.
+        stored: the weight.
+        bias: (out,) or None.
+        rows: divisor of the outputs for each token and part of them, see `Planner.rows`.
+        step: divisor of the outputs for each channel, see `Planner.columns`.
+    """
+    scale = _double_or_zero(smallest(a.scale))
+    shift = _double_or_zero(smallest(a.shift))
+    sums = _double_or_zero(stored.constant)
+    factors = stored.factors.double()
+    columns = 1 / step.double()
+    has_one_scale = scale.numel() == 1
+    # What is one number for the tensor, or one for each output, is part of the weight's scales.
+    tensor_scale = scale.reshape(()) if has_one_scale else ONE.double()
+    weight_sums = factors.sum(1) * stored.scale.double() + factors.shape[1] * sums
+    row = shift * weight_sums * tensor_scale * columns
+    sums = sums * tensor_scale * columns
+    weight_scale = (stored.scale.double() * tensor_scale * columns).float().squeeze()
+    weight_zero = stored.zero_point
+    if weight_zero is not None:
+        weight_zero = weight_zero.squeeze().expand_as(weight_scale).clone()
 
-    is_split = int(blocks > 0)
-    weight_scale, zero = (
-        (stored.scale.double() * one * columns).float().squeeze(),
-        stored.zero_point,
-    )
+    later = None
+    blocks = 0
+    if rows is not None:
+        later = 1 / rows.double().unsqueeze(-1)  # (N, blocks, 1)
+        blocks = later.shape[-2]
+    elif not has_one_scale and not a.zero:
+        # OpenVINO 2026.4 mistakes a scale of rows for one of columns, unless another operator,
+        # such as a zero point, separates it from the product.
+        blocks = 1
+    constant = _constant_of_linear(a, stored, bias)
+    if constant is not None:
+        constant = constant * columns
+        constant = constant.unflatten(-1, (blocks, -1)) if blocks else constant
+    outer = later
+    if not has_one_scale:
+        scale = scale.unsqueeze(-1) if blocks else scale
+        outer = scale if later is None else scale * later
+
+    # Without leading dimensions, runtimes would merge a product and an added vector into one
+    # operator on floats.
+    ndim = max(a.ndim, 3)
+    ndim_split = ndim + 1 if blocks else ndim
+    has_sums = bool(sums.any())
     return Plan(
         blocks=blocks,
         weight_scale=weight_scale,
-        weight_zero=None if zero is None else zero.squeeze().expand_as(weight_scale).clone(),
-        row=shaped(row) if row.any() else None,
-        ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if sums.any() else None,
-        sums=shaped(sums) if sums.any() else None,
-        scale=shaped(outer, is_split),
-        constant=shaped(constant, is_split),
-        later=shaped(later, is_split),
+        weight_zero=weight_zero,
+        row=_with_ndim(row, ndim) if row.any() else None,
+        ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if has_sums else None,
+        sums=_with_ndim(sums, ndim) if has_sums else None,
+        scale=_with_ndim(outer, ndim_split),
+        constant=_with_ndim(constant, ndim_split),
+        later=_with_ndim(later, ndim_split),
     )
 
 
+def _double_or_zero(t: Tensor | None) -> Tensor:
+    return torch.zeros((), dtype=torch.float64) if t is None else t.double()
+
+
+def _constant_of_linear(
+    a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None
+) -> Tensor | None:
+    """The bias, and the offset after the quantizer of `a` times the weight."""
+    constant = None if bias is None else bias.double()
+    after = smallest(a.after)
+    if after is None:
+        return constant
+    in_features = stored.factors.shape[1]
+    offset = after.double().expand(*after.shape[:-1], in_features) @ stored.value.double().t()
+    return offset if constant is None else constant + offset
+
+
+def _with_ndim(t: Tensor | None, ndim: int) -> Tensor | None:
+    """A float32 tensor with leading dimensions of size 1."""
+    if t is None:
+        return None
+    return t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
+
+
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
-    """An offset that stays the same along a summed dimension is part of the shift."""
+    """Make an offset that is constant along a summed dimension a part of the shift."""
     after = smallest(x.after)
     if after is None or after.shape[dim] > 1:
         return x
@@ -377,21 +430,34 @@ def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
-    """(A + da) sa + ca times (B + db) sb, multiplied out, divided by the step size of the quantizer after it."""
-    sa, da, ca = (smallest(t) for t in (a.scale, a.shift, a.after))
-    sb, db = smallest(b.scale), smallest(b.shift)
-    of_rows, of_columns = (
-        (sa / step, sb) if step.ndim == 0 or step.shape[-1] == 1 else (sa, sb / step)
-    )
-    is_matrix = of_rows.numel() > 1 and of_columns.numel() > 1
+    """Plan of ((A + da) sa + ca) times ((B + db) sb), divided by a step size."""
+    sa = smallest(a.scale)
+    da = smallest(a.shift)
+    ca = smallest(a.after)
+    sb = smallest(b.scale)
+    db = smallest(b.shift)
+    row = None
+    constant = None
+    ones = None
+    if db is not None:
+        ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
+        row = None if da is None else a.shape[-1] * da * db
+        constant = None if ca is None else ca.sum(-1, keepdim=True) * db * sb / step
+    rows_scale = sa
+    columns_scale = sb
+    if step.ndim == 0 or step.shape[-1] == 1:
+        rows_scale = sa / step
+    else:
+        columns_scale = sb / step
+    is_matrix = rows_scale.numel() > 1 and columns_scale.numel() > 1
     return Plan(
-        scale=of_rows if is_matrix else of_rows * of_columns,
-        columns_scale=of_columns if is_matrix else None,
-        row=None if da is None or db is None else a.shape[-1] * da * db,
-        ones=None if db is None else torch.ones(a.shape[-1], 1, dtype=torch.int8),
+        scale=rows_scale if is_matrix else rows_scale * columns_scale,
+        columns_scale=columns_scale if is_matrix else None,
+        row=row,
+        ones=ones,
         sums=db,
         columns=da,
-        constant=None if ca is None or db is None else ca.sum(-1, keepdim=True) * db * sb / step,
+        constant=constant,
         left=ca,
         left_scale=sb / step,
     )

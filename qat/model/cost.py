@@ -1,11 +1,12 @@
-"""What a net costs as deployed: bytes at its bit-widths, multiply-accumulates, bit operations."""
+"""Cost of a deployed model: bytes at its bit-widths, multiply-accumulates, bit operations."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,10 @@ class MatrixProduct:
     """One matrix product.
 
     Attributes:
-        module: name of the innermost module that was running.
+        module: name of the innermost module that ran it.
         macs: multiply-accumulates.
-        of_activations: no operand is a parameter; False for a layer's weight times its input.
-        bits: widths of the two operands.
+        of_activations: False if one operand is a parameter.
+        bits: bit-widths of the two operands.
     """
 
     module: str
@@ -41,8 +42,9 @@ class MatrixProduct:
 
     @property
     def bitops(self) -> int:
-        """Multiply-accumulates times the widths of both operands."""
-        return self.macs * self.bits[0] * self.bits[1]
+        """Multiply-accumulates times the bit-widths of both operands."""
+        left, right = self.bits
+        return self.macs * left * right
 
 
 def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
@@ -52,41 +54,64 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
+    """Product of the sizes of all dimensions, for two operands and no ellipsis."""
     equation, *factors = operands
     if len(factors) != 2:
         return []
+    inputs, *_ = equation.replace(" ", "").split("->")
     sizes: dict[str, int] = {}
-    for letters, factor in zip(
-        equation.split("->")[0].replace(" ", "").split(","), factors, strict=True
-    ):
+    for letters, factor in zip(inputs.split(","), factors, strict=True):
         sizes |= dict(zip(letters, factor.shape, strict=False))
     return [math.prod(sizes.values())]
 
 
-# Of operands in their order, by place or by name, and the result: multiply-accumulates of the products.
-_Count = Callable[[tuple[Any, ...], Tensor], list[int]]
-_OF_ACTIVATIONS: dict[Any, _Count] = {
-    **dict.fromkeys(
-        [torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__],
-        lambda operands, out: [out.numel() * operands[0].shape[-1]],
-    ),
+def _matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    return [out.numel() * operands[0].shape[-1]]
+
+
+def _layer_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    weight = operands[1]
+    return [out.numel() * weight[0].numel()]
+
+
+# Functions that return multiply-accumulates from the operands and the result of a torch function.
+_CountMacs = Callable[[tuple[Any, ...], Tensor], list[int]]
+_MACS_OF_ACTIVATIONS: dict[Any, _CountMacs] = {
+    torch.matmul: _matmul_macs,
+    torch.bmm: _matmul_macs,
+    Tensor.matmul: _matmul_macs,
+    Tensor.__matmul__: _matmul_macs,
     F.scaled_dot_product_attention: _attention_macs,
     torch.einsum: _einsum_macs,
 }
-_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys(
-    [F.linear, F.conv1d, F.conv2d, F.conv3d],
-    lambda operands, out: [out.numel() * operands[1][0].numel()],
-)
+_MACS_OF_LAYERS: dict[Any, _CountMacs] = {
+    F.linear: _layer_macs,
+    F.conv1d: _layer_macs,
+    F.conv2d: _layer_macs,
+    F.conv3d: _layer_macs,
+}
 
 
-class _Watch(TorchFunctionMode):
-    """Notes products while it is on, whatever module makes them and by whatever function; `running` is the stack of names of modules."""
+class _ProductRecorder(TorchFunctionMode):
+    """Records matrix products while it is active, whichever function and module compute them.
+
+    Attributes:
+        running: names of the modules that run, the innermost last.
+        products: in the order in which they ran.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.running: list[str] = []
-        self.found: list[MatrixProduct] = []
+        self.products: list[MatrixProduct] = []
+
+    def enter(self, name: str, *_: Any) -> None:
+        """Forward pre-hook of the module `name`."""
+        self.running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook."""
+        self.running.pop()
 
     def __torch_function__(
         self,
@@ -97,27 +122,29 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
-        if count is not None:
-            where, operands = self.running[-1] if self.running else "", (*args, *kwargs.values())
-            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in operands)
-            self.found.extend(
-                MatrixProduct(where, macs, not by_weight) for macs in count(operands, out)
-            )
+        count_macs = _MACS_OF_ACTIVATIONS.get(func) or _MACS_OF_LAYERS.get(func)
+        if count_macs is None:
+            return out
+        operands = (*args, *kwargs.values())
+        has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands)
+        of_activations = not has_parameter and func not in _MACS_OF_LAYERS
+        module = self.running[-1] if self.running else ""
+        for macs in count_macs(operands, out):
+            self.products.append(MatrixProduct(module, macs, of_activations))
         return out
 
 
 FLOAT_BYTES = 4
-_OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
+_OFFSET_NAMES = ("offset_before", "offset_after", "product_offset", "before", "after")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a net.
+    """Cost of a model.
 
     Attributes:
-        n_params: parameters of the net in training; of a frozen one its codes and the parameters beside them.
-        size_bytes: weights at their bit-width (QKR as its folded matrix), scales and everything else in float32.
+        n_params: parameters in training; for a frozen model, codes and remaining parameters.
+        size_bytes: weights at their bit-width (for QKR the folded matrix), the rest in float32.
         macs: multiply-accumulates of one image.
         bitops: sum over matrix products of macs * bits * bits.
     """
@@ -130,13 +157,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """What one module costs: its own tensors and products and those of its quantizers, not those of its children.
+    """Cost of one module and its quantizers, without its children.
 
     Attributes:
-        module: its path, empty for the net itself.
+        module: its path, empty for the model itself.
         n_params: parameters in training.
-        code_bytes: weights at their bit-width (QKR as its folded matrix).
-        scale_bytes: float32 scales and zero points of weights and activations, those included that training makes from the weights.
+        code_bytes: weights at their bit-width (for QKR the folded matrix).
+        scale_bytes: float32 scales and zero points of weights and activations, including scales
+            that training computes from the weights.
         offset_bytes: learnable offsets.
         float_bytes: everything else.
         products: of one image.
@@ -152,7 +180,7 @@ class ModuleCost:
 
     @property
     def size_bytes(self) -> int:
-        """All bytes."""
+        """Sum of all bytes."""
         return self.code_bytes + self.scale_bytes + self.offset_bytes + self.float_bytes
 
     @property
@@ -167,189 +195,229 @@ class ModuleCost:
 
 
 def cost(net: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Measure a net by one forward pass of one image (channels, height, width)."""
+    """Measure a model by one forward pass of one image (channels, height, width)."""
     return total(module_costs(net, input_size))
 
 
 def total(parts: list[ModuleCost]) -> Cost:
-    """The sum of what modules cost."""
-    return Cost(**{
-        field.name: sum(getattr(part, field.name) for part in parts)
-        for field in dataclasses.fields(Cost)
-    })
+    """Sum of the costs of modules."""
+    return Cost(
+        n_params=sum(part.n_params for part in parts),
+        size_bytes=sum(part.size_bytes for part in parts),
+        macs=sum(part.macs for part in parts),
+        bitops=sum(part.bitops for part in parts),
+    )
 
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
-    """`cost` by module, in the order of the net's modules; a module that costs nothing is not listed."""
+    """Costs of the modules that cost something, in the order of `named_modules`."""
     products: dict[str, list[MatrixProduct]] = defaultdict(list)
     for product in matmuls(net, input_size):
         products[product.module].append(product)
     stored = _stored(net)
-    names = [name for name, _ in net.named_modules() if name in stored or name in products]
-    return [
-        ModuleCost(name, **stored.get(name, Counter()), products=tuple(products.get(name, ())))
-        for name in names
-    ]
+    costs = []
+    for name, _ in net.named_modules():
+        if name not in stored and name not in products:
+            continue
+        module_cost = _sized(name, stored.get(name, Counter()))
+        costs.append(dataclasses.replace(module_cost, products=tuple(products[name])))
+    return costs
 
 
 def size_bytes(net: nn.Module) -> int:
-    """Bytes to store a net: codes packed at their width, a float32 scale a row, the float rest."""
-    return sum(
-        n for sums in _stored(net).values() for kind, n in sums.items() if kind != "n_params"
-    )
+    """Bytes to store a model: packed codes, float32 scales for rows, everything else in float32."""
+    return sum(_sized(name, sizes).size_bytes for name, sizes in _stored(net).items())
+
+
+def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
+    return ModuleCost(name, **sizes)  # type: ignore[arg-type]
 
 
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
-    """By module name, how much there is of each of the first fields of `ModuleCost`."""
-    sums: dict[str, Counter[str]] = defaultdict(Counter)
+    """Parameters and bytes by module name, under the names of the fields of `ModuleCost`."""
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
-    # Of a relative step what it began with and what was learned are one number.
-    masters = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
-    masters |= {
-        id(site.quantizer.bounds)
-        for site in sites.values()
-        if isinstance(site.quantizer, FrozenActivation)
-    }
-    for site in sites.values():
-        spec, owner = site.quantizer.spec, site.owner
-        if not site.is_weight or spec.bits == FLOAT_BITS:
-            continue
-        found = sums[site.layer]
-        if isinstance(site.quantizer, FrozenWeight):
-            latent = site.quantizer.stored
-            # A shift that is no zero point is implied by the quantizer's kind.
-            masters |= (
-                {id(latent)}
-                if spec.quantizer == "affine"
-                else {id(latent), id(site.quantizer.shift)}
-            )
-            found["n_params"] += latent.numel()
-        else:
-            latent, n_scales = site.latent(), site.quantizer.n_scales
-            masters |= {
-                id(t)
-                for t in (
-                    (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)
-                )
-            }
-            # As deployed also scales that training makes from the weight; where a bias is corrected, each row has a scale, a zero point and
-            # a constant.
-            rows = len(latent)
-            if isinstance(site.quantizer, BlockFloat):
-                found["scale_bytes"] += site.quantizer.scale_bytes(latent.shape)
-            else:
-                found["scale_bytes"] += FLOAT_BYTES * (
-                    2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows
-                )
-            found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
-        # Rows of blocks begin with a byte of their own.
-        length = latent.shape[spec.axis or 0] if site.quantizer.in_blocks else latent.numel()
-        found["code_bytes"] += latent.numel() // length * packed_bytes(length, spec.bits)
+    coded_sites = [site for site in sites.values() if _has_codes(site)]
+    for site in coded_sites:
+        sizes[site.layer].update(_weight_sizes(site))
     for name, parameter in net.named_parameters():
-        sums[_place(name, sites)[0]]["n_params"] += parameter.numel()
-    kept = (
-        net.state_dict().keys()
-    )  # tables that a net makes anew, as Swin's indices, are in no file
+        module, _ = _module_and_kind(name, sites)
+        sizes[module]["n_params"] += parameter.numel()
+
+    not_stored = _ids_not_stored(net, sites.values())
+    for site in coded_sites:
+        not_stored.update(id(tensor) for tensor in _replaced_by_codes(site))
+    saved_names = net.state_dict().keys()  # without tables that are computed again, as in Swin
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if name in kept and id(tensor) not in masters:
-            layer, kind = _place(name, sites)
-            sums[layer][kind] += tensor.numel() * (
-                1 if tensor.dtype == torch.uint8 else FLOAT_BYTES
-            )
-    return sums
+        if name not in saved_names or id(tensor) in not_stored:
+            continue
+        module, kind = _module_and_kind(name, sites)
+        element_bytes = 1 if tensor.dtype == torch.uint8 else FLOAT_BYTES
+        sizes[module][kind] += tensor.numel() * element_bytes
+    return sizes
 
 
-def _place(name: str, sites: dict[str, Site]) -> tuple[str, str]:
-    """The module that a tensor counts for, that of its quantizer where it has one, and the kind of its bytes."""
-    site = next((site for site in sites if name.startswith(f"{site}.")), None)
-    kind = (
-        "offset_bytes"
-        if name.rpartition(".")[2] in _OFFSETS
-        else "float_bytes"
-        if site is None
-        else "scale_bytes"
-    )
-    return (site or name).rpartition(".")[0], kind
+def _has_codes(site: Site) -> bool:
+    """True for a weight that a deployed model stores as codes."""
+    return site.is_weight and site.quantizer.spec.bits != FLOAT_BITS
+
+
+def _weight_sizes(site: Site) -> Counter[str]:
+    """Sizes of a weight as codes, with the scales and offsets that no tensor of the model holds."""
+    quantizer = site.quantizer
+    spec = quantizer.spec
+    sizes: Counter[str] = Counter()
+    if isinstance(quantizer, FrozenWeight):
+        weight = quantizer.stored
+        sizes["n_params"] = weight.numel()
+    else:
+        weight = site.latent()
+        sizes["scale_bytes"] = _computed_scale_bytes(quantizer, weight)
+        sizes["offset_bytes"] = FLOAT_BYTES * len(weight) * spec.bias_correction
+    if quantizer.in_blocks:
+        # The codes of each row of blocks begin with a new byte.
+        row_length = weight.shape[spec.axis or 0]
+        num_rows = weight.numel() // row_length
+        sizes["code_bytes"] = num_rows * packed_bytes(row_length, spec.bits)
+    else:
+        sizes["code_bytes"] = packed_bytes(weight.numel(), spec.bits)
+    return sizes
+
+
+def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
+    """Bytes of the scales and zero points that training computes from a weight (rows, ...)."""
+    rows = len(weight)
+    if isinstance(quantizer, BlockFloat):
+        return quantizer.scale_bytes(weight.shape)
+    if quantizer.spec.bias_correction:
+        # Bias correction needs a scale and a zero point for each row.
+        return FLOAT_BYTES * 2 * (rows - quantizer.n_scales)
+    has_own_scales = quantizer.n_scales > 0
+    return 0 if has_own_scales else FLOAT_BYTES * rows
+
+
+def _replaced_by_codes(site: Site) -> list[Tensor]:
+    """Tensors of a model that its codes replace when it is deployed."""
+    quantizer = site.quantizer
+    owner: Any = site.owner
+    if isinstance(quantizer, FrozenWeight):
+        if quantizer.spec.quantizer == "affine":
+            return [quantizer.stored]
+        # Without zero points, the shift follows from the kind of the quantizer.
+        return [quantizer.stored, quantizer.shift]
+    if site.role == "qk":
+        return [owner.q_weight, owner.k_weight]
+    return [owner.weight]
+
+
+def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
+    """Ids of tensors that a deployed model does not need."""
+    # A relative step size is one number: its start times what was learned.
+    ids = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
+    for site in sites:
+        if isinstance(site.quantizer, FrozenActivation):
+            ids.add(id(site.quantizer.bounds))
+    return ids
+
+
+def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
+    """The module to which a tensor is counted, and the field of `ModuleCost`.
+
+    Args:
+        name: of the tensor.
+        sites: names of the quantizers; their tensors are counted to the module that owns them.
+    """
+    quantizer = next((site for site in sites if name.startswith(f"{site}.")), None)
+    module, _, _ = (quantizer or name).rpartition(".")
+    _, _, attribute = name.rpartition(".")
+    if attribute in _OFFSET_NAMES:
+        return module, "offset_bytes"
+    return module, "float_bytes" if quantizer is None else "scale_bytes"
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
-    """Every matrix product of one image, by one forward pass on zeros: ours by formula, layers and float attentions as they run."""
+    """Matrix products of one forward pass on an image of zeros.
+
+    Those of our attentions are computed by a formula, all others are recorded.
+    """
     modules = dict(net.named_modules())
-    ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
-    inherited = {
-        id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)
-    }
-    found: list[MatrixProduct] = []
-    watch = _Watch()
+    attentions = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
+    # The input of V in QKR is quantized by the attention.
+    inherited_bits = {}
+    for attention in attentions.values():
+        if isinstance(attention, QkrAttention):
+            inherited_bits[id(attention.v)] = _bits(attention.input_quantizer)
+
+    products: list[MatrixProduct] = []
+    recorder = _ProductRecorder()
     hooks = []
     for name, module in modules.items():
-
-        def enter(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            watch.running.append(name)
-            if name in ours:
-                counted = (
-                    _qkr(module, args[0])
-                    if isinstance(module, QkrAttention)
-                    else _attention(module, args[0])  # type: ignore[arg-type]
-                )
-                found.extend(
-                    MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted
-                )
-
-        def leave(*_: Any) -> None:
-            watch.running.pop()
-
-        hooks += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-    with probing(net, hooks), watch:
+        enter = functools.partial(recorder.enter, name)
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(recorder.leave, always_call=True))
+        if name in attentions:
+            count = functools.partial(_count_attention, products, name)
+            hooks.append(module.register_forward_pre_hook(count))
+    with probing(net, hooks), recorder:
         net(zero_image(net, input_size))  # type: ignore[arg-type]
-    for product in watch.found:
-        if product.module not in ours:
+
+    for product in recorder.products:
+        if product.module in attentions:
+            continue
+        bits = product.bits
+        if not product.of_activations:
             layer = modules[product.module]
-            weight, act = (
-                _bits(getattr(layer, "weight_quantizer", None)),
-                _bits(getattr(layer, "input_quantizer", None)),
-            )
-            bits = (
-                product.bits if product.of_activations else (weight, inherited.get(id(layer), act))
-            )
-            found.append(dataclasses.replace(product, bits=bits))
-    return found
+            weight_bits = _bits(getattr(layer, "weight_quantizer", None))
+            input_bits = _bits(getattr(layer, "input_quantizer", None))
+            bits = (weight_bits, inherited_bits.get(id(layer), input_bits))
+        products.append(dataclasses.replace(product, bits=bits))
+    return products
 
 
 def _bits(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
-def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
-    macs = module.n_scores(x) * module.head_dim
-    joint = getattr(module, "qkv_quantizer", None)
-    q, k, v = (
-        _bits(joint or getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v")
-    )
-    return [(macs, q, k, True), (macs, _bits(module.probs_quantizer), v, True)]
+def _count_attention(
+    products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
+) -> None:
+    """Forward pre-hook that adds the products of an attention."""
+    if isinstance(attention, QkrAttention):
+        products.extend(_qkr_products(name, attention, args[0]))
+    else:
+        products.extend(_attention_products(name, attention, args[0]))
 
 
-def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
-    width = x.shape[-1]
-    act, weight, key = (
-        _bits(module.input_quantizer),
-        _bits(module.qk_quantizer),
-        _bits(module.k_quantizer),
-    )
-    product, score, values = (
-        module.num_heads * x.numel() * width,
-        module.n_scores(x) * width,
-        module.n_scores(x) * module.head_dim,
-    )
-    probs = _bits(module.probs_quantizer)
-    found = [
-        (product, weight, act, False),
-        (score, act, key, True),
-        (values, probs, _bits(module.v_quantizer), True),
+def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
+    macs = attention.n_scores(x) * attention.head_dim
+    joint = getattr(attention, "qkv_quantizer", None)
+    q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
+    k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
+    v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
+    probs_bits = _bits(attention.probs_quantizer)
+    return [
+        MatrixProduct(name, macs, of_activations=True, bits=(q_bits, k_bits)),
+        MatrixProduct(name, macs, of_activations=True, bits=(probs_bits, v_bits)),
     ]
-    if module.q_bias is not None or module.folded_bias is not None:
-        found.append((module.num_heads * x.numel(), FLOAT_BITS, act, False))
-    return found
+
+
+def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
+    width = x.shape[-1]
+    n_scores = attention.n_scores(x)
+    n_mapped = attention.num_heads * x.numel()
+    input_bits = _bits(attention.input_quantizer)
+    matrix_bits = _bits(attention.qk_quantizer)
+    key_bits = _bits(attention.k_quantizer)
+    probs_bits = _bits(attention.probs_quantizer)
+    v_bits = _bits(attention.v_quantizer)
+    products = [
+        MatrixProduct(name, n_mapped * width, of_activations=False, bits=(matrix_bits, input_bits)),
+        MatrixProduct(name, n_scores * width, of_activations=True, bits=(input_bits, key_bits)),
+        MatrixProduct(
+            name, n_scores * attention.head_dim, of_activations=True, bits=(probs_bits, v_bits)
+        ),
+    ]
+    if attention.q_bias is not None or attention.folded_bias is not None:
+        bits = (FLOAT_BITS, input_bits)
+        products.append(MatrixProduct(name, n_mapped, of_activations=False, bits=bits))
+    return products

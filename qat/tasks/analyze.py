@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from qat import kernels
 from qat.analysis import NO_IMAGES, Analysis, ImageSet, StudiedNet, write_outcome
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_settings
+from qat.tasks.checks import check_trainer
 from qat.tasks.conf import options
 from qat.tasks.evaluate import build_subject, origin
+from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import remake, report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.tasks.settings import check as check_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,11 @@ def analyze(cfg: DictConfig) -> None:
         UsageError: a setting, path or file cannot work.
     """
     check_settings(cfg)
+    resolve_hub_model(cfg)
+    build.count_classes(cfg)
+    kernels.use("auto")
+    check_trainer(cfg.trainer)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.run is not None:
         remake(cfg)
         return

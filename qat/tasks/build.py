@@ -94,6 +94,15 @@ def build_data(cfg: DictConfig) -> ImageData:
     return data
 
 
+def count_classes(cfg: DictConfig) -> None:
+    """Set `data.num_classes` to the number that the dataset finds, where it is null.
+
+    Models are built from the config, so it is set before any of them.
+    """
+    if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
+        cfg.data.num_classes = build_data(cfg).settings.num_classes
+
+
 def build_recipe(cfg: DictConfig) -> QuantRecipe:
     """The recipe of `cfg.quant`.
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 import qat.data
+from qat import kernels
 from qat.data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
@@ -30,7 +31,8 @@ from qat.model.scales import check_finite
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_classes, check_classifier, check_patches, check_trainer
+from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
@@ -42,6 +44,7 @@ from qat.tasks.results import (
     write_class_tables,
     write_results,
 )
+from qat.tasks.settings import check as check_settings
 from qat.utils.text import count
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,11 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     began = time.monotonic()
     check_settings(cfg)
+    resolve_hub_model(cfg)
+    build.count_classes(cfg)
+    kernels.use(cfg.kernels)
+    check_trainer(cfg.trainer)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(cfg.predict)
     if paths is not None and cfg.split is not None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
+from qat import kernels
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
@@ -42,10 +44,11 @@ from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
 from qat.model.transform import data_config
 from qat.tasks import build, summary
-from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
+from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.tasks.settings import check as check_settings
 from qat.utils.text import count
 from qat.utils.validate import check_choice, check_int
 
@@ -74,6 +77,10 @@ def export(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    resolve_hub_model(cfg)
+    build.count_classes(cfg)
+    kernels.use("auto")
+    seed_everything(cfg.seed, workers=True, verbose=False)
     check_int("latency", cfg.latency, 0)
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
@@ -116,15 +123,7 @@ def export(cfg: DictConfig) -> float:
     if form != "packed":
         results |= _beside_float(target, float_twin(frozen), images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
-    shown_results = {
-        _SHOWN.get(key, key): _words(value)
-        for key, value in results.items()
-        if key != "time_of_float"
-    }
-    written = {"file": f"{target}, {size:,} bytes"} | shown_results
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
-    for runtime, share in (results.get("time_of_float") or {}).items():
-        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
+    _log_results(checked, results, {"file": f"{target}, {size:,} bytes"})
     write_results(
         cfg,
         model=name,
@@ -144,6 +143,17 @@ def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
     if cfg.format.name != "onnx":
         return OnnxSettings()
     return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
+
+
+def _log_results(checked: Checked, results: dict[str, Any], written: dict[str, str]) -> None:
+    written |= {
+        _SHOWN.get(key, key): _words(value)
+        for key, value in results.items()
+        if key != "time_of_float"
+    }
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
+    for runtime, share in (results.get("time_of_float") or {}).items():
+        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
 
 
 def _net_and_images(

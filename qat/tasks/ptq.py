@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from qat import kernels
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
@@ -33,12 +34,14 @@ from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
 from qat.ptq.search import SearchSettings, logits_of, scale_vectors, search
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_settings
+from qat.tasks.checks import check_trainer
 from qat.tasks.evaluate import build_subject, measure, origin
+from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import compare_settings
+from qat.tasks.settings import check as check_settings
 from qat.tasks.teacher import fit_teacher, net_of_file
 from qat.utils.probing import copied
 from qat.utils.validate import check_int
@@ -63,6 +66,11 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    resolve_hub_model(cfg)
+    build.count_classes(cfg)
+    kernels.use("auto")
+    check_trainer(cfg.trainer)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, searching = build_ptq_recipe(cfg), build_search(cfg)
     fitting = build.settings_of(
@@ -126,21 +134,28 @@ def ptq(cfg: DictConfig) -> float:
             figures["search"] = _search(cfg, searching, quantized, batches, trainer, teacher)
         began -= _seconds_before_resume(figures, since)
         if not cfg.trainer.fast_dev_run and is_first():
-            classes = classes_of(quantized.net) or subject.data.named_classes()
-            save(
-                quantized.net,
-                Path(cfg.run_dir) / FILE,
-                model=subject.name,
-                data=build.plain(cfg.data),
-                classes=classes,
-            )
+            _save(cfg, quantized, subject)
         found = _measure(trainer, quantized, "quantized")
     figures |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
     write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **found, **figures)
-    scores = found["split"], figures["top1_fp"], found["top1"], cfg.run_dir
-    log.info("%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s", *scores)
+    _log_scores(cfg, found, figures)
     report_run(cfg, quantized.net, subject.data.input_size)
     return float(found["top1"])
+
+
+def _log_scores(cfg: DictConfig, measured: dict[str, Any], figures: dict[str, Any]) -> None:
+    message = "%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s"
+    log.info(message, measured["split"], figures["top1_fp"], measured["top1"], cfg.run_dir)
+
+
+def _save(cfg: DictConfig, quantized: EvaluatedNet, subject: EvaluatedNet) -> None:
+    save(
+        quantized.net,
+        Path(cfg.run_dir) / FILE,
+        model=subject.name,
+        data=build.plain(cfg.data),
+        classes=classes_of(quantized.net) or subject.data.named_classes(),
+    )
 
 
 def _announce(

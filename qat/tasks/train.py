@@ -1,17 +1,20 @@
-"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`. A training, from top to bottom."""
+"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig
+from torch import nn
 
+from qat import kernels
 from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
 from qat.launch.ranks import connect, is_first, write_owner
@@ -28,8 +31,9 @@ from qat.tasks.checks import (
     check_classifier,
     check_options,
     check_patches,
-    check_settings,
+    check_trainer,
 )
+from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
 from qat.tasks.resume import (
@@ -40,6 +44,7 @@ from qat.tasks.resume import (
     find_resume,
     outputs_to_replace,
 )
+from qat.tasks.settings import check as check_settings
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
 from qat.utils.files import digest_of
@@ -48,12 +53,12 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> float:
-    """Train one net.
+    """Train one model.
 
-    Settings come first, then what costs time: a mistake in the last of them shows before the first image is read.
+    All settings are checked before the first step that takes time.
 
     Args:
-        cfg: composed from `conf/train.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: composed from `conf/train.yaml`; `cfg.run_dir` is the directory of the job.
 
     Returns:
         Best validation top-1 in percent (of the final weights under `fast_dev_run`).
@@ -63,37 +68,34 @@ def train(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    resolve_hub_model(cfg)
+    build.count_classes(cfg)
+    kernels.use(cfg.kernels)
+    check_trainer(cfg.trainer)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
-    recipe, loss, args = build.build_recipe(cfg), build.build_loss(cfg), build.model_args(cfg)
+
+    recipe = build.build_recipe(cfg)
+    loss = build.build_loss(cfg)
+    model_args = build.model_args(cfg)
     check_options(cfg, recipe, loss)
-    resume = find_resume(cfg, recipe, args)
-    replaced = [] if resume else outputs_to_replace(cfg)
-    trainer = fit.build_trainer(
-        cfg,
-        fit.build_callbacks(cfg),
-        fit.build_loggers(cfg, resumed_at=(resume and resume.step) or 0),
-    )
-    optimizer, scheduler = (
-        fit.build_optimizer_factory(cfg, trainer),
-        fit.build_scheduler_factory(cfg),
-    )
+    resume = find_resume(cfg, recipe, model_args)
+    outdated_files = [] if resume else outputs_to_replace(cfg)
+    callbacks = fit.build_callbacks(cfg)
+    first_step = (resume.step or 0) if resume else 0
+    loggers = fit.build_loggers(cfg, resumed_at=first_step)
+    trainer = fit.build_trainer(cfg, callbacks, loggers)
+    optimizer = fit.build_optimizer_factory(cfg, trainer)
+    scheduler = fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
-    data.batch_mixup()  # refuses what cannot be mixed before an image is read
+    data.batch_mixup()  # fails early on settings of mixup that cannot work
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
-    taught_by = None if teacher is None else digest_of(teacher.net.state_dict().values())
+    teacher_digest = None if teacher is None else digest_of(teacher.net.state_dict().values())
     if resume:
-        check_teacher(resume, taught_by)
-    # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
-    description = describe(
-        start.net,
-        model=cfg.model.name,
-        model_kwargs=args,
-        data=build.plain(cfg.data),
-        classes=data.named_classes(),
-    )
+        check_teacher(resume, teacher_digest)
     module = QATModule(
         start.net,
         loss,
@@ -102,19 +104,15 @@ def train(cfg: DictConfig) -> float:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=description
-        | {"run": {"settings": compared(cfg), "images": data.fingerprints(), "teacher": taught_by}},
+        describe=_checkpoint_metadata(cfg, start.net, model_args, data, teacher_digest),
     )
 
     connect(trainer)
     data.trainer = trainer  # from here on each process has its own share of the images
     if is_first():
-        for path in replaced:
-            path.unlink(missing_ok=True)
-        write_owner(Path(cfg.run_dir))
-        record_run(cfg)
+        _begin_run_dir(cfg, outdated_files)
         announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])
-    top1_fp = announce_teacher(teacher, data, trainer)
+    teacher_top1 = announce_teacher(teacher, data, trainer)
     fit.compile_nets(cfg, module.net, teacher)
     with closing(trainer.loggers):
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
@@ -122,34 +120,80 @@ def train(cfg: DictConfig) -> float:
         val_top1, weights = _take_best(module, data, trainer)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
-    earlier = next(
-        (
-            one.earlier_seconds
-            for one in trainer.checkpoint_callbacks
-            if isinstance(one, LastCheckpoint)
-        ),
-        0.0,
-    )
-    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
-        costs = cost(module.net, data.input_size)
-    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(
-        module.confusion
-    )
-    seconds = round(time.monotonic() - began + earlier, 1)
     outcome = {
         "weights": weights,
         "val_top1": val_top1,
-        "top1_fp": top1_fp,
-        "wall_seconds": seconds,
+        "top1_fp": teacher_top1,
+        "wall_seconds": round(time.monotonic() - began + _earlier_seconds(trainer), 1),
     }
-    results = write_results(cfg, **recipe_fields(recipe), **found, **outcome)
-    scores = ", ".join(
-        f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items()
-    )
-    size = summary.describe_size(module.net, costs.size_bytes)
-    log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, weights, size, cfg.run_dir)
-    report_run(cfg, module.net, data.input_size)
+    _write_results(cfg, recipe, module, data, metrics, outcome)
     return val_top1
+
+
+def _checkpoint_metadata(
+    cfg: DictConfig,
+    net: nn.Module,
+    model_args: dict[str, Any],
+    data: ImageData,
+    teacher_digest: str | None,
+) -> dict[str, Any]:
+    """Metadata of a checkpoint, to rebuild the model and to resume the run."""
+    description = describe(
+        net,
+        model=cfg.model.name,
+        model_kwargs=model_args,
+        data=build.plain(cfg.data),
+        classes=data.named_classes(),
+    )
+    run = {
+        "settings": compared(cfg),
+        "images": data.fingerprints(),
+        "teacher": teacher_digest,
+    }
+    return description | {"run": run}
+
+
+def _begin_run_dir(cfg: DictConfig, outdated_files: Iterable[Path]) -> None:
+    for path in outdated_files:
+        path.unlink(missing_ok=True)
+    write_owner(Path(cfg.run_dir))
+    record_run(cfg)
+
+
+def _earlier_seconds(trainer: Trainer) -> float:
+    """Seconds that the run took before it was resumed."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, LastCheckpoint):
+            return callback.earlier_seconds
+    return 0.0
+
+
+def _write_results(
+    cfg: DictConfig,
+    recipe: QuantRecipe,
+    module: QATModule,
+    data: ImageData,
+    metrics: Mapping[str, float],
+    outcome: Mapping[str, Any],
+) -> None:
+    """Write `results.json` and the report, and log one line with the scores."""
+    with torch.compiler.set_stance("force_eager"):  # hooks are not part of a compiled graph
+        costs = cost(module.net, data.input_size)
+    figures = measured(metrics, costs, data.settings.num_classes)
+    figures |= data.evaluation_facts(module.confusion)
+    results = write_results(cfg, **recipe_fields(recipe), **figures, **outcome)
+    scores = [
+        f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items()
+    ]
+    log.info(
+        "%s %s (%s); %s; outputs in %s",
+        results["split"],
+        ", ".join(scores),
+        outcome["weights"],
+        summary.describe_size(module.net, costs.size_bytes),
+        cfg.run_dir,
+    )
+    report_run(cfg, module.net, data.input_size)
 
 
 def _start(
@@ -160,12 +204,11 @@ def _start(
     trainer: Trainer,
     optimizer: OptimizerFactory,
 ) -> Start:
-    """The net, quantized, on its device, as the run begins or is resumed."""
+    """The quantized model on its device, new or from the checkpoint of a resumed run."""
     if resume:
         check_data(cfg, resume, data)
-        start = Start(
-            build_from(resume).train(), [f"step {resume.step} of this run ({resume.path.name})"]
-        )
+        note = f"step {resume.step} of this run ({resume.path.name})"
+        start = Start(build_from(resume).train(), [note])
     else:
         start = build.build_start(cfg)
         if start.source is not None:
@@ -184,29 +227,34 @@ def _start(
 
 
 def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
-    """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written.
+    """Load the weights of the best checkpoint; without one the final weights stay.
 
     Returns:
-        Validation top-1 of these weights in percent, and what they are called.
+        Validation top-1 of these weights in percent, and the name of their file, or "final".
     """
-    saved: Any = trainer.checkpoint_callbacks
-    best: Any = next(
-        (
-            one
-            for one in saved
-            if isinstance(one, ModelCheckpoint) and one.monitor and one.best_model_score is not None
-        ),
-        None,
-    )
     name = "final"
+    best = _best_checkpoint(trainer)
     if best is not None:
-        module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
+        best_net = build_from(read_checkpoint(best.best_model_path))
+        module.net.load_state_dict(best_net.state_dict())
         name = Path(best.best_model_path).name
         if best.monitor == "val/top1":
             return float(best.best_model_score), name
-    loggers, trainer.loggers = trainer.loggers, []  # the rows of metrics are there already
-    # An average would take the place of these weights.
-    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
+    # The loggers have these metrics already, and an average would replace the weights.
+    loggers = trainer.loggers
+    trainer.loggers = []
+    untyped: Any = trainer  # Lightning does not declare `callbacks`
+    untyped.callbacks = [c for c in untyped.callbacks if not isinstance(c, WeightAveraging)]
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name
+
+
+def _best_checkpoint(trainer: Trainer) -> Any:
+    """The first checkpoint callback that monitors a metric and has a best score, or None."""
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
+            continue
+        if callback.best_model_score is not None:
+            return callback
+    return None

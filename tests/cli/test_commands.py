@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli import commands, corrections, sweep
+from qat.cli import commands, corrections, mistakes, sweep
 from qat.errors import UsageError
 from qat.tasks import settings
 from tests.commands import typed
@@ -182,7 +182,7 @@ LINES = [
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
     ("warmup=1", "warmup: unknown; closest: scheduler.warmup_lr, scheduler.warmup_epochs"),
     *((typed, f"{typed}: must be {instead}") for typed, instead in CORRECTED),
-    ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
+    ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{mistakes.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),

@@ -1,79 +1,118 @@
-"""LSQ and a Linear as one Function that keeps the input alone, or what the input was made of: a LayerNorm's or a GELU's own input."""
+"""LSQ and a Linear as one Function.
+
+Of the activations it saves only its input, or the input of the LayerNorm or GELU before it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat.kernels import LSQParams, operators
-from qat.kernels.fused.operand import keep, kept, linear, product_dtype
-from qat.kernels.fused.source import given
+from qat.kernels.fused.operand import (
+    gradient_of,
+    keep,
+    kept,
+    linear,
+    product_dtype,
+    quantizer_gradient,
+)
+from qat.kernels.fused.source import FunctionInput, given, source_gradient
 from qat.kernels.fused.weight import WeightParams
 from qat.kernels.library import differentiated_once
+
+
+class _Inputs(NamedTuple):
+    """Inputs of `_LsqLinear`, or their gradients."""
+
+    source: FunctionInput
+    quantizer: LSQParams
+    weight: Tensor
+    weight_params: WeightParams
+    bias: Tensor | None
+
+
+def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
+    """Inputs as the positional arguments that autograd sees."""
+    return *inputs.source, *inputs.quantizer, inputs.weight, *inputs.weight_params, inputs.bias
+
+
+def _unflatten(args: Any) -> _Inputs:
+    """The inverse of `_flatten`."""
+    return _Inputs(
+        source=FunctionInput(*args[:5]),
+        quantizer=LSQParams(*args[5:11]),
+        weight=args[11],
+        weight_params=WeightParams(*args[12:15]),
+        bias=args[15],
+    )
 
 
 class _LsqLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        (made_x, x, *norm, made), q, (weight, *settings, bias) = (
-            args[:5],
-            LSQParams(*args[5:11]),
-            args[11:],
-        )
-        dtype = product_dtype(x)
-        wq, params = WeightParams(*settings).begin(weight, dtype)
-        keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
-        xq = operators.quantize(q, x if made_x is None else made_x, dtype)
-        out = linear(xq.reshape(-1, xq.shape[-1]), wq, bias)
-        # A net may write into what a Linear gave; autograd forbids that for a view.
-        return torch.ops.aten._unsafe_view(out, (*xq.shape[:-1], len(weight)))
+        inputs = _unflatten(args)
+        source = inputs.source
+        dtype = product_dtype(source.origin)
+        weight_q, weight_params = inputs.weight_params.begin(inputs.weight, dtype)
+        saved = inputs._replace(source=source._replace(result=None), weight_params=weight_params)
+        keep(ctx, *_flatten(saved), dtype)
+
+        x_q = operators.quantize(inputs.quantizer, source.value, dtype)
+        out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
+        # A model may write in place into the output of a Linear; autograd forbids that for a view.
+        return torch.ops.aten._unsafe_view(out, (*x_q.shape[:-1], len(inputs.weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        x, weight_, bias_, made, *rest = kept(ctx)
-        q, (weight, *settings, bias, dtype) = LSQParams(*rest[:6]), rest[6:]
-        params, grad = WeightParams(*settings), grad.reshape(-1, grad.shape[-1])
-        of_bias = grad.sum(0) if bias is not None or q.after is not None else None
-        wq = params.forward(weight, dtype)
-        of_xq = (grad @ wq).view(x.shape)
-        # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
-        of_after = (
-            None if q.after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0)
-        )
-        wanted = dtype if ctx.needs_input_grad[11] or ctx.needs_input_grad[13] else None
-        found = operators.gradients(
-            q,
-            of_xq,
-            x,
+        *saved, dtype = kept(ctx)
+        inputs = _unflatten(saved)
+        source = inputs.source
+        quantizer = inputs.quantizer
+        has_offset_after = quantizer.after is not None
+
+        grad = grad.reshape(-1, grad.shape[-1])
+        weight_q = inputs.weight_params.forward(inputs.weight, dtype)
+        grad_x_q = (grad @ weight_q).view(source.origin.shape)
+        grad_sum = None
+        if inputs.bias is not None or has_offset_after:
+            grad_sum = grad.sum(0)
+        grad_after = None
+        if has_offset_after and grad_sum is not None:
+            # The offset adds a constant row to the input, as the bias does to the output.
+            grad_after = (grad_sum.unsqueeze(0) @ weight_q).squeeze(0)
+
+        needs_grad = _unflatten(ctx.needs_input_grad)
+        needs_x_q = needs_grad.weight or needs_grad.weight_params.scale
+        grads = operators.gradients(
+            quantizer,
+            grad_x_q,
+            source.origin,
             with_after=False,
             in_place=True,
-            dequantized=wanted,
-            norm=(weight_, bias_),
-            made=made,
+            dequantized=dtype if needs_x_q else None,
+            norm=(source.norm_weight, source.norm_bias),
+            made=source.made,
         )
-        xq = found.dequantized
-        of_weight, of_step = (
-            (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
+        grad_weight = None
+        grad_weight_scale = None
+        if grads.dequantized is not None:
+            grad_weight_q = grad.t() @ grads.dequantized.flatten(0, -2)
+            grad_weight, grad_weight_scale = inputs.weight_params.backward(
+                grad_weight_q, inputs.weight
+            )
+        gradients = gradient_of(
+            _Inputs,
+            source=source_gradient(grads),
+            quantizer=quantizer_gradient(grads._replace(after=grad_after)),
+            weight=grad_weight,
+            weight_params=gradient_of(WeightParams, scale=grad_weight_scale),
+            bias=None if inputs.bias is None else grad_sum,
         )
-        of_x = None, found.x, found.norm_weight, found.norm_bias, None
-        of_bias = None if bias is None else of_bias
-        return (
-            *of_x,
-            found.scale,
-            found.before,
-            of_after,
-            None,
-            None,
-            None,
-            of_weight,
-            None,
-            of_step,
-            None,
-            of_bias,
-        )
+        return _flatten(gradients)
 
 
 def lsq_linear(
@@ -83,12 +122,13 @@ def lsq_linear(
 
     Args:
         x: (..., in), any float dtype.
-        operand: its quantizer.
-        weight: (out, in), the float master, or the quantized weight where `params` has no settings.
-        params: its quantizer.
+        operand: quantizer of `x`.
+        weight: (out, in), the float weight, or the quantized one where `params` has no settings.
+        params: quantizer of `weight`.
         bias: (out,) or None.
 
     Returns:
-        (..., out), in the dtype of `x`, or autocast's.
+        (..., out), in the dtype of `x`, or the dtype of autocast if it is on.
     """
-    return _LsqLinear.apply(*given(x), *operand, weight, *params, bias)
+    inputs = _Inputs(given(x), operand, weight, params, bias)
+    return _LsqLinear.apply(*_flatten(inputs))

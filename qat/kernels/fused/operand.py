@@ -58,6 +58,16 @@ def of_params(found: Iterable[LsqGradients]) -> Any:
     return flat((*one[1:4], None, None, None) for one in found)
 
 
+def quantizer_gradient(grads: LsqGradients) -> Any:
+    """Gradients of a quantizer as a Function returns them."""
+    return gradient_of(LSQParams, scale=grads.scale, before=grads.before, after=grads.after)
+
+
+def gradient_of(kind: type[Any], **gradients: Any) -> Any:
+    """Gradients of some fields of a NamedTuple of inputs, None for the other fields."""
+    return kind(*[gradients.get(name) for name in kind._fields])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in the dtype of `x`, which `weight` has."""
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -1,4 +1,4 @@
-"""Attention with query-key reparameterization as one Function, from its input to what leaves the heads."""
+"""Attention with query-key reparameterization as one Function, up to the output of the heads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.functional.lsq import LsqGradients
 from qat.kernels import LSQParams, operators
 from qat.kernels.fused.heads import add_products, exact_part, heads_product, pad
-from qat.kernels.fused.operand import flat, keep, kept, linear, of_params, params
+from qat.kernels.fused.operand import (
+    flat,
+    gradient_of,
+    keep,
+    kept,
+    linear,
+    params,
+    quantizer_gradient,
+)
 from qat.kernels.fused.scores import (
     ScoreShape,
     Scoring,
@@ -19,19 +28,19 @@ from qat.kernels.fused.scores import (
     shape_for,
     to_keep,
 )
-from qat.kernels.fused.source import given
+from qat.kernels.fused.source import FunctionInput, given, source_gradient
 from qat.kernels.fused.weight import WeightParams
 from qat.kernels.library import differentiated_once
 
 
 class QkrWeights(NamedTuple):
-    """Float masters of the products' factors.
+    """Float weights of the products.
 
     Attributes:
         matrix: M (h*C, C), float32.
         v: Wv (h*d, C).
         v_bias: (h*d,) or None.
-        offset: (h*C,), before the quantizer of the folded product, or None.
+        offset: (h*C,), added before the quantizer of the folded product, or None.
         per_key: c (h, C), float32, which adds c_h . q(x[m]) to the scores of key m, or None.
     """
 
@@ -61,23 +70,44 @@ class QkrOperands(NamedTuple):
 Params = tuple[WeightParams, WeightParams]
 
 
-def _unpack(args: Any) -> tuple[QkrWeights, Params, QkrOperands]:
+class _Inputs(NamedTuple):
+    """Inputs of `_Qkr`, or their gradients."""
+
+    source: FunctionInput
+    scoring: Scoring
+    weights: QkrWeights
+    matrix_params: WeightParams
+    v_params: WeightParams
+    quantizers: QkrOperands
+
+
+def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
+    """Inputs as the positional arguments that autograd sees."""
     return (
-        QkrWeights(*args[:5]),
-        (WeightParams(*args[5:8]), WeightParams(*args[8:11])),
-        QkrOperands(*params(args[11:])),
+        *inputs.source,
+        *inputs.scoring,
+        *inputs.weights,
+        *inputs.matrix_params,
+        *inputs.v_params,
+        *flat(inputs.quantizers),
     )
 
 
-def _padded(product: LSQParams, rows: Tensor, x: Tensor, num_heads: int) -> LSQParams:
-    """The quantizer of the folded product, with a step for each row (B, M*h, C) of padded tokens where there is one for each of x's."""
-    real = num_heads * x.shape[1]
-    more = rows.shape[1] - real
-    return (
-        product._replace(scale=F.pad(product.scale, (0, more), value=1.0))
-        if more and product.scale.numel() == real
-        else product
+def _unflatten(args: Any) -> _Inputs:
+    """The inverse of `_flatten`."""
+    return _Inputs(
+        source=FunctionInput(*args[:5]),
+        scoring=Scoring(*args[5:10]),
+        weights=QkrWeights(*args[10:15]),
+        matrix_params=WeightParams(*args[15:18]),
+        v_params=WeightParams(*args[18:21]),
+        quantizers=QkrOperands(*params(args[21:])),
     )
+
+
+def _rows_of_heads(mapped: Tensor, num_heads: int) -> Tensor:
+    """(B, N, h*C) as (B, N*h, C)."""
+    return mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
 
 
 def _by_head(rows: Tensor, num_heads: int) -> Tensor:
@@ -85,145 +115,213 @@ def _by_head(rows: Tensor, num_heads: int) -> Tensor:
     return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3)
 
 
-def _held(  # noqa: PLR0913
-    xq: Tensor,
-    padded: Tensor,
-    keys: Tensor,
-    per_key: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    shape: ScoreShape,
-) -> Tensor:
-    """What is kept for backward, (h, B, N, M), of the quantized input, not and padded, and of keys, not yet quantized."""
-    out = xq.new_empty(*keys.shape[:2], xq.shape[1], keys.shape[2])
+def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParams:
+    """The quantizer of the folded product; where each row has a scale, padding gets a scale of 1.
+
+    Args:
+        product: quantizer of the rows without padding.
+        rows: (B, M*h, C), padded.
+        num_rows: N*h, the number of rows without padding.
+    """
+    num_padded = rows.shape[1] - num_rows
+    if num_padded == 0 or product.scale.numel() != num_rows:
+        return product
+    return product._replace(scale=F.pad(product.scale, (0, num_padded), value=1.0))
+
+
+def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
+    """The result (h, B, N, M) of `to_keep` from quantized input (B, M, C) and keys (h, B, M, C)."""
+    num_tokens = inputs.source.origin.shape[1]
+    queries = padded_x[:, :num_tokens]
+    scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
+    # A product with a power of two is exact, so the terms of a sum may be multiplied one by one.
     factor = exact_part(shape.factor)
-    heads_product(xq, keys.transpose(-2, -1), out, factor)
-    if per_key is not None:  # times a power of two, both halves of a sum may be multiplied apart
-        out.add_(F.linear(padded, per_key.to(shape.dtype)).permute(2, 0, 1).unsqueeze(2) * factor)
-    return to_keep(out if factor == shape.factor else out.mul_(shape.factor), bias, mask, shape)
+    heads_product(queries, keys.transpose(-2, -1), scores, factor)
+    per_key = inputs.weights.per_key
+    if per_key is not None:
+        key_scores = F.linear(padded_x, per_key.to(shape.dtype)).permute(2, 0, 1)
+        scores.add_(key_scores.unsqueeze(2) * factor)
+    if factor != shape.factor:
+        scores.mul_(shape.factor)
+    return to_keep(scores, inputs.scoring.bias, inputs.scoring.mask, shape)
+
+
+def _linear_backward(
+    grad_y: Tensor, x_q: Tensor, grad_x_q: Tensor, weight: Tensor, params: WeightParams
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a weight and of its step size; the gradient of the input is added to `grad_x_q`.
+
+    Args:
+        grad_y: gradient of the output (B*M, out).
+        x_q: quantized input (B, M, C).
+        grad_x_q: (B, M, C), written to.
+        weight: (out, C).
+        params: quantizer of the weight.
+    """
+    grad_x_q.view(-1, x_q.shape[-1]).addmm_(grad_y, params.forward(weight, x_q.dtype))
+    return params.backward(grad_y.t() @ x_q.flatten(0, -2), weight)
+
+
+def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
+    """The quantized input (B, M, C), computed from `origin`."""
+    source = inputs.source
+    x, *_ = source.made.forward(source.origin, source.norm_weight, source.norm_bias)
+    return pad(operators.quantize(inputs.quantizers.input, x, dtype))
+
+
+def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
+    """The input times the folded matrix (B, M, h*C), computed in backward."""
+    weights = inputs.weights
+    # Backward may run inside an autocast block.
+    with torch.autocast(padded_x.device.type, enabled=False):
+        matrix = inputs.matrix_params.forward(weights.matrix, padded_x.dtype)
+        return linear(padded_x, matrix, weights.offset)
 
 
 class _Qkr(torch.autograd.Function):
+    """The following, where `q_*` are quantizers. Little is saved: backward quantizes again.
+
+    x_q = q_input(x)  # (B, N, C)
+    mapped = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
+    keys = q_product(mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))  # (B, N*h, C)
+    scores = x_q @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)  # (h, B, N, N)
+    scores = scores + F.linear(x_q, per_key).permute(2, 0, 1).unsqueeze(2)
+    probs = softmax(factor * scores + bias + mask)
+    values = q_values(F.linear(x_q, q_v(v), v_bias))  # (B, N, h*d)
+    values = values.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, N, d)
+    return (q_probs(probs) @ values).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
+    """
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        (made_x, x, *norm, made), (bias, mask, num_heads, factor, keep_probs), rest = (
-            args[:5],
-            args[5:10],
-            args[10:],
-        )
-        weights, (of_m, of_v), operands = _unpack(rest)
-        shape = shape_for(x, num_heads, factor)
-        (matrix, of_m), (v, of_v) = (
-            of_m.begin(weights.matrix, shape.dtype),
-            of_v.begin(weights.v, shape.dtype),
-        )
-        xq = operators.quantize(operands.input, x if made_x is None else made_x, shape.dtype)
-        padded = pad(xq)
-        mapped = linear(padded, matrix, weights.offset)
-        values = linear(padded, v, weights.v_bias)
-        rows = mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
-        keys = operators.quantize(_padded(operands.product, rows, x, num_heads), rows, shape.dtype)
-        held = _held(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)
-        again = (mapped, held) if keep_probs else (None, None)
-        keep(
-            ctx,
-            x,
-            *norm,
-            made,
-            bias,
-            mask,
-            shape,
-            *again,
-            values,
-            *weights,
-            *of_m,
-            *of_v,
-            *rest[11:],
-        )
-        return gather(
-            held, operators.quantize(operands.values, values, shape.dtype), operands.probs, shape
-        )
+        inputs = _unflatten(args)
+        weights = inputs.weights
+        quantizers = inputs.quantizers
+        scoring = inputs.scoring
+        x = inputs.source.origin
+        shape = shape_for(x, scoring.num_heads, scoring.factor)
+        matrix, matrix_params = inputs.matrix_params.begin(weights.matrix, shape.dtype)
+        v, v_params = inputs.v_params.begin(weights.v, shape.dtype)
+
+        padded_x = pad(operators.quantize(quantizers.input, inputs.source.value, shape.dtype))
+        mapped = linear(padded_x, matrix, weights.offset)
+        values = linear(padded_x, v, weights.v_bias)
+        rows = _rows_of_heads(mapped, shape.num_heads)
+        product = _padded_product(quantizers.product, rows, shape.num_heads * x.shape[1])
+        keys = operators.quantize(product, rows, shape.dtype)
+        probs = _attend(padded_x, _by_head(keys, shape.num_heads), inputs, shape)
+
+        source = inputs.source._replace(result=None)
+        saved = inputs._replace(source=source, matrix_params=matrix_params, v_params=v_params)
+        mapped_and_probs = (mapped, probs) if scoring.keep_probs else (None, None)
+        keep(ctx, *_flatten(saved), shape, values, *mapped_and_probs)
+        values_q = operators.quantize(quantizers.values, values, shape.dtype)
+        return gather(probs, values_q, quantizers.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        x, *norm, made, bias, mask, shape, mapped, held, values = (args := kept(ctx))[:10]
-        weights, (of_m, of_v), operands = _unpack(args[10:])
-        h, n, dtype = shape.num_heads, x.shape[1], shape.dtype
-        padded = pad(operators.quantize(operands.input, made.forward(x, *norm)[0], dtype))
+        *saved, shape, values, mapped, probs = kept(ctx)
+        inputs = _unflatten(saved)
+        quantizers = inputs.quantizers
+        x = inputs.source.origin
+        num_tokens = x.shape[1]
+        num_rows = num_tokens * shape.num_heads
+
+        padded_x = _padded_input(inputs, shape.dtype)
         if mapped is None:
-            with torch.autocast(x.device.type, enabled=False):  # there may be one around backward
-                mapped = linear(padded, of_m.forward(weights.matrix, dtype), weights.offset)
-        xq, rows = padded[:, :n], mapped.unflatten(-1, (h, -1)).flatten(1, 2)
-        product = _padded(operands.product, rows, x, h)
-        keys = _by_head(operators.quantize(product, rows, dtype), h)
-        held = _held(xq, padded, keys, weights.per_key, bias, mask, shape) if held is None else held
-        quantized = operators.quantize(operands.values, values, dtype)
-        of_scores, of_values, of_probs, of_bias = gather_backward(
-            grad.to(dtype), held, quantized, operands.probs, shape, with_bias=bias is not None
-        )
-        del held, quantized, args
-        back, of_xq = torch.empty_like(rows), torch.zeros_like(padded)
-        add_products(of_scores, keys, of_xq[:, :n])
-        heads_product(of_scores.transpose(-2, -1), xq, _by_head(back, h), 1.0)
+            mapped = _mapped_input(inputs, padded_x)
+        rows = _rows_of_heads(mapped, shape.num_heads)
+        product = _padded_product(quantizers.product, rows, num_rows)
+        keys = _by_head(operators.quantize(product, rows, shape.dtype), shape.num_heads)
+        if probs is None:
+            probs = _attend(padded_x, keys, inputs, shape)
+        values_q = operators.quantize(quantizers.values, values, shape.dtype)
 
-        def through(
-            of_y: Tensor, weight: Tensor, found: WeightParams, of: Tensor | None
-        ) -> tuple[Tensor | None, ...]:
-            """Add the gradient by a product with a weight, and give those of weight, step and bias."""
-            of_xq.view(-1, x.shape[-1]).addmm_(of_y, found.forward(weight, dtype))
-            return *found.backward(
-                of_y.t() @ padded.flatten(0, -2), weight
-            ), None if of is None else of_y.sum(0)
+        grad_scores, grad_values_q, grad_probs_scale, grad_bias = gather_backward(
+            grad.to(shape.dtype),
+            probs,
+            values_q,
+            quantizers.probs,
+            shape,
+            with_bias=inputs.scoring.bias is not None,
+        )
+        del probs, values_q
+        grad_rows = torch.empty_like(rows)
+        grad_x_q = torch.zeros_like(padded_x)
+        grad_keys = _by_head(grad_rows, shape.num_heads)
+        add_products(grad_scores, keys, grad_x_q[:, :num_tokens])
+        heads_product(grad_scores.transpose(-2, -1), padded_x[:, :num_tokens], grad_keys, 1.0)
 
-        of_product = operators.gradients(
-            product, back, rows, in_place=True, counted=rows[:, : h * n]
+        product_grads = operators.gradients(
+            product, grad_rows, rows, in_place=True, counted=rows[:, :num_rows]
         )
-        of_matrix, of_step, of_offset = through(
-            of_product.x.view(-1, mapped.shape[-1]), weights.matrix, of_m, weights.offset
+        values_grads = operators.gradients(
+            quantizers.values, grad_values_q, values, in_place=True, counted=values[:, :num_tokens]
         )
-        of_vectors = None
-        if weights.per_key is not None:
-            of_vectors = through(
-                of_scores.sum(2).permute(1, 2, 0).flatten(0, 1),
-                weights.per_key,
-                WeightParams(None),
-                None,
-            )[0]
-        of_value = operators.gradients(
-            operands.values, of_values, values, in_place=True, counted=values[:, :n]
+        grad_mapped = product_grads.x.view(-1, mapped.shape[-1])
+        grad_values = values_grads.x.flatten(0, -2)
+        weight_grads = _weights_backward(
+            inputs, padded_x, grad_x_q, grad_mapped, grad_scores, grad_values
         )
-        of_v_weight, of_v_step, of_v_bias = through(
-            of_value.x.flatten(0, -2), weights.v, of_v, weights.v_bias
+        input_grads = _input_backward(inputs, grad_x_q[:, :num_tokens].contiguous())
+        scale = product_grads.scale[: quantizers.product.scale.numel()]
+        quantizer_grads = QkrOperands(
+            input=quantizer_gradient(input_grads),
+            product=quantizer_gradient(product_grads._replace(scale=scale)),
+            values=quantizer_gradient(values_grads),
+            probs=gradient_of(LSQParams, scale=grad_probs_scale),
         )
-        of_input = operators.gradients(
-            operands.input, of_xq[:, :n].contiguous(), x, in_place=True, norm=tuple(norm), made=made
+        scoring_grads = gradient_of(Scoring, bias=grad_bias)
+        source_grads = source_gradient(input_grads)
+        return _flatten(_Inputs(source_grads, scoring_grads, *weight_grads, quantizer_grads))
+
+
+def _weights_backward(  # noqa: PLR0913
+    inputs: _Inputs,
+    padded_x: Tensor,
+    grad_x_q: Tensor,
+    grad_mapped: Tensor,
+    grad_scores: Tensor,
+    grad_values: Tensor,
+) -> tuple[QkrWeights, WeightParams, WeightParams]:
+    """Gradients of weights and of their quantizers; that of the input is added to `grad_x_q`."""
+    weights = inputs.weights
+    grad_matrix, grad_matrix_scale = _linear_backward(
+        grad_mapped, padded_x, grad_x_q, weights.matrix, inputs.matrix_params
+    )
+    grad_per_key = None
+    if weights.per_key is not None:
+        grad_key_scores = grad_scores.sum(2).permute(1, 2, 0).flatten(0, 1)
+        grad_per_key, _ = _linear_backward(
+            grad_key_scores, padded_x, grad_x_q, weights.per_key, WeightParams(None)
         )
-        of_x = None, of_input.x, of_input.norm_weight, of_input.norm_bias, None
-        of_weights = (
-            of_matrix,
-            of_v_weight,
-            of_v_bias,
-            of_offset,
-            of_vectors,
-            None,
-            of_step,
-            None,
-            None,
-            of_v_step,
-            None,
-        )
-        of_product = of_product._replace(scale=of_product.scale[: operands.product.scale.numel()])
-        of_quantizers = (
-            *of_params((of_input, of_product, of_value)),
-            of_probs,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
-        return *of_x, of_bias, None, None, None, None, *of_weights, *of_quantizers
+    grad_v, grad_v_scale = _linear_backward(
+        grad_values, padded_x, grad_x_q, weights.v, inputs.v_params
+    )
+    gradients = QkrWeights(
+        matrix=grad_matrix,
+        v=grad_v,
+        v_bias=None if weights.v_bias is None else grad_values.sum(0),
+        offset=None if weights.offset is None else grad_mapped.sum(0),
+        per_key=grad_per_key,
+    )
+    matrix_params = gradient_of(WeightParams, scale=grad_matrix_scale)
+    v_params = gradient_of(WeightParams, scale=grad_v_scale)
+    return gradients, matrix_params, v_params
+
+
+def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
+    """Gradients through the quantizer of the input, and through the LayerNorm before it."""
+    source = inputs.source
+    return operators.gradients(
+        inputs.quantizers.input,
+        grad_x_q,
+        source.origin,
+        in_place=True,
+        norm=(source.norm_weight, source.norm_bias),
+        made=source.made,
+    )
 
 
 def qkr_attention(
@@ -233,12 +331,13 @@ def qkr_attention(
 
     Args:
         x: (B, N, C).
-        weights: see there.
+        weights: see `QkrWeights`.
         params: quantizers of M (h*C, C) and of Wv.
-        operands: see there.
-        scoring: see there.
+        operands: see `QkrOperands`.
+        scoring: see `Scoring`.
 
     Returns:
         (B, N, h*d).
     """
-    return _Qkr.apply(*given(x), *scoring, *weights, *flat((*params, *operands)))
+    inputs = _Inputs(given(x), scoring, weights, *params, operands)
+    return _Qkr.apply(*_flatten(inputs))

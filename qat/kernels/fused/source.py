@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.functional.lsq import LsqGradients
+from qat.kernels.fused.operand import gradient_of
 from qat.kernels.library import operator
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN
@@ -84,12 +86,40 @@ def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     )
 
 
-def given(x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Made]:
-    """What a Function is given of `x`, of which it keeps all but the first for backward.
+class FunctionInput(NamedTuple):
+    """The input of a fused Function, and the tensor that it was computed from.
 
-    Returns:
-        `x`, without gradient, where it was made of others, else None; what it was made of, through which its gradient goes, or `x` itself;
-        and how.
+    Attributes:
+        result: what the Function quantizes, without gradient; None where that is `origin` itself.
+        origin: the tensor that is saved for backward and gets the gradient.
+        norm_weight: weight of the LayerNorm between the two, or None.
+        norm_bias: bias of the LayerNorm, or None.
+        made: the operation between the two.
     """
-    note = _source(x)
-    return (None, x, None, None, Made()) if note is None else (x.detach(), *note.tensors, note.made)
+
+    result: Tensor | None
+    origin: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    made: Made
+
+    @property
+    def value(self) -> Tensor:
+        """What the Function quantizes."""
+        return self.origin if self.result is None else self.result
+
+
+def source_gradient(grads: LsqGradients) -> Any:
+    """Gradients of a `FunctionInput` as a Function returns them."""
+    return gradient_of(
+        FunctionInput, origin=grads.x, norm_weight=grads.norm_weight, norm_bias=grads.norm_bias
+    )
+
+
+def given(x: Tensor) -> FunctionInput:
+    """`x` as a fused Function receives it."""
+    source = _source(x)
+    if source is None:
+        return FunctionInput(None, x, None, None, Made())
+    origin, weight, bias = source.tensors
+    return FunctionInput(x.detach(), origin, weight, bias, source.made)

@@ -1,0 +1,129 @@
+"""Known mistakes: errors that are printed as one line, without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from qat.errors import UsageError
+from qat.tasks import settings
+from qat.tasks.conf import options, yaml_lines
+from qat.utils.validate import unknown
+
+ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
+
+
+def line_of(error: BaseException | None) -> str | None:
+    """The line to print for a known mistake; None for any other error.
+
+    Hydra wraps errors of constructors, so the mistake may be the cause of an error.
+    """
+    while error is not None:
+        for kinds, describe in _KNOWN_MISTAKES:
+            line = describe(error) if isinstance(error, kinds) else None
+            if line is not None:
+                return line
+        package, _, _ = type(error).__module__.partition(".")
+        if error.__cause__ is None and package in {"hydra", "lightning"}:
+            return _one_line(error)
+        error = error.__cause__
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _unknown_choice(error: MissingConfigException) -> str | None:
+    if error.missing_cfg_file is None:
+        return None
+    group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+    line = _unknown(f"{group}={name}", name, options(group))
+    return line + ANY_MODEL if group == "model" else line
+
+
+def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None:
+    group = error.parent_node
+    if group is None:
+        return None
+    siblings = map(str, group) if OmegaConf.is_dict(group) else ()
+    names = []
+    for _, name, _ in yaml_lines(OmegaConf.to_yaml(group._get_root())):
+        if not name.startswith(("hydra", "callbacks", "default_")):
+            names.append(name)
+    return _unknown(str(error.full_key or error.key), str(error.key), siblings, names)
+
+
+def _wrong_value(error: OmegaConfBaseException) -> str:
+    """The first line of an error of OmegaConf, with the name of the setting."""
+    first_line = str(error).partition("\n")[0]
+    _, _, reason = first_line.rpartition(" raised while resolving interpolation: ")
+    name = str(error.full_key or "")
+    return reason if name in reason else f"{name}: {reason}"
+
+
+def _wrong_file(error: OSError) -> str | None:
+    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    if not error.filename and not is_full:
+        return None
+    return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
+
+
+def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
+    """Describe an error of another library whose text has a pattern; `{}` stands for the text."""
+
+    def describe(error: BaseException) -> str | None:
+        text = _one_line(error)
+        return line.format(text) if re.search(pattern, text) else None
+
+    return describe
+
+
+# Kinds of errors, and functions that return the line for an error, or None if it is another one.
+_KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
+    (UsageError, _one_line),
+    (MissingConfigException, _unknown_choice),
+    ((ConfigKeyError, ConfigAttributeError), _unknown_setting),
+    (OmegaConfBaseException, _wrong_value),
+    (
+        (OSError, RuntimeError),
+        _message(
+            r"[Tt]oo many open files|received 0 items of ancdata",
+            "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)",
+        ),
+    ),
+    (OSError, _wrong_file),
+    (
+        RuntimeError,
+        _message(
+            r"^DataLoader worker \(pid",
+            "{}; memory may be short: data.num_workers fewer, "
+            "data.batch_size smaller, on Docker --shm-size larger",
+        ),
+    ),
+    (
+        RuntimeError,
+        _message(
+            r"[Cc]onnection (closed|reset) by peer|remote process exited"
+            r"|Broken pipe|failed to recv",
+            "another process of this run is gone: {}",
+        ),
+    ),
+    (RuntimeError, _message(r"^Early stopping conditioned on", "{}")),
+)
+
+
+def _unknown(
+    setting: str, name: str, siblings: Iterable[str], elsewhere: Sequence[str] = ()
+) -> str:
+    """The line for an unknown setting: what replaced it, or similar names."""
+    replacement = settings.removed(setting)
+    if replacement:
+        return f"{setting}: was removed; use: {replacement}"
+    return unknown(setting, name, siblings, elsewhere)
