@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from qat.errors import UsageError as UsageError
     from qat.export.onnx_file import export_onnx as export_onnx
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
-    from qat.model.checkpoint import load as load
-    from qat.model.checkpoint import save as save
     from qat.model.convert import convert as convert
     from qat.model.frozen import freeze as freeze
     from qat.model.pretrained import from_pretrained as from_pretrained
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from qat.model.sites import Site as Site
     from qat.model.sites import iter_quantizers as iter_quantizers
     from qat.model.sites import no_weight_decay as no_weight_decay
+    from qat.model.storage import load as load
+    from qat.model.storage import save as save
     from qat.model.transform import transform as transform
     from qat.nn.attention import set_execution as set_execution
     from qat.spec import QuantRecipe as QuantRecipe
@@ -40,7 +40,7 @@ _NAMES = {
     "qat.errors": ("UsageError",),
     "qat.export.onnx_file": ("export_onnx",),
     "qat.interop": ("load_ofq_checkpoint",),
-    "qat.model.checkpoint": ("load", "save"),
+    "qat.model.storage": ("load", "save"),
     "qat.model.convert": ("convert",),
     "qat.model.frozen": ("freeze",),
     "qat.model.pretrained": ("from_pretrained", "push_to_hub", "save_pretrained"),

@@ -20,8 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model.biases import grow_biases
 from qat.model.bounds import check_net
-from qat.model.checkpoint import Checkpoint, grow_biases, read_checkpoint
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
 from qat.model.scales import check_finite
 from qat.spec import recipe

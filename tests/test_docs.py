@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import qat
-from qat.model.checkpoint import describe
+from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.nn import swap_registry
 from qat.tasks import build

@@ -22,9 +22,9 @@ from qat.analysis.analysis import (
     panels,
 )
 from qat.errors import UsageError
-from qat.model.checkpoint import float_twin
 from qat.model.convert import conversion_of, stem_and_heads
 from qat.model.cost import ModuleCost, module_costs, total
+from qat.model.storage import float_twin
 from qat.utils.text import scaled
 
 # The order of the bars, each kind with the same colour in every picture.

@@ -21,9 +21,9 @@ from qat.export.check import INPUT, OUTPUT, Checked, check_onnx, quiet
 from qat.export.codes import OPSETS, store_weights
 from qat.export.plan import Planner
 from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
-from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import freeze, is_frozen
+from qat.model.metadata import describe
 from qat.model.transform import data_config
 from qat.utils.files import replacing
 from qat.utils.probing import copied
@@ -173,7 +173,7 @@ def write_onnx(
         path: the file.
         frozen: what is written.
         net: what it was frozen from, or itself.
-        meta: of `qat.model.checkpoint.describe`, and `preprocessing`; None = none is stated, as for images that are not square.
+        meta: of `qat.model.metadata.describe`, and `preprocessing`; None = none is stated, as for images that are not square.
         images: (B, C, H, W) each.
         settings: of the file.
     """

@@ -22,8 +22,10 @@ from qat.lit.accuracy import MeanLoss, accuracy_metrics, check_logits, mean_cros
 from qat.lit.strategies import shared_modules, whole
 from qat.lit.teacher import Outputs, Teacher
 from qat.losses import CompositeLoss, StepContext
-from qat.model.checkpoint import META_KEY, Checkpoint, build_from
+from qat.model.checkpoint import Checkpoint
+from qat.model.metadata import META_KEY
 from qat.model.sites import iter_quantizers
+from qat.model.storage import build_from
 from qat.nn.quant_module import keep_weights
 from qat.quantizers import LSQ
 from qat.utils.validate import check_choice
@@ -44,7 +46,7 @@ class QATModule(LightningModule):
         optimizer: makes the optimizer from the net.
         scheduler: makes the schedule and its interval from the optimizer, the number of epochs and the steps per epoch.
         teacher: its logits reach the loss; not part of checkpoints.
-        describe: what checkpoints say beside the weights (`qat.model.checkpoint.describe`).
+        describe: what checkpoints say beside the weights (`qat.model.metadata.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that one process and several agree; `process` = the
             batch of one process, as in the paper's code.
     """

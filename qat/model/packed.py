@@ -39,7 +39,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
     Args:
         net: of `qat.freeze`.
         path: the file.
-        meta: of `qat.model.checkpoint.describe`.
+        meta: of `qat.model.metadata.describe`.
 
     Returns:
         Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the header (index, recipe, classes).

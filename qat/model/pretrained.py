@@ -21,10 +21,11 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.model.bounds import check_net
-from qat.model.checkpoint import FETCHING_ARGS, check_loads, describe, load
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
+from qat.model.metadata import describe
 from qat.model.packed import write_packed
+from qat.model.storage import FETCHING_ARGS, check_loads, load
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_images, check_number

@@ -14,10 +14,12 @@ import timm
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.checkpoint import Checkpoint, build_from, grow_biases, grown_biases
+from qat.model.biases import grow_biases, grown_biases
+from qat.model.checkpoint import Checkpoint
 from qat.model.frozen import keeps_weights
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
+from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.model.checkpoint import grow_biases
+from qat.model.biases import grow_biases
 from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers

@@ -11,8 +11,8 @@ from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.checkpoint import data_of
 from qat.model.convert import conversion_of
+from qat.model.metadata import data_of
 
 if TYPE_CHECKING:
     from qat.data.image_transform import AnyImage

@@ -16,8 +16,8 @@ from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.lit.strategies import SHARDED
 from qat.losses import CompositeLoss
-from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
+from qat.model.metadata import classes_of
 from qat.spec import QuantRecipe
 from qat.utils.validate import check_int, check_number
 

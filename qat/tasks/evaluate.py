@@ -24,10 +24,12 @@ from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.losses import CompositeLoss, CrossEntropy
-from qat.model.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.cost import Cost, cost
+from qat.model.metadata import classes_of
 from qat.model.scales import check_finite
+from qat.model.storage import build_from
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary

@@ -38,10 +38,12 @@ from qat.export.onnx_file import (
 )
 from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
-from qat.model.checkpoint import build_from, describe, float_twin, load, read_checkpoint
+from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
+from qat.model.metadata import describe
 from qat.model.packed import write_packed
+from qat.model.storage import build_from, float_twin, load
 from qat.model.transform import data_config
 from qat.tasks import build, summary
 from qat.tasks.evaluate import build_subject, origin

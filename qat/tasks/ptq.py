@@ -21,13 +21,14 @@ from qat.launch.ranks import connect, is_first
 from qat.launch.run_dir import CONFIG, UsedError
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
-from qat.model.checkpoint import classes_of, save
 from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
 from qat.model.frozen import is_frozen
+from qat.model.metadata import classes_of
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import assert_ready
 from qat.model.start import Start
+from qat.model.storage import save
 from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches

@@ -14,7 +14,8 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
-from qat.model.checkpoint import build_from, read_checkpoint
+from qat.model.checkpoint import read_checkpoint
+from qat.model.storage import build_from
 from qat.tasks.build import import_modules
 
 log = logging.getLogger(__name__)

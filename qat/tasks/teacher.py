@@ -15,10 +15,12 @@ from qat.interop import is_ofq
 from qat.launch.ranks import is_first
 from qat.lit import Teacher
 from qat.losses import CompositeLoss
-from qat.model.checkpoint import build_from, data_of, read_checkpoint
+from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import check_input, conversion_of
+from qat.model.metadata import data_of
 from qat.model.scales import check_finite
 from qat.model.start import Start, check_model, from_pretrained, from_state
+from qat.model.storage import build_from
 from qat.model.transform import data_config, renormalize
 from qat.tasks.build import build_start, model_args
 from qat.tasks.checks import check_classes

@@ -21,9 +21,11 @@ from qat.launch.ranks import connect, is_first, write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory
-from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoint
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.cost import cost
+from qat.model.metadata import describe
 from qat.model.start import Start
+from qat.model.storage import build_from
 from qat.spec import QuantRecipe
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import (

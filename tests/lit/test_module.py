@@ -13,7 +13,7 @@ import qat
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
 from qat.lit.strategies import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
-from qat.model.checkpoint import describe, is_plain
+from qat.model.metadata import describe, is_plain
 from qat.quantizers import LSQ
 from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
 

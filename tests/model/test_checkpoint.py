@@ -20,7 +20,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import qat
-from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
+from qat.model.checkpoint import read_checkpoint
+from qat.model.metadata import classes_of, data_of
+from qat.model.storage import build_from
 from tests.campaign.checkpoints import Payload
 from tests.nets import FAMILIES
 from tests.tiny import (
@@ -312,11 +314,11 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
         ),
         (
             {"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}},
-            "argument pretrained would read something else",
+            "argument pretrained is not allowed",
         ),
         (
             {"model": {"name": VIT, "kwargs": {**KWARGS, "checkpoint_path": "/etc/hosts"}}},
-            "argument checkpoint_path would read something else",
+            "argument checkpoint_path is not allowed",
         ),
         (
             {
@@ -654,12 +656,12 @@ def test_numbers_that_are_not_finite_are_refused(path, monkeypatch, make, damage
     content["state_dict"] |= {"running_mean": torch.zeros(2)}
     content["state_dict"][damage].view(-1)[-1] = value
     torch.save(content, path)
-    create = qat.model.checkpoint._described
+    create = qat.model.storage._build
 
     def with_statistics(*arguments):
         built = create(*arguments)
         built.register_buffer("running_mean", torch.zeros(2))
         return built
 
-    monkeypatch.setattr(qat.model.checkpoint, "_described", with_statistics)
+    monkeypatch.setattr(qat.model.storage, "_build", with_statistics)
     refused(path, said)

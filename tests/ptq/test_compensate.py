@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.model.checkpoint import describe
 from qat.model.cost import size_bytes
+from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.ptq.compensate import RIDGE, compensate
 from tests import tiny

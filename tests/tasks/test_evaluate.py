@@ -9,7 +9,8 @@ from torch import nn
 
 import qat
 from qat.data import Cifar10, Digits
-from qat.model.checkpoint import META_KEY, read_checkpoint
+from qat.model.checkpoint import read_checkpoint
+from qat.model.metadata import META_KEY
 from qat.tasks import build
 from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar

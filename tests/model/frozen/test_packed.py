@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 import qat
-from qat.model.checkpoint import describe
 from qat.model.cost import cost
+from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.start import from_net
 from qat.model.transfer import timm_state_dict

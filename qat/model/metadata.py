@@ -1,0 +1,168 @@
+"""Metadata of a checkpoint: how to build the model that its weights belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.models import get_model_args
+from torch import nn
+
+from qat.errors import UsageError
+from qat.model.biases import grown_biases
+from qat.model.convert import conversion_of, recipe_of
+from qat.model.frozen import is_frozen
+from qat.utils.files import check_bounds
+from qat.utils.validate import check_images
+
+FORMAT_VERSION = 1
+META_KEY = "qat"
+# Keys of timm's `pretrained_cfg` that are stored: which weights, and how images are prepared for
+# them. Tags of one model differ in these.
+IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_MOST_PIXELS = 2**25  # of an image, as a file states its model's input size
+
+
+def is_plain(value: object) -> bool:
+    """True for what `torch.load(weights_only=True)` reads: None, numbers, text, lists and dicts.
+
+    Subclasses, such as NumPy's numbers and enumerations, are stored by their class names, which
+    the reader refuses.
+    """
+    kind = type(value)
+    if kind is dict:
+        items = value.items()  # type: ignore[attr-defined]
+        return all(type(key) is str and is_plain(item) for key, item in items)
+    if kind in {list, tuple}:
+        return all(is_plain(item) for item in value)  # type: ignore[attr-defined]
+    return value is None or kind in {bool, int, float, str}
+
+
+def data_of(net: nn.Module) -> dict[str, Any] | None:
+    """Config of the data that a model was trained on, as its file stated it; None if unknown."""
+    return getattr(net, "qat_data", None)
+
+
+def classes_of(net: nn.Module) -> list[str] | None:
+    """Names of a model's classes, in the order of its outputs; None if unknown."""
+    return getattr(net, "qat_classes", None)
+
+
+def describe(
+    net: nn.Module,
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Metadata of a checkpoint of `net`.
+
+    Args:
+        net: converted or float.
+        model: timm name; None = the name that timm noted on the model.
+        model_kwargs: arguments of `timm.create_model`; None = those that timm noted.
+        data: config of the data it was trained on; None = what `load` found in the model's file.
+        classes: names of its classes, in the order of its outputs; None = what `load` found in
+            the model's file.
+
+    Raises:
+        UsageError: the model does not record how it was built, or not in plain data; data is not
+            a dict, or classes are not a list of names.
+    """
+    if data is None:
+        data = data_of(net)
+    if classes is None:
+        classes = classes_of(net)
+    _check_data_and_classes(data, classes)
+    config = getattr(net, "pretrained_cfg", None) or {}
+    name = model or config.get("architecture")
+    kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
+    if not name or kwargs is None:
+        advice = (
+            "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+        )
+        raise UsageError(f"save: this model does not record how timm built it; {advice}")
+    num_classes = getattr(net, "num_classes", None)
+    if isinstance(num_classes, int):
+        kwargs = {**kwargs, "num_classes": num_classes}
+        _check_outputs(net, num_classes)
+    if not is_plain(kwargs):
+        raise UsageError(
+            f"save: model arguments {kwargs} are not plain data; "
+            "set model_kwargs={...} of numbers and text"
+        )
+    conversion = conversion_of(net)
+    recipe = recipe_of(net)
+    image_config = {}
+    for key in IMAGE_KEYS:
+        if config.get(key) is not None:
+            image_config[key] = config[key]
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": {"name": name, "kwargs": dict(kwargs)},
+        "pretrained_cfg": image_config,
+        # `reset_classifier` may have changed it after timm noted the arguments.
+        "pool": get_model_args(net).get("global_pool"),
+        "biases": grown_biases(net),
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "input_size": None if conversion is None else list(conversion.input_size),
+        "frozen": is_frozen(net),
+        "data": data and dict(data),
+        "classes": classes and list(classes),
+    }
+
+
+def _check_data_and_classes(data: Any, classes: Any) -> None:
+    is_dict = isinstance(data, Mapping | None) and is_plain(data and dict(data))
+    is_list = isinstance(classes, list | tuple | None)
+    if is_dict and is_list and all(type(name) is str for name in classes or []):
+        return
+    raise UsageError(
+        "save: data must be a dict of Python's own numbers, text, lists and dicts, "
+        "classes a list of names"
+    )
+
+
+def _check_outputs(net: nn.Module, num_classes: int) -> None:
+    get_classifier = getattr(net, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
+    outputs = getattr(head, "out_features", num_classes)
+    if outputs != num_classes:
+        raise UsageError(
+            f"save: the head has {outputs} outputs, num_classes={num_classes}; "
+            f"net.reset_classifier({outputs}) sets both"
+        )
+
+
+def check_metadata(meta: Any, origin: str) -> None:
+    """Raise `UsageError` if the metadata of a file is not of the kind that `describe` returns."""
+    try:
+        check_bounds(meta)
+        _check_types(meta)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{origin}: is damaged, or not written by qat: its description of the model: {error}"
+        ) from error
+    check_images(f"{origin}: its data", meta.get("data") or {})
+
+
+def _check_types(meta: Any) -> None:
+    data = meta.get("data") or {}
+    dicts = (
+        meta["model"]["kwargs"],
+        data,
+        meta.get("pretrained_cfg") or {},
+        meta.get("run", {}),
+    )
+    texts = (meta["model"]["name"], data.get("_target_", ""), data.get("model") or "")
+    num_pixels = math.prod(meta.get("input_size") or [1])
+    fits = (
+        all(isinstance(value, dict) for value in dicts)
+        and all(isinstance(value, str) for value in texts)
+        and isinstance(meta.get("format_version", 0), int)
+        and num_pixels <= _MOST_PIXELS
+    )
+    if not fits:
+        raise TypeError("has something of another kind")

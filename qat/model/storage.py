@@ -1,0 +1,216 @@
+"""Save a model to one file, and rebuild it from the file alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_model_args
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from qat.errors import UsageError
+from qat.model.biases import grow_biases
+from qat.model.bounds import about_as_large_as, check_net
+from qat.model.checkpoint import Checkpoint, read_checkpoint
+from qat.model.convert import convert
+from qat.model.frozen import NOT_PLAIN, freeze_structure, is_frozen, prune_offsets
+from qat.model.metadata import FORMAT_VERSION, IMAGE_KEYS, META_KEY, describe
+from qat.model.ptq_spec import recipe_from
+from qat.model.scales import assert_ready, check_finite
+from qat.utils.files import write_torch
+from qat.utils.validate import check_images
+
+# Arguments of timm's models that would read further files.
+FETCHING_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+}
+
+
+def save(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Write a model to one file that `qat.load` rebuilds without data.
+
+    The file can be read with `torch.load(weights_only=True)`.
+
+    Args:
+        net: converted or float.
+        path: the file.
+        model: see `describe`.
+        model_kwargs: see `describe`.
+        data: how images are to be prepared, as in `data/*.yaml`, for `qat.transform` and
+            `eval.py`: `image_size`, `mean`, `std` ...
+        classes: names of the classes, in the order of the model's outputs.
+
+    Raises:
+        UsageError: see `describe`; weights are computed from others (pruning, parametrizations);
+            or `load` cannot read the file that was written.
+    """
+    if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
+        raise UsageError(f"save: the net {NOT_PLAIN}")
+    meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
+    write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
+    check_loads(path)
+
+
+def check_loads(path: str | os.PathLike[str]) -> None:
+    """Raise `UsageError` if `load` cannot rebuild a model that was just written.
+
+    That is so if its modules were changed after timm built it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            load(path)
+        except UsageError as error:
+            raise UsageError(
+                f"save: written, but qat.load cannot rebuild the model: {error}"
+            ) from error
+
+
+def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
+    """Rebuild a model from a file of `qat.save`, or from `last.ckpt` or `best.ckpt` of a run.
+
+    All weights must fit; no data is needed. The model is in eval mode.
+
+    Args:
+        path: the file.
+        imports: modules to import first, with quantizers `package.module:Class` and models that
+            the file names; the file itself imports none.
+
+    Raises:
+        ImportError: one of `imports` cannot be imported.
+        UsageError: see `read_checkpoint` and `build_from`.
+    """
+    for name in imports:
+        importlib.import_module(name)
+    return build_from(read_checkpoint(path))
+
+
+def build_from(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model of a checkpoint of ours, with its weights.
+
+    Raises:
+        UsageError: the file does not say which model it holds, or its weights do not fit or are
+            not finite.
+    """
+    origin = f"ckpt={str(checkpoint.path)!r}"
+    meta = checkpoint.meta
+    if meta is None:
+        raise UsageError(f"{origin}: does not say which model it holds; set model=...")
+    version = meta.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"{origin}: written by a newer qat (format {version}); "
+            f"this one reads up to {FORMAT_VERSION}"
+        )
+    net = _build_with_limits(meta, checkpoint.state, origin)
+    if is_frozen(net):
+        prune_offsets(net, checkpoint.state)
+    try:
+        net.load_state_dict(checkpoint.state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        name = meta["model"]["name"]
+        raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
+    check_finite(net, origin, unset=True)
+    # Without scales, the model raises an error when it is called.
+    with contextlib.suppress(UsageError):
+        assert_ready(net)
+    net.qat_data = meta.get("data")  # type: ignore[assignment]
+    net.qat_classes = meta.get("classes")  # type: ignore[assignment]
+    return net.eval()
+
+
+def _build_with_limits(
+    meta: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str
+) -> nn.Module:
+    """Build the model that untrusted metadata describes, if it is about as large as its weights."""
+    try:
+        with about_as_large_as(weights):
+            _check_size(meta, weights)
+            return _build(meta)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{origin}: cannot build the model it describes ({reason})") from error
+
+
+def _check_size(meta: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    _check_constructor(meta)
+    data = meta.get("data") or {}
+    image_size = data.get("image_size")
+    input_size = meta.get("input_size") or [data.get("in_chans"), image_size, image_size]
+    check_net(meta["model"]["name"], meta["model"]["kwargs"], weights, input_size)
+
+
+def _check_constructor(meta: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a model is one of timm's and its arguments read no further files.
+
+    `timm.create_model` would also take `hub:repository` as a name.
+    """
+    name = meta["model"]["name"]
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    for argument in sorted(FETCHING_ARGS & set(meta["model"]["kwargs"])):
+        raise ValueError(f"argument {argument} is not allowed: it loads another file")
+
+
+def _build(meta: Mapping[str, Any]) -> nn.Module:
+    """Build the model that metadata of `describe` is about, with fresh weights."""
+    _check_constructor(meta)
+    net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
+    pool = meta.get("pool")
+    if pool is not None and pool != get_model_args(net).get("global_pool"):
+        net.reset_classifier(net.num_classes, pool)  # type: ignore[operator]
+    _set_image_config(net, meta.get("pretrained_cfg") or {})
+    grow_biases(net, meta.get("biases") or [])
+    if meta.get("recipe") is not None:
+        convert(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
+        if meta.get("frozen"):
+            freeze_structure(net)
+    return net
+
+
+def _set_image_config(net: nn.Module, stored: Mapping[str, Any]) -> None:
+    image_config = {key: value for key, value in stored.items() if key in IMAGE_KEYS}
+    if not image_config:
+        return
+    config = {**net.pretrained_cfg, **image_config}  # type: ignore[dict-item]
+    check_images("pretrained_cfg", config)
+    net.pretrained_cfg = config  # type: ignore[assignment]
+    net.default_cfg = config  # type: ignore[assignment]
+
+
+def float_twin(net: nn.Module) -> nn.Module:
+    """Build a float model of the same constructor with fresh weights, in eval mode.
+
+    Raises:
+        UsageError: the model does not record how timm built it.
+        LookupError, TypeError, ValueError, RuntimeError: it cannot be built from that record.
+    """
+    # The random weights are not used, so other draws on the CPU must not depend on them.
+    with torch.random.fork_rng(devices=[]):
+        return _build({**describe(net), "recipe": None}).eval()
