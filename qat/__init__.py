@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qat.export.onnx_file import export_onnx as export_onnx
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
     from qat.model.convert import convert as convert
-    from qat.model.frozen import freeze as freeze
+    from qat.model.freeze import freeze as freeze
     from qat.model.pretrained import from_pretrained as from_pretrained
     from qat.model.pretrained import push_to_hub as push_to_hub
     from qat.model.pretrained import save_pretrained as save_pretrained
@@ -42,7 +42,7 @@ _NAMES = {
     "qat.interop": ("load_ofq_checkpoint",),
     "qat.model.storage": ("load", "save"),
     "qat.model.convert": ("convert",),
-    "qat.model.frozen": ("freeze",),
+    "qat.model.freeze": ("freeze",),
     "qat.model.pretrained": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "qat.model.ptq_spec": ("PtqRecipe",),
     "qat.model.report": ("conversion_report",),

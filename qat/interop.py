@@ -20,10 +20,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.biases import grow_biases
 from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
+from qat.model.foreign_weights import grow_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 

@@ -22,7 +22,8 @@ from qat.export.codes import OPSETS, store_weights
 from qat.export.plan import Planner
 from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
 from qat.model.convert import check_input, conversion_of
-from qat.model.frozen import freeze, is_frozen
+from qat.model.freeze import freeze
+from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.transform import data_config
 from qat.utils.files import replacing

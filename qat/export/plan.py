@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from qat.export.codes import LARGEST_INT8, QuantizedTensor, StoredWeight, number
 from qat.functional.ste import view_along
-from qat.model.frozen import DIRECT, FrozenActivation, FrozenWeight
+from qat.model.freeze import DIRECT
+from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.nn.attention import QkrAttention, ScoredAttention
 from qat.nn.fqvit import FqAttention
 

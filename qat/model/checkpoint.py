@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from qat.errors import UsageError
+from qat.model.foreign_weights import timm_names
 from qat.model.metadata import META_KEY, check_metadata
 from qat.model.packed import read_packed
-from qat.model.torchvision_names import timm_names
 from qat.utils.files import check_tensors, read_torch
 from qat.utils.validate import check_choice
 

@@ -10,8 +10,8 @@ from timm.models import get_model_args
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.biases import grown_biases
 from qat.model.convert import conversion_of, recipe_of
+from qat.model.foreign_weights import grown_biases
 from qat.model.frozen import is_frozen
 from qat.utils.files import check_bounds
 from qat.utils.validate import check_images

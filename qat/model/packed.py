@@ -1,7 +1,8 @@
-"""One small file for a frozen net: codes side by side at their width, all other numbers as float32, an index of both. docs/deployment.md.
+"""One small file for a frozen model: codes at their width, float32 numbers, and an index of both.
 
-A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model, recipe, data, classes), `index`
-(zlib, base64: JSON), `crc32`. A tensor with a name of its own for each weight would take a hundred bytes of header: a tenth of a small net.
+A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model,
+recipe, data, classes), `index` (zlib, base64: JSON), `crc32`. A named tensor for each weight would
+take a hundred bytes of header, a tenth of a small model. The format: docs/deployment.md.
 """
 
 from __future__ import annotations
@@ -24,98 +25,139 @@ from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpac
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
-# The second one, with blocks of floats, which are tensors of their own.
-FORMATS = "packed-1", "packed-2"
+# The second format has blocks of floats, which are tensors of their own.
+FORMATS = ("packed-1", "packed-2")
+# The index of a file may unpack to this many bytes: 2 MB of it could become 2 GB otherwise.
+# The entry of a tensor takes less than 100 bytes.
+_MOST_INDEX = 2**23
 _DTYPES = {
-    str(kind).removeprefix("torch."): kind
-    for kind in vars(torch).values()
-    if isinstance(kind, torch.dtype)
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
 }
 
 
 def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> dict[str, int]:
-    """Write a frozen net, whole or not at all.
+    """Write a frozen model; an error leaves no file behind.
 
     Args:
-        net: of `qat.freeze`.
+        net: a model of `qat.freeze`.
         path: the file.
-        meta: of `qat.model.metadata.describe`.
+        meta: metadata of `qat.model.metadata.describe`.
 
     Returns:
-        Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the header (index, recipe, classes).
+        Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the
+        header (index, recipe, classes).
     """
-    widths = {
-        f"{name}.stored": module.spec.bits
-        for name, module in net.named_modules()
-        if isinstance(module, FrozenWeight)
-    }
-    blocks = {
-        name: module for name, module in net.named_modules() if isinstance(module, FrozenBlocks)
-    }
-    codes, floats, index = [], [], []
-    sums = {"codes": 0, "scales": 0, "offsets": 0, "rest": 0}
+    packer = _Packer(net)
     for name, tensor in net.state_dict().items():
-        shape, (owner, _, kind) = list(tensor.shape), name.rpartition(".")
-        if owner in blocks:
-            if kind == "stored":
-                index.append([owner, shape, "b", widths[name], blocks[owner].empty.dim])
-        elif name in widths:
-            codes.append(pack_codes(tensor.cpu(), widths[name]))
-            index.append([name, shape, "s" if tensor.dtype == torch.int8 else "u", widths[name]])
-            sums["codes"] += len(codes[-1])
-        elif tensor.numel() and (tensor == tensor.flatten()[0]).all():
-            index.append([
-                name,
-                shape,
-                "c",
-                tensor.flatten()[0].item(),
-                str(tensor.dtype).removeprefix("torch."),
-            ])
-        else:
-            floats.append(tensor.detach().cpu().float().flatten())
-            index.append([name, shape, "f", str(tensor.dtype).removeprefix("torch.")])
-            sums[_kind(name)] += floats[-1].nbytes
-    packed = base64.b64encode(
-        zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
-    ).decode()
-    tensors = {
-        "codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]),
-        "floats": torch.cat([torch.zeros(0), *floats]),
-    }
-    for name, module in blocks.items():
-        for part, tensor in module.packed().items():
-            tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
-            sums["codes" if part == "qdata" else "scales"] += tensor.nbytes
+        packer.add(name, tensor)
+    tensors = packer.tensors()
+    index = json.dumps(packer.index, separators=(",", ":"))
     metadata = {
-        "format": FORMATS[bool(blocks)],
+        "format": FORMATS[1] if packer.blocks else FORMATS[0],
         "qat": json.dumps(dict(meta), separators=(",", ":")),
-        "index": packed,
+        "index": base64.b64encode(zlib.compress(index.encode(), 9)).decode(),
     }
     metadata["crc32"] = _checksum(tensors, *metadata.values())
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-    return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
+    header = Path(path).stat().st_size - sum(packer.sizes.values())
+    return {**packer.sizes, "header": header}
 
 
-def _kind(name: str) -> str:
-    last = name.rpartition(".")[2]
+class _Packer:
+    """Codes, floats and index of a file that is being written.
+
+    An entry of the index is [name, shape, kind, ...]; the kinds are "s" and "u" (signed and
+    unsigned codes, with their bits), "f" (floats, with their dtype), "c" (one number for a whole
+    tensor, and its dtype) and "b" (blocks of floats, with bits and the dimension of the blocks).
+
+    Attributes:
+        index: entries, in the order of the state dict.
+        sizes: bytes by kind of content.
+        blocks: weights in blocks of floats, by name.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.index: list[list[Any]] = []
+        self.sizes = {"codes": 0, "scales": 0, "offsets": 0, "rest": 0}
+        self.blocks: dict[str, FrozenBlocks] = {}
+        self._widths: dict[str, int] = {}
+        self._codes: list[Tensor] = []
+        self._floats: list[Tensor] = []
+        for name, module in net.named_modules():
+            if isinstance(module, FrozenBlocks):
+                self.blocks[name] = module
+            if isinstance(module, FrozenWeight):
+                self._widths[f"{name}.stored"] = module.spec.bits
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor of the state dict."""
+        owner, _, kind = name.rpartition(".")
+        shape = list(tensor.shape)
+        if owner in self.blocks:
+            if kind == "stored":
+                dim = self.blocks[owner].empty.dim
+                self.index.append([owner, shape, "b", self._widths[name], dim])
+        elif name in self._widths:
+            self._add_codes(name, tensor)
+        elif tensor.numel() and (tensor == tensor.flatten()[0]).all():
+            self.index.append([name, shape, "c", tensor.flatten()[0].item(), _dtype_name(tensor)])
+        else:
+            floats = tensor.detach().cpu().float().flatten()
+            self._floats.append(floats)
+            self.index.append([name, shape, "f", _dtype_name(tensor)])
+            self.sizes[_content(name)] += floats.nbytes
+
+    def _add_codes(self, name: str, tensor: Tensor) -> None:
+        bits = self._widths[name]
+        codes = pack_codes(tensor.cpu(), bits)
+        self._codes.append(codes)
+        signedness = "s" if tensor.dtype == torch.int8 else "u"
+        self.index.append([name, list(tensor.shape), signedness, bits])
+        self.sizes["codes"] += len(codes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the file, by name."""
+        tensors = {
+            "codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *self._codes]),
+            "floats": torch.cat([torch.zeros(0), *self._floats]),
+        }
+        for name, module in self.blocks.items():
+            for part, tensor in module.packed().items():
+                tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
+                self.sizes["codes" if part == "qdata" else "scales"] += tensor.nbytes
+        return tensors
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _content(name: str) -> str:
+    """Key of `_Packer.sizes` for a float tensor."""
+    last_part = name.rpartition(".")[2]
     if "_quantizer." not in name:
-        return "offsets" if last == "product_offset" else "rest"
-    return "offsets" if last in OFFSETS else "scales"
+        return "offsets" if last_part == "product_offset" else "rest"
+    return "offsets" if last_part in OFFSETS else "scales"
 
 
-def _checksum(tensors: Mapping[str, Tensor], *said: str) -> str:
-    """CRC-32 of all bytes of codes and floats, of other tensors by name, and of the texts of the header, in this order, as eight digits."""
+def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
+    """CRC-32 as eight digits: bytes of codes, floats, other tensors by name, texts of the header."""
     names = ["codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})]
-    content = (
-        b"".join(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in names)
-        + "".join(said).encode()
-    )
+    content = b""
+    for name in names:
+        content += tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+    content += "".join(header).encode()
     return f"{zlib.crc32(content):08x}"
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Weights by name and what the file says of the net; None for a safetensors file of another kind.
+    """Read a packed file.
+
+    Returns:
+        Weights by name and the metadata of `describe`; None for another kind of safetensors file.
 
     Raises:
         UsageError: the file is of a newer format.
@@ -127,46 +169,70 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             return None
         if metadata.get("format") not in FORMATS:
             raise UsageError(
-                f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {' and '.join(FORMATS)}"
+                f"{str(path)!r}: format {metadata.get('format')!r}; "
+                f"this version of qat reads {' and '.join(FORMATS)}"
             )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    said = (metadata["format"], metadata["qat"], metadata["index"])
-    if metadata["crc32"] not in {
-        _checksum(tensors, *said),
-        _checksum(tensors),
-    }:  # older files: of the tensors alone
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    header = (metadata["format"], metadata["qat"], metadata["index"])
+    # Older files have a checksum of their tensors only.
+    if metadata["crc32"] not in {_checksum(tensors, *header), _checksum(tensors)}:
         raise ValueError("it is damaged: its checksum does not fit")
-    # At most this many bytes, of which a tensor takes less than a hundred: two megabytes may unpack to two gigabytes.
-    index = json.loads(zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), 2**23))
-    if (
-        constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
-    ) > MOST_CONSTANT:
-        raise ValueError(f"its index lists {constants} numbers that are missing")
-    state, at = {}, {"codes": 0, "floats": 0}
-    for name, shape, kind, *more in index:
+    index_text = zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), _MOST_INDEX)
+    return _unpacked(json.loads(index_text), tensors), json.loads(metadata["qat"])
+
+
+def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, as the index finds them in the tensors of a file."""
+    num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
+    if num_constants > MOST_CONSTANT:
+        raise ValueError(f"its index lists {num_constants} numbers that are missing")
+    state = {}
+    codes = _Cursor(tensors["codes"])
+    floats = _Cursor(tensors["floats"])
+    for name, shape, kind, *details in index:
+        num_elements = torch.Size(shape).numel()
         if kind == "c":
-            state[name] = torch.full(shape, more[0], dtype=_DTYPES[more[1]])
-            continue
-        if kind == "b":
+            number, dtype = details
+            state[name] = torch.full(shape, number, dtype=_DTYPES[dtype])
+        elif kind == "b":
+            bits, dim = details
             parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
-            qdata, dim = parts.pop(f"{name}.qdata").view(torch.uint8), more[1]
-            state[f"{name}.stored"] = (
-                unpack_pairs(qdata, shape[dim]) if more[0] == 4 else qdata
-            ).movedim(-1, dim)
-            state |= {
-                key: t.view(torch.uint8) if key.endswith(".scale") else t
-                for key, t in parts.items()
-            }
-            continue
-        n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
-        size = n if kind == "f" else packed_bytes(n, more[0])
-        part = tensors[which][at[which] : at[which] + size]
-        at[which] += size
-        state[name] = (
-            part.view(shape).to(_DTYPES[more[0]])
-            if kind == "f"
-            else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
-        )
-    if at != {name: tensor.numel() for name, tensor in tensors.items()}:
+            state.update(_blocks(name, shape, bits, dim, parts))
+        elif kind == "f":
+            state[name] = floats.take(num_elements).view(shape).to(_DTYPES[details[0]])
+        else:
+            bits = details[0]
+            packed = codes.take(packed_bytes(num_elements, bits))
+            state[name] = unpack_codes(packed, bits, tuple(shape), signed=kind == "s")
+    expected = {"codes": codes.position, "floats": floats.position}
+    if expected != {name: tensor.numel() for name, tensor in tensors.items()}:
         raise ValueError("it holds more data than its index lists")
-    return state, json.loads(metadata["qat"])
+    return state
+
+
+class _Cursor:
+    """Reads a flat tensor piece by piece."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.position = 0
+
+    def take(self, size: int) -> Tensor:
+        """The next elements."""
+        start = self.position
+        self.position += size
+        return self.tensor[start : self.position]
+
+
+def _blocks(
+    name: str, shape: list[int], bits: int, dim: int, parts: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Entries of the state dict for a weight in blocks of floats."""
+    codes = parts.pop(f"{name}.qdata").view(torch.uint8)
+    if bits == 4:
+        codes = unpack_pairs(codes, shape[dim])
+    entries = {f"{name}.stored": codes.movedim(-1, dim)}
+    for key, tensor in parts.items():
+        entries[key] = tensor.view(torch.uint8) if key.endswith(".scale") else tensor
+    return entries

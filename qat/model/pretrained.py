@@ -22,7 +22,8 @@ from torch import nn
 from qat.errors import UsageError
 from qat.model.bounds import check_net
 from qat.model.convert import conversion_of
-from qat.model.frozen import freeze, is_frozen
+from qat.model.freeze import freeze
+from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load

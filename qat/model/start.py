@@ -14,9 +14,9 @@ import timm
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.biases import grow_biases, grown_biases
 from qat.model.checkpoint import Checkpoint
-from qat.model.frozen import keeps_weights
+from qat.model.foreign_weights import grow_biases, grown_biases
+from qat.model.freeze import keeps_weights
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from

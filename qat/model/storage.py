@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from qat.errors import UsageError
-from qat.model.biases import grow_biases
 from qat.model.bounds import about_as_large_as, check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
-from qat.model.frozen import NOT_PLAIN, freeze_structure, is_frozen, prune_offsets
+from qat.model.foreign_weights import grow_biases
+from qat.model.freeze import NOT_PLAIN, freeze_structure, prune_offsets
+from qat.model.frozen import is_frozen
 from qat.model.metadata import FORMAT_VERSION, IMAGE_KEYS, META_KEY, describe
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready, check_finite

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.model.biases import grow_biases
+from qat.model.foreign_weights import grow_biases
 from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
@@ -21,7 +21,7 @@ def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """The float weights of a net under timm's names, whatever its recipe: quantizers dropped, QKR's factors stacked to `qkv`.
 
     A query bias that QKR dropped comes back as zeros, and so does the key bias, to which a softmax is blind. Of a frozen net
-    (`qat.model.frozen.keeps_weights`) come the numbers that its codes stand for.
+    (`qat.model.freeze.keeps_weights`) come the numbers that its codes stand for.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)

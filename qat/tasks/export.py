@@ -40,7 +40,8 @@ from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
-from qat.model.frozen import freeze, is_frozen
+from qat.model.freeze import freeze
+from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import build_from, float_twin, load

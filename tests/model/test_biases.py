@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.model.biases import grow_biases, grown_biases
+from qat.model.foreign_weights import grow_biases, grown_biases
 
 MERGING = "layers.1.downsample.reduction"
 

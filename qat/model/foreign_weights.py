@@ -1,0 +1,73 @@
+"""Weights of other libraries: their names for timm's layers, and biases that timm's models lack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Only torchvision's Swin, whose names the code of the OFQ paper uses too, has this table of biases.
+_MARK = "features.1.0.attn.relative_position_bias_table"
+
+
+def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of torchvision's Swin as in timm; any other state dict is unchanged."""
+    if _MARK not in state:
+        return dict(state)
+    renamed = {}
+    for name, tensor in state.items():
+        # timm computes these indices.
+        if not name.endswith("relative_position_index"):
+            renamed[_timm_name(name)] = tensor
+    return renamed
+
+
+def _timm_name(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _stage(match: re.Match[str]) -> str:
+    """The stage of a feature: 1 is the first stage, 2 is the merging before the second, and so on."""
+    index = int(match[1])
+    part = "blocks" if index % 2 else "downsample"
+    return f"layers.{index // 2}.{part}."
+
+
+_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    (r"^features\.(\d+)\.", _stage),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"^head\.", "head.fc."),
+)
+
+
+def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
+    """Give linear layers a bias of zeros. `net.qat_biases` lists their names, for checkpoints.
+
+    Args:
+        net: a timm model, not yet converted.
+        names: paths of linear layers, such as `layers.1.downsample.reduction`; those that have a
+            bias already keep it.
+
+    Raises:
+        ValueError: one of them is not a linear layer.
+    """
+    modules = dict(net.named_modules())
+    for name in names:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is not a linear layer")
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+            net.qat_biases = [*grown_biases(net), name]
+
+
+def grown_biases(net: nn.Module) -> list[str]:
+    """Names of the linear layers of `net` that `grow_biases` gave a bias."""
+    return list(getattr(net, "qat_biases", []))

@@ -1,0 +1,232 @@
+"""Freezing: integer codes in place of float weights, offsets folded into biases."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.functional.affine import correct_mean_and_std
+from qat.model.convert import conversion_of
+from qat.model.frozen import (
+    OFFSETS,
+    FrozenActivation,
+    FrozenBlocks,
+    FrozenNonuniform,
+    FrozenWeight,
+    is_frozen,
+)
+from qat.model.scales import assert_ready
+from qat.model.sites import Site, iter_quantizers
+from qat.nn import FqNet, QkrAttention
+from qat.nn.linear import QuantLinear
+from qat.nn.quant_module import QuantModule
+from qat.nn.swin import QuantWindowAttention
+from qat.nn.vit import QuantVitAttention
+from qat.quantizers import BlockFloat, Quantizer, UniformGrid
+from qat.utils.probing import copied
+
+NOT_PLAIN = (
+    "is pruned or parametrized; must have plain weights: "
+    "prune.remove and remove_parametrizations of torch.nn.utils keep the values"
+)
+# Attentions that pass the output of `qkv` to the quantizers unchanged.
+DIRECT = (QuantVitAttention, QuantWindowAttention)
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """Copy a quantized model, with integer codes in place of its float weights and no parameters.
+
+    Weights are codes with a scale per row: StatsQ's code k means (k + 1/2) * step size. Query-key
+    reparameterization keeps only the codes of its folded matrix. An offset after the input of a
+    linear layer becomes part of its bias (W c), and so does one before the quantizer of values,
+    and of queries and keys that no norm or rotation changes. Other offsets stay before their
+    quantizer; offsets of zeros are removed.
+
+    Args:
+        net: converted, with all scales set; it is not changed.
+
+    Returns:
+        The frozen model, in evaluation mode. `qat.iter_quantizers` finds its quantizers, whose
+        `codes()` returns the codes of a weight.
+
+    Raises:
+        UsageError: the model is in float or frozen already, a scale was never set, a quantizer has
+            no fixed grid, or a layer's weight is computed from other tensors (pruning,
+            parametrizations).
+    """
+    if conversion_of(net) is None:
+        raise UsageError(
+            "freeze: the model is not quantized; "
+            "convert and train it first, or load a quantized checkpoint"
+        )
+    if is_frozen(net):
+        raise UsageError("freeze: the model is already frozen")
+    assert_ready(net)
+    frozen = freeze_structure(copied(net).float())
+    nonzero = {name for name, tensor in frozen.state_dict().items() if tensor.any()}
+    prune_offsets(frozen, nonzero)
+    return frozen
+
+
+def keeps_weights(net: nn.Module) -> bool:
+    """True if the float model can be recovered: no offset is part of a bias, no QKR is folded."""
+    for quantizer in _activations(net):
+        if quantizer.before is not None or quantizer.after is not None:
+            return False
+    if not is_frozen(net):
+        return True
+    return not any(isinstance(module, QkrAttention) for module in net.modules())
+
+
+@torch.no_grad()
+def freeze_structure(net: nn.Module) -> nn.Module:
+    """Freeze in place, whatever the scales are, to load a file of codes afterwards."""
+    net.eval().requires_grad_(requires_grad=False)
+    for site in list(iter_quantizers(net)):
+        setattr(site.owner, site.name.rpartition(".")[2], _frozen_quantizer(site))
+    for module in net.modules():
+        if isinstance(module, QuantModule):
+            _drop_float_weights(module)
+    for module in net.modules():
+        _fold_offsets(module)
+    if isinstance(net, FqNet):
+        net.connect()
+    return net
+
+
+def prune_offsets(net: nn.Module, names: Collection[str]) -> None:
+    """Remove the offsets that are not among `names`: they are zeros, which no file stores."""
+    for name, module in net.named_modules():
+        if not isinstance(module, FrozenActivation):
+            continue
+        for offset in OFFSETS:
+            if f"{name}.{offset}" not in names:
+                setattr(module, offset, None)
+
+
+def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
+    return (module for module in net.modules() if isinstance(module, FrozenActivation))
+
+
+def _frozen_quantizer(site: Site) -> Quantizer:
+    """The replacement of a site's quantizer; a float one is kept."""
+    quantizer = site.quantizer
+    if quantizer.is_float:
+        return quantizer
+    weight = site.latent().detach() if site.is_weight else None
+    if weight is not None:
+        _check_plain(site)
+    grid = quantizer.grid(weight)
+    if isinstance(grid, UniformGrid):
+        if weight is None:
+            return FrozenActivation(quantizer.spec, site.name, grid)
+        return _frozen_weight(site, grid, weight)
+    if weight is not None and isinstance(quantizer, BlockFloat):
+        return FrozenBlocks(quantizer, site.name, weight)
+    if grid is None or weight is not None or grid.before is not None:
+        name = quantizer.spec.quantizer
+        raise UsageError(
+            f"freeze: {site.name} is quantized by {name}, whose values have no fixed grid; "
+            "must be a quantizer whose method grid returns its values"
+        )
+    return FrozenNonuniform(quantizer, site.name)
+
+
+def _check_plain(site: Site) -> None:
+    names = {"q_weight", "k_weight"} if site.role == "qk" else {"weight"}
+    if not names <= site.owner._parameters.keys():
+        raise UsageError(f"freeze: {site.layer} {NOT_PLAIN}")
+
+
+def _frozen_weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
+    spec = site.quantizer.spec
+    codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
+    scale = grid.step.clone()
+    shift = torch.zeros_like(grid.step) - grid.zero_point
+    axis = grid.axis
+    after = None
+    if grid.after is not None:
+        axis = axis or 0
+        after = _row_offsets(site.name, grid.after.detach().float().expand_as(weight), axis)
+        scale = scale.expand(len(after)).clone()
+        shift = shift.expand(len(after)).clone()
+    frozen = FrozenWeight(spec, axis, site.name, (codes, scale, shift, after))
+    return _corrected(frozen, weight) if spec.bias_correction else frozen
+
+
+def _row_offsets(name: str, offsets: Tensor, axis: int) -> Tensor:
+    rows = offsets.movedim(axis, 0).flatten(1)
+    if (rows != rows[:, :1]).any():
+        raise UsageError(
+            f"freeze: {name} has an offset after its quantizer that differs within a row; "
+            "must be one for each row"
+        )
+    return rows[:, 0].clone()
+
+
+def _corrected(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
+    """Bias correction is an affine map of every row: scale and `after` of each row contain it."""
+    axis = frozen.axis or 0
+    dequantized = frozen()
+    rows = dequantized.movedim(axis, 0).flatten(1)
+    corrected = correct_mean_and_std(dequantized, weight, axis).movedim(axis, 0).flatten(1)
+    centered = rows - rows.mean(1, keepdim=True)
+    mean = corrected.mean(1, keepdim=True)
+    spread = centered.square().sum(1)
+    ratio = torch.where(spread > 0, ((corrected - mean) * centered).sum(1) / spread, 1.0)
+    num_rows = len(rows)
+    parts = (
+        frozen.stored,
+        frozen.scale.expand(num_rows) * ratio,
+        frozen.shift.expand(num_rows).clone(),
+        corrected.mean(1) - ratio * rows.mean(1),
+    )
+    return FrozenWeight(frozen.spec, axis, frozen.name, parts)
+
+
+def _drop_float_weights(module: QuantModule) -> None:
+    if isinstance(module, QkrAttention):
+        if isinstance(module.qk_quantizer, FrozenWeight):
+            module.fold_bias()
+            for name in ("q_weight", "k_weight", "q_bias"):
+                setattr(module, name, None)
+    elif isinstance(module.weight_quantizer, FrozenWeight):
+        # Empty, not absent: timm's models ask for the device and dtype of a layer's weight.
+        empty = module.latent("weight").new_empty(0)
+        del module.weight
+        module.register_buffer("weight", empty, persistent=False)
+
+
+def _fold_offsets(module: nn.Module) -> None:
+    """Move the offsets next to a linear layer into its bias."""
+    if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, FrozenActivation):
+        offset = module.input_quantizer.after
+        if offset is not None and offset.shape == (module.in_features,):
+            _add_to_bias(module, slice(None), module.quantized("weight").float() @ offset)
+            module.input_quantizer.after = None
+    if isinstance(module, QkrAttention) and isinstance(module.v, QuantLinear):
+        _fold_before(module.v_quantizer, module.v, slice(None))
+    if type(module) in DIRECT and isinstance(module.qkv, QuantLinear):
+        size = module.qkv.out_features // 3
+        if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
+            _fold_before(module.q_quantizer, module.qkv, slice(0, size))
+            _fold_before(module.k_quantizer, module.qkv, slice(size, 2 * size))
+        _fold_before(module.v_quantizer, module.qkv, slice(2 * size, 3 * size))
+
+
+def _fold_before(quantizer: object, linear: QuantLinear, rows: slice) -> None:
+    if isinstance(quantizer, FrozenActivation) and quantizer.before is not None:
+        _add_to_bias(linear, rows, quantizer.before)
+        quantizer.before = None
+
+
+def _add_to_bias(linear: QuantLinear, rows: slice, summand: Tensor) -> None:
+    if linear.bias is None:
+        bias = torch.zeros(linear.out_features, device=summand.device)
+    else:
+        bias = linear.bias.detach().float().clone()
+    bias[rows] += summand
+    linear.bias = nn.Parameter(bias, requires_grad=False)
