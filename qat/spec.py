@@ -1,4 +1,7 @@
-"""What is quantized and how: one frozen `QuantSpec` per tensor, one `QuantRecipe` per net. Plain data, validated when built."""
+"""Quantization settings: a `QuantSpec` for each tensor, a `QuantRecipe` for each model.
+
+Both are frozen dataclasses of plain data, validated when built.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from qat.utils.validate import (
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
-# Where post-training quantization also rounds what leaves a layer.
+# Outputs of layers, which post-training quantization may round too.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
@@ -34,24 +37,22 @@ _CHOICES = {
     "act_scales": ("token", "tensor"),
 }
 
-# StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
+# Stem and heads have learned 8-bit step sizes in OFQ (section 3 of the paper).
 _OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", *BLOCK_FLOATS)}
-# The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
+# The range of a weight is computed in every forward pass; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
 def check_quantizer(setting: str, name: object) -> None:
-    """Raise `UsageError` unless `name` is a built-in quantizer or has the form `package.module:Class`."""
-    if (
-        isinstance(name, str)
-        and name.count(":") == 1
-        and all(part.isidentifier() for part in name.replace(":", ".").split("."))
-    ):
+    """Raise `UsageError` unless `name` is a built-in quantizer or `package.module:Class`."""
+    if name in QUANTIZERS:
         return
-    if name not in QUANTIZERS:
-        raise UsageError(
-            f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class"
-        )
+    parts = name.replace(":", ".").split(".") if isinstance(name, str) else []
+    if str(name).count(":") == 1 and parts and all(part.isidentifier() for part in parts):
+        return
+    raise UsageError(
+        f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class"
+    )
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,26 @@ class QuantSpec:
     """How one tensor is quantized.
 
     Attributes:
-        role: what the tensor is, one of `ROLES` or `OUTPUT_ROLES`.
+        role: kind of tensor, one of `ROLES` or `OUTPUT_ROLES`.
         quantizer: registered name, or `package.module:Class`.
         bits: width of a code; 32 with the float quantizer.
-        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = found from the data when scales are initialised.
-        axis: dimension that keeps scales of its own, None = one scale for the tensor; of `BLOCK_FLOATS` the one along which blocks lie.
+        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = chosen from the data when
+            scales are initialised.
+        axis: dimension along which scales differ, None = one scale for the tensor; for
+            `BLOCK_FLOATS` the dimension along which blocks extend.
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
-        offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a map over pixels).
-        map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
-        step_init: how a step that is learned begins: as in the `lsq` paper, or where the squared error is least (`mse`). Says nothing
-            about the result, so specs that differ in it are equal.
-        steps: learned `relative` to where they began, or `absolute`; specs that differ in it are equal.
-        observer: how post-training quantization finds the range; specs that differ in it are equal too.
-        bias_correction: give every row of a fake-quantized weight the mean and the spread of its float row.
+        offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a
+            map over pixels).
+        map_scales: for the input of a linear layer on a feature map (B, H, W, C): one scale for
+            the `tensor`, or `column`: along `axis`.
+        step_init: initial value of a learned step size: as in the `lsq` paper, or where the
+            squared error is least (`mse`). Specs that differ only in it are equal.
+        steps: step sizes are learned `relative` to their initial value, or `absolute`. Specs that
+            differ only in it are equal.
+        observer: how post-training quantization chooses the range. Specs that differ only in it
+            are equal.
+        bias_correction: give every row of a fake-quantized weight the mean and the standard
+            deviation of its float row.
     """
 
     role: str
@@ -103,8 +111,8 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 
-# Per role: sign, axis and offsets of an activation inside a block (OFQ; axis -2 = token or query position, -1 = channel).
-# An offset after the key only shifts whole softmax rows: it is not created.
+# Sign, axis and offsets of an activation in a block, by role (OFQ; axis -2 = token or query
+# position, -1 = channel). An offset after the key would only shift whole softmax rows.
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "input": {"signed": True, "axis": -2, "offsets": "both"},
     "q": {"signed": True, "axis": -2, "offsets": "both"},
@@ -116,41 +124,50 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
 
 
 def summed_axis(role: str) -> int:
-    """Dimension over which the product of a tensor sums: tokens of values, input channels of a weight (out, in, ...), else the last one."""
+    """Dimension over which a product with the tensor sums.
+
+    These are the tokens of values, the input channels of a weight (out, in, ...), and the last
+    dimension of other tensors.
+    """
     return {"v": -2, "weight": 1}.get(role, -1)
 
 
-# What `attention=float` leaves alone.
+# Roles that `attention=float` leaves in float.
 _SCORED = ("q", "k", "v", "probs")
 
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """What to do to a whole net: the knobs of `quant/*.yaml`.
+    """Quantization of a whole model: the knobs of `quant/*.yaml`.
 
     Attributes:
-        name: the preset it came from; `fp` leaves a net untouched.
+        name: the preset it was copied from; `fp` leaves a model in float.
         bits: width of the weights in blocks, 2 to 8.
         act_bits: width of the activations in blocks; None = `bits`.
-        attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its Linears are quantized).
-        qk_bias: under QKR, `drop` the query bias as the paper's code does, or `fold` it exactly into a per-key score.
+        attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its linear
+            layers are quantized).
+        qk_bias: with QKR, `drop` the query bias as the paper's code does, or `fold` it exactly
+            into a score per key.
         weight_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
         stem_bits: weights and input of the first convolution.
         head_bits: weights and input of the classifier(s).
         offsets: learnable offsets before and after activation quantizers.
-        map_scales: where a Linear sees a feature map (B, H, W, C), as Swin's MLPs do: one scale for the `tensor`, which knows no
-            resolution, or one per `column` of the map as in the paper's code.
-        step_init: how steps that are learned begin: as in the `lsq` paper, from a mean magnitude, or where the squared error is
-            least (`mse`).
-        steps: steps that are learned change `relative` to where they began, s0 * exp(t), and cannot reach zero; or are learned
-            `absolute`, as in the LSQ paper and OFQ's code.
-        act_scales: an activation in a block has a step for each `token` (query, channel of values), as in OFQ, or one for the `tensor`.
-        fits_int8: no code of an activation is above 127, as TensorRT needs it: at 8 bits probabilities have 7 of them, and what leaves
-            GELU has a sign.
+        map_scales: for a linear layer on a feature map (B, H, W, C), as in Swin's MLPs: one scale
+            for the `tensor`, which fits any resolution, or one per `column` of the map as in the
+            paper's code.
+        step_init: initial value of learned step sizes: as in the `lsq` paper, from a mean
+            magnitude, or where the squared error is least (`mse`).
+        steps: learned step sizes change `relative` to their initial value, s0 * exp(t), and
+            cannot reach zero; or are learned `absolute`, as in the LSQ paper and OFQ's code.
+        act_scales: an activation in a block has a step size for each `token` (query, channel of
+            values), as in OFQ, or one for the `tensor`.
+        fits_int8: no code of an activation is above 127, as TensorRT needs it: at 8 bits
+            probabilities have 7, and outputs of GELU are signed.
         overrides: `{module name glob: {knob: value}}`; later rules win.
-        rule_bits: what `bits` of such a rule sets: `both` weights and activations, or `weights` alone; None = what `bits` of the recipe
-            sets, so `both` unless `act_bits` is given. Recipes in older files have none and mean `weights`.
+        rule_bits: what `bits` of such a rule sets: `both` weights and activations, or only
+            `weights`; None = what `bits` of the recipe sets, so `both` unless `act_bits` is set.
+            Recipes in older files have none, and mean `weights`.
 
     Raises:
         UsageError: a knob has a value that cannot work.
@@ -174,11 +191,11 @@ class QuantRecipe:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rule_bits: str | None = None
 
-    # The config group that the knobs come from; quantizers stand at what enters a product, and norms are float.
+    # Config group of the knobs. Quantizers are at the inputs of products, and norms are float.
     GROUP: ClassVar[str] = "quant"
     placement: ClassVar[str] = "inputs"
     layernorm: ClassVar[str] = "float"
-    # What a rule of `overrides` cannot set.
+    # Knobs that a rule of `overrides` cannot set.
     NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides", "rule_bits"})
 
     def __post_init__(self) -> None:
@@ -188,16 +205,7 @@ class QuantRecipe:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer)
         check_quantizer("quant.act_quantizer", self.act_quantizer)
-        changed = [
-            knob
-            for knob, value in {**PRESETS["fp"], "act_bits": FLOAT_BITS}.items()
-            if getattr(self, knob) != value
-        ]
-        if self.name == "fp" and changed:
-            value = getattr(self, changed[0])
-            raise UsageError(
-                f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it"
-            )
+        self._check_unchanged_if_float()
         all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
@@ -206,12 +214,24 @@ class QuantRecipe:
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in BLOCK_FLOATS:
             raise UsageError(
-                f"quant.offsets=True: must be false with {self.act_quantizer}, whose blocks follow the heads"
+                f"quant.offsets=True: must be false with {self.act_quantizer}, "
+                "whose blocks follow the heads"
             )
         self._check_overrides()
 
+    def _check_unchanged_if_float(self) -> None:
+        if self.name != "fp":
+            return
+        for knob, float_value in {**PRESETS["fp"], "act_bits": FLOAT_BITS}.items():
+            value = getattr(self, knob)
+            if value != float_value:
+                raise UsageError(
+                    f"quant.{knob}={value!r}: quant=fp leaves the model in float; "
+                    "choose another quant=... to set it"
+                )
+
     def _settle_rule_bits(self) -> None:
-        """To be called before `act_bits` is put for None."""
+        """Set `rule_bits` if it is None, before `act_bits` is set."""
         if self.rule_bits is None:
             object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
 
@@ -224,27 +244,29 @@ class QuantRecipe:
             check_bool(f"{self.GROUP}.{knob}", getattr(self, knob))
 
     def _check_overrides(self) -> None:
-        if self.overrides is None:  # how a yaml file says that there are none
+        if self.overrides is None:  # an empty entry of a yaml file
             object.__setattr__(self, "overrides", {})
-        if not isinstance(self.overrides, Mapping) or not all(
-            isinstance(pattern, str) for pattern in self.overrides
-        ):
+        is_mapping = isinstance(self.overrides, Mapping)
+        if not is_mapping or not all(isinstance(pattern, str) for pattern in self.overrides):
             raise UsageError(
-                f"{self.GROUP}.overrides={self.overrides!r}: must be {{module glob: {{setting: value}}}}"
+                f"{self.GROUP}.overrides={self.overrides!r}: "
+                "must be {module glob: {setting: value}}"
             )
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(
-                    f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its settings must be among {', '.join(sorted(knobs))}"
+                    f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
+                    f"its settings must be among {', '.join(sorted(knobs))}"
                 )
             self._under(pattern, self._with_following(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str) -> QuantRecipe:
-        """The recipe for one module: the rules of `overrides` whose glob matches its name are applied.
+        """The recipe for one module, with the rules of `overrides` whose glob matches its name.
 
-        A rule's `bits` also sets `stem_bits`, `head_bits` and, by `rule_bits`, `act_bits`, so that it means the same wherever it matches.
+        `bits` of a rule also sets `stem_bits`, `head_bits` and, with `rule_bits="both"`,
+        `act_bits`, so that it has the same meaning for all modules.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
@@ -259,21 +281,19 @@ class QuantRecipe:
             raise UsageError(f"{self.GROUP}.overrides[{where!r}]: {error}") from error
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule and what its `bits` sets beside it."""
-        following = (
-            ("stem_bits", "head_bits", *(["act_bits"] if self.rule_bits == "both" else []))
-            if "bits" in rule
-            else ()
-        )
-        return {knob: rule["bits"] for knob in following} | dict(rule)
+        """A rule, with the knobs that its `bits` sets too."""
+        if "bits" not in rule:
+            return dict(rule)
+        knobs = {"stem_bits": rule["bits"], "head_bits": rule["bits"]}
+        if self.rule_bits == "both":
+            knobs["act_bits"] = rule["bits"]
+        return knobs | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`: one scale per output row; `role` is `weight` or `qk`."""
-        name = (
-            self.weight_quantizer
-            if place == "block"
-            else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
-        )
+        name = self.weight_quantizer
+        if place != "block":
+            name = _OUTSIDE_BLOCKS.get(name, name)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
         axis = summed_axis(role) if name in BLOCK_FLOATS else 0
@@ -293,7 +313,8 @@ class QuantRecipe:
         Args:
             role: one of `ROLES` but `weight` and `qk`.
             place: one of `PLACES`; the input of a head has one scale for the tensor.
-            signed: False for an `input` that comes from an activation function without a negative tail.
+            signed: False for an `input` that is the output of an activation function without a
+                negative tail.
         """
         layout = dict(_ACTIVATIONS[role])
         if role == "input":
@@ -307,7 +328,10 @@ class QuantRecipe:
         if name in BLOCK_FLOATS:
             layout["axis"] = summed_axis(role)
         elif self.fits_int8 and bits == 8 and not layout["signed"]:
-            bits, layout["signed"] = (7, False) if role == "probs" else (8, True)
+            if role == "probs":
+                bits = 7
+            else:
+                layout["signed"] = True
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
         return QuantSpec(
@@ -320,11 +344,12 @@ class QuantRecipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for checkpoints; `recipe_from` gives it back."""
+        """Plain data for checkpoints, which `recipe_from` reads."""
         return dataclasses.asdict(self)
 
 
-# Nothing that integer kernels cannot have: symmetric codes, one step for an activation, one for each output of a weight, no offsets.
+# Only what integer kernels support: symmetric codes, one step size for an activation, one for each
+# output of a weight, no offsets.
 _DEPLOY: dict[str, Any] = {
     "name": "deploy",
     "attention": "standard",
@@ -337,7 +362,7 @@ _DEPLOY: dict[str, Any] = {
     "fits_int8": True,
 }
 
-# Floats in blocks; around them what integer kernels can have.
+# Floats in blocks, and around them only what integer kernels support.
 _BLOCK_FLOATS: dict[str, Any] = {
     "attention": "standard",
     "bits": 4,
@@ -387,7 +412,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "seq",
         "step_init": "mse",
         "steps": "relative",
-        # Sums of values by probabilities have a peak at zero, which half steps leave out.
+        # Outputs of an attention have a peak at zero, where a grid of half steps has no value.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
     "minmax": {

@@ -1,4 +1,4 @@
-"""Keep entries of parameters where they are through an optimizer step, whatever the optimizer does to them."""
+"""Keep entries of parameters unchanged by an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 class EntryFreezer:
     """Zeroes gradients before a step and writes values back after it.
 
-    A zero gradient is not enough: weight decay and the momentum of earlier steps would still move an entry. The values are written back in
-    a hook of the optimizer, so that averages and checkpoints see the frozen ones. Values that no step followed, as when a gradient scaler
-    skips one, are forgotten.
+    A zero gradient is not enough: weight decay and the momentum of earlier steps would still move
+    an entry. The values are written back in a hook of the optimizer, so that averages and
+    checkpoints contain the frozen ones. Values that no step followed, as when a gradient scaler
+    skips one, are discarded.
 
     Args:
         after: called after values were written back.
@@ -34,14 +35,15 @@ class EntryFreezer:
         ]
 
     def detach(self) -> None:
-        """Remove the hooks and forget what was frozen."""
+        """Remove the hooks and the frozen values."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._frozen = [], []
+        self._handles = []
+        self._frozen = []
 
     @torch.no_grad()
     def freeze(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Freeze these entries, and no others, through the next step.
+        """Freeze these entries, and only these, during the next step.
 
         Args:
             entries: parameters, and bool masks of their shape, True = frozen.
@@ -49,14 +51,14 @@ class EntryFreezer:
         self._frozen = []
         for parameter, mask in entries:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(
-                    mask, 0.0
-                )  # not a product with the mask: NaN * 0 is NaN
+                # A product with the mask would keep NaN: NaN * 0 is NaN.
+                parameter.grad.masked_fill_(mask, 0.0)
             self._frozen.append((parameter, mask, parameter.detach().clone()))
 
     @torch.no_grad()
     def _restore(self, *_: Any) -> None:
-        frozen, self._frozen = self._frozen, []
+        frozen = self._frozen
+        self._frozen = []
         for parameter, mask, values in frozen:
             parameter.copy_(torch.where(mask, values, parameter))
         if frozen:

@@ -1,4 +1,4 @@
-"""What post-training quantization does to a net: `PtqRecipe`, a `QuantRecipe` whose ranges are found on calibration images."""
+"""`PtqRecipe`: a `QuantRecipe` for post-training quantization, with ranges from calibration images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
 from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_text
 
-# Powers of two tell the channels of sums apart; those of a weight have scales of their own, other activations one scale.
+# Only sums on the residual stream have a power of two per channel.
 _WITHOUT_PTF = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -30,7 +30,7 @@ _CHOICES = {
     "layernorm": ("float", "integer"),
     "method": ("calibrate", "compensate", "reconstruct"),
 }
-# What None stands for.
+# Knobs that are None take the value of another one.
 _FOLLOWS = {
     "act_bits": "bits",
     "softmax_bits": "act_bits",
@@ -41,11 +41,12 @@ _FOLLOWS = {
     "residual_observer": "act_observer",
 }
 _OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
-# What floats in blocks can have: nothing else is defined by their scales alone.
+# Values that knobs must have with floats in blocks.
 _WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
-# Knobs of training, which `QuantRecipe` has; they mean nothing here.
+# Knobs of `QuantRecipe` for training, without meaning here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
-# Axis of activations with more scales than one: heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last one of all else.
+# Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
+# image (B, C, H, W); for other roles see `act_spec`.
 _AXES: dict[str, dict[str, int | None]] = {
     "tensor": {},
     "token": {"image": None},
@@ -58,29 +59,34 @@ class PtqRecipe(QuantRecipe):
     """The knobs of `ptq/*.yaml`.
 
     Attributes:
-        name: what the recipe is called in results.
-        bits: width of the weights, those of the first convolution and the heads too.
+        name: name of the recipe in results.
+        bits: width of the weights, including those of the first convolution and the heads.
         act_bits: width of all activations; None = `bits`.
         softmax_bits: width of attention probabilities; None = `act_bits`.
         stem_bits: weights of the first convolution; None = `bits`.
         head_bits: weights of the classifier(s); None = `bits`.
-        outer_act_bits: width of the image and of what enters the classifier(s); None = `act_bits`.
-        method: what follows the calibration: nothing (`calibrate`), a gain and a bias for each channel (`compensate`), or training block by
-            block (`reconstruct`). After the last two the weights are not those of the float net any more.
-        placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
-        attention: `standard`, or `float` (only the Linears of an attention are quantized).
-        weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine then) or `float`.
+        outer_act_bits: width of the image and of the input of the classifier(s); None = `act_bits`.
+        method: the step after calibration: none (`calibrate`), a gain and a bias for each channel
+            (`compensate`), or training block by block (`reconstruct`). The last two change the
+            weights of the float model.
+        placement: `inputs` (the inputs of products, as in training) or `fqvit` (outputs of layers
+            too; FQ-ViT, arXiv 2111.13824).
+        attention: `standard`, or `float` (only the linear layers of an attention are quantized).
+        weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine
+            then) or `float`.
         act_quantizer: the same.
         softmax_quantizer: the same, or `log2` (powers of two); None = `act_quantizer`.
-        weight_observer: how the range of a weight is found, one of `OBSERVERS` but `ptf`.
-        act_observer: how the range of an activation is found, one of `OBSERVERS` but `ptf`.
-        residual_observer: how the range is found of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel;
-            None = `act_observer`.
+        weight_observer: how the range of a weight is chosen, one of `OBSERVERS` but `ptf`.
+        act_observer: how the range of an activation is chosen, one of `OBSERVERS` but `ptf`.
+        residual_observer: how the range of sums on the residual stream is chosen (`fqvit`);
+            `ptf` = a power of two per channel; None = `act_observer`.
         weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
-        act_signed: whether activations have a symmetric signed grid; probabilities are always unsigned.
+        act_signed: True = activations have a symmetric signed grid, except probabilities.
         weight_scales: weights have a scale per output `channel`, or one for the `tensor`.
-        act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores and probabilities: per head).
-        bias_correction: give each output channel of a quantized weight the mean and the spread of the float one.
+        act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores
+            and probabilities: per head).
+        bias_correction: give each output channel of a quantized weight the mean and the standard
+            deviation of the float one.
         layernorm: `float`, or `integer` arithmetic on the scales around it (`fqvit` only).
         overrides: `{module name glob: {knob: value}}`; later rules win.
 
@@ -124,97 +130,89 @@ class PtqRecipe(QuantRecipe):
         check_text("ptq.name", self.name)
         if self.name == "fp":
             raise UsageError(
-                "ptq.name='fp': must be another name, as a recipe called fp leaves the model in float"
+                "ptq.name='fp': must be another name, "
+                "as a recipe called fp leaves the model in float"
             )
         self._settle_rule_bits()
         for knob, source in _FOLLOWS.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, getattr(self, source))
         self._check_choices(_CHOICES, ("weight_signed", "act_signed", "bias_correction"))
-        for knobs, quantizer in (
-            (("bits", "stem_bits", "head_bits"), self.weight_quantizer),
-            (("act_bits", "outer_act_bits"), self.act_quantizer),
-            (("softmax_bits",), str(self.softmax_quantizer)),
-        ):
-            for knob in knobs:
-                check_bits(
-                    f"ptq.{knob}",
-                    getattr(self, knob),
-                    "" if knob in _OUTSIDE and quantizer in BLOCK_FLOATS else quantizer,
-                )
-        blocks = [
-            q
-            for q in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer))
-            if q in BLOCK_FLOATS
-        ]
-        for knob, only in _WITH_BLOCKS.items():
-            if blocks and getattr(self, knob) != only:
-                raise UsageError(
-                    f"ptq.{knob}={getattr(self, knob)!r}: must be {only} with {blocks[0]}"
-                )
-        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != (
-            "fqvit",
-            "affine",
-        ):
+        self._check_bits(("bits", "stem_bits", "head_bits"), self.weight_quantizer)
+        self._check_bits(("act_bits", "outer_act_bits"), self.act_quantizer)
+        self._check_bits(("softmax_bits",), str(self.softmax_quantizer))
+        self._check_block_floats()
+        has_scales_around_norms = self.placement == "fqvit" and self.act_quantizer == "affine"
+        if self.layernorm == "integer" and not has_scales_around_norms:
             raise UsageError(
-                "ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit"
+                "ptq.layernorm='integer': needs the scales on both sides of a norm; "
+                "must be with ptq.placement=fqvit"
             )
         self._check_overrides()
 
+    def _check_bits(self, knobs: tuple[str, ...], quantizer: str) -> None:
+        for knob in knobs:
+            # Stem and heads are affine around floats in blocks.
+            is_affine = knob in _OUTSIDE and quantizer in BLOCK_FLOATS
+            check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
+
+    def _check_block_floats(self) -> None:
+        quantizers = (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer))
+        in_blocks = [quantizer for quantizer in quantizers if quantizer in BLOCK_FLOATS]
+        if not in_blocks:
+            return
+        for knob, value in _WITH_BLOCKS.items():
+            if getattr(self, knob) != value:
+                raise UsageError(
+                    f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {in_blocks[0]}"
+                )
+
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule holds for one module, whatever enters it."""
+        """A rule, with the knobs that its `bits` and `act_bits` set too."""
         knobs = super()._with_following(rule)
-        return ({"outer_act_bits": knobs["act_bits"]} if "act_bits" in knobs else {}) | knobs
+        if "act_bits" in knobs:
+            return {"outer_act_bits": knobs["act_bits"], **knobs}
+        return knobs
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`."""
-        name, bits = (
-            self._at(place, self.weight_quantizer),
-            {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place],
-        )
+        name = self._at(place, self.weight_quantizer)
+        bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
+        axis = 0 if self.weight_scales == "channel" else None
+        if name in BLOCK_FLOATS:
+            axis = summed_axis(role)
         return QuantSpec(
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
             signed=self.weight_signed,
-            axis=summed_axis(role)
-            if name in BLOCK_FLOATS
-            else 0
-            if self.weight_scales == "channel"
-            else None,
+            axis=axis,
             observer=self.weight_observer,
             bias_correction=self.bias_correction and name != "float",
         )
 
     @staticmethod
     def _at(place: str, quantizer: str) -> str:
+        """The quantizer at a place: floats in blocks are only inside blocks of the model."""
         return "affine" if place != "block" and quantizer in BLOCK_FLOATS else quantizer
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
-        """Spec of an activation; its sign does not matter: the zero point serves any range.
+        """Spec of an activation.
 
         Args:
             role: one of `ROLES` and `OUTPUT_ROLES` but `weight` and `qk`.
             place: one of `PLACES`.
-            signed: as `QuantRecipe` has it.
+            signed: not used, because a zero point fits any range.
         """
-        name, bits = (
-            self._at(place, self.act_quantizer),
-            self.act_bits if place == "block" else self.outer_act_bits,
-        )
+        name = self._at(place, self.act_quantizer)
+        bits = self.act_bits if place == "block" else self.outer_act_bits
         if role == "probs":
-            name, bits = str(self.softmax_quantizer), self.softmax_bits
+            name = str(self.softmax_quantizer)
+            bits = self.softmax_bits
         if self.attention == "float" and role in {"q", "k", "v", "qkv", "scores", "probs"}:
             name = "float"
         observer = self.residual_observer if role == "residual" else self.act_observer
-        usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
-        axis = (
-            summed_axis(role)
-            if name in BLOCK_FLOATS
-            else -1
-            if observer == "ptf"
-            else _AXES[self.act_scales].get(role, usual)
-        )
+        axis = self._act_axis(role, name, observer)
         return QuantSpec(
             role,
             name,
@@ -225,46 +223,60 @@ class PtqRecipe(QuantRecipe):
             observer=observer,
         )
 
+    def _act_axis(self, role: str, quantizer: str, observer: str | None) -> int | None:
+        if quantizer in BLOCK_FLOATS:
+            return summed_axis(role)
+        if observer == "ptf":
+            return -1
+        usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
+        return _AXES[self.act_scales].get(role, usual)
+
 
 def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
-    """The recipe of a checkpoint, of the kind whose knobs it has.
+    """The recipe of a checkpoint, a `PtqRecipe` if it has knobs of one.
 
     Args:
-        stored: what `to_dict` gave.
+        stored: dict of `to_dict`.
 
     Raises:
-        TypeError: a knob is none of either kind.
-        UsageError: a value that cannot work, a quantizer `package.module:Class` of a module that is not imported.
+        TypeError: an unknown knob.
+        UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that
+            is not imported.
     """
-    known = {
-        "rule_bits": "weights",
-        **stored,
-    }  # in a file without it, rules have never set other bits
-    known.pop("compensation", None)  # of older files
-    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {
-        f.name for f in dataclasses.fields(QuantRecipe)
-    }
-    recipe = PtqRecipe(**known) if names & set(stored) else QuantRecipe(**known)
+    # Rules in files without `rule_bits` set only the bits of weights.
+    knobs = {"rule_bits": "weights", **stored}
+    knobs.pop("compensation", None)  # in older files
+    training_knobs = {field.name for field in dataclasses.fields(QuantRecipe)}
+    ptq_knobs = {field.name for field in dataclasses.fields(PtqRecipe)} - training_knobs
+    recipe = PtqRecipe(**knobs) if ptq_knobs & set(stored) else QuantRecipe(**knobs)
     for name in custom_quantizers(recipe):
         check_imported("quantizer", name)
     return recipe
 
 
 def custom_quantizers(recipe: QuantRecipe) -> list[str]:
-    """The quantizers `package.module:Class` that a recipe names, its overrides included."""
+    """Quantizers `package.module:Class` that a recipe and its overrides name, each once."""
     rules: list[Mapping[str, Any]] = [vars(recipe), *recipe.overrides.values()]
-    named = [rule.get(knob, "") for rule in rules for knob in ("weight_quantizer", "act_quantizer")]
-    return [name for name in dict.fromkeys(named) if ":" in name]
+    names = []
+    for rule in rules:
+        for knob in ("weight_quantizer", "act_quantizer"):
+            name = rule.get(knob, "")
+            if ":" in name and name not in names:
+                names.append(name)
+    return names
 
 
 def check_imported(setting: str, name: str) -> None:
-    """Raise `UsageError` unless the class `package.module:Class` is there already: nothing that a file names is imported."""
+    """Raise `UsageError` unless the class `package.module:Class` is in an imported module.
+
+    Nothing that a file names is imported.
+    """
     module, _, attribute = name.partition(":")
-    # Of the module's own names: a lookup of another one might import further modules.
-    if not isinstance(
-        vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type
-    ):
-        hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
+    # `getattr` could import further modules.
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    if not isinstance(names.get(attribute), type):
         raise UsageError(
-            f"{setting}={name!r}: must be built in or from an imported module; a file never imports one: {hint}"
+            f"{setting}={name!r}: must be built in or from an imported module; "
+            f"a file never imports one: model.imports=[{module}], "
+            f"in Python qat.load(path, imports=[{module!r}])"
         )

@@ -1,4 +1,7 @@
-"""Where a net's weights come from: scratch, timm's pretrained weights, a local file, a checkpoint of any recipe."""
+"""The weights that a run starts from: random, pretrained by timm, or those of a file.
+
+A file may be a checkpoint of any recipe, of timm, or a plain state dict.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,13 @@ NEW_HEAD = "; model.reset_head=true gives it a new head"
 
 @dataclass
 class Start:
-    """Where a net's weights came from.
+    """A model to start from.
 
     Attributes:
-        net: the float timm model.
-        notes: for a person, a line each.
-        source: the net of the checkpoint of ours that it came from, float or quantized: its scales may be copied after conversion.
+        net: a float timm model.
+        notes: lines for the user on where its weights come from.
+        source: the model of the checkpoint of ours that the weights come from, float or
+            quantized; its scales may be copied after conversion.
     """
 
     net: nn.Module
@@ -41,7 +45,7 @@ class Start:
 
 
 def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
-    """Random weights.
+    """Build a model with random weights.
 
     Raises:
         UsageError: timm has no such model, or does not take the arguments.
@@ -51,14 +55,14 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
 
 def check_model(setting: str, model: object) -> None:
     """Raise `UsageError` unless `model` is a name of timm's."""
-    if not isinstance(model, str) or not timm.is_model(model):
-        # By their beginnings: names go on with patch and image sizes.
-        beginnings = {name[: len(str(model)) + 1]: name for name in reversed(timm.list_models())}
-        near = ", ".join(
-            beginnings[found]
-            for found in difflib.get_close_matches(str(model), beginnings, cutoff=0)
-        )
-        raise UsageError(f"{setting}={model!r}: timm has no such model; closest: {near}")
+    if isinstance(model, str) and timm.is_model(model):
+        return
+    # Compare prefixes: names end with patch and image sizes.
+    length = len(str(model)) + 1
+    prefixes = {name[:length]: name for name in reversed(timm.list_models())}
+    closest = difflib.get_close_matches(str(model), prefixes, cutoff=0)
+    names = ", ".join(prefixes[prefix] for prefix in closest)
+    raise UsageError(f"{setting}={model!r}: timm has no such model; closest: {names}")
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
@@ -71,56 +75,62 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         LookupError,
         AttributeError,
     )
-    if not loading:  # where weights are read as well, a RuntimeError says that they do not fit
+    if not loading:  # of weights, whose RuntimeError means that they do not fit
         failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except failures as error:
-        raise UsageError(
-            f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {reason}") from error
     return net
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
-    """Weights that timm keeps for the model, from the local caches or from their host.
+    """Build a model with timm's pretrained weights, from the local caches or from their host.
+
+    Args:
+        model: timm name.
+        kwargs: arguments of `timm.create_model`.
+        keep_head: another class count is an error (True), or gets a new head (False).
 
     Raises:
-        UsageError: the model has none, or they are not cached and their host does not answer within 4 s; under `keep_head` also if timm
-            would give the net a new head, which nobody has trained.
+        UsageError: the model has none, or they are not cached and their host does not answer
+            within 4 s; with `keep_head` also if timm would give the model a new, untrained head.
     """
-    fresh = _create(model, kwargs)  # also says what is wrong with name or arguments
-    described = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    hub_id, url, instead = (
-        described.get("hf_hub_id"),
-        described.get("url"),
-        "use model.weights=FILE or model.pretrained=false",
-    )
+    advice = "use model.weights=FILE or model.pretrained=false"
+    untrained = _create(model, kwargs)  # raises on a wrong name or wrong arguments
+    pretrained_cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
+    hub_id = pretrained_cfg.get("hf_hub_id")
+    url = pretrained_cfg.get("url")
     if not hub_id and not url:
         raise UsageError(
-            f"model.pretrained=true: timm has no pretrained weights for {model!r}; {instead}"
+            f"model.pretrained=true: timm has no pretrained weights for {model!r}; {advice}"
         )
-    had, has = described.get("num_classes"), getattr(fresh, "num_classes", None)
-    if keep_head and had != has:
+    trained_classes = pretrained_cfg.get("num_classes")
+    num_classes = getattr(untrained, "num_classes", None)
+    if keep_head and trained_classes != num_classes:
         raise UsageError(
-            f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE"
+            f"model.pretrained=true: {model} is trained for {trained_classes} classes, "
+            f"the data have {num_classes}; use ckpt=FILE"
         )
     cached = find_cached(hub_id, (WEIGHTS, "pytorch_model.bin")) if hub_id else None
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
-    address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
     require_host(
-        address,
+        huggingface_hub.constants.ENDPOINT if hub_id else str(url),
         "model.pretrained=true",
         f"the weights of {model!r} are not in the local cache",
-        instead,
+        advice,
     )
     try:
         net = _create(model, kwargs, pretrained=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
-        raise UsageError(f"model.pretrained=true: {why}; {instead}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"model.pretrained=true: the weights of {model!r} cannot be fetched, "
+            f"or do not fit ({reason}); {advice}"
+        ) from error
     return Start(net, [f"timm's pretrained weights of {model}"])
 
 
@@ -134,72 +144,89 @@ def from_state(
     biases: Sequence[str] = (),
     hint: str = "",
 ) -> Start:
-    """Weights under timm's names, adapted as timm does: position embedding, patch size, input channels.
+    """Build a model with weights under timm's names.
+
+    Position embedding, patch size and input channels are adapted as in timm.
 
     Args:
-        model: timm name of the net to build.
+        model: timm name of the model to build.
         kwargs: arguments of `timm.create_model`.
-        state: weights of a net of the same family.
-        origin: how to call them in messages, `ckpt='x.pt'`.
+        state: weights of a model of the same family.
+        origin: their name in messages, such as `ckpt='x.pt'`.
         keep_head: another class count is an error (True), or gets a new head (False).
-        biases: Linears that have a bias in `state` and none in timm's net; they get one.
+        biases: linear layers that have a bias in `state` but not in timm's model; they get one.
         hint: end of the line about another class count.
 
     Raises:
-        UsageError: the class count differs under `keep_head`, or the weights are of another net.
+        UsageError: the class count differs with `keep_head`, or the weights are of another model.
     """
-    fresh = _create(model, kwargs)
-    own_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
-    state = {name: tensor for name, tensor in state.items() if name not in own_biases}
-    notes = [f"weights of {origin}"]
-    cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    own, classifier, wrong = fresh.state_dict(), cfg["classifier"], []
-    for name in [classifier] if isinstance(classifier, str) else classifier:
-        classes, theirs = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
-        has = 0 if theirs is None else theirs.shape[0]
-        if has != classes:
-            wrong.append(f"has {has} classes, the data {classes}")
-            notes.append(
-                f"new {name} for {classes} classes" + (f" (the file has {has})" if has else "")
-            )
-            state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
+    untrained = _create(model, kwargs)
+    added_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
+    state = {name: tensor for name, tensor in state.items() if name not in added_biases}
+    cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
+    own_state = untrained.state_dict()
+    state, head_notes, wrong_count = _with_fitting_heads(state, own_state, cfg["classifier"])
     stem = state.get(f"{cfg['first_conv']}.weight")
-    chans = cfg["input_size"][0] if stem is None else stem.shape[1]
+    channels = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {
         "state_dict": state,
-        "num_classes": fresh.num_classes,
-        "input_size": (chans, *cfg["input_size"][1:]),
+        "num_classes": untrained.num_classes,
+        "input_size": (channels, *cfg["input_size"][1:]),
     }
     try:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        found, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
-        why = (
-            f"it has {found}; asked for {asked}"
-            if found and found != asked
-            else " ".join(str(error).split())[:300]
-        )
-        raise UsageError(f"{origin}: its weights do not fit {model} ({why})") from error
-    if keep_head and wrong:
-        raise UsageError(f"{origin}: {wrong[0]}{hint}")
-    net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
+        reason = " ".join(str(error).split())[:300]
+        file_size = _size(state, cfg["first_conv"])
+        model_size = _size(own_state, cfg["first_conv"])
+        if file_size and file_size != model_size:
+            reason = f"it has {file_size}; asked for {model_size}"
+        raise UsageError(f"{origin}: its weights do not fit {model} ({reason})") from error
+    if keep_head and wrong_count:
+        raise UsageError(f"{origin}: {wrong_count}{hint}")
+    net.pretrained_cfg = cfg  # type: ignore[assignment]
+    net.default_cfg = cfg  # type: ignore[assignment]
     grow_biases(net, biases)
-    net.load_state_dict(own_biases, strict=False)
+    net.load_state_dict(added_biases, strict=False)
     check_finite(net, origin)
-    return Start(net, notes)
+    return Start(net, [f"weights of {origin}", *head_notes])
+
+
+def _with_fitting_heads(
+    state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
+) -> tuple[dict[str, Tensor], list[str], str]:
+    """Replace heads of another class count by the model's own.
+
+    Returns:
+        The state, a note for each new head, and how the class counts differ, or "".
+    """
+    notes = []
+    wrong_count = ""
+    for name in [classifier] if isinstance(classifier, str) else classifier:
+        num_classes = own_state[f"{name}.weight"].shape[0]
+        weight = state.get(f"{name}.weight")
+        num_stored = 0 if weight is None else weight.shape[0]
+        if num_stored == num_classes:
+            continue
+        wrong_count = wrong_count or f"has {num_stored} classes, the data {num_classes}"
+        suffix = f" (the file has {num_stored})" if num_stored else ""
+        notes.append(f"new {name} for {num_classes} classes{suffix}")
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in own_state:
+                state = {**state, key: own_state[key]}
+    return state, notes, wrong_count
 
 
 def _size(state: Mapping[str, Tensor], stem: str) -> str:
-    """Blocks and width of the net that weights are of, or what they are called, for people; nothing where there are no blocks."""
-    blocks = {found[0] for name in state if (found := re.match(r".*\bblocks\.\d+", name))}
+    """Blocks and width of the model that weights belong to, in words; "" if it has no blocks."""
     first = state.get(f"{stem}.weight")
-    return (
-        f"weights such as {min(state)}"
-        if first is None
-        else f"{len(blocks)} blocks, {len(first)} wide"
-        if blocks
-        else ""
-    )
+    if first is None:
+        return f"weights such as {min(state)}"
+    blocks = set()
+    for name in state:
+        if match := re.match(r".*\bblocks\.\d+", name):
+            blocks.add(match[0])
+    return f"{len(blocks)} blocks, {len(first)} wide" if blocks else ""
 
 
 def from_checkpoint(
@@ -213,11 +240,12 @@ def from_checkpoint(
     """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
 
     Args:
-        model: timm name of the net to build.
+        model: timm name of the model to build.
         kwargs: its arguments.
         checkpoint: the file.
-        reset_head: one of ours gets a new head where the class count differs.
-        keep_head: every file must have the class count: for nets that nobody trains before they are looked at.
+        reset_head: a model of ours gets a new head if the class count differs.
+        keep_head: the class count of any file must agree, because the model is not trained before
+            it is used.
 
     Raises:
         UsageError: see `from_state` and `from_net`.
@@ -225,9 +253,13 @@ def from_checkpoint(
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
         return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
-    source, hint = build_from(checkpoint), "" if keep_head else NEW_HEAD
     return from_net(
-        model, kwargs, source, origin=origin, reset_head=reset_head and not keep_head, hint=hint
+        model,
+        kwargs,
+        build_from(checkpoint),
+        origin=origin,
+        reset_head=reset_head and not keep_head,
+        hint="" if keep_head else NEW_HEAD,
     )
 
 
@@ -240,17 +272,25 @@ def from_net(
     reset_head: bool,
     hint: str = NEW_HEAD,
 ) -> Start:
-    """Start from a net of any recipe; its scales may be copied after conversion.
+    """Start from a model of any recipe; its scales may be copied after conversion.
 
     Raises:
-        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen and its float weights cannot be recovered.
+        UsageError: see `from_state`; another class count needs `reset_head`; the model is frozen
+            and its float weights cannot be recovered.
     """
     if not keeps_weights(source):
-        why = "holds only integer codes, with folded weights or offsets"
-        raise UsageError(f"{origin}: {why}; must be the checkpoint that it was exported from")
-    state, biases = timm_state_dict(source), grown_biases(source)
+        raise UsageError(
+            f"{origin}: holds only integer codes, with folded weights or offsets; "
+            "must be the checkpoint that it was exported from"
+        )
     start = from_state(
-        model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint
+        model,
+        kwargs,
+        timm_state_dict(source),
+        origin=origin,
+        keep_head=not reset_head,
+        biases=grown_biases(source),
+        hint=hint,
     )
     start.source = source
     return start

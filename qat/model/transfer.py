@@ -1,4 +1,4 @@
-"""Carry weights and scales between nets of different recipes."""
+"""Weights and scales of one model for a model of another recipe."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import LSQ, Affine, Quantizer
 
-# Swin's biases, and the spread of their first values there and in the reference.
-_TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
+# Swin's table of biases, and the standard deviation of its initial values.
+_TABLE = "relative_position_bias_table"
+_TABLE_STD = 0.02
 
 
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The float weights of a net under timm's names, whatever its recipe: quantizers dropped, QKR's factors stacked to `qkv`.
+    """The float weights of a model under timm's names, whatever its recipe.
 
-    A query bias that QKR dropped comes back as zeros, and so does the key bias, to which a softmax is blind. Of a frozen net
-    (`qat.model.freeze.keeps_weights`) come the numbers that its codes stand for.
+    Quantizers are left out, and QKR's factors are stacked to `qkv`. A query bias that QKR dropped
+    becomes zeros, and so does the key bias, which does not change a softmax. Weights of a frozen
+    model (`qat.model.freeze.keeps_weights`) are the numbers that its codes mean.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -31,54 +33,67 @@ def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
 def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
     if isinstance(module, Quantizer):
         return
-    consumed: set[str] = set()
+    included: set[str] = set()
     if isinstance(module, QkrAttention):
-        state |= {prefix + name: tensor for name, tensor in module.timm_weights().items()}
-        consumed = {"v"}
+        for name, tensor in module.timm_weights().items():
+            state[prefix + name] = tensor
+        included = {"v"}
     else:
-        own = module._parameters.keys() | module._buffers.keys()
-        state |= {prefix + k: v.detach() for k, v in module.state_dict().items() if k in own}
-        if isinstance(codes := getattr(module, "weight_quantizer", None), FrozenWeight):
-            state[f"{prefix}weight"] = codes()
-    for name, child in module._modules.items():  # timm's state has a layer under each of its names
-        if child is not None and name not in consumed:
+        own_names = module._parameters.keys() | module._buffers.keys()
+        for name, tensor in module.state_dict().items():
+            if name in own_names:
+                state[prefix + name] = tensor.detach()
+        weight_quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(weight_quantizer, FrozenWeight):
+            state[f"{prefix}weight"] = weight_quantizer()
+    # A layer that a model has under two names is in timm's state dict under both.
+    for name, child in module._modules.items():
+        if child is not None and name not in included:
             _collect(child, f"{prefix}{name}.", state)
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy scales and offsets where quantizer, bits and shapes agree, and the scales are there.
+    """Copy scales and offsets where quantizer, bits and shapes agree and the scales are set.
 
-    Steps that are learned without offsets also take a symmetric affine grid of as many codes.
+    Learned step sizes without offsets also take a symmetric affine grid of as many codes.
 
     Args:
-        source: a quantized net.
-        target: a converted net.
+        source: a quantized model.
+        target: a converted model.
 
     Returns:
         Names of the sites that were copied, and of those that were not and need data.
     """
-    have = {site.name: site for site in iter_quantizers(source)}
-    copied, missing = [], []
+    donors = {site.name: site for site in iter_quantizers(source)}
+    copied = []
+    missing = []
     for site in iter_quantizers(target):
         if not site.quantizer.state_dict():
             continue
-        donor = have.get(site.name)
+        donor = donors.get(site.name)
         if donor is None or not _copy_state(donor.quantizer, site.quantizer):
             missing.append(site.name)
             continue
         copied.append(site.name)
         if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
-            theirs, own = getattr(donor.owner, "product_offset", None), site.owner.product_offset
-            if theirs is not None and own is not None and theirs.shape == own.shape:
-                own.data.copy_(theirs)
+            _copy_product_offset(donor.owner, site.owner)
     return copied, missing
 
 
+def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
+    source_offset = getattr(donor, "product_offset", None)
+    offset = target.product_offset
+    if source_offset is not None and offset is not None and source_offset.shape == offset.shape:
+        offset.data.copy_(source_offset)
+
+
 def forget_attention_weights(net: nn.Module) -> list[str]:
-    """Draw anew what the reference's conversion loses: `proj` of every attention, `qkv` where there is no QKR, Swin's table of biases.
+    """Initialise again the weights that the conversion of the paper's code loses.
+
+    They are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of biases.
 
     Returns:
-        Names of the Linears and tables that were reset.
+        Names of the linear layers and tables that were reset.
     """
     reset = []
     for name, module in net.named_modules():
@@ -97,10 +112,10 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
 
 
 def invent_biases(net: nn.Module) -> list[str]:
-    """Give Linears outside of attentions that have no bias one, at first as random as torch makes it: so does the reference's conversion.
+    """Give linear layers outside of attentions a random bias, as the paper's code does.
 
     Returns:
-        Their names.
+        Names of the layers, which had no bias.
     """
     names = [
         name
@@ -110,45 +125,50 @@ def invent_biases(net: nn.Module) -> list[str]:
     grow_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
-        nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
+        bound = linear.in_features**-0.5  # torch's own
+        nn.init.uniform_(linear.bias, -bound, bound)
     return names
 
 
 def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
-    """Give a quantizer the state of one of its spec and shapes, whether steps are relative or absolute there; False where it differs."""
+    """Copy the state of a quantizer of equal spec and shapes.
+
+    Step sizes may be relative in one and absolute in the other.
+
+    Returns:
+        False if nothing could be copied.
+    """
     if not is_ready(donor):
         return False
     if _copy_affine(donor, target):
         return True
     if donor.spec != target.spec or donor.n_scales != target.n_scales:
         return False
-    given, state = donor.state_dict(), target.state_dict()
-    shared = state.keys() & given.keys()
-    if any(given[name].shape != state[name].shape for name in shared):
+    donor_state = donor.state_dict()
+    target_state = target.state_dict()
+    shared = target_state.keys() & donor_state.keys()
+    if any(donor_state[name].shape != target_state[name].shape for name in shared):
         return False
-    target.load_state_dict({name: given[name] for name in shared}, strict=False)
-    for a, b in zip(donor.modules(), target.modules(), strict=True):
-        if isinstance(a, LSQ) and isinstance(b, LSQ) and (a.change is None) != (b.change is None):
-            b.set_scale(a.scale.detach())
+    target.load_state_dict({name: donor_state[name] for name in shared}, strict=False)
+    for source, copy in zip(donor.modules(), target.modules(), strict=True):
+        if not (isinstance(source, LSQ) and isinstance(copy, LSQ)):
+            continue
+        if (source.change is None) != (copy.change is None):
+            copy.set_scale(source.scale.detach())
     return True
 
 
 def _copy_affine(donor: Quantizer, target: Quantizer) -> bool:
-    """Give LSQ the symmetric grid of post-training quantization; False where it cannot have it."""
-    if (
-        not (
-            isinstance(donor, Affine)
-            and type(target) is LSQ
-            and donor.spec.bits == target.spec.bits
-        )
-        or donor.spec.bias_correction
-    ):
+    """Copy a symmetric grid of post-training quantization into LSQ; False if LSQ cannot have it."""
+    if not isinstance(donor, Affine) or type(target) is not LSQ:
         return False
-    # As many steps along another axis would be others.
-    fits = donor.axis is None or (
-        donor.axis == target.axis and donor.scale.shape == target.scale.shape
-    )
-    if not fits or bool((donor.zero_point + target.spec.qmin != donor.qmin).any()):
+    if donor.spec.bits != target.spec.bits or donor.spec.bias_correction:
+        return False
+    # As many scales along another axis would be different scales.
+    has_same_layout = donor.axis == target.axis and donor.scale.shape == target.scale.shape
+    if donor.axis is not None and not has_same_layout:
+        return False
+    if (donor.zero_point + target.spec.qmin != donor.qmin).any():
         return False
     target.set_scale(donor.scale.expand_as(target.scale))
     return True

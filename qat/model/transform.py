@@ -1,4 +1,4 @@
-"""What stands between an image and a net: the transform that evaluation uses."""
+"""The transform from an image to the input of a model, as evaluation uses it."""
 
 from __future__ import annotations
 
@@ -19,74 +19,82 @@ if TYPE_CHECKING:
 
 
 def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
-    """The evaluation transform of a net: maps Pillow's image, an (H, W, C) uint8 array or a path to (C, H, W) float32.
+    """The evaluation transform of a model.
 
-    A net from `last.ckpt` or `best.ckpt` (`qat.load`) knows the data it was trained on, and gets images as `eval.py` gives them to it;
-    so does one from a file of `qat.save(net, path, data=...)`, where settings that `data` leaves out are found as follows. Any other net
-    gets them as timm's `resolve_data_config` says for its `pretrained_cfg`: crop, interpolation, mean and std of its pretrained
-    weights, the average of the latter over the colours for a net of grey images; at the size that the net takes.
+    It maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. A model from
+    `last.ckpt` or `best.ckpt` (`qat.load`) gets images as `eval.py` prepares them, from the data
+    config in its file; so does one from `qat.save(net, path, data=...)`. Settings that are not in
+    the file follow timm's `resolve_data_config` for the model's `pretrained_cfg`: crop,
+    interpolation, mean and std of its pretrained weights (their averages over the colours for
+    grey images), at the model's input size.
 
     Raises:
-        UsageError: neither is there, the net takes no square images, or its data are of a class that is neither ours nor imported.
+        UsageError: the model has neither, does not take square images, or its data are of a class
+            that is neither ours nor imported.
     """
-    from qat.data import image_transform  # here, because it brings Lightning with it
+    from qat.data import image_transform  # imports Lightning
 
     return image_transform(data_config(net))
 
 
 def data_config(net: nn.Module) -> Mapping[str, Any]:
-    """The data config of a net, plain; see `transform`."""
+    """The data config of a model, as plain data; see `transform`."""
     stored = data_of(net) or {}
-    return stored if "_target_" in stored else {**_by_timm(net), **stored}
+    if "_target_" in stored:
+        return stored
+    return {**_settings_of_timm(net), **stored}
 
 
-def _by_timm(net: nn.Module) -> dict[str, Any]:
+def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
     if not config:
         raise UsageError(
-            "transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings"
+            "transform: this model does not record its data; "
+            "qat.save(model, path, data={...}) stores the settings"
         )
-    done = conversion_of(net)
-    chans, height, width = done.input_size if done else get_model_input_config(net)["input_size"]
-    chans = get_model_args(net).get("in_chans", chans)
+    conversion = conversion_of(net)
+    if conversion is None:
+        input_size = get_model_input_config(net)["input_size"]
+    else:
+        input_size = conversion.input_size
+    channels, height, width = input_size
+    channels = get_model_args(net).get("in_chans", channels)
     if height != width:
         raise UsageError(
             f"transform: the model takes images of {height} x {width} pixels; must be square"
         )
-    found = timm.data.resolve_data_config({}, pretrained_cfg=config)
-    settings = {
-        name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-    }
-    if chans != len(settings["mean"]):
-        settings |= {
-            name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")
-        }
-    classes = (
-        getattr(net, "num_classes", None) or config.get("num_classes") or 1
-    )  # a backbone has none, and images do not depend on it
+    resolved = timm.data.resolve_data_config({}, pretrained_cfg=config)
+    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    settings = {name: resolved[name] for name in names}
+    if channels != len(settings["mean"]):
+        for name in ("mean", "std"):
+            average = sum(settings[name]) / len(settings[name])
+            settings[name] = [average] * channels
+    # A backbone has no classes, and images do not depend on them.
+    num_classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1
     return settings | {
         "image_size": height,
         "patch_size": None,
-        "in_chans": chans,
-        "num_classes": classes,
+        "in_chans": channels,
+        "num_classes": num_classes,
     }
 
 
 def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
-    """Let a net take images of another mean and standard deviation than those that it was trained on.
+    """Make a model take images of another mean and standard deviation than in its training.
+
+    A hook maps such images to the model's own before its first layer.
 
     Args:
-        net: from here on maps such images to its own before its first layer.
-        given: mean and standard deviation per channel of the images that come.
-        own: of those that it was trained on. Where both are equal nothing is done.
+        net: the model.
+        given: mean and standard deviation per channel of the new images.
+        own: those of its training images. If both are equal, the model is not changed.
     """
     if given == own:
         return
-    (mean, std), (own_mean, own_std) = torch.tensor([given, own], dtype=torch.float64)[
-        ..., None, None
-    ]
-    # A buffer moves with the net; it is in none of its files.
-    net.register_buffer(
-        "to_own", torch.stack([std, mean - own_mean]).div(own_std).float(), persistent=False
-    )
+    statistics = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
+    (mean, std), (own_mean, own_std) = statistics
+    factor_and_offset = torch.stack([std, mean - own_mean]).div(own_std).float()
+    # A buffer moves to other devices with the model; no file stores it.
+    net.register_buffer("to_own", factor_and_offset, persistent=False)
     net.register_forward_pre_hook(lambda net, args: (args[0] * net.to_own[0] + net.to_own[1],))
