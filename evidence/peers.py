@@ -50,6 +50,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     loss = build.build_loss(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg))
     data, start = build.build_data(cfg), build.build_start(cfg)

@@ -43,6 +43,7 @@ def analyze(cfg: DictConfig) -> None:
     kernels.use("auto")
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     if cfg.run is not None:
         remake(cfg)
         return

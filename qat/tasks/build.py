@@ -1,4 +1,4 @@
-"""From a config to objects, each of them built and checked before the first step."""
+"""Objects from a config: dataset, recipe, loss and model, built and checked before the first step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from qat.spec import QuantRecipe
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CALIBRATION_BATCH = 1024  # at most: it has to fit one device
+CALIBRATION_BATCH = 1024  # most images of a batch, so that it fits one device
 
 
 def plain(cfg: Any) -> Any:
@@ -44,14 +44,15 @@ def plain(cfg: Any) -> Any:
 
 
 def instantiate(node: DictConfig, setting: str) -> Any:
-    """What `_target_` of a config node makes, from plain arguments.
+    """Build the object that `_target_` of a config node names, from plain arguments.
 
     Raises:
-        UsageError: there is no such class, or it does not take the arguments; names `setting`.
+        UsageError: the class does not exist or refuses the arguments; names `setting`.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
-            f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class"
+            f"{setting}={plain(node)!r}: must build an object: "
+            f"{setting}._target_=package.module.Class"
         )
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
     try:
@@ -66,10 +67,10 @@ def instantiate(node: DictConfig, setting: str) -> Any:
 
 
 def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
-    """The dataclass that consumes a group of settings.
+    """A dataclass built from a group of settings.
 
     Raises:
-        UsageError: they are not settings by name, a key is no field of it, or a value cannot work.
+        UsageError: the group is not a mapping, a key is not a field, or a value cannot work.
     """
     if not isinstance(settings, Mapping):
         raise UsageError(f"{group}={settings!r}: must be a group of settings")
@@ -107,13 +108,12 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     """The recipe of `cfg.quant`.
 
     Raises:
-        UsageError: it has a key that is no knob, or a value that cannot work.
+        UsageError: it has an unknown key, or a value that cannot work.
     """
     recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
-        import_quantizer(
-            name
-        )  # typed by the user; a checkpoint that names the same one finds it imported
+        # The user named it; a checkpoint of it finds it imported.
+        import_quantizer(name)
     return recipe
 
 
@@ -123,12 +123,14 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UsageError: they contradict the data.
     """
-    args = {k: v for k, v in plain(cfg.model.args).items() if v is not None}
+    args = {key: value for key, value in plain(cfg.model.args).items() if value is not None}
     for name in ("num_classes", "in_chans"):
-        args.setdefault(name, cfg.data[name])  # not timm's own defaults: the data are given
+        # The data decide, not timm's defaults.
+        args.setdefault(name, cfg.data[name])
         if args[name] != cfg.data[name] or isinstance(args[name], bool):
             raise UsageError(
-                f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; set data.{name} if that is wrong"
+                f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; "
+                f"set data.{name} if that is wrong"
             )
     return args
 
@@ -147,111 +149,114 @@ def import_modules(cfg: DictConfig) -> None:
 
 
 def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """The net of a file that the paper's own code wrote; None if `ckpt_format` or the file say that it is another one.
+    """The model of a file of the paper's own code; None for another kind of file.
 
     Raises:
-        UsageError: the file cannot be read as what it should be.
+        UsageError: the file is not as `ckpt_format` says, or bits are set for another kind of file.
     """
-    if cfg.ckpt_format == "ofq" or (
-        cfg.ckpt_format == "auto" and checkpoint.meta is None and is_ofq(checkpoint.state)
-    ):
+    looks_like_ofq = checkpoint.meta is None and is_ofq(checkpoint.state)
+    if cfg.ckpt_format == "ofq" or (cfg.ckpt_format == "auto" and looks_like_ofq):
         return net_from_ofq(checkpoint, cfg.model.name, cfg.ckpt_bits, cfg.ckpt_act_bits)
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
             raise UsageError(
-                f"{setting}={cfg[setting]!r}: only for files of the paper's code (ckpt_format=ofq), others say their bits"
+                f"{setting}={cfg[setting]!r}: only for files of the paper's code "
+                "(ckpt_format=ofq), others state their bits"
             )
     return None
 
 
 def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
-    """The float net and its weights: `ckpt`, `model.weights`, `model.pretrained` or scratch.
+    """The float model and its weights: `ckpt`, `model.weights`, `model.pretrained` or random.
 
     Args:
         cfg: config of a command.
-        keep_head: weights of another class count are an error, not given a new head.
+        keep_head: weights of another class count are an error, and do not get a new head.
 
     Raises:
-        UsageError: it does not work.
+        UsageError: a setting or file cannot work.
     """
     import_modules(cfg)
-    name, args = cfg.model.name, model_args(cfg)
+    name = cfg.model.name
+    args = model_args(cfg)
     if cfg.ckpt:
-        checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-        theirs = authors_net(cfg, checkpoint)
-        if theirs is None:
-            return from_checkpoint(
-                name, args, checkpoint, reset_head=cfg.model.reset_head, keep_head=keep_head
-            )
-        start = from_net(
-            name,
-            args,
-            theirs.net,
-            origin=f"ckpt={str(cfg.ckpt)!r}",
-            reset_head=cfg.model.reset_head,
-        )
-        start.notes.append(theirs.note)
-        return start
+        return _start_from_ckpt(cfg, name, args, keep_head=keep_head)
     if cfg.model.weights:
         file = read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights")
-        return from_state(
-            name, args, file.state, origin=f"model.weights={str(file.path)!r}", keep_head=keep_head
-        )
-    return (
-        from_pretrained(name, args, keep_head=keep_head)
-        if cfg.model.pretrained
-        else from_scratch(name, args)
-    )
+        origin = f"model.weights={str(file.path)!r}"
+        return from_state(name, args, file.state, origin=origin, keep_head=keep_head)
+    if cfg.model.pretrained:
+        return from_pretrained(name, args, keep_head=keep_head)
+    return from_scratch(name, args)
+
+
+def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_head: bool) -> Start:
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+    ofq_net = authors_net(cfg, checkpoint)
+    reset_head = cfg.model.reset_head
+    if ofq_net is None:
+        return from_checkpoint(name, args, checkpoint, reset_head=reset_head, keep_head=keep_head)
+    origin = f"ckpt={str(cfg.ckpt)!r}"
+    start = from_net(name, args, ofq_net.net, origin=origin, reset_head=reset_head)
+    start.notes.append(ofq_net.note)
+    return start
 
 
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert the net in place and fill its scales: copied where the start has them, else from data.
+    """Convert a model in place and set its scales: copied from the start's, else from images.
 
     Args:
-        start: the float net, and the quantized one it came from.
-        recipe: what to do to it.
-        data: where calibration images come from.
-        init: `full` keeps all weights; `reference` loses those that the paper's code loses, and invents the biases that it invents.
-        processes: of the run. Each fills the scales from the same images, in batches as large as those of all processes together: scales
-            are equal in all of them, and those of a single process with that batch size.
+        start: the float model, and the quantized one that its weights come from.
+        recipe: the recipe.
+        data: the dataset of the calibration images.
+        init: `full` keeps all weights; `reference` loses and adds the weights that the paper's
+            code loses and adds.
+        processes: number of processes of the run. Each sets the scales from the same images, in
+            batches as large as those of all processes together: scales are equal in all of them,
+            and equal those of one process with that batch size.
 
     Returns:
-        What the run says of it, a line each.
+        Notes for the user, a line each.
     """
     as_reference = init == "reference" and recipe.name != "fp"
-    redrawn = invent_biases(start.net) if as_reference else []
+    reset = invent_biases(start.net) if as_reference else []
     convert(start.net, recipe, input_size=data.input_size)
     if recipe.name == "fp":
         return []
-    redrawn += forget_attention_weights(start.net) if as_reference else []
-    notes = [f"re-initialised, as in the paper's code: {', '.join(redrawn)}"] if redrawn else []
-    copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
-    batches = data.calibration_batches(min(data.settings.batch_size * processes, CALIBRATION_BATCH))
+    if as_reference:
+        reset += forget_attention_weights(start.net)
+    notes = [f"re-initialised, as in the paper's code: {', '.join(reset)}"] if reset else []
+    copied: list[str] = []
+    missing: list[str] = []
+    if start.source is not None:
+        copied, missing = copy_scales(start.source, start.net)
+    batch_size = min(data.settings.batch_size * processes, CALIBRATION_BATCH)
+    batches = data.calibration_batches(batch_size)
     initialize_scales(start.net, batches)
     assert_ready(start.net)
     if copied and not missing:
         return [*notes, f"scales of all {len(copied)} quantizers copied"]
-    of = (
-        f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)}) "
-        if copied
-        else ""
-    )
-    return [*notes, f"scales {of}initialised from {sum(map(len, batches))} training images"]
+    counts = ""
+    if copied:
+        names = ", ".join(missing)
+        counts = f"of {len(copied)} quantizers copied, of {len(missing)} ({names}) "
+    num_images = sum(map(len, batches))
+    return [*notes, f"scales {counts}initialised from {num_images} training images"]
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:
-    """The terms of `cfg.loss`, and those of its regularizers whose weight is not 0: what is off costs a step nothing.
+    """The terms of `cfg.loss`, and its regularizers whose weight is not 0.
 
     Raises:
-        UsageError: a term cannot be made.
+        UsageError: a term cannot be built.
     """
-    terms = {name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()}
-    added = {
-        name: instantiate(term, f"loss.regularizers.{name}")
-        for name, term in (cfg.loss.get("regularizers") or {}).items()
-    }
-    return CompositeLoss(
-        terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0}
-    )
+    terms = {}
+    for name, term in cfg.loss.terms.items():
+        terms[name] = instantiate(term, f"loss.terms.{name}")
+    for name, term in (cfg.loss.get("regularizers") or {}).items():
+        regularizer = instantiate(term, f"loss.regularizers.{name}")
+        if getattr(regularizer, "weight", None) != 0:
+            terms[name] = regularizer
+    return CompositeLoss(terms)

@@ -73,6 +73,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(cfg.predict)
     if paths is not None and cfg.split is not None:

@@ -46,7 +46,7 @@ from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import build_from, float_twin, load
 from qat.model.transform import data_config
-from qat.tasks import build, summary
+from qat.tasks import build, fit, summary
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
@@ -84,6 +84,7 @@ def export(cfg: DictConfig) -> float:
     build.count_classes(cfg)
     kernels.use("auto")
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     check_int("latency", cfg.latency, 0)
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:

@@ -1,4 +1,7 @@
-"""What fits a net: optimizer, schedule, callbacks, loggers and Lightning's trainer, from a config; nets compiled or in less memory."""
+"""Optimizer, schedule, callbacks, loggers and Lightning's trainer from a config.
+
+Also here: compiled models, and models that use less memory.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,35 +45,49 @@ from qat.utils.validate import check_int, check_number, unknown
 
 log = logging.getLogger(__name__)
 
-# What Lightning and timm say repeats the first lines of a run, except for what ends it early; the root logger's handlers show that once.
-logging.getLogger("lightning").handlers.clear()
-for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-for _name in (
+_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "timm")
+# These log what ends a run early.
+_LOGGERS_OF_ENDS = (
     "lightning.pytorch.callbacks.early_stopping",
     "lightning.pytorch.utilities.rank_zero",
-):
-    logging.getLogger(_name).setLevel(logging.INFO)
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: (
-        record.levelno > logging.INFO or record.getMessage().startswith("Time limit reached")
-    )
 )
-for _message in (
+_IGNORED_WARNINGS = (
     ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
     ".*all_gather.*is deprecated",  # Lightning's own use of torch
     ".*does not have many workers",  # small data are in memory
-    "Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
-    "You requested to overfit but enabled .* dataloader shuffling",  # which is what it turns off
+    "Checkpoint directory .* exists and is not empty",  # normal for a resumed run
+    "You requested to overfit but enabled .* dataloader shuffling",  # which this turns off
     "The `srun` command is available",  # a login node, or processes that are started here
-    "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
+    "FSDP2-wrapped module .* returned a view tensor",  # timm's models add to it out of place
     ".*number of training batches .* is smaller than the logging interval",
-):
-    warnings.filterwarnings("ignore", message=_message)
+)
+
+
+def quiet_libraries() -> None:
+    """Drop messages of Lightning and timm that repeat the first lines of a run.
+
+    Messages on what ends a run early stay; the handlers of the root logger print them once.
+    """
+    logging.getLogger("lightning").handlers.clear()
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _LOGGERS_OF_ENDS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_time_limit_or_warning)
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_time_limit_or_warning(record: logging.LogRecord) -> bool:
+    is_time_limit = record.getMessage().startswith("Time limit reached")
+    return record.levelno > logging.INFO or is_time_limit
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
-    """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
+    """A function from a model to its optimizer.
+
+    It is tried on a small layer, so that mistakes are found before the training.
+    """
     settings = plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, above=True)
     settings["lr"] = scaled_lr(
@@ -96,7 +114,9 @@ def global_batch(cfg: DictConfig, trainer: Trainer) -> int:
 def build_scheduler_factory(cfg: DictConfig) -> Any:
     """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
-    warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
+    interval = settings["interval"]
+    warmup_epochs = settings.pop("warmup_epochs")
+    cooldown_epochs = settings.pop("cooldown_epochs")
     check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
     check_number(
         "scheduler.cooldown_epochs",
@@ -105,30 +125,35 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
         below=cfg.trainer.max_epochs - warmup_epochs,
     )
     for name, epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
-        if settings["interval"] == "epoch" and epochs % 1:
+        if interval == "epoch" and epochs % 1:
             raise UsageError(
-                f"scheduler.{name}_epochs={epochs}: must be an integer with scheduler.interval=epoch; step takes fractions"
+                f"scheduler.{name}_epochs={epochs}: must be an integer with "
+                "scheduler.interval=epoch; step takes fractions"
             )
     if cfg.trainer.fast_dev_run:
-        warmup_epochs = cooldown_epochs = 0
+        warmup_epochs = 0
+        cooldown_epochs = 0
 
-    def make(
+    def build_scheduler(
         optimizer: torch.optim.Optimizer, epochs: int, steps: int
     ) -> tuple[timm.scheduler.scheduler.Scheduler, str]:
-        unit = 1 if settings["interval"] == "epoch" else steps
-        periods, warmup = int((epochs - cooldown_epochs) * unit), int(warmup_epochs * unit)
-        return cosine_schedule(optimizer, periods=periods, warmup=warmup, **settings), settings[
-            "interval"
-        ]
+        periods_per_epoch = 1 if interval == "epoch" else steps
+        schedule = cosine_schedule(
+            optimizer,
+            periods=int((epochs - cooldown_epochs) * periods_per_epoch),
+            warmup=int(warmup_epochs * periods_per_epoch),
+            **settings,
+        )
+        return schedule, interval
 
-    return make
+    return build_scheduler
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
     callbacks: list[Callback] = []
     for name, callback_cfg in (cfg.callbacks or {}).items():
-        if callback_cfg is None:  # switched off: callbacks.best=null
+        if callback_cfg is None:  # callbacks.best=null
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
@@ -137,36 +162,60 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
-    averages = any(isinstance(one, WeightAveraging) for one in callbacks)
-    if averages and not any(isinstance(one, Checkpointing) for one in callbacks):
-        raise UsageError(
-            "callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]"
-        )
-    if averages and any(getattr(one, "save_weights_only", False) for one in callbacks):
-        raise UsageError(
-            "callbacks: save_weights_only=true writes the weights in training, not their average; must be false with an average"
-        )
+    _check_averages(callbacks)
     if compiles(cfg) == "graphs":
         callbacks.append(GraphSteps())
-    # Annealing sets the learning rate and takes weights back before others log or average them. `last.ckpt` has the state of all others,
-    # and preemption ends the run after it.
-    callbacks.sort(
-        key=lambda one: isinstance(one, LastCheckpoint | Preemption) - isinstance(one, CGA)
-    )
+    callbacks.sort(key=_rank)
     return [StepSeed(cfg.seed), *callbacks]
 
 
+def _check_averages(callbacks: list[Callback]) -> None:
+    if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        return
+    if not any(isinstance(callback, Checkpointing) for callback in callbacks):
+        raise UsageError(
+            "callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]"
+        )
+    if any(getattr(callback, "save_weights_only", False) for callback in callbacks):
+        raise UsageError(
+            "callbacks: save_weights_only=true writes the weights in training, not their average; "
+            "must be false with an average"
+        )
+
+
+def _rank(callback: Callback) -> int:
+    """Position of a callback; those of equal rank keep their order in the config.
+
+    First is CGA, which sets the learning rate and restores weights before others log or average
+    them. Last are `last.ckpt`, which stores the state of all others, and the end of a preempted
+    run.
+    """
+    if isinstance(callback, CGA):
+        return 0
+    if isinstance(callback, LastCheckpoint | Preemption):
+        return 2
+    return 1
+
+
 def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
-    """The loggers of `cfg.logger`; `metrics.csv` of a run that is resumed at a step keeps the rows before it."""
-    loggers = [
-        instantiate(one, f"logger.{name}")
-        for name, one in (cfg.logger or {}).items()
-        if one is not None
-    ]
+    """The loggers of `cfg.logger`.
+
+    Args:
+        cfg: config of a command.
+        resumed_at: step at which the run is resumed; rows of `metrics.csv` before it are kept.
+
+    Raises:
+        UsageError: one of them is not a logger of Lightning.
+    """
+    loggers = []
+    for name, logger_cfg in (cfg.logger or {}).items():
+        if logger_cfg is not None:
+            loggers.append(instantiate(logger_cfg, f"logger.{name}"))
     for logger in loggers:
         if not isinstance(logger, Logger):
+            kind = type(logger).__name__
             raise UsageError(
-                f"logger: {type(logger).__name__} is not a subclass of lightning.pytorch.loggers.Logger"
+                f"logger: {kind} is not a subclass of lightning.pytorch.loggers.Logger"
             )
         if isinstance(logger, CSVLog):
             logger.resumed_at = resumed_at
@@ -174,76 +223,84 @@ def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """Lightning's trainer on `cfg.trainer`.
+    """Lightning's trainer with the settings of `cfg.trainer`.
 
     Raises:
-        UsageError: Lightning does not take one of the settings, or the accelerator is not there.
+        UsageError: Lightning refuses one of the settings, or the machine lacks the accelerator.
     """
-    settings: dict[str, Any] = {
-        key: instantiate(value, f"trainer.{key}")
-        if OmegaConf.is_dict(value) and "_target_" in value
-        else plain(value)
-        for key, value in cfg.trainer.items()
-    }
-    # Sharded, what is gathered for a validation is trained with afterwards; compiled, a test would need a graph beside the validation's.
+    settings: dict[str, Any] = {}
+    for key, value in cfg.trainer.items():
+        is_object = OmegaConf.is_dict(value) and "_target_" in value
+        settings[key] = instantiate(value, f"trainer.{key}") if is_object else plain(value)
+    # Sharded weights gathered for a validation are trained afterwards; a compiled model would need
+    # a second graph for inference mode.
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
-    settings["strategy"] = strategy_of(
-        settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1)
-    )
+    num_processes = local_count(settings) * settings.get("num_nodes", 1)
+    settings["strategy"] = strategy_of(settings.get("strategy", "auto"), num_processes)
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
-    callbacks = [one for one in callbacks if loggers or not isinstance(one, LearningRateMonitor)]
-    own: dict[str, Any] = {
+    if not loggers:
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    plugins = [AtomicCheckpointIO(), *environments()]
+    if settings.get("sync_batchnorm"):
+        plugins.append(SyncBatchNorms())
+    own_settings: dict[str, Any] = {
         "callbacks": callbacks,
         "logger": loggers or False,
-        "plugins": [
-            AtomicCheckpointIO(),
-            *environments(),
-            *([SyncBatchNorms()] if settings.get("sync_batchnorm") else []),
-        ],
+        "plugins": plugins,
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(
-            isinstance(one, Checkpointing) for one in callbacks
-        ),  # else Lightning adds one of its own
-        "enable_progress_bar": any(isinstance(one, ProgressBar) for one in callbacks),
+        # Lightning would add its own if this were True without one.
+        "enable_checkpointing": any(isinstance(c, Checkpointing) for c in callbacks),
+        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
-    known = inspect.signature(Trainer).parameters
-    for name, value in settings.items():
-        if name in own:
-            raise UsageError(
-                f"trainer.{name}={value!r}: must be left out; qat sets it (callbacks, logger, run_dir)"
-            )
-        if name not in known:
-            raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
+    _check_names(settings, own_settings)
     try:
-        trainer = Trainer(**settings, **own)
+        trainer = Trainer(**settings, **own_settings)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
-        # The settings whose name or text the message has, else those of where a net runs.
-        named = [
-            name
-            for name, value in settings.items()
-            if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message
-        ]
-        named = named or ["accelerator", "devices", "strategy"]
-        raise UsageError(
-            f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}"
-        ) from error
+        names = _mentioned(settings, message) or ["accelerator", "devices", "strategy"]
+        values = ", ".join(f"trainer.{name}={cfg.trainer.get(name)!r}" for name in names)
+        raise UsageError(f"{values}: {message}") from error
     if settings.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UsageError(
-            "trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; must be false"
+            "trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; "
+            "must be false"
         )
     return trainer
 
 
+def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -> None:
+    known = inspect.signature(Trainer).parameters
+    for name, value in settings.items():
+        if name in own_settings:
+            raise UsageError(
+                f"trainer.{name}={value!r}: must be left out; "
+                "qat sets it (callbacks, logger, run_dir)"
+            )
+        if name not in known:
+            raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
+
+
+def _mentioned(settings: Mapping[str, Any], message: str) -> list[str]:
+    """Settings whose name or value is in an error message of Lightning."""
+    names = []
+    for name, value in settings.items():
+        if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message:
+            names.append(name)
+    return names
+
+
 def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
-    """Under `memory=recompute` keep no probabilities, under `model.grad_checkpointing=true` only what enters each block.
+    """Store fewer activations for the backward pass.
+
+    With `memory=recompute` no attention probabilities are stored, with
+    `model.grad_checkpointing=true` only the inputs of blocks.
 
     Raises:
-        UsageError: the model cannot do the latter.
+        UsageError: the model does not support gradient checkpointing.
     """
     set_execution(net, memory=cfg.memory)
     if not cfg.model.grad_checkpointing:
@@ -257,52 +314,53 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
 
 
 def compiles(cfg: DictConfig) -> bool | str:
-    """Whether `compile` asks for compiled nets, or for `graphs` of them; `auto` does on CUDA, unless the processes share the weights.
+    """Whether models are compiled: False, True or "graphs".
+
+    `compile=auto` means True on CUDA, unless the processes share the weights.
 
     Raises:
-        UsageError: `compile` is not true, false, auto or graphs, or asks for graphs without CUDA.
+        UsageError: `compile` is not true, false, auto or graphs, or is graphs without CUDA.
     """
-    asked = cfg.get("compile", False)
-    if asked not in {True, False, "auto", "graphs"}:
-        raise UsageError(f"compile={asked!r}: must be one of true, false, auto, graphs")
-    on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {
-        "auto",
-        "gpu",
-        "cuda",
-    }
-    if asked == "graphs" and not on_cuda:
+    setting = cfg.get("compile", False)
+    if setting not in {True, False, "auto", "graphs"}:
+        raise UsageError(f"compile={setting!r}: must be one of true, false, auto, graphs")
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    on_cuda = torch.cuda.is_available() and str(accelerator) in {"auto", "gpu", "cuda"}
+    if setting == "graphs" and not on_cuda:
         raise UsageError(
-            f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator={cfg.trainer.get('accelerator')!r} has none; "
+            f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator={accelerator!r} has none; "
             "must be one of true, false, auto"
         )
-    if asked == "auto":
-        return (
-            on_cuda and cfg.trainer.get("strategy") != SHARDED
-        )  # and "graphs", once a GPU has shown them right
-    return asked
+    if setting == "auto":
+        return on_cuda and cfg.trainer.get("strategy") != SHARDED
+    return setting
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
-    """Compile student and teacher in place, each as one graph, where `compiles` says so; names in state dicts stay what they are.
+    """Compile student and teacher in place, each as one graph, if `compiles` says so.
 
-    One operation is compiled first: where torch cannot, `auto` leaves nets eager.
+    Names in state dicts do not change. One operation is compiled first: if torch cannot, `auto`
+    leaves the models eager.
 
     Raises:
-        UsageError: torch cannot compile here, and `compile` is not auto.
+        UsageError: torch cannot compile on this machine, and `compile` is not auto.
     """
-    way = compiles(cfg)
-    if not way:
+    mode = compiles(cfg)
+    if not mode:
         return
     device = next(net.parameters()).device
     try:
         torch.compile(torch.square)(torch.zeros(2, device=device))
     except Exception as error:
-        why = f"torch cannot compile for {device.type} here ({str(error).strip().partition(chr(10))[0]})"
+        message = str(error).strip().partition("\n")[0]
+        reason = f"torch cannot compile for {device.type} here ({message})"
         if cfg.compile != "auto":
-            raise UsageError(f"compile={str(cfg.compile).lower()}: {why}; must be false") from error
-        log.warning("compile=auto: the model is not compiled: %s", why)
+            setting = str(cfg.compile).lower()
+            raise UsageError(f"compile={setting}: {reason}; must be false") from error
+        log.warning("compile=auto: the model is not compiled: %s", reason)
         return
-    torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
-    compile_in_place(net, recompute=cfg.memory == "recompute", graphs=way == "graphs")
+    # Models of a sweep's earlier jobs count towards the limit of graphs.
+    torch.compiler.reset()
+    compile_in_place(net, recompute=cfg.memory == "recompute", graphs=mode == "graphs")
     if teacher is not None:
-        teacher.compile(graphs=way == "graphs")
+        teacher.compile(graphs=mode == "graphs")

@@ -72,6 +72,7 @@ def ptq(cfg: DictConfig) -> float:
     kernels.use("auto")
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, searching = build_ptq_recipe(cfg), build_search(cfg)
     fitting = build.settings_of(

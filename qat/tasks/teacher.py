@@ -1,4 +1,4 @@
-"""Which net a distilling loss follows."""
+"""The teacher of a distillation loss."""
 
 from __future__ import annotations
 
@@ -27,56 +27,63 @@ from qat.tasks.checks import check_classes
 
 log = logging.getLogger(__name__)
 
-QUANTIZED = "is already quantized and cannot be the float teacher; set teacher.ckpt=FILE or teacher.pretrained=true"
-# What every vision transformer takes; the rest of the student's arguments may not fit another model.
+QUANTIZED = (
+    "is already quantized and cannot be the float teacher; "
+    "set teacher.ckpt=FILE or teacher.pretrained=true"
+)
+# Arguments of every vision transformer. Others of the student may not fit another model.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
-# What may give weights, the first that is set.
+# Settings with weights to start from; the first that is set is used.
 STARTS = ("ckpt", "model.weights", "model.pretrained")
 TEACHERS = ("teacher.ckpt", "teacher.pretrained", *STARTS)
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
-    """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
+    """The teacher of the loss: `teacher.*`, or the float weights that the student starts from.
 
     Raises:
-        UsageError: the loss distils and there are no trained weights to follow, or they are for other classes.
+        UsageError: the loss needs a teacher, and there are no trained weights for it, or they are
+            for other classes.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
-    given = [
-        f"teacher.{name}={cfg.teacher[name]!r}"
-        for name in ("ckpt", "pretrained")
-        if cfg.teacher[name]
-    ]
+    sources = []
+    for name in ("ckpt", "pretrained"):
+        if cfg.teacher[name]:
+            sources.append(f"teacher.{name}={cfg.teacher[name]!r}")
     if not loss.needs_teacher:
-        if given:
-            log.warning("%s: no loss term uses a teacher, so it is not loaded", given[0])
+        if sources:
+            log.warning("%s: no loss term uses a teacher, so it is not loaded", sources[0])
         return None
-    if len(given) > 1:
-        raise UsageError(f"{', '.join(given)}: a teacher comes from only one of them")
-    start = Start(_own_teacher(cfg)) if given or cfg.teacher.model else _students_start(cfg)
-    name = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
-    fit_teacher(start, cfg, data, name)
+    if len(sources) > 1:
+        raise UsageError(f"{', '.join(sources)}: a teacher comes from only one of them")
+    has_own_model = sources or cfg.teacher.model
+    start = Start(_own_teacher(cfg)) if has_own_model else _start_of_student(cfg)
+    setting = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
+    fit_teacher(start, cfg, data, setting)
     return Teacher(start.net, cfg.loss.get("teacher_head", "cls"))
 
 
 def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) -> None:
-    """Let a teacher take images of the data, whatever mean and standard deviation it was trained with.
+    """Make a teacher take images of the data, also with another mean and standard deviation.
 
     Args:
         start: the teacher.
-        cfg: with the config of the data in force.
-        data: what it teaches on.
-        setting: what it comes from.
+        cfg: config of the command, with the data's config.
+        data: images of the training.
+        setting: the setting that the teacher's weights come from.
 
     Raises:
-        UsageError: it has other classes, or the same ones in another order, or takes images of another size.
+        UsageError: it has other classes, or the classes in another order, or takes images of
+            another size.
     """
-    net, origin = start.net, f"{setting}={OmegaConf.select(cfg, setting)!r}"
-    classes = getattr(net, "num_classes", data.settings.num_classes)
-    if classes != data.settings.num_classes:
+    net = start.net
+    origin = f"{setting}={OmegaConf.select(cfg, setting)!r}"
+    num_classes = getattr(net, "num_classes", data.settings.num_classes)
+    if num_classes != data.settings.num_classes:
         raise UsageError(
-            f"{origin} is the teacher: has {classes} classes, the data {data.settings.num_classes}"
+            f"{origin} is the teacher: has {num_classes} classes, "
+            f"the data {data.settings.num_classes}"
         )
     check_classes(net, data, origin)
     try:
@@ -87,15 +94,18 @@ def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) ->
 
 
 def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
-    """Log a line if a net starts from weights that were trained on images of another mean or standard deviation."""
+    """Log a line if the start's weights were trained on images of another mean or std."""
     setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
-    had, has = _trained_with(start, cfg, data, setting), _normalization(data)
-    if had != has and is_first():
-        names = ("mean {} and std {}".format(*pair) for pair in (had, has))
+    trained = _trained_with(start, cfg, data, setting)
+    current = _normalization(data)
+    if trained != current and is_first():
         log.warning(
-            "%s=%r: trained on images of {}; data.mean and data.std set {}".format(*names),
+            "%s=%r: trained on images of mean %s and std %s; "
+            "data.mean and data.std set mean %s and std %s",
             setting,
             OmegaConf.select(cfg, setting),
+            *trained,
+            *current,
         )
 
 
@@ -106,9 +116,10 @@ def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
 def _trained_with(
     start: Start, cfg: DictConfig, data: ImageData, setting: str
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of what a net was trained on; those of the data where nothing says it.
+    """Mean and standard deviation of the images that a model was trained on.
 
-    A file says it, and timm of its own weights. Of other weights timm's word is taken where the data follow it too.
+    They are in a file of ours, and timm states them for its own weights. For other weights timm's
+    are assumed if the data follow timm too. If they are unknown, those of the data are returned.
     """
     net = start.source or start.net
     follows_timm = isinstance(data, EncodedImageData) and cfg.data.get("mean") is None
@@ -119,23 +130,29 @@ def _trained_with(
     )
     if not is_known:
         return _normalization(data)
-    config, one = data_config(net), {"image_size": 1, "patch_size": None, "num_classes": 1}
-    settings = EncodedImageData.complete(
-        one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")}
-    )
+    config = data_config(net)
+    settings = EncodedImageData.complete({
+        # These do not change mean and standard deviation.
+        "image_size": 1,
+        "patch_size": None,
+        "num_classes": 1,
+        **{key: config.get(key) for key in ("in_chans", "mean", "std", "model")},
+    })
     return list(settings.mean), list(settings.std)
 
 
 def _own_teacher(cfg: DictConfig) -> nn.Module:
-    """The net of `teacher.*`."""
-    name, args = cfg.teacher.model or cfg.model.name, model_args(cfg)
+    """The model of `teacher.*`."""
+    name = cfg.teacher.model or cfg.model.name
+    args = model_args(cfg)
     if cfg.teacher.model:
         args = {key: args[key] for key in COMMON_ARGS if key in args}
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:
         raise UsageError(
-            f"teacher.model={name!r}: set its weights with teacher.ckpt=FILE or teacher.pretrained=true"
+            f"teacher.model={name!r}: set its weights with teacher.ckpt=FILE "
+            "or teacher.pretrained=true"
         )
     try:
         return from_pretrained(name, args, keep_head=True).net
@@ -143,11 +160,13 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
         raise UsageError(str(error).replace("model.", "teacher.")) from error
 
 
-def _students_start(cfg: DictConfig) -> Start:
+def _start_of_student(cfg: DictConfig) -> Start:
     if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
-            instead = "set teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
-            raise UsageError(f"loss with distillation: no teacher; {instead}")
+            raise UsageError(
+                "loss with distillation: no teacher; "
+                "set teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
+            )
         log.warning(
             "no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher"
         )
@@ -157,17 +176,20 @@ def _students_start(cfg: DictConfig) -> Start:
     return start
 
 
-def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = None) -> nn.Module:
-    """The net of `teacher.ckpt`.
+def net_of_file(
+    path: str, name: str, args: dict[str, Any], model_setting: str | None = None
+) -> nn.Module:
+    """The model of `teacher.ckpt`.
 
     Args:
-        path: a checkpoint of ours, which says what it holds, or weights of timm's.
-        name: of the timm model that weights of timm's are for.
+        path: a checkpoint of ours, which names its model, or weights of timm.
+        name: timm name of the model that weights of timm are for.
         args: its arguments.
-        typed: name of the model that a checkpoint of ours has to hold; None = any.
+        model_setting: `teacher.model`, which a checkpoint of ours must hold; None = any.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, does not fit or holds another model, or weights of OFQ's authors.
+        UsageError: no such file, it cannot be read, does not fit or holds another model, or it is
+            a quantized model of the paper's code.
     """
     origin = f"teacher.ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")
@@ -175,9 +197,16 @@ def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = 
         if is_ofq(checkpoint.state):
             raise UsageError(f"{origin} {QUANTIZED}")
         return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
-    held = str(checkpoint.meta.get("model", {}).get("name"))
-    if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
-        raise UsageError(f"teacher.model={typed!r}: must be null; {origin} holds {held}")
+    stored_name = str(checkpoint.meta.get("model", {}).get("name"))
+    if model_setting is not None and _family(model_setting) != _family(stored_name):
+        raise UsageError(
+            f"teacher.model={model_setting!r}: must be null; {origin} holds {stored_name}"
+        )
     net = build_from(checkpoint)
     check_finite(net, origin)
     return net
+
+
+def _family(name: str) -> str:
+    """Name of a timm model without the tag of its weights."""
+    return name.partition(".")[0]

@@ -75,6 +75,7 @@ def train(cfg: DictConfig) -> float:
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    fit.quiet_libraries()
     build.import_modules(cfg)
 
     recipe = build.build_recipe(cfg)
