@@ -298,7 +298,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         if len(operands) < 4:
             return None
         folded = (
-            self.latent("qk") if matrix.ready is None or torch.is_grad_enabled() else matrix.ready
+            self.latent("qk") if matrix.cached is None or torch.is_grad_enabled() else matrix.cached
         )
         weights = QkrWeights(folded, v.weight, v.bias, self.product_offset, self.per_key_weight())
         scoring = Scoring(bias, mask, self.num_heads, factor, self.keep_probs)

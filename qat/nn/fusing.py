@@ -31,7 +31,7 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
     found = _found(getattr(module, f"{role}_quantizer"))
     if isinstance(found, LSQParams):
         found = WeightParams(found[4:], found.scale) if found.before is None else None
-    return None if found is None else found._replace(ready=module.ready(role))
+    return None if found is None else found._replace(cached=module.ready(role))
 
 
 def is_off(module: nn.Module) -> bool:

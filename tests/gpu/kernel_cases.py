@@ -290,10 +290,10 @@ def gradients_in_half_precision(shape, axis):
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
         exact = calls.gpu_backward(
-            grad, scores, scale, None, grid, made=SCORES, dequantized=torch.float32
+            grad, scores, scale, None, grid, producer=SCORES, dequantized=torch.float32
         )
         found = calls.gpu_backward(
-            grad, scores, scale, None, grid, made=SCORES, dequantized=d, out=grad
+            grad, scores, scale, None, grid, producer=SCORES, dequantized=d, out=grad
         )
         right = (
             same(grad, exact.x),
@@ -344,7 +344,9 @@ def declined():
         "scales of a convolution": gpu.statsq(torch.ones(2, 3, 2, 2), 2, torch.float32),
         "scales of double": gpu.statsq(x[0].double(), 2, torch.float32),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SCORES),
+        "long": calls.gpu_backward(
+            long, long, scale[:1], None, CodeRange(0, 3, None), producer=SCORES
+        ),
     }
     return [name for name, found in given.items() if found is not None]
 
