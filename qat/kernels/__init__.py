@@ -1,7 +1,7 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
-C++ on a CPU, Triton on CUDA, and the tensor operations of `qat.functional` elsewhere. All return the
-same bits forward; sums in gradients differ by rounding.
+C++ on a CPU, Triton on CUDA, and the tensor operations of `qat.functional` elsewhere. All return
+the same bits forward; sums in gradients differ by rounding.
 """
 
 from __future__ import annotations

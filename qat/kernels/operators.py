@@ -1,4 +1,4 @@
-"""LSQ, StatsQ and block floats as operators of torch, with kernels for CPUs (C++) and CUDA (Triton).
+"""LSQ, StatsQ and block floats as operators of torch, with kernels in C++ and Triton.
 
 On other devices, and for tensors that no kernel takes, operators compute the formula. Operators
 take the fields of a quantizer one after the other: scale, offset before, offset after, sign, and

@@ -89,7 +89,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """A tile of queries and all keys: forward, or, with the gradient `grad` of its result, backward.
+    """A tile of queries and all keys: forward, or, with the gradient `grad` of `out`, backward.
 
     `out` takes the result, or in backward the gradient of `q`. For each row, `sums` has the base-2
     logarithm of its sum: written forward, read in backward. Backward also writes for each row to
@@ -153,7 +153,10 @@ def attention_keys(  # noqa: PLR0913
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """Backward for a tile of keys and values, down all queries; tiles of scores are (keys, queries)."""
+    """Backward for a tile of keys and values, down all queries.
+
+    Tiles of scores are (keys, queries).
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k_tile = _read(k, m, rows, k_stride, SIZE, BLOCK_D)
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)

@@ -16,7 +16,7 @@ from qat.kernels.rows import PLAIN
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False if kernels are off or functions of torch are intercepted, as counters of products do."""
+    """False if kernels are off, or if functions of torch are intercepted, as FLOP counters do."""
     return not kernels.are_off() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
 
 

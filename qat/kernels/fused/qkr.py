@@ -130,7 +130,7 @@ def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParam
 
 
 def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
-    """The result (h, B, N, M) of `to_probs` from quantized input (B, M, C) and keys (h, B, M, C)."""
+    """`to_probs` (h, B, N, M) of the quantized input (B, M, C) and keys (h, B, M, C)."""
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])

@@ -36,7 +36,7 @@ class Source(NamedTuple):
     version: int
 
     def __reduce__(self) -> tuple[type[torch.Size], tuple[()]]:
-        """Pickled as an empty `torch.Size`, which `weights_only` allows: the tensors may be large."""
+        """Pickle as an empty `torch.Size`, which `weights_only` allows: tensors may be large."""
         return torch.Size, ()
 
 
