@@ -139,10 +139,10 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
             count.triton += 1
 
     with (
-        mock.patch.object(operators, "_on", _always(gpu)),
+        mock.patch.object(operators, "_kernels_for", _always(gpu)),
         mock.patch.object(attention, "_runs_on", _always(value=True)),
         mock.patch.dict(heads.ROWS, cpu=heads.ROWS["cuda"]),
-        mock.patch.object(weight, "KEPT", {"cpu"}),
+        mock.patch.object(weight, "SAVED_ON", {"cpu"}),
         mock.patch.object(tiles, "device_type", _always("cpu")),
         mock.patch.object(gpu, "_launch", launch),
         mock.patch.object(heads, "LARGE", 0),

@@ -24,8 +24,9 @@ from qat.export.codes import LARGEST_INT8, QuantizedTensor, StoredWeight, number
 from qat.functional.ste import view_along
 from qat.model.freeze import DIRECT
 from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.nn.attention import QkrAttention, ScoredAttention
+from qat.nn.attention import ScoredAttention
 from qat.nn.fqvit import FqAttention
+from qat.nn.qkr_attention import QkrAttention
 
 _RIGHT = frozenset({"k", "v"})
 ONE = torch.ones(())

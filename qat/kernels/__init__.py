@@ -1,7 +1,7 @@
-"""LSQ and StatsQ in the form that is fastest where the tensors are: what quantizers call.
+"""LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
-A few lines of C++ on a CPU, Triton on CUDA, and the plain tensor operations of `qat.functional` for everything else. All forms give the
-same bits forward; sums in gradients differ by rounding.
+C++ on a CPU, Triton on CUDA, and the tensor operations of `qat.functional` elsewhere. All return
+the same bits forward; sums in gradients differ by rounding.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ _choice = "auto"
 
 
 def use(choice: str) -> None:
-    """Choose kernels for this process: `auto`, `triton` = auto, but those of CUDA or an error, `off` = plain tensor operations.
+    """Choose kernels for this process.
+
+    Args:
+        choice: `auto`; `triton` = auto, but an error without the kernels for CUDA; `off` = tensor
+            operations of torch.
 
     Raises:
-        UsageError: an unknown choice, or Triton is not there.
+        UsageError: `choice` is unknown, or `triton` without Triton or CUDA.
     """
     global _choice  # noqa: PLW0603  (like torch's number of threads)
     if choice not in CHOICES:
@@ -43,14 +47,17 @@ def use(choice: str) -> None:
 
 
 def are_off() -> bool:
-    """Whether quantizers are plain tensor operations, which can be differentiated as often as one likes, and traced by `torch.jit`.
+    """True if quantizers are tensor operations of torch.
+
+    These can be differentiated any number of times, and traced by `torch.jit`.
 
     Raises:
-        UsageError: `torch.func` is at work, whose transforms the kernels do not know.
+        UsageError: inside a transform of `torch.func`, which kernels do not support.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError(
-            "torch.func: its transforms do not go through the kernels; kernels=off, qat.kernels.use('off'), takes them"
+            "torch.func: its transforms do not go through the kernels; kernels=off, "
+            "qat.kernels.use('off'), takes them"
         )
     return _choice == "off" or torch.jit.is_tracing()
 
@@ -66,24 +73,23 @@ class _LSQ(LSQFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
         x, scale, before, after, sign = ctx.saved_tensors
-        found = operators.gradients(
-            LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor), grad, x
-        )
-        return *found[:4], None, None, None
+        params = LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor)
+        grads = operators.gradients(params, grad, x)
+        return grads.x, grads.scale, grads.before, grads.after, None, None, None
 
 
 def lsq(x: Tensor, q: LSQParams) -> Tensor:
     """`qat.functional.lsq`."""
-    return (LSQFunction if are_off() else _LSQ).apply(x, *q)
+    function = LSQFunction if are_off() else _LSQ
+    return function.apply(x, *q)
 
 
 def statsq_scale(w: Tensor) -> Tensor:
-    """`qat.functional.statsq_scale`, the bits that `operators.statsq` finds."""
-    return (
-        operators.statsq(w.detach(), 2, w.dtype)[1]
-        if w.is_cuda and not are_off()
-        else formula_of_scale(w)
-    )
+    """`qat.functional.statsq_scale`, the bits that `operators.statsq` computes."""
+    if not w.is_cuda or are_off():
+        return formula_of_scale(w)
+    _, scale = operators.statsq(w.detach(), 2, w.dtype)
+    return scale
 
 
 class _StatsQ(StatsQFunction):
@@ -94,28 +100,32 @@ class _StatsQ(StatsQFunction):
 
 def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`qat.functional.statsq_with_scale`."""
-    return (StatsQFunction if are_off() else _StatsQ).apply(w, scale, bits)
+    function = StatsQFunction if are_off() else _StatsQ
+    return function.apply(w, scale, bits)
 
 
 class _RelativeStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
         growth = change.exp()
-        # Of a unit of 0 no start is below it.
-        step, slope = (
-            operators.step_and_slope(start, growth, change, unit) if unit else (start * growth,) * 2
-        )
+        if unit:
+            step, slope = operators.step_and_slope(start, growth, change, unit)
+        else:
+            # Every start is at least a unit of 0, so the step is an exponential.
+            step = start * growth
+            slope = step
         ctx.save_for_backward(slope)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         differentiated_once()
-        return None, grad * ctx.saved_tensors[0], None
+        (slope,) = ctx.saved_tensors
+        return None, grad * slope, None
 
 
 def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
-    """`qat.functional.relative_step` of a change that is learned, in one node, which keeps ds/dt."""
+    """`qat.functional.relative_step` of a learned change, as one node, which saves ds/dt."""
     if are_off() or type(change) not in PLAIN:
         return formula_of_step(start, change, unit)
     return _RelativeStep.apply(start, change, unit)
@@ -135,7 +145,9 @@ class _BlockFloat(BlockFloatFunction):
 
 def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
     """`qat.functional.block_float`."""
-    return block_float(x, form) if are_off() else _BlockFloat.apply(x, tensor_scale(x, form), form)
+    if are_off():
+        return block_float(x, form)
+    return _BlockFloat.apply(x, tensor_scale(x, form), form)
 
 
 __all__ = ["CodeRange", "LSQParams", "Made", "operators"]

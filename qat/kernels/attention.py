@@ -1,9 +1,9 @@
-"""Attention with quantized probabilities whose scores are never in memory, on CUDA: which one fits, and its launches."""
+"""Attention with quantized probabilities whose scores are never in memory, on CUDA."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,124 +14,172 @@ from qat.kernels.library import operator
 from qat.kernels.rows import PLAIN
 from qat.kernels.tiles import DTYPES, spaced
 
-# A tile has all keys of an image: so many, and in so many bytes each, fit the shared memory of a small device.
+# The most tokens, and the most bytes of a head's row: a tile has all keys of an image, which must
+# fit the shared memory of a small device.
 LARGEST = 256
-# Images: CUDA launches no more programs along the third side of a grid.
+# The most images: CUDA's limit for the third side of a grid.
 MOST = 2**16 - 1
 
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    return (
-        device.type == "cuda"
-        and dtype in DTYPES
-        and gpu.available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """True if the kernels run on this device with products in this dtype."""
+    if device.type != "cuda" or dtype not in DTYPES or not gpu.available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: torch.dtype) -> bool:
-    """Whether the operators take attention without bias and mask; from shapes and the device alone, so that a compiler can ask.
+    """True if the operators compute this attention, without bias and mask.
+
+    Depends on shapes and the device only, so that `torch.compile` can evaluate it.
 
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values.
         num_heads: h.
-        scale: of the probabilities.
-        codes: of the probabilities.
-        dtype: of the factors of products.
+        scale: scale of the probabilities.
+        codes: codes of the probabilities.
+        dtype: dtype of the factors of products.
     """
-    tokens, size = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
-    is_known = not (codes.qmin or codes.half) and (codes.axis, scale.numel()) in (
-        (None, 1),
-        (-2, tokens),
-    )
-    # Rows of others would be loaded element by element, which takes more memory.
-    fits_tiles = (
-        tokens <= LARGEST
-        and size % 8 == qkv.shape[-1] % 16 == 0
-        and _side(size) * dtype.itemsize <= LARGEST
-    )
-    return is_known and fits_tiles and 0 < qkv.shape[0] <= MOST and _runs_on(qkv.device, dtype)
+    num_images, num_tokens, width = qkv.shape
+    if codes.qmin or codes.half:
+        return False
+    if (codes.axis, scale.numel()) not in ((None, 1), (-2, num_tokens)):
+        return False
+    head_dim = width // (3 * num_heads)
+    # Rows of other sizes would be loaded element by element, which takes more memory.
+    if head_dim % 8 or width % 16:
+        return False
+    if num_tokens > LARGEST or _tile_side(head_dim) * dtype.itemsize > LARGEST:
+        return False
+    return 0 < num_images <= MOST and _runs_on(qkv.device, dtype)
 
 
-def _side(size: int) -> int:
-    """Of a tile for so many elements; products want 16."""
+def _tile_side(size: int) -> int:
+    """Side of a tile for so many elements: a power of two, at least 16 for products."""
     return max(1 << (size - 1).bit_length(), 16)
+
+
+class _Settings(NamedTuple):
+    """Arguments of the operators that are not tensors: codes of the probabilities, h, factor."""
+
+    qmin: int
+    qmax: int
+    axis: int | None
+    half: bool
+    num_heads: int
+    factor: float
 
 
 def _launch(
     name: str,
     block: int,
-    given: tuple[Tensor, ...],
+    qkv: tuple[Tensor, ...],
     scale: Tensor,
     others: tuple[Tensor | None, ...],
-    settings: Any,
+    settings: _Settings,
 ) -> None:
-    """Run a kernel on queries, keys and values. Blocks of float32, which fills twice the registers, have half the rows."""
-    if type(given[0]) not in PLAIN:  # shapes are all that is asked for
+    """Run a kernel on queries, keys and values, (B, N, h*d) each.
+
+    Args:
+        name: name of the kernel.
+        block: rows of a tile in half precision; float32, which fills twice the registers, has half
+            of them.
+        qkv: queries, keys and values.
+        scale: scale of the probabilities.
+        others: tensors of the kernel after the scale.
+        settings: codes, h and factor.
+    """
+    q = qkv[0]
+    if type(q) not in PLAIN:  # tracing asks for shapes only
         return
-    (images, tokens, length), (_, highest, _, _, heads, factor) = given[0].shape, settings
-    itemsize, size = given[0].itemsize, length // heads
-    block //= itemsize // 2
-    tensors, strides = zip(*(spaced(x, length) for x in given), strict=True)
+    num_images, num_tokens, length = q.shape
+    num_heads = settings.num_heads
+    head_dim = length // num_heads
+    block //= q.itemsize // 2
+    tensors = []
+    strides = []
+    for x in qkv:
+        rows, stride = spaced(x, length)
+        tensors.append(rows)
+        strides.append(stride)
+    is_small = q.itemsize == 2 and head_dim <= 64
     gpu._launch(
-        name, (-(-tokens // block), heads, images),
-        (*tensors, scale.expand(tokens).contiguous(), *others), float(highest), factor / math.log(2), float(factor), tokens, *strides,
-        SIZE=size, BLOCK_D=_side(size), BLOCK_N=block, BLOCK_M=block if name == "attention_keys" else _side(tokens),
-        num_warps=4 if itemsize == 2 and size <= 64 else 8, num_stages=2,
-    )  # fmt: skip
+        name,
+        (-(-num_tokens // block), num_heads, num_images),
+        (*tensors, scale.expand(num_tokens).contiguous(), *others),
+        float(settings.qmax),
+        settings.factor / math.log(2),
+        float(settings.factor),
+        num_tokens,
+        *strides,
+        SIZE=head_dim,
+        BLOCK_D=_tile_side(head_dim),
+        BLOCK_N=block,
+        BLOCK_M=block if name == "attention_keys" else _tile_side(num_tokens),
+        num_warps=4 if is_small else 8,
+        num_stages=2,
+    )
 
 
-# Blocks are the fastest on an H100 for heads of 64 elements and 197 tokens.
+# Sizes of blocks below are the fastest on an H100 for heads of 64 elements and 197 tokens.
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    """`lsq_forward(softmax(factor * q k^T)) v`, each head for itself.
+    """`lsq_forward(softmax(factor * q k^T)) v` of each head.
 
     Args:
         q: (B, N, h*d), N at most 256.
         k: (B, N, h*d).
-        v: (B, N, h*d), as all three float32, bfloat16 or float16.
+        v: (B, N, h*d); all three in float32, bfloat16 or float16.
         scale: (N,) or (1,).
-        settings: what `CodeRange` takes, for the probabilities; h; the factor.
+        args: fields of `CodeRange` for the probabilities; h; the factor.
 
     Returns:
-        (B, N, h*d), and the base-2 logarithms of the rows' sums, (B, h, N), float32.
+        (B, N, h*d), and the base-2 logarithms of the sums of rows, (B, h, N), float32.
     """
+    settings = _Settings(*args)
+    num_images, num_tokens, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    sums = q.new_empty(q.shape[0], settings[4], q.shape[1], dtype=torch.float32)
+    sums = q.new_empty(num_images, settings.num_heads, num_tokens, dtype=torch.float32)
     _launch("attention_queries", 64, (q, k, v), scale, (None, sums, out, None, None), settings)
     return out, sums
 
 
 def attention_backward(
-    grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings: Any
+    grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Gradients of `attention_forward`.
 
     Args:
-        grad: of its first result, in the dtype of `q`.
+        grad: gradient of its first result, in the dtype of `q`.
         sums: its second result.
-        q: as in the forward pass.
-        k: as in the forward pass.
-        v: as in the forward pass.
-        scale: as in the forward pass.
-        settings: as in the forward pass.
+        q: (B, N, h*d).
+        k: (B, N, h*d).
+        v: (B, N, h*d).
+        scale: (N,) or (1,).
+        args: fields of `CodeRange` for the probabilities; h; the factor.
 
     Returns:
-        Those of `q`, `k` and `v`, and `lsq_backward`'s sum for the scale.
+        Gradients of `q`, `k` and `v`, and the sum of `lsq_backward` for the scale.
     """
-    like = (q, k, v, sums, sums)
-    dq, dk, dv, dots, errors = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
-    )
+    settings = _Settings(*args)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
+    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dots = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    errors = torch.empty_like(sums, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
-    _launch("attention_queries", 32, (q, k, v), scale, (grad, sums, dq, dots, errors), settings)
-    _launch("attention_keys", 64, (q, k, v), scale, (grad, sums, dots, dk, dv), settings)
-    return dq, dk, dv, errors.view(-1, scale.numel()).sum(0)
+    row_outputs = (grad, sums, grad_q, dots, errors)
+    _launch("attention_queries", 32, (q, k, v), scale, row_outputs, settings)
+    _launch("attention_keys", 64, (q, k, v), scale, (grad, sums, dots, grad_k, grad_v), settings)
+    return grad_q, grad_k, grad_v, errors.view(-1, scale.numel()).sum(0)
 
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor scale, int qmin, int qmax, int? axis, bool half, int num_heads, float factor"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor scale, "
+    "int qmin, int qmax, int? axis, bool half, int num_heads, float factor"
+)
 forward = operator(f"({_ARGUMENTS}) -> (Tensor, Tensor)")(attention_forward)
 backward = operator(
     f"(Tensor grad, Tensor sums, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"

@@ -1,6 +1,7 @@
-"""The kernels on a CPU in one pass over memory each: C++ for float32 tensors.
+"""Kernels for CPUs: float32 tensors in one pass over memory, in C++.
 
-What a function is given and what it gives is described in `gpu`; None where the tensors do not fit.
+Arguments and results are those of the functions of the same name in `gpu`; None for tensors with
+other layouts.
 """
 
 from __future__ import annotations
@@ -21,54 +22,59 @@ from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
 from qat.utils import compile_cpp
 
-_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
+_POINTER = ctypes.c_void_p
+_SIZE = ctypes.c_size_t
+_FLOAT = ctypes.c_float
+_INT = ctypes.c_int
+# Types of the arguments in cpu.cpp and blocks.cpp; the last one is the number of threads.
 _SIGNATURES = {
-    "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
-    "lsq_backward": (
-        _P,
-        _N,
-        _P,
-        _N,
-        _P,
-        _N,
-        _N,
-        _N,
-        _P,
-        _N,
-        _I,
-        _P,
-        _F,
-        _F,
-        _I,
-        _P,
-        _P,
-        _P,
-        _P,
-        _P,
-        _P,
-        _I,
-        _F,
-        _I,
-    ),
-    "statsq_forward": (_P, _P, _N, _N, _P, _I, _F, _I),
-    "round_blocks": (_P, _P, _P, _N, _N, _N, _F, _F, _F, _P, _I),
+    "lsq_forward": [
+        *(_POINTER, _SIZE, _POINTER, _SIZE, _SIZE),  # x, its stride, y, rows, length
+        *(_POINTER, _SIZE, _INT),  # scale, steps, by_column
+        *(_POINTER, _POINTER),  # offsets
+        *(_FLOAT, _FLOAT, _INT, _POINTER),  # low, high, half, sign
+        _INT,
+    ],
+    "lsq_backward": [
+        *(_POINTER, _SIZE, _POINTER, _SIZE),  # gradient, its stride, x, its stride
+        *(_POINTER, _SIZE, _SIZE, _SIZE),  # gradient of x, its stride, rows, length
+        *(_POINTER, _SIZE, _INT),  # scale, steps, by_column
+        *(_POINTER, _FLOAT, _FLOAT, _INT, _POINTER),  # offset before, low, high, half, sign
+        *(_POINTER, _POINTER, _POINTER),  # sums for the scale and for both offsets
+        *(_POINTER, _POINTER),  # offset after, result of the forward pass
+        *(_INT, _FLOAT),  # is_softmax, its factor
+        _INT,
+    ],
+    "statsq_forward": [
+        *(_POINTER, _POINTER, _SIZE, _SIZE),  # w, y, rows, length
+        *(_POINTER, _INT, _FLOAT),  # scale, bits, upper clip
+        _INT,
+    ],
+    "round_blocks": [
+        *(_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),  # x, gradient, y, rows, length
+        *(_SIZE, _FLOAT, _FLOAT, _FLOAT),  # block, mantissa, lowest, highest
+        _POINTER,  # scale of the tensor
+        _INT,
+    ],
 }
 
 
 @functools.cache
 def _library() -> Any:
     """The functions of cpu.cpp and blocks.cpp."""
-    sources = (Path(__file__).with_name(name).read_text() for name in ("cpu.cpp", "blocks.cpp"))
-    library = compile_cpp.load("".join(sources))
-    for name, arguments in _SIGNATURES.items():
+    folder = Path(__file__).parent
+    source = (folder / "cpu.cpp").read_text() + (folder / "blocks.cpp").read_text()
+    library = compile_cpp.load(source)
+    for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = argument_types
+        function.restype = None
     return library
 
 
 @functools.cache
 def available() -> bool:
-    """True if there are compiled kernels that agree with `reference`; the first call compiles them."""
+    """True if the kernels compile and agree with `reference`; the first call compiles them."""
     grids = CodeRange(-4, 3, 1), CodeRange(-4, 3, 1, half=True)
     return works("C++", lambda: reference.agrees(lsq_forward, lsq_backward, "cpu", *grids))
 
@@ -78,28 +84,29 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 def _run(name: str, *args: Any) -> None:
-    """Call a function in C++, to which tensors are pointers, and which takes the number of threads last."""
-    getattr(_library(), name)(
-        *[x.data_ptr() if type(x) in PLAIN else x for x in args], torch.get_num_threads()
-    )
+    """Call a function in C++: tensors become pointers, and the number of threads is added."""
+    pointers = [x.data_ptr() if type(x) in PLAIN else x for x in args]
+    getattr(_library(), name)(*pointers, torch.get_num_threads())
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     """`reference.lsq_forward`, rounded to a dtype."""
-    x, (q, dtype) = x.float(), params_of(args)
+    x = x.float()
+    q, dtype = params_of(args)
     layout = rows_of(x, q) if _fits(x, *q[:4]) else None
     if layout is None:
         return None
-    (rows, length, stride, *steps), out = layout, x.new_empty(x.shape)
+    out = x.new_empty(x.shape)
     _run(
         "lsq_forward",
         x,
-        stride,
+        layout.stride,
         out,
-        rows,
-        length,
+        layout.rows,
+        layout.length,
         q.scale,
-        *steps,
+        layout.steps,
+        layout.by_column,
         q.before,
         q.after,
         *q.codes.ends,
@@ -117,42 +124,70 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     dequantized: torch.dtype | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    made: Made,
+    producer: Made,
     *,
     with_after: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """`reference.lsq_backward` with the gradient of `x` written to `out`, whose rows may lie apart; not through a LayerNorm or GELU."""
-    grad, x = grad.float(), x.float()
-    place = out if out.dtype == torch.float32 else x.new_empty(x.shape)
-    layout = rows_of(x, q) if not made.is_other and _fits(x, *q[:4], grad, place) else None
+    """`reference.lsq_backward`; the gradient of `x` is written to `out`.
+
+    Rows of `out` need not follow each other. None also after a LayerNorm or GELU.
+    """
+    grad = grad.float()
+    x = x.float()
+    grad_x = out if out.dtype == torch.float32 else x.new_empty(x.shape)
+    if producer.needs_recompute or not _fits(x, *q[:4], grad, grad_x):
+        return None
+    layout = rows_of(x, q)
     if layout is None:
         return None
-    rows, length, stride, *steps = layout
-    grad_stride, out_stride, is_softmax = (
-        row_stride(grad, length),
-        row_stride(place, length),
-        bool(made.kind),
-    )
-    is_plain = (
-        not (is_softmax or dequantized is not None)
-        if layout.by_column
-        else not is_softmax or length == x.shape[-1]
-    )
-    if grad_stride is None or out_stride is None or not is_plain:
+    length = layout.length
+    grad_stride = row_stride(grad, length)
+    grad_x_stride = row_stride(grad_x, length)
+    if grad_stride is None or grad_x_stride is None:
         return None
-    threads, like = torch.get_num_threads(), (q.before, q.after if with_after else None)
-    errors = x.new_zeros(threads, length) if layout.by_column else x.new_empty(rows)
-    sums = x.new_zeros(sum(t is not None for t in like), threads, length)
-    each = iter(sums)
+    is_softmax = bool(producer.kind)
+    if is_softmax and (layout.by_column or length != x.shape[-1]):
+        return None
+    if layout.by_column and dequantized is not None:
+        return None
+
+    threads = torch.get_num_threads()
+    errors = x.new_zeros(threads, length) if layout.by_column else x.new_empty(layout.rows)
+    has_before = q.before is not None
+    has_after = with_after and q.after is not None
+    sums = x.new_zeros(has_before + has_after, threads, length)
     y = None if dequantized is None else x.new_empty(x.shape)
     _run(
-        "lsq_backward", grad, grad_stride, x, stride, place, out_stride, rows, length, q.scale, *steps, q.before, *q.codes.ends,
-        q.codes.half, q.sign, errors, *(None if t is None else next(each) for t in like), q.after, y, is_softmax, made.number,
-    )  # fmt: skip
-    if place is not out:
-        out.copy_(place)
-    total = errors.sum(0) if layout.by_column else errors.view(-1, layout.steps).sum(0)
-    return total, sums.sum(1).flatten(), y if y is None else y.to(dequantized)
+        "lsq_backward",
+        grad,
+        grad_stride,
+        x,
+        layout.stride,
+        grad_x,
+        grad_x_stride,
+        layout.rows,
+        length,
+        q.scale,
+        layout.steps,
+        layout.by_column,
+        q.before,
+        *q.codes.ends,
+        q.codes.half,
+        q.sign,
+        errors,
+        sums[0] if has_before else None,
+        sums[-1] if has_after else None,
+        q.after,
+        y,
+        is_softmax,
+        producer.number,
+    )
+    if grad_x is not out:
+        out.copy_(grad_x)
+    if y is not None:
+        y = y.to(dequantized)
+    grad_scale = errors.sum(0) if layout.by_column else errors.view(-1, layout.steps).sum(0)
+    return grad_scale, sums.sum(1).flatten(), y
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
@@ -170,10 +205,23 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
     """`reference.round_blocks`, rounded to the dtype of `x`."""
     if not x.numel():
         return None
-    form, length, values = reference.block_format(t, bits), x.shape[-1], x.float().contiguous()
-    upstream, out = None if grad is None else grad.float().contiguous(), torch.empty_like(values)
+    block_format = reference.block_format(t, bits)
+    length = x.shape[-1]
+    values = x.float().contiguous()
+    if grad is not None:
+        grad = grad.float().contiguous()
+    out = torch.empty_like(values)
     _run(
-        "round_blocks", values, upstream, out, x.numel() // length, length, form.block,
-        2.0**-form.mantissa, 2.0**form.lowest, form.highest, t,
-    )  # fmt: skip
+        "round_blocks",
+        values,
+        grad,
+        out,
+        x.numel() // length,
+        length,
+        block_format.block,
+        2.0**-block_format.mantissa,
+        2.0**block_format.lowest,
+        block_format.highest,
+        t,
+    )
     return out.to(x.dtype)

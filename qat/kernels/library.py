@@ -1,4 +1,7 @@
-"""Functions as operators of torch, `torch.ops.qat.*`: compiled steps call them by name, eager ones without the way through a dispatcher."""
+"""Functions as operators of torch, `torch.ops.qat.*`.
+
+Compiled steps call them by name; eager ones call the functions, without torch's dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,25 @@ from qat.kernels.rows import PLAIN
 log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
-# In force while `make_fx` writes down what the dispatcher sees, which is not what C++ does.
+# On while `make_fx` traces: it records what goes through the dispatcher, not what C++ does.
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the operator of its name. What it gives is never a view of an argument, nor of another result.
+    """Register a function as the operator of its name.
 
-    It is called with tensors without memory as well, and then computes nothing but shapes.
+    No result may be a view of an argument or of another result. Tracing calls the function with
+    tensors without memory, for which it must only compute shapes.
 
     Args:
         schema: arguments and results, as `torch.library` writes them.
     """
 
-    def register(made: Callable[..., Any]) -> Callable[..., Any]:
-        name = made.__name__
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, made, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qat::{name}", made, lib=_LIBRARY)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qat::{name}", function, lib=_LIBRARY)
         overload = getattr(torch.ops.qat, name).default
 
         def run(*args: Any) -> Any:
@@ -39,9 +43,10 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
                 raise UsageError(
-                    "vmap: gradients of kernels are made one at a time; kernels=off, qat.kernels.use('off'), is for vmap"
+                    "vmap: gradients of kernels are made one at a time; kernels=off, "
+                    "qat.kernels.use('off'), is for vmap"
                 )
-            return made(*args)
+            return function(*args)
 
         torch.compiler.substitute_in_graph(run, skip_signature_check=True)(
             lambda *args: overload(*args)
@@ -55,16 +60,19 @@ def differentiated_once() -> None:
     """Raise `UsageError` in a backward pass that is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise UsageError(
-            "create_graph=True: kernels are differentiated once; kernels=off, qat.kernels.use('off'), is as often as one likes"
+            "create_graph=True: kernels are differentiated once; kernels=off, "
+            "qat.kernels.use('off'), is as often as one likes"
         )
 
 
-def works(what: str, agrees: Callable[[], bool]) -> bool:
-    """Whether kernels can be had and agree with the formulas; if not, a line in the log says why."""
+def works(language: str, agrees: Callable[[], bool]) -> bool:
+    """True if the kernels compile and agree with the formulas; else log the reason."""
     try:
-        found, reason = agrees(), "its kernels give other numbers here"
-    except Exception as error:  # driver, compiler, linker: whatever it is, everything works without
-        found, reason = False, f"{type(error).__name__}: {error}".partition("\n")[0]
-    if not found:
-        log.info("quantizers take several passes over memory: no %s (%s)", what, reason)
-    return found
+        is_equal = agrees()
+        reason = "its kernels give other numbers here"
+    except Exception as error:  # of a driver, compiler or linker: the formulas work without them
+        is_equal = False
+        reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")
+    if not is_equal:
+        log.info("quantizers take several passes over memory: no %s (%s)", language, reason)
+    return is_equal

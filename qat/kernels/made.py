@@ -1,4 +1,4 @@
-"""What quantizers of activations often have before them, with its backward pass."""
+"""Operations that often precede a quantizer of activations, with their backward passes."""
 
 from __future__ import annotations
 
@@ -10,52 +10,58 @@ from torch.nn import functional as F
 
 
 class Made(NamedTuple):
-    """How the input of a quantizer was made of another tensor.
+    """The operation that computed the input of a quantizer from another tensor x.
 
     Attributes:
-        kind: `norm` = LayerNorm over the last dimension of x, `none` or `tanh` = GELU of x with this approximation, `scores` = softmax of
-            x over it in float32, `softmax` = x itself, which is one, with gradients of what it was made of; empty = x itself.
-        number: eps of the LayerNorm; what scores are multiplied by before the softmax.
+        kind: `norm` = LayerNorm over the last dimension; `none` or `tanh` = GELU with this
+            approximation; `scores` = softmax over the last dimension in float32; `softmax` = x is
+            the result of a softmax, and gradients are those of its scores; empty = none, x itself.
+        number: eps of the LayerNorm; factor on the scores before the softmax.
     """
 
     kind: str = ""
     number: float = 0.0
 
     @property
-    def is_other(self) -> bool:
-        """Whether the input is another tensor than x."""
+    def needs_recompute(self) -> bool:
+        """True if the input of the quantizer is another tensor than x."""
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """What is quantized, the bits of torch's modules, and what `backward` wants of it."""
+        """The input of the quantizer, the bits of torch's modules, and what `backward` needs."""
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
         if self.kind == "scores":
-            return (x.softmax(-1, dtype=torch.float32),) * 2
-        return (F.gelu(x, approximate=self.kind) if self.is_other else x,)
+            probs = x.softmax(-1, dtype=torch.float32)
+            return probs, probs
+        if self.needs_recompute:
+            return (F.gelu(x, approximate=self.kind),)
+        return (x,)
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *kept: Tensor
+        self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, or scores, of weight and bias from that of what was made, which may be written to; it has the dtype of x."""
+        """Gradients of x (of the scores, for both kinds of softmax), of weight and of bias.
+
+        Args:
+            grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.
+            x: the argument of `forward`.
+            weight: weight of the LayerNorm, or None.
+            bias: bias of the LayerNorm, or None.
+            saved: what `forward` returned after its first result.
+        """
         if self.kind == "norm":
-            wanted = [True, weight is not None, bias is not None]
+            needs_grad = [True, weight is not None, bias is not None]
             return torch.ops.aten.native_layer_norm_backward(
-                grad, x, x.shape[-1:], *kept, weight, bias, wanted
+                grad, x, x.shape[-1:], *saved, weight, bias, needs_grad
             )
         if self.kind in {"none", "tanh"}:
-            return (
-                torch.ops.aten.gelu_backward.grad_input(
-                    grad, x, approximate=self.kind, grad_input=grad
-                ),
-                None,
-                None,
+            grad_x = torch.ops.aten.gelu_backward.grad_input(
+                grad, x, approximate=self.kind, grad_input=grad
             )
-        probs = kept[0] if kept else x
-        return (
-            (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number
-            if self.kind
-            else grad,
-            None,
-            None,
-        )
+            return grad_x, None, None
+        if not self.kind:
+            return grad, None, None
+        probs = saved[0] if saved else x
+        grad_scores = (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number
+        return grad_scores, None, None

@@ -1,6 +1,8 @@
-"""The kernels as operators, each with a form for a device: C++ on a CPU, Triton on CUDA, the formula elsewhere.
+"""LSQ, StatsQ and block floats as operators of torch, with kernels in C++ and Triton.
 
-`out` is written to. Arguments of a quantizer are, one after the other: scale, offset before, offset after, sign, the four of `CodeRange`.
+On other devices, and for tensors that no kernel takes, operators compute the formula. Operators
+take the fields of a quantizer one after the other: scale, offset before, offset after, sign, and
+the four of `CodeRange`. They write to `out`.
 """
 
 from __future__ import annotations
@@ -21,117 +23,157 @@ from qat.kernels.library import operator
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams, params_of
 
-_LSQ = "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, int qmin, int qmax, int? axis, bool half"
-# Of the forward passes, for a compiler that rounds as they do: no pass over memory of their own.
+_LSQ = (
+    "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
+    "int qmin, int qmax, int? axis, bool half"
+)
+# Formulas by operator, for compilers that round as they do: they fuse with their neighbours.
 FORMULAS: dict[Any, Callable[..., Any]] = {}
 
 
-def _on(x: Tensor) -> Any:
-    """The module of kernels for the device; None, which leaves the formula, also for a tensor without memory."""
-    found = None if type(x) not in PLAIN else cpu if x.is_cpu else gpu if x.is_cuda else None
-    return found if found is not None and found.available() else None
+def _kernels_for(x: Tensor) -> Any:
+    """The module with kernels for the device of `x`; None also for a tensor without memory."""
+    if type(x) not in PLAIN:
+        return None
+    if x.is_cpu and cpu.available():
+        return cpu
+    if x.is_cuda and gpu.available():
+        return gpu
+    return None
 
 
-def _with_forms(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a formula as the operator of its name, for which modules of kernels may have forms."""
+def _with_kernels(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a formula as an operator that prefers a kernel of the same name."""
 
     def register(formula: Callable[..., Any]) -> Callable[..., Any]:
         name = formula.__name__
 
         @functools.wraps(formula)
         def run(x: Tensor, *args: Any) -> Any:
-            form = getattr(_on(x), name, None)
-            found = None if form is None else form(x, *args)
-            return formula(x, *args) if found is None else found
+            kernel = getattr(_kernels_for(x), name, None)
+            if kernel is not None:
+                result = kernel(x, *args)
+                if result is not None:
+                    return result
+            return formula(x, *args)
 
-        made = operator(schema)(run)
+        registered = operator(schema)(run)
         FORMULAS[getattr(torch.ops.qat, name).default] = formula
-        return made
+        return registered
 
     return register
 
 
-@_with_forms(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor")
+@_with_kernels(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor")
 def lsq_forward(x: Tensor, *args: Any) -> Tensor:
     """`reference.lsq_forward`, rounded to a dtype."""
     q, dtype = params_of(args)
-    return in_dtype(
-        reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign), dtype
-    )
+    y = reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign)
+    return in_dtype(y, dtype)
 
 
-@_with_forms("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor")
+@_with_kernels("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor")
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """`reference.statsq_forward`, rounded to a dtype."""
     return in_dtype(reference.statsq_forward(w, scale, bits), dtype)
 
 
-@_with_forms("(Tensor w, int bits, ScalarType dtype) -> (Tensor, Tensor)")
+@_with_kernels("(Tensor w, int bits, ScalarType dtype) -> (Tensor, Tensor)")
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`qat.functional.statsq`, rounded to a dtype, and its scale."""
     scale = statsq_scale(w)
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-del FORMULAS[torch.ops.qat.statsq.default]  # a compiler would add up the scale in another order
-step_and_slope = _with_forms(
+# A compiler would add up the scale in another order.
+del FORMULAS[torch.ops.qat.statsq.default]
+step_and_slope = _with_kernels(
     "(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)"
 )(formula_of_steps)
 
 
 def _joined(*sums: Tensor | None) -> Tensor:
+    """Sums that are not None in one tensor, which `split` takes apart."""
     return torch.cat([t.flatten().float() for t in sums if t is not None])
 
 
+def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
+    """Take apart the sums that `lsq_backward` returns in one tensor.
+
+    Args:
+        sums: (n,), one sum after the other.
+        like: parameters with the shapes and dtypes of the sums; None for those without a sum.
+    """
+    parts = iter(sums.split([t.numel() for t in like if t is not None]))
+    gradients: list[Tensor | None] = []
+    for t in like:
+        gradients.append(None if t is None else next(parts).view(t.shape).to(t.dtype))
+    return gradients
+
+
 @operator(
-    f"(Tensor grad, Tensor x, {_LSQ}, bool with_after, Tensor(a!) out, ScalarType? dequantized, Tensor? weight, Tensor? bias, "
-    "str kind, float number) -> (Tensor, Tensor, Tensor)"
+    f"(Tensor grad, Tensor x, {_LSQ}, bool with_after, Tensor(a!) out, ScalarType? dequantized, "
+    "Tensor? weight, Tensor? bias, str kind, float number) -> (Tensor, Tensor, Tensor)"
 )
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.lsq_backward` of what `x` was made into: the gradient of `x` goes to `out`.
+    """`reference.lsq_backward`, and through the operation `Made(kind, number)` that precedes it.
 
-    Given are the gradient of the scale; those of both offsets and of a LayerNorm's weight and bias, as far as they are wanted, one after
-    the other in one tensor; and what the forward pass gave.
+    The gradient of `x` is written to `out`.
+
+    Returns:
+        Gradient of the scale. Gradients of the offsets and of a LayerNorm's weight and bias that
+        are requested, in one tensor. The result of the forward pass, empty if not requested.
     """
-    (q, with_after, out, dequantized, *norm), made, kernels = (
-        params_of(args[:13]),
-        Made(*args[13:]),
-        _on(x),
+    q, with_after, out, dequantized, *norm = params_of(args[:13])
+    producer = Made(*args[13:])
+    kernels = _kernels_for(x)
+    if kernels is not None:
+        results = kernels.lsq_backward(
+            grad, x, q, out, dequantized, *norm, producer, with_after=with_after
+        )
+        if results is not None:
+            return _without_none(*results, out)
+    if producer.needs_recompute:
+        quantizer_input, *saved = producer.forward(x, *norm)
+        scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Made())
+        grad_x, *norm_grads = producer.backward(out, x, *norm, *saved)
+        if grad_x is not out:
+            out.copy_(grad_x)
+        return scale, _joined(sums, *norm_grads), y
+    y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
+    grads = reference.lsq_backward(
+        grad,
+        x,
+        q.scale,
+        q.before,
+        q.codes,
+        sign=q.sign,
+        after_shape=q.after.shape if with_after else None,
     )
-    found: Any = (
-        None
-        if kernels is None
-        else kernels.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=with_after)
-    )
-    if found is None and made.is_other:
-        quantized, *kept = made.forward(x, *norm)
-        scale, sums, y = lsq_backward(grad, quantized, *args[:11], None, None, *Made())
-        of_x, *of_norm = made.backward(out, x, *norm, *kept)
-        if of_x is not out:
-            out.copy_(of_x)
-        found = scale, _joined(sums, *of_norm), y
-    elif found is None:
-        y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
-        shape = q.after.shape if with_after else None
-        of_x, scale, *offsets = reference.lsq_backward(
-            grad, x, q.scale, q.before, q.codes, sign=q.sign, after_shape=shape
-        )[:4]
-        out.copy_(made.backward(of_x, x, None, None)[0])
-        found = scale, _joined(scale.new_empty(0), *offsets), y
-    return tuple(out.new_empty(0) if t is None else t for t in found)
+    grad_x, *_ = producer.backward(grads.x, x, None, None)
+    out.copy_(grad_x)
+    sums = _joined(grads.scale.new_empty(0), grads.before, grads.after)
+    return _without_none(grads.scale, sums, y, out)
 
 
-def _through(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a quantized `x` is rounded to on its way to `dtype`: the dtype of `x`, unless that is float32, which rounds nothing."""
+def _without_none(
+    scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `lsq_backward`: operators cannot return None, so an empty tensor replaces it."""
+    return scale, sums, like.new_empty(0) if y is None else y
+
+
+def _dtype_on_the_way(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a quantized `x` is rounded to first: its own, unless that is float32."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 
 def quantize(q: LSQParams, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Fake-quantize `x` as the factor of a product in `dtype`: rounded to the dtype of `x`, then to that."""
-    return lsq_forward(x, *q[:4], *q.codes, _through(x, dtype)).to(dtype)
+    """Fake-quantize `x` for a product in `dtype`: rounded to the dtype of `x`, then to `dtype`."""
+    return lsq_forward(x, *q[:4], *q.codes, _dtype_on_the_way(x, dtype)).to(dtype)
 
 
-def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memory is up to the caller)
+def gradients(  # noqa: PLR0913  (callers request what one pass over memory computes)
     q: LSQParams,
     grad: Tensor,
     x: Tensor,
@@ -141,51 +183,45 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     in_place: bool = False,
     dequantized: torch.dtype | None = None,
     norm: tuple[Tensor | None, ...] = (None, None),
-    made: Made = Made(),  # noqa: B008  (a tuple)
+    producer: Made = Made(),  # noqa: B008  (a tuple)
     counted: Tensor | None = None,
 ) -> LsqGradients:
-    """Gradients of `quantize`, or of what was made before it; that of the scale complete.
+    """Gradients of `quantize` and of the operation before it.
 
     Args:
         q: the quantizer.
-        grad: of its result.
-        x: what its input was made of.
-        out: takes the gradient of `x`. None = new, in the dtype of `x`.
-        with_after: whether to sum up that of an offset after it; else it is None.
-        in_place: whether `grad` may take the gradient of `x`, which it does if it has its dtype.
-        dequantized: the dtype in which to give the result of `quantize` as well; None = not.
-        norm: weight and bias of a LayerNorm that was `made` of `x`.
-        made: how the input was made of `x`, whose gradient is given.
-        counted: `x` without padding, which LSQ's factor does not count; None = all of it.
+        grad: gradient of the quantized tensor.
+        x: input of the operation before the quantizer.
+        out: takes the gradient of `x`; None = a new tensor in the dtype of `x`.
+        with_after: compute the gradient of the offset after the quantizer.
+        in_place: write the gradient of `x` to `grad` if both have the same dtype.
+        dequantized: dtype of the result of `quantize` to return as well; None = do not return it.
+        norm: weight and bias of a LayerNorm before the quantizer.
+        producer: the operation before the quantizer.
+        counted: `x` without padding, whose elements LSQ's factor counts; None = all of `x`.
     """
-    out = grad if in_place and grad.dtype == x.dtype else out
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if in_place and grad.dtype == x.dtype:
+        out = grad
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with_after = with_after and q.after is not None
-    levels = None if dequantized is None else _through(x, dequantized)
-    of_scale, sums, y = lsq_backward(
-        grad, x, *q[:4], *q.codes, with_after, out, levels, *norm, *made
+    dtype = None if dequantized is None else _dtype_on_the_way(x, dequantized)
+    grad_scale, sums, y = lsq_backward(
+        grad, x, *q[:4], *q.codes, with_after, out, dtype, *norm, *producer
     )
-    of_scale = of_scale * gradient_scale(
-        x if counted is None else counted, q.codes, q.grad_factor, q.sign
-    )
-    before, after, *of_norm = split(sums, q.before, q.after if with_after else None, *norm)
-    return LsqGradients(
-        out, of_scale, before, after, None if dequantized is None else y.to(dequantized), *of_norm
-    )
+    counted = x if counted is None else counted
+    grad_scale = grad_scale * gradient_scale(counted, q.codes, q.grad_factor, q.sign)
+    after = q.after if with_after else None
+    grad_before, grad_after, *norm_grads = split(sums, q.before, after, *norm)
+    y = None if dequantized is None else y.to(dequantized)
+    return LsqGradients(out, grad_scale, grad_before, grad_after, y, *norm_grads)
 
 
-def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
-    """Gradients that `lsq_backward` gives in one tensor, as those they are of."""
-    parts = iter(sums.split([t.numel() for t in like if t is not None]))
-    return [None if t is None else next(parts).view(t.shape).to(t.dtype) for t in like]
-
-
-@_with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
+@_with_kernels("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
 def round_blocks(x: Tensor, *args: Any) -> Tensor:
-    """`reference.round_blocks`, in one piece."""
+    """`reference.round_blocks`, contiguous."""
     return reference.round_blocks(x, *args).contiguous()
 
 
-FORMULAS[torch.ops.qat.round_blocks.default] = (
-    reference.round_blocks
-)  # a compiler would need a second pass for the piece
+# A compiler would need a second pass to make the result contiguous.
+FORMULAS[torch.ops.qat.round_blocks.default] = reference.round_blocks

@@ -1,4 +1,4 @@
-"""What every form of the kernels has to give: the formulas of `qat.functional`; and whether one does."""
+"""The formulas that all kernels must compute, and a test of kernels against them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["agrees", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forw
 
 
 def block_format(t: Tensor | None, bits: int) -> BlockFormat:
-    """That with a scale `t` of the tensor, or without."""
+    """The format with a scale `t` of the whole tensor, or without one."""
     return BLOCK_FORMATS["mxfp" if t is None else "nvfp4", bits]
 
 
@@ -32,35 +32,33 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
 def agrees(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
 ) -> bool:
-    """Whether forms of LSQ's passes give the bits of the formulas, but for sums: in and out of range, halfway between codes.
+    """True if kernels of LSQ return the bits of the formulas, and sums within rounding.
+
+    The inputs are inside and outside of the range, and halfway between codes.
 
     Args:
-        forward: of `cpu` or `gpu`, as the next.
-        backward: see there.
-        device: where to try them.
-        grids: what to try, for tensors (3, 4, 37).
+        forward: `lsq_forward` of `cpu` or `gpu`.
+        backward: `lsq_backward` of the same module.
+        device: device of the inputs.
+        grids: codes to compare, for tensors (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
-    scale, offset = (
-        torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32),
-        x.flatten()[:37],
-    )
+    scale = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32)
+    offset = x.flatten()[:37]
     for codes in grids:
-        q, of_x = LSQParams(scale, offset, offset, None, codes), torch.empty_like(x)
-        sums = backward(x, x, q, of_x, torch.float32, None, None, Made(), with_after=False)
-        expected, wanted = (
-            lsq_backward(x, x, scale, offset, codes),
-            lsq_forward(x, scale, offset, offset, codes),
-        )
-        same = (
-            sums is not None
-            and torch.allclose(sums[0], expected.scale, rtol=1e-4, atol=1e-3)
-            and torch.equal(of_x, expected.x)
-        )
-        if not (
-            same
-            and torch.equal(sums[2], wanted)
-            and torch.equal(forward(x, *q[:4], *codes, torch.float32), wanted)
-        ):
+        q = LSQParams(scale, offset, offset, None, codes)
+        grad_x = torch.empty_like(x)
+        results = backward(x, x, q, grad_x, torch.float32, None, None, Made(), with_after=False)
+        if results is None:
+            return False
+        grad_scale, _, dequantized = results
+        expected = lsq_backward(x, x, scale, offset, codes)
+        if not torch.allclose(grad_scale, expected.scale, rtol=1e-4, atol=1e-3):
+            return False
+        if not torch.equal(grad_x, expected.x):
+            return False
+        expected_y = lsq_forward(x, scale, offset, offset, codes)
+        y = forward(x, *q[:4], *codes, torch.float32)
+        if not (torch.equal(dequantized, expected_y) and torch.equal(y, expected_y)):
             return False
     return True

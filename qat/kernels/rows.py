@@ -1,4 +1,4 @@
-"""A tensor as rows in memory: what kernels that walk through it are given."""
+"""Tensors as rows in memory, the form in which kernels get them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 
-# Tensors with memory of their own, which kernels may be pointed to; fake and wrapped ones have none.
+# Classes of tensors with memory of their own, whose addresses kernels may read; fake and wrapped
+# tensors have none.
 PLAIN: set[type] = {Tensor, torch.nn.Parameter}
 
 
 class LSQParams(NamedTuple):
-    """What a kernel is given of an LSQ quantizer with its offsets; see `qat.functional.lsq`.
+    """An LSQ quantizer with its offsets, as kernels get it; see `qat.functional.lsq`.
 
     Attributes:
         scale: (n,).
-        before: offset before it, over the last dimensions, or None.
-        after: offset after it, over the last dimensions, or None.
+        before: offset added before quantization, over the last dimensions, or None.
+        after: offset added after quantization, over the last dimensions, or None.
         sign: see `CodeRange.bounds`.
         codes: codes and axis.
         grad_factor: factor on the gradient of the scale.
@@ -35,19 +36,20 @@ class LSQParams(NamedTuple):
 
 
 def params_of(args: Any) -> tuple[Any, ...]:
-    """The quantizer among the arguments of an operator, and those after it."""
+    """The quantizer from the arguments of an operator, and the arguments after it."""
     scale, before, after, sign, *codes = args[:8]
     return LSQParams(scale, before, after, sign, CodeRange(*codes)), *args[8:]
 
 
 class Layout(NamedTuple):
-    """A tensor seen as rows, all of them of one length, for kernels that walk through memory.
+    """A tensor as rows of equal length.
 
     Attributes:
         rows: number of rows.
         length: elements of a row.
-        stride: elements from one row's beginning to the next one's.
-        steps: number of steps; row r has step r % steps, or, with `by_column`, element i of any row has step i.
+        stride: elements from the start of one row to the start of the next one.
+        steps: number of step sizes. Row r has step size r % steps, or, with `by_column`, element i
+            of each row has step size i.
         by_column: see `steps`.
     """
 
@@ -59,7 +61,7 @@ class Layout(NamedTuple):
 
 
 def row_stride(x: Tensor, length: int) -> int | None:
-    """Elements from one row of `length` elements to the next, None where `x` is no sequence of rows with equal distances."""
+    """Elements from one row of `length` to the next; None if rows are not at equal distances."""
     if x.is_contiguous():
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:
@@ -74,40 +76,62 @@ def row_stride(x: Tensor, length: int) -> int | None:
 
 
 def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
-    """True for plain tensors on one device, those that are not None, in one of the dtypes each."""
-    found = [x for x in tensors if x is not None]
-    return all(
-        type(x) in PLAIN and x.dtype in dtypes and x.device == found[0].device for x in found
-    )
+    """True if all tensors that are not None have one of the dtypes, one device, and memory."""
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    return all(type(x) in PLAIN and x.dtype in dtypes and x.device == device for x in present)
+
+
+def _row_length(x: Tensor, axis: int | None, columns: list[Tensor]) -> int:
+    """Length of the rows of `x` that share a step size, or, along the last axis, of all rows."""
+    if axis == x.ndim - 1:
+        return x.shape[-1]
+    if axis is not None:
+        return math.prod(x.shape[axis + 1 :])
+    return columns[0].numel() if columns else x.shape[-1]
 
 
 def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
-    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset; else None.
+    """Rows of `x` for a quantizer with a step size for each row, or for each element of a row.
 
     Args:
         x: any shape.
-        q: what quantizes it.
-        others: tensors that vary as offsets do.
+        q: the quantizer.
+        others: tensors with a value for each element of a row, as offsets have.
+
+    Returns:
+        None if `x` has other rows.
     """
-    axis, beside = q.codes.axis, [t for t in (*q[1:3], *others) if t is not None]
-    if x.ndim == 0 or not x.numel() or (axis is not None and not -x.ndim <= axis < x.ndim):
+    axis = q.codes.axis
+    columns = [t for t in (q.before, q.after, *others) if t is not None]
+    if x.ndim == 0 or not x.numel():
         return None
-    axis = None if axis is None else axis % x.ndim
-    by_column = axis == x.ndim - 1
-    if axis is not None and not by_column:
-        length = math.prod(x.shape[axis + 1 :])
-    else:
-        length = x.shape[-1] if by_column or not beside else beside[0].numel()
-    steps, stride = 1 if axis is None else x.shape[axis], row_stride(x, length)
-    for t in beside:
+    if axis is not None:
+        if not -x.ndim <= axis < x.ndim:
+            return None
+        axis %= x.ndim
+    length = _row_length(x, axis, columns)
+    for t in columns:
         if t.numel() != length or x.shape[x.ndim - t.ndim :] != t.shape or not t.is_contiguous():
             return None
-    if stride is None or q.scale.numel() != steps or not q.scale.is_contiguous():
+    num_steps = 1 if axis is None else x.shape[axis]
+    stride = row_stride(x, length)
+    if stride is None or q.scale.numel() != num_steps or not q.scale.is_contiguous():
         return None
-    return Layout(x.numel() // length, length, stride, steps, by_column)
+    return Layout(
+        rows=x.numel() // length,
+        length=length,
+        stride=stride,
+        steps=num_steps,
+        by_column=axis == x.ndim - 1,
+    )
 
 
 def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
-    """Rows of `w` along its first dimension, if all is in one piece and `scale` (rows, 1, ...) has one for each; else None."""
-    layout = rows_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))
-    return layout if layout and w.is_contiguous() and scale.ndim == w.ndim > 1 else None
+    """Rows of a contiguous `w` along its first dimension, with a `scale` (rows, 1, ...) for each.
+
+    None if the tensors have other layouts or shapes.
+    """
+    if not w.is_contiguous() or not scale.ndim == w.ndim > 1:
+        return None
+    return rows_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))

@@ -1,4 +1,4 @@
-"""Tensors as Triton's kernels see them: which ones fit, and how their rows are cut into tiles."""
+"""Tensors as Triton's kernels get them: rows, cut into tiles."""
 
 from __future__ import annotations
 
@@ -10,38 +10,48 @@ from torch import Tensor
 from qat.kernels.rows import Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements of the tile that a program holds, columns at most, and columns from which on a tile need not be as wide as a row.
-TILE, WIDEST, NARROW = 2048, 1024, 64
+# Elements of a program's tile.
+TILE = 2048
+# The most columns of a tile, and the fewest of a tile that is narrower than a row.
+WIDEST = 1024
+NARROW = 64
 
 
 @functools.cache
 def device_type() -> str:
-    """`cuda`, or `cpu` where Triton's interpreter stands in for a device, as in tests. Triton has to be there."""
+    """`cuda`, or `cpu` under Triton's interpreter, as in tests. Needs Triton."""
     import triton
 
     return "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 
 def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
-    """`x`, copied if need be, and the elements from one row of `length` to the next."""
+    """`x` and the elements from one row of `length` to the next; a copy if rows have no stride."""
     stride = row_stride(x, length)
-    return (x.contiguous(), length) if stride is None else (x, stride)
+    if stride is None:
+        return x.contiguous(), length
+    return x, stride
 
 
 def tiles_of(layout: Layout, whole: int | None = None) -> tuple[dict[str, int], tuple[int, int]]:
-    """Tiles with powers of two as sides.
+    """Tiles whose sides are powers of two.
 
     Args:
-        layout: what is cut.
-        whole: columns at most, where a tile has to be as wide as a row; None = as many as leave no tile half empty.
+        layout: the rows to cut.
+        whole: the most columns, if a tile must be as wide as a row; None = as many as leave no tile
+            half empty.
 
     Returns:
-        Rows and columns of a tile, as the kernels call them; how many tiles are below, and how many beside each other.
+        Rows and columns of a tile, by the names of the kernels' arguments; number of tiles down,
+        and number across.
     """
-    columns, even = 1 << (layout.length - 1).bit_length(), layout.length & -layout.length
-    columns = min(columns, whole) if whole else min(even if even >= NARROW else columns, WIDEST)
+    columns = 1 << (layout.length - 1).bit_length()
+    if whole:
+        columns = min(columns, whole)
+    else:
+        divisor = layout.length & -layout.length  # the largest power of two in the length
+        columns = min(divisor if divisor >= NARROW else columns, WIDEST)
     rows = min(1 << (layout.rows - 1).bit_length(), max(TILE // columns, 1))
-    return {"BLOCK_R": rows, "BLOCK_C": columns}, (
-        -(-layout.rows // rows),
-        -(-layout.length // columns),
-    )
+    down = -(-layout.rows // rows)
+    across = -(-layout.length // columns)
+    return {"BLOCK_R": rows, "BLOCK_C": columns}, (down, across)

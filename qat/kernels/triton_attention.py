@@ -1,43 +1,55 @@
-"""Attention whose probabilities are quantized: a program has a tile of queries or keys of one head and image, and scores stay inside.
+"""Attention with quantized probabilities: programs keep scores in registers.
 
-All passes make a probability by the same operations, from the base-2 logarithm of its row's sum, so that they see the same codes; `factor`
-holds what turns a power of e into one of 2, and a probability in steps is its product with the reciprocal of the step. Products add up in
-float32; `triton_kernels` says the rest. Programs are (tiles, heads, images). The `rows` of an image follow each other, and images too,
-with `stride` elements from one row to the next; SIZE of these belong to a head, which a tile of BLOCK_D holds.
+A program has a tile of queries or of keys of one head and image; programs are (tiles, heads,
+images). Every pass computes a probability by the same operations, from the base-2 logarithm of the
+sum of its row, so that all passes see the same codes. `factor` includes the factor that turns a
+power of e into a power of 2; a probability in steps is its product with the reciprocal of the step
+size. Products add up in float32.
+
+The `rows` of an image follow each other, and so do images, with `stride` elements from one row to
+the next. A head has SIZE of the elements of a row, which a tile of BLOCK_D columns holds. See
+`triton_kernels` for the rest.
 """
 
 import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
-from qat.kernels.triton_kernels import _clamped, _errors, _inside, _places, _rounded, _step
+from qat.kernels.triton_kernels import (
+    _clamped,
+    _inside,
+    _lsq_gradients,
+    _offsets,
+    _rounded,
+    _step_size,
+)
 
 
 @triton.jit
 def _read(
     x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr, BLOCK_D: constexpr
 ) -> tensor:
-    """Rows of the program's head and image, zero where there are none."""
+    """Rows of the program's head and image, zero outside of the tensor."""
     column = tl.arange(0, BLOCK_D)
-    places = _places(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
-    return tl.load(x + places, mask=_inside(row, column, rows, SIZE), other=0.0)
+    offsets = _offsets(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
+    return tl.load(x + offsets, mask=_inside(row, column, rows, SIZE), other=0.0)
 
 
 @triton.jit
 def _write(
     x: tensor, tile: tensor, row: tensor, rows: tensor, SIZE: constexpr, BLOCK_D: constexpr
 ) -> None:
-    """To a tensor of nothing but these heads."""
+    """Write a tile to rows of the program's head and image in a contiguous tensor."""
     column = tl.arange(0, BLOCK_D)
-    places = _places(
+    offsets = _offsets(
         tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, tl.num_programs(1) * SIZE
     )
-    tl.store(x + places, tile, mask=_inside(row, column, rows, SIZE))
+    tl.store(x + offsets, tile, mask=_inside(row, column, rows, SIZE))
 
 
 @triton.jit
-def _place(row: tensor, rows: tensor) -> tensor:
-    """Of what there is one of for each image, head and row."""
+def _score_row(row: tensor, rows: tensor) -> tensor:
+    """Index of a row of the program's head and image in a contiguous (images, heads, rows)."""
     return (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * rows + row
 
 
@@ -48,26 +60,26 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 
 @triton.jit
-def _in_steps(s: tensor, total: tensor, inverse: tensor) -> tuple[tensor, tensor]:
+def _probs(scores: tensor, total: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
     """Probabilities of scores, and the same in steps."""
-    p = tl.exp2(s - total)
-    return p, p * inverse
+    probs = tl.exp2(scores - total)
+    return probs, probs * inverse_step
 
 
 @triton.jit
-def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lies)
+def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and strides)
     q: tensor,
     k: tensor,
     v: tensor,
     scale: tensor,
-    g: tensor,
+    grad: tensor,
     sums: tensor,
     out: tensor,
     dots: tensor,
     errors: tensor,
     high: tensor,
     factor: tensor,
-    gradient: tensor,
+    grad_factor: tensor,
     rows: tensor,
     q_stride: tensor,
     k_stride: tensor,
@@ -77,36 +89,45 @@ def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lie
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """A tile of queries and all keys: forward, or, with a gradient `g` of its result, backward; `out` takes the result or that of `q`.
+    """A tile of queries and all keys: forward, or, with the gradient `grad` of `out`, backward.
 
-    Of each row, `sums` takes the base-2 logarithm of its sum; in backward, which reads that, `dots` what is subtracted from the gradients
-    of its probabilities, and `errors` its part in the gradient of its step.
+    `out` takes the result, or in backward the gradient of `q`. For each row, `sums` has the base-2
+    logarithm of its sum: written forward, read in backward. Backward also writes for each row to
+    `dots` the term subtracted from gradients of its probabilities, and to `errors` its part in the
+    gradient of its step size.
     """
-    n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    place, inside = _place(n, rows), n < rows
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    score_row = _score_row(n, rows)
+    inside = n < rows
     k_tile = _read(k, m, rows, k_stride, SIZE, BLOCK_D)
-    s = _product(_read(q, n, rows, q_stride, SIZE, BLOCK_D), tl.trans(k_tile)) * factor
-    s = tl.where((m < rows)[None, :], s, float("-inf"))
-    if g is None:
-        highest = tl.max(s, 1)
-        total = highest + tl.log2(tl.sum(tl.exp2(s - highest[:, None]), 1))
-        tl.store(sums + place, total, mask=inside)
+    q_tile = _read(q, n, rows, q_stride, SIZE, BLOCK_D)
+    scores = _product(q_tile, tl.trans(k_tile)) * factor
+    scores = tl.where((m < rows)[None, :], scores, float("-inf"))
+    if grad is None:
+        highest = tl.max(scores, 1)
+        total = highest + tl.log2(tl.sum(tl.exp2(scores - highest[:, None]), 1))
+        tl.store(sums + score_row, total, mask=inside)
     else:
-        total = tl.load(sums + place, mask=inside, other=0.0)
-    step = _step(scale, n, inside)[:, None]
-    p, u = _in_steps(s, total[:, None], tl.div_rn(1.0, step))
+        total = tl.load(sums + score_row, mask=inside, other=0.0)
+    step = _step_size(scale, n, inside)[:, None]
+    probs, probs_in_steps = _probs(scores, total[:, None], tl.div_rn(1.0, step))
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
-    if g is None:
-        level = _rounded(_clamped(u, None, high)) * step
-        _write(out, _product(level.to(v_tile.dtype), v_tile), n, rows, SIZE, BLOCK_D)
+    if grad is None:
+        probs_q = _rounded(_clamped(probs_in_steps, None, high)) * step
+        _write(out, _product(probs_q.to(v_tile.dtype), v_tile), n, rows, SIZE, BLOCK_D)
     else:
-        dp = _product(_read(g, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D), tl.trans(v_tile))
-        inner, wrong, _ = _errors(dp, u, None, high, HALF=False)
-        dot = tl.sum(inner * p, 1)
-        tl.store(errors + place, tl.sum(wrong, 1), mask=inside)
-        tl.store(dots + place, dot, mask=inside)
-        ds = (inner - dot[:, None]) * p
-        _write(out, _product(ds.to(k_tile.dtype), k_tile) * gradient, n, rows, SIZE, BLOCK_D)
+        grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
+        grad_probs_q = _product(grad_tile, tl.trans(v_tile))
+        grad_probs, grad_step, _ = _lsq_gradients(
+            grad_probs_q, probs_in_steps, None, high, HALF=False
+        )
+        dot = tl.sum(grad_probs * probs, 1)
+        tl.store(errors + score_row, tl.sum(grad_step, 1), mask=inside)
+        tl.store(dots + score_row, dot, mask=inside)
+        grad_scores = (grad_probs - dot[:, None]) * probs
+        grad_q = _product(grad_scores.to(k_tile.dtype), k_tile) * grad_factor
+        _write(out, grad_q, n, rows, SIZE, BLOCK_D)
 
 
 @triton.jit
@@ -115,14 +136,14 @@ def attention_keys(  # noqa: PLR0913
     k: tensor,
     v: tensor,
     scale: tensor,
-    g: tensor,
+    grad: tensor,
     sums: tensor,
     dots: tensor,
-    dk: tensor,
-    dv: tensor,
+    grad_k: tensor,
+    grad_v: tensor,
     high: tensor,
     factor: tensor,
-    gradient: tensor,
+    grad_factor: tensor,
     rows: tensor,
     q_stride: tensor,
     k_stride: tensor,
@@ -132,26 +153,31 @@ def attention_keys(  # noqa: PLR0913
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """Backward for a tile of keys and values, down all queries; what is (queries, keys) elsewhere is (keys, queries) here."""
+    """Backward for a tile of keys and values, down all queries.
+
+    Tiles of scores are (keys, queries).
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_tile, v_tile = (
-        _read(k, m, rows, k_stride, SIZE, BLOCK_D),
-        _read(v, m, rows, v_stride, SIZE, BLOCK_D),
-    )
-    of_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    of_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    k_tile = _read(k, m, rows, k_stride, SIZE, BLOCK_D)
+    v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
+    grad_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    grad_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, rows, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        place, inside = _place(n, rows), n < rows
+        score_row = _score_row(n, rows)
+        inside = n < rows
         q_tile = _read(q, n, rows, q_stride, SIZE, BLOCK_D)
-        g_tile = _read(g, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
-        # An infinite sum makes the probabilities of a row that is not there zero.
-        total = tl.load(sums + place, mask=inside, other=float("inf"))[None, :]
-        step = _step(scale, n, inside)[None, :]
-        p, u = _in_steps(_product(k_tile, tl.trans(q_tile)) * factor, total, tl.div_rn(1.0, step))
-        inner, _, code = _errors(_product(v_tile, tl.trans(g_tile)), u, None, high, HALF=False)
-        of_values += _product((code * step).to(g_tile.dtype), g_tile)
-        ds = (inner - tl.load(dots + place, mask=inside, other=0.0)[None, :]) * p
-        of_keys += _product(ds.to(q_tile.dtype), q_tile)
-    _write(dk, of_keys * gradient, m, rows, SIZE, BLOCK_D)
-    _write(dv, of_values, m, rows, SIZE, BLOCK_D)
+        grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
+        # With an infinite sum, probabilities of rows outside of the tensor are zero.
+        total = tl.load(sums + score_row, mask=inside, other=float("inf"))[None, :]
+        step = _step_size(scale, n, inside)[None, :]
+        scores = _product(k_tile, tl.trans(q_tile)) * factor
+        probs, probs_in_steps = _probs(scores, total, tl.div_rn(1.0, step))
+        grad_probs_q = _product(v_tile, tl.trans(grad_tile))
+        grad_probs, _, codes = _lsq_gradients(grad_probs_q, probs_in_steps, None, high, HALF=False)
+        grad_values += _product((codes * step).to(grad_tile.dtype), grad_tile)
+        dot = tl.load(dots + score_row, mask=inside, other=0.0)[None, :]
+        grad_scores = (grad_probs - dot) * probs
+        grad_keys += _product(grad_scores.to(q_tile.dtype), q_tile)
+    _write(grad_k, grad_keys * grad_factor, m, rows, SIZE, BLOCK_D)
+    _write(grad_v, grad_values, m, rows, SIZE, BLOCK_D)

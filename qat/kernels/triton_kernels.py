@@ -1,10 +1,13 @@
-"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns. Imported only where Triton is there.
+"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns. Imported only with Triton.
 
-All is computed in float32; what is written is rounded to nearest, half to even, to the dtype of the tensor that takes it.
+They compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
+that they are written to.
 
-Forward results are the bits of `reference`: division rounds to nearest, rounding is half to even, every comparison lets NaN through, and
-`gpu` launches without contraction of products and sums. Sums are written per program and added afterwards: no atomics, the same order
-in every run. Triton reads the annotations, so they are no text, and pointers to tensors go by the name of what they point to.
+Forward results have the bits of `reference`: division rounds to nearest, rounding is half to even,
+every comparison lets NaN through, and `gpu` launches without contraction of products and sums. Each
+program writes its own sums, which are added afterwards: no atomics, the same order in every run.
+Triton evaluates the annotations, so they are not strings. A pointer has the name of the tensor that
+it points to.
 """
 
 import triton
@@ -18,13 +21,14 @@ FAR = constexpr(2.0**22)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
 TOP_CLIP = constexpr(1 - 1e-6)
-# Of the normal distribution, for GELU: sqrt(1/2), and its density at 0.
-SQRT_HALF, DENSITY = constexpr(0.7071067811865476), constexpr(0.3989422804014327)
+# For GELU: sqrt(1/2), and the density of the normal distribution at 0.
+SQRT_HALF = constexpr(0.7071067811865476)
+DENSITY = constexpr(0.3989422804014327)
 
 
 @triton.jit
 def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
-    """Codes from 0 where the input turned out to have no negative values."""
+    """The bounds moved to codes from 0 if `sign` says that the input has no negative values."""
     if sign is not None:
         is_signed = tl.load(sign).to(tl.float32) > 0.0
         high = tl.where(is_signed, high, high - low)
@@ -41,9 +45,10 @@ def _clamped(u: tensor, low: tensor, high: tensor) -> tensor:
 
 @triton.jit
 def _quotient(x: tensor, step: tensor) -> tensor:
-    """`x / step` to nearest: x times the reciprocal, corrected by what is left over. Unlike a division it has no branches.
+    """`x / step`, rounded to nearest: x times the reciprocal, corrected by the remainder.
 
-    With a reciprocal that is rounded to nearest one correction is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    Unlike a division it has no branches. With a reciprocal that is rounded to nearest, one
+    correction is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
     """
     inverse = tl.div_rn(1.0, step)
     u = x * inverse
@@ -52,14 +57,15 @@ def _quotient(x: tensor, step: tensor) -> tensor:
 
 @triton.jit
 def _rounded(u: tensor) -> tensor:
-    """Half to even, with the sign of a zero, which is that of `u`."""
-    whole, sign = (u + MAGIC) - MAGIC, u.to(tl.int32, bitcast=True) & -(2**31)
+    """`u` rounded half to even; a result of zero has the sign of `u`."""
+    whole = (u + MAGIC) - MAGIC
+    sign = u.to(tl.int32, bitcast=True) & -(2**31)
     return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _level(u: tensor, high: tensor, HALF: constexpr) -> tensor:
-    """In steps; of half steps the highest is half a step below the end of the range."""
+def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
+    """The nearest code of clamped `u`; half codes end half a step below the end of the range."""
     if HALF:
         k = _rounded(u - 0.5)
         return tl.where(k > high - 1.0, high - 1.0, k) + 0.5
@@ -67,24 +73,26 @@ def _level(u: tensor, high: tensor, HALF: constexpr) -> tensor:
 
 
 @triton.jit
-def _step(scale: tensor, index: tensor, inside: tensor) -> tensor:
+def _step_size(scale: tensor, index: tensor, inside: tensor) -> tensor:
     step = tl.load(scale + index, mask=inside, other=1.0).to(tl.float32)
     return tl.where(step < FLOOR, FLOOR, step)
 
 
 @triton.jit
 def _inside(row: tensor, column: tensor, rows: tensor, length: tensor) -> tensor:
+    """Mask of the elements of a tile that are inside of the tensor."""
     return (row < rows)[:, None] & (column < length)[None, :]
 
 
 @triton.jit
-def _places(row: tensor, column: tensor, stride: tensor) -> tensor:
+def _offsets(row: tensor, column: tensor, stride: tensor) -> tensor:
+    """Offsets in memory of the elements of a tile."""
     return row.to(tl.int64)[:, None] * stride + column[None, :]
 
 
 @triton.jit
-def _read(x: tensor, places: tensor, inside: tensor) -> tensor:
-    return tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+def _read(x: tensor, offsets: tensor, inside: tensor) -> tensor:
+    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -95,41 +103,49 @@ def _columns(x: tensor, column: tensor, length: tensor) -> tensor:
 
 @triton.jit
 def _plus(tile: tensor, offset: tensor) -> tensor:
+    """`tile + offset`, or `tile` if the offset is None."""
     return tile if offset is None else tile + offset
 
 
 @triton.jit
-def _remade(  # noqa: PLR0913, PLR0917
+def _produce(  # noqa: PLR0913, PLR0917
     x: tensor,
     weight: tensor,
     bias: tensor,
     column: tensor,
     length: tensor,
     number: tensor,
-    MADE: constexpr,
+    PRODUCER: constexpr,
     DTYPE: constexpr,
 ) -> tuple[tensor, tensor, tensor]:
-    """What was made of x, and what its gradient needs: normalised rows and one over their deviation, GELU's share of x, probabilities."""
-    made, unit, inverse = x, x, 1.0
-    if MADE == "norm":
-        each = tl.div_rn(1.0, 1.0 * length)
-        away = tl.where((column < length)[None, :], x - (tl.sum(x, 1) * each)[:, None], 0.0)
-        inverse = tl.rsqrt(tl.sum(away * away, 1) * each + number)[:, None]
-        unit = away * inverse
-        made = _plus(unit if weight is None else unit * weight, bias)
-    if MADE == "none":
+    """The input of the quantizer, computed from x by PRODUCER, and what `_produce_backward` needs.
+
+    The latter are, of a LayerNorm, normalised rows and the reciprocals of their deviations; of a
+    GELU, the normal distribution function of x; of a softmax, the probabilities.
+    """
+    out = x
+    unit = x
+    inverse = 1.0
+    if PRODUCER == "norm":
+        inverse_length = tl.div_rn(1.0, 1.0 * length)
+        mean = (tl.sum(x, 1) * inverse_length)[:, None]
+        centered = tl.where((column < length)[None, :], x - mean, 0.0)
+        inverse = tl.rsqrt(tl.sum(centered * centered, 1) * inverse_length + number)[:, None]
+        unit = centered * inverse
+        out = _plus(unit if weight is None else unit * weight, bias)
+    if PRODUCER == "none":
         unit = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
-        made = x * unit
-    if MADE == "scores":
+        out = x * unit
+    if PRODUCER == "scores":
         scores = tl.where((column < length)[None, :], x, float("-inf"))
         power = tl.exp(scores - tl.max(scores, 1)[:, None])
         unit = power * tl.div_rn(1.0, tl.sum(power, 1))[:, None]
         return unit, unit, inverse
-    return made.to(DTYPE).to(tl.float32), unit, inverse
+    return out.to(DTYPE).to(tl.float32), unit, inverse
 
 
 @triton.jit
-def _through(  # noqa: PLR0913
+def _produce_backward(  # noqa: PLR0913
     grad: tensor,
     x: tensor,
     unit: tensor,
@@ -137,52 +153,59 @@ def _through(  # noqa: PLR0913
     weight: tensor,
     length: tensor,
     number: tensor,
-    MADE: constexpr,
+    PRODUCER: constexpr,
 ) -> tensor:
-    """The gradient of x from that of what was made of it."""
-    if MADE == "norm":
+    """Gradient of x from the gradient of the result of `_produce`."""
+    if PRODUCER == "norm":
         grad = grad if weight is None else grad * weight
-        each = tl.div_rn(1.0, 1.0 * length)
-        along, across = (tl.sum(grad, 1) * each)[:, None], (tl.sum(grad * unit, 1) * each)[:, None]
-        grad = (grad - along - unit * across) * inverse
-    if MADE == "none":
+        inverse_length = tl.div_rn(1.0, 1.0 * length)
+        mean = (tl.sum(grad, 1) * inverse_length)[:, None]
+        projection = (tl.sum(grad * unit, 1) * inverse_length)[:, None]
+        grad = (grad - mean - unit * projection) * inverse
+    if PRODUCER == "none":
         grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
-    if MADE == "scores":
+    if PRODUCER == "scores":
         grad = (grad - tl.sum(grad * unit, 1)[:, None]) * unit * number
     return grad
 
 
 @triton.jit
-def _errors(
+def _lsq_gradients(
     grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr
 ) -> tuple[tensor, tensor, tensor]:
-    """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the value in steps."""
+    """Gradient of the input, terms of the gradient of the step size, and codes, of u = x / step.
+
+    Terms are 0 where `grad` is 0.
+    """
     clamped = _clamped(u, low, high)
     is_out = u > high if low is None else (u < low) | (u > high)
-    inner, code = tl.where(is_out, 0.0, grad), _level(clamped, high, HALF)
-    return inner, grad * code - inner * clamped, code
+    grad_x = tl.where(is_out, 0.0, grad)
+    codes = _nearest_code(clamped, high, HALF)
+    return grad_x, grad * codes - grad_x * clamped, codes
 
 
 @triton.jit
-def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor, place: tensor) -> None:
-    """Write the sums of the columns as the row at `place`."""
-    tl.store(sums + place.to(tl.int64) * length + column, tl.sum(tile, 0), mask=column < length)
-
-
-@triton.jit
-def _keep_wanted(
-    sums: tensor, tiles: tensor, column: tensor, length: tensor, WANTED: constexpr
+def _store_column_sums(
+    sums: tensor, tile: tensor, column: tensor, length: tensor, row: tensor
 ) -> None:
-    """Write the sums of the columns of WANTED tiles: a row of a program behind the other's, tile by tile."""
-    place = tl.program_id(0)
+    """Write the sums of the columns of a tile to a row of `sums`."""
+    tl.store(sums + row.to(tl.int64) * length + column, tl.sum(tile, 0), mask=column < length)
+
+
+@triton.jit
+def _store_requested_sums(
+    sums: tensor, tiles: tensor, column: tensor, length: tensor, REQUESTED: constexpr
+) -> None:
+    """Write the sums of the columns of the REQUESTED tiles: for each tile a row per program."""
+    row = tl.program_id(0)
     for i in tl.static_range(4):
-        if WANTED[i]:
-            _keep(sums, tiles[i], column, length, place)
-            place += tl.num_programs(0)
+        if REQUESTED[i]:
+            _store_column_sums(sums, tiles[i], column, length, row)
+            row += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def lsq_forward(  # noqa: PLR0913  (a kernel is given where everything lies)
+def lsq_forward(  # noqa: PLR0913  (a kernel gets all addresses and strides)
     x: tensor,
     y: tensor,
     scale: tensor,
@@ -206,24 +229,25 @@ def lsq_forward(  # noqa: PLR0913  (a kernel is given where everything lies)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = _inside(row, column, rows, length)
     step = (
-        _step(scale, column, column < length)[None, :]
+        _step_size(scale, column, column < length)[None, :]
         if BY_COLUMN
-        else _step(scale, row % steps, row < rows)[:, None]
+        else _step_size(scale, row % steps, row < rows)[:, None]
     )
-    shifted = _read(x, _places(row, column, stride), inside)
+    shifted = _read(x, _offsets(row, column, stride), inside)
     if before is not None:
         shifted += _columns(before, column, length)
-    level = _level(_clamped(_quotient(shifted, step), low, high), high, HALF) * step
+    clamped = _clamped(_quotient(shifted, step), low, high)
+    dequantized = _nearest_code(clamped, high, HALF) * step
     if after is not None:
-        level += _columns(after, column, length)
-    tl.store(y + _places(row, column, length), level, mask=inside)
+        dequantized += _columns(after, column, length)
+    tl.store(y + _offsets(row, column, length), dequantized, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "strip"])
 def lsq_backward(  # noqa: PLR0913
-    g: tensor,
+    grad: tensor,
     x: tensor,
-    dx: tensor,
+    grad_x: tensor,
     scale: tensor,
     before: tensor,
     after: tensor,
@@ -237,74 +261,81 @@ def lsq_backward(  # noqa: PLR0913
     high: tensor,
     rows: tensor,
     length: tensor,
-    g_stride: tensor,
+    grad_stride: tensor,
     x_stride: tensor,
-    dx_stride: tensor,
+    grad_x_stride: tensor,
     steps: tensor,
     strip: tensor,
     number: tensor,
     UNIT: constexpr,
-    WANTED: constexpr,
-    MADE: constexpr,
+    REQUESTED: constexpr,
+    PRODUCER: constexpr,
     HALF: constexpr,
     BY_COLUMN: constexpr,
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.lsq_backward`; a program walks down a strip of rows.
+    """`reference.lsq_backward`; a program has a strip of `strip` rows, a multiple of BLOCK_R.
 
-    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums` those WANTED of columns, for
-    the offset before, the one after, a LayerNorm's weight and its bias, (k, strips, length); `y`, or None, what the forward pass gave. A
-    strip has `strip` rows, a multiple of BLOCK_R. Of an input that was made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile),
-    by GELU ("none") or by a softmax ("scores"; whole rows, too), `dx` is the gradient of `x`. Length and strides of rows are in UNITs:
-    what is a multiple of 16 Triton finds out by itself, and 8 elements of half precision are the 16 bytes that one instruction reads.
+    `errors` takes the sums for the step sizes, (rows, programs across), or, by column, (strips,
+    length). `sums` takes the REQUESTED sums of columns, (number of them, strips, length): for the
+    offset before, the offset after, and the weight and the bias of a LayerNorm. `y` takes the
+    result of the forward pass, or is None.
+
+    If PRODUCER computed the input of the quantizer from `x`, `grad_x` is the gradient of `x`:
+    "norm" = LayerNorm and "scores" = softmax, both with whole rows in a tile, or "none" = GELU.
+
+    Length and strides of rows are in UNITs. Triton detects multiples of 16 by itself; 8 elements of
+    half precision are the 16 bytes that one instruction reads.
     """
     low, high = _bounds(low, high, sign)
-    length, g_stride, x_stride, dx_stride = (
-        length * UNIT,
-        g_stride * UNIT,
-        x_stride * UNIT,
-        dx_stride * UNIT,
-    )
+    length = length * UNIT
+    grad_stride = grad_stride * UNIT
+    x_stride = x_stride * UNIT
+    grad_x_stride = grad_x_stride * UNIT
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Not in the loop, where each would be waited for.
-    shift = None if before is None else _columns(before, column, length)
-    shift_back = None if after is None else _columns(after, column, length)
+    # Loaded before the loop, in which each load would be waited for.
+    offset_before = None if before is None else _columns(before, column, length)
+    offset_after = None if after is None else _columns(after, column, length)
     weights = None if weight is None else _columns(weight, column, length)
     biases = None if bias is None else _columns(bias, column, length)
-    step_row, zero = (
-        _step(scale, column, (column < length) & BY_COLUMN)[None, :],
-        tl.zeros((BLOCK_R, BLOCK_C), tl.float32),
-    )
-    error, sum_dx, sum_g, sum_dw = zero, zero, zero, zero
+    column_step = _step_size(scale, column, (column < length) & BY_COLUMN)[None, :]
+    zero = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_errors = zero
+    sum_before = zero
+    sum_after = zero
+    sum_weight = zero
     for first in range(0, strip, BLOCK_R):
         row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
         inside = _inside(row, column, rows, length)
-        step = step_row if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
-        grad, value = (
-            _read(g, _places(row, column, g_stride), inside),
-            _read(x, _places(row, column, x_stride), inside),
+        step = column_step if BY_COLUMN else _step_size(scale, row % steps, row < rows)[:, None]
+        grad_tile = _read(grad, _offsets(row, column, grad_stride), inside)
+        x_tile = _read(x, _offsets(row, column, x_stride), inside)
+        produced, unit, inverse = _produce(
+            x_tile, weights, biases, column, length, number, PRODUCER, x.dtype.element_ty
         )
-        made, unit, inverse = _remade(
-            value, weights, biases, column, length, number, MADE, x.dtype.element_ty
+        u = _quotient(_plus(produced, offset_before), step)
+        grad_produced, error, codes = _lsq_gradients(grad_tile, u, low, high, HALF)
+        sum_before = sum_before + grad_produced
+        sum_after = sum_after + grad_tile
+        sum_weight = sum_weight + grad_produced * unit
+        grad_x_tile = _produce_backward(
+            grad_produced, x_tile, unit, inverse, weights, length, number, PRODUCER
         )
-        inner, wrong, code = _errors(grad, _quotient(_plus(made, shift), step), low, high, HALF)
-        sum_dx, sum_g, sum_dw = sum_dx + inner, sum_g + grad, sum_dw + inner * unit
-        of_x = _through(inner, value, unit, inverse, weights, length, number, MADE)
-        tl.store(dx + _places(row, column, dx_stride), of_x, mask=inside)
+        tl.store(grad_x + _offsets(row, column, grad_x_stride), grad_x_tile, mask=inside)
         if y is not None:
-            tl.store(y + _places(row, column, length), _plus(code * step, shift_back), mask=inside)
+            dequantized = _plus(codes * step, offset_after)
+            tl.store(y + _offsets(row, column, length), dequantized, mask=inside)
         if BY_COLUMN:
-            error += wrong
+            sum_errors += error
         else:
-            tl.store(
-                errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1),
-                tl.sum(wrong, 1),
-                mask=row < rows,
-            )
+            offsets = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(errors + offsets, tl.sum(error, 1), mask=row < rows)
     if BY_COLUMN:
-        _keep(errors, error, column, length, tl.program_id(0))
-    _keep_wanted(sums, (sum_dx, sum_g, sum_dw, sum_dx), column, length, WANTED)
+        _store_column_sums(errors, sum_errors, column, length, tl.program_id(0))
+    # The gradient of the bias of a LayerNorm is the one of an offset before the quantizer.
+    tiles = (sum_before, sum_after, sum_weight, sum_before)
+    _store_requested_sums(sums, tiles, column, length, REQUESTED)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -318,13 +349,17 @@ def step_and_slope(
     unit: tensor,
     BLOCK: constexpr,
 ) -> None:
-    """`step_and_slope` of `qat.functional.lsq`."""
+    """`step_and_slope` of `qat.functional.lsq`, for n elements."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    s, t = tl.load(start + i, mask=inside), tl.load(change + i, mask=inside)
-    g, lacking = s * tl.load(growth + i, mask=inside), tl.where(s < unit, unit, s) - s
-    tl.store(step + i, g + lacking * tl.where(t < 0.0, 0.0, t), mask=inside)
-    tl.store(slope + i, g + lacking * tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t)), mask=inside)
+    s = tl.load(start + i, mask=inside)
+    t = tl.load(change + i, mask=inside)
+    grown = s * tl.load(growth + i, mask=inside)
+    lacking = tl.where(s < unit, unit, s) - s
+    positive_change = tl.where(t < 0.0, 0.0, t)
+    is_positive = tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t))  # NaN stays NaN
+    tl.store(step + i, grown + lacking * positive_change, mask=inside)
+    tl.store(slope + i, grown + lacking * is_positive, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -339,15 +374,14 @@ def statsq_forward(  # noqa: PLR0913
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, `scale` takes the scales of the rows, which are found before."""
+    """`reference.statsq_forward`; n = 2^(bits-1). FIND computes the scales, written to `scale`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if FIND:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for first in range(0, length, BLOCK_C):
             column = first + tl.arange(0, BLOCK_C)
-            total += tl.abs(
-                _read(w, _places(row, column, length), _inside(row, column, rows, length))
-            )
+            inside = _inside(row, column, rows, length)
+            total += tl.abs(_read(w, _offsets(row, column, length), inside))
         s = 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length)
         tl.store(scale + row, s, mask=row < rows)
     else:
@@ -355,8 +389,8 @@ def statsq_forward(  # noqa: PLR0913
     s = s[:, None]
     for first in range(0, length, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        inside, places = _inside(row, column, rows, length), _places(row, column, length)
-        u = _clamped(
-            tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP
-        )
-        tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
+        inside = _inside(row, column, rows, length)
+        offsets = _offsets(row, column, length)
+        quotient = tl.div_rn(_read(w, offsets, inside), tl.where(s < TINY, TINY, s))
+        u = _clamped(quotient, -1.0, TOP_CLIP)
+        tl.store(y + offsets, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)

@@ -1,10 +1,11 @@
-"""Modules that own quantizers, one file per timm family. Importing the package registers every swap."""
+"""Modules that own quantizers, one file per timm family; importing them registers their swaps."""
 
 from qat.nn import beit, conv, eva, fqvit, linear, relpos, swin, swinv2, vit
-from qat.nn.attention import QkrAttention, QuantAttention, ScoredAttention
+from qat.nn.attention import QuantAttention, ScoredAttention
 from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
+from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import QuantModule
 from qat.nn.swap_registry import Swap, SwapContext, find_swap, is_attention, register_swap, swap_net
 

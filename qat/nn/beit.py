@@ -1,18 +1,24 @@
-"""Quantized BEiT: `q_bias` and `v_bias` beside `qkv`, relative position bias with a class token (arXiv 2106.08254)."""
+"""Quantized BEiT: biases separate from `qkv`, relative position bias with a class token.
+
+Source: arXiv 2106.08254.
+"""
 
 from __future__ import annotations
 
 from timm.models.beit import Attention
 from torch import Tensor
 
-from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, register_attention
+from qat.nn.attention import QuantAttention
+from qat.nn.attention_swaps import register_attention
+from qat.nn.qkr_attention import QkrAttention
+from qat.nn.score_terms import RelativeBias
 
 
 class _BeitBias(RelativeBias):
-    """The bias of the attention's own table, of a table that all blocks share, of both, or none."""
+    """Bias from the attention's own table, from a table that all blocks share, both, or none."""
 
     def biased(self, scores: Tensor, shared: Tensor | None) -> Tensor:
-        """Add what there is to the scores (B, h, N, N)."""
+        """Scores (B, h, N, N) with the biases."""
         if self.relative_position_bias_table is not None:
             scores = scores + self.position_bias()
         return scores if shared is None else scores + shared
@@ -33,15 +39,16 @@ class QkrBeitAttention(_BeitBias, QkrAttention):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        xq = self.input_quantizer(x)
-        scores = self.biased(self.scores(xq) * self.scale, shared_rel_pos_bias)
-        return self.attend(scores, self.v(xq), x)
+        x_q = self.input_quantizer(x)
+        scores = self.biased(self.scores(x_q) * self.scale, shared_rel_pos_bias)
+        return self.attend(scores, self.v(x_q), x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """`qkv` without bias, the two biases, and the table."""
+        """Tensors of timm's module: `qkv` without bias, the two biases, and the table."""
         state = {"qkv.weight": super().timm_weights()["qkv.weight"]}
         if self.v.bias is not None:
-            state |= {"q_bias": self._query_bias().detach(), "v_bias": self.v.bias.detach()}
+            state["q_bias"] = self._query_bias().detach()
+            state["v_bias"] = self.v.bias.detach()
         if self.relative_position_bias_table is not None:
             state["relative_position_bias_table"] = self.relative_position_bias_table.detach()
         return state

@@ -1,4 +1,4 @@
-"""Quantized `nn.Conv2d`: the patch embedding, and convolutions inside other nets."""
+"""Quantized `nn.Conv2d`: the patch embedding, and convolutions inside other models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.quantizers import Quantizer
 
 
 class QuantConv2d(nn.Conv2d, QuantModule):
-    """conv(q(x), q(W)) + b. Parameters keep timm's names and are the very objects of the convolution it replaces.
+    """conv(q(x), q(W)) + b, with the parameters of the convolution that it replaces.
 
     Args:
         conv: the module to replace.
@@ -35,53 +35,48 @@ class QuantConv2d(nn.Conv2d, QuantModule):
             padding_mode=conv.padding_mode,
             device="meta",
         )
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight = conv.weight
+        self.bias = conv.bias
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, H, W) to (B, O, H', W')."""
-        xq, wq = self.input_quantizer(x), self.quantized("weight")
-        # Evaluation sums as frozen and exported forms do: a scale of a whole tensor carries the last bit into every code.
-        by_patches = torch.is_grad_enabled() and self.is_patchwise
-        return self._by_patches(xq, wq) if by_patches else self._conv_forward(xq, wq, self.bias)
+        x_q = self.input_quantizer(x)
+        weight_q = self.quantized("weight")
+        # Evaluation adds up in the order of frozen and exported models: with one scale for a whole
+        # tensor, a difference in the last bit reaches every code.
+        if torch.is_grad_enabled() and self.is_patchwise:
+            return self._by_patches(x_q, weight_q)
+        return self._conv_forward(x_q, weight_q, self.bias)
 
     @property
     def is_patchwise(self) -> bool:
-        """True if no two outputs see the same pixel, as in a patch embedding, and the input's quantizer learns."""
+        """True if outputs share no pixels, as in patch embeddings, and x has a learned scale."""
         learns = next(self.input_quantizer.parameters(), None) is not None
-        side_by_side = (
-            self.kernel_size == self.stride
-            and self.padding in {(0, 0), "valid"}
-            and self.dilation == (1, 1)
-        )
-        return learns and side_by_side and self.groups == 1
+        has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
+        has_no_padding = self.padding in {(0, 0), "valid"}
+        return learns and has_no_overlap and has_no_padding and self.groups == 1
 
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution as one matrix product.
 
-        What the image's quantizer learns takes the gradient of its output, for which a convolution needs several times as long.
+        The quantizer of the image learns from the gradient of the convolution's input, which takes
+        a convolution several times as long.
         """
-        kh, kw = self.kernel_size
-        rows, columns = x.shape[2] // kh, x.shape[3] // kw
-        x = x[..., : rows * kh, : columns * kw].unflatten(3, (columns, kw)).unflatten(2, (rows, kh))
+        height, width = self.kernel_size
+        rows = x.shape[2] // height
+        columns = x.shape[3] // width
+        x = x[..., : rows * height, : columns * width]
+        x = x.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return (
-            F
-            .linear(patches, weight.flatten(1), self.bias)
-            .transpose(-2, -1)
-            .unflatten(-1, (rows, columns))
-        )
+        out = F.linear(patches, weight.flatten(1), self.bias)
+        return out.transpose(-2, -1).unflatten(-1, (rows, columns))
 
 
 @register_swap(nn.Conv2d, "conv")
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
-    """Any convolution; the input of the first one is the image."""
-    image = context.place == "stem"
-    return Swap(
-        QuantConv2d(
-            module,
-            context.input_quantizer("image") if image else context.planes(),
-            context.weight(),
-        )
-    )
+    """Quantize a convolution; the input of the first one is the image."""
+    is_first = context.place == "stem"
+    input_quantizer = context.input_quantizer("image") if is_first else context.planes()
+    return Swap(QuantConv2d(module, input_quantizer, context.weight()))

@@ -1,6 +1,7 @@
-"""Placement `fqvit`: quantizers also after a layer, on scores and on the residual stream. Source: FQ-ViT, arXiv 2111.13824.
+"""Placement `fqvit`: quantizers also after layers, on scores and on the residual stream.
 
-What leaves a norm, an attention's values or GELU enters a Linear next, whose input quantizer does it.
+The output of a norm, of the heads or of a GELU is quantized by the input quantizer of the next
+Linear. Source: FQ-ViT, arXiv 2111.13824.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.int_layer_norm import integer_layer_norm
-from qat.nn.attention import RelativeBias, ScoredAttention, add_window_mask, split_heads
+from qat.nn.attention import ScoredAttention, split_heads
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import shallow_cast
+from qat.nn.score_terms import RelativeBias, add_window_mask
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
 
-# A scale for each position.
+# The axis of a scale for each token.
 TOKENS = -2
 
 
@@ -33,33 +35,35 @@ class IntegerLayerNorm(nn.LayerNorm):
     """LayerNorm in integer arithmetic, between the quantizer before it and the one after it.
 
     Attributes:
-        between: these two, affine or their frozen form; they belong to other modules.
+        between: the quantizer before and the one after, affine or their frozen forms; they belong
+            to other modules.
     """
 
     between: tuple[Affine, Affine]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., C) to multiples of the step size after it."""
+        """Map (..., C) to multiples of the step size of the quantizer after it."""
         before, after = self.between
-        if after.scale is None:  # while `convert` finds out how many scales there are
+        if after.scale is None:  # while `convert` counts scales
             return self.in_float(x)
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
         bias = x.new_zeros(x.shape[-1]) if self.bias is None else self.bias
         return integer_layer_norm(x, before.scale, after.scale, weight, bias).to(x.dtype)
 
     def in_float(self, x: Tensor) -> Tensor:
-        """The norm that it stands for."""
+        """The norm in float."""
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def wanted_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
-    """The norm itself, or its integer form where the recipe has `layernorm=integer`."""
-    integer = context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm)
-    return shallow_cast(IntegerLayerNorm, norm) if integer else norm
+    """The norm itself, or its integer form if the recipe has `layernorm=integer`."""
+    if context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm):
+        return shallow_cast(IntegerLayerNorm, norm)
+    return norm
 
 
 class FqAttention(ScoredAttention):
-    """What leaves `qkv` has one quantizer, and there are two more, for the scores and for what leaves `proj`."""
+    """Attention with one quantizer after `qkv`, one for the scores and one after `proj`."""
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -75,7 +79,7 @@ class FqAttention(ScoredAttention):
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """The base's, quantized."""
+        """The output of the base class, quantized."""
         return self.output_quantizer(super().attend(scores, v, x))
 
 
@@ -84,7 +88,8 @@ class FqVitAttention(FqAttention):
 
     def __init__(self, attention: timm_layers.Attention, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.q_norm = attention.q_norm
+        self.k_norm = attention.k_norm
 
     def forward(  # timm's signature
         self,
@@ -94,14 +99,13 @@ class FqVitAttention(FqAttention):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         q, k, v = self.quantized_qkv(x)
-        scores = self.scores_quantizer(
-            (self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale)
-        )
+        scores = (self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale)
+        scores = self.scores_quantizer(scores)
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
 
 class FqBlock(Block):
-    """`Block` with quantizers after its MLP and after both sums; made by `shallow_cast`."""
+    """`Block` with quantizers after its MLP and after both sums; built by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -116,24 +120,23 @@ class FqBlock(Block):
         """Map (B, N, C) to the same shape."""
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = self.residual1_quantizer(x + self.drop_path1(self.ls1(attended)))
-        return self.residual2_quantizer(
-            x + self.drop_path2(self.ls2(self.mlp_quantizer(self.mlp(self.norm2(x)))))
-        )
+        mlp_out = self.mlp_quantizer(self.mlp(self.norm2(x)))
+        return self.residual2_quantizer(x + self.drop_path2(self.ls2(mlp_out)))
 
 
 class _FqOutput(nn.Module):
-    """To be named before a module that has a quantizer after it; made by `shallow_cast`."""
+    """Mixin that quantizes the output of the class named after it; built by `shallow_cast`."""
 
     output_quantizer: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module makes of `x`, quantized."""
+        """The output of the module, quantized."""
         out: Tensor = self.output_quantizer(super().forward(x))
         return out
 
 
 class FqPatchEmbed(_FqOutput, timm_layers.PatchEmbed):
-    """`PatchEmbed`: (B, I, H, W) to (B, N, C), or what else timm makes of it."""
+    """`PatchEmbed`: (B, I, H, W) to (B, N, C), or to another shape that timm is set to."""
 
 
 class FqPatchMerging(_FqOutput, PatchMerging):
@@ -145,21 +148,22 @@ class FqHead(_FqOutput, QuantLinear):
 
 
 class FqNet(VisionTransformer):
-    """The net itself: quantizers after the joined tokens, the position embedding, and their sum."""
+    """The model itself: quantizers after the joined tokens, the position embedding, and the sum."""
 
     def add_quantizers(self, context: SwapContext) -> None:
-        """Put the quantizers beside timm's modules."""
+        """Add the quantizers to timm's modules."""
         self.tokens_quantizer = context.act("output")
-        self.positions_quantizer = (
-            nn.Identity() if self.pos_embed is None else context.act("output")
-        )
+        has_positions = self.pos_embed is not None
+        self.positions_quantizer = context.act("output") if has_positions else nn.Identity()
         self.embedding_quantizer = context.act("residual")
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        found = (
-            getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token")
-        )  # in timm's order
-        tokens = [token.expand(x.shape[0], -1, -1) for token in found if token is not None]
+        """Patches (B, N, C) with prefix tokens and positions, in timm's order."""
+        tokens = []
+        for name in ("cls_token", "dist_token", "reg_token"):
+            token = getattr(self, name, None)
+            if token is not None:
+                tokens.append(token.expand(x.shape[0], -1, -1))
         positions = None if self.pos_embed is None else self.positions_quantizer(self.pos_embed)
         if positions is not None and self.no_embed_class:
             x = x + positions
@@ -169,91 +173,100 @@ class FqNet(VisionTransformer):
         return self.pos_drop(self.embedding_quantizer(x))
 
     def connect(self) -> None:
-        """Tell each integer norm what stands on both sides of it.
+        """Give each integer norm the quantizers on both sides of it.
 
         Raises:
-            UsageError: one of them is no affine quantizer, or has scales that integers cannot sum over.
+            UsageError: one of them is not affine, or has scales over which integers cannot sum.
         """
         for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
                 continue
-            if not all(
-                isinstance(one, Affine) or getattr(one, "zero_point", None) is not None
-                for one in (before, after)
-            ):
+            if not (_is_affine(before) and _is_affine(after)):
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float"
+                    f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; "
+                    "here it must be float"
                 )
-            first, last = before.spec, after.spec  # type: ignore[attr-defined]
-            # It sums over the channels of a token: their scales before it are one, or powers of two of it.
-            if TOKENS in {first.axis, last.axis} or (
-                first.axis is not None and first.observer != "ptf"
-            ):
+            spec_before = before.spec  # type: ignore[attr-defined]
+            spec_after = after.spec  # type: ignore[attr-defined]
+            # The norm sums over the channels of a token, whose scales before it must be equal, or
+            # one scale times powers of two.
+            has_token_scales = TOKENS in {spec_before.axis, spec_after.axis}
+            can_sum = spec_before.axis is None or spec_before.observer == "ptf"
+            if has_token_scales or not can_sum:
                 need = "one scale, or one for each channel by ptq.residual_observer=ptf"
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} needs {need} before it, and none for each token after it"
+                    f"ptq.layernorm='integer': {name} needs {need} before it, "
+                    "and none for each token after it"
                 )
             norm.between = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
-        """Name and module of each norm, and what stands before it and after it; None where that is no quantizer known here."""
-        before: object = (
-            self.embedding_quantizer if isinstance(self.norm_pre, nn.Identity) else None
-        )
+        """Name and module of each norm, the quantizer before it and the one after it.
+
+        None in place of a quantizer that is not known.
+        """
+        before: object = None
+        if isinstance(self.norm_pre, nn.Identity):
+            before = self.embedding_quantizer
         for i, block in enumerate(self.blocks):
             if not isinstance(block, FqBlock):
                 before = None
                 continue
-            yield (
-                f"blocks.{i}.norm1",
-                block.norm1,
-                before,
-                getattr(getattr(block.attn, "qkv", None), "input_quantizer", None),
-            )
-            first = getattr(block.mlp, "fc1", None)
-            yield (
-                f"blocks.{i}.norm2",
-                block.norm2,
-                block.residual1_quantizer,
-                getattr(first, "input_quantizer", None),
-            )
+            qkv = getattr(block.attn, "qkv", None)
+            yield f"blocks.{i}.norm1", block.norm1, before, _input_quantizer(qkv)
+            fc1 = getattr(block.mlp, "fc1", None)
+            before = block.residual1_quantizer
+            yield f"blocks.{i}.norm2", block.norm2, before, _input_quantizer(fc1)
             before = block.residual2_quantizer
-        yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
+        yield "norm", self.norm, before, _input_quantizer(self.head)
+
+
+def _input_quantizer(layer: object) -> object:
+    """The input quantizer of a layer; None if it has none."""
+    return getattr(layer, "input_quantizer", None)
+
+
+def _is_affine(quantizer: object) -> bool:
+    """True for an affine quantizer or its frozen form."""
+    return isinstance(quantizer, Affine) or getattr(quantizer, "zero_point", None) is not None
 
 
 class FqDistilledNet(FqNet, VisionTransformerDistilled):
-    """With a distillation token and two heads."""
+    """The model with a distillation token and two heads."""
 
 
 @register_swap(VisionTransformer, "fqvit_net")
 @register_swap(VisionTransformerDistilled, "fqvit_net")
 def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
-    """The net stays the object it is and learns where its own quantizers are.
+    """Add quantizers to the model, which stays the same object.
 
     Raises:
-        UsageError: its position embedding follows the size of the image.
+        UsageError: the position embedding depends on the size of the image.
     """
     if module.dynamic_img_size:
         raise UsageError(
-            "ptq.placement='fqvit': this model takes images of any size, and positions are quantized; here it must be inputs"
+            "ptq.placement='fqvit': this model takes images of any size, and positions are "
+            "quantized; here it must be inputs"
         )
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]
-    return Swap(
-        module, children={"norm": wanted_norm(module.norm, context)} if ends_in_token else {}
-    )
+    if not ends_in_token:
+        return Swap(module)
+    return Swap(module, children={"norm": wanted_norm(module.norm, context)})
 
 
 @register_swap(nn.Linear, "fqvit")
 def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
-    """A Linear; the logits of a head are quantized."""
-    made = QuantLinear(module, context.input_quantizer(), context.weight())
-    return _with_output(FqHead, made, context) if context.place == "head" else Swap(made)
+    """Quantize a Linear, and the logits of a head."""
+    linear = QuantLinear(module, context.input_quantizer(), context.weight())
+    if context.place == "head":
+        return _with_output(FqHead, linear, context)
+    return Swap(linear)
 
 
 class FqWindowAttention(RelativeBias, FqAttention):
-    """Window attention; the table of biases and the biased scores have quantizers of their own."""
+    """Window attention, with quantizers for the table of biases and for the biased scores."""
 
     def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -261,17 +274,17 @@ class FqWindowAttention(RelativeBias, FqAttention):
         self.biased_quantizer = context.act("scores")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
+        """Map (B*windows, N, C) to the same shape; mask (windows, N, N) of a cyclic shift."""
         q, k, v = self.quantized_qkv(x)
         scores = self.scores_quantizer(q @ k.transpose(-2, -1) * self.scale)
-        biases = self.table_quantizer(self.relative_position_bias_table)[
-            self.relative_position_index
-        ].permute(2, 0, 1)
-        return self.attend(add_window_mask(self.biased_quantizer(scores + biases), mask), v, x)
+        table = self.table_quantizer(self.relative_position_bias_table)
+        bias = table[self.relative_position_index].permute(2, 0, 1)
+        biased = self.biased_quantizer(scores + bias)
+        return self.attend(add_window_mask(biased, mask), v, x)
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """Block with quantizers after its MLP and after both sums; made by `shallow_cast`."""
+    """Block with quantizers after its MLP and after both sums; built by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -281,47 +294,43 @@ class FqSwinBlock(SwinTransformerBlock):
         """Map (B, H, W, C) to the same shape."""
         x = self.residual1_quantizer(x + self.drop_path1(self._attn(self.norm1(x))))
         tokens = x.flatten(1, 2)
-        out = self.residual2_quantizer(
-            tokens + self.drop_path2(self.mlp_quantizer(self.mlp(self.norm2(tokens))))
-        )
+        mlp_out = self.mlp_quantizer(self.mlp(self.norm2(tokens)))
+        out = self.residual2_quantizer(tokens + self.drop_path2(mlp_out))
         return out.view_as(x)
 
 
 @register_swap(timm_layers.Attention, "fqvit")
 @register_swap(WindowAttention, "fqvit")
 def swap_attention(module: Any, context: SwapContext) -> Swap:
-    """Attention and window attention."""
-    return Swap(
-        (FqWindowAttention if isinstance(module, WindowAttention) else FqVitAttention)(
-            module, context
-        )
-    )
+    """Quantize attention or window attention."""
+    if isinstance(module, WindowAttention):
+        return Swap(FqWindowAttention(module, context))
+    return Swap(FqVitAttention(module, context))
 
 
 @register_swap(Block, "fqvit")
 @register_swap(SwinTransformerBlock, "fqvit")
 def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Swap:
-    """Block of ViT or Swin."""
-    made: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
-    made.norm1, made.norm2 = wanted_norm(module.norm1, context), wanted_norm(module.norm2, context)
-    made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (
-        context.act(r) for r in ("residual", "output", "residual")
-    )
-    return Swap(made)
+    """Add quantizers to a block of ViT or Swin."""
+    block: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
+    block.norm1 = wanted_norm(module.norm1, context)
+    block.norm2 = wanted_norm(module.norm2, context)
+    block.residual1_quantizer = context.act("residual")
+    block.mlp_quantizer = context.act("output")
+    block.residual2_quantizer = context.act("residual")
+    return Swap(block)
 
 
 @register_swap(timm_layers.PatchEmbed, "fqvit")
 @register_swap(PatchMerging, "fqvit")
 def swap_output(module: nn.Module, context: SwapContext) -> Swap:
-    """Patch embedding and patch merging."""
-    return _with_output(
-        FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging,
-        module,
-        context,
-    )
+    """Quantize the output of patch embedding or patch merging."""
+    is_embedding = isinstance(module, timm_layers.PatchEmbed)
+    return _with_output(FqPatchEmbed if is_embedding else FqPatchMerging, module, context)
 
 
 def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
-    made = shallow_cast(cls, module)
-    made.output_quantizer = context.act("output")
-    return Swap(made)
+    """The module as a `cls`, with a quantizer after it."""
+    cast = shallow_cast(cls, module)
+    cast.output_quantizer = context.act("output")
+    return Swap(cast)

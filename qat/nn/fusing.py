@@ -1,4 +1,4 @@
-"""Whether a module may run as a fused Function just now, and what that Function has to be given."""
+"""Parameters of quantizers for fused Functions; None if a quantizer must run by itself."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from qat.nn.quant_module import QuantModule, is_watched
 from qat.quantizers import Quantizer
 
 
-def _found(quantizer: nn.Module) -> LSQParams | WeightParams | None:
-    """What a quantizer gives to the Function; None where it gives nothing, or somebody watches it."""
-    inner = getattr(quantizer, "quantizer", quantizer)
-    return (
-        quantizer.operand()
-        if isinstance(quantizer, Quantizer) and not (is_watched(quantizer) or is_watched(inner))
-        else None
-    )
+def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
+    """The quantizer's own parameters; None if it has none for a Function, or is watched."""
+    if not isinstance(quantizer, Quantizer) or is_watched(quantizer):
+        return None
+    if is_watched(getattr(quantizer, "quantizer", quantizer)):
+        return None
+    return quantizer.operand()
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
-    """A quantizer of an input, with its parameters."""
-    found = _found(quantizer)
-    return found if isinstance(found, LSQParams) else None
+    """Parameters of a quantizer of activations."""
+    params = _params_of(quantizer)
+    return params if isinstance(params, LSQParams) else None
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
-    """The quantizer of the weight with this role."""
-    found = _found(getattr(module, f"{role}_quantizer"))
-    if isinstance(found, LSQParams):
-        found = WeightParams(found[4:], found.scale) if found.before is None else None
-    return None if found is None else found._replace(ready=module.ready(role))
+    """Parameters of the quantizer of the weight with this role, and the weight if it is kept."""
+    params = _params_of(getattr(module, f"{role}_quantizer"))
+    if isinstance(params, LSQParams):
+        if params.before is not None:
+            return None
+        params = WeightParams((params.codes, params.grad_factor), params.scale)
+    if params is None:
+        return None
+    return params._replace(cached=module.kept_weight(role))
 
 
 def is_off(module: nn.Module) -> bool:
-    """True for a dropout or an identity that lets everything through, and that nobody watches."""
-    return (
-        isinstance(module, nn.Dropout | nn.Identity)
-        and not (module.training and getattr(module, "p", False))
-        and not is_watched(module)
-    )
+    """True for a dropout or an identity that changes nothing and is not watched."""
+    if not isinstance(module, nn.Dropout | nn.Identity) or is_watched(module):
+        return False
+    return not (module.training and getattr(module, "p", False))

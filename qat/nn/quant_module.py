@@ -1,4 +1,4 @@
-"""Shared by modules that own quantizers."""
+"""Base class of modules that own quantizers, and how they keep quantized weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def shallow_cast(cls: type[M], module: nn.Module) -> M:
-    """A module of class `cls` with everything that `module` has: its parameters, buffers, children and settings, none of them copied."""
-    made = cls.__new__(cls)
-    made.__dict__.update(module.__dict__)
+    """A module of class `cls` with the parameters, buffers, children and settings of `module`.
+
+    None of them is copied.
+    """
+    cast = cls.__new__(cls)
+    cast.__dict__.update(module.__dict__)
     for kind in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[kind] = dict(module.__dict__[kind])
-    return made
+        cast.__dict__[kind] = dict(module.__dict__[kind])
+    return cast
 
 
 def is_watched(module: nn.Module) -> bool:
-    """True if somebody wants to see what passes through the module, or to do it in another way, as calibration and analyses do."""
+    """True if the module has hooks or a replaced `forward`, as in calibration and analyses."""
     hooks = (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -33,13 +36,14 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class QuantModule(nn.Module):
-    """A module with quantizers among its attributes. `latent` gives the float tensor of a weight quantizer."""
+    """A module with quantizers among its attributes."""
 
-    # Role: (what it was made of, quantized weight); None = every forward pass quantizes anew. Set by `keep_weights`.
+    # By role: a key of all that the quantized weight depends on, and the weight. None = each
+    # forward pass quantizes again. Set by `keep_weights`.
     kept_weights: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
-        """The float master of the weight with this role.
+        """The float weight with this role, which the quantizer `<role>_quantizer` gets.
 
         Raises:
             KeyError: the module quantizes no such weight.
@@ -52,33 +56,48 @@ class QuantModule(nn.Module):
 
     def quantized(self, role: str) -> Tensor:
         """The quantized weight with this role."""
-        held = getattr(self, f"{role}_quantizer").held()
-        if held is not None:
-            return held
-        ready = None if torch.is_grad_enabled() else self.ready(role)
-        return getattr(self, f"{role}_quantizer")(self.latent(role)) if ready is None else ready
+        quantizer = getattr(self, f"{role}_quantizer")
+        locked = quantizer.held()
+        if locked is not None:
+            return locked
+        if not torch.is_grad_enabled():
+            cached = self.kept_weight(role)
+            if cached is not None:
+                return cached
+        return quantizer(self.latent(role))
 
-    def ready(self, role: str) -> Tensor | None:
-        """The quantized weight, without gradient, made when the weight was last changed; None where weights are not kept."""
+    def kept_weight(self, role: str) -> Tensor | None:
+        """The quantized weight without gradient; None unless `keep_weights` is on.
+
+        Quantizes the weight if it was changed since the last call.
+        """
         quantizer = getattr(self, f"{role}_quantizer")
         if torch.compiler.is_compiling() or self.kept_weights is None or is_watched(quantizer):
             return None
-        made_of = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
-        if any(t.is_inference() for t in made_of):  # such tensors do not count their changes
+        sources = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
+        if any(t.is_inference() for t in sources):  # such tensors do not count their changes
             return None
-        key = (torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in made_of))
-        found = self.kept_weights.get(role)
-        if found is None or found[0] != key:
-            with torch.no_grad():
-                found = self.kept_weights[role] = (key, quantizer(self.latent(role)))
-        return found[1]
+        versions = [(t.data_ptr(), t._version) for t in sources]
+        key = (torch.is_inference_mode_enabled(), *versions)
+        if role in self.kept_weights:
+            kept_key, weight = self.kept_weights[role]
+            if kept_key == key:
+                return weight
+        with torch.no_grad():
+            weight = quantizer(self.latent(role))
+        self.kept_weights[role] = (key, weight)
+        return weight
 
 
 def keep_weights(net: nn.Module, *, keep: bool) -> None:
-    """Begin to keep quantized weights from one forward pass to the next, or give them back and stop.
+    """Keep quantized weights from one forward pass to the next, or free them and stop.
 
-    A weight that was changed since is quantized anew, if torch knows of the change: one through `.data`, by a fused optimizer or by a
-    collective operation has to be followed by another call.
+    A weight is quantized again if torch counts a change. Changes through `.data`, by a fused
+    optimizer or by a collective operation are not counted: call this function again after them.
+
+    Args:
+        net: the model.
+        keep: begin to keep weights; False = stop.
     """
     for module in net.modules():
         if isinstance(module, QuantModule):
@@ -87,7 +106,7 @@ def keep_weights(net: nn.Module, *, keep: bool) -> None:
 
 @contextlib.contextmanager
 def kept_weights(net: nn.Module) -> Generator[None]:
-    """Keep quantized weights inside the block, in which they do not change."""
+    """Keep quantized weights inside the block, in which they must not change."""
     keep_weights(net, keep=True)
     try:
         yield

@@ -1,4 +1,7 @@
-"""Quantized attention of `vit_relpos_*`: a bias from relative positions, of the block's own or shared by all."""
+"""Quantized attention of `vit_relpos_*`, with a bias by relative positions.
+
+The bias belongs to the block or is shared by all blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ from timm.layers import RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from qat.nn.attention import QkrAttention, QuantAttention, register_attention
+from qat.nn.attention import QuantAttention
+from qat.nn.attention_swaps import register_attention
+from qat.nn.qkr_attention import QkrAttention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
-    """Add a bias to the scores (B, h, N, N): the block's own where it has one, else the shared one."""
+    """Scores (B, h, N, N) with the block's own bias, else with the shared one if there is one."""
     if rel_pos is not None:
         return rel_pos(scores, shared_rel_pos=shared)
     return scores if shared is None else scores + shared
@@ -27,9 +32,8 @@ class QuantRelPosAttention(QuantAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
         q, k, v = self.projected(x)
-        return self.attend(
-            _biased(self.scores(*self.heads(q, k)) * self.scale, self.rel_pos, shared_rel_pos), v, x
-        )
+        scores = self.scores(*self.heads(q, k)) * self.scale
+        return self.attend(_biased(scores, self.rel_pos, shared_rel_pos), v, x)
 
 
 class QkrRelPosAttention(QkrAttention):
@@ -41,10 +45,9 @@ class QkrRelPosAttention(QkrAttention):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        xq = self.input_quantizer(x)
-        return self.attend(
-            _biased(self.scores(xq) * self.scale, self.rel_pos, shared_rel_pos), self.v(xq), x
-        )
+        x_q = self.input_quantizer(x)
+        scores = _biased(self.scores(x_q) * self.scale, self.rel_pos, shared_rel_pos)
+        return self.attend(scores, self.v(x_q), x)
 
 
 register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)
@@ -52,5 +55,5 @@ register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)
 
 @register_swap(RelPosMlp, "linear")
 def keep_bias_float(module: nn.Module, context: SwapContext) -> Swap:
-    """The small net that makes the bias stays float: its output is a table that depends on no image."""
+    """Keep the small network of the bias float: its output is a table, the same for all images."""
     return Swap(module, {"mlp": "float"})

@@ -1,6 +1,7 @@
-"""Which module is swapped for what. Keyed by class *object* and intent: timm has two unrelated classes named `Attention`.
+"""Table of the modules that replace others, by class *object* and intent.
 
-A new family is one file with `@register_swap(TheirClass, intent)`.
+Names would not do: timm has two unrelated classes named `Attention`. A new family is one file with
+`@register_swap(TheirClass, intent)`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from qat.errors import UsageError
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
+# Intents of attention classes, by the recipe's `attention`.
+_ATTENTION_INTENTS = {
+    "qkr": "qkr_attention",
+    "standard": "attention",
+    "float": "float_attention",
+}
+
 
 @dataclass(frozen=True)
 class SwapContext:
-    """What a swap is given about the module it replaces.
+    """Recipe and position of the module to replace.
 
     Attributes:
         recipe: the recipe at this module, overrides applied.
         place: `stem`, `block` or `head`.
-        input: what arrives: `signed`, `unsigned` (after an activation without negative tail), or `quantized` already.
-            A child whose parent calls it `float` is left alone with all that is in it.
+        input: range of the module's input: `signed`, `unsigned` (after an activation without
+            negative tail), or `quantized` already. With `float`, a parent keeps a child and all
+            modules in it unchanged.
     """
 
     recipe: QuantRecipe
@@ -43,29 +52,34 @@ class SwapContext:
         )
 
     def product(self) -> Quantizer:
-        """QKR's key: signed, one scale per position; its offset in front is a bias of the map that makes it."""
-        return build_quantizer(
-            dataclasses.replace(self.recipe.act_spec("k", self.place), offsets="none")
-        )
+        """A quantizer of QKR's product: signed, one scale per position, without offsets.
+
+        The folded linear map has the offset before the quantizer as its bias.
+        """
+        spec = self.recipe.act_spec("k", self.place)
+        return build_quantizer(dataclasses.replace(spec, offsets="none"))
 
     def input_quantizer(self, role: str = "input") -> nn.Module:
-        """The quantizer of the module's input; nothing where it is quantized already."""
+        """A quantizer of the module's input; an identity if the input is quantized already."""
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
     def planes(self) -> Quantizer:
-        """A convolution's input (B, C, H, W): one scale, and no offsets: the zeros that it pads with have to be on the grid."""
+        """A quantizer of a convolution's input (B, C, H, W), with one scale and no offsets.
+
+        With offsets, the zeros of its padding would not be on the grid.
+        """
         spec = self.recipe.act_spec("input", self.place, signed=self.input != "unsigned")
         return build_quantizer(dataclasses.replace(spec, axis=None, offsets="none"))
 
 
 @dataclass(frozen=True)
 class Swap:
-    """What a swap gives back.
+    """Result of a swap.
 
     Attributes:
-        module: takes the place; may be the module that was there.
-        inputs: what its children receive (`SwapContext.input`), by name.
-        children: modules that take the place of its children, by name.
+        module: the replacement; may be the replaced module itself.
+        inputs: ranges of its children's inputs (`SwapContext.input`), by name.
+        children: replacements of its children, by name.
     """
 
     module: nn.Module
@@ -73,7 +87,7 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-# Of the class that it is registered for.
+# The first argument is a module of the class that the function is registered for.
 SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 
@@ -82,10 +96,11 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
     """Use the decorated function for modules whose class is exactly `cls`.
 
     Args:
-        cls: of timm or torch.
-        intent: `linear`, `conv`, `attention`, `qkr_attention`; `float_attention` for classes that would go around a quantized Linear:
-            they use its weight without calling it; `fqvit`, which comes first where post-training quantization also stands after layers;
-            `fqvit_net` for the net itself.
+        cls: a class of timm or torch.
+        intent: `linear`, `conv`, `attention`, `qkr_attention`; `float_attention` for classes that
+            use the weights of their Linears without calling them; `fqvit`, tried first if
+            post-training quantization also quantizes after layers; `fqvit_net` for the model
+            itself.
     """
 
     def add(function: SwapFunction) -> SwapFunction:
@@ -96,51 +111,51 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 
 
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
-    """The swap for a module, or None where it stays as it is, as layers do that are more than a Linear or a convolution (`is_plain`).
+    """The swap for a module; None if the module stays unchanged.
 
-    An attention class without a swap of the recipe's intent stays float around its quantized Linears.
+    Linears and convolutions with more than a weight and a bias stay unchanged (`is_plain`). An
+    attention class without a swap of the recipe's intent stays float around its quantized Linears.
     """
-    attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[
-        context.recipe.attention
-    ]
-    intents = (context.recipe.placement, attention, "linear", "conv")
-    if "forward" in vars(module) or (
-        isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module)
-    ):
+    if "forward" in vars(module):
         return None
-    return next(
-        (_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS),
-        None,
-    )
+    if isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module):
+        return None
+    recipe = context.recipe
+    for intent in (recipe.placement, _ATTENTION_INTENTS[recipe.attention], "linear", "conv"):
+        swap = _SWAPS.get((type(module), intent))
+        if swap is not None:
+            return swap
+    return None
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """True for a Linear or convolution of a known class that has a weight, a bias and no more: not pruned, normalised or adapted."""
+    """True for a Linear or convolution of a known class with nothing but a weight and a bias.
+
+    A pruned, normalised or adapted layer has more parameters, buffers or children.
+    """
     is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
-    return (
-        is_known
-        and set(layer._parameters) == {"weight", "bias"}
-        and not (layer._buffers or layer._modules)
-    )
+    has_extras = bool(layer._buffers or layer._modules)
+    return is_known and set(layer._parameters) == {"weight", "bias"} and not has_extras
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True for a module, not yet swapped, of a class with a swap of some `attention`."""
-    return any(
-        (type(module), intent) in _SWAPS
-        for intent in ("qkr_attention", "attention", "float_attention")
-    )
+    """True for a module, not yet swapped, of an attention class with a swap."""
+    return any((type(module), intent) in _SWAPS for intent in _ATTENTION_INTENTS.values())
 
 
 def swap_net(net: nn.Module, context: SwapContext) -> Swap:
-    """What the recipe's placement does to the net itself; it stays the same object.
+    """The swap of the model itself for the recipe's placement; the model stays the same object.
 
     Raises:
-        UsageError: integer norms are wanted of a net that nobody taught what stands around its norms.
+        UsageError: the recipe has integer norms, and no swap knows the quantizers around the norms
+            of this model.
     """
     swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
-    if swap is None and context.recipe.layernorm == "integer":
+    if swap is not None:
+        return swap(net, context)
+    if context.recipe.layernorm == "integer":
         raise UsageError(
-            f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; here it must be float"
+            f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; "
+            "here it must be float"
         )
-    return Swap(net) if swap is None else swap(net, context)
+    return Swap(net)

@@ -1,4 +1,7 @@
-"""Quantized `timm.layers.Attention`: ViT, DeiT, DeiT-III, DINOv2, SigLIP, and SigLIP's head. Source: OFQ, arXiv 2302.02210."""
+"""Quantized `timm.layers.Attention`: ViT, DeiT, DeiT-III, DINOv2, SigLIP, and SigLIP's head.
+
+Source: OFQ, arXiv 2302.02210.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ from timm.layers import AttentionPoolLatent
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor
 
-from qat.nn.attention import QkrAttention, QuantAttention, register_attention
+from qat.nn.attention import QuantAttention
+from qat.nn.attention_swaps import register_attention
+from qat.nn.qkr_attention import QkrAttention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Scores (B, h, N, N) with timm's meaning of a boolean, additive or causal mask."""
-    return maybe_add_mask(
-        scores, resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
-    )
+    """Scores (B, h, N, N) with a mask in timm's sense: boolean, additive or causal."""
+    mask = resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
+    return maybe_add_mask(scores, mask)
 
 
 class QuantVitAttention(QuantAttention):
@@ -29,12 +33,13 @@ class QuantVitAttention(QuantAttention):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         qkv = self.qkv(x)
-        out = None if is_causal or attn_mask is not None else self.fused(qkv, self.scale)
-        if out is not None:
-            return self.project(out, x)
-        q, k, v = qkv.chunk(3, dim=-1)
-        scores = self.scores(*self.heads(q, k)) * self.scale
-        return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
+        has_mask = is_causal or attn_mask is not None
+        out = None if has_mask else self.fused(qkv, self.scale)
+        if out is None:
+            q, k, v = qkv.chunk(3, dim=-1)
+            scores = self.scores(*self.heads(q, k)) * self.scale
+            out = self.gather(masked(scores, attn_mask, is_causal=is_causal), v)
+        return self.project(out, x)
 
 
 class QkrVitAttention(QkrAttention):
@@ -47,33 +52,36 @@ class QkrVitAttention(QkrAttention):
         is_causal: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
-        out = None if is_causal or attn_mask is not None else self.fused(x, self.scale)
-        if out is not None:
-            return self.project(out, x)
-        xq = self.input_quantizer(x)
-        scores = self.scores(xq) * self.scale
-        return self.attend(masked(scores, attn_mask, is_causal=is_causal), self.v(xq), x)
+        has_mask = is_causal or attn_mask is not None
+        out = None if has_mask else self.fused(x, self.scale)
+        if out is None:
+            x_q = self.input_quantizer(x)
+            scores = masked(self.scores(x_q) * self.scale, attn_mask, is_causal=is_causal)
+            out = self.gather(scores, self.v(x_q))
+        return self.project(out, x)
 
 
 register_attention(timm_layers.Attention, QuantVitAttention, QkrVitAttention)
 
 
 class QuantAttentionPool(QuantAttention):
-    """SigLIP's head (arXiv 2303.15343), where learnt queries gather the tokens, quantized as standard attention.
+    """SigLIP's head (arXiv 2303.15343), where learned queries gather the tokens.
 
-    Its queries are parameters, not tokens, so query-key reparameterization has nothing to fold: every recipe but `float` gives
-    this form.
+    The queries are parameters, not tokens, so query-key reparameterization has nothing to fold:
+    every recipe but `float` quantizes it as standard attention.
     """
 
     def __init__(self, attention: AttentionPoolLatent, context: SwapContext) -> None:
         super().__init__(attention, context)
         self.pool = attention.pool
-        self.latent, self.pos_embed = attention.latent, attention.pos_embed
-        self.q, self.kv = attention.q, attention.kv
+        self.latent = attention.latent
+        self.pos_embed = attention.pos_embed
+        self.q = attention.q
+        self.kv = attention.kv
         self.mlp = attention.mlp
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, C_out), or to (B, L, C_out) where the L queries are not pooled."""
+        """Map (B, N, C) to (B, C_out), or to (B, L, C_out) if the L queries are not pooled."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent.expand(x.shape[0], -1, -1))
@@ -82,15 +90,19 @@ class QuantAttentionPool(QuantAttention):
         out = self.proj_drop(self.proj(self.gather(scores, v)))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
-        return {"token": out[:, 0], "avg": out.mean(1)}.get(self.pool, out)
+        if self.pool == "token":
+            return out[:, 0]
+        if self.pool == "avg":
+            return out.mean(1)
+        return out
 
     def n_scores(self, x: Tensor) -> int:
-        """A score per query, head and token."""
+        """Number of scores, one per query, head and token."""
         return x.shape[0] * self.num_heads * self.latent.shape[1] * x.shape[1]
 
 
 @register_swap(AttentionPoolLatent, "attention")
 @register_swap(AttentionPoolLatent, "qkr_attention")
 def swap_pool(module: AttentionPoolLatent, context: SwapContext) -> Swap:
-    """Standard attention whatever the blocks have."""
+    """Quantize as standard attention, whatever form the blocks have."""
     return Swap(QuantAttentionPool(module, context))

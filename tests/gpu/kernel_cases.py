@@ -206,7 +206,7 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
     )
     out, ours = torch.empty_like(x), torch.empty_like(x)
     how = {"dequantized": torch.float32, "after": after, "norm": norm, "made": made}
-    with mock.patch.object(operators, "_on", return_value=None):
+    with mock.patch.object(operators, "_kernels_for", return_value=None):
         expected = calls.lsq_backward(grad, x, scale, before, grid, out=out, **how)
     found = calls.gpu_backward(grad, x, scale, before, grid, out=ours, **how)
     assert found.x is ours
@@ -290,10 +290,10 @@ def gradients_in_half_precision(shape, axis):
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
         exact = calls.gpu_backward(
-            grad, scores, scale, None, grid, made=SCORES, dequantized=torch.float32
+            grad, scores, scale, None, grid, producer=SCORES, dequantized=torch.float32
         )
         found = calls.gpu_backward(
-            grad, scores, scale, None, grid, made=SCORES, dequantized=d, out=grad
+            grad, scores, scale, None, grid, producer=SCORES, dequantized=d, out=grad
         )
         right = (
             same(grad, exact.x),
@@ -344,7 +344,9 @@ def declined():
         "scales of a convolution": gpu.statsq(torch.ones(2, 3, 2, 2), 2, torch.float32),
         "scales of double": gpu.statsq(x[0].double(), 2, torch.float32),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SCORES),
+        "long": calls.gpu_backward(
+            long, long, scale[:1], None, CodeRange(0, 3, None), producer=SCORES
+        ),
     }
     return [name for name, found in given.items() if found is not None]
 

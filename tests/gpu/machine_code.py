@@ -48,7 +48,7 @@ def through(made, x, dtype):
     )
     steps, before, grid = torch.ones(x.shape[1]), torch.ones(x.shape[-1]), gpu.CodeRange(0, 3, 1)
     calls.gpu_backward(
-        x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), made=made
+        x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), producer=made
     )
 
 
@@ -63,7 +63,7 @@ def probabilities(dtype):
         grid,
         out=grad,
         dequantized=dtype,
-        made=Made("scores", 0.3),
+        producer=Made("scores", 0.3),
     )
 
 

@@ -24,14 +24,14 @@ def lsq_backward(
     out=None,
     dequantized=None,
     norm=(None, None),
-    made=ITSELF,
+    producer=ITSELF,
 ):
     """The gradient of `x` and what the operator gives, that of the scale without LSQ's factor."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     with_after = after is not None
     q = LSQParams(scale, before, after, sign, codes)
     found = operators.lsq_backward(
-        grad, x, *q[:4], *codes, with_after, out, dequantized, *norm, *made
+        grad, x, *q[:4], *codes, with_after, out, dequantized, *norm, *producer
     )
     return _named(found, q, with_after, out, norm, dequantized)
 
@@ -47,7 +47,7 @@ def _named(found, q, with_after, out, norm, dequantized):
 def softmax_backward(grad, probs, scale, codes, factor):
     """Gradients of scores, `factor` times which a softmax made into `probs`, and of the scale; the quantized probabilities."""
     found = lsq_backward(
-        grad, probs, scale, None, codes, dequantized=torch.float32, made=Made("softmax", factor)
+        grad, probs, scale, None, codes, dequantized=torch.float32, producer=Made("softmax", factor)
     )
     return found.x, found.scale, found.dequantized
 
@@ -76,12 +76,12 @@ def gpu_backward(
     out=None,
     dequantized=None,
     norm=(None, None),
-    made=ITSELF,
+    producer=ITSELF,
 ):
     """The gradient of `x` and what the kernel gives; None where it does not fit."""
     out = x.new_empty(x.shape) if out is None else out
     q = LSQParams(scale, before, after, sign, codes)
     found = gpu.lsq_backward(
-        grad, x, q, out, dequantized, *norm, made, with_after=after is not None
+        grad, x, q, out, dequantized, *norm, producer, with_after=after is not None
     )
     return None if found is None else _named(found, q, after is not None, out, norm, dequantized)

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.nn import attention, linear
+from qat.nn import attention, linear, qkr_attention
 from tests.nets import FAMILIES
 from tests.tiny import images, kept_bytes, quantized
 
@@ -18,7 +18,7 @@ def unfused(monkeypatch):
     """A function that switches fusing off."""
 
     def switch():
-        for module in (attention, linear):
+        for module in (attention, linear, qkr_attention):
             monkeypatch.setattr(module, "can_fuse", lambda x: False)
 
     return switch

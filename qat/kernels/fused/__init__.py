@@ -1,7 +1,7 @@
-"""Quantizer and matrix product in one autograd Function: what is cheap to make again is not kept for backward.
+"""Quantizers and matrix products in one autograd Function: backward computes cheap tensors again.
 
-Same values as the quantizers and products apart, bit for bit, or within rounding on CUDA, where a softmax is made
-again in backward, in the pass of its quantizer or of the whole attention.
+Results are equal to separate quantizers and products, bit for bit. On CUDA they are equal within
+rounding, where backward computes a softmax in the kernel of its quantizer or of the attention.
 """
 
 from qat.kernels.fused.attention import attention

@@ -1,118 +1,203 @@
-"""Attention between its projections as one Function: queries, keys, values and probabilities are quantized again in backward."""
+"""Attention between its projections as one Function, which saves queries, keys and values once."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat.functional.lsq import gradient_scale
 from qat.kernels import LSQParams, operators
-from qat.kernels import attention as in_tiles
+from qat.kernels import attention as tiled_attention
 from qat.kernels.fused.heads import heads_of, heads_product, pad
-from qat.kernels.fused.operand import flat, keep, kept, of_params, params
+from qat.kernels.fused.operand import (
+    flat,
+    gradient_of,
+    load_saved,
+    quantizer_gradient,
+    save,
+    split_params,
+)
 from qat.kernels.fused.scores import (
     ScoreShape,
     Scoring,
     gather,
     gather_backward,
     shape_for,
-    to_keep,
+    to_probs,
 )
 from qat.kernels.library import differentiated_once
 
 
-def _quantized(qkv: Tensor, operands: list[LSQParams], dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys and values, (B, N, h*d) each."""
-    return [
-        operators.quantize(o, x, dtype) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)
-    ]
+class _Quantizers(NamedTuple):
+    """Quantizers of queries, keys, values and probabilities."""
+
+    q: LSQParams
+    k: LSQParams
+    v: LSQParams
+    probs: LSQParams
 
 
-def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
-    """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
-    out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
-    heads_product(
-        heads_of(q, shape.num_heads),
-        heads_of(k, shape.num_heads).transpose(-2, -1),
-        out,
-        shape.factor,
+class _Inputs(NamedTuple):
+    """Inputs of `_Attention`, or their gradients."""
+
+    qkv: Tensor
+    scoring: Scoring
+    quantizers: _Quantizers
+
+
+def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
+    """Inputs as the positional arguments that autograd sees."""
+    return inputs.qkv, *inputs.scoring, *flat(inputs.quantizers)
+
+
+def _unflatten(args: Any) -> _Inputs:
+    """The inverse of `_flatten`."""
+    return _Inputs(
+        qkv=args[0], scoring=Scoring(*args[1:6]), quantizers=_Quantizers(*split_params(args[6:]))
     )
-    return out
+
+
+def _quantize_qkv(inputs: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized queries, keys and values, (B, N, h*d) each."""
+    q, k, v = inputs.qkv.chunk(3, -1)
+    quantizers = inputs.quantizers
+    return (
+        operators.quantize(quantizers.q, q, dtype),
+        operators.quantize(quantizers.k, k, dtype),
+        operators.quantize(quantizers.v, v, dtype),
+    )
+
+
+def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
+    """True if one kernel computes all of the attention, so that scores are never in memory."""
+    if inputs.scoring.bias is not None or inputs.scoring.mask is not None:
+        return False
+    probs = inputs.quantizers.probs
+    return tiled_attention.fits(inputs.qkv, shape.num_heads, probs.scale, probs.codes, shape.dtype)
+
+
+def _to_probs(q: Tensor, k: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
+    """The result (h, B, N, M) of `to_probs` for queries (B, N, h*d) and padded keys (B, M, h*d)."""
+    scores = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
+    q_heads = heads_of(q, shape.num_heads)
+    k_heads = heads_of(k, shape.num_heads)
+    heads_product(q_heads, k_heads.transpose(-2, -1), scores, shape.factor)
+    return to_probs(scores, inputs.scoring.bias, inputs.scoring.mask, shape)
 
 
 class _Attention(torch.autograd.Function):
-    """Where operators take all of it, scores are never in memory, and the sums of their rows are kept in place of probabilities."""
+    """The following, where `q_*` are quantizers. Backward quantizes again.
+
+    q, k, v = qkv.chunk(3, -1)  # (B, N, h*d)
+    q, k, v = heads_of(q_q(q)), heads_of(q_k(k)), heads_of(q_v(v))  # (h, B, N, d)
+    probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
+    return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
+
+    One kernel does all of it where it fits; it saves the sums of rows, not the probabilities.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, *args: Any
-    ) -> Tensor:
-        (num_heads, factor, keep_probs), operands = args[:3], params(args[3:])
-        shape, probs = shape_for(qkv, num_heads, factor), operands[3]
-        ctx.in_tiles = (
-            bias is None
-            and mask is None
-            and in_tiles.fits(qkv, num_heads, probs.scale, probs.codes, shape.dtype)
-        )
-        q, k, v = _quantized(qkv, operands, shape.dtype)
-        if ctx.in_tiles:
-            out, held = in_tiles.forward(q, k, v, probs.scale, *probs.codes, num_heads, factor)
-        else:
-            scores = _scores(q, pad(k), shape)
-            del q, k
-            held = to_keep(scores, bias, mask, shape)
-            del scores
-            out = gather(held, pad(v), probs, shape)
-        keep(ctx, qkv, bias, mask, held if ctx.in_tiles or keep_probs else None, shape, *args[3:])
-        return out
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        inputs = _unflatten(args)
+        scoring = inputs.scoring
+        probs_params = inputs.quantizers.probs
+        shape = shape_for(inputs.qkv, scoring.num_heads, scoring.factor)
+        ctx.is_tiled = _is_tiled(inputs, shape)
+        q, k, v = _quantize_qkv(inputs, shape.dtype)
+        if ctx.is_tiled:
+            out, row_sums = tiled_attention.forward(
+                q, k, v, probs_params.scale, *probs_params.codes, scoring.num_heads, scoring.factor
+            )
+            save(ctx, *args, shape, row_sums)
+            return out
+        probs = _to_probs(q, pad(k), inputs, shape)
+        del q, k
+        save(ctx, *args, shape, probs if scoring.keep_probs else None)
+        return gather(probs, pad(v), probs_params, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        qkv, bias, mask, held, shape, *rest = kept(ctx)
-        operands = params(rest)
-        q, k, v = _quantized(qkv, operands, shape.dtype)
-        grad, probs, h, of_bias = grad.to(shape.dtype), operands[3], shape.num_heads, None
-        if ctx.in_tiles:
-            *grads, of_scale = in_tiles.backward(
-                grad, held, q, k, v, probs.scale, *probs.codes, h, shape.factor
-            )
-            scores = held.unsqueeze(-1).expand(*held.shape, held.shape[-1])
-            of_scale = of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)
+        *args, shape, saved_scores = load_saved(ctx)
+        inputs = _unflatten(args)
+        qkv = inputs.qkv
+        qkv_q = _quantize_qkv(inputs, shape.dtype)
+        grad = grad.to(shape.dtype)
+        if ctx.is_tiled:
+            gradients_q = _tiled_backward(grad, saved_scores, qkv_q, inputs, shape)
         else:
-            k, v = pad(k), pad(v)
-            made = to_keep(_scores(q, k, shape), bias, mask, shape) if held is None else held
-            of_scores, of_v, of_scale, of_bias = gather_backward(
-                grad, made, v, probs, shape, with_bias=bias is not None
-            )
-            of_q, of_k = torch.empty_like(q), torch.empty_like(k)
-            heads_product(of_scores, heads_of(k, h), heads_of(of_q, h), 1.0)
-            heads_product(of_scores.transpose(-2, -1), heads_of(q, h), heads_of(of_k, h), 1.0)
-            grads = [of_q, of_k[:, : q.shape[1]], of_v[:, : q.shape[1]]]
-        of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        found = [
-            operators.gradients(operand, of_x, x, out=out)
-            for operand, of_x, x, out in zip(
-                operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True
-            )
-        ]
-        return (
-            of_qkv,
-            of_bias,
-            None,
-            None,
-            None,
-            None,
-            *of_params(found),
-            of_scale,
-            None,
-            None,
-            None,
-            None,
-            None,
+            gradients_q = _plain_backward(grad, saved_scores, qkv_q, inputs, shape)
+        grad_qkv_q, grad_probs_scale, grad_bias = gradients_q
+
+        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        quantizer_grads = []
+        for quantizer, grad_x_q, x, out in zip(
+            inputs.quantizers[:3], grad_qkv_q, qkv.chunk(3, -1), grad_qkv.chunk(3, -1), strict=True
+        ):
+            input_grads = operators.gradients(quantizer, grad_x_q, x, out=out)
+            quantizer_grads.append(quantizer_gradient(input_grads))
+        probs_grad = gradient_of(LSQParams, scale=grad_probs_scale)
+        gradients = _Inputs(
+            qkv=grad_qkv,
+            scoring=gradient_of(Scoring, bias=grad_bias),
+            quantizers=_Quantizers(*quantizer_grads, probs_grad),
         )
+        return _flatten(gradients)
+
+
+_Gradients = tuple[list[Tensor], Tensor, Tensor | None]
+
+
+def _tiled_backward(
+    grad: Tensor,
+    row_sums: Tensor,
+    qkv_q: tuple[Tensor, Tensor, Tensor],
+    inputs: _Inputs,
+    shape: ScoreShape,
+) -> _Gradients:
+    """Gradients of quantized queries, keys and values, of the scale of probabilities, and None."""
+    probs = inputs.quantizers.probs
+    *grads, grad_scale = tiled_attention.backward(
+        grad, row_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
+    )
+    scores = row_sums.unsqueeze(-1).expand(*row_sums.shape, row_sums.shape[-1])
+    return grads, grad_scale * gradient_scale(scores, probs.codes, probs.grad_factor), None
+
+
+def _plain_backward(
+    grad: Tensor,
+    probs: Tensor | None,
+    qkv_q: tuple[Tensor, Tensor, Tensor],
+    inputs: _Inputs,
+    shape: ScoreShape,
+) -> _Gradients:
+    """Gradients of quantized queries, keys and values, of the scale of probabilities, of the bias.
+
+    Without saved probabilities, computes them again.
+    """
+    q, k, v = qkv_q
+    num_tokens = q.shape[1]
+    k = pad(k)
+    v = pad(v)
+    if probs is None:
+        probs = _to_probs(q, k, inputs, shape)
+    grad_scores, grad_v, grad_scale, grad_bias = gather_backward(
+        grad,
+        probs,
+        v,
+        inputs.quantizers.probs,
+        shape,
+        with_bias=inputs.scoring.bias is not None,
+    )
+    num_heads = shape.num_heads
+    grad_q = torch.empty_like(q)
+    grad_k = torch.empty_like(k)
+    grad_keys = grad_scores.transpose(-2, -1)
+    heads_product(grad_scores, heads_of(k, num_heads), heads_of(grad_q, num_heads), 1.0)
+    heads_product(grad_keys, heads_of(q, num_heads), heads_of(grad_k, num_heads), 1.0)
+    return [grad_q, grad_k[:, :num_tokens], grad_v[:, :num_tokens]], grad_scale, grad_bias
 
 
 def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) -> Tensor:
@@ -121,9 +206,10 @@ def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) ->
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values, each grouped by head.
         operands: quantizers of queries, keys, values (B, N, h*d) and probabilities (..., N, N).
-        scoring: see there.
+        scoring: see `Scoring`.
 
     Returns:
         (B, N, h*d).
     """
-    return _Attention.apply(qkv, *scoring, *flat(operands))
+    inputs = _Inputs(qkv, scoring, _Quantizers(*operands))
+    return _Attention.apply(*_flatten(inputs))

@@ -1,6 +1,7 @@
-"""Products of attention, a head after the other: neither are heads moved next to each other before, nor back afterwards.
+"""Matrix products of attention, one head at a time, on views: no head is copied.
 
-One product of all heads and images would need a single distance from each to the next; of one head's, that is an image.
+A batched product needs one distance in memory from each matrix to the next. The images of one head
+have it, all heads of all images do not.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from torch.nn import functional as F
 
 from qat.kernels.library import operator
 
-# Elements of an image's product from which on it is written in place on a CPU: moving takes 0.4 of the time at 16 tokens of 32 channels,
-# and 1.15 of it at 197 of 64.
+# On a CPU, products with at least this many elements an image are written in place. Copying them
+# takes 0.4 of the time at 16 tokens of 32 channels, and 1.15 of it at 197 tokens of 64.
 LARGE = 2048
 
-
-# Elements that a row of scores is a multiple of, by kind of device: tensor cores want 16 bytes, and take several times as long without.
+# Rows of scores are padded to a multiple of this many elements, by kind of device: tensor cores
+# read 16 bytes at once, and take several times as long without.
 ROWS = {"cuda": 8}
 
 
 def pad(x: Tensor) -> Tensor:
-    """`x` (B, N, C) with zeros after its N keys, so that rows of scores are as long as the device wants them."""
-    more = -x.shape[1] % ROWS.get(x.device.type, 1)
-    return F.pad(x, (0, 0, 0, more)) if more else x
+    """`x` (B, N, C) with zeros after its N keys, so that rows of scores have a length of `ROWS`."""
+    multiple = ROWS.get(x.device.type, 1)
+    padding = -x.shape[1] % multiple
+    if padding == 0:
+        return x
+    return F.pad(x, (0, 0, 0, padding))
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
@@ -35,39 +39,51 @@ def heads_of(x: Tensor, num_heads: int) -> Tensor:
 
 @operator("(Tensor a, Tensor b, Tensor(a!) out, float factor) -> ()")
 def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
-    """The products factor * (a @ b) for each head and image, written to `out`.
+    """Write factor * (a @ b) of each head and image to `out`.
 
     Args:
         a: (h, B, n, k), or (B, n, k) for all heads.
         b: (h, B, k, m), or (B, k, m) for all heads.
-        out: (h, B, n, m); its heads may lie anywhere.
-        factor: a power of two is part of the product, another number is multiplied after it, as a product in two steps would be.
+        out: (h, B, n, m), of any strides.
+        factor: a power of two is part of the product; another number is multiplied afterwards,
+            which rounds as two operations do.
     """
-    inside = exact_part(factor)
-    for head, one in enumerate(out.unbind(0)):
-        left, right = (t[head] if t.ndim > 3 else t for t in (a, b))
-        # What does not lie in one piece is multiplied image by image: for small ones the calls cost more than to move the result does.
-        if one.is_contiguous() or one.is_cuda or one.shape[-2] * one.shape[-1] >= LARGE:
-            torch.baddbmm(one, left, right, beta=0, alpha=inside, out=one)
+    alpha = exact_part(factor)
+    for head, head_out in enumerate(out.unbind(0)):
+        left = a[head] if a.ndim > 3 else a
+        right = b[head] if b.ndim > 3 else b
+        num_elements = head_out.shape[-2] * head_out.shape[-1]
+        # An output that is not contiguous is computed image by image: for small ones these calls
+        # cost more than copying the result.
+        if head_out.is_contiguous() or head_out.is_cuda or num_elements >= LARGE:
+            torch.baddbmm(head_out, left, right, beta=0, alpha=alpha, out=head_out)
         else:
-            one.copy_(torch.baddbmm(one.new_empty(()), left, right, beta=0, alpha=inside))
-    if factor != inside:
+            empty = head_out.new_empty(())
+            head_out.copy_(torch.baddbmm(empty, left, right, beta=0, alpha=alpha))
+    if factor != alpha:
         out.mul_(factor)
 
 
 @operator("(Tensor a, Tensor b, Tensor(a!) out) -> ()")
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Add the products a (h, B, n, k) @ b (h, B, k, m) of all heads to `out` (B, n, m), in half precision rounded once, after the sum.
+    """Add the products of all heads to `out`; in half precision the sum is rounded once.
 
-    For that it is one product over all heads there, which costs a copy of `a`, and one of `b` unless its (B, k, h, m) is in one piece.
+    For that, half precision takes one product over all heads. It copies `a`, and `b` unless its
+    (B, k, h, m) is contiguous.
+
+    Args:
+        a: (h, B, n, k).
+        b: (h, B, k, m).
+        out: (B, n, m).
     """
     if a.dtype != torch.float32:
         out.baddbmm_(a.permute(1, 2, 3, 0).flatten(2), b.permute(1, 2, 0, 3).flatten(1, 2))
         return
-    for one, other in zip(a.unbind(0), b.unbind(0), strict=True):
-        out.baddbmm_(one, other)
+    for left, right in zip(a.unbind(0), b.unbind(0), strict=True):
+        out.baddbmm_(left, right)
 
 
 def exact_part(factor: float) -> float:
-    """A power of two itself, as a product with it is not rounded; else 1."""
-    return factor if math.frexp(factor)[0] == 0.5 else 1.0
+    """`factor` if it is a power of two, whose products are not rounded; else 1."""
+    mantissa, _ = math.frexp(factor)
+    return factor if mantissa == 0.5 else 1.0

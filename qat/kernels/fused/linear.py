@@ -13,13 +13,13 @@ from torch import Tensor
 from qat.kernels import LSQParams, operators
 from qat.kernels.fused.operand import (
     gradient_of,
-    keep,
-    kept,
     linear,
+    load_saved,
     product_dtype,
     quantizer_gradient,
+    save,
 )
-from qat.kernels.fused.source import FunctionInput, given, source_gradient
+from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
 from qat.kernels.library import differentiated_once
 
@@ -58,7 +58,7 @@ class _LsqLinear(torch.autograd.Function):
         dtype = product_dtype(source.origin)
         weight_q, weight_params = inputs.weight_params.begin(inputs.weight, dtype)
         saved = inputs._replace(source=source._replace(result=None), weight_params=weight_params)
-        keep(ctx, *_flatten(saved), dtype)
+        save(ctx, *_flatten(saved), dtype)
 
         x_q = operators.quantize(inputs.quantizer, source.value, dtype)
         out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
@@ -68,7 +68,7 @@ class _LsqLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        *saved, dtype = kept(ctx)
+        *saved, dtype = load_saved(ctx)
         inputs = _unflatten(saved)
         source = inputs.source
         quantizer = inputs.quantizer
@@ -95,7 +95,7 @@ class _LsqLinear(torch.autograd.Function):
             in_place=True,
             dequantized=dtype if needs_x_q else None,
             norm=(source.norm_weight, source.norm_bias),
-            made=source.made,
+            producer=source.producer,
         )
         grad_weight = None
         grad_weight_scale = None
@@ -130,5 +130,5 @@ def lsq_linear(
     Returns:
         (..., out), in the dtype of `x`, or the dtype of autocast if it is on.
     """
-    inputs = _Inputs(given(x), operand, weight, params, bias)
+    inputs = _Inputs(function_input(x), operand, weight, params, bias)
     return _LsqLinear.apply(*_flatten(inputs))

@@ -1,4 +1,4 @@
-"""What fused Functions share: when they may run, how they are given quantizers, what they keep for backward."""
+"""Helpers of all fused Functions: when they may run, how inputs are flattened, what is saved."""
 
 from __future__ import annotations
 
@@ -16,46 +16,57 @@ from qat.kernels.rows import PLAIN
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False where kernels are off, or somebody watches functions of torch, as counts of products do."""
+    """False if kernels are off, or if functions of torch are intercepted, as FLOP counters do."""
     return not kernels.are_off() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
 
 
-def keep(ctx: Any, *args: Any) -> None:
-    """Save for backward what `kept` gives back: tensors the way that torch wants it, the rest beside."""
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
-    ctx.rest = tuple(None if isinstance(x, Tensor) else x for x in args)
+def save(ctx: Any, *args: Any) -> None:
+    """Save tensors and other objects for `load_saved`, which backward calls."""
+    tensors: list[Tensor | None] = []
+    others: list[Any] = []
+    for arg in args:
+        is_tensor = isinstance(arg, Tensor)
+        tensors.append(arg if is_tensor else None)
+        others.append(None if is_tensor else arg)
+    ctx.save_for_backward(*tensors)
+    ctx.saved_others = tuple(others)
 
 
-def kept(ctx: Any) -> list[Any]:
-    """See `keep`. To be asked once: under checkpointing it is gone afterwards."""
-    return [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+def load_saved(ctx: Any) -> list[Any]:
+    """The arguments of `save`. Call it once: checkpointing frees the tensors afterwards."""
+    args = []
+    for tensor, other in zip(ctx.saved_tensors, ctx.saved_others, strict=True):
+        args.append(other if tensor is None else tensor)
+    return args
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast, if it is on, makes of the factors of a product; else the dtype of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    """Dtype of the factors of a product: the one of autocast if it is on, else the dtype of `x`."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
 def probs_dtype(x: Tensor) -> torch.dtype:
-    """Float32 under autocast, which on a CPU would not ask that of a softmax; else the dtype of `x`."""
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """Float32 under autocast, also on CPUs, where autocast leaves a softmax in half precision."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.float32
+    return x.dtype
 
 
-def flat(parts: Iterable[tuple[Any, ...]]) -> Any:
-    """Quantizers as a Function is given them, one after the other."""
-    return (t for part in parts for t in part)
+def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Fields of several quantizers, one after the other, as arguments of a Function."""
+    fields: list[Any] = []
+    for part in parts:
+        fields.extend(part)
+    return fields
 
 
-def params(args: Any) -> list[LSQParams]:
-    """What `flat` made of LSQ quantizers."""
+def split_params(args: Any) -> list[LSQParams]:
+    """LSQ quantizers from the fields that `flat` returned."""
     size = len(LSQParams._fields)
     return [LSQParams(*args[i : i + size]) for i in range(0, len(args), size)]
-
-
-def of_params(found: Iterable[LsqGradients]) -> Any:
-    """Gradients of what `flat` made of LSQ quantizers."""
-    return flat((*one[1:4], None, None, None) for one in found)
 
 
 def quantizer_gradient(grads: LsqGradients) -> Any:
@@ -69,5 +80,7 @@ def gradient_of(kind: type[Any], **gradients: Any) -> Any:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` in the dtype of `x`, which `weight` has."""
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    """`F.linear` of `x` and a `weight` of the same dtype; the bias is cast to it."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return F.linear(x, weight, bias)

@@ -14,11 +14,11 @@ from qat.kernels.fused.heads import add_products, exact_part, heads_product, pad
 from qat.kernels.fused.operand import (
     flat,
     gradient_of,
-    keep,
-    kept,
     linear,
-    params,
+    load_saved,
     quantizer_gradient,
+    save,
+    split_params,
 )
 from qat.kernels.fused.scores import (
     ScoreShape,
@@ -26,9 +26,9 @@ from qat.kernels.fused.scores import (
     gather,
     gather_backward,
     shape_for,
-    to_keep,
+    to_probs,
 )
-from qat.kernels.fused.source import FunctionInput, given, source_gradient
+from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
 from qat.kernels.library import differentiated_once
 
@@ -101,7 +101,7 @@ def _unflatten(args: Any) -> _Inputs:
         weights=QkrWeights(*args[10:15]),
         matrix_params=WeightParams(*args[15:18]),
         v_params=WeightParams(*args[18:21]),
-        quantizers=QkrOperands(*params(args[21:])),
+        quantizers=QkrOperands(*split_params(args[21:])),
     )
 
 
@@ -130,7 +130,7 @@ def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParam
 
 
 def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
-    """The result (h, B, N, M) of `to_keep` from quantized input (B, M, C) and keys (h, B, M, C)."""
+    """`to_probs` (h, B, N, M) of the quantized input (B, M, C) and keys (h, B, M, C)."""
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
@@ -143,7 +143,7 @@ def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) 
         scores.add_(key_scores.unsqueeze(2) * factor)
     if factor != shape.factor:
         scores.mul_(shape.factor)
-    return to_keep(scores, inputs.scoring.bias, inputs.scoring.mask, shape)
+    return to_probs(scores, inputs.scoring.bias, inputs.scoring.mask, shape)
 
 
 def _linear_backward(
@@ -165,7 +165,7 @@ def _linear_backward(
 def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
     """The quantized input (B, M, C), computed from `origin`."""
     source = inputs.source
-    x, *_ = source.made.forward(source.origin, source.norm_weight, source.norm_bias)
+    x, *_ = source.producer.forward(source.origin, source.norm_weight, source.norm_bias)
     return pad(operators.quantize(inputs.quantizers.input, x, dtype))
 
 
@@ -214,14 +214,14 @@ class _Qkr(torch.autograd.Function):
         source = inputs.source._replace(result=None)
         saved = inputs._replace(source=source, matrix_params=matrix_params, v_params=v_params)
         mapped_and_probs = (mapped, probs) if scoring.keep_probs else (None, None)
-        keep(ctx, *_flatten(saved), shape, values, *mapped_and_probs)
+        save(ctx, *_flatten(saved), shape, values, *mapped_and_probs)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
         return gather(probs, values_q, quantizers.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        *saved, shape, values, mapped, probs = kept(ctx)
+        *saved, shape, values, mapped, probs = load_saved(ctx)
         inputs = _unflatten(saved)
         quantizers = inputs.quantizers
         x = inputs.source.origin
@@ -320,7 +320,7 @@ def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
         source.origin,
         in_place=True,
         norm=(source.norm_weight, source.norm_bias),
-        made=source.made,
+        producer=source.producer,
     )
 
 
@@ -339,5 +339,5 @@ def qkr_attention(
     Returns:
         (B, N, h*d).
     """
-    inputs = _Inputs(given(x), scoring, weights, *params, operands)
+    inputs = _Inputs(function_input(x), scoring, weights, *params, operands)
     return _Qkr.apply(*_flatten(inputs))

@@ -1,4 +1,4 @@
-"""From scores to what leaves the heads, and back: the half that attention with and without query-key reparameterization share."""
+"""From scores to the output of the heads, and back: common to both forms of attention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from qat.kernels.fused.operand import probs_dtype, product_dtype
 
 
 class Scoring(NamedTuple):
-    """What happens to scores, and how.
+    """Operations between scores and probabilities.
 
     Attributes:
         bias: (h, N, N), added for every image, or None.
-        mask: (W, N, N) without gradient, added to the W windows that follow each other along the batch, or None.
+        mask: (W, N, N) without gradient, added to the W windows of each image, or None.
         num_heads: h.
-        factor: what they are multiplied by.
-        keep_probs: keep the probabilities for backward, and the product with the folded matrix; else they are made again.
+        factor: factor on the scores, before bias and mask.
+        keep_probs: save for backward the probabilities, and the product with the folded matrix;
+            else backward computes them again.
     """
 
     bias: Tensor | None
@@ -32,13 +33,14 @@ class Scoring(NamedTuple):
 
 
 class ScoreShape(NamedTuple):
-    """Sizes that the halves share.
+    """Sizes and dtypes of scores.
 
     Attributes:
         num_heads: h.
-        factor: what scores are multiplied by.
-        dtype: of the factors of products.
-        probs_dtype: of the probabilities; None = float32, made of the scores again in backward, in the pass of their quantizer.
+        factor: factor on the scores.
+        dtype: dtype of the factors of products.
+        probs_dtype: dtype of the probabilities. None on CUDA, where the kernel of their quantizer
+            computes them in float32 from the scores, again in backward.
     """
 
     num_heads: int
@@ -48,94 +50,127 @@ class ScoreShape(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Of `Made`, for what `to_keep` gives."""
+        """The `Made.kind` of the results of `to_probs`."""
         return "softmax" if self.probs_dtype else "scores"
 
 
 def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
-    """Under autocast, products are in its dtype and softmax is in float32; else all is in the dtype of `x`.
+    """Sizes and dtypes for an input `x`: under autocast, products are in its dtype.
 
-    On CUDA backward is given scores: half the memory of probabilities, which cost less to make than to read.
+    On CUDA backward gets scores: they take half the memory of probabilities, which take less time
+    to compute than to read.
     """
+    from_scores = x.device.type in ROWS
     return ScoreShape(
-        num_heads, factor, product_dtype(x), None if x.device.type in ROWS else probs_dtype(x)
+        num_heads=num_heads,
+        factor=factor,
+        dtype=product_dtype(x),
+        probs_dtype=None if from_scores else probs_dtype(x),
     )
 
 
-def to_keep(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape) -> Tensor:
-    """What is kept: probabilities (h, B, N, M) of scaled scores, zero from the N-th key on, or what they are made of.
+def _pad_keys(x: Tensor, padding: int) -> Tensor:
+    """`x` (..., N) with zeros after its N keys."""
+    return F.pad(x, (0, padding)) if padding else x
+
+
+def to_probs(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape) -> Tensor:
+    """Probabilities of scaled scores, zero for padded keys.
 
     Args:
-        scores: (h, B, N, M), the keys padded; may be written to.
-        bias: (h, N, N), added for every image; None = nothing.
-        mask: (W, N, N), added to the W windows that follow each other along B; None = nothing.
-        shape: see there.
+        scores: (h, B, N, M), the keys padded from N to M; may be overwritten.
+        bias: (h, N, N), added for every image, or None.
+        mask: (W, N, N), added to the W windows of each image, or None.
+        shape: sizes and dtypes.
+
+    Returns:
+        (h, B, N, M). If `shape.probs_dtype` is None, the scores before the softmax.
     """
-    more = scores.shape[-1] - scores.shape[-2]
-    bias, mask = (F.pad(t, (0, more)) if t is not None and more else t for t in (bias, mask))
+    padding = scores.shape[-1] - scores.shape[-2]
     if bias is not None:
-        scores = scores + bias.unsqueeze(1)
+        scores = scores + _pad_keys(bias, padding).unsqueeze(1)
     if mask is not None:
-        scores = (scores.unflatten(1, (-1, mask.shape[0])) + mask).flatten(1, 2)
-    if more:
-        scores[..., -more:].fill_(-torch.inf)
-    return scores.softmax(-1, dtype=shape.probs_dtype) if shape.probs_dtype else scores
+        windows = scores.unflatten(1, (-1, mask.shape[0]))
+        scores = (windows + _pad_keys(mask, padding)).flatten(1, 2)
+    if padding:
+        scores[..., -padding:].fill_(-torch.inf)
+    if shape.probs_dtype is None:
+        return scores
+    return scores.softmax(-1, dtype=shape.probs_dtype)
 
 
-def gather(found: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape) -> Tensor:
-    """Quantized probabilities (h, B, N, M), of what `to_keep` gave, times quantized, padded values (B, M, h*d): (B, N, h*d)."""
-    probs = Made(shape.kind).forward(found, None, None)[0]
+def gather(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: ScoreShape) -> Tensor:
+    """Quantized probabilities times values.
+
+    Args:
+        probs: (h, B, N, M), result of `to_probs`.
+        values: (B, M, h*d), quantized and padded.
+        quantizer: quantizer of the probabilities.
+        shape: sizes and dtypes.
+
+    Returns:
+        (B, N, h*d).
+    """
+    probs, *_ = Made(shape.kind).forward(probs, None, None)
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
-    quantized = operators.quantize(operand, probs, shape.dtype)
-    heads_product(quantized, heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
+    probs_q = operators.quantize(quantizer, probs, shape.dtype)
+    heads_product(probs_q, heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
     return out
 
 
 def gather_backward(
     grad: Tensor,
-    found: Tensor,
+    probs: Tensor,
     values: Tensor,
-    operand: LSQParams,
+    quantizer: LSQParams,
     shape: ScoreShape,
     *,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `gather(softmax(factor * scores + bias))`.
+    """Gradients of `gather(softmax(factor * scores + bias), values)`.
 
     Args:
-        grad: of its result (B, N, h*d).
-        found: (h, B, N, M), what `to_keep` gave.
-        values: as in the forward pass.
-        operand: as in the forward pass.
-        shape: as in the forward pass.
-        with_bias: whether there was one.
+        grad: gradient of the result (B, N, h*d).
+        probs: (h, B, N, M), result of `to_probs`.
+        values: (B, M, h*d), quantized and padded.
+        quantizer: quantizer of the probabilities.
+        shape: sizes and dtypes.
+        with_bias: compute the gradient of the bias.
 
     Returns:
-        Those of the unscaled scores (h, B, N, M), in the dtype of products, of the quantized values (B, M, h*d), of the scale of the
-        probabilities, and of the bias, (h, N, N) or None.
+        Gradients of the unscaled scores (h, B, N, M), in the dtype of products, of the quantized
+        values (B, M, h*d), of the scale of the probabilities, and of the bias, (h, N, N) or None.
     """
-    h, n = shape.num_heads, found.shape[-2]
-    grads, of_values = heads_of(grad, h), torch.empty_like(values)
-    of_scores = grad.new_empty(found.shape)
-    heads_product(grads, heads_of(values, h).transpose(-2, -1), of_scores, 1.0)
-    # What is summed up for a bias is not rounded before.
-    out = (
-        torch.empty_like(found, dtype=torch.float32)
-        if with_bias and of_scores.dtype != torch.float32
-        else of_scores
-    )
-    made = Made(shape.kind, 1.0 if with_bias else shape.factor)
-    grads_of = operators.gradients(
-        operand,
-        of_scores,
-        found,
-        out=out,
+    num_tokens = probs.shape[-2]
+    head_grads = heads_of(grad, shape.num_heads)
+    head_values = heads_of(values, shape.num_heads)
+    grad_values = torch.empty_like(values)
+    grad_probs_q = grad.new_empty(probs.shape)
+    heads_product(head_grads, head_values.transpose(-2, -1), grad_probs_q, 1.0)
+
+    grad_scores = grad_probs_q  # overwritten
+    if with_bias and grad_probs_q.dtype != torch.float32:
+        # The gradient of the bias is a sum of scores' gradients that are not rounded.
+        grad_scores = torch.empty_like(probs, dtype=torch.float32)
+    grads = operators.gradients(
+        quantizer,
+        grad_probs_q,
+        probs,
+        out=grad_scores,
         dequantized=shape.dtype,
-        made=made,
-        counted=found[..., :n],
+        producer=Made(shape.kind, 1.0 if with_bias else shape.factor),
+        counted=probs[..., :num_tokens],
     )
-    heads_product(grads_of.dequantized.transpose(-2, -1), grads, heads_of(of_values, h), 1.0)  # type: ignore[union-attr]  # it is asked for
-    of_bias = out[..., :n].sum(1) if with_bias else None
-    if with_bias and shape.factor != 1:
-        out.mul_(shape.factor)
-    return out.to(shape.dtype), of_values, grads_of.scale, of_bias
+    probs_q = grads.dequantized
+    heads_product(
+        probs_q.transpose(-2, -1),  # type: ignore[union-attr]  # requested above
+        head_grads,
+        heads_of(grad_values, shape.num_heads),
+        1.0,
+    )
+    grad_bias = None
+    if with_bias:
+        grad_bias = grad_scores[..., :num_tokens].sum(1)
+        if shape.factor != 1:
+            grad_scores.mul_(shape.factor)
+    return grad_scores.to(shape.dtype), grad_values, grads.scale, grad_bias

@@ -1,4 +1,8 @@
-"""How a tensor was made, noted on the tensor itself: who needs it in backward can keep what it was made of, which is kept anyway."""
+"""Notes on tensors that name the operation and the tensors that they were computed from.
+
+A fused Function whose input has such a note saves the input of that operation, which autograd
+saves anyway, and computes its own input again in backward.
+"""
 
 from __future__ import annotations
 
@@ -18,94 +22,104 @@ _NOTE = "qat_source"
 
 
 class Source(NamedTuple):
-    """What gave the tensor.
+    """Origin of a tensor.
 
     Attributes:
-        tensors: input, weight and bias of the operation, as far as it has them.
-        made: the operation.
-        version: those of the tensor and of the input, added; another sum means that somebody has written into one since.
+        tensors: input, weight and bias of the operation; None for those that it does not have.
+        producer: the operation.
+        version: sum of the version counters of the tensor and the input. Another sum later means
+            that one of the two was written to.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
-    made: Made
+    producer: Made
     version: int
 
     def __reduce__(self) -> tuple[type[torch.Size], tuple[()]]:
-        """Saved with a tensor as an empty one: what it was made of may be large; `torch.load` takes a Size with `weights_only`."""
+        """Pickle as an empty `torch.Size`, which `weights_only` allows: tensors may be large."""
         return torch.Size, ()
 
 
 def remember(
-    made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    out: Tensor,
+    producer: Made,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Note on `made` what it is made of, all of which somebody keeps for backward already.
+    """Note on `out` what it was computed from; autograd has to save these tensors anyway.
+
+    Args:
+        out: result of the operation.
+        producer: the operation.
+        x: its input.
+        weight: its weight, or None.
+        bias: its bias, or None.
 
     Returns:
-        `made`.
+        `out`.
     """
-    version = (
-        0 if torch.compiler.is_compiling() else made._version + x._version
-    )  # which a graph cannot ask for
-    setattr(made, _NOTE, Source((x, weight, bias), how, version))
-    return made
+    version = 0
+    if not torch.compiler.is_compiling():  # version counters would break the graph
+        version = out._version + x._version
+    setattr(out, _NOTE, Source((x, weight, bias), producer, version))
+    return out
 
 
 @operator("(Tensor x) -> ()")
 def check_unwritten(x: Tensor) -> None:
-    """Raise `UsageError` while a graph is made in which `x` was written into since it was made, whose note would be wrong."""
+    """Raise `UsageError` if a graph that is being traced wrote into `x` after `x` got its note."""
     if x._version and type(x) not in PLAIN:
         raise UsageError(
-            "compile: a net writes in place into what a LayerNorm or GELU gave; must be false, or the net's x.mul_(2) x = x * 2"
+            "compile: a net writes in place into what a LayerNorm or GELU gave; must be false, "
+            "or the net's x.mul_(2) x = x * 2"
         )
 
 
 def _source(x: Tensor) -> Source | None:
-    """The note of `x`, if nobody has written into it, or wants to see its gradient, since."""
+    """The note of `x`; None if it was written to since then, or if its own gradient is watched."""
     note: Source | None = getattr(x, _NOTE, None)
-    if not note:
+    if not note:  # an unpickled note is empty
         return None
     if torch.compiler.is_compiling():
         check_unwritten(x)
         return note
-    return (
-        None
-        if note.version != x._version + note.tensors[0]._version
-        or x.retains_grad
-        or x._backward_hooks
-        else note
-    )
+    was_written = note.version != x._version + note.tensors[0]._version
+    if was_written or x.retains_grad or x._backward_hooks:
+        return None
+    return note
 
 
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
-    """`x.unflatten(dim, sizes)`, a dimension before the last, which keeps the note of `x`."""
-    made, note = x.unflatten(dim, sizes), _source(x)
-    return (
-        made
-        if note is None
-        else remember(made, note.made, note.tensors[0].unflatten(dim, sizes), *note.tensors[1:])
-    )
+    """`x.unflatten(dim, sizes)` with the note of `x`; `dim` must not be the last dimension."""
+    out = x.unflatten(dim, sizes)
+    note = _source(x)
+    if note is None:
+        return out
+    origin, weight, bias = note.tensors
+    return remember(out, note.producer, origin.unflatten(dim, sizes), weight, bias)
 
 
 class FunctionInput(NamedTuple):
     """The input of a fused Function, and the tensor that it was computed from.
 
     Attributes:
-        result: what the Function quantizes, without gradient; None where that is `origin` itself.
+        result: the tensor to quantize, without gradient; None if that is `origin` itself.
         origin: the tensor that is saved for backward and gets the gradient.
         norm_weight: weight of the LayerNorm between the two, or None.
         norm_bias: bias of the LayerNorm, or None.
-        made: the operation between the two.
+        producer: the operation between the two.
     """
 
     result: Tensor | None
     origin: Tensor
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-    made: Made
+    producer: Made
 
     @property
     def value(self) -> Tensor:
-        """What the Function quantizes."""
+        """The tensor that the Function quantizes."""
         return self.origin if self.result is None else self.result
 
 
@@ -116,10 +130,10 @@ def source_gradient(grads: LsqGradients) -> Any:
     )
 
 
-def given(x: Tensor) -> FunctionInput:
-    """`x` as a fused Function receives it."""
+def function_input(x: Tensor) -> FunctionInput:
+    """`x` with its origin, as a fused Function receives it."""
     source = _source(x)
     if source is None:
         return FunctionInput(None, x, None, None, Made())
     origin, weight, bias = source.tensors
-    return FunctionInput(x.detach(), origin, weight, bias, source.made)
+    return FunctionInput(x.detach(), origin, weight, bias, source.producer)

@@ -12,7 +12,7 @@ from qat.functional.statsq import statsq
 from qat.kernels import LSQParams
 from qat.kernels.fused.heads import heads_of
 from qat.kernels.fused.operand import probs_dtype
-from qat.kernels.fused.scores import ScoreShape, Scoring, to_keep
+from qat.kernels.fused.scores import ScoreShape, Scoring, to_probs
 from qat.kernels.fused.weight import WeightParams
 
 
@@ -48,7 +48,7 @@ def lsq_linear(
 
 def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) -> Tensor:
     shape = ScoreShape(scoring.num_heads, scoring.factor, scores.dtype, probs_dtype(scores))
-    made = to_keep(scores, scoring.bias, scoring.mask, shape)
+    made = to_probs(scores, scoring.bias, scoring.mask, shape)
     return (quantize(probs, made) @ values).permute(1, 2, 0, 3).flatten(2)
 
 

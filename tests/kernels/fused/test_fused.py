@@ -102,7 +102,7 @@ def test_linear(params, bias, offsets):
 def test_a_weight_that_is_kept_is_not_quantized_again(params):
     parts = linear_parts(params=params)
     ready = simple.quantize_weight(params, parts[2]).detach()
-    kept = (*parts[:3], params._replace(ready=ready), parts[4])
+    kept = (*parts[:3], params._replace(cached=ready), parts[4])
     compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
 
 
@@ -112,7 +112,7 @@ def test_a_weight_that_is_kept_is_not_quantized_again(params):
 def test_backward_with_the_quantized_weight_at_hand_gives_the_same_bits(params, monkeypatch):
     found = []
     for kept in (set(), {"cpu"}):
-        monkeypatch.setattr(of_weight, "KEPT", kept)
+        monkeypatch.setattr(of_weight, "SAVED_ON", kept)
         parts = linear_parts(params=params)
         found.append(torch.autograd.grad(lsq_linear(*parts).square().sum(), leaves(*parts)))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -297,5 +297,5 @@ def test_qkr_with_learned_steps_of_weights(ready):
         made = (
             simple.quantize_weight(p, w).detach() for p, w in zip(params, weights[:2], strict=True)
         )
-        params = tuple(p._replace(ready=w) for p, w in zip(params, made, strict=True))
+        params = tuple(p._replace(cached=w) for p, w in zip(params, made, strict=True))
     compare(qkr_attention(x, weights, params, operands, scoring), plain, leaves(*parts))

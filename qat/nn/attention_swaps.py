@@ -1,0 +1,68 @@
+"""Registration of the swaps of an attention class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from qat.errors import UsageError
+from qat.nn.attention import QuantAttention
+from qat.nn.qkr_attention import QkrAttention
+from qat.nn.quant_module import is_watched
+from qat.nn.swap_registry import Swap, SwapContext, is_plain, register_swap
+
+
+def register_attention(
+    cls: type[nn.Module],
+    standard: type[QuantAttention],
+    qkr: Callable[[Any, SwapContext], QkrAttention] | str,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    also_float: bool = False,
+) -> None:
+    """Register the swaps of an attention class.
+
+    Args:
+        cls: class of timm.
+        standard: its quantized form; takes the module and a `SwapContext`.
+        qkr: its form with query-key reparameterization, which is not possible with norms of queries
+            or keys; or the reason why there is none, after "this model".
+        inputs: ranges of the inputs of the standard form's children.
+        also_float: use the standard form for float attention, too, because timm's uses the weight
+            of a quantized Linear without calling it.
+    """
+
+    def swap_standard(module: nn.Module, context: SwapContext) -> Swap:
+        return Swap(standard(module, context), inputs or {})
+
+    def swap_qkr(module: Any, context: SwapContext) -> Swap:
+        reason = _obstacle_to_qkr(module, qkr)
+        if isinstance(qkr, str) or reason is not None:
+            raise UsageError(
+                f"quant.attention='qkr': {reason}; here it must be one of standard, float"
+            )
+        return Swap(qkr(module, context), {"v": "quantized"})
+
+    register_swap(cls, "attention")(swap_standard)
+    if also_float:
+        register_swap(cls, "float_attention")(swap_standard)
+    register_swap(cls, "qkr_attention")(swap_qkr)
+
+
+def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
+    """The reason why a module cannot be reparameterized; None if it can."""
+    has_norms = False
+    for name in ("q_norm", "k_norm"):
+        if not isinstance(getattr(module, name, None), nn.Identity | None):
+            has_norms = True
+    if isinstance(qkr, str) or has_norms:
+        property_of_model = qkr if isinstance(qkr, str) else "normalises queries and keys"
+        return f"this model {property_of_model}, so Wq^T Wk is not its score"
+    if is_plain(module.qkv) and not is_watched(module.qkv):
+        return None
+    return (
+        f"its qkv is a {type(module.qkv).__name__} with more than a weight and a bias, "
+        "or with hooks, and would be taken apart"
+    )

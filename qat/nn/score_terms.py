@@ -1,0 +1,47 @@
+"""Terms that are added to the scores of an attention: biases by relative position, window masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat.nn.swap_registry import SwapContext
+
+
+class RelativeBias(nn.Module):
+    """timm's float table of biases, one per head and relative position.
+
+    A mixin: name it before the attention class.
+
+    Attributes:
+        relative_position_bias_table: (relative positions, h).
+        relative_position_index: (N, N) rows of the table; timm computes it, checkpoints do not
+            store it.
+    """
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+
+    def __init__(self, attention: Any, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.register_buffer(
+            "relative_position_index", attention.relative_position_index, persistent=False
+        )
+
+    def position_bias(self) -> Tensor:
+        """(h, N, N), to be added to scaled scores."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+def add_window_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Mask scores between parts of a window that only a cyclic shift put next to each other.
+
+    Args:
+        scores: (B*windows, h, N, N).
+        mask: (windows, N, N), 0 or -100; None without a shift.
+    """
+    if mask is None:
+        return scores
+    return (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
