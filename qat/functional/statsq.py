@@ -36,8 +36,8 @@ def statsq_scale(w: Tensor) -> Tensor:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
     if w.ndim == 3:
-        # One dimension after the other, as in the paper's code: codes of equal weights are ties, and
-        # the rounding error of a mean over both dimensions would break them.
+        # One dimension after the other, as in the paper's code: codes of equal weights are ties,
+        # and the rounding error of a mean over both dimensions would break them.
         return 2 * magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
     return 2 * magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
 
