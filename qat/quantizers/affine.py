@@ -1,4 +1,4 @@
-"""Affine quantizers, whose ranges are calibrated by `qat.ptq` or by min-max, or those of weights."""
+"""Affine quantizers: ranges calibrated by `qat.ptq` or by min-max, and ranges of weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Affine(Quantizer):
         self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the fixed range; then bias correction, if the spec asks for it."""
+        """`fake_quantize_affine` on the fixed range, with the bias correction of the spec."""
         y = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
         if self.spec.bias_correction:
             return correct_mean_and_std(y, x, self.axis or 0)

@@ -53,7 +53,7 @@ class Shifted(Quantizer):
         return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
     def operand(self) -> LSQParams | None:
-        """Operand of the inner quantizer, with the offsets; None if they vary over two dimensions."""
+        """Operand of the inner quantizer, with the offsets; None for offsets over pixels."""
         operand = self.quantizer.operand()
         if not isinstance(operand, LSQParams) or self.spec.offset_ndim != 1:
             return None
