@@ -1,6 +1,7 @@
-"""Pure functions: tensors in, tensors out, no state. `axis` is the dimension that keeps scales of its own, None = one scale.
+"""Pure functions: tensors in, tensors out, no state.
 
-The search is a module of its own, `qat.functional.evolution`.
+`axis` is the dimension that keeps scales of its own, None = one scale for the tensor. The functions
+of the search are not exported here; see `qat.functional.evolution`.
 """
 
 from qat.functional.affine import (

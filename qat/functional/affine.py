@@ -1,4 +1,4 @@
-"""Uniform affine quantization with a zero point. Scales read off data: `qat/functional/observers.py`."""
+"""Uniform affine quantization with a zero point; `qat.functional.observers` finds scales."""
 
 from __future__ import annotations
 
@@ -14,31 +14,55 @@ _EPS = torch.finfo(torch.float32).eps
 def code_range(bits: int, *, signed: bool) -> tuple[int, int]:
     """Lowest and highest code of a `bits`-wide integer."""
     check_bits("bits", bits)
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    if signed:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
 
 
 def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of every slice along `axis`, float32, (x.shape[axis],) each, or (1,) for None."""
+    """Smallest and largest value of every slice along `axis`.
+
+    Returns:
+        Two float32 tensors, (x.shape[axis],) each, or (1,) for None.
+    """
     low, high = slices_along(x, axis).aminmax(dim=1)
     return low, high
 
 
 def slices_along(x: Tensor, axis: int | None) -> Tensor:
-    """The values that share a scale as rows, float32 without gradient: (x.shape[axis], m), or (1, m) for None."""
+    """Values that share a scale, as rows.
+
+    Returns:
+        (x.shape[axis], m), or (1, m) for None; float32 without gradient.
+    """
     x = x.detach().float()
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
+    if axis is None:
+        return x.reshape(1, -1)
+    return x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def symmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Scale max(|low|, |high|) / ((qmax - qmin) / 2), at least float32 eps, and zero point 0; the shape of `low`."""
-    scale = (torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2)).clamp(min=_EPS)
+    """Scale and zero point of a range around 0.
+
+    Returns:
+        Scale max(|low|, |high|) / ((qmax - qmin) / 2), at least float32 eps, and zero point 0; the
+        shape of `low`.
+    """
+    largest = torch.maximum(low.abs(), high.abs())
+    scale = (largest / ((qmax - qmin) / 2)).clamp(min=_EPS)
     return scale, torch.zeros_like(scale)
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Scale (high - low) / (qmax - qmin), at least float32 eps, and zero point qmin - round(low / scale), a code; the shape of `low`."""
+    """Scale and zero point that map a range to all codes.
+
+    Returns:
+        Scale (high - low) / (qmax - qmin), at least float32 eps, and zero point
+        qmin - round(low / scale), clamped to the codes; the shape of `low`.
+    """
     scale = ((high - low) / (qmax - qmin)).clamp(min=_EPS)
-    return scale, (qmin - (low / scale).round()).clamp(qmin, qmax)
+    zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax)
+    return scale, zero_point
 
 
 def affine_from_range(
@@ -47,28 +71,39 @@ def affine_from_range(
     """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned ones.
 
     Returns:
-        scale (at least float32 eps) and zero point (a whole number stored as float32), the shape of `low`.
+        Scale (at least float32 eps) and zero point (a whole number stored as float32), the shape of
+        `low`.
     """
-    rule = symmetric_scale if signed else asymmetric_scale
-    return rule(low, high, *code_range(bits, signed=signed))
+    qmin, qmax = code_range(bits, signed=signed)
+    if signed:
+        return symmetric_scale(low, high, qmin, qmax)
+    return asymmetric_scale(low, high, qmin, qmax)
 
 
 def affine_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """Integer codes of `fake_quantize_affine`, zero point included, in [qmin, qmax]; the shape of `x`."""
-    step, zero = view_along(scale.detach(), x.ndim, axis), view_along(zero_point, x.ndim, axis)
-    return (x.detach().float() / step + zero).round().clamp(qmin, qmax).to(code_dtype(qmin, qmax))
+    """Integer codes of `fake_quantize_affine`, in [qmin, qmax] and including the zero point.
+
+    Returns:
+        The shape of `x`, in the smallest integer dtype that holds the codes.
+    """
+    step = view_along(scale.detach(), x.ndim, axis)
+    zero = view_along(zero_point, x.ndim, axis)
+    codes = (x.detach().float() / step + zero).round().clamp(qmin, qmax)
+    return codes.to(code_dtype(qmin, qmax))
 
 
 def fake_quantize_affine(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """(clamp(round(x / s + z), qmin, qmax) - z) * s, straight through the rounding; codes outside the range have no gradient.
+    """(clamp(round(x / s + z), qmin, qmax) - z) * s.
+
+    The gradient passes straight through the rounding; codes outside the range have no gradient.
 
     Args:
         x: any shape and float dtype; computed in float32.
-        scale: (x.shape[axis],), or (1,) for axis None; receives a gradient if it asks for one.
+        scale: (x.shape[axis],), or (1,) for axis None; receives a gradient if it requires one.
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
@@ -77,30 +112,18 @@ def fake_quantize_affine(
     Returns:
         The shape and dtype of `x`.
     """
-    step, zero = (
-        view_along(scale.float(), x.ndim, axis),
-        view_along(zero_point.float(), x.ndim, axis),
-    )
+    step = view_along(scale.float(), x.ndim, axis)
+    zero = view_along(zero_point.float(), x.ndim, axis)
     if not torch.is_grad_enabled():
-        # The same steps in one buffer: several times faster, for the search above all.
-        return (
-            x
-            .float()
-            .div(step)
-            .add_(zero)
-            .round_()
-            .clamp_(qmin, qmax)
-            .sub_(zero)
-            .mul_(step)
-            .to(x.dtype)
-        )
+        # One buffer makes this several times faster, above all in the search.
+        codes = x.float().div(step).add_(zero).round_().clamp_(qmin, qmax)
+        return codes.sub_(zero).mul_(step).to(x.dtype)
     u = x.float() / step + zero
     rounded = u.detach().round()
-    # Not a plain clamp: whether that passes a gradient at its bounds depends on the version of torch. And not of what goes straight
-    # through: where u overflows, that is inf - inf.
-    codes = torch.where(
-        (rounded >= qmin) & (rounded <= qmax), round_ste(u), rounded.clamp(qmin, qmax)
-    )
+    # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Nor the
+    # clamp of `round_ste(u)`: where u overflows, that is inf - inf.
+    is_inside = (rounded >= qmin) & (rounded <= qmax)
+    codes = torch.where(is_inside, round_ste(u), rounded.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)
 
 
@@ -108,10 +131,10 @@ def fake_quantize_affine(
 def fake_quantize_affine_(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """`fake_quantize_affine` written over `x`, without autograd: one buffer instead of one per operation, for inference.
+    """`fake_quantize_affine` in place, without autograd: one buffer for all operations.
 
-    The same operations in the same order, so for finite `x` the values are equal to the last bit (the sign of a zero apart). An infinite
-    value takes the outermost code.
+    The operations and their order are those of `fake_quantize_affine`, so finite values agree to
+    the last bit, except for the sign of zeros. An infinite value takes the outermost code.
 
     Args:
         x: any shape and float dtype; overwritten.
@@ -126,33 +149,35 @@ def fake_quantize_affine_(
     """
     if x.dtype != torch.float32:
         return x.copy_(fake_quantize_affine_(x.float(), scale, zero_point, qmin, qmax, axis))
-    step, zero = (
-        view_along(scale.float(), x.ndim, axis),
-        view_along(zero_point.float(), x.ndim, axis),
-    )
+    step = view_along(scale.float(), x.ndim, axis)
+    zero = view_along(zero_point.float(), x.ndim, axis)
     return x.div_(step).add_(zero).round_().clamp_(qmin, qmax).sub_(zero).mul_(step)
 
 
 def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
-    """(q - mean q) std w / (std q + 1e-8) + mean w in every slice along `axis`, unbiased standard deviations.
+    """(q - mean q) std w / (std q + 1e-8) + mean w in every slice along `axis`.
+
+    Standard deviations are unbiased. The result leaves the integer grid: it is an affine map of the
+    grid per output channel. A slice of one element becomes w.
 
     Source: Banner et al., arXiv 1810.05723, as used by Evol-Q (arXiv 2308.10814).
 
-    The result leaves the integer grid: it is an affine map of it per output channel. A slice of one element becomes w.
-
     Args:
         quantized: the fake-quantized weight, any shape.
-        w: the weight it was made from, the same shape.
+        w: the float weight, the same shape.
         axis: output channels.
 
     Returns:
         The shape and dtype of `quantized`.
     """
-    rows_q, rows_w = (t.float().movedim(axis, 0).flatten(1) for t in (quantized, w))
-    std_q, std_w = (rows.std(-1, correction=min(1, rows.shape[1] - 1)) for rows in (rows_q, rows_w))
-    ratio, mean_q, mean_w = (
-        view_along(t, w.ndim, axis)
-        for t in (std_w / (std_q + 1e-8), rows_q.mean(-1), rows_w.mean(-1))
-    )
-    # Adding and subtracting mean q rounds as the reference does: its losses come out to the last bit.
-    return ((quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w).to(quantized.dtype)
+    rows_q = quantized.float().movedim(axis, 0).flatten(1)
+    rows_w = w.float().movedim(axis, 0).flatten(1)
+    correction = min(1, rows_q.shape[1] - 1)
+    std_q = rows_q.std(-1, correction=correction)
+    std_w = rows_w.std(-1, correction=correction)
+    ratio = view_along(std_w / (std_q + 1e-8), w.ndim, axis)
+    mean_q = view_along(rows_q.mean(-1), w.ndim, axis)
+    mean_w = view_along(rows_w.mean(-1), w.ndim, axis)
+    # Adding and subtracting mean q rounds as the reference does, so its losses agree to the bit.
+    corrected = (quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w
+    return corrected.to(quantized.dtype)

@@ -1,4 +1,7 @@
-"""Which weights sit near a decision threshold: the band of confidence-guided annealing. Source: OFQ, arXiv 2302.02210."""
+"""Weights near a decision threshold: the band of confidence-guided annealing (CGA).
+
+Source: OFQ, arXiv 2302.02210.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,36 @@ def check_boundary(setting: str, boundary: object) -> None:
 
 
 def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
-    """True where z is within `boundary` of i + 1/2, for a whole i from the lowest code that occurs to below the highest.
+    """True where z is within `boundary` of a threshold i + 1/2 between two codes that occur.
+
+    The integer i is at least the lowest code that occurs, and less than the highest.
 
     Args:
-        z: coordinates whose rounding gives the codes, float32.
+        z: coordinates whose rounding is the code, float32.
         qmin: lowest code.
         qmax: highest code.
-        boundary: below 0.5, so that at most one threshold is near: the one above floor(z).
+        boundary: below 0.5, so that at most one threshold is near: floor(z) + 1/2.
     """
     check_boundary("boundary", boundary)
-    below, codes = z.floor(), z.round().clamp(qmin, qmax)
-    above = z - below
-    inner = (below >= codes.amin()) & (below < codes.amax())
-    return inner & (above >= 0.5 - boundary) & (above <= 0.5 + boundary)
+    codes = z.round().clamp(qmin, qmax)
+    floor = z.floor()
+    fraction = z - floor
+    is_inner = (floor >= codes.amin()) & (floor < codes.amax())
+    return is_inner & (fraction >= 0.5 - boundary) & (fraction <= 0.5 + boundary)
 
 
 def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
-    """Weights that CGA trains: those within `boundary` of a threshold of StatsQ; it freezes the others.
+    """Weights that CGA trains: those within `boundary` of a threshold of StatsQ; others are frozen.
 
-    With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 on the present scale s, an entry is near if |z - i - 1/2| <= boundary for a whole
-    i between the lowest and the highest code that occur in the tensor (spec of OFQ's code; both ends of the band belong to it).
+    With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 on the current scale s, an entry is near if
+    |z - i - 1/2| <= boundary for an integer i from the lowest code that occurs in the tensor to
+    below the highest (as in OFQ's code; both ends of the band belong to it).
 
     Args:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw).
         bits: 2 to 8.
-        boundary: half-width of the band in codes, 0 < boundary < 0.5; in the unit of a weight it is boundary * s / 2^(bits-1).
+        boundary: half-width of the band in codes, 0 < boundary < 0.5; boundary * s / 2^(bits-1) in
+            the unit of a weight.
 
     Returns:
         bool, the shape of `w`: True = trainable.

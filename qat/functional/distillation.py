@@ -1,4 +1,7 @@
-"""Distillation loss of OFQ (arXiv 2302.02210) and DeiT: hard labels for the class head, the teacher for the distillation head."""
+"""Distillation loss of OFQ (arXiv 2302.02210) and DeiT.
+
+The class head learns from hard labels, the distillation head from the teacher.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,21 @@ from torch.nn import functional as F
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over the batch of -T^2 sum softmax(teacher / T) * log_softmax(student / T), in float32 (Hinton et al. 2015, arXiv 1503.02531).
+    """Mean over the batch of -T^2 sum softmax(teacher / T) * log_softmax(student / T).
+
+    Source: Hinton et al. 2015, arXiv 1503.02531.
 
     Args:
         logits: (B, K) of the student.
         teacher_logits: (B, K).
-        temperature: T, above 0. Above 1 the classes that the teacher holds for unlikely say more; T^2 keeps the size of the gradient.
+        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; T^2
+            keeps the size of the gradient.
 
     Returns:
         Scalar, float32.
     """
-    return temperature**2 * F.cross_entropy(
-        logits.float() / temperature, (teacher_logits.float() / temperature).softmax(-1)
-    )
+    teacher_probs = (teacher_logits.float() / temperature).softmax(-1)
+    return temperature**2 * F.cross_entropy(logits.float() / temperature, teacher_probs)
 
 
 def distillation_loss(
@@ -35,15 +40,18 @@ def distillation_loss(
     hard_weight: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)); equal weights and temperature 1 in OFQ.
+    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)).
+
+    OFQ has equal weights and temperature 1.
 
     Args:
         student_cls: (B, K) logits of the class head.
-        student_dist: (B, K) logits of the distillation head; the same tensor for a net with one head.
+        student_dist: (B, K) logits of the distillation head; `student_cls` if there is one head.
         teacher_cls: (B, K) logits of the teacher.
         target: (B,) class ids or (B, K) probabilities.
-        label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's probabilities stay.
-        hard_weight: of the first part; at 0 labels are not looked at.
+        label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's
+            probabilities are not smoothed.
+        hard_weight: factor on the first part; at 0, labels are not read.
         temperature: of the second part, above 0 (`soft_cross_entropy`).
 
     Returns:
@@ -57,21 +65,23 @@ def distillation_loss(
 
 
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over features and images of |s - t|^2 / var(t), both over an image: 1 is as far as the teacher's mean is, whatever its scale.
+    """Mean over features and images of mean |s - t|^2 / var(t), both over the entries of one image.
 
-    Of an image alone, so that a batch and its parts agree.
+    At any scale of the features, a distance of 1 is that of the teacher's mean. Images do not mix,
+    so the distance of a batch is the mean of the distances of its parts.
 
     Args:
-        student: features (B, ...), as of the blocks of a net.
-        teacher: as many, of the same shapes; no gradient goes there.
+        student: features (B, ...), such as outputs of the blocks of a net.
+        teacher: as many features of the same shapes; detached.
 
     Returns:
         Scalar, float32.
     """
-    tiny = torch.finfo(torch.float32).eps
-    each = []
-    for own, followed in zip(student, teacher, strict=True):
-        t = followed.detach().float().flatten(1)
-        error = (own.float().flatten(1) - t).square().mean(1)
-        each.append((error / t.var(1, correction=0).clamp(min=tiny)).mean())
-    return torch.stack(each).mean()
+    eps = torch.finfo(torch.float32).eps
+    distances = []
+    for student_feature, teacher_feature in zip(student, teacher, strict=True):
+        goal = teacher_feature.detach().float().flatten(1)
+        error = (student_feature.float().flatten(1) - goal).square().mean(1)
+        variance = goal.var(1, correction=0).clamp(min=eps)
+        distances.append((error / variance).mean())
+    return torch.stack(distances).mean()

@@ -1,4 +1,8 @@
-"""Weights of DoReFa (arXiv 1606.06160, equation 9) with the ratio of KURE's robustness scripts (arXiv 2002.07686): to compare with."""
+"""DoReFa's weight quantizer, for comparison.
+
+Sources: arXiv 1606.06160, equation 9; the ratio is that of KURE's robustness scripts
+(arXiv 2002.07686).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from qat.utils.validate import check_bits, check_number
 
 @torch.no_grad()
 def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
-    """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, where q rounds to multiples of 1 / ((2^bits - 1) ratio).
+    """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, q rounds to multiples of 1 / ((2^bits - 1) ratio).
 
-    The ratio is the inverse of the one in `qat.analysis`: 2 halves the steps. Codes are not clamped, so they may leave 0..2^bits - 1.
+    The ratio is the inverse of the ratio in `qat.analysis`: 2 halves the steps. Codes are not
+    clamped, so they may leave 0..2^bits - 1.
 
     Args:
         w: any shape and float dtype; computed in float32.
@@ -20,14 +25,16 @@ def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
         ratio: above 0.
 
     Returns:
-        The shape and dtype of `w`, about in [-1, 1]; zero is a level where (2^bits - 1) ratio is even. It has no gradient.
+        The shape and dtype of `w`, about in [-1, 1], without gradient. Zero is a level if
+        (2^bits - 1) ratio is even.
 
     Raises:
-        UsageError: an argument that cannot work.
+        UsageError: `bits` or `ratio` is out of range.
     """
     check_bits("bits", bits)
     check_number("ratio", ratio, 0, above=True)
     squashed = w.float().tanh()
     largest = squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     scale = (2**bits - 1) * ratio
-    return (2 * ((squashed / (2 * largest) + 0.5) * scale).round() / scale - 1).to(w.dtype)
+    codes = ((squashed / (2 * largest) + 0.5) * scale).round()
+    return (2 * codes / scale - 1).to(w.dtype)

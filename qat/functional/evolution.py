@@ -1,7 +1,10 @@
-"""Bookkeeping of a steady-state evolutionary search over a vector of scales. Source: Evol-Q, arXiv 2308.10814, and its code.
+"""Steady-state evolutionary search over a vector of scales.
 
-Every step is a function of its arguments and every draw of (seed, pass, block, cycle), so a search that was stopped goes on from its
-population alone. Vectors are float64 on the CPU, as in the reference: a mutation is smaller than what float32 keeps.
+Each step is a function of its arguments, and each draw of (seed, pass, block, cycle), so a stopped
+search resumes from its population. Vectors are float64 on the CPU, as in the reference: mutations
+are smaller than the resolution of float32.
+
+Source: Evol-Q, arXiv 2308.10814, and its code.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ class Population(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """All that is random in one cycle.
+    """Random numbers of one cycle.
 
     Attributes:
-        members: (S,) int64, who takes part in the tournament, with replacement.
+        members: (S,) int64, members that take part in the tournament, drawn with replacement.
         noise: (n,) float64, uniform in [-radius, radius).
     """
 
@@ -41,7 +44,10 @@ class Draw(NamedTuple):
 
 
 def noise_radius(bits: int) -> float:
-    """Radius of the absolute noise for weights of `bits` bits: 1e-4 for 8, else 1e-3 (the reference's code; its paper has them swapped)."""
+    """Radius of the absolute noise for weights of `bits` bits: 1e-4 for 8, else 1e-3.
+
+    The values are those of the reference's code; in its paper they are swapped.
+    """
     return 1e-4 if bits == 8 else 1e-3
 
 
@@ -54,24 +60,23 @@ def draw(
     size: int = POPULATION,
     tournament: int = TOURNAMENT,
 ) -> Draw:
-    """The draws of one cycle.
+    """Draw the random numbers of one cycle.
 
     Args:
         seed: of the run.
         place: (pass, block, cycle), each from 0.
         length: n, entries of a candidate.
-        radius: of the noise, one or (n,), in the unit of a scale, or a fraction for relative noise.
+        radius: of the noise, a number or (n,), in the unit of a scale; for relative noise, a
+            fraction.
         size: P, members of the population.
-        tournament: S, how many of them compete.
+        tournament: S, members that compete.
     """
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(
-        1, np.uint64
-    )[0]
+    entropy = [n & 0xFFFFFFFF for n in (seed, *place)]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     members = torch.randint(size, (tournament,), generator=generator)
-    return Draw(
-        members, (2 * torch.rand(length, generator=generator, dtype=torch.float64) - 1) * radius
-    )
+    uniform = torch.rand(length, generator=generator, dtype=torch.float64)
+    return Draw(members, (2 * uniform - 1) * radius)
 
 
 def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> Population:
@@ -81,39 +86,40 @@ def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> P
 
 
 def best(population: Population) -> tuple[Tensor, float]:
-    """Candidate (n,) with the lowest loss, the oldest of equals, and that loss."""
+    """Candidate (n,) with the lowest loss, and that loss; of equal losses, the oldest."""
     index = int(population.losses.argmin())
     return population.scales[index], float(population.losses[index])
 
 
 def select_parent(population: Population, members: Tensor) -> Tensor:
-    """Candidate (n,) with the lowest loss among `members` (S,), the first of equals."""
-    return population.scales[members[population.losses[members].argmin()]]
+    """Candidate (n,) with the lowest loss among `members` (S,); of equal losses, the first."""
+    winner = members[population.losses[members].argmin()]
+    return population.scales[winner]
 
 
 def mutate(parent: Tensor, noise: Tensor, *, relative: bool = False) -> Tensor:
     """|parent + noise|, or |parent (1 + noise)| for relative noise; (n,) each."""
-    return (parent * (1 + noise) if relative else parent + noise).abs()
+    if relative:
+        return (parent * (1 + noise)).abs()
+    return (parent + noise).abs()
 
 
 def evolved_child(population: Population, drawn: Draw, *, relative: bool = False) -> Tensor:
-    """Candidate (n,) of an evolutionary search: a mutation of the tournament's winner."""
-    return mutate(select_parent(population, drawn.members), drawn.noise, relative=relative)
+    """Candidate (n,) of an evolutionary search: a mutation of the winner of a tournament."""
+    parent = select_parent(population, drawn.members)
+    return mutate(parent, drawn.noise, relative=relative)
 
 
 def insert(population: Population, child: Tensor, loss: float) -> Population:
-    """Append the child, sort by loss (stable: of equals, who came first stays ahead), drop the last.
+    """Append the child, sort by loss (stable, so older candidates come first), drop the last.
 
     Args:
         population: P members.
         child: (n,).
-        loss: its fitness, a finite number.
+        loss: fitness of the child, finite.
     """
-    losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(
-        stable=True
-    )
     size = len(population.losses)
-    return Population(
-        torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]],
-        losses[:size],
-    )
+    losses = torch.cat([population.losses, population.losses.new_tensor([loss])])
+    scales = torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])
+    losses, order = losses.sort(stable=True)
+    return Population(scales[order[:size]], losses[:size])

@@ -1,4 +1,7 @@
-"""How far quantized logits are from float ones: the fitness of a search. Source: infoNCE of Evol-Q, arXiv 2308.10814; the rest is ours."""
+"""Distances of quantized logits from float logits: the fitness of a search.
+
+Source: `infonce` is from Evol-Q, arXiv 2308.10814; the others are ours.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,8 @@ def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
         Scalar, float32, 0 for N = 1.
     """
     cosines = F.normalize(q.float(), dim=1) @ F.normalize(k.detach().float(), dim=1).T
-    return (
-        2
-        * temperature
-        * F.cross_entropy(cosines / temperature, torch.arange(len(q), device=q.device))
-    )
+    positives = torch.arange(len(q), device=q.device)
+    return 2 * temperature * F.cross_entropy(cosines / temperature, positives)
 
 
 def _mse(q: Tensor, k: Tensor) -> Tensor:
@@ -53,10 +53,11 @@ def _cosine(q: Tensor, k: Tensor) -> Tensor:
 
 
 def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
-    """A function (q, k) -> scalar, float32, the smaller the better, of quantized and float logits (N, D) each.
+    """A function (q, k) -> scalar, float32, of quantized and float logits (N, D); lower is better.
 
-    `infonce`: `info_nce`. `mse`: mean of (q - k)^2 over all entries. `kl`: mean over the rows of KL(softmax k || softmax q). `cosine`:
-    1 - mean cosine of q_i and k_i. The last three are 0 for equal logits and may be averaged over parts of a batch.
+    `infonce`: `info_nce`. `mse`: mean of (q - k)^2 over all entries. `kl`: mean over the rows of
+    KL(softmax k || softmax q). `cosine`: 1 - mean cosine of q_i and k_i. The last three are 0 for
+    equal logits and may be averaged over parts of a batch.
 
     Args:
         kind: one of `FITNESSES`.

@@ -1,6 +1,6 @@
-"""Kurtosis of weights, and KURE, which pulls it to a target.
+"""Kurtosis of weights, and KURE, a regularizer that pulls it to a target.
 
-Source: Shkolnik et al., arXiv 2002.07686; its code has the unbiased std.
+Source: Shkolnik et al., arXiv 2002.07686; the unbiased standard deviation is that of its code.
 """
 
 from __future__ import annotations
@@ -19,40 +19,44 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# Up to so many values float64 costs nothing, and the rounding errors of single values do not cancel out.
+# For at most this many values float64 costs nothing, and rounding errors do not average out.
 FEW = 2**14
 
 
 def kurtosis(w: Tensor) -> Tensor:
-    """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1: 1.8 uniform, 3 normal, 6 Laplace for many elements.
+    """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1.
+
+    For many elements it is 1.8 if they are uniform, 3 if normal, 6 if Laplace.
 
     Args:
-        w: any shape and float dtype; computed in float32 (float64 for float64 and for few values) whatever autocast says.
+        w: any shape and float dtype; computed in float32, or in float64 if there are few values or
+            `w` is float64, under autocast too.
 
     Returns:
-        Scalar. 0 with a gradient of 0 for a constant tensor, and for a single element.
+        Scalar. For a constant tensor or a single element, 0 with a gradient of 0.
     """
     is_wide = w.dtype == torch.float64 or (w.numel() <= FEW and w.device.type != "mps")
     x = w.to(torch.float64 if is_wide else torch.float32)
     low, high = x.detach().aminmax()
-    # A constant's deviations are rounding errors, its range is exactly zero. Not `high > low`: a NaN has to stay.
-    inverse = torch.where(high - low < torch.finfo(x.dtype).tiny, 0.0, 1 / (high - low))
-    # Kurtosis does not depend on the scale, so it is a constant here: deviations below 1 keep fourth powers inside float32.
+    # Deviations of a constant are rounding errors, but its range is exactly zero. The comparison is
+    # not `high > low`, so that NaN stays NaN.
+    is_constant = high - low < torch.finfo(x.dtype).tiny
+    inverse = torch.where(is_constant, 0.0, 1 / (high - low))
+    # Kurtosis does not depend on the scale: deviations below 1 keep fourth powers inside float32.
     deviation = (x - x.mean()) * inverse
-    # That mean is off by a rounding error, which is large where the weights lie far from zero.
+    # The mean has a rounding error, which is large for weights far from zero: subtract it again.
     square = (deviation - deviation.mean()).square()
     variance = square.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)
-    return (square.square().mean() / variance.square()).to(
-        torch.promote_types(w.dtype, torch.float32)
-    )
+    out_dtype = torch.promote_types(w.dtype, torch.float32)
+    return (square.square().mean() / variance.square()).to(out_dtype)
 
 
 def kurtoses(weights: Iterable[Tensor]) -> Tensor:
     """`kurtosis` of several tensors: (L,).
 
     Raises:
-        ValueError: there are none.
+        ValueError: `weights` is empty.
     """
     tensors = tuple(weights)
     if not tensors:
@@ -61,7 +65,7 @@ def kurtoses(weights: Iterable[Tensor]) -> Tensor:
 
 
 def kure_of(values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "mean") -> Tensor:
-    """`kure_loss` of kurtoses (L,) that are known already."""
+    """`kure_loss`, from kurtoses (L,)."""
     check_kure("target", target, "reduction", reduction)
     return _REDUCTIONS[reduction]((values - target).square())
 
@@ -73,21 +77,25 @@ def kure_loss(
 
     Args:
         weights: any shapes and float dtypes.
-        target: above 1, below which no distribution is.
+        target: above 1, the lowest kurtosis of a distribution.
         reduction: `mean`, `sum` or `max` over the tensors.
 
     Raises:
-        UsageError: an argument that cannot work.
-        ValueError: there are no weights.
+        UsageError: `target` or `reduction` is not allowed.
+        ValueError: `weights` is empty.
     """
-    return kure_of(
-        kurtoses([weights] if isinstance(weights, Tensor) else weights), target, reduction
-    )
+    if isinstance(weights, Tensor):
+        weights = [weights]
+    return kure_of(kurtoses(weights), target, reduction)
 
 
 def check_kure(
     target_setting: str, target: object, reduction_setting: str, reduction: object
 ) -> None:
-    """Raise `UsageError`, under the names of the settings, unless the target is a number above 1 and the reduction one of `REDUCTIONS`."""
+    """Check the target and the reduction of KURE, which messages call by the names of settings.
+
+    Raises:
+        UsageError: the target is not a number above 1, or the reduction is not in `REDUCTIONS`.
+    """
     check_number(target_setting, target, 1, above=True)
     check_choice(reduction_setting, reduction, REDUCTIONS)

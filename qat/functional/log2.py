@@ -1,4 +1,7 @@
-"""Powers of two for softmax probabilities. Source: FQ-ViT (arXiv 2111.13824); the integer exponential is I-BERT's (arXiv 2101.01321)."""
+"""Powers of two for softmax probabilities.
+
+Sources: FQ-ViT (arXiv 2111.13824); the integer exponential is I-BERT's (arXiv 2101.01321).
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,30 @@ from torch.autograd.function import once_differentiable
 from qat.functional.ste import code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
-# exp(p) is about 0.35815147 p^2 + 0.96963238 p + 1 for p in (-ln 2, 0].
-_A, _B, _C = 0.35815147, 0.96963238, 1.0
+# exp(p) is about _A p^2 + _B p + _C for p in (-ln 2, 0].
+_A = 0.35815147
+_B = 0.96963238
+_C = 1.0
 _LN2 = 0.6931
 # Binary places of the integer exponential.
 _PLACES = 30
-# From sqrt(C / A) = 1.67 on the integer exponential of 0 would be 0.
+# At scales above sqrt(_C / _A) = 1.67 the integer exponential of 0 would be 0.
 _COARSE = 1.6
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """The whole number e with 2^-e next to x on a logarithmic scale; inf for an exact zero."""
+    """The integer e with 2^-e nearest to x on a logarithmic scale; inf for zero."""
     return -x.float().log2().round()
 
 
 def _power(exponent: Tensor, bits: int) -> Tensor:
-    """2^-e, zero from e = 2^bits on; negative exponents count as 0."""
-    return torch.where(exponent >= 2**bits, 0.0, torch.exp2(-exponent.clamp(0, 2**bits - 1)))
+    """2^-e for 0 <= e < 2^bits, 1 below that and 0 above."""
+    power = torch.exp2(-exponent.clamp(0, 2**bits - 1))
+    return torch.where(exponent >= 2**bits, 0.0, power)
 
 
 class _Log2(torch.autograd.Function):
-    """Straight through the rounding of the logarithm: the gradient is out / x between the outermost codes, else zero."""
+    """`fake_quantize_log2`, with a gradient straight through the rounding of the logarithm."""
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
@@ -39,7 +45,8 @@ class _Log2(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, ctx.bits = inputs
+        x, bits = inputs
+        ctx.bits = bits
         ctx.save_for_backward(x)
 
     @staticmethod
@@ -47,10 +54,9 @@ class _Log2(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         exponent = _exponent(x)
-        inside = (exponent >= 0) & (exponent < 2**ctx.bits)
-        return torch.where(inside, grad.float() * torch.exp2(-exponent) / x.float(), 0.0).to(
-            x.dtype
-        ), None
+        is_inside = (exponent >= 0) & (exponent < 2**ctx.bits)
+        grad_x = torch.where(is_inside, grad.float() * torch.exp2(-exponent) / x.float(), 0.0)
+        return grad_x.to(x.dtype), None
 
 
 def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
@@ -61,41 +67,51 @@ def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
         bits: 2 to 8.
 
     Returns:
-        The shape and dtype of `x`. An exact zero stays zero. The gradient passes through the rounding: out / x, or zero where k is no
-        code.
+        The shape and dtype of `x`. Zero stays zero. The gradient passes straight through the
+        rounding of k: it is out / x, or zero where k is not in [0, 2^bits - 1].
     """
     check_bits("bits", bits)
-    return (
-        _Log2.apply(x, bits) if torch.is_grad_enabled() else _power(_exponent(x), bits).to(x.dtype)
-    )
+    if torch.is_grad_enabled():
+        return _Log2.apply(x, bits)
+    return _power(_exponent(x), bits).to(x.dtype)
 
 
 def log2_codes(x: Tensor, bits: int) -> Tensor:
-    """Integer codes min(max(k, 0), 2^bits - 1) of `fake_quantize_log2`; the last one stands for its own power and for all zeros."""
+    """Integer codes min(max(k, 0), 2^bits - 1) of `fake_quantize_log2`.
+
+    The last code is that of 2^-(2^bits - 1), and of zero.
+    """
     check_bits("bits", bits)
     return _exponent(x.detach()).clamp(0, 2**bits - 1).to(code_dtype(0, 2**bits - 1))
 
 
 def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
-    """An integer proportional to exp(x * scale), for x <= 0 in steps: a shift by whole ln 2 and a polynomial for the rest."""
+    """An integer proportional to exp(x * scale), for integers x <= 0.
+
+    exp(x * scale) is 2^-shift times exp of a remainder, for which there is a polynomial.
+    """
     ln2 = (-_LN2 / scale).floor()
     x = torch.maximum(x, _PLACES * ln2)
     shift = (x / ln2).floor()
-    rest = x - ln2 * shift
-    polynomial = rest * (rest + (_B / _A / scale).floor()) + (_C / _A / scale.square()).floor()
+    remainder = x - ln2 * shift
+    linear = (_B / _A / scale).floor()
+    constant = (_C / _A / scale.square()).floor()
+    polynomial = remainder * (remainder + linear) + constant
     return (polynomial * torch.exp2(_PLACES - shift)).floor().clamp(min=0)
 
 
 @torch.no_grad()
 def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
-    """Softmax over the last dimension in integer arithmetic, each probability a power of two (log-int-softmax).
+    """Log-int-softmax: softmax in integer arithmetic over the last dimension, as powers of two.
 
-    With e the integer exponential of x / scale - max, r = round(sum e / e) and 2^k the power of two next to r (from 1.5 powers on the
-    next): the result is 2^-k, zero from k = 2^bits on. No gradient.
+    With e the integer exponential of x / scale - max and r = round(sum e / e), the result is 2^-k,
+    or zero for k >= 2^bits, where 2^k is the power of two nearest to r (of two, the larger). No
+    gradient.
 
     Args:
         x: (..., N) scores, multiples of `scale`.
-        scale: one element, the step of the scores; one above 1.6 is divided by the power of two that brings it to 1/128 to 1/64.
+        scale: one element, the step of the scores; a step above 1.6 is divided by the power of two
+            that brings it to between 1/128 and 1/64.
         bits: 2 to 8.
 
     Returns:

@@ -1,4 +1,6 @@
-"""Affine scales from data: what to remember of the batches, candidates tried on the last one, and the scale at the end.
+"""Affine scales from data.
+
+A range is collected over batches; some methods then try candidates on the last batch.
 
 Source: FQ-ViT (arXiv 2111.13824), in the form of Evol-Q's code (arXiv 2308.10814).
 """
@@ -39,7 +41,19 @@ def affine_error(
     axis: int | None,
     per: int | None,
 ) -> Tensor:
-    """Mean squared error of fake quantization along `axis`, float32, per slice along `per`: (x.shape[per],), or (1,) for None."""
+    """Mean squared error of fake quantization.
+
+    Args:
+        x: data, any shape and float dtype.
+        scale: (x.shape[axis],), or (1,) for axis None.
+        zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
+        bounds: lowest and highest code.
+        axis: dimension that keeps scales of its own, None = one for the tensor.
+        per: dimension that keeps errors of its own, None = one for the tensor.
+
+    Returns:
+        (x.shape[per],), or (1,) for None; float32.
+    """
     x = x.detach().float()
     error = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis).sub_(x).square_()
     return sum_along(error, per) / group_size(x, per)
@@ -53,16 +67,19 @@ def _shrunk(
     axis: int | None,
     per: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the shrunk range with the smallest error; of several, the widest. One factor per slice along `per`."""
+    """Scale and zero point of the shrunk range with the smallest error; of several, the widest.
+
+    There is one factor per slice along `per`.
+    """
     factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
     low, high = ends
-    errors = [
-        affine_error(x, *rule(low * factor, high * factor, *bounds), bounds, axis, per)
-        for factor in factors
-    ]
-    # argmin takes the first of equal errors.
-    best = factors[torch.stack(errors).argmin(0)]
-    return rule(low * best, high * best, *bounds)
+    errors = []
+    for factor in factors:
+        scale, zero_point = rule(low * factor, high * factor, *bounds)
+        errors.append(affine_error(x, scale, zero_point, bounds, axis, per))
+    # Of equal errors, argmin takes the first.
+    best_factor = factors[torch.stack(errors).argmin(0)]
+    return rule(low * best_factor, high * best_factor, *bounds)
 
 
 def omse_scale(
@@ -73,13 +90,13 @@ def omse_scale(
     Args:
         x: data on which the error is measured, any shape.
         low: (x.shape[axis],) or (1,), lower end of the range to shrink.
-        high: (x.shape[axis],) or (1,), its upper end.
+        high: (x.shape[axis],) or (1,), upper end of the range to shrink.
         bits: 2 to 8.
-        signed: where the codes lie; the formula stays asymmetric.
+        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; the formula stays asymmetric.
         axis: dimension that keeps scales of its own, None = one for the tensor.
 
     Returns:
-        scale and zero point, float32, the shape of `low`.
+        Scale and zero point, float32, the shape of `low`.
     """
     return _shrunk(x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None)
 
@@ -87,7 +104,10 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of every slice by a factor of its own, symmetric for signed codes: never worse than min-max. See `omse_scale`."""
+    """Shrink the range of every slice by a factor of its own: never worse than min-max.
+
+    Symmetric for signed codes. See `omse_scale`.
+    """
     rule = symmetric_scale if signed else asymmetric_scale
     return _shrunk(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
 
@@ -95,18 +115,20 @@ def mse_scale(
 def ptf_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice, the smallest of equally good ones.
+    """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice.
 
-    The zero point is that of the whole tensor, asymmetric for signed codes too. See `omse_scale`.
+    Of equally good factors, the smallest. The zero point is that of the whole tensor, asymmetric
+    for signed codes too. See `omse_scale`.
     """
     bounds = code_range(bits, signed=signed)
-    scale, zero_point = (
-        t.expand_as(low)
-        for t in asymmetric_scale(low.amin(0, keepdim=True), high.amax(0, keepdim=True), *bounds)
-    )
-    errors = [
-        affine_error(x, scale * factor, zero_point, bounds, axis, axis) for factor in PTF_FACTORS
-    ]
+    lowest = low.amin(0, keepdim=True)
+    highest = high.amax(0, keepdim=True)
+    scale, zero_point = asymmetric_scale(lowest, highest, *bounds)
+    scale = scale.expand_as(low)
+    zero_point = zero_point.expand_as(low)
+    errors = []
+    for factor in PTF_FACTORS:
+        errors.append(affine_error(x, scale * factor, zero_point, bounds, axis, axis))
     factors = torch.tensor(PTF_FACTORS, dtype=torch.float32, device=x.device)
     return scale * factors[torch.stack(errors).argmin(0)], zero_point.clone()
 
@@ -116,18 +138,19 @@ OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
 # Weight of a batch in a moving average.
 MOMENTUM = 0.01
-# These remember a moving average of the ends of the range, the others the outermost ends.
+# Methods that average the ends of the ranges; the other methods keep the outermost ends.
 _MOVING = ("ema", "percentile")
-# These try candidates on a batch; the others need nothing but the range.
+# Methods that try candidates on a batch; the other methods need only the range.
 SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
-# torch.quantile computes ranks in float32, which are no whole numbers beyond 2^24; older versions refuse longer rows.
+# torch.quantile computes ranks in float32, whose integers are exact up to 2^24 only; older versions
+# refuse longer rows.
 LONGEST_ROW = 16_000_000
-# Share of a one-sided range that may fall off the codes.
+# Share of a one-sided range that may be outside the codes.
 _NEGLIGIBLE = 1 / 16
 
 
 class RangeState(NamedTuple):
-    """Range seen so far, float32, one entry per slice along the axis. A NaN in the data stays.
+    """Range of the batches so far, float32, per slice along the axis; NaN in data stays NaN.
 
     Attributes:
         low: (x.shape[axis],), or (1,) for axis None.
@@ -146,28 +169,29 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
         qs: each in [0, 1].
 
     Returns:
-        (len(qs), n); NaN where a row holds one.
+        (len(qs), n); NaN for a row with a NaN.
     """
     last = rows.shape[1] - 1
     if last < LONGEST_ROW:
         return torch.quantile(rows, rows.new_tensor(qs), dim=1)
-    # Sorted as torch.quantile does it: kthvalue takes a time quadratic in m for rows that are sorted already.
+    # Sort, as torch.quantile does: kthvalue takes quadratic time for rows that are already sorted.
     ordered = rows.sort(dim=1).values
-    below = [min(int(q * last), last - 1) for q in qs]
-    between = torch.stack([
-        ordered[:, k].lerp(ordered[:, k + 1], q * last - k) for q, k in zip(qs, below, strict=True)
-    ])
-    return torch.where(ordered[:, -1].isnan(), torch.nan, between)
+    results = []
+    for q in qs:
+        rank = min(int(q * last), last - 1)
+        results.append(ordered[:, rank].lerp(ordered[:, rank + 1], q * last - rank))
+    return torch.where(ordered[:, -1].isnan(), torch.nan, torch.stack(results))
 
 
 def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) -> RangeState:
-    """Take in one batch.
+    """Extend a range by one batch.
 
-    `ema` averages the ends of the batches' ranges (the first batch counts in full), `percentile` their quantiles 0.99999 and 0.00001
-    in the same way; the other methods keep the smallest and largest value of all batches.
+    `ema` averages the ends of the batches' ranges (the first batch counts in full), `percentile`
+    averages their quantiles 0.99999 and 0.00001; the other methods keep the smallest and largest
+    value of all batches.
 
     Args:
-        state: after the batches before; None at the first.
+        state: of the batches before; None at the first.
         x: any shape and float dtype.
         axis: dimension that keeps scales of its own, None = one for the tensor.
         method: one of `OBSERVERS`.
@@ -185,19 +209,22 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
     if method not in _MOVING:
         return RangeState(torch.minimum(state.low, low), torch.maximum(state.high, high))
     return RangeState(
-        *(old + MOMENTUM * (new - old) for old, new in zip(state, (low, high), strict=True))
+        low=state.low + MOMENTUM * (low - state.low),
+        high=state.high + MOMENTUM * (high - state.high),
     )
 
 
 def reaching_zero(state: RangeState) -> RangeState:
-    """Extend ranges that lie on one side of zero up to it, where their distance from it is more than a sixteenth of their width.
+    """Extend ranges on one side of zero to zero, if their distance is over a 16th of their width.
 
-    A zero point is a code: without zero in the range, the far end of it would be cut off by that distance.
+    A zero point is a code: without zero in the range, the codes would end that distance before the
+    far end of the range.
     """
-    width = _NEGLIGIBLE * (state.high - state.low)
-    low = torch.where(state.low > width, torch.zeros_like(state.low), state.low)
+    negligible = _NEGLIGIBLE * (state.high - state.low)
+    zero = torch.zeros_like(state.low)
     return RangeState(
-        low, torch.where(state.high < -width, torch.zeros_like(state.high), state.high)
+        low=torch.where(state.low > negligible, zero, state.low),
+        high=torch.where(state.high < -negligible, zero, state.high),
     )
 
 
@@ -215,8 +242,8 @@ def affine_from_state(
         method: one of `OBSERVERS`.
     """
     check_choice("method", method, OBSERVERS)
-    if search := SEARCHES.get(method):
-        return search(x, *state, bits, signed=signed, axis=axis)
+    if method in SEARCHES:
+        return SEARCHES[method](x, state.low, state.high, bits, signed=signed, axis=axis)
     return affine_from_range(*state, bits, signed=signed)
 
 
@@ -229,25 +256,26 @@ def affine_scale(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point for `fake_quantize_affine`, from one tensor.
 
-    Unsigned codes are asymmetric; signed ones are symmetric with zero point 0, but for `omse` and `ptf`.
+    Unsigned codes are asymmetric. Signed codes are symmetric with zero point 0, except with `omse`
+    and `ptf`.
 
     Args:
         x: any shape and float dtype.
         bits: 2 to 8.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].
         axis: dimension that keeps scales of its own, None = one for the tensor.
-        method: how the range is found: `minmax`; `percentile`, quantiles 0.99999 and 0.00001; `omse`, both ends of all ranges shrunk by the
-            one factor of 1, 0.99, ... 0.11 with the smallest squared error; `mse`, by a factor per slice; `ptf`, one scale times 1/8, 1/4,
-            1/2 or 1 per slice.
+        method: `minmax`: smallest and largest value. `percentile`: quantiles 0.99999 and 0.00001.
+            `omse`: both ends of all ranges times the factor of 1, 0.99, ... 0.11 with the smallest
+            squared error. `mse`: a factor per slice. `ptf`: one scale times 1/8, 1/4, 1/2 or 1 per
+            slice.
 
     Returns:
-        scale (at least float32 eps; an eighth of it for `ptf`) and zero point (a whole number stored as float32), (x.shape[axis],) each, or
-        (1,) for None.
+        Scale (at least float32 eps; for `ptf`, an eighth of it) and zero point (a whole number
+        stored as float32), (x.shape[axis],) each, or (1,) for None.
 
     Raises:
         UsageError: unknown method.
     """
     check_choice("method", method, METHODS)
-    return affine_from_state(
-        observe(None, x, axis, method), x, bits, signed=signed, axis=axis, method=method
-    )
+    state = observe(None, x, axis, method)
+    return affine_from_state(state, x, bits, signed=signed, axis=axis, method=method)

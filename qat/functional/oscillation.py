@@ -1,4 +1,7 @@
-"""Weights that flip between two codes: their frequency, and freezing them. Source: Nagel et al., arXiv 2203.11086 (ICML 2022)."""
+"""Weights that oscillate between two codes: their frequency, and freezing them.
+
+Source: Nagel et al., arXiv 2203.11086 (ICML 2022).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from torch import Tensor
 
 
 class OscillationState(NamedTuple):
-    """What is known of the codes of one tensor after some looks; float32, the shape of the codes.
+    """Running statistics of the codes of one tensor; float32, the shape of the codes.
 
     Attributes:
-        codes: of the last look.
-        direction: sign of the last change that was not zero: 1 = downwards, -1 = upwards, 0 = none yet.
-        frequency: exponential mean of "the code turned back at this look", in [0, 1].
-        flips: how often it turned back.
+        codes: the latest codes.
+        direction: direction of the last change: 1 = down, -1 = up, 0 = no change yet.
+        frequency: exponential mean of "the code turned back in this update", in [0, 1].
+        flips: number of updates in which the code turned back.
     """
 
     codes: Tensor
@@ -28,34 +31,39 @@ class OscillationState(NamedTuple):
 def oscillation_step(
     state: OscillationState | None, codes: Tensor, momentum: float
 ) -> OscillationState:
-    """Look at the codes once more.
+    """Update the statistics with new codes.
 
     An oscillation is a change of the code against the direction of its last change.
 
     Args:
-        state: after the last look; None at the first, which only remembers the codes.
+        state: of the last update; None at the first, which only stores the codes.
         codes: integers in any dtype.
-        momentum: weight of the present look in the frequency, in (0, 1).
+        momentum: weight of the new codes in the frequency, in (0, 1).
     """
-    x = codes.float()
+    codes = codes.float()
     if state is None:
-        return OscillationState(x, *(torch.zeros_like(x) for _ in range(3)))
-    direction = (state.codes - x).sign()
-    turned = (direction * state.direction == -1).float()
+        return OscillationState(
+            codes=codes,
+            direction=torch.zeros_like(codes),
+            frequency=torch.zeros_like(codes),
+            flips=torch.zeros_like(codes),
+        )
+    direction = (state.codes - codes).sign()
+    turned_back = (direction * state.direction == -1).float()
     return OscillationState(
-        codes=x,
+        codes=codes,
         direction=torch.where(direction == 0, state.direction, direction),
-        frequency=momentum * turned + (1 - momentum) * state.frequency,
-        flips=state.flips + turned,
+        frequency=momentum * turned_back + (1 - momentum) * state.frequency,
+        flips=state.flips + turned_back,
     )
 
 
 class FreezingState(NamedTuple):
-    """Which codes iterative freezing holds; the shape of the codes.
+    """Frozen entries and codes of iterative freezing; the shape of the codes.
 
     Attributes:
         frozen: bool.
-        codes: the integers that frozen entries have from the next look on, float32; of no meaning elsewhere.
+        codes: integers of frozen entries from the next update on, float32; unused elsewhere.
         mean: exponential mean of the codes, float32.
     """
 
@@ -67,36 +75,43 @@ class FreezingState(NamedTuple):
 def freezing_step(
     state: FreezingState | None, codes: Tensor, frequency: Tensor, threshold: float, momentum: float
 ) -> FreezingState | None:
-    """Freeze what oscillates more often than the threshold, at the rounded mean of its codes.
+    """Freeze entries that oscillate too often, at the rounded mean of their codes.
 
-    The mean is the one from before this look. While the frequency of a frozen entry, which can only fall, is still above the threshold, its
-    integer is rounded anew, as in the authors' code.
+    The mean is that before this update. The frequency of a frozen entry can only fall; while it is
+    above the threshold, the integer is computed again from the mean, as in the authors' code.
 
     Args:
-        state: after the last look; None before the first.
-        codes: integers of this look, frozen entries replaced (`with_frozen`).
-        frequency: of `oscillation_step` at this look.
-        threshold: on the frequency; at 0 and below nothing is tracked or frozen.
-        momentum: weight of the present codes in the mean.
+        state: of the last update; None before the first.
+        codes: integers of this update, frozen entries replaced (`with_frozen`).
+        frequency: from `oscillation_step` in this update.
+        threshold: on the frequency; at 0 or below, nothing is tracked or frozen.
+        momentum: weight of the new codes in the mean.
     """
     if threshold <= 0:
         return state
-    x = codes.float()
+    codes = codes.float()
     if state is None:
-        state = FreezingState(torch.zeros_like(x, dtype=torch.bool), torch.zeros_like(x), x)
-    often = frequency > threshold
+        state = FreezingState(
+            frozen=torch.zeros_like(codes, dtype=torch.bool),
+            codes=torch.zeros_like(codes),
+            mean=codes,
+        )
+    is_frequent = frequency > threshold
     return FreezingState(
-        frozen=state.frozen | often,
-        codes=torch.where(often, state.mean.round(), state.codes),
-        mean=momentum * x + (1 - momentum) * state.mean,
+        frozen=state.frozen | is_frequent,
+        codes=torch.where(is_frequent, state.mean.round(), state.codes),
+        mean=momentum * codes + (1 - momentum) * state.mean,
     )
 
 
 def with_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
     """`codes` in float32, frozen entries replaced by their integers."""
-    return codes.float() if state is None else torch.where(state.frozen, state.codes, codes.float())
+    if state is None:
+        return codes.float()
+    return torch.where(state.frozen, state.codes, codes.float())
 
 
 def cosine_between(first: float, last: float, progress: float) -> float:
-    """A value that goes from `first` to `last` along half a cosine while `progress` goes from 0 to 1."""
-    return last + (first - last) / 2 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    """Value on half a cosine from `first`, at `progress` 0, to `last`, at 1."""
+    progress = min(max(progress, 0.0), 1.0)
+    return last + (first - last) / 2 * (1 + math.cos(math.pi * progress))

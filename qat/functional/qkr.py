@@ -1,4 +1,7 @@
-"""Query-key reparameterization: query and key weights folded into one matrix per head. Source: OFQ, arXiv 2302.02210."""
+"""Query-key reparameterization: query and key weights folded into one matrix per head.
+
+Source: OFQ, arXiv 2302.02210.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,24 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
         num_heads: h.
 
     Returns:
-        (h*C, C); row head*C + i holds row i of that head's product. Computed in float32 whatever autocast says.
+        (h*C, C), float32, under autocast too; row head*C + i is row i of the product of that head.
 
     Raises:
-        UsageError: the rows do not divide into heads.
+        UsageError: the shapes differ, or `num_heads` does not divide the rows.
     """
     if wq.shape != wk.shape or wq.shape[0] % num_heads:
         raise UsageError(
-            f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree and divide into heads"
+            f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree "
+            "and divide into heads"
         )
     with torch.autocast(wq.device.type, enabled=False):
-        q, k = (w.float().unflatten(0, (num_heads, -1)) for w in (wq, wk))
+        q = wq.float().unflatten(0, (num_heads, -1))
+        k = wk.float().unflatten(0, (num_heads, -1))
         return torch.bmm(q.transpose(1, 2), k).flatten(0, 1)
 
 
 def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
-    """c_h = Wk_h^T b_q,h: what the query bias adds to the score of a key x is c_h . x.
+    """c_h = Wk_h^T b_q,h: the query bias adds c_h . x to the score of a key x.
 
     Args:
         wk: (h*d, C), rows grouped by head.
@@ -43,8 +48,6 @@ def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
         (h, C), float32.
     """
     with torch.autocast(wk.device.type, enabled=False):
-        k, b = (
-            wk.float().unflatten(0, (num_heads, -1)),
-            q_bias.float().unflatten(0, (num_heads, -1)),
-        )
-        return torch.bmm(b.unsqueeze(1), k).squeeze(1)
+        k = wk.float().unflatten(0, (num_heads, -1))
+        bias = q_bias.float().unflatten(0, (num_heads, -1))
+        return torch.bmm(bias.unsqueeze(1), k).squeeze(1)

@@ -1,6 +1,9 @@
-"""StatsQ weight quantizer. Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
+"""StatsQ weight quantizer.
 
-`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same in one pass over memory.
+`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same in
+one pass over memory.
+
+Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from torch.autograd.function import FunctionCtx
 from qat.functional.ste import TINY, code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
-# Just inside the end of the range, so that the outermost code is the highest.
+# Just below the end of the range, so that the code at the end is the highest code.
 TOP_CLIP = 1 - 1e-6
-# The outermost level in standard deviations that gives 2^bits evenly spaced levels the least squared error on normal values.
+# By bits: the outermost level, in standard deviations, with which 2^bits evenly spaced levels have
+# the least squared error on normal values.
 GAUSSIAN_RANGE = {2: 1.4935, 3: 2.0511, 4: 2.5139, 5: 2.9161, 6: 3.2780, 7: 3.6111, 8: 3.9222}
 
 
@@ -25,24 +29,25 @@ def statsq_scale(w: Tensor) -> Tensor:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw).
 
     Returns:
-        (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. Zero for an all-zero row.
+        (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. Zero for an
+        all-zero row.
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
-    # One mean after the other, as the paper's code: all at once, that of equal weights, whose codes are ties, is off by a rounding error.
-    mean = (
-        magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
-        if w.ndim == 3
-        else magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
-    )
-    return 2 * mean
+    if w.ndim == 3:
+        # One dimension after the other, as in the paper's code: codes of equal weights are ties,
+        # and the rounding error of a mean over both dimensions would break them.
+        return 2 * magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
+    return 2 * magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
 
 
 def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
-    """Scale of StatsQ by root mean square and bits: the outermost level is c_b times the RMS of a row. Source: QuEST, arXiv 2502.05003.
+    """Scale s of StatsQ with the outermost level at c_b times the RMS of a row.
 
     Levels reach from -s (n - 1/2) / n to s (n - 1/2) / n, n = 2^(bits-1).
+
+    Source: QuEST, arXiv 2502.05003.
 
     Args:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw).
@@ -53,17 +58,18 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq_rms: w has {w.ndim} dimensions, expected 2, 3 or 4")
-    kept = 1 if w.ndim == 3 else 0
-    others = tuple(i for i in range(w.ndim) if i != kept)
-    rms = (
-        torch.linalg.vector_norm(w.detach().float(), dim=others, keepdim=True)
-        / (w.numel() / w.shape[kept]) ** 0.5
-    )
+    axis = 1 if w.ndim == 3 else 0
+    summed_dims = tuple(dim for dim in range(w.ndim) if dim != axis)
+    norm = torch.linalg.vector_norm(w.detach().float(), dim=summed_dims, keepdim=True)
+    rms = norm / (w.numel() / w.shape[axis]) ** 0.5
     return GAUSSIAN_RANGE[bits] * 2**bits / (2**bits - 1) * rms
 
 
 def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Place of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1): rounding it gives the code."""
+    """Coordinate of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1).
+
+    The code is the rounded coordinate.
+    """
     n = 2 ** (bits - 1)
     u = (w.float() / scale.clamp(min=TINY)).clamp(-1.0, TOP_CLIP)
     return u * n - 0.5
@@ -81,7 +87,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class StatsQFunction(torch.autograd.Function):
-    """Forward on the grid, identity backward: nothing is kept for it."""
+    """Levels of StatsQ; backward is the identity and needs no saved tensors."""
 
     generate_vmap_rule = True
 
@@ -92,7 +98,7 @@ class StatsQFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        """Nothing is kept."""
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -106,15 +112,15 @@ def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def statsq(w: Tensor, bits: int) -> Tensor:
-    """Quantize a weight to the 2^bits levels s * (k + 1/2) / 2^(bits-1), k in [-2^(bits-1), 2^(bits-1)-1].
+    """Quantize a weight to the 2^bits levels s * (k + 1/2) / n, k in [-n, n - 1], n = 2^(bits-1).
 
     Args:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw); any float dtype, computed in float32.
         bits: 2 to 8.
 
     Returns:
-        The shape and dtype of `w`. An all-zero row gives zeros. The gradient is the identity everywhere, also outside the clip
-        range; none flows through the scale.
+        The shape and dtype of `w`. An all-zero row becomes zeros. The gradient is the identity
+        everywhere, outside the clip range too; the scale is detached.
     """
     check_bits("bits", bits)
     return statsq_with_scale(w, statsq_scale(w), bits)

@@ -1,4 +1,4 @@
-"""Straight-through rounding, and what every quantizer with scales along an axis needs."""
+"""Straight-through rounding, and helpers for scales along an axis."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes unchanged. The value is exact: `x - x.detach()` is zero, not a rounding error."""
+    """Round half to even; the gradient passes unchanged.
+
+    The value is exact, because `x - x.detach()` is zero.
+    """
     return x.round().detach() + (x - x.detach())
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, for what a Function gives back: after a conversion that does nothing, torch 2.11 compiles no gradient at all."""
-    return x if x.dtype == dtype else x.to(dtype)
+    """`x.to(dtype)`, for the result of an autograd Function.
+
+    After a conversion to the same dtype, torch 2.11 compiles no gradient.
+    """
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype)
 
 
 def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Reshape a 1-D scale so that it broadcasts against an `ndim`-dimensional tensor along `axis`; one element for None."""
+    """Reshape a 1-D scale to broadcast along `axis` of `ndim` dimensions; for None, to a scalar."""
     if axis is None:
         return scale.reshape(())
     shape = [1] * ndim
@@ -33,23 +41,28 @@ def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
     """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
 
-    Two stages, trailing dimensions first: inductor vectorises `sum(-1).sum(0)` and not `sum((0, 2))`. Batched gradients know no `flatten`.
+    Trailing dimensions are summed before leading ones: inductor vectorises `sum(-1).sum(0)`, but
+    not `sum((0, 2))`. `reshape` and not `flatten`, which batched gradients do not support.
     """
     if axis is None:
         return x.sum().reshape(1)
     axis %= x.ndim
     if axis < x.ndim - 1:
         x = x.reshape(*x.shape[: axis + 1], math.prod(x.shape[axis + 1 :])).sum(-1)
-    return x.reshape(math.prod(x.shape[:axis]), x.shape[-1]).sum(0) if axis else x
+    if axis > 0:
+        x = x.reshape(math.prod(x.shape[:axis]), x.shape[-1]).sum(0)
+    return x
 
 
 def group_size(x: Tensor, axis: int | None) -> int:
     """Number of elements that share one scale."""
-    return x.numel() if axis is None else math.prod(x.shape) // max(x.shape[axis], 1)
+    if axis is None:
+        return x.numel()
+    return math.prod(x.shape) // max(x.shape[axis], 1)
 
 
 def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean magnitude in `dtype` of every slice along `axis`: shape (x.shape[axis],), or (1,) for None."""
+    """Mean magnitude, in `dtype`, per slice along `axis`: (x.shape[axis],), or (1,) for None."""
     return sum_along(x.to(dtype).abs(), axis) / group_size(x, axis)
 
 
@@ -57,4 +70,6 @@ def code_dtype(qmin: int, qmax: int) -> torch.dtype:
     """Smallest integer dtype that holds the codes."""
     if qmin >= -128 and qmax <= 127:
         return torch.int8
-    return torch.int16 if qmin >= -(2**15) and qmax < 2**15 else torch.int32
+    if qmin >= -(2**15) and qmax < 2**15:
+        return torch.int16
+    return torch.int32

@@ -1,4 +1,7 @@
-"""A loss is a weighted sum of named terms, each of what it sees of a training step; a new term is one class and a few lines of yaml."""
+"""A loss is a weighted sum of named terms, each a function of one training step.
+
+A new term is a subclass of `LossTerm` and a few lines of yaml.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ class StepContext:
     """One training step.
 
     Attributes:
-        logits: (B, K), or the pair (class head, distillation head) of a distilled net in training.
+        logits: (B, K), or a pair (class head, distillation head) of a distilled net in training.
         target: (B,) class ids or (B, K) probabilities.
         teacher_logits: (B, K), None without a teacher.
         net: the net in training, for terms on its weights.
-        progress: share of the run's optimizer steps that are done, 0 to 1.
-        features: what each block of the net gave, if a term asks for it.
-        teacher_features: what each block of the teacher gave, if a term asks for it.
+        progress: share of the optimizer steps of the run that are complete, 0 to 1.
+        features: output of each block of the net, if a term reads it.
+        teacher_features: output of each block of the teacher, if a term reads it.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -37,14 +40,20 @@ class StepContext:
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:
-        """Logits of the class head and the distillation head; twice the same for a net with one head."""
-        return self.logits if isinstance(self.logits, tuple) else (self.logits, self.logits)
+        """Logits of the class head and of the distillation head; equal for a net with one head."""
+        if isinstance(self.logits, tuple):
+            return self.logits
+        return self.logits, self.logits
 
     @property
     def prediction(self) -> Tensor:
-        """(B, K) logits of the net as it is evaluated: the mean of its heads."""
-        first, second = self.heads
-        return first if first is second else (first + second) / 2
+        """(B, K) logits of the net in evaluation: the mean of its heads."""
+        if not isinstance(self.logits, tuple):
+            return self.logits
+        class_logits, distillation_logits = self.logits
+        if class_logits is distillation_logits:
+            return class_logits
+        return (class_logits + distillation_logits) / 2
 
 
 class LossTerm(nn.Module, ABC):
@@ -55,9 +64,9 @@ class LossTerm(nn.Module, ABC):
 
     Attributes:
         needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
-        blocks: whose outputs the term reads, `all` or `last`; None = of no block.
-        needs_whole_weights: True if the term reads weights outside the net's forward pass.
-        watched: values of the last step that are logged beside the term's own, by name; detached scalars.
+        blocks: blocks whose outputs the term reads, `all` or `last`; None = it reads no outputs.
+        needs_whole_weights: True if the term reads weights outside the forward pass of the net.
+        watched: further values of the last step to log, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -71,10 +80,10 @@ class LossTerm(nn.Module, ABC):
         self.watched: dict[str, Tensor] = {}
 
     def prepare(self, net: nn.Module) -> None:
-        """Find in the net what the term works on, once, before the first step.
+        """Check, once before the first step, that the net has the tensors that the term reads.
 
         Raises:
-            UsageError: there is nothing of the kind.
+            UsageError: the net does not have them.
         """
 
     @abstractmethod
@@ -90,10 +99,11 @@ class CompositeLoss(nn.Module):
 
     Attributes:
         needs_teacher: True if a term follows a teacher.
-        blocks: whose outputs a term compares with the teacher's, `all` or `last`; None = of no block.
+        blocks: blocks whose outputs a term compares with the teacher's, `all` or `last`; None = no
+            term reads outputs of blocks.
 
     Raises:
-        UsageError: no term, one of another class, or two that read other blocks.
+        UsageError: there are no terms, a term is not a `LossTerm`, or terms read different blocks.
     """
 
     def __init__(self, terms: Mapping[str, LossTerm]) -> None:
@@ -103,12 +113,14 @@ class CompositeLoss(nn.Module):
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(
-                    f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm"
+                    f"loss.terms.{name}: {type(term).__name__} is not a subclass of "
+                    "qat.losses.LossTerm"
                 )
         blocks = {term.blocks for term in terms.values() if term.blocks}
         if len(blocks) > 1:
             raise UsageError(
-                f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that read blocks"
+                f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that "
+                "read blocks"
             )
         self.blocks = next(iter(blocks), None)
         self.needs_teacher = any(term.needs_teacher for term in terms.values())
@@ -120,18 +132,23 @@ class CompositeLoss(nn.Module):
             ) from error
 
     def prepare(self, net: nn.Module) -> None:
-        """Have every term find what it works on; see `LossTerm.prepare`."""
+        """Prepare every term; see `LossTerm.prepare`."""
         for term in self.terms.values():
             term.prepare(net)
 
     def watched(self) -> dict[str, Tensor]:
-        """What the terms of the last step have to log beside their values."""
-        return {name: value for term in self.terms.values() for name, value in term.watched.items()}
+        """Further values of all terms to log, of the last step."""
+        watched: dict[str, Tensor] = {}
+        for term in self.terms.values():
+            watched.update(term.watched)
+        return watched
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum, and each term's unweighted value (detached) by name."""
-        values = {name: term(step) for name, term in self.terms.items()}
-        weighted = [self.terms[name].weight * value for name, value in values.items()]
-        return sum(weighted[1:], weighted[0]), {
-            name: value.detach() for name, value in values.items()
-        }
+        """The weighted sum, and by name the value of each term, unweighted and detached."""
+        weighted_values = []
+        values = {}
+        for name, term in self.terms.items():
+            value = term(step)
+            weighted_values.append(term.weight * value)
+            values[name] = value.detach()
+        return sum(weighted_values[1:], weighted_values[0]), values

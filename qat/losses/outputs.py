@@ -1,6 +1,7 @@
-"""Terms on what nets give: the labels; OFQ's distillation, hard labels for one head and the teacher for the other; a teacher's blocks.
+"""Terms on outputs: cross-entropy, distillation from logits, distillation from outputs of blocks.
 
-Source of the last: after the hints of FitNets (arXiv 1412.6550); OFQ follows a teacher's logits alone.
+Sources: OFQ, arXiv 2302.02210, for distillation from logits; `FeatureDistillation`, which OFQ does
+not have, follows the hints of FitNets (arXiv 1412.6550).
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class CrossEntropy(LossTerm):
 
 
 class Distillation(LossTerm):
-    """Hard cross-entropy and soft cross-entropy to the teacher, equal parts in OFQ; a net with one head gets both on it.
+    """Hard cross-entropy to the labels plus soft cross-entropy to the teacher, equal in OFQ.
+
+    The class head gets the hard part, the distillation head the soft part; a single head gets both.
 
     Args:
         label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
         weight: factor in the sum.
-        hard_weight: of the hard part beside the soft one, 0 or more; at 0 the teacher alone is followed, and the class head of a net that
-            has a distillation head learns nothing.
+        hard_weight: factor on the hard part, 0 or more. At 0 only the teacher is followed, and the
+            class head of a net with a distillation head learns nothing.
         temperature: of both distributions of the soft part, above 0; 1 in OFQ.
     """
 
@@ -67,10 +70,10 @@ class Distillation(LossTerm):
         """Scalar."""
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
-        cls, dist = step.heads
+        class_logits, distillation_logits = step.heads
         return distillation_loss(
-            cls,
-            dist,
+            class_logits,
+            distillation_logits,
             step.teacher_logits,
             step.target,
             label_smoothing=self.label_smoothing,
@@ -80,11 +83,11 @@ class Distillation(LossTerm):
 
 
 class FeatureDistillation(LossTerm):
-    """Distance of what blocks give from what the teacher's give; see `feature_distance`.
+    """Distance of outputs of blocks from those of the teacher; see `feature_distance`.
 
     Args:
         weight: factor in the sum.
-        blocks: `all`, each beside the same block of the teacher, or the `last` alone.
+        blocks: `all`, each compared with the same block of the teacher, or only the `last`.
         schedule: `constant`, or `cosine`: the factor falls to 0 at the end of the run.
     """
 
@@ -101,14 +104,15 @@ class FeatureDistillation(LossTerm):
         self.schedule = schedule
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, on the part of `weight` that is in force."""
-        own, followed = (
-            [tuple(one.shape[1:]) for one in features]
-            for features in (step.features, step.teacher_features)
-        )
-        if not own or own != followed:
+        """Scalar, times the schedule."""
+        shapes = [tuple(feature.shape[1:]) for feature in step.features]
+        teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]
+        if not shapes or shapes != teacher_shapes:
             raise UsageError(
-                f"loss.features: blocks of the model return {own}, those of the teacher {followed}; must be the same shapes"
+                f"loss.features: blocks of the model return {shapes}, those of the teacher "
+                f"{teacher_shapes}; must be the same shapes"
             )
-        share = 1.0 if self.schedule == "constant" else cosine_between(1.0, 0.0, step.progress)
-        return share * feature_distance(step.features, step.teacher_features)
+        factor = 1.0
+        if self.schedule == "cosine":
+            factor = cosine_between(1.0, 0.0, step.progress)
+        return factor * feature_distance(step.features, step.teacher_features)

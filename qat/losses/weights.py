@@ -1,6 +1,7 @@
 """Terms on weights: kurtosis regularization and dampening.
 
-Sources: KURE, Shkolnik et al., arXiv 2002.07686 (docs/methods.md); dampening, Nagel et al., arXiv 2203.11086.
+Sources: KURE, Shkolnik et al., arXiv 2002.07686 (docs/methods.md); dampening, Nagel et al.,
+arXiv 2203.11086.
 """
 
 from __future__ import annotations
@@ -19,33 +20,38 @@ from qat.utils.validate import check_int, check_number
 
 
 def latent_weights(net: nn.Module) -> list[Tensor]:
-    """Float weights of the Linears and convolutions of a net but its stem and heads, which KURE's paper leaves out too.
+    """Float weights of Linears and convolutions, except for stem and heads (as in KURE's paper).
 
     Args:
-        net: quantized: the quantized ones, of query-key reparameterization the folded matrix; float: all.
+        net: if it is quantized, only quantized weights count, and the folded matrix of query-key
+            reparameterization.
 
     Returns:
-        The weights in the order of the modules; one that two layers share is there once.
+        The weights in the order of the modules; a weight that layers share appears once.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the net has no such weights.
     """
-    weights = [(site.layer, site.latent()) for site in iter_quantizers(net) if site.is_weight] or [
-        (name, module.weight)
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    outside = stem_and_heads(net)
-    found = {id(weight): weight for layer, weight in weights if layer not in outside}
-    if not found:
+    weights = [(site.layer, site.latent()) for site in iter_quantizers(net) if site.is_weight]
+    if not weights:
+        weights = [
+            (name, module.weight)
+            for name, module in net.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        ]
+    excluded = stem_and_heads(net)
+    unique_weights = {id(weight): weight for layer, weight in weights if layer not in excluded}
+    if not unique_weights:
         raise UsageError(
             "loss.kure: this model has no linear layers or convolutions besides stem and heads"
         )
-    return list(found.values())
+    return list(unique_weights.values())
 
 
 class Kure(LossTerm):
-    """(Kurtosis - target)^2 of the float weights of each layer, reduced to one number: with 1.8 it pulls weights to a uniform distribution.
+    """(Kurtosis - target)^2 of the float weights of each layer, reduced to one number.
+
+    A target of 1.8 pulls the weights to a uniform distribution.
 
     Args:
         weight: factor in the sum; 1.0 in all published runs.
@@ -61,33 +67,35 @@ class Kure(LossTerm):
         check_number("loss.kure", weight, 0)
         check_kure("loss.kure_target", target, "loss.kure_reduction", reduction)
         super().__init__(weight)
-        self.target, self.reduction = target, reduction
+        self.target = target
+        self.reduction = reduction
 
     def prepare(self, net: nn.Module) -> None:
-        """Refuse a net without weights to act on."""
+        """Check that the net has weights to regularize."""
         latent_weights(net)
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
         values = kurtoses(latent_weights(step.net))
-        seen = values.detach()
+        detached = values.detach()
         self.watched = {
-            "kurtosis_mean": seen.mean(),
-            "kurtosis_min": seen.min(),
-            "kurtosis_max": seen.max(),
+            "kurtosis_mean": detached.mean(),
+            "kurtosis_min": detached.min(),
+            "kurtosis_max": detached.max(),
         }
         return kure_of(values, self.target, self.reduction)
 
 
 class Dampening(LossTerm):
-    """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, w_q held fixed; its factor grows from 0 along a cosine.
+    """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, with w_q detached.
 
-    A weight on a level, and one beyond the outermost level, are left alone; one between two levels is pulled to the nearer. Under
-    QKR the folded matrix counts like any weight, and the gradient reaches both of its factors.
+    The factor grows from 0 along a cosine. A weight between two levels is pulled to the nearer one;
+    there is no pull on a level or outside the outermost levels. Under QKR the folded matrix counts
+    like any weight, and the gradient reaches both of its factors.
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
-        max_bits: weights of more bits are left alone.
+        max_bits: weights of more bits are skipped.
     """
 
     needs_whole_weights = True
@@ -98,26 +106,25 @@ class Dampening(LossTerm):
         self.max_bits = max_bits
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, on the part of `weight` that is in force.
+        """Scalar, times the schedule.
 
         Raises:
-            UsageError: the net has no weights on evenly spaced values of so few bits.
+            UsageError: the net has no weights of at most `max_bits` bits on evenly spaced values.
         """
         distances = []
-        for site in [
-            s
-            for s in iter_quantizers(step.net)
-            if s.is_weight and s.quantizer.spec.bits <= self.max_bits
-        ]:
+        for site in iter_quantizers(step.net):
+            if not site.is_weight or site.quantizer.spec.bits > self.max_bits:
+                continue
             weight = site.latent().float()
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid):
-                inside = weight.clamp(*grid.ends(weight.ndim))
-                distances.append(
-                    (site.quantizer(weight).detach() - inside).square().sum()
-                )  # no gradient to the step size
+                clipped = weight.clamp(*grid.ends(weight.ndim))
+                # Detached: the step size gets no gradient.
+                quantized = site.quantizer(weight).detach()
+                distances.append((quantized - clipped).square().sum())
         if not distances:
             raise UsageError(
-                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so few bits on a uniform grid"
+                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so "
+                "few bits on a uniform grid"
             )
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()

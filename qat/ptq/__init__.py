@@ -1,4 +1,4 @@
-"""Post-training quantization: calibration, and a search over the scales."""
+"""Post-training quantization: calibration, compensation, reconstruction, a search over scales."""
 
 from qat.ptq.calibrate import Calibration, calibrate, in_float
 

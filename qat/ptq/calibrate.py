@@ -1,4 +1,7 @@
-"""Fill the scales of a net converted with a `PtqRecipe`: ranges are found while the net runs in float. Source: FQ-ViT, arXiv 2111.13824."""
+"""Calibrate a net converted with a `PtqRecipe`: find ranges while it runs in float, set scales.
+
+Source: FQ-ViT, arXiv 2111.13824.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.observers import SEARCHES, RangeState, observe
 from qat.model.scales import assert_ready
-from qat.model.sites import iter_quantizers
+from qat.model.sites import Site, iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Affine
@@ -22,12 +25,12 @@ from qat.utils.probing import allow_unset_scales, images_of, probing
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the scales of a net were made of.
+    """Numbers of a calibration.
 
     Attributes:
-        images: seen.
-        batches: seen.
-        scales: in the net.
+        images: number of images.
+        batches: number of batches.
+        scales: number of scales in the net.
     """
 
     images: int
@@ -37,72 +40,89 @@ class Calibration:
 
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
-    """While it lasts nothing is rounded: quantizers give back what they get, integer norms are norms."""
-    forwards: dict[nn.Module, Forward] = {
-        m: m.in_float for m in net.modules() if isinstance(m, IntegerLayerNorm)
-    }
-    with (
-        allow_unset_scales(),
-        patched(forwards | {site.quantizer: lambda x: x for site in iter_quantizers(net)}),
-    ):
+    """Run the net in float inside the block: quantizers return their inputs, norms are float."""
+    forwards: dict[nn.Module, Forward] = {}
+    for module in net.modules():
+        if isinstance(module, IntegerLayerNorm):
+            forwards[module] = module.in_float
+    for site in iter_quantizers(net):
+        forwards[site.quantizer] = lambda x: x
+    with allow_unset_scales(), patched(forwards):
         yield
 
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
-    """Find the range of every quantizer and set its scale and zero point. No quantizer sees the rounding of another.
+    """Find the range of every quantizer and set its scale and zero point.
 
-    Ranges are taken over all batches; where candidates are tried (omse, mse, ptf), on the last one, which passes once more. The same
-    batches give the same scales, to the last bit.
+    Ranges do not depend on the rounding of other quantizers. A range covers all batches; the
+    methods omse, mse and ptf then try candidates on the last batch, which passes once more. Equal
+    batches lead to equal scales, to the last bit.
 
     Args:
-        net: converted with a `PtqRecipe`; runs in eval mode, its mode is restored. Scales that it has are replaced.
-        batches: images (B, C, H, W) each, or what a loader gives, (images, labels); moved to the net's device.
+        net: converted with a `PtqRecipe`; runs in eval mode, then its mode is restored. Existing
+            scales are replaced.
+        batches: images (B, C, H, W) each, or (images, labels) as from a loader; moved to the device
+            of the net.
 
     Raises:
-        UsageError: no affine quantizer, no batch, other things than finite images, or a quantizer that no batch reached.
+        UsageError: the net has no affine quantizer, there is no batch, a batch is not finite
+            images, or a quantizer did not run.
     """
-    found = [
-        (s, s.quantizer)
-        for s in iter_quantizers(net)
-        if type(s.quantizer) is Affine and s.quantizer.n_scales
-    ]
-    if not found:
+    weights: list[tuple[Affine, Site]] = []
+    activations: list[Affine] = []
+    for site in iter_quantizers(net):
+        quantizer = site.quantizer
+        if type(quantizer) is not Affine or not quantizer.n_scales:
+            continue
+        if site.is_weight:
+            weights.append((quantizer, site))
+        else:
+            activations.append(quantizer)
+    if not weights and not activations:
         raise UsageError(
             "calibrate: the model has no affine quantizer; convert it with a qat.PtqRecipe first"
         )
-    for site, quantizer in found:
-        if site.is_weight:
-            quantizer.calibrate(site.latent(), {})
-    activations = [quantizer for site, quantizer in found if not site.is_weight]
+    for quantizer, site in weights:
+        quantizer.calibrate(site.latent(), {})
     states: dict[Affine, RangeState] = {}
 
-    def note(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
-        states[quantizer] = observe(
-            states.get(quantizer), args[0], quantizer.axis, quantizer.method
-        )
+    def observe_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+        state = states.get(quantizer)
+        states[quantizer] = observe(state, args[0], quantizer.axis, quantizer.method)
 
-    images, count, last = 0, 0, None
-    with (
-        probing(net, [quantizer.register_forward_pre_hook(note) for quantizer in activations]),
-        in_float(net),
-    ):
+    num_images = 0
+    num_batches = 0
+    images = None
+    hooks = [quantizer.register_forward_pre_hook(observe_input) for quantizer in activations]
+    with probing(net, hooks), in_float(net):
         for batch in batches:
-            last = images_of(batch, net)
-            net(last)
-            images, count = images + len(last), count + 1
-    if last is None:
+            images = images_of(batch, net)
+            net(images)
+            num_images += len(images)
+            num_batches += 1
+    if images is None:
         raise UsageError("calibrate: must have at least one batch of images")
+    _fill(net, activations, states, images)
+    assert_ready(net)
+    scales = sum(quantizer.n_scales for quantizer, _ in weights)
+    scales += sum(quantizer.n_scales for quantizer in activations)
+    return Calibration(num_images, num_batches, scales)
+
+
+def _fill(
+    net: nn.Module, activations: list[Affine], states: dict[Affine, RangeState], images: Tensor
+) -> None:
+    """Set the scales of activations, by candidates on the last batch of images or from ranges."""
+
+    def fill_from_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+        quantizer.fill(states[quantizer], args[0])
+
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
     if searching:
-        hooks = [
-            q.register_forward_pre_hook(lambda q, args: q.fill(states[q], args[0]))
-            for q in searching
-        ]
+        hooks = [quantizer.register_forward_pre_hook(fill_from_input) for quantizer in searching]
         with probing(net, hooks), in_float(net):
-            net(last)
+            net(images)
     for quantizer, state in states.items():
         if quantizer.method not in SEARCHES:
-            quantizer.fill(state, last)
-    assert_ready(net)
-    return Calibration(images, count, sum(q.n_scales for _, q in found))
+            quantizer.fill(state, images)

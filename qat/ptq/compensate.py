@@ -51,7 +51,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
             site.layer
             for layers in units.values()
             for site in layers
-            if site.layer not in theirs.order.place
+            if site.layer not in theirs.order.position
         ]
         for unit, layers in units.items():
             with ours.at(unit), theirs.at(unit):

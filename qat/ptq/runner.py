@@ -1,7 +1,8 @@
-"""Run a net from one of its modules on: what comes before it is remembered from an earlier forward.
+"""Run a net from one of its modules on: results of earlier modules are cached.
 
-The module gets the arguments that it got in that forward. Modules before it give back what they gave, blocks before it what they get: what
-they gave would take memory for each of them. So the net's own forward goes on from there, and no family of nets is known here.
+The module gets the arguments of an earlier forward. Modules before it return their cached outputs;
+blocks before it return their input, because caching the output of every block would take too much
+memory. So the forward of the net itself continues from the module, for any family of nets.
 """
 
 from __future__ import annotations
@@ -15,47 +16,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
-# A scale divides; calibration keeps the same distance from zero.
+# The lowest scale, also that of calibration: values are divided by scales.
 LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
 class StopForward(Exception):
-    """Ends a forward that has reached what it was run for; callers that run it suppress this."""
+    """Ends a forward early; its callers suppress this."""
 
 
 @contextlib.contextmanager
 def patched(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
-    """Each module calls the function given; hooks run as before. Afterwards each is as it was."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
+    """Replace `forward` of modules inside the block; hooks still run."""
+    originals = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, was in before.items():
-            if was is None:
+        for module, original in originals.items():
+            if original is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = was
+                module.__dict__["forward"] = original
+
+
+def _keeps_shape(args: tuple[Any, ...], output: Any) -> bool:
+    """True if a module maps a tensor to a tensor of the same shape."""
+    if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        return False
+    return output.shape == args[0].shape
 
 
 class RunOrder:
     """The order in which the modules of a net run.
 
     Args:
-        net: converted, its scales are filled.
+        net: converted, its scales are set.
         image: (1, C, H, W), on the device of the net.
 
     Attributes:
-        before: per module that runs, in the order of their first calls: the outermost modules that have returned by then.
-        place: number of the first call of each module.
+        before: for each module that runs, in the order of first calls: the outermost modules that
+            have returned before its first call.
+        position: index of the first call of each module.
         once: modules that run once.
         keeps_shape: modules whose output has the shape of their input.
     """
@@ -77,26 +87,22 @@ class RunOrder:
 
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                # Replace the modules inside by the module itself.
                 del returned[starts.pop() :]
                 returned.append(name)
-                if (
-                    args
-                    and isinstance(output, Tensor)
-                    and isinstance(args[0], Tensor)
-                    and output.shape == args[0].shape
-                ):
+                if _keeps_shape(args, output):
                     self.keeps_shape.add(name)
 
             return hook
 
-        hooks = [
-            module.register_forward_pre_hook(enter(name)) for name, module in net.named_modules()
-        ]
-        hooks += [module.register_forward_hook(leave(name)) for name, module in net.named_modules()]
+        hooks: list[RemovableHandle] = []
+        for name, module in net.named_modules():
+            hooks.append(module.register_forward_pre_hook(enter(name)))
+            hooks.append(module.register_forward_hook(leave(name)))
         with probing(net, hooks):
             net(image)
-        self.place = {name: number for number, name in enumerate(self.before)}
-        self.once = {name for name, n in calls.items() if n == 1}
+        self.position = {name: index for index, name in enumerate(self.before)}
+        self.once = {name for name, count in calls.items() if count == 1}
 
 
 class Runner:
@@ -104,11 +110,11 @@ class Runner:
 
     Args:
         net: in eval mode.
-        entries: names of these modules; with each, itself or modules inside: what has run in it when the first of them begins is remembered
-            too.
+        entries: by names of these modules, the module itself or modules inside: outputs inside the
+            module before the first of them runs are cached too.
         batches: images (B, C, H, W) each, on the device of the net.
-        limit: bytes for what is remembered; of one module it is always all. As many modules before it as fit are remembered with it.
-        to_the_end: the output of the net is wanted, not only that of the module.
+        limit: bytes of the cache. It always covers one module, and as many modules before it as fit.
+        to_the_end: the output of the net is needed, not only that of the module.
     """
 
     def __init__(
@@ -120,146 +126,178 @@ class Runner:
         *,
         to_the_end: bool = False,
     ) -> None:
-        self.net, self.batches, self.limit = net, batches, limit
+        self.net = net
+        self.batches = batches
+        self.limit = limit
         self.modules = dict(net.named_modules())
         self.order = RunOrder(net, batches[0][:1])
-        place = self.order.place
-        self.entries = {
-            name: min(entries[name], key=lambda n: place.get(n, len(place)))
-            for name in place
-            if name in entries
-        }
-        self._at = 0
+        # First entry of each module, in the order in which the modules run.
+        self.entries: dict[str, str] = {}
+        for name in self.order.position:
+            if name in entries:
+                self.entries[name] = min(entries[name], key=self._position)
+        self._batch_index = 0
         self.forget()
+        # By module, bytes per image of its cached tensors by the address of their storage.
         self._sizes: dict[str, dict[int, float]] = {}
-        self._whole = {
-            name
-            for name, entry in self.entries.items()
-            if not self.order.once.issuperset({name, entry})
-        }
+        # Modules from which the net cannot continue: for them the whole net runs.
+        self._run_whole: set[str] = set()
+        for name, entry in self.entries.items():
+            if not self.order.once.issuperset({name, entry}):
+                self._run_whole.add(name)
         self._check(to_the_end=to_the_end)
 
-    def _check(self, *, to_the_end: bool) -> None:
-        """Find the modules from which the net does not go on to the same output, bit for bit: what is before them is read again later."""
-        given, self.batches = self.batches, [self.batches[0][:2]]
-        limit, self.limit = self.limit, float("inf")
-        names = [name for name in self.entries if name not in self._whole]
+    def _position(self, name: str) -> int:
+        """When a module runs; after all others if it does not."""
+        return self.order.position.get(name, len(self.order.position))
 
-        def outcome(name: str) -> list[Any]:
-            return tree_leaves(self(0) if to_the_end else self.output(name, 0)[1])
+    def _check(self, *, to_the_end: bool) -> None:
+        """Find the modules from which the net does not continue to the same output, bit for bit.
+
+        The net then reads outputs of earlier modules again later.
+        """
+        all_batches = self.batches
+        limit = self.limit
+        self.batches = [all_batches[0][:2]]
+        self.limit = float("inf")
+        names = [name for name in self.entries if name not in self._run_whole]
+
+        def result(name: str) -> list[Any]:
+            if to_the_end:
+                return tree_leaves(self(0))
+            return tree_leaves(self.output(name, 0)[1])
 
         with probing(self.net, ()):
-            expected = {name: outcome(name) for name in names}
+            expected = {name: result(name) for name in names}
             for name in reversed(names):
                 with self.at(name):
-                    if not all(map(torch.equal, outcome(name), expected[name])):
+                    if not all(map(torch.equal, result(name), expected[name])):
                         log.warning(
                             "%s cannot run on its own input; the whole model runs instead", name
                         )
-                        self._whole.add(name)
-                remembered = [self._inputs[name], *(self._outputs[n] for n in self._needed(name))]
-                storages = [
-                    t.untyped_storage() for t in tree_leaves(remembered) if isinstance(t, Tensor)
-                ]
-                self._sizes[name] = {
-                    s.data_ptr(): s.nbytes() / len(self.batches[0]) for s in storages
-                }
-        self.batches, self.limit = given, limit
+                        self._run_whole.add(name)
+                self._sizes[name] = self._measure_cache(name)
+        self.batches = all_batches
+        self.limit = limit
         self.forget()
 
+    def _measure_cache(self, name: str) -> dict[int, float]:
+        """Bytes per image of the tensors that are cached for a module, by address."""
+        cached = [self._inputs[name]]
+        for module in self._needed_outputs(name):
+            cached.append(self._outputs[module])
+        sizes = {}
+        for leaf in tree_leaves(cached):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes() / len(self.batches[0])
+        return sizes
+
     def forget(self) -> None:
-        """Nothing is remembered any more: what comes before the modules has changed."""
+        """Empty the cache, after a change of modules whose outputs are cached."""
         self._inputs: dict[str, list[Any]] = {}
         self._outputs: dict[str, list[Any]] = {}
 
     @contextlib.contextmanager
     def at(self, name: str) -> Generator[None]:
-        """While it lasts, `self(i)` begins at a module; what is before it must not change meanwhile."""
-        if name in self._whole:
+        """Let `self(i)` begin at a module inside the block; modules before it must not change."""
+        if name in self._run_whole:
             yield
             return
         if name not in self._inputs:
-            self._remember(name)
-        stubs = {
-            self.modules[n]: self._played(n)
-            for n in self.order.before[self.entries[name]]
-            if n in self.order.once
-        }
-        inputs = self.modules[name].register_forward_pre_hook(
-            lambda *_: self._inputs[name][self._at], with_kwargs=True, prepend=True
+            self._fill_cache(name)
+        stubs = {self.modules[module]: self._stub(module) for module in self._modules_before(name)}
+        handle = self.modules[name].register_forward_pre_hook(
+            lambda *_: self._inputs[name][self._batch_index], with_kwargs=True, prepend=True
         )
         try:
             with patched(stubs):
                 yield
         finally:
-            inputs.remove()
+            handle.remove()
 
     def __call__(self, i: int) -> Any:
-        """What the net makes of batch `i`."""
-        self._at = i
+        """Output of the net for batch `i`."""
+        self._batch_index = i
         return self.net(self.batches[i])
 
     def output(self, module: str, i: int) -> tuple[tuple[Any, ...], Any]:
-        """Positional arguments and output of a module for batch `i`; what follows it does not run."""
-        seen: list[tuple[tuple[Any, ...], Any]] = []
+        """Positional arguments and output of a module for batch `i`; the forward then stops."""
+        results: list[tuple[tuple[Any, ...], Any]] = []
 
-        def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen.append((args, output))
+        def save_result(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            results.append((args, output))
             raise StopForward
 
-        handle = self.modules[module].register_forward_hook(look)
+        handle = self.modules[module].register_forward_hook(save_result)
         try:
             with contextlib.suppress(StopForward):
                 self(i)
         finally:
             handle.remove()
-        return seen[0]
+        return results[0]
 
-    def _needed(self, name: str) -> list[str]:
-        """Modules before `name`, and in it before its entry, whose outputs are wanted: all but other entries that keep the shape."""
-        before = [n for n in self.order.before[self.entries[name]] if n in self.order.once]
-        return [n for n in before if n not in self.entries or n not in self.order.keeps_shape]
+    def _modules_before(self, name: str) -> list[str]:
+        """Outermost modules that have returned when the entry of `name` begins, if they run once."""
+        before = self.order.before[self.entries[name]]
+        return [module for module in before if module in self.order.once]
 
-    def _played(self, name: str) -> Callable[..., Any]:
-        kept = self._outputs.get(name)
-        return (
-            (lambda x, *args, **kwargs: x)
-            if kept is None
-            else (lambda *args, **kwargs: kept[self._at])
-        )
+    def _needed_outputs(self, name: str) -> list[str]:
+        """Modules before the entry of `name` to cache: those that cannot return their input."""
+        needed = []
+        for module in self._modules_before(name):
+            can_return_input = module in self.entries and module in self.order.keeps_shape
+            if not can_return_input:
+                needed.append(module)
+        return needed
 
-    def _remember(self, name: str) -> None:
-        """One forward of all batches up to the entry of `name`; modules before it are remembered with it as far as memory goes."""
-        held: list[str] = []
-        memory: dict[int, float] = {}
-        images = sum(len(batch) for batch in self.batches)
-        names = [n for n in self.entries if n not in self._whole]
-        for n in reversed(names[: names.index(name) + 1]):
-            memory |= self._sizes.get(n, {})
-            if held and sum(memory.values()) * images > self.limit:
+    def _stub(self, name: str) -> Callable[..., Any]:
+        """A `forward` that returns the cached output of a module, or its input without a cache."""
+        outputs = self._outputs.get(name)
+        if outputs is None:
+            return lambda x, *args, **kwargs: x
+        return lambda *args, **kwargs: outputs[self._batch_index]
+
+    def _modules_to_cache(self, name: str) -> list[str]:
+        """The module `name`, and as many modules before it as fit the limit."""
+        num_images = sum(len(batch) for batch in self.batches)
+        candidates = [module for module in self.entries if module not in self._run_whole]
+        chosen: list[str] = []
+        sizes: dict[int, float] = {}
+        for module in reversed(candidates[: candidates.index(name) + 1]):
+            sizes |= self._sizes.get(module, {})
+            if chosen and sum(sizes.values()) * num_images > self.limit:
                 break
-            held.append(n)
-        self._inputs = {n: [] for n in held}
-        self._outputs = {n: [] for block in held for n in self._needed(block)}
+            chosen.append(module)
+        return chosen
+
+    def _fill_cache(self, name: str) -> None:
+        """Run all batches up to the entry of `name`, and cache for it and for modules before it."""
+        chosen = self._modules_to_cache(name)
+        self._inputs = {module: [] for module in chosen}
+        self._outputs = {}
+        for module in chosen:
+            for needed in self._needed_outputs(module):
+                self._outputs[needed] = []
+
+        def save_input(inputs: list[Any]) -> Callable[..., None]:
+            return lambda _, *args_and_kwargs: inputs.append(args_and_kwargs)
+
+        def save_output(outputs: list[Any]) -> Callable[..., None]:
+            return lambda _, args, output: outputs.append(output)
 
         def stop(*_: Any) -> None:
             raise StopForward
 
-        hooks = [
-            self.modules[n].register_forward_pre_hook(
-                lambda _, *given, kept=kept: kept.append(given), with_kwargs=True
-            )
-            for n, kept in self._inputs.items()
-        ]
-        hooks += [
-            self.modules[n].register_forward_hook(
-                lambda _, args, output, kept=kept: kept.append(output)
-            )
-            for n, kept in self._outputs.items()
-        ]
-        with probing(
-            self.net, [*hooks, self.modules[self.entries[name]].register_forward_pre_hook(stop)]
-        ):
+        hooks: list[RemovableHandle] = []
+        for module, inputs in self._inputs.items():
+            hook = save_input(inputs)
+            hooks.append(self.modules[module].register_forward_pre_hook(hook, with_kwargs=True))
+        for module, outputs in self._outputs.items():
+            hooks.append(self.modules[module].register_forward_hook(save_output(outputs)))
+        entry = self.modules[self.entries[name]]
+        hooks.append(entry.register_forward_pre_hook(stop))
+        with probing(self.net, hooks):
             for batch in self.batches:
                 with contextlib.suppress(StopForward):
                     self.net(batch)
@@ -268,49 +306,52 @@ class Runner:
 def find_units(
     net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], setting: str
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
-    """What is fitted piece by piece: blocks, and quantized layers outside of them, in the order in which they run.
+    """Units to fit one by one: blocks, and quantized layers outside of blocks.
 
     Args:
-        net: converted; its scales are filled.
-        reference: the float net that it was made of.
+        net: converted; its scales are set.
+        reference: the float net before its conversion.
         batches: images (B, C, H, W) each, on the device of the nets.
-        setting: what asks for them, for messages.
+        setting: the setting that needs the units, for messages.
 
     Returns:
-        Per block or layer the sites of its quantized weights, in the order in which they run; then what runs them in either net.
+        By block or layer, the sites of its quantized weights, both in the order in which they run;
+        runner of `net`; runner of `reference`.
 
     Raises:
-        UsageError: the net has no blocks, or none with a quantized weight; or the reference is quantized.
+        UsageError: the net has no blocks with quantized weights, or the reference is quantized.
     """
     if not all(site.quantizer.is_float for site in iter_quantizers(reference)):
         raise UsageError(
-            f"{setting}: the reference is quantized; must be a copy of the model made before qat.convert"
+            f"{setting}: the reference is quantized; must be a copy of the model made before "
+            "qat.convert"
         )
     blocks = find_blocks(net)
     layers = [s for s in iter_quantizers(net) if s.role == "weight" and not s.quantizer.is_float]
-    unit_of = {
-        site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer)
-        for site in layers
-    }
+    unit_of: dict[str, str] = {}
+    for site in layers:
+        inside = (block for block in blocks if site.name.startswith(f"{block}."))
+        unit_of[site.name] = next(inside, site.layer)
     if blocks.keys().isdisjoint(unit_of.values()):
         raise UsageError(
-            f"{setting}: this model has no blocks with quantized weights in modules called {CONTAINER!r}"
+            f"{setting}: this model has no blocks with quantized weights in modules called "
+            f"{CONTAINER!r}"
         )
-    ran = RunOrder(net, batches[0][:1])
-    units: dict[str, list[Site]] = {}
-    for site in sorted(
-        (s for s in layers if {s.layer, unit_of[s.name]} <= ran.once),
-        key=lambda s: ran.place[s.layer],
-    ):
-        units.setdefault(unit_of[site.name], []).append(site)
-    units = {name: units[name] for name in ran.place if name in units}
+    order = RunOrder(net, batches[0][:1])
+    running = [s for s in layers if {s.layer, unit_of[s.name]} <= order.once]
+    running.sort(key=lambda site: order.position[site.layer])
+    sites_of: dict[str, list[Site]] = {}
+    for site in running:
+        sites_of.setdefault(unit_of[site.name], []).append(site)
+    units = {name: sites_of[name] for name in order.position if name in sites_of}
     entries = {name: [name] for name in units}
     return units, Runner(net, entries, batches), Runner(reference, entries, batches)
 
 
 def check_finite(value: Tensor, unit: str, setting: str) -> None:
-    """Raise `UsageError` if what enters or leaves a unit holds NaN or infinity."""
+    """Raise `UsageError` if the input or output of a unit contains NaN or infinity."""
     if not bool(value.isfinite().all()):
         raise UsageError(
-            f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of ckpt, data.mean and data.std"
+            f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of "
+            "ckpt, data.mean and data.std"
         )

@@ -230,7 +230,7 @@ class Evaluator:
         device = next(net.parameters()).device
         self.weights = [site for site in iter_quantizers(net) if site.is_weight]
         self.vectors = scale_vectors(
-            net, settings.targets, RunOrder(net, batches[0][:1].to(device)).place
+            net, settings.targets, RunOrder(net, batches[0][:1].to(device)).position
         )
         self.targets = [target.to(device) for target in targets]
         self.loss = logit_fitness(settings.fitness, settings.temperature)
@@ -255,7 +255,7 @@ class Evaluator:
     def fitness(self, block: str) -> float:
         """Mean over the batches, with the scales that the net has now; runs from `block` on."""
         logits: list[list[Tensor]] = [[] for _ in self.targets]
-        place = self.runner.order.place
+        place = self.runner.order.position
         later = [site for site in self.weights if place.get(site.layer, 0) > place[block]]
         # Weights are quantized once, not for every micro-batch.
         weights = {site.quantizer: site.quantizer(site.latent()) for site in later}

@@ -1,4 +1,4 @@
-"""Affine quantizers: ranges found by post-training calibration, min-max of calibration data, and the present range for weights."""
+"""Affine quantizers: ranges calibrated by `qat.ptq` or by min-max, and ranges of weights."""
 
 from __future__ import annotations
 
@@ -31,83 +31,97 @@ from qat.spec import QuantSpec
 
 @register("affine")
 class Affine(Quantizer):
-    """A fixed range: codes with a zero point. `qat.ptq.calibrate` fills it.
+    """A fixed range: codes with a zero point. `qat.ptq.calibrate` sets it.
 
     Attributes:
-        scale: (n,) buffer, in the unit of the input; NaN until filled.
+        scale: (n,) buffer, in the unit of the input; NaN until calibrated.
         zero_point: (n,) buffer, in codes, a whole number stored as float.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        self.qmin, self.qmax = spec.qmin, spec.qmax
+        self.qmin = spec.qmin
+        self.qmax = spec.qmax
         self.scale: Tensor
         self.zero_point: Tensor
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """NaN scale and zero point per slice along the axis."""
+        """Create a NaN scale and zero point per slice along the axis."""
         super().allocate(shape, device)
-        self.scale, self.zero_point = self.nan_tensor(shape, device), self.nan_tensor(shape, device)
+        self.scale = self.nan_tensor(shape, device)
+        self.zero_point = self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Find the range of a weight by the observer of the spec; those of activations are found on a net that runs in float.
+        """Find the range of a weight by the observer of the spec.
+
+        Ranges of activations are found by `qat.ptq.calibrate`, on a net that runs in float.
 
         Raises:
             UsageError: `x` is an activation.
         """
         if self.spec.role != "weight":
             raise UsageError(
-                f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales"
+                f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), "
+                "not by initialize_scales"
             )
         self.fill(observe(None, x, self.axis, self.method), x)
 
     @property
     def method(self) -> str:
-        """How its range is found: one of `qat.functional.observers.OBSERVERS`."""
+        """Name of the method for the range, one of `qat.functional.observers.OBSERVERS`."""
         return self.spec.observer or "minmax"
 
     def fill(self, state: RangeState, x: Tensor) -> None:
-        """Set scale and zero point after the last batch; `x`, that batch, is only read where candidates are tried on it."""
-        signed = self.qmin < 0
-        self._fill(
-            *affine_from_state(
-                reaching_zero(state),
-                x,
-                self.spec.bits,
-                signed=signed,
-                axis=self.axis,
-                method=self.method,
-            )
+        """Set scale and zero point after the last batch.
+
+        Args:
+            state: range of all batches.
+            x: the last batch, read only by methods that try candidates on it.
+        """
+        scale, zero_point = affine_from_state(
+            reaching_zero(state),
+            x,
+            self.spec.bits,
+            signed=self.qmin < 0,
+            axis=self.axis,
+            method=self.method,
         )
+        self._fill(scale, zero_point)
 
     def _fill(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the fixed range, corrected for a weight whose spec says so."""
+        """`fake_quantize_affine` on the fixed range, with the bias correction of the spec."""
         y = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
-        return correct_mean_and_std(y, x, self.axis or 0) if self.spec.bias_correction else y
+        if self.spec.bias_correction:
+            return correct_mean_and_std(y, x, self.axis or 0)
+        return y
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes, zero point included."""
         return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The fixed range, without the correction of a bias, which is no part of the grid (`spec.bias_correction`)."""
-        step, zero = self.scale.float(), self.zero_point.float()
+        """The fixed range; the bias correction is not part of a grid (`spec.bias_correction`)."""
         return UniformGrid(
-            qmin=self.qmin, qmax=self.qmax, step=step, zero_point=zero, axis=self.axis
+            qmin=self.qmin,
+            qmax=self.qmax,
+            step=self.scale.float(),
+            zero_point=self.zero_point.float(),
+            axis=self.axis,
         )
 
 
 @register("minmax")
 class MinMax(Affine):
-    """Range of the calibration data, then fixed: asymmetric with a zero point.
+    """Range of the calibration data, then fixed.
 
-    An activation is asymmetric whatever the sign of its spec: the zero point serves the tail of GELU and signed inputs alike.
+    Activations are asymmetric, whatever the sign of the spec: a zero point suits the tail of GELU
+    and signed inputs alike.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -115,7 +129,7 @@ class MinMax(Affine):
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Smallest and largest value over the batches in `state`, and zero: a zero point in the code range needs it inside."""
+        """Extend the range in `state` by a batch; it includes zero, as the zero point is a code."""
         low, high = min_max(x, self.axis)
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))
@@ -125,10 +139,10 @@ class MinMax(Affine):
 
 @register("minmax_dynamic")
 class DynamicMinMax(Quantizer):
-    """Symmetric range of the tensor at hand, recomputed in every forward: for weights, which move while they train."""
+    """Symmetric range, recomputed in every forward: for weights, which change in training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the present range."""
+        """`fake_quantize_affine` on the range of `x`."""
         return fake_quantize_affine(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -136,12 +150,16 @@ class DynamicMinMax(Quantizer):
         return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
-        """That of `x`."""
+        """The grid of `x`; None without `x`."""
         if x is None:
             return None
-        step, zero = self._range(x)
+        step, zero_point = self._range(x)
         return UniformGrid(
-            qmin=self.spec.qmin, qmax=self.spec.qmax, step=step, zero_point=zero, axis=self.axis
+            qmin=self.spec.qmin,
+            qmax=self.spec.qmax,
+            step=step,
+            zero_point=zero_point,
+            axis=self.axis,
         )
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:

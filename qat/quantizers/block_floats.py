@@ -1,4 +1,7 @@
-"""Floats in blocks with scales of their own, read off the tensor in every forward: `mxfp` of 4 or 8 bits, and `nvfp4`. No parameters."""
+"""Floats in blocks: `mxfp` of 4 or 8 bits, and `nvfp4`.
+
+There are no parameters: each forward computes the scales of the blocks from the tensor.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,15 @@ from qat.spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class FloatGrid(Grid):
-    """Values of a format times the scale of their block. Codes are bits: sign, exponent, mantissa; -qmax to qmax count the values in order.
+    """Values of a format times the scale of their block.
+
+    Codes are bits: sign, exponent, mantissa; -qmax to qmax number the values in order.
 
     Attributes:
         form: the format.
-        dim: dimension along which blocks lie.
-        factors: (..., blocks, ...), scales of blocks, or what they are made of t; None = found anew for every tensor.
+        dim: dimension that is split into blocks.
+        factors: (..., blocks, ...), scales of blocks, divided by t if there is a t; None = computed
+            for every tensor.
         tensor_scale: t, or None.
     """
 
@@ -39,51 +45,59 @@ class FloatGrid(Grid):
     tensor_scale: Tensor | None = None
 
     def in_order(self, codes: Tensor) -> Tensor:
-        """The place of each code among the values, zero at 0."""
+        """Index of each code among the values in order, zero at 0."""
         return float_place(float_values(codes, self.form), self.form)
 
     @property
     def scales(self) -> Tensor:
-        """Of blocks, float32.
+        """Scales of blocks, float32.
 
         Raises:
-            ValueError: the grid is that of no tensor.
+            ValueError: the grid was built without a tensor.
         """
         if self.factors is None:
             raise ValueError(
                 "FloatGrid: its scales are those of a tensor; must be made by quantizer.grid(x)"
             )
-        return self.factors if self.tensor_scale is None else self.factors * self.tensor_scale
+        if self.tensor_scale is None:
+            return self.factors
+        return self.factors * self.tensor_scale
 
     def along(self, length: int) -> Tensor:
-        """The scale of each value of a tensor with `length` of them along `dim`."""
+        """Scale of each value of a tensor with `length` values along `dim`."""
         return self.scales.repeat_interleave(self.form.block, self.dim).narrow(self.dim, 0, length)
 
     @property
     def unit(self) -> Tensor:
-        """The smallest value above zero, of each block."""
+        """The smallest value above zero in each block."""
         return self.scales * 2.0 ** (self.form.lowest - self.form.mantissa)
 
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
-        """The largest value with the largest scale, and what is as far below zero; scalars."""
-        most = self.form.highest * self.scales.amax()
-        return -most, most
+        """Lowest and highest value, those with the largest scale; scalars."""
+        highest = self.form.highest * self.scales.amax()
+        return -highest, highest
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """Place among the values of the format, zero at 0."""
+        """Index among the values of the format, zero at 0, with fractions between values."""
         scales = self.along(x.shape[self.dim])
-        return float_place(self.shift(x) / torch.where(scales == 0, torch.inf, scales), self.form)
+        divisors = torch.where(scales == 0, torch.inf, scales)
+        return float_place(self.shift(x) / divisors, self.form)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The value of a code times its scale."""
         y = float_values(codes, self.form) * self.along(codes.shape[self.dim])
-        return y if self.after is None else y + self.after
+        if self.after is None:
+            return y
+        return y + self.after
 
 
 @register("mxfp")
 @register("nvfp4")
 class BlockFloat(Quantizer):
-    """Blocks along `spec.axis`: the dimension over which a product sums; None = the channels (B, C, H, W) of a convolution's input."""
+    """Floats in blocks along `spec.axis`, the dimension over which a product sums.
+
+    An axis of None is that of the channels of a convolution's input (B, C, H, W).
+    """
 
     in_blocks = True
 
@@ -98,20 +112,23 @@ class BlockFloat(Quantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """Bits of E2M1 (0 to 15) or E4M3, uint8."""
-        return block_float_codes(x.detach().movedim(self.dim, -1), self.form)[0].movedim(
-            -1, self.dim
-        )
+        codes, _, _ = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
+        return codes.movedim(-1, self.dim)
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
-        """That of `x`; of None one that knows its format alone."""
-        most = {4: 7, 8: 126}[self.form.bits]  # E4M3's last code is NaN
-        grid = FloatGrid(qmin=-most, qmax=most, form=self.form, dim=self.dim)
+        """The grid of `x`; without `x`, only the number format is known."""
+        # The last code of E4M3 is NaN.
+        qmax = {4: 7, 8: 126}[self.form.bits]
+        grid = FloatGrid(qmin=-qmax, qmax=qmax, form=self.form, dim=self.dim)
         if x is None:
             return grid
         _, factors, t = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
         return dataclasses.replace(grid, factors=factors.movedim(-1, self.dim), tensor_scale=t)
 
     def scale_bytes(self, shape: torch.Size) -> int:
-        """What the scales of a tensor take: a byte for each block, with two levels a float32 for the tensor."""
-        n = shape[self.dim]
-        return shape.numel() // n * -(-n // self.form.block) + 4 * self.form.two_level
+        """Bytes of the scales of a tensor: 1 per block; with two levels, 4 more for the tensor."""
+        row_length = shape[self.dim]
+        num_rows = shape.numel() // row_length
+        blocks_per_row = -(-row_length // self.form.block)
+        tensor_bytes = 4 if self.form.two_level else 0
+        return num_rows * blocks_per_row + tensor_bytes

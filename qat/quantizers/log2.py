@@ -1,4 +1,7 @@
-"""Powers of two for softmax probabilities: no scale, nothing to calibrate. Source: FQ-ViT, arXiv 2111.13824."""
+"""Powers of two for softmax probabilities: there is no scale to calibrate.
+
+Source: FQ-ViT, arXiv 2111.13824.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class PowersOfTwo(Grid):
-    """Code k stands for 2^-k, the last one also for zero."""
+    """Codes k of 2^-k; the last code is that of zero too."""
 
     @property
     def unit(self) -> float:
@@ -33,7 +36,9 @@ class PowersOfTwo(Grid):
     def dequantize(self, codes: Tensor) -> Tensor:
         """2^-k."""
         y = torch.exp2(-codes.float())
-        return y if self.after is None else y + self.after
+        if self.after is None:
+            return y
+        return y + self.after
 
 
 @register("log2")

@@ -1,4 +1,8 @@
-"""LSQ as a module. Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ's granularities). Deviations: docs/deviations.md#lsq."""
+"""LSQ as a module.
+
+Papers: arXiv 1902.08153 (LSQ), 2302.02210 (granularities of OFQ). Deviations:
+docs/deviations.md#lsq.
+"""
 
 from __future__ import annotations
 
@@ -26,41 +30,44 @@ from qat.spec import QuantSpec
 
 @register("lsq")
 def build_lsq(spec: QuantSpec) -> Quantizer:
-    """LSQ, or `AutoSignLSQ` where the sign is found from the data."""
-    return LSQ(spec) if spec.signed is not None else AutoSignLSQ(spec)
+    """`LSQ`, or `AutoSignLSQ` if the sign is to be found from data."""
+    if spec.signed is None:
+        return AutoSignLSQ(spec)
+    return LSQ(spec)
 
 
 _INITIAL_SCALE = {"lsq": lsq_init_scale, "mse": mse_init_scale}
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """Mean of the values handed in so far; `state` remembers it under `mean` and their number under `n`."""
-    state["n"] = state.get("n", 0) + 1
-    state["mean"] = (
-        value if state["n"] == 1 else state["mean"] + (value - state["mean"]) / state["n"]
-    )
-    return state["mean"]
+    """Mean of all values so far; `state` holds the mean under `mean` and the count under `n`."""
+    count = state.get("n", 0) + 1
+    mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
+    state["n"] = count
+    state["mean"] = mean
+    return mean
 
 
 class LSQ(Quantizer):
     """Learned step size, absolute or relative to its start (`spec.steps`).
 
     Attributes:
-        scale: step size in force, (n,) with one per slice along the axis, in the unit of the input; NaN until initialised. A parameter
-            where steps are absolute.
-        start: s0, where a relative step began, (n,); None where steps are absolute.
-        change: t of `qat.functional.relative_step`, (n,), which is what is learned of a relative step; None where steps are absolute.
-        unit: u of it: 0 for weights, which are there from the beginning.
-        grad_factor: factor on the gradient of `scale`. A trainer sets 1/sqrt(world size x accumulation) on activations, so that
-            LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq).
+        scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
+            initialised. A parameter if steps are absolute.
+        start: s0 of `qat.functional.relative_step`, (n,); None if steps are absolute.
+        change: t of `relative_step`, (n,), the learned part of a relative step; None if steps are
+            absolute.
+        unit: u of `relative_step`; 0 for weights, whose data is complete at the start.
+        grad_factor: factor on the gradient of `scale`. A trainer sets
+            1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
+            the elements of the global batch (docs/deviations.md#lsq).
     """
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.grad_factor = 1.0
-        self._parameters["scale"] = (
-            None  # where the property finds it; `register_parameter` refuses names that a class has
-        )
+        # `register_parameter` refuses the name, because the class has a property `scale`.
+        self._parameters["scale"] = None
         self.start: Tensor
         self.register_buffer("start", None)
         self.register_parameter("change", None)
@@ -68,45 +75,51 @@ class LSQ(Quantizer):
 
     @property
     def scale(self) -> Tensor:
-        """See above; a relative step stays above zero whatever an optimizer does, and changes in proportion to its size."""
+        """Step size; a relative one stays positive and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
         return kernels.relative_step(self.start, self.change, self.unit)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """One NaN step per slice along the axis."""
+        """Create a NaN step per slice along the axis."""
         super().allocate(shape, device)
         steps = self.nan_tensor(shape, device)
         if self.spec.steps == "relative":
-            self.start, self.change = steps, nn.Parameter(torch.zeros_like(steps))
+            self.start = steps
+            self.change = nn.Parameter(torch.zeros_like(steps))
         else:
             self.register_parameter("scale", nn.Parameter(steps))
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
-        """Put steps (n,) in force, from where a relative one begins anew; that of an activation is a 64th of `unit` at least."""
+        """Set the steps (n,); relative steps start again from them.
+
+        The start of a relative step is at least a 64th of `unit`.
+        """
         if self.change is None:
             super().set_scale(values)
-        else:
-            self.start.copy_(values.clamp(min=max(self.unit / 64, 2 * SCALE_FLOOR)))
-            self.change.zero_()
+            return
+        lowest = max(self.unit / 64, 2 * SCALE_FLOOR)
+        self.start.copy_(values.clamp(min=lowest))
+        self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Step = `initial_scale`, averaged over the batches in `state`."""
-        self.set_scale(running_mean(state, self.initial_scale(x, self.spec.qmin, self.spec.qmax)))
+        """Set the step to `initial_scale`, averaged over the batches in `state`."""
+        step = self.initial_scale(x, self.spec.qmin, self.spec.qmax)
+        self.set_scale(running_mean(state, step))
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Where learning begins with codes in [qmin, qmax], by the rule of the spec: (n,), in the unit of `x`."""
+        """Initial step (n,) for codes in [qmin, qmax], by the rule of the spec."""
         return _INITIAL_SCALE[self.spec.step_init](x, qmin, qmax, self.axis)
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis; of as many codes from 0 up where `sign` says so."""
+        """Codes and axis, before `sign` is applied."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
     def sign(self) -> Tensor | None:
-        """None = the grid has the sign that the spec names; else one number, above 0 for a signed grid."""
+        """None if the spec has the sign; else one number, above 0 for a signed grid."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,15 +127,17 @@ class LSQ(Quantizer):
         return kernels.lsq(x, self._params())
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """`qat.functional.lsq` between two offsets, of which only the input is kept for backward."""
+        """`qat.functional.lsq` with offsets; of the activations, backward saves only the input."""
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
         return kernels.lsq(x, self._params()._replace(before=before, after=after))
 
     def operand(self) -> LSQParams | None:
-        """Step and codes, where these do not depend on a sign."""
-        found = self._params()
-        return None if found.scale is None or found.sign is not None else found
+        """Step and codes; None if the codes depend on a sign, or before `allocate`."""
+        params = self._params()
+        if params.scale is None or params.sign is not None:
+            return None
+        return params
 
     def _params(self) -> LSQParams:
         return LSQParams(self.scale, None, None, self.sign, self.code_range, self.grad_factor)
@@ -132,7 +147,7 @@ class LSQ(Quantizer):
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Through zero, on the learned step."""
+        """Multiples of the learned step."""
         return self._grid(self.spec.qmin, self.spec.qmax)
 
     def _grid(self, qmin: int, qmax: int) -> UniformGrid:
@@ -145,14 +160,14 @@ class LSQ(Quantizer):
 
 
 class AutoSignLSQ(LSQ):
-    """LSQ for images: signed or unsigned as the calibration data are.
+    """LSQ for images: signed if the calibration data are.
 
     Attributes:
-        signed: 1.0 or 0.0, NaN until initialised. A buffer and not a Python flag: it is in every checkpoint, and a forward
-            reads it without waiting for the device.
+        signed: 1.0 or 0.0, NaN until initialised. A buffer, so that it is in every checkpoint and
+            that a forward reads it without waiting for the device.
     """
 
-    # The reference calls an image signed once a value is below this.
+    # The threshold of the reference: an image with a value below it is signed.
     NEGATIVE = -1e-5
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -162,32 +177,36 @@ class AutoSignLSQ(LSQ):
         self.register_buffer("signed", torch.tensor(torch.nan))
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """One NaN step per slice along the axis; the sign goes to the same device."""
+        """Create a NaN step per slice along the axis, and move the sign to the device."""
         super().allocate(shape, device)
         self.signed = self.signed.to(device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Sign from the smallest value seen; LSQ's step from factor 2 whatever the sign (the reference's rule for images)."""
-        lowest = torch.minimum(
-            x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device))
-        )
+        """Find the sign from the smallest value of all batches, and set the step.
+
+        For either sign the factor of LSQ's step is 2 (the reference's rule for images).
+        """
+        lowest = x.detach().amin().float()
+        if "lowest" in state:
+            lowest = torch.minimum(lowest, state["lowest"])
         state["lowest"] = lowest
         signed = bool(lowest < self.NEGATIVE)
-        self.set_scale(self._step(x, state)[signed])
+        self.set_scale(self._steps(x, state)[signed])
         self.signed.fill_(float(signed))
 
-    def _step(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
-        """The step so far for either sign, as a later batch may need the other."""
+    def _steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
+        """Mean step over the batches for either sign: a later batch may change the sign."""
+        steps = {}
         if self.spec.step_init == "lsq":
             # With bounds -1 and 1 this is twice the mean magnitude.
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
-            return {signed: twice_mean_abs / qmax**0.5 for signed, (_, qmax) in self.bounds.items()}
-        return {
-            signed: running_mean(
-                state.setdefault(f"signed={signed}", {}), self.initial_scale(x, *bounds)
-            )
-            for signed, bounds in self.bounds.items()
-        }
+            for signed, (_, qmax) in self.bounds.items():
+                steps[signed] = twice_mean_abs / qmax**0.5
+            return steps
+        for signed, bounds in self.bounds.items():
+            sign_state = state.setdefault(f"signed={signed}", {})
+            steps[signed] = running_mean(sign_state, self.initial_scale(x, *bounds))
+        return steps
 
     @property
     def code_range(self) -> CodeRange:
@@ -200,13 +219,13 @@ class AutoSignLSQ(LSQ):
         return self.signed
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes with the bounds of the sign that was found, int16."""
-        signed, unsigned = (
-            lsq_codes(x, self.scale, *self.bounds[s], self.axis).to(torch.int16)
-            for s in (True, False)
+        """Codes within the bounds of the calibrated sign, int16."""
+        signed_codes = lsq_codes(x, self.scale, *self.bounds[True], self.axis)
+        unsigned_codes = lsq_codes(x, self.scale, *self.bounds[False], self.axis)
+        return torch.where(
+            self.signed > 0, signed_codes.to(torch.int16), unsigned_codes.to(torch.int16)
         )
-        return torch.where(self.signed > 0, signed, unsigned)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """With the bounds of the sign that was found."""
+        """Multiples of the learned step, within the bounds of the calibrated sign."""
         return self._grid(*self.bounds[bool(self.signed > 0)])

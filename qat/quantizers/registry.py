@@ -1,4 +1,4 @@
-"""From a quantizer's name to the module: those of this package by `register`, anybody's as `package.module:Class`."""
+"""Quantizer modules by name: registered names of this package, or `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def register(
 ) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
     """Make `quantizer=name` build the decorated class or function of this package.
 
-    Those that a recipe may name are listed in `qat.spec.QUANTIZERS` as well.
+    Names that a recipe may use are listed in `qat.spec.QUANTIZERS` too.
 
     Raises:
-        ValueError: another one has the name.
+        ValueError: the name is registered for another quantizer.
     """
 
     def add(builder: Callable[[QuantSpec], Quantizer]) -> Callable[[QuantSpec], Quantizer]:
@@ -33,27 +33,32 @@ def register(
 
 
 def import_quantizer(path: str) -> type[Quantizer]:
-    """The class `package.module:Class`, its module imported: for a name that the user typed, never for one that a file holds.
+    """Import the class `package.module:Class`.
+
+    Only for names that a user typed, never for names from a file: importing runs code.
 
     Raises:
-        UsageError: there is no such class, or it is no subclass of `Quantizer` with the methods that one must have.
+        UsageError: the class does not exist, or is not a subclass of `Quantizer` with all methods.
     """
     module_name, class_name = path.split(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        quantizer = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"quantizer={path!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Quantizer)) or found.__abstractmethods__:
+    is_quantizer = isinstance(quantizer, type) and issubclass(quantizer, Quantizer)
+    if not is_quantizer or quantizer.__abstractmethods__:
         raise UsageError(
-            f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer that has forward and codes"
+            f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer "
+            "that has forward and codes"
         )
-    return found
+    return quantizer
 
 
 def build_quantizer(spec: QuantSpec) -> Quantizer:
     """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
 
-    What a file names has been compared with what is imported before it becomes a spec (`qat.model.ptq_spec.recipe_from`).
+    Names from files are compared with imported classes before they become a spec
+    (`qat.model.ptq_spec.recipe_from`).
 
     Raises:
         UsageError: the name is neither registered nor importable.
@@ -64,7 +69,10 @@ def build_quantizer(spec: QuantSpec) -> Quantizer:
         builder = _BUILDERS[spec.quantizer]
     else:
         raise UsageError(
-            f"quantizer={spec.quantizer!r}: must be one of {', '.join(sorted(_BUILDERS))} or package.module:Class"
+            f"quantizer={spec.quantizer!r}: must be one of {', '.join(sorted(_BUILDERS))} "
+            "or package.module:Class"
         )
     quantizer = builder(spec)
-    return quantizer if spec.offsets == "none" else Shifted(quantizer)
+    if spec.offsets == "none":
+        return quantizer
+    return Shifted(quantizer)

@@ -1,4 +1,7 @@
-"""Half steps of a learned size. Source: SEQ of ParetoQ, arXiv 2502.02631; StatsQ's grid with LSQ's step. docs/deviations.md#seq."""
+"""Half steps of a learned size: the grid of StatsQ with the step of LSQ.
+
+Source: SEQ of ParetoQ, arXiv 2502.02631. Deviations: docs/deviations.md#seq.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,23 @@ from qat.spec import QuantSpec
 
 @register("seq")
 def build_seq(spec: QuantSpec) -> Quantizer:
-    """SEQ for what is signed; LSQ for what is not, or is found to be: its grid ends at zero, where half of such values are."""
-    return SEQ(spec) if spec.signed else build_lsq(spec)
+    """SEQ for signed tensors, else LSQ.
+
+    An unsigned grid of LSQ includes zero, where half of unsigned values are.
+    """
+    if spec.signed:
+        return SEQ(spec)
+    return build_lsq(spec)
 
 
 class SEQ(LSQ):
-    """LSQ with the values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1): as many below zero as above."""
+    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1): half of them below zero."""
 
-    operand = LSQ.operand  # said, as `codes` are others
+    # Without this line `Quantizer.__init_subclass__` would reset `operand`: `codes` are overridden.
+    operand = LSQ.operand
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """2 * mean|x| / n, or near it where the squared error is least (`spec.step_init`)."""
+        """2 * mean|x| / n, or a step near it with the least squared error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
             return half_step_init_scale(x, qmin, qmax, self.axis)
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)
@@ -42,5 +51,6 @@ class SEQ(LSQ):
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Half a step beside zero."""
-        return dataclasses.replace(self._grid(self.spec.qmin, self.spec.qmax), zero_point=-0.5)
+        """Values at odd multiples of half the learned step."""
+        grid = self._grid(self.spec.qmin, self.spec.qmax)
+        return dataclasses.replace(grid, zero_point=-0.5)

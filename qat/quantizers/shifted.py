@@ -14,12 +14,14 @@ from qat.quantizers.quantizer import Quantizer
 
 
 class Shifted(Quantizer):
-    """q(x + a) + c with two independent offsets, zero at first: how a symmetric grid serves asymmetric inputs.
+    """q(x + a) + c with two independent offsets, which fit a symmetric grid to asymmetric inputs.
 
     Attributes:
-        quantizer: the quantizer in the middle.
-        offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in its unit.
-        offset_after: c, shaped like the other; absent where it could have no effect (`spec.offsets = "before"`).
+        quantizer: the quantizer q.
+        offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
+            the input; zero at first.
+        offset_after: c, the shape of a, zero at first; None where an offset would have no effect
+            (`spec.offsets = "before"`).
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -29,57 +31,68 @@ class Shifted(Quantizer):
         self.register_parameter("offset_after", None)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Zero offsets, and the state of the quantizer in the middle."""
+        """Create zero offsets, and the state of the inner quantizer."""
         self.quantizer.allocate(shape, device)
         self.axis = self.quantizer.axis
-        over = shape[len(shape) - self.spec.offset_ndim :]
-        self.offset_before = nn.Parameter(torch.zeros(over, device=device))
+        offset_shape = shape[len(shape) - self.spec.offset_ndim :]
+        self.offset_before = nn.Parameter(torch.zeros(offset_shape, device=device))
         if self.spec.offsets == "both":
-            self.offset_after = nn.Parameter(torch.zeros(over, device=device))
+            self.offset_after = nn.Parameter(torch.zeros(offset_shape, device=device))
 
     def share_scale(self) -> None:
-        """Passed on to the quantizer in the middle."""
+        """Give up the axis of the inner quantizer."""
         self.quantizer.share_scale()
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Calibrate the quantizer in the middle on the shifted input."""
-        self.quantizer.calibrate(self._moved(x.detach(), self.offset_before.detach()), state)
+        """Calibrate the inner quantizer on the shifted input."""
+        self.quantizer.calibrate(self._add_offset(x.detach(), self.offset_before.detach()), state)
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
         return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
     def operand(self) -> LSQParams | None:
-        """That of the quantizer in the middle, with offsets over the last dimension."""
-        found = self.quantizer.operand()
-        if not isinstance(found, LSQParams) or self.spec.offset_ndim != 1:
+        """Operand of the inner quantizer, with the offsets; None for offsets over pixels."""
+        operand = self.quantizer.operand()
+        if not isinstance(operand, LSQParams) or self.spec.offset_ndim != 1:
             return None
-        return found._replace(before=self.offset_before, after=self.offset_after)
+        return operand._replace(before=self.offset_before, after=self.offset_after)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""
-        return self.quantizer.codes(self._moved(x, self.offset_before))
+        return self.quantizer.codes(self._add_offset(x, self.offset_before))
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
-        """That of the quantizer in the middle, with the offsets around it."""
-        before, after = (
-            None if t is None else t.detach().float()
-            for t in (self.offset_before, self.offset_after)
+        """Grid of the inner quantizer, with the offsets."""
+        if x is not None:
+            x = self._add_offset(x, self.offset_before)
+        grid = self.quantizer.grid(x)
+        if grid is None:
+            return None
+        return dataclasses.replace(
+            grid,
+            before=self._detached(self.offset_before),
+            after=self._detached(self.offset_after),
         )
-        found = self.quantizer.grid(None if x is None else self._moved(x, self.offset_before))
-        return None if found is None else dataclasses.replace(found, before=before, after=after)
 
     @staticmethod
-    def _moved(x: Tensor, offset: Tensor) -> Tensor:
-        """The sum x + a in float32, as `forward` has it: a sum in half precision would move values over thresholds."""
+    def _detached(offset: Tensor | None) -> Tensor | None:
+        """An offset in float32 without gradient."""
+        if offset is None:
+            return None
+        return offset.detach().float()
+
+    @staticmethod
+    def _add_offset(x: Tensor, offset: Tensor) -> Tensor:
+        """The sum x + a in float32 as in `forward`; half precision could change codes."""
         return x.float() + offset.float()
 
     @property
     def n_scales(self) -> int:
-        """Scales of the quantizer in the middle."""
+        """Number of scales of the inner quantizer."""
         return self.quantizer.n_scales
 
     def extra_repr(self) -> str:
-        """The offsets; the quantizer prints itself."""
+        """The offsets; the inner quantizer prints its own settings."""
         return f"offsets={self.spec.offsets}"

@@ -1,6 +1,7 @@
-"""StatsQ as a module: no parameters, the scale is read off the tensor in every forward. Paper: arXiv 2302.02210.
+"""StatsQ as a module: no parameters, each forward computes the scale from the tensor.
 
-StatsQRMS has a range that knows the bits. Source: QuEST, arXiv 2502.05003; docs/deviations.md#statsq.
+Sources: OFQ, arXiv 2302.02210; `StatsQRMS`, whose range depends on the bits: QuEST,
+arXiv 2502.05003. Deviations: docs/deviations.md#statsq.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from qat.spec import QuantSpec
 @register("statsq")
 @register("statsq_rms")
 def build_statsq(spec: QuantSpec) -> Quantizer:
-    """StatsQ or StatsQRMS for a weight; activations, for which that was not made, have `ActStatsQ`."""
+    """`StatsQ` or `StatsQRMS` for a weight, `ActStatsQ` for an activation."""
     if spec.role not in {"weight", "qk"}:
         return ActStatsQ(dataclasses.replace(spec, signed=True))
-    return StatsQRMS(spec) if spec.quantizer == "statsq_rms" else StatsQ(spec)
+    if spec.quantizer == "statsq_rms":
+        return StatsQRMS(spec)
+    return StatsQ(spec)
 
 
 class StatsQ(Quantizer):
@@ -36,7 +39,7 @@ class StatsQ(Quantizer):
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def operand(self) -> WeightParams:
-        """The bits: what else there is to it is read off the weight."""
+        """The bits; everything else is computed from the weight."""
         return WeightParams(self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -44,11 +47,15 @@ class StatsQ(Quantizer):
         return statsq_codes_with_scale(x, self.scale_of(x), self.spec.bits)
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """The scale in force for `x`; broadcasts against it."""
+        """Scale of `x`; broadcasts against `x`."""
         return kernels.statsq_scale(x)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
-        """That of `x`, in half steps: code k stands for (k + 1/2) s / 2^(b-1)."""
+        """The grid of `x`, in half steps: code k stands for (k + 1/2) s / 2^(b-1).
+
+        Returns:
+            None without `x`.
+        """
         if x is None:
             return None
         n = 2 ** (self.spec.bits - 1)
@@ -66,10 +73,13 @@ class StatsQ(Quantizer):
 
 
 class ActStatsQ(StatsQ):
-    """Activations: the statistics of the present batch along the spec's axis. Always signed: StatsQ's grid is symmetric."""
+    """Activations: the statistics of each batch along the axis of the spec.
+
+    Always signed, because StatsQ's grid is symmetric.
+    """
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """The scale in force for `x`; broadcasts against it."""
+        """Scale of `x`, twice the mean magnitude; broadcasts against `x`."""
         return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
 
     def _axis_of(self, x: Tensor) -> int | None:
@@ -77,12 +87,16 @@ class ActStatsQ(StatsQ):
 
 
 class StatsQRMS(StatsQ):
-    """Weights (out, ...): a range for each output row by its root mean square, as wide as is best for normal weights at these bits."""
+    """Weights (out, ...): a range for each output row by its root mean square.
 
-    grid = StatsQ.grid  # said, as `forward` is another
+    The range is the best for normal weights at the bits of the spec.
+    """
+
+    # Without this line `Quantizer.__init_subclass__` would reset `grid`: `forward` is overridden.
+    grid = StatsQ.grid
 
     def forward(self, x: Tensor) -> Tensor:
-        """StatsQ's levels; the gradient is zero outside of the range."""
+        """Levels of StatsQ; the gradient is zero outside of the range."""
         scale = self.scale_of(x)
         return kernels.statsq(x.clamp(-scale, scale), scale, self.spec.bits).to(x.dtype)
 
