@@ -17,7 +17,8 @@ from torch import nn
 from qat import kernels
 from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
-from qat.launch.ranks import connect, is_first, write_owner
+from qat.launch.ranks import connect, is_first
+from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory

@@ -1,4 +1,4 @@
-"""Domain checks of settings: each raises `UsageError` with the form `setting=value: must be ...`."""
+"""Checks of settings: each raises `UsageError` in the form `setting=value: must be ...`."""
 
 from __future__ import annotations
 
