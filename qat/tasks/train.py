@@ -109,7 +109,7 @@ def train(cfg: DictConfig) -> float:
     )
 
     connect(trainer)
-    data.trainer = trainer  # from here on each process has its own share of the images
+    data.share_images(trainer)
     if is_first():
         _begin_run_dir(cfg, outdated_files)
         announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])
