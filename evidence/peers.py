@@ -64,7 +64,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
     )
-    data.trainer = trainer
+    data.share_images(trainer)
     top1_fp = announce_teacher(teacher, data, trainer)
     with closing(trainer.loggers):
         trainer.fit(module, datamodule=data)

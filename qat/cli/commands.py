@@ -33,7 +33,7 @@ from qat.cli import sweep
 from qat.cli.corrections import correction, refuse_flags
 from qat.cli.mistakes import line_of
 from qat.errors import UsageError
-from qat.launch import ranks, run_dir, signals
+from qat.launch import ranks, run_dir, signals, slurm
 from qat.launch.signals import Preempted
 from qat.tasks import settings
 from qat.tasks.conf import CONF, options, typed
@@ -244,7 +244,7 @@ def _leave(cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState) -> int:
     hint = "the same command repeats it"
     if "resume" in cfg:
         hint = f"the same command resumes with resume=auto run_dir={cfg.sweep_dir or cfg.run_dir}"
-    return ranks.leave(stop, folder, hint)
+    return slurm.end_preempted(stop, folder, hint)
 
 
 def _report_failure(
@@ -283,10 +283,10 @@ def _start(
     """
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
-    ranks.check_place(trainer)
+    slurm.check_processes(trainer)
     # These commands refuse several devices themselves.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
-    count = 0 if has_one_process else ranks.to_start(trainer)
+    count = 0 if has_one_process else ranks.processes_to_start(trainer)
     if count:
         if in_sweep:
             raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
@@ -295,7 +295,7 @@ def _start(
         os.environ[FULL_ERROR] = str(int(with_traceback))
         ranks.become_torchrun(count, _command_line(cfg))
     if "resume" in cfg:
-        cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
+        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
     if cfg.get("sweep") is not None:
         return sweep.gather_sweep
     task = "evaluate" if cfg.command == "eval" else cfg.command

@@ -83,7 +83,7 @@ def _enter(config: DictConfig, folder: str) -> None:
         if (
             config.hydra.mode == RunMode.MULTIRUN
             and "submitit" not in config.hydra.launcher._target_
-            and ranks.to_start(trainer)
+            and ranks.processes_to_start(trainer)
         ):
             raise UsageError(SEVERAL.format(trainer["devices"]))
         check_paths({

@@ -1,4 +1,4 @@
-"""A dataset is a class that reads three splits; everything else about loading images is here."""
+"""Base classes of datasets: a subclass reads the splits, these do everything else."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import timm
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from qat.data.sampler import Key, ResumableLoader, SeededSampler, isolated_rng, seed_rng
 from qat.data.settings import DataSettings
-from qat.data.sources import EncodedImages, ImageArrays, ImageSource, hold_out, load
+from qat.data.sources import EncodedImages, ImageArrays, ImageSource, load
+from qat.data.splits import hold_out
 from qat.data.transforms import BatchMixup, Transform, eval_transform, train_transform
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
@@ -26,7 +27,7 @@ from qat.launch.signals import ignore_signals
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-# Of files written when there were these settings.
+# Settings in files of earlier versions.
 REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
 IMAGENET: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
@@ -37,26 +38,31 @@ IMAGENET: dict[str, Any] = {
 }
 
 
-def data_folder(root: str | None, holds: str) -> Path:
+def data_folder(root: str | None, content: str) -> Path:
     """`data.root` as a path.
 
     Args:
         root: the setting.
-        holds: what a user has to put there, in words.
+        content: the files that the folder must contain, for the message.
 
     Raises:
-        UsageError: it is not set, or no folder.
+        UsageError: the setting is empty, or is not a folder.
     """
-    if not root or not (folder := Path(str(root))).is_dir():
-        raise UsageError(f"data.root={root!r}: must be the folder that holds {holds}")
-    return folder
+    if not root or not Path(str(root)).is_dir():
+        raise UsageError(f"data.root={root!r}: must be the folder that holds {content}")
+    return Path(str(root))
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Images after a transform. Every random draw is a function of (seed, epoch, index, copy): worker count and order do not matter."""
+    """Images after a transform.
+
+    Every random draw is a function of (seed, epoch, index, copy), independent of order and workers.
+    """
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+        self.source = source
+        self.transform = transform
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.source)
@@ -65,8 +71,9 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
-        """All images of a batch: what costs the same for one and for many is done once. Torch's loaders ask for it."""
-        images, labels = [], []
+        """All images of a batch, finished together to save time; torch's loaders call this."""
+        images: Any = []
+        labels = []
         with isolated_rng():
             for key in keys:
                 epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
@@ -75,10 +82,9 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
                     seed_rng(self.seed, epoch, index, *copy)
                 images.append(self.transform.apply(image))
                 labels.append(label)
-        finish = self.transform.finish
-        return list(
-            zip(images if finish is None else finish(torch.stack(images)), labels, strict=True)
-        )
+        if self.transform.finish is not None:
+            images = self.transform.finish(torch.stack(images))
+        return list(zip(images, labels, strict=True))
 
 
 class ImageData(LightningDataModule, ABC):
@@ -88,8 +94,8 @@ class ImageData(LightningDataModule, ABC):
         settings: fields of `DataSettings`.
 
     Attributes:
-        tested: the split that an evaluation takes; None = `test`, or `val` where there is no test split.
-        evaluates_whole: images that come without splits are all tested, not split for a training.
+        tested: the split for an evaluation; None = `test`, or `val` without a test split.
+        evaluates_whole: images without splits are all tested, not split for a training.
 
     Raises:
         UsageError: unknown setting, or a value that cannot work.
@@ -106,33 +112,36 @@ class ImageData(LightningDataModule, ABC):
         self._splits: dict[str, ImageSource] = {}
         try:
             train_transform(self.settings)
-        except Exception as error:  # timm and torchvision raise nearly anything; better here than in the middle of an epoch
-            found = f"data.rand_augment={self.settings.rand_augment!r}, data.color_jitter={self.settings.color_jitter!r}"
+        # timm and torchvision raise nearly anything; better here than in the middle of an epoch.
+        except Exception as error:
             raise UsageError(
-                f"{found}: must be what timm's augmentation takes ({error})"
+                f"data.rand_augment={self.settings.rand_augment!r}, "
+                f"data.color_jitter={self.settings.color_jitter!r}: "
+                f"must be what timm's augmentation takes ({error})"
             ) from error
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings of this dataset; a subclass may fill in what is None.
+        """The settings of this dataset; a subclass may fill in values that are None.
 
         Raises:
             UsageError: unknown or missing setting, or a value that cannot work.
         """
+        current = {name: value for name, value in settings.items() if name not in REMOVED}
         try:
-            return cls.SETTINGS(**{
-                name: value for name, value in settings.items() if name not in REMOVED
-            })
+            return cls.SETTINGS(**current)
         except TypeError as error:
             raise UsageError(f"data: {error}") from error
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
-        """Read all images: `train`, `val`, and `test` where there is one. Called once, when first needed."""
+        """Read all images: `train`, `val` and, if it exists, `test`; called once, when needed."""
 
     def named_classes(self) -> list[str] | None:
-        """Names of the classes in the order of their ids, None where they are not known; no image is read."""
-        return list(self.CLASSES) if len(self.CLASSES) == self.settings.num_classes else None
+        """Names of the classes in the order of their ids, None if unknown; no image is read."""
+        if len(self.CLASSES) != self.settings.num_classes:
+            return None
+        return list(self.CLASSES)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -140,47 +149,54 @@ class ImageData(LightningDataModule, ABC):
         return self.settings.in_chans, self.settings.image_size, self.settings.image_size
 
     def split(self, name: str) -> ImageSource:
-        """The images of one split; the transforms bring them to the settings' size.
+        """Images of one split, of their original size.
 
         Raises:
             UsageError: there is no such split, or a label is not a class.
         """
         if name not in self.splits:
             raise UsageError(
-                f"data.root={self.settings.root!r}: has no split {name!r}; it has {', '.join(self.splits)}"
+                f"data.root={self.settings.root!r}: has no split {name!r}; "
+                f"it has {', '.join(self.splits)}"
             )
         return self._splits[name]
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that there are, in the order of `SPLITS`."""
+        """Names of the existing splits, in the order of `SPLITS`."""
         if not self._splits:
-            found = self.read()
-            for name, source in found.items():
+            splits = self.read()
+            for name, source in splits.items():
                 self._check(name, source)
-            self._splits = dict(found)
+            self._splits = dict(splits)
         return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
-        """For each split what tells its images and labels from any others, wherever they lie and however they are held in memory."""
+        """Hash of images and labels of each split, independent of their location and of memory."""
         return {name: self.split(name).fingerprint() for name in self.splits}
 
     @property
     def evaluation_split(self) -> str:
-        """`tested`; without it `test`, or `val` where there is no test split."""
-        return self.tested or ("test" if "test" in self.splits else "val")
+        """`tested` if set; else `test`, or `val` without a test split."""
+        if self.tested:
+            return self.tested
+        return "test" if "test" in self.splits else "val"
 
     def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
-        """What an accuracy on `evaluation_split` is compared with: the split, its images, the share in % of its most frequent class.
+        """Facts about `evaluation_split` to compare an accuracy with.
 
         Args:
-            confusion: (K, K), the evaluated images, by true class along the rows; None = all of the split.
+            confusion: (K, K), number of evaluated images, by true class along the rows; None = all
+                images of the split.
+
+        Returns:
+            `split`, `images`, and `majority_share`, that of its most frequent class in percent.
         """
-        counts = (
-            np.bincount(self.split(self.evaluation_split).labels)
-            if confusion is None
-            else confusion.sum(1).numpy()
-        )
+        if confusion is None:
+            labels = self.split(self.evaluation_split).labels
+            counts = np.bincount(labels)
+        else:
+            counts = confusion.sum(1).numpy()
         share = 100 * float(counts.max()) / counts.sum()
         return {
             "split": self.evaluation_split,
@@ -189,59 +205,65 @@ class ImageData(LightningDataModule, ABC):
         }
 
     def _check(self, split: str, source: ImageSource) -> None:
-        most = self.settings.num_classes
-        wrong = source.labels[(source.labels < 0) | (source.labels >= most)]
+        """Check labels and channels of a split, and warn of classes without training images."""
+        num_classes = self.settings.num_classes
+        wrong = source.labels[(source.labels < 0) | (source.labels >= num_classes)]
         if len(wrong):
             raise UsageError(
-                f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}"
+                f"data.num_classes={num_classes}: labels must be from 0 to {num_classes - 1}; "
+                f"the {split} split has {wrong.max()}"
             )
-        absent = np.setdiff1d(np.arange(most), source.labels)
+        absent = np.setdiff1d(np.arange(num_classes), source.labels)
         if split == "train" and len(absent) and is_first():
             log.warning(
                 "data.num_classes=%d: %d without training images, the first is class %d",
-                most,
+                num_classes,
                 len(absent),
                 absent[0],
             )
         if source.chans != self.settings.in_chans:
             raise UsageError(
-                f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images"
+                f"data.in_chans={self.settings.in_chans}: "
+                f"must be {source.chans}, the channels of the images"
             )
 
+    def share_images(self, trainer: Trainer) -> None:
+        """Give each process of a trainer its own share of the images from now on."""
+        self.trainer = trainer
+
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented; the last incomplete batch is left out.
+        """Training images, shuffled and augmented; the last incomplete batch is left out.
 
         Raises:
-            UsageError: there are no train images, or fewer than processes.
+            UsageError: there are no training images, or fewer than processes.
         """
         return self._loader("train", shuffle=True)
 
     def batch_mixup(self) -> BatchMixup | None:
-        """What a training step does to its batch; None where both `mixup` and `cutmix` are 0.
+        """Mixup and CutMix of a training batch; None if both are 0.
 
         Raises:
             UsageError: batches have an odd number of images.
         """
-        # Not in the settings, which a checkpoint holds too: evaluation takes batches of any size.
         if not self.settings.mixes:
             return None
+        # Not checked by the settings, which are also those of an evaluation with any batch size.
         if self.settings.batch_size % 2:
             raise UsageError(
-                f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix"
+                f"data.batch_size={self.settings.batch_size}: "
+                "must be even with data.mixup or data.cutmix"
             )
         return BatchMixup(self.settings)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix a training batch on its device; Lightning calls this before every step."""
-        if (
-            self.trainer is None
-            or not self.trainer.training
-            or (mixup := self.batch_mixup()) is None
-        ):
+        if self.trainer is None or not self.trainer.training:
             return batch
-        step = (
-            self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        )  # of all epochs, a resumed run's earlier ones included
+        mixup = self.batch_mixup()
+        if mixup is None:
+            return batch
+        # Counted over all epochs, including those before a run was resumed.
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return mixup(
             *batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank
         )
@@ -259,11 +281,11 @@ class ImageData(LightningDataModule, ABC):
         return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
     def sample(self, split: str, count: int | None = None) -> DataLoader:
-        """Images of a split under the evaluation transform, spread evenly over it.
+        """A sample of a split, spread evenly over it, with the evaluation transform.
 
         Args:
-            split: which.
-            count: of images; None, or more than there are = all.
+            split: name of the split.
+            count: number of images; None, or more than there are = all.
         """
         images = self._transformed(split)
         total = len(images)
@@ -277,26 +299,29 @@ class ImageData(LightningDataModule, ABC):
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
         images = self._transformed(split, augmented=shuffle)
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
-        if len(images) < world:  # a process without images would leave the others waiting for it
+        rank = 0
+        world_size = 1
+        if self.trainer:
+            rank = self.trainer.global_rank
+            world_size = self.trainer.world_size
+        if len(images) < world_size:  # the others would wait for a process without images
             raise UsageError(
-                f"trainer.devices: {world} processes are more than the {len(images)} images of the {split} split"
+                f"trainer.devices: {world_size} processes are more than "
+                f"the {len(images)} images of the {split} split"
             )
-        # Copies without augmentation would be the same image again.
+        # Copies without augmentation would be equal.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         sampler = SeededSampler(
             len(images),
             seed=self.settings.seed,
             shuffle=shuffle,
             rank=rank,
-            world_size=world,
+            world_size=world_size,
             repeats=repeats,
         )
         workers = self.settings.workers(len(images))
-        loader = ResumableLoader if shuffle else DataLoader
-        return loader(
+        loader_class = ResumableLoader if shuffle else DataLoader
+        return loader_class(
             images,
             batch_size=self.settings.batch_size,
             sampler=sampler,
@@ -308,77 +333,86 @@ class ImageData(LightningDataModule, ABC):
         )
 
     def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
-        """Training images with the evaluation transform, the same for a seed: batches (B, C, H, W) from which scales are made.
+        """Images from which scales are calibrated, always the same for a seed.
 
         Args:
             batch_size: images of a batch; None = `data.batch_size`.
 
+        Returns:
+            Batches (B, C, H, W) of training images with the evaluation transform.
+
         Raises:
-            UsageError: there are no train images.
+            UsageError: there are no training images.
         """
         images = self._transformed("train")
-        count = min(self.settings.calibration_images, len(images))
-        order = torch.randperm(
-            len(images), generator=torch.Generator().manual_seed(self.settings.seed)
-        )[:count]
-        chunks = order.split(batch_size or self.settings.batch_size)
-        return [torch.stack([images[int(i)][0] for i in chunk]) for chunk in chunks]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        order = torch.randperm(len(images), generator=generator)
+        chosen = order[: self.settings.calibration_images]
+        batches = []
+        for indices in chosen.split(batch_size or self.settings.batch_size):
+            batches.append(torch.stack([images[int(index)][0] for index in indices]))
+        return batches
 
 
 class EncodedImageData(ImageData):
-    """Base of datasets of image files: of any size, scaled and cropped as the model's pretrained weights expect it.
+    """Base of datasets of image files of any size, preprocessed as the pretrained model expects.
 
     Args:
-        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` = that of `model`,
-            in `num_classes` = as many as the data have.
+        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and
+            `interpolation` = that of `model`, in `num_classes` = the number in the data.
 
     Raises:
         UsageError: a value that cannot work.
     """
 
     def __init__(self, **settings: Any) -> None:
-        is_unset = settings.get("num_classes", 1) is None
-        super().__init__(**settings | ({"num_classes": 1} if is_unset else {}))
-        if is_unset:
+        counts_classes = settings.get("num_classes", 1) is None
+        if counts_classes:
+            settings["num_classes"] = 1
+        super().__init__(**settings)
+        if counts_classes:
             self.settings = replace(self.settings, num_classes=max(self.count_classes(), 1))
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings; what is None of how images are prepared (`IMAGENET`) = that of `model`, else ImageNet's usual values."""
+        """The settings; preprocessing that is None = that of `model`, else `IMAGENET`.
+
+        Raises:
+            UsageError: unknown or missing setting, or a value that cannot work.
+        """
+        config = None
         try:
-            config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
+            if settings.get("model"):
+                config = timm.get_pretrained_cfg(settings["model"])
         except Exception as error:
             raise UsageError(
                 f"data.model={settings['model']!r}: must be a name of timm's ({error})"
             ) from error
-        values = {
-            name: getattr(config, name, None) or usual
-            for name, usual in IMAGENET.items()
-            if settings.get(name) is None
-        }
+        preprocessing = {}
+        for name, default in IMAGENET.items():
+            if settings.get(name) is None:
+                preprocessing[name] = getattr(config, name, None) or default
         if settings.get("in_chans") == 1:
-            values |= {
-                name: [sum(values[name]) / len(values[name])]
-                for name in {"mean", "std"} & set(values)
-            }
-        return super().complete({**settings, **values})
+            for name in {"mean", "std"} & preprocessing.keys():
+                channels = preprocessing[name]
+                preprocessing[name] = [sum(channels) / len(channels)]
+        return super().complete({**settings, **preprocessing})
 
     def read(self) -> dict[str, ImageSource]:
-        """All splits that there are; without val a tenth of train is held out."""
-        found: dict[str, ImageSource] = {}
+        """All existing splits; without val a tenth of train is held out."""
+        splits: dict[str, ImageSource] = {}
         for split, images in hold_out(self.encoded()).items():
             source = load(images, self.settings.memory_mb)
-            found[split] = (
-                replace(source, known_as=images.fingerprint())
-                if isinstance(source, ImageArrays)
-                else source
-            )
-        return found
+            if isinstance(source, ImageArrays):
+                source = replace(source, file_fingerprint=images.fingerprint())
+            splits[split] = source
+        return splits
 
     @abstractmethod
     def encoded(self) -> Mapping[str, EncodedImages]:
-        """The splits as they are stored."""
+        """The splits, images not decoded."""
 
     def count_classes(self) -> int:
-        """How many classes the data have: the highest label of their first split plus one."""
-        return int(next(iter(self.encoded().values())).labels.max(initial=-1)) + 1
+        """Number of classes in the data: the highest label of the first split plus one."""
+        first_split = next(iter(self.encoded().values()))
+        return int(first_split.labels.max(initial=-1)) + 1

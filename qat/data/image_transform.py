@@ -1,4 +1,4 @@
-"""What evaluation does to one image from anywhere: a file, Pillow's image or an array."""
+"""Evaluation's preprocessing of one image from a file, from Pillow or in an array."""
 
 from __future__ import annotations
 
@@ -23,57 +23,61 @@ AnyImage = Image.Image | NDArray[np.uint8] | str | Path
 
 
 def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[AnyImage], Tensor]:
-    """A function from an image of any size to the tensor (C, H, W), float32, on which a net is evaluated.
+    """Build a function from an image of any size to the input of a net, (C, H, W) float32.
 
-    It takes a path, Pillow's image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8; colours become grey or grey RGB where the
-    net wants that. It raises `UsageError` for anything else, and for a file that cannot be decoded.
+    The function takes a path, Pillow's image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8;
+    colours become grey, or grey becomes RGB, by `in_chans`. It raises `UsageError` for other
+    arguments, and for a file that cannot be decoded.
 
     Args:
-        settings: of a dataset (`data.settings`), or a data config as checkpoints hold it: a mapping with `_target_`, of which no code
-            is imported, or without it, of plain settings.
+        settings: settings of a dataset (`data.settings`), or a data config as in checkpoints: a
+            mapping of settings, which may have `_target_`. No code is imported for a `_target_`.
 
     Raises:
-        UsageError: the settings cannot work, or `_target_` is a dataset that is not known here.
+        UsageError: the settings cannot work, or `_target_` is an unknown dataset.
     """
-    known = settings if isinstance(settings, DataSettings) else data_settings(settings)
-    if known.in_chans not in {1, 3}:
+    if not isinstance(settings, DataSettings):
+        settings = data_settings(settings)
+    if settings.in_chans not in {1, 3}:
         raise UsageError(
-            f"data.in_chans={known.in_chans}: must be 1 or 3, the channels of an image"
+            f"data.in_chans={settings.in_chans}: must be 1 or 3, the channels of an image"
         )
-    transform = eval_transform(known)
-    return lambda image: transform(_pixels(image, known))
+    transform = eval_transform(settings)
+    chans = settings.in_chans
+    return lambda image: transform(_pixels(image, chans))
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
-    """Complete settings of a data config as checkpoints hold it; see `image_transform`."""
+    """Complete settings of a data config as in checkpoints; see `image_transform`."""
     target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(dataset, type) and issubclass(dataset, ImageData)):
+    if not isinstance(dataset, type) or not issubclass(dataset, ImageData):
         raise UsageError(
-            f"data._target_={target!r}: must be a dataset of qat or of an imported module; import it, or pass its settings"
+            f"data._target_={target!r}: must be a dataset of qat or of an imported module; "
+            "import it, or pass its settings"
         )
     return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 
 
-def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
-    """(H, W, in_chans)."""
+def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
+    """(H, W, chans)."""
     if isinstance(image, str | Path):
-        return decode(functools.partial(open_file, image), settings.in_chans, str(image))
-    kind = (
-        f"{image.dtype} array {image.shape}"
-        if isinstance(image, np.ndarray)
-        else type(image).__name__
-    )
-    if (
-        isinstance(image, np.ndarray)
-        and image.dtype == np.uint8
-        and image.ndim in {2, 3}
-        and image[..., None].shape[2] in {1, 3}
-    ):
-        image = to_pil(np.atleast_3d(image))
+        return decode(functools.partial(open_file, image), chans, str(image))
+    kind = type(image).__name__
+    if isinstance(image, np.ndarray):
+        kind = f"{image.dtype} array {image.shape}"
+        if _is_image(image):
+            image = to_pil(np.atleast_3d(image))
     if not isinstance(image, Image.Image):
         raise UsageError(
-            f"image of type {kind}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8"
+            f"image of type {kind}: "
+            "must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8"
         )
-    return decode(lambda: image, settings.in_chans, f"image of type {kind}")
+    return decode(lambda: image, chans, f"image of type {kind}")
+
+
+def _is_image(array: NDArray[Any]) -> bool:
+    """True for (H, W), (H, W, 1) or (H, W, 3) of uint8."""
+    has_channels = array.ndim == 3 and array.shape[2] in {1, 3}
+    return array.dtype == np.uint8 and (array.ndim == 2 or has_channels)

@@ -1,4 +1,4 @@
-"""A folder per class, as torchvision's `ImageFolder` and most tools write them; ImageNet (ILSVRC 2012) comes as one."""
+"""Datasets with a folder per class, as for torchvision's `ImageFolder`; ImageNet (ILSVRC 2012)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat.data.sources import EncodedImages, digest, open_file
 from qat.errors import UsageError
 from qat.utils.files import files_below
 
-# Of a GIF the first picture is read.
+# Only the first picture of a GIF is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
@@ -27,98 +27,96 @@ class FileImages(EncodedImages):
     """Image files and their classes.
 
     Args:
-        files: path and class id of each.
-        folder: that all of them are below; names in a fingerprint begin there.
+        files: path and class id of each image.
+        folder: folder of all files; a fingerprint contains their paths relative to it.
         settings: see `EncodedImages`.
     """
 
     def __init__(self, files: list[tuple[str, int]], folder: str, settings: DataSettings) -> None:
-        # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
+        # One array: a million Python objects would be copied page by page into every worker
+        # process, as their reference counts change.
         self.paths = np.asarray([os.fsencode(path) for path, _ in files])
-        super().__init__(
-            np.asarray([label for _, label in files], dtype=np.int64), folder, settings
-        )
+        labels = np.asarray([label for _, label in files], dtype=np.int64)
+        super().__init__(labels, folder, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image."""
+        """Open one image."""
         return open_file(self.name(index))
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Path of one image."""
         return os.fsdecode(self.paths[self.rows[index]])
 
     def fingerprint(self) -> str:
-        """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
-        start = len(os.fsencode(self.where))
-        return digest(
-            self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist())
-        )
+        """Hash of labels and of relative paths; it does not depend on the content of files."""
+        start = len(os.fsencode(self.origin))
+        relative_paths = [path[start:] for path in self.paths[self.rows].tolist()]
+        return digest(self.labels, b"\0".join(relative_paths))
 
 
 class ImageFolder(EncodedImageData):
-    """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
+    """`root/{train,val|validation|valid,test}/<class>/*`; class ids by the sorted folders of train.
 
-    `root/<class>/*` is all train, or with `evaluates_whole` all test.
-    Without val a tenth of train is held out, always the same images. Without test, or where it has no class folders, val is
-    evaluated. Without train a net can be evaluated where another split has a folder for every class.
+    `root/<class>/*` is all train, or with `evaluates_whole` all test. Without val a tenth of train
+    is held out, always the same images. Without test, or if it has no class folders, val is
+    evaluated. Without train a net can be evaluated if another split has a folder for every class.
     """
 
     def encoded(self) -> dict[str, EncodedImages]:
-        """All splits that there are.
+        """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or not such a folder, the classes are not those of the settings or of the split that names
-                them, or a split has no images.
+            UsageError: `data.root` is not set or not such a folder, the classes are not those of
+                the settings or of the first split, or a split has no images.
         """
-        folders, classes = self._folders(), self.classes()
+        folders = self._folders()
+        classes = self.classes()
         if len(classes) != self.settings.num_classes:
-            here = f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}"
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: {here}")
-        ids = {name: number for number, name in enumerate(classes)}
-        source = next(iter(folders))
-        found: dict[str, EncodedImages] = {}
+            raise UsageError(
+                f"data.num_classes={self.settings.num_classes}: "
+                f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}"
+            )
+        first_split = next(iter(folders))
+        splits: dict[str, EncodedImages] = {}
         for split, folder in folders.items():
             names = class_names(folder)
-            if split == "test" != source and not names:
-                continue  # ILSVRC's, whose labels are not published
-            if unknown := sorted({*names} - {*classes}):
+            if split == "test" and split != first_split and not names:
+                continue  # as in ILSVRC, whose test labels are not published
+            unknown = sorted(set(names) - set(classes))
+            if unknown:
                 raise UsageError(
-                    f"{folder / unknown[0]}: unknown class; must be one of {source}'s, {', '.join(classes[:10])} ..."
+                    f"{folder / unknown[0]}: unknown class; "
+                    f"must be one of {first_split}'s, {', '.join(classes[:10])} ..."
                 )
-            files = [
-                (path, ids[name])
-                for name in classes
-                for path in files_below(folder / name)
-                if is_image(path)
-            ]
+            files = _labelled_files(folder, classes)
             if not files:
                 raise UsageError(f"{folder}: holds no images; must hold {', '.join(EXTENSIONS)}")
-            found[split] = FileImages(files, str(folder), self.settings)
-        return found
+            splits[split] = FileImages(files, str(folder), self.settings)
+        return splits
 
     def _folders(self) -> dict[str, Path]:
-        """The folder of each split that there is; the first one says what classes there are."""
+        """Folder of each existing split; the first one defines the classes."""
         root = data_folder(self.settings.root, LAYOUT)
-        found = {
-            split: root / name
-            for split, names in FOLDERS.items()
-            for name in names[::-1]
-            if (root / name).is_dir()
-        }
-        if not found and _are_classes(root):
+        folders: dict[str, Path] = {}
+        for split, names in FOLDERS.items():
+            existing = [root / name for name in names if (root / name).is_dir()]
+            if existing:
+                folders[split] = existing[0]
+        if folders:
+            return folders
+        if _are_classes(root):
             return {"test" if self.evaluates_whole else "train": root}
-        if not found:
-            raise UsageError(
-                f"data.root={str(root)!r}: has no folder train; training requires {LAYOUT}; evaluation requires one of the other splits"
-            )
-        return found
+        raise UsageError(
+            f"data.root={str(root)!r}: has no folder train; training requires {LAYOUT}; "
+            "evaluation requires one of the other splits"
+        )
 
     def count_classes(self) -> int:
-        """How many class folders there are."""
+        """Number of class folders."""
         return len(self.classes())
 
     def classes(self) -> list[str]:
-        """Sorted names of the folders below train, or where there is no train below the first split that there is."""
+        """Sorted names of the folders below train, or without train below the first split."""
         return class_names(next(iter(self._folders().values())))
 
     def named_classes(self) -> list[str] | None:
@@ -127,51 +125,69 @@ class ImageFolder(EncodedImageData):
 
 
 class ImageNet(ImageFolder):
-    """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids of pretrained heads are those of the sorted wnids.
+    """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids by the sorted wnids.
 
-    Validation images alone are enough to evaluate a net.
+    The heads of pretrained nets have these ids. Evaluation only needs validation images.
     """
 
     def classes(self) -> list[str]:
         """Sorted wnids.
 
         Raises:
-            UsageError: a folder is not named by its wnid: other names have another order, and a pretrained head would be wrong.
+            UsageError: a folder is not named by a wnid: other names have another order, and the ids
+                of a pretrained head would be wrong.
         """
         names = super().classes()
-        if wrong := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
-            raise UsageError(
-                f"data.root={self.settings.root!r}: class {wrong[0]} is not a WordNet id like n01440764; data=imagefolder takes other names"
-            )
+        for name in names:
+            if not re.fullmatch(r"n\d{8}", name):
+                raise UsageError(
+                    f"data.root={self.settings.root!r}: "
+                    f"class {name} is not a WordNet id like n01440764; "
+                    "data=imagefolder takes other names"
+                )
         return names
 
     def named_classes(self) -> list[str] | None:
-        """In words, as timm has them for a wnid; without `data.root` for all 1000."""
+        """Timm's description of each wnid; without `data.root` those of all 1000 classes."""
         info = ImageNetInfo()
-        known = info.label_names()
-        wnids = super().named_classes() or (
-            known if self.settings.num_classes == len(known) else []
-        )
-        return [
-            info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids
-        ] or None
+        all_wnids = info.label_names()
+        wnids = super().named_classes()
+        if not wnids and self.settings.num_classes == len(all_wnids):
+            wnids = all_wnids
+        if not wnids:
+            return None
+        names = []
+        for wnid in wnids:
+            is_known = wnid in all_wnids
+            names.append(info.label_name_to_description(wnid) if is_known else wnid)
+        return names
+
+
+def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """Paths of the images of all classes, and their class ids."""
+    files = []
+    for class_id, name in enumerate(classes):
+        for path in files_below(folder / name):
+            if is_image(path):
+                files.append((path, class_id))
+    return files
 
 
 def _are_classes(root: Path) -> bool:
     """True if there are folders, and each of them has an image."""
     names = class_names(root)
-    return bool(names) and all(any(map(is_image, files_below(root / name))) for name in names)
+    for name in names:
+        if not any(is_image(path) for path in files_below(root / name)):
+            return False
+    return bool(names)
 
 
 def class_names(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, hidden ones left out."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    """Sorted names of the folders in `folder`, except hidden ones."""
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 def is_image(path: str) -> bool:
-    """By its name."""
+    """True if the name of a file is that of an image, and not hidden."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")

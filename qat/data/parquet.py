@@ -1,8 +1,9 @@
-"""Images in parquet files as Hugging Face's `datasets` writes them: a struct of encoded bytes and an integer label."""
+"""Images in parquet files of Hugging Face's `datasets`: encoded bytes and integer labels."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,24 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 
-IMAGES, LABELS = ("img", "image"), ("label", "labels", "fine_label")
+# Usual names of columns.
+IMAGES = ("img", "image")
+LABELS = ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
     """Files below `root` whose names start with `split`, in order.
 
     Raises:
-        UsageError: they lie in several folders; a second revision would bring validation images into train.
+        UsageError: the files are in several folders; those of a second revision would mix
+            validation images into train.
     """
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
     folders = {str(path.parent) for path in files}
     if len(folders) > 1:
         raise UsageError(
-            f"data.root={str(root)!r}: must be a folder with {split}*.parquet in one place; has {', '.join(sorted(folders))}"
+            f"data.root={str(root)!r}: must be a folder with {split}*.parquet in one place; "
+            f"has {', '.join(sorted(folders))}"
         )
     return files
 
@@ -38,74 +43,84 @@ class ParquetImages(EncodedImages):
 
     Args:
         files: parquet files with the same columns.
-        settings: with `image_column` and `label_column`; None = one of `IMAGES`, of `LABELS`.
+        settings: `image_column` and `label_column` are used; None = one of `IMAGES` or `LABELS`.
 
     Raises:
-        UsageError: the files are not such parquet, or a label is missing.
+        UsageError: the files are not parquet with these columns, or a label is missing.
     """
 
     def __init__(self, files: list[Path], settings: DataSettings) -> None:
         self.files = files
-        where = f"{files[0].parent}: {files[0].name} ... {files[-1].name}"
+        origin = f"{files[0].parent}: {files[0].name} ... {files[-1].name}"
         try:
             dataset = pq.ParquetDataset(files)
-            there = dataset.schema.names
-            wanted = ((settings.image_column, IMAGES), (settings.label_column, LABELS))
-            columns = [
-                next((c for c in ([named] if named else usual) if c in there), None)
-                for named, usual in wanted
-            ]
-            if None in columns:
+            names = dataset.schema.names
+            image_column = _column(settings.image_column, IMAGES, names)
+            label_column = _column(settings.label_column, LABELS, names)
+            if image_column is None or label_column is None:
                 raise UsageError(
-                    f"{where}: data.image_column and data.label_column must be two of {', '.join(there)}"
+                    f"{origin}: data.image_column and data.label_column "
+                    f"must be two of {', '.join(names)}"
                 )
-            self.cells, labels = dataset.read(columns).columns
+            self.cells, labels = dataset.read([image_column, label_column]).columns
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{where}: cannot be read as parquet ({error})") from error
+            raise UsageError(f"{origin}: cannot be read as parquet ({error})") from error
         if labels.null_count or not pa.types.is_integer(labels.type):
             raise UsageError(
-                f"{where}: labels must be integers; the column has type {labels.type} and {labels.null_count} nulls"
+                f"{origin}: labels must be integers; "
+                f"the column has type {labels.type} and {labels.null_count} nulls"
             )
-        super().__init__(labels.to_numpy().astype(np.int64), where, settings)
+        super().__init__(labels.to_numpy().astype(np.int64), origin, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image; a cell is a struct with `bytes`, or the bytes themselves."""
+        """Open one image; a cell is a struct with `bytes`, or the bytes themselves."""
         cell = self.cells[self.rows[index]].as_py()
         return open_image(cell["bytes"] if isinstance(cell, dict) else cell)
 
     def name(self, index: int) -> str:
-        """Files, and row in all of them."""
-        return f"{self.where}: image {self.rows[index]}"
+        """Names of the files, and number of the row in all of them."""
+        return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
-        """Of names and sizes of the files, the rows of them, and the labels."""
+        """Hash of labels, rows, and names and sizes of the files."""
         files = json.dumps([[file.name, file.stat().st_size] for file in self.files])
         return digest(self.labels, files.encode(), self.row_bytes())
 
 
-class HfParquet(EncodedImageData):
-    """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`; the encoded images are in memory.
+def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str]) -> str | None:
+    """Name of the column to read, None if it does not exist."""
+    candidates = [setting] if setting else usual_names
+    for candidate in candidates:
+        if candidate in names:
+            return candidate
+    return None
 
-    Without val a tenth of train is held out, always the same images. Without test, or where its labels are not published, val is
-    evaluated.
+
+class HfParquet(EncodedImageData):
+    """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
+
+    The encoded images are in memory.
+    Without val a tenth of train is held out, always the same images. Without test, or if its labels
+    are not published, val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:
-        """All splits that there are.
+        """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or holds no such files, or a file is not of this kind.
+            UsageError: `data.root` is not set or holds no such files, or a file is not of this
+                kind.
         """
         root = data_folder(
             self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"
         )
-        images = {
-            split: ParquetImages(files, self.settings)
-            for split in SPLITS
-            if (files := find_parquet(root, split))
-        }
-        if "test" in images and np.all(images["test"].labels == -1):  # not published
-            del images["test"]
-        if not images:
+        splits: dict[str, ParquetImages] = {}
+        for split in SPLITS:
+            files = find_parquet(root, split)
+            if files:
+                splits[split] = ParquetImages(files, self.settings)
+        if "test" in splits and np.all(splits["test"].labels == -1):  # not published
+            del splits["test"]
+        if not splits:
             raise UsageError(f"data.root={self.settings.root!r}: holds no train*.parquet")
-        return images
+        return splits

@@ -1,4 +1,4 @@
-"""Order and randomness as functions of (seed, epoch, index); a loader that can begin in the middle of an epoch."""
+"""Order and randomness as functions of (seed, epoch, index), and a loader that can resume."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ Key = tuple[int, ...]
 class SeededSampler(DistributedSampler[Key]):
     """Yields (epoch, index) for one process; with repeats (epoch, index, copy).
 
-    Torch's by its class alone: Lightning would share out the images of any other once more among the processes.
+    A subclass of torch's sampler only because Lightning would divide the images of any other
+    sampler among the processes once more.
 
     Args:
         length: number of images.
-        seed: of the order.
-        shuffle: a new permutation each epoch, cut to a multiple of the world size; else the order of the data, uncut, so that no
-            image is counted twice.
-        rank: this process.
+        seed: seed of the order.
+        shuffle: True = a new permutation each epoch, cut to a multiple of the world size; False =
+            the order of the data, uncut, so that no image is counted twice.
+        rank: number of this process.
         world_size: number of processes.
-        repeats: copies of an image, which stand next to each other in the order of all processes, so that they go to different ones
-            where there are several; the length stays. Source: `RepeatAugSampler` of DeiT. Only where it shuffles.
+        repeats: copies of an image, next to each other in the order of all processes, so that
+            different processes get them; the length of an epoch does not change. Only used if
+            `shuffle` is true. Source: `RepeatAugSampler` of DeiT.
 
     Attributes:
-        skip: images of this process that the next iteration leaves out at its start; zero again afterwards.
+        skip: images of this process to leave out at the start of the next iteration, which sets it
+            to zero.
     """
 
     def __init__(
@@ -46,32 +49,37 @@ class SeededSampler(DistributedSampler[Key]):
         world_size: int = 1,
         repeats: int = 1,
     ) -> None:
-        self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
-        self.rank, self.world_size = rank, world_size
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.repeats = repeats
         self.epoch = 0
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of an epoch."""
+        """Set the epoch; Lightning calls this at the start of each."""
         self.epoch = epoch
 
-    def _mine(self) -> list[Key]:
+    def _own_keys(self) -> list[Key]:
+        """Keys of the images of this process."""
         if not self.shuffle:
             return [(self.epoch, index) for index in range(self.rank, self.length, self.world_size)]
-        order = torch.randperm(
-            self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch))
-        )
-        places = torch.arange(
-            self.rank, self.length - self.length % self.world_size, self.world_size
-        )
-        keys = zip(
-            order[places // self.repeats].tolist(), (places % self.repeats).tolist(), strict=True
-        )
-        return [(self.epoch, index, copy)[: 2 if self.repeats == 1 else 3] for index, copy in keys]
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        cut_length = self.length - self.length % self.world_size
+        positions = torch.arange(self.rank, cut_length, self.world_size)
+        indices = order[positions // self.repeats].tolist()
+        if self.repeats == 1:
+            return [(self.epoch, index) for index in indices]
+        copies = (positions % self.repeats).tolist()
+        return [(self.epoch, index, copy) for index, copy in zip(indices, copies, strict=True)]
 
     def __iter__(self) -> Iterator[Key]:
-        skip, self.skip = self.skip, 0
-        return iter(self._mine()[skip:])
+        skip = self.skip
+        self.skip = 0
+        return iter(self._own_keys()[skip:])
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -80,80 +88,89 @@ class SeededSampler(DistributedSampler[Key]):
 
 
 class ResumableLoader(DataLoader):
-    """Counts the batches it hands out, and continues after them.
+    """Counts the batches that were used, and continues after them.
 
-    Lightning stores `state_dict` with a checkpoint and gives it back to the loader of a resumed run; a loader without it would
-    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it sets
-    the sampler's epoch.
+    Lightning stores `state_dict` in a checkpoint, and loads it into the loader of a resumed run; a
+    loader without a state would begin the epoch again, and some images would be used twice, others
+    never. Iteration starts lazily: Lightning creates the iterator before it sets the epoch.
 
     Args:
-        args: of `DataLoader`; the sampler must be a `SeededSampler`.
-        options: of `DataLoader`, by name.
+        args: arguments of `DataLoader`; the sampler must be a `SeededSampler`.
+        options: arguments of `DataLoader`, by name.
     """
 
     sampler: SeededSampler
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._handed_out = self._skip = 0
+        self._num_used = 0  # batches of this epoch
+        self._skip = 0  # batches, at the start of the next iteration
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._handed_out, self._skip = self._skip, 0
-        self.sampler.skip = self._handed_out * (self.batch_size or 1)
+        self._num_used = self._skip
+        self._skip = 0
+        self.sampler.skip = self._num_used * (self.batch_size or 1)
         for batch in super().__iter__():
-            self._handed_out += 1
+            self._num_used += 1
             yield batch
 
     @property
     def _global_batch(self) -> int:
-        return (self.batch_size or 1) * getattr(
-            self.sampler, "world_size", 1
-        )  # Lightning's own sampler, to overfit, has none
+        # Lightning's own sampler for `overfit_batches` has no world size.
+        world_size = getattr(self.sampler, "world_size", 1)
+        return (self.batch_size or 1) * world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches handed out in this epoch, and of images, those of all processes together."""
-        return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
+        """Batches that were used in this epoch, and images in them, of all processes together."""
+        return {"batches": self._num_used, "images": self._num_used * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch begins after the batches of `state`, of as many images; Lightning counts on from their number.
+        """Begin the next epoch after the batches of `state`; Lightning continues their count.
 
         Raises:
-            UsageError: batches of all processes have another size now.
+            UsageError: the batches of all processes had another size.
         """
-        self._skip, images = state["batches"], state.get("images")
-        if images not in {None, self._skip * self._global_batch}:
-            now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
+        self._skip = state["batches"]
+        images = state.get("images")
+        if images is not None and images != self._skip * self._global_batch:
+            processes = f"{self.sampler.world_size} processes"
             raise UsageError(
-                f"resume: {now}: must be {images // self._skip} images a step, as before, to end this epoch"
+                f"resume: data.batch_size={self.batch_size} in {processes}: "
+                f"must be {images // self._skip} images a step, as before, to end this epoch"
             )
 
 
 def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; near inputs give far seeds."""
-    return int(
-        np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0]
-        >> np.uint64(1)
-    )
+    """One 63-bit seed from several numbers; similar numbers result in unrelated seeds."""
+    sequence = np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager
 def isolated_rng(*numbers: int) -> Generator[None]:
-    """Give the three global generators that augmentations draw from back as they were; with numbers, seed them first."""
-    # The CPU generator itself: torch.manual_seed would also queue a seeding of every accelerator, with a traceback each.
+    """Restore the three global generators of augmentations after the block.
+
+    Args:
+        numbers: seed the generators with these first; without numbers they are not seeded.
+    """
+    # Not `torch.manual_seed`: it would also queue a seeding of every accelerator, each with a
+    # traceback.
     generator = torch.default_generator
-    states = random.getstate(), np.random.get_state(), generator.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = generator.get_state()
     if numbers:
         seed_rng(*numbers)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        generator.set_state(states[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        generator.set_state(torch_state)
 
 
 def seed_rng(*numbers: int) -> None:
-    """Seed the three global generators that augmentations draw from."""
+    """Seed the three global generators of augmentations."""
     seed = mix(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -161,9 +178,10 @@ def seed_rng(*numbers: int) -> None:
 
 
 def seed_step(*numbers: int) -> None:
-    """Seed what a training step draws from (dropout, drop path), so that a resumed run draws the same.
+    """Seed the generators of a training step (dropout, drop path), so that a resumed run is exact.
 
-    Accelerators are seeded only where one is in use: `torch.manual_seed` would queue it for each of them, at half a millisecond a step.
+    CUDA is seeded only if it is available: `torch.manual_seed` would queue a seeding of each
+    accelerator, half a millisecond per step.
     """
     seed = mix(*numbers)
     torch.default_generator.manual_seed(seed)

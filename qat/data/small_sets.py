@@ -1,4 +1,4 @@
-"""Small sets that are one folder, or none: scikit-learn's digits, CIFAR-10 and Fashion-MNIST."""
+"""Small datasets: scikit-learn's digits, Fashion-MNIST and CIFAR-10."""
 
 from __future__ import annotations
 
@@ -12,33 +12,41 @@ from torchvision import datasets
 
 from qat.data.image_data import ImageData, data_folder
 from qat.data.parquet import ParquetImages, find_parquet
-from qat.data.sources import ImageArrays, ImageSource, hold_out, load, stratified_split, to_pixels
+from qat.data.sources import ImageArrays, ImageSource, load, to_pixels
+from qat.data.splits import hold_out, stratified_split
 from qat.errors import UsageError
 
 
 class Digits(ImageData):
-    """1,797 handwritten digits of 8 x 8 grey pixels, part of scikit-learn: 70 % train, 10 % val, 20 % test; always the same images."""
+    """1,797 handwritten digits of 8 x 8 grey pixels, part of scikit-learn.
+
+    70 % train, 10 % val, 20 % test; always the same images.
+    """
 
     CLASSES = "0123456789"
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
-        from sklearn.datasets import load_digits  # half a second that no other dataset needs
+        # Imported here: it takes half a second, and no other dataset needs it.
+        from sklearn.datasets import load_digits
 
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        everything = ImageArrays(pixels, digits.target.astype(np.int64))
-        rest, test = stratified_split(everything.labels, 0.2)
-        train, val = stratified_split(everything.labels[rest], 0.125)
+        images = ImageArrays(pixels, digits.target.astype(np.int64))
+        train_and_val, test = stratified_split(images.labels, 0.2)
+        train, val = stratified_split(images.labels[train_and_val], 0.125)
         return {
-            "train": everything.take(rest[train]),
-            "val": everything.take(rest[val]),
-            "test": everything.take(test),
+            "train": images.take(train_and_val[train]),
+            "val": images.take(train_and_val[val]),
+            "test": images.take(test),
         }
 
 
 class FashionMnist(ImageData):
-    """`root/FashionMNIST/raw` as torchvision unpacks it; a tenth of train is held out as val, always the same images."""
+    """`root/FashionMNIST/raw` as torchvision unpacks it.
+
+    A tenth of train is held out as val, always the same images.
+    """
 
     CLASSES = (
         "T-shirt/top",
@@ -61,29 +69,30 @@ class FashionMnist(ImageData):
         Raises:
             UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
         """
+        root = data_folder(self.settings.root, self.LAYOUT)
         return hold_out({
-            split: self._part(data_folder(self.settings.root, self.LAYOUT), split)
-            for split in ("train", "test")
+            "train": self._read_split(root, is_train=True),
+            "test": self._read_split(root, is_train=False),
         })
 
-    def _part(self, root: Path, split: str) -> ImageArrays:
+    def _read_split(self, root: Path, *, is_train: bool) -> ImageArrays:
         try:
-            found = self.DATASET(root, train=split == "train", download=False)
+            dataset = self.DATASET(root, train=is_train, download=False)
         except Exception as error:  # on damaged files torchvision raises nearly anything
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({' '.join(f'{error}'.split())})"
+                f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({reason})"
             ) from error
-        images = [
-            to_pixels(Image.fromarray(image), self.settings.in_chans)
-            for image in np.asarray(found.data)
-        ]
-        return ImageArrays(np.stack(images), np.asarray(found.targets, dtype=np.int64))
+        images = [Image.fromarray(image) for image in np.asarray(dataset.data)]
+        pixels = [to_pixels(image, self.settings.in_chans) for image in images]
+        return ImageArrays(np.stack(pixels), np.asarray(dataset.targets, dtype=np.int64))
 
 
 class Cifar10(FashionMnist):
-    """`train*.parquet` and `test*.parquet` below `root`, or else `root/cifar-10-batches-py`; a tenth of train is held out as val.
+    """`train*.parquet` and `test*.parquet` below `root`, or else `root/cifar-10-batches-py`.
 
-    torchvision unpickles the batches only once their sums are those of the published files.
+    A tenth of train is held out as val. torchvision unpickles the batches only if their checksums
+    are those of the published files.
     """
 
     CLASSES = (
@@ -107,12 +116,12 @@ class Cifar10(FashionMnist):
         Raises:
             UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
         """
-        files = {
-            split: find_parquet(data_folder(self.settings.root, self.LAYOUT), split)
-            for split in ("train", "test")
-        }
-        if not all(files.values()):
+        root = data_folder(self.settings.root, self.LAYOUT)
+        train_files = find_parquet(root, "train")
+        test_files = find_parquet(root, "test")
+        if not train_files or not test_files:
             return super().read()
         return hold_out({
-            split: load(ParquetImages(found, self.settings)) for split, found in files.items()
+            "train": load(ParquetImages(train_files, self.settings)),
+            "test": load(ParquetImages(test_files, self.settings)),
         })

@@ -1,4 +1,4 @@
-"""What timm's dataset factory reads by index: folders, tar files, datasets of torchvision and of Hugging Face."""
+"""Datasets that timm reads by index: folders, tar files, those of torchvision and Hugging Face."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from qat.utils.validate import check_bool
 
 @dataclass(frozen=True)
 class TimmSettings(DataSettings):
-    """The knobs of `data/timm.yaml`; `image_column` and `label_column` are timm's `input_key` and `target_key`.
+    """The settings of `data/timm.yaml`.
+
+    timm's `input_key` and `target_key` are `image_column` and `label_column`.
 
     Attributes:
-        name: of the dataset in timm, `torch/NAME` or `hfds/NAME`; empty = a folder or a tar file.
-        train_split: name of the split that a net learns from; None = there is none.
-        val_split: name of the split that chooses among checkpoints; None = a tenth of train is held out, always the same images.
-        test_split: name of the split that is evaluated in the end; None = val is.
-        download: whether datasets of torchvision are downloaded.
+        name: name of the dataset in timm, `torch/NAME` or `hfds/NAME`; empty = a folder or a tar
+            file.
+        train_split: name of the training split; None = evaluation only.
+        val_split: name of the validation split, by which checkpoints are chosen; None = a tenth of
+            train is held out, always the same images.
+        test_split: name of the split for the final evaluation; None = the validation split.
+        download: True = download datasets of torchvision.
     """
 
     name: str = ""
@@ -42,7 +46,8 @@ class TimmSettings(DataSettings):
         check_bool("data.download", self.download)
         if self.train_split is self.val_split is self.test_split is None:
             raise UsageError(
-                "data.train_split, data.val_split and data.test_split are null: one must be the name of a split"
+                "data.train_split, data.val_split and data.test_split are null: "
+                "one must be the name of a split"
             )
 
 
@@ -50,11 +55,11 @@ class TimmImages(EncodedImages):
     """One split as timm reads it.
 
     Args:
-        settings: name, root, columns.
-        split: what timm calls it.
+        settings: `name`, `root`, `download` and the columns are used.
+        split: timm's name of the split.
 
     Raises:
-        UsageError: it cannot be read, or its labels are not class ids.
+        UsageError: timm cannot read the split, or its labels are not class ids.
     """
 
     def __init__(self, settings: TimmSettings, split: str) -> None:
@@ -62,9 +67,8 @@ class TimmImages(EncodedImages):
         if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
         elif str(settings.root).endswith(".tar"):
-            options = {
-                "cache_tarfiles": False
-            }  # worker processes would share one open file, and its position
+            # Worker processes would share one open file, and its position.
+            options = {"cache_tarfiles": False}
         else:
             data_folder(settings.root, "the dataset that timm reads, or give a tar file")
         try:
@@ -72,48 +76,57 @@ class TimmImages(EncodedImages):
             dataset = timm.data.create_dataset(
                 settings.name, root=root, split=split, download=settings.download, **options
             )
-            self.reader = reader = getattr(dataset, "reader", dataset)
-            targets = (
-                list(reader.iter_targets())
-                if hasattr(reader, "iter_targets")
-                else getattr(reader, "targets", None)
-            )
-            if hasattr(
-                reader, "loader"
-            ):  # torchvision's, to which every format of Pillow is an image
+            reader = getattr(dataset, "reader", dataset)
+            targets = _targets(reader)
+            # torchvision's own loader opens all formats of Pillow.
+            if hasattr(reader, "loader"):
                 reader.loader = open_file
-            labels = np.asarray(
-                [label for _, label in reader.samples] if targets is None else targets
-            ).astype(np.int64, casting="safe")
+            labels = np.asarray(targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
-                f"data.name={settings.name!r}: must be a dataset that timm can read; for split {split!r} timm reports: {why}"
+                f"data.name={settings.name!r}: must be a dataset that timm can read; "
+                f"for split {split!r} timm reports: {reason}"
             ) from error
         super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
-        # What no other split may have; none of datasets by name.
-        self.files: set[str] = set() if settings.name else set(reader.filenames(absolute=True))
+        self.reader = reader
+        # To compare with other splits; unknown for datasets by name.
+        self.files: set[str] = set()
+        if not settings.name:
+            self.files = set(reader.filenames(absolute=True))
         self.classes: dict[str, int] = getattr(reader, "class_to_idx", {})
 
     def open(self, index: int) -> Image.Image:
-        """One image; a file of a folder is read here, where it has to end."""
+        """Open one image; files are limited to `MOST_READ` bytes."""
         row = int(self.rows[index])
         samples = getattr(self.reader, "samples", None)
-        if samples is not None and isinstance(path := samples[row][0], str):
-            return open_file(path)
-        found = self.reader[row][0]
-        if isinstance(found, Image.Image):
-            return found
-        with found:
-            return open_image(found.read(MOST_READ))
+        if samples is not None:
+            path = samples[row][0]
+            if isinstance(path, str):
+                return open_file(path)
+        image_or_file = self.reader[row][0]
+        if isinstance(image_or_file, Image.Image):
+            return image_or_file
+        with image_or_file:
+            return open_image(image_or_file.read(MOST_READ))
 
     def name(self, index: int) -> str:
-        """Split, and number in it."""
-        return f"{self.where}: image {self.rows[index]}"
+        """Name of the split, and number of the image."""
+        return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
-        """Of the name of the dataset and the split, labels and rows; no change of a file alone is noticed."""
-        return digest(self.labels, self.where.encode(), self.row_bytes())
+        """Hash of dataset and split names, labels and rows; not of the content of files."""
+        return digest(self.labels, self.origin.encode(), self.row_bytes())
+
+
+def _targets(reader: Any) -> Any:
+    """Labels of all images of one of timm's readers, or of a dataset."""
+    if hasattr(reader, "iter_targets"):
+        return list(reader.iter_targets())
+    targets = getattr(reader, "targets", None)
+    if targets is not None:
+        return targets
+    return [label for _, label in reader.samples]
 
 
 class Timm(EncodedImageData):
@@ -123,43 +136,57 @@ class Timm(EncodedImageData):
     settings: TimmSettings
 
     def encoded(self) -> Mapping[str, EncodedImages]:
-        """The splits that are asked for.
+        """The splits with a name in the settings.
 
         Raises:
-            UsageError: one cannot be read, is another one too, or has a class that the first has not.
+            UsageError: a split cannot be read, shares files with another split, or has a class that
+                the first split does not have.
         """
         return self._images
 
     @cached_property
     def _images(self) -> dict[str, TimmImages]:
-        found: dict[str, TimmImages] = {}
+        splits: dict[str, TimmImages] = {}
         for split in SPLITS:
             name = getattr(self.settings, f"{split}_split")
             if name is None:
                 continue
+            setting = f"data.{split}_split={name!r}"
             images = TimmImages(self.settings, name)
-            for other in (other for other, theirs in found.items() if images.files & theirs.files):
-                raise UsageError(
-                    f"data.{split}_split={name!r}: must differ from the {other} split; null for no such split"
-                )
-            classes = next(iter(found.values()), images).classes
-            if images.classes != classes:
-                for unknown in sorted(images.classes.keys() - classes.keys()):
+            for other_split, other in splits.items():
+                if images.files & other.files:
                     raise UsageError(
-                        f"data.{split}_split={name!r}: class {unknown!r} must be one of the {next(iter(found))} split's"
+                        f"{setting}: must differ from the {other_split} split; "
+                        "null for no such split"
                     )
-                own = {number: name for name, number in images.classes.items()}
-                images.labels = np.array([classes[own[label]] for label in images.labels.tolist()])
-            found[split] = images
-        return found
+            if splits:
+                first_split = next(iter(splits))
+                _use_ids_of(splits[first_split], images, setting, first_split)
+            splits[split] = images
+        return splits
 
     def named_classes(self) -> list[str] | None:
-        """Names as the reader has them; None where it has none, or there is nothing to read."""
+        """Names of the classes in the reader; None if it has none, or nothing can be read."""
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
-        return (
-            sorted(classes, key=classes.__getitem__)
-            if len(classes) == self.settings.num_classes
-            else None
+        if len(classes) != self.settings.num_classes:
+            return None
+        return sorted(classes, key=classes.__getitem__)
+
+
+def _use_ids_of(first: TimmImages, images: TimmImages, setting: str, first_split: str) -> None:
+    """Replace the class ids of a split by those of the first split.
+
+    Raises:
+        UsageError: the split has a class that the first split does not have.
+    """
+    if images.classes == first.classes:
+        return
+    unknown = sorted(images.classes.keys() - first.classes.keys())
+    if unknown:
+        raise UsageError(
+            f"{setting}: class {unknown[0]!r} must be one of the {first_split} split's"
         )
+    names = {class_id: name for name, class_id in images.classes.items()}
+    images.labels = np.array([first.classes[names[label]] for label in images.labels.tolist()])

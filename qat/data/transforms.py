@@ -1,4 +1,4 @@
-"""From decoded pixels to normalised tensors, and mixing of batches; augmentation is torchvision's and timm's.
+"""From decoded pixels to normalised tensors, augmented by torchvision and timm; mixing of batches.
 
 Papers: mixup arXiv 1710.09412, cutmix arXiv 1905.04899.
 """
@@ -26,7 +26,7 @@ from qat.data.settings import DataSettings
 from qat.data.sources import resize_square, to_pil
 from qat.errors import UsageError
 
-# Keeps the draws of mixing apart from those of augmentation, whose numbers are (seed, epoch, index).
+# Separates the random draws of mixing from those of augmentation by (seed, epoch, index).
 STREAM = 0x6D6978
 
 
@@ -35,9 +35,10 @@ class Transform:
     """Maps an image (H, W, C) uint8 to (C, H, W) float32.
 
     Attributes:
-        apply: what is done to one image.
-        is_random: True if that draws random numbers.
-        finish: what is done after it, to one image or at once to a batch (..., C, H, W), with the same result; None = nothing.
+        apply: first step, on one image.
+        is_random: True if `apply` draws random numbers.
+        finish: second step, on one image or a batch (..., C, H, W), with the same result; None = no
+            second step.
     """
 
     apply: Callable[[NDArray[np.uint8]], Tensor]
@@ -46,8 +47,8 @@ class Transform:
 
     def __call__(self, image: NDArray[np.uint8]) -> Tensor:
         """Transform one image."""
-        image_or_pixels = self.apply(image)
-        return image_or_pixels if self.finish is None else self.finish(image_or_pixels)
+        transformed = self.apply(image)
+        return transformed if self.finish is None else self.finish(transformed)
 
 
 def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
@@ -62,37 +63,29 @@ def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
 
 
 def eval_transform(settings: DataSettings) -> Transform:
-    """Everything that evaluation does to an image of any size and the right channels.
+    """Preprocessing of evaluation, for an image of any size with `in_chans` channels.
 
-    It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
+    The image is resized to a square, or with a `crop_pct` scaled and cropped by timm; then values
+    are scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
-        return Transform(
-            v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]),
-            finish=_normalise(settings),
-        )
-    interpolation = settings.interpolation or "bicubic"
-    scaled = _timm_transform(
+        apply = v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor])
+        return Transform(apply, finish=_normalise(settings))
+    preprocessing = _timm_transform(
         settings,
         crop_pct=settings.crop_pct,
         crop_mode=settings.crop_mode,
-        interpolation=interpolation,
+        interpolation=settings.interpolation or "bicubic",
     )
-    return Transform(v2.Compose([to_pil, scaled]))
+    return Transform(v2.Compose([to_pil, preprocessing]))
 
 
 def train_transform(settings: DataSettings) -> Transform:
-    """The evaluation transform after the augmentation that the settings ask for."""
+    """Preprocessing of training, augmented by the settings."""
     if settings.augment == "none":
         return eval_transform(settings)
-    squeeze = (
-        [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
-    )
-    if settings.augment == "light" and squeeze:
-        shift = max(settings.image_size // 8, 1) if settings.shift is None else settings.shift
-        crop = [v2.RandomCrop(settings.image_size, padding=shift)] if shift else []
-        shifted = v2.Compose([*squeeze, _to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
-        return Transform(shifted, is_random=True, finish=_normalise(settings))
+    if settings.augment == "light" and settings.crop_pct is None:
+        return _shifts_and_flips(settings)
     options: dict[str, Any] = {
         "color_jitter": None,
         "interpolation": settings.interpolation or "bicubic",
@@ -108,18 +101,38 @@ def train_transform(settings: DataSettings) -> Transform:
     augmentation = _timm_transform(
         settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options
     )
+    _limit_levels(augmentation)
+    steps = [to_pil, augmentation]
+    if settings.crop_pct is None:
+        steps.insert(0, partial(resize_square, size=settings.image_size))
+    return Transform(v2.Compose(steps), is_random=True)
+
+
+def _shifts_and_flips(settings: DataSettings) -> Transform:
+    """Augmentation `light` of images that are resized to a square."""
+    shift = settings.shift
+    if shift is None:
+        shift = max(settings.image_size // 8, 1)
+    steps: list[Any] = [partial(resize_square, size=settings.image_size), _to_tensor]
+    if shift:
+        steps.append(v2.RandomCrop(settings.image_size, padding=shift))
+    steps.append(v2.RandomHorizontalFlip(settings.hflip))
+    return Transform(v2.Compose(steps), is_random=True, finish=_normalise(settings))
+
+
+def _limit_levels(augmentation: Any) -> None:
+    """Keep the operations of timm's augmentation inside the ranges of their levels."""
     for step in augmentation.transforms:
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
-                # A level of exactly 10 would draw at the very end of each range; only a string's own `mmax` goes there and beyond.
+                # A level of exactly 10 is the very end of a range, for strings with `mmax` only.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return Transform(v2.Compose([*squeeze, to_pil, augmentation]), is_random=True)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Pillow refuses to keep no bit at all, which timm asks for at one end of the levels."""
+    """Reduce the bits of a channel, to at least 1: Pillow refuses 0, the lowest level of timm."""
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
@@ -133,14 +146,15 @@ def _timm_transform(settings: DataSettings, **options: Any) -> Any:
 class BatchMixup:
     """Blends each image of a batch with the one opposite (first with last), and their classes.
 
-    Smoothing of labels is the loss's: cross-entropy smooths probabilities as timm smooths one-hot classes.
+    The loss smooths labels: cross-entropy smooths probabilities as timm smooths one-hot classes.
 
     Args:
-        settings: with `mixup*`, `cutmix`, `num_classes` and `seed`.
+        settings: `mixup*`, `cutmix`, `num_classes` and `seed` are used.
     """
 
     def __init__(self, settings: DataSettings) -> None:
-        self.seed, self.off_epoch = settings.seed, settings.mixup_off_epoch
+        self.seed = settings.seed
+        self.off_epoch = settings.mixup_off_epoch
         self._mixup = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
@@ -153,30 +167,31 @@ class BatchMixup:
     def __call__(
         self, images: Tensor, target: Tensor, *, epoch: int, step: int, rank: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Mix one batch; `images` stays as it is.
+        """Mix one batch, not in place.
 
         Args:
             images: (B, C, H, W), float, B even.
             target: (B,), class ids.
-            epoch: that is under way.
+            epoch: the current epoch.
             step: number of the batch since training began.
-            rank: of the process.
+            rank: number of the process.
 
         Returns:
-            Images of the same dtype and probabilities (B, K), float32; the arguments themselves in an epoch without mixing.
+            Images of the same dtype and probabilities (B, K), float32; in an epoch without mixing
+            the arguments themselves.
 
         Raises:
             UsageError: B is odd.
         """
         if self.off_epoch and epoch >= self.off_epoch:
             return images, target
-        if len(images) % 2:  # where there are fewer training images than `batch_size`
+        if len(images) % 2:  # with fewer training images than `batch_size`
             raise UsageError(
-                f"data.mixup, data.cutmix: pairs are mixed; the number of images must be even, a batch has {len(images)}"
+                "data.mixup, data.cutmix: pairs are mixed; "
+                f"the number of images must be even, a batch has {len(images)}"
             )
-        exact = torch.promote_types(
-            images.dtype, torch.float32
-        )  # timm gives shares of classes the dtype of the images
+        # In timm the probabilities have the dtype of the images.
+        mixing_dtype = torch.promote_types(images.dtype, torch.float32)
         with isolated_rng(self.seed, step, rank, STREAM):
-            mixed, shares = self._mixup(images.to(exact, copy=True), target)
-        return mixed.to(images.dtype), shares
+            mixed, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)
+        return mixed.to(images.dtype), probabilities

@@ -1,8 +1,11 @@
-"""A run directory: one run at a time writes into it, and which files make it a used one. Imports nothing heavy.
+"""A run directory: its lock, so that one run at a time writes into it, and the files of a run.
 
-The lock is held by the first process of a run, or by what started its processes. The operating system gives it back when that process
-ends, however it ends; what the file says of its holder is for people alone. The package filelock does not serve: its locks are inherited by
-loader processes, which may outlive a run; those of POSIX (`lockf`) are not.
+Imports nothing heavy.
+
+The first process of a run holds the lock, or the process that started the ranks. The operating
+system releases it when that process ends, however it ends; the text in the lock file is only for
+users. The package filelock does not serve: its locks are inherited by loader processes, which may
+outlive a run; POSIX locks (`lockf`) are not.
 """
 
 from __future__ import annotations
@@ -23,51 +26,65 @@ from qat.utils.validate import check_text
 
 log = logging.getLogger(__name__)
 
-LOCK, RESULTS, CONFIG = ".lock", "results.json", "config.yaml"
-# Seconds that a job waits which SLURM has started again: a network file system may notice late that the node of its last stretch is gone.
-PATIENCE_S, TICK_S = 120, 0.5
-# What a training writes; train.log is that of the run that asks, by then.
+LOCK = ".lock"
+RESULTS = "results.json"
+CONFIG = "config.yaml"
+# Seconds that a job waits for the lock after SLURM has restarted it: a network file system may
+# notice late that the node of the run before is gone.
+PATIENCE_S = 120
+TICK_S = 0.5
+# Files that a training writes, except train.log: the run that looks for files has opened its own.
 TRAINING = (
-    *(f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "last.prev.ckpt")),
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "checkpoints/last.prev.ckpt",
     "checkpoints/best-epoch*.ckpt",
-    *(
-        RESULTS,
-        "metrics.csv",
-        CONFIG,
-        "command.json",
-        "conversion.txt",
-        "oscillation.csv",
-        "report.html",
-    ),
+    RESULTS,
+    "metrics.csv",
+    CONFIG,
+    "command.json",
+    "conversion.txt",
+    "oscillation.csv",
+    "report.html",
     "events.out.tfevents.*",
-    *(
-        f"analysis/{name}{rest}"
-        for name in ("cost", "weights")
-        for rest in (".csv", ".json", "_*.csv", "_*.svg")
-    ),
+    "analysis/cost.csv",
+    "analysis/cost.json",
+    "analysis/cost_*.csv",
+    "analysis/cost_*.svg",
+    "analysis/weights.csv",
+    "analysis/weights.json",
+    "analysis/weights_*.csv",
+    "analysis/weights_*.svg",
 )
-# What the commands write.
+# Files that any command writes.
 WRITTEN = (
     *TRAINING,
-    *("quantized.ckpt", "reconstruct.csv", "reconstruct.ckpt", "search.csv", "search.ckpt"),
-    *("classes.csv", "confusion.csv", "predictions.csv"),
-    *(
-        f"{prefix}net.{suffix}"
-        for prefix in ("", ".unchecked.")
-        for suffix in ("onnx", "safetensors", "pte")
-    ),
+    "quantized.ckpt",
+    "reconstruct.csv",
+    "reconstruct.ckpt",
+    "search.csv",
+    "search.ckpt",
+    "classes.csv",
+    "confusion.csv",
+    "predictions.csv",
+    "net.onnx",
+    "net.safetensors",
+    "net.pte",
+    ".unchecked.net.onnx",
+    ".unchecked.net.safetensors",
+    ".unchecked.net.pte",
 )
 # Directories that this process has locked, and the open file of each.
 _locked: dict[Path, int] = {}
 
 
 class UsedError(UsageError):
-    """The directory is another run's: nothing is written there, not even this error."""
+    """The directory belongs to another run: nothing is written there, not even this error."""
 
 
 @contextlib.contextmanager
 def locked(run_dir: str) -> Generator[None]:
-    """Lock a directory during a block; one that was locked before is given back at the end, too.
+    """Lock a directory during a block; it is unlocked afterwards even if it was locked before.
 
     Raises:
         UsedError: another run writes into it.
@@ -80,49 +97,42 @@ def locked(run_dir: str) -> Generator[None]:
 
 
 def lock(run_dir: str) -> None:
-    """Lock a directory from here on; nothing in a process that is not the first of its run, or where it is locked already.
+    """Lock a directory until `unlock`.
+
+    Does nothing if it is locked already, or if this is not the first process of its run.
 
     Raises:
-        UsageError: it has no name, as of a variable of a shell that is not set.
+        UsageError: the name is empty, for example because a variable of the shell is not set.
         UsedError: another run writes into it.
     """
     check_text("run_dir", run_dir)
     folder = Path(run_dir).resolve()
-    if (
-        folder in _locked
-        or not ranks.is_first()
-        or os.environ.get(ranks.HELD) == str(folder / LOCK)
-    ):
+    path = folder / LOCK
+    is_locked_by_launcher = os.environ.get(ranks.LOCK_FILE) == str(path)
+    if folder in _locked or is_locked_by_launcher or not ranks.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    deadline = time.monotonic() + (
-        PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
-    )
+    is_restart = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    deadline = time.monotonic() + (PATIENCE_S if is_restart else 0)
     while folder not in _locked:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(
-                os.fstat(handle), path.stat()
-            ):  # else its holder has just given it back
+            # Unless the run before has just removed this file.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
                 _locked[folder] = handle
                 return
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:
-                holder = (
-                    path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-                )
                 os.close(handle)
-                raise UsedError(
-                    f"run_dir={str(run_dir)!r}: is in use by {holder}; must be another directory, or wait for it to end"
-                ) from None
+                raise _in_use(run_dir, path) from None
             time.sleep(TICK_S)
         except OSError:
             log.warning(
-                "run_dir=%r: this file system has no locks; make sure that only one run writes there",
+                "run_dir=%r: this file system has no locks; "
+                "make sure that only one run writes there",
                 str(run_dir),
             )
             _locked[folder] = handle
@@ -130,20 +140,27 @@ def lock(run_dir: str) -> None:
         os.close(handle)
 
 
+def _in_use(run_dir: str, path: Path) -> UsedError:
+    holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    return UsedError(
+        f"run_dir={str(run_dir)!r}: is in use by {holder}; "
+        "must be another directory, or wait for it to end"
+    )
+
+
 def unlock(run_dir: str) -> None:
-    """Give a directory back; nothing where it is not locked."""
+    """Unlock a directory; does nothing if it is not locked."""
     folder = Path(run_dir).resolve()
     handle = _locked.pop(folder, None)
     if handle is not None:
+        # Remove the file first: a run that has opened it then sees that it is gone.
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(
-                missing_ok=True
-            )  # first: a run that waits for the old file sees that it is another
+            (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
 
 
 def lock_for_ranks(run_dir: str) -> None:
-    """Lock a directory until the program that replaces this one has ended: the ranks that it starts find it locked for them.
+    """Lock a directory until the program that replaces this one ends; its ranks do not lock it.
 
     Raises:
         UsedError: another run writes into it.
@@ -151,30 +168,29 @@ def lock_for_ranks(run_dir: str) -> None:
     lock(run_dir)
     folder = Path(run_dir).resolve()
     os.set_inheritable(_locked[folder], True)  # noqa: FBT003
-    os.environ[ranks.HELD] = str(folder / LOCK)
+    os.environ[ranks.LOCK_FILE] = str(folder / LOCK)
 
 
-def used(run_dir: Path) -> list[Path]:
-    """Files that make a directory a used one, checkpoints first; none where a run failed before it saved anything."""
-    found = checkpoints(run_dir)
-    if not found and json_object(run_dir / RESULTS).get("error"):
+def used_files(run_dir: Path) -> list[Path]:
+    """Files of earlier runs, checkpoints first; none if a run failed before it saved anything."""
+    saved = checkpoints(run_dir)
+    if not saved and json_object(run_dir / RESULTS).get("error"):
         return []
-    return found + [path for path in of_training(run_dir) if path not in found]
+    return saved + [path for path in training_files(run_dir) if path not in saved]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """What a command could go on from, or start from."""
+    """Checkpoints that a command could resume or start from."""
     return sorted([*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("*.ckpt")])
 
 
-def of_training(run_dir: Path) -> list[Path]:
-    """What a training has left, by name: what a new one replaces."""
-    return [
-        path
-        for pattern in TRAINING
-        for path in sorted(run_dir.glob(pattern))
-        if path.is_symlink() or path.is_file()
-    ]
+def training_files(run_dir: Path) -> list[Path]:
+    """Files that an earlier training wrote and a new one replaces."""
+    files: list[Path] = []
+    for pattern in TRAINING:
+        paths = sorted(run_dir.glob(pattern))
+        files += [path for path in paths if path.is_symlink() or path.is_file()]
+    return files
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -183,55 +199,64 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Raise `UsedError` if there are checkpoints or results of another command or, where they are given, results of other weights.
+    """Refuse a directory with outputs that this command would replace and did not write.
 
-    For commands that write into a directory of theirs again: what is there would be replaced by what says nothing of it.
+    Args:
+        run_dir: the directory, which the same command may write into again.
+        command: name of the command.
+        weights: origin of the evaluated weights; None = not compared with earlier results.
+
+    Raises:
+        UsedError: there are checkpoints or results of another command, or results of other weights.
     """
-    names = (
-        ("checkpoints/*",)
-        if command == "ptq"
-        else ("checkpoints/*", "quantized", "reconstruct", "search")
-    )
-    saved = [path for name in names for path in sorted(run_dir.glob(f"{name}.ckpt"))]
-    found = {} if not is_finished(run_dir) else json_object(run_dir / RESULTS)
-    another = found.get("command") not in {None, command} or (
-        weights is not None and found.get("weights") not in {None, weights}
-    )
-    if saved or another:
-        what = (
-            saved[0].relative_to(run_dir)
-            if saved
-            else f"{RESULTS} of {found.get('command')}.py {found.get('weights')}"
-        )
-        raise UsedError(f"run_dir={str(run_dir)!r} holds {what} already; choose another run_dir")
+    names = ["checkpoints/*"]
+    if command != "ptq":
+        names += ["quantized", "reconstruct", "search"]
+    for name in names:
+        for path in sorted(run_dir.glob(f"{name}.ckpt")):
+            raise _holds(run_dir, str(path.relative_to(run_dir)))
+
+    if not is_finished(run_dir):
+        return
+    results = json_object(run_dir / RESULTS)
+    is_other_command = results.get("command") not in {None, command}
+    has_other_weights = weights is not None and results.get("weights") not in {None, weights}
+    if is_other_command or has_other_weights:
+        owner = f"{results.get('command')}.py {results.get('weights')}"
+        raise _holds(run_dir, f"{RESULTS} of {owner}")
+
+
+def _holds(run_dir: Path, content: str) -> UsedError:
+    return UsedError(f"run_dir={str(run_dir)!r} holds {content} already; choose another run_dir")
 
 
 class RunDirState:
-    """A directory as a command finds it.
+    """State of a run directory when a command begins.
 
     Args:
         run_dir: the directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self._was_used, self._config = (
-            run_dir,
-            bool(used(run_dir)),
-            _stamp(run_dir / CONFIG),
-        )
+        self.run_dir = run_dir
+        self._was_used = bool(used_files(run_dir))
+        self._config = _stamp(run_dir / CONFIG)
 
     def has_begun(self) -> bool:
-        """True if the run has written its settings since, which it does once they are checked."""
+        """True if the run has written its settings meanwhile, which it does after checking them."""
         return _stamp(self.run_dir / CONFIG) != self._config
 
     def takes_error(self) -> bool:
-        """True if results with the run's error would not stand among, or in place of, the files of another run."""
+        """True if the error of the run may be written as its results.
+
+        It must not replace files of another run, nor be among these.
+        """
         return (self.has_begun() or not self._was_used) and not is_finished(self.run_dir)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another that has taken its name."""
+    """Identity of a file, which changes if another file takes its name."""
     if not path.exists():
         return None
-    at = path.stat()
-    return at.st_ino, at.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns

@@ -1,9 +1,10 @@
-"""Signals by which a cluster or a person asks a run to end.
+"""Signals by which a cluster or a user asks a run to end.
 
-SIGUSR1 and SIGUSR2 say that the machine is about to be taken away: save, go on elsewhere. SIGTERM says stop: save, and that is all; a
-cluster that preempts with it starts the job again by itself. SIGINT, Ctrl-C, says the same; a second one does not wait. Outside training a
-signal raises `Preempted` at once; inside, it is noted, and `qat.callbacks.Preemption` acts on it after the step under way. Imports nothing
-heavy.
+SIGUSR1 and SIGUSR2 announce that the machine will be taken away: save, and resume elsewhere.
+SIGTERM only means save and stop; a cluster that preempts with it restarts the job by itself.
+SIGINT (Ctrl-C) means the same, and a second one ends the process at once. Outside training a signal
+raises `Preempted` at once; during training it is noted, and `qat.callbacks.Preemption` acts on it
+after the current step. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,45 +21,50 @@ from types import FrameType
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
-# Seconds within which one Ctrl-C comes twice to a rank, from the terminal and from torchrun.
+# Seconds within which a rank gets one Ctrl-C twice, from the terminal and from torchrun.
 ECHO_S = 1.0
-# Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is done and saved.
+# Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is
+# done and saved.
 OUTLIVE_S = 20
 
 
 class Preempted(BaseException):
-    """A signal has ended this run. Like KeyboardInterrupt no `Exception`: no handler on the way takes it for an error of its own.
+    """A signal has ended this run.
+
+    Like KeyboardInterrupt it is not an `Exception`: no handler mistakes it for an error.
 
     Args:
-        number: of the signal.
-        step: optimizer steps after which the run stands; None outside training.
-        saved: what it goes on from, None where nothing was written.
+        number: the signal.
+        step: optimizer steps that were taken; None outside training.
+        saved: checkpoint to resume from; None if nothing was written.
     """
 
     def __init__(self, number: int, step: int | None = None, saved: Path | None = None) -> None:
         super().__init__(number, step, saved)
-        self.signal, self.step, self.saved = signal.Signals(number), step, saved
+        self.signal = signal.Signals(number)
+        self.step = step
+        self.saved = saved
 
     @property
     def name(self) -> str:
-        """Of the signal, as a person knows it."""
+        """Name of the signal as users know it."""
         return "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
 
     @property
     def wants_requeue(self) -> bool:
-        """True if the run is meant to go on as soon as it can."""
+        """True if the run is meant to resume as soon as it can."""
         return self.signal in LEAVING
 
 
 @dataclass
 class _Arrivals:
-    """What has arrived in this process.
+    """Signals that have arrived in this process.
 
     Attributes:
-        number: the signal that counts: of several the highest, so that SIGTERM outranks a wish to go on elsewhere. 0 = none.
-        is_deferred: noted only.
-        interrupted_at: when Ctrl-C came, on the monotonic clock; None = it has not.
-        process: the one that listens; copies of it, which loaders make, leave signals to it.
+        number: the highest signal that arrived, so that SIGTERM outranks SIGUSR1; 0 = none.
+        is_deferred: signals are noted only.
+        interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = it has not come.
+        process: the process that handles signals; copies of it, made by loaders, ignore them.
     """
 
     number: int = 0
@@ -72,33 +78,32 @@ _arrivals = _Arrivals()
 
 @contextlib.contextmanager
 def listening() -> Generator[None]:
-    """Note the signals, or raise `Preempted`. Nothing outside the main thread, where none arrives."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """Handle the signals in this block; does nothing outside the main thread."""
+    earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     forget()
     listen()
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for number, old in before.items():
-                signal.signal(number, signal.SIG_DFL if old is None else old)
+            for number, handler in earlier_handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         forget()
 
 
 def listen() -> None:
-    """Take the signals, also from a library that has taken them since."""
+    """Handle the signals from now on, even if a library has set its own handlers meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         return
     _arrivals.process = os.getpid()
     for number in SIGNALS:
-        if (
-            number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
-        ):  # as it is in the background of a script
+        # Ctrl-C stays ignored in the background of a script.
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
 
 
 def defer(*, on: bool) -> None:
-    """Note signals only, or have the next one raise `Preempted`."""
+    """Note signals only, or raise `Preempted` at the next one."""
     _arrivals.is_deferred = on
 
 
@@ -108,8 +113,10 @@ def arrived() -> int:
 
 
 def forget() -> None:
-    """Begin anew: nothing has arrived, and the next signal counts at once."""
-    _arrivals.number, _arrivals.is_deferred, _arrivals.interrupted_at = 0, False, None
+    """Reset: no signal has arrived, and the next one raises `Preempted`."""
+    _arrivals.number = 0
+    _arrivals.is_deferred = False
+    _arrivals.interrupted_at = None
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -122,25 +129,26 @@ def _note(number: int, frame: FrameType | None) -> None:
         _arrivals.interrupted_at = _arrivals.interrupted_at or now
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
-        _arrivals.is_deferred = (
-            True  # what cleans up after the exception is not interrupted by another one
-        )
+        # No second exception while the first one is handled.
+        _arrivals.is_deferred = True
         raise Preempted(number)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """End this process with one line; files that are being written do not come into being, those that are there stay."""
+    """End this process with one line; unfinished files do not appear, existing ones stay."""
     if os.environ.get("RANK", "0") == "0":
-        # Not by way of Python's streams: what is interrupted may be writing to them.
+        # Not through Python's streams: the interrupted code may be writing to them.
         os.write(2, b"stopped by Ctrl-C at once; what was saved before is as it was\n")
     os._exit(128 + number)
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive as long as its training process: a scheduler may send the signal to all processes of a job.
+    """Keep a loader process alive as long as its training process.
+
+    A scheduler may send its signal to all processes of a job.
 
     Args:
-        worker: its number, which torch gives.
+        worker: number of the loader process, passed by torch.
     """
     for number in (*LEAVING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,7 @@
-"""The first import of each command: Ctrl-C ends it in one line from here on, and a rank ends with its launcher. Imports nothing heavy."""
+"""Set up this process when imported, which each command does first. Imports nothing heavy.
+
+Ctrl-C ends the process in one line, and a rank ends with its launcher.
+"""
 
 import contextlib
 import ctypes
@@ -12,24 +15,47 @@ from qat.launch.ranks import LAUNCHER
 MOST_OPEN_FILES = 65536
 PR_SET_PDEATHSIG = 1
 
-# Not where Ctrl-C is ignored (a job in the background of a script), or somebody's own handler takes it.
-with contextlib.suppress(ValueError):  # not the main thread
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signals.end_at_once)
-# Of torchrun, which may be killed, and may have been by now. Only Linux has it.
-if "TORCHELASTIC_RUN_ID" in os.environ:
-    with contextlib.suppress(AttributeError, OSError):
+
+def _handle_ctrl_c() -> None:
+    # Ctrl-C is ignored in the background of a script, and a caller may handle it.
+    with contextlib.suppress(ValueError):  # outside the main thread
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signals.end_at_once)
+
+
+def _end_with_launcher() -> None:
+    """End this rank when torchrun is killed, even if it already was."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with contextlib.suppress(AttributeError, OSError):  # Linux only
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Loader processes that this rank spawns have another parent.
-    if os.environ.pop(LAUNCHER, None) not in {None, str(os.getppid())}:
+    # Removed: loader processes that this rank spawns have another parent.
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is not None and launcher != str(os.getppid()):
         os._exit(1)
-# Loader processes hand over tensors as open files, and the usual 1024 are soon gone.
-_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-_wanted = MOST_OPEN_FILES if _hard == resource.RLIM_INFINITY else min(_hard, MOST_OPEN_FILES)
-if resource.RLIM_INFINITY != _soft < _wanted:
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_wanted, _hard))
-# Turns of a loop in which a thread of GNU's OpenMP waits for the others before it sleeps: some 0.1 ms. Its own 300,000 take a core from
-# whatever else wants it, the thread that all wait for included.
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files: loader processes send tensors as files, more than 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MOST_OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        limit = min(hard, MOST_OPEN_FILES)
+    if resource.RLIM_INFINITY != soft < limit:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _shorten_spinning() -> None:
+    """Let threads of GNU's OpenMP sleep after waiting 0.1 ms for the others.
+
+    The default, 300,000 turns of a loop, blocks a core for the thread that all of them wait for.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+_handle_ctrl_c()
+_end_with_launcher()
+_allow_open_files()
+_shorten_spinning()

@@ -1,6 +1,7 @@
-"""`torch.distributed.run` as a script: a signal gives its exit code, a rank that a signal ended the table of ranks, neither a traceback.
+"""`torch.distributed.run` as a script without tracebacks.
 
-It holds the lock of the run directory as long as a rank lives.
+After a signal it exits with the code of the signal; if a signal ended a rank, it prints the table of
+ranks. The lock of the run directory is held as long as a rank lives.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ from torch.distributed.run import main
 
 
 def remove_lock() -> None:
-    """Remove the lock file that came with this process; the lock itself goes with it."""
+    """Remove the lock file of this process; the lock itself ends with the process."""
     with contextlib.suppress(KeyError, OSError):
-        os.unlink(os.environ["QAT_LOCK"])  # `ranks.HELD`; qat is not always on the path here
+        os.unlink(os.environ["QAT_LOCK"])  # `ranks.LOCK_FILE`; qat may not be importable here
 
 
 if __name__ == "__main__":
-    logging.disable(logging.ERROR)  # ranks write their own lines, also before they exit with 1
+    logging.disable(logging.ERROR)  # ranks log their own errors before they exit with 1
     try:
         main()
     except ChildFailedError as failed:

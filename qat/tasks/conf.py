@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qat.launch import ranks
+from qat.launch import ranks, slurm
 from qat.tasks.settings import COMMANDS
 
 # In a clone a link to the folder at the top.
@@ -209,7 +209,7 @@ def _register() -> None:
             none_of,
             pick,
         ),
-        *(ranks.slurm_tasks_per_node, ranks.slurm_nodes),
+        *(slurm.slurm_tasks_per_node, slurm.slurm_nodes),
     )
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -32,7 +32,8 @@ from torch import nn
 
 from qat.callbacks import CGA, GraphSteps, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
-from qat.launch.ranks import environments, local_count
+from qat.launch.ranks import local_count
+from qat.launch.slurm import environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog

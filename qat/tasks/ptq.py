@@ -301,7 +301,7 @@ def _check_run_dir(cfg: DictConfig) -> None:
         return
     if cfg.resume:
         outputs.check_own(run_dir, cfg.command, origin(cfg))
-    elif used := outputs.used(run_dir):
+    elif used := outputs.used_files(run_dir):
         held = next(
             (path for path in reversed(used) if path.suffix == ".ckpt"), used[0]
         ).relative_to(run_dir)

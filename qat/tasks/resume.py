@@ -258,7 +258,7 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
         UsedError: there are files of another run, and they may not be overwritten.
     """
     run_dir = Path(cfg.run_dir)
-    used = outputs.used(run_dir)
+    used = outputs.used_files(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
     # A run that was killed before its first last.ckpt has nothing to go on from.
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
@@ -267,4 +267,4 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
         raise UsedError(
             f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true{more}"
         )
-    return outputs.of_training(run_dir)
+    return outputs.training_files(run_dir)

@@ -17,7 +17,8 @@ from torch import nn
 from qat import kernels
 from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
-from qat.launch.ranks import connect, is_first, write_owner
+from qat.launch.ranks import connect, is_first
+from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory
@@ -111,7 +112,7 @@ def train(cfg: DictConfig) -> float:
     )
 
     connect(trainer)
-    data.trainer = trainer  # from here on each process has its own share of the images
+    data.share_images(trainer)
     if is_first():
         _begin_run_dir(cfg, outdated_files)
         announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])

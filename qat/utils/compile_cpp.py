@@ -1,4 +1,4 @@
-"""C++ of ours, compiled with the system's compiler and kept in the user's cache."""
+"""Compile C++ sources of this package with the system's compiler, into the user's cache."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FLAGS = (
     "-shared",
     "-fPIC",
 )
-# From the fastest down: not every compiler knows the machine it runs on, or has OpenMP.
+# Fastest first: not every compiler knows the processor, or has OpenMP.
 _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 
 def load(source: str) -> ctypes.CDLL:
-    """A library made of C++ source text, compiled at most once for a machine and a compiler.
+    """Load a library compiled from C++ source text, compiled once per machine and compiler.
 
     Raises:
-        OSError: there is no compiler, it failed, or what it made cannot be loaded.
+        OSError: there is no compiler, it failed, or its output cannot be loaded.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -43,39 +43,39 @@ def load(source: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as temporary:
             return ctypes.CDLL(str(_compiled(source, compiler, Path(temporary) / "kernels.so")))
     library = folder / f"kernels-{_key(source, compiler)}.so"
-    with contextlib.suppress(OSError):  # not there, or damaged: made again
+    with contextlib.suppress(OSError):  # missing or damaged: compiled below
         return ctypes.CDLL(str(library))
     return ctypes.CDLL(str(_compiled(source, compiler, library)))
 
 
 def _compiled(source: str, compiler: str, library: Path) -> Path:
-    """Written beside and renamed: another process may be at it as well, and may be killed."""
+    """Compile and rename: another process may compile the same library, and may be killed."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        text, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        text.write_text(source)
+        source_path = Path(folder) / "kernels.cpp"
+        output_path = Path(folder) / "kernels.so"
+        source_path.write_text(source)
         for extras in _EXTRAS:
-            done = subprocess.run(
-                [compiler, *_FLAGS, *extras, "-o", made, text],
+            process = subprocess.run(
+                [compiler, *_FLAGS, *extras, "-o", output_path, source_path],
                 check=False,
                 capture_output=True,
                 timeout=_TIMEOUT,
             )
-            if done.returncode == 0:
-                made.replace(library)
+            if process.returncode == 0:
+                output_path.replace(library)
                 return library
-    raise OSError(
-        f"{compiler} fails: {done.stderr.decode(errors='replace').strip().partition(chr(10))[0]}"
-    )
+    first_line = process.stderr.decode(errors="replace").strip().partition("\n")[0]
+    raise OSError(f"{compiler} fails: {first_line}")
 
 
 def _key(source: str, compiler: str) -> str:
-    found = Path(compiler).resolve()
+    compiler_path = Path(compiler).resolve()
     parts = (
         source,
         _FLAGS,
         _EXTRAS,
-        found,
-        found.stat().st_mtime_ns,
+        compiler_path,
+        compiler_path.stat().st_mtime_ns,
         platform.machine(),
         _features(),
     )
@@ -84,25 +84,29 @@ def _key(source: str, compiler: str) -> str:
 
 @functools.cache
 def _features() -> str:
-    """What the processor can do: a home directory may be shared by unlike machines."""
+    """Features of the processor: different machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )
+    for line in lines:
+        if line.startswith(("flags", "Features")):
+            return line
+    return platform.processor()
 
 
 def _cache() -> Path | None:
-    """A folder that nobody else can write to, None where there is none: what lies there is run."""
+    """A folder that only this user can write to, since its files are executed; else None."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
     if not folder.is_absolute():  # a user without a home
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    is_private = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if is_private and os.access(folder, os.W_OK) else None
+    is_own = status.st_uid == os.geteuid()
+    is_writable_by_others = bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    if is_own and not is_writable_by_others and os.access(folder, os.W_OK):
+        return folder
+    return None

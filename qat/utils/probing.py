@@ -1,4 +1,4 @@
-"""Look into a net by running it, or into a copy of it: evaluation mode, no gradients, hooks that are gone afterwards."""
+"""Run a net, or copy it, to look into it: evaluation mode, no gradients, hooks removed after it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 
-# True while a net whose scales are not set may run; else it raises (`qat.model.scales.guard`).
+# True while a net with unset scales may run; else it raises (`qat.model.scales.guard`).
 unset_scales_allowed = ContextVar("unset_scales_allowed", default=False)
 
 
 @contextlib.contextmanager
 def allow_unset_scales() -> Generator[None]:
-    """While it lasts, a net runs whether its scales are set or not: nobody takes its output for logits."""
+    """Let nets with unset scales run in this block: their output is not used as logits."""
     token = unset_scales_allowed.set(True)
     try:
         yield
@@ -31,14 +31,22 @@ def allow_unset_scales() -> Generator[None]:
 
 
 def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """(1, C, H, W), of the dtype and device of a net's first floating parameter or buffer: frozen nets may have buffers alone."""
-    tensors = itertools.chain(net.parameters(), net.buffers(), [torch.zeros(())])
-    return next(t for t in tensors if t.is_floating_point()).new_zeros(1, *input_size)
+    """Zeros (1, C, H, W), with the dtype and device of the net's first floating-point tensor.
+
+    Buffers count, too: a frozen net may have no parameters.
+    """
+    for tensor in itertools.chain(net.parameters(), net.buffers()):
+        if tensor.is_floating_point():
+            return tensor.new_zeros(1, *input_size)
+    return torch.zeros(()).new_zeros(1, *input_size)
 
 
 @contextlib.contextmanager
 def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]:
-    """Evaluation mode without gradients, whether scales are set or not; then every module's own mode again, and the hooks removed."""
+    """Evaluate the net in this block, without gradients and even if its scales are unset.
+
+    After the block every module has its own mode again, and the hooks are removed.
+    """
     modes = [(module, module.training) for module in net.modules()]
     handles = list(hooks)
     try:
@@ -53,40 +61,44 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A copy of a net, of the one inside where it is compiled.
+    """A deep copy of a net; of a compiled net, a copy of the original.
 
-    Some keep a tensor of their last forward (TinyViT, LeViT: attention biases); its graph, which nobody can copy, stays behind.
+    Some nets keep a tensor of their last forward pass (attention biases in TinyViT and LeViT). It
+    is copied without its graph, which cannot be copied.
     """
     net = getattr(net, "_orig_mod", net)
-    held = itertools.chain.from_iterable(tree_leaves(vars(module)) for module in net.modules())
-    return copy.deepcopy(
-        net, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    )
+    copies: dict[int, Any] = {}
+    for module in net.modules():
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copy.deepcopy(net, copies)
 
 
 def images_of(batch: Any, net: nn.Module) -> Tensor:
-    """The images of a batch for calibration, as a net takes them: the batch itself, or the first of what a loader gives.
+    """Calibration images of a batch, with the dtype and device of a net.
+
+    Args:
+        batch: float images (B, C, H, W), or a tuple or list that starts with them.
+        net: its first parameter has the dtype and the device.
 
     Raises:
-        UsageError: it is neither, holds no image, or there are values that are not finite.
+        UsageError: the batch is of another kind, holds no image, or has non-finite values.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not (
-        isinstance(images, Tensor)
-        and images.ndim == 4
-        and len(images)
-        and images.is_floating_point()
-    ):
-        what = (
-            f"{images.dtype} {tuple(images.shape)}"
-            if isinstance(images, Tensor)
-            else type(images).__name__
-        )
-        raise UsageError(
-            f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader"
-        )
+    if not isinstance(images, Tensor):
+        raise _unusable_batch(type(images).__name__)
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise _unusable_batch(f"{images.dtype} {tuple(images.shape)}")
     if not images.isfinite().all():
         raise UsageError(
             "calibration images hold NaN or infinity; check data.mean, data.std and the files"
         )
     return images.to(next(net.parameters()))
+
+
+def _unusable_batch(kind: str) -> UsageError:
+    return UsageError(
+        f"calibration: a batch is {kind}; "
+        "must be float images (B, C, H, W), or (images, ...), in a list or a loader"
+    )

@@ -1,4 +1,4 @@
-"""Text from outside, as names of files, on its way to a terminal or a table; large numbers; files that have an end."""
+"""Untrusted text for terminals and tables, short forms of numbers, and files of limited size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 MISSING = "–"
 MOST_READ = 2**30  # bytes of an image, a table, a file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
-# Control characters but line break and tab, and what stands for bytes of a name that are not UTF-8.
+# Control characters except line breaks and tabs, marks that change the direction of text, and
+# Python's substitutes for bytes of a file name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""The text with what would move a cursor, change colours, turn the direction or not be encoded as `\x1b`.
+    r"""Escape, as `\x1b`, characters that move a cursor, change colours or cannot be encoded.
 
     Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
@@ -27,50 +28,67 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escaped, text)
 
 
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    # os.fsdecode adds 0xdc00 to a byte.
-    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00  # os.fsdecode adds it to a byte
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def scaled(value: float, unit: str = "") -> str:
     """Three significant digits and a prefix of powers of 1000: `190 kB`."""
     value = float(f"{value:.3g}")  # 999,600 is 1 M
-    power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
+    power = 0
+    if value >= 1:
+        power = min(int(math.log10(value) // 3), len(PREFIXES) - 1)
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 
 def count(n: int, noun: str) -> str:
     """`1 image`, `2 images`, `2 classes`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
+    if n == 1:
+        return f"{n} {noun}"
+    return f"{n} {noun}es" if noun.endswith("s") else f"{n} {noun}s"
 
 
 def unlearned(results: Mapping[str, Any]) -> str:
-    """What to say of an accuracy within two standard errors of that of always naming the most frequent class; else empty."""
-    top1, images, share = (results.get(key) for key in ("top1", "images", "majority_share"))
-    if (
-        top1 is None
-        or not images
-        or share is None
-        or top1 - share > 2 * math.sqrt(share * (100 - share) / images)
-    ):
+    """Note on an accuracy that is hardly better than always naming the most frequent class.
+
+    Returns:
+        The note if the accuracy is at most two standard errors above the share of that class;
+        else, or if one of the numbers is missing, an empty string.
+    """
+    top1 = results.get("top1")
+    images = results.get("images")
+    share = results.get("majority_share")
+    if top1 is None or not images or share is None:
         return ""
-    return f"not clearly better than always predicting the most frequent class, which gives {share:.2f} %"
+    standard_error = math.sqrt(share * (100 - share) / images)
+    if top1 - share > 2 * standard_error:
+        return ""
+    return (
+        "not clearly better than always predicting the most frequent class, "
+        f"which gives {share:.2f} %"
+    )
 
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """What a file holds.
+    """Content of a file of limited size.
 
     Raises:
-        OSError: there is none, it has more than `MOST_READ` bytes, or is a pipe or a device, which would give bytes for ever.
+        OSError: the file is missing, has more than `MOST_READ` bytes, or is a pipe or a device,
+            which may never end.
     """
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_READ:
         raise OSError(f"No such file, or none that ends within {MOST_READ} bytes")
@@ -78,9 +96,9 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where it cannot be read, or holds something else."""
+    """The object in a JSON file; empty if the file cannot be read or holds something else."""
     try:
-        found = json.loads(read_file(path))
+        content = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Domain checks of settings: each raises `UsageError` with the form `setting=value: must be ...`."""
+"""Checks of settings: each raises `UsageError` in the form `setting=value: must be ...`."""
 
 from __future__ import annotations
 
@@ -7,38 +7,51 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from qat.errors import UsageError
 
 FLOAT_BITS = 32
-LOWEST_BITS, HIGHEST_BITS = 2, 8
-# Of floats in blocks that share a scale.
+LOWEST_BITS = 2
+HIGHEST_BITS = 8
+# Widths of the number formats in which a block of floats shares a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
-# How an image is prepared: side in pixels at most, crops, interpolations.
+# Largest height and width of an image in pixels.
 MOST_SIDE = 2**14
-# A tenth makes an image ten times as large before it is cropped; VOLO has 1.15, a border around the image.
-LOWEST_CROP, HIGHEST_CROP = 0.1, 2
-CROP_MODES, INTERPOLATIONS = (
-    ("center", "squash", "border"),
-    ("nearest", "bilinear", "bicubic", "lanczos"),
-)
+# A tenth makes an image ten times as large before it is cropped.
+LOWEST_CROP = 0.1
+# VOLO has 1.15, a border around the image.
+HIGHEST_CROP = 2
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """What to say of a name that there is not: the nearest of those that there are, here or in another group, or all that are here."""
-    choices, close = sorted(known), functools.partial(difflib.get_close_matches, name)
-    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | {
-        one: one for one in choices
-    }
-    near = [name] if name in full else close(choices) or close(full)
-    if near and name.startswith(near[0]):
-        near = near[:1]
-    how = "closest:" if near else "must be one of"
-    return f"{setting}: unknown; {how} {', '.join(full[one] for one in near or choices)}"
+def unknown(setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """Message about an unknown name, with the allowed names closest to it, else all of them.
+
+    Args:
+        setting: the setting, with its group and value as far as they help.
+        name: the unknown name.
+        allowed: all names that can be used.
+        elsewhere: full names of settings in other groups; `name` is compared with their last part.
+    """
+    choices = sorted(allowed)
+    full_names = {full_name.rpartition(".")[2]: full_name for full_name in reversed(elsewhere)}
+    full_names |= {choice: choice for choice in choices}
+    if name in full_names:
+        closest = [name]
+    else:
+        closest = difflib.get_close_matches(name, choices)
+        closest = closest or difflib.get_close_matches(name, full_names)
+    if not closest:
+        return f"{setting}: unknown; must be one of {', '.join(choices)}"
+    if name.startswith(closest[0]):
+        closest = closest[:1]
+    suggestions = [full_names[match] for match in closest]
+    return f"{setting}: unknown; closest: {', '.join(suggestions)}"
 
 
 def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -56,102 +69,119 @@ def check_number(
     below: float = math.inf,
     highest: float = math.inf,
 ) -> None:
-    """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to `highest`, or up to but not including `below`."""
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and lowest <= value < below
-        and not (above and value == lowest)
-    )
-    if not (fits and value <= min(highest, HIGHEST_NUMBER)):  # type: ignore[operator]
-        end = (
-            f" to below {below:g}"
-            if below < math.inf
-            else f" to {highest:g}"
-            if highest < math.inf
-            else ""
-        )
-        bound = (
-            f"above {lowest:g}{end}"
-            if above
-            else f"from {lowest:g}{end}"
-            if end
-            else f"of at least {lowest:g}"
-        )
-        raise UsageError(f"{setting}={value!r}: must be a number {bound}")
+    """Raise `UsageError` unless `value` is a number between two bounds.
+
+    Args:
+        setting: name of the setting, for the message.
+        value: of the setting.
+        lowest: lower bound.
+        above: True if `lowest` itself is excluded.
+        below: upper bound that is itself excluded.
+        highest: upper bound that is itself allowed.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        is_in_range = lowest <= value < below and value <= min(highest, HIGHEST_NUMBER)
+        is_excluded = above and value == lowest
+        if is_in_range and not is_excluded:
+            return
+
+    upper_bound = ""
+    if below < math.inf:
+        upper_bound = f" to below {below:g}"
+    elif highest < math.inf:
+        upper_bound = f" to {highest:g}"
+    if above:
+        bounds = f"above {lowest:g}{upper_bound}"
+    elif upper_bound:
+        bounds = f"from {lowest:g}{upper_bound}"
+    else:
+        bounds = f"of at least {lowest:g}"
+    raise UsageError(f"{setting}={value!r}: must be a number {bounds}")
 
 
 def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
     """Raise `UsageError` unless `value` is an integer from `lowest` to `highest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        is_too_large = isinstance(value, int) and value > highest
-        bound = (
-            f"from {lowest} to {highest}"
-            if is_too_large or highest < HIGHEST_WHOLE
-            else f"of at least {lowest}"
-        )
-        raise UsageError(f"{setting}={value!r}: must be an integer {bound}")
+    if isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest:
+        return
+    bounds = f"of at least {lowest}"
+    is_too_large = isinstance(value, int) and value > highest
+    if is_too_large or highest < HIGHEST_WHOLE:
+        bounds = f"from {lowest} to {highest}"
+    raise UsageError(f"{setting}={value!r}: must be an integer {bounds}")
 
 
 def check_bool(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is true or false: of a text, Python would take any for true."""
+    """Raise `UsageError` unless `value` is true or false; to Python, any other text is true."""
     if not isinstance(value, bool):
         raise UsageError(f"{setting}={value!r}: must be true or false")
 
 
 def check_text(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is a text that is not empty."""
+    """Raise `UsageError` unless `value` is a non-empty string."""
     if not isinstance(value, str) or not value:
         raise UsageError(f"{setting}={value!r}: must be a non-empty string")
 
 
 def check_list(setting: str, value: object) -> Sequence[Any]:
-    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
+    """Return `value`; raise `UsageError` unless it is a non-empty list."""
     if not isinstance(value, list | tuple) or not value:
         raise UsageError(f"{setting}={value!r}: must be a non-empty list")
     return value
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
-    """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts that are not empty."""
-    found = (value,) if isinstance(value, str) else value
-    if (
-        not isinstance(found, list | tuple)
-        or not found
-        or not all(isinstance(glob, str) and glob for glob in found)
-    ):
+    """Return a glob, or a list of globs, as a tuple.
+
+    Raises:
+        UsageError: `value` is neither a non-empty string nor a non-empty list of these.
+    """
+    globs = [value] if isinstance(value, str) else value
+    is_list = isinstance(globs, list | tuple) and len(globs) > 0
+    if not is_list or not all(isinstance(glob, str) and glob for glob in cast(list, globs)):
         raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
-    return tuple(found)
+    return tuple(cast(list[str], globs))
 
 
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
-    """Raise `UsageError` unless there is a finite number above `lowest` for each of `chans` channels (None: of any)."""
-    fits = (
-        isinstance(values, Sequence)
-        and not isinstance(values, str)
-        and (chans is None or chans == len(values))
+    """Raise `UsageError` unless `values` has a finite number above `lowest` for each channel.
+
+    Args:
+        setting: name of the setting, for the message.
+        values: of the setting.
+        chans: number of channels; None = any.
+        lowest: bound of the numbers, itself excluded.
+    """
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    has_length = is_list and (chans is None or chans == len(values))
+    if has_length and all(_is_between(value, lowest, math.inf) for value in values):
+        return
+    above = f" above {lowest:g}" if lowest > -math.inf else ""
+    raise UsageError(
+        f"{setting}={values!r}: must be a finite number{above} "
+        f"for each of the {chans or 'image'} channels"
     )
-    if not (
-        fits
-        and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)
-    ):
-        above = f" above {lowest:g}" if lowest > -math.inf else ""
-        raise UsageError(
-            f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels"
-        )
 
 
-def check_images(where: str, said: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if what a file says of how images are prepared, as timm's `pretrained_cfg` or as a data config, cannot be."""
-    chans, size = said.get("in_chans"), said.get("input_size")
+def _is_between(value: Any, lowest: float, highest: float) -> bool:
+    """True for a number between two bounds that are themselves excluded."""
+    return isinstance(value, int | float) and lowest < value < highest
+
+
+def check_images(origin: str, config: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the preprocessing of images that a file describes cannot work.
+
+    Args:
+        origin: the file or argument, for the message.
+        config: timm's `pretrained_cfg`, or a data config; missing values are not checked.
+    """
+    chans = config.get("in_chans")
+    size = config.get("input_size")
     if size is not None:
-        if not (
-            isinstance(size, list | tuple)
-            and len(size) == 3
-            and all(type(side) is int and 0 < side <= MOST_SIDE for side in size)
-        ):
+        is_triple = isinstance(size, list | tuple) and len(size) == 3
+        if not is_triple or not all(type(side) is int and 0 < side <= MOST_SIDE for side in size):
             raise UsageError(
-                f"{where}.input_size={size!r}: must be channels, height and width, integers from 1 to {MOST_SIDE}"
+                f"{origin}.input_size={size!r}: must be channels, height and width, "
+                f"integers from 1 to {MOST_SIDE}"
             )
         chans = size[0]
     checks: dict[str, tuple[Any, ...]] = {
@@ -163,19 +193,21 @@ def check_images(where: str, said: Mapping[str, Any]) -> None:
         "interpolation": (check_choice, INTERPOLATIONS),
     }
     for name, (check, *bounds) in checks.items():
-        if (value := said.get(name)) is not None:
-            check(f"{where}.{name}", value, *bounds)
+        value = config.get(name)
+        if value is not None:
+            check(f"{origin}.{name}", value, *bounds)
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
 
-    Two bits at least: at one bit the mid-rise grid of StatsQ would have three levels. Eight at most: codes fit one byte.
+    At least 2 bits: at 1 bit the mid-rise grid of StatsQ would have three levels. At most 8 bits:
+    codes have to fit in one byte.
     """
     if quantizer == "float" and bits == FLOAT_BITS:
         return
     check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
-    if bits not in BLOCK_FLOATS.get(quantizer, (bits,)):
-        raise UsageError(
-            f"{setting}={bits!r}: must be {' or '.join(map(str, BLOCK_FLOATS[quantizer]))} with {quantizer}"
-        )
+    widths = BLOCK_FLOATS.get(quantizer)
+    if widths is not None and bits not in widths:
+        choices = " or ".join(map(str, widths))
+        raise UsageError(f"{setting}={bits!r}: must be {choices} with {quantizer}")

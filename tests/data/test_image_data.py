@@ -70,7 +70,7 @@ def test_without_a_test_split_validation_is_evaluated():
 
 def test_every_process_needs_an_image():
     data = Numbered(**SETTINGS)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=8)
+    data.share_images(SimpleNamespace(global_rank=0, world_size=8))
     with pytest.raises(
         qat.UsageError,
         match="^trainer.devices: 8 processes are more than the 7 images of the val split$",

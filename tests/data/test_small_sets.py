@@ -6,7 +6,7 @@ from torchvision import datasets
 
 import qat
 from qat.data import Cifar10, FashionMnist
-from qat.data.sources import stratified_split
+from qat.data.splits import stratified_split
 from tests.conftest import write_cifar
 from tests.data.files import GREY, SETTINGS, write_cifar_batches, write_fashion_mnist
 

@@ -26,7 +26,7 @@ def alone(monkeypatch):
 
 
 def count(**trainer):
-    return ranks.to_start({"accelerator": "cpu", "strategy": "auto", **trainer})
+    return ranks.processes_to_start({"accelerator": "cpu", "strategy": "auto", **trainer})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from qat.errors import UsageError
-from qat.launch import ranks
+from qat.launch import slurm
 from qat.launch.signals import Preempted
 from tests.conftest import compose, train
 
@@ -92,7 +92,7 @@ def place(monkeypatch):
 def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
     place(variables)
     with pytest.raises(UsageError) as error:
-        ranks.check_place(compose("train", *overrides, "run_dir=a").trainer)
+        slurm.check_processes(compose("train", *overrides, "run_dir=a").trainer)
     assert str(error.value) == message
 
 
@@ -113,7 +113,7 @@ def test_processes_that_would_wait_for_each_other_are_refused(place, variables, 
 )
 def test_others_are_not(place, variables, overrides):
     place(variables)
-    ranks.check_place(compose("train", *overrides, "run_dir=a").trainer)
+    slurm.check_processes(compose("train", *overrides, "run_dir=a").trainer)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_others_are_not(place, variables, overrides):
 )
 def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     place(variables)
-    found = ranks.environments()
+    found = slurm.environments()
     assert [type(one) for one in found] == ([] if expected is None else [expected])
     assert not any(getattr(one, "auto_requeue", False) for one in found)
 
@@ -148,7 +148,7 @@ def test_a_job_that_is_started_again_goes_on(
     place, tmp_path, variables, resume, overwrite, expected
 ):
     place(variables)
-    assert ranks.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
+    assert slurm.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
 
 
 def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, tmp_path, float_run):
@@ -157,16 +157,16 @@ def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, t
     train(tmp_path, "quant=fp")
     assert (tmp_path / ".slurm-job").read_text() == "17\n"
     place({"SLURM_JOB_ID": "18"})
-    assert ranks.implied_resume(False, tmp_path, overwrite=True) is False
-    ranks.write_owner(tmp_path)
-    assert ranks.implied_resume(False, tmp_path, overwrite=True) == "auto"
+    assert slurm.implied_resume(False, tmp_path, overwrite=True) is False
+    slurm.write_owner(tmp_path)
+    assert slurm.implied_resume(False, tmp_path, overwrite=True) == "auto"
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
     """A command of that name that notes its arguments and ends as it is set to; and how long was waited for SLURM."""
     calls, waited = tmp_path / "calls", []
-    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -184,7 +184,7 @@ def scontrol(tmp_path, monkeypatch):
 
 def left(caplog, stop, run_dir="runs/a"):
     caplog.clear()
-    code = ranks.leave(stop, Path(run_dir), "WAY ON")
+    code = slurm.end_preempted(stop, Path(run_dir), "WAY ON")
     return code, [record.getMessage() for record in caplog.records]
 
 
@@ -193,7 +193,7 @@ def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, capl
     place(JOB)
     line = "preempted by SIGUSR1 after training step 123: last.ckpt written, requeueing job 17"
     assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
-    assert asked() == (["requeue 17"], [ranks.SAID_S, ranks.KILL_S])
+    assert asked() == (["requeue 17"], [slurm.SHOW_LOG_S, slurm.KILL_S])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -206,7 +206,7 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     )
     place({"SLURM_PROCID": "1"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
-    assert asked() == (["requeue 3_0"], [ranks.SAID_S, ranks.KILL_S, ranks.KILL_S])
+    assert asked() == (["requeue 3_0"], [slurm.SHOW_LOG_S, slurm.KILL_S, slurm.KILL_S])
 
 
 @pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt"])
@@ -234,7 +234,7 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
         "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
     ]
     assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
-    assert asked() == (["requeue 17"], [ranks.SAID_S])
+    assert asked() == (["requeue 17"], [slurm.SHOW_LOG_S])
 
 
 @pytest.mark.parametrize(

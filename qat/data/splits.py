@@ -1,0 +1,88 @@
+"""Splits of a dataset: validation images held out of the training images, and duplicate splits."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat.data.sources import ImageError, ImageSource
+from qat.errors import UsageError
+from qat.launch.ranks import is_first
+
+log = logging.getLogger(__name__)
+
+# Fixed: the results of different runs and seeds are on the same images.
+SPLIT_SEED = 0
+VAL_SHARE = 0.1
+# Number of images whose pixels are compared to recognize duplicate splits.
+SAMPLE = 64
+
+
+def stratified_split(
+    labels: NDArray[np.int64], held_out: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide images with equal shares of classes, always in the same way for the same labels.
+
+    Args:
+        labels: (N,), class ids.
+        held_out: share of the held-out images.
+
+    Returns:
+        Sorted indices of the remaining and of the held-out images.
+
+    Raises:
+        UsageError: there are too few images of a class.
+    """
+    # Imported here: with pandas it takes half a second, and most photos come with their splits.
+    from sklearn.model_selection import train_test_split
+
+    indices = np.arange(len(labels))
+    try:
+        remaining, held_out_indices = train_test_split(
+            indices, test_size=held_out, random_state=SPLIT_SEED, stratify=labels
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"data: {held_out:.0%} of {len(labels)} train images cannot be held out ({error})"
+        ) from error
+    return np.sort(remaining), np.sort(held_out_indices)
+
+
+def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the split val if it is missing: a tenth of train, always the same images.
+
+    A split that is a copy of another one, or a link to it, is named in a warning.
+
+    Args:
+        splits: `ImageArrays` or encoded images, by name.
+    """
+    for name, other_name in itertools.combinations(splits, 2):
+        if is_first() and _are_same(splits[name], splits[other_name]):
+            log.warning(
+                "data: %s and %s are the same images; "
+                "accuracy on %s does not show how the model does on new images",
+                name,
+                other_name,
+                other_name,
+            )
+    if "train" not in splits or "val" in splits:
+        return dict(splits)
+    train = splits["train"]
+    train_indices, val_indices = stratified_split(train.labels, VAL_SHARE)
+    return {**splits, "train": train.take(train_indices), "val": train.take(val_indices)}
+
+
+def _are_same(images: ImageSource, other: ImageSource) -> bool:
+    """True if labels and the pixels of a sample are equal, in the same order."""
+    if not np.array_equal(images.labels, other.labels):
+        return False
+    sample = range(0, len(images), len(images) // SAMPLE or 1)
+    try:
+        return all(np.array_equal(images[i][0], other[i][0]) for i in sample)
+    except ImageError:  # raised again when a run needs the image
+        return False

@@ -1,0 +1,190 @@
+"""Jobs of SLURM: their processes, restarts and requeueing. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UsageError
+from qat.launch.ranks import env_number, is_first, is_srun_task, local_count
+from qat.launch.signals import Preempted
+
+log = logging.getLogger(__name__)
+
+OWNER = ".slurm-job"
+# Number of runs of one job that may end before a checkpoint is saved.
+MOST_UNSAVED_RUNS = 3
+# Seconds for srun to show what was logged, for scontrol to answer, for SLURM to end this process.
+SHOW_LOG_S = 0.5
+REQUEUE_S = 60
+KILL_S = 120
+# Job names by which Lightning knows an interactive session, in which any command may be started.
+INTERACTIVE = ("bash", "interactive")
+
+
+def job_id() -> str | None:
+    """Number of the job of this process, `3_0` in an array; None outside SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_tasks_per_node() -> int:
+    """Processes on each node, 1 outside SLURM; `${slurm_tasks_per_node:}` in a config file."""
+    return env_number("SLURM_NTASKS_PER_NODE")
+
+
+def slurm_nodes() -> int:
+    """Nodes of the job, 1 outside SLURM; `${slurm_nodes:}` in a config file."""
+    return env_number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+
+
+def check_processes(trainer: Mapping[str, Any]) -> None:
+    """Compare the processes that SLURM has started with `trainer.devices` and `.num_nodes`.
+
+    If they differed, the processes would wait for each other.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    if not is_srun_task():
+        _check_single_process()
+        return
+    counts = (
+        ("devices", local_count(trainer), slurm_tasks_per_node(), "tasks on each node"),
+        ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes(), "nodes"),
+    )
+    for name, requested, started, unit in counts:
+        if requested != started:
+            raise UsageError(
+                f"trainer.{name}={trainer.get(name, 1)!r}: SLURM has {started} {unit}; "
+                f"must be {started}, which trainer=slurm sets"
+            )
+    if slurm_nodes() == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # a name of the node may not resolve
+
+
+def _check_single_process() -> None:
+    """Raise `UsageError` in a job of several tasks whose script does not call srun."""
+    tasks = env_number("SLURM_NTASKS")
+    is_interactive = os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
+    if tasks <= 1 or "SLURM_STEP_ID" in os.environ or is_interactive:
+        return
+    raise UsageError(
+        f"SLURM has {tasks} tasks for this job, and this process is not one of them; "
+        "start them with: srun python ..., "
+        "or one alone with: srun --nodes=1 --ntasks=1 python ..."
+    )
+
+
+def environments() -> list[Any]:
+    """Plugins that tell Lightning the place of this process in the run.
+
+    By default Lightning takes any process of a job for one that srun has started.
+    """
+    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+
+    if is_srun_task():
+        return [SLURMEnvironment(auto_requeue=False)]
+    if "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [LightningEnvironment()]
+    return []
+
+
+def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
+    """Return the setting `resume`, or "auto" for a job that SLURM has restarted.
+
+    Args:
+        resume: the setting; only False is replaced.
+        run_dir: the run directory.
+        overwrite: True if older files of the directory are to be removed; the job resumes then only
+            if the files are its own.
+    """
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if restarts == "0" or resume is not False:
+        return resume
+    if overwrite and not _is_owner(run_dir):
+        return resume
+    if is_first():
+        log.info("job %s, restart %s: resume=auto", job_id(), restarts)
+    return "auto"
+
+
+def _is_owner(run_dir: Path) -> bool:
+    owner = run_dir / OWNER
+    return owner.is_file() and owner.read_text().strip() == job_id()
+
+
+def write_owner(run_dir: Path) -> None:
+    """Record this job as the owner of the files in a run directory."""
+    if "SLURM_JOB_ID" in os.environ:
+        (run_dir / OWNER).write_text(f"{job_id()}\n")
+
+
+def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
+    """Log that a signal ended the run, and requeue the job if the signal means that.
+
+    Args:
+        stop: the signal, and the step after which the run stopped.
+        run_dir: the run directory.
+        resume_hint: how a user resumes the run.
+
+    Returns:
+        The exit code, used if SLURM does not end this process first.
+    """
+    code = 128 + stop.signal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends it to a job that is requeued
+    requeues = stop.wants_requeue and job_id() is not None
+    if is_first():
+        next_step = f", requeueing job {job_id()}" if requeues else f"; {resume_hint}"
+        log.warning("%s%s", _describe(stop), next_step)
+        failure = _requeue(run_dir) if requeues else None
+        if failure is not None:
+            log.error("job %s not requeued (%s); %s", job_id(), failure, resume_hint)
+            return code
+    if requeues:
+        time.sleep(KILL_S)
+    return code
+
+
+def _describe(stop: Preempted) -> str:
+    ended = "preempted" if stop.wants_requeue else "stopped"
+    if stop.step is None:
+        return f"{ended} by {stop.name} outside training"
+    saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+    return f"{ended} by {stop.name} after training step {stop.step}: {saved}"
+
+
+def _requeue(run_dir: Path) -> str | None:
+    """Requeue this job, and return the reason of a failure; SLURM ends srun at once."""
+    runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
+    if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
+        return (
+            f"{runs} stretches have saved nothing to go on from; "
+            "its time limit is too short for what comes before"
+        )
+    time.sleep(SHOW_LOG_S)
+    try:
+        process = subprocess.run(
+            ["scontrol", "requeue", str(job_id())],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=REQUEUE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if process.returncode == 0:
+        return None
+    return " ".join((process.stderr or process.stdout).split())

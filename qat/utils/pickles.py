@@ -1,0 +1,139 @@
+"""Follow the pickles of a file of tensors without executing them, to limit what they ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+
+MOST_VALUES = 10**6
+# Functions that a pickle may call, out of those that torch allows: the results of others may be
+# far larger than the file.
+_CALLABLE = (
+    "argparse.Namespace",
+    "builtins.complex",
+    "builtins.set",
+    "__builtin__.set",
+    "__builtin__.complex",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch.torch_version.TorchVersion",
+)
+_CALLABLE_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._rebuild_")
+_ARCHIVE_START = b"PK\x03\x04"
+_LEGACY_PICKLES = 5  # before the weights in a file of torch < 1.6
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
+# Opcodes that leave their first value on the stack. A list or dict counts as one value: unlike a
+# tuple, it is never hashed.
+_UNCHANGED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "MEMOIZE", "DUP"}
+
+
+def check_pickles(path: str | os.PathLike[str]) -> None:
+    """Raise an error if reading the pickles of a file could take much more than the file.
+
+    Raises:
+        OverflowError: a pickle holds more than `MOST_VALUES` values.
+        pickle.UnpicklingError: a pickle is damaged, or calls a function that no checkpoint needs.
+    """
+    with contextlib.suppress(EOFError), open(path, "rb") as file:
+        # Torch decides by the start: a file may begin as a pickle and end as an archive.
+        is_archive = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
+        file.seek(0)
+        if not is_archive:
+            for _ in range(_LEGACY_PICKLES):
+                _check_opcodes(file)
+    if not is_archive:
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith(".pkl"):
+                with archive.open(entry) as file:
+                    _check_opcodes(file)
+
+
+@dataclass
+class _Slot:
+    """A value on the stack of a pickle.
+
+    Attributes:
+        name: of a global, or a text.
+        values: number of values in it, each use counted.
+    """
+
+    name: str = ""
+    values: int = 1
+
+
+def _check_opcodes(file: IO[bytes]) -> None:
+    """Follow the stack of one pickle up to its end."""
+    mark = _Slot("mark")
+    stack: list[_Slot] = []
+    memo: dict[int, _Slot] = {}
+    opcodes: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
+    try:
+        for number, (opcode, argument, _) in enumerate(opcodes):
+            if number > 2 * MOST_VALUES:
+                raise OverflowError(f"holds more than {MOST_VALUES} values")
+            popped = _pop(stack, opcode, mark)
+            if opcode.name in _CALLS:
+                _check_call(popped[0].name if popped else str(argument))
+
+            slot = _pushed(opcode, argument, popped, memo)
+            if slot.values > MOST_VALUES:
+                raise OverflowError(f"holds more than {MOST_VALUES} values")
+            if opcode.name == "MEMOIZE":
+                memo[len(memo)] = slot
+            elif "PUT" in opcode.name:
+                memo[argument] = stack[-1]
+            pushed = mark if opcode.name == "MARK" else slot
+            stack += [pushed] * len(opcode.stack_after)
+    except (LookupError, ValueError) as error:
+        raise pickle.UnpicklingError(f"its pickle is damaged ({error})") from error
+
+
+def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
+    """Pop the inputs of an opcode from the stack, lowest first, without the mark."""
+    inputs = opcode.stack_before
+    popped: list[_Slot] = []
+    if pickletools.markobject in inputs:
+        slot = stack.pop()
+        while slot is not mark:
+            popped.append(slot)
+            slot = stack.pop()
+        inputs = inputs[: inputs.index(pickletools.markobject)]
+    popped += [stack.pop() for _ in inputs]
+    return popped[::-1]
+
+
+def _pushed(
+    opcode: pickletools.OpcodeInfo, argument: Any, popped: list[_Slot], memo: dict[int, _Slot]
+) -> _Slot:
+    """The value that an opcode pushes on the stack."""
+    if "UNICODE" in opcode.name:
+        return _Slot(argument)
+    if opcode.name in _UNCHANGED:
+        return popped[0]
+    if "GET" in opcode.name:
+        return memo[argument]
+    values = 1 + sum(slot.values for slot in popped)
+    if opcode.name == "GLOBAL":
+        return _Slot(str(argument).replace(" ", "."), values)
+    if opcode.name == "STACK_GLOBAL":
+        return _Slot(".".join(slot.name for slot in popped), values)
+    return _Slot(values=values)
+
+
+def _check_call(name: str) -> None:
+    if name.startswith(_CALLABLE_PREFIXES) or name in _CALLABLE:
+        return
+    registered = [entry for entry in torch.serialization.get_safe_globals() if callable(entry)]
+    if name not in {f"{entry.__module__}.{entry.__qualname__}" for entry in registered}:
+        raise pickle.UnpicklingError(f"calls {name}, which no checkpoint needs")
