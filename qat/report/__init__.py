@@ -1,1 +1,4 @@
-"""What came of runs, for people to look at: a table of several, a page for each. Import its modules only when a page is made."""
+"""Results of runs for people: a page for each run, a table of several.
+
+Import its modules only to write one.
+"""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from qat.report.figures import bits_of
-from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table, values
+from qat.report.sweep import MEASURES, SETTING, grouped, mean, rich_table, values
 from qat.utils.text import json_object
 
 
 def main(run_dirs: list[str]) -> int:
-    """Show a row for each run, or for all seeds of it: runs of one command, model, recipe and data in directories of the same name."""
+    """Print a row for each run, or for all of its seeds.
+
+    Runs of one command, model, recipe and data, in directories of the same name, are seeds of one.
+
+    Returns:
+        The exit code, 1 if a directory is not that of a run.
+    """
     runs = []
     for run_dir in run_dirs:
         results = json_object(Path(run_dir) / "results.json")
@@ -22,28 +29,29 @@ def main(run_dirs: list[str]) -> int:
                 f"error: {run_dir}: must be the directory of a run; there is no results.json\n"
             )
             return 1
-        settings = {
-            "run": Path(run_dir).name,
-            **{name: str(results.get(name)) for name in ("command", "model", "recipe", "data")},
-        }
-        runs.append(
-            results
-            | {"status": "done", "from": run_dir}
-            | {GIVEN + name: value for name, value in settings.items()}
-        )
-    rows, shown = [], [one for one in ("top1", "top5", "size_bytes") if values(runs, one)]
+        runs.append(_row(run_dir, results))
+    measures = [name for name in ("top1", "top5", "size_bytes") if values(runs, name)]
+    rows = []
     for _, group in grouped(runs):
-        what = {
+        row = {
             "recipe": str(group[0].get("quant")),
             "bits": bits_of(group[0].get("recipe")) or "W32 A32",
         }
-        rows.append({
-            **what,
-            **{MEASURES[one][0]: mean(group, one) for one in shown},
-            "from": " ".join(run["from"] for run in group),
-        })
+        for name in measures:
+            heading, _ = MEASURES[name]
+            row[heading] = mean(group, name)
+        row["from"] = " ".join(run["from"] for run in group)
+        rows.append(row)
     Console().print(rich_table(rows, "results"))
     return 0
+
+
+def _row(run_dir: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Results of a run with the settings by which runs are grouped."""
+    row = results | {"status": "done", "from": run_dir, f"{SETTING}run": Path(run_dir).name}
+    for name in ("command", "model", "recipe", "data"):
+        row[SETTING + name] = str(results.get(name))
+    return row
 
 
 if __name__ == "__main__":

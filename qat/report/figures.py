@@ -1,4 +1,7 @@
-"""Numbers and figures of a page: curves of a training, candidates of a search; "–" stands for a number that is not known."""
+"""Numbers and figures of a page: curves of a training run, candidates of a search.
+
+"–" stands for an unknown number.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
-FEW = 25  # points that are drawn as dots
+MOST_DOTS = 25  # points of a curve that are drawn as dots
 # Titles of curves over training steps, and patterns of their columns in `metrics.csv`.
 CURVES = {
     "Training loss": "train/loss(_step)?",
@@ -28,16 +31,16 @@ CURVES = {
 }
 
 
-def number(value: object) -> float | None:
-    """The number that a value is or spells, else None; NaN and infinity are numbers too."""
+def parse_number(value: object) -> float | None:
+    """The number that a value is or spells, NaN and infinity too; None for any other value."""
     try:
         return float(str(value))
     except ValueError:
         return None
 
 
-def shown(value: object) -> str:
-    """Whole numbers with separators, others with four significant digits; text as it is."""
+def format_value(value: object) -> str:
+    """Format integers with separators, and other numbers with four significant digits."""
     if value is None:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -49,61 +52,65 @@ def shown(value: object) -> str:
 
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
     """`W2 A2`; None for a float model."""
-    return f"W{recipe['bits']} A{recipe['act_bits']}" if recipe and recipe["name"] != "fp" else None
+    if not recipe or recipe["name"] == "fp":
+        return None
+    return f"W{recipe['bits']} A{recipe['act_bits']}"
 
 
 def data_url(svg: bytes) -> str:
-    """An SVG file as the source of an `img`; whatever ids, links or scripts it has stay inside."""
+    """An SVG file as the source of an `img`, which keeps its ids, links and scripts inside."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def picture(title: str, words: str, drawn: Figure) -> dict[str, str]:
-    """A figure of a page: its title, what it shows in words, and its source."""
+def picture(title: str, words: str, figure: Figure) -> dict[str, str]:
+    """A figure of a page: title, description in words, and source."""
     content = io.BytesIO()
-    save_figure(content, drawn, title, words)
+    save_figure(content, figure, title, words)
     return {"title": title, "alt": words, "source": data_url(content.getvalue())}
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Losses, validation accuracy, learning rate, oscillation and annealing, as far as rows of `metrics.csv` have them."""
-    columns = sorted({column for row in rows for column, value in row.items() if value != ""})
-    named = {
-        title: next((one for one in columns if re.fullmatch(name, one)), "")
-        for title, name in CURVES.items()
-    }
-    curves = (
-        _curve(title, [(row.get("step"), row.get(name)) for row in rows])
-        for title, name in named.items()
-    )
-    return [curve for curve in curves if curve]
+    """The curves of `CURVES` for which rows of `metrics.csv` have numbers."""
+    columns: set[str] = set()
+    for row in rows:
+        columns.update(name for name, value in row.items() if value != "")
+    curves = []
+    for title, pattern in CURVES.items():
+        matches = sorted(name for name in columns if re.fullmatch(pattern, name))
+        if not matches:
+            continue
+        curve = _curve(title, [(row.get("step"), row.get(matches[0])) for row in rows])
+        if curve is not None:
+            curves.append(curve)
+    return curves
 
 
 def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Fitness of the candidates that a search accepted; lower is closer to the float model."""
-    taken = [(i, row.get("fitness")) for i, row in enumerate(rows) if row.get("accepted") == 1]
-    curve = _curve("Fitness of accepted candidates (lower is better)", taken, "candidate")
-    return [curve] if curve else []
+    accepted = [(i, row.get("fitness")) for i, row in enumerate(rows) if row.get("accepted") == 1]
+    curve = _curve("Fitness of accepted candidates (lower is better)", accepted, "candidate")
+    return [] if curve is None else [curve]
 
 
 def _curve(
-    title: str, pairs: Sequence[tuple[Any, Any]], over: str = "step"
+    title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
     """A line through the pairs of finite numbers, if there are any."""
-    points = [
-        (x, y)
-        for x, y in pairs
-        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x + y)
-    ]
-    if not points:
+    xs = []
+    ys = []
+    for x, y in pairs:
+        is_point = isinstance(x, int | float) and isinstance(y, int | float)
+        if is_point and math.isfinite(x + y):
+            xs.append(x)
+            ys.append(y)
+    if not xs:
         return None
-    drawn, (axis,) = panels(width=WIDTH, height=2.5)
-    axis.plot(
-        *zip(*points, strict=True),
-        "o-" if len(points) <= FEW else "-",
-        color=PALETTE[0],
-        markersize=3,
-    )
-    axis.set_xlabel(over)
+    figure, (axis,) = panels(width=WIDTH, height=2.5)
+    line = "o-" if len(xs) <= MOST_DOTS else "-"
+    axis.plot(xs, ys, line, color=PALETTE[0], markersize=3)
+    axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ends = dict.fromkeys(f"{shown(y)} at {over} {shown(x)}" for x, y in (points[0], points[-1]))
-    return picture(title, f"{' to '.join(ends)}.", drawn)
+    first = f"{format_value(ys[0])} at {xlabel} {format_value(xs[0])}"
+    last = f"{format_value(ys[-1])} at {xlabel} {format_value(xs[-1])}"
+    words = first if first == last else f"{first} to {last}"
+    return picture(title, f"{words}.", figure)

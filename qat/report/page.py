@@ -1,7 +1,8 @@
-"""`report.html` of a run: one file with what its directory holds; nothing is fetched from elsewhere."""
+"""`report.html` of a run: one file with the results in its directory, which loads no other file."""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,21 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
+from qat.report.figures import (
+    bits_of,
+    data_url,
+    format_value,
+    parse_number,
+    search_figure,
+    training_curves,
+)
 from qat.utils.files import csv_rows, write_text
 from qat.utils.text import duration, json_object, read_file, scaled, unlearned
 
 FILE = "report.html"
-ANALYSES = (
-    "analysis"  # folder of the analyses that training and calibration make of their own model
-)
-# Tables of a run's own analyses that are shown, and their columns; the files have more.
+# Folder of the analyses that training and calibration make of their own model.
+ANALYSES = "analysis"
+# Tables of a run's own analyses that are on the page, and their columns; the files have more.
 LAYERS = {
     "weights.csv": (
         "layer",
@@ -32,7 +39,8 @@ LAYERS = {
     "cost_modules.csv": ("module", "kind", "bits of operands", "bytes", "MACs", "bit operations"),
 }
 FACTS = ("finished", "device", "seed", "weights", "git_commit")
-MEASURED = {
+# Columns of the table of results, by their keys in `results.json`.
+RESULT_COLUMNS = {
     "top1": "Top-1, %",
     "top5": "Top-5, %",
     "loss": "Loss",
@@ -54,182 +62,215 @@ Row = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run directory; what the directory lacks the page lacks.
+    """Write the page of a run directory; files that are missing there are left out.
 
     Returns:
         The file.
     """
-    results, typed, config = (
-        _json(folder / "results.json", folder),
-        _json(folder / "command.json", folder),
-        folder / "config.yaml",
-    )
+    results = _json(folder / "results.json", folder)
+    typed = _json(folder / "command.json", folder)
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
-    cost = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
-    in_float = next((one.get("in_float") or {} for one in cost.values()), {})
+    names = [results[key] for key in ("model", "quant", "data") if results.get(key)]
+    float_cost = _float_cost(folder)
+    command_line = None
+    if typed:
+        program = typed.get("program") or f"python {command}.py"
+        command_line = f"{program} {shlex.join(typed['overrides'])}"
+    config = None
+    if _is_inside(folder / "config.yaml", folder):
+        config = read_file(folder / "config.yaml").decode(errors="replace")
     context = {
         "kind": command,
-        "subject": " · ".join(
-            results[key] for key in ("model", "quant", "data") if results.get(key)
-        )
-        or folder.resolve().name,
+        "subject": " · ".join(names) or folder.resolve().name,
         "results": results,
         "note": unlearned(results),
-        "figures": _figures(results, in_float),
-        "rows": _exported(results) if command == "export" else _measured(results, in_float),
+        "figures": _figures(results, float_cost),
+        "rows": _file_rows(results) if command == "export" else _model_rows(results, float_cost),
         "curves": training_curves(_table(folder / "metrics.csv", folder)),
         "search": search_figure(_table(folder / "search.csv", folder)),
         "oscillation": _table(folder / "oscillation.csv", folder),
         "analyses": _analyses(folder),
-        "typed": typed
-        and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
+        "command_line": command_line,
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
-        "config": read_file(config).decode(errors="replace")
-        if _is_inside(config, folder)
-        else None,
+        "config": config,
     }
     return write_page("run.html.j2", folder, context)
 
 
 def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
-    """Write the page of a directory, whole or not at all.
+    """Write the page of a directory, completely or not at all.
 
     Args:
         template: of the page.
-        folder: that the page is about.
-        context: what the template shows.
+        folder: the directory.
+        context: variables of the template.
 
     Returns:
         The file.
     """
-    write_text(
-        folder / FILE,
-        ENVIRONMENT.get_template(template).render(folder=folder, contents=[], **context),
-    )
+    page = ENVIRONMENT.get_template(template).render(folder=folder, contents=[], **context)
+    write_text(folder / FILE, page)
     return folder / FILE
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's columns that are not empty, each with whether it is one of numbers; the first names the rows."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    texts = {name: [text for row in rows if (text := shown(row.get(name, "")))] for name in names}
-    kept = [name for name in names if texts[name]]
-    return [
-        (name, name != kept[0] and all(text[0] in "+-−–.0123456789" for text in texts[name]))
-        for name in kept
-    ]
+    """Names of a table's columns that are not empty, each with True if it contains only numbers.
+
+    The first column is the name of the row.
+    """
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    filled: list[tuple[str, bool]] = []
+    for name in names:
+        texts = [format_value(row.get(name, "")) for row in rows]
+        first_characters = [text[0] for text in texts if text]
+        if first_characters:
+            is_numeric = all(character in "+-−–.0123456789" for character in first_characters)
+            is_name = not filled
+            filled.append((name, is_numeric and not is_name))
+    return filled
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a file in a folder, after `..` and links: a directory from elsewhere may name any file."""
+    """True if a path is a file in a folder, after `..` and links: an index may name any file."""
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _json(path: Path, folder: Path) -> dict[str, Any]:
-    """Contents of a JSON file in a folder; empty where it is not in it."""
+    """Contents of a JSON file; empty if it is not in the folder."""
     return json_object(path) if _is_inside(path, folder) else {}
 
 
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
-    """Rows of a CSV file in a folder, numbers as such; of some columns only, without the name of a model that is the same in all."""
+    """Rows of a CSV file with parsed numbers; empty if it is not in the folder.
+
+    Returns only the columns `names`, if there are any, and not the model's label if it is the same
+    in all rows.
+    """
     rows = csv_rows(path) if _is_inside(path, folder) else []
-    left_out = "net" if len({row.get("net") for row in rows}) == 1 else ""
-    kept = [
-        name
-        for name in (rows[0] if rows else ())
-        if name != left_out and (name in names or not names)
-    ]
-    return [
-        {name: row[name] if (value := number(row[name])) is None else value for name in kept}
-        for row in rows
-    ]
+    if not rows:
+        return []
+    selected = [name for name in rows[0] if name in names or not names]
+    if "net" in selected and len({row.get("net") for row in rows}) == 1:
+        selected.remove("net")
+    table = []
+    for row in rows:
+        cells: dict[str, Any] = {}
+        for name in selected:
+            value = parse_number(row[name])
+            cells[name] = row[name] if value is None else value
+        table.append(cells)
+    return table
 
 
-def _figures(results: Row, in_float: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Title, value and meaning of the numbers that come first."""
-    top1, top1_fp, agreement, seconds = (
-        results.get(key) for key in ("top1", "top1_fp", "agreement", "wall_seconds")
-    )
+def _float_cost(folder: Path) -> dict[str, float]:
+    """Cost of the model in float, from its cost analysis; empty if that does not have it."""
+    summary = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
+    for cost in summary.values():
+        return cost.get("in_float") or {}
+    return {}
+
+
+def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Title, value and meaning of the numbers at the top of the page."""
     figures = []
+    top1 = results.get("top1")
     if top1 is not None:
-        change = "" if top1_fp is None else f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
-        figures.append(("Top-1", f"{top1:.2f} %", f"{results.get('split')} split{change}"))
+        meaning = f"{results.get('split')} split"
+        top1_fp = results.get("top1_fp")
+        if top1_fp is not None:
+            meaning += f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
+        figures.append(("Top-1", f"{top1:.2f} %", meaning))
+    agreement = results.get("agreement")
     if agreement is not None:
-        figures.append((
-            "Same class",
-            f"{agreement:.2f} %",
-            "of the images get the checkpoint's class",
-        ))
+        meaning = "of the images get the checkpoint's class"
+        figures.append(("Same class", f"{agreement:.2f} %", meaning))
     for title, key, unit, less in (
         ("Size", "size_bytes", "B", "smaller"),
         ("Bit operations", "bitops", "", "fewer"),
     ):
-        if own := results.get(key):
-            than = (
-                f"{in_float[key] / own:,.1f}× {less} than in float"
-                if in_float.get(key, own) != own
-                else ""
-            )
-            figures.append((title, scaled(own, unit), than))
+        cost = results.get(key)
+        if not cost:
+            continue
+        meaning = ""
+        if float_cost.get(key, cost) != cost:
+            meaning = f"{float_cost[key] / cost:,.1f}× {less} than in float"
+        figures.append((title, scaled(cost, unit), meaning))
+    seconds = results.get("wall_seconds")
     if seconds is not None:
         figures.append(("Time", duration(seconds), results.get("device") or ""))
     return figures
 
 
-def _measured(results: Row, in_float: Mapping[str, float]) -> list[Row]:
-    """The model, after itself in float if it is quantized; scores that are not known have no column."""
-    bits, names = (
-        bits_of(results.get("recipe")),
-        {key: name for key, name in MEASURED.items() if results.get(key) is not None},
-    )
-    known = {name: results.get(f"{key}_fp", in_float.get(key)) for key, name in names.items()}
-    before = [{"model": "Float"} | known] if bits and any(known.values()) else []
-    own = {"model": f"Quantized, {bits}" if bits else "Float"} | {
-        name: results[key] for key, name in names.items()
-    }
-    return [*before, own] if results.get("size_bytes") else []
+def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
+    """The model, after its float version if it is quantized; unknown scores have no column."""
+    if not results.get("size_bytes"):
+        return []
+    bits = bits_of(results.get("recipe"))
+    float_row: dict[str, Any] = {}
+    model_row: dict[str, Any] = {"model": f"Quantized, {bits}" if bits else "Float"}
+    for key, name in RESULT_COLUMNS.items():
+        if results.get(key) is not None:
+            float_row[name] = results.get(f"{key}_fp", float_cost.get(key))
+            model_row[name] = results[key]
+    if bits and any(float_row.values()):
+        return [{"model": "Float"} | float_row, model_row]
+    return [model_row]
 
 
-def _exported(results: Row) -> list[Row]:
-    """Bytes of the parts of an exported file, or of the file beside those of its model in float and int8, with the time of one image."""
-    times = (results.get("latency_ms") or {}).items()
-    sizes = (results.get("bytes") or {}).items()
-    what = "file" if results.get("agrees") else "part"
-    return [
-        {
-            what: key,
-            "bytes": size,
-            **{f"{name}, ms": taken.get(key) for name, taken in times if taken},
-        }
-        for key, size in sizes
-    ]
+def _file_rows(results: Row) -> list[Row]:
+    """Bytes of the parts of an exported file.
+
+    If the file was compared, its bytes and those of the model's files in float and int8, with the
+    time of one image.
+    """
+    kind = "file" if results.get("agrees") else "part"
+    latencies = results.get("latency_ms") or {}
+    rows = []
+    for name, size in (results.get("bytes") or {}).items():
+        row = {kind: name, "bytes": size}
+        for runtime, times in latencies.items():
+            if times:
+                row[f"{runtime}, ms"] = times.get(name)
+        rows.append(row)
+    return rows
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
-    """What analyses left, in the run directory (of the command `analyze`) and in `analysis/` (of the run's own model)."""
-    found = []
-    for place in (folder, folder / ANALYSES):
-        for index in (_json(path, folder) for path in sorted(place.glob("*.json"))):
-            if "analysis" not in index or "tables" not in index:
-                continue
-            named = [(one["title"], place / one["file"]) for one in index["tables"]]
-            tables = [(title, file) for title, file in named if _is_inside(file, folder)]
-            found.append({
-                "name": index["analysis"],
-                "is_folded": place != folder,
-                "pictures": [
-                    {**one, "source": data_url(read_file(file))}
-                    for one in index["figures"]
-                    if _is_inside(file := place / one["file"], folder)
-                ],
-                "tables": [
-                    (title, file.name, _table(file, folder, LAYERS.get(file.name, ())))
-                    for title, file in tables
-                    if place == folder or file.name in LAYERS
-                ],
-                "files": [file.resolve().relative_to(folder.resolve()) for _, file in tables],
-            })
-    return found
+    """Analyses in the run directory (command `analyze`) and in `analysis/` (of the run's model)."""
+    analyses = []
+    for subfolder in (folder, folder / ANALYSES):
+        for path in sorted(subfolder.glob("*.json")):
+            index = _json(path, folder)
+            if "analysis" in index and "tables" in index:
+                analyses.append(_analysis(index, subfolder, folder))
+    return analyses
 
 
-ENVIRONMENT.filters |= {"columns": columns, "shown": shown}
+def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
+    """Pictures, tables and names of files of one analysis."""
+    is_folded = subfolder != folder
+    pictures = []
+    for figure in index["figures"]:
+        file = subfolder / figure["file"]
+        if _is_inside(file, folder):
+            pictures.append({**figure, "source": data_url(read_file(file))})
+    tables = []
+    files = []
+    for table in index["tables"]:
+        file = subfolder / table["file"]
+        if not _is_inside(file, folder):
+            continue
+        files.append(file.resolve().relative_to(folder.resolve()))
+        if not is_folded or file.name in LAYERS:
+            rows = _table(file, folder, LAYERS.get(file.name, ()))
+            tables.append((table["title"], file.name, rows))
+    return {
+        "name": index["analysis"],
+        "is_folded": is_folded,
+        "pictures": pictures,
+        "tables": tables,
+        "files": files,
+    }
+
+
+ENVIRONMENT.filters |= {"columns": columns, "format_value": format_value}

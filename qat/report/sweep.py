@@ -1,14 +1,16 @@
-"""The jobs below a directory: `sweep.csv`, one table with mean and spread over seeds, one page."""
+"""Results of the jobs below a directory: `sweep.csv`, a table over seeds, and a page."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -17,12 +19,12 @@ from rich.text import Text
 
 from qat.analysis.analysis import PALETTE, panels
 from qat.errors import UsageError
-from qat.report.figures import WIDTH, number, picture
+from qat.report.figures import WIDTH, parse_number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
 from qat.utils.text import MISSING, count, json_object, read_file
 
-# What is averaged over seeds: headings and formats.
+# Numbers that are averaged over seeds: headings and formats.
 MEASURES = {
     "top1": ("top-1 %", ".2f"),
     "top5": ("top-5 %", ".2f"),
@@ -31,92 +33,108 @@ MEASURES = {
     "size_bytes": ("bytes", ",.0f"),
     "wall_seconds": ("seconds", ",.1f"),
 }
-# Prefix of the columns with settings of the command line, and settings that make no job another experiment.
-GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
-MOST_MEASURED = 1e100
-MOST_DRAWN = 40  # groups: names of more cannot be read
+# Prefix of the columns with settings of the command line.
+SETTING = "overrides."
+# Settings that do not make a job another experiment.
+IGNORED = {"run_dir", "resume", "overwrite", "report"}
+LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
+MOST_GROUPS = 40  # in the figure: names of more cannot be read
 
 
 def gather(folder: Path) -> list[Row]:
-    """A row for each job below a directory, nested ones too: what it was given, its error, what its `results.json` says."""
-    begun = {path.parent for path in folder.rglob("results.json")} | {
-        path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")
-    }
-    rows = []
-    for path in begun - {folder}:
-        results = json_object(path / "results.json")
-        error = results.get("error") if results else "no results.json: killed, or still going"
-        status = "done" if not error else "failed" if results else "not finished"
-        rows.append(
-            {"job": str(path.relative_to(folder)), "status": status}
-            | {
-                GIVEN + key: value
-                for key, value in overrides_of(path).items()
-                if key not in IGNORED and not key.startswith("hydra.")
-            }
-            | {key: value for key, value in results.items() if not isinstance(value, dict | list)}
-            | {"error": " ".join(str(error or "").split())}
-        )
-    # 2 comes before 10.
-    return sorted(
-        rows, key=lambda row: [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
-    )
+    """A row for each job below a directory, nested ones too: settings, results and error."""
+    job_folders = {path.parent for path in folder.rglob("results.json")}
+    job_folders |= {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
+    job_folders.discard(folder)
+    rows = [_job_row(path, str(path.relative_to(folder))) for path in job_folders]
+    return sorted(rows, key=_numbers_padded)
+
+
+def _numbers_padded(row: Row) -> list[str]:
+    """A key that sorts job 2 before job 10."""
+    return [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
+
+
+def _job_row(folder: Path, job: str) -> Row:
+    results = json_object(folder / "results.json")
+    error = "no results.json: killed, or still going"
+    status = "not finished"
+    if results:
+        error = results.get("error")
+        status = "failed" if error else "done"
+    row: dict[str, Any] = {"job": job, "status": status}
+    for name, value in overrides_of(folder).items():
+        if name not in IGNORED and not name.startswith("hydra."):
+            row[SETTING + name] = value
+    for name, value in results.items():
+        if not isinstance(value, dict | list):
+            row[name] = value
+    row["error"] = " ".join(str(error or "").split())
+    return row
 
 
 def overrides_of(folder: Path) -> dict[str, str]:
-    """What a job was given on the command line, by name; empty where it is not recorded.
+    """Settings on the command line of a job, by name; empty if they were not recorded.
 
-    The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
+    The run itself writes `command.json` when it starts. Hydra writes its file at each start, also
+    for a job that is refused because of existing results.
     """
-    listed, path = (
-        json_object(folder / "command.json").get("overrides"),
-        folder / ".hydra" / "overrides.yaml",
-    )
-    if listed is None and path.is_file():
-        with contextlib.suppress(
-            OSError, ValueError, RecursionError, yaml.YAMLError
-        ):  # half a file, as a kill leaves it
-            listed = yaml.safe_load(read_file(path))
-    texts = listed if isinstance(listed, list) else []
-    parts = (one.partition("=") for one in texts if isinstance(one, str))
-    return {left.lstrip("+~"): right for left, _, right in parts}
+    overrides = json_object(folder / "command.json").get("overrides")
+    path = folder / ".hydra" / "overrides.yaml"
+    if overrides is None and path.is_file():
+        # A killed job may leave half a file.
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            overrides = yaml.safe_load(read_file(path))
+    if not isinstance(overrides, list):
+        return {}
+    settings = {}
+    for override in overrides:
+        if isinstance(override, str):
+            name, _, value = override.partition("=")
+            settings[name.lstrip("+~")] = value
+    return settings
 
 
-def varied(jobs: Sequence[Row]) -> list[str]:
-    """Names of the settings by which jobs differ, and the seed if it was given."""
-    names = dict.fromkeys(
-        name.removeprefix(GIVEN) for job in jobs for name in job if name.startswith(GIVEN)
-    )
-    return [
-        name for name in names if name == "seed" or len({job.get(GIVEN + name) for job in jobs}) > 1
-    ]
+def varied_settings(jobs: Sequence[Row]) -> list[str]:
+    """Names of the settings by which jobs differ, and the seed if any job sets it."""
+    names = []
+    for column in dict.fromkeys(itertools.chain.from_iterable(jobs)):
+        if not column.startswith(SETTING):
+            continue
+        name = column.removeprefix(SETTING)
+        if name == "seed" or len({job.get(column) for job in jobs}) > 1:
+            names.append(name)
+    return names
 
 
-def given(job: Row, names: Sequence[str]) -> dict[str, str]:
-    """Some settings of a job; a long number with four significant digits."""
-    texts = {name: str(job.get(GIVEN + name, MISSING)) for name in names}
-    return {
-        name: text if len(text) < 9 or (value := number(text)) is None else f"{value:.4g}"
-        for name, text in texts.items()
-    }
+def settings_of(job: Row, names: Sequence[str]) -> dict[str, str]:
+    """Some settings of a job; long numbers with four significant digits."""
+    return {name: _shortened(str(job.get(SETTING + name, MISSING))) for name in names}
+
+
+def _shortened(text: str) -> str:
+    value = parse_number(text)
+    if len(text) < 9 or value is None:
+        return text
+    return f"{value:.4g}"
 
 
 def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
-    """Jobs that differ in nothing but their seed, together, with the settings by which they differ from others."""
-    names = [name for name in varied(jobs) if name != "seed"]
+    """Groups of jobs that differ only in their seed, with the settings that vary between groups."""
+    names = [name for name in varied_settings(jobs) if name != "seed"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
-        # The checkpoint that a job starts from may have its seed in its name.
-        texts = (
-            re.sub(r"(seed[-_=]?)\d+", r"\1*", str(job.get(GIVEN + name, MISSING)))
-            for name in names
-        )
+        texts = []
+        for name in names:
+            text = str(job.get(SETTING + name, MISSING))
+            # The checkpoint that a job starts from may have its seed in its name.
+            texts.append(re.sub(r"(seed[-_=]?)\d+", r"\1*", text))
         groups.setdefault(tuple(texts), []).append(job)
-    keys = [GIVEN + name for name in names]
-    return [
-        (given(dict(zip(keys, texts, strict=True)), names), group)
-        for texts, group in groups.items()
-    ]
+    groups_with_settings = []
+    for key, group in groups.items():
+        settings = dict(zip(names, map(_shortened, key), strict=True))
+        groups_with_settings.append((settings, group))
+    return groups_with_settings
 
 
 def label(settings: Mapping[str, str]) -> str:
@@ -125,117 +143,137 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known numbers of a measure, of the jobs that are done; the spread of larger ones than `MOST_MEASURED` overflows."""
-    measured = [job.get(measure) for job in jobs if job["status"] == "done"]
-    return [
-        value for value in measured if isinstance(value, int | float) and abs(value) < MOST_MEASURED
-    ]
+    """The known numbers of a measure in jobs that are done, up to `LARGEST_VALUE`."""
+    numbers = []
+    for job in jobs:
+        value = job.get(measure)
+        if job["status"] != "done" or not isinstance(value, int | float):
+            continue
+        if abs(value) < LARGEST_VALUE:
+            numbers.append(value)
+    return numbers
 
 
 def mean(jobs: Sequence[Row], measure: str) -> str:
-    """`97.22 ± 0.28`: mean and sample standard deviation (n - 1); the mean alone of one value, or of values that are the same."""
-    known, spec = values(jobs, measure), MEASURES[measure][1]
-    spread = f" ± {statistics.stdev(known):{spec}}" if len(set(known)) > 1 else ""
-    return f"{statistics.fmean(known):{spec}}{spread}" if known else MISSING
+    """`97.22 ± 0.28`: mean and sample standard deviation (n - 1).
+
+    Only the mean for a single value, or for equal values.
+    """
+    numbers = values(jobs, measure)
+    if not numbers:
+        return MISSING
+    _, spec = MEASURES[measure]
+    text = f"{statistics.fmean(numbers):{spec}}"
+    if len(set(numbers)) > 1:
+        text += f" ± {statistics.stdev(numbers):{spec}}"
+    return text
 
 
 def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
-    """A row for each group: settings that differ, `n` = how many jobs are done, mean and spread of what was measured."""
+    """A row for each group: varied settings, number of jobs that are done, mean and deviation."""
+    measured = [name for name in MEASURES if values(jobs, name)]
     rows = []
     for settings, group in grouped(jobs):
-        done = sum(job["status"] == "done" for job in group)
-        rows.append(
-            settings
-            | {"n": str(done)}
-            | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)}
-        )
+        n_done = sum(job["status"] == "done" for job in group)
+        row = settings | {"n": str(n_done)}
+        for name in measured:
+            heading, _ = MEASURES[name]
+            row[heading] = mean(group, name)
+        rows.append(row)
     return rows
 
 
 def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
     """Rows as a table for the terminal."""
     table = Table(title=title)
+    measures = dict(MEASURES.values())
     for name in rows[0]:
-        table.add_column(
-            name, justify="right" if name in dict(MEASURES.values()) else "left", overflow="fold"
-        )
+        justify = "right" if name in measures else "left"
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table
 
 
 def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = None) -> None:
-    """Write `sweep.csv` and the page of the jobs below a directory; show the table, then a line for each job that failed.
+    """Write `sweep.csv` and the page of a sweep; print the table, and a line for each failed job.
 
     Args:
         folder: of the sweep.
         report: write the page too.
-        refused: errors of jobs that were not run because their directories hold results already, by name.
+        refused: errors of jobs that did not run because their directories have results, by name.
 
     Raises:
-        UsageError: there are no runs below it.
+        UsageError: there are no runs below the folder.
     """
     jobs = gather(folder)
     if not jobs:
         raise UsageError(f"sweep={str(folder)!r}: must be a folder with runs below it")
     write_text(folder / "sweep.csv", csv_text(jobs))
-    names, statuses = varied(jobs), Counter(job["status"] for job in jobs)
-    counted = f"{count(len(jobs), 'job')}: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}"
+    statuses = sorted(Counter(job["status"] for job in jobs).items())
+    counts = ", ".join(f"{number} {status}" for status, number in statuses)
+    summary = f"{count(len(jobs), 'job')}: {counts}"
     if report:
-        context = {
-            "kind": "sweep",
-            "subject": f"over {', '.join(names)}" if names else folder.resolve().name,
-            "counted": counted,
-            "groups": group_rows(jobs),
-            "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
-            "jobs": [
-                {
-                    "job": job["job"],
-                    **given(job, names),
-                    "top-1 %": job.get("top1"),
-                    "error": job["error"],
-                }
-                for job in jobs
-            ],
-            "links": {
-                job["job"]: f"{job['job']}/{FILE}"
-                for job in jobs
-                if (folder / job["job"] / FILE).is_file()
-            },
-        }
-        write_page("sweep.html.j2", folder, context)
+        _write_sweep_page(folder, jobs, summary)
+    names = varied_settings(jobs)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    console.print(counted)
+    console.print(summary)
     console.print(rich_table(group_rows(jobs)))
     for job in jobs:
-        if error := job["error"] or (refused or {}).get(job["job"]):
-            console.print(f"job {job['job']} ({label(given(job, names))}): {error}", soft_wrap=True)
-    console.print(f"in {folder}: sweep.csv{', report.html' if report else ''}", soft_wrap=True)
+        error = job["error"] or (refused or {}).get(job["job"])
+        if error:
+            settings = label(settings_of(job, names))
+            console.print(f"job {job['job']} ({settings}): {error}", soft_wrap=True)
+    files = "sweep.csv, report.html" if report else "sweep.csv"
+    console.print(f"in {folder}: {files}", soft_wrap=True)
+
+
+def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
+    names = varied_settings(jobs)
+    rows = []
+    links = {}
+    for job in jobs:
+        name = job["job"]
+        scores = {"top-1 %": job.get("top1"), "error": job["error"]}
+        rows.append({"job": name} | settings_of(job, names) | scores)
+        if (folder / name / FILE).is_file():
+            links[name] = f"{name}/{FILE}"
+    context = {
+        "kind": "sweep",
+        "subject": f"over {', '.join(names)}" if names else folder.resolve().name,
+        "summary": summary,
+        "groups": group_rows(jobs),
+        "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
+        "jobs": rows,
+        "links": links,
+    }
+    write_page("sweep.html.j2", folder, context)
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
-    """Top-1 of every group with its spread, each job a dot."""
-    groups = [
-        (label(settings), group) for settings, group in grouped(jobs) if values(group, "top1")
-    ][:MOST_DRAWN]
-    drawn, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
+    """Top-1 of every group with its standard deviation, each job a dot."""
+    groups = []
+    for settings, group in grouped(jobs):
+        if values(group, "top1"):
+            groups.append((label(settings), group))
+    groups = groups[:MOST_GROUPS]
+    figure, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
     for y, (_, group) in enumerate(groups):
-        known = values(group, "top1")
-        spread = statistics.stdev(known) if len(known) > 1 else 0
+        top1 = values(group, "top1")
+        deviation = statistics.stdev(top1) if len(top1) > 1 else 0
         axis.errorbar(
-            statistics.fmean(known),
+            statistics.fmean(top1),
             y,
-            xerr=spread,
+            xerr=deviation,
             fmt="o",
             color=PALETTE[0],
             markersize=5,
-            capsize=3 if spread else 0,
+            capsize=3 if deviation else 0,
         )
-        axis.plot(known, [y] * len(known), ".", color=PALETTE[1], markersize=4)
+        axis.plot(top1, [y] * len(top1), ".", color=PALETTE[1], markersize=4)
     axis.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
     axis.margins(y=0.2)
     axis.invert_yaxis()
-    said = "; ".join(f"{name}: {mean(group, 'top1')} %" for name, group in groups)
-    return picture(
-        "Top-1, %", f"{said}. Small: single jobs. Large: mean and sample standard deviation.", drawn
-    )
+    means = "; ".join(f"{name}: {mean(group, 'top1')} %" for name, group in groups)
+    words = f"{means}. Small: single jobs. Large: mean and sample standard deviation."
+    return picture("Top-1, %", words, figure)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qat.report.figures import bits_of, shown
+from qat.report.figures import bits_of, format_value
 from qat.report.page import columns, write_report
 from tests.report.pages import HOSTILE, Reader, read, write_analysis, write_run
 
@@ -217,7 +217,7 @@ def test_numbers_and_columns():
         1e30,
     )
     assert (
-        "|".join(map(shown, values))
+        "|".join(map(format_value, values))
         == "190,236|190236|100|0.0001235|1,234.57|fc1|–||nan|True|1e+30"
     )
     recipes = (None, {"name": "fp"}, {"name": "ofq", "bits": 2, "act_bits": 3})
