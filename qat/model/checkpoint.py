@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize, prune
 
 from qat.errors import UsageError
 from qat.model.bounds import about_as_large_as, check_net
-from qat.model.convert import conversion_of, convert, recipe_of
+from qat.model.convert import apply_recipe, conversion_of, recipe_of
 from qat.model.frozen import NOT_PLAIN, freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
@@ -414,7 +414,7 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
         net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        convert(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
+        apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
         if meta.get("frozen"):
             freeze_structure(net)
     return net

@@ -77,6 +77,14 @@ def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
     return Swap(module, {})
 
 
+@register_swap(nn.TransformerEncoderLayer, "linear")
+def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001  (as any swap)
+    """Keep torch from its fast path, which would read weights past the quantized layers."""
+    layer = shallow_cast(nn.TransformerEncoderLayer, module)
+    layer.activation_relu_or_gelu = 0
+    return Swap(layer)
+
+
 def _can_remember(module: nn.Module, x: Tensor, out: Tensor) -> bool:
     """True if a quantized Linear may save the input `x` of a module instead of its output `out`."""
     needs_grad = torch.is_grad_enabled() and out.requires_grad
