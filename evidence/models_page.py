@@ -28,7 +28,7 @@ multiply-accumulates stay float that the recipe quantizes, and names the modules
   on no image. `conversion.txt` of a run lists all modules by name.
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).
-- After GELU, ReLU or SiLU the second layer of timm's `Mlp` has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
+- A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|

@@ -128,6 +128,7 @@ def describe(
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
+        "signs": None if done is None else done.signs,
         "frozen": is_frozen(net),
         "data": data and dict(data),
         "classes": classes and list(classes),
@@ -414,7 +415,8 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
         net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
+        signs = "probe" if meta.get("signs") == "probe" else "mlp"
+        apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):
             freeze_structure(net)
     return net

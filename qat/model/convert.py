@@ -20,7 +20,16 @@ from qat.errors import UsageError
 from qat.model.products import matmuls
 from qat.model.scales import guard
 from qat.model.sites import iter_quantizers, no_weight_decay
-from qat.nn import FqNet, QkrAttention, Swap, SwapContext, find_swap, is_attention, swap_net
+from qat.nn import (
+    ActivationTracer,
+    FqNet,
+    QkrAttention,
+    Swap,
+    SwapContext,
+    find_swap,
+    is_attention,
+    swap_net,
+)
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
@@ -37,10 +46,13 @@ class Conversion:
     Attributes:
         recipe: what to quantize and how.
         input_size: (channels, height, width) of the images; scales and offsets are made for it.
+        signs: inputs on unsigned grids: those that come from an activation function (`probe`), or only of timm's `Mlp` (`mlp`), as
+            in older files.
     """
 
     recipe: QuantRecipe
     input_size: tuple[int, int, int]
+    signs: str = "probe"
 
 
 def conversion_of(net: nn.Module) -> Conversion | None:
@@ -74,9 +86,19 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
 
 
 def apply_recipe(
-    net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]
+    net: nn.Module,
+    recipe: QuantRecipe,
+    *,
+    input_size: tuple[int, int, int],
+    signs: str = "probe",
 ) -> list[str]:
     """`convert` without its warning, for a net that was converted before.
+
+    Args:
+        net: see `convert`.
+        recipe: see `convert`.
+        input_size: see `convert`.
+        signs: see `Conversion`.
 
     Returns:
         Names of modules that a swap leaves in float on purpose.
@@ -100,7 +122,11 @@ def apply_recipe(
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     before = type(net), dict(net._modules)
-    walk = _Walk(recipe, stem_and_heads(net), swapped)
+    tracer = ActivationTracer()
+    if signs == "probe":
+        with tracer:
+            check_input(net, size, tracer.hooks(net))
+    walk = _Walk(recipe, stem_and_heads(net), tracer.unsigned_inputs(), swapped)
     try:
         _walk(net, "", walk, swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
@@ -114,7 +140,7 @@ def apply_recipe(
             setattr(parent, name, child)
         net.__class__, net._modules = before
         raise
-    net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
+    net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
     # timm's hook; what it names stays, as all parameters are there from here on.
     # timm takes patterns: `torch.compile` puts a prefix before names, and asks the net that it wraps.
     names = no_weight_decay(net)
@@ -255,6 +281,7 @@ class _Walk:
 
     recipe: QuantRecipe
     places: dict[str, str]
+    unsigned_inputs: frozenset[nn.Module]
     swapped: list[tuple[nn.Module, str, nn.Module]]
     made: dict[tuple[nn.Module, str], nn.Module] = field(default_factory=dict)
     in_float: list[str] = field(default_factory=list)
@@ -274,6 +301,8 @@ def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
             continue
         if child_name in done.children:
             child = _put(module, child_name, done.children[child_name], walk)
+        if arrives == "signed" and child in walk.unsigned_inputs:
+            arrives = "unsigned"
         known = walk.made.get((child, arrives))
         if known is not None:
             _put(module, child_name, known, walk)

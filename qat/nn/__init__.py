@@ -6,9 +6,11 @@ from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
+from qat.nn.signs import ActivationTracer
 from qat.nn.swap_registry import Swap, SwapContext, find_swap, is_attention, register_swap, swap_net
 
 __all__ = [
+    "ActivationTracer",
     "FqNet",
     "QkrAttention",
     "QuantAttention",
