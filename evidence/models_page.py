@@ -14,7 +14,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 INTRO = """# Models
 
 What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its
-attention products stay float unless it uses one of the attention classes below.
+attention products stay float unless it uses one of the attention classes below. `qat.convert` warns where more than 1 % of the
+multiply-accumulates stay float that the recipe quantizes, and names the modules.
 
 - **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions; in an attention that does not stay
   float, queries, keys, values and probabilities too.
@@ -27,7 +28,7 @@ attention products stay float unless it uses one of the attention classes below.
   on no image. `conversion.txt` of a run lists all modules by name.
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).
-- After GELU, ReLU or SiLU the second layer of timm's `Mlp` has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
+- A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +17,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
+from qat.model.products import matmuls
 from qat.model.scales import guard
 from qat.model.sites import iter_quantizers, no_weight_decay
-from qat.nn import FqNet, QkrAttention, Swap, SwapContext, find_swap, is_attention, swap_net
+from qat.nn import (
+    ActivationTracer,
+    FqNet,
+    QkrAttention,
+    Swap,
+    SwapContext,
+    find_swap,
+    is_attention,
+    swap_net,
+)
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
-from qat.utils.validate import check_images
+from qat.utils.validate import FLOAT_BITS, check_images
+
+# Warn where a model keeps more than this share of its multiply-accumulates in float.
+_MOST_FLOAT = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,10 +46,13 @@ class Conversion:
     Attributes:
         recipe: what to quantize and how.
         input_size: (channels, height, width) of the images; scales and offsets are made for it.
+        signs: inputs on unsigned grids: those that come from an activation function (`probe`), or only of timm's `Mlp` (`mlp`), as
+            in older files.
     """
 
     recipe: QuantRecipe
     input_size: tuple[int, int, int]
+    signs: str = "probe"
 
 
 def conversion_of(net: nn.Module) -> Conversion | None:
@@ -45,7 +63,8 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
     """Quantize a timm net in place. All weights are kept; scales exist in their final shape, NaN until initialised.
 
-    Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`.
+    Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`. Warns where more
+    than 1 % of the multiply-accumulates stay in float that the recipe quantizes, as in an attention of an unknown class.
 
     Args:
         net: a timm model, also one with `features_only=True`, or any module with Linears; in float.
@@ -59,6 +78,30 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         UsageError: the net is converted already or has no weights (meta device), a rule of `overrides` matches no module, QKR cannot
             hold, no image of `input_size` passes through, or tokens with scales of their own are dropped in training. The net is then
             as it was.
+    """
+    exempt = apply_recipe(net, recipe, input_size=input_size)
+    if conversion_of(net) is not None:
+        _warn_of_float(net, recipe, input_size, exempt)
+    return net
+
+
+def apply_recipe(
+    net: nn.Module,
+    recipe: QuantRecipe,
+    *,
+    input_size: tuple[int, int, int],
+    signs: str = "probe",
+) -> list[str]:
+    """`convert` without its warning, for a net that was converted before.
+
+    Args:
+        net: see `convert`.
+        recipe: see `convert`.
+        input_size: see `convert`.
+        signs: see `Conversion`.
+
+    Returns:
+        Names of modules that a swap leaves in float on purpose.
     """
     if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError(
@@ -75,17 +118,17 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     if recipe.name == "fp":
         _check_rules(net, recipe, [])
         check_input(net, size)
-        return net
+        return []
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     before = type(net), dict(net._modules)
+    tracer = ActivationTracer()
+    if signs == "probe":
+        with tracer:
+            check_input(net, size, tracer.hooks(net))
+    walk = _Walk(recipe, stem_and_heads(net), tracer.unsigned_inputs(), swapped)
     try:
-        _walk(
-            net,
-            "",
-            _Walk(recipe, stem_and_heads(net), swapped),
-            swap_net(net, SwapContext(recipe.at(""), "block")),
-        )
+        _walk(net, "", walk, swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
         _check_tied(net, swapped)
@@ -97,7 +140,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             setattr(parent, name, child)
         net.__class__, net._modules = before
         raise
-    net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
+    net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
     # timm's hook; what it names stays, as all parameters are there from here on.
     # timm takes patterns: `torch.compile` puts a prefix before names, and asks the net that it wraps.
     names = no_weight_decay(net)
@@ -107,7 +150,41 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             if hasattr(type(module), method):
                 setattr(module, method, _refuse_reparameterization)
     guard(net)
-    return net
+    return walk.in_float
+
+
+def _warn_of_float(
+    net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
+) -> None:
+    """Name the modules whose products stay in float though the recipe quantizes such products, if their share is large."""
+    modules = dict(net.named_modules())
+    products = matmuls(net, input_size)
+    in_float = []
+    for product in products:
+        local = recipe.at(product.module)
+        if product.of_activations:
+            wanted = (local.act_spec("k", "block"), local.act_spec("probs", "block"))
+        else:
+            wanted = (local.weight_spec("block"), local.act_spec("input", "block"))
+        is_wanted = any(spec.bits != FLOAT_BITS for spec in wanted)
+        is_exempt = any(f"{product.module}.".startswith(f"{name}.") for name in exempt)
+        if is_wanted and not is_exempt and product.bits == (FLOAT_BITS, FLOAT_BITS):
+            in_float.append(product)
+    share = sum(product.macs for product in in_float) / max(sum(p.macs for p in products), 1)
+    if share <= _MOST_FLOAT:
+        return
+    names = defaultdict(list)
+    for name in dict.fromkeys(product.module for product in in_float):
+        names[type(modules[name]).__name__].append(name or "(net)")
+    shown = (
+        f"{first} ({kind})" if not others else f"{first} and {len(others)} more ({kind})"
+        for kind, (first, *others) in names.items()
+    )
+    warnings.warn(
+        f"convert: {100 * share:.1f} % of the multiply-accumulates stay in float, which the recipe would quantize elsewhere: "
+        f"{', '.join(shown)}",
+        stacklevel=3,
+    )
 
 
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
@@ -199,12 +276,15 @@ class _Walk:
     """What stays the same during a walk; `swapped` collects (parent, name, replaced module).
 
     `made` has what became of a module, by it and what arrives there (`SwapContext.input`): under all its names it is one module again.
+    `in_float` has names of modules that a swap leaves in float.
     """
 
     recipe: QuantRecipe
     places: dict[str, str]
+    unsigned_inputs: frozenset[nn.Module]
     swapped: list[tuple[nn.Module, str, nn.Module]]
     made: dict[tuple[nn.Module, str], nn.Module] = field(default_factory=dict)
+    in_float: list[str] = field(default_factory=list)
 
 
 def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
@@ -214,10 +294,15 @@ def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
     ):  # `named_children` leaves out all but the first name of a module
         path = f"{name}.{child_name}".lstrip(".")
         arrives = done.inputs.get(child_name, "signed")
-        if child is None or isinstance(child, Quantizer) or arrives == "float":
+        if arrives == "float":
+            walk.in_float.append(path)
+            continue
+        if child is None or isinstance(child, Quantizer):
             continue
         if child_name in done.children:
             child = _put(module, child_name, done.children[child_name], walk)
+        if arrives == "signed" and child in walk.unsigned_inputs:
+            arrives = "unsigned"
         known = walk.made.get((child, arrives))
         if known is not None:
             _put(module, child_name, known, walk)

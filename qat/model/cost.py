@@ -3,136 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qat.functional.packing import packed_bytes
 from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.products import MatrixProduct, matmuls
 from qat.model.sites import Site, iter_quantizers
-from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import LSQ, BlockFloat, Quantizer
-from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
-
-
-@dataclass(frozen=True)
-class MatrixProduct:
-    """One matrix product.
-
-    Attributes:
-        module: name of the innermost module that ran it.
-        macs: multiply-accumulates.
-        of_activations: False if one operand is a parameter.
-        bits: bit-widths of the two operands.
-    """
-
-    module: str
-    macs: int
-    of_activations: bool
-    bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
-
-    @property
-    def bitops(self) -> int:
-        """Multiply-accumulates times the bit-widths of both operands."""
-        left, right = self.bits
-        return self.macs * left * right
-
-
-def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    query, key, *_ = operands
-    scores = query[..., 0].numel() * key.shape[-2]
-    return [scores * query.shape[-1], scores * out.shape[-1]]
-
-
-def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Product of the sizes of all dimensions, for two operands and no ellipsis."""
-    equation, *factors = operands
-    if len(factors) != 2:
-        return []
-    inputs, *_ = equation.replace(" ", "").split("->")
-    sizes: dict[str, int] = {}
-    for letters, factor in zip(inputs.split(","), factors, strict=True):
-        sizes |= dict(zip(letters, factor.shape, strict=False))
-    return [math.prod(sizes.values())]
-
-
-def _matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    return [out.numel() * operands[0].shape[-1]]
-
-
-def _layer_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    weight = operands[1]
-    return [out.numel() * weight[0].numel()]
-
-
-# Functions that return multiply-accumulates from the operands and the result of a torch function.
-_CountMacs = Callable[[tuple[Any, ...], Tensor], list[int]]
-_MACS_OF_ACTIVATIONS: dict[Any, _CountMacs] = {
-    torch.matmul: _matmul_macs,
-    torch.bmm: _matmul_macs,
-    Tensor.matmul: _matmul_macs,
-    Tensor.__matmul__: _matmul_macs,
-    F.scaled_dot_product_attention: _attention_macs,
-    torch.einsum: _einsum_macs,
-}
-_MACS_OF_LAYERS: dict[Any, _CountMacs] = {
-    F.linear: _layer_macs,
-    F.conv1d: _layer_macs,
-    F.conv2d: _layer_macs,
-    F.conv3d: _layer_macs,
-}
-
-
-class _ProductRecorder(TorchFunctionMode):
-    """Records matrix products while it is active, whichever function and module compute them.
-
-    Attributes:
-        running: names of the modules that run, the innermost last.
-        products: in the order in which they ran.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.running: list[str] = []
-        self.products: list[MatrixProduct] = []
-
-    def enter(self, name: str, *_: Any) -> None:
-        """Forward pre-hook of the module `name`."""
-        self.running.append(name)
-
-    def leave(self, *_: Any) -> None:
-        """Forward hook."""
-        self.running.pop()
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count_macs = _MACS_OF_ACTIVATIONS.get(func) or _MACS_OF_LAYERS.get(func)
-        if count_macs is None:
-            return out
-        operands = (*args, *kwargs.values())
-        has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands)
-        of_activations = not has_parameter and func not in _MACS_OF_LAYERS
-        module = self.running[-1] if self.running else ""
-        for macs in count_macs(operands, out):
-            self.products.append(MatrixProduct(module, macs, of_activations))
-        return out
-
 
 FLOAT_BYTES = 4
 _OFFSET_NAMES = ("offset_before", "offset_after", "product_offset", "before", "after")
@@ -333,91 +217,3 @@ def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
     if attribute in _OFFSET_NAMES:
         return module, "offset_bytes"
     return module, "float_bytes" if quantizer is None else "scale_bytes"
-
-
-def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
-    """Matrix products of one forward pass on an image of zeros.
-
-    Those of our attentions are computed by a formula, all others are recorded.
-    """
-    modules = dict(net.named_modules())
-    attentions = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
-    # The input of V in QKR is quantized by the attention.
-    inherited_bits = {}
-    for attention in attentions.values():
-        if isinstance(attention, QkrAttention):
-            inherited_bits[id(attention.v)] = _bits(attention.input_quantizer)
-
-    products: list[MatrixProduct] = []
-    recorder = _ProductRecorder()
-    hooks = []
-    for name, module in modules.items():
-        enter = functools.partial(recorder.enter, name)
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(recorder.leave, always_call=True))
-        if name in attentions:
-            count = functools.partial(_count_attention, products, name)
-            hooks.append(module.register_forward_pre_hook(count))
-    with probing(net, hooks), recorder:
-        net(zero_image(net, input_size))  # type: ignore[arg-type]
-
-    for product in recorder.products:
-        if product.module in attentions:
-            continue
-        bits = product.bits
-        if not product.of_activations:
-            layer = modules[product.module]
-            weight_bits = _bits(getattr(layer, "weight_quantizer", None))
-            input_bits = _bits(getattr(layer, "input_quantizer", None))
-            bits = (weight_bits, inherited_bits.get(id(layer), input_bits))
-        products.append(dataclasses.replace(product, bits=bits))
-    return products
-
-
-def _bits(quantizer: object) -> int:
-    return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
-
-
-def _count_attention(
-    products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
-) -> None:
-    """Forward pre-hook that adds the products of an attention."""
-    if isinstance(attention, QkrAttention):
-        products.extend(_qkr_products(name, attention, args[0]))
-    else:
-        products.extend(_attention_products(name, attention, args[0]))
-
-
-def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
-    macs = attention.n_scores(x) * attention.head_dim
-    joint = getattr(attention, "qkv_quantizer", None)
-    q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
-    k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
-    v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
-    probs_bits = _bits(attention.probs_quantizer)
-    return [
-        MatrixProduct(name, macs, of_activations=True, bits=(q_bits, k_bits)),
-        MatrixProduct(name, macs, of_activations=True, bits=(probs_bits, v_bits)),
-    ]
-
-
-def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
-    width = x.shape[-1]
-    n_scores = attention.n_scores(x)
-    n_mapped = attention.num_heads * x.numel()
-    input_bits = _bits(attention.input_quantizer)
-    matrix_bits = _bits(attention.qk_quantizer)
-    key_bits = _bits(attention.k_quantizer)
-    probs_bits = _bits(attention.probs_quantizer)
-    v_bits = _bits(attention.v_quantizer)
-    products = [
-        MatrixProduct(name, n_mapped * width, of_activations=False, bits=(matrix_bits, input_bits)),
-        MatrixProduct(name, n_scores * width, of_activations=True, bits=(input_bits, key_bits)),
-        MatrixProduct(
-            name, n_scores * attention.head_dim, of_activations=True, bits=(probs_bits, v_bits)
-        ),
-    ]
-    if attention.q_bias is not None or attention.folded_bias is not None:
-        bits = (FLOAT_BITS, input_bits)
-        products.append(MatrixProduct(name, n_mapped, of_activations=False, bits=bits))
-    return products

@@ -108,6 +108,7 @@ def describe(
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if conversion is None else list(conversion.input_size),
+        "signs": None if conversion is None else conversion.signs,
         "frozen": is_frozen(net),
         "data": data and dict(data),
         "classes": classes and list(classes),

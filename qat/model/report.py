@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from qat.model.convert import conversion_of
-from qat.model.cost import matmuls
+from qat.model.products import matmuls
 from qat.model.sites import iter_quantizers
 from qat.utils.validate import FLOAT_BITS
 

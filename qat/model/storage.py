@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 from qat.errors import UsageError
 from qat.model.bounds import about_as_large_as, check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
-from qat.model.convert import convert
+from qat.model.convert import apply_recipe
 from qat.model.foreign_weights import grow_biases
 from qat.model.freeze import NOT_PLAIN, freeze_structure, prune_offsets
 from qat.model.frozen import is_frozen
@@ -189,7 +189,9 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     _set_image_config(net, meta.get("pretrained_cfg") or {})
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        convert(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
+        # Older files do not state how the signs of inputs were found.
+        signs = "probe" if meta.get("signs") == "probe" else "mlp"
+        apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):
             freeze_structure(net)
     return net

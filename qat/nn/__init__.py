@@ -7,9 +7,11 @@ from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
 from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import QuantModule
+from qat.nn.signs import ActivationTracer
 from qat.nn.swap_registry import Swap, SwapContext, find_swap, is_attention, register_swap, swap_net
 
 __all__ = [
+    "ActivationTracer",
     "FqNet",
     "QkrAttention",
     "QuantAttention",

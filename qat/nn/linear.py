@@ -11,20 +11,9 @@ from qat.kernels import LSQParams, Made
 from qat.kernels.fused import WeightParams, can_fuse, lsq_linear, remember
 from qat.nn.fusing import operand_of, weight_params
 from qat.nn.quant_module import QuantModule, is_watched, shallow_cast
+from qat.nn.signs import NEARLY_POSITIVE
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
-
-# Activations whose negative tail is small enough for an unsigned grid: a learned offset shifts it.
-_NEARLY_POSITIVE = (
-    nn.GELU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Hardswish,
-    timm_layers.GELU,
-    timm_layers.GELUTanh,
-    timm_layers.QuickGELU,
-)
 
 
 class QuantLinear(nn.Linear, QuantModule):
@@ -70,11 +59,19 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`, but tell its `fc2` whether its input is nearly positive."""
+    """Keep an `Mlp`, but tell its `fc2` whether its input is nearly positive: older files know no other such layer."""
     follows_activation = isinstance(module.norm, nn.Identity)
-    if follows_activation and isinstance(module.act, _NEARLY_POSITIVE):
+    if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
         return Swap(module, {"fc2": "unsigned"})
     return Swap(module, {})
+
+
+@register_swap(nn.TransformerEncoderLayer, "linear")
+def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001  (as any swap)
+    """Keep torch from its fast path, which would read weights past the quantized layers."""
+    layer = shallow_cast(nn.TransformerEncoderLayer, module)
+    layer.activation_relu_or_gelu = 0
+    return Swap(layer)
 
 
 def _can_remember(module: nn.Module, x: Tensor, out: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Surgery on timm nets. Oracle: timm's own outputs, weights and parameter counts."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
 from qat.model.transfer import timm_state_dict
 from qat.nn import QuantLinear
+from tests.nets import FAMILIES
 from tests.tiny import (
     DISTILLED,
     KWARGS,
@@ -519,3 +521,60 @@ def test_a_tied_qkv_is_refused_under_qkr_and_stays_tied_elsewhere(tie):
     assert (net.blocks[0].attn, net.blocks[1].attn) == (first, second)
     qat.convert(net, qat.recipe("ofq", attention="standard"), input_size=SIZE)
     assert net.blocks[0].attn.qkv.weight is net.blocks[1].attn.qkv.weight
+
+
+class OtherAttention(nn.Module):
+    """Attention of a class without a swap: torch's, torch's encoder, or by functions only."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.embed = nn.Conv2d(1, 16, 2, 2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        if self.kind == "torch":
+            x = self.attention(x, x, x, need_weights=False)[0]
+        elif self.kind == "encoder":
+            x = self.encoder(x)
+        else:
+            x = torch.einsum("...nm,...mc->...nc", torch.bmm(x, x.mT).softmax(-1), x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "expected"),
+    [
+        ("torch", qat.recipe("lsq"), r"95\.. % .*: attention \(MultiheadAttention\)$"),
+        ("torch", qat.recipe("lsq", attention="float"), r": attention \(MultiheadAttention\)$"),
+        ("encoder", qat.recipe("lsq"), r": encoder.self_attn \(MultiheadAttention\)$"),
+        ("functions", qat.recipe("lsq"), r": \(net\) \(OtherAttention\)$"),
+        ("functions", qat.recipe("lsq", attention="float"), None),
+        ("functions", qat.recipe("statsq"), None),
+        ("functions", PtqRecipe(placement="inputs"), r"\(OtherAttention\)$"),
+    ],
+)
+def test_a_warning_names_attentions_that_stay_float(kind, recipe, expected, recwarn):
+    qat.convert(OtherAttention(kind), recipe, input_size=SIZE)
+    messages = [str(w.message) for w in recwarn if str(w.message).startswith("convert:")]
+    assert len(messages) == bool(expected)
+    assert all(re.search(expected, message) for message in messages)
+
+
+def test_torchs_encoder_layer_does_not_go_around_its_quantizers():
+    net = qat.convert(OtherAttention("encoder"), qat.recipe("lsq", bits=2), input_size=SIZE)
+    qat.initialize_scales(net, [images()]).eval()
+    assert_close(logits(net), net(images()).detach())
+
+
+@pytest.mark.parametrize("name", ["hiera", "vit", "swinv2"])
+def test_a_net_that_is_read_back_is_not_warned_of_again(name, tmp_path, recwarn):
+    family = FAMILIES[name]
+    net = qat.convert(family.build(), qat.recipe("lsq"), input_size=family.input_size)
+    assert len(recwarn) == (name == "hiera")
+    qat.save(net, tmp_path / "net.ckpt")
+    qat.load(tmp_path / "net.ckpt")
+    assert len(recwarn) == (name == "hiera")

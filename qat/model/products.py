@@ -1,0 +1,249 @@
+"""Matrix products of a model: which module runs them, their multiply-accumulates and bit-widths."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from qat.nn import QkrAttention, QuantAttention, ScoredAttention
+from qat.quantizers import Quantizer
+from qat.utils.probing import probing, zero_image
+from qat.utils.validate import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """One matrix product.
+
+    Attributes:
+        module: name of the innermost module that ran it.
+        macs: multiply-accumulates.
+        of_activations: False if one operand is a parameter.
+        bits: bit-widths of the two operands.
+    """
+
+    module: str
+    macs: int
+    of_activations: bool
+    bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
+
+    @property
+    def bitops(self) -> int:
+        """Multiply-accumulates times the bit-widths of both operands."""
+        left, right = self.bits
+        return self.macs * left * right
+
+
+def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    query, key, *_ = operands
+    scores = query[..., 0].numel() * key.shape[-2]
+    return [scores * query.shape[-1], scores * out.shape[-1]]
+
+
+def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    """Product of the sizes of all dimensions, for an equation of two operands."""
+    equation, *factors = operands
+    if not isinstance(equation, str) or len(factors) != 2:
+        return []
+    inputs, *_ = equation.replace(" ", "").split("->")
+    sizes = {"...": 1}
+    for letters, factor in zip(inputs.split(","), factors, strict=True):
+        before, _, after = letters.partition("...")
+        sizes |= dict(zip(before, factor.shape, strict=False))
+        sizes |= dict(zip(reversed(after), reversed(factor.shape), strict=False))
+        between = factor.shape[len(before) : factor.ndim - len(after)]
+        sizes["..."] = max(sizes["..."], math.prod(between))
+    return [math.prod(sizes.values())]
+
+
+def _matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    return [out.numel() * operands[0].shape[-1]]
+
+
+def _layer_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    weight = operands[1]
+    return [out.numel() * math.prod(weight.shape[1:])]
+
+
+def _added_matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    return [out.numel() * operands[1].shape[-1]]
+
+
+def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
+    """Maps of `nn.MultiheadAttention` before and after its attention."""
+    query, key, value, *_ = operands
+    width = query.shape[-1]
+    return [t.numel() * width for t in (query, key, value, query)]
+
+
+def _multi_head_macs(operands: tuple[Any, ...], _: object) -> list[int]:
+    """Scores and weighted sums of `nn.MultiheadAttention`: (N, B, E) queries, (M, B, E) keys."""
+    query, key, *_ = operands
+    return [query.numel() * key.shape[0]] * 2
+
+
+# Functions that return multiply-accumulates from the operands and the result of a torch function.
+_CountMacs = Callable[[tuple[Any, ...], Any], list[int]]
+_MACS_OF_ACTIVATIONS: dict[Any, _CountMacs] = {
+    torch.matmul: _matmul_macs,
+    torch.mm: _matmul_macs,
+    torch.bmm: _matmul_macs,
+    Tensor.matmul: _matmul_macs,
+    Tensor.mm: _matmul_macs,
+    Tensor.bmm: _matmul_macs,
+    Tensor.__matmul__: _matmul_macs,
+    torch.addmm: _added_matmul_macs,
+    torch.baddbmm: _added_matmul_macs,
+    F.multi_head_attention_forward: _multi_head_macs,
+    F.scaled_dot_product_attention: _attention_macs,
+    torch.einsum: _einsum_macs,
+}
+_MACS_OF_LAYERS: dict[Any, _CountMacs] = {
+    F.linear: _layer_macs,
+    F.conv1d: _layer_macs,
+    F.conv2d: _layer_macs,
+    F.conv3d: _layer_macs,
+    F.multi_head_attention_forward: _projection_macs,
+}
+
+
+class _ProductRecorder(TorchFunctionMode):
+    """Records matrix products while it is active, whichever function and module compute them.
+
+    Attributes:
+        running: names of the modules that run, the innermost last.
+        products: in the order in which they ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.products: list[MatrixProduct] = []
+
+    def enter(self, name: str, *_: Any) -> None:
+        """Forward pre-hook of the module `name`."""
+        self.running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook."""
+        self.running.pop()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operands = (*args, *kwargs.values())
+        if func in _MACS_OF_LAYERS:
+            self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
+        if func in _MACS_OF_ACTIVATIONS:
+            # Beyond the first three there are a mask, biases and projections.
+            has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
+            counts = _MACS_OF_ACTIVATIONS[func](operands, out)
+            self._record(counts, of_activations=not has_parameter)
+        return out
+
+    def _record(self, counts: list[int], *, of_activations: bool) -> None:
+        module = self.running[-1] if self.running else ""
+        self.products.extend(MatrixProduct(module, macs, of_activations) for macs in counts)
+
+
+def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
+    """Matrix products of one forward pass on an image of zeros.
+
+    Those of our attentions are computed by a formula, all others are recorded.
+    """
+    modules = dict(net.named_modules())
+    attentions = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
+    # The input of V in QKR is quantized by the attention.
+    inherited_bits = {}
+    for attention in attentions.values():
+        if isinstance(attention, QkrAttention):
+            inherited_bits[id(attention.v)] = _bits(attention.input_quantizer)
+
+    products: list[MatrixProduct] = []
+    recorder = _ProductRecorder()
+    hooks = []
+    for name, module in modules.items():
+        enter = functools.partial(recorder.enter, name)
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(recorder.leave, always_call=True))
+        if name in attentions:
+            count = functools.partial(_count_attention, products, name)
+            hooks.append(module.register_forward_pre_hook(count))
+    with probing(net, hooks), recorder:
+        net(zero_image(net, input_size))  # type: ignore[arg-type]
+
+    for product in recorder.products:
+        if product.module in attentions:
+            continue
+        bits = product.bits
+        if not product.of_activations:
+            layer = modules[product.module]
+            weight_bits = _bits(getattr(layer, "weight_quantizer", None))
+            input_bits = _bits(getattr(layer, "input_quantizer", None))
+            bits = (weight_bits, inherited_bits.get(id(layer), input_bits))
+        products.append(dataclasses.replace(product, bits=bits))
+    return products
+
+
+def _bits(quantizer: object) -> int:
+    return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
+
+
+def _count_attention(
+    products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
+) -> None:
+    """Forward pre-hook that adds the products of an attention."""
+    if isinstance(attention, QkrAttention):
+        products.extend(_qkr_products(name, attention, args[0]))
+    else:
+        products.extend(_attention_products(name, attention, args[0]))
+
+
+def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
+    macs = attention.n_scores(x) * attention.head_dim
+    joint = getattr(attention, "qkv_quantizer", None)
+    q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
+    k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
+    v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
+    probs_bits = _bits(attention.probs_quantizer)
+    return [
+        MatrixProduct(name, macs, of_activations=True, bits=(q_bits, k_bits)),
+        MatrixProduct(name, macs, of_activations=True, bits=(probs_bits, v_bits)),
+    ]
+
+
+def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
+    width = x.shape[-1]
+    n_scores = attention.n_scores(x)
+    n_mapped = attention.num_heads * x.numel()
+    input_bits = _bits(attention.input_quantizer)
+    matrix_bits = _bits(attention.qk_quantizer)
+    key_bits = _bits(attention.k_quantizer)
+    probs_bits = _bits(attention.probs_quantizer)
+    v_bits = _bits(attention.v_quantizer)
+    products = [
+        MatrixProduct(name, n_mapped * width, of_activations=False, bits=(matrix_bits, input_bits)),
+        MatrixProduct(name, n_scores * width, of_activations=True, bits=(input_bits, key_bits)),
+        MatrixProduct(
+            name, n_scores * attention.head_dim, of_activations=True, bits=(probs_bits, v_bits)
+        ),
+    ]
+    if attention.q_bias is not None or attention.folded_bias is not None:
+        bits = (FLOAT_BITS, input_bits)
+        products.append(MatrixProduct(name, n_mapped, of_activations=False, bits=bits))
+    return products
