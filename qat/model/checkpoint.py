@@ -314,9 +314,11 @@ def _check_meta(meta: Any, origin: str) -> None:
             meta.get("input_size") or [1],
             meta.get("pretrained_cfg") or {},
         )
+        classes = meta.get("classes") or []
         kinds: dict[type, tuple[Any, ...]] = {
             dict: (model["kwargs"], data, config, meta.get("run", {})),
-            str: (model["name"], data.get("_target_", ""), data.get("model") or ""),
+            list: (classes,),
+            str: (model["name"], data.get("_target_", ""), data.get("model") or "", *classes),
             int: (meta.get("format_version", 0),),
         }
         if not (

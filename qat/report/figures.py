@@ -16,6 +16,7 @@ from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
+MOST_MEASURED = 1e100  # the spread of larger numbers overflows
 FEW = 25  # points that are drawn as dots
 # Titles of curves over training steps, and patterns of their columns in `metrics.csv`.
 CURVES = {
@@ -34,6 +35,11 @@ def number(value: object) -> float | None:
         return float(str(value))
     except ValueError:
         return None
+
+
+def is_measured(value: object) -> bool:
+    """True for a finite number of at most `MOST_MEASURED`."""
+    return isinstance(value, int | float) and abs(value) < MOST_MEASURED
 
 
 def shown(value: object) -> str:
@@ -88,12 +94,8 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], over: str = "step"
 ) -> dict[str, str] | None:
-    """A line through the pairs of finite numbers, if there are any."""
-    points = [
-        (x, y)
-        for x, y in pairs
-        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x + y)
-    ]
+    """A line through the pairs of numbers that can be drawn, if there are any."""
+    points = [(x, y) for x, y in pairs if is_measured(x) and is_measured(y)]
     if not points:
         return None
     drawn, (axis,) = panels(width=WIDTH, height=2.5)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, json_object, read_file, scaled, unlearned
+from qat.utils.text import duration, is_inside, json_object, printable, read_file, scaled, unlearned
 
 FILE = "report.html"
 ANALYSES = (
@@ -40,11 +40,12 @@ MEASURED = {
     "bitops": "Bit operations",
 }
 
-# All text is escaped, and a name that does not exist is an error.
+# All text is escaped, a name that does not exist is an error, and control characters are shown as `\\x1b`.
 ENVIRONMENT = Environment(
     loader=PackageLoader("qat.report"),
     autoescape=True,
     undefined=StrictUndefined,
+    finalize=lambda value: printable(value) if type(value) is str else value,
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=["jinja2.ext.do"],
@@ -60,12 +61,12 @@ def write_report(folder: Path) -> Path:
         The file.
     """
     results, typed, config = (
-        _json(folder / "results.json", folder),
-        _json(folder / "command.json", folder),
+        json_object(folder / "results.json", folder),
+        json_object(folder / "command.json", folder),
         folder / "config.yaml",
     )
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
-    cost = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
+    cost = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     in_float = next((one.get("in_float") or {} for one in cost.values()), {})
     context = {
         "kind": command,
@@ -84,9 +85,7 @@ def write_report(folder: Path) -> Path:
         "typed": typed
         and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
-        "config": read_file(config).decode(errors="replace")
-        if _is_inside(config, folder)
-        else None,
+        "config": read_file(config).decode(errors="replace") if is_inside(config, folder) else None,
     }
     return write_page("run.html.j2", folder, context)
 
@@ -120,19 +119,9 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     ]
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a file in a folder, after `..` and links: a directory from elsewhere may name any file."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def _json(path: Path, folder: Path) -> dict[str, Any]:
-    """Contents of a JSON file in a folder; empty where it is not in it."""
-    return json_object(path) if _is_inside(path, folder) else {}
-
-
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
     """Rows of a CSV file in a folder, numbers as such; of some columns only, without the name of a model that is the same in all."""
-    rows = csv_rows(path) if _is_inside(path, folder) else []
+    rows = csv_rows(path) if is_inside(path, folder) else []
     left_out = "net" if len({row.get("net") for row in rows}) == 1 else ""
     kept = [
         name
@@ -209,27 +198,35 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
     """What analyses left, in the run directory (of the command `analyze`) and in `analysis/` (of the run's own model)."""
     found = []
     for place in (folder, folder / ANALYSES):
-        for index in (_json(path, folder) for path in sorted(place.glob("*.json"))):
+        for index in (json_object(path, folder) for path in sorted(place.glob("*.json"))):
             if "analysis" not in index or "tables" not in index:
                 continue
-            named = [(one["title"], place / one["file"]) for one in index["tables"]]
-            tables = [(title, file) for title, file in named if _is_inside(file, folder)]
+            figures = _listed(index.get("figures"), place, folder)
+            tables = _listed(index["tables"], place, folder)
             found.append({
                 "name": index["analysis"],
                 "is_folded": place != folder,
                 "pictures": [
-                    {**one, "source": data_url(read_file(file))}
-                    for one in index["figures"]
-                    if _is_inside(file := place / one["file"], folder)
+                    {**figure, "source": data_url(read_file(file))} for figure, file in figures
                 ],
                 "tables": [
-                    (title, file.name, _table(file, folder, LAYERS.get(file.name, ())))
-                    for title, file in tables
+                    (table["title"], file.name, _table(file, folder, LAYERS.get(file.name, ())))
+                    for table, file in tables
                     if place == folder or file.name in LAYERS
                 ],
                 "files": [file.resolve().relative_to(folder.resolve()) for _, file in tables],
             })
     return found
+
+
+def _listed(entries: Any, place: Path, folder: Path) -> list[tuple[Row, Path]]:
+    """Entries of the index of an analysis that name a file in a folder, each with the path of the file."""
+    named = [
+        (entry, place / entry["file"])
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str)
+    ]
+    return [(entry, path) for entry, path in named if is_inside(path, folder)]
 
 
 ENVIRONMENT.filters |= {"columns": columns, "shown": shown}

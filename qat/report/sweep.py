@@ -17,10 +17,10 @@ from rich.text import Text
 
 from qat.analysis.analysis import PALETTE, panels
 from qat.errors import UsageError
-from qat.report.figures import WIDTH, number, picture
+from qat.report.figures import WIDTH, is_measured, number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING, count, json_object, read_file
+from qat.utils.text import MISSING, count, is_inside, json_object, one_line, read_file
 
 # What is averaged over seeds: headings and formats.
 MEASURES = {
@@ -33,7 +33,6 @@ MEASURES = {
 }
 # Prefix of the columns with settings of the command line, and settings that make no job another experiment.
 GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
-MOST_MEASURED = 1e100
 MOST_DRAWN = 40  # groups: names of more cannot be read
 
 
@@ -44,7 +43,7 @@ def gather(folder: Path) -> list[Row]:
     }
     rows = []
     for path in begun - {folder}:
-        results = json_object(path / "results.json")
+        results = json_object(path / "results.json", path)
         error = results.get("error") if results else "no results.json: killed, or still going"
         status = "done" if not error else "failed" if results else "not finished"
         rows.append(
@@ -54,8 +53,12 @@ def gather(folder: Path) -> list[Row]:
                 for key, value in overrides_of(path).items()
                 if key not in IGNORED and not key.startswith("hydra.")
             }
-            | {key: value for key, value in results.items() if not isinstance(value, dict | list)}
-            | {"error": " ".join(str(error or "").split())}
+            | {
+                key: one_line(value) if isinstance(value, str) else value
+                for key, value in results.items()
+                if not isinstance(value, dict | list)
+            }
+            | {"error": one_line(" ".join(str(error or "").split()))}
         )
     # 2 comes before 10.
     return sorted(
@@ -69,17 +72,23 @@ def overrides_of(folder: Path) -> dict[str, str]:
     The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
     """
     listed, path = (
-        json_object(folder / "command.json").get("overrides"),
+        json_object(folder / "command.json", folder).get("overrides"),
         folder / ".hydra" / "overrides.yaml",
     )
-    if listed is None and path.is_file():
+    if listed is None and is_inside(path, folder):
         with contextlib.suppress(
             OSError, ValueError, RecursionError, yaml.YAMLError
         ):  # half a file, as a kill leaves it
             listed = yaml.safe_load(read_file(path))
     texts = listed if isinstance(listed, list) else []
-    parts = (one.partition("=") for one in texts if isinstance(one, str))
-    return {left.lstrip("+~"): right for left, _, right in parts}
+    parts = (one_line(text).partition("=") for text in texts if isinstance(text, str))
+    return {left.lstrip("+~"): _without_quotes(right) for left, _, right in parts}
+
+
+def _without_quotes(value: str) -> str:
+    """A value of the command line without the quotes around a text."""
+    quoted = re.fullmatch(r"(['\"])(.*)\1", value)
+    return re.sub(r"\\(['\"\\])", r"\1", quoted[2]) if quoted else value
 
 
 def varied(jobs: Sequence[Row]) -> list[str]:
@@ -125,11 +134,9 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known numbers of a measure, of the jobs that are done; the spread of larger ones than `MOST_MEASURED` overflows."""
+    """The known numbers of a measure, of the jobs that are done."""
     measured = [job.get(measure) for job in jobs if job["status"] == "done"]
-    return [
-        value for value in measured if isinstance(value, int | float) and abs(value) < MOST_MEASURED
-    ]
+    return [value for value in measured if is_measured(value)]
 
 
 def mean(jobs: Sequence[Row], measure: str) -> str:

@@ -12,10 +12,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.model.checkpoint import build_from, read_checkpoint
+from qat.model.convert import conversion_of
+from qat.model.transform import data_config
 from qat.tasks.build import import_modules
+from qat.utils.text import is_inside
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +61,37 @@ def remake(cfg: DictConfig) -> None:
         raise UsageError(
             f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json"
         )
+    try:
+        _remake(cfg, folder)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"run={cfg.run!r}: must hold files as a run writes them; one is damaged ({reason})"
+        ) from error
+
+
+def _remake(cfg: DictConfig, folder: Path) -> None:
     path = next(
-        (path for name in ("best", "last", "quantized") for path in folder.rglob(f"{name}.ckpt")),
+        (
+            path
+            for name in ("best", "last", "quantized")
+            for path in folder.rglob(f"{name}.ckpt")
+            if is_inside(path, folder)
+        ),
         None,
     )
     if path is not None and not (folder / "analysis").is_dir():
         import_modules(cfg)
-        checkpoint = read_checkpoint(path, fmt="qat")
-        data = (checkpoint.meta or {})["data"]
-        describe_layers(
-            build_from(checkpoint),
-            (data["in_chans"], data["image_size"], data["image_size"]),
-            folder,
-        )
+        net = build_from(read_checkpoint(path, fmt="qat"))
+        done = conversion_of(net)
+        if done is None:
+            data = data_settings(data_config(net))
+            input_size = (data.in_chans, data.image_size, data.image_size)
+        else:
+            input_size = done.input_size
+        describe_layers(net, input_size, folder)
     _write(folder)
 
 

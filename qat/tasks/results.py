@@ -23,7 +23,7 @@ from qat.model.cost import Cost
 from qat.spec import QuantRecipe
 from qat.tasks.conf import recorded, typed
 from qat.utils.files import csv_lines, csv_text, json_text, remove_unfinished, write_text
-from qat.utils.text import count, printable
+from qat.utils.text import count
 
 CLASSES, CONFUSION = "classes.csv", "confusion.csv"
 MOST_PAIRS = 10
@@ -190,8 +190,7 @@ def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dic
 
 def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) -> None:
     """Write `classes.csv`, and `confusion.csv` with a row for each true and a column for each predicted class."""
-    shown = [printable(name) for name in names]
-    classes = class_results(confusion, shown)["classes"]
+    classes = class_results(confusion, names)["classes"]
     write_text(folder / CLASSES, csv_text(classes))
-    rows = [[name, *counts] for name, counts in zip(shown, confusion.tolist(), strict=True)]
-    write_text(folder / CONFUSION, csv_lines([["true \\ predicted", *shown], *rows]))
+    rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+    write_text(folder / CONFUSION, csv_lines([["true \\ predicted", *names], *rows]))

@@ -26,9 +26,19 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.utils.text import read_file
+from qat.utils.text import is_number, one_line, read_file
 
 _UNFINISHED = ".part"
+_FORMULA_STARTS = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # ASCII and full-width
 _FOLDER_MARK = 0x10
 MOST_DEPTH, MOST_VALUES = 32, 10**6
 # What weights may be made of: codes of two bits in the bytes of the file, and constant tensors, which take none.
@@ -62,8 +72,10 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
     Raises:
         OSError: with the name of the file that was to be written.
+        UsageError: `path` is a folder.
     """
     target = Path(path)
+    check_not_folder(path)
     with _named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}{_UNFINISHED}")
@@ -77,6 +89,12 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
         finally:
             temporary.unlink(missing_ok=True)
         flush(target.parent)
+
+
+def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> None:
+    """Raise `UsageError` if a file to be written is an existing folder."""
+    if os.path.isdir(path or "."):
+        raise UsageError(f"{setting}={str(path)!r}: must be a file, not a folder")
 
 
 @contextlib.contextmanager
@@ -140,10 +158,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Cells of each line as a CSV file has them."""
+    """Cells of each line as a CSV file has them; no text is a formula or has a control character."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a table: a text that a spreadsheet would take for a formula begins with an apostrophe.
+
+    Examples:
+        >>> [csv_cell(value) for value in ("=1+1", "-0.5", -0.5, "cat")]
+        ["'=1+1", '-0.5', -0.5, 'cat']
+    """
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    if text.lstrip().startswith(_FORMULA_STARTS) and not is_number(text):
+        return f"'{text}"
+    return text
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

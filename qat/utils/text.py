@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escaped, text)
 
 
+def one_line(text: str) -> str:
+    """The text as `printable` returns it, with line breaks and tabs escaped too: a name takes one line or one cell."""
+    return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     # os.fsdecode adds 0xdc00 to a byte.
@@ -77,8 +82,24 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where it cannot be read, or holds something else."""
+def is_number(text: str) -> bool:
+    """True for a text that Python reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a file in a folder, after `..` and links: a directory from elsewhere may name any file."""
+    return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
+
+
+def json_object(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """What a JSON file holds; empty where it cannot be read, or holds something else, or is not in `folder`."""
+    if folder is not None and not is_inside(path, folder):
+        return {}
     try:
         found = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
