@@ -48,6 +48,7 @@ _AVERAGED, _TRAINED = (
     ("state_dict", "model"),
 )  # under which scripts keep weights
 _WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")  # what wrappers put before names
+_EXPORTED = (".onnx", ".pte")  # files of `qat export` that hold no weights of a net
 _MOST_PIXELS = 2**25  # of an image that a file says its net takes
 
 
@@ -210,6 +211,10 @@ def _read_file(path: Path, origin: str) -> Any:
         raise UsageError(
             f"{origin}: {'must be a file, not a folder' if path.is_dir() else 'no such file'}"
         )
+    if path.suffix.lower() in _EXPORTED:
+        raise UsageError(
+            f"{origin}: is an exported file for another runtime; must be the checkpoint that it was exported from"
+        )
     try:
         if path.suffix == ".safetensors":
             packed = read_packed(path)
@@ -228,11 +233,20 @@ def _read_file(path: Path, origin: str) -> Any:
         why: object = (
             "damaged, or it holds more than tensors and plain data; save only the state_dict()"
         )
+        if path.suffix != ".safetensors" and not _is_of_torch(path):
+            why = "must be a file of torch.save or safetensors"
         if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             why = getattr(error, "strerror", error)
         raise UsageError(
             f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})"
         ) from error
+
+
+def _is_of_torch(path: Path) -> bool:
+    """True for a file that begins as an archive or a pickle."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(2) in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
+    return True
 
 
 def read_checkpoint(

@@ -197,6 +197,20 @@ def test_a_file_of_something_else(path, content):
     refused(path, "not a checkpoint that can be read safely")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("net.onnx", "must be the checkpoint that it was exported from"),
+        ("net.PTE", "must be the checkpoint that it was exported from"),
+        ("photo.png", "must be a file of torch.save or safetensors"),
+        ("empty.ckpt", "must be a file of torch.save or safetensors"),
+    ],
+)
+def test_another_kind_of_file_is_not_called_damaged(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"\x08\x0a\x12")
+    refused(tmp_path / name, said)
+
+
 def test_missing_file(tmp_path):
     refused(tmp_path / "nowhere.ckpt", "no such file")
     refused(tmp_path, "must be a file, not a folder")
