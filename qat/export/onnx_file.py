@@ -26,7 +26,7 @@ from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.transform import data_config
-from qat.utils.files import replacing
+from qat.utils.files import check_not_folder, replacing
 from qat.utils.probing import copied
 from qat.utils.validate import check_bool, check_choice
 
@@ -141,8 +141,9 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
     """Write, compare, and only then give a file its name.
 
     Raises:
-        UsageError: what was written disagrees; it is kept as `<target>.rejected`.
+        UsageError: `target` is a folder, or what was written disagrees; it is kept as `<target>.rejected`.
     """
+    check_not_folder(target)
     unchecked = target.with_name(f".unchecked.{target.name}")
     unchecked.parent.mkdir(parents=True, exist_ok=True)
     try:

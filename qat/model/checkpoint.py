@@ -29,6 +29,8 @@ _AVERAGED = ("state_dict_ema", "model_ema")
 _TRAINED = ("state_dict", "model")
 # Prefixes that wrappers put before names.
 _WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
+# Files of `qat export` for other runtimes.
+_EXPORTED = (".onnx", ".pte")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def _read_file(path: Path, origin: str) -> Any:
         raise UsageError(f"{origin}: must be a file, not a folder")
     if not path.is_file():
         raise UsageError(f"{origin}: no such file")
+    if path.suffix.lower() in _EXPORTED:
+        raise UsageError(
+            f"{origin}: is an exported file for another runtime; "
+            "must be the checkpoint that it was exported from"
+        )
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -120,11 +127,20 @@ def _read_file(path: Path, origin: str) -> Any:
         reason: object = (
             "damaged, or it holds more than tensors and plain data; save only the state_dict()"
         )
+        if path.suffix != ".safetensors" and not _may_be_of_torch(path):
+            reason = "must be a file of torch.save or safetensors"
         if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             reason = getattr(error, "strerror", error)
         raise UsageError(
             f"{origin}: not a checkpoint that can be read safely ({' '.join(str(reason).split())})"
         ) from error
+
+
+def _may_be_of_torch(path: Path) -> bool:
+    """True for a file that begins as an archive or a pickle, or cannot be opened."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(2) in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
+    return True
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -157,10 +157,12 @@ def _check_types(meta: Any) -> None:
         meta.get("pretrained_cfg") or {},
         meta.get("run", {}),
     )
-    texts = (meta["model"]["name"], data.get("_target_", ""), data.get("model") or "")
+    classes = meta.get("classes") or []
+    texts = (meta["model"]["name"], data.get("_target_", ""), data.get("model") or "", *classes)
     num_pixels = math.prod(meta.get("input_size") or [1])
     fits = (
         all(isinstance(value, dict) for value in dicts)
+        and isinstance(classes, list)
         and all(isinstance(value, str) for value in texts)
         and isinstance(meta.get("format_version", 0), int)
         and num_pixels <= _MOST_PIXELS

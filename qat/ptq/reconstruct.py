@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ def reconstruct(
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    run: Mapping[str, Any] | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Fit unit after unit (blocks, and quantized layers outside of them) in the order in which they run; in place.
@@ -97,6 +98,7 @@ def reconstruct(
         settings: of the training.
         run_dir: folder of `reconstruct.ckpt`, written after each unit, and `reconstruct.csv`; None = neither is written.
         resume: go on from `reconstruct.ckpt`, where there is one.
+        run: see `Progress`.
         context: around every forward of a step, such as autocast.
 
     Returns:
@@ -108,7 +110,7 @@ def reconstruct(
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
     tensors = [*net.state_dict().values(), *reference.state_dict().values(), *batches]
-    progress = Progress(run_dir, "ptq.reconstruct", COLUMNS, settings, tensors)
+    progress = Progress(run_dir, "ptq.reconstruct", COLUMNS, settings, tensors, run)
     state = (progress.resume() if resume else None) or {"units": [], "tensors": {}, "seconds": 0.0}
     frozen = [(p, p.requires_grad) for n in (net, reference) for p in n.parameters()]
     try:

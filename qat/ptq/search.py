@@ -307,6 +307,7 @@ def search(
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    run: Mapping[str, Any] | None = None,
     validate: Callable[[], float] | None = None,
 ) -> SearchResult:
     """Change the scales of a net for the better, in place; nothing else of it changes.
@@ -318,6 +319,7 @@ def search(
         settings: of the search.
         run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = neither is written.
         resume: go on from `search.ckpt`, where there is one.
+        run: see `Progress`.
         validate: accuracy of the net as it is on validation images; called after each visit under `reference_selection`.
 
     Raises:
@@ -330,9 +332,8 @@ def search(
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
     assert_ready(net)
-    progress = Progress(
-        run_dir, "search", COLUMNS, settings, [*net.state_dict().values(), *batches, *targets]
-    )
+    tensors = [*net.state_dict().values(), *batches, *targets]
+    progress = Progress(run_dir, "search", COLUMNS, settings, tensors, run)
     state = progress.resume() if resume else None
     with probing(net, ()):
         evaluator = Evaluator(net, batches, targets, settings)

@@ -19,6 +19,7 @@ from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
+LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
 MOST_DOTS = 25  # points of a curve that are drawn as dots
 # Titles of curves over training steps, and patterns of their columns in `metrics.csv`.
 CURVES = {
@@ -29,6 +30,11 @@ CURVES = {
     "Share of weights that oscillate": "osc/share",
     "Share of weights that annealing lets train": "cga/trainable",
 }
+
+
+def is_drawable(value: object) -> bool:
+    """True for a finite number that is not larger than `LARGEST_VALUE`."""
+    return isinstance(value, int | float) and abs(value) < LARGEST_VALUE
 
 
 def parse_number(value: object) -> float | None:
@@ -95,12 +101,11 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
-    """A line through the pairs of finite numbers, if there are any."""
+    """A line through the pairs of numbers that can be drawn, if there are any."""
     xs = []
     ys = []
     for x, y in pairs:
-        is_point = isinstance(x, int | float) and isinstance(y, int | float)
-        if is_point and math.isfinite(x + y):
+        if is_drawable(x) and is_drawable(y):
             xs.append(x)
             ys.append(y)
     if not xs:

@@ -19,7 +19,7 @@ from qat.report.figures import (
     training_curves,
 )
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, json_object, read_file, scaled, unlearned
+from qat.utils.text import duration, is_inside, json_object, printable, read_file, scaled, unlearned
 
 FILE = "report.html"
 # Folder of the analyses that training and calibration make of their own model.
@@ -48,11 +48,12 @@ RESULT_COLUMNS = {
     "bitops": "Bit operations",
 }
 
-# All text is escaped, and a name that does not exist is an error.
+# All text is escaped, control characters too, and a name that does not exist is an error.
 ENVIRONMENT = Environment(
     loader=PackageLoader("qat.report"),
     autoescape=True,
     undefined=StrictUndefined,
+    finalize=lambda value: printable(value) if type(value) is str else value,
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=["jinja2.ext.do"],
@@ -67,8 +68,8 @@ def write_report(folder: Path) -> Path:
     Returns:
         The file.
     """
-    results = _json(folder / "results.json", folder)
-    typed = _json(folder / "command.json", folder)
+    results = json_object(folder / "results.json", folder)
+    typed = json_object(folder / "command.json", folder)
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
     names = [results[key] for key in ("model", "quant", "data") if results.get(key)]
     float_cost = _float_cost(folder)
@@ -77,7 +78,7 @@ def write_report(folder: Path) -> Path:
         program = typed.get("program") or f"python {command}.py"
         command_line = f"{program} {shlex.join(typed['overrides'])}"
     config = None
-    if _is_inside(folder / "config.yaml", folder):
+    if is_inside(folder / "config.yaml", folder):
         config = read_file(folder / "config.yaml").decode(errors="replace")
     context = {
         "kind": command,
@@ -130,23 +131,13 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return filled
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    """True if a path is a file in a folder, after `..` and links: an index may name any file."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def _json(path: Path, folder: Path) -> dict[str, Any]:
-    """Contents of a JSON file; empty if it is not in the folder."""
-    return json_object(path) if _is_inside(path, folder) else {}
-
-
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
     """Rows of a CSV file with parsed numbers; empty if it is not in the folder.
 
     Returns only the columns `names`, if there are any, and not the model's label if it is the same
     in all rows.
     """
-    rows = csv_rows(path) if _is_inside(path, folder) else []
+    rows = csv_rows(path) if is_inside(path, folder) else []
     if not rows:
         return []
     selected = [name for name in rows[0] if name in names or not names]
@@ -164,7 +155,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 
 def _float_cost(folder: Path) -> dict[str, float]:
     """Cost of the model in float, from its cost analysis; empty if that does not have it."""
-    summary = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
+    summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     for cost in summary.values():
         return cost.get("in_float") or {}
     return {}
@@ -240,7 +231,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
     analyses = []
     for subfolder in (folder, folder / ANALYSES):
         for path in sorted(subfolder.glob("*.json")):
-            index = _json(path, folder)
+            index = json_object(path, folder)
             if "analysis" in index and "tables" in index:
                 analyses.append(_analysis(index, subfolder, folder))
     return analyses
@@ -250,16 +241,11 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
     """Pictures, tables and names of files of one analysis."""
     is_folded = subfolder != folder
     pictures = []
-    for figure in index["figures"]:
-        file = subfolder / figure["file"]
-        if _is_inside(file, folder):
-            pictures.append({**figure, "source": data_url(read_file(file))})
+    for figure, file in _listed(index.get("figures"), subfolder, folder):
+        pictures.append({**figure, "source": data_url(read_file(file))})
     tables = []
     files = []
-    for table in index["tables"]:
-        file = subfolder / table["file"]
-        if not _is_inside(file, folder):
-            continue
+    for table, file in _listed(index["tables"], subfolder, folder):
         files.append(file.resolve().relative_to(folder.resolve()))
         if not is_folded or file.name in LAYERS:
             rows = _table(file, folder, LAYERS.get(file.name, ()))
@@ -271,6 +257,18 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
         "tables": tables,
         "files": files,
     }
+
+
+def _listed(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
+    """Entries of an index whose file is in the folder, each with the path of the file."""
+    listed = []
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+            continue
+        path = subfolder / entry["file"]
+        if is_inside(path, folder):
+            listed.append((entry, path))
+    return listed
 
 
 ENVIRONMENT.filters |= {"columns": columns, "format_value": format_value}

@@ -19,10 +19,10 @@ from rich.text import Text
 
 from qat.analysis.analysis import PALETTE, panels
 from qat.errors import UsageError
-from qat.report.figures import WIDTH, parse_number, picture
+from qat.report.figures import WIDTH, is_drawable, parse_number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING, count, json_object, read_file
+from qat.utils.text import MISSING, count, is_inside, json_object, one_line, read_file
 
 # Numbers that are averaged over seeds: headings and formats.
 MEASURES = {
@@ -37,7 +37,6 @@ MEASURES = {
 SETTING = "overrides."
 # Settings that do not make a job another experiment.
 IGNORED = {"run_dir", "resume", "overwrite", "report"}
-LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
 MOST_GROUPS = 40  # in the figure: names of more cannot be read
 
 
@@ -56,7 +55,7 @@ def _numbers_padded(row: Row) -> list[str]:
 
 
 def _job_row(folder: Path, job: str) -> Row:
-    results = json_object(folder / "results.json")
+    results = json_object(folder / "results.json", folder)
     error = "no results.json: killed, or still going"
     status = "not finished"
     if results:
@@ -67,9 +66,11 @@ def _job_row(folder: Path, job: str) -> Row:
         if name not in IGNORED and not name.startswith("hydra."):
             row[SETTING + name] = value
     for name, value in results.items():
-        if not isinstance(value, dict | list):
+        if isinstance(value, str):
+            row[name] = one_line(value)
+        elif not isinstance(value, dict | list):
             row[name] = value
-    row["error"] = " ".join(str(error or "").split())
+    row["error"] = one_line(" ".join(str(error or "").split()))
     return row
 
 
@@ -79,9 +80,9 @@ def overrides_of(folder: Path) -> dict[str, str]:
     The run itself writes `command.json` when it starts. Hydra writes its file at each start, also
     for a job that is refused because of existing results.
     """
-    overrides = json_object(folder / "command.json").get("overrides")
+    overrides = json_object(folder / "command.json", folder).get("overrides")
     path = folder / ".hydra" / "overrides.yaml"
-    if overrides is None and path.is_file():
+    if overrides is None and is_inside(path, folder):
         # A killed job may leave half a file.
         with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             overrides = yaml.safe_load(read_file(path))
@@ -90,9 +91,15 @@ def overrides_of(folder: Path) -> dict[str, str]:
     settings = {}
     for override in overrides:
         if isinstance(override, str):
-            name, _, value = override.partition("=")
-            settings[name.lstrip("+~")] = value
+            name, _, value = one_line(override).partition("=")
+            settings[name.lstrip("+~")] = _without_quotes(value)
     return settings
+
+
+def _without_quotes(value: str) -> str:
+    """A value of the command line without the quotes around a text."""
+    quoted = re.fullmatch(r"(['\"])(.*)\1", value)
+    return re.sub(r"\\(['\"\\])", r"\1", quoted[2]) if quoted else value
 
 
 def varied_settings(jobs: Sequence[Row]) -> list[str]:
@@ -143,13 +150,11 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known numbers of a measure in jobs that are done, up to `LARGEST_VALUE`."""
+    """The known numbers of a measure in jobs that are done."""
     numbers = []
     for job in jobs:
         value = job.get(measure)
-        if job["status"] != "done" or not isinstance(value, int | float):
-            continue
-        if abs(value) < LARGEST_VALUE:
+        if job["status"] == "done" and is_drawable(value):
             numbers.append(value)
     return numbers
 

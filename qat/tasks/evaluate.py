@@ -203,6 +203,8 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
             stored |= {"_target_": "qat.data.ImageFolder", **data_config(build_from(checkpoint))}
     if predicts:
         stored |= {"root": None}
+    elif stored.get("root") is not None and "root" not in wanted:
+        _check_stored_root(cfg.ckpt, str(stored["root"]))
     with open_dict(cfg):
         # Of the machine that wrote the file, or of a stranger: how many workers is this machine's business.
         cfg.data = OmegaConf.create({**stored, "num_workers": None, **wanted})
@@ -246,6 +248,16 @@ def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
         "_target_": "qat.data.ImageFolder",
         **{key: value for key, value in stored.items() if key in shared},
     }
+
+
+def _check_stored_root(ckpt: str, root: str) -> None:
+    """Raise `UsageError` if a file names a folder that holds everything of a user or a machine: to read it would take hours."""
+    home = Path(os.path.expanduser("~")).resolve()
+    folder = Path(root).resolve()
+    if folder in {Path(folder.anchor), *home.parents}:
+        raise UsageError(
+            f"ckpt={ckpt!r}: names data.root={root!r}; must be the folder of a dataset; set data.root=FOLDER"
+        )
 
 
 def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:

@@ -52,6 +52,7 @@ from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.settings import check as check_settings
+from qat.utils.files import check_not_folder
 from qat.utils.text import count
 from qat.utils.validate import check_choice, check_int
 
@@ -204,8 +205,7 @@ def _target(cfg: DictConfig) -> Path:
         raise UsageError(
             f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}"
         )
-    if target.is_dir():
-        raise UsageError(f"file={str(target)!r}: must be a file, not a folder")
+    check_not_folder(target, "file")
     if target.exists() and not cfg.overwrite:
         raise UsageError(
             f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere"

@@ -20,7 +20,7 @@ from qat.lit.accuracy import check_logits
 from qat.spec import QuantRecipe
 from qat.tasks import summary
 from qat.utils.files import csv_lines, files_below, write_text
-from qat.utils.text import printable
+from qat.utils.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,9 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")
     ]
     file = Path(cfg.run_dir) / FILE
-    write_text(file, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
+    write_text(file, csv_lines([["path", *columns], *rows]))
     shown = {
-        row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %"
+        one_line(row[0]): f"{one_line(row[1]).partition(',')[0]} {100 * float(row[2]):.1f} %"
         for row in rows[:SHOWN_IMAGES]
     }
     log.info(summary.lines("predictions", shown))

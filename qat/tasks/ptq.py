@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from qat import kernels
 from qat.data import ImageData
@@ -33,6 +35,7 @@ from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
 from qat.ptq.search import SearchSettings, logits_of, scale_vectors, search
+from qat.ptq.state import read_state
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_trainer
@@ -41,7 +44,7 @@ from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.tasks.resume import compare_settings
+from qat.tasks.resume import compare_settings, compared
 from qat.tasks.settings import check as check_settings
 from qat.tasks.teacher import fit_teacher, net_of_file
 from qat.utils.probing import copied
@@ -220,6 +223,7 @@ def _fit_weights(
             context=context,
             run_dir=cfg.run_dir,
             resume=resume,
+            run=compared(cfg),
         )
     }
 
@@ -248,6 +252,7 @@ def _search(
         settings,
         run_dir=cfg.run_dir,
         resume=bool(cfg.resume),
+        run=compared(cfg),
         validate=accuracy,
     )
     log.info(
@@ -293,7 +298,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
 def _check_run_dir(cfg: DictConfig) -> None:
     """Raise `UsageError` if `resume` has nothing to go on from, or the directory is another run's."""
     run_dir = Path(cfg.run_dir)
-    if cfg.resume is True and not _has_state(run_dir):
+    if cfg.resume is True and _state_file(run_dir) is None:
         raise UsageError(
             f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; use resume=auto to start a new run in that case"
         )
@@ -310,8 +315,28 @@ def _check_run_dir(cfg: DictConfig) -> None:
         )
 
 
-def _has_state(run_dir: Path) -> bool:
-    return any((run_dir / name).is_file() for name in STATES)
+def _state_file(run_dir: Path) -> Path | None:
+    """The state that was written last; None where there is none."""
+    state_files = [path for name in STATES if (path := run_dir / name).is_file()]
+    return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _settings_to_resume(state_file: Path) -> dict[str, Any]:
+    """Settings of the run that wrote a state; those of older versions are only in `config.yaml`.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    run = read_state(state_file)["run"]
+    if isinstance(run, dict):
+        return run
+    path = state_file.with_name(CONFIG)
+    try:
+        return dict(build.plain(OmegaConf.load(path)))
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(
+            f"resume: {path} cannot be read; resume=false overwrite=true starts over"
+        ) from error
 
 
 def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
@@ -320,13 +345,12 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
     Raises:
         UsageError: it is not, or there is nothing to be done, or nothing to compare with; or the run to resume had another method.
     """
-    if cfg.resume and _has_state(Path(cfg.run_dir)):
+    state_file = _state_file(Path(cfg.run_dir))
+    if cfg.resume and state_file is not None:
         kept = (
             "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
         )
-        compare_settings(
-            build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept
-        )
+        compare_settings(_settings_to_resume(state_file), cfg, ("ptq.",), kept)
     held = (
         None
         if conversion_of(subject.net) is None

@@ -1,6 +1,6 @@
 """`report.html` at the end of a run, and of any run directory by `analyze.py run=DIR`.
 
-Imports of what makes a page are in the functions that make it: a run starts without them.
+What writes pages is imported in functions, so that a run starts without it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.model.checkpoint import read_checkpoint
+from qat.model.convert import conversion_of
 from qat.model.storage import build_from
+from qat.model.transform import data_config
 from qat.tasks.build import import_modules
+from qat.utils.text import is_inside
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +28,12 @@ log = logging.getLogger(__name__)
 def report_run(
     cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None
 ) -> None:
-    """Make the page of a run that ends, in its first process; whatever goes wrong is one line in the log, and the run is what it was.
+    """Write the page of a run that ends, in its first process; an error is only logged.
 
     Args:
         cfg: the job's config.
-        net: the quantized model whose layers it shows.
-        input_size: of its images.
+        net: a quantized model whose layers are on the page.
+        input_size: (channels, height, width) of its images.
     """
     if not cfg.report or not is_first() or OmegaConf.select(cfg, "trainer.fast_dev_run"):
         return
@@ -46,32 +50,53 @@ def report_run(
 
 
 def remake(cfg: DictConfig) -> None:
-    """Make the page of the run directory `cfg.run`, also of a run that failed or is still going.
+    """Write the page of the run directory `cfg.run`, also of a run that failed or has not ended.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: it is not a run directory, or a file in it is damaged.
     """
     if cfg.analysis is not None:
         raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise UsageError(
-            f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json"
+            f"run={cfg.run!r}: must be the directory of a run; "
+            "it has neither config.yaml nor results.json"
         )
-    path = next(
-        (path for name in ("best", "last", "quantized") for path in folder.rglob(f"{name}.ckpt")),
-        None,
-    )
-    if path is not None and not (folder / "analysis").is_dir():
-        import_modules(cfg)
-        checkpoint = read_checkpoint(path, fmt="qat")
-        data = (checkpoint.meta or {})["data"]
-        describe_layers(
-            build_from(checkpoint),
-            (data["in_chans"], data["image_size"], data["image_size"]),
-            folder,
-        )
-    _write(folder)
+    try:
+        _describe_checkpoint(cfg, folder)
+        _write(folder)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"run={cfg.run!r}: must hold files as a run writes them; one is damaged ({reason})"
+        ) from error
+
+
+def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
+    """Analyse the layers of the run's model, if there is a checkpoint and no analysis yet."""
+    path = _find_checkpoint(folder)
+    if path is None or (folder / "analysis").is_dir():
+        return
+    import_modules(cfg)
+    net = build_from(read_checkpoint(path, fmt="qat"))
+    conversion = conversion_of(net)
+    if conversion is not None:
+        input_size = conversion.input_size
+    else:
+        data = data_settings(data_config(net))
+        input_size = (data.in_chans, data.image_size, data.image_size)
+    describe_layers(net, input_size, folder)
+
+
+def _find_checkpoint(folder: Path) -> Path | None:
+    for name in ("best", "last", "quantized"):
+        for path in folder.rglob(f"{name}.ckpt"):
+            if is_inside(path, folder):
+                return path
+    return None
 
 
 def _write(folder: Path) -> None:
@@ -81,16 +106,14 @@ def _write(folder: Path) -> None:
 
 
 def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Path) -> None:
-    """Write what the analyses that read no image say of a run's own model into the run directory."""
+    """Write the analyses that need no images of the run's model into its directory."""
     from qat.analysis import NO_IMAGES, StudiedNet, write_outcome
     from qat.analysis.cost import CostAnalysis
     from qat.analysis.weights import WeightAnalysis
     from qat.report.page import ANALYSES
 
     nets = [StudiedNet("this run", net.eval(), input_size)]
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):  # hooks belong to no compiled graph
+    # Hooks do not work in compiled graphs.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for name, analysis in (("weights", WeightAnalysis()), ("cost", CostAnalysis())):
             write_outcome(folder / ANALYSES, name, {}, analysis.run(nets, NO_IMAGES), png=False)

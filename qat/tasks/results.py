@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -20,10 +21,11 @@ import qat
 from qat.launch.ranks import is_first
 from qat.launch.run_dir import WRITTEN
 from qat.model.cost import Cost
+from qat.model.pretrained import LIBRARY
 from qat.spec import QuantRecipe
 from qat.tasks.conf import recorded, typed
 from qat.utils.files import csv_lines, csv_text, json_text, remove_unfinished, write_text
-from qat.utils.text import count, printable
+from qat.utils.text import count
 
 CLASSES, CONFUSION = "classes.csv", "confusion.csv"
 MOST_PAIRS = 10
@@ -148,13 +150,21 @@ def library_versions(*more: str) -> dict[str, str]:
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
+    """The commit of a clone of qat; None where qat is installed, also inside of another repository."""
+    command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
+    # Git's own variables, as in a hook, name another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
+        project = (clone / "pyproject.toml").read_text(encoding="utf-8")
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5, env=environment
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    top, _, commit = done.stdout.strip().rpartition("\n")
+    is_own = f'name = "{LIBRARY}"' in project and Path(top).resolve() == clone.resolve()
+    return commit if is_own else None
 
 
 def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -190,8 +200,7 @@ def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dic
 
 def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) -> None:
     """Write `classes.csv`, and `confusion.csv` with a row for each true and a column for each predicted class."""
-    shown = [printable(name) for name in names]
-    classes = class_results(confusion, shown)["classes"]
+    classes = class_results(confusion, names)["classes"]
     write_text(folder / CLASSES, csv_text(classes))
-    rows = [[name, *counts] for name, counts in zip(shown, confusion.tolist(), strict=True)]
-    write_text(folder / CONFUSION, csv_lines([["true \\ predicted", *shown], *rows]))
+    rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+    write_text(folder / CONFUSION, csv_lines([["true \\ predicted", *names], *rows]))

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from qat.errors import UsageError
 from qat.utils.pickles import MOST_VALUES, check_pickles
-from qat.utils.text import read_file
+from qat.utils.text import is_number, one_line, read_file
 
 _UNFINISHED = ".part"
+# First characters of formulas, in ASCII and full-width.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _FOLDER_MARK = 0x10
 MOST_DEPTH = 32
 # Most numbers in the weights for each byte of the file: codes of two bits.
@@ -50,8 +52,10 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
     Raises:
         OSError: with the name of the file that was to be written.
+        UsageError: `path` is a folder.
     """
     target = Path(path)
+    check_not_folder(path)
     with _named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}{_UNFINISHED}")
@@ -65,6 +69,12 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
         finally:
             temporary.unlink(missing_ok=True)
         flush(target.parent)
+
+
+def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> None:
+    """Raise `UsageError` if a file to be written is an existing folder."""
+    if os.path.isdir(path or "."):
+        raise UsageError(f"{setting}={str(path)!r}: must be a file, not a folder")
 
 
 @contextlib.contextmanager
@@ -128,10 +138,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Text of a CSV file with these cells in each line."""
+    """Text of a CSV file with these cells in each line, without formulas and control characters."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a table; an apostrophe keeps spreadsheets from reading a text as a formula.
+
+    Examples:
+        >>> [csv_cell(value) for value in ("=1+1", "-0.5", -0.5, "cat")]
+        ["'=1+1", '-0.5', -0.5, 'cat']
+    """
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    is_formula = text.lstrip().startswith(_FORMULA_STARTS) and not is_number(text)
+    return f"'{text}" if is_formula else text
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

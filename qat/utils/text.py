@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escaped, text)
 
 
+def one_line(text: str) -> str:
+    """The text as `printable` returns it, with line breaks and tabs escaped too."""
+    return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:
@@ -95,8 +100,27 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file cannot be read or holds something else."""
+def is_number(text: str) -> bool:
+    """True for a text that Python reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """True if a path is a file in a folder, after `..` and links: an index may name any file."""
+    return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
+
+
+def json_object(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    It is empty if the file cannot be read, holds something else, or is not in `folder`.
+    """
+    if folder is not None and not is_inside(path, folder):
+        return {}
     try:
         content = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):

@@ -135,6 +135,15 @@ def test_a_head_that_was_put_there_by_hand_is_refused(path):
         qat.save(net, path)
 
 
+@pytest.mark.parametrize("write", [qat.save, qat.export_onnx])
+def test_a_folder_is_no_file(write, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(qat.UsageError, match=rf"path='{folder}': must be a file, not a folder"):
+        write(quantized("deploy_w8a8"), folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
 def test_content_is_plain_data(path):
     content = saved(quantized("ofq", bits=2), path)
     assert set(content) == {"qat", "state_dict"}
@@ -188,6 +197,20 @@ def test_data_and_classes_come_back(path):
 def test_a_file_of_something_else(path, content):
     path.write_bytes(content)
     refused(path, "not a checkpoint that can be read safely")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("net.onnx", "must be the checkpoint that it was exported from"),
+        ("net.PTE", "must be the checkpoint that it was exported from"),
+        ("photo.png", "must be a file of torch.save or safetensors"),
+        ("empty.ckpt", "must be a file of torch.save or safetensors"),
+    ],
+)
+def test_another_kind_of_file_is_not_called_damaged(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"\x08\x0a\x12")
+    refused(tmp_path / name, said)
 
 
 def test_missing_file(tmp_path):
@@ -431,6 +454,13 @@ ANY_SIZE, LARGE = (
             lambda c: c["qat"].update(classes=shared(30)),
             "its description of the model: holds more than 1000000 values",
         ),
+        *(
+            (
+                lambda c, classes=classes: c["qat"].update(classes=classes),
+                "its description of the model: has something of another kind",
+            )
+            for classes in ("0123456789", {"0": "a"}, [*"012345678", 9])
+        ),
         (
             lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}),
             "its description of the model: has something of another kind",
@@ -446,6 +476,9 @@ ANY_SIZE, LARGE = (
         "image",
         "nested",
         "shared",
+        "classes as text",
+        "classes by number",
+        "a class that is a number",
         "target",
     ],
 )

@@ -3,6 +3,7 @@
 import base64
 import json
 
+import numpy as np
 import pytest
 
 from qat.report.figures import bits_of, format_value
@@ -245,6 +246,38 @@ def test_a_directory_cannot_show_files_from_elsewhere(tmp_path, kind, name):
     text = write_report(run).read_text()
     assert "TOPSECRET" not in text
     assert base64.b64encode(b"TOPSECRET")[:11].decode() not in text
+
+
+@pytest.mark.parametrize("kind", ["tables", "figures"])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        7,
+        [7],
+        ["x.csv"],
+        [{}],
+        *([{"file": file, "title": "t"}] for file in (7, [], "a" * 999, "\0")),
+    ],
+)
+def test_an_index_that_names_no_file_shows_none(tmp_path, kind, entries):
+    index = {"analysis": "study", "tables": [], "figures": [], kind: entries}
+    (tmp_path / "x.json").write_text(json.dumps(index))
+    assert "study" not in read(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize("step", ["1", "1e308"])
+def test_numbers_that_no_axis_holds_are_left_out_of_a_curve(tmp_path, step):
+    rows = [("0", "1e308"), ("1", "-1e308"), (step, "1e308"), ("2", "0.5"), ("3", "0.25")]
+    lines = "\n".join(map(",".join, [("step", "train/loss"), *rows]))
+    (tmp_path / "metrics.csv").write_text(lines + "\n")
+    with np.errstate(all="raise"):
+        assert "0.5 at step 2 to 0.25 at step 3." in read(write_report(tmp_path)).text
+
+
+def test_control_characters_are_shown_not_written(tmp_path):
+    results = {"top1": 1.0, "classes": [{"class": "a\x1b[31m\u202e\x07", "top1": 1.0}]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert r"a\x1b[31m\u202e\x07" in read(write_report(tmp_path)).text
 
 
 @pytest.mark.parametrize(

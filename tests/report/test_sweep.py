@@ -129,6 +129,31 @@ def test_long_numbers_are_shortened_where_they_are_shown(tmp_path):
     assert "0.00024156772025296256" in (tmp_path / "sweep.csv").read_text()
 
 
+def test_values_of_the_command_line_are_shown_without_quotes_and_control_characters(
+    tmp_path, capsys
+):
+    for number, root in enumerate(("'2024_01'", r"'it\'s'", '"a b"', "b\x1b[31m\nc")):
+        job(tmp_path / str(number), f"data.root={root}", top1=90.0, error="\x1b[2J")
+    publish(tmp_path, report=True)
+    roots = [row["overrides.data.root"] for row in gather(tmp_path)]
+    assert roots == ["2024_01", "it's", "a b", r"b\x1b[31m\x0ac"]
+    for text in (capsys.readouterr().out, (tmp_path / "report.html").read_text()):
+        assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("name", ["results.json", "command.json", ".hydra/overrides.yaml"])
+def test_links_out_of_a_job_are_not_followed(tmp_path, name):
+    job(tmp_path / "sweep/0", "seed=1", top1=90.0)
+    job(tmp_path / "sweep/1", "seed=2", top1=90.0)
+    outside = tmp_path / "outside"
+    outside.write_text('{"top1": 12.5, "overrides": ["a=12.5"], "a=12.5": 0}')
+    path = tmp_path / "sweep/1" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+    publish(tmp_path / "sweep", report=True)
+    assert "12.5" not in (tmp_path / "sweep/sweep.csv").read_text()
+
+
 def test_nothing_in_a_sweep_is_taken_for_markup(tmp_path):
     job(tmp_path / "0", f"ckpt={HOSTILE}", top1=90.0)
     job(tmp_path / "1", "ckpt=b", top1=None, error=HOSTILE)

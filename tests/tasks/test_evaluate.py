@@ -15,6 +15,7 @@ from qat.tasks import build
 from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 from tests.data.files import write_image
+from tests.tiny import quantized
 
 DIGITS = {
     "image_size": 8,
@@ -114,6 +115,20 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
         == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
     )
     assert results(tmp_path)["weights"] == str(last(run_4bit))
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/usr/..", "{home}/..", "link"])
+def test_a_file_does_not_name_all_folders_of_a_machine(tmp_path, refused, monkeypatch, root):
+    monkeypatch.setenv("HOME", str(tmp_path / "users/me"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users/me").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("/")
+    stored = {"_target_": "qat.data.HfParquet", **DIGITS, "root": root.format(home="users/me")}
+    qat.save(quantized(), tmp_path / "x.ckpt", data=stored)
+    line = refused("evaluate", compose("eval", "ckpt=x.ckpt", f"run_dir={tmp_path}/e"))
+    assert "must be the folder of a dataset; set data.root=FOLDER" in line
+    other = compose("eval", "ckpt=x.ckpt", "data.root=users", f"run_dir={tmp_path}/e")
+    assert "data.root='users'" in refused("evaluate", other)
 
 
 def test_the_stored_data_with_another_root(tmp_path):

@@ -5,7 +5,8 @@ import torch
 
 import qat
 from qat.tasks.export import NAMES, export
-from qat.tasks.ptq import ptq
+from qat.tasks.ptq import _settings_to_resume, ptq
+from qat.utils.files import write_torch
 from tests.conftest import compose, evaluate, results
 from tests.tasks.test_evaluate import last
 
@@ -70,6 +71,8 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     after = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [m for m in caplog.messages if m.startswith("resume: ")] == []
+    # The states hold the settings: nothing depends on this file.
+    (tmp_path / "q/config.yaml").write_text("ptq: [")
     quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
     with pytest.raises(
@@ -77,6 +80,17 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
         match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method",
     ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
+
+
+@pytest.mark.parametrize("text", ["ptq: [", "- 1", "\0", "a: ${b}", "a: {", None])
+def test_a_state_without_settings_beside_a_damaged_config(tmp_path, text):
+    write_torch(tmp_path / "search.ckpt", {"settings": {}, "inputs": "", "rows": [], "state": {}})
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(qat.UsageError, match=r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
+        _settings_to_resume(tmp_path / "search.ckpt")
+    (tmp_path / "config.yaml").write_text("ptq: {method: calibrate}")
+    assert _settings_to_resume(tmp_path / "search.ckpt") == {"ptq": {"method": "calibrate"}}
 
 
 def test_what_cannot_work_is_one_line(tmp_path, float_run):

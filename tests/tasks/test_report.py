@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 
+import qat
 from qat.tasks import report
 from qat.tasks.report import remake
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results, train
 from tests.report.pages import read
+from tests.tiny import quantized
 
 SMALL = ("data.calibration_images=20", "ptq.batch=20")
 
@@ -116,6 +118,36 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
     assert {path.name for path in run.iterdir()} - before == {"report.html", "analysis"}
     assert "blocks.0.mlp.fc1" in page(run).text
     assert ("The run has not ended." in page(run).text) != is_finished
+
+
+@pytest.mark.parametrize("preset", ["fp", "lsq"])
+def test_a_model_saved_in_python_without_data_has_a_page(tmp_path, preset):
+    run = tmp_path / "run"
+    qat.save(quantized(preset), run / "best.ckpt")
+    (run / "results.json").write_text("{}")
+    remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    assert (run / "analysis/cost.csv").exists()
+    page(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("results.json", '{"top1": "x"}'),
+        ("results.json", f'{{"seed": 1{"0" * 400}}}'),
+        ("results.json", '{"recipe": 7}'),
+        ("command.json", '{"overrides": 7}'),
+        ("metrics.csv", "step\n1,2\n"),
+        ("quantized.ckpt", "x"),
+    ],
+)
+def test_a_damaged_file_in_a_directory_is_one_line(tmp_path, refused, file, text):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    (run / file).write_text(text)
+    line = refused("analyze", compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    assert "must hold files as a run writes them" in line or file in line
 
 
 def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):

@@ -1,13 +1,14 @@
 """`results.json`. Oracle: its keys and values in a strict JSON parser."""
 
 import json
+import subprocess
 
 import pytest
 from omegaconf import OmegaConf
 
 import qat
 from qat.model.cost import Cost
-from qat.tasks.results import measured, recipe_fields, write_results
+from qat.tasks.results import _git_commit, measured, recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
@@ -39,6 +40,30 @@ def test_a_recipe_is_named_as_its_config(name, knobs, quant):
     fields = recipe_fields(recipe)
     assert fields["quant"] == quant
     assert qat.QuantRecipe(**json.loads(json.dumps(fields["recipe"]))) == recipe
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("place", [".venv/lib/python3.11/site-packages", "", "lib"])
+def test_the_commit_is_never_that_of_the_project_around(tmp_path, monkeypatch, place):
+    own = tmp_path / "own"
+    theirs = tmp_path / "theirs"
+    for folder, name in ((own, "vit-qat"), (theirs, "photos")):
+        folder.mkdir()
+        git(folder, "init", "-q")
+        (folder / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n')
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "a")
+    (theirs / place).mkdir(parents=True, exist_ok=True)
+    commit = git(own, "rev-parse", "HEAD")
+    for variable in ("QAT_NOTHING", "GIT_DIR"):  # the second as git sets it for a hook
+        monkeypatch.setenv(variable, str(theirs / ".git"))
+        assert _git_commit(own) == commit
+        assert _git_commit(theirs / place) is None
 
 
 def test_of_five_classes_or_fewer_all_are_among_the_five_likeliest():

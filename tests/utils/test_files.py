@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import csv
+import io
 import json
 import math
 import os
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 from qat.utils.files import (
+    csv_lines,
+    csv_text,
     damage_of,
     json_text,
     read_torch,
@@ -210,6 +214,23 @@ def test_what_checkpoints_hold_is_read(tmp_path, legacy):
     with torch.serialization.safe_globals([argparse.Namespace]):
         found = read_torch(tmp_path / "x.ckpt")
     assert str(found) == str(content)
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        *((f"{mark}1+1|x", f"'{mark}1+1|x") for mark in "=+-@\uff1d\uff0b\uff0d\uff20"),
+        ("  =1", "'  =1"),
+        *((number, number) for number in ("-0.5", "+1e-3", "-inf", "cat", "–", "a=1", "")),
+        ("a\nb\t\x1b", r"a\x0ab\x09\x1b"),
+        ("\n=1", r"\x0a=1"),
+        (-0.5, "-0.5"),
+    ],
+)
+def test_a_cell_of_a_table_is_no_formula_and_takes_one_line(cell, written):
+    (row,) = csv.reader(io.StringIO(csv_text([{"=x": cell}])).readlines()[1:])
+    assert row == ([written] if written else [""])
+    assert csv_lines([["=x"]]) == "'=x\n"
 
 
 @pytest.mark.parametrize(
