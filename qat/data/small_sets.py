@@ -20,6 +20,7 @@ class Digits(ImageData):
     """1,797 handwritten digits of 8 x 8 grey pixels, part of scikit-learn: 70 % train, 10 % val, 20 % test; always the same images."""
 
     CLASSES = "0123456789"
+    UNREAD = ("root", "on_error", "memory_mb", "image_column", "label_column", "model")
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
@@ -52,6 +53,7 @@ class FashionMnist(ImageData):
         "Bag",
         "Ankle boot",
     )
+    UNREAD = ("on_error", "memory_mb", "image_column", "label_column", "model")
     DATASET: ClassVar[Any] = datasets.FashionMNIST
     LAYOUT = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
@@ -98,6 +100,7 @@ class Cifar10(FashionMnist):
         "ship",
         "truck",
     )
+    UNREAD = ("memory_mb", "model")
     DATASET = datasets.CIFAR10
     LAYOUT = "train*.parquet and test*.parquet, or cifar-10-batches-py"
 

@@ -31,6 +31,7 @@ from qat.model.start import (
 from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
+from qat.tasks.checks import check_unread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,13 +85,15 @@ def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
     Raises:
-        UsageError: it is not an `ImageData`.
+        UsageError: it is not an `ImageData`, or ignores a setting that was changed.
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
         raise UsageError(
             f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
         )
+    # Predictions decode images of any dataset by `on_error`.
+    check_unread(data, [] if cfg.get("predict") is None else ["on_error"])
     return data
 
 
