@@ -16,6 +16,7 @@ from qat.utils.validate import (
     check_bool,
     check_choice,
     check_text,
+    unknown,
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
@@ -404,12 +405,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str, **knobs: Any) -> QuantRecipe:
+# Presets with their bits, by the names that `quant=` has for them.
+CHOICES: dict[str, tuple[str, dict[str, int]]] = {
+    f"{preset}_{bits}bit": (preset, {"bits": bits})
+    for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
+    for bits in (2, 3, 4)
+} | {
+    "minmax_4bit": ("minmax", {"bits": 4}),
+    "minmax_8bit": ("minmax", {"bits": 8}),
+    "mxfp4_w4a4": ("mxfp4", {}),
+    "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
+    "nvfp4_w4a4": ("nvfp4", {}),
+}
+# Knobs, and what they are called elsewhere.
+ALIASES = {
+    "bits": "wbits w_bits weight_bits nbits n_bits",
+    "act_bits": "abits a_bits activation_bits",
+}
+
+
+def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4,
-            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4).
+            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
         knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
 
     Raises:
@@ -419,9 +439,19 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     Examples:
         >>> recipe("ofq", bits=2).act_bits
         2
+        >>> recipe("seq_2bit") == recipe("seq", bits=2)
+        True
     """
-    check_choice("recipe", name, tuple(PRESETS))
-    own, given = PRESETS[name].get("overrides", {}), knobs.get("overrides")
+    known = [knob.name for knob in dataclasses.fields(QuantRecipe)]
+    ours = {other: knob for knob, others in ALIASES.items() for other in others.split()}
+    for knob, value in knobs.items():
+        if knob in ours:
+            raise TypeError(f"recipe: {knob}={value!r}: must be {ours[knob]}={value!r}")
+        if knob not in known:
+            raise TypeError(f"recipe: {unknown(knob, knob, known)}")
+    check_choice("recipe", name, (*PRESETS, *CHOICES))
+    preset, widths = CHOICES.get(str(name), (str(name), {}))
+    own, given = PRESETS[preset].get("overrides", {}), knobs.get("overrides")
     if isinstance(given, Mapping | None):
         knobs["overrides"] = {**own, **(given or {})}
-    return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})
+    return QuantRecipe(**{"name": preset, **PRESETS[preset], **widths, **knobs})

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import timm.data
 import torch
-from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.checkpoint import data_of
-from qat.model.convert import conversion_of
+from qat.model.convert import conversion_of, own_input_size
 
 if TYPE_CHECKING:
     from qat.data.image_transform import AnyImage
@@ -47,8 +46,7 @@ def _by_timm(net: nn.Module) -> dict[str, Any]:
             "transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings"
         )
     done = conversion_of(net)
-    chans, height, width = done.input_size if done else get_model_input_config(net)["input_size"]
-    chans = get_model_args(net).get("in_chans", chans)
+    chans, height, width = done.input_size if done else own_input_size(net)
     if height != width:
         raise UsageError(
             f"transform: the model takes images of {height} x {width} pixels; must be square"
