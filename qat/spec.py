@@ -24,6 +24,7 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
+WEIGHT_QUANTIZERS = (*QUANTIZERS, "dorefa")
 OFFSETS = ("none", "before", "both")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -36,22 +37,22 @@ _CHOICES = {
 }
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
-_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", *BLOCK_FLOATS)}
+_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS)}
 # The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
-def check_quantizer(setting: str, name: object) -> None:
-    """Raise `UsageError` unless `name` is a built-in quantizer or has the form `package.module:Class`."""
+def check_quantizer(setting: str, name: object, allowed: Sequence[str] = QUANTIZERS) -> None:
+    """Raise `UsageError` unless `name` is one of `allowed` or has the form `package.module:Class`."""
     if (
         isinstance(name, str)
         and name.count(":") == 1
         and all(part.isidentifier() for part in name.replace(":", ".").split("."))
     ):
         return
-    if name not in QUANTIZERS:
+    if name not in allowed:
         raise UsageError(
-            f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class"
+            f"{setting}={name!r}: must be one of {', '.join(allowed)} or package.module:Class"
         )
 
 
@@ -135,7 +136,7 @@ class QuantRecipe:
         act_bits: width of the activations in blocks; None = `bits`.
         attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its Linears are quantized).
         qk_bias: under QKR, `drop` the query bias as the paper's code does, or `fold` it exactly into a per-key score.
-        weight_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
+        weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
         stem_bits: weights and input of the first convolution.
         head_bits: weights and input of the classifier(s).
@@ -187,7 +188,7 @@ class QuantRecipe:
         self._settle_rule_bits()
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
-        check_quantizer("quant.weight_quantizer", self.weight_quantizer)
+        check_quantizer("quant.weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
         check_quantizer("quant.act_quantizer", self.act_quantizer)
         changed = [
             knob
@@ -277,7 +278,9 @@ class QuantRecipe:
         )
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
-        axis = summed_axis(role) if name in BLOCK_FLOATS else 0
+        axis: int | None = summed_axis(role) if name in BLOCK_FLOATS else 0
+        if name == "dorefa":  # its range is that of the whole weight
+            axis = None
         return QuantSpec(
             role,
             _WEIGHT_VARIANT.get(name, name),
