@@ -232,7 +232,7 @@ def quantize(
     notes = [f"re-initialised, as in the paper's code: {', '.join(redrawn)}"] if redrawn else []
     copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
     batches = data.calibration_batches(min(data.settings.batch_size * processes, CALIBRATION_BATCH))
-    initialize_scales(start.net, batches)
+    initialize_scales(start.net, batches, max_images=data.settings.calibration_images)
     assert_ready(start.net)
     if copied and not missing:
         return [*notes, f"scales of all {len(copied)} quantizers copied"]
