@@ -19,6 +19,7 @@ from qat.utils.validate import (
     check_bool,
     check_choice,
     check_text,
+    unknown,
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
@@ -26,6 +27,7 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
+WEIGHT_QUANTIZERS = (*QUANTIZERS, "dorefa")
 OFFSETS = ("none", "before", "both")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -38,20 +40,20 @@ _CHOICES = {
 }
 
 # Stem and heads have learned 8-bit step sizes in OFQ (section 3 of the paper).
-_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", *BLOCK_FLOATS)}
+_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS)}
 # The range of a weight is computed in every forward pass; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
-def check_quantizer(setting: str, name: object) -> None:
-    """Raise `UsageError` unless `name` is a built-in quantizer or `package.module:Class`."""
-    if name in QUANTIZERS:
+def check_quantizer(setting: str, name: object, allowed: Sequence[str] = QUANTIZERS) -> None:
+    """Raise `UsageError` unless `name` is one of `allowed` or `package.module:Class`."""
+    if name in allowed:
         return
     parts = name.replace(":", ".").split(".") if isinstance(name, str) else []
     if str(name).count(":") == 1 and parts and all(part.isidentifier() for part in parts):
         return
     raise UsageError(
-        f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class"
+        f"{setting}={name!r}: must be one of {', '.join(allowed)} or package.module:Class"
     )
 
 
@@ -148,7 +150,7 @@ class QuantRecipe:
             layers are quantized).
         qk_bias: with QKR, `drop` the query bias as the paper's code does, or `fold` it exactly
             into a score per key.
-        weight_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
+        weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
         stem_bits: weights and input of the first convolution.
         head_bits: weights and input of the classifier(s).
@@ -203,7 +205,7 @@ class QuantRecipe:
         self._settle_rule_bits()
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
-        check_quantizer("quant.weight_quantizer", self.weight_quantizer)
+        check_quantizer("quant.weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
         check_quantizer("quant.act_quantizer", self.act_quantizer)
         self._check_unchanged_if_float()
         all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
@@ -296,7 +298,9 @@ class QuantRecipe:
             name = _OUTSIDE_BLOCKS.get(name, name)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
-        axis = summed_axis(role) if name in BLOCK_FLOATS else 0
+        axis: int | None = summed_axis(role) if name in BLOCK_FLOATS else 0
+        if name == "dorefa":  # its range is that of the whole weight
+            axis = None
         return QuantSpec(
             role,
             _WEIGHT_VARIANT.get(name, name),
@@ -429,12 +433,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str, **knobs: Any) -> QuantRecipe:
+# Presets with their bits, by the names that `quant=` has for them.
+CHOICES: dict[str, tuple[str, dict[str, int]]] = {
+    f"{preset}_{bits}bit": (preset, {"bits": bits})
+    for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
+    for bits in (2, 3, 4)
+} | {
+    "minmax_4bit": ("minmax", {"bits": 4}),
+    "minmax_8bit": ("minmax", {"bits": 8}),
+    "mxfp4_w4a4": ("mxfp4", {}),
+    "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
+    "nvfp4_w4a4": ("nvfp4", {}),
+}
+# Knobs, and what they are called elsewhere.
+ALIASES = {
+    "bits": "wbits w_bits weight_bits nbits n_bits",
+    "act_bits": "abits a_bits activation_bits",
+}
+
+
+def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4,
-            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4).
+            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
         knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
 
     Raises:
@@ -444,9 +467,19 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     Examples:
         >>> recipe("ofq", bits=2).act_bits
         2
+        >>> recipe("seq_2bit") == recipe("seq", bits=2)
+        True
     """
-    check_choice("recipe", name, tuple(PRESETS))
-    own, given = PRESETS[name].get("overrides", {}), knobs.get("overrides")
+    known = [knob.name for knob in dataclasses.fields(QuantRecipe)]
+    ours = {other: knob for knob, others in ALIASES.items() for other in others.split()}
+    for knob, value in knobs.items():
+        if knob in ours:
+            raise TypeError(f"recipe: {knob}={value!r}: must be {ours[knob]}={value!r}")
+        if knob not in known:
+            raise TypeError(f"recipe: {unknown(knob, knob, known)}")
+    check_choice("recipe", name, (*PRESETS, *CHOICES))
+    preset, widths = CHOICES.get(str(name), (str(name), {}))
+    own, given = PRESETS[preset].get("overrides", {}), knobs.get("overrides")
     if isinstance(given, Mapping | None):
         knobs["overrides"] = {**own, **(given or {})}
-    return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})
+    return QuantRecipe(**{"name": preset, **PRESETS[preset], **widths, **knobs})

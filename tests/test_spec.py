@@ -1,10 +1,12 @@
 """Specs and recipes. Oracle: the table of the paper's settings, and one message per wrong knob."""
 
 import pytest
+from omegaconf import OmegaConf
 
 import qat
 from qat.model.ptq_spec import recipe_from
-from qat.spec import PRESETS, QuantSpec, recipe
+from qat.spec import PRESETS, QuantRecipe, QuantSpec, recipe
+from qat.tasks.conf import CONF, options
 from qat.utils.validate import FLOAT_BITS
 
 WRONG_KNOBS = [
@@ -13,7 +15,7 @@ WRONG_KNOBS = [
     ({"attention": "linear"}, "quant.attention='linear': must be one of qkr, standard, float"),
     (
         {"weight_quantizer": "lsqq"},
-        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, nvfp4, float or package.module:Class",
+        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, nvfp4, float, dorefa or package.module:Class",
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
@@ -42,6 +44,36 @@ def test_wrong_knobs_are_named(knobs, message):
     with pytest.raises(qat.UsageError, match=message) as caught:
         recipe("ofq", **knobs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", options("quant"))
+def test_the_choices_of_quant_are_names_of_recipes(name):
+    knobs = OmegaConf.to_container(OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+    assert recipe(name) == QuantRecipe(**knobs)
+    if name != "fp":
+        assert recipe(name, bits=4, act_bits=4).bits == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "line"),
+    [
+        ("seq", {"wbits": 2}, "recipe: wbits=2: must be bits=2"),
+        (None, {"wbits": 2}, "recipe: wbits=2: must be bits=2"),
+        ("seq_2bit", {"abits": 8}, "recipe: abits=8: must be act_bits=8"),
+        ("ofq", {"stembits": 8}, "recipe: stembits: unknown; closest: stem_bits, bits, act_bits"),
+    ],
+)
+def test_knobs_that_there_are_not(name, knobs, line):
+    with pytest.raises(TypeError, match=f"^{line}$"):
+        recipe(name, **knobs)
+
+
+@pytest.mark.parametrize("name", [None, "seq_5bit"])
+def test_names_that_there_are_not(name):
+    with pytest.raises(
+        qat.UsageError, match=rf"^recipe={name!r}: must be one of .*seq, .*seq_2bit"
+    ):
+        recipe(name)
 
 
 def test_presets():

@@ -92,10 +92,12 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
         "kurtosis": float(kurtosis(weight)),
     }
     if quantizer is not None:
-        error = weight - quantizer(weight).float()
+        grid = quantizer.grid(weight)
+        rounded = weight if grid is None else grid.shift(weight)
+        error = rounded - quantizer(weight).float()
         row |= use_of_codes(quantizer, weight)
-        row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
-        if (grid := quantizer.grid(weight)) is not None:
+        row["SNR (dB)"] = 10 * float((rounded.square().sum() / error.square().sum()).log10())
+        if grid is not None:
             row["near a threshold, %"] = 100 * float(
                 grid.near_threshold(weight, BOUNDARY).float().mean()
             )

@@ -22,7 +22,7 @@ from qat.functional.oscillation import (
 )
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import UniformGrid
+from qat.quantizers import SquashedGrid, UniformGrid
 from qat.utils.files import csv_text, write_text
 from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
 
@@ -238,10 +238,11 @@ class IterativeFreezing(Callback):
         found = (
             site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS
         )
+        grids = [(site, site.quantizer.grid(site.latent().detach())) for site in found]
         self._sites = [
             site
-            for site in found
-            if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)
+            for site, grid in grids
+            if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid)
         ]
         if not self._sites:
             raise UsageError(

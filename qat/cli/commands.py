@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import qat
-from qat.cli import sweep
+from qat.cli import catalog, sweep
 from qat.cli.corrections import correction, refuse_flags
 from qat.cli.mistakes import line_of
 from qat.errors import UsageError
@@ -50,6 +50,8 @@ COMMANDS = {
     "ptq": "quantize a float model without training",
     "analyze": "analyse a checkpoint",
     "export": "a file to deploy",
+    "models": "the choices of model=",
+    "recipes": "the choices of quant= and ptq=",
     "version": "versions of what is installed",
 }
 # Settings whose values are paths, written as in a shell: whole names, and last parts of names.
@@ -86,6 +88,9 @@ def main() -> int:
         for command, description in COMMANDS.items():
             sys.stdout.write(f"  qat {command:<9}{description}\n")
         sys.stdout.write("qat COMMAND --help lists groups and settings.\n")
+    elif name in {"models", "recipes"}:
+        lines = catalog.models() if name == "models" else catalog.recipes()
+        sys.stdout.write("\n".join(lines) + "\n")
     elif name in {"version", "--version"}:
         versions = [f"vit-qat {qat.__version__}"]
         for library in ("torch", "timm", "lightning"):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hydra._internal.utils import get_args_parser
 
 from qat.errors import UsageError
+from qat.spec import ALIASES
 from qat.tasks.conf import options
 
 # Our setting, and what it is called elsewhere, at the top or in its own group.
@@ -24,8 +25,7 @@ NAMES = {
     "model.pretrained": "pretrained",
     "optimizer.lr": "lr learning_rate",
     "optimizer.weight_decay": "wd weight_decay",
-    "quant.act_bits": "abits a_bits act_bits activation_bits",
-    "quant.bits": "bits wbits w_bits weight_bits",
+    **{f"quant.{knob}": f"{knob} {names}" for knob, names in ALIASES.items()},
     "trainer.devices": "gpus devices num_gpus",
     "trainer.max_epochs": "epochs num_epochs n_epochs max_epochs",
     "trainer.precision": "precision dtype",

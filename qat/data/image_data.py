@@ -102,6 +102,8 @@ class ImageData(LightningDataModule, ABC):
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
+    # Settings that the dataset never reads.
+    UNREAD: ClassVar[Sequence[str]] = ()
     SETTINGS: ClassVar[type[DataSettings]] = DataSettings
 
     def __init__(self, **settings: Any) -> None:

@@ -62,6 +62,8 @@ class ImageFolder(EncodedImageData):
     evaluated. Without train a net can be evaluated if another split has a folder for every class.
     """
 
+    UNREAD = ("image_column", "label_column")
+
     def encoded(self) -> dict[str, EncodedImages]:
         """All existing splits.
 

@@ -24,6 +24,7 @@ class Digits(ImageData):
     """
 
     CLASSES = "0123456789"
+    UNREAD = ("root", "on_error", "memory_mb", "image_column", "label_column", "model")
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
@@ -60,6 +61,7 @@ class FashionMnist(ImageData):
         "Bag",
         "Ankle boot",
     )
+    UNREAD = ("on_error", "memory_mb", "image_column", "label_column", "model")
     DATASET: ClassVar[Any] = datasets.FashionMNIST
     LAYOUT = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
@@ -107,6 +109,7 @@ class Cifar10(FashionMnist):
         "ship",
         "truck",
     )
+    UNREAD = ("memory_mb", "model")
     DATASET = datasets.CIFAR10
     LAYOUT = "train*.parquet and test*.parquet, or cifar-10-batches-py"
 

@@ -44,6 +44,12 @@ class TimmSettings(DataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bool("data.download", self.download)
+        for column in ("image_column", "label_column"):
+            value = getattr(self, column)
+            if value is not None and not str(self.name).startswith("hfds/"):
+                raise UsageError(
+                    f"data.{column}={value!r}: data=timm reads it only with data.name=hfds/NAME"
+                )
         if self.train_split is self.val_split is self.test_split is None:
             raise UsageError(
                 "data.train_split, data.val_split and data.test_split are null: "

@@ -12,6 +12,12 @@ from torch import Tensor
 from qat.utils.validate import check_bits, check_number
 
 
+def squash(w: Tensor) -> Tensor:
+    """Tanh w / max |tanh w|, from -1 to 1: float32, the shape of `w`. Zeros stay zeros."""
+    squashed = w.float().tanh()
+    return squashed / squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 @torch.no_grad()
 def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
     """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, q rounds to multiples of 1 / ((2^bits - 1) ratio).
@@ -33,8 +39,6 @@ def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
     """
     check_bits("bits", bits)
     check_number("ratio", ratio, 0, above=True)
-    squashed = w.float().tanh()
-    largest = squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     scale = (2**bits - 1) * ratio
-    codes = ((squashed / (2 * largest) + 0.5) * scale).round()
+    codes = ((squash(w) / 2 + 0.5) * scale).round()
     return (2 * codes / scale - 1).to(w.dtype)

@@ -15,7 +15,7 @@ from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
 from qat.model.convert import stem_and_heads
 from qat.model.sites import iter_quantizers
-from qat.quantizers import UniformGrid
+from qat.quantizers import SquashedGrid, UniformGrid
 from qat.utils.validate import check_int, check_number
 
 
@@ -117,7 +117,7 @@ class Dampening(LossTerm):
                 continue
             weight = site.latent().float()
             grid = site.quantizer.grid(weight.detach())
-            if isinstance(grid, UniformGrid):
+            if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid):
                 clipped = weight.clamp(*grid.ends(weight.ndim))
                 # Detached: the step size gets no gradient.
                 quantized = site.quantizer(weight).detach()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
+from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -60,7 +61,25 @@ def conversion_of(net: nn.Module) -> Conversion | None:
     return getattr(net, "qat_conversion", None)
 
 
-def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
+def own_input_size(net: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images of a timm model, or of the first one inside a module.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for module in net.modules():
+        if getattr(module, "pretrained_cfg", None):
+            channels, height, width = get_model_input_config(module)["input_size"]
+            return get_model_args(module).get("in_chans", channels), height, width
+    raise UsageError(
+        "convert.input_size=None: must be (channels, height, width) of the images; "
+        "the model is not one of timm's, which know it"
+    )
+
+
+def convert(
+    net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int] | None = None
+) -> nn.Module:
     """Quantize a timm net in place. All weights are kept; scales exist in their final shape, NaN until initialised.
 
     Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`. Warns where more
@@ -69,7 +88,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     Args:
         net: a timm model, also one with `features_only=True`, or any module with Linears; in float.
         recipe: `qat.recipe(...)`; `fp` leaves the net untouched.
-        input_size: (channels, height, width) of its images.
+        input_size: (channels, height, width) of its images; None = as timm has it for the model.
 
     Returns:
         `net` itself.
@@ -113,6 +132,8 @@ def apply_recipe(
         )
     if not isinstance(recipe, QuantRecipe):
         raise UsageError(f"convert: recipe={recipe!r}: must be what qat.recipe(...) gives")
+    if input_size is None:
+        input_size = own_input_size(net)
     check_images("convert", {"input_size": input_size})
     size: tuple[int, int, int] = tuple(input_size)  # type: ignore[assignment]
     if recipe.name == "fp":

@@ -38,6 +38,9 @@ class ConversionReport:
     rows: tuple[ReportRow, ...]
     stays_float: tuple[tuple[str, str], ...]
 
+    def __str__(self) -> str:
+        return self.to_text()
+
     def to_text(self) -> str:
         """The report as a plain table."""
         table = [ReportRow._fields, *(tuple(map(str, row)) for row in self.rows)]

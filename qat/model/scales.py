@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
 from qat.quantizers import Affine, Quantizer
 from qat.utils.probing import images_of, probing, unset_scales_allowed
+from qat.utils.validate import check_int
+
+log = logging.getLogger(__name__)
+LOG_EVERY_S = 10
 
 
 def is_ready(quantizer: Quantizer) -> bool:
@@ -91,7 +97,52 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
         assert_ready(net)
 
 
-def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
+class _Progress:
+    """Says every ten seconds how far the search for scales is."""
+
+    def __init__(self, quantizers: int) -> None:
+        self.quantizers = quantizers
+        self.images = 0
+        self.calibrated = 0
+        self.began = self.last = time.monotonic()
+
+    def begin_batch(self, images: int) -> None:
+        """Count a batch of so many images."""
+        self.images += images
+        self.calibrated = 0
+
+    def calibrate(self, state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
+        """Fold one input into the scales of a quantizer; a forward pre-hook once `state` is given."""
+        quantizer.calibrate(args[0], state)
+        self.calibrated += 1
+        now = time.monotonic()
+        if now - self.last < LOG_EVERY_S:
+            return
+        self.last = now
+        # A warning, because Python shows no lower level unless it is asked to.
+        log.warning(
+            "initialize_scales: %.0f s, %d images, %d of %d quantizers",
+            now - self.began,
+            self.images,
+            self.calibrated,
+            self.quantizers,
+        )
+
+
+def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
+    """Images of each batch, `max_images` in all; no batch is read after these."""
+    left = max_images
+    for batch in batches:
+        images = images_of(batch, net)[:left]
+        left -= len(images)
+        yield images
+        if not left:
+            return
+
+
+def initialize_scales(
+    net: nn.Module, batches: Iterable[Any], *, max_images: int = 256
+) -> nn.Module:
     """Set every scale that is still NaN, each quantizer seeing its input as the quantizers before it leave it.
 
     Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
@@ -100,6 +151,7 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Args:
         net: a converted net; runs in eval mode, its mode is restored.
         batches: images (B, C, H, W) each, or what a loader gives, (images, labels); moved to the net's device.
+        max_images: images that are used at most, the first ones.
 
     Returns:
         `net` itself.
@@ -110,24 +162,23 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
+    check_int("max_images", max_images, 1)
     unset = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
+    progress = _Progress(len(pending))
     try:
         with probing(
             net,
             [
-                quantizer.register_forward_pre_hook(functools.partial(_calibrate, {}))
+                quantizer.register_forward_pre_hook(functools.partial(progress.calibrate, {}))
                 for quantizer in pending
             ],
         ):
-            for batch in batches:
-                net(images_of(batch, net))
+            for images in _first_images(batches, net, max_images):
+                progress.begin_batch(len(images))
+                net(images)
             assert_ready(net)
     except BaseException:  # scales of some batches would look like those of all
         for quantizer, state in zip(pending, unset, strict=True):
             quantizer.load_state_dict(state)
         raise
     return net
-
-
-def _calibrate(state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
-    quantizer.calibrate(args[0], state)

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import timm.data
 import torch
-from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.convert import conversion_of
+from qat.model.convert import conversion_of, own_input_size
 from qat.model.metadata import data_of
 
 if TYPE_CHECKING:
@@ -53,12 +52,8 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
             "qat.save(model, path, data={...}) stores the settings"
         )
     conversion = conversion_of(net)
-    if conversion is None:
-        input_size = get_model_input_config(net)["input_size"]
-    else:
-        input_size = conversion.input_size
+    input_size = own_input_size(net) if conversion is None else conversion.input_size
     channels, height, width = input_size
-    channels = get_model_args(net).get("in_chans", channels)
     if height != width:
         raise UsageError(
             f"transform: the model takes images of {height} x {width} pixels; must be square"

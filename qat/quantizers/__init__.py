@@ -2,6 +2,7 @@
 
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.block_floats import BlockFloat, FloatGrid
+from qat.quantizers.dorefa import DoReFa, SquashedGrid
 from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
@@ -18,6 +19,7 @@ __all__ = [
     "Affine",
     "AutoSignLSQ",
     "BlockFloat",
+    "DoReFa",
     "DynamicMinMax",
     "Float",
     "FloatGrid",
@@ -26,6 +28,7 @@ __all__ = [
     "MinMax",
     "Quantizer",
     "Shifted",
+    "SquashedGrid",
     "StatsQ",
     "StatsQRMS",
     "UniformGrid",

@@ -31,6 +31,7 @@ from qat.model.start import (
 from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
+from qat.tasks.checks import check_unread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,13 +86,15 @@ def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
     Raises:
-        UsageError: it is not an `ImageData`.
+        UsageError: it is not an `ImageData`, or ignores a setting that was changed.
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
         raise UsageError(
             f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
         )
+    # Predictions decode images of any dataset by `on_error`.
+    check_unread(data, [] if cfg.get("predict") is None else ["on_error"])
     return data
 
 
@@ -234,7 +237,7 @@ def quantize(
         copied, missing = copy_scales(start.source, start.net)
     batch_size = min(data.settings.batch_size * processes, CALIBRATION_BATCH)
     batches = data.calibration_batches(batch_size)
-    initialize_scales(start.net, batches)
+    initialize_scales(start.net, batches, max_images=data.settings.calibration_images)
     assert_ready(start.net)
     if copied and not missing:
         return [*notes, f"scales of all {len(copied)} quantizers copied"]

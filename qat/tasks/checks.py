@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.data import ImageData
+import qat.data
+from qat.data import DataSettings, ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.lit.strategies import SHARDED
@@ -19,6 +20,7 @@ from qat.losses import CompositeLoss
 from qat.model.convert import check_input
 from qat.model.metadata import classes_of
 from qat.spec import QuantRecipe
+from qat.tasks.conf import CONF, options
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,14 @@ NUMBERS = (
 )
 NOT_ZERO = ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
+# Datasets by the names that configs and checkpoints have for them.
+DATASETS: dict[str, type[ImageData]] = {
+    f"qat.data.{name}": kind
+    for name, kind in vars(qat.data).items()
+    if isinstance(kind, type) and issubclass(kind, ImageData)
+}
+# The choices of `data=` to name first.
+COMMON_DATA = ("imagefolder", "hf_parquet")
 # Callbacks that change the length of the training, or need another module: what to use instead.
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
@@ -164,6 +174,36 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
         )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", difference)
+
+
+def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
+    """Check that no setting was changed that the dataset ignores.
+
+    Args:
+        data: one of a user's own class is not checked.
+        read_elsewhere: names of settings that the command itself reads.
+
+    Raises:
+        UsageError: the first of these settings; names the choices of `data=` that read it.
+    """
+    targets = {
+        group: OmegaConf.load(CONF / "data" / f"{group}.yaml")["_target_"]
+        for group in options("data")
+    }
+    groups = {group: DATASETS[target] for group, target in targets.items()}
+    own = next((group for group, kind in groups.items() if kind is type(data)), None)
+    unread = [] if own is None else [name for name in data.UNREAD if name not in read_elsewhere]
+    for name in unread:
+        value = getattr(data.settings, name)
+        if value == getattr(DataSettings, name):
+            continue
+        readers = [group for group, kind in groups.items() if name not in kind.UNREAD]
+        first = next(group for group in COMMON_DATA if group in readers)
+        others = ", ".join(group for group in readers if group != first)
+        raise UsageError(
+            f"data.{name}={value!r}: data={own} reads no data.{name}; "
+            f"data={first} does, as do {others}"
+        )
 
 
 def check_sharding(cfg: DictConfig, name: str, part: object) -> None:

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-import qat.data
 from qat import kernels
 from qat.data import ImageData
 from qat.data.settings import DataSettings
@@ -33,7 +32,7 @@ from qat.model.storage import build_from
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_classes, check_classifier, check_patches, check_trainer
+from qat.tasks.checks import DATASETS, check_classes, check_classifier, check_patches, check_trainer
 from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import report_run
@@ -191,7 +190,9 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         cfg.get("predict") is not None,
     )
     if "_target_" in wanted:
-        if meta and "model" in cfg.data and cfg.data.model is None:
+        kind = DATASETS.get(wanted["_target_"], ImageData)
+        reads_model = "model" in cfg.data and "model" not in kind.UNREAD
+        if meta and reads_model and cfg.data.model is None:
             cfg.data.model = meta["model"][
                 "name"
             ]  # photos are cropped and normalised as that model wants them
@@ -219,21 +220,19 @@ def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
         UsageError: it names anything else, or hides a name or an interpolation among the values.
     """
     stored = dict(meta.get("data") or {})
-    ours = {
-        f"qat.data.{name}"
-        for name, kind in vars(qat.data).items()
-        if isinstance(kind, type) and issubclass(kind, ImageData)
-    }
     target, values = (
         stored.get("_target_"),
         [value for key, value in stored.items() if key != "_target_"],
     )
-    if ("_target_" in stored and target not in ours) or any(
+    if ("_target_" in stored and target not in DATASETS) or any(
         mark in repr(values) for mark in ("_target_", "${")
     ):
         raise UsageError(
             f"ckpt={cfg.ckpt!r} was trained on {target!r}, which is not part of qat; choose it with data=..."
         )
+    if target in DATASETS:  # older files may hold what their dataset ignored
+        unread = DATASETS[target].UNREAD
+        stored = {key: value for key, value in stored.items() if key not in unread}
     name = str(stored.get("name"))
     if target != "qat.data.Timm" or not (
         stored.get("download") or name.lower().startswith(DOWNLOADED)

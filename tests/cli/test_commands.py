@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat.cli import commands, corrections, mistakes, sweep
 from qat.errors import UsageError
 from qat.tasks import settings
+from qat.tasks.conf import options
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
 
@@ -393,6 +394,27 @@ def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "line"),
+    [
+        ("models", ["model"], r"model=deit_t +deit_tiny_patch16_224"),
+        ("models", ["model"], r"model=vit_tiny_demo +vit_tiny_patch16_224\. A ViT small enough .*"),
+        ("recipes", ["quant", "ptq"], r"quant=deploy_w4a8 +weights 4 bit lsq, activations 8 bit lsq, .*"),
+        ("recipes", ["quant", "ptq"], r"quant=statsq_2bit +weights 2 bit statsq, activations float, .*"),
+        ("recipes", ["quant", "ptq"], r"ptq=reconstruct_w2a4 +weights 2 .* activations 4 bit affine, .*"),
+        ("recipes", ["quant", "ptq"], r"ptq=keep +No conversion and no calibration: .*"),
+    ],
+)  # fmt: skip
+def test_names_are_listed_with_what_they_are(tmp_path, name, groups, line):
+    code, out = typed("qat", name, cwd=tmp_path)
+    lines = out.splitlines()
+    assert code == 0
+    assert [one.split()[0] for one in lines[:-1]] == [
+        f"{group}={choice}" for group in groups for choice in options(group)
+    ]
+    assert any(re.fullmatch(line, one) for one in lines), out
+
+
 def test_lists_its_commands_and_choices(tmp_path):
     code, out = typed("qat", cwd=tmp_path)
     assert code == 0
@@ -401,7 +423,7 @@ def test_lists_its_commands_and_choices(tmp_path):
     assert (code, out.partition(" ")[0]) == (0, "vit-qat")
     assert typed("qat", "trian", cwd=tmp_path) == (
         1,
-        "error: qat trian: must be one of train, eval, ptq, analyze, export, version\n",
+        "error: qat trian: must be one of train, eval, ptq, analyze, export, models, recipes, version\n",
     )
     code, out = typed("qat", "train", "--help", cwd=tmp_path)
     assert (code, out.splitlines()[0].split(" [")[0]) == (0, "qat train")

@@ -135,6 +135,7 @@ def test_report_lists_every_quantizer_and_what_stays_float():
     assert [(r.module, r.role, r.bits) for r in report.rows] == [
         (s.name.rpartition(".")[0], s.role, s.quantizer.spec.bits) for s in qat.iter_quantizers(net)
     ]
+    assert str(report) == report.to_text()
     row = next(r for r in report.rows if (r.module, r.role) == ("blocks.0.attn", "k"))
     assert (row.quantizer, row.axis, row.scales, row.offsets) == ("lsq", -2, 17 * 2, "none")
     norms = {f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2)} | {"norm"}
@@ -176,6 +177,25 @@ IMAGES_LINE = (
 def test_arguments_of_another_kind(recipe, size, line):
     with pytest.raises(qat.UsageError, match=line):
         qat.convert(vit(), recipe, input_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "size"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 1}, (3, 224, 224)),
+        ("vit_tiny_patch16_224", {"depth": 1, "img_size": (32, 16), "in_chans": 1}, (1, 32, 16)),
+        ("vit_tiny_patch16_224", {"depth": 3, "img_size": 64, "features_only": True}, (3, 64, 64)),
+        ("resnet18", {"in_chans": 1}, (1, 224, 224)),
+    ],
+)
+def test_a_model_of_timm_knows_the_size_of_its_images(name, changes, size):
+    net = qat.convert(timm.create_model(name, **changes), qat.recipe("lsq"))
+    assert conversion_of(net).input_size == size
+
+
+def test_other_models_are_told_the_size_of_their_images():
+    with pytest.raises(qat.UsageError, match=r"^convert\.input_size=None: must be \(channels, "):
+        qat.convert(nn.Sequential(nn.Linear(4, 4)), qat.recipe("lsq"))
 
 
 def test_a_net_without_weights_is_an_error():

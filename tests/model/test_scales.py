@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
+from qat.model import scales
 from qat.model.transfer import copy_scales
 from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit, watched
 
@@ -65,6 +67,34 @@ def test_a_loader_of_images_and_labels_is_taken_as_it_is():
         for batch in (images(), [images(), torch.zeros(len(images()))])
     ]
     assert torch.equal(logits(nets[0]), logits(nets[1]))
+
+
+@pytest.mark.parametrize("most", [8, 10, 16, 100])
+def test_the_first_images_are_enough(most):
+    batches = [images(8, seed) for seed in range(2)]
+    read = iter(batches)
+    net = qat.initialize_scales(converted(), read, max_images=most)
+    first = [batch for batch in (batches[0], batches[1][: max(most - 8, 0)]) if len(batch)]
+    assert torch.equal(logits(net), logits(qat.initialize_scales(converted(), first)))
+    assert len(list(read)) == (most == 8)
+
+
+def test_no_images_are_too_few():
+    with pytest.raises(qat.UsageError, match="^max_images=0: must be an integer of at least 1$"):
+        qat.initialize_scales(converted(), [images()], max_images=0)
+
+
+@pytest.mark.parametrize("every", [0, 10])
+def test_a_long_search_says_how_far_it_is(monkeypatch, caplog, every):
+    monkeypatch.setattr(scales, "LOG_EVERY_S", every)
+    net = converted()
+    total = len(list(qat.iter_quantizers(net)))
+    qat.initialize_scales(net, [images(4), images(4)])
+    said = [record.message for record in caplog.records]
+    assert bool(said) == (every == 0)
+    pattern = r"initialize_scales: \d+ s, (4|8) images, \d+ of \d+ quantizers"
+    assert all(re.fullmatch(pattern, line) for line in said)
+    assert len(said) <= 2 * total
 
 
 def test_scales_that_hold_numbers_stay():

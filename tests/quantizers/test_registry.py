@@ -44,7 +44,7 @@ def test_offsets_wrap():
 def test_unknown_name_lists_what_there_is():
     with pytest.raises(
         qat.UsageError,
-        match="quantizer='lsqq': must be one of affine, float, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4, seq, statsq, statsq_rms or",
+        match="must be one of affine, dorefa, float, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4, seq, statsq, statsq_rms or",
     ):
         build("lsqq")
 

@@ -94,6 +94,19 @@ TRAIN = [
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that holds "),
+    *(
+        (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} reads no data\.{setting}; data={reader} does, as do {others}$")
+        for own, setting, more, reader, others in [
+            ("digits", "root", "", "imagefolder", "cifar10, fashion_mnist, hf_parquet, imagenet, timm"),
+            ("digits", "image_column", "", "hf_parquet", "cifar10, timm"),
+            ("digits", "model", "", "imagefolder", "hf_parquet, imagenet, timm"),
+            ("fashion_mnist", "label_column", " data=fashion_mnist data.root={files}", "hf_parquet", "cifar10, timm"),
+            ("cifar10", "model", " data=cifar10 data.root={files}", "imagefolder", "hf_parquet, imagenet, timm"),
+            ("imagefolder", "image_column", " data=imagefolder data.root={files} data.num_classes=2", "hf_parquet", "cifar10, timm"),
+        ]
+    ),
+    *((f"data.{setting}", rf"data=digits reads no data\.{setting.split('=')[0]}; ") for setting in ("memory_mb=0", "on_error=skip")),
+    ("data=timm data.root={files} data.label_column=x", r"data\.label_column='x': data=timm reads it only with data\.name=hfds/NAME"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; closest: .*vit_tiny_patch16_224"),
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
     ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
@@ -164,6 +177,8 @@ EVAL = [
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
+    ("ckpt={best} data.root=x", r"data\.root='x': data=digits reads no data\.root; data=imagefolder does"),
+    ("ckpt={best} data=digits data.on_error=skip", r"data\.on_error='skip': data=digits reads no data\.on_error; "),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from qat.data import Cifar10, Digits
 from qat.model.checkpoint import read_checkpoint
 from qat.model.metadata import META_KEY
 from qat.tasks import build
-from qat.tasks.evaluate import settle_data
+from qat.tasks.evaluate import build_subject, settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 from tests.data.files import write_image
 from tests.tiny import quantized
@@ -242,6 +242,15 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
         in message
     )
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
+
+
+@pytest.mark.parametrize("asked", [[], ["data=digits"]])
+def test_what_a_file_holds_and_its_dataset_ignores_is_no_mistake_of_the_user(
+    tmp_path, run_4bit, asked
+):
+    stored = {**DIGITS, "_target_": "qat.data.Digits", "root": "photos", "memory_mb": 1}
+    cfg = compose("eval", f"ckpt={edited(last(run_4bit), tmp_path / 'a.ckpt', stored)}", *asked)
+    assert build_subject(cfg).data.settings.root is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ RECIPES = {
     "statsq_rms_3bit": qat.recipe(
         "seq", bits=3, weight_quantizer="statsq_rms", act_scales="tensor"
     ),
+    "dorefa_3bit": qat.recipe("lsq", bits=3, weight_quantizer="dorefa"),
     "lsq_4bit": qat.recipe("lsq", bits=4),
     "minmax_8bit": qat.recipe("minmax", bits=8),
     "weights_alone": qat.recipe("statsq", bits=2),

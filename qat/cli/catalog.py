@@ -1,0 +1,64 @@
+"""Lists of the names that `model=`, `quant=` and `ptq=` take, a line each with what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat.tasks.conf import CONF, options
+
+
+def models() -> list[str]:
+    """The lines of `qat models`."""
+    entries = {}
+    for name in options("model"):
+        values = _values("model", name)
+        remark = _remark("model", name)
+        entries[f"model={name}"] = f"{values['name']}. {remark}" if remark else values["name"]
+    return [*_table(entries), "model=NAME also takes any model of timm by its name there."]
+
+
+def recipes() -> list[str]:
+    """The lines of `qat recipes`."""
+    entries = {}
+    for name in options("quant"):
+        values = _values("quant", name)
+        entries[f"quant={name}"] = f"{_bits(values)}, attention {values['attention']}"
+    for name in options("ptq"):
+        values = _values("ptq", name)
+        is_recipe = "bits" in values
+        text = f"{_bits(values)}, method {values['method']}" if is_recipe else _remark("ptq", name)
+        entries[f"ptq={name}"] = text
+    return [*_table(entries), 'In Python, qat.recipe("seq_2bit") is quant=seq_2bit.']
+
+
+def _table(entries: dict[str, str]) -> list[str]:
+    width = max(map(len, entries))
+    return [f"{name:<{width}}  {text}" for name, text in entries.items()]
+
+
+def _values(group: str, name: str) -> dict[str, Any]:
+    """Values of a choice, and those of the choices that it is based on."""
+    own: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            values |= _values(group, base)
+    return values | own
+
+
+def _remark(group: str, name: str) -> str:
+    """The comment at the top of a choice; empty where there is none."""
+    first_line = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first_line[2:] if first_line.startswith("# ") else ""
+
+
+def _bits(values: dict[str, Any]) -> str:
+    act_bits = values["act_bits"] or values["bits"]
+    weights = _width(values["bits"], values["weight_quantizer"])
+    return f"weights {weights}, activations {_width(act_bits, values['act_quantizer'])}"
+
+
+def _width(bits: int, quantizer: str) -> str:
+    return quantizer if quantizer == "float" else f"{bits} bit {quantizer}"

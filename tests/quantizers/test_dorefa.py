@@ -1,0 +1,66 @@
+"""DoReFa as a module. Oracle: golden cases, the pure function, and the gradient of the formula without its rounding."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.functional.dorefa import dorefa, squash
+from qat.losses.compose import StepContext
+from qat.losses.weights import Dampening
+from tests import golden, tiny
+from tests.functional.test_dorefa import PTQ
+from tests.quantizers.common import allocated
+
+RECIPE = qat.recipe("deploy_w4a8", weight_quantizer="dorefa")
+
+
+@golden.parametrize(PTQ, r"(kure/)?dorefa/w\d")
+def test_goldens(case):
+    w, bits = golden.tensor(PTQ, "kure/in/normal"), int(case[-1])
+    made = allocated("dorefa", w, role="weight", bits=bits)
+    for name, expected in golden.below(PTQ, case).items():
+        if float(name.partition("/")[0].removeprefix("ratio")) == 1:
+            assert_close(made(w), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5), (4, 3, 2, 2)])
+def test_values_codes_and_grid_agree(bits, shape):
+    w = 0.1 * tiny.randn(*shape)
+    made = allocated("dorefa", w, role="weight", bits=bits)
+    codes, grid = made.codes(w), made.grid(w)
+    assert_close(made(w), dorefa(w, bits))
+    assert torch.equal(grid.dequantize(codes), made(w))
+    assert torch.equal(grid.to_code_coordinates(w).round(), codes.float())
+    assert (int(codes.min()) >= grid.qmin, int(codes.max()) <= grid.qmax) == (True, True)
+    assert [end.item() for end in grid.ends()] == pytest.approx([-1, 1])
+
+
+def test_the_gradient_passes_the_rounding_and_nothing_else():
+    w, upstream = tiny.randn(4, 6).requires_grad_(), tiny.randn(4, 6, seed=1)
+    allocated("dorefa", w, role="weight", bits=2)(w).backward(upstream)
+    (expected,) = torch.autograd.grad(squash(w), w, upstream)
+    assert_close(w.grad, expected)
+
+
+def test_a_net_is_saved_and_has_its_size(tmp_path):
+    net = qat.convert(tiny.vit(), RECIPE, input_size=tiny.SIZE)
+    qat.initialize_scales(net, [tiny.images()]).eval()
+    specs = {s.layer: s.quantizer.spec.quantizer for s in qat.iter_quantizers(net) if s.is_weight}
+    assert (specs["blocks.0.mlp.fc1"], specs["patch_embed.proj"]) == ("dorefa", "lsq")
+    qat.save(net, tmp_path / "net.ckpt")
+    loaded = qat.load(tmp_path / "net.ckpt")
+    assert torch.equal(loaded.eval()(tiny.images()), net(tiny.images()))
+
+
+def test_losses_in_the_unit_of_the_weights_refuse_it():
+    net = qat.convert(tiny.vit(), RECIPE, input_size=tiny.SIZE)
+    step = StepContext(logits=torch.empty(0), target=torch.empty(0), teacher_logits=None, net=net)
+    with pytest.raises(qat.UsageError, match="no weights of so few bits on a uniform grid"):
+        Dampening()(step)
+
+
+def test_activations_have_no_such_quantizer():
+    with pytest.raises(qat.UsageError, match=r"^quant\.act_quantizer='dorefa': must be one of "):
+        qat.recipe("lsq", act_quantizer="dorefa")
