@@ -54,6 +54,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_launched() -> bool:
+    """True if a scheduler, or a torchrun that was typed, started this process."""
+    is_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and HELD not in os.environ
+    return job() is not None or is_by_torchrun
+
+
 def is_srun_task() -> bool:
     """True for one of several processes that srun started."""
     return "SLURM_STEP_ID" in os.environ and env_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1
