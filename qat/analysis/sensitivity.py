@@ -9,6 +9,8 @@ import functools
 import itertools
 import json
 import logging
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from matplotlib.colors import SymLogNorm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.analysis.analysis import (
+    GREY,
     WIDTH,
     Analysis,
     Drawing,
@@ -40,10 +44,13 @@ from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer
+from qat.utils.text import count
 from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6
+# A change that is smaller than so many of its standard errors may be chance.
+STANDARD_ERRORS = 2
 
 # Bytes of the weights of a layer, by its name and bits.
 Sizes = Mapping[str, Mapping[int, int]]
@@ -66,6 +73,38 @@ class Budget:
     def size_with(self, bits: Mapping[str, int]) -> int:
         """Bytes of the model with these bits."""
         return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
+
+
+class PairedScore:
+    """Scores of models, with the noise of each loss change from the first model.
+
+    The noise is `STANDARD_ERRORS` standard errors of the mean difference of two losses of one
+    image; NaN for a single image.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.first_losses: Tensor | None = None
+
+    def __call__(self, net: nn.Module) -> dict[str, float]:
+        """Top-1, mean loss and noise of a model."""
+        targets = (target for _, target in self.images.batches)
+        batches: list[Tensor] = []
+
+        def predict(images: Tensor) -> Tensor:
+            logits: Tensor = net(images)
+            batches.append(F.cross_entropy(logits.float(), next(targets), reduction="none"))
+            return logits
+
+        score = self.images.score(predict)
+        losses = torch.cat(batches).double()
+        if self.first_losses is None:
+            self.first_losses = losses
+        noise = math.nan
+        if len(losses) > 1:
+            deviation = float((losses - self.first_losses).std())
+            noise = STANDARD_ERRORS * deviation / math.sqrt(len(losses))
+        return {**score, "noise": noise}
 
 
 @dataclass(frozen=True)
@@ -116,15 +155,28 @@ class Sensitivity(Analysis):
         quantizers = _quantizers_by_layer(net, weights)
         budget = None if self.budget_mb is None else self._budget(studied, net, sites)
 
-        unchanged, *changed = measure(self._points(net, sites, quantizers), images)
+        points = self._points(net, sites, quantizers, PairedScore(images))
+        unchanged, *changed = measure(points, images)
+        unchanged.pop("noise")
         rows = {name: _row(studied.label, name, weights.get(name)) for name in quantizers}
         for result in changed:
             row = rows[result["layer"]]
             change = result["change"]
             row[f"{change}: loss change"] = result["loss"] - unchanged["loss"]
+            row[f"{change}: loss noise"] = result["noise"]
             row[f"{change}: top-1 change (points)"] = result["top1"] - unchanged["top1"]
 
         summary: dict[str, Any] = {"as_is": unchanged}
+        if changed:
+            noise = statistics.median(result["noise"] for result in changed)
+            summary["noise"] = {"images": images.n_images, "loss_change": noise}
+            limit = f"below {noise:.2g} (two standard errors, median)"
+            log.info(
+                "%s: on %s, loss changes %s may be chance",
+                studied.label,
+                count(images.n_images, "image"),
+                "of any size" if math.isnan(noise) else limit,
+            )
         left_in_float = [result for result in changed if result["change"] == "in float"]
         if left_in_float:
             best = min(left_in_float, key=lambda result: result["loss"])
@@ -154,20 +206,21 @@ class Sensitivity(Analysis):
         net: nn.Module,
         sites: Sequence[WeightSite],
         quantizers: Mapping[str, Sequence[Quantizer]],
+        score: PairedScore,
     ) -> list[EvaluationPoint]:
         """The unchanged model, then each layer in float and at the other bit-widths."""
         weights = {site.name: site for site in sites}
-        points = [EvaluationPoint({}, net)]
+        points = [EvaluationPoint({}, net, score=score)]
         for name, layer_quantizers in quantizers.items():
             if layer_quantizers:
                 labels = {"layer": name, "change": "in float"}
                 change = functools.partial(left_in_float, net, layer_quantizers)
-                points.append(EvaluationPoint(labels, net, change))
+                points.append(EvaluationPoint(labels, net, change, score))
             for bits in self.bits:
                 if name in weights and bits != weights[name].bits:
                     labels = {"layer": name, "change": f"{bits} bits"}
                     change = functools.partial(with_bits, sites, {name: bits})
-                    points.append(EvaluationPoint(labels, net, change))
+                    points.append(EvaluationPoint(labels, net, change, score))
         return points
 
     def _budget(self, studied: StudiedNet, net: nn.Module, sites: Sequence[WeightSite]) -> Budget:
@@ -279,13 +332,13 @@ def stored_bytes(
     fixed_bytes = size_bytes(net)
     sizes: dict[str, dict[int, int]] = {}
     for site in free:
-        count = site.shape.numel()
-        fixed_bytes -= packed_bytes(count, site.bits)
+        n_weights = site.shape.numel()
+        fixed_bytes -= packed_bytes(n_weights, site.bits)
         if site.bits == FLOAT_BITS:
             # `ptq.py` gives each row of a float weight a scale and a zero point.
             fixed_bytes += 2 * FLOAT_BYTES * site.shape[0]
         all_widths = {*widths, site.bits} - {FLOAT_BITS}
-        sizes[site.name] = {bits: packed_bytes(count, bits) for bits in sorted(all_widths)}
+        sizes[site.name] = {bits: packed_bytes(n_weights, bits) for bits in sorted(all_widths)}
     return fixed_bytes, sizes
 
 
@@ -347,13 +400,14 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
 
 
 def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
-    """Loss changes by layer and change, on a logarithmic scale."""
+    """Loss changes by layer and change, on a logarithmic scale; those within noise have no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
-    losses = torch.tensor(
-        [[row.get(key, 0.0) for key in keys] for row in rows], dtype=torch.float64
-    )
-    limit = float(losses.abs().max()) or 1.0
+    losses = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)
+    for (y, row), (x, key) in itertools.product(enumerate(rows), enumerate(keys)):
+        if abs(row.get(key, 0.0)) > row.get(key.replace("change", "noise"), 0.0):
+            losses[y, x] = row[key]
+    limit = float(losses.nan_to_num().abs().max()) or 1.0
     norm = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
     figure, (axis,) = panels(width=0.7 * WIDTH, height=1.1 + 0.19 * len(rows))
     image = axis.imshow(losses.numpy(), aspect="auto", cmap="PuOr_r", norm=norm)
@@ -361,8 +415,10 @@ def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
         value = row.get(key)
         if value is None:
             continue
-        is_dark = abs(float(norm(value)) - 0.5) > 0.33
-        color = "white" if is_dark else "black"
+        color = GREY
+        if not losses[y, x].isnan():
+            is_dark = abs(float(norm(value)) - 0.5) > 0.33
+            color = "white" if is_dark else "black"
         axis.text(x, y, f"{value:+.2g}", ha="center", va="center", fontsize=6.5, color=color)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), [row["layer"] for row in rows])
@@ -372,8 +428,15 @@ def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
 
     highest = []
     for column, changes in zip(columns, losses.T, strict=True):
-        layer = rows[int(changes.argmax())]["layer"]
-        highest.append(f"{column}: {layer} adds most ({float(changes.max()):+.4f})")
-    title = f"Loss of {label} when one layer is left in float, or has weights of other bits"
+        if not (changes > 0).any():
+            highest.append(f"{column}: no layer adds more than noise")
+            continue
+        number = int(changes.nan_to_num(-math.inf).argmax())
+        layer = rows[number]["layer"]
+        highest.append(f"{column}: {layer} adds most ({float(changes[number]):+.4f})")
+    title = (
+        f"Loss of {label} when one layer is left in float, or has weights of other bits; "
+        "grey: within noise (two standard errors)"
+    )
     summary = f"Heat map of {len(rows)} layers. {'; '.join(highest)}."
     return Drawing(name, title, summary, figure)

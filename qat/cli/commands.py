@@ -16,6 +16,8 @@ import logging
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +69,8 @@ GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# Settings that a command that resumes has of its own.
+RESUMING = {"resume", "run_dir"}
 # Settings that may be new keys of their group.
 OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 OTHERS_WAIT_S = 10
@@ -118,11 +122,12 @@ def run(name: str) -> int:
         nonlocal with_traceback, has_begun
         has_begun = True
         with_traceback = with_traceback or bool(HydraConfig.get().runtime.choices.get("debug"))
-        return run_task(cfg, with_traceback=with_traceback)
+        return run_task(cfg, with_traceback=with_traceback, command=command)
 
     job.__module__ = name  # Hydra's name for the job
     os.environ[FULL_ERROR] = "1"  # lets Hydra raise errors instead of printing them
     arguments = sys.argv[1:]
+    command = [*_program(name), *arguments]
     try:
         refuse_flags(arguments)
         sys.argv[1:] = prepared(arguments)
@@ -140,6 +145,17 @@ def run(name: str) -> int:
         sys.stderr.write(f"error: {line}\n")
         return 1
     return 1 if sweep.failures else 0
+
+
+def _program(name: str) -> list[str]:
+    """Words of the shell before the arguments: `qat train`, `.venv/bin/python train.py`, `python -m train`."""
+    script, *arguments = sys.argv
+    if Path(script).name == "qat":
+        is_on_path = shutil.which("qat") == script
+        return ["qat" if is_on_path else script, name]
+    words = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    is_of_python = [*words, *arguments] == sys.orig_argv
+    return words if is_of_python else typed(name).split()
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
@@ -202,7 +218,9 @@ def _named_model(name: str) -> list[str]:
     return [f"model={name}"]
 
 
-def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
+def run_task(
+    cfg: DictConfig, *, with_traceback: bool = False, command: Sequence[str] = ()
+) -> float | None:
     """Run one job in its run directory; print a known mistake as one line.
 
     A single run that fails exits with 1. A job of a sweep that fails writes its error to
@@ -211,6 +229,7 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
     Args:
         cfg: the composed config.
         with_traceback: raise errors instead of printing them.
+        command: the words that were typed.
 
     Returns:
         The result of the task: the number that a sweep optimises.
@@ -229,7 +248,7 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
         with run_dir.locked(cfg.run_dir), signals.listening():
             return sweep.reported(task(cfg))
     except Preempted as stop:
-        sys.exit(_leave(cfg, stop, state))
+        sys.exit(_leave(cfg, stop, state, command))
     except Exception as error:
         line = line_of(error)
         if with_traceback or (line is None and not in_sweep):
@@ -240,16 +259,28 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
     return sweep.reported(math.nan)
 
 
-def _leave(cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState) -> int:
+def _leave(
+    cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState, command: Sequence[str]
+) -> int:
     """The exit code of a run that a signal has stopped, after telling the user how to resume it."""
     folder = Path(cfg.run_dir)
     if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
         # A run with an error may be started again by the same command.
         _write_error(cfg, f"stopped by {stop.name}", state)
     hint = "the same command repeats it"
-    if "resume" in cfg:
-        hint = f"the same command resumes with resume=auto run_dir={cfg.sweep_dir or cfg.run_dir}"
+    # A run that has not begun may have files of another one in its directory.
+    if "resume" in cfg and (state.has_begun() or cfg.resume or cfg.sweep_dir):
+        hint = _resume_hint(command, cfg.sweep_dir or cfg.run_dir)
     return slurm.end_preempted(stop, folder, hint)
+
+
+def _resume_hint(command: Sequence[str], folder: str) -> str:
+    """How to resume a run: the command to paste, except where a launcher has typed it."""
+    settings_to_add = ["resume=auto", f"run_dir={folder}"]
+    if not command or slurm.is_launched():
+        return f"the same command resumes with {' '.join(settings_to_add)}"
+    kept = [word for word in command if word.partition("=")[0].lstrip("+") not in RESUMING]
+    return f"to resume: {shlex.join([*kept, *settings_to_add])}"
 
 
 def _report_failure(

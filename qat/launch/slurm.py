@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UsageError
-from qat.launch.ranks import env_number, is_first, is_srun_task, local_count
+from qat.launch.ranks import LOCK_FILE, env_number, is_first, is_srun_task, local_count
 from qat.launch.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,12 @@ def job_id() -> str | None:
     if array and task:
         return f"{array}_{task}"
     return os.environ.get("SLURM_JOB_ID")
+
+
+def is_launched() -> bool:
+    """True if a scheduler, or a torchrun that the user typed, started this process."""
+    is_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LOCK_FILE not in os.environ
+    return job_id() is not None or is_by_torchrun
 
 
 def slurm_tasks_per_node() -> int:

@@ -34,6 +34,10 @@ from qat.utils.validate import check_images, check_number
 PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
+INSTALL = (
+    f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
+    "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
+)
 TIMEOUT_S = 4
 _PATH = re.compile(r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -239,7 +243,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
 |---|---|
 {table}
 
-`pip install {LIBRARY}`, then:
+{INSTALL}, then:
 
 ```python
 import qat

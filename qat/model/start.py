@@ -26,6 +26,7 @@ from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"
+RANDOM = "random weights"
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Start:
     notes: list[str] = field(default_factory=list)
     source: nn.Module | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """True for a model that starts from random weights."""
+        return RANDOM in self.notes
+
 
 def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
     """Build a model with random weights.
@@ -50,7 +56,7 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
     Raises:
         UsageError: timm has no such model, or does not take the arguments.
     """
-    return Start(_create(model, kwargs), ["random weights"])
+    return Start(_create(model, kwargs), [RANDOM])
 
 
 def check_model(setting: str, model: object) -> None:

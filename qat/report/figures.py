@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,7 +32,7 @@ CURVES = {
 }
 
 
-def is_drawable(value: object) -> bool:
+def is_drawable(value: object) -> TypeGuard[float]:
     """True for a finite number that is not larger than `LARGEST_VALUE`."""
     return isinstance(value, int | float) and abs(value) < LARGEST_VALUE
 

@@ -179,6 +179,16 @@ def announce_run(
         )
     if recipe.name != "fp":
         log.info(conversion(start.net, Path(cfg.run_dir)))
+        warn_of_random_weights(cfg, start)
+
+
+def warn_of_random_weights(cfg: DictConfig, start: Start) -> None:
+    """Warn of a quantized training that starts from random weights."""
+    if start.is_random and not cfg.trainer.fast_dev_run:
+        log.warning(
+            "random weights: quantized training from them usually ends less accurate; "
+            "train with quant=fp first, then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
+        )
 
 
 def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer) -> float | None:

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 import re
+import statistics
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
 from qat.ptq.calibrate import in_float
 from qat.quantizers import Float
+from qat.utils.text import count
 from tests import tiny
 from tests.analysis.common import PTQ, QAT, image_set, is_as_before, net_of, ptq, state, studied
 
@@ -147,6 +150,39 @@ def test_weights_of_a_float_net_have_the_step_sizes_of_least_error():
     assert "most_sensitive" not in summary
     assert "in float:" not in drawings[0].alt
     assert is_as_before(net, before)
+
+
+@pytest.mark.parametrize("n_images", [1, 16])
+def test_changes_within_noise_have_no_colour(caplog, n_images):
+    caplog.set_level("INFO")
+    net, images = net_of("ofq2"), image_set(n_images)
+
+    @torch.no_grad()
+    def losses(net):
+        pairs = [(net(x), target) for x, target in images.batches]
+        return torch.cat([nn.functional.cross_entropy(*p, reduction="none") for p in pairs])
+
+    outcome = Sensitivity(bits=[8]).run([studied(net)], images)
+    (table,), (drawing,) = outcome.tables, outcome.drawings
+    noise = []
+    for row in table.rows:
+        own = {site.name for site in qat.iter_quantizers(net) if site.layer == row["layer"]}
+        found = losses(without_quantizers(net, own)) - losses(net)
+        expected = 2 * found.double().std() / n_images**0.5 if n_images > 1 else math.nan
+        assert row["in float: loss noise"] == pytest.approx(float(expected), nan_ok=True)
+    hidden = drawing.figure.axes[0].images[0].get_array().mask
+    for row, hidden_cells in zip(table.rows, hidden, strict=True):
+        for change, is_hidden in zip(("8 bits", "in float"), hidden_cells, strict=True):
+            if f"{change}: loss change" in row:
+                noise.append(row[f"{change}: loss noise"])
+                assert is_hidden == (not abs(row[f"{change}: loss change"]) > noise[-1])
+    assert hidden.all() == (n_images == 1)
+    median = statistics.median(noise)
+    said = outcome.summary["net"]["noise"]
+    assert said == pytest.approx({"images": n_images, "loss_change": median}, nan_ok=True)
+    limit = "of any size" if n_images == 1 else f"below {median:.2g} "
+    assert f"on {count(n_images, 'image')}, loss changes {limit}" in caplog.text
+    assert ("no layer adds more than noise" in drawing.alt) >= (n_images == 1)
 
 
 @pytest.mark.parametrize("kind", ["ofq2", "noqkr", "lsq4", "statsq", "ptq4", "inputs"])

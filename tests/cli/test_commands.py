@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import commands, corrections, mistakes, sweep
 from qat.errors import UsageError
+from qat.launch import ranks
 from qat.tasks import settings
 from qat.tasks.conf import options
 from tests.commands import typed
@@ -499,15 +501,62 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path):
         "trainer.limit_train_batches=3",
         *SEND,
     )
-    code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
+    code, said = typed("train.py", *given, "resume=auto", "run_dir=my run", cwd=tmp_path)
     assert code == 130
-    more = re.search(
-        r"stopped by Ctrl-C after training step 1: last.ckpt written; the same command resumes with (.*)",
-        said,
-    )[1].split()
-    code, said = typed("train.py", *given, *more, cwd=tmp_path)
+    command = re.search(
+        r"stopped by Ctrl-C after training step 1: last.ckpt written; to resume: (.*)", said
+    )[1]
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    assert words == [*given, "resume=auto", f"run_dir={tmp_path / 'my run'}"]
+    code, said = typed(script, *words, cwd=tmp_path)
     assert code == 0, said
     assert "resumed at training step 1 from" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "typed_words", "program"),
+    [
+        ("/clone/train.py a=1", ".venv/bin/python train.py a=1", ".venv/bin/python train.py"),
+        ("/clone/train.py", "python train.py", "python train.py"),
+        ("/clone/train.py -m a=1", "python -X dev -m train -m a=1", "python -X dev -m train"),
+        ("/clone/train.py a=1", "python -m pytest", "python train.py"),
+        ("env/bin/qat a=1", "env/bin/python env/bin/qat train a=1", "env/bin/qat train"),
+        ("/on/path/qat a=1", "python /on/path/qat train a=1", "qat train"),
+    ],
+)
+def test_the_program_is_what_was_typed(monkeypatch, argv, typed_words, program):
+    monkeypatch.setattr(sys, "argv", argv.split())
+    monkeypatch.setattr(sys, "orig_argv", typed_words.split())
+    monkeypatch.setattr(commands.shutil, "which", lambda _: "/on/path/qat")
+    assert commands._program("train") == program.split()
+
+
+@pytest.mark.parametrize("launcher", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", None])
+def test_a_command_to_resume_can_be_pasted(monkeypatch, launcher):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", ranks.HELD):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    kept = ["qat", "train", "-m", "seed=1,2", "data.root=it's here", "optimizer.lr=choice(1,2)"]
+    hint = commands._resume_hint([*kept, "++resume=true", "run_dir=${seed}"], "/runs/a b")
+    if launcher:
+        assert hint == "the same command resumes with resume=auto run_dir=/runs/a b"
+        return
+    text, _, command = hint.partition(": ")
+    assert text == "to resume"
+    assert shlex.split(command) == [*kept, "resume=auto", "run_dir=/runs/a b"]
+
+
+def test_a_run_that_stops_before_it_begins_is_repeated(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    cfg = compose("train", f"run_dir={tmp_path}", "overwrite=true")
+    hints = []
+    monkeypatch.setattr(commands.ranks, "leave", lambda *given: hints.append(given[-1]) or 130)
+    state = commands.run_dir.RunDirState(tmp_path)
+    commands._leave(cfg, commands.Preempted(signal.SIGINT), state, ["qat", "train"])
+    assert hints == ["the same command repeats it"]
 
 
 @pytest.mark.long
@@ -517,10 +566,11 @@ def test_ctrl_c_ends_a_sweep(tmp_path):
     code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
     assert code == 130
     assert "Traceback" not in said
-    assert re.search(
-        r"stopped by Ctrl-C after training step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n",
-        said,
+    (command,) = re.findall(
+        r"stopped by Ctrl-C after training step \d+: last.ckpt written; to resume: (.*)\n", said
     )
+    words = [sys.executable, str(ROOT / "train.py"), *given[:-1]]
+    assert shlex.split(command) == [*words, "resume=auto", f"run_dir={tmp_path / 'run'}"]
     assert not (tmp_path / "run" / "1").exists()
 
 

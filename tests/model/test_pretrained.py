@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 import urllib.request
 
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 import qat
 from qat.model import pretrained
 from tests.commands import typed
-from tests.conftest import TINY, results
+from tests.conftest import ROOT, TINY, results
 from tests.data.files import write_folder
 from tests.tiny import randn
 
@@ -81,6 +82,9 @@ def test_the_card_says_what_was_measured_and_no_path(tmp_path, net):
     ):
         assert part in said
     assert f"{size:,} bytes" in said
+    # Until it is on PyPI, as README has it.
+    command = re.search(r"In a clone .*`pip install ([^`]*)`", said)[1]
+    assert command.replace("-e .", "-e '.[export]'") in (ROOT / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["size_bytes"], config["recipe"]["bits"]) == (
         "vit_tiny_patch16_224",

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from lightning.pytorch import Trainer
+from safetensors.torch import save_file
 
 import qat
 from qat.data import Digits
@@ -81,6 +82,26 @@ def test_steps_and_unused_images_are_counted(caplog, changes, steps, is_short):
     warnings = [line for line in caplog.messages if line.startswith("data.batch_size=")]
     assert len(warnings) == is_short
     assert all("training step" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        ((), True),
+        (("trainer.fast_dev_run=true",), False),
+        (("model.weights=float.safetensors",), False),
+        (("ckpt=float.safetensors",), False),
+    ],
+)
+def test_quantized_training_from_random_weights_is_warned_of(
+    tmp_path, monkeypatch, caplog, overrides, warns
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose("train", "run_dir=a", *overrides)
+    weights = build.from_scratch(cfg.model.name, build.model_args(cfg)).net.state_dict()
+    save_file(weights, "float.safetensors")
+    summary.warn_of_random_weights(cfg, build.build_start(cfg))
+    assert ("train with quant=fp first" in caplog.text) == warns
 
 
 def test_model_in_words():
