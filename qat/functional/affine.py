@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.functional.ste import code_dtype, round_ste, view_along
+from qat.functional.ste import check_fit, code_dtype, round_ste, view_along
 from qat.utils.validate import check_bits
 
 _EPS = torch.finfo(torch.float32).eps
@@ -77,6 +77,7 @@ def fake_quantize_affine(
     Returns:
         The shape and dtype of `x`.
     """
+    check_fit(x, scale, axis)
     step, zero = (
         view_along(scale.float(), x.ndim, axis),
         view_along(zero_point.float(), x.ndim, axis),

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from qat.functional.observers import affine_error
-from qat.functional.ste import code_dtype, group_size, in_dtype, mean_abs, sum_along, view_along
+from qat.functional.ste import (
+    check_fit,
+    code_dtype,
+    group_size,
+    in_dtype,
+    mean_abs,
+    sum_along,
+    view_along,
+)
 
 # A step smaller than this is taken for this.
 SCALE_FLOOR = 1e-5
@@ -105,6 +113,7 @@ def lsq_forward(
     Returns:
         The shape of `x`.
     """
+    check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
     shifted = x.float() if before is None else x.float() + before.float()
     step = step_of(scale, x.ndim, codes.axis)

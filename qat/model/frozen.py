@@ -13,7 +13,7 @@ from qat.errors import UsageError
 from qat.functional.affine import correct_mean_and_std
 from qat.functional.block_floats import block_float_codes
 from qat.functional.packing import pack_pairs
-from qat.functional.ste import code_dtype, view_along
+from qat.functional.ste import check_fit, code_dtype, view_along
 from qat.model.convert import conversion_of
 from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
@@ -210,6 +210,7 @@ class FrozenActivation(Frozen):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """Codes as float32."""
+        check_fit(x, self.scale, self.axis, self.before)
         return self.grid().to_code_coordinates(x).round().clamp(self.qmin, self.qmax)
 
     def _load_from_state_dict(self, *args: Any) -> None:

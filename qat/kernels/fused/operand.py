@@ -16,8 +16,9 @@ from qat.kernels.rows import PLAIN
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False where kernels are off, or somebody watches functions of torch, as counts of products do."""
-    return not kernels.are_off() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
+    """False where kernels are off, `x` has no values, or somebody watches functions of torch, as counts of products do."""
+    is_plain = type(x) in PLAIN and not x.is_meta
+    return not kernels.are_off() and is_plain and torch._C._len_torch_function_stack() == 0
 
 
 def keep(ctx: Any, *args: Any) -> None:
@@ -39,7 +40,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def probs_dtype(x: Tensor) -> torch.dtype:
     """Float32 under autocast, which on a CPU would not ask that of a softmax; else the dtype of `x`."""
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.float32 if is_cast else x.dtype
 
 
 def flat(parts: Iterable[tuple[Any, ...]]) -> Any:
