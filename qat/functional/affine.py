@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.functional.ste import code_dtype, round_ste, view_along
+from qat.functional.ste import check_fit, code_dtype, round_ste, view_along
 from qat.utils.validate import check_bits
 
 _EPS = torch.finfo(torch.float32).eps
@@ -112,6 +112,7 @@ def fake_quantize_affine(
     Returns:
         The shape and dtype of `x`.
     """
+    check_fit(x, scale, axis)
     step = view_along(scale.float(), x.ndim, axis)
     zero = view_along(zero_point.float(), x.ndim, axis)
     if not torch.is_grad_enabled():

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from qat.functional.observers import affine_error
-from qat.functional.ste import code_dtype, group_size, in_dtype, mean_abs, sum_along, view_along
+from qat.functional.ste import (
+    check_fit,
+    code_dtype,
+    group_size,
+    in_dtype,
+    mean_abs,
+    sum_along,
+    view_along,
+)
 
 # The lowest step: a smaller scale counts as this.
 SCALE_FLOOR = 1e-5
@@ -120,6 +128,7 @@ def lsq_forward(
     Returns:
         The shape of `x`, float32.
     """
+    check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
     step = step_of(scale, x.ndim, codes.axis)
     u = _add_offset(x, before) / step

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.functional.ste import without_autocast
 
 
 def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
@@ -30,7 +31,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
             f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree "
             "and divide into heads"
         )
-    with torch.autocast(wq.device.type, enabled=False):
+    with without_autocast(wq):
         q = wq.float().unflatten(0, (num_heads, -1))
         k = wk.float().unflatten(0, (num_heads, -1))
         return torch.bmm(q.transpose(1, 2), k).flatten(0, 1)
@@ -47,7 +48,7 @@ def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
     Returns:
         (h, C), float32.
     """
-    with torch.autocast(wk.device.type, enabled=False):
+    with without_autocast(wk):
         k = wk.float().unflatten(0, (num_heads, -1))
         bias = q_bias.float().unflatten(0, (num_heads, -1))
         return torch.bmm(bias.unsqueeze(1), k).squeeze(1)

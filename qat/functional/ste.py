@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qat.errors import UsageError
 
 # Keeps 0/0 out of an all-zero row without moving any other scale.
 TINY = torch.finfo(torch.float32).tiny
@@ -36,6 +40,27 @@ def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
     shape = [1] * ndim
     shape[axis] = -1
     return scale.reshape(shape)
+
+
+def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None = None) -> None:
+    """Raise `UsageError` unless a tensor has as many places as its scales and offsets."""
+    fits = axis is None or scale.numel() in {1, x.shape[axis]}
+    if offset is not None:
+        fits = fits and all(
+            n in {1, m} for n, m in zip(offset.shape[::-1], x.shape[::-1], strict=False)
+        )
+    if not fits:
+        raise UsageError(
+            f"input of a quantizer {tuple(x.shape)}: has scales or offsets of its own for each place; "
+            "images must have the input_size of the conversion, or the recipe act_scales=tensor, offsets=false"
+        )
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for the device of a tensor; the meta device knows no autocast."""
+    if x.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def sum_along(x: Tensor, axis: int | None) -> Tensor:

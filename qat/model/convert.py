@@ -94,7 +94,7 @@ def convert(
         `net` itself.
 
     Raises:
-        UsageError: the net is converted already or has no weights (meta device), a rule of `overrides` matches no module, QKR cannot
+        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot
             hold, no image of `input_size` passes through, or tokens with scales of their own are dropped in training. The net is then
             as it was.
     """
@@ -125,10 +125,6 @@ def apply_recipe(
     if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError(
             "convert: the model is already quantized; build a new one, or load a checkpoint into another recipe with ckpt="
-        )
-    if any(parameter.is_meta for parameter in net.parameters()):
-        raise UsageError(
-            "convert: the model is on the meta device; must hold weights: call model.to_empty(device=...), then load them"
         )
     if not isinstance(recipe, QuantRecipe):
         raise UsageError(f"convert: recipe={recipe!r}: must be what qat.recipe(...) gives")

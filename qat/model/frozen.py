@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.functional.block_floats import block_float_codes
 from qat.functional.packing import pack_pairs
-from qat.functional.ste import code_dtype, view_along
+from qat.functional.ste import check_fit, code_dtype, view_along
 from qat.quantizers import BlockFloat, FloatGrid, Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 
@@ -201,6 +201,7 @@ class FrozenActivation(Frozen):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """Codes as float32."""
+        check_fit(x, self.scale, self.axis, self.before)
         return self.grid().to_code_coordinates(x).round().clamp(self.qmin, self.qmax)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,16 @@ def assert_ready(net: nn.Module) -> None:
             module._forward_pre_hooks.pop(key, None)
 
 
+def _check_values(net: nn.Module) -> None:
+    """Raise `UsageError` naming the first tensor on the meta device."""
+    for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name}: is on the meta device; must hold values: load_state_dict(state, assign=True) fills what a "
+                "state dict stores, anything else needs a model that was built on a device"
+            )
+
+
 def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
     """Raise `UsageError` if a tensor of a net from `origin` is NaN or infinite: whatever it computes would be, too.
 
@@ -91,6 +102,8 @@ def _check_after_load(net: nn.Module, _: Any) -> None:
 def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or unset_scales_allowed.get():
         return
+    if args and isinstance(args[0], Tensor) and not args[0].is_meta:
+        _check_values(net)
     with contextlib.suppress(
         RuntimeError
     ):  # a fake tensor, or one on the meta device, has no values to look at
@@ -159,6 +172,7 @@ def initialize_scales(
     Raises:
         UsageError: no batch, other things than finite images, or a quantizer that no batch reached.
     """
+    _check_values(net)
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net

@@ -198,11 +198,50 @@ def test_other_models_are_told_the_size_of_their_images():
         qat.convert(nn.Sequential(nn.Linear(4, 4)), qat.recipe("lsq"))
 
 
-def test_a_net_without_weights_is_an_error():
+@pytest.mark.parametrize("recipe", ["ofq", "lsq", "deploy_w8a8"])
+def test_a_net_on_the_meta_device_is_filled_by_a_state_dict(recipe):
     with torch.device("meta"):
-        net = timm.create_model("vit_tiny_patch16_224", img_size=16)
-    with pytest.raises(qat.UsageError, match="the model is on the meta device; must hold weights"):
-        qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+        net = timm.create_model(VIT, **KWARGS)
+    qat.convert(net, qat.recipe(recipe), input_size=SIZE)
+    assert all(parameter.is_meta for parameter in net.parameters())
+    full = quantized(recipe)
+    line = r"^\w+: is on the meta device; must hold values"
+    for use in (logits, lambda net: qat.initialize_scales(net, [images()])):
+        with pytest.raises(qat.UsageError, match=line):
+            use(net)
+    net.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(logits(net), logits(full))
+
+
+def test_tensors_that_no_state_dict_fills_are_named():
+    family = FAMILIES["swin"]
+    with torch.device("meta"):
+        net = timm.create_model(family.name, **family.kwargs, num_classes=10)
+    full = family.build()
+    for model in (net, full):
+        qat.convert(model, qat.recipe("lsq"), input_size=family.input_size)
+    qat.initialize_scales(full, [family.images()])
+    net.load_state_dict(full.state_dict(), assign=True)
+    with pytest.raises(qat.UsageError, match=r"relative_position_index: is on the meta device"):
+        logits(net, family.images())
+
+
+@pytest.mark.parametrize("recipe", ["ofq", "lsq", "minmax"])
+@pytest.mark.parametrize("use", [logits, qat.freeze, nn.Module.train])
+def test_images_of_another_size_are_refused_in_one_line(recipe, use):
+    net = vit(dynamic_img_size=True)
+    qat.initialize_scales(qat.convert(net, qat.recipe(recipe), input_size=SIZE), [images()])
+    net = net if use is logits else use(net)
+    with pytest.raises(qat.UsageError, match=r"input_size of the conversion, or .*act_scales"):
+        net(randn(2, 1, 12, 12))
+    net(images())
+
+
+def test_one_scale_for_the_tensor_takes_images_of_any_size():
+    net = vit(dynamic_img_size=True)
+    qat.convert(net, qat.recipe("lsq", act_scales="tensor"), input_size=SIZE)
+    qat.initialize_scales(net, [images()])
+    assert logits(net, randn(2, 1, 12, 12)).isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])

@@ -16,8 +16,9 @@ from qat.kernels.rows import PLAIN
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False if kernels are off, or if functions of torch are intercepted, as FLOP counters do."""
-    return not kernels.are_off() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
+    """False if kernels are off, `x` has no values, or torch functions are intercepted."""
+    is_plain = type(x) in PLAIN and not x.is_meta
+    return not kernels.are_off() and is_plain and torch._C._len_torch_function_stack() == 0
 
 
 def save(ctx: Any, *args: Any) -> None:
@@ -50,9 +51,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def probs_dtype(x: Tensor) -> torch.dtype:
     """Float32 under autocast, also on CPUs, where autocast leaves a softmax in half precision."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.float32
-    return x.dtype
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.float32 if is_cast else x.dtype
 
 
 def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
