@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,7 +37,7 @@ def number(value: object) -> float | None:
         return None
 
 
-def is_measured(value: object) -> bool:
+def is_measured(value: object) -> TypeGuard[float]:
     """True for a finite number of at most `MOST_MEASURED`."""
     return isinstance(value, int | float) and abs(value) < MOST_MEASURED
 
