@@ -16,6 +16,7 @@ from qat.functional.affine import code_range
 from qat.functional.lsq import (
     SCALE_FLOOR,
     CodeRange,
+    Quantize,
     least_unit,
     lsq_codes,
     lsq_init_scale,
@@ -36,7 +37,17 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec)
 
 
-_INITIAL_SCALE = {"lsq": lsq_init_scale, "mse": mse_init_scale}
+# From so many values on, which no cache holds, one pass over them is faster than one for each operation.
+MANY_VALUES = 2**20
+
+
+def _on_grid(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    return kernels.lsq(x, LSQParams(scale, None, None, None, codes, 1.0))
+
+
+def fast_form(x: Tensor) -> Quantize | None:
+    """How the search of a step quantizes `x`; None = by the formula."""
+    return _on_grid if x.device.type == "cpu" and x.numel() >= MANY_VALUES else None
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
@@ -110,7 +121,9 @@ class LSQ(Quantizer):
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """Initial step (n,) for codes in [qmin, qmax], by the rule of the spec."""
-        return _INITIAL_SCALE[self.spec.step_init](x, qmin, qmax, self.axis)
+        if self.spec.step_init == "lsq":
+            return lsq_init_scale(x, qmin, qmax, self.axis)
+        return mse_init_scale(x, qmin, qmax, self.axis, fast_form(x))
 
     @property
     def code_range(self) -> CodeRange:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange, half_step_init_scale, lsq_codes
 from qat.functional.ste import mean_abs
 from qat.quantizers.grid import UniformGrid
-from qat.quantizers.lsq import LSQ, build_lsq
+from qat.quantizers.lsq import LSQ, build_lsq, fast_form
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -38,7 +38,7 @@ class SEQ(LSQ):
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """2 * mean|x| / n, or a step near it with the least squared error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
-            return half_step_init_scale(x, qmin, qmax, self.axis)
+            return half_step_init_scale(x, qmin, qmax, self.axis, fast_form(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)
 
     @property

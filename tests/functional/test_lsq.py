@@ -7,6 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
+from qat.functional.lsq import MSE_FACTORS, SCALE_FLOOR, CodeRange, lsq_forward
+from qat.functional.observers import affine_error
+from qat.functional.ste import sum_along
+from qat.quantizers.lsq import _on_grid
 from tests.tiny import randn
 
 SHAPES_AND_AXES = [
@@ -147,3 +151,28 @@ def test_first_step_of_least_squared_error(shape, axis, qmin, qmax):
 
 def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))
+
+
+@pytest.mark.parametrize("quantize", [None, _on_grid])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [1, 1e-6])
+@pytest.mark.parametrize("axis", [None, 0, -2, -1])
+def test_fast_forms_of_the_search_find_the_same_bits(axis, size, transposed, quantize):
+    x = size * randn(4, 33, 40)
+    x = x.transpose(0, -1) if transposed else x
+    starts = F.lsq_init_scale(x, -8, 7, axis), 2 * F.mean_abs(x, axis) / 8
+    factors = torch.tensor(MSE_FACTORS)
+    zero = torch.zeros_like(starts[0])
+    errors = [
+        affine_error(x, step, zero, (-8, 7), axis, axis)
+        for step in starts[0].clamp(min=SCALE_FLOOR) * factors[:, None]
+    ]
+    found = F.mse_init_scale(x, -8, 7, axis, quantize)
+    assert torch.equal(found, starts[0] * factors[torch.stack(errors).argmin(0)])
+    halves = CodeRange(-8, 7, axis, half=True)
+    errors = [
+        sum_along((lsq_forward(x, step, None, None, halves) - x).square(), axis)
+        for step in starts[1].clamp(min=SCALE_FLOOR) * factors[:, None]
+    ]
+    found = F.half_step_init_scale(x, -8, 7, axis, quantize)
+    assert torch.equal(found, starts[1] * factors[torch.stack(errors).argmin(0)])
