@@ -5,12 +5,11 @@ Paper: arXiv 2308.10814. See docs/methods.md.
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from qat.functional.evolution import (
     evolved_child,
     initial_population,
     insert,
-    noise_radius,
 )
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.scales import assert_ready
-from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
-from qat.ptq.runner import LOWEST_SCALE, Forward, Runner, RunOrder, patched
+from qat.model.sites import find_blocks, iter_quantizers
+from qat.ptq.runner import Forward, Runner, RunOrder, patched
+from qat.ptq.scale_vectors import scale_vectors
 from qat.ptq.state import Progress
 from qat.utils.probing import probing
 from qat.utils.validate import check_bool, check_choice, check_globs, check_int, check_number
@@ -136,87 +135,10 @@ def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     parts = [net(part.to(device)) for part in images.split(micro_batch)]
     if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
         raise UsageError(
-            "search: the model must return logits (N, classes), which the fitness is computed from; "
-            "calibrate takes models with any output"
+            "search: the model must return logits (N, classes), which the fitness is computed "
+            "from; calibrate takes models with any output"
         )
     return torch.cat(parts)
-
-
-class ScaleVector:
-    """Stored scales of several sites as one vector; of quantizers inside offsets too."""
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
-        self.quantizers: list[Any] = [
-            getattr(site.quantizer, "quantizer", site.quantizer) for site in sites
-        ]
-
-    def read(self) -> Tensor:
-        """All scales (n,), float64 on the CPU."""
-        scales = []
-        for quantizer in self.quantizers:
-            scales.append(quantizer.scale.detach().cpu().double().flatten())
-        return torch.cat(scales)
-
-    @torch.no_grad()
-    def write(self, values: Tensor) -> None:
-        """Set all scales (n,) in the net, in its dtype; a scale is at least float32 eps."""
-        parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
-        for quantizer, part in zip(self.quantizers, parts, strict=True):
-            scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
-            quantizer.set_scale(scale.view_as(quantizer.scale))
-
-    def radius(self, fixed: float | None) -> Tensor:
-        """Radius of the noise of each scale (n,), float64: `fixed`, or by the bits of the scale."""
-        radii = []
-        for quantizer in self.quantizers:
-            radius = noise_radius(quantizer.spec.bits) if fixed is None else fixed
-            radii.append(torch.full((quantizer.n_scales,), radius, dtype=torch.float64))
-        return torch.cat(radii)
-
-
-def _name_in_block(site: Site, block: str) -> str:
-    """Name of a site as globs match it, such as `attn.qkv.weight`."""
-    return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
-
-
-def scale_vectors(
-    net: nn.Module, targets: Iterable[str], position: Mapping[str, int] = {}
-) -> dict[str, ScaleVector]:
-    """Scale vectors of blocks with matching scales, by name, first block first.
-
-    Args:
-        net: quantized.
-        targets: globs, see `SearchSettings.targets`.
-        position: position of quantizers in the run order, by name: the order in a vector.
-
-    Raises:
-        UsageError: the net has no blocks, or the globs match no stored scale of a block.
-    """
-    blocks = find_blocks(net)
-    if not blocks:
-        raise UsageError(f"search: this model has no blocks in modules called {CONTAINER!r}")
-    vectors: dict[str, ScaleVector] = {}
-    stored_names: set[str] = set()
-    for block in blocks:
-        chosen = []
-        for site in iter_quantizers(net):
-            if not site.quantizer.n_scales or not site.name.startswith(f"{block}."):
-                continue
-            name = _name_in_block(site, block)
-            stored_names.add(name)
-            if any(fnmatch.fnmatchcase(name, glob) for glob in targets):
-                chosen.append(site)
-        if chosen:
-            chosen.sort(key=lambda site: position.get(site.name, 0))
-            vectors[block] = ScaleVector(chosen)
-    if not vectors:
-        stored = ", ".join(sorted(stored_names)) or "nothing"
-        raise UsageError(
-            f"search.targets={list(targets)}: must match a scale of a block; stored scales are "
-            f"those of {stored}"
-        )
-    return vectors
 
 
 class Evaluator:
