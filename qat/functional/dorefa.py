@@ -36,5 +36,6 @@ def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
     squashed = w.float().tanh()
     largest = squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     scale = (2**bits - 1) * ratio
-    codes = ((squashed / (2 * largest) + 0.5) * scale).round()
+    fraction = squashed / (2 * largest) + 0.5
+    codes = (fraction * scale).round()
     return (2 * codes / scale - 1).to(w.dtype)
