@@ -102,7 +102,8 @@ def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
         divisor = torch.where(t == 0, torch.inf, t)
         return nearest_float(largest / form.highest / divisor, _E4M3)
     exponent = int(math.log2(form.highest))
-    scale = (_power_below(largest) * 2.0**-exponent).clamp(max=2.0 ** (_BIAS + 1 - exponent))
+    highest_scale = 2.0 ** (_BIAS + 1 - exponent)
+    scale = (_power_below(largest) * 2.0**-exponent).clamp(max=highest_scale)
     scale = torch.where(scale < TINY, 0.0, scale)
     return torch.where(largest.isnan(), largest, scale)
 
@@ -162,7 +163,8 @@ def round_blocks(
         saturates = scaled.values.abs() > form.highest
         out = torch.where(saturates, 0.0, _split_blocks(grad, form))
     # Convert before `flatten`: a compiler fuses operations on equal shapes into one pass.
-    return in_dtype(out, x.dtype).flatten(-2)[..., : x.shape[-1]]
+    out = in_dtype(out, x.dtype)
+    return out.flatten(-2)[..., : x.shape[-1]]
 
 
 class BlockFloatFunction(torch.autograd.Function):
@@ -214,7 +216,9 @@ def float_place(u: Tensor, form: BlockFormat) -> Tensor:
     """
     power = _power_below(u).clamp(min=2.0**form.lowest)
     exponent = (power.view(torch.int32) >> _MANTISSA_BITS) - _BIAS
-    return torch.copysign((u.abs() / power + (exponent - form.lowest)) * 2**form.mantissa, u)
+    significand = u.abs() / power
+    index = (significand + (exponent - form.lowest)) * 2**form.mantissa
+    return torch.copysign(index, u)
 
 
 def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -228,12 +232,16 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     t = tensor_scale(x, form)
     scaled = _scale_blocks(x, form, t)
     index = float_place(nearest_float(scaled.values, form), form).nan_to_num()
-    codes = (index.abs() + index.signbit() * 2 ** (form.bits - 1)).to(torch.uint8)
-    return codes.flatten(-2)[..., : x.shape[-1]], scaled.factors.flatten(-2), t
+    sign_bit = index.signbit() * 2 ** (form.bits - 1)
+    codes = (index.abs() + sign_bit).to(torch.uint8)
+    codes = codes.flatten(-2)[..., : x.shape[-1]]
+    factors = scaled.factors.flatten(-2)
+    return codes, factors, t
 
 
 def float_values(codes: Tensor, form: BlockFormat) -> Tensor:
     """The values of codes in units of their scale, float32."""
     if form.bits == _E4M3.bits:
         return codes.view(torch.float8_e4m3fn).float()
-    return torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)[codes.int()]
+    values = torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)
+    return values[codes.int()]

@@ -53,4 +53,5 @@ def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
     """
     check_bits("bits", bits)
     n = 2 ** (bits - 1)
-    return in_band(statsq_coordinate(w.detach(), statsq_scale(w), bits), -n, n - 1, boundary)
+    z = statsq_coordinate(w.detach(), statsq_scale(w), bits)
+    return in_band(z, -n, n - 1, boundary)

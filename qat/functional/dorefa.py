@@ -40,5 +40,6 @@ def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
     check_bits("bits", bits)
     check_number("ratio", ratio, 0, above=True)
     scale = (2**bits - 1) * ratio
-    codes = ((squash(w) / 2 + 0.5) * scale).round()
+    fraction = squash(w) / 2 + 0.5
+    codes = (fraction * scale).round()
     return (2 * codes / scale - 1).to(w.dtype)

@@ -30,7 +30,9 @@ def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     Returns:
         Scalar, float32, 0 for N = 1.
     """
-    cosines = F.normalize(q.float(), dim=1) @ F.normalize(k.detach().float(), dim=1).T
+    q = F.normalize(q.float(), dim=1)
+    k = F.normalize(k.detach().float(), dim=1)
+    cosines = q @ k.T
     positives = torch.arange(len(q), device=q.device)
     return 2 * temperature * F.cross_entropy(cosines / temperature, positives)
 

@@ -29,16 +29,21 @@ def integer_layer_norm(
         (..., C) float32, multiples of `out_scale`. A constant row becomes the bias.
     """
     smallest = in_scale.min()
-    codes = (x.float() / in_scale).round() * (in_scale / smallest).round()
+    powers = (in_scale / smallest).round()
+    codes = (x.float() / in_scale).round() * powers
     mean = codes.mean(-1, keepdim=True) * smallest
     count = x.shape[-1]
     sum_of_squares = codes.square().sum(-1, keepdim=True)
     squared_sum = codes.sum(-1, keepdim=True).square()
-    std = smallest / count * (count * sum_of_squares - squared_sum).clamp(min=0).sqrt()
-    factor = torch.where(std > 0, smallest / std, 0.0) * weight / out_scale
+    spread = (count * sum_of_squares - squared_sum).clamp(min=0).sqrt()
+    std = smallest / count * spread
+    inverse_std = torch.where(std > 0, smallest / std, 0.0)
+    factor = inverse_std * weight / out_scale
     shifts = (_PLACES - factor.abs().log2().floor()).clamp(0, _MAX_SHIFT)
     power = torch.exp2(shifts)
     multiplier = (factor.abs() * power).floor().clamp(0, 2 ** (_PLACES + 1) - 1)
     relative_mean = torch.where(std > 0, mean / std, 0.0)
     offset = ((bias - relative_mean * weight) / out_scale * power).round()
-    return ((factor.sign() * multiplier * codes + offset) / power).round() * out_scale
+    scaled_codes = factor.sign() * multiplier * codes
+    out_codes = ((scaled_codes + offset) / power).round()
+    return out_codes * out_scale

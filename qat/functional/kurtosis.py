@@ -23,6 +23,15 @@ REDUCTIONS = tuple(_REDUCTIONS)
 FEW = 2**14
 
 
+def _kurtosis_dtype(w: Tensor) -> torch.dtype:
+    if w.dtype == torch.float64:
+        return torch.float64
+    # MPS has no float64.
+    if w.numel() <= FEW and w.device.type != "mps":
+        return torch.float64
+    return torch.float32
+
+
 def kurtosis(w: Tensor) -> Tensor:
     """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1.
 
@@ -35,21 +44,21 @@ def kurtosis(w: Tensor) -> Tensor:
     Returns:
         Scalar. For a constant tensor or a single element, 0 with a gradient of 0.
     """
-    is_wide = w.dtype == torch.float64 or (w.numel() <= FEW and w.device.type != "mps")
-    x = w.to(torch.float64 if is_wide else torch.float32)
+    x = w.to(_kurtosis_dtype(w))
     low, high = x.detach().aminmax()
     # Deviations of a constant are rounding errors, but its range is exactly zero. The comparison is
-    # not `high > low`, so that NaN stays NaN.
-    is_constant = high - low < torch.finfo(x.dtype).tiny
-    inverse = torch.where(is_constant, 0.0, 1 / (high - low))
+    # false for NaN, which stays NaN.
+    width = high - low
+    is_constant = width < torch.finfo(x.dtype).tiny
+    inverse = torch.where(is_constant, 0.0, 1 / width)
     # Kurtosis does not depend on the scale: deviations below 1 keep fourth powers inside float32.
     deviation = (x - x.mean()) * inverse
     # The mean has a rounding error, which is large for weights far from zero: subtract it again.
     square = (deviation - deviation.mean()).square()
     variance = square.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)
-    out_dtype = torch.promote_types(w.dtype, torch.float32)
-    return (square.square().mean() / variance.square()).to(out_dtype)
+    result = square.square().mean() / variance.square()
+    return result.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def kurtoses(weights: Iterable[Tensor]) -> Tensor:

@@ -55,7 +55,8 @@ class _Log2(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         exponent = _exponent(x)
         is_inside = (exponent >= 0) & (exponent < 2**ctx.bits)
-        grad_x = torch.where(is_inside, grad.float() * torch.exp2(-exponent) / x.float(), 0.0)
+        power = torch.exp2(-exponent)
+        grad_x = torch.where(is_inside, grad.float() * power / x.float(), 0.0)
         return grad_x.to(x.dtype), None
 
 
@@ -82,7 +83,9 @@ def log2_codes(x: Tensor, bits: int) -> Tensor:
     The last code is that of 2^-(2^bits - 1), and of zero.
     """
     check_bits("bits", bits)
-    return _exponent(x.detach()).clamp(0, 2**bits - 1).to(code_dtype(0, 2**bits - 1))
+    qmax = 2**bits - 1
+    codes = _exponent(x.detach()).clamp(0, qmax)
+    return codes.to(code_dtype(0, qmax))
 
 
 def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
@@ -119,10 +122,14 @@ def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     """
     check_bits("bits", bits)
     scale = scale.float()
-    scale = torch.where(scale > _COARSE, scale / torch.exp2(scale.log2().ceil() + 6), scale)
+    power = torch.exp2(scale.log2().ceil() + 6)
+    scale = torch.where(scale > _COARSE, scale / power, scale)
     steps = x.float() / scale
-    e = _integer_exp(steps - steps.amax(-1, keepdim=True), scale)
-    ratio = (e.sum(-1, keepdim=True) / e).round()
+    largest = steps.amax(-1, keepdim=True)
+    exponentials = _integer_exp(steps - largest, scale)
+    total = exponentials.sum(-1, keepdim=True)
+    ratio = (total / exponentials).round()
     floor = ratio.log2().floor()
-    exponent = torch.where(ratio >= 1.5 * torch.exp2(floor), floor + 1, floor)
+    is_nearer_to_next = ratio >= 1.5 * torch.exp2(floor)
+    exponent = torch.where(is_nearer_to_next, floor + 1, floor)
     return _power(exponent, bits).to(x.dtype)

@@ -62,7 +62,8 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
     summed_dims = tuple(dim for dim in range(w.ndim) if dim != axis)
     norm = torch.linalg.vector_norm(w.detach().float(), dim=summed_dims, keepdim=True)
     rms = norm / (w.numel() / w.shape[axis]) ** 0.5
-    return GAUSSIAN_RANGE[bits] * 2**bits / (2**bits - 1) * rms
+    num_levels = 2**bits
+    return GAUSSIAN_RANGE[bits] * num_levels / (num_levels - 1) * rms
 
 
 def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -83,7 +84,9 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
         scale: s, broadcasts against `w`.
         bits: 2 to 8.
     """
-    return (statsq_coordinate(w, scale, bits).round() + 0.5) / 2 ** (bits - 1) * scale
+    n = 2 ** (bits - 1)
+    codes = statsq_coordinate(w, scale, bits).round()
+    return (codes + 0.5) / n * scale
 
 
 class StatsQFunction(torch.autograd.Function):
@@ -129,7 +132,8 @@ def statsq(w: Tensor, bits: int) -> Tensor:
 def statsq_codes_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer codes of `statsq_with_scale`; see `statsq_codes`."""
     n = 2 ** (bits - 1)
-    return statsq_coordinate(w.detach(), scale, bits).round().to(code_dtype(-n, n - 1))
+    codes = statsq_coordinate(w.detach(), scale, bits).round()
+    return codes.to(code_dtype(-n, n - 1))
 
 
 def statsq_codes(w: Tensor, bits: int) -> Tensor:

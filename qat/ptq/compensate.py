@@ -1,6 +1,7 @@
-"""Undo in closed form what rounding does to each channel: ridge regression on calibration images.
+"""Compensate the rounding error of each channel in closed form, on calibration images.
 
-Sources: the regression is that of Quantization without Tears (arXiv 2411.13918); its channel-wise form, QwT-v2 (arXiv 2505.20932).
+Sources: the ridge regression is that of Quantization without Tears (arXiv 2411.13918), its
+channel-wise form that of QwT-v2 (arXiv 2505.20932).
 """
 
 from __future__ import annotations
@@ -16,87 +17,105 @@ from qat.model.sites import Site
 from qat.ptq.runner import Runner, check_finite, find_units
 from qat.utils.probing import images_of, probing
 
-# Of the mean square of a regressor: how far an estimate is drawn to "no change".
+# Pull of an estimate to "no change", relative to the mean square of the regressor.
 RIDGE = 1e-3
-# A scale has to stay above zero.
+# Gains are positive, because scales are.
 _GAINS = (0.1, 10.0)
 _SETTING = "ptq.method='compensate'"
 log = logging.getLogger(__name__)
 
 
 def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
-    """Fit layer after layer of a calibrated net to what the float net gives after the same layer; in place.
+    """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
-    After every quantized Linear and convolution, in the order in which they run, y <- g * y + b for each output channel is the ridge
-    regression of the float layer's output on the quantized one's, each in its own net. Gain and bias are folded: the rows of the weight
-    and their scales are multiplied by g, so its codes stay, and the bias becomes g * bias + b. Without a scale for each channel
-    (one for a whole weight, floats in blocks) there is a bias alone, and without a bias a gain alone.
+    For every quantized Linear and convolution, in the order in which they run, y <- g * y + b per
+    output channel is the ridge regression of the output of the float layer on the output of the
+    quantized layer, each in its own net. Gain and bias are folded: the rows of the weight and their
+    scales are multiplied by g, so codes do not change, and the bias becomes g * bias + b. Without a
+    scale per channel (one scale for a whole weight, floats in blocks) only b is fitted; without a
+    bias, only g.
 
     Args:
-        net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
-        reference: the float net that it was made of, with modules of the same names, on the same device.
-        batches: images (B, C, H, W) each, or what a loader gives, (images, labels).
+        net: converted with a `PtqRecipe`, scales set; runs in eval mode.
+        reference: the float net before its conversion, with modules of the same names, on the same
+            device.
+        batches: images (B, C, H, W) each, or (images, labels) as from a loader.
 
     Returns:
-        Number of layers that were fitted.
+        Number of fitted layers.
 
     Raises:
-        UsageError: nothing to fit, a reference that is quantized, or activations that are not finite.
+        UsageError: there is no layer to fit, the reference is quantized, or activations are not
+            finite.
     """
     images = [images_of(batch, net) for batch in batches]
+    num_fitted = 0
+    skipped = []
     with probing(net, []), probing(reference, []):
-        units, ours, theirs = find_units(net, reference, images, _SETTING)
-        # Some attentions multiply by `qkv.weight` in float and call no module.
-        left_out = [
-            site.layer
-            for layers in units.values()
-            for site in layers
-            if site.layer not in theirs.order.position
-        ]
+        units, runner, float_runner = find_units(net, reference, images, _SETTING)
         for unit, layers in units.items():
-            with ours.at(unit), theirs.at(unit):
+            with runner.at(unit), float_runner.at(unit):
                 for site in layers:
-                    if site.layer not in left_out:
-                        _fold(site, *_channel_fit(ours, theirs, unit, site))
-    if left_out:
+                    if site.layer not in float_runner.order.position:
+                        # Some attentions multiply by `qkv.weight` in float and call no module.
+                        skipped.append(site.layer)
+                        continue
+                    gain, bias = _fit_channels(runner, float_runner, unit, site)
+                    _fold(site, gain, bias)
+                    num_fitted += 1
+    if skipped:
         log.info(
             "not compensated, because the float model has no module for them: %s",
-            ", ".join(left_out),
+            ", ".join(skipped),
         )
-    fitted = sum(map(len, units.values())) - len(left_out)
-    log.info("compensated %d layers", fitted)
-    return fitted
+    log.info("compensated %d layers", num_fitted)
+    return num_fitted
 
 
-def _channel_fit(ours: Runner, theirs: Runner, unit: str, site: Site) -> tuple[Tensor, Tensor]:
+def _output_rows(runner: Runner, site: Site, i: int) -> Tensor:
+    """Output of a layer for batch `i` as (rows, channels), float64."""
+    _, output = runner.output(site.layer, i)
+    if isinstance(site.owner, nn.Conv2d):
+        output = output.movedim(1, -1)
+    return output.flatten(0, -2).double()
+
+
+def _fit_channels(
+    runner: Runner, float_runner: Runner, unit: str, site: Site
+) -> tuple[Tensor, Tensor]:
     """Gain and bias (out,) of one layer, float64."""
-    sums, rows = torch.zeros(()), 0
-    for i in range(len(ours.batches)):
-        # (rows, channels) float64
-        y, target = (
-            (t.movedim(1, -1) if isinstance(site.owner, nn.Conv2d) else t).flatten(0, -2).double()
-            for t in (runner.output(site.layer, i)[1] for runner in (ours, theirs))
-        )
+    sums = torch.zeros(())
+    num_rows = 0
+    for i in range(len(runner.batches)):
+        y = _output_rows(runner, site, i)
+        target = _output_rows(float_runner, site, i)
         sums = sums + torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
-        rows += len(y)
+        num_rows += len(y)
     check_finite(sums, unit, _SETTING)
-    mean_y, mean_t, square, product = sums / rows
+    mean_y, mean_target, mean_square, mean_product = sums / num_rows
     if site.owner.bias is None:
-        mean_y, mean_t = torch.zeros_like(mean_y), torch.zeros_like(mean_t)
-    gain = _ridge_gain(square - mean_y.square(), product - mean_y * mean_t, square)
+        mean_y = torch.zeros_like(mean_y)
+        mean_target = torch.zeros_like(mean_target)
+    variance = mean_square - mean_y.square()
+    covariance = mean_product - mean_y * mean_target
+    gain = _ridge_gain(variance, covariance, mean_square)
     if site.quantizer.n_scales != len(gain):
         gain = torch.ones_like(gain)
-    return gain, mean_t - gain * mean_y
+    return gain, mean_target - gain * mean_y
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """Argmin over g of E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 where a channel is constant, up to the rounding of its E y^2."""
+    """Argmin over g of E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for constant channels.
+
+    A channel is constant if its variance is within the rounding error of E y^2.
+    """
     floor = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=floor)
     return torch.where(variance > floor, gain, 1.0).clamp(*_GAINS)
 
 
 def _fold(site: Site, gain: Tensor, bias: Tensor) -> None:
+    """Multiply a layer and its scales by gains (out,), and add a bias (out,)."""
     layer: Any = site.owner
     factor = gain.to(layer.weight)
     layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))

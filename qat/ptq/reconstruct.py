@@ -1,7 +1,10 @@
-"""Train a calibrated net block by block to give what the float net gives: weights through their rounding, biases, and all steps.
+"""Train a calibrated net block by block to reproduce the outputs of the float net.
 
-Sources: BRECQ (arXiv 2102.05426: blocks in order, step sizes of activations learned), QDrop (arXiv 2203.05740: float inputs mixed in).
-Weights take LSQ's straight-through gradients (arXiv 1902.08153), not AdaRound's.
+Weights, biases and all step sizes are trained. Weights get the straight-through gradients of LSQ
+(arXiv 1902.08153), not AdaRound's.
+
+Sources: BRECQ (arXiv 2102.05426: blocks in order, learned step sizes of activations), QDrop
+(arXiv 2203.05740: float inputs are mixed in).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +39,15 @@ class ReconstructSettings:
     """The knobs of `ptq.reconstruct.*`.
 
     Attributes:
-        steps: of Adam, in every block.
-        batch: images of a step.
-        lr: of weights and biases at the first step; it falls to zero along a cosine.
-        scale_lr: of the logarithm of every step size.
-        drop: share of the elements of a block's input that are the float net's (QDrop).
-        seed: of batches and of what is mixed in.
+        steps: training steps of each block, with Adam.
+        batch: images of a training step.
+        lr: learning rate of weights and biases at first; it falls to zero along a cosine.
+        scale_lr: learning rate of the logarithm of step sizes.
+        drop: share of the elements of a block's input that come from the float net (QDrop).
+        seed: seed of the order of batches and of the mixed elements.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: a value is out of range.
     """
 
     steps: int = 500
@@ -63,16 +66,31 @@ class ReconstructSettings:
 
 
 def split_batches(images: Tensor, batch: int) -> list[Tensor]:
-    """Images (N, C, H, W) in whole batches.
+    """Images (N, C, H, W) in full batches; remaining images are dropped.
 
     Raises:
-        UsageError: they fill none.
+        UsageError: there are fewer images than a batch has.
     """
     if len(images) < batch:
         raise UsageError(
-            f"ptq.reconstruct.batch={batch}: must be at most the number of calibration images, {len(images)}"
+            f"ptq.reconstruct.batch={batch}: must be at most the number of calibration images, "
+            f"{len(images)}"
         )
-    return list(images[: len(images) // batch * batch].split(batch))
+    num_batches = len(images) // batch
+    return list(images[: num_batches * batch].split(batch))
+
+
+@contextlib.contextmanager
+def _frozen(*nets: nn.Module) -> Generator[None]:
+    """No parameter of the nets requires a gradient inside the block, unless it sets that itself."""
+    flags = [(p, p.requires_grad) for net in nets for p in net.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def reconstruct(
@@ -86,76 +104,73 @@ def reconstruct(
     run: Mapping[str, Any] | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
-    """Fit unit after unit (blocks, and quantized layers outside of them) in the order in which they run; in place.
+    """Fit all units (blocks, and quantized layers outside of blocks) in place, one after the other.
 
-    What a unit does at a training step is a function of the seed, the unit and the number of the step. So a run that was killed goes on
-    after the last unit that was finished, to the same weights on the same machine.
+    Units are fitted in the order in which they run. A training step depends only on the seed, the
+    unit and the number of the step, so a killed run resumes after the last finished unit and ends
+    with the same weights on the same machine.
 
     Args:
-        net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
-        reference: the float net that it was made of, with modules of the same names, on the same device.
+        net: converted with a `PtqRecipe`, scales set; runs in eval mode.
+        reference: the float net before its conversion, with modules of the same names, on the same
+            device.
         images: (N, C, H, W).
-        settings: of the training.
-        run_dir: folder of `reconstruct.ckpt`, written after each unit, and `reconstruct.csv`; None = neither is written.
-        resume: go on from `reconstruct.ckpt`, where there is one.
+        settings: settings of the training.
+        run_dir: folder of `reconstruct.ckpt` and `reconstruct.csv`, written after each unit; None =
+            neither is written.
+        resume: resume from `reconstruct.ckpt`, if the file exists.
         run: see `Progress`.
-        context: around every forward of a step, such as autocast.
+        context: context of every forward of a training step, such as autocast.
 
     Returns:
-        `units` (how many), `steps` of each, `images`, `seconds` (those before a resume too).
+        `units` (their number), `steps` (of each unit), `images` (their number), `seconds`
+        (including those before a resume).
 
     Raises:
-        UsageError: nothing to reconstruct, a reference that is quantized, too few images, or activations that are not finite.
+        UsageError: there is no unit to reconstruct, the reference is quantized, there are too few
+            images, or activations are not finite.
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
     tensors = [*net.state_dict().values(), *reference.state_dict().values(), *batches]
     progress = Progress(run_dir, "ptq.reconstruct", COLUMNS, settings, tensors, run)
-    state = (progress.resume() if resume else None) or {"units": [], "tensors": {}, "seconds": 0.0}
-    frozen = [(p, p.requires_grad) for n in (net, reference) for p in n.parameters()]
-    try:
-        for parameter, _ in frozen:
-            parameter.requires_grad = False
-        with probing(net, []), probing(reference, []):
-            units, ours, theirs = find_units(net, reference, batches, _SETTING)
-            net.load_state_dict(state["tensors"], strict=False)
-            done = len(state["units"])
-            if done:
-                log.info(
-                    "reconstruction resumed after %s (%d of %d)",
-                    state["units"][-1],
-                    done,
-                    len(units),
-                )
-            for number, (unit, layers) in enumerate(list(units.items())[done:], done):
-                started = time.monotonic()
-                before, after = _fit(ours, theirs, unit, layers, number, settings, context)
-                seconds = time.monotonic() - started
-                state["units"].append(unit)
-                state["tensors"] |= {
-                    k: v.clone() for k, v in net.state_dict().items() if k.startswith(f"{unit}.")
-                }
-                state["seconds"] += seconds
-                progress.rows.append((
-                    unit,
-                    settings.steps,
-                    f"{before:.6g}",
-                    f"{after:.6g}",
-                    f"{seconds:.1f}",
-                ))
-                progress.save(state)
-                log.info(
-                    "%d/%d %s: loss %.4g -> %.4g in %.0f s",
-                    number + 1,
-                    len(units),
-                    unit,
-                    before,
-                    after,
-                    seconds,
-                )
-    finally:
-        for parameter, was in frozen:
-            parameter.requires_grad_(was)
+    state = progress.resume() if resume else None
+    if state is None:
+        state = {"units": [], "tensors": {}, "seconds": 0.0}
+    with _frozen(net, reference), probing(net, []), probing(reference, []):
+        units, runner, float_runner = find_units(net, reference, batches, _SETTING)
+        net.load_state_dict(state["tensors"], strict=False)
+        num_finished = len(state["units"])
+        if num_finished:
+            log.info(
+                "reconstruction resumed after %s (%d of %d)",
+                state["units"][-1],
+                num_finished,
+                len(units),
+            )
+        for index, (unit, layers) in enumerate(units.items()):
+            if index < num_finished:
+                continue
+            started = time.monotonic()
+            before, after = _fit(runner, float_runner, unit, layers, index, settings, context)
+            seconds = time.monotonic() - started
+            state["units"].append(unit)
+            for name, tensor in net.state_dict().items():
+                if name.startswith(f"{unit}."):
+                    state["tensors"][name] = tensor.clone()
+            state["seconds"] += seconds
+            losses = (f"{before:.6g}", f"{after:.6g}")
+            progress.rows.append((unit, settings.steps, *losses, f"{seconds:.1f}"))
+            progress.save(state)
+            log.info(
+                "%d/%d %s: loss %.4g -> %.4g in %.0f s",
+                index + 1,
+                len(units),
+                unit,
+                before,
+                after,
+                seconds,
+            )
     return {
         "units": len(units),
         "steps": settings.steps,
@@ -165,81 +180,95 @@ def reconstruct(
 
 
 def _fit(
-    ours: Runner,
-    theirs: Runner,
+    runner: Runner,
+    float_runner: Runner,
     unit: str,
     layers: list[Site],
-    number: int,
+    index: int,
     settings: ReconstructSettings,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[float, float]:
-    """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
-    goal = _goal(theirs, unit)
-    spread = _spread([y for _, y in goal])
-    module = ours.net.get_submodule(unit)
-    scaled: list[Any] = [
-        s.quantizer
-        for s in iter_quantizers(ours.net)
-        if s.name.startswith(f"{unit}.") and s.quantizer.n_scales
-    ]
+    """Train one unit on the inputs of the quantized net; mean loss over all batches before, after.
+
+    Args:
+        runner: of the quantized net.
+        float_runner: of the float net.
+        unit: name of the unit.
+        layers: sites of its quantized weights.
+        index: number of the unit, for its random numbers.
+        settings: settings of the training.
+        context: context of every forward.
+    """
+    goals = _goals(float_runner, unit)
+    variance = _variance([target for _, target in goals])
+    module = runner.net.get_submodule(unit)
+    scaled: list[Any] = []
+    for site in iter_quantizers(runner.net):
+        if site.name.startswith(f"{unit}.") and site.quantizer.n_scales:
+            scaled.append(site.quantizer)
 
     def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
-        """Squared error of the unit's output, in units of its spread; with a generator, float inputs are mixed in."""
-        float_input, target = goal[i]
+        """Squared error of the output relative to its variance, for batch `i`.
+
+        With a generator, elements of the input are replaced by those of the float net.
+        """
+        float_input, target = goals[i]
         original: Callable[..., Any] = module.forward
         outputs: list[Tensor] = []
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> None:
             if generator is not None and settings.drop:
-                mixed = torch.rand(x.shape, generator=generator, device=x.device) < settings.drop
-                x = torch.where(mixed, float_input.to(x.dtype), x)
+                is_float = torch.rand(x.shape, generator=generator, device=x.device) < settings.drop
+                x = torch.where(is_float, float_input.to(x.dtype), x)
             outputs.append(original(x, *args, **kwargs))
             raise StopForward
 
         with patched({module: forward}), context(), contextlib.suppress(StopForward):
-            ours(i)
-        return (outputs[0].float() - target).square().mean() / spread
+            runner(i)
+        return (outputs[0].float() - target).square().mean() / variance
 
     @torch.no_grad()
     def mean_loss() -> float:
-        return float(torch.stack([loss_of(i) for i in range(len(goal))]).mean())
+        return float(torch.stack([loss_of(i) for i in range(len(goals))]).mean())
 
     def generator(n: int, kind: int, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed(
-            (((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind) % 2**64
-        )
+        seed = ((settings.seed * 1_000_003 + index) * 1_000_003 + n) * 2 + kind
+        return torch.Generator(device).manual_seed(seed % 2**64)
 
     def loss_at(step: int) -> Tensor:
-        """On a batch and a mixture that are functions of seed, unit and step."""
-        turn, position = divmod(step, len(goal))
-        i = int(torch.randperm(len(goal), generator=generator(turn, 1))[position])
-        return loss_of(i, generator(step, 0, goal[i][0].device))
+        """Loss of a training step, whose batch and mixed elements depend on seed, unit and step."""
+        epoch, position = divmod(step, len(goals))
+        order = torch.randperm(len(goals), generator=generator(epoch, 1))
+        i = int(order[position])
+        return loss_of(i, generator(step, 0, goals[i][0].device))
 
-    with ours.at(unit), torch.enable_grad():
+    with runner.at(unit), torch.enable_grad():
         before = mean_loss()
         _train(scaled, layers, settings, loss_at)
         after = mean_loss()
     if not math.isfinite(after):
         raise UsageError(
-            f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr"
+            f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or "
+            "scale_lr"
         )
     return before, after
 
 
-def _goal(theirs: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
+def _goals(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
     """Input and output of the float unit for each batch."""
-    goal = []
-    with theirs.at(unit):
-        for i in range(len(theirs.batches)):
-            args, output = theirs.output(unit, i)
-            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+    goals = []
+    with float_runner.at(unit):
+        for i in range(len(float_runner.batches)):
+            args, output = float_runner.output(unit, i)
+            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 raise UsageError(
-                    f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate"
+                    f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or "
+                    "calibrate"
                 )
             check_finite(args[0], unit, _SETTING)
             check_finite(output, unit, _SETTING)
-            goal.append((args[0], output))
-    return goal
+            goals.append((args[0], output))
+    return goals
 
 
 def _train(
@@ -248,47 +277,55 @@ def _train(
     settings: ReconstructSettings,
     loss_at: Callable[[int], Tensor],
 ) -> None:
-    """All steps; the step sizes are exp of what is learned times where they began."""
+    """Run all training steps; step sizes are their start times exp(learned change)."""
     starts = [quantizer.scale.clone() for quantizer in scaled]
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)
-    weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
+    weights = []
+    for owner in owners:
+        weights += [parameter.requires_grad_() for parameter in owner.parameters(recurse=False)]
     adam = torch.optim.Adam([
         {"params": weights, "lr": settings.lr},
         {"params": changes, "lr": settings.scale_lr},
     ])
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2
-    )
+
+    def cosine(step: int) -> float:
+        return (1 + math.cos(math.pi * step / settings.steps)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, cosine)
     buffers = [quantizer._buffers["scale"] for quantizer in scaled]
 
-    def scales() -> list[Tensor]:
-        return [
-            (start * change.exp()).clamp(min=LOWEST_SCALE)
-            for start, change in zip(starts, changes, strict=True)
-        ]
+    def learned_scales() -> list[Tensor]:
+        scales = []
+        for start, change in zip(starts, changes, strict=True):
+            scales.append((start * change.exp()).clamp(min=LOWEST_SCALE))
+        return scales
 
     try:
         for step in range(settings.steps):
-            for quantizer, scale in zip(scaled, scales(), strict=True):
+            for quantizer, scale in zip(scaled, learned_scales(), strict=True):
                 quantizer._buffers["scale"] = scale
             loss = loss_at(step)
             adam.zero_grad()
             loss.backward()
             adam.step()
-            cosine.step()
+            schedule.step()
     finally:
         for quantizer, buffer in zip(scaled, buffers, strict=True):
             quantizer._buffers["scale"] = buffer
         for weight in weights:
             weight.requires_grad = False
             weight.grad = None
-    for quantizer, scale in zip(scaled, scales(), strict=True):
+    for quantizer, scale in zip(scaled, learned_scales(), strict=True):
         quantizer.set_scale(scale.detach())
 
 
-def _spread(values: Sequence[Tensor]) -> float:
-    """Mean square about the mean, of all values; for none that differ, 1."""
-    total, n = sum(float(v.double().sum()) for v in values), sum(v.numel() for v in values)
-    square = sum(float(v.double().square().sum()) for v in values) / n - (total / n) ** 2
-    return square if square > 0 else 1.0
+def _variance(tensors: Sequence[Tensor]) -> float:
+    """Variance of the values of all tensors; 1 if the values are equal."""
+    count = sum(tensor.numel() for tensor in tensors)
+    total = sum(float(tensor.double().sum()) for tensor in tensors)
+    total_square = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    variance = total_square / count - (total / count) ** 2
+    if variance > 0:
+        return variance
+    return 1.0

@@ -113,7 +113,7 @@ class Runner:
         entries: by names of these modules, the module itself or modules inside: outputs inside the
             module before the first of them runs are cached too.
         batches: images (B, C, H, W) each, on the device of the net.
-        limit: bytes of the cache. It always covers one module, and as many modules before it as fit.
+        limit: bytes of the cache. It covers at least one module, and modules before it that fit.
         to_the_end: the output of the net is needed, not only that of the module.
     """
 
@@ -238,7 +238,7 @@ class Runner:
         return results[0]
 
     def _modules_before(self, name: str) -> list[str]:
-        """Outermost modules that have returned when the entry of `name` begins, if they run once."""
+        """Outermost modules that returned before the entry of `name` runs, if they run once."""
         before = self.order.before[self.entries[name]]
         return [module for module in before if module in self.order.once]
 

@@ -1,4 +1,4 @@
-"""What a search or a reconstruction leaves on the disk: a table of what it did, and after each part all it needs to go on."""
+"""Files of a search or a reconstruction: a table of its progress, and a checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qat.utils.files import csv_lines, digest_of, read_torch, write_text, write_
 
 
 class Progress:
-    """NAME.ckpt and NAME.csv of work that is done part by part.
+    """Progress of a job of several parts, in NAME.ckpt and NAME.csv.
 
     Args:
         folder: the run directory; None = nothing is written.
-        group: of the settings, as `ptq.reconstruct`; the last part is the name of the files.
-        columns: of the table.
-        settings: of the work, a dataclass.
-        tensors: all that it starts from.
+        group: group of the settings, such as `ptq.reconstruct`; its last part is NAME.
+        columns: names of the columns of the table.
+        settings: settings of the job, a dataclass.
+        tensors: all inputs of the job.
         run: settings of the whole run, stored for `read_state`.
 
     Attributes:
-        rows: of the table, so far.
+        rows: rows of the table so far.
     """
 
     def __init__(
@@ -38,19 +38,23 @@ class Progress:
         run: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.name, self.columns = group.rpartition(".")[2], columns
+        self.name = group.rpartition(".")[2]
+        self.columns = columns
         self.settings = {f"{group}.{key}": value for key, value in asdict(settings).items()}
         self.inputs = digest_of(tensors)
         self.run = None if run is None else dict(run)
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """What `save` was given last; None where there is no file.
+        """The state of the last `save`, after reading the table; None if there is no file.
 
         Raises:
-            UsageError: it is of other work, or cannot be read.
+            UsageError: the file has other settings or inputs, or cannot be read.
         """
-        if self.folder is None or not (path := self.folder / f"{self.name}.ckpt").is_file():
+        if self.folder is None:
+            return None
+        path = self.folder / f"{self.name}.ckpt"
+        if not path.is_file():
             return None
         content = read_state(path)
         for key, value in self.settings.items():
@@ -64,7 +68,7 @@ class Progress:
         return dict(content["state"])
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace both files; at every moment there is a complete one of each."""
+        """Replace both files; each is complete at any moment."""
         if self.folder is None:
             return
         content = {

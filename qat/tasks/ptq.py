@@ -34,7 +34,8 @@ from qat.model.storage import save
 from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
-from qat.ptq.search import SearchSettings, logits_of, scale_vectors, search
+from qat.ptq.scale_vectors import scale_vectors
+from qat.ptq.search import SearchSettings, logits_of, search
 from qat.ptq.state import read_state
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary

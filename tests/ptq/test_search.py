@@ -10,7 +10,8 @@ from torch import nn
 import qat
 from qat.errors import UsageError
 from qat.model.sites import find_blocks
-from qat.ptq.search import Evaluator, SearchSettings, logits_of, scale_vectors, search
+from qat.ptq.scale_vectors import scale_vectors
+from qat.ptq.search import Evaluator, SearchSettings, logits_of, search
 from qat.ptq.state import Progress
 from tests import tiny
 from tests.nets import FAMILIES

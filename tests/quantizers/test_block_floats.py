@@ -10,7 +10,7 @@ from qat.callbacks.oscillation import IterativeFreezing, Oscillation
 from qat.functional.block_floats import BLOCK_FORMATS, block_float, block_float_codes
 from qat.lit import compiled
 from qat.losses import Dampening, Kure, StepContext
-from qat.ptq.search import scale_vectors
+from qat.ptq.scale_vectors import scale_vectors
 from qat.quantizers import FloatGrid, build_quantizer
 from qat.spec import QuantSpec
 from tests import tiny

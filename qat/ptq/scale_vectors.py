@@ -1,0 +1,92 @@
+"""Vectors of stored scales, which the search changes block by block."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.functional.evolution import noise_radius
+from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
+from qat.ptq.runner import LOWEST_SCALE
+
+
+class ScaleVector:
+    """Stored scales of several sites as one vector; of quantizers inside offsets too."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        self.quantizers: list[Any] = [
+            getattr(site.quantizer, "quantizer", site.quantizer) for site in sites
+        ]
+
+    def read(self) -> Tensor:
+        """All scales (n,), float64 on the CPU."""
+        scales = []
+        for quantizer in self.quantizers:
+            scales.append(quantizer.scale.detach().cpu().double().flatten())
+        return torch.cat(scales)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Set all scales (n,) in the net, in its dtype; a scale is at least float32 eps."""
+        parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
+        for quantizer, part in zip(self.quantizers, parts, strict=True):
+            scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
+            quantizer.set_scale(scale.view_as(quantizer.scale))
+
+    def radius(self, fixed: float | None) -> Tensor:
+        """Radius of the noise of each scale (n,), float64: `fixed`, or by the bits of the scale."""
+        radii = []
+        for quantizer in self.quantizers:
+            radius = noise_radius(quantizer.spec.bits) if fixed is None else fixed
+            radii.append(torch.full((quantizer.n_scales,), radius, dtype=torch.float64))
+        return torch.cat(radii)
+
+
+def _name_in_block(site: Site, block: str) -> str:
+    """Name of a site as globs match it, such as `attn.qkv.weight`."""
+    return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
+
+
+def scale_vectors(
+    net: nn.Module, targets: Iterable[str], position: Mapping[str, int] = {}
+) -> dict[str, ScaleVector]:
+    """Scale vectors of blocks with matching scales, by name, first block first.
+
+    Args:
+        net: quantized.
+        targets: globs, see `SearchSettings.targets`.
+        position: position of quantizers in the run order, by name: the order in a vector.
+
+    Raises:
+        UsageError: the net has no blocks, or the globs match no stored scale of a block.
+    """
+    blocks = find_blocks(net)
+    if not blocks:
+        raise UsageError(f"search: this model has no blocks in modules called {CONTAINER!r}")
+    vectors: dict[str, ScaleVector] = {}
+    stored_names: set[str] = set()
+    for block in blocks:
+        chosen = []
+        for site in iter_quantizers(net):
+            if not site.quantizer.n_scales or not site.name.startswith(f"{block}."):
+                continue
+            name = _name_in_block(site, block)
+            stored_names.add(name)
+            if any(fnmatch.fnmatchcase(name, glob) for glob in targets):
+                chosen.append(site)
+        if chosen:
+            chosen.sort(key=lambda site: position.get(site.name, 0))
+            vectors[block] = ScaleVector(chosen)
+    if not vectors:
+        stored = ", ".join(sorted(stored_names)) or "nothing"
+        raise UsageError(
+            f"search.targets={list(targets)}: must match a scale of a block; stored scales are "
+            f"those of {stored}"
+        )
+    return vectors
