@@ -132,7 +132,8 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
             grad, x, q, out, dequantized, *norm, producer, with_after=with_after
         )
         if results is not None:
-            return _without_none(*results, out)
+            grad_scale, sums, y = results
+            return _without_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
         quantizer_input, *saved = producer.forward(x, *norm)
         scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Made())

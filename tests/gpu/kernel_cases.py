@@ -205,7 +205,7 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
         else (None, None)
     )
     out, ours = torch.empty_like(x), torch.empty_like(x)
-    how = {"dequantized": torch.float32, "after": after, "norm": norm, "made": made}
+    how = {"dequantized": torch.float32, "after": after, "norm": norm, "producer": made}
     with mock.patch.object(operators, "_kernels_for", return_value=None):
         expected = calls.lsq_backward(grad, x, scale, before, grid, out=out, **how)
     found = calls.gpu_backward(grad, x, scale, before, grid, out=ours, **how)
