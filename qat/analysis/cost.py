@@ -84,11 +84,14 @@ def _in_float(studied: StudiedNet) -> Row:
 
 
 def _module_row(cost: ModuleCost, kind: str) -> Row:
-    bits = [f"{left} x {right}" for left, right in (product.bits for product in cost.products)]
+    operand_bits: dict[str, None] = {}  # without repetitions
+    for product in cost.products:
+        left, right = product.bits
+        operand_bits[f"{left} x {right}"] = None
     return {
         "module": cost.module or "(net)",
         "kind": kind,
-        "bits of operands": ", ".join(dict.fromkeys(bits)),
+        "bits of operands": ", ".join(operand_bits),
         "bytes": cost.size_bytes,
         "MACs": cost.macs,
         "bit operations": cost.bitops,

@@ -112,8 +112,10 @@ class Landscape(Analysis):
             float_logits = [net(batch) for batch, _ in images.batches]
 
         def score(net: nn.Module) -> dict[str, float]:
-            logits = [net(batch) for batch, _ in images.batches]
-            losses = [info_nce(q, k) * len(q) for q, k in zip(logits, float_logits, strict=True)]
+            losses = []
+            for (batch, _), expected in zip(images.batches, float_logits, strict=True):
+                logits = net(batch)
+                losses.append(info_nce(logits, expected) * len(logits))
             return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
 
         return score

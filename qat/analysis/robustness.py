@@ -175,8 +175,9 @@ class Robustness(Analysis):
             for bits in sorted(self.bits):
                 # Weights that already have these bits keep their trained step sizes.
                 other_sites = [site for site in blocks if site.bits != bits]
-                change = {"bits": bits, "steps_from": self.steps_from}
-                points.append(point(BITS, other_sites, width=bits, **change))
+                points.append(
+                    point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)
+                )
         if POWER_OF_TWO in parts:
             points.append(point(POWER_OF_TWO, sites, **base, resize=nearest_power_of_two))
         return points
@@ -191,8 +192,12 @@ class Robustness(Analysis):
 
 def _mean_bits(sites: Sequence[WeightSite]) -> float:
     """Mean bits of all weights; an int if the mean is whole."""
-    total_bits = sum(site.bits * site.shape.numel() for site in sites)
-    bits = total_bits / sum(site.shape.numel() for site in sites)
+    total_bits = 0
+    n_weights = 0
+    for site in sites:
+        total_bits += site.bits * site.shape.numel()
+        n_weights += site.shape.numel()
+    bits = total_bits / n_weights
     return bits if bits % 1 else int(bits)
 
 

@@ -64,7 +64,8 @@ class WeightAnalysis(Analysis):
             weights = list(latent_weights(studied.net))
             rows = [weight_row(*weight) for weight in weights]
             summary[label] = _summary(rows)
-            weight_table += [{"net": label, **row} for row in rows]
+            for row in rows:
+                weight_table.append({"net": label, **row})
             if images.batches:
                 batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
                 for row in activation_rows(studied.net, batch):
@@ -163,7 +164,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
 
     def record(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float()
-        row = {
+        row: Row = {
             "quantizer of": site.name,
             "role": site.role,
             "quantizer": site.quantizer.spec.quantizer,

@@ -203,8 +203,8 @@ def _first_difference(expected: tuple[Tensor, Codes], actual: tuple[Tensor, Code
     expected_logits, expected_codes = expected
     logits, actual_codes = actual
     for name, (coordinates, codes) in actual_codes.items():
-        net_coordinates, net_codes = (t.reshape(codes.shape) for t in expected_codes[name])
-        differs = codes != net_codes
+        net_coordinates, codes_of_net = (t.reshape(codes.shape) for t in expected_codes[name])
+        differs = codes != codes_of_net
         if not differs.any():
             continue
         distance = (coordinates - net_coordinates)[differs].abs().max()

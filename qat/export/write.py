@@ -165,8 +165,8 @@ class Writer(nn.Module):
         """The numbers of a weight.
 
         All of this is constant. With Cast in place of DequantizeLinear, onnxruntime computes it
-        when it opens the file, so that a convolution keeps its blocked layout. It may also fuse a
-        DequantizeLinear with its product with a float factor, and round that factor to 8 bits.
+        when it opens the file, so that a convolution keeps its blocked layout. It could also fuse a
+        DequantizeLinear with the product with a float factor, and round that factor to 8 bits.
         """
         frozen: Any = weight.frozen
         codes = frozen.onnx_codes

@@ -144,7 +144,7 @@ def label(settings: Mapping[str, str]) -> str:
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
     """The known numbers of a measure in jobs that are done, up to `LARGEST_VALUE`."""
-    numbers = []
+    numbers: list[float] = []
     for job in jobs:
         value = job.get(measure)
         if job["status"] != "done" or not isinstance(value, int | float):
