@@ -254,7 +254,7 @@ def save_figure(
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "path.simplify_threshold": 0.5,

@@ -57,7 +57,7 @@ def _numbers_padded(row: Row) -> list[str]:
 
 def _job_row(folder: Path, job: str) -> Row:
     results = json_object(folder / "results.json")
-    error = "no results.json: killed, or still going"
+    error: Any = "no results.json: killed, or still going"
     status = "not finished"
     if results:
         error = results.get("error")
