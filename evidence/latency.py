@@ -19,7 +19,9 @@ from torch import nn
 
 import qat
 from evidence.timing import machine, table
-from qat.export.check import (
+from qat.export.onnx_file import OnnxSettings, export_float, to_onnx
+from qat.export.pte import to_pte
+from qat.export.runtimes import (
     EXECUTORCH,
     INPUT,
     ONNXRUNTIME,
@@ -29,8 +31,6 @@ from qat.export.check import (
     open_session,
     quantize_8bit,
 )
-from qat.export.onnx_file import OnnxSettings, export_float, to_onnx
-from qat.export.pte import to_pte
 
 NETS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224"]
 RECIPES = [

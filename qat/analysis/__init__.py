@@ -1,4 +1,7 @@
-"""What a net is like: evaluations of changed copies of it, tables and figures. Each analysis is a class and a yaml."""
+"""Analyses of models: evaluations of changed models, tables and figures.
+
+Each analysis is a class and a yaml file.
+"""
 
 from qat.analysis.analysis import (
     NO_IMAGES,

@@ -1,4 +1,7 @@
-"""What an analysis is: a class of settings whose `run` makes tables and figures of nets; how these look and are written."""
+"""Base class of analyses, their results, and how these are drawn and written.
+
+An analysis is a class of settings whose `run` computes tables and figures of models.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,13 @@ from qat.utils.text import duration
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
-# Colours that colour-blind eyes tell apart: Okabe and Ito, 2008 ("Color Universal Design"), without the yellow, too pale on white.
+# Colours that colour-blind readers can distinguish: Okabe and Ito, 2008 ("Color Universal Design"),
+# without yellow, which is too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#767676"
-HEAT = "Blues"  # from white to dark blue: also in grey, darker is more
-WIDTH, DPI = 7.2, 150  # inches, pixels an inch
+HEAT = "Blues"  # from white to dark blue: darker is more, in grey too
+WIDTH = 7.2  # inches
+DPI = 150
 Row = dict[str, Any]
 
 
@@ -41,8 +46,8 @@ class ImageSet:
     """Labelled images.
 
     Attributes:
-        batches: images (B, C, H, W) as the net sees them, and class ids (B,), both on one device.
-        split: where they come from.
+        batches: preprocessed images (B, C, H, W) and class ids (B,), both on one device.
+        split: of the dataset.
     """
 
     batches: Sequence[tuple[Tensor, Tensor]]
@@ -64,27 +69,26 @@ class ImageSet:
         for images, target in self.batches:
             logits = predict(images).float()
             correct = (logits.argmax(-1) == target).sum().double()
-            sums.append(
-                torch.stack([correct, F.cross_entropy(logits, target, reduction="sum").double()])
-            )
+            loss_sum = F.cross_entropy(logits, target, reduction="sum").double()
+            sums.append(torch.stack([correct, loss_sum]))
         n_correct, loss = torch.stack(sums).sum(0).tolist()
         return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
 
 
-# Numbers of a net (images to logits).
+# Computes numbers from a model (images to logits).
 Score = Callable[[nn.Module], dict[str, float]]
 NO_IMAGES = ImageSet((), "")
 
 
 @dataclass(frozen=True)
 class StudiedNet:
-    """A net under analysis.
+    """A model under analysis.
 
     Attributes:
-        label: its name in plots and tables, different for each net.
-        net: in eval mode, scales filled; every analysis leaves it as it was, bit for bit.
-        input_size: of its images.
-        path: of its checkpoint, None where there is none.
+        label: name in plots and tables, different for each model.
+        net: the model, in eval mode with scales set; analyses do not change it, bit for bit.
+        input_size: (channels, height, width) of the images.
+        path: of the checkpoint; None without one.
     """
 
     label: str
@@ -98,10 +102,10 @@ class EvaluationPoint:
     """One evaluation, see `measure`.
 
     Attributes:
-        key: identifies it; its words are columns of the table, `net` the first of them.
-        net: the net to evaluate.
-        change: context in which the net is changed; none = as it is.
-        score: what is measured; none = top-1 and cross-entropy, `ImageSet.score`.
+        key: columns of the table that identify the evaluation, `net` first.
+        net: the model to evaluate.
+        change: returns a context in which the model is changed; by default it is not.
+        score: computes numbers from the model; None = top-1 and cross-entropy, `ImageSet.score`.
     """
 
     key: Row
@@ -124,10 +128,10 @@ class Drawing:
     """A figure.
 
     Attributes:
-        name: of its files, without ending.
-        title: above it.
-        alt: what it shows, in words, numbers included, for readers who do not see it.
-        figure: matplotlib's.
+        name: of the files, without extension.
+        title: above the figure.
+        alt: description in words and numbers, for readers who cannot see the figure.
+        figure: of matplotlib.
     """
 
     name: str
@@ -138,10 +142,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an analysis found.
+    """Results of an analysis.
 
     Attributes:
         summary: plain data, for `results.json`.
+        tables: each for a CSV file.
+        drawings: figures.
     """
 
     summary: dict[str, Any]
@@ -150,11 +156,12 @@ class Outcome:
 
 
 class Analysis(ABC):
-    """A subclass is a frozen dataclass of settings that checks them when it is built.
+    """Base class: a subclass is a frozen dataclass of settings that checks them when it is built.
 
     Attributes:
-        name: of its files.
-        split: whose images are read by default: one that was trained on, calibrated on or chosen by says less; None = no images.
+        name: of the files.
+        split: of the dataset whose images are read by default; None = no images. A split that was
+            used for training, calibration or selection says less about new images.
     """
 
     name: ClassVar[str]
@@ -162,36 +169,40 @@ class Analysis(ABC):
 
     @abstractmethod
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Analyse nets, and leave them as they were.
+        """Analyse models without changing them.
 
         Args:
-            nets: one or several to compare.
-            images: of the split; `NO_IMAGES` where `split` is None.
+            nets: one model, or several to compare.
+            images: of the split; `NO_IMAGES` if `split` is None.
 
         Raises:
-            UsageError: a setting does not fit the nets.
+            UsageError: a setting does not fit the models.
         """
 
 
 def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
-    """Evaluate every point; each net is as before afterwards.
+    """Evaluate every point; no model is changed afterwards.
 
     Returns:
         A row for each point: its key and its score, by default `top1` (percent) and `loss`.
     """
     log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
-    began = logged = time.monotonic()
+    start = time.monotonic()
+    last_line = start
     rows = []
-    for done, point in enumerate(points, 1):
+    for n_evaluated, point in enumerate(points, 1):
+        score = point.score or images.score
         with probing(point.net, ()), point.change(), kept_weights(point.net):
-            rows.append(point.key | (point.score or images.score)(point.net))
-        if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:
-            logged = now
+            rows.append(point.key | score(point.net))
+        present = time.monotonic()
+        if present - last_line > SECONDS_BETWEEN_LINES:
+            last_line = present
+            seconds_left = (present - start) / n_evaluated * (len(points) - n_evaluated)
             log.info(
                 "%d of %d evaluations, about %s left",
-                done,
+                n_evaluated,
                 len(points),
-                duration((now - began) / done * (len(points) - done)),
+                duration(seconds_left),
             )
     return rows
 
@@ -204,7 +215,17 @@ def panels(
     height: float = 3.6,
     sharex: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of quiet axes, row by row: two spines, a pale grid below the data, text that is legible 720 pixels wide; inches."""
+    """A figure and its axes, row by row, in the style of all figures.
+
+    Each has two spines and a pale grid below the data; text is legible at a width of 720 pixels.
+
+    Args:
+        rows: of panels.
+        columns: of panels.
+        width: of the figure, in inches.
+        height: of the figure, in inches.
+        sharex: panels have a common x axis.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
     for axis in grid:
@@ -220,44 +241,62 @@ def panels(
 def save_figure(
     file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg"
 ) -> None:
-    """Save a figure: text stays text, dollar signs in it too, and the same figure is the same file: no date, no random names."""
+    """Save a figure so that the same figure is always the same file.
+
+    Text stays text, dollar signs too; there is no date and no random name.
+
+    Args:
+        file: to write.
+        figure: to save.
+        title: metadata of an SVG file.
+        words: description, metadata of an SVG file.
+        kind: `svg` or `png`.
+    """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    with mpl.rc_context({
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "path.simplify_threshold": 0.5,
-    }):
-        metadata = {"Date": None, "Title": title, "Description": words} if kind == "svg" else None
+    }
+    metadata = None
+    if kind == "svg":
+        metadata = {"Date": None, "Title": title, "Description": words}
+    with mpl.rc_context(settings):
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
 
 
 def write_outcome(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
 ) -> None:
-    """Write tables as CSV, pictures as SVG and PNG, and last `<name>.json`, which names them all.
+    """Write tables as CSV, figures as SVG and PNG, and last `<name>.json`, which lists them all.
 
     Args:
-        folder: where to.
+        folder: of the files.
         name: of the analysis.
         settings: of the analysis, plain data.
-        outcome: what it found.
-        png: also write pictures as PNG, which takes as long as all else.
+        outcome: results of the analysis.
+        png: also write figures as PNG, which takes as long as everything else.
     """
     for table in outcome.tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.rows))
+    kinds = ("svg", "png") if png else ("svg",)
     for drawing in outcome.drawings:
-        for kind in ("svg", "png") if png else ("svg",):
+        for kind in kinds:
             with replacing(folder / f"{drawing.name}.{kind}") as temporary:
                 save_figure(temporary, drawing.figure, drawing.title, drawing.alt, kind)
+    tables = []
+    for table in outcome.tables:
+        tables.append({"file": f"{table.name}.csv", "title": table.title})
+    figures = []
+    for drawing in outcome.drawings:
+        file = f"{drawing.name}.svg"
+        figures.append({"file": file, "title": drawing.title, "alt": drawing.alt})
     index = {
         "analysis": name,
         "settings": settings,
         "summary": outcome.summary,
-        "tables": [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables],
-        "figures": [
-            {"file": f"{one.name}.svg", "title": one.title, "alt": one.alt}
-            for one in outcome.drawings
-        ],
+        "tables": tables,
+        "figures": figures,
     }
     write_text(folder / f"{name}.json", json_text(index))

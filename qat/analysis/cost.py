@@ -1,4 +1,4 @@
-"""What a net costs by kind of layer, beside the same net in float. Docs: docs/analysis.md."""
+"""Cost of a model by kind of layer, compared with its float version. Docs: docs/analysis.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat.model.cost import ModuleCost, module_costs, total
 from qat.model.storage import float_twin
 from qat.utils.text import scaled
 
-# The order of the bars, each kind with the same colour in every picture.
+# In the order of the bars; a kind has the same colour in every figure.
 KINDS = (
     "attention weights",
     "attention products",
@@ -38,48 +38,42 @@ KINDS = (
     "other",
 )
 UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(frozen=True)
 class CostAnalysis(Analysis):
-    """Parameters, bytes of weights (quantized: packed), multiply-accumulates, bit operations by kind of layer; in total in float too."""
+    """Parameters, bytes, multiply-accumulates and bit operations by kind of layer.
+
+    Bytes are those of weights, packed where they are quantized. Totals are also computed in float.
+    """
 
     name: ClassVar[str] = "cost"
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """A table of kinds, one of modules; bars by kind."""
-        summary, kinds, modules = {}, [], []
+        """A table by kind, a table by module, and bars by kind."""
+        summary = {}
+        kind_rows = []
+        module_rows = []
         for studied in nets:
-            parts = module_costs(studied.net, studied.input_size)
-            kind_of = module_kinds(studied.net)
-            summary[studied.label] = dataclasses.asdict(total(parts)) | _in_float(studied)
-            kinds += [{"net": studied.label, **row} for row in _by_kind(parts, kind_of)]
-            modules += [
-                {
-                    "net": studied.label,
-                    "module": part.module or "(net)",
-                    "kind": kind_of[part.module],
-                    "bits of operands": ", ".join(
-                        dict.fromkeys(
-                            f"{a} x {b}" for a, b in (product.bits for product in part.products)
-                        )
-                    ),
-                    "bytes": part.size_bytes,
-                    "MACs": part.macs,
-                    "bit operations": part.bitops,
-                }
-                for part in parts
-            ]
+            costs = module_costs(studied.net, studied.input_size)
+            kinds = module_kinds(studied.net)
+            summary[studied.label] = dataclasses.asdict(total(costs)) | _in_float(studied)
+            for row in _by_kind(costs, kinds):
+                kind_rows.append({"net": studied.label} | row)
+            for cost in costs:
+                kind = kinds[cost.module]
+                module_rows.append({"net": studied.label} | _module_row(cost, kind))
         tables = [
-            Table("cost", "Cost by kind of layer", kinds),
-            Table("cost_modules", "Cost by module", modules),
+            Table("cost", "Cost by kind of layer", kind_rows),
+            Table("cost_modules", "Cost by module", module_rows),
         ]
-        return Outcome(summary, tables, [_bars(kinds)])
+        return Outcome(summary, tables, [_bars(kind_rows)])
 
 
 def _in_float(studied: StudiedNet) -> Row:
-    """The same net without quantization; nothing for one that is float, or that does not say how it was built."""
+    """Cost of the model without quantization; empty for a float model or one of unknown origin."""
     if conversion_of(studied.net) is None:
         return {}
     try:
@@ -89,71 +83,84 @@ def _in_float(studied: StudiedNet) -> Row:
     return {"in_float": dataclasses.asdict(total(module_costs(twin, studied.input_size)))}
 
 
+def _module_row(cost: ModuleCost, kind: str) -> Row:
+    operand_bits: dict[str, None] = {}  # without repetitions
+    for product in cost.products:
+        left, right = product.bits
+        operand_bits[f"{left} x {right}"] = None
+    return {
+        "module": cost.module or "(net)",
+        "kind": kind,
+        "bits of operands": ", ".join(operand_bits),
+        "bytes": cost.size_bytes,
+        "MACs": cost.macs,
+        "bit operations": cost.bitops,
+    }
+
+
 def module_kinds(net: nn.Module) -> dict[str, str]:
-    """One of `KINDS` for each module, by timm's description of the net, by class and by name."""
-    where, kinds = stem_and_heads(net), {}
+    """One of `KINDS` for each module, by timm's description of the model, class and name."""
+    place_of = stem_and_heads(net)
+    kind_of_place = {"stem": "patch embedding", "head": "head"}
+    kinds = {}
     for name, module in net.named_modules():
         words = name.lower().split(".")
-        if name in where:
-            kinds[name] = {"stem": "patch embedding", "head": "head"}[where[name]]
-        elif (
-            isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
-            or "norm" in words[-1]
-        ):
+        if name in place_of:
+            kinds[name] = kind_of_place[place_of[name]]
+        elif isinstance(module, _NORMS) or "norm" in words[-1]:
             kinds[name] = "norms"
         elif any("attn" in word for word in words):
             kinds[name] = "attention weights"
+        elif any("mlp" in word for word in words):
+            kinds[name] = "MLP"
         else:
-            kinds[name] = "MLP" if any("mlp" in word for word in words) else "other"
+            kinds[name] = "other"
     return kinds
 
 
-def _by_kind(parts: Sequence[ModuleCost], kind_of: Mapping[str, str]) -> list[Row]:
-    rows = {
-        kind: dict.fromkeys(("parameters in training", "bytes", "MACs", "bit operations"), 0)
-        for kind in KINDS
-    }
-    for part in parts:
-        row = rows[kind_of[part.module]]
-        row["parameters in training"] += part.n_params
-        row["bytes"] += part.size_bytes
-        for product in part.products:
-            kind = kind_of[product.module]
-            row = rows[
-                "attention products"
-                if product.of_activations and kind == "attention weights"
-                else kind
-            ]
+def _by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]:
+    """A row for each kind that costs something."""
+    columns = ("parameters in training", "bytes", "MACs", "bit operations")
+    rows = {kind: dict.fromkeys(columns, 0) for kind in KINDS}
+    for cost in costs:
+        row = rows[kinds[cost.module]]
+        row["parameters in training"] += cost.n_params
+        row["bytes"] += cost.size_bytes
+        for product in cost.products:
+            kind = kinds[product.module]
+            if product.of_activations and kind == "attention weights":
+                kind = "attention products"
+            row = rows[kind]
             row["MACs"] += product.macs
             row["bit operations"] += product.bitops
     return [{"kind": kind, **row} for kind, row in rows.items() if any(row.values())]
 
 
 def _bars(rows: Sequence[Row]) -> Drawing:
-    """A stacked bar for each net, of bytes and of bit operations."""
+    """A stacked bar for each model, of bytes and of bit operations."""
     labels = list(dict.fromkeys(row["net"] for row in rows))
-    (drawn, axes), said = panels(2, height=1.6 + 0.9 * len(labels)), []
-    for axis, (unit, words) in zip(axes, UNITS.items(), strict=True):
-        wholes = dict.fromkeys(labels, 0)
+    figure, axes = panels(2, height=1.6 + 0.9 * len(labels))
+    totals_in_words = []
+    for axis, (column, unit) in zip(axes, UNITS.items(), strict=True):
+        lengths = dict.fromkeys(labels, 0)
         for row in rows:
-            if row[unit]:
-                colour = PALETTE[KINDS.index(row["kind"])]
+            if row[column]:
                 axis.barh(
                     row["net"],
-                    row[unit] / 1e6,
-                    left=wholes[row["net"]] / 1e6,
-                    color=colour,
+                    row[column] / 1e6,
+                    left=lengths[row["net"]] / 1e6,
+                    color=PALETTE[KINDS.index(row["kind"])],
                     height=0.6,
                     edgecolor="white",
                 )
-            wholes[row["net"]] += row[unit]
-        for place, (label, whole) in enumerate(wholes.items()):
-            axis.text(whole / 1e6, place, f" {scaled(whole)}", va="center", fontsize=8)
-            said.append(f"{label}: {scaled(whole)} {words}")
-        axis.set_xlabel(f"{words}, millions")
+            lengths[row["net"]] += row[column]
+        for y, (label, length) in enumerate(lengths.items()):
+            axis.text(length / 1e6, y, f" {scaled(length)}", va="center", fontsize=8)
+            totals_in_words.append(f"{label}: {scaled(length)} {unit}")
+        axis.set_xlabel(f"{unit}, millions")
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)
         axis.invert_yaxis()
-    patches = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, PALETTE, strict=True)]
-    drawn.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return Drawing("cost", "Cost by kind of layer", "; ".join(said), drawn)
+    patches = [Patch(color=color, label=kind) for kind, color in zip(KINDS, PALETTE, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return Drawing("cost", "Cost by kind of layer", "; ".join(totals_in_words), figure)

@@ -1,4 +1,4 @@
-"""The loss on a plane through a net, along two directions of its weight scales: what a search over scales walks on.
+"""Loss of a model on a plane along two directions of its weight scales, as scale searches see it.
 
 Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
 """
@@ -37,7 +37,7 @@ from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
-from qat.ptq.runner import patched
+from qat.ptq.runner import Forward, patched
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
@@ -52,8 +52,8 @@ class Landscape(Analysis):
     Attributes:
         targets: globs of weights whose scales move in both directions.
         points: along each direction, odd.
-        radius: the most that a scale changes, as a fraction of it.
-        loss: `ce` (of labels) or `infonce` (to the net's own float logits).
+        radius: largest change of a scale in a direction, as a fraction of the scale.
+        loss: `ce` (of labels) or `infonce` (to the logits of the model in float).
         seed: of the directions.
 
     Raises:
@@ -74,61 +74,48 @@ class Landscape(Analysis):
         check_int("analysis.points", self.points, 3)
         if self.points % 2 == 0:
             raise UsageError(
-                f"analysis.points={self.points}: must be odd, so that the unchanged model is the middle point"
+                f"analysis.points={self.points}: must be odd, "
+                "so that the unchanged model is the middle point"
             )
-        # From 0.5 on a scale that is in both directions could reach zero.
+        # From 0.5 on, a scale that changes in both directions could reach zero.
         check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
-        object.__setattr__(
-            self, "targets", check_globs("analysis.targets", self.targets, "attn.*.weight")
-        )
+        targets = check_globs("analysis.targets", self.targets, "attn.*.weight")
+        object.__setattr__(self, "targets", targets)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Evaluate every point of the plane of every net."""
+        """Evaluate every point of the plane of every model."""
         half = self.points // 2
-        places = [self.radius * (i - half) / half for i in range(self.points)]
+        coordinates = [self.radius * (i - half) / half for i in range(self.points)]
         points = []
         for studied in nets:
-            move, score = (
-                plane(studied.net, self.targets, self.seed),
-                self._score(studied.net, images),
-            )
-            points += [
-                EvaluationPoint(
-                    {"net": studied.label, "x": x, "y": y},
-                    studied.net,
-                    functools.partial(move, x, y),
-                    score,
-                )
-                for y, x in itertools.product(places, places)
-            ]
+            move = plane(studied.net, self.targets, self.seed)
+            score = self._score(studied.net, images)
+            for y, x in itertools.product(coordinates, coordinates):
+                key = {"net": studied.label, "x": x, "y": y}
+                change = functools.partial(move, x, y)
+                points.append(EvaluationPoint(key, studied.net, change, score))
         rows = measure(points, images)
-        losses = torch.tensor(
-            [row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64
-        )
-        grids = dict(
-            zip(
-                [studied.label for studied in nets],
-                losses.view(-1, self.points, self.points),
-                strict=True,
-            )
-        )
-        drawing = _contours(grids, places, LOSSES[self.loss])
-        return Outcome(
-            {label: shape_of(grid) for label, grid in grids.items()},
-            [Table("landscape", "Loss on the plane", rows)],
-            [drawing],
-        )
+        column = "loss" if self.loss == "ce" else self.loss
+        losses = torch.tensor([row[column] for row in rows], dtype=torch.float64)
+        labels = [studied.label for studied in nets]
+        grids = dict(zip(labels, losses.view(-1, self.points, self.points), strict=True))
+        summary = {label: shape_of(grid) for label, grid in grids.items()}
+        table = Table("landscape", "Loss on the plane", rows)
+        return Outcome(summary, [table], [_contours(grids, coordinates, LOSSES[self.loss])])
 
     def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
+        """The infoNCE loss to the logits of the model in float; None for cross-entropy."""
         if self.loss == "ce":
             return None
         with torch.no_grad(), in_float(net):
-            wanted = [net(batch) for batch, _ in images.batches]
+            float_logits = [net(batch) for batch, _ in images.batches]
 
         def score(net: nn.Module) -> dict[str, float]:
-            logits = [net(batch) for batch, _ in images.batches]
-            losses = [info_nce(q, k) * len(q) for q, k in zip(logits, wanted, strict=True)]
+            losses = []
+            for (batch, _), expected in zip(images.batches, float_logits, strict=True):
+                logits = net(batch)
+                losses.append(info_nce(logits, expected) * len(logits))
             return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
 
         return score
@@ -137,61 +124,68 @@ class Landscape(Analysis):
 def plane(
     net: nn.Module, targets: Sequence[str], seed: int
 ) -> Callable[[float, float], AbstractContextManager[None]]:
-    """A plane of scales: each scale s of the targets becomes s (1 + x u + y v), u and v uniform in [-1, 1].
+    """A plane of scales: each scale s becomes s (1 + x u + y v), u and v uniform in [-1, 1].
 
-    Zero points and ranges of codes stay.
+    Zero points and ranges of codes are not changed.
 
     Args:
         net: quantized.
-        targets: see `Landscape`; matched with `LAYER.ROLE` in the net, or any end of it from a dot on.
-        seed: of the directions, the same on every device.
+        targets: globs, matched with `LAYER.ROLE` in the model or with any end of it after a dot.
+        seed: of the directions, which are the same on every device.
 
     Returns:
-        `move(x, y)`, a context in which the net is away from where it is; afterwards it is as before, bit for bit.
+        `move(x, y)`, which returns a context in which the model is at this point of the plane.
+        Afterwards the model is unchanged, bit for bit.
 
     Raises:
         UsageError: no weight is matched.
     """
-    generators = [torch.Generator().manual_seed(2 * seed + number) for number in (0, 1)]
+    generators = [torch.Generator().manual_seed(2 * seed + direction) for direction in (0, 1)]
     directions = {}
     for site in iter_quantizers(net):
-        if site.is_weight and isinstance(
-            grid := site.quantizer.grid(site.latent().detach()), UniformGrid
-        ):
-            name = f".{site.layer}.{site.role}"
-            if any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets):
-                directions[site.quantizer] = [
-                    2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1
-                    for g in generators
-                ]
+        if not site.is_weight:
+            continue
+        grid = site.quantizer.grid(site.latent().detach())
+        name = f".{site.layer}.{site.role}"
+        is_target = any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets)
+        if not is_target or not isinstance(grid, UniformGrid):
+            continue
+        directions[site.quantizer] = [
+            2 * torch.rand(len(grid.step), generator=generator).to(grid.step) - 1
+            for generator in generators
+        ]
     if not directions:
         raise UsageError(
-            f"analysis.targets={list(targets)}: must match a quantized weight; names look like 'blocks.0.mlp.fc1.weight'"
+            f"analysis.targets={list(targets)}: must match a quantized weight; "
+            "names look like 'blocks.0.mlp.fc1.weight'"
         )
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
-        return patched({
-            q: functools.partial(requantized, q, resize=(1 + (x * u + y * v)).mul)
-            for q, (u, v) in directions.items()
-        })
+        forwards: dict[nn.Module, Forward] = {}
+        for quantizer, (u, v) in directions.items():
+            factors = 1 + (x * u + y * v)
+            forwards[quantizer] = functools.partial(requantized, quantizer, resize=factors.mul)
+        return patched(forwards)
 
     return move
 
 
 def shape_of(losses: Tensor) -> dict[str, float]:
-    """How rugged a grid (n, n) of losses is, n odd from 3.
+    """Ruggedness of a grid (n, n) of losses, n odd and at least 3.
 
     Returns:
-        `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences along the lines of the grid;
-        `relative_roughness`, roughness / (highest - lowest), about 4 / (n - 1)^2 for a smooth bowl; `local_minima`, points below all of
-        their up to eight neighbours. Claim C10 compares them.
+        `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences
+        along the lines of the grid; `relative_roughness`, roughness / (highest - lowest), about
+        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points below all of their up
+        to eight neighbours. Claim C10 compares them.
     """
-    low, high, middle = float(losses.min()), float(losses.max()), len(losses) // 2
+    low = float(losses.min())
+    high = float(losses.max())
+    middle = len(losses) // 2
     roughness = float(torch.cat([losses, losses.T]).diff(n=2, dim=1).abs().mean())
-    windows = (
-        F.pad(losses, (1, 1, 1, 1), value=torch.inf).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)
-    )
-    windows[..., 4] = torch.inf
+    padded = F.pad(losses, (1, 1, 1, 1), value=torch.inf)
+    windows = padded.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (n, n, 9)
+    windows[..., 4] = torch.inf  # the point itself
     return {
         "centre": float(losses[middle, middle]),
         "lowest": low,
@@ -202,26 +196,32 @@ def shape_of(losses: Tensor) -> dict[str, float]:
     }
 
 
-def _contours(grids: Mapping[str, Tensor], places: Sequence[float], loss: str) -> Drawing:
-    """Lines of equal loss, each net on a range of its own, and the net as it is."""
-    (drawn, axes), said = panels(1, len(grids), width=max(3.6 * len(grids), 4.8)), []
+def _contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: str) -> Drawing:
+    """Lines of equal loss, with a scale for each model, and a cross for the unchanged model."""
+    figure, axes = panels(1, len(grids), width=max(3.6 * len(grids), 4.8))
+    descriptions = []
     for axis, (label, losses) in zip(axes, grids.items(), strict=True):
-        centre = float(losses[len(places) // 2, len(places) // 2])
+        centre = float(losses[len(coordinates) // 2, len(coordinates) // 2])
         rises = (losses - centre).numpy()
-        filled = axis.contourf(places, places, rises, levels=LEVELS, cmap=HEAT)
+        areas = axis.contourf(coordinates, coordinates, rises, levels=LEVELS, cmap=HEAT)
         axis.contour(
-            places, places, rises, levels=LEVELS, colors="black", linewidths=0.4, linestyles="solid"
+            coordinates,
+            coordinates,
+            rises,
+            levels=LEVELS,
+            colors="black",
+            linewidths=0.4,
+            linestyles="solid",
         )
         axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
         axis.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
         axis.grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
-        drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(
-            labelsize=7
-        )
-        said.append(
+        colorbar = figure.colorbar(areas, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
+        colorbar.ax.tick_params(labelsize=7)
+        descriptions.append(
             f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}"
         )
     title = f"{loss} above that of the unchanged model (+), scales changed by a fraction"
-    return Drawing("landscape", title, "; ".join(said), drawn)
+    return Drawing("landscape", title, "; ".join(descriptions), figure)

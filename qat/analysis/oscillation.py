@@ -1,4 +1,4 @@
-"""How weights of a net oscillated while it was trained, from what the callback wrote. Source: arXiv 2203.11086."""
+"""Oscillation of weights during training, from files of the callback. Source: arXiv 2203.11086."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from qat.errors import UsageError
 from qat.utils.files import csv_rows
 
 Curve = Mapping[int, float]  # by optimizer step
-SHARE, FLIPS = "oscillating weights, %", "flips a step"
+SHARE = "oscillating weights, %"
+FLIPS = "flips a step"
 
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Share of oscillating weights and flips over the run of a checkpoint; layers at its end.
+    """Share of oscillating weights and flips during the run of a checkpoint; layers at its end.
 
-    The run must have had `callbacks=[default,oscillation]`.
+    The run must have used `callbacks=[default,oscillation]`.
     """
 
     name: ClassVar[str] = "oscillation"
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Read `metrics.csv` and `oscillation.csv` of the runs; one figure, one table.
+        """Read `metrics.csv` and `oscillation.csv` of the runs into one figure and one table.
 
         Raises:
             UsageError: a run tracked no oscillations.
@@ -46,58 +47,76 @@ class OscillationAnalysis(Analysis):
         layers: list[Row] = []
         for studied in nets:
             folder = (studied.path or Path("-")).resolve().parent
-            folder = folder.parent if folder.name == "checkpoints" else folder
+            if folder.name == "checkpoints":
+                folder = folder.parent
             curves[studied.label] = read_curves(folder / "metrics.csv")
-            at_end = folder / "oscillation.csv"  # of a run that has ended
-            rows = csv_rows(at_end) if at_end.is_file() else []
+            path = folder / "oscillation.csv"  # exists once a run has ended
+            rows = csv_rows(path) if path.is_file() else []
             if not (curves[studied.label][SHARE] or rows):
                 raise UsageError(
-                    f"ckpt={str(studied.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+                    f"ckpt={str(studied.path)!r}: its run did not track oscillation; "
+                    "train with callbacks=[default,oscillation]"
                 )
-            layers += [{"net": studied.label, **row} for row in rows]
-        summary = {
-            label: {name: [*curve.values()][-1] for name, curve in found.items() if curve}
-            for label, found in curves.items()
-        }
+            for row in rows:
+                layers.append({"net": studied.label, **row})
+        summary: dict[str, dict[str, float]] = {label: {} for label in curves}
+        for label, curves_of_run in curves.items():
+            for name, curve in curves_of_run.items():
+                if curve:
+                    summary[label][name] = [*curve.values()][-1]
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
-        return Outcome(summary, tables, [_draw(curves)] if any(summary.values()) else [])
+        drawings = [_draw(curves)] if any(summary.values()) else []
+        return Outcome(summary, tables, drawings)
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Curves of a log; of a step that is there twice, in a run that was resumed, the later line counts."""
+    """Curves of a log; a resumed run may log a step twice, and the later line counts."""
     rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
-
-    def logged(column: str) -> dict[int, float]:
-        found = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
-        return dict(sorted(found.items()))
-
-    flips = itertools.pairwise(logged("osc/flips").items())
+    shares = _logged(rows, "osc/share")
+    flips = _logged(rows, "osc/flips")
+    flips_per_step = {}
+    for (earlier_step, earlier), (step, later) in itertools.pairwise(flips.items()):
+        flips_per_step[step] = (later - earlier) / (step - earlier_step)
     return {
-        SHARE: {step: 100 * share for step, share in logged("osc/share").items()},
-        FLIPS: {b: (later - earlier) / (b - a) for (a, earlier), (b, later) in flips},
+        SHARE: {step: 100 * share for step, share in shares.items()},
+        FLIPS: flips_per_step,
     }
 
 
+def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
+    """Values of a column by step, in the order of steps."""
+    values = {}
+    for row in rows:
+        if row.get(column):
+            values[int(float(row["step"]))] = float(row[column])
+    return dict(sorted(values.items()))
+
+
 def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
-    """Over optimizer steps, a line for each run; the later ones are dashed, as runs that share their first steps lie on each other."""
-    names = [name for name in (SHARE, FLIPS) if any(found[name] for found in curves.values())]
-    (drawn, axes), said = panels(len(names), height=0.7 + 1.7 * len(names), sharex=True), []
+    """A line over optimizer steps for each run.
+
+    All but the first are dashed, as lines of runs that share their first steps overlap.
+    """
+    names = []
+    for name in (SHARE, FLIPS):
+        if any(curves_of_run[name] for curves_of_run in curves.values()):
+            names.append(name)
+    figure, axes = panels(len(names), height=0.7 + 1.7 * len(names), sharex=True)
+    descriptions = []
     for axis, name in zip(axes, names, strict=True):
-        for number, (label, found) in enumerate(curves.items()):
-            values, colour = [*found[name].values()], PALETTE[number % len(PALETTE)]
-            axis.plot(
-                [*found[name]],
-                values,
-                "--" if number else "-",
-                color=colour,
-                linewidth=1.3,
-                label=label,
-            )
+        for i, (label, curves_of_run) in enumerate(curves.items()):
+            steps = list(curves_of_run[name])
+            values = list(curves_of_run[name].values())
+            style = "--" if i else "-"
+            color = PALETTE[i % len(PALETTE)]
+            axis.plot(steps, values, style, color=color, linewidth=1.3, label=label)
             if values:
-                said.append(
-                    f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end"
+                descriptions.append(
+                    f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, "
+                    f"{values[-1]:.2f} at the end"
                 )
         axis.set(ylabel=name, ylim=(0, None))
     axes[-1].set_xlabel("optimizer step")
     axes[0].legend(fontsize=8, frameon=False)
-    return Drawing("oscillation", "Oscillation over the training", "; ".join(said), drawn)
+    title = "Oscillation over the training"
+    return Drawing("oscillation", title, "; ".join(descriptions), figure)

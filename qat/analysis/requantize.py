@@ -1,4 +1,7 @@
-"""Weights of a net fake-quantized with other step sizes or at other widths; for a while, bit-exactly undone."""
+"""Fake-quantize weights of a model with other step sizes or bits inside a `with` block.
+
+Afterwards the model is unchanged, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from qat.functional.affine import correct_mean_and_std
 from qat.functional.observers import affine_scale
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
-from qat.ptq.runner import patched
+from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer, UniformGrid, build_quantizer
 from qat.spec import PRESETS, QuantRecipe, QuantSpec
 from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS
@@ -36,18 +39,20 @@ def requantized(
     steps_from: str = "own",
     resize: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """A weight, fake-quantized otherwise than its quantizer does; by default in the same way, to the last bit.
+    """Fake-quantize a weight with changed settings; by default as its quantizer does, bit for bit.
 
     Args:
-        quantizer: of the weight, with evenly spaced values; only read.
-        weight: the float master (out, ...), what the quantizer is called with.
-        bits: width, 2 to 8; 32 = the float weight; None = the quantizer's.
-        steps_from: where step sizes come from: the quantizer's `own` rule (at its own width: those in force), or `mse`, the range of each
-            slice shrunk to the least squared error (not for half steps, whose rule is their own).
-        resize: makes the step sizes used of those. The range of codes stays, so that values beyond it are clamped as in deployment.
+        quantizer: of the weight, with a uniform grid; only read.
+        weight: the latent float weight (out, ...) with which the quantizer is called.
+        bits: 2 to 8; 32 = the float weight; None = the quantizer's.
+        steps_from: `own`, step sizes by the quantizer's rule (at its own bits: the present ones),
+            or `mse`, the range of each slice shrunk to the least squared error (except for half
+            steps, which keep their rule).
+        resize: maps these step sizes to the ones to use. The range of codes is not changed, so
+            values beyond it are clamped as in deployment.
 
     Returns:
-        The shape and dtype of `weight`.
+        The fake-quantized weight, shape and dtype of `weight`.
     """
     if bits == FLOAT_BITS:
         return weight
@@ -81,11 +86,12 @@ class WeightSite:
     """A weight whose quantization can be changed.
 
     Attributes:
-        name: of the module that owns it.
+        name: of the module that owns the weight.
         place: `stem`, `block` or `head`.
-        quantizer: what the net calls.
-        rule: what `requantized` reads: the quantizer, or for a float weight one with symmetric codes.
-        bits: in force, 32 = float.
+        quantizer: the one that the model calls.
+        rule: the one that `requantized` reads: `quantizer`, or for a float weight a quantizer with
+            symmetric codes.
+        bits: present bits, 32 = float.
         shape: of the weight, (out, ...).
     """
 
@@ -100,42 +106,54 @@ class WeightSite:
 def weight_sites(
     net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0
 ) -> tuple[nn.Module, list[WeightSite]]:
-    """The weights of a net, quantized or not; one whose quantizer has no grid of evenly spaced values is named in the log.
+    """The weights of a model, quantized or not.
+
+    Weights whose quantizer has no uniform grid are left out, with a warning in the log.
 
     Args:
-        net: quantized with scales filled, or float; stays as it is.
-        input_size: of its images.
-        float_axis: dimension of float weights that gets step sizes of its own when they are quantized, None = one for the tensor.
+        net: quantized with scales set, or float; not changed.
+        input_size: (channels, height, width) of the images.
+        float_axis: dimension of float weights that gets a step size for each slice when they are
+            quantized; None = one step size for the tensor.
 
     Returns:
-        What to evaluate, the net itself or of a net without quantizers a twin that shares its tensors; its weights.
+        The model to evaluate, and its weights. A model without quantizers is replaced by a
+        converted copy that shares its tensors.
     """
     if conversion_of(net) is None:
         shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
-        identities = QuantRecipe(
-            **PRESETS["fp"]
-        )  # unlike qat.recipe("fp"), which leaves a net untouched
+        # Unlike this recipe, qat.recipe("fp") adds no quantizers.
+        identities = QuantRecipe(**PRESETS["fp"])
         net = convert(copy.deepcopy(net, shared), identities, input_size=input_size).eval()
-    places, found = stem_and_heads(net), []
-    symmetric = build_quantizer(
-        QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)
-    )
-    for site in (site for site in iter_quantizers(net) if site.is_weight):
-        quantizer, weight = site.quantizer, site.latent().detach()
-        if quantizer.is_float or isinstance(quantizer.grid(weight), UniformGrid):
-            rule, bits = (
-                (symmetric, FLOAT_BITS) if quantizer.is_float else (quantizer, quantizer.spec.bits)
-            )
-            found.append(
-                WeightSite(
-                    site.layer, places.get(site.layer, "block"), quantizer, rule, bits, weight.shape
-                )
-            )
-        else:
+    symmetric_spec = QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)
+    symmetric = build_quantizer(symmetric_spec)
+    place_of = stem_and_heads(net)
+    weights = []
+    for site in iter_quantizers(net):
+        if not site.is_weight:
+            continue
+        weight = site.latent().detach()
+        rule = site.quantizer
+        bits = rule.spec.bits
+        if rule.is_float:
+            rule = symmetric
+            bits = FLOAT_BITS
+        elif not isinstance(rule.grid(weight), UniformGrid):
             log.warning(
                 "%s: its quantizer has no uniform grid; this weight is left unchanged", site.name
             )
-    return net, found
+            continue
+        weights.append(
+            WeightSite(
+                name=site.layer,
+                place=place_of.get(site.layer, "block"),
+                quantizer=site.quantizer,
+                rule=rule,
+                bits=bits,
+                shape=weight.shape,
+            )
+        )
+    return net, weights
 
 
 def is_float(sites: Sequence[WeightSite]) -> bool:
@@ -144,16 +162,16 @@ def is_float(sites: Sequence[WeightSite]) -> bool:
 
 
 def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """Weights of blocks, those that a quantized net leaves in float not among them."""
-    return [
-        site
-        for site in sites
-        if site.place == "block" and (site.bits != FLOAT_BITS or is_float(sites))
-    ]
+    """Weights of blocks, without those that a quantized model leaves in float."""
+    blocks = [site for site in sites if site.place == "block"]
+    if is_float(sites):
+        return blocks
+    return [site for site in blocks if site.bits != FLOAT_BITS]
 
 
 def changed(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
-    """While it lasts these weights are `requantized` with a change; no tensor of the net is touched."""
-    return patched({
-        site.quantizer: functools.partial(requantized, site.rule, **change) for site in sites
-    })
+    """A context in which weights are `requantized` with a change; no tensor is modified."""
+    forwards: dict[nn.Module, Forward] = {}
+    for site in sites:
+        forwards[site.quantizer] = functools.partial(requantized, site.rule, **change)
+    return patched(forwards)

@@ -1,4 +1,4 @@
-"""How much of its accuracy a net keeps when its weights get other step sizes or bit-widths than it was trained or calibrated for.
+"""Accuracy of a model with other step sizes or bit-widths of its weights than in training.
 
 Protocol: KURE, arXiv 2002.07686. Conventions: docs/analysis.md, section Robustness.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,9 +47,12 @@ from qat.utils.validate import (
     check_number,
 )
 
-STEPS, BITS, POWER_OF_TWO = PARTS = ("steps", "bits", "power_of_two")
+STEPS = "steps"
+BITS = "bits"
+POWER_OF_TWO = "power_of_two"
+PARTS = (STEPS, BITS, POWER_OF_TWO)
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# Name, title, axis.
+# Name, title, and label of the x axis.
 FIGURES = {
     STEPS: (
         "step_sizes",
@@ -57,7 +61,7 @@ FIGURES = {
     ),
     BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
-FLOAT_AT = 10  # where float stands on an axis of bits
+FLOAT_AT = 10  # position of float on an axis of bits
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,18 @@ class Robustness(Analysis):
     """The settings of `analysis/robustness.yaml`.
 
     Attributes:
-        parts: some of `PARTS`; None = all that a net allows.
-        low: lowest factor on the step sizes.
-        high: highest.
-        ratios: how many factors, evenly spaced, both ends among them; 1 is added to them.
-        bits: widths of the weights, 32 = float.
-        steps_from: where step sizes at other widths come from, one of `STEPS_FROM`.
-        float_bits: width to which float nets are quantized for `steps` and `power_of_two`; None = those are left out.
+        parts: some of `PARTS`; None = all that a model allows.
+        low: lowest factor of the step sizes.
+        high: highest factor.
+        ratios: number of factors, evenly spaced from `low` to `high`; 1 is added to them.
+        bits: bit-widths of the weights, 32 = float.
+        steps_from: rule for step sizes at other widths, one of `STEPS_FROM`.
+        float_bits: bits to which float models are quantized for `steps` and `power_of_two`; None =
+            these parts are left out.
         float_scales: float weights get step sizes per `channel` or per `tensor`.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a value that cannot work.
     """
 
     parts: Sequence[str] | None = None
@@ -103,147 +108,160 @@ class Robustness(Analysis):
         check_choice("analysis.float_scales", self.float_scales, tuple(FLOAT_SCALES))
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """The two curves of each net, their numbers, and the accuracy with powers of two.
+        """Two curves of each model, their numbers, and the accuracy with powers of two.
 
         Raises:
-            UsageError: a part that was requested by name needs quantized weights, and a net has none; or no grid of its blocks is uniform.
+            UsageError: a requested part needs quantized weights, and a model has none; or no
+                weight of its blocks has a uniform grid.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
-        points = [self._points(studied) for studied in nets]
-        for studied, of_net in zip(nets, points, strict=True):
-            rows = measure(of_net, images)
-            steps, widths, powers = ([row for row in rows if row["part"] == part] for part in PARTS)
-            found: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
-            if steps:
-                worst, percents = (
-                    min(steps, key=operator.itemgetter("top1")),
-                    {row["ratio"]: row["top1"] for row in steps},
-                )
-                mean = statistics.fmean(percents.values())
-                found[STEPS] = {
-                    "at_1": percents[1],
-                    "lowest": worst["top1"],
-                    "lowest_at": worst["ratio"],
-                    "mean": mean,
-                }
-            if widths:
-                found["widths"] = {_place(row): row["top1"] for row in widths}
-            if powers:
-                found[POWER_OF_TWO] = powers[0]["top1"]
-            summary[studied.label] = found
-            table += [
-                {"top-1 (%)" if name == "top1" else name: value for name, value in row.items()}
-                for row in rows
-            ]
-        drawings = [
-            _draw(part, rows)
-            for part in FIGURES
-            if (rows := [row for row in table if row["part"] == part])
-        ]
-        return Outcome(
-            summary,
-            [
-                Table(
-                    "robustness",
-                    "Accuracy with other step sizes and bit-widths of the weights",
-                    table,
-                )
-            ],
-            drawings,
-        )
+        points_by_model = [self._points(studied) for studied in nets]
+        for studied, points in zip(nets, points_by_model, strict=True):
+            rows = measure(points, images)
+            summary[studied.label] = _summary(rows)
+            for row in rows:
+                table.append(_renamed(row))
+        drawings = []
+        for part in FIGURES:
+            rows = _rows_of(part, table)
+            if rows:
+                drawings.append(_draw(part, rows))
+        title = "Accuracy with other step sizes and bit-widths of the weights"
+        return Outcome(summary, [Table("robustness", title, table)], drawings)
 
     def _points(self, studied: StudiedNet) -> list[EvaluationPoint]:
-        """The net as it is, then part by part."""
-        net, weights = weight_sites(
-            studied.net, studied.input_size, FLOAT_SCALES[self.float_scales]
-        )
+        """The unchanged model, then part by part."""
+        float_axis = FLOAT_SCALES[self.float_scales]
+        net, weights = weight_sites(studied.net, studied.input_size, float_axis)
         blocks = in_blocks(weights)
         if not blocks:
             raise UsageError(
                 f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid"
             )
-        # What all changes of step sizes start from: the quantized weights of the net, or those of a float net quantized here.
+        parts = {*(self.parts or PARTS)}
+        # Changes of step sizes start from the quantized weights of the model, or from those of a
+        # float model that is quantized here.
+        sites = [site for site in weights if site.bits != FLOAT_BITS]
         base: dict[str, Any] = {}
-        sites, parts = (
-            [site for site in weights if site.bits != FLOAT_BITS],
-            {*(self.parts or PARTS)},
-        )
         if is_float(weights) and self.float_bits is not None:
-            sites, base = blocks, {"bits": self.float_bits, "steps_from": self.steps_from}
+            sites = blocks
+            base = {"bits": self.float_bits, "steps_from": self.steps_from}
         elif not sites:
             if self.parts is not None and parts != {BITS}:
                 raise UsageError(
-                    f"analysis.parts={self.parts}: {studied.label} has no quantized weights; set analysis.float_bits, e.g. to 4"
+                    f"analysis.parts={self.parts}: {studied.label} has no quantized weights; "
+                    "set analysis.float_bits, e.g. to 4"
                 )
             parts = {BITS}
 
         def point(
             part: str,
-            of: Sequence[WeightSite] = (),
+            changed_sites: Sequence[WeightSite] = (),
             *,
             ratio: float | None = None,
             width: float | None = None,
             **change: Any,
         ) -> EvaluationPoint:
             key = {"net": studied.label, "part": part, "ratio": ratio, "bits": width}
-            return EvaluationPoint(key, net, functools.partial(changed, of, **change))
+            return EvaluationPoint(key, net, functools.partial(changed, changed_sites, **change))
 
-        width = sum(site.bits * site.shape.numel() for site in blocks) / sum(
-            site.shape.numel() for site in blocks
-        )
-        points = [point("clean", width=width if width % 1 else int(width))]
+        points = [point("clean", width=_mean_bits(blocks))]
         if STEPS in parts:
-            ratios = torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist()
-            for ratio in sorted({1.0, *(float(f"{value:.6g}") for value in ratios)}):
+            for ratio in self._all_ratios():
+                resize = functools.partial(operator.mul, ratio)
+                points.append(point(STEPS, sites, ratio=ratio, **base, resize=resize))
+        if BITS in parts:
+            for bits in sorted(self.bits):
+                # Weights that already have these bits keep their trained step sizes.
+                other_sites = [site for site in blocks if site.bits != bits]
                 points.append(
-                    point(
-                        STEPS,
-                        sites,
-                        ratio=ratio,
-                        **base,
-                        resize=functools.partial(operator.mul, ratio),
-                    )
+                    point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)
                 )
-        for bits in sorted(self.bits) if BITS in parts else ():
-            others = [
-                site for site in blocks if site.bits != bits
-            ]  # a weight of this width keeps its trained step sizes
-            points.append(point(BITS, others, width=bits, bits=bits, steps_from=self.steps_from))
         if POWER_OF_TWO in parts:
             points.append(point(POWER_OF_TWO, sites, **base, resize=nearest_power_of_two))
         return points
 
+    def _all_ratios(self) -> list[float]:
+        """Factors of the step sizes in ascending order, 1 among them."""
+        ratios = {1.0}
+        for ratio in torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist():
+            ratios.add(float(f"{ratio:.6g}"))
+        return sorted(ratios)
+
+
+def _mean_bits(sites: Sequence[WeightSite]) -> float:
+    """Mean bits of all weights; an int if the mean is whole."""
+    total_bits = 0
+    n_weights = 0
+    for site in sites:
+        total_bits += site.bits * site.shape.numel()
+        n_weights += site.shape.numel()
+    bits = total_bits / n_weights
+    return bits if bits % 1 else int(bits)
+
+
+def _renamed(row: Row) -> Row:
+    """A row with the column names of the table."""
+    return {"top-1 (%)" if name == "top1" else name: value for name, value in row.items()}
+
+
+def _rows_of(part: str, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["part"] == part]
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Numbers of the curves of one model."""
+    summary: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
+    steps = _rows_of(STEPS, rows)
+    if steps:
+        worst = min(steps, key=operator.itemgetter("top1"))
+        top1_at = {row["ratio"]: row["top1"] for row in steps}
+        summary[STEPS] = {
+            "at_1": top1_at[1],
+            "lowest": worst["top1"],
+            "lowest_at": worst["ratio"],
+            "mean": statistics.fmean(top1_at.values()),
+        }
+    widths = _rows_of(BITS, rows)
+    if widths:
+        summary["widths"] = {_tick(row): row["top1"] for row in widths}
+    powers = _rows_of(POWER_OF_TWO, rows)
+    if powers:
+        summary[POWER_OF_TWO] = powers[0]["top1"]
+    return summary
+
 
 def _draw(part: str, table: Sequence[Row]) -> Drawing:
-    """A curve of each net over ratios or bits."""
-    (drawn, (axis,)), said = panels(), []
+    """A curve over ratios or bits for each model."""
     name, title, xlabel = FIGURES[part]
+    figure, (axis,) = panels()
     axis.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
-    for number, label in enumerate(dict.fromkeys(row["net"] for row in table)):
-        rows = [row for row in table if row["net"] == label]
-        places = [row["ratio"] or min(row["bits"], FLOAT_AT) for row in rows]
-        percents, names = [row["top-1 (%)"] for row in rows], [_place(row) for row in rows]
+    rows_of_net: dict[str, list[Row]] = defaultdict(list)
+    for row in table:
+        rows_of_net[row["net"]].append(row)
+    curves = []
+    for i, (label, rows) in enumerate(rows_of_net.items()):
+        xs = [row["ratio"] or min(row["bits"], FLOAT_AT) for row in rows]
         axis.plot(
-            places,
-            percents,
+            xs,
+            [row["top-1 (%)"] for row in rows],
             "-o",
-            color=PALETTE[number % len(PALETTE)],
+            color=PALETTE[i % len(PALETTE)],
             markersize=3.5,
             linewidth=1.4,
             label=label,
         )
-        said.append(
-            f"{label}: "
-            + ", ".join(
-                f"{percent:.1f} % at {name}" for percent, name in zip(percents, names, strict=True)
-            )
-        )
+        values = ", ".join(f"{row['top-1 (%)']:.1f} % at {_tick(row)}" for row in rows)
+        curves.append(f"{label}: {values}")
         if part == BITS:
-            axis.set_xticks(places, names)
-    drawn.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
-    return Drawing(name, title, f"{title}. {'; '.join(said)}.", drawn)
+            axis.set_xticks(xs, list(map(_tick, rows)))
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+    return Drawing(name, title, f"{title}. {'; '.join(curves)}.", figure)
 
 
-def _place(row: Row) -> str:
-    return "float" if row["bits"] == FLOAT_BITS else f"{row['ratio'] or row['bits']:g}"
+def _tick(row: Row) -> str:
+    """The ratio or the bits of a row."""
+    if row["bits"] == FLOAT_BITS:
+        return "float"
+    return f"{row['ratio'] or row['bits']:g}"

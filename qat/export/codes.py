@@ -1,8 +1,9 @@
-"""Tensors of codes while a net is written as a graph: they can be seen in another shape and be multiplied, nothing else.
+"""Tensors of codes while a model is written as a graph. They support only views and products.
 
-The net runs twice. The first time, on an image, a tensor carries what is known of it before any image (scale, shift, offset) in whatever
-shape the net gives it, and each product works out what of that stands outside of its sum (`plan.py`). The second time torch traces the
-net: a tensor is codes of 8 bits alone, and each product writes the operators that were worked out for it (`write.py`).
+The model runs twice. The first time it runs on an image: a tensor has its scale, shift and offset
+in the shape that the model views it in, and each product computes which of them can be applied
+outside of its sum (`plan.py`). The second time torch traces the model: a tensor is only its 8-bit
+codes, and each product writes the operators that were planned for it (`write.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from qat.errors import UsageError
 from qat.model.frozen import FrozenWeight
 from qat.model.sites import iter_quantizers
 
-# By the width of a stored type, the opset from which a Cast takes it.
+# By the width of a stored type, the lowest opset whose Cast accepts it.
 OPSETS = {2: 25, 4: 21, 8: 13}
-# Kernels of x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates beyond 32,767. Two products with a
-# code of at most this size fit: 2 * 255 * 64 = 32,640. uint8 times uint8 has kernels that do not saturate.
+# Kernels of x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which
+# saturates beyond 32,767. Two products with a code of at most this size fit: 2 * 255 * 64 = 32,640.
+# uint8 times uint8 has kernels that do not saturate.
 LARGEST_INT8 = 64
 _VIEWS = frozenset({
     "transpose",
@@ -37,7 +39,10 @@ _VIEWS = frozenset({
 
 
 class _OnCodes:
-    """Products of codes go to their graph; all else, as norms and convolutions, takes numbers: no runtime has a kernel on codes."""
+    """Sends products of codes to their graph; all other operators, such as norms, get numbers.
+
+    No runtime has kernels for those on codes.
+    """
 
     graph: Any
 
@@ -45,9 +50,11 @@ class _OnCodes:
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _HANDLED:
-            args = [number(one) for one in args]
-        return _HANDLED.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        handler = _HANDLED.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        return func(*[number(argument) for argument in args], **kwargs)
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,14 @@ class QuantizedTensor(_OnCodes):
     """The value (codes + shift) * scale + after.
 
     Attributes:
-        codes: the first time float32 whole numbers; the second time int8 or uint8, from which `zero` is still to be subtracted.
-        scale, shift, after: the shape of `codes`, views where they repeat themselves; None the second time, `after` also for 0.
+        codes: the first time whole numbers in float32; the second time int8 or uint8, from which
+            `zero` is still to be subtracted.
+        scale, shift, after: in the shape of `codes`, views where they repeat; None the second
+            time. `after` is also None for 0.
         name: of the quantizer.
-        zero: code that stands for 0.
-        graph: makes numbers and products of it: `plan.Planner` the first time, `write.Writer` the second.
+        zero: code that represents 0.
+        graph: computes numbers and products: `plan.Planner` the first time, `write.Writer` the
+            second.
     """
 
     codes: Tensor
@@ -77,17 +87,24 @@ class QuantizedTensor(_OnCodes):
             return getattr(self.codes, name)
         if name not in _VIEWS:
             raise AttributeError(f"{name} is not done on codes: must be a view or a product")
-        return lambda *args, **kwargs: self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
+
+        def view(*args: Any, **kwargs: Any) -> Any:
+            return self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
+
+        return view
 
     def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
+        """A tensor of codes, or a tuple of them for a view that splits a tensor."""
         views: list[Any] = []
         for tensor in (self.codes, self.scale, self.shift, self.after):
             views.append(None if tensor is None else view(tensor))
-        if not isinstance(views[0], tuple):
+        codes = views[0]
+        if not isinstance(codes, tuple):
             return self._with(*views)
         pieces = []
-        for i in range(len(views[0])):
-            pieces.append(self._with(*(None if piece is None else piece[i] for piece in views)))
+        for i in range(len(codes)):
+            parts = [None if chunks is None else chunks[i] for chunks in views]
+            pieces.append(self._with(*parts))
         return tuple(pieces)
 
     def _with(self, codes: Any, scale: Any, shift: Any, after: Any) -> QuantizedTensor:
@@ -98,7 +115,7 @@ class QuantizedTensor(_OnCodes):
 
 
 def number(t: Any) -> Any:
-    """What codes stand for; a tensor as it is."""
+    """The numbers that codes represent; a tensor unchanged."""
     return t.graph.number(t) if isinstance(t, _OnCodes) else t
 
 
@@ -114,28 +131,37 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     return F.linear(number(x), number(weight), bias)
 
 
+def _dropout(x: Any, *_: Any, **__: Any) -> Any:
+    return x
+
+
 _HANDLED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
-    F.dropout: lambda x, *_, **__: x,
-    **dict.fromkeys(
-        (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul
-    ),
+    F.dropout: _dropout,
+    torch.matmul: _matmul,
+    torch.bmm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
 }
 
 
 @dataclass(frozen=True)
 class StoredWeight(_OnCodes):
-    """A frozen weight as (factors - zero_point) * scale + constant, with factors of 8 bits: the codes, or 2 * codes + 1.
+    """A frozen weight as (factors - zero_point) * scale + constant.
+
+    The factors have 8 bits: the codes, or 2 * codes + 1.
 
     Attributes:
         frozen: the weight.
         width: of the ONNX type of the stored codes, in bits.
-        codes: int8 that fit it; uint8, 128 more, where int8 could saturate (`LARGEST_INT8`).
+        codes: int8 codes that fit the type; uint8 codes, 128 higher, where int8 could saturate
+            (`LARGEST_INT8`).
         is_doubled: the factors are 2 * codes + 1.
-        scale: (n,), a scale a row, or (1,).
-        zero_point: (n,) or (1,), the type of `codes`, or None = 0.
-        constant: (n,), what is added to a row: half a step of 8-bit StatsQ, or what bias correction adds; None = 0.
-        graph: as of `QuantizedTensor`; None before a graph is written.
+        scale: (n,), a scale for each row, or (1,).
+        zero_point: (n,) or (1,), the dtype of `codes`; None = 0.
+        constant: (n,), added to a row: half a step size for 8-bit StatsQ, or the offset of bias
+            correction; None = 0.
+        graph: as for `QuantizedTensor`; None before a graph is written.
     """
 
     frozen: FrozenWeight
@@ -149,83 +175,101 @@ class StoredWeight(_OnCodes):
 
     @property
     def factors(self) -> Tensor:
-        """What products take, float32: whole numbers without their zero point, the shape of the weight."""
-        factors = self.codes.float() * 2 + 1 if self.is_doubled else self.codes.float()
-        return (
-            factors
-            if self.zero_point is None
-            else factors - _rows(self.zero_point.float(), factors)
-        )
+        """Factors of products, zero point subtracted: integers in float32, shape of the weight."""
+        factors = self.codes.float()
+        if self.is_doubled:
+            factors = factors * 2 + 1
+        if self.zero_point is not None:
+            factors = factors - _rows(self.zero_point.float(), factors)
+        return factors
 
     @property
     def value(self) -> Tensor:
         """The weight, float32."""
         value = self.factors * _rows(self.scale, self.codes)
-        return value if self.constant is None else value + _rows(self.constant, value)
+        if self.constant is not None:
+            value = value + _rows(self.constant, value)
+        return value
 
 
 def _rows(t: Tensor, like: Tensor) -> Tensor:
+    """View a number for each row (n,) as (n, 1, ...), to broadcast with a weight."""
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def store_weights(
     form: str, net: nn.Module, smallest: int, cpu: str = "fast"
 ) -> dict[str, StoredWeight]:
-    """The weights of a frozen net by their names, each as `store_weight` has it.
+    """Call `store_weight` for all weights of a frozen model; return the results by name.
 
     Raises:
-        UsageError: the net has floats in blocks, for which no runtime has kernels on a CPU.
+        UsageError: the model has block floating point, for which runtimes have no CPU kernels.
     """
     for site in iter_quantizers(net):
         if site.quantizer.in_blocks:
-            why = f"{site.name} has blocks of {site.quantizer.spec.quantizer}, which its runtimes do not run on a CPU"
-            raise UsageError(f"format={form}: {why}; must be format=packed")
-    weights = {
-        name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)
-    }
-    return {name: store_weight(weight, smallest, cpu) for name, weight in weights.items()}
+            blocks = f"{site.name} has blocks of {site.quantizer.spec.quantizer}"
+            raise UsageError(
+                f"format={form}: {blocks}, which its runtimes do not run on a CPU; "
+                "must be format=packed"
+            )
+    stored = {}
+    for name, module in net.named_modules():
+        if isinstance(module, FrozenWeight):
+            stored[name] = store_weight(module, smallest, cpu)
+    return stored
 
 
 def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> StoredWeight:
-    """Choose the smallest type that holds a weight exactly, and that is read where its file is to run. Facts: docs/deployment.md.
+    """Choose the smallest type that stores a weight exactly and that its runtime can read.
 
-    The levels of half-step grids (StatsQ, SEQ) lie half a step size beside those of an integer type: products take the odd numbers 2k+1
-    in place of k. They are stored so where they fit the type that the width needs anyway (2 and 3 bits in INT4, 5 to 7 in INT8), else they
-    are made of k when the file is opened (4 bits; 2 in INT2). At 8 bits they do not fit: k, with half a step size added.
+    The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
+    numbers 2k + 1 instead. These are stored where they fit the type of this width (2 and 3 bits in
+    INT4, 5 to 7 in INT8). Where they do not (4 bits; 2 bits in INT2), k is stored and 2k + 1 is
+    computed when the file is opened. 8 bits cannot hold 2k + 1: products use k, and half a step is
+    added. Docs: docs/deployment.md.
 
     Args:
         weight: frozen.
-        smallest: width of the smallest type that may be used: 2, 4, which OpenVINO reads, or 8, which TensorRT does.
+        smallest: smallest width that may be used: 2; 4, which OpenVINO reads; or 8, which TensorRT
+            reads.
         cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all as int8.
     """
-    bits, signed = weight.spec.bits, weight.stored.dtype == torch.int8
-    size = next(width for width in OPSETS if width >= max(bits, smallest))
-    below = 0 if signed else 2 ** (bits - 1)
-    codes, shift, scale, constant = (
-        weight.stored.to(torch.int16) - below,
-        weight.shift + below,
-        weight.scale,
-        weight.after,
-    )
-    zero_point, is_doubled = None, False
-    if not bool((shift % 1 != 0).any()):
-        zero_point = (-shift).to(torch.int8) if bool(shift.any()) else None
+    bits = weight.spec.bits
+    width = next(width for width in OPSETS if width >= max(bits, smallest))
+    # Unsigned codes are moved to the range of signed ones.
+    middle = 0 if weight.stored.dtype == torch.int8 else 2 ** (bits - 1)
+    codes = weight.stored.to(torch.int16) - middle
+    shift = weight.shift + middle
+    scale = weight.scale
+    zero_point = None
+    constant = weight.after
+    is_doubled = False
+    is_whole = not bool((shift % 1 != 0).any())
+    if is_whole:
+        if bool(shift.any()):
+            zero_point = (-shift).to(torch.int8)
     elif bits < 8 and bool((shift == 0.5).all()):
-        scale, is_doubled = scale / 2, bits == size  # 2k + 1 takes a bit more
-        codes = codes if is_doubled else 2 * codes + 1
+        scale = scale / 2
+        is_doubled = bits == width  # 2k + 1 needs one bit more
+        if not is_doubled:
+            codes = 2 * codes + 1
     else:
-        constant = scale * shift if constant is None else constant + scale * shift
-    can_saturate = size == 8 and bool((codes.abs() > LARGEST_INT8).any())
+        offset = scale * shift
+        constant = offset if constant is None else constant + offset
+
+    dtype = torch.int8
+    can_saturate = width == 8 and bool((codes.abs() > LARGEST_INT8).any())
     if cpu == "any" and can_saturate:
+        dtype = torch.uint8
         codes = codes + 128
-        zero_point = 128 + (torch.zeros(1) if zero_point is None else zero_point.float())
-        return StoredWeight(
-            weight,
-            size,
-            codes.to(torch.uint8),
-            is_doubled,
-            scale,
-            zero_point.to(torch.uint8),
-            constant,
-        )
-    return StoredWeight(weight, size, codes.to(torch.int8), is_doubled, scale, zero_point, constant)
+        zero = torch.zeros(1) if zero_point is None else zero_point.float()
+        zero_point = (128 + zero).to(torch.uint8)
+    return StoredWeight(
+        frozen=weight,
+        width=width,
+        codes=codes.to(dtype),
+        is_doubled=is_doubled,
+        scale=scale,
+        zero_point=zero_point,
+        constant=constant,
+    )

@@ -1,7 +1,7 @@
-"""A quantized net as an ONNX file of standard operators, checked against it: `qat.export_onnx`.
+"""A quantized model as an ONNX file of standard operators, compared with it: `qat.export_onnx`.
 
-Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`),
-written down while torch traces the net (`write.py`), and simplified (`rewrite.py`).
+Every product of quantized tensors is a product of 8-bit codes. Its constants are planned on an
+image (`plan.py`), written while torch traces the model (`write.py`), and simplified (`rewrite.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.check import INPUT, OUTPUT, Checked, check_onnx, quiet
+from qat.export.check import Checked, check_onnx
 from qat.export.codes import OPSETS, store_weights
 from qat.export.plan import Planner
+from qat.export.runtimes import INPUT, OUTPUT, quiet
 from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
 from qat.model.convert import check_input, conversion_of
 from qat.model.freeze import freeze
@@ -36,25 +37,28 @@ if TYPE_CHECKING:
 
     from qat.data.settings import DataSettings
 
-# Gelu needs 20. A graph is written in this one, and its number raised where a stored type needs more: up to 25 operators got
-# new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
+# Gelu needs 20. A graph is written in this opset, and its number is raised where a stored type
+# needs more: the opsets up to 25 only add new types and attributes to operators. From 21 on, torch
+# would write GroupNormalization, which onnxruntime runs as nine operators on a CPU.
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
 TWO_BIT = {"int4": 4, "int2": 2}
 CPUS = ("any", "fast")
-# Of noise, on which a file is checked where there are no others.
+# Number of images of noise on which a file is compared if no others are passed.
 IMAGES = 16
 
 
 @dataclass(frozen=True)
 class OnnxSettings:
-    """How a file is written.
+    """Settings of a file.
 
     Attributes:
-        dynamic_batch: any number of images.
-        target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`, QuantizeLinear and DequantizeLinear.
-        cpu: for which processors, with target `cpu`: `any`, or `fast`, for those with VNNI and for ARM.
-        two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
+        dynamic_batch: the file takes any number of images.
+        target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`,
+            QuantizeLinear and DequantizeLinear.
+        two_bit: `int4` stores 2-bit weights in INT4, which OpenVINO reads; `int2` stores them in
+            INT2, in half the bytes. Only for target `cpu`.
+        cpu: processors for target `cpu`: `any`, or `fast`, those with VNNI and ARM.
     """
 
     dynamic_batch: bool = True
@@ -79,80 +83,97 @@ def export_onnx(
     two_bit: str = "int4",
     cpu: str = "any",
 ) -> Checked:
-    """Write a quantized net to an ONNX file, run both on the same images, and give the file its name if they agree.
+    """Write a quantized model to an ONNX file, compare both, and keep the file if they agree.
 
-    Its input is `image` (B, C, H, W), its output `logits` (B, classes), float32. docs/deployment.md
+    The input is `image` (B, C, H, W), the output `logits` (B, classes), both float32. Docs:
+    docs/deployment.md.
 
     Args:
-        net: converted and calibrated or trained, or of `qat.freeze`; stays as it is.
-        path: the file; one that is there is replaced.
-        images: (B, C, H, W) of the net's input size, prepared as it takes them; None = noise, on which a net decides by little.
-        dynamic_batch: any number of images, or one at a time.
-        target: `cpu` (products on integers, onnxruntime and OpenVINO) or `tensorrt` (QuantizeLinear and DequantizeLinear around products).
-        two_bit: `int4` or `int2`, which takes half the bytes and OpenVINO does not read.
-        cpu: `any` = right on every processor, `fast` = products of 8-bit codes as uint8 times int8, which saturate on x86 without VNNI.
+        net: converted and calibrated or trained, or a result of `qat.freeze`; not changed.
+        path: the file; an existing one is replaced.
+        images: (B, C, H, W) of the model's input size, preprocessed; None = noise, on which the
+            logits of the classes are close.
+        dynamic_batch: the file takes any number of images, not one at a time.
+        target: `cpu` (products on integers, for onnxruntime and OpenVINO) or `tensorrt`
+            (QuantizeLinear and DequantizeLinear around products).
+        two_bit: `int4`, or `int2`, which takes half the bytes and is not read by OpenVINO.
+        cpu: `any` = correct on every processor; `fast` = products of 8-bit codes as uint8 times
+            int8, which saturate on x86 without VNNI.
 
     Returns:
-        How far net and file agree, as text by `to_text()`.
+        How well model and file agree, as text by `to_text()`.
 
     Raises:
-        UsageError: the net is no classifier or not quantized, its scales are not set, the images do not fit, the target cannot hold it,
-            onnx is not installed, or what was written disagrees; it is then kept as `<path>.rejected`.
+        UsageError: the model is not a classifier or not quantized, its scales are not set, the
+            images do not fit, the target does not support the model, onnx is not installed, or the
+            written file disagrees; it is then kept as `<path>.rejected`.
 
     Examples:
-        >>> net = qat.convert(timm.create_model("deit_tiny_patch16_224"), qat.recipe("deploy_w8a8"))  # doctest: +SKIP
-        >>> qat.export_onnx(qat.initialize_scales(net, [images]), "net.onnx", images=images)  # doctest: +SKIP
+        >>> net = timm.create_model("deit_tiny_patch16_224")  # doctest: +SKIP
+        >>> net = qat.convert(net, qat.recipe("deploy_w8a8"))  # doctest: +SKIP
+        >>> net = qat.initialize_scales(net, [images])  # doctest: +SKIP
+        >>> qat.export_onnx(net, "net.onnx", images=images)  # doctest: +SKIP
     """
-    from qat.data.image_transform import data_settings  # noqa: PLC0415  (brings Lightning with it)
+    from qat.data.image_transform import data_settings  # noqa: PLC0415  (imports Lightning)
 
     require_installed("onnx")
     settings = OnnxSettings(dynamic_batch, target, two_bit, cpu)
-    done = conversion_of(net)
-    if done is None:
+    conversion = conversion_of(net)
+    if conversion is None:
         raise UsageError(
-            "export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first"
+            "export_onnx: the model is not quantized; "
+            "call qat.convert(model, qat.recipe(...)) first"
         )
+    input_size = conversion.input_size
     if images is None:
-        images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
-    if tuple(images.shape[1:]) != done.input_size or not len(images) or not images.isfinite().all():
+        images = torch.randn(IMAGES, *input_size, generator=torch.Generator().manual_seed(0))
+    if tuple(images.shape[1:]) != input_size or not len(images) or not images.isfinite().all():
         raise UsageError(
-            f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size}), all numbers finite"
+            f"images of {tuple(images.shape)}: must be (at least 1, *{input_size}), "
+            "all numbers finite"
         )
     net = copied(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
-    shape = check_input(frozen, done.input_size)
+    shape = check_input(frozen, input_size)
     if shape is None or len(shape) != 2:
         raise UsageError(
-            f"export_onnx: the model returns {shape or 'several tensors'} for an image; must be a classifier, which returns (1, classes)"
+            f"export_onnx: the model returns {shape or 'several tensors'} for an image; "
+            "must be a classifier, which returns (1, classes)"
         )
-    is_square = done.input_size[1] == done.input_size[2]
-    meta = describe(frozen) | {
-        "preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None
-    }
-    return write_checked(
-        Path(path),
-        lambda unchecked: write_onnx(
-            unchecked, frozen, net, meta, [images.cpu().float()], settings
-        ),
-    )
+    meta = describe(frozen) | {"preprocessing": None}
+    is_square = input_size[1] == input_size[2]
+    if is_square:
+        meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
+    batches = [images.cpu().float()]
+
+    def write(unchecked: Path) -> Checked:
+        return write_onnx(unchecked, frozen, net, meta, batches, settings)
+
+    return write_checked(Path(path), write)
 
 
 def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
-    """Write, compare, and only then give a file its name.
+    """Write and compare a file under another name, and rename it only if it agrees.
+
+    Args:
+        target: the file.
+        write: writes a file with the name it gets, and compares it.
 
     Raises:
-        UsageError: `target` is a folder, or what was written disagrees; it is kept as `<target>.rejected`.
+        UsageError: `target` is a folder, or the written file disagrees, which is kept as
+        `<target>.rejected`.
     """
     check_not_folder(target)
     unchecked = target.with_name(f".unchecked.{target.name}")
+    rejected = target.with_name(f"{target.name}.rejected")
     unchecked.parent.mkdir(parents=True, exist_ok=True)
     try:
         checked = write(unchecked)
-        problem, rejected = checked.problem, target.with_name(f"{target.name}.rejected")
-        if problem is not None:
+        if checked.problem is not None:
             unchecked.replace(rejected)
             raise UsageError(
-                f"file={str(target)!r}: the written file does not agree with the checkpoint ({problem}); kept as {rejected}"
+                f"file={str(target)!r}: the written file does not agree with the checkpoint "
+                f"({checked.problem}); kept as {rejected}"
             )
         rejected.unlink(missing_ok=True)
         unchecked.replace(target)
@@ -169,28 +190,28 @@ def write_onnx(
     images: Sequence[Tensor],
     settings: OnnxSettings,
 ) -> Checked:
-    """Write a file, run it beside its net.
+    """Write a file, and compare it with its model.
 
     Args:
         path: the file.
-        frozen: what is written.
-        net: what it was frozen from, or itself.
-        meta: of `qat.model.metadata.describe`, and `preprocessing`; None = none is stated, as for images that are not square.
+        frozen: the model to write.
+    net: the model that was frozen, or `frozen` itself.
+    meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
+        for images that are not square.
         images: (B, C, H, W) each.
         settings: of the file.
     """
     import onnx  # noqa: PLC0415  (an extra)
 
     model = to_onnx(frozen, images[0][:1], settings)
-    about = {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")}
-    props = {
-        "qat": about,
+    metadata = {
+        "qat": {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")},
         "qat.classes": list(meta.get("classes") or []),
-        "qat.preprocessing": meta["preprocessing"],
     }
-    onnx.helper.set_model_props(
-        model, {key: json.dumps(value) for key, value in props.items() if value is not None}
-    )
+    if meta["preprocessing"] is not None:
+        metadata["qat.preprocessing"] = meta["preprocessing"]
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, texts)
     model.producer_name = "qat"
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))
@@ -198,7 +219,7 @@ def write_onnx(
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
-    """What is to be done to an image: size, mean, std, interpolation, crop_pct, crop_mode."""
+    """Preprocessing of an image: size, mean, std, interpolation, crop_pct, crop_mode."""
     return {
         "size": settings.image_size,
         "mean": list(settings.mean),
@@ -210,9 +231,13 @@ def preprocessing(settings: DataSettings) -> dict[str, Any]:
 
 
 def require_installed(form: str) -> None:
-    """Raise `UsageError` unless what writes and runs files of a format, `onnx` or `executorch`, is installed."""
-    extra = "export" if form == "onnx" else form
-    for name in ("onnx", "onnxruntime", "onnxscript") if form == "onnx" else (form,):
+    """Raise `UsageError` unless the libraries for `onnx` or `executorch` are installed."""
+    extra = form
+    libraries: tuple[str, ...] = (form,)
+    if form == "onnx":
+        extra = "export"
+        libraries = ("onnx", "onnxruntime", "onnxscript")
+    for name in libraries:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"format={form}: {name} is not installed; pip install -e '.[{extra}]'")
 
@@ -222,51 +247,52 @@ def require_installed(form: str) -> None:
 def to_onnx(
     net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()
 ) -> onnx.ModelProto:  # noqa: B008  (frozen)
-    """Write a frozen net down in standard operators.
+    """Write a frozen model as a graph of standard operators.
 
     Args:
-        net: of `qat.freeze`; stays as it is.
-        image: (1, C, H, W), of the size that the net takes.
-        settings: how.
+        net: result of `qat.freeze`; not changed.
+        image: (1, C, H, W), of the model's input size.
+        settings: of the file.
 
     Returns:
-        The model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
+        The ONNX model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
 
     Raises:
-        UsageError: the target cannot have this net, or torch cannot export it.
+        UsageError: the target does not support this model, or torch cannot export it.
     """
     import onnx  # noqa: PLC0415  (an extra)
 
-    from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
-
-    net, is_tensorrt = unfused(net), settings.target == "tensorrt"
-    stored = store_weights(
-        "onnx",
-        net,
-        8 if is_tensorrt else TWO_BIT[settings.two_bit],
-        "fast" if is_tensorrt else settings.cpu,
+    from qat.export.rewrite import (  # noqa: PLC0415  (an extra)
+        narrow_weights,
+        separate_divisions,
+        simplify,
     )
+
+    net = unfused(net)
+    is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
+        stored = store_weights("onnx", net, smallest=8)
         write_in_graph(net, stored, TensorRT(net, stored))
     else:
+        stored = store_weights("onnx", net, TWO_BIT[settings.two_bit], settings.cpu)
         planner = Planner(net, settings.cpu)
         write_in_graph(net, stored, planner)
         net(image)
-        writer = net.onnx = Writer(net, planner)
+        writer = Writer(net, planner)
+        net.onnx = writer
         write_in_graph(net, stored, writer)
         net.register_forward_pre_hook(writer.restart)
     model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
     if not is_tensorrt:
-        divide_apart(model)
+        separate_divisions(model)
     simplify(model)
     narrow_weights(model, stored)
-    model.opset_imports[""] = opset = max(
-        LOWEST_OPSET, *(OPSETS[one.width] for one in stored.values())
-    )
+    opset = max([LOWEST_OPSET, *(OPSETS[weight.width] for weight in stored.values())])
+    model.opset_imports[""] = opset
     proto = _to_proto(model)
-    proto.ir_version = max(
-        proto.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    )
+    opset_id = onnx.helper.make_opsetid("", opset)
+    lowest_version = onnx.helper.find_min_ir_version_for([opset_id])
+    proto.ir_version = max(proto.ir_version, lowest_version)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -274,42 +300,44 @@ def to_onnx(
 @quiet()
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
-    """Any net in ONNX, for any number of images, by torch's exporter."""
+    """Write any model in ONNX, for any number of images, with torch's exporter."""
     return _to_proto(_trace(unfused(net), image, dynamic_batch=True))
 
 
 def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Model:
     from onnxscript import optimizer  # noqa: PLC0415  (an extra)
 
-    # An example of one image would be taken for a net of one image.
-    images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
+    images = image
+    dynamic_shapes = None
+    if dynamic_batch:
+        # Torch would fix a batch size of 1.
+        images = image.expand(2, -1, -1, -1).contiguous()
+        dynamic_shapes = ({0: torch.export.Dim("batch")},)
     try:
         program: Any = torch.onnx.export(
             net,
             (images,),
             dynamo=True,
             opset_version=LOWEST_OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+            dynamic_shapes=dynamic_shapes,
             input_names=[INPUT],
             output_names=[OUTPUT],
             verbose=False,
             optimize=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        raise UsageError(
-            f"format=onnx: torch cannot export this model: {' '.join(str(cause).split())[:300]}"
-        ) from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"format=onnx: torch cannot export this model: {cause[:300]}") from error
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
-        """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
-        return (
-            False
-            if any(value and (value.name or "").endswith(CODES) for value in node.inputs)
-            else None
-        )
+        """False for codes of weights, to be stored as integers; None = the optimizer decides."""
+        for value in node.inputs:
+            if value and (value.name or "").endswith(CODES):
+                return False
+        return None
 
-    # Constants that grow, as an outer product of two vectors, are for the runtime to work out when it opens the file.
+    # Runtimes compute constants that grow, such as an outer product of two vectors, when they open
+    # the file.
     optimizer.optimize_ir(
         program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold
     )
@@ -317,7 +345,10 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
 
 
 def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:
-    """Name quantizers, and take out what torch notes of its own source code: in a small net more bytes than the weights."""
+    """Name quantizers, and remove torch's notes on source code.
+
+    In a small model, these take more bytes than the weights.
+    """
     import onnx_ir  # noqa: PLC0415  (an extra)
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: PLC0415
 

@@ -52,8 +52,8 @@ class Plan(nn.Module):
     Repeated values are stored once, in dimensions of size 1.
 
     Attributes:
-        on_codes: False = a scale varies along the summed dimension, so the product is one of
-            dequantized numbers, and only `scale` is used.
+        on_codes: False = a scale varies along the summed dimension, so dequantized numbers are
+            multiplied, and only `scale` is used.
         blocks: number of parts of the outputs with a scale and constant of their own,
             (..., blocks, 1 or out / blocks); 0 = scale and constant are not split.
         scale: factor of the sum.
@@ -267,7 +267,7 @@ def _fold_heads(planner: Planner, attention: Any) -> None:
     if not _has_no_offset(grid):
         return
     step = grid.scale
-    if step.numel() > 1 and _is_each_token(grid):
+    if _is_each_token(grid):
         step = step.unsqueeze(-1)
     elif step.numel() > 1:
         step = step.reshape(attention.num_heads, 1, -1)
@@ -290,7 +290,7 @@ def _is_each_token(grid: FrozenActivation) -> bool:
 
 
 def whole_zero(grid: FrozenActivation) -> int:
-    """The code from which products count: that of zero, or the next one above zero."""
+    """The code that products subtract: the code of zero, or the next one above zero."""
     zero = 0.0
     if grid.zero_point is not None:
         zero = float(grid.zero_point.float().mean().ceil())
@@ -353,7 +353,7 @@ def _with_weight(
     factors = stored.factors.double()
     columns = 1 / step.double()
     has_one_scale = scale.numel() == 1
-    # What is one number for the tensor, or one for each output, is part of the weight's scales.
+    # A scale of the whole tensor, or of each output, is part of the weight's scales.
     tensor_scale = scale.reshape(()) if has_one_scale else ONE.double()
     weight_sums = factors.sum(1) * stored.scale.double() + factors.shape[1] * sums
     row = shift * weight_sums * tensor_scale * columns
@@ -375,25 +375,29 @@ def _with_weight(
     constant = _constant_of_linear(a, stored, bias)
     if constant is not None:
         constant = constant * columns
-        constant = constant.unflatten(-1, (blocks, -1)) if blocks else constant
-    outer = later
+        if blocks:
+            constant = constant.unflatten(-1, (blocks, -1))
+    outer_scale = later
     if not has_one_scale:
-        scale = scale.unsqueeze(-1) if blocks else scale
-        outer = scale if later is None else scale * later
+        if blocks:
+            scale = scale.unsqueeze(-1)
+        outer_scale = scale if later is None else scale * later
+    ones = None
+    if sums.any():
+        ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
     # Without leading dimensions, runtimes would merge a product and an added vector into one
     # operator on floats.
     ndim = max(a.ndim, 3)
     ndim_split = ndim + 1 if blocks else ndim
-    has_sums = bool(sums.any())
     return Plan(
         blocks=blocks,
         weight_scale=weight_scale,
         weight_zero=weight_zero,
         row=_with_ndim(row, ndim) if row.any() else None,
-        ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if has_sums else None,
-        sums=_with_ndim(sums, ndim) if has_sums else None,
-        scale=_with_ndim(outer, ndim_split),
+        ones=ones,
+        sums=None if ones is None else _with_ndim(sums, ndim),
+        scale=_with_ndim(outer_scale, ndim_split),
         constant=_with_ndim(constant, ndim_split),
         later=_with_ndim(later, ndim_split),
     )
@@ -424,7 +428,7 @@ def _with_ndim(t: Tensor | None, ndim: int) -> Tensor | None:
 
 
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
-    """Make an offset that is constant along a summed dimension a part of the shift."""
+    """Add an offset that is constant along a summed dimension to the shift."""
     after = smallest(x.after)
     if after is None or after.shape[dim] > 1:
         return x
@@ -443,8 +447,10 @@ def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Pl
     ones = None
     if db is not None:
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
-        row = None if da is None else a.shape[-1] * da * db
-        constant = None if ca is None else ca.sum(-1, keepdim=True) * db * sb / step
+        if da is not None:
+            row = a.shape[-1] * da * db
+        if ca is not None:
+            constant = ca.sum(-1, keepdim=True) * db * sb / step
     rows_scale = sa
     columns_scale = sb
     if step.ndim == 0 or step.shape[-1] == 1:

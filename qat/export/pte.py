@@ -1,7 +1,9 @@
-"""A quantized net as a file of ExecuTorch, whose XNNPACK backend computes linear layers on integer codes: `export.py format=executorch`.
+"""A quantized model as a file of ExecuTorch: `export.py format=executorch`.
 
-XNNPACK finds the step size of each row of inputs from its smallest and largest number. So each row gets two more numbers, the ends of the
-quantizer's 8-bit range, for which the weights are zero: the step size it finds is the trained one, and the codes are the net's.
+Its XNNPACK backend computes linear layers on integer codes. XNNPACK computes the step size of each
+row of inputs from the smallest and largest number of the row. So each row gets two more numbers,
+the ends of the quantizer's 8-bit range, whose weights are zero. Then XNNPACK's step size is the
+trained one, and the codes are those of the model.
 """
 
 from __future__ import annotations
@@ -18,96 +20,112 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import EXECUTORCH, Checked, compare, logits_of, open_session, quiet
+from qat.export.check import Checked, compare
 from qat.export.codes import StoredWeight, store_weights
+from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import require_int8, unfused
 from qat.model.frozen import FrozenActivation
 from qat.nn.linear import QuantLinear
 
-LOWEST, HIGHEST = -128, 127
-# By which logits may differ, as a share of the largest one, or twice what float rounding of the images changes.
+LOWEST = -128
+HIGHEST = 127
+# Logits may differ by this share of the largest one, or by twice the effect of rounding the images.
 SHARE = 0.05
 
 
 def write_pte(
     path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Tensor]
 ) -> tuple[Checked, dict[str, Any]]:
-    """Write a file, run it beside its net.
+    """Write a file, and compare it with its model.
 
     Args:
         path: the file.
-        frozen: what is written.
-        net: what it was frozen from, or itself.
+        frozen: the model to write.
+        net: the model that was frozen, or `frozen` itself.
         images: (B, C, H, W) each.
 
     Returns:
-        How far both agree; what `to_pte` says of the file, and `logits_apart`, the largest difference as a share of the largest logit.
+        How well both agree; the lists that `to_pte` returns, and `logits_apart`, the largest
+        difference as a share of the largest logit.
 
     Raises:
-        UsageError: ExecuTorch cannot hold the net.
+        UsageError: ExecuTorch does not support the model.
     """
-    data, about = to_pte(frozen, images[0][:1])
-    path.write_bytes(data)
+    content, report = to_pte(frozen, images[0][:1])
+    path.write_bytes(content)
     logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
-    found = compare(net, logits, None, images)
-    # Codes of a file cannot be read: images that differ by float rounding show how far values on thresholds move the logits of this net.
-    allowed = max(SHARE, 2 * compare(net, lambda x: net(x * (1 + 1e-6)), None, images).apart)
-    if not found.apart <= allowed:  # NaN, too
-        found.problem = (
-            f"logits differ by {found.apart:.1%} of the largest one; must be at most {allowed:.1%}"
+    agreement = compare(net, logits, None, images)
+    # Codes of a file cannot be read. Images that differ by float rounding show how far values on
+    # thresholds move the logits of this model.
+    rounded = compare(net, lambda x: net(x * (1 + 1e-6)), None, images)
+    allowed = max(SHARE, 2 * rounded.apart)
+    if not agreement.apart <= allowed:  # also for NaN
+        agreement.problem = (
+            f"logits differ by {agreement.apart:.1%} of the largest one; "
+            f"must be at most {allowed:.1%}"
         )
-    return Checked({EXECUTORCH: found}), about | {"logits_apart": round(found.apart, 6)}
+    report = report | {"logits_apart": round(agreement.apart, 6)}
+    return Checked({EXECUTORCH: agreement}), report
 
 
 @quiet()
 @torch.no_grad()
 def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
-    """Write a net for one image at a time.
+    """Write a model for one image at a time.
 
     Args:
-        net: of `qat.freeze`, or float.
-        image: (1, C, H, W), of the size that the net takes.
+        net: result of `qat.freeze`, or float.
+        image: (1, C, H, W), of the model's input size.
 
     Returns:
-        The file, and lists of what is not on integers: `float_products`, layers whose inputs are rounded and multiplied as float numbers,
-        and `outside_xnnpack`, how often each operator runs in ExecuTorch's own kernels.
+        The content of the file, and lists of what is not on integers: `float_products`, layers
+        whose inputs are rounded and multiplied as float numbers, and `outside_xnnpack`, how often
+        each operator runs in ExecuTorch's own kernels.
 
     Raises:
-        UsageError: a quantizer is none that XNNPACK can hold, or torch or ExecuTorch cannot export the net.
+        UsageError: XNNPACK does not support a quantizer, or torch or ExecuTorch cannot export the
+            model.
     """
     net = unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
-    import torch.ao.quantization.fx._decomposed  # noqa: F401, PLC0415  (registers the operators)
+    # An extra, imported only here.
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
-        RemoveNoopExpandCopyPass,  # noqa: PLC0415  (an extra)
+        RemoveNoopExpandCopyPass,
     )
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415  (an extra)
-    from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415  (an extra)
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
 
-    rounded = _write_operators(net, stored)
+    float_products = _write_operators(net, stored)
     try:
         net(image)
         program = torch.export.export(net, (image,))
         lowered = to_edge_transform_and_lower(
             program, [RemoveNoopExpandCopyPass()], [XnnpackPartitioner()]
         )
-        data = lowered.to_executorch().buffer
+        content = lowered.to_executorch().buffer
     except Exception as error:
+        cause = " ".join(str(error).split())
         raise UsageError(
-            f"format=executorch: ExecuTorch cannot hold this net: {' '.join(str(error).split())[:300]}"
+            f"format=executorch: ExecuTorch cannot hold this net: {cause[:300]}"
         ) from error
-    names = (
-        str(node.target)
-        for node in lowered.exported_program().graph.nodes
-        if node.op == "call_function"
-    )
-    outside = Counter(name.split(".")[1] for name in names if name.startswith("aten."))
-    return data, {"float_products": rounded, "outside_xnnpack": dict(outside)}
+    outside_xnnpack: Counter[str] = Counter()
+    for node in lowered.exported_program().graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and name.startswith("aten."):
+            outside_xnnpack[name.split(".")[1]] += 1
+    return content, {
+        "float_products": float_products,
+        "outside_xnnpack": dict(outside_xnnpack),
+    }
 
 
 def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[str]:
-    """Have linear layers and quantizers run as operators that XNNPACK knows; layers that stay float, `*` for their number."""
+    """Replace linear layers and quantizers by operators that XNNPACK knows.
+
+    Returns the names of layers that stay float, with `*` in place of numbers.
+    """
     on_codes = set()
     for name, weight in stored.items():
         layer = net.get_submodule(name.rpartition(".")[0])
@@ -117,59 +135,53 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
         else:
             weight.frozen.stored = weight.value
             weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
-    rest = [
-        module
-        for module in net.modules()
-        if isinstance(module, FrozenActivation) and module not in on_codes
-    ]
-    for grid in rest:
-        grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)
-    return list(
-        dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", grid.name).rpartition(".")[0] for grid in rest)
-    )
+    float_layers = {}
+    for grid in net.modules():
+        if isinstance(grid, FrozenActivation) and grid not in on_codes:
+            grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)
+            name = re.sub(r"\.\d+(?=\.)", ".*", grid.name)
+            float_layers[name.rpartition(".")[0]] = None
+    return list(float_layers)
 
 
-def _round(step: float, lowest: int, highest: int, x: Tensor) -> Tensor:
-    """Numbers on the grid."""
-    operators, x = torch.ops.quantized_decomposed, x.clamp(lowest * step, highest * step)
-    grid = step, 0, LOWEST, HIGHEST, torch.int8
-    return operators.dequantize_per_tensor(operators.quantize_per_tensor(x, *grid), *grid)
+def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
+    """Numbers on the grid of a quantizer."""
+    operators = torch.ops.quantized_decomposed
+    x = x.clamp(qmin * step, qmax * step)
+    grid = (step, 0, LOWEST, HIGHEST, torch.int8)
+    codes = operators.quantize_per_tensor(x, *grid)
+    return operators.dequantize_per_tensor(codes, *grid)
 
 
 def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
-    """Let a linear layer be one of XNNPACK, with an 8-bit input and a weight of 4 or 8 bits."""
-    step, operators, frozen = float(grid.scale), torch.ops.quantized_decomposed, weight.frozen
-    bounds = (
-        (-8, 7)
-        if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7
-        else (LOWEST, HIGHEST)
-    )
-    frozen.stored, frozen.scale = (
-        F.pad(weight.codes, (0, 2)),
-        weight.scale.expand(len(weight.codes)).contiguous(),
-    )
-    frozen.shift = torch.zeros(len(weight.codes), dtype=torch.int64)
+    """Let a linear layer run as one of XNNPACK, with an 8-bit input and a 4- or 8-bit weight."""
+    operators = torch.ops.quantized_decomposed
+    step = float(grid.scale)
+    bounds = (LOWEST, HIGHEST)
+    if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7:
+        bounds = (-8, 7)
+    frozen = weight.frozen
+    out_features = len(weight.codes)
+    frozen.stored = F.pad(weight.codes, (0, 2))
+    frozen.scale = weight.scale.expand(out_features).contiguous()
+    frozen.shift = torch.zeros(out_features, dtype=torch.int64)
     layer.register_buffer("ends", None)
 
     def forward(x: Tensor) -> Tensor:
-        if layer.ends is None:  # the first time, before torch traces it
+        if layer.ends is None:  # on the first call, before torch traces the layer
             layer.ends = torch.tensor([LOWEST * step, HIGHEST * step]).repeat(*x.shape[:-1], 1)
         x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
-        found = (
+        row_grid = (
             *operators.choose_qparams_per_token_asymmetric(x, torch.int8),
             LOWEST,
             HIGHEST,
             torch.int8,
         )
-        x = operators.dequantize_per_token(
-            operators.quantize_per_token(x, *found), *found, torch.float32
+        codes = operators.quantize_per_token(x, *row_grid)
+        x = operators.dequantize_per_token(codes, *row_grid, torch.float32)
+        matrix = operators.dequantize_per_channel(
+            frozen.stored, frozen.scale, frozen.shift, 0, *bounds, torch.int8
         )
-        return F.linear(
-            x,
-            operators.dequantize_per_channel(
-                frozen.stored, frozen.scale, frozen.shift, 0, *bounds, torch.int8
-            ),
-            layer.bias,
-        )
+        return F.linear(x, matrix, layer.bias)
 
     layer.forward = forward

@@ -1,4 +1,7 @@
-"""The operators of a net's quantizers and products, while torch traces it. What they add to the codes was worked out in `plan.py`."""
+"""Operators of the quantizers and products of a model, while torch traces it.
+
+The constants that are added to codes are computed in `plan.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,19 @@ from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copied
 
-# What leaves these goes into sums and norms, not into products.
+# Outputs of these quantizers are used in sums and norms, not in products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
 # Metadata of an operator: the name of its quantizer.
 SITE = "qat.site"
-# The buffer of a weight that is stored in a narrower type afterwards.
+# The buffer of a weight whose codes are later stored in a narrower type.
 CODES = "onnx_codes"
 
 
 def unfused(net: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, its float attentions in single operators: torch translates timm's fused one for four axes alone."""
+    """Copy a model in evaluation mode, with the float attentions in separate operators.
+
+    Torch translates timm's fused attention only for tensors of four dimensions.
+    """
     net = copied(net).eval()
     for module in net.modules():
         if hasattr(module, "fused_attn"):
@@ -39,206 +45,255 @@ def unfused(net: nn.Module) -> nn.Module:
 def write_in_graph(
     net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT
 ) -> None:
-    """Let quantizers give what products of a graph take; where what they give is in no product, its numbers."""
+    """Let quantizers return tensors of codes of a graph, or numbers if no product takes them."""
 
     def activation(grid: FrozenActivation, x: Tensor) -> Any:
-        found = graph.activation(grid, x)
-        return number(found) if grid.spec.role in _NUMBERS else found
+        quantized = graph.activation(grid, x)
+        return number(quantized) if grid.spec.role in _NUMBERS else quantized
 
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
-            _prepare_weight(module, stored[name])
+            _register_weight(module, stored[name])
             weight = dataclasses.replace(stored[name], graph=graph)
             module.in_graph = lambda _, weight=weight: weight
         elif isinstance(module, FrozenActivation):
             module.in_graph = functools.partial(activation, module)
 
 
-def _prepare_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
-    """Give a weight its buffers. A product takes a matrix transposed: stored like this, no operator has to do that."""
-    scale = stored.scale.squeeze()  # a scalar where it is one for all rows
-    zero = (
-        None
-        if stored.zero_point is None
-        else stored.zero_point.expand(stored.scale.shape).reshape(scale.shape).contiguous()
-    )
-    codes = stored.codes.t().contiguous() if stored.codes.ndim == 2 else stored.codes
-    for name, tensor in (
-        (CODES, codes),
-        ("onnx_zero", zero),
-        ("onnx_factor", scale),
-        ("onnx_constant", stored.constant),
-    ):
-        weight.register_buffer(name, tensor)
+def _register_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
+    """Register the buffers of a weight. A matrix is stored transposed, as products take it."""
+    codes = stored.codes
+    if codes.ndim == 2:
+        codes = codes.t().contiguous()
+    scale = stored.scale.squeeze()  # a scalar if all rows have one scale
+    zero = stored.zero_point
+    if zero is not None:
+        zero = zero.expand(stored.scale.shape).reshape(scale.shape).contiguous()
+    weight.register_buffer(CODES, codes)
+    weight.register_buffer("onnx_zero", zero)
+    weight.register_buffer("onnx_factor", scale)
+    weight.register_buffer("onnx_constant", stored.constant)
 
 
-def _set_buffers(grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None) -> None:
-    """Of QuantizeLinear the scale, or else what its input is multiplied by, since runtimes take twice as long to divide; zero points."""
-    for name, tensor in (
-        ("step", step),
-        ("inverse", inverse),
-        ("added", added),
-        ("zero", added + whole_zero(grid)),
-    ):
-        grid.register_buffer(f"onnx_{name}", tensor)
-    # Numbers that Clip cuts off at, None where the type of the codes does.
-    grid.onnx_bounds = (
-        None if grid.qmax - grid.qmin == 255 else (grid.qmin * float(step), grid.qmax * float(step))
-    )
+def _register_activation(
+    grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None
+) -> None:
+    """Register the buffers of a quantizer of activations.
+
+    Args:
+        grid: the quantizer.
+        step: scale of QuantizeLinear, ().
+        added: to codes, so that they fit 8 bits, see `added_code`.
+        inverse: factor of the input in place of a scale, since runtimes take twice as long to
+            divide; None = 1.
+    """
+    grid.register_buffer("onnx_step", step)
+    grid.register_buffer("onnx_inverse", inverse)
+    grid.register_buffer("onnx_added", added)
+    grid.register_buffer("onnx_zero", added + whole_zero(grid))
+    grid.onnx_bounds = None
+    if grid.qmax - grid.qmin != 255:
+        # The type of the codes has more values than the grid, so Clip needs the ends.
+        grid.onnx_bounds = (grid.qmin * float(step), grid.qmax * float(step))
 
 
 class Writer(nn.Module):
-    """Writes products down, in the order in which they were planned. Its buffers are the constants of the graph.
+    """Writes products in the order in which they were planned; its buffers are constants.
 
     Args:
-        net: frozen; its quantizers of activations get their buffers.
-        planner: has seen the net.
+        net: frozen; its quantizers of activations get buffers.
+        planner: with the plans of this model.
     """
 
     one: Tensor
 
     def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
-        self.plans, self.position = nn.ModuleList(planner.plans), 0
+        self.plans = nn.ModuleList(planner.plans)
+        self.position = 0
         self.register_buffer("one", torch.ones(()))
         for grid in net.modules():
-            if isinstance(grid, FrozenActivation):
-                is_divided = grid in planner.divided
-                # QuantizeLinear with one step size for each token takes twelve times as long as with one for the tensor.
-                has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
-                inverse = None if has_step or is_divided else 1 / grid.scale
-                step = grid.scale.reshape(()) if has_step else torch.ones(())
-                _set_buffers(grid, step, added_code(grid, planner.cpu), inverse)
+            if not isinstance(grid, FrozenActivation):
+                continue
+            is_divided = grid in planner.divided
+            # QuantizeLinear with one step size for each token takes twelve times as long as with
+            # one for the tensor.
+            has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
+            step = grid.scale.reshape(()) if has_step else torch.ones(())
+            inverse = None if has_step or is_divided else 1 / grid.scale
+            _register_activation(grid, step, added_code(grid, planner.cpu), inverse)
 
     def restart(self, *_: Any) -> None:
-        """The net runs from its beginning."""
+        """Continue with the first plan: the model runs from its beginning."""
         self.position = 0
 
     def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
-        """Place on the axis of codes, cut off, rounded to 8 bits.
+        """Map to coordinates of codes, clip, and round to 8 bits.
 
-        QuantizeLinear rounds and then adds its zero point, which is no more than what makes codes uint8 here: half to even, the rounding
-        of a sum differs from the sum with a rounding where the zero point is odd, and after step sizes that are powers of two apart half
-        of all values lie on such a tie.
+        QuantizeLinear rounds and then adds its zero point. Here this is only the number that makes
+        codes uint8. Were it the zero point of the grid, odd ones would change the rounding of ties
+        (half to even), and after step sizes that differ by a power of two, half of all values are
+        ties.
         """
-        u = x if grid.before is None else x + grid.before
-        u = u if grid.onnx_inverse is None else u * view_along(grid.onnx_inverse, x.ndim, grid.axis)
-        u = u if grid.zero_point is None else u + view_along(grid.zero_point, x.ndim, grid.axis)
-        return QuantizedTensor(
-            _quantize(u, grid), None, None, None, grid.name, grid.onnx_zero, self
-        )
+        u = x
+        if grid.before is not None:
+            u = u + grid.before
+        if grid.onnx_inverse is not None:
+            u = u * view_along(grid.onnx_inverse, x.ndim, grid.axis)
+        if grid.zero_point is not None:
+            u = u + view_along(grid.zero_point, x.ndim, grid.axis)
+        codes = _quantize(u, grid)
+        return QuantizedTensor(codes, None, None, None, grid.name, grid.onnx_zero, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
         if isinstance(x, StoredWeight):
             return self._weight(x)
         plan = self._next()
-        is_alone = plan.row is None and plan.scale.numel() == 1
-        y = self._dequantized(x, plan.scale.squeeze() if is_alone else None)
-        y = y if plan.row is None else y + plan.row
-        y = y if is_alone else y * plan.scale
-        return y if plan.constant is None else y + plan.constant
+        if plan.row is None and plan.scale.numel() == 1:
+            y = self._dequantized(x, plan.scale.squeeze())
+        else:
+            y = self._dequantized(x)
+            if plan.row is not None:
+                y = y + plan.row
+            y = y * plan.scale
+        if plan.constant is not None:
+            y = y + plan.constant
+        return y
 
     def _weight(self, weight: StoredWeight) -> Tensor:
-        """Codes, scale and constant; a matrix is stored transposed.
+        """The numbers of a weight.
 
-        All of it is constant, and Cast in place of DequantizeLinear lets onnxruntime work it out when it opens the file, so that a
-        convolution keeps its blocked layout. onnxruntime may also make one kernel of a DequantizeLinear and its product with a float
-        factor, and round that factor to 8 bits.
+        All of this is constant. With Cast in place of DequantizeLinear, onnxruntime computes it
+        when it opens the file, so that a convolution keeps its blocked layout. It could also fuse a
+        DequantizeLinear with the product with a float factor, and round that factor to 8 bits.
         """
         frozen: Any = weight.frozen
-        codes, is_matrix = frozen.onnx_codes, weight.codes.ndim == 2
+        codes = frozen.onnx_codes
         y: Tensor = torch.onnx.ops.symbolic(
             "Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape
         )
-        for name, constant in (
-            ("sub", frozen.onnx_zero),
-            ("mul", frozen.onnx_factor),
-            ("add", frozen.onnx_constant),
-        ):
-            if constant is not None:
-                is_row = is_matrix or constant.ndim == 0
-                y = getattr(y, name)(
-                    constant if is_row else constant.reshape(-1, *[1] * (y.ndim - 1))
-                )
-        return y.t() if is_matrix else y
+        if frozen.onnx_zero is not None:
+            y = y - _for_outputs(frozen.onnx_zero, y)
+        y = y * _for_outputs(frozen.onnx_factor, y)
+        if frozen.onnx_constant is not None:
+            y = y + _for_outputs(frozen.onnx_constant, y)
+        return y.t() if y.ndim == 2 else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
-        """As planned."""
-        is_weight, plan = isinstance(b, StoredWeight), self._next()
+        """A product as its plan says."""
+        plan = self._next()
+        is_weight = isinstance(b, StoredWeight)
         if not plan.on_codes:
-            y = (
-                F.linear(number(a), number(b), bias)
-                if is_weight
-                else torch.matmul(number(a), number(b))
-            )
+            left = number(a)
+            right = number(b)
+            y = F.linear(left, right, bias) if is_weight else torch.matmul(left, right)
             return y if plan.scale is None else y * plan.scale
-        # Two dimensions and a vector that is added would become one operator of float numbers.
+        # Runtimes would merge a product of two dimensions and an added vector into one operator on
+        # floats.
         is_flat = is_weight and a.ndim == 2
-        a = a.unsqueeze(1) if is_flat else a
+        if is_flat:
+            a = a.unsqueeze(1)
         left = self._dequantized(a)
-        right = (
-            _dequantize(b.frozen.onnx_codes, plan.weight_scale, plan.weight_zero)
-            if is_weight
-            else self._dequantized(b)
-        )
+        right = self._weight_codes(b, plan) if is_weight else self._dequantized(b)
+        y = self._apply(plan, left, right)
+        return y.squeeze(1) if is_flat else y
+
+    def _apply(self, plan: Any, left: Tensor, right: Tensor) -> Tensor:
+        """The product of two factors with all constants of its plan."""
         y = torch.matmul(left, right)
         if plan.row is not None:
             y = y + plan.row
         if plan.sums is not None:
-            y = y + torch.matmul(left, _dequantize(plan.ones, self.one)) * plan.sums
+            row_sums = torch.matmul(left, _dequantize(plan.ones, self.one))
+            y = y + row_sums * plan.sums
         if plan.columns is not None:
-            y = y + right.sum(-2, keepdim=True) * plan.columns
-        y = y.unflatten(-1, (plan.blocks, -1)) if plan.blocks else y
-        if plan.scale is not None:
-            y = y * (plan.scale if plan.columns_scale is None else plan.scale * plan.columns_scale)
-        if plan.constant is not None:
-            y = y + (plan.constant if plan.later is None else plan.constant * plan.later)
+            column_sums = right.sum(-2, keepdim=True)
+            y = y + column_sums * plan.columns
+        if plan.blocks:
+            y = y.unflatten(-1, (plan.blocks, -1))
+        scale = plan.scale
+        if plan.columns_scale is not None:
+            scale = scale * plan.columns_scale
+        if scale is not None:
+            y = y * scale
+        constant = plan.constant
+        if plan.later is not None and constant is not None:
+            constant = constant * plan.later
+        if constant is not None:
+            y = y + constant
         if plan.left is not None:
             y = y + torch.matmul(plan.left, right) * plan.left_scale
-        y = y.flatten(-2) if plan.blocks else y
-        return y.squeeze(1) if is_flat else y
+        if plan.blocks:
+            y = y.flatten(-2)
+        return y
 
     def _next(self) -> Any:
+        plan = self.plans[self.position]
         self.position += 1
-        return self.plans[self.position - 1]
+        return plan
+
+    def _weight_codes(self, weight: StoredWeight, plan: Any) -> Tensor:
+        frozen: Any = weight.frozen
+        return _dequantize(frozen.onnx_codes, plan.weight_scale, plan.weight_zero)
 
     def _dequantized(self, x: QuantizedTensor, scale: Tensor | None = None) -> Tensor:
         return _dequantize(x.codes, self.one if scale is None else scale, x.zero)
 
 
+def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
+    """View a number, or one for each output, to broadcast with a weight.
+
+    Outputs are the last dimension of a matrix, which is transposed, and else the first.
+    """
+    if t.ndim == 0 or weight.ndim == 2:
+        return t
+    return t.reshape(-1, *[1] * (weight.ndim - 1))
+
+
 def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise `UsageError` unless every quantizer of a frozen net is one that integer kernels take as it is."""
-    for name, grid in net.named_modules():
-        form = stored.get(name)
-        breaks = form is not None and not (form.zero_point is None and form.constant is None)
-        if isinstance(grid, FrozenActivation):
-            has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
-            breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > 127
-        if breaks:
-            rule = "must have one scale, no zero point, half steps or offset, and codes within int8, as of quant=deploy_w8a8"
-            raise UsageError(f"{setting}: {name} {rule}")
+    """Raise `UsageError` unless integer kernels take all quantizers of a frozen model unchanged."""
+    for name, module in net.named_modules():
+        is_int8 = True
+        if isinstance(module, FrozenActivation):
+            is_int8 = _is_int8(module)
+        elif name in stored:
+            is_int8 = stored[name].zero_point is None and stored[name].constant is None
+        if not is_int8:
+            raise UsageError(
+                f"{setting}: {name} must have one scale, no zero point, half steps or offset, and "
+                "codes within int8, as of quant=deploy_w8a8"
+            )
+
+
+def _is_int8(grid: FrozenActivation) -> bool:
+    has_zero_point = grid.zero_point is not None and bool(grid.zero_point.any())
+    if has_zero_point or grid.after is not None:
+        return False
+    return grid.scale.numel() == 1 and grid.qmax <= 127
 
 
 class TensorRT:
-    """Writes quantizers down for compilers that place integer kernels themselves; what they give are numbers.
+    """Writes quantizers for compilers that choose integer kernels themselves, and returns numbers.
 
-    Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"): int8, zero points of 0, one scale for
-    an activation, one for each output of a weight, and nothing between DequantizeLinear and the product.
+    Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"):
+    int8, zero points of 0, one scale for an activation, one for each output of a weight, and
+    nothing between DequantizeLinear and the product.
 
     Args:
-        net: frozen; its quantizers get their buffers.
+        net: frozen; its quantizers get buffers.
         stored: its weights.
 
     Raises:
-        UsageError: the net breaks the rules.
+        UsageError: the model breaks the rules.
     """
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
-                _set_buffers(grid, grid.scale.reshape(()), torch.zeros((), dtype=torch.int8))
+                added = torch.zeros((), dtype=torch.int8)
+                _register_activation(grid, grid.scale.reshape(()), added)
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Rounded numbers."""
@@ -246,7 +301,7 @@ class TensorRT:
         return _dequantize(codes, grid.onnx_step, grid.onnx_added)
 
     def number(self, weight: StoredWeight) -> Tensor:
-        """Codes by their scale."""
+        """Codes times their scale."""
         frozen: Any = weight.frozen
         is_matrix = weight.codes.ndim == 2
         y = _dequantize(frozen.onnx_codes, frozen.onnx_factor, axis=int(is_matrix))
@@ -254,20 +309,25 @@ class TensorRT:
 
 
 def _quantize(u: Tensor, grid: Any) -> Tensor:
-    """QuantizeLinear with one step size, after what the type of the codes does not cut off."""
-    u, added = u if grid.onnx_bounds is None else u.clamp(*grid.onnx_bounds), grid.onnx_added
-    given, site = (u, grid.onnx_step, added), {SITE: grid.name}
+    """QuantizeLinear with one step size, after Clip to the ends of the grid where it is needed."""
+    if grid.onnx_bounds is not None:
+        u = u.clamp(*grid.onnx_bounds)
     codes: Tensor = torch.onnx.ops.symbolic(
-        "QuantizeLinear", given, {}, dtype=added.dtype, shape=u.shape, metadata_props=site
+        "QuantizeLinear",
+        (u, grid.onnx_step, grid.onnx_added),
+        {},
+        dtype=grid.onnx_added.dtype,
+        shape=u.shape,
+        metadata_props={SITE: grid.name},
     )
     return codes
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """DequantizeLinear, float32, with one scale or one for each place along an axis."""
-    given = (codes, scale) if zero is None else (codes, scale, zero)
-    along: dict[str, Any] = {"axis": axis} if scale.ndim else {}
+    """DequantizeLinear to float32, with one scale or one for each position along an axis."""
+    inputs = (codes, scale) if zero is None else (codes, scale, zero)
+    attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(
-        "DequantizeLinear", given, along, dtype=torch.float32, shape=codes.shape
+        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape
     )
     return y

@@ -143,7 +143,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
     selected = [name for name in rows[0] if name in names or not names]
     if "net" in selected and len({row.get("net") for row in rows}) == 1:
         selected.remove("net")
-    table = []
+    table: list[Row] = []
     for row in rows:
         cells: dict[str, Any] = {}
         for name in selected:
@@ -216,7 +216,7 @@ def _file_rows(results: Row) -> list[Row]:
     """
     kind = "file" if results.get("agrees") else "part"
     latencies = results.get("latency_ms") or {}
-    rows = []
+    rows: list[Row] = []
     for name, size in (results.get("bytes") or {}).items():
         row = {kind: name, "bytes": size}
         for runtime, times in latencies.items():

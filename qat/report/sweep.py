@@ -151,7 +151,7 @@ def label(settings: Mapping[str, str]) -> str:
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
     """The known numbers of a measure in jobs that are done."""
-    numbers = []
+    numbers: list[float] = []
     for job in jobs:
         value = job.get(measure)
         if job["status"] == "done" and is_drawable(value):

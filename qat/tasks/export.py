@@ -18,15 +18,7 @@ from qat import kernels
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import (
-    EXECUTORCH,
-    Checked,
-    compare,
-    milliseconds,
-    net_codes,
-    open_session,
-    quantize_8bit,
-)
+from qat.export.check import Checked, compare, net_codes
 from qat.export.onnx_file import (
     IMAGES,
     OnnxSettings,
@@ -37,6 +29,7 @@ from qat.export.onnx_file import (
     write_onnx,
 )
 from qat.export.pte import to_pte, write_pte
+from qat.export.runtimes import EXECUTORCH, milliseconds, open_session, quantize_8bit
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of

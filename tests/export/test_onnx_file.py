@@ -15,19 +15,16 @@ import torch
 
 import qat
 from qat.export import check, onnx_file
-from qat.export.check import (
+from qat.export.check import Agreement, Checked, check_onnx, graph_codes
+from qat.export.onnx_file import OnnxSettings, to_onnx
+from qat.export.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
-    Agreement,
-    Checked,
-    check_onnx,
-    graph_codes,
     has_openvino,
     logits_of,
     milliseconds,
     open_session,
 )
-from qat.export.onnx_file import OnnxSettings, to_onnx
 from qat.functional.packing import unpack_codes
 from qat.model.frozen import FrozenActivation
 from tests import tiny

@@ -5,8 +5,8 @@ import torch
 
 import qat
 from qat.export import pte
-from qat.export.check import EXECUTORCH, logits_of, open_session
 from qat.export.pte import to_pte, write_pte
+from qat.export.runtimes import EXECUTORCH, logits_of, open_session
 from tests import tiny
 from tests.export.test_onnx_file import NO_INTEGERS
 from tests.model.frozen.test_freeze import made

@@ -5,8 +5,8 @@ import onnx
 import pytest
 
 import qat
-from qat.export.check import ONNXRUNTIME, open_session
 from qat.export.onnx_file import OnnxSettings, to_onnx
+from qat.export.runtimes import ONNXRUNTIME, open_session
 from tests import tiny
 from tests.model.frozen.test_freeze import RECIPES, made
 

@@ -16,7 +16,7 @@ from PIL import Image
 import qat
 import qat.tasks.export
 from qat.export import check
-from qat.export.check import OPENVINO, logits_of, open_session
+from qat.export.runtimes import OPENVINO, logits_of, open_session
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
 

@@ -1,0 +1,196 @@
+"""Sessions of onnxruntime, OpenVINO and ExecuTorch on the CPU: logits and latency of files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INPUT = "image"
+OUTPUT = "logits"
+ONNXRUNTIME = "onnxruntime"
+OPENVINO = "openvino"
+EXECUTORCH = "executorch"
+
+# Maps names of values and images (B, C, H, W) to the values.
+Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Suppress what exporters and quantizers of other libraries log, warn of and print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def has_openvino() -> bool:
+    """True if OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def open_session(
+    model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: int = 0, precision: str = "f32"
+) -> Session:
+    """Open a file, or a model in memory, on the CPU.
+
+    Args:
+        model: path or content of the file.
+        runtime: `onnxruntime`, `openvino` or `executorch`.
+        threads: 0 = one for each core. ExecuTorch has one number of threads for all files, and
+            here it is 1.
+        precision: of the operators in OpenVINO that are not on integers; its own default is `bf16`
+            where the processor supports it.
+    """
+    content = model if isinstance(model, bytes) else model.read_bytes()
+    if runtime == EXECUTORCH:
+        return _open_executorch(content)
+    if runtime == OPENVINO:
+        return _open_openvino(content, threads, precision)
+    return _open_onnxruntime(content, threads)
+
+
+def _open_onnxruntime(content: bytes, threads: int) -> Session:
+    import onnxruntime  # noqa: PLC0415  (an extra)
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = threads
+    if saturates():
+        # Compute products with int8 weights with uint8 weights instead.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    return lambda names, images: session.run(list(names), {INPUT: images})
+
+
+@functools.cache
+def saturates() -> bool:
+    """True if onnxruntime's sums of uint8 times int8 saturate here, as on x86 without VNNI."""
+    import onnxruntime  # noqa: PLC0415  (an extra)
+    from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415  (an extra)
+
+    size = 16
+    node = helper.make_node("MatMulInteger", ["left", "right"], ["sums"])
+    left = helper.make_tensor_value_info("left", TensorProto.UINT8, (size, size))
+    sums = helper.make_tensor_value_info("sums", TensorProto.INT32, (size, size))
+    right = numpy_helper.from_array(np.full((size, size), 127, np.int8), "right")
+    graph = helper.make_graph([node], "product", [left], [sums], [right])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    content = model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"left": np.full((size, size), 255, np.uint8)})
+    return bool((result != size * 255 * 127).any())
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO, opened once for the life of the process.
+
+    Closing it frees the stack that it gave to signal handlers, and the next signal would crash.
+    """
+    # absl, which OpenVINO imports, later closes the present stderr, unless it is the process's own.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        import openvino  # noqa: PLC0415  (an extra)
+
+    return openvino.Core()
+
+
+def _open_openvino(content: bytes, threads: int, precision: str) -> Session:
+    config = {
+        "INFERENCE_PRECISION_HINT": precision,
+        # In models with only quantized weights, OpenVINO would quantize activations to 8 bits on
+        # processors with integer products.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "INFERENCE_NUM_THREADS": str(threads),
+    }
+    model = _openvino_core().read_model(io.BytesIO(content))
+    compiled = _openvino_core().compile_model(model, "CPU", config)
+
+    def run(names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+        values = compiled([images])
+        return [values[name].copy() for name in names]
+
+    return run
+
+
+@quiet()
+def _open_executorch(content: bytes) -> Session:
+    from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  (an extra)
+    from executorch.runtime import Runtime  # noqa: PLC0415  (an extra)
+
+    # ExecuTorch writes what it detects about the processor to the process's stderr.
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        portable_lib._unsafe_reset_threadpool(1)
+        program: Any = Runtime.get().load_program(content)
+        method = program.load_method("forward")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
+
+    # The default argument keeps the program alive, which the method does not.
+    def run(names: Sequence[str], images: np.ndarray, owner: Any = program) -> list[np.ndarray]:
+        return [out.numpy() for out in method.execute([torch.from_numpy(images)])]
+
+    return run
+
+
+def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
+    """Run a session on images.
+
+    Args:
+        session: of a file.
+        images: (B, C, H, W).
+        batch: number of images that the file takes at a time; None = any number.
+
+    Returns:
+        Logits (B, classes).
+    """
+    logits = []
+    for part in images.cpu().float().split(batch or len(images)):
+        (values,) = session([OUTPUT], part.numpy())
+        logits.append(torch.from_numpy(values))
+    return torch.cat(logits)
+
+
+def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:
+    """Median time of one image in each session, measured in turns."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    array = image.cpu().float().numpy()
+    for _ in range(repeats + 1):
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session([OUTPUT], array)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    # The first run allocates.
+    return {name: statistics.median(session_times[1:]) for name, session_times in times.items()}
+
+
+@quiet()
+def quantize_8bit(source: Path, target: Path) -> None:
+    """Quantize a float file with onnxruntime: 8-bit weights, and ranges of inputs at run time."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow import)
+
+    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)
