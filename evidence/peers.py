@@ -21,6 +21,7 @@ from evidence.peer_nets import PEERS, quantized
 from qat import kernels
 from qat.lit import QATModule
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit
 from qat.tasks.checks import check_trainer
 from qat.tasks.conf import CONF
@@ -46,6 +47,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)

@@ -23,6 +23,7 @@ from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
 from qat.model.convert import conversion_of
@@ -66,6 +67,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use(cfg.kernels)

@@ -38,6 +38,7 @@ from qat.export.onnx_file import (
 )
 from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
+from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import build_from, describe, float_twin, load, read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
@@ -77,6 +78,7 @@ def export(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use("auto")

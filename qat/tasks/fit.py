@@ -6,7 +6,6 @@ import inspect
 import logging
 import re
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
-from qat.lit.loggers import CSVLog
+from qat.lit.loggers import CSVLog, disable_telemetry
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
 from qat.nn.attention import set_execution
@@ -41,32 +40,6 @@ from qat.tasks.checks import check_callback, check_sharding
 from qat.utils.validate import check_int, check_number, unknown
 
 log = logging.getLogger(__name__)
-
-# What Lightning and timm say repeats the first lines of a run, except for what ends it early; the root logger's handlers show that once.
-logging.getLogger("lightning").handlers.clear()
-for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-for _name in (
-    "lightning.pytorch.callbacks.early_stopping",
-    "lightning.pytorch.utilities.rank_zero",
-):
-    logging.getLogger(_name).setLevel(logging.INFO)
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: (
-        record.levelno > logging.INFO or record.getMessage().startswith("Time limit reached")
-    )
-)
-for _message in (
-    ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
-    ".*all_gather.*is deprecated",  # Lightning's own use of torch
-    ".*does not have many workers",  # small data are in memory
-    "Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
-    "You requested to overfit but enabled .* dataloader shuffling",  # which is what it turns off
-    "The `srun` command is available",  # a login node, or processes that are started here
-    "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
-    ".*number of training batches .* is smaller than the logging interval",
-):
-    warnings.filterwarnings("ignore", message=_message)
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
@@ -159,6 +132,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
 
 def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
     """The loggers of `cfg.logger`; `metrics.csv` of a run that is resumed at a step keeps the rows before it."""
+    disable_telemetry()
     loggers = [
         instantiate(one, f"logger.{name}")
         for name, one in (cfg.logger or {}).items()

@@ -21,6 +21,7 @@ from qat.launch.ranks import connect, is_first
 from qat.launch.run_dir import CONFIG, UsedError
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import classes_of, save
 from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
@@ -66,6 +67,7 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use("auto")
