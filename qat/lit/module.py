@@ -307,7 +307,8 @@ class QATModule(LightningModule):
         Raises:
             UsageError: the run averaged its weights, and no callback continues that.
         """
-        averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if "averaging_state" in checkpoint and not averages:
             raise UsageError(
                 "resume: the run averages its weights; resume with callbacks=[default,ema], "

@@ -120,7 +120,11 @@ class ShardedStrategy(DDPStrategy):
         """Whole state in the first process, empty in the others; all must call it."""
         return self._gathered(super().optimizer_state(optimizer))
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002  (Lightning's signature)
+    def load_model_state_dict(
+        self,
+        checkpoint: Mapping[str, Any],
+        strict: bool = True,  # noqa: FBT001, FBT002  (Lightning's signature)
+    ) -> None:
         """Load into a net that is whole or already sharded."""
         module = cast(LightningModule, self.lightning_module)
         current_state = module.state_dict()
