@@ -22,10 +22,10 @@ class Inputs(Outputs):
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__([])
         for module in modules:
-            module.register_forward_pre_hook(self._see_input)
+            module.register_forward_pre_hook(self._record_input)
 
-    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._see(module, args, args[0])
+    def _record_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._record(module, args, args[0])
 
 
 def _followed(net: Any) -> list[Any]:

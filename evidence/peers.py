@@ -21,6 +21,7 @@ from evidence.peer_nets import PEERS, quantized
 from qat import kernels
 from qat.lit import QATModule
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit
 from qat.tasks.checks import check_trainer
 from qat.tasks.conf import CONF
@@ -46,11 +47,11 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     loss = build.build_loss(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg))
     data, start = build.build_data(cfg), build.build_start(cfg)

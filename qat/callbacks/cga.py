@@ -1,4 +1,7 @@
-"""Confidence-guided annealing: late in training only weights near a decision threshold move. Source: OFQ, arXiv 2302.02210."""
+"""Confidence-guided annealing: late in training only weights near a decision threshold train.
+
+Source: OFQ, arXiv 2302.02210.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.oscillation import IterativeFreezing, log_share
+from qat.callbacks.freezing import IterativeFreezing
+from qat.callbacks.oscillation import log_share
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -22,52 +26,61 @@ QK_POLICIES = ("reference", "product", "freeze")
 _DEFAULT_SHARE = 0.1
 
 
-def _near(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
-    return cast(UniformGrid, quantizer.grid(weight.detach())).near_threshold(weight, boundary_range)
+def _near_threshold(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
+    grid = cast(UniformGrid, quantizer.grid(weight.detach()))
+    return grid.near_threshold(weight, boundary_range)
 
 
 class BandGate:
-    """Lets the gradient of a folded query-key matrix pass only where the matrix is near a threshold; a hook on its quantizer.
+    """Passes the gradient of a folded query-key matrix only for entries near a threshold.
+
+    It is a hook before the forward pass of the quantizer of the matrix.
 
     Args:
-        boundary_range: half-width of the band, in codes.
+        boundary_range: half-width of the band around a threshold, in codes.
 
     Attributes:
-        active: off until annealing begins.
+        active: False until annealing begins, so that all gradients pass.
     """
 
     def __init__(self, boundary_range: float) -> None:
-        self.boundary_range, self.active = boundary_range, False
+        self.boundary_range = boundary_range
+        self.active = False
 
     def __call__(self, module: Quantizer, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        """The matrix, detached outside the band."""
+        """Return the matrix, detached outside the band."""
         if not self.active:
             return None
         (matrix,) = args
-        return (torch.where(_near(module, matrix, self.boundary_range), matrix, matrix.detach()),)
+        in_band = _near_threshold(module, matrix, self.boundary_range)
+        return (torch.where(in_band, matrix, matrix.detach()),)
 
 
 class CGA(Callback):
-    """In the epochs of annealing, freezes every weight on half steps (StatsQ, SEQ) that is not near a threshold, anew in each step.
+    """Freezes, while it anneals, weights on half steps (StatsQ, SEQ) that are far from a threshold.
 
-    Frozen entries get no gradient and are written back after the step (`EntryFreezer`), so neither weight decay nor momentum moves them;
-    the moments go on decaying. Which entries these are is a function of the weights alone: all processes agree, nothing is
-    stored, a resumed run goes on exactly. Biases, norms, tokens, scales, offsets, stem and heads train as before.
+    The frozen entries are chosen again in each step. They get no gradient and are restored after
+    the step (`EntryFreezer`), so that neither weight decay nor momentum changes them; their moments
+    continue to decay. The choice depends only on the weights: all processes agree, nothing is
+    stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets, stem and heads train
+    as before.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes, 0 < value < 0.5.
-        epochs: how many epochs; None = up to the end of the run or, without `start_epoch`, its last tenth.
-        start_epoch: first epoch, counted from 0; None = such that the last `epochs` epochs anneal.
+        epochs: number of epochs of annealing; None = up to the end of the run or, without
+            `start_epoch`, its last tenth.
+        start_epoch: first epoch, counted from 0; None = the last `epochs` epochs anneal.
         lr: constant learning rate while annealing; the schedule does not change it.
-        qk: what query and key weights do under query-key reparameterization. `reference` = they train freely, which is what the
-            paper's code does in effect; `product` = the gradient of the folded matrix is gated by that matrix's own band;
-            `freeze` = they are frozen.
+        qk: treatment of query and key weights under query-key reparameterization. `reference` =
+            they train freely, as they do in effect in the paper's code; `product` = the gradient of
+            the folded matrix passes only in the band of this matrix; `freeze` = they are frozen.
 
     Raises:
-        UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is nothing to anneal.
+        UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is
+            nothing to anneal.
     """
 
-    # It reads and holds weights between steps, entry by entry.
+    # It reads and restores single entries of weights between steps.
     needs_whole_weights = True
 
     def __init__(
@@ -85,17 +98,16 @@ class CGA(Callback):
             check_int("callbacks.cga.epochs", epochs, 1)
         if start_epoch is not None:
             check_int("callbacks.cga.start_epoch", start_epoch, 0)
-        self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = (
-            boundary_range,
-            epochs,
-            start_epoch,
-            lr,
-            qk,
-        )
-        self._first, self._stop = 0.0, math.inf
+        self.boundary_range = boundary_range
+        self.epochs = epochs
+        self.start_epoch = start_epoch
+        self.lr = lr
+        self.qk = qk
+        self._first_epoch = 0.0
+        self._end_epoch = math.inf
         self._sites: list[Site] = []
-        self._factors: list[Any] = []
-        self._products: list[tuple[Site, BandGate]] = []
+        self._qk_weights: list[Tensor] = []
+        self._gates: list[tuple[Site, BandGate]] = []
         self._freezer = EntryFreezer()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -103,70 +115,71 @@ class CGA(Callback):
         """Find the epochs and the weights."""
         if stage != "fit":
             return
-        self._first, self._stop = self._span(trainer)
+        self._first_epoch, self._end_epoch = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError(
                 "callbacks.cga: callbacks.freeze freezes the same weights; use one of the two"
             )
-        sites = [site for site in iter_quantizers(cast(nn.Module, pl_module.net)) if site.is_weight]
-        # The paper's thresholds lie between two values of one magnitude.
-        found = [
-            s
-            for s in sites
-            if isinstance(grid := s.quantizer.grid(s.latent().detach()), UniformGrid)
-            and grid.is_half_step
-        ]
-        self._sites = [site for site in found if site.role == "weight"]
-        self._factors = [
-            f
-            for s in found
-            if s.role == "qk" and self.qk == "freeze"
-            for f in (s.owner.q_weight, s.owner.k_weight)
-        ]
-        self._products = [
-            (s, BandGate(self.boundary_range))
-            for s in found
-            if s.role == "qk" and self.qk == "product"
-        ]
-        if not found:
+        all_sites = iter_quantizers(cast(nn.Module, pl_module.net))
+        sites = [site for site in all_sites if _is_on_half_steps(site)]
+        if not sites:
             raise UsageError(
-                "callbacks.cga: this model has no weights on a half-step grid (statsq, seq); use another quant=... or leave cga out"
+                "callbacks.cga: this model has no weights on a half-step grid (statsq, seq); "
+                "use another quant=... or leave cga out"
             )
+        self._sites = [site for site in sites if site.role == "weight"]
+        self._qk_weights = []
+        self._gates = []
+        for site in sites:
+            if site.role == "qk" and self.qk == "freeze":
+                owner: Any = site.owner
+                self._qk_weights += [owner.q_weight, owner.k_weight]
+            elif site.role == "qk" and self.qk == "product":
+                self._gates.append((site, BandGate(self.boundary_range)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
         self._freezer.attach(trainer.optimizers)
         self._handles = [
-            site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products
+            site.quantizer.register_forward_pre_hook(gate) for site, gate in self._gates
         ]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Open or close the gates, keep the rate. Not by the epoch alone: a run resumed in the middle of one starts no epoch."""
-        for _, gate in self._products:
+        """Switch the gates, and set the learning rate.
+
+        Not at the start of an epoch: a run that is resumed in the middle of one starts none.
+        """
+        for _, gate in self._gates:
             gate.active = self._anneals(trainer.current_epoch)
-        self._pin_rate(trainer, trainer.current_epoch)
+        self._set_rate(trainer, trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the learning rate of the next step, so that what logs it has the one in force."""
-        self._pin_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
+        """Set the learning rate of the next step, before other callbacks log it."""
+        self._set_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
+        """Zero the gradients of frozen entries, and save their values.
+
+        Gradients are complete here, and clipped later.
+        """
         if not self._anneals(trainer.current_epoch):
             return
-        near = [_near(site.quantizer, site.latent(), self.boundary_range) for site in self._sites]
-        frozen = [(site.latent(), ~mask) for site, mask in zip(self._sites, near, strict=True)]
-        self._freezer.freeze([
-            *frozen,
-            *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors),
-        ])
-        log_share(trainer, pl_module, "cga/trainable", near)
+        trainable_masks = []
+        frozen = []
+        for site in self._sites:
+            trainable = _near_threshold(site.quantizer, site.latent(), self.boundary_range)
+            trainable_masks.append(trainable)
+            frozen.append((site.latent(), ~trainable))
+        for weight in self._qk_weights:
+            frozen.append((weight, torch.ones_like(weight, dtype=torch.bool)))
+        self._freezer.freeze(frozen)
+        log_share(trainer, pl_module, "cga/trainable", trainable_masks)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
@@ -176,27 +189,41 @@ class CGA(Callback):
         self._handles = []
 
     def _anneals(self, epoch: int) -> bool:
-        return self._first <= epoch < self._stop
+        return self._first_epoch <= epoch < self._end_epoch
 
-    def _pin_rate(self, trainer: Trainer, epoch: int) -> None:
-        if self._anneals(epoch):
-            for group in (g for optimizer in trainer.optimizers for g in optimizer.param_groups):
+    def _set_rate(self, trainer: Trainer, epoch: int) -> None:
+        if not self._anneals(epoch):
+            return
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def _span(self, trainer: Trainer) -> tuple[float, float]:
-        """First epoch, and the one after the last; that is infinity where annealing lasts to the end."""
-        total = trainer.max_epochs or 1  # which the tasks demand
+        """First epoch of annealing, and the epoch after the last; infinity = up to the end."""
+        total = trainer.max_epochs or 1  # the tasks require it
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
         if self.start_epoch is None:
             length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
             if length > total:
                 raise UsageError(
-                    f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}"
+                    f"callbacks.cga.epochs={length}: "
+                    f"must be an integer from 1 to trainer.max_epochs={total}"
                 )
             return total - length, math.inf
         if self.start_epoch >= total:
             raise UsageError(
-                f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}"
+                f"callbacks.cga.start_epoch={self.start_epoch}: "
+                f"must be from 0 to below trainer.max_epochs={total}"
             )
-        return self.start_epoch, math.inf if self.epochs is None else self.start_epoch + self.epochs
+        if self.epochs is None:
+            return self.start_epoch, math.inf
+        return self.start_epoch, self.start_epoch + self.epochs
+
+
+def _is_on_half_steps(site: Site) -> bool:
+    """True for weights with thresholds between values of equal magnitude, as in the paper."""
+    if not site.is_weight:
+        return False
+    grid = site.quantizer.grid(site.latent().detach())
+    return isinstance(grid, UniformGrid) and grid.is_half_step

@@ -1,4 +1,4 @@
-"""Averaged weights: Lightning's callback, on the device of the run and without waiting for it."""
+"""Lightning's callback for averaged weights, faster: on the device, and without waiting for it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from qat.utils.validate import check_int, check_number
 
 
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
-    """Exponential moving average of the weights; validation and checkpoints have the average.
+    """Exponential moving average of the weights, for validation and checkpoints.
 
-    Lightning makes its copy before the module is moved, so that each step would copy all weights from the device, updates them one by
-    one, and asks the device in each step whether it is the first.
+    Lightning copies the module before it is moved, so that each step would copy all weights from
+    the device; it updates them one by one, and reads from the device whether a step is the first.
 
     Args:
         decay: weight of the old average in an update, 0 to below 1.
         update_every_n_steps: optimizer steps between updates.
-        use_buffers: average buffers too; else they are copied.
+        use_buffers: True = average buffers, too; False = copy them.
 
     Raises:
-        UsageError: with these values the average would stay what it was at first.
+        UsageError: a value with which the average would never change.
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights to where they are trained; count updates where nothing waits for the count, and update all in one operation."""
+        """Copy the weights to the training device, to be updated there in one operation."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
+            # On the CPU: reading it does not wait for the device.
             self._average_model.n_averaged = torch.tensor(0)
             self._average_model.multi_avg_fn = get_ema_multi_avg_fn(self._decay)

@@ -1,4 +1,4 @@
-"""`last.ckpt`: where a run goes on after a kill."""
+"""`last.ckpt`, from which a run resumes after a kill."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 NAME = "last.ckpt"
+# Reasons for which a resumed run continues to train.
+_CONTINUES = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` at the end of every epoch, and every n steps if asked; has a resumed run go on where it was.
+    """Writes `last.ckpt` at the end of every epoch and every n steps, and resumes from it.
 
-    Lightning's ModelCheckpoint with a step interval leaves `last.ckpt` at the last multiple of it, short of the final weights.
+    Lightning's ModelCheckpoint with a step interval leaves `last.ckpt` at the last multiple of it,
+    before the final weights.
 
     Args:
         every_n_steps: also after every n optimizer steps; None = at the end of epochs only.
         dirpath: folder; None = no file is written.
 
     Attributes:
-        earlier_seconds: of training before the checkpoint that the run was resumed from.
+        earlier_seconds: training time before the checkpoint from which the run was resumed.
 
     Raises:
         UsageError: the interval is not an integer of at least 1.
@@ -39,60 +42,55 @@ class LastCheckpoint(Checkpoint):
         super().__init__()
         if every_n_steps is not None:
             check_int("checkpoint.every_n_steps", every_n_steps, 1)
-        self.every_n_steps, self.dirpath = every_n_steps, dirpath
+        self.every_n_steps = every_n_steps
+        self.dirpath = dirpath
         self.earlier_seconds = 0.0
-        self._began: float | None = None
-        self._step, self._saved_at, self._waits, self._stops = 0, -1, False, False
+        self._began: float | None = None  # on the monotonic clock
+        self._step = 0  # optimizer steps before the current batch
+        self._stops = False  # `should_stop` before the current batch
+        self._saved_at = -1  # step of the file
+        self._waits = False  # for a validation to end, before saving
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the record of the best checkpoint, also of a run that was moved to another directory, but not of a file that is gone."""
+        """Restore the best checkpoints, and set `patience` to its present setting.
+
+        The run may have moved to another directory. If the best file is missing, the record of it
+        is dropped.
+        """
         states = checkpoint.get("callbacks", {})
-        for best in [
-            one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)
-        ]:
-            state = states.pop(best.state_key, None)
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            state = states.pop(callback.state_key, None)
             if not state:
                 continue
-            folder = Path(best.dirpath or "")
-            paths = {
-                key: str(folder / Path(path).name) if path else ""
-                for key, path in state.items()
-                if key.endswith("_path")
-            }
-            if paths["best_model_path"] and not Path(paths["best_model_path"]).is_file():
+            moved = _moved(state, Path(callback.dirpath or ""))
+            best_path = moved["best_model_path"]
+            if best_path and not Path(best_path).is_file():
                 log.warning(
                     "resume: %s is missing; the best epoch is chosen from the epochs that follow",
-                    paths["best_model_path"],
+                    best_path,
                 )
                 continue
-            scores = {
-                str(folder / Path(path).name): score
-                for path, score in state["best_k_models"].items()
-            }
-            states[best.state_key] = {
-                **state,
-                **paths,
-                "best_k_models": scores,
-                "dirpath": best.dirpath,
-            }
-        for stop in trainer.early_stopping_callbacks:
-            if state := states.get(stop.state_key):
-                state["patience"] = stop.patience
+            states[callback.state_key] = {**moved, "dirpath": callback.dirpath}
+        for stopping in trainer.early_stopping_callbacks:
+            state = states.get(stopping.state_key)
+            if state:
+                state["patience"] = stopping.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that had stopped early stays stopped: Lightning forgets it at every start, and would train one epoch more each time.
+        """Do not continue a run that had stopped early, unless it has more patience now.
 
-        Not where it has more patience now.
+        Lightning forgets the stop at every start, and would train one epoch more each time.
         """
-        goes_on = EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED
-        stops = trainer.early_stopping_callbacks
-        trainer.should_stop |= any(
-            stop.wait_count >= stop.patience or stop.stopping_reason not in goes_on
-            for stop in stops
-        )
-        self._began, self._saved_at, self._waits = None, -1, False
+        for stopping in trainer.early_stopping_callbacks:
+            has_no_patience = stopping.wait_count >= stopping.patience
+            trainer.should_stop |= has_no_patience or stopping.stopping_reason not in _CONTINUES
+        self._began = None
+        self._saved_at = -1
+        self._waits = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -101,68 +99,74 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step, to know whether this batch completes one, and whether the run was to stop before it."""
-        self._step, self._stops = trainer.global_step, trainer.should_stop
+        """Store the step and `should_stop`, to compare after the batch."""
+        self._step = trainer.global_step
+        self._stops = trainer.should_stop
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after a step that completes an interval; after the last batch of an epoch its end does.
+        """Save after a step that completes an interval, except at the end of an epoch.
 
-        Between batches that are accumulated nothing is saved, and `max_time`, which looks after every batch, waits: no file has their
-        gradients.
+        Between accumulated batches nothing is saved, and `max_time`, which Lightning checks after
+        every batch, does not stop the run: no file contains their gradients.
         """
         if trainer.global_step == self._step:
             trainer.should_stop = self._stops
-        elif (
-            self.every_n_steps is not None
-            and trainer.global_step % self.every_n_steps == 0
-            and not trainer.is_last_batch
-        ):
+            return
+        if self.every_n_steps is None or trainer.is_last_batch:
+            return
+        if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what was to be saved before it."""
+        """Write the file that waited for the validation."""
         if self._waits:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the validation and after the callbacks before this one, so that their state is in the file.
+        """Save after the validation and the callbacks before this one, to include their state.
 
-        Of an epoch that a limit of steps or of time has cut short, the file says that it is not over: with a later limit it goes on.
+        If a limit of steps or time has cut the epoch short, the file records it as unfinished: with
+        a higher limit it continues.
         """
         log_before_saving(trainer, epoch=True)
         epochs: Any = trainer.fit_loop.epoch_progress
-        cut = not trainer.is_last_batch
-        for count in (epochs.current, epochs.total):
-            count.processed -= cut
+        is_cut = not trainer.is_last_batch
+        for progress in (epochs.current, epochs.total):
+            progress.processed -= is_cut
         self._save(trainer)
-        for count in (epochs.current, epochs.total):
-            count.processed += cut
+        for progress in (epochs.current, epochs.total):
+            progress.processed += is_cut
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a run that was killed after its last step: Lightning leaves out what ends it, as tables and averaged weights."""
+        """Call `on_train_end` of all callbacks in a run that was killed after its last step.
+
+        Lightning leaves it out, and with it tables and averaged weights.
+        """
         if self._began is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        # The file was written before the end of its epoch.
         progress = trainer.fit_loop.epoch_progress.current
-        progress.completed = progress.processed  # type: ignore[attr-defined]  # the file was written before the end of its epoch
+        progress.completed = progress.processed  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, ProgressBar):
                 callback.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
-        return {
-            "seconds": self.earlier_seconds
-            + (0.0 if self._began is None else time.monotonic() - self._began)
-        }
+        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        return {"seconds": self.earlier_seconds + seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from them."""
+        """Restore the seconds of earlier training."""
         self.earlier_seconds = float(state_dict.get("seconds", 0.0))
 
     def save(self, trainer: Trainer) -> None:
-        """Save after a step, or after the validation that follows it: Lightning takes that for done when it goes on from before it."""
+        """Save after a step, or if a validation follows it, after the validation.
+
+        A run that resumed from a file before the validation would leave the validation out.
+        """
         loops = trainer.fit_loop
         if loops.epoch_loop._should_check_val_fx(loops._data_fetcher):  # type: ignore[arg-type]
             self._waits = True
@@ -171,18 +175,36 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def saved(self, trainer: Trainer) -> Path | None:
-        """The file, if it is of the step that was the last."""
+        """Path of the file, if it was written after the last step."""
         return self._path(trainer) if self._saved_at == trainer.global_step else None
 
     def _path(self, trainer: Trainer) -> Path | None:
-        return None if trainer.fast_dev_run or self.dirpath is None else Path(self.dirpath) / NAME  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
+            return None
+        return Path(self.dirpath) / NAME
 
     def _save(self, trainer: Trainer) -> None:
-        path, self._waits = self._path(trainer), False
+        self._waits = False
+        path = self._path(trainer)
         if path is not None:
             trainer.save_checkpoint(path)
             self._saved_at = trainer.global_step
 
 
+def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """State of a ModelCheckpoint with all its files in another folder."""
+    moved = dict(state)
+    for key, path in state.items():
+        if key.endswith("_path"):
+            moved[key] = str(folder / Path(path).name) if path else ""
+    moved["best_k_models"] = {
+        str(folder / Path(path).name): score for path, score in state["best_k_models"].items()
+    }
+    return moved
+
+
 class BestCheckpoints(ModelCheckpoint):
-    """Several best checkpoints beside `best.ckpt`: a class of its own, since Lightning keeps one state for each class and score."""
+    """Several best checkpoints, in addition to `best.ckpt`.
+
+    A class of its own, since Lightning stores one state for each class and score.
+    """

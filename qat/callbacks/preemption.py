@@ -1,4 +1,4 @@
-"""A run that gets a signal saves after the step under way and stops there, in all its processes at the same step."""
+"""After a signal, save and stop a run after the current step, the same one in all processes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ from qat.launch.signals import Preempted
 
 
 class Preemption(Checkpoint):
-    """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.launch.signals` has arrived in any process.
+    """Writes `last.ckpt` and raises `Preempted` if a signal of `qat.launch.signals` has arrived.
 
-    Processes may see a signal in different steps, and none may stop alone: the others would wait for its gradients. After each step they
-    start to exchange what they have seen, on the host, and read what was exchanged after the step before, so that all act after the same
-    step, at most one later. The device is never waited for. A signal during a validation, or in the last step before one, is acted on
-    after it.
+    Processes may notice a signal in different steps, and no process may stop by itself: the others
+    would wait for its gradients. After each step they start to exchange their signals, on the host,
+    and read the exchange that began after the step before. So all act after the same step, at most
+    one later, without waiting for the device. After a signal during a validation, or in the last
+    step before one, the run stops after the validation.
 
-    It is a `Checkpoint` for its place alone: Lightning calls those after all other callbacks, whose state the file has to hold. It has to
-    be after `LastCheckpoint`, which writes.
+    It is a `Checkpoint` only for the order: Lightning calls these after all other callbacks, whose
+    state the file contains. It has to come after `LastCheckpoint`, which writes the file.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._group: Any = None
-        self._asked: tuple[dist.Work, Tensor] | None = None
+        self._exchange_running: tuple[dist.Work, Tensor] | None = None
         self._signal = 0
-        self._looked_at = 0
+        self._checked_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on signals wait for the end of a step."""
+        """Let signals wait for the end of a step from now on."""
         signals.defer(on=True)
-        signals.listen()  # Lightning's own handlers, set a moment ago, would requeue the job from a checkpoint of their own
-        self._asked, self._signal, self._looked_at = None, 0, trainer.global_step
+        # In place of Lightning's new handlers, which would requeue the job from their own file.
+        signals.listen()
+        self._exchange_running = None
+        self._signal = 0
+        self._checked_step = trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             _end_exchange_of_lightning(trainer)
@@ -46,71 +50,79 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look after an optimizer step; save, unless the end of the epoch does so in a moment."""
-        if trainer.global_step == self._looked_at or self._signal:
+        """Check for signals after an optimizer step, and save; the end of an epoch saves anyway."""
+        if trainer.global_step == self._checked_step or self._signal:
             return
-        self._looked_at = trainer.global_step
+        self._checked_step = trainer.global_step
         self._signal = self._exchange()
-        if self._signal and not trainer.is_last_batch and (last := _writer(trainer)):
-            last.save(trainer)
+        if self._signal and not trainer.is_last_batch:
+            last = _writer(trainer)
+            if last is not None:
+                last.save(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop before the next step: by now the figures of the last one are logged."""
+        """Stop before the next step, when the metrics of the last step are logged."""
         self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after the epoch before, of which `LastCheckpoint` has saved the end, and whose figures are logged by now."""
+        """Stop after an epoch, which `LastCheckpoint` has saved, when its metrics are logged."""
         self._stop_if_any(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the evaluation; from here on a signal counts at once."""
+        """Stop before the evaluation; from now on a signal raises `Preempted` at once."""
         self._stop_if_any(trainer)
         signals.defer(on=False)
 
     def _stop_if_any(self, trainer: Trainer) -> None:
-        """Stop if a signal has arrived in any process up to now; the processes wait for each other."""
+        """Stop if a signal has arrived in any process; the processes wait for each other."""
         if not self._signal:
             self._signal = max(self._exchange(), self._exchange(wait=True))
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
-        if self._signal:
-            signals.forget()
-            signals.defer(on=True)  # whatever comes now finds a run that is leaving already
-            last = _writer(trainer)
-            raise Preempted(
-                self._signal, trainer.global_step, None if last is None else last.saved(trainer)
-            )
+        if not self._signal:
+            return
+        signals.forget()
+        signals.defer(on=True)  # later signals do not interrupt the end of the run
+        last = _writer(trainer)
+        saved = None if last is None else last.saved(trainer)
+        raise Preempted(self._signal, trainer.global_step, saved)
 
     def _exchange(self, *, wait: bool = False) -> int:
-        """Start an exchange; the outcome of the one before it, or of this one, the same in all processes."""
-        seen = signals.arrived()
-        if self._group is None:
-            return seen
-        before = self._outcome()
-        flag = torch.tensor([seen])
-        self._asked = (
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True),
-            flag,
-        )
-        return self._outcome() if wait else before
+        """Start an exchange, and return the highest signal of all processes, or 0.
 
-    def _outcome(self) -> int:
-        if self._asked is None:
+        It is the result of the previous exchange, or with `wait` of this one.
+        """
+        arrived = signals.arrived()
+        if self._group is None:
+            return arrived
+        previous_result = self._result()
+        flag = torch.tensor([arrived])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange_running = (work, flag)
+        return self._result() if wait else previous_result
+
+    def _result(self) -> int:
+        """Result of the running exchange, 0 if there is none."""
+        if self._exchange_running is None:
             return 0
-        (work, flag), self._asked = self._asked, None
+        work, flag = self._exchange_running
+        self._exchange_running = None
         work.wait()
         return int(flag.item())  # on the host
 
 
 def _writer(trainer: Trainer) -> LastCheckpoint | None:
-    return next((one for one in trainer.callbacks if isinstance(one, LastCheckpoint)), None)  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LastCheckpoint):
+            return callback
+    return None
 
 
 def _end_exchange_of_lightning(trainer: Trainer) -> None:
-    """Its loop exchanges, before each step, whether a SIGTERM has come to its own handler, and waits for the device to know."""
+    """Switch off Lightning's own exchange of SIGTERM, which waits for the device in each step."""
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

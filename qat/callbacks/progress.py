@@ -1,4 +1,4 @@
-"""How a training proceeds: what its steps draw, which is its last, and a line an epoch."""
+"""Progress of a training: seeds of its steps, its last step, and a line in the log per epoch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class StepSeed(Callback):
-    """Seeds every step (dropout, drop path), so that a resumed run draws what an uninterrupted one draws; no generator's state is saved.
+    """Seeds every step (dropout, drop path), so that a resumed run draws the same numbers.
+
+    No state of a generator has to be saved.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -33,28 +35,28 @@ class StepSeed(Callback):
 
 
 class GraphSteps(Callback):
-    """Tells CUDA graphs of compiled nets where each step begins, and takes gradients out of their memory where it ends."""
+    """Marks the start of each step for CUDA graphs, and frees gradients in their memory."""
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin a step."""
         torch.compiler.cudagraph_mark_step_begin()
 
-    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Nothing reads gradients after a step, but the next one where batches accumulate, which adds to them: a copy."""
+        """Free the gradients, or copy them if the next batch is accumulated to them."""
+        accumulates = trainer.accumulate_grad_batches > 1
         for parameter in pl_module.parameters():
             if parameter.grad is not None:
-                parameter.grad = (
-                    parameter.grad.clone() if trainer.accumulate_grad_batches > 1 else None
-                )
+                parameter.grad = parameter.grad.clone() if accumulates else None
 
 
 class StepLimit(Callback):
     """Ends a run after `trainer.max_steps` optimizer steps, with a validation.
 
-    With `Trainer(max_steps=...)` itself a run that is resumed at the end of an epoch skips the next one's images, and a run that ends
-    within an epoch has no score of its last weights.
+    With `Trainer(max_steps=...)` itself, a run that is resumed at the end of an epoch skips the
+    images of the next one, and a run that ends within an epoch does not validate its last weights.
 
     Args:
         steps: optimizer steps of the whole run.
@@ -64,22 +66,24 @@ class StepLimit(Callback):
         self.steps = steps
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Leave a run as it is that has taken them all."""
+        """Stop a resumed run that has taken all steps."""
         trainer.should_stop |= trainer.global_step >= self.steps
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """See whether that was the last step."""
+        """Stop after the last step."""
         if trainer.global_step >= self.steps and not trainer.should_stop:
             log.info("trainer.max_steps=%d is reached", self.steps)
             trainer.should_stop = True
 
 
 class EpochLog(Callback):
-    """Logs loss, validation accuracy, learning rate, images per second and the time left after every epoch."""
+    """Logs losses, accuracy, learning rate, images per second and time left after every epoch."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember when the first epoch began."""
-        self._start, self._first_epoch, self._images = time.monotonic(), trainer.current_epoch, 0
+        """Start the clock."""
+        self._start = time.monotonic()
+        self._first_epoch = trainer.current_epoch
+        self._images = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,26 +93,25 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line."""
-        metrics = trainer.callback_metrics  # gathered from all processes: all of them have to ask
+        metrics = trainer.callback_metrics  # gathered: all processes must read it
         if not trainer.is_global_zero:
             return
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
-        seconds = time.monotonic() - self._start
-        shown = {"train/loss": "loss {:.4g}"}
-        if done % (trainer.check_val_every_n_epoch or 1) == 0:
-            shown["val/top1"] = "val accuracy {:.2f} %"
-        values = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
+        epoch = trainer.current_epoch + 1
+        last_epoch = trainer.max_epochs or 0
+        formats = {"train/loss": "loss {:.4g}"}
+        if epoch % (trainer.check_val_every_n_epoch or 1) == 0:
+            formats["val/top1"] = "val accuracy {:.2f} %"
+        values = [text.format(metrics[key]) for key, text in formats.items() if key in metrics]
         group = trainer.optimizers[0].param_groups[0]
-        rate = group["lr"] / group.get("lr_scale", 1.0)
-        left = datetime.timedelta(
-            seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0))
-        )
+        seconds = time.monotonic() - self._start
+        seconds_per_epoch = seconds / (epoch - self._first_epoch)
+        seconds_left = round(seconds_per_epoch * max(last_epoch - epoch, 0))
         log.info(
             "epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s",
-            done,
-            total,
+            epoch,
+            last_epoch,
             "  ".join(values),
-            rate,
+            group["lr"] / group.get("lr_scale", 1.0),
             self._images / seconds,
-            left,
+            datetime.timedelta(seconds=seconds_left),
         )

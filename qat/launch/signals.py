@@ -123,10 +123,11 @@ def _note(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _arrivals.process:
         return
     if number == signal.SIGINT:
-        now = time.monotonic()
-        if _arrivals.interrupted_at is not None and now - _arrivals.interrupted_at > ECHO_S:
+        current_time = time.monotonic()
+        first_time = _arrivals.interrupted_at
+        if first_time is not None and current_time - first_time > ECHO_S:
             end_at_once(number, frame)
-        _arrivals.interrupted_at = _arrivals.interrupted_at or now
+        _arrivals.interrupted_at = first_time or current_time
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
         # No second exception while the first one is handled.

@@ -1,4 +1,4 @@
-"""Accuracies and mean losses over images; of anything that maps images to logits, without a trainer."""
+"""Accuracy and mean loss over images, of any function from images to logits; without a trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat.errors import UsageError
 
 
 class PercentAccuracy(MulticlassAccuracy):
-    """torchmetrics' accuracy times 100: the unit of every published row."""
+    """torchmetrics' accuracy times 100, the unit of published results."""
 
     def compute(self) -> Tensor:
         """Accuracy in percent."""
@@ -23,48 +23,49 @@ class PercentAccuracy(MulticlassAccuracy):
 
 
 def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
-    """Top-1 and top-5 accuracy in percent (top-k with all classes where there are fewer than five)."""
-    metrics = {
-        f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
-        for k in (1, 5)
-    }
+    """Top-1 and top-5 accuracy in percent; top-5 counts all classes if there are fewer than 5."""
+    metrics = {}
+    for k in (1, 5):
+        top_k = min(k, num_classes)
+        metrics[f"top{k}"] = PercentAccuracy(num_classes, top_k=top_k, average="micro")
     return MetricCollection(metrics, prefix=prefix)  # type: ignore[arg-type]
 
 
 class MeanLoss(MeanMetric):
-    """Mean over images of values that are each a mean over a batch; NaN as soon as one of them is.
+    """Mean over images of a value that is known as a mean over each batch; NaN if any of them is.
 
-    torchmetrics' own leaves such batches out, or, set not to look for them, all weights; and it copies each weight to the device, which
-    waits for the step before.
+    torchmetrics' own update leaves out batches with NaN, or, with its check off, ignores weights;
+    and it copies each weight to the device, which waits for the step before.
     """
 
     def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
         """Add a batch.
 
         Args:
-            value: (), its mean.
-            weight: how many images it has.
+            value: (), mean over the batch.
+            weight: number of images of the batch.
         """
         self.mean_value += value.to(self.mean_value.dtype) * weight
         self.weight += weight
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch, (); NaN where a logit is not finite, also one that the loss does not depend on."""
+    """Mean cross-entropy of a batch, (); NaN if any logit is not finite."""
+    # The second term is NaN also for a logit on which the loss does not depend.
     return F.cross_entropy(logits, target) + (0 * logits).sum()
 
 
-def check_logits(loss: float, what: str) -> None:
+def check_logits(loss: float, subject: str) -> None:
     """Raise `UsageError` if `loss`, a mean of `mean_cross_entropy`, is NaN.
 
     Args:
-        loss: of all images.
-        what: was evaluated, for the message.
+        loss: mean over all images.
+        subject: the evaluation, for the message.
     """
     if math.isnan(loss):
-        widest = "trainer.precision=32-true has the widest range"
         raise UsageError(
-            f"{what}: the model's logits hold NaN or infinity; must be finite ({widest})"
+            f"{subject}: the model's logits hold NaN or infinity; must be finite "
+            "(trainer.precision=32-true has the widest range)"
         )
 
 
@@ -78,16 +79,17 @@ def evaluate(
         predict: maps images (B, C, H, W) to logits (B, K).
         batches: (images, class ids).
         num_classes: K.
-        device: where `predict` runs.
+        device: the device of `predict`.
 
     Returns:
-        `top1`, `top5`, `loss`; the loss is NaN where that of a batch is.
+        `top1`, `top5`, `loss`; the loss is NaN if the loss of a batch is.
     """
-    metrics, loss = accuracy_metrics(num_classes, "").to(device), MeanLoss().to(device)
+    metrics = accuracy_metrics(num_classes, "").to(device)
+    mean_loss = MeanLoss().to(device)
     for images, target in batches:
-        logits, classes = predict(images.to(device)).float(), target.to(device)
+        logits = predict(images.to(device)).float()
+        classes = target.to(device)
         metrics.update(logits, classes)
-        loss.update(mean_cross_entropy(logits, classes), weight=len(images))
-    return {
-        name: float(value) for name, value in {**metrics.compute(), "loss": loss.compute()}.items()
-    }
+        mean_loss.update(mean_cross_entropy(logits, classes), weight=len(images))
+    results = {name: float(value) for name, value in metrics.compute().items()}
+    return results | {"loss": float(mean_loss.compute())}

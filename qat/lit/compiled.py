@@ -1,4 +1,4 @@
-"""`torch.compile` of what is called with batches of images: one graph for each way of running it, made for its largest batch."""
+"""`torch.compile` of functions of image batches: a graph for each mode, for its largest batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.cudagraph_utils import cudagraphs_log
-from torch._inductor.decomposition import decompositions
+from torch._inductor.decomposition import decompositions, fast_random_decomps
 from torch.compiler import config as compiler
 from torch.utils._pytree import tree_map_only
 
@@ -26,24 +26,10 @@ from qat.kernels import operators
 
 log = logging.getLogger(__name__)
 
-# Forward passes are fused with what stands before and after them, at the price of a formula to compile; `ROUNDING` keeps their bits.
-decompositions.update(operators.FORMULAS)
-
-
-def source_hash(*packages: ModuleType) -> str:
-    """Of the Python files of packages."""
-    found = hashlib.sha256()
-    for package in packages:
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-# Torch finds a compiled graph in its caches by the names of its operators: those of other formulas shall not be found.
-compiler.cache_key_tag += source_hash(functional, kernels)
-# What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
-# and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
-# The second name is that of division in older versions of torch, spelled so.
+# Let compiled code round as eager code does, as integer codes may depend on it: division to
+# nearest, no product contracted with a sum, and values of half precision rounded between two fused
+# operations. One setting has the last two. C++ code does the first two anyway. Older versions of
+# torch spell the setting of division as the second name.
 ROUNDING = {
     "eager_numerics.division_rounding": True,
     "emulate_divison_rounding": True,
@@ -51,48 +37,77 @@ ROUNDING = {
 }
 
 
-def compile_options() -> dict[str, bool]:
-    """What compiled code is asked for beside `ROUNDING`, as far as this version of torch knows it.
+def source_hash(*packages: ModuleType) -> str:
+    """Hash of the Python files of packages, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    Rows without padding, as operators would copy others; with `trainer.deterministic` no choice by what was fastest just then.
+
+@functools.cache
+def _formulas_hash() -> str:
+    return source_hash(functional, kernels)
+
+
+def register_formulas() -> None:
+    """Let torch compile the forward passes of our operators as formulas, to fuse their neighbours.
+
+    It costs compilation time; `ROUNDING` keeps the bits.
     """
-    known = inductor.get_config_copy()
-    wanted = {
+    decompositions.update(operators.FORMULAS)
+    fast_random_decomps().update(operators.FORMULAS)  # a copy that torch may have made earlier
+    # Torch finds a compiled graph in its caches by the names of operators: other formulas need
+    # another key.
+    if not compiler.cache_key_tag.endswith(_formulas_hash()):
+        compiler.cache_key_tag += _formulas_hash()
+
+
+def compile_options() -> dict[str, bool]:
+    """`ROUNDING` and other options of the compiler, as far as this version of torch knows them.
+
+    Rows are not padded, since operators would copy padded ones. With `trainer.deterministic` the
+    compiler does not choose by measured speed.
+    """
+    options = {
         **ROUNDING,
         "comprehensive_padding": False,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    return {name: value for name, value in wanted.items() if name in known}
+    supported = inductor.get_config_copy()
+    return {name: value for name, value in options.items() if name in supported}
 
 
-@functools.cache  # once each
-def _say(reason: str) -> None:
+@functools.cache  # one line for each reason
+def _warn_of_skipped_graph(reason: str) -> None:
     log.warning("compile=graphs: part of the training step runs without CUDA graphs: %s", reason)
 
 
-def _without_graphs(record: logging.LogRecord) -> bool:
-    """Whether torch has to say it: what it runs without a CUDA graph is one line here, many of a stack there."""
-    skipped = re.match(
-        r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$",
-        record.getMessage().partition("\n")[0].rstrip(),
-    )
-    if skipped:
-        _say(skipped[1])
-    return not skipped
+def _replace_stack(record: logging.LogRecord) -> bool:
+    """Replace torch's many lines about a skipped CUDA graph by one; False drops the record."""
+    first_line = record.getMessage().partition("\n")[0].rstrip()
+    skipped = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", first_line)
+    if skipped is None:
+        return True
+    _warn_of_skipped_graph(skipped[1])
+    return False
 
 
 class CompiledCall:
-    """Calls a function of images (B, ...) as one compiled graph; batches smaller than those that it was compiled for run eagerly.
+    """Calls a function of images (B, ...) as one compiled graph, smaller batches eagerly.
 
-    A graph for any size would be a slower one for every batch, and one for each size takes a minute or more each, for the one short batch
-    at the end of a data set. Eager and compiled differ by rounding.
+    A graph for any size would be slower for every batch, and a graph for each size takes minutes to
+    compile, for the one short batch at the end of a dataset. Eager and compiled results differ by
+    rounding.
 
     Args:
         function: calls `net`.
-        net: training and evaluation are graphs of their own.
-        recompute: let the compiler keep less for backward and make more of it again.
-        graphs: replay CUDA graphs. Gradients, and what hooks of modules in the net were given, are then overwritten once the next step
-            begins (`torch.compiler.cudagraph_mark_step_begin`); what a call gives is not.
+        net: its training and evaluation modes have separate graphs.
+        recompute: let the compiler save less for backward and recompute more.
+        graphs: replay CUDA graphs. Gradients, and tensors that hooks in the net were passed, are
+            overwritten once the next step begins (`torch.compiler.cudagraph_mark_step_begin`);
+            results of calls are copies.
     """
 
     def __init__(
@@ -103,34 +118,35 @@ class CompiledCall:
         recompute: bool = False,
         graphs: bool = False,
     ) -> None:
+        register_formulas()
         # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
         options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": graphs}
         self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         self._graphs = graphs
         if graphs:
-            cudagraphs_log.addFilter(_without_graphs)
+            cudagraphs_log.addFilter(_replace_stack)
         self._net = net
         self._largest: dict[tuple[object, ...], int] = {}
         self._recompute = recompute
 
     def __call__(self, images: Tensor) -> Any:
-        """What the function gives."""
-        way, graphs = (
-            (self._net.training, torch.is_grad_enabled(), images.shape[1:]),
-            counters["stats"],
-        )
-        if len(images) < self._largest.get(way, 0):
+        """Result of the function."""
+        mode = (self._net.training, torch.is_grad_enabled(), images.shape[1:])
+        if len(images) < self._largest.get(mode, 0):
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)
-        before = graphs["unique_graphs"]
-        # In force whenever the function is called: what is kept for backward is chosen then, not before.
+
+        graph_counts = counters["stats"]
+        count_before = graph_counts["unique_graphs"]
+        # At every call: the compiler decides in the first one what to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
             out = self._call(images)
-        if graphs["unique_graphs"] > before:  # else somebody has asked for eager execution
-            self._largest[way] = len(images)
+        # Unless a caller has forced eager execution.
+        if graph_counts["unique_graphs"] > count_before:
+            self._largest[mode] = len(images)
         return tree_map_only(Tensor, torch.clone, out) if self._graphs else out
 
 
 def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
-    """Compile a net as `CompiledCall` says; its parameters keep their names, and a copy of it is not compiled."""
+    """Compile a net, see `CompiledCall`; names of its parameters stay, copies are not compiled."""
     net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)

@@ -1,4 +1,4 @@
-"""`metrics.csv` of a run that may be killed and resumed; and the end of what Lightning's loggers leave open."""
+"""`metrics.csv` of a run that may be killed and resumed, and settings and end of other loggers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,26 @@ from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.utils.files import csv_rows, write_text
 
-# W&B and MLflow report to their makers unless these say otherwise, and MLflow lists the tables that it makes.
-for _name, _value in {
+# W&B and MLflow report to their makers by default, and MLflow logs the tables that it creates.
+_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-}.items():
-    os.environ.setdefault(_name, _value)
+}
+
+
+def disable_telemetry() -> None:
+    """Set environment variables of W&B and MLflow, if unset; they read them when imported."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 class CSVLog(CSVLogger):
-    """Lightning's logger; every row is in the file at once, and a run that is resumed goes on in the file.
+    """Lightning's logger, which writes every row at once; a resumed run continues the file.
 
     Attributes:
-        resumed_at: optimizer steps of the checkpoint that the run is resumed from: rows of later steps are dropped, as they come again.
-            0 = a new run, which replaces the file.
+        resumed_at: optimizer steps of the checkpoint from which the run is resumed: rows of later
+            steps are dropped, as the run writes them again. 0 = a new run, which replaces the file.
     """
 
     resumed_at: int = 0
@@ -50,19 +55,17 @@ class CSVLog(CSVLogger):
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, resumed_at: int) -> None:
         super().__init__(log_dir)
-        self._last = ""
+        self._last_row = ""
         path = Path(self.metrics_file_path)
+        rows: list[dict[str, str]] = []
         try:
-            there = csv_rows(path) if resumed_at and path.is_file() else []
-            rows = [
-                {key: value for key, value in row.items() if value != ""}
-                for row in there
-                if int(row["step"]) < resumed_at
-            ]
+            if resumed_at and path.is_file():
+                rows = _rows_before(path, resumed_at)
             self.metrics_keys = sorted(set().union(*rows))
         except Exception as error:
             raise UsageError(
-                f"{path}: must be the table that this run wrote; without it the run resumes, too ({error})"
+                f"{path}: must be the table that this run wrote; "
+                f"without it the run resumes, too ({error})"
             ) from error
         if rows:
             self._write(rows)
@@ -70,20 +73,21 @@ class _Writer(ExperimentWriter):
             path.unlink(missing_ok=True)
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning would delete the rows of a run that is resumed."""
+        """Keep the rows of a resumed run, which Lightning would delete."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Write a row; one that comes twice running (`log_before_saving`) is written once."""
-        if (row := f"{step} {metrics_dict}") != self._last:
+        """Write a row, unless it equals the row before (`log_before_saving`)."""
+        row = f"{step} {metrics_dict}"
+        if row != self._last_row:
             super().log_metrics(metrics_dict, step)
             self.save()
-        self._last = row
+        self._last_row = row
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:  # noqa: ARG002  (Lightning's signature)
         self._write(csv_rows(Path(self.metrics_file_path)))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        """The whole file, at once: a kill costs no row."""
+        """Write the whole file atomically: a kill loses no row."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
@@ -91,14 +95,24 @@ class _Writer(ExperimentWriter):
         write_text(Path(self.metrics_file_path), text.getvalue())
 
 
+def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+    """Rows of earlier steps, without empty cells."""
+    rows = []
+    for row in csv_rows(path):
+        if int(row["step"]) < step:
+            rows.append({key: value for key, value in row.items() if value != ""})
+    return rows
+
+
 def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
-    """Put the row of a step, or of an epoch, into `metrics.csv` before the checkpoint that counts it as logged: Lightning does so later."""
-    connector, loop, loggers = (
-        trainer._logger_connector,
-        trainer.fit_loop.epoch_loop,
-        trainer.loggers,
-    )
-    trainer.loggers = [one for one in loggers if isinstance(one, CSVLog)]
+    """Write the row of a step or an epoch to `metrics.csv` before a checkpoint counts it as logged.
+
+    Lightning writes it only after the checkpoint.
+    """
+    connector = trainer._logger_connector
+    loop = trainer.fit_loop.epoch_loop
+    loggers = trainer.loggers
+    trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLog)]
     loop._batches_that_stepped -= epoch  # as Lightning does for the row of an epoch
     if epoch or connector.should_update_logs:
         connector.log_metrics(connector.metrics["log"])
@@ -108,12 +122,15 @@ def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
 
 @contextlib.contextmanager
 def closing(loggers: Iterable[Logger]) -> Generator[None]:
-    """End the runs that W&B leaves open until the process ends, in a multirun long after the job; they failed if the block raises."""
+    """End W&B's runs after this block, as failed if it raises.
+
+    W&B ends them with the process, in a multirun long after the job.
+    """
     try:
         yield
     finally:
         failed = sys.exc_info()[0] not in {None, Preempted}
         for logger in loggers:
-            # Asking for `experiment` would begin a run where nothing was logged yet.
+            # The property `experiment` would begin a run if nothing was logged yet.
             if isinstance(logger, WandbLogger) and logger._experiment is not None:
                 logger._experiment.finish(exit_code=int(failed))

@@ -15,7 +15,8 @@ from qat.model.sites import no_weight_decay, quantizer_parameters
 from qat.utils.validate import check_int, check_number, unknown
 
 GROUPS = ("decay", "no_decay", "scales")
-_FUSED = {"adam", "adamw"}  # optimizers of torch that have a fused form, by timm's names
+# Optimizers of torch that have a fused form, by timm's names.
+_FUSED = {"adam", "adamw"}
 
 
 def parameter_groups(
@@ -25,61 +26,76 @@ def parameter_groups(
     scale_lr_factor: float = 1.0,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Three groups: weights with decay; biases, norms, tokens and offsets without; scales without, at their own rate.
+    """Parameters of a net in three groups, or with `layer_decay` in three groups for each layer.
+
+    Weights have weight decay; biases, norms, tokens and offsets have none; scales have none, and
+    their own learning rate.
 
     Args:
         net: the net to train.
-        weight_decay: of the first group.
-        scale_lr_factor: learning rate of the scales relative to the others'.
-        layer_decay: factor on the learning rate from one layer to the one before it (the head has 1); three groups for each layer.
-            None = all layers alike.
+        weight_decay: weight decay of the first group.
+        scale_lr_factor: learning rate of the scales relative to the other parameters.
+        layer_decay: factor on the learning rate from one layer to the one before it (the head has
+            1); None = all layers have the same rate.
 
     Returns:
-        Groups for an optimizer; `lr_scale` is the key by which timm's schedulers scale a group's rate.
+        Non-empty groups for an optimizer; timm's schedulers multiply the rate of a group by its
+        `lr_scale`.
 
     Raises:
-        UsageError: `layer_decay` is not in (0, 1], or the net is one whose layers timm does not number.
+        UsageError: `layer_decay` is not in (0, 1], or timm does not number the layers of the net.
     """
-    layers: dict[str, int] = {}
-    if layer_decay is not None:
-        check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
-        if not hasattr(net, "group_matcher"):
-            raise UsageError(
-                f"optimizer.layer_decay={layer_decay}: timm does not number the layers of {type(net).__name__}; must be null"
-            )
-        # As timm counts them: 0 = embedding, the highest = head.
-        layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    layers = {} if layer_decay is None else _numbered_layers(net, layer_decay)
+    last_layer = max(layers.values(), default=0)
     scales, _ = quantizer_parameters(net)
-    without = no_weight_decay(net)
-    last = max(layers.values(), default=0)
-    groups: dict[tuple[str, int], list[nn.Parameter]] = {
-        (name, layer): [] for layer in range(last + 1) for name in GROUPS
-    }
+    without_decay = no_weight_decay(net)
+    groups: dict[tuple[str, int], list[nn.Parameter]] = {}
+    for layer in range(last_layer + 1):
+        for kind in GROUPS:
+            groups[kind, layer] = []
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "scales" if parameter in scales else "no_decay" if name in without else "decay"
-        groups[kind, layers.get(name, last)].append(parameter)
-    return [
-        {
+        kind = "decay"
+        if parameter in scales:
+            kind = "scales"
+        elif name in without_decay:
+            kind = "no_decay"
+        groups[kind, layers.get(name, last_layer)].append(parameter)
+
+    group_settings = []
+    for (kind, layer), parameters in groups.items():
+        if not parameters:
+            continue
+        kind_scale = scale_lr_factor if kind == "scales" else 1.0
+        layer_scale = (layer_decay or 1.0) ** (last_layer - layer)
+        group_settings.append({
             "params": parameters,
             "weight_decay": weight_decay if kind == "decay" else 0.0,
-            "lr_scale": (scale_lr_factor if kind == "scales" else 1.0)
-            * (layer_decay or 1.0) ** (last - layer),
+            "lr_scale": kind_scale * layer_scale,
             "name": kind if layer_decay is None else f"layer{layer}_{kind}",
-        }
-        for (kind, layer), parameters in groups.items()
-        if parameters
-    ]
+        })
+    return group_settings
+
+
+def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
+    """Layer of each parameter by name, as timm counts: 0 = embedding, the highest = head."""
+    check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
+    if not hasattr(net, "group_matcher"):
+        raise UsageError(
+            f"optimizer.layer_decay={layer_decay}: "
+            f"timm does not number the layers of {type(net).__name__}; must be null"
+        )
+    return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
 
 def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None) -> float:
-    """Learning rate for the batch in use.
+    """Learning rate for the global batch, proportional to it as in timm and DeiT.
 
     Args:
-        lr: the rate that is meant for `lr_base_batch` images.
+        lr: learning rate for `lr_base_batch` images.
         global_batch: images per optimizer step: batch size x processes x accumulated batches.
-        lr_base_batch: the rate is proportional to the batch, as timm and DeiT scale it; None = `lr` holds for any batch.
+        lr_base_batch: images for which `lr` is meant; None = `lr` holds for any batch.
 
     Raises:
         UsageError: the base is not an integer of at least 1.
@@ -100,16 +116,17 @@ def build_optimizer(
     layer_decay: float | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer of timm's by name, over `parameter_groups`.
+    """Build one of timm's optimizers by name, with the groups of `parameter_groups`.
 
     Args:
         net: the net to train.
         opt: a name of `timm.optim.list_optimizers()`.
         lr: base learning rate.
-        weight_decay: of weights.
+        weight_decay: weight decay of weights.
         scale_lr_factor: learning rate of the scales relative to `lr`.
         layer_decay: see `parameter_groups`; in (0, 1].
-        options: further arguments of the optimizer (`betas`, `eps`, `momentum`). AdamW and Adam are `fused` unless they say otherwise.
+        options: further arguments of the optimizer (`betas`, `eps`, `momentum`). AdamW and Adam are
+            `fused` by default.
 
     Raises:
         UsageError: unknown optimizer, or a rate that is not positive.
@@ -117,20 +134,17 @@ def build_optimizer(
     check_number("optimizer.lr", lr, 0, above=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
     check_number("optimizer.weight_decay", weight_decay, 0)
-    known = [*map(str, timm.optim.list_optimizers())]
-    if str(opt).lower() not in known:
-        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), known))
+    names = [str(name) for name in timm.optim.list_optimizers()]
+    if str(opt).lower() not in names:
+        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), names))
     groups = parameter_groups(
         net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay
     )
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-    given = ", ".join(
-        f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items()
-    )
-    if opt.lower() in _FUSED and all(
-        type(parameter) is nn.Parameter for parameter in net.parameters()
-    ):  # not where processes share them
+    settings = [f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items()]
+    is_sharded = any(type(parameter) is not nn.Parameter for parameter in net.parameters())
+    if opt.lower() in _FUSED and not is_sharded:
         options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(
@@ -138,9 +152,11 @@ def build_optimizer(
         )
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
         raise UsageError(
-            f"{given}: do not work together ({error}); conf/optimizer has values that do"
+            f"{', '.join(settings)}: do not work together ({error}); "
+            "conf/optimizer has values that do"
         ) from error
-    # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
+    # Otherwise torch passes the factor of a gradient scaler to a fused optimizer, and Lightning
+    # does not unscale gradients before it clips them.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
@@ -154,10 +170,12 @@ def cosine_schedule(
     warmup_lr: float = 1e-6,
     interval: str = "epoch",
 ) -> CosineLRScheduler:
-    """Timm's cosine with linear warm-up; the cosine is not shifted by the warm-up, and stays at `min_lr` after its end.
+    """Timm's cosine schedule with linear warm-up.
+
+    The warm-up does not shift the cosine, and the rate stays at `min_lr` after its end.
 
     Args:
-        optimizer: its groups' `lr` are the peaks.
+        optimizer: the `lr` of its groups are the peaks.
         periods: length of the cosine, in epochs or steps.
         warmup: length of the warm-up, in epochs or steps.
         min_lr: rate at the end.
@@ -165,7 +183,7 @@ def cosine_schedule(
         interval: `epoch` or `step`.
     """
     for group in optimizer.param_groups:
-        # timm multiplies by lr_scale in every update: the base it starts from must not hold it already.
+        # timm multiplies by lr_scale in every update: the initial rate must not include it.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)
     return CosineLRScheduler(
         optimizer,

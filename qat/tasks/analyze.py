@@ -15,6 +15,7 @@ from qat import kernels
 from qat.analysis import NO_IMAGES, Analysis, ImageSet, StudiedNet, write_outcome
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
+from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_trainer
 from qat.tasks.conf import options
@@ -38,12 +39,12 @@ def analyze(cfg: DictConfig) -> None:
         UsageError: a setting, path or file cannot work.
     """
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use("auto")
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     if cfg.run is not None:
         remake(cfg)
         return

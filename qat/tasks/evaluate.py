@@ -22,6 +22,7 @@ from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import conversion_of
@@ -67,12 +68,12 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(cfg.predict)
     if paths is not None and cfg.split is not None:

@@ -31,6 +31,7 @@ from qat.export.onnx_file import (
 from qat.export.pte import to_pte, write_pte
 from qat.export.runtimes import EXECUTORCH, milliseconds, open_session, quantize_8bit
 from qat.launch import run_dir as outputs
+from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.freeze import freeze
@@ -39,7 +40,7 @@ from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import build_from, float_twin, load
 from qat.model.transform import data_config
-from qat.tasks import build, fit, summary
+from qat.tasks import build, summary
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
@@ -74,11 +75,11 @@ def export(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use("auto")
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     check_int("latency", cfg.latency, 0)
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:

@@ -9,7 +9,6 @@ import inspect
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
-from qat.lit.loggers import CSVLog
+from qat.lit.loggers import CSVLog, disable_telemetry
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
 from qat.nn.attention import set_execution
@@ -45,43 +44,6 @@ from qat.tasks.checks import check_callback, check_sharding
 from qat.utils.validate import check_int, check_number, unknown
 
 log = logging.getLogger(__name__)
-
-_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "timm")
-# These log what ends a run early.
-_LOGGERS_OF_ENDS = (
-    "lightning.pytorch.callbacks.early_stopping",
-    "lightning.pytorch.utilities.rank_zero",
-)
-_IGNORED_WARNINGS = (
-    ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
-    ".*all_gather.*is deprecated",  # Lightning's own use of torch
-    ".*does not have many workers",  # small data are in memory
-    "Checkpoint directory .* exists and is not empty",  # normal for a resumed run
-    "You requested to overfit but enabled .* dataloader shuffling",  # which this turns off
-    "The `srun` command is available",  # a login node, or processes that are started here
-    "FSDP2-wrapped module .* returned a view tensor",  # timm's models add to it out of place
-    ".*number of training batches .* is smaller than the logging interval",
-)
-
-
-def quiet_libraries() -> None:
-    """Drop messages of Lightning and timm that repeat the first lines of a run.
-
-    Messages on what ends a run early stay; the handlers of the root logger print them once.
-    """
-    logging.getLogger("lightning").handlers.clear()
-    for name in _QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in _LOGGERS_OF_ENDS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_time_limit_or_warning)
-    for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _is_time_limit_or_warning(record: logging.LogRecord) -> bool:
-    is_time_limit = record.getMessage().startswith("Time limit reached")
-    return record.levelno > logging.INFO or is_time_limit
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
@@ -208,6 +170,7 @@ def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
     Raises:
         UsageError: one of them is not a logger of Lightning.
     """
+    disable_telemetry()
     loggers = []
     for name, logger_cfg in (cfg.logger or {}).items():
         if logger_cfg is not None:

@@ -23,6 +23,7 @@ from qat.launch.ranks import connect, is_first
 from qat.launch.run_dir import CONFIG, UsedError
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
+from qat.lit.quiet import quiet_libraries
 from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
 from qat.model.frozen import is_frozen
@@ -71,12 +72,12 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use("auto")
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, searching = build_ptq_recipe(cfg), build_search(cfg)
     fitting = build.settings_of(

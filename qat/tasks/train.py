@@ -22,6 +22,7 @@ from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory
+from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.cost import cost
 from qat.model.metadata import describe
@@ -71,12 +72,12 @@ def train(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     check_settings(cfg)
+    quiet_libraries()
     resolve_hub_model(cfg)
     build.count_classes(cfg)
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    fit.quiet_libraries()
     build.import_modules(cfg)
 
     recipe = build.build_recipe(cfg)

@@ -144,10 +144,10 @@ class SpoilGradient(Callback):
 )
 def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
     module, before = Small(), []
-    look = FiniteCheck._look
+    look = FiniteCheck._raise_if_bad
 
     class Watch(FiniteCheck):
-        def _look(self, trainer):
+        def _raise_if_bad(self, trainer):
             before[:] = [p.detach().clone() for p in module.parameters()]
             look(self, trainer)
 

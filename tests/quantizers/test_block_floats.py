@@ -6,7 +6,8 @@ import torch
 import qat
 from qat import kernels
 from qat.callbacks.cga import CGA
-from qat.callbacks.oscillation import IterativeFreezing, Oscillation
+from qat.callbacks.freezing import IterativeFreezing
+from qat.callbacks.oscillation import Oscillation
 from qat.functional.block_floats import BLOCK_FORMATS, block_float, block_float_codes
 from qat.lit import compiled
 from qat.losses import Dampening, Kure, StepContext
@@ -146,6 +147,7 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
 
     x, grads = randn(5, length), [randn(5, length, seed=i) for i in range(3)]
     x[0, 3], x[-1] = 0.0, 0.0
+    compiled.register_formulas()
     torch._dynamo.reset()
     *found, of_x = run(
         torch.compile(each, fullgraph=True, options=compiled.compile_options()),

@@ -1,0 +1,142 @@
+"""Freezing of weights whose codes flip too often. Source: Nagel et al., arXiv 2203.11086."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from qat.callbacks.oscillation import log_share, track
+from qat.errors import UsageError
+from qat.functional.oscillation import (
+    FreezingState,
+    OscillationState,
+    cosine_between,
+    freezing_step,
+    with_frozen,
+)
+from qat.model.entry_freezer import EntryFreezer
+from qat.model.sites import Site, iter_quantizers
+from qat.quantizers import SquashedGrid, UniformGrid
+from qat.utils.validate import check_number
+
+MAX_BITS = 4  # weights of more bits are not frozen
+# Largest distance of a frozen latent weight from the middle of its cell, in codes; the cell ends at
+# 0.5.
+_MOST_DRIFT = 0.25
+
+
+class IterativeFreezing(Callback):
+    """Freezes weights whose code oscillates more often than a threshold that falls along a cosine.
+
+    A code always follows from its latent weight. So the latent of a frozen weight is moved to the
+    middle of the cell of its integer, kept there through every step (`EntryFreezer`), and moved
+    back when the step size moves the cell away. As in the authors' code, freezing takes effect in
+    the next forward pass. The folded matrix of QKR has no latent of its own and is not frozen.
+
+    Args:
+        threshold: on the oscillation frequency, at the start; above 0, below 1.
+        final_threshold: at the end of the run; two to three times `momentum` at least catches only
+            repeated flips.
+        momentum: of the frequency and of the mean code.
+
+    Raises:
+        UsageError: a setting cannot work. In `setup`: there is nothing to freeze.
+    """
+
+    needs_whole_weights = True
+
+    def __init__(
+        self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01
+    ) -> None:
+        self.threshold = threshold
+        self.final_threshold = final_threshold
+        self.momentum = momentum
+        for name in ("threshold", "final_threshold", "momentum"):
+            check_number(f"callbacks.freeze.{name}", getattr(self, name), 0, above=True, below=1)
+        self._num_steps = math.inf
+        self._sites: list[Site] = []
+        self._codes: dict[str, OscillationState] = {}
+        self._frozen: dict[str, FreezingState] = {}
+        self._freezer = EntryFreezer(after=self._center)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the weights."""
+        if stage != "fit":
+            return
+        sites = iter_quantizers(cast(nn.Module, pl_module.net))
+        self._sites = [site for site in sites if _can_freeze(site)]
+        if not self._sites:
+            raise UsageError(
+                "callbacks.freeze: "
+                f"this model has no weights of up to {MAX_BITS} bits on a uniform grid"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook into the optimizer's step, and count the steps of the run."""
+        self._freezer.attach(trainer.optimizers)
+        self._num_steps = max(trainer.estimated_stepping_batches, 1)
+
+    def threshold_at(self, step: int) -> float:
+        """Threshold at an optimizer step, along a cosine."""
+        return cosine_between(self.threshold, self.final_threshold, step / self._num_steps)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Freeze by the codes of the last forward pass, and keep frozen entries in this step."""
+        threshold = self.threshold_at(trainer.global_step)
+        frozen: list[tuple[Tensor, Tensor]] = []
+        for site in self._sites:
+            weight = site.latent()
+            state = self._frozen.get(site.name)
+            if state is not None:  # on the CPU after loading a checkpoint
+                state = FreezingState(*(tensor.to(weight.device) for tensor in state))
+            codes = with_frozen(state, site.quantizer.codes(weight))
+            oscillation = track(self._codes.get(site.name), codes, self.momentum)
+            self._codes[site.name] = oscillation
+            state = freezing_step(state, codes, oscillation.frequency, threshold, self.momentum)
+            if state is not None:
+                self._frozen[site.name] = state._replace(codes=state.codes.to(torch.int8))
+                frozen.append((weight, state.frozen))
+        self._freezer.freeze(frozen)
+        log_share(trainer, pl_module, "freeze/frozen", [mask for _, mask in frozen])
+
+    @torch.no_grad()
+    def _center(self) -> None:
+        """Move frozen latent weights that drifted back to the middle of their cells."""
+        for site in self._sites:
+            weight = site.latent()
+            state = self._frozen[site.name]
+            grid = cast(UniformGrid, site.quantizer.grid(weight))
+            drift = (grid.to_code_coordinates(weight) - state.codes).abs()
+            has_drifted = state.frozen & (drift > _MOST_DRIFT)
+            center = grid.dequantize(state.codes).to(weight.dtype)
+            weight.copy_(torch.where(has_drifted, center, weight))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes, frequencies and frozen integers of every weight: 13 bytes for each entry."""
+        return {
+            "codes": {name: state._asdict() for name, state in self._codes.items()},
+            "frozen": {name: state._asdict() for name, state in self._frozen.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore codes, frequencies and frozen integers."""
+        self._codes = {
+            name: OscillationState(**state) for name, state in state_dict["codes"].items()
+        }
+        self._frozen = {
+            name: FreezingState(**state) for name, state in state_dict["frozen"].items()
+        }
+
+
+def _can_freeze(site: Site) -> bool:
+    if site.role != "weight" or site.quantizer.spec.bits > MAX_BITS:
+        return False
+    grid = site.quantizer.grid(site.latent().detach())
+    return isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid)

@@ -1,0 +1,41 @@
+"""Keep messages of Lightning and timm out of the log of a run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_RANK_ZERO = "lightning.pytorch.utilities.rank_zero"
+_WARNING_LEVEL = ("lightning.pytorch", "lightning.fabric", "timm")
+# Loggers of messages about the early end of a run.
+_INFO_LEVEL = ("lightning.pytorch.callbacks.early_stopping", _RANK_ZERO)
+_IGNORED_WARNINGS = (
+    ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
+    ".*all_gather.*is deprecated",  # Lightning's own use of torch
+    ".*does not have many workers",  # small datasets are in memory
+    "Checkpoint directory .* exists and is not empty",  # as in every resumed run
+    "You requested to overfit but enabled .* dataloader shuffling",  # Lightning turns it off
+    "The `srun` command is available",  # a login node, or processes started by qat
+    "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
+    ".*number of training batches .* is smaller than the logging interval",
+)
+
+
+def quiet_libraries() -> None:
+    """Hide messages that repeat the first lines of a run, and warnings about intended settings.
+
+    Messages that stay are shown once, by the handlers of the root logger.
+    """
+    logging.getLogger("lightning").handlers.clear()
+    for name in _WARNING_LEVEL:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _INFO_LEVEL:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger(_RANK_ZERO).addFilter(_is_important)
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_important(record: logging.LogRecord) -> bool:
+    has_time_limit = record.getMessage().startswith("Time limit reached")
+    return record.levelno > logging.INFO or has_time_limit

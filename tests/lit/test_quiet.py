@@ -1,0 +1,57 @@
+"""Messages of libraries in a run. Oracle: a fresh process after the imports."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from qat.lit.quiet import quiet_libraries
+from tests.conftest import ROOT
+
+IMPORTS = """
+import logging, os, warnings
+import qat.lit.compiled, qat.lit.loggers, qat.tasks.fit
+from qat.kernels import operators
+from torch._inductor.decomposition import decompositions
+from torch.compiler import config
+
+assert not os.environ.keys() & {"MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"}
+assert logging.getLogger("timm").level == logging.NOTSET
+assert not [entry for entry in warnings.filters if "LeafSpec" in str(entry[1])]
+assert not operators.FORMULAS.keys() & decompositions.keys()
+assert not config.cache_key_tag
+"""
+
+
+def test_imports_change_no_global_state():
+    names = ("MLFLOW", "WANDB", "TORCH", "PYTHONWARNINGS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}
+    process = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("level", "message", "is_shown"),
+    [
+        (logging.INFO, "GPU available: False", False),
+        (logging.INFO, "Time limit reached. Elapsed time is 0:00:01", True),
+        (logging.WARNING, "a mistake", True),
+    ],
+)
+def test_messages_that_repeat_the_first_lines_are_hidden(level, message, is_shown, caplog):
+    with warnings.catch_warnings():
+        quiet_libraries()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO):
+        logger.log(level, message)
+    assert (message in caplog.messages) is is_shown
