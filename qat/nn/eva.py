@@ -5,6 +5,8 @@ Sources: arXiv 2104.09864, 2303.11331.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
@@ -27,9 +29,9 @@ class QuantRopeAttention(QuantAttention):
         super().__init__(attention, context)
         self.num_prefix_tokens = attention.num_prefix_tokens
         self.rotate_half = attention.rotate_half
-        self.q_proj = attention.q_proj
-        self.k_proj = attention.k_proj
-        self.v_proj = attention.v_proj
+        self.q_proj: Any = attention.q_proj
+        self.k_proj: Any = attention.k_proj
+        self.v_proj: Any = attention.v_proj
 
     def forward(
         self,

@@ -138,11 +138,11 @@ class _Attention(torch.autograd.Function):
         ):
             input_grads = operators.gradients(quantizer, grad_x_q, x, out=out)
             quantizer_grads.append(quantizer_gradient(input_grads))
-        probs_grad = gradient_of(LSQParams, scale=grad_probs_scale)
+        quantizer_grads.append(gradient_of(LSQParams, scale=grad_probs_scale))
         gradients = _Inputs(
             qkv=grad_qkv,
             scoring=gradient_of(Scoring, bias=grad_bias),
-            quantizers=_Quantizers(*quantizer_grads, probs_grad),
+            quantizers=_Quantizers(*quantizer_grads),
         )
         return _flatten(gradients)
 
