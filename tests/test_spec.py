@@ -15,7 +15,8 @@ WRONG_KNOBS = [
     ({"attention": "linear"}, "quant.attention='linear': must be one of qkr, standard, float"),
     (
         {"weight_quantizer": "lsqq"},
-        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, nvfp4, float, dorefa or package.module:Class",
+        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, "
+        "nvfp4, float, dorefa or package.module:Class",
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),

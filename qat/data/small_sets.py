@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,14 @@ class Digits(ImageData):
     """
 
     CLASSES = "0123456789"
-    UNREAD = ("root", "on_error", "memory_mb", "image_column", "label_column", "model")
+    UNREAD: ClassVar[Sequence[str]] = (
+        "root",
+        "on_error",
+        "memory_mb",
+        "image_column",
+        "label_column",
+        "model",
+    )
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
@@ -61,7 +68,13 @@ class FashionMnist(ImageData):
         "Bag",
         "Ankle boot",
     )
-    UNREAD = ("on_error", "memory_mb", "image_column", "label_column", "model")
+    UNREAD: ClassVar[Sequence[str]] = (
+        "on_error",
+        "memory_mb",
+        "image_column",
+        "label_column",
+        "model",
+    )
     DATASET: ClassVar[Any] = datasets.FashionMNIST
     LAYOUT = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
@@ -109,7 +122,7 @@ class Cifar10(FashionMnist):
         "ship",
         "truck",
     )
-    UNREAD = ("memory_mb", "model")
+    UNREAD: ClassVar[Sequence[str]] = ("memory_mb", "model")
     DATASET = datasets.CIFAR10
     LAYOUT = "train*.parquet and test*.parquet, or cifar-10-batches-py"
 

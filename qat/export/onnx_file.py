@@ -195,9 +195,9 @@ def write_onnx(
     Args:
         path: the file.
         frozen: the model to write.
-    net: the model that was frozen, or `frozen` itself.
-    meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
-        for images that are not square.
+        net: the model that was frozen, or `frozen` itself.
+        meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
+            for images that are not square.
         images: (B, C, H, W) each.
         settings: of the file.
     """

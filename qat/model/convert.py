@@ -99,8 +99,9 @@ def convert(
             as it was.
     """
     exempt = apply_recipe(net, recipe, input_size=input_size)
-    if conversion_of(net) is not None:
-        _warn_of_float(net, recipe, input_size, exempt)
+    conversion = conversion_of(net)
+    if conversion is not None:
+        _warn_of_float(net, recipe, conversion.input_size, exempt)
     return net
 
 
@@ -108,7 +109,7 @@ def apply_recipe(
     net: nn.Module,
     recipe: QuantRecipe,
     *,
-    input_size: tuple[int, int, int],
+    input_size: tuple[int, int, int] | None,
     signs: str = "probe",
 ) -> list[str]:
     """`convert` without its warning, for a net that was converted before.

@@ -261,7 +261,7 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
 
 def _listed(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
     """Entries of an index whose file is in the folder, each with the path of the file."""
-    listed = []
+    listed: list[tuple[Row, Path]] = []
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
             continue

@@ -186,11 +186,10 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
     Raises:
         UsageError: the first of these settings; names the choices of `data=` that read it.
     """
-    targets = {
-        group: OmegaConf.load(CONF / "data" / f"{group}.yaml")["_target_"]
-        for group in options("data")
-    }
-    groups = {group: DATASETS[target] for group, target in targets.items()}
+    groups = {}
+    for group in options("data"):
+        node: Any = OmegaConf.load(CONF / "data" / f"{group}.yaml")
+        groups[group] = DATASETS[node["_target_"]]
     own = next((group for group, kind in groups.items() if kind is type(data)), None)
     unread = [] if own is None else [name for name in data.UNREAD if name not in read_elsewhere]
     for name in unread:
