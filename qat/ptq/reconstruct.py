@@ -281,7 +281,7 @@ def _train(
     starts = [quantizer.scale.clone() for quantizer in scaled]
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)
-    weights = []
+    weights: list[Tensor] = []
     for owner in owners:
         weights += [parameter.requires_grad_() for parameter in owner.parameters(recurse=False)]
     adam = torch.optim.Adam([
