@@ -135,7 +135,7 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
         else:
             weight.frozen.stored = weight.value
             weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
-    float_layers = {}
+    float_layers: dict[str, None] = {}  # in order, without repetitions
     for grid in net.modules():
         if isinstance(grid, FrozenActivation) and grid not in on_codes:
             grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)

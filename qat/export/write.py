@@ -196,10 +196,10 @@ class Writer(nn.Module):
             a = a.unsqueeze(1)
         left = self._dequantized(a)
         right = self._weight_codes(b, plan) if is_weight else self._dequantized(b)
-        y = self._with_constants(plan, left, right)
+        y = self._product_of_codes(plan, left, right)
         return y.squeeze(1) if is_flat else y
 
-    def _with_constants(self, plan: Any, left: Tensor, right: Tensor) -> Tensor:
+    def _product_of_codes(self, plan: Any, left: Tensor, right: Tensor) -> Tensor:
         """The product of two factors with all constants of its plan."""
         y = torch.matmul(left, right)
         if plan.row is not None:
