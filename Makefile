@@ -21,9 +21,14 @@ help:
 
 setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
 
+# Of what pip prints: packages of 10 MB and more.
+LARGE_PACKAGES := grep --line-buffered -oE "(Downloading|Using cached) [^ ]+ \(([0-9]{2,}\.[0-9] MB|[0-9.]+ GB)\)|^Installing collected packages"
+$(READY): SHELL := bash
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing qat and its libraries into $(VENV): several GB are downloaded, which takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]" --config-settings editable_mode=compat
+	@set -o pipefail; $(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]" \
+	  --config-settings editable_mode=compat | $(LARGE_PACKAGES)
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt openvino # without what it tells its makers
 	touch $@
 	@echo "$(ACTIVATE)"

@@ -113,6 +113,30 @@ def size_bytes(net: nn.Module) -> int:
     return sum(_sized(name, sizes).size_bytes for name, sizes in _stored(net).items())
 
 
+def weights_by_bits(net: nn.Module) -> Counter[int]:
+    """Numbers of weights by bit-width, without the scales and offsets of quantizers."""
+    sites = {site.name: site for site in iter_quantizers(net)}
+    numbers: Counter[int] = Counter()
+    for name, parameter in net.named_parameters():
+        _, kind = _module_and_kind(name, sites)
+        if kind == "float_bytes":
+            numbers[FLOAT_BITS] += parameter.numel()
+    for site in sites.values():
+        if _has_codes(site):
+            quantized = sum(tensor.numel() for tensor in _replaced_by_codes(site))
+            numbers[site.quantizer.spec.bits] += quantized
+            numbers[FLOAT_BITS] -= quantized
+    return numbers
+
+
+def macs_by_bits(net: nn.Module, input_size: tuple[int, ...]) -> Counter[int]:
+    """Multiply-accumulates of one image by bit-width, for each product that of its wider operand."""
+    numbers: Counter[int] = Counter()
+    for product in matmuls(net, input_size):
+        numbers[max(product.bits)] += product.macs
+    return numbers
+
+
 def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
     return ModuleCost(name, **sizes)  # type: ignore[arg-type]
 

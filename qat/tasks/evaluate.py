@@ -91,6 +91,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         "data": summary.describe_data(data)
         if paths is None
         else f"{count(len(paths), 'image')} of {cfg.predict}",
+        "images": summary.describe_images(data.settings, subject.assumed),
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
     }
@@ -123,6 +124,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
         UsageError: a setting or file cannot work, or they do not fit.
     """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
+    data_as_given = build.plain(cfg.data)
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
@@ -142,7 +144,9 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     if cfg.get("predict") is None:
         check_classes(net, data, f"ckpt={origin(cfg)!r}")
     names = class_names(classes_of(net), data)
-    return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, names)
+    assumed = summary.assumed_settings(cfg, data_as_given, net, data)
+    net_recipe = recipe("fp") if done is None else done.recipe
+    return EvaluatedNet(net, name, net_recipe, data, names, assumed)
 
 
 def measure(

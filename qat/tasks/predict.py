@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class EvaluatedNet:
         recipe: how it is quantized.
         data: how its images are prepared; read only for an accuracy.
         classes: names of its classes, or their ids as text.
+        assumed: settings of its images that nothing states, see `summary.assumed_settings`.
     """
 
     net: nn.Module
@@ -45,6 +47,7 @@ class EvaluatedNet:
     recipe: QuantRecipe
     data: ImageData
     classes: list[str]
+    assumed: Sequence[str] = ()
 
 
 def find_images(where: str) -> list[Path]:

@@ -171,6 +171,7 @@ def _announce(
     data = quantized.data
     more = {
         "data": summary.describe_data(data),
+        "images": summary.describe_images(data.settings, quantized.assumed),
         "calibration": f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}",
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),

@@ -6,18 +6,22 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import nn
 
-from qat.data import ImageData
+from qat.data import DataSettings, ImageData
+from qat.data.image_data import EncodedImageData
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
+from qat.model.checkpoint import data_of
 from qat.model.convert import conversion_of
+from qat.model.cost import macs_by_bits, weights_by_bits
 from qat.model.frozen import FrozenWeight, is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
@@ -27,9 +31,12 @@ from qat.tasks import fit
 from qat.tasks.conf import alias, typed
 from qat.utils.files import write_text
 from qat.utils.text import count, scaled, unlearned
+from qat.utils.validate import FLOAT_BITS
 
 log = logging.getLogger(__name__)
 FEW_STEPS = 100  # of a whole training
+OF_IMAGES = ("crop_pct", "interpolation", "mean", "std")
+SHARE_WIDTH = 8  # letters of a column
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
@@ -88,6 +95,45 @@ def describe_data(data: ImageData) -> str:
     return f"{type(data).__name__.lower()}: {counts} images, {count(data.settings.num_classes, 'class')}"
 
 
+def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
+    """How images are prepared for a model in evaluation.
+
+    Args:
+        settings: of the data.
+        assumed: names of what is not known of the model's weights, see `assumed_settings`.
+    """
+    scaling = "whole image, bicubic"
+    if settings.crop_pct is not None:
+        crop = f"{settings.crop_mode or 'center'} crop {settings.crop_pct:g}"
+        scaling = f"{crop}, {settings.interpolation or 'bicubic'}"
+    mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (settings.mean, settings.std))
+    end = f"; assumed: {', '.join(assumed)}" if assumed else ""
+    return f"{settings.image_size} x {settings.image_size}, {scaling}, mean {mean}, std {std}{end}"
+
+
+def assumed_settings(
+    cfg: DictConfig, data_as_given: Mapping[str, Any], net: nn.Module, data: ImageData
+) -> list[str]:
+    """Settings of images that neither the file of a model's weights nor the user states.
+
+    Args:
+        cfg: of a command.
+        data_as_given: `cfg.data` before settings of a file are added.
+        net: the model as it was read.
+        data: its images.
+    """
+    if not (cfg.ckpt or cfg.model.weights):
+        return []
+    stored = data_of(net) or {}
+    if "_target_" in stored:
+        return []
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = {name.partition("=")[0].lstrip("+").removeprefix("data.") for name in overrides}
+    if isinstance(data, EncodedImageData):
+        given |= {name for name in OF_IMAGES if data_as_given.get(name) is not None}
+    return [name for name in OF_IMAGES if name not in stored and name not in given]
+
+
 def announce(
     title: str,
     net: nn.Module,
@@ -112,19 +158,39 @@ def describe_device(trainer: Trainer) -> str:
 
 
 def conversion(net: nn.Module, folder: Path) -> str:
-    """Write `conversion.txt`, the report of a net, into a folder; gives it in short: numbers in names become `*`."""
+    """Write `conversion.txt`, the report of a converted model, into a folder.
+
+    Returns:
+        A table of the shares of weights and products at each bit-width, and what stays float, with
+        numbers in names as `*`.
+    """
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
-    kinds = Counter(f"{row.quantizer} {row.bits} bit ({row.role})" for row in report.rows)
     floats = Counter(
         f"{re.sub(r'[0-9]+', '*', name)} ({kind})" for name, kind in report.stays_float
     )
-    shown = (", ".join(f"{what} x{n}" for what, n in found.items()) for found in (kinds, floats))
+    settings = conversion_of(net)
+    assert settings is not None  # noqa: S101  (narrows a type)
+    table = shares_by_bits({
+        "weights": weights_by_bits(net),
+        "products": macs_by_bits(net, settings.input_size),
+    })
+    stays_float = ", ".join(f"{name} x{n}" for name, n in floats.items())
     return lines(
-        "quantized",
-        dict(zip(("quantizers", "stays float"), shown, strict=True))
-        | {"layer by layer": "conversion.txt"},
+        "quantized", {**table, "stays float": stays_float, "layer by layer": "conversion.txt"}
     )
+
+
+def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
+    """Rows of a table, by bit-width: the share of each column in percent."""
+    rows = {"share of": "  ".join(title.rjust(SHARE_WIDTH) for title in columns)}
+    widths = {bits for numbers in columns.values() for bits, number in numbers.items() if number}
+    for bits in sorted(widths):
+        shares = [100 * numbers[bits] / numbers.total() for numbers in columns.values()]
+        cells = ["< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %" for share in shares]
+        name = "float" if bits == FLOAT_BITS else f"{bits} bit"
+        rows[name] = "  ".join(cell.rjust(SHARE_WIDTH) for cell in cells)
+    return rows
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
@@ -165,6 +231,9 @@ def announce_run(
     optimizer = cfg.optimizer
     more = {
         "data": describe_data(data),
+        "images": describe_images(
+            data.settings, assumed_settings(cfg, cfg.data, start.source or start.net, data)
+        ),
         "start": "; ".join(start.notes),
         "loss": ", ".join(module.loss.terms),
         "training": f"{describe_training(cfg, data, trainer)}, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} "
@@ -186,7 +255,7 @@ def warn_of_random_weights(cfg: DictConfig, start: Start) -> None:
     """Warn of a quantized training that starts from random weights."""
     if start.is_random and not cfg.trainer.fast_dev_run:
         log.warning(
-            "random weights: quantized training from them usually ends less accurate; "
+            "random weights: quantized training takes longer than in float, and when it is short, it ends less accurate from them; "
             "train with quant=fp first, then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
         )
 

@@ -1,28 +1,112 @@
 """The first lines of a run. Oracle: the report that they condense."""
 
 import re
+from collections import Counter
 
 import pytest
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
+from torch import nn
 
 import qat
-from qat.data import Digits
+from qat.data import Digits, ImageFolder
+from qat.model.cost import cost, matmuls
 from qat.tasks import build, summary
 from qat.tasks.conf import alias
 from tests.conftest import compose
 from tests.tasks.test_evaluate import DIGITS
-from tests.tiny import converted, quantized
+from tests.tiny import SIZE, converted, quantized, vit
 
 
-def test_quantizers_are_counted(tmp_path):
-    net = converted("ofq", bits=2)
-    text = summary.conversion(net, tmp_path)
+@pytest.mark.parametrize(
+    ("preset", "knobs", "widths", "of_products"),
+    [
+        ("ofq", {"bits": 2}, ["2 bit", "8 bit", "float"], "2 bit"),
+        ("lsq", {"bits": 3, "act_bits": 4}, ["3 bit", "4 bit", "8 bit", "float"], "4 bit"),
+        ("statsq", {"bits": 4}, ["4 bit", "8 bit", "float"], "float"),
+    ],
+)
+def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_products):
+    net = converted(preset, **knobs)
+    title, *table = summary.conversion(net, tmp_path).splitlines()
+    assert title == "quantized"
+    assert table[0].split() == ["share", "of", "weights", "products"]
+    assert len({len(row) for row in table[: 1 + len(widths)]}) == 1
+    shares = {row[2:16].strip(): re.findall(r"[\d.]+", row[16:]) for row in table[1:-2]}
+    assert list(shares) == widths
+
+    # Blocks have `bits`, everything else 8 bits or none; QKR drops biases, 0.5 % of all weights.
+    blocks = sum(m.weight.numel() for m in vit().blocks.modules() if isinstance(m, nn.Linear))
+    expected = 100 * blocks / sum(p.numel() for p in vit().parameters())
+    assert float(shares[f"{knobs['bits']} bit"][0]) == pytest.approx(expected, abs=0.6)
+    ends = sum(p.macs for p in matmuls(net, SIZE) if max(p.bits) == 8)
+    total = cost(net, SIZE).macs
+    assert float(shares["8 bit"][1]) == pytest.approx(100 * ends / total, abs=0.06)
+    assert float(shares[of_products][1]) > 90
+    for column in (0, 1):
+        assert sum(float(row[column]) for row in shares.values()) == pytest.approx(100, abs=0.3)
+
+    assert "blocks.*.norm* (LayerNorm) x4" in table[-2]
     rows = qat.conversion_report(net).rows
-    assert sum(map(int, re.findall(r" x(\d+)", text.splitlines()[1]))) == len(rows)
-    assert "statsq 2 bit (qk) x2" in text
-    assert "blocks.*.norm* (LayerNorm) x4" in text
     assert len((tmp_path / "conversion.txt").read_text().splitlines()) > len(rows)
+
+
+def test_shares_too_small_to_print():
+    columns = {"weights": Counter({2: 9999, 32: 1}), "products": Counter({2: 5})}
+    rows = summary.shares_by_bits(columns)
+    assert rows["2 bit"].split() == ["100.0", "%", "100.0", "%"]
+    assert rows["float"].split() == ["<", "0.1", "%", "0.0", "%"]
+
+
+IMAGENET_MEAN = "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, f"16 x 16, center crop 0.9, bicubic, {IMAGENET_MEAN}"),
+        (
+            {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"},
+            f"16 x 16, squash crop 1, bilinear, {IMAGENET_MEAN}",
+        ),
+        (
+            {"mean": [0.5] * 3, "std": [0.25] * 3},
+            "16 x 16, center crop 0.9, bicubic, mean 0.5 0.5 0.5, std 0.25 0.25 0.25",
+        ),
+    ],
+)
+def test_images_in_words(settings, text):
+    given = {"image_size": 16, "patch_size": 8, "in_chans": 3, "num_classes": 3}
+    photos = ImageFolder(**given, **{"mean": None, "std": None, **settings})
+    assert summary.describe_images(photos.settings) == text
+    assert summary.describe_images(photos.settings, ["mean"]) == f"{text}; assumed: mean"
+    digits = Digits(**DIGITS).settings
+    assert summary.describe_images(digits).startswith("8 x 8, whole image, bicubic, mean 0.305")
+
+
+ALL = ["crop_pct", "interpolation", "mean", "std"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored", "assumed"),
+    [
+        ((), None, []),
+        (("model.pretrained=true",), None, []),
+        (("ckpt=f",), None, ALL),
+        (("model.weights=f",), None, ALL),
+        (("ckpt=f",), {"mean": [0.5]}, ["crop_pct", "interpolation", "std"]),
+        (("ckpt=f",), {"_target_": "qat.data.Digits"}, []),
+        (("ckpt=f", "data.mean=[0.5,0.5,0.5]"), None, ["crop_pct", "interpolation", "std"]),
+        (("ckpt=f", "data=cifar10"), None, ALL),
+    ],
+)
+def test_what_no_file_states_of_images_is_assumed(overrides, stored, assumed):
+    if "data=cifar10" not in overrides:
+        overrides += ("data=imagefolder", "data.num_classes=3")
+    cfg = compose("train", "run_dir=a", *overrides)
+    net = nn.Identity()
+    net.qat_data = stored
+    assert summary.assumed_settings(cfg, cfg.data, net, build.build_data(cfg)) == assumed
 
 
 def test_recipe_in_words():
