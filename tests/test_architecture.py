@@ -254,14 +254,14 @@ BUDGETS = {
     "qat/launch": 3800,
     "qat/lit": 7500,
     "qat/losses": 1970,
-    "qat/model": 23000,
+    "qat/model": 23800,
     "qat/nn": 12300,
     "qat/ptq": 9700,
     "qat/quantizers": 6900,
     "qat/report": 5100,
     "qat/tasks": 24800,
     "qat/utils": 5300,
-    "tests": 260670,
+    "tests": 268000,
 }
 LAYOUT = {
     tokenize.COMMENT,

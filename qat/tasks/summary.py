@@ -19,10 +19,10 @@ from qat.data import DataSettings, ImageData
 from qat.data.image_data import EncodedImageData
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
-from qat.model.checkpoint import data_of
 from qat.model.convert import conversion_of
 from qat.model.cost import macs_by_bits, weights_by_bits
 from qat.model.frozen import FrozenWeight, is_frozen
+from qat.model.metadata import data_of
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
 from qat.model.start import Start
