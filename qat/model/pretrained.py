@@ -1,4 +1,4 @@
-"""Nets in the form in which timm and Hugging Face share them: a folder with weights, `config.json` and a model card."""
+"""Models as timm and Hugging Face share them: a folder with weights, `config.json` and a card."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from qat.utils.text import json_object
 from qat.utils.validate import check_images, check_number
 
 PREFIX = "hf-hub:"  # timm's, before `user/name`
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+LIBRARY = "vit-qat"  # `library_name` in `config.json` of a model of ours
 INSTALL = (
     f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
     "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
@@ -44,89 +45,100 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
-    """The first of some files of a repository that is in the local cache."""
-    return next(
-        (
-            path
-            for name in names
-            if isinstance(path := huggingface_hub.try_to_load_from_cache(repository, name), str)
-        ),
-        None,
-    )
+    """Path of the first file of a repository, among `names`, that is in the local cache."""
+    for name in names:
+        path = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return path
+    return None
 
 
-def require_host(address: str, origin: str, missing: str, instead: str) -> None:
-    """Ask whether a host responds: the hub's own client would retry in silence for most of a minute.
+def require_host(address: str, origin: str, problem: str, advice: str) -> None:
+    """Check that a host responds: the hub's own client would retry silently for a minute.
 
     Raises:
-        UsageError: it does not within 4 s. `origin: missing and ... cannot be reached (why); instead`.
+        UsageError: it does not respond within 4 s: `origin: problem and ... cannot be reached
+            (reason); advice`.
     """
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(
-            urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S
-        ):
+        request = urllib.request.Request(address, method="HEAD")
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S):
             pass
-    except urllib.error.HTTPError:  # it responds
-        pass
+    except urllib.error.HTTPError:
+        return  # an error code is a response
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(
-            f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}"
+            f"{origin}: {problem} and {address} cannot be reached ({error}); {advice}"
         ) from error
 
 
 def fetch(repository: str, origin: str) -> Path:
-    """A local folder with `config.json` and `model.safetensors` of a repository; nothing else is fetched.
+    """A local folder with `config.json` and `model.safetensors` of a repository.
+
+    Only these files are downloaded, if they are not in the local cache.
 
     Args:
         repository: `user/name`.
-        origin: how a message calls it.
+        origin: name of the repository in a message.
 
     Raises:
-        UsageError: it is no such name, its files are not cached and cannot be fetched, or its config asks for other files.
+        UsageError: it is not such a name, its files are not cached and cannot be downloaded, or its
+            config names other files.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
     if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
-        missing = f"{repository} is not in the local cache"
-        require_host(
-            huggingface_hub.constants.ENDPOINT,
-            origin,
-            missing,
-            "a folder that was downloaded elsewhere works too",
-        )
-        try:
-            huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{origin}: cannot be fetched ({' '.join(str(error).split())[:200]}); a private one needs a token (hf auth login)"
-            ) from error
+        _download(repository, origin)
     folder = Path(str(find_cached(repository, (CONFIG,)))).parent
-    config = json_object(folder / CONFIG)
-    arguments = config.get("model_args") or {}
     try:
-        if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
-            raise ValueError("its arguments would read something else")
-        if "${" in json.dumps(config):
-            raise ValueError("it holds '${', which would be resolved as a setting")
-        if isinstance(described := config.get("pretrained_cfg") or {}, dict):
-            check_images("pretrained_cfg", described)
-        if not is_ours(folder) and timm.is_model(name := str(config.get("architecture"))):
-            with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-                names = file.keys()
-                shapes = {
-                    name: torch.empty(file.get_slice(name).get_shape(), device="meta")
-                    for name in names
-                }
-            check_net(name, arguments, shapes)
+        _check_config(folder)
     except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
     return folder
 
 
+def _download(repository: str, origin: str) -> None:
+    require_host(
+        huggingface_hub.constants.ENDPOINT,
+        origin,
+        f"{repository} is not in the local cache",
+        "a folder that was downloaded elsewhere works too",
+    )
+    try:
+        huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{origin}: cannot be fetched ({reason}); a private one needs a token (hf auth login)"
+        ) from error
+
+
+def _check_config(folder: Path) -> None:
+    """Raise `ValueError` if an untrusted config loads further files, or asks for a huge model."""
+    config = json_object(folder / CONFIG)
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
+        raise ValueError("its arguments would read something else")
+    if "${" in json.dumps(config):
+        raise ValueError("it holds '${', which would be resolved as a setting")
+    image_config = config.get("pretrained_cfg") or {}
+    if isinstance(image_config, dict):
+        check_images("pretrained_cfg", image_config)
+    architecture = str(config.get("architecture"))
+    if is_ours(folder) or not timm.is_model(architecture):
+        return
+    shapes = {}
+    with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+        names = file.keys()
+        for name in names:
+            shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+    check_net(architecture, arguments, shapes)
+
+
 def is_ours(folder: Path) -> bool:
-    """True for what `save_pretrained` has written."""
+    """True for a folder of `save_pretrained`."""
     return json_object(folder / CONFIG).get("library_name") == LIBRARY
 
 
@@ -140,44 +152,45 @@ def save_pretrained(
     license: str = "other",
     source: str = "user/name",
 ) -> Path:
-    """Write a net for others: `model.safetensors` (packed codes, as `export.py format=packed` writes), `config.json`, a model card.
+    """Write a model for others: `model.safetensors`, `config.json` and a model card.
 
-    A quantized net is frozen first: what is written is what is deployed, without the float weights; `qat.save` keeps those. No
-    path of this machine is written.
+    The weights are packed codes, as `export.py format=packed` writes them. A quantized model is
+    frozen first, so its float weights are not written; `qat.save` keeps those. No path of this
+    machine is written.
 
     Args:
-        net: of `qat.load`, or converted with its scales set; or a float net of timm.
-        folder: is made; files of these names in it are replaced.
-        results: accuracy as it was measured, in the words of `results.json`: `top1`, `top5` (%), `images`, `split`, `data`.
+        net: a model of `qat.load`, or converted with its scales set; or a float model of timm.
+        folder: is created; files of these names in it are replaced.
+        results: measured accuracy, with the keys of `results.json`: `top1`, `top5` (%), `images`,
+            `split`, `data`.
         data: see `qat.save`.
         classes: see `qat.save`.
-        license: of the weights, as the hub spells it.
-        source: what the card tells its reader to load: `user/name`, or a file.
+        license: license of the weights, as the hub spells it.
+        source: argument of `qat.from_pretrained` or `qat.load` on the card: `user/name`, or a file.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: see `qat.save` and `qat.freeze`; a result is no number.
+        UsageError: see `qat.save` and `qat.freeze`; a result is not a number.
     """
-    place = Path(folder)
-    given = results or {}
-    measured = {
-        key: given[key]
-        for key in ("top1", "top5", "images", "split", "data")
-        if given.get(key) is not None
-    }
-    for key in {"top1", "top5", "images"} & measured.keys():
-        check_number(f"save_pretrained: results.{key}", measured[key], 0)
-    place.mkdir(parents=True, exist_ok=True)
-    frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
+    folder = Path(folder)
+    measured = {}
+    for key in ("top1", "top5", "images", "split", "data"):
+        if results is not None and results.get(key) is not None:
+            measured[key] = results[key]
+    for key in ("top1", "top5", "images"):
+        if key in measured:
+            check_number(f"save_pretrained: results.{key}", measured[key], 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    is_deployable = is_frozen(net) or conversion_of(net) is None
+    frozen = net if is_deployable else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
-        meta["data"] = _without_paths({
-            key: value for key, value in meta["data"].items() if key != "root"
-        })
-    write_packed(frozen, place / WEIGHTS, meta)
-    check_loads(place / WEIGHTS)
+        meta["data"].pop("root", None)
+        meta["data"] = _without_paths(meta["data"])
+    write_packed(frozen, folder / WEIGHTS, meta)
+    check_loads(folder / WEIGHTS)
     config = {
         "library_name": LIBRARY,
         "architecture": meta["model"]["name"],
@@ -185,54 +198,62 @@ def save_pretrained(
         "num_classes": getattr(net, "num_classes", None),
         "label_names": meta["classes"],
         **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
-        "size_bytes": (place / WEIGHTS).stat().st_size,
+        "size_bytes": (folder / WEIGHTS).stat().st_size,
         "results": _without_paths(measured),
     }
-    write_text(place / CONFIG, json_text(config))
-    write_text(place / "README.md", _card(net, config, license, source))
-    return place
+    write_text(folder / CONFIG, json_text(config))
+    write_text(folder / "README.md", _card(net, config, license, source))
+    return folder
 
 
 def _without_paths(value: Any) -> Any:
-    """Plain data, a path in it cut down to its last part."""
+    """Plain data in which paths are replaced by their last parts."""
     if isinstance(value, dict):
         return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(entry) for entry in value]
-    return _PATH.sub("", value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _PATH.sub("", value)
+    return value
 
 
 def _words(text: object) -> str:
-    """A stranger's text as words of Markdown: no markup, no HTML, no second line."""
-    return re.sub(
-        r"[^\w .,%()+-]", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split())
-    )
+    """Untrusted text as words of Markdown: without markup, HTML and line breaks."""
+    line = " ".join(str(text).split())
+    return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
 
 def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
-    """The model card: what the net is, how good, how large, how to load it (`source`: `user/name`, or a file)."""
-    done, results = conversion_of(net), config["results"]
-    is_file = source.endswith(".safetensors")
-    recipe = None if done is None else done.recipe
+    """The model card: architecture, recipe, accuracy, size, and how to load the model."""
+    conversion = conversion_of(net)
+    recipe = "float"
+    if conversion is not None:
+        bits = f"weights {conversion.recipe.bits} bit, activations {conversion.recipe.act_bits} bit"
+        recipe = f"`{_words(conversion.recipe.name)}`: {bits}"
+    results = [f"{key} {_words(value)}" for key, value in config["results"].items()]
+    dataset = (config["data"] or {}).get("_target_", "not stated")
     rows = {
         "Architecture": f"`{_words(config['architecture'])}` of timm",
-        "Recipe": "float"
-        if recipe is None
-        else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
-        "Data": _words((config["data"] or {}).get("_target_", "not stated")),
-        "Accuracy": ", ".join(f"{key} {_words(value)}" for key, value in results.items())
-        or "not measured",
+        "Recipe": recipe,
+        "Data": _words(dataset),
+        "Accuracy": ", ".join(results) or "not measured",
         "Packed file": f"{config['size_bytes']:,} bytes",
     }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    is_backbone = config["model_args"].get("features_only")
     data = huggingface_hub.ModelCardData(
         library_name=LIBRARY,
         license=license,
-        pipeline_tag=f"image-{'feature-extraction' if config['model_args'].get('features_only') else 'classification'}",
+        pipeline_tag=f"image-{'feature-extraction' if is_backbone else 'classification'}",
         tags=["quantization", "vision"],
     )
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
-    command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + PREFIX}{source} predict=PHOTOS`."
+    if source.endswith(".safetensors"):
+        load = f'qat.load("{source}")'
+        setting = f"ckpt={source}"
+    else:
+        load = f'qat.from_pretrained("{source}")'
+        setting = f"model={PREFIX}{source}"
+    command = f"On the command line: `qat eval {setting} predict=PHOTOS`."
     return f"""---
 {data.to_yaml()}
 ---
@@ -258,21 +279,25 @@ out = net(image[None])
 
 
 def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """A net of `save_pretrained`, in eval mode. Nothing in its files is imported or executed.
+    """Load a model of `save_pretrained`, in eval mode.
+
+    Nothing in its files is imported or executed.
 
     Args:
-        source: a folder, or `user/name` of the hub, from the local cache where it is in it.
+        source: a folder, or `user/name` of the hub; files in the local cache are used.
         imports: see `qat.load`.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
-        UsageError: there is no such net, it cannot be fetched (within 5 s where there is no connection), or it is not of `save_pretrained`.
+        UsageError: there is no such model, it cannot be downloaded (within 5 s if there is no
+            connection), or it is not of `save_pretrained`.
     """
     origin = f"from_pretrained: {str(source)!r}"
     folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
     if not is_ours(folder):
         raise UsageError(
-            f"{origin}: its {CONFIG} is not of qat.save_pretrained; timm.create_model reads those of timm"
+            f"{origin}: its {CONFIG} is not of qat.save_pretrained; "
+            "timm.create_model reads those of timm"
         )
     return load(folder / WEIGHTS, imports=imports)
 
@@ -280,20 +305,20 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
 def push_to_hub(
     net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any
 ) -> str:
-    """Write a net as `save_pretrained` does and upload it.
+    """Write a model as `save_pretrained` does, and upload it.
 
     Args:
         net: see `save_pretrained`.
-        repository: `user/name`; is made where it is not there.
-        private: seen by its owner alone.
+        repository: `user/name`; it is created if it does not exist.
+        private: only its owner can see a new repository.
         api: a `huggingface_hub.HfApi`; None = one with the token of `hf auth login` or HF_TOKEN.
         saving: further arguments of `save_pretrained`.
 
     Returns:
-        The address of what was uploaded.
+        The address of the upload.
 
     Raises:
-        UsageError: no such name, no token, no connection, or the hub refuses.
+        UsageError: it is not such a name, there is no token or connection, or the hub refuses.
     """
     origin = f"push_to_hub: {repository!r}"
     if not _REPOSITORY.fullmatch(repository):
@@ -310,11 +335,10 @@ def push_to_hub(
         save_pretrained(net, folder, source=repository, **saving)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            done = api.upload_folder(
+            commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}"
             )
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{origin}: the hub refuses ({' '.join(str(error).split())[:200]})"
-            ) from error
-    return str(getattr(done, "commit_url", done))
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"{origin}: the hub refuses ({reason})") from error
+    return str(getattr(commit, "commit_url", commit))

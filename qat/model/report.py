@@ -1,4 +1,4 @@
-"""What is quantized in a converted net and what stays float."""
+"""A table of the quantized tensors of a model, and its modules in float."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class ReportRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What is quantized and what stays float.
+    """Quantizers of a model, and modules that stay in float.
 
     Attributes:
         rows: one per quantizer.
-        stays_float: name and class of every module with parameters of its own and no weight quantizer, and of every module that
-            multiplies activations with each other in float, as an attention of an unknown family does; it says so after the class.
+        stays_float: name and class of each module with parameters but without a weight quantizer,
+            and of each module that multiplies activations in float, such as an attention of an
+            unknown family, which is noted after the class.
     """
 
     rows: tuple[ReportRow, ...]
@@ -43,59 +44,60 @@ class ConversionReport:
 
     def to_text(self) -> str:
         """The report as a plain table."""
-        table = [ReportRow._fields, *(tuple(map(str, row)) for row in self.rows)]
+        table: list[tuple[str, ...]] = [ReportRow._fields]
+        for row in self.rows:
+            table.append(tuple(map(str, row)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-        return "\n".join([
-            *lines,
-            "",
-            "stays float:",
-            *(f"  {name}  {cls}" for name, cls in self.stays_float),
-        ])
+        lines = []
+        for cells in table:
+            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+            lines.append("  ".join(padded).rstrip())
+        lines += ["", "stays float:"]
+        lines += [f"  {name}  {class_name}" for name, class_name in self.stays_float]
+        return "\n".join(lines)
 
 
 def float_products(net: nn.Module) -> tuple[str, ...]:
-    """Names of the modules of a converted net that multiply activations with each other in float; none of a float net."""
-    done = conversion_of(net)
-    products = [] if done is None else matmuls(net, done.input_size)
-    return tuple(
-        dict.fromkeys(
-            p.module for p in products if p.of_activations and p.bits == (FLOAT_BITS, FLOAT_BITS)
-        )
-    )
+    """Names of the modules of a converted model that multiply activations in float.
+
+    A float model has none.
+    """
+    conversion = conversion_of(net)
+    if conversion is None:
+        return ()
+    names = []
+    for product in matmuls(net, conversion.input_size):
+        if product.of_activations and product.bits == (FLOAT_BITS, FLOAT_BITS):
+            names.append(product.module)
+    return tuple(dict.fromkeys(names))
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """The conversion report of a net, which sees one image of zeros; a float net has no rows."""
-    sites = list(iter_quantizers(net))
+    """The conversion report of a model, which runs on an image of zeros; a float one has no rows."""
     rows = []
-    for s in sites:
-        spec = s.quantizer.spec
-        rows.append(
-            ReportRow(
-                s.layer or "(net)",
-                s.role,
-                spec.quantizer,
-                spec.bits,
-                s.quantizer.axis,
-                s.quantizer.n_scales,
-                spec.offsets,
-            )
+    quantized: set[nn.Module] = set()
+    for site in iter_quantizers(net):
+        spec = site.quantizer.spec
+        row = ReportRow(
+            module=site.layer or "(net)",
+            role=site.role,
+            quantizer=spec.quantizer,
+            bits=spec.bits,
+            axis=site.quantizer.axis,
+            scales=site.quantizer.n_scales,
+            offsets=spec.offsets,
         )
-    quantized = {id(s.owner) for s in sites if s.is_weight} | {
-        id(m) for s in sites for m in s.quantizer.modules()
-    }
-    products, stays_float = float_products(net), []
+        rows.append(row)
+        quantized.update(site.quantizer.modules())
+        if site.is_weight:
+            quantized.add(site.owner)
+    products = float_products(net)
+    stays_float = []
     for name, module in net.named_modules():
-        has_weights = (
-            id(module) not in quantized and next(module.parameters(recurse=False), None) is not None
-        )
-        if has_weights or name in products:
-            stays_float.append((
-                name or "(net)",
-                type(module).__name__ + (" (products of activations)" if name in products else ""),
-            ))
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        class_name = type(module).__name__
+        if name in products:
+            stays_float.append((name or "(net)", f"{class_name} (products of activations)"))
+        elif has_parameters and module not in quantized:
+            stays_float.append((name or "(net)", class_name))
     return ConversionReport(tuple(rows), tuple(stays_float))

@@ -1,4 +1,4 @@
-"""Fill the scales of a converted net from data, say which are missing, and let no net run without them."""
+"""Scales of a converted model: set from data, and checked before the model runs."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ LOG_EVERY_S = 10
 
 def is_ready(quantizer: Quantizer) -> bool:
     """True if no parameter or buffer of the quantizer holds a NaN."""
-    return not any(
-        bool(t.isnan().any())
-        for t in (*quantizer.parameters(), *quantizer.buffers())
-        if t.is_floating_point()
-    )
+    for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            return False
+    return True
 
 
 def assert_ready(net: nn.Module) -> None:
-    """Raise `UsageError` naming the first quantizer whose scales were never filled; where none is, the net has no `guard` any more."""
+    """Raise `UsageError` naming the first quantizer without scales; else remove the `guard`."""
     for site in iter_quantizers(net):
-        if not is_ready(site.quantizer):
-            filling = (
-                "qat.ptq.calibrate" if type(site.quantizer) is Affine else "qat.initialize_scales"
-            )
-            raise UsageError(
-                f"scales of {site.name} are not initialised; call {filling}(net, batches) or load a checkpoint"
-            )
+        if is_ready(site.quantizer):
+            continue
+        is_affine = type(site.quantizer) is Affine
+        function = "qat.ptq.calibrate" if is_affine else "qat.initialize_scales"
+        raise UsageError(
+            f"scales of {site.name} are not initialised; "
+            f"call {function}(net, batches) or load a checkpoint"
+        )
     for module in net.modules():
-        for key in [
-            key for key, hook in module._forward_pre_hooks.items() if hook is _check_before_forward
-        ]:
-            module._forward_pre_hooks.pop(key, None)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _check_before_forward]:
+            hooks.pop(key, None)
 
 
 def _check_values(net: nn.Module) -> None:
@@ -55,38 +54,41 @@ def _check_values(net: nn.Module) -> None:
     for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
         if tensor.is_meta:
             raise UsageError(
-                f"{name}: is on the meta device; must hold values: load_state_dict(state, assign=True) fills what a "
-                "state dict stores, anything else needs a model that was built on a device"
+                f"{name}: is on the meta device; must hold values: "
+                "load_state_dict(state, assign=True) fills what a state dict stores, "
+                "anything else needs a model that was built on a device"
             )
 
 
 def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
-    """Raise `UsageError` if a tensor of a net from `origin` is NaN or infinite: whatever it computes would be, too.
+    """Raise `UsageError` if a tensor of a model is NaN or infinite.
 
     Args:
         net: converted or float.
-        origin: how an error calls it, `ckpt='x.pt'`.
-        unset: scales that were never set, which are NaN, are allowed.
+        origin: name of the model in an error, such as `ckpt='x.pt'`.
+        unset: allow scales that were never set, which are NaN.
     """
-    quantizers = [site.quantizer for site in iter_quantizers(net)]
-    scales = {
-        id(t) for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())
-    }
+    scales = set()
+    for site in iter_quantizers(net):
+        for tensor in (*site.quantizer.parameters(), *site.quantizer.buffers()):
+            scales.add(id(tensor))
     for name, tensor in net.state_dict(keep_vars=True).items():
         is_scale = id(tensor) in scales
         damaged = tensor.isinf() if is_scale and unset else ~tensor.isfinite()
         if damaged.any():
-            what = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
+            kind = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
             raise UsageError(
-                f"{origin}: its {what} {name} holds NaN or infinity: a run that diverged, or scales that were never initialised"
+                f"{origin}: its {kind} {name} holds NaN or infinity: "
+                "a run that diverged, or scales that were never initialised"
             )
 
 
 def guard(net: nn.Module) -> None:
-    """Have `net` raise when it is called, until the first call, or `assert_ready`, that finds all scales set.
+    """Make calls of `net` raise an error until all scales are set.
 
-    A quantizer or a layer called by itself is not checked, nor is a compiled or exported graph. A net whose quantizers hold no
-    tensors has nothing to check. Loading a state dict that lacks scales begins it again.
+    The first call that finds all scales set, or `assert_ready`, removes the guard; a state dict
+    without scales brings it back. A call of one quantizer or layer is not checked, nor is a
+    compiled or exported graph.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
@@ -94,8 +96,8 @@ def guard(net: nn.Module) -> None:
 
 
 def _check_after_load(net: nn.Module, _: Any) -> None:
-    unguarded = _check_before_forward not in net._forward_pre_hooks.values()
-    if unguarded and not all(is_ready(site.quantizer) for site in iter_quantizers(net)):
+    has_guard = _check_before_forward in net._forward_pre_hooks.values()
+    if not has_guard and not all(is_ready(site.quantizer) for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
 
 
@@ -104,35 +106,35 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
         return
     if args and isinstance(args[0], Tensor) and not args[0].is_meta:
         _check_values(net)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # a fake tensor, or one on the meta device, has no values to look at
+    # Fake tensors, and tensors on the meta device, have no values.
+    with contextlib.suppress(RuntimeError):
         assert_ready(net)
 
 
 class _Progress:
-    """Says every ten seconds how far the search for scales is."""
+    """Logs the progress of calibration every ten seconds."""
 
     def __init__(self, quantizers: int) -> None:
         self.quantizers = quantizers
         self.images = 0
         self.calibrated = 0
-        self.began = self.last = time.monotonic()
+        self.began = time.monotonic()
+        self.last = self.began
 
     def begin_batch(self, images: int) -> None:
-        """Count a batch of so many images."""
+        """Count the images of a batch."""
         self.images += images
         self.calibrated = 0
 
     def calibrate(self, state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
-        """Fold one input into the scales of a quantizer; a forward pre-hook once `state` is given."""
+        """Calibrate a quantizer with one input: a forward pre-hook, once `state` is bound."""
         quantizer.calibrate(args[0], state)
         self.calibrated += 1
         now = time.monotonic()
         if now - self.last < LOG_EVERY_S:
             return
         self.last = now
-        # A warning, because Python shows no lower level unless it is asked to.
+        # Python prints no lower level by default.
         log.warning(
             "initialize_scales: %.0f s, %d images, %d of %d quantizers",
             now - self.began,
@@ -143,7 +145,7 @@ class _Progress:
 
 
 def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
-    """Images of each batch, `max_images` in all; no batch is read after these."""
+    """Images of each batch, at most `max_images`; later batches are not read."""
     left = max_images
     for batch in batches:
         images = images_of(batch, net)[:left]
@@ -156,21 +158,23 @@ def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> It
 def initialize_scales(
     net: nn.Module, batches: Iterable[Any], *, max_images: int = 256
 ) -> nn.Module:
-    """Set every scale that is still NaN, each quantizer seeing its input as the quantizers before it leave it.
+    """Set every scale that is still NaN, from the inputs of its quantizer.
 
-    Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
-    statistics are averaged (min-max: joined) over them. Calling a converted net that still lacks scales raises (`guard`).
+    Quantizers get inputs that the quantizers before them have quantized. Scales that are set
+    already, by a checkpoint, do not change. With one batch the result is the rule of the paper's
+    code; with several, statistics are averaged (min-max: joined) over them.
 
     Args:
-        net: a converted net; runs in eval mode, its mode is restored.
-        batches: images (B, C, H, W) each, or what a loader gives, (images, labels); moved to the net's device.
-        max_images: images that are used at most, the first ones.
+        net: a converted model; runs in eval mode, then its mode is restored.
+        batches: images (B, C, H, W) each, or items of a loader, (images, labels); they are moved
+            to the model's device.
+        max_images: the number of images that are used at most.
 
     Returns:
         `net` itself.
 
     Raises:
-        UsageError: no batch, other things than finite images, or a quantizer that no batch reached.
+        UsageError: there is no batch, images are not finite, or a quantizer gets no input.
     """
     _check_values(net)
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
@@ -179,19 +183,18 @@ def initialize_scales(
     check_int("max_images", max_images, 1)
     unset = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
     progress = _Progress(len(pending))
+    hooks = []
+    for quantizer in pending:
+        calibrate = functools.partial(progress.calibrate, {})
+        hooks.append(quantizer.register_forward_pre_hook(calibrate))
     try:
-        with probing(
-            net,
-            [
-                quantizer.register_forward_pre_hook(functools.partial(progress.calibrate, {}))
-                for quantizer in pending
-            ],
-        ):
+        with probing(net, hooks):
             for images in _first_images(batches, net, max_images):
                 progress.begin_batch(len(images))
                 net(images)
             assert_ready(net)
-    except BaseException:  # scales of some batches would look like those of all
+    except BaseException:
+        # Scales of a few batches would look like those of all.
         for quantizer, state in zip(pending, unset, strict=True):
             quantizer.load_state_dict(state)
         raise
