@@ -85,12 +85,12 @@ def run_4bit(tmp_path_factory, float_run):
 @pytest.fixture
 def refused(caplog):
     """Run a command that has to fail on a known mistake; gives the line it prints."""
-    from qat.cli import commands
+    from qat.cli import job
 
     def line(_, cfg):
         caplog.clear()
         with pytest.raises(SystemExit) as stop:
-            commands.run_task(cfg)
+            job.run_task(cfg)
         assert stop.value.code == 1
         (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
         assert record.exc_info is None

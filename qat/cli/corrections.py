@@ -1,4 +1,4 @@
-"""Names that other tools give to a setting, and values that belong to another one: what to type here."""
+"""Settings as other tools name them: what to type here instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.errors import UsageError
 from qat.spec import ALIASES
 from qat.tasks.conf import options
 
-# Our setting, and what it is called elsewhere, at the top or in its own group.
+# Our settings, and their names in other tools, at the top or in the group of the setting.
 NAMES = {
     "ckpt": "checkpoint checkpoint_path resume_from load_from",
     "run_dir": "output output_dir out_dir save_dir work_dir",
@@ -44,51 +44,65 @@ def refuse_flags(arguments: Sequence[str]) -> None:
     flag = flags[0]
     following = arguments[arguments.index(flag) + 1 :]
     name, _, value = flag.lstrip("-").replace("-", "_").partition("=")
-    if value == "" and following and not following[0].startswith("-") and "=" not in following[0]:
+    has_value = following and not following[0].startswith("-") and "=" not in following[0]
+    if value == "" and has_value:
         value = following[0]
         flag = f"{flag} {value}"
     raise UsageError(f"{flag}: must be {OURS.get(name, name)}={value or 'VALUE'}")
 
 
 def correction(arguments: Sequence[str]) -> str | None:
-    """The line for the first argument that a user of other tools types, once a config cannot be composed; None if there is none."""
+    """A line on the first argument in the words of another tool; None if there is none.
+
+    Called if Hydra cannot compose a config.
+    """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
-        instead = _instead(setting.lstrip("+"), value) if equals else None
-        if instead is not None:
-            return f"{argument}: must be {instead}"
+        replacement = _replacement(setting.lstrip("+"), value) if equals else None
+        if replacement is not None:
+            return f"{argument}: must be {replacement}"
     return None
 
 
-def _instead(setting: str, value: str) -> str | None:
+def _replacement(setting: str, value: str) -> str | None:
     if setting in OFF and value.lower() in NOTHING:
         return OFF[setting]
     if value in options(setting):
         return None
     if setting == "data" and (os.path.isdir(os.path.expanduser(value)) or "/" in value):
         return f"data=imagefolder data.root={value}"
-    if setting in {"model", "teacher"} and value.endswith(WEIGHTS):
-        return f"ckpt={value}" if setting == "model" else f"teacher.ckpt={value}"
+    if setting == "model" and value.endswith(WEIGHTS):
+        return f"ckpt={value}"
+    if setting == "teacher" and value.endswith(WEIGHTS):
+        return f"teacher.ckpt={value}"
     if setting == "optimizer":
         from timm.optim import list_optimizers
 
         return f"optimizer.opt={value}" if value in list_optimizers() else None
     if setting in {"quant", "ptq"}:
         return _recipes(setting, value)
-    group, _, name = setting.rpartition(".")
-    ours = OURS.get(setting) or OURS.get(name, "")
-    is_known = setting in OURS or (ours and group == ours.partition(".")[0])
-    return f"{ours}={value}" if is_known and ours != setting else None
+    name = _our_name(setting)
+    return f"{name}={value}" if name and name != setting else None
+
+
+def _our_name(setting: str) -> str:
+    """Our name of a setting: of the whole one, or of one in its group; "" if there is none."""
+    if setting in OURS:
+        return OURS[setting]
+    group, _, last_part = setting.rpartition(".")
+    name = OURS.get(last_part, "")
+    return name if name.partition(".")[0] == group else ""
 
 
 def _recipes(group: str, value: str) -> str | None:
-    """Recipes of the bits that a name such as `w4a8` or `int4` says, where it says nothing else."""
+    """Recipes with the bits in a name such as `w4a8` or `int4`; None for other names."""
     bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if bits is None:
         return None
-    weight, act = bits[1], bits[2] or bits[1]
-    names = [f"deploy_w{weight}a{act}", f"reconstruct_w{weight}a{act}"]
-    if weight == act:
-        names += [f"seq_{weight}bit", f"minmax_{weight}bit"]
-    found = [name for name in names if name in options(group)]
-    return " or ".join(f"{group}={name}" for name in found) or None
+    weight_bits = bits[1]
+    act_bits = bits[2] or weight_bits
+    names = [f"deploy_w{weight_bits}a{act_bits}", f"reconstruct_w{weight_bits}a{act_bits}"]
+    if weight_bits == act_bits:
+        names += [f"seq_{weight_bits}bit", f"minmax_{weight_bits}bit"]
+    choices = [f"{group}={name}" for name in names if name in options(group)]
+    return " or ".join(choices) or None

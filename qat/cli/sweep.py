@@ -1,6 +1,7 @@
-"""Sweeps (`-m`): what Hydra calls around their jobs, the summary at the end, and `analyze.py sweep=DIR`. Imports nothing heavy.
+"""Sweeps (`-m`): callbacks of Hydra, the summary at the end, and `analyze.py sweep=DIR`.
 
-Jobs may run in other processes and on other machines, so one that fails says so in a file: its `results.json` may be of an earlier run.
+Nothing heavy is imported. Jobs may run in other processes and on other machines, so a job that
+fails writes its error to a file of its own: its `results.json` may be of an earlier run.
 """
 
 from __future__ import annotations
@@ -25,74 +26,72 @@ from qat.utils.text import printable, read_file
 
 log = logging.getLogger(__name__)
 
-# What a job is answered that asks for several processes of this machine.
+# Error of a job that asks for several processes of this machine.
 SEVERAL = (
-    "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, or hydra/launcher=slurm_8gpu trainer=slurm, "
-    "with which submitit starts a process a GPU"
+    "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
+    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts a process a GPU"
 )
-# Below the folder of a job that has not ended well: its error, to begin with this one.
-ERROR, KILLED = Path(".hydra") / "error.txt", "it was killed, or is still going"
+# File with the error of a job, in the job's folder; `KILLED` until the job ends.
+ERROR = Path(".hydra") / "error.txt"
+KILLED = "it was killed, or is still going"
 _running: list[SweepCallback] = []
-# What went wrong: a message for each job that failed, in this process or as the sweep has read.
+# Messages of failed jobs, of this process or read from the files of others.
 failures: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Hydra makes one for each command; it travels to wherever the jobs of a sweep run."""
+    """Hydra creates one for each command, and copies it to the processes of a sweep's jobs."""
 
     def __init__(self) -> None:
-        self.folder = ""  # of the sweep
+        self.folder = ""  # directory of the sweep
         self.report = True
-        self._failed_before = 0
+        self._num_failures = 0  # before the present job
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse a directory that another run writes into, before Hydra writes there."""
+        """Refuse a directory that another run writes to, before Hydra writes there."""
         _enter(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Begin the summary; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
+        """Lock the directory of a sweep. A search repeats its draws, so `resume` continues it."""
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
-        OmegaConf.save(
-            config, Path(self.folder) / "multirun.yaml"
-        )  # some sweepers do so, others do not
+        # Not all sweepers save it.
+        OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            logging.getLogger("alembic").setLevel(logging.WARNING)  # it announces its plugins
+            # It announces its plugins.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note that the job began."""
-        self._failed_before = len(failures)
+        """Record that the job has not ended."""
+        self._num_failures = len(failures)
         if self.folder and ranks.is_first():
-            _note_error(Path(config.hydra.runtime.output_dir), KILLED)
+            _record_error(Path(config.hydra.runtime.output_dir), KILLED)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note its error."""
-        failed = failures[self._failed_before :]
+        """Record the error of the job, or that it has none."""
+        errors = failures[self._num_failures :]
         if job_return.status == JobStatus.FAILED:
-            failed = [f"{type(job_return._return_value).__name__}: {job_return._return_value}"]
+            error = job_return._return_value
+            errors = [f"{type(error).__name__}: {error}"]
         if self.folder:
-            _note_error(Path(config.hydra.runtime.output_dir), failed[0] if failed else "")
+            message = errors[0] if errors else ""
+            _record_error(Path(config.hydra.runtime.output_dir), message)
 
 
 def _enter(config: DictConfig, folder: str) -> None:
-    """Lock the directory of a command; Hydra makes warnings of what its callbacks raise, so a mistake ends the process here."""
-    trainer = config.get("trainer") or {}
+    """Lock the directory of a command.
+
+    Hydra turns errors of its callbacks into warnings, so a mistake ends the process here.
+    """
     try:
-        if (
-            config.hydra.mode == RunMode.MULTIRUN
-            and "submitit" not in config.hydra.launcher._target_
-            and ranks.processes_to_start(trainer)
-        ):
-            raise UsageError(SEVERAL.format(trainer["devices"]))
-        check_paths({
-            "run_dir": None if config.run_dir == "" else config.run_dir
-        })  # an empty one is refused below
+        _check_processes(config)
+        # An empty `run_dir` is refused by the lock.
+        check_paths({"run_dir": None if config.run_dir == "" else config.run_dir})
         run_dir.lock(folder)
-        if (
-            log_file := Path(folder, f"{config.hydra.job.name}.log")
-        ).exists() and not log_file.is_file():
+        log_file = Path(folder, f"{config.hydra.job.name}.log")
+        if log_file.exists() and not log_file.is_file():
             raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
@@ -102,29 +101,36 @@ def _enter(config: DictConfig, folder: str) -> None:
         )
 
 
+def _check_processes(config: DictConfig) -> None:
+    """Raise `UsageError` if jobs of a sweep need several processes on this machine."""
+    is_local = "submitit" not in config.hydra.launcher._target_
+    trainer = config.get("trainer") or {}
+    if config.hydra.mode == RunMode.MULTIRUN and is_local and ranks.processes_to_start(trainer):
+        raise UsageError(SEVERAL.format(trainer["devices"]))
+
+
 def reported(value: float | None) -> float | None:
-    """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
-    is_nan = value is not None and math.isnan(value)
-    return (
-        None
-        if is_nan
-        and HydraConfig.initialized()
-        and "optuna" in str(HydraConfig.get().sweeper._target_)
-        else value
-    )
+    """The result of a job for the sweeper.
+
+    NaN, the result of a failed job, becomes None for optuna, which would end the sweep.
+    """
+    if value is None or not math.isnan(value) or not HydraConfig.initialized():
+        return value
+    is_optuna = "optuna" in str(HydraConfig.get().sweeper._target_)
+    return None if is_optuna else value
 
 
 def summarize() -> None:
-    """Show the results of the sweep of this process, if there was one, and write its table and page; do so once."""
+    """Print the results of this process's sweep, if there was one, and write its table and page."""
     if not _running or not ranks.is_first():
         return
     callback = _running.pop()
     folder = Path(callback.folder)
-    errors = {
-        str(path.parents[1].relative_to(folder)): read_file(path).decode()
-        for path in folder.rglob(str(ERROR))
-        if path.is_file()
-    }
+    errors = {}
+    for path in folder.rglob(str(ERROR)):
+        if path.is_file():
+            job = str(path.parents[1].relative_to(folder))
+            errors[job] = read_file(path).decode()
     failures.extend(errors.values())
     if any(folder.rglob(".hydra")):
         from qat.report.sweep import publish
@@ -137,7 +143,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
 
     Raises:
-        UsageError: there are none, or something else is asked for as well.
+        UsageError: there are none, or another analysis is requested too.
     """
     from qat.report.sweep import publish
 
@@ -148,10 +154,11 @@ def gather_sweep(cfg: DictConfig) -> None:
     publish(Path(cfg.sweep), report=cfg.report)
 
 
-def _note_error(folder: Path, error: str) -> None:
-    """Note how a job has failed; with an empty text, that it has not."""
+def _record_error(folder: Path, error: str) -> None:
+    """Write the error of a job to its folder; an empty text removes the file."""
     path = folder / ERROR
-    with contextlib.suppress(OSError):  # a full disk is the job's affair
+    # The job itself reports a full disk.
+    with contextlib.suppress(OSError):
         if error:
             path.write_text(printable(" ".join(error.split())), encoding="utf-8")
         else:

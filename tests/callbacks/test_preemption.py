@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from qat.callbacks import LastCheckpoint, Preemption
-from qat.cli import commands
+from qat.cli import job
 from qat.launch import signals
 from qat.launch.signals import Preempted
 from qat.tasks import fit
@@ -39,7 +39,7 @@ def stopped(run_dir, monkeypatch, sender, *overrides):
     with monkeypatch.context() as patch:
         patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), sender])
         with pytest.raises(SystemExit) as stop:
-            commands.run_task(
+            job.run_task(
                 compose(
                     "train",
                     *SETTINGS,

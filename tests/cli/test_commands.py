@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli import commands, corrections, mistakes, sweep
+from qat.cli import arguments, commands, corrections, job, mistakes, sweep
 from qat.errors import UsageError
 from qat.launch import ranks
 from qat.tasks import settings
@@ -74,7 +74,7 @@ PATHS = (
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_is_what_was_typed(path):
     for key in ("data.root", "+ckpt", "run_dir", "hydra.run.dir", "callbacks.best.dirpath"):
-        assert value(commands.prepared([f"{key}={path}"])[0]) == path
+        assert value(arguments.prepared([f"{key}={path}"])[0]) == path
 
 
 def test_homes_grammar_and_sweeps(monkeypatch):
@@ -94,7 +94,7 @@ def test_homes_grammar_and_sweeps(monkeypatch):
         "model=deit_t",
         "model=nope",
     ]
-    assert commands.prepared(given) == [
+    assert arguments.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
         *(
             "model=_hub",
@@ -119,9 +119,9 @@ def test_homes_grammar_and_sweeps(monkeypatch):
         "~logger",
         "ckpt=[a,b]",
     ):
-        assert commands.prepared([grammar]) == [grammar]
-    assert commands.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
-    assert value(commands.prepared(["ckpt=a,b"])[0]) == "a,b"
+        assert arguments.prepared([grammar]) == [grammar]
+    assert arguments.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
+    assert value(arguments.prepared(["ckpt=a,b"])[0]) == "a,b"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_homes_grammar_and_sweeps(monkeypatch):
     ],
 )
 def test_paths_of_a_list_or_a_sweep_are_what_was_typed(given, elements):
-    override = PARSER.parse_override(commands.prepared(["-m", given])[1])
+    override = PARSER.parse_override(arguments.prepared(["-m", given])[1])
     found = override.sweep_iterator() if override.is_sweep_override() else override.value()
     assert [one.text if isinstance(one, QuotedString) else one for one in found] == elements
 
@@ -301,7 +301,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
     ],
 )
 def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
-    line = commands.line_of(error)
+    line = mistakes.line_of(error)
     assert line is None if said is None else line.startswith(said)
 
 
@@ -539,7 +539,7 @@ def test_a_command_to_resume_can_be_pasted(monkeypatch, launcher):
     if launcher:
         monkeypatch.setenv(launcher, "1")
     kept = ["qat", "train", "-m", "seed=1,2", "data.root=it's here", "optimizer.lr=choice(1,2)"]
-    hint = commands._resume_hint([*kept, "++resume=true", "run_dir=${seed}"], "/runs/a b")
+    hint = job._resume_hint([*kept, "++resume=true", "run_dir=${seed}"], "/runs/a b")
     if launcher:
         assert hint == "the same command resumes with resume=auto run_dir=/runs/a b"
         return
@@ -553,9 +553,9 @@ def test_a_run_that_stops_before_it_begins_is_repeated(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     cfg = compose("train", f"run_dir={tmp_path}", "overwrite=true")
     hints = []
-    monkeypatch.setattr(commands.ranks, "leave", lambda *given: hints.append(given[-1]) or 130)
-    state = commands.run_dir.RunDirState(tmp_path)
-    commands._leave(cfg, commands.Preempted(signal.SIGINT), state, ["qat", "train"])
+    monkeypatch.setattr(job.slurm, "end_preempted", lambda *given: hints.append(given[-1]) or 130)
+    state = job.run_dir.RunDirState(tmp_path)
+    job._end_stopped_run(cfg, job.Preempted(signal.SIGINT), state, ["qat", "train"])
     assert hints == ["the same command repeats it"]
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from qat.cli import commands
+from qat.cli import job
 from qat.launch import run_dir
 from qat.launch.run_dir import UsedError
 from tests.commands import typed
@@ -139,7 +139,7 @@ def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr("qat.tasks.train.train", lambda _: 42.0)
-    assert commands.run_task(tiny(tmp_path / "run")) == 42.0
+    assert job.run_task(tiny(tmp_path / "run")) == 42.0
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"run_dir='{tmp_path / 'run'}': this file system has no locks")
     assert contents(tmp_path) == {}

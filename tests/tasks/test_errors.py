@@ -14,7 +14,7 @@ import torch
 from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 
-from qat.cli import commands
+from qat.cli import mistakes
 from qat.model import pretrained
 from tests.campaign.checkpoints import Payload
 from tests.conftest import compose, results, tiny
@@ -221,7 +221,7 @@ def not_composed(make, *arguments):
     try:
         make(*arguments)
     except HydraException as error:
-        return commands.line_of(error)
+        return mistakes.line_of(error)
 
 
 @pytest.mark.parametrize(("typed", "line"), TRAIN, ids=[typed for typed, _ in TRAIN])

@@ -9,7 +9,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from lightning.pytorch import Trainer
 
-from qat.cli.commands import line_of
+from qat.cli.mistakes import line_of
 from qat.errors import UsageError
 from qat.tasks.settings import COMMANDS, check
 from tests.conftest import compose

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch.testing import assert_close
 
 import qat
-from qat.cli import commands
+from qat.cli import job
 from qat.data.image_data import EncodedImageData
 from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_scratch
@@ -223,7 +223,7 @@ def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_pat
             "lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
         )
         with pytest.raises(SystemExit) as stop:
-            commands.run_task(tiny(run))
+            job.run_task(tiny(run))
     assert stop.value.code == 130
     assert results(run)["error"] == "stopped by Ctrl-C"
     train(run)

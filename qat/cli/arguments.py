@@ -1,0 +1,84 @@
+"""Arguments of the command line, in the grammar of Hydra."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from qat.tasks.conf import options
+
+# Settings whose values are paths, written as in a shell: whole names, and last parts of names.
+PATHS = {"predict", "run", "sweep", "file", "run_dir"}
+PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
+# A quoted text, or a whole element that Hydra would read as a number or a truth value.
+QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
+NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
+ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
+# Values that need no quotes in Hydra's grammar, and values that use the grammar.
+PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
+SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
+SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
+# Settings that may be new keys of their group.
+OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Arguments as Hydra needs them.
+
+    `~` is expanded, paths are quoted where Hydra's grammar needs it, and `model=NAME`
+    becomes the settings that it is short for.
+    """
+    is_multirun = "-m" in arguments or "--multirun" in arguments
+    hydra_arguments = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+")
+        if OPEN.fullmatch(name):
+            key = f"++{name}"
+        if value == "~" or value.startswith("~/"):
+            value = os.path.expanduser("~") + value[1:]
+        if name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS:
+            value = _quoted_path(value, is_multirun=is_multirun)
+        if name == "model":
+            hydra_arguments += _named_model(value)
+        else:
+            hydra_arguments.append(f"{key}{equals}{value}")
+    return hydra_arguments
+
+
+def _quoted_path(value: str, *, is_multirun: bool) -> str:
+    """A path, quoted where Hydra's grammar would refuse it or read it as a number."""
+    is_sweep = is_multirun and SWEEP.search(value)
+    needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
+    if needs_quotes:
+        value = _quoted(value)
+    if SWEEP_OF_NUMBERS.search(value):
+        return value
+    return ELEMENT.sub(lambda match: match[1] or f"'{match[0]}'", value)
+
+
+def _quoted(value: str) -> str:
+    """A value in single quotes, with backslashes doubled before a quote and at the end."""
+
+    def escape(match: re.Match[str]) -> str:
+        backslashes, quote = match.groups()
+        return backslashes * 2 + ("\\'" if quote else "")
+
+    escaped = re.sub(r"(\\*)('|$)", escape, value)
+    return f"'{escaped}'"
+
+
+def _named_model(name: str) -> list[str]:
+    """`model=NAME` in Hydra's words: a config of ours, a repository on the hub, or any timm model."""
+    if name.startswith("hf-hub:"):
+        return ["model=_hub", f"model.name={name}"]
+    if name in options("model") or not PLAIN.fullmatch(name):
+        return [f"model={name}"]
+    import timm
+
+    timm_name = name.removeprefix("timm/")
+    if timm.is_model(timm_name):
+        return ["model=_timm", f"model.name={timm_name}"]
+    return [f"model={name}"]

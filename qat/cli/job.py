@@ -1,0 +1,184 @@
+"""One job of a command: its task in a locked run directory, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qat.cli import sweep
+from qat.cli.arguments import prepared
+from qat.cli.mistakes import line_of
+from qat.errors import UsageError
+from qat.launch import ranks, run_dir, signals, slurm
+from qat.launch.signals import Preempted
+from qat.tasks import settings
+from qat.tasks.conf import typed
+from qat.utils.validate import check_choice
+
+log = logging.getLogger(__name__)
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # True = tracebacks
+# Settings that a command that resumes adds.
+RESUMING = {"resume", "run_dir"}
+# Seconds in which another process reports an error that all processes have.
+OTHERS_WAIT_S = 10
+
+
+def run_task(
+    cfg: DictConfig, *, with_traceback: bool = False, command: Sequence[str] = ()
+) -> float | None:
+    """Run one job in its run directory; print a known mistake as one line.
+
+    A single run that fails exits with 1. A job of a sweep that fails writes its error to
+    `results.json` and returns NaN, so that the other jobs run.
+
+    Args:
+        cfg: the composed config.
+        with_traceback: raise errors instead of printing them.
+        command: the words that were typed.
+
+    Returns:
+        The result of the task: the number that a sweep optimises.
+    """
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if HydraConfig.initialized():
+        cfg.run_dir = HydraConfig.get().runtime.output_dir
+        cfg.sweep_dir = str(Path(cfg.run_dir).parent) if in_sweep else None
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = run_dir.RunDirState(folder)
+    if not ranks.is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        task = _start(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+        with run_dir.locked(cfg.run_dir), signals.listening():
+            return sweep.reported(task(cfg))
+    except Preempted as stop:
+        sys.exit(_end_stopped_run(cfg, stop, state, command))
+    except Exception as error:
+        line = line_of(error)
+        if with_traceback or (line is None and not in_sweep):
+            raise
+        _report_failure(cfg, error, line, state)
+    if not in_sweep:
+        sys.exit(1)
+    return sweep.reported(math.nan)
+
+
+def _end_stopped_run(
+    cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState, command: Sequence[str]
+) -> int:
+    """End a run that a signal has stopped: log how to resume it, and return the exit code."""
+    folder = Path(cfg.run_dir)
+    if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
+        # With an error in its results, the same command may start the run again.
+        _write_error(cfg, f"stopped by {stop.name}", state)
+    hint = "the same command repeats it"
+    # A run that has not begun may have files of another one in its directory.
+    if "resume" in cfg and (state.has_begun() or cfg.resume or cfg.sweep_dir):
+        hint = _resume_hint(command, cfg.sweep_dir or cfg.run_dir)
+    return slurm.end_preempted(stop, folder, hint)
+
+
+def _resume_hint(command: Sequence[str], folder: str) -> str:
+    """How to resume a run: a command to paste, or words if a launcher started the run."""
+    settings_to_add = ["resume=auto", f"run_dir={folder}"]
+    if not command or slurm.is_launched():
+        return f"the same command resumes with {' '.join(settings_to_add)}"
+    words = []
+    for word in command:
+        name = word.partition("=")[0].lstrip("+")
+        if name not in RESUMING:
+            words.append(word)
+    return f"to resume: {shlex.join([*words, *settings_to_add])}"
+
+
+def _report_failure(
+    cfg: DictConfig, error: Exception, line: str | None, state: run_dir.RunDirState
+) -> None:
+    """Log an error, and write it to the run directory.
+
+    Args:
+        cfg: the composed config.
+        error: what the task has raised.
+        line: the result of `line_of`.
+        state: of the run directory, before the task.
+    """
+    message = line or " ".join(f"{type(error).__name__}: {error}".split())
+    sweep.failures.append(message)
+    label = "error"
+    if not ranks.is_first():
+        # If the first process fails with the same error, the launcher ends this one meanwhile.
+        time.sleep(OTHERS_WAIT_S)
+        label = f"error in process {ranks.rank()}"
+    log.error("%s: %s", label, message, exc_info=error if line is None else None)
+    if not isinstance(error, run_dir.UsedError):
+        _write_error(cfg, message, state)
+
+
+def _start(
+    cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
+) -> Callable[[DictConfig], float | None]:
+    """The task of a command.
+
+    If the run needs several processes, and no launcher has started them, this process becomes
+    torchrun and does not return.
+
+    Raises:
+        UsageError: the run cannot have the processes that it asks for.
+    """
+    check_choice("command", cfg.command, tuple(settings.COMMANDS))
+    trainer = cfg.get("trainer") or {}
+    slurm.check_processes(trainer)
+    # These commands refuse several devices themselves.
+    has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
+    count = 0 if has_one_process else ranks.processes_to_start(trainer)
+    if count:
+        if in_sweep:
+            raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
+        settings.check(cfg)
+        run_dir.lock_for_ranks(cfg.run_dir)
+        os.environ[FULL_ERROR] = str(int(with_traceback))
+        ranks.become_torchrun(count, _command_line(cfg))
+    if "resume" in cfg:
+        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
+    if cfg.get("sweep") is not None:
+        return sweep.gather_sweep
+    task = "evaluate" if cfg.command == "eval" else cfg.command
+    return getattr(importlib.import_module(f"qat.tasks.{task}"), task)
+
+
+def _command_line(cfg: DictConfig) -> list[str]:
+    """The command line of this run for other processes, with its run directory."""
+    is_console_script = typed("").startswith("qat")
+    command = [cfg.command] if is_console_script else []
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
+    return [sys.argv[0], *command, *arguments, *prepared([f"run_dir={cfg.run_dir}"])]
+
+
+def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:
+    """Write results with an error, and the report if the run had begun."""
+    if not ranks.is_first() or not state.takes_error():
+        return
+    from qat.tasks.results import write_results
+
+    # The error may be about this folder or this config.
+    with contextlib.suppress(OSError, OmegaConfBaseException):
+        write_results(cfg, error=message)
+        if state.has_begun():
+            from qat.tasks.report import report_run
+
+            report_run(cfg)
