@@ -43,16 +43,21 @@ def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 
 
 def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None = None) -> None:
-    """Raise `UsageError` unless a tensor has as many places as its scales and offsets."""
-    fits = axis is None or scale.numel() in {1, x.shape[axis]}
+    """Raise `UsageError` unless scales and offsets fit the shape of a tensor.
+
+    Symbolic shapes, of traced and compiled graphs, are not checked.
+    """
+    if any(type(n) is not int for n in x.shape):
+        return
+    fits = axis is None or scale.numel() == 1 or scale.numel() == x.shape[axis]
     if offset is not None:
-        fits = fits and all(
-            n in {1, m} for n, m in zip(offset.shape[::-1], x.shape[::-1], strict=False)
-        )
+        for n, m in zip(reversed(offset.shape), reversed(x.shape), strict=False):
+            fits = fits and (n == 1 or n == m)  # noqa: PLR1714 (of symbols, too)
     if not fits:
         raise UsageError(
-            f"input of a quantizer {tuple(x.shape)}: has scales or offsets of its own for each place; "
-            "images must have the input_size of the conversion, or the recipe act_scales=tensor, offsets=false"
+            f"input of a quantizer {tuple(x.shape)}: has scales or offsets of its own for each "
+            "place; images must have the input_size of the conversion, "
+            "or the recipe act_scales=tensor, offsets=false"
         )
 
 

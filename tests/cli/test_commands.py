@@ -534,7 +534,7 @@ def test_the_program_is_what_was_typed(monkeypatch, argv, typed_words, program):
 
 @pytest.mark.parametrize("launcher", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", None])
 def test_a_command_to_resume_can_be_pasted(monkeypatch, launcher):
-    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", ranks.HELD):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", ranks.LOCK_FILE):
         monkeypatch.delenv(name, raising=False)
     if launcher:
         monkeypatch.setenv(launcher, "1")

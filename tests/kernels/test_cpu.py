@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat import kernels
+from qat.errors import UsageError
 from qat.kernels import CodeRange, LSQParams, cpu, operators, reference
 from qat.utils import compile_cpp
 from tests.kernels import calls
@@ -214,7 +215,7 @@ def test_a_step_for_each_row_or_no_kernel(n):
     """Behind its last element a tensor of steps has what is another's."""
     x, grid = CASES["token, no offsets"][0], CodeRange(-4, 3, 1)
     assert cpu.lsq_forward(x, steps(n), None, None, None, *grid, torch.float32) is None
-    with pytest.raises(RuntimeError, match="must match"):
+    with pytest.raises(UsageError, match=r"^input of a quantizer \(2, 5, 19\)"):
         calls.lsq_forward(x, steps(n), None, None, grid)
 
 

@@ -135,7 +135,6 @@ def test_a_model_saved_in_python_without_data_has_a_page(tmp_path, preset):
     [
         ("results.json", '{"top1": "x"}'),
         ("results.json", f'{{"seed": 1{"0" * 400}}}'),
-        ("results.json", '{"recipe": 7}'),
         ("command.json", '{"overrides": 7}'),
         ("metrics.csv", "step\n1,2\n"),
         ("quantized.ckpt", "x"),
