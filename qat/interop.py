@@ -1,7 +1,7 @@
-"""Checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1): same logits, in a net of ours.
+"""Checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
 
-Their state dicts hold latent weights, LSQ step sizes and offsets under names of their own, and neither bits nor, without QKR, the number of
-heads: shapes tell the rest.
+Their state dicts hold latent weights, LSQ step sizes and offsets under other names. Bits are not
+in them, nor is the number of heads without QKR; shapes tell the rest.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from qat.model.foreign_weights import grow_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# In their files and nowhere here: an offset after the key or the product shifts whole softmax rows, and StatsQ's clip_val is always 2.
+# Tensors of their files that we do not have: an offset after the key or the product only shifts
+# whole softmax rows, and clip_val of StatsQ is always 2.
 _DEAD = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
-# Our names and theirs: the first pattern that is found in a name of ours decides. Swin's layers have timm's names once the file is read.
+# Patterns of our names, and their names: the first match decides. `read_checkpoint` has given
+# Swin's layers timm's names.
 _NAMES = (
     (r"attn\.input_quantizer\.offset_before$", "attn.quant_x_4_qkv.move_b4.bias"),
     (r"attn\.input_quantizer\.offset_after$", "attn.quant_x_4_qkv.move_aft.bias"),
@@ -47,13 +49,19 @@ _NAMES = (
     (r"input_quantizer\.quantizer\.signed$", "input_quant_fn.signed"),
     (r"weight_quantizer\.scale$", "lsqw_fn.s"),
 )
-# Without QKR one offset of 3C values stands before q, k and v; with it, v alone has one.
+# Without QKR one offset of 3C values precedes q, k and v; with it, only v has one.
 _STACKED_OFFSET = re.compile(r"attn\.([qkv])_quantizer\.offset_before$")
 
 
 @dataclass(frozen=True)
 class OfqNet:
-    """A net read from a file of the authors: quantized, scales filled, in eval mode; its timm name; what it was read as, in a line."""
+    """A model of a file of the authors.
+
+    Attributes:
+        net: quantized, with its scales, in eval mode.
+        model: its timm name.
+        note: a line for the user on the file and its bits.
+    """
 
     net: nn.Module
     model: str
@@ -61,7 +69,7 @@ class OfqNet:
 
 
 def is_ofq(state: Mapping[str, Tensor]) -> bool:
-    """True for weights that the authors' code has quantized."""
+    """True for weights of a quantized model of the authors' code."""
     return any(name.endswith("input_quant_fn.s") for name in state)
 
 
@@ -73,20 +81,22 @@ def load_ofq_checkpoint(
     *,
     qkr: bool | None = None,
 ) -> nn.Module:
-    """A net of ours from a checkpoint of the paper's code: DeiT or Swin, any depth and class count, with or without QKR.
+    """Load a checkpoint of the paper's code: DeiT or Swin, of any depth, with or without QKR.
 
     Args:
-        path: a `.pth.tar` of its training script, or a state dict alone. Nothing in it is executed.
-        model: timm name; None = as the widths say.
-        bits: of the weights in blocks; None = as the training arguments in the file say. No tensor tells them.
-        act_bits: of the activations; None = as the arguments in the file say, or `bits` where they do not.
-        qkr: query-key reparameterization; None = as the file has it.
+        path: a `.pth.tar` of its training script, or only a state dict. Nothing in it is executed.
+        model: timm name; None = chosen by the widths.
+        bits: width of the weights in blocks; None = from the training arguments in the file.
+            Tensors do not show it.
+        act_bits: width of the activations; None = from the arguments in the file, else `bits`.
+        qkr: query-key reparameterization; None = as in the file.
 
     Returns:
-        The quantized net in eval mode.
+        The quantized model in eval mode.
 
     Raises:
-        UsageError: not such a file, a tensor is missing or has another shape, or an argument contradicts the file.
+        UsageError: it is not such a file, a tensor is missing or has another shape, or an argument
+            contradicts the file.
     """
     return net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr).net
 
@@ -99,203 +109,231 @@ def net_from_ofq(
     *,
     qkr: bool | None = None,
 ) -> OfqNet:
-    """As `load_ofq_checkpoint`, from a file that is in memory."""
-    origin, state = f"ckpt={str(checkpoint.path)!r}", checkpoint.state
+    """Like `load_ofq_checkpoint`, for a file that was read already."""
+    origin = f"ckpt={str(checkpoint.path)!r}"
+    state = checkpoint.state
     if not is_ofq(state):
         raise UsageError(
-            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write it; ckpt_format=timm?"
+            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write it; "
+            "ckpt_format=timm?"
         )
-    swin = any(name.endswith("relative_position_bias_table") for name in state)
+    is_swin = any(name.endswith("relative_position_bias_table") for name in state)
+    family = "Swin" if is_swin else "DeiT"
     try:
-        name, kwargs, has_qkr = _swin(state) if swin else _deit(state)
+        name, kwargs, has_qkr = _swin(state) if is_swin else _deit(state)
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(
-            f"{origin}: its shapes are those of no {'Swin' if swin else 'DeiT'} ({error})"
-        ) from error
+        raise UsageError(f"{origin}: its shapes are those of no {family} ({error})") from error
     if qkr is not None and qkr != has_qkr:
-        has = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
-        raise UsageError(f"qkr={qkr}: {origin} holds {has}")
+        layers = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
+        raise UsageError(f"qkr={qkr}: {origin} holds {layers}")
     if model is not None and model != name:
-        kwargs |= _heads_of(
-            model,
-            name,
-            kwargs,
-            swin=swin,
-            qkr=has_qkr,
-            distilled="dist_token" in state,
-            origin=origin,
-        )
+        base = _check_model(model, name, kwargs, state, is_swin=is_swin, origin=origin)
+        if not has_qkr and not is_swin:
+            # No shape tells the number of heads.
+            kwargs["num_heads"] = base.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
-
-    # Their script writes the bits of a quantized teacher over the student's before it saves.
-    said = (
-        {} if checkpoint.args is None or checkpoint.args.get("quant_teacher") else checkpoint.args
-    )
-    for setting, given, key in (("bits", bits, "wq_bitw"), ("act_bits", act_bits, "aq_bitw")):
-        if given is not None and said.get(key, given) != given:
-            raise UsageError(
-                f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say"
-            )
-    weight_bits, input_bits = said.get("wq_bitw", bits), said.get("aq_bitw", act_bits)
-    if weight_bits is None:
-        raise UsageError(
-            f"bits=None: {origin} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"
-        )
-    # In a Swin the authors' rule of a step size per position meets (B, H, W, C): there it is one per column.
-    columns = {"map_scales": "column"} if swin else {}
-    used = recipe(
+    weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
+    # The authors' step size per position is one per column of Swin's (B, H, W, C).
+    map_scales = {"map_scales": "column"} if is_swin else {}
+    quant_recipe = recipe(
         "ofq" if has_qkr else "ofq_noqkr",
         bits=weight_bits,
         act_bits=input_bits,
         steps="absolute",
-        **columns,
+        **map_scales,
     )
     try:
         check_net(name, kwargs, state)
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        raise UsageError(
-            f"{origin}: its shapes are those of no {name} ({' '.join(str(error).split())})"
-        ) from error
-    # The authors' Linear always has a bias, timm's patch mergings have none.
-    grow_biases(
-        net, [n for n, _ in net.named_modules() if n.endswith("reduction") and f"{n}.bias" in state]
-    )
-    convert(net, used, input_size=(kwargs["in_chans"], kwargs["img_size"], kwargs["img_size"]))
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{origin}: its shapes are those of no {name} ({reason})") from error
+    _grow_merging_biases(net, state)
+    image_size = kwargs["img_size"]
+    convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _fill(net, state, qkr=has_qkr, origin=origin)
     check_finite(net, origin, unset=True)
-    dead = sum(bool(_DEAD.search(one)) for one in state)
-    note = f"weights, step sizes and offsets of {origin}, read as {used.name} W{used.bits}A{used.act_bits}"
-    return OfqNet(
-        net.eval(),
-        name,
-        note + (f"; {dead} offsets that change no output are left out" if dead else ""),
-    )
+    bits_text = f"W{quant_recipe.bits}A{quant_recipe.act_bits}"
+    note = f"weights, step sizes and offsets of {origin}, read as {quant_recipe.name} {bits_text}"
+    num_dead = sum(bool(_DEAD.search(tensor_name)) for tensor_name in state)
+    if num_dead:
+        note += f"; {num_dead} offsets that change no output are left out"
+    return OfqNet(net.eval(), name, note)
 
 
-def _heads_of(
+def _bits(
+    checkpoint: Checkpoint, bits: int | None, act_bits: int | None, origin: str
+) -> tuple[int, int | None]:
+    """Bits of weights and activations, from the file if it states them.
+
+    Their script overwrites the student's bits by those of a quantized teacher before it saves.
+    """
+    args = checkpoint.args
+    if args is None or args.get("quant_teacher"):
+        args = {}
+    for setting, value, key in (("bits", bits, "wq_bitw"), ("act_bits", act_bits, "aq_bitw")):
+        if value is not None and args.get(key, value) != value:
+            raise UsageError(
+                f"{setting}={value}: {origin} was trained with {args[key]}, "
+                "as its own arguments say"
+            )
+    weight_bits = args.get("wq_bitw", bits)
+    if weight_bits is None:
+        raise UsageError(
+            f"bits=None: {origin} does not state its bits, and its tensors do not show them; "
+            "set bits= (ckpt_bits= in a command)"
+        )
+    return weight_bits, args.get("aq_bitw", act_bits)
+
+
+def _grow_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Add the biases of patch mergings, which the authors' linear layers have and timm's not."""
+    names = []
+    for name, _ in net.named_modules():
+        if name.endswith("reduction") and f"{name}.bias" in state:
+            names.append(name)
+    grow_biases(net, names)
+
+
+def _check_model(
     model: str,
-    likely: str,
+    likely_name: str,
     kwargs: Mapping[str, Any],
+    state: Mapping[str, Tensor],
     *,
-    swin: bool,
-    qkr: bool,
-    distilled: bool,
+    is_swin: bool,
     origin: str,
-) -> dict[str, int]:
-    """The number of heads of a model given by name, where no shape tells it; its width has to be that of the file."""
+) -> nn.Module:
+    """The model that the user named, on the meta device; its family and width must be the file's.
+
+    Raises:
+        UsageError: they are not.
+    """
     with torch.device("meta"):
         base = timm.create_model(model) if timm.is_model(model) else None
-    family = SwinTransformer if swin else VisionTransformer
+    family = SwinTransformer if is_swin else VisionTransformer
+    is_distilled = "dist_token" in state
     if (
         not isinstance(base, family)
         or base.embed_dim != kwargs["embed_dim"]
-        or hasattr(base, "dist_token") != distilled
+        or hasattr(base, "dist_token") != is_distilled
     ):
         raise UsageError(
-            f"model={model!r}: the weights of {origin} do not fit it; they look like {likely!r}"
+            f"model={model!r}: the weights of {origin} do not fit it; "
+            f"they look like {likely_name!r}"
         )
-    return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index]
+    return base
 
 
-def _highest(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the highest number that stands in a name."""
-    return 1 + max(
-        (int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1
-    )
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the highest number in a name."""
+    numbers = []
+    for name in state:
+        if match := re.match(pattern, name):
+            numbers.append(int(match[1]))
+    return 1 + max(numbers, default=-1)
 
 
 def _side(state: Mapping[str, Tensor]) -> int:
-    """Height and width of the images: the offset map has one value per pixel."""
+    """Height and width of the images: the map of offsets has one value per pixel."""
     return math.isqrt(state["patch_embed.proj.move_b4.bias"].numel())
 
 
 def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     """Timm name, arguments of `timm.create_model`, and whether it has QKR."""
-    width, first = state["cls_token"].shape[-1], "blocks.0.attn"
-    qkr = f"{first}.q.weight" in state
-    if not qkr and f"{first}.qkv.weight" not in state:
-        raise KeyError(f"{first}.q.weight")
+    width = state["cls_token"].shape[-1]
+    attention = "blocks.0.attn"
+    has_qkr = f"{attention}.q.weight" in state
+    if not has_qkr and f"{attention}.qkv.weight" not in state:
+        raise KeyError(f"{attention}.q.weight")
+    if has_qkr:
+        num_heads = state[f"{attention}.move_qkx_b4.bias"].numel() // width
+    else:
+        # No shape tells the number of heads; DeiTs have 64 channels in each.
+        num_heads = max(width // 64, 1)
     kwargs = {
         "img_size": _side(state),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "in_chans": state["patch_embed.proj.weight"].shape[1],
         "num_classes": state["head.weight"].shape[0],
         "embed_dim": width,
-        "depth": _highest(state, r"blocks\.(\d+)\."),
-        # Without QKR no shape tells the number of heads: DeiTs have 64 channels in each.
-        "num_heads": state[f"{first}.move_qkx_b4.bias"].numel() // width
-        if qkr
-        else max(width // 64, 1),
+        "depth": _count(state, r"blocks\.(\d+)\."),
+        "num_heads": num_heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
     }
     size = {192: "tiny", 384: "small"}.get(width, "base")
-    return f"deit_{size}{'_distilled' if 'dist_token' in state else ''}_patch16_224", kwargs, qkr
+    distilled = "_distilled" if "dist_token" in state else ""
+    return f"deit_{size}{distilled}_patch16_224", kwargs, has_qkr
 
 
 def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
+    """Timm name, arguments of `timm.create_model`, and whether it has QKR."""
     stem = state["patch_embed.proj.weight"]
-    stages = range(_highest(state, r"layers\.(\d+)\."))
-    tables = [state[f"layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in stages]
-    depths = tuple(_highest(state, rf"layers\.{s}\.blocks\.(\d+)\.attn\.") for s in stages)
-    width, first = stem.shape[0], "layers.0.blocks.0"
+    width = stem.shape[0]
+    first_block = "layers.0.blocks.0"
+    depths = []
+    tables = []
+    for stage in range(_count(state, r"layers\.(\d+)\.")):
+        depths.append(_count(state, rf"layers\.{stage}\.blocks\.(\d+)\.attn\."))
+        tables.append(state[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"])
     kwargs = {
         "img_size": _side(state),
         "patch_size": stem.shape[-1],
         "in_chans": stem.shape[1],
         "num_classes": state["head.fc.weight"].shape[0],
         "embed_dim": width,
-        "depths": depths,
+        "depths": tuple(depths),
         "num_heads": tuple(table.shape[1] for table in tables),
         "window_size": (math.isqrt(tables[0].shape[0]) + 1) // 2,
-        "mlp_ratio": state[f"{first}.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": state[f"{first_block}.mlp.fc1.weight"].shape[0] / width,
         "drop_path_rate": 0.0,
     }
-    model = "swin_base" if width == 128 else "swin_small" if max(depths) > 6 else "swin_tiny"
-    return f"{model}_patch4_window7_224", kwargs, f"{first}.attn.q.weight" in state
+    size = "small" if max(depths) > 6 else "tiny"
+    if width == 128:
+        size = "base"
+    has_qkr = f"{first_block}.attn.q.weight" in state
+    return f"swin_{size}_patch4_window7_224", kwargs, has_qkr
 
 
 def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
-    """Where the tensor called `name` in our state dict is in theirs, and which third of it; None = all of it."""
-    if offset := _STACKED_OFFSET.search(name):
-        prefix = name[: offset.start()] + "attn."
-        return (
-            (prefix + "move_v_b4.bias", None)
-            if qkr
-            else (prefix + "move_qkv_b4.bias", "qkv".index(offset[1]))
-        )
-    for pattern, theirs in _NAMES:
-        renamed, hits = re.subn(pattern, theirs, name)
-        if hits:
+    """Their name of our tensor `name`, and which third of their tensor it is; None = all of it."""
+    stacked = _STACKED_OFFSET.search(name)
+    if stacked:
+        prefix = name[: stacked.start()] + "attn."
+        if qkr:
+            return prefix + "move_v_b4.bias", None
+        return prefix + "move_qkv_b4.bias", "qkv".index(stacked[1])
+    for pattern, replacement in _NAMES:
+        renamed, num_matches = re.subn(pattern, replacement, name)
+        if num_matches:
             return renamed, None
     return name, None
 
 
 def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load their tensors strictly: what the net does not take must be dead."""
-    found, taken = {}, set()
+    """Load their tensors. A tensor that the model does not have must be without effect.
+
+    Maps and single numbers are flat in their files.
+    """
+    tensors = {}
+    used = set()
     for name, own in net.state_dict().items():
-        theirs, third = _their_name(name, qkr=qkr)
-        if theirs not in state:
-            raise UsageError(f"{origin}: tensor {theirs} is missing")
-        tensor, shape = (
-            state[theirs],
-            own.shape if third is None else torch.Size((3 * own.numel(),)),
-        )
-        # Maps and single numbers are flat there.
+        their_name, third = _their_name(name, qkr=qkr)
+        if their_name not in state:
+            raise UsageError(f"{origin}: tensor {their_name} is missing")
+        tensor = state[their_name]
+        shape = own.shape if third is None else torch.Size((3 * own.numel(),))
         if tensor.numel() != shape.numel() or (tensor.ndim > 1 and tensor.shape != shape):
             raise UsageError(
-                f"{origin}: {theirs} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+                f"{origin}: {their_name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
-        found[name] = (
-            tensor.reshape(shape) if third is None else tensor.reshape(shape).chunk(3)[third]
-        )
-        taken.add(theirs)
-    for name in state.keys() - taken:
-        if not (
-            _DEAD.search(name) or (name.endswith("clip_val") and bool((state[name] == 2).all()))
-        ):
+        tensor = tensor.reshape(shape)
+        tensors[name] = tensor if third is None else tensor.chunk(3)[third]
+        used.add(their_name)
+    for name in state.keys() - used:
+        is_clip_of_two = name.endswith("clip_val") and bool((state[name] == 2).all())
+        if not is_clip_of_two and not _DEAD.search(name):
             raise UsageError(f"{origin}: nothing in the model corresponds to {name}")
-    net.load_state_dict(found)
+    net.load_state_dict(tensors)

@@ -292,7 +292,10 @@ class QuantRecipe:
         return knobs | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
-        """Spec of a weight (out, ...) at `place`: one scale per output row; `role` is `weight` or `qk`."""
+        """Spec of a weight (out, ...) at `place`, with one scale per output row.
+
+        `role` is `weight` or `qk`.
+        """
         name = self.weight_quantizer
         if place != "block":
             name = _OUTSIDE_BLOCKS.get(name, name)
@@ -456,8 +459,9 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
-        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4,
-            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
+            deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4, nvfp4 (floats of 4 bits in blocks;
+            `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
         knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
 
     Raises:

@@ -400,7 +400,7 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
 
 
 def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
-    """Loss changes by layer and change, on a logarithmic scale; those within noise have no colour."""
+    """Loss changes on a logarithmic scale; those within noise have no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
     losses = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)

@@ -71,7 +71,7 @@ def _quoted(value: str) -> str:
 
 
 def _named_model(name: str) -> list[str]:
-    """`model=NAME` in Hydra's words: a config of ours, a repository on the hub, or any timm model."""
+    """Settings for `model=NAME`: a config of ours, a repository on the hub, or any timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):

@@ -399,7 +399,8 @@ def mse_init_scale(
         qmin: lowest code.
         qmax: highest code.
         axis: dimension that keeps steps of its own, None = one for the tensor.
-        quantize: a faster form of `lsq_forward` without offsets, with the same values in a new tensor.
+        quantize: a faster form of `lsq_forward` without offsets, which returns a new tensor with
+            the same values.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good steps

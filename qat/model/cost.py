@@ -130,7 +130,7 @@ def weights_by_bits(net: nn.Module) -> Counter[int]:
 
 
 def macs_by_bits(net: nn.Module, input_size: tuple[int, ...]) -> Counter[int]:
-    """Multiply-accumulates of one image by bit-width, for each product that of its wider operand."""
+    """Multiply-accumulates of one image by the bit-width of the wider operand."""
     numbers: Counter[int] = Counter()
     for product in matmuls(net, input_size):
         numbers[max(product.bits)] += product.macs

@@ -31,7 +31,7 @@ def _timm_name(name: str) -> str:
 
 
 def _stage(match: re.Match[str]) -> str:
-    """The stage of a feature: 1 is the first stage, 2 is the merging before the second, and so on."""
+    """The stage of a feature: 1 is the first stage, 2 the merging before the second."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."

@@ -144,7 +144,7 @@ def _content(name: str) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
-    """CRC-32 as eight digits: bytes of codes, floats, other tensors by name, texts of the header."""
+    """CRC-32 as eight digits, of codes, floats, other tensors by name, and texts of the header."""
     names = ["codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})]
     content = b""
     for name in names:

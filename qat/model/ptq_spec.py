@@ -1,4 +1,4 @@
-"""`PtqRecipe`: a `QuantRecipe` for post-training quantization, with ranges from calibration images."""
+"""`PtqRecipe`: a recipe of post-training quantization, with ranges from calibration images."""
 
 from __future__ import annotations
 

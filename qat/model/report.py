@@ -73,7 +73,10 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """The conversion report of a model, which runs on an image of zeros; a float one has no rows."""
+    """The conversion report of a model, which runs on an image of zeros.
+
+    A float model has no rows.
+    """
     rows = []
     quantized: set[nn.Module] = set()
     for site in iter_quantizers(net):

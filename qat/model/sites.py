@@ -64,7 +64,10 @@ class Site:
 
 
 def iter_quantizers(net: nn.Module) -> Iterator[Site]:
-    """Every quantizer of a model once, in the order of its modules, without quantizers inside it."""
+    """Every quantizer of a model once, in the order of its modules.
+
+    Quantizers inside a quantizer are left out.
+    """
     for owner_name, owner in net.named_modules():
         if isinstance(owner, Quantizer):
             continue
@@ -132,7 +135,7 @@ def no_weight_decay(net: nn.Module) -> set[str]:
 
 
 def _excluded_by_timm(net: nn.Module) -> set[str]:
-    """Names that the model's class excludes; timm's wrappers have no such method, their parts do."""
+    """Names that the model's class excludes, or in a wrapper of timm the classes of its parts."""
     own_method = getattr(type(net), "no_weight_decay", None)
     if own_method is not None:
         return set(own_method(net))

@@ -59,7 +59,7 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`, but tell its `fc2` whether its input is nearly positive: older files know no other such layer."""
+    """Keep an `Mlp`; `fc2` has an unsigned input after GELU, ReLU or SiLU, as in older files."""
     follows_activation = isinstance(module.norm, nn.Identity)
     if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
         return Swap(module, {"fc2": "unsigned"})

@@ -39,7 +39,10 @@ _COPIES = {
 
 
 class ActivationTracer(TorchFunctionMode):
-    """Follows outputs of activation functions through views and copies, until they are changed in place."""
+    """Follows outputs of activation functions through views and copies.
+
+    A tensor that is changed in place is not followed any more.
+    """
 
     def __init__(self) -> None:
         super().__init__()

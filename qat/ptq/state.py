@@ -58,9 +58,10 @@ class Progress:
             return None
         content = read_state(path)
         for key, value in self.settings.items():
-            if content["settings"].get(key) != value:
+            stored_value = content["settings"].get(key)
+            if stored_value != value:
                 raise UsageError(
-                    f"{key}={value!r}: the run to resume has {content['settings'].get(key)!r} ({path})"
+                    f"{key}={value!r}: the run to resume has {stored_value!r} ({path})"
                 )
         if content["inputs"] != self.inputs:
             raise UsageError(f"resume: {path} belongs to another model or other calibration images")

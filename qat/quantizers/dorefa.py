@@ -1,4 +1,4 @@
-"""DoReFa's weights as a module: no parameters, the range is read off the tensor. Paper: arXiv 1606.06160, equation 9."""
+"""DoReFa's weight quantizer, without parameters. Paper: arXiv 1606.06160, equation 9."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGrid(UniformGrid):
-    """Evenly spaced values of `squash(x)`. Values and weights are not in the same unit, unlike those of any other grid."""
+    """Evenly spaced values of `squash(x)`, which are not in the unit of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
         """`squash(x)`, which is what is rounded."""
@@ -27,7 +27,8 @@ class SquashedGrid(UniformGrid):
 class DoReFa(Quantizer):
     """Weights of any shape: 2^bits values from -1 to 1, half steps around zero, one range for the tensor.
 
-    The gradient passes straight through the rounding, and through tanh and the division by the largest magnitude.
+    The gradient passes through tanh and the division by the largest magnitude, and straight
+    through the rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:

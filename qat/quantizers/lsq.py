@@ -37,7 +37,7 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec)
 
 
-# From so many values on, which no cache holds, one pass over them is faster than one for each operation.
+# More values do not fit a cache, so that one pass over them is faster than one per operation.
 MANY_VALUES = 2**20
 
 
