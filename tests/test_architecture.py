@@ -310,6 +310,68 @@ def test_no_file_is_longer_than_500_lines():
     assert {name: n for name, n in lines.items() if n > 500} == {}
 
 
+# Local names that say nothing of what they hold.
+VAGUE_TEXT = """found one made done place places known held shown given kept said what theirs now
+rest put seen taken wanted there here these others again who where how told asked thing"""
+VAGUE = set(re.findall(r"\w+", VAGUE_TEXT))
+# Tokens a code line; tuples assigned to tuples, and conditional expressions, in 10,000 tokens;
+# vague names among all local ones, in percent.
+TOTAL_DENSITY = {"line": 9.0, "packed": 1, "conditional": 30, "vague": 0.3}
+FOLDER_DENSITY = {"line": 10.2, "packed": 4, "conditional": 55, "vague": 1}
+
+
+def code_lines(path):
+    """Lines of a file with tokens of code."""
+    generated = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    rows = set()
+    for token in generated:
+        is_text = token.type == tokenize.STRING and token.line.lstrip().startswith('"""')
+        if token.type not in LAYOUT and not is_text:
+            rows.update(range(token.start[0], token.end[0] + 1))
+    return len(rows)
+
+
+def density(paths):
+    """How packed and how vague code is, by the names of the limits."""
+    counts = collections.Counter()
+    for path in paths:
+        counts["tokens"] += tokens(path)
+        counts["lines"] += code_lines(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            counts["conditional"] += isinstance(node, ast.IfExp)
+            is_tuple = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+            counts["packed"] += is_tuple and isinstance(node.value, ast.Tuple)
+            if isinstance(node, ast.FunctionDef):
+                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                counts["names"] += len(names)
+                counts["vague"] += len(names & VAGUE)
+    per_10k = 10_000 / counts["tokens"]
+    return {
+        "line": counts["tokens"] / counts["lines"],
+        "packed": counts["packed"] * per_10k,
+        "conditional": counts["conditional"] * per_10k,
+        "vague": 100 * counts["vague"] / counts["names"],
+    }
+
+
+@pytest.mark.parametrize("folder", ["qat", *sorted(name for name in BUDGETS if "/" in name)])
+def test_code_is_not_packed(folder):
+    limits = TOTAL_DENSITY if folder == "qat" else FOLDER_DENSITY
+    measured = density(sorted((ROOT / folder).rglob("*.py")))
+    assert {name: value for name, value in measured.items() if value > limits[name]} == {}
+
+
+def test_docstrings_open_with_a_noun_or_a_verb():
+    openings = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if re.match(r"What\b|Whether\b", text):
+                    openings.append(f"{path.name}: {text.splitlines()[0]}")
+    assert openings == []
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py")))
 def test_root_scripts_are_thin(script):
     assert len((ROOT / script).read_text().splitlines()) <= 25

@@ -15,7 +15,8 @@ def models() -> list[str]:
     for name in options("model"):
         values = _values("model", name)
         remark = _remark("model", name)
-        entries[f"model={name}"] = f"{values['name']}. {remark}" if remark else values["name"]
+        parts = [values["name"], remark] if remark else [values["name"]]
+        entries[f"model={name}"] = ". ".join(parts)
     return [*_table(entries), "model=NAME also takes any model of timm by its name there."]
 
 
@@ -27,9 +28,10 @@ def recipes() -> list[str]:
         entries[f"quant={name}"] = f"{_bits(values)}, attention {values['attention']}"
     for name in options("ptq"):
         values = _values("ptq", name)
-        is_recipe = "bits" in values
-        text = f"{_bits(values)}, method {values['method']}" if is_recipe else _remark("ptq", name)
-        entries[f"ptq={name}"] = text
+        if "bits" in values:
+            entries[f"ptq={name}"] = f"{_bits(values)}, method {values['method']}"
+        else:
+            entries[f"ptq={name}"] = _remark("ptq", name)
     return [*_table(entries), 'In Python, qat.recipe("seq_2bit") is quant=seq_2bit.']
 
 

@@ -58,7 +58,9 @@ def correction(arguments: Sequence[str]) -> str | None:
     """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
-        replacement = _replacement(setting.lstrip("+"), value) if equals else None
+        if not equals:
+            continue
+        replacement = _replacement(setting.lstrip("+"), value)
         if replacement is not None:
             return f"{argument}: must be {replacement}"
     return None

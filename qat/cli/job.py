@@ -145,7 +145,9 @@ def _start(
     slurm.check_processes(trainer)
     # These commands refuse several devices themselves.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
-    count = 0 if has_one_process else ranks.processes_to_start(trainer)
+    count = 0
+    if not has_one_process:
+        count = ranks.processes_to_start(trainer)
     if count:
         if in_sweep:
             raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
