@@ -153,7 +153,7 @@ def net_from_ofq(
         **columns,
     )
     try:
-        check_net(name, kwargs, state)
+        check_net(name, kwargs, state, [(kwargs["img_size"], kwargs["img_size"])])
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         raise UsageError(

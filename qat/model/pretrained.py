@@ -110,8 +110,10 @@ def fetch(repository: str, origin: str) -> Path:
             raise ValueError("its arguments would read something else")
         if "${" in json.dumps(config):
             raise ValueError("it holds '${', which would be resolved as a setting")
-        if isinstance(described := config.get("pretrained_cfg") or {}, dict):
-            check_images("pretrained_cfg", described)
+        pretrained_cfg = config.get("pretrained_cfg") or {}
+        if not isinstance(pretrained_cfg, dict):
+            pretrained_cfg = {}
+        check_images("pretrained_cfg", pretrained_cfg)
         if not is_ours(folder) and timm.is_model(name := str(config.get("architecture"))):
             with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
                 names = file.keys()
@@ -119,7 +121,8 @@ def fetch(repository: str, origin: str) -> Path:
                     name: torch.empty(file.get_slice(name).get_shape(), device="meta")
                     for name in names
                 }
-            check_net(name, arguments, shapes)
+            pretrained_size = pretrained_cfg.get("input_size")
+            check_net(name, arguments, shapes, pretrained_size=pretrained_size)
     except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
     return folder
