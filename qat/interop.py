@@ -145,7 +145,7 @@ def net_from_ofq(
         **map_scales,
     )
     try:
-        check_net(name, kwargs, state)
+        check_net(name, kwargs, state, [(kwargs["img_size"], kwargs["img_size"])])
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())

@@ -1,91 +1,128 @@
-"""A net that a stranger's file describes is built only if it is about as large as the weights beside the description."""
+"""Limits on the model that an untrusted file describes, and on images for it.
+
+They grow with the file's weights, and are measured before memory is taken.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-# A number among a model's arguments; tensors and numbers of a net, in those of the file (a net is registered before and after conversion,
-# with scales and offsets); numbers of one tensor that an image makes in it.
+# Highest number among a model's arguments.
 MOST_ARGUMENT = 2**17
-TIMES, SPARE_TENSORS, SPARE_NUMBERS, SPARE_PASSED = 8, 2000, 2**24, 2**28
-_OTHER = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+# Tensors and numbers of a model, as multiples of those of the file, and some more. Numbers of a
+# tensor that is computed from others.
+TIMES = 8
+SPARE_TENSORS = 2000
+SPARE_NUMBERS = 2**24
+SPARE_COMPUTED = 2**28
+_OTHER_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+)
+
+
+class SizeLimit(TorchDispatchMode):
+    """Raises `ValueError` in its block where this thread takes much more memory than some weights.
+
+    It adds up the tensors that are not computed from others, as new parameters are, and compares
+    each of the others by itself.
+
+    Args:
+        weights: by name; only their shapes matter.
+        subject: start of the message.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], subject: str = "the model is much larger than"
+    ) -> None:
+        super().__init__()
+        numbers = TIMES * sum(tensor.numel() for tensor in weights.values())
+        self.message = f"{subject} the weights of the file"
+        self.tensors_left = TIMES * len(weights) + SPARE_TENSORS
+        self.numbers_left = numbers + SPARE_NUMBERS
+        self.most_computed = numbers + SPARE_COMPUTED
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,  # noqa: ARG002  (torch's signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call an operator of torch and count what it returns."""
+        out = func(*args, **(kwargs or {}))
+        sizes = _sizes(out)
+        if not sizes:
+            return out
+        if not _sizes(args):
+            self.tensors_left -= len(sizes)
+            self.numbers_left -= sum(sizes)
+        if "scaled_dot_product" in str(func):
+            # The scores of an attention are not returned, but they are computed.
+            query, key = args[:2]
+            sizes.append(query[..., 0].numel() * key.shape[-2])
+        is_larger = self.tensors_left < 0 or self.numbers_left < 0
+        if is_larger or max(sizes) > self.most_computed:
+            raise ValueError(self.message)
+        return out
+
+
+def _sizes(values: object) -> list[int]:
+    """Numbers of each tensor in the arguments or the result of an operator."""
+    return [leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def check_net(
     name: str,
     kwargs: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    input_size: Sequence[Any] | None = None,
+    image_sizes: Iterable[Sequence[int]] = (),
+    pretrained_size: Sequence[int] | None = None,
 ) -> None:
-    """Raise `ValueError` if a net would need much more memory than some weights; none is taken for it.
+    """Raise `ValueError` if a model, or an image for it, needs much more memory than some weights.
+
+    The model is built and called on the meta device, which takes no memory.
 
     Args:
         name: of timm.
         kwargs: of `timm.create_model`.
-        weights: by name; their shapes alone matter.
-        input_size: (channels, height, width) of the images that it will be given; None = not known.
+        weights: by name; only their shapes matter.
+        image_sizes: (height, width) of images that the model may be called with.
+        pretrained_size: (channels, height, width) of `pretrained_cfg`; timm's own is not measured,
+            as models for smaller images keep it.
     """
     for argument, value in kwargs.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
                 raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
-    most = TIMES * sum(tensor.numel() for tensor in weights.values()) + SPARE_PASSED
-
-    def count(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
-        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
-        heads = getattr(module, "num_heads", 0)
-        scores = (
-            shape[0] * heads * shape[1] ** 2 if isinstance(heads, int) and len(shape) == 3 else 0
-        )
-        if max(scores, out.numel() if isinstance(out, Tensor) else 0) > most:
-            raise ValueError(
-                f"an image of {tuple(input_size or ())} takes much more memory than the weights of the file"
-            )
-
-    # What else is wrong is said where the net itself is built; one that looks at its values cannot be built without them.
-    with (
-        contextlib.suppress(*_OTHER),
-        about_as_large_as(weights),
-        torch.device("meta"),
-        torch.no_grad(),
-    ):
-        net = timm.create_model(name, **kwargs).eval()
-        if input_size is not None:
-            hook = nn.modules.module.register_module_forward_hook(count)
-            try:
-                net(torch.zeros(1, *input_size))
-            finally:
-                hook.remove()
-
-
-@contextlib.contextmanager
-def about_as_large_as(state: Mapping[str, Tensor]) -> Generator[None]:
-    """Within it no net can be built that is much larger than some weights: `ValueError` at the first tensor too many, not yet filled."""
-    tensors = TIMES * len(state) + SPARE_TENSORS
-    numbers = TIMES * sum(tensor.numel() for tensor in state.values()) + SPARE_NUMBERS
-
-    def count(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal tensors, numbers
-        if tensor is not None:
-            tensors, numbers = tensors - 1, numbers - tensor.numel()
-        if min(tensors, numbers) < 0:
-            raise ValueError(
-                f"the model is much larger than the weights of the file, at its {name}"
-            )
-
-    watched = nn.modules.module
-    hooks = (
-        watched.register_module_parameter_registration_hook(count),
-        watched.register_module_buffer_registration_hook(count),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    net: nn.Module | None = None
+    # Other errors appear again when the model is built to be used. Some models cannot be built
+    # without values.
+    for device in ("meta", "cpu"):
+        with contextlib.suppress(*_OTHER_ERRORS), torch.device(device), SizeLimit(weights):
+            net = timm.create_model(name, **kwargs).eval().to("meta")
+            break
+    if net is None:
+        return
+    own_cfg = getattr(net, "pretrained_cfg", None) or {}
+    if pretrained_size is not None and tuple(pretrained_size) != own_cfg.get("input_size"):
+        image_sizes = [*image_sizes, pretrained_size[1:]]
+    for image_size in image_sizes:
+        size = (kwargs.get("in_chans", 3), *image_size)
+        limit = SizeLimit(weights, f"an image of {size} takes much more memory than")
+        with contextlib.suppress(*_OTHER_ERRORS), torch.device("meta"), torch.no_grad():
+            image = torch.zeros(1, *size)
+            with limit:
+                net(image)

@@ -124,8 +124,9 @@ def _check_config(folder: Path) -> None:
     if "${" in json.dumps(config):
         raise ValueError("it holds '${', which would be resolved as a setting")
     image_config = config.get("pretrained_cfg") or {}
-    if isinstance(image_config, dict):
-        check_images("pretrained_cfg", image_config)
+    if not isinstance(image_config, dict):
+        image_config = {}
+    check_images("pretrained_cfg", image_config)
     architecture = str(config.get("architecture"))
     if is_ours(folder) or not timm.is_model(architecture):
         return
@@ -134,7 +135,7 @@ def _check_config(folder: Path) -> None:
         names = file.keys()
         for name in names:
             shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-    check_net(architecture, arguments, shapes)
+    check_net(architecture, arguments, shapes, pretrained_size=image_config.get("input_size"))
 
 
 def is_ours(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from qat.errors import UsageError
-from qat.model.bounds import about_as_large_as, check_net
+from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import apply_recipe
 from qat.model.foreign_weights import grow_biases
@@ -103,12 +103,17 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
     return build_from(read_checkpoint(path))
 
 
-def build_from(checkpoint: Checkpoint) -> nn.Module:
+def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> nn.Module:
     """Build the model of a checkpoint of ours, with its weights.
+
+    Args:
+        checkpoint: the file.
+        image_size: (height, width) of the images that the model will be called with; None = as
+            the file says.
 
     Raises:
         UsageError: the file does not say which model it holds, or its weights do not fit or are
-            not finite.
+            not finite; or the model, or an image for it, takes much more memory than the weights.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta
@@ -120,7 +125,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
             f"{origin}: written by a newer qat (format {version}); "
             f"this one reads up to {FORMAT_VERSION}"
         )
-    net = _build_with_limits(meta, checkpoint.state, origin)
+    net = _build_with_limits(meta, checkpoint.state, origin, image_size)
     if is_frozen(net):
         prune_offsets(net, checkpoint.state)
     try:
@@ -139,13 +144,24 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _build_with_limits(
-    meta: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str
+    meta: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    origin: str,
+    image_size: tuple[int, int] | None,
 ) -> nn.Module:
     """Build the model that untrusted metadata describes, if it is about as large as its weights."""
     try:
-        with about_as_large_as(weights):
-            _check_size(meta, weights)
-            return _build(meta)
+        _check_constructor(meta)
+        pretrained_cfg = meta.get("pretrained_cfg") or {}
+        check_images("pretrained_cfg", pretrained_cfg)
+        check_net(
+            meta["model"]["name"],
+            meta["model"]["kwargs"],
+            weights,
+            [*_image_sizes(meta), *([image_size] if image_size else [])],
+            pretrained_cfg.get("input_size"),
+        )
+        return _build(meta)
     except (
         LookupError,
         TypeError,
@@ -159,12 +175,15 @@ def _build_with_limits(
         raise UsageError(f"{origin}: cannot build the model it describes ({reason})") from error
 
 
-def _check_size(meta: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    _check_constructor(meta)
-    data = meta.get("data") or {}
-    image_size = data.get("image_size")
-    input_size = meta.get("input_size") or [data.get("in_chans"), image_size, image_size]
-    check_net(meta["model"]["name"], meta["model"]["kwargs"], weights, input_size)
+def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
+    """Height and width of the images of a model's conversion and of its evaluation."""
+    sizes = []
+    if meta.get("input_size") is not None:
+        sizes.append(meta["input_size"][1:])
+    side = (meta.get("data") or {}).get("image_size")
+    if side is not None:
+        sizes.append((side, side))
+    return sizes
 
 
 def _check_constructor(meta: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
-    net, name = _net(cfg, checkpoint)
+    net, name = _net(cfg, checkpoint, data)
     check_finite(net, f"ckpt={origin(cfg)!r}")
     done, settings = conversion_of(net), data.settings
     if (classes := getattr(net, "num_classes", settings.num_classes)) != settings.num_classes:
@@ -279,14 +279,14 @@ def origin(cfg: DictConfig) -> str:
     return str(cfg.ckpt or cfg.model.weights or pretrained)
 
 
-def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
+def _net(cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageData) -> tuple[nn.Module, str]:
     if checkpoint is not None and checkpoint.meta is not None:
         held, wanted = checkpoint.meta["model"]["name"], cfg.model.name
         if wanted not in {None, held}:
             raise UsageError(
                 f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}; leave model out"
             )
-        return build_from(checkpoint), held
+        return build_from(checkpoint, data.input_size[1:]), held
     theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
     if theirs is not None:
         log.info("%s", theirs.note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import tempfile
 import time
@@ -46,7 +47,7 @@ from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.settings import check as check_settings
-from qat.utils.files import check_not_folder
+from qat.utils.files import check_not_folder, remove_unfinished
 from qat.utils.text import count
 from qat.utils.validate import check_choice, check_int
 
@@ -104,6 +105,9 @@ def export(cfg: DictConfig) -> float:
     more = {"weights": origin(cfg), "checked on": shown, "file": str(target)}
     summary.announce("export", net, name, done.recipe, done.input_size, **more)
     record_run(cfg)
+    # A file elsewhere, too, may have been written by a run that was killed.
+    unfinished = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
+    remove_unfinished(target.parent, unfinished)
 
     results: dict[str, Any] = {}
 

@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import qat
+from qat.model.bounds import SizeLimit
 from qat.model.checkpoint import read_checkpoint
 from qat.model.metadata import classes_of, data_of
 from qat.model.storage import build_from
@@ -442,6 +444,19 @@ ANY_SIZE, LARGE = (
             ),
             "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
         ),
+        *(
+            (
+                lambda c, sizes=sizes: c["qat"].update(
+                    model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, recipe=None, **sizes
+                ),
+                "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
+            )
+            for sizes in (
+                {"input_size": [3, 8, 8], "data": LARGE},
+                {"input_size": None, "data": {"image_size": 8000}},
+                {"pretrained_cfg": {"input_size": [1, 8000, 8000]}},
+            )
+        ),
         (
             lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]),
             "its description of the model: has something of another kind",
@@ -473,6 +488,9 @@ ANY_SIZE, LARGE = (
         "positions",
         "tokens",
         "data",
+        "data next to a small size",
+        "data without channels",
+        "pretrained",
         "image",
         "nested",
         "shared",
@@ -487,6 +505,17 @@ def test_what_a_file_asks_for_has_bounds(path, change, said):
     began = time.monotonic()
     refused(path, said)
     assert time.monotonic() - began < 20
+
+
+def test_the_limits_of_a_file_are_not_those_of_other_threads(path):
+    qat.save(quantized(), path)
+    small = {"w": torch.zeros(1)}
+    with ThreadPoolExecutor(1) as other, SizeLimit(small) as limit:
+        large = other.submit(vit, embed_dim=1024, depth=4).result()
+        assert sum(p.numel() for p in large.parameters()) > limit.numbers_left
+        other.submit(qat.load, path).result()
+        with pytest.raises(ValueError, match="the model is much larger than the weights"):
+            vit(embed_dim=1024, depth=4)
 
 
 @pytest.mark.parametrize("part", ["pretrained_cfg", "data"])

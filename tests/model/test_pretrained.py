@@ -311,11 +311,18 @@ def test_a_float_net_of_timm(tmp_path, cache):
         ),
         (
             {"model_args": {"img_size": 100_000}},
-            "the model is much larger than the weights of the file, at its pos_embed",
+            "the model is much larger than the weights of the file",
         ),
         (
             {"model_args": {"depth": 100_000}},
             "the model is much larger than the weights of the file",
+        ),
+        (
+            {
+                "model_args": {"pos_embed": "none", "dynamic_img_size": True},
+                "pretrained_cfg": {"input_size": [3, 8000, 8000]},
+            },
+            r"an image of \(3, 8000, 8000\) takes much more memory than the weights of the file",
         ),
         (
             {"pretrained_cfg": {"std": [0.5, 0.5, 0]}},

@@ -15,7 +15,7 @@ from qat.tasks import build
 from qat.tasks.evaluate import build_subject, settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 from tests.data.files import write_image
-from tests.tiny import quantized
+from tests.tiny import quantized, vit
 
 DIGITS = {
     "image_size": 8,
@@ -129,6 +129,14 @@ def test_a_file_does_not_name_all_folders_of_a_machine(tmp_path, refused, monkey
     assert "must be the folder of a dataset; set data.root=FOLDER" in line
     other = compose("eval", "ckpt=x.ckpt", "data.root=users", f"run_dir={tmp_path}/e")
     assert "data.root='users'" in refused("evaluate", other)
+
+
+def test_images_for_a_file_have_bounds(tmp_path):
+    net = vit(pos_embed="none", dynamic_img_size=True)
+    qat.save(net, tmp_path / "x.ckpt", data={"_target_": "qat.data.Digits", **DIGITS})
+    cfg = compose("eval", f"ckpt={tmp_path}/x.ckpt", "data=digits", "data.image_size=8000")
+    with pytest.raises(qat.UsageError, match=r"an image of \(1, 8000, 8000\) takes much more"):
+        build_subject(cfg)
 
 
 def test_the_stored_data_with_another_root(tmp_path):

@@ -168,6 +168,18 @@ def test_a_packed_file(run_2bit, tmp_path):
     assert again["size_bytes"] == found["size_bytes"]
 
 
+def test_a_killed_export_leaves_nothing_next_to_its_file(run_2bit, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    others = [".net1.safetensors.9.part", ".thesis.pdf.9.part"]
+    left = [".net[1].safetensors.9.part", "..unchecked.net[1].safetensors.9.part"]
+    for name in [*others, *left]:
+        (folder / name).touch()
+    file = f"file='{folder}/net[1].safetensors'"
+    exported(tmp_path / "run", f"ckpt={last(run_2bit)}", "format=packed", file)
+    assert {path.name for path in folder.iterdir()} == {*others, "net[1].safetensors"}
+
+
 def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, monkeypatch):
     def broken(path, *args):
         net = qat.freeze(qat.load(last(run_2bit)))
