@@ -69,7 +69,7 @@ GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# Settings that a command that resumes has of its own.
+# Settings that the command to resume sets.
 RESUMING = {"resume", "run_dir"}
 # Settings that may be new keys of their group.
 OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
@@ -148,7 +148,10 @@ def run(name: str) -> int:
 
 
 def _program(name: str) -> list[str]:
-    """Words of the shell before the arguments: `qat train`, `.venv/bin/python train.py`, `python -m train`."""
+    """Words of the shell before the arguments.
+
+    For example `qat train`, `.venv/bin/python train.py` or `python -m train`.
+    """
     script, *arguments = sys.argv
     if Path(script).name == "qat":
         is_on_path = shutil.which("qat") == script
@@ -205,7 +208,7 @@ def _quoted(value: str) -> str:
 
 
 def _named_model(name: str) -> list[str]:
-    """`model=NAME` in Hydra's words: a config of ours, a repository on the hub, or any timm model."""
+    """Hydra's arguments for `model=NAME`: a choice, a repository of the hub, or a timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):
@@ -279,8 +282,8 @@ def _resume_hint(command: Sequence[str], folder: str) -> str:
     settings_to_add = ["resume=auto", f"run_dir={folder}"]
     if not command or slurm.is_launched():
         return f"the same command resumes with {' '.join(settings_to_add)}"
-    kept = [word for word in command if word.partition("=")[0].lstrip("+") not in RESUMING]
-    return f"to resume: {shlex.join([*kept, *settings_to_add])}"
+    words = [word for word in command if word.partition("=")[0].lstrip("+") not in RESUMING]
+    return f"to resume: {shlex.join([*words, *settings_to_add])}"
 
 
 def _report_failure(

@@ -1,4 +1,4 @@
-"""Names that other tools give to a setting, and values that belong to another one: what to type here."""
+"""Corrections of arguments: settings by their names in other tools, and misplaced values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.errors import UsageError
 from qat.spec import ALIASES
 from qat.tasks.conf import options
 
-# Our setting, and what it is called elsewhere, at the top or in its own group.
+# Settings, and their names in other tools, with or without the group.
 NAMES = {
     "ckpt": "checkpoint checkpoint_path resume_from load_from",
     "run_dir": "output output_dir out_dir save_dir work_dir",
@@ -51,16 +51,22 @@ def refuse_flags(arguments: Sequence[str]) -> None:
 
 
 def correction(arguments: Sequence[str]) -> str | None:
-    """The line for the first argument that a user of other tools types, once a config cannot be composed; None if there is none."""
+    """The error for the first argument that is written as in other tools, if any.
+
+    It is called when a config cannot be composed.
+    """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
-        instead = _instead(setting.lstrip("+"), value) if equals else None
-        if instead is not None:
-            return f"{argument}: must be {instead}"
+        if not equals:
+            continue
+        corrected = _corrected(setting.lstrip("+"), value)
+        if corrected is not None:
+            return f"{argument}: must be {corrected}"
     return None
 
 
-def _instead(setting: str, value: str) -> str | None:
+def _corrected(setting: str, value: str) -> str | None:
+    """The argument to write; None if it is correct or unknown."""
     if setting in OFF and value.lower() in NOTHING:
         return OFF[setting]
     if value in options(setting):
@@ -74,21 +80,22 @@ def _instead(setting: str, value: str) -> str | None:
 
         return f"optimizer.opt={value}" if value in list_optimizers() else None
     if setting in {"quant", "ptq"}:
-        return _recipes(setting, value)
+        return _recipes_of_bits(setting, value)
     group, _, name = setting.rpartition(".")
     ours = OURS.get(setting) or OURS.get(name, "")
     is_known = setting in OURS or (ours and group == ours.partition(".")[0])
     return f"{ours}={value}" if is_known and ours != setting else None
 
 
-def _recipes(group: str, value: str) -> str | None:
-    """Recipes of the bits that a name such as `w4a8` or `int4` says, where it says nothing else."""
+def _recipes_of_bits(group: str, value: str) -> str | None:
+    """Recipes for a name that only states bits, such as `w4a8` or `int4`."""
     bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if bits is None:
         return None
-    weight, act = bits[1], bits[2] or bits[1]
+    weight = bits[1]
+    act = bits[2] or weight
     names = [f"deploy_w{weight}a{act}", f"reconstruct_w{weight}a{act}"]
     if weight == act:
         names += [f"seq_{weight}bit", f"minmax_{weight}bit"]
-    found = [name for name in names if name in options(group)]
-    return " or ".join(f"{group}={name}" for name in found) or None
+    choices = [f"{group}={name}" for name in names if name in options(group)]
+    return " or ".join(choices) or None

@@ -1,6 +1,7 @@
-"""Sweeps (`-m`): what Hydra calls around their jobs, the summary at the end, and `analyze.py sweep=DIR`. Imports nothing heavy.
+"""Sweeps (`-m`): Hydra's callbacks around jobs, the summary, and `analyze.py sweep=DIR`.
 
-Jobs may run in other processes and on other machines, so one that fails says so in a file: its `results.json` may be of an earlier run.
+Jobs may run in other processes and on other machines, so a failed job writes its error to a file
+of its own: its `results.json` may be of an earlier run. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -20,79 +21,73 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
-from qat.tasks.settings import check_paths
+from qat.tasks.settings import check_path
 from qat.utils.text import printable, read_file
 
 log = logging.getLogger(__name__)
 
-# What a job is answered that asks for several processes of this machine.
+# Error of a job that asks for several processes.
 SEVERAL = (
-    "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, or hydra/launcher=slurm_8gpu trainer=slurm, "
-    "with which submitit starts a process a GPU"
+    "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
+    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts a process a GPU"
 )
-# Below the folder of a job that has not ended well: its error, to begin with this one.
-ERROR, KILLED = Path(".hydra") / "error.txt", "it was killed, or is still going"
+# Error of a job that has not ended well, in a file in its folder. It begins with KILLED.
+ERROR = Path(".hydra") / "error.txt"
+KILLED = "it was killed, or is still going"
 _running: list[SweepCallback] = []
-# What went wrong: a message for each job that failed, in this process or as the sweep has read.
+# Messages of failed jobs, of this process or read from their files.
 failures: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Hydra makes one for each command; it travels to wherever the jobs of a sweep run."""
+    """Hydra's callback of a command; it is pickled to the processes of a sweep's jobs."""
 
     def __init__(self) -> None:
-        self.folder = ""  # of the sweep
+        self.folder = ""  # the directory of the sweep; empty for a single run
         self.report = True
         self._failed_before = 0
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse a directory that another run writes into, before Hydra writes there."""
+        """Lock the run directory before Hydra writes into it."""
         _enter(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Begin the summary; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
+        """Lock the directory of the sweep, and prepare its summary."""
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
-        OmegaConf.save(
-            config, Path(self.folder) / "multirun.yaml"
-        )  # some sweepers do so, others do not
+        # Not all sweepers write it.
+        OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            logging.getLogger("alembic").setLevel(logging.WARNING)  # it announces its plugins
+            # alembic announces its plugins.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note that the job began."""
+        """Note that the job has begun and not ended."""
         self._failed_before = len(failures)
         if self.folder and ranks.is_first():
             _note_error(Path(config.hydra.runtime.output_dir), KILLED)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note its error."""
-        failed = failures[self._failed_before :]
+        """Note the error of the job, if it failed."""
+        messages = failures[self._failed_before :]
         if job_return.status == JobStatus.FAILED:
-            failed = [f"{type(job_return._return_value).__name__}: {job_return._return_value}"]
+            error = job_return._return_value
+            messages = [f"{type(error).__name__}: {error}"]
         if self.folder:
-            _note_error(Path(config.hydra.runtime.output_dir), failed[0] if failed else "")
+            _note_error(Path(config.hydra.runtime.output_dir), messages[0] if messages else "")
 
 
 def _enter(config: DictConfig, folder: str) -> None:
-    """Lock the directory of a command; Hydra makes warnings of what its callbacks raise, so a mistake ends the process here."""
-    trainer = config.get("trainer") or {}
+    """Lock the directory of a command; exit on a mistake, of which Hydra would only warn."""
     try:
-        if (
-            config.hydra.mode == RunMode.MULTIRUN
-            and "submitit" not in config.hydra.launcher._target_
-            and ranks.processes_to_start(trainer)
-        ):
-            raise UsageError(SEVERAL.format(trainer["devices"]))
-        check_paths({
-            "run_dir": None if config.run_dir == "" else config.run_dir
-        })  # an empty one is refused below
+        _check_processes(config)
+        if config.run_dir != "":  # `run_dir.lock` refuses an empty one
+            check_path("run_dir", config.run_dir)
         run_dir.lock(folder)
-        if (
-            log_file := Path(folder, f"{config.hydra.job.name}.log")
-        ).exists() and not log_file.is_file():
+        log_file = Path(folder, f"{config.hydra.job.name}.log")
+        if log_file.exists() and not log_file.is_file():
             raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
@@ -102,29 +97,37 @@ def _enter(config: DictConfig, folder: str) -> None:
         )
 
 
+def _check_processes(config: DictConfig) -> None:
+    """Raise `UsageError` on jobs of a sweep that need several processes on this machine."""
+    if config.hydra.mode != RunMode.MULTIRUN or "submitit" in config.hydra.launcher._target_:
+        return
+    trainer = config.get("trainer") or {}
+    if ranks.processes_to_start(trainer):
+        raise UsageError(SEVERAL.format(trainer["devices"]))
+
+
 def reported(value: float | None) -> float | None:
-    """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
-    is_nan = value is not None and math.isnan(value)
-    return (
-        None
-        if is_nan
-        and HydraConfig.initialized()
-        and "optuna" in str(HydraConfig.get().sweeper._target_)
-        else value
-    )
+    """The result of a job for the sweeper; None instead of NaN for optuna.
+
+    NaN marks a failed job, and optuna would end the whole sweep with a traceback.
+    """
+    if value is None or not math.isnan(value) or not HydraConfig.initialized():
+        return value
+    is_optuna = "optuna" in str(HydraConfig.get().sweeper._target_)
+    return None if is_optuna else value
 
 
 def summarize() -> None:
-    """Show the results of the sweep of this process, if there was one, and write its table and page; do so once."""
+    """Log the results of the sweep of this process, if any, and write its table and page."""
     if not _running or not ranks.is_first():
         return
     callback = _running.pop()
     folder = Path(callback.folder)
-    errors = {
-        str(path.parents[1].relative_to(folder)): read_file(path).decode()
-        for path in folder.rglob(str(ERROR))
-        if path.is_file()
-    }
+    errors = {}
+    for path in folder.rglob(str(ERROR)):
+        if path.is_file():
+            job = str(path.parents[1].relative_to(folder))
+            errors[job] = read_file(path).decode()
     failures.extend(errors.values())
     if any(folder.rglob(".hydra")):
         from qat.report.sweep import publish
@@ -137,7 +140,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
 
     Raises:
-        UsageError: there are none, or something else is asked for as well.
+        UsageError: the folder has no jobs, or another action is set as well.
     """
     from qat.report.sweep import publish
 
@@ -149,9 +152,9 @@ def gather_sweep(cfg: DictConfig) -> None:
 
 
 def _note_error(folder: Path, error: str) -> None:
-    """Note how a job has failed; with an empty text, that it has not."""
+    """Write the error of a job; delete it if the text is empty."""
     path = folder / ERROR
-    with contextlib.suppress(OSError):  # a full disk is the job's affair
+    with contextlib.suppress(OSError):  # the job reports a full disk
         if error:
             path.write_text(printable(" ".join(error.split())), encoding="utf-8")
         else:
