@@ -1,4 +1,4 @@
-"""Lists of the names that `model=`, `quant=` and `ptq=` take, a line each with what it is."""
+"""Lists of the choices of `model=`, `quant=` and `ptq=`, with a description of each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _values(group: str, name: str) -> dict[str, Any]:
 
 
 def _remark(group: str, name: str) -> str:
-    """The comment at the top of a choice; empty where there is none."""
+    """The comment at the top of a choice, or an empty text."""
     first_line = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     return first_line[2:] if first_line.startswith("# ") else ""
 

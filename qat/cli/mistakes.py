@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import MissingConfigException
@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qat.errors import UsageError
-from qat.tasks import settings
 from qat.tasks.conf import options, yaml_lines
 from qat.utils.validate import unknown
 
@@ -44,7 +43,7 @@ def _unknown_choice(error: MissingConfigException) -> str | None:
     if error.missing_cfg_file is None:
         return None
     group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-    line = _unknown(f"{group}={name}", name, options(group))
+    line = unknown(f"{group}={name}", name, options(group))
     return line + ANY_MODEL if group == "model" else line
 
 
@@ -57,7 +56,7 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
     for _, name, _ in yaml_lines(OmegaConf.to_yaml(group._get_root())):
         if not name.startswith(("hydra", "callbacks", "default_")):
             names.append(name)
-    return _unknown(str(error.full_key or error.key), str(error.key), siblings, names)
+    return unknown(str(error.full_key or error.key), str(error.key), siblings, names)
 
 
 def _wrong_value(error: OmegaConfBaseException) -> str:
@@ -76,7 +75,7 @@ def _wrong_file(error: OSError) -> str | None:
 
 
 def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
-    """Describe an error of another library whose text has a pattern; `{}` stands for the text."""
+    """Describe an error of another library whose text has a pattern; `{}` is replaced by it."""
 
     def describe(error: BaseException) -> str | None:
         text = _one_line(error)
@@ -117,13 +116,3 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     ),
     (RuntimeError, _message(r"^Early stopping conditioned on", "{}")),
 )
-
-
-def _unknown(
-    setting: str, name: str, siblings: Iterable[str], elsewhere: Sequence[str] = ()
-) -> str:
-    """The line for an unknown setting: what replaced it, or similar names."""
-    replacement = settings.removed(setting)
-    if replacement:
-        return f"{setting}: was removed; use: {replacement}"
-    return unknown(setting, name, siblings, elsewhere)

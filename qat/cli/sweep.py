@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
-from qat.tasks.settings import check_paths
+from qat.tasks.settings import check_path
 from qat.utils.text import printable, read_file
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def _enter(config: DictConfig, folder: str) -> None:
     """
     try:
         _check_processes(config)
-        # An empty `run_dir` is refused by the lock.
-        check_paths({"run_dir": None if config.run_dir == "" else config.run_dir})
+        if config.run_dir != "":  # `run_dir.lock` refuses an empty one
+            check_path("run_dir", config.run_dir)
         run_dir.lock(folder)
         log_file = Path(folder, f"{config.hydra.job.name}.log")
         if log_file.exists() and not log_file.is_file():

@@ -1,1 +1,4 @@
-"""Composition roots: the only code that sees a Hydra config. Each command is one module with one function of the same name."""
+"""Commands: each module named like a command has one function of the same name.
+
+Hydra configs do not go below these modules.
+"""

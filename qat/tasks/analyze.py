@@ -1,4 +1,4 @@
-"""`analyze.py`: what one net or several are like: tables, figures, a report."""
+"""`analyze.py`: tables, figures and a report about one model or several."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from qat import kernels
 from qat.analysis import NO_IMAGES, Analysis, ImageSet, StudiedNet, write_outcome
+from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_trainer
 from qat.tasks.conf import options
-from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.hub import resolve_hub_model
-from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import remake, report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.settings import check as check_settings
+from qat.tasks.subject import EvaluatedNet, build_subject, origin
 
 log = logging.getLogger(__name__)
 
 
 def analyze(cfg: DictConfig) -> None:
-    """Analyse one net or several, or make the report of a run anew (`run=DIR`).
+    """Analyse one model or several, or rebuild the report of a run (`run=DIR`).
 
     Args:
         cfg: composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
@@ -51,55 +52,40 @@ def analyze(cfg: DictConfig) -> None:
     began = time.monotonic()
     run_dir = Path(cfg.run_dir)
     outputs.check_own(run_dir, cfg.command)
-    analysis = build_analysis(cfg)
-    build.import_modules(cfg)
+    analysis = build_analysis(cfg.analysis)
+    build.import_modules(cfg.model.imports)
 
     paths = list(cfg.ckpt) if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
     jobs: list[Any] = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_alike(subjects, origins)
-    cfg.data = jobs[0].data  # the config that was settled: it is what is recorded
-    trainer = fit.build_trainer(cfg, [], [])
-    if trainer.world_size > 1:
-        raise UsageError(
-            f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1"
-        )
-    if trainer.precision != "32-true":
-        raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true"
-        )
-    device = trainer.strategy.root_device
-    nets = [
-        StudiedNet(
-            label,
-            subject.net.eval().to(device),
-            subject.data.input_size,
-            None if path is None else Path(path),
-        )
-        for label, subject, path in zip(
-            make_labels(cfg.labels, origins), subjects, paths, strict=True
-        )
-    ]
+    cfg.data = jobs[0].data  # the config of the data in use, which is recorded
+    device = _device(cfg)
+    labels = make_labels(cfg.labels, origins)
+    nets = []
+    for label, subject, path in zip(labels, subjects, paths, strict=True):
+        file = None if path is None else Path(path)
+        net = subject.net.eval().to(device)
+        nets.append(StudiedNet(label, net, subject.data.input_size, file))
 
-    data, images = subjects[0].data, NO_IMAGES
+    images = NO_IMAGES
     entries = {"analysis": analysis.name}
-    for subject, net in zip(subjects, nets, strict=True):
+    for subject, studied in zip(subjects, nets, strict=True):
         model = summary.describe_model(subject.name, subject.net, subject.data.input_size)
-        entries[net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
+        entries[studied.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
+    data = subjects[0].data
     if analysis.split is not None:
-        split = cfg.split or (data.evaluation_split if analysis.split == "test" else analysis.split)
-        images = ImageSet(
-            [(x.to(device), target.to(device)) for x, target in data.sample(split, cfg.images)],
-            split,
-        )
-        entries["images"] = f"{images.n_images} of the {split} split; {summary.describe_data(data)}"
-    log.info(summary.lines("qat: analysis", entries | {"outputs": str(run_dir)}))
+        default = data.evaluation_split if analysis.split == "test" else analysis.split
+        images = _load_images(data, cfg.split or default, cfg.images, device)
+        data_text = summary.describe_data(data)
+        entries["images"] = f"{images.n_images} of the {images.split} split; {data_text}"
+    entries["outputs"] = str(run_dir)
+    log.info(summary.lines("qat: analysis", entries))
 
     outcome = analysis.run(nets, images)
-    record_run(
-        cfg
-    )  # nothing refuses from here on: the files of an older run are as they were until now
+    # Nothing fails from here on, so files of an older run may be replaced.
+    record_run(cfg)
     write_outcome(run_dir, analysis.name, build.plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
     write_results(
@@ -116,60 +102,89 @@ def analyze(cfg: DictConfig) -> None:
     report_run(cfg)
 
 
-def build_analysis(cfg: DictConfig) -> Analysis:
-    """The analysis of `cfg.analysis`.
+def _device(cfg: DictConfig) -> torch.device:
+    """The one device of an analysis."""
+    trainer = fit.build_trainer(cfg, [], [])
+    if trainer.world_size > 1:
+        raise UsageError(
+            f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1"
+        )
+    if trainer.precision != "32-true":
+        raise UsageError(
+            f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true"
+        )
+    return trainer.strategy.root_device
+
+
+def _load_images(
+    data: ImageData, split: str, num_images: int | None, device: torch.device
+) -> ImageSet:
+    batches = []
+    for images, labels in data.sample(split, num_images):
+        batches.append((images.to(device), labels.to(device)))
+    return ImageSet(batches, split)
+
+
+def build_analysis(settings: DictConfig | None) -> Analysis:
+    """The analysis of `analysis.*`.
 
     Raises:
-        UsageError: there is none, or it has a setting that cannot work.
+        UsageError: it is not set, or one of its settings cannot work.
     """
-    if cfg.analysis is None:
+    if settings is None:
         choices = ", ".join(options("analysis"))
         raise UsageError(
-            f"analysis is not set: must be one of {choices}; or set run=DIR to rebuild a report, or sweep=DIR to gather results"
+            f"analysis is not set: must be one of {choices}; "
+            "or set run=DIR to rebuild a report, or sweep=DIR to gather results"
         )
-    analysis = build.instantiate(cfg.analysis, "analysis")
+    analysis = build.instantiate(settings, "analysis")
     if not isinstance(analysis, Analysis):
         raise UsageError(
-            f"analysis._target_={cfg.analysis._target_!r}: must be a subclass of qat.analysis.Analysis"
+            f"analysis._target_={settings._target_!r}: must be a subclass of qat.analysis.Analysis"
         )
     return analysis
 
 
-def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:
-    """Nets that are compared see the same images."""
-    names = ("in_chans", "image_size", "num_classes", "mean", "std")
-    first, *others = [
-        {"class": type(one.data).__name__}
-        | {name: getattr(one.data.settings, name) for name in names}
-        for one in subjects
-    ]
-    for path, other in zip(paths[1:], others, strict=True):
-        for name in [name for name in first if first[name] != other[name]]:
-            ours = f"those of {paths[0]!r} {first[name]}"
-            raise UsageError(
-                f"ckpt={path!r}: its data have {name} {other[name]}, {ours}; set data=... for both"
-            )
+def _check_alike(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> None:
+    """Check that the images of all models are alike."""
+    first = _data_facts(subjects[0].data)
+    for subject, path in zip(subjects[1:], origins[1:], strict=True):
+        for name, value in _data_facts(subject.data).items():
+            if value != first[name]:
+                raise UsageError(
+                    f"ckpt={path!r}: its data have {name} {value}, "
+                    f"those of {origins[0]!r} {first[name]}; set data=... for both"
+                )
 
 
-def make_labels(given: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
-    """Names of checkpoints in plots: those given, else the shortest ends of the paths that differ.
+def _data_facts(data: ImageData) -> dict[str, Any]:
+    facts: dict[str, Any] = {"class": type(data).__name__}
+    for name in ("in_chans", "image_size", "num_classes", "mean", "std"):
+        facts[name] = getattr(data.settings, name)
+    return facts
+
+
+def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
+    """Names of checkpoints in plots: the user's, else the shortest ends of paths that differ.
 
     Raises:
-        UsageError: they are not as many as the paths, or not all different.
+        UsageError: the user's are not one for each path, or no labels differ.
     """
-    if given is not None:
-        labels = list(given)
+    if own_labels is not None:
+        labels = list(own_labels)
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
             raise UsageError(
-                f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), all different"
+                f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), "
+                "all different"
             )
         return labels
-    parts = [
-        [part for part in Path(path).with_suffix("").parts if part != "checkpoints"]
-        for path in paths
-    ]
-    for start in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(one[-start:]) for one in parts]
+    all_parts = []
+    for path in paths:
+        parts = Path(path).with_suffix("").parts
+        all_parts.append([part for part in parts if part != "checkpoints"])
+    longest = max(len(parts) for parts in all_parts)
+    for num_parts in range(1, longest + 1):
+        labels = ["/".join(parts[-num_parts:]) for parts in all_parts]
         if len(set(labels)) == len(labels):
             return labels
     raise UsageError(f"ckpt={list(paths)}: their names do not differ; set labels")

@@ -1,11 +1,11 @@
-"""Objects from a config: dataset, recipe, loss and model, built and checked before the first step."""
+"""Dataset, recipe, loss and model from a config, built and checked before the first step."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import hydra.utils
@@ -138,13 +138,13 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     return args
 
 
-def import_modules(cfg: DictConfig) -> None:
+def import_modules(names: Iterable[str] | None) -> None:
     """Import `model.imports`: files that register swaps for a model family, or models with timm.
 
     Raises:
         UsageError: one of them cannot be imported.
     """
-    for name in cfg.model.imports or ():
+    for name in names or ():
         try:
             importlib.import_module(name)
         except (ImportError, TypeError, ValueError) as error:
@@ -179,7 +179,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     Raises:
         UsageError: a setting or file cannot work.
     """
-    import_modules(cfg)
+    import_modules(cfg.model.imports)
     name = cfg.model.name
     args = model_args(cfg)
     if cfg.ckpt:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 
 import qat.data
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 # Integers among the settings of Lightning's trainer, with their least values; -1 is "all" or
 # "no limit". Lightning does not check their types.
-WHOLE = {
+INTEGERS = {
     "max_epochs": 1,
     "accumulate_grad_batches": 1,
     "num_nodes": 1,
@@ -116,7 +116,7 @@ def _check_mode(name: str, callback: Callback) -> None:
 
 
 def _check_file_names(name: str, callback: Callback) -> None:
-    """Check that a callback that keeps several checkpoints gives them different file names."""
+    """Check that the file names of several checkpoints of a callback differ."""
     save_top_k = getattr(callback, "save_top_k", 1)
     filename = getattr(callback, "filename", None)
     has_version = getattr(callback, "_enable_version_counter", True)
@@ -198,44 +198,57 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
             continue
         readers = [group for group, kind in groups.items() if name not in kind.UNREAD]
         first = next(group for group in COMMON_DATA if group in readers)
-        others = ", ".join(group for group in readers if group != first)
+        other_readers = ", ".join(group for group in readers if group != first)
         raise UsageError(
             f"data.{name}={value!r}: data={own} reads no data.{name}; "
-            f"data={first} does, as do {others}"
+            f"data={first} does, as do {other_readers}"
         )
 
 
-def check_sharding(cfg: DictConfig, name: str, part: object) -> None:
+def check_sharding(strategy: object, name: str, part: object) -> None:
     """Check that a callback or a loss term works where each process has a part of each weight.
+
+    Args:
+        strategy: value of `trainer.strategy`.
+        name: the setting of the callback or the name of the term.
+        part: the callback or the term.
 
     Raises:
         UsageError: it needs whole weights.
     """
-    if cfg.trainer.get("strategy") != SHARDED:
+    if strategy != SHARDED:
         return
     averages_weights = isinstance(part, callbacks.WeightAveraging)
     if averages_weights or getattr(part, "needs_whole_weights", False):
         raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; must be ddp")
 
 
-def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> None:
+def check_options(
+    trainer: Mapping[str, Any], compiles: object, recipe: QuantRecipe, loss: CompositeLoss
+) -> None:
     """Check that precision, strategy and compilation can be combined.
+
+    Args:
+        trainer: settings of `trainer.*`.
+        compiles: value of `compile`.
+        recipe: the recipe of the training.
+        loss: the loss of the training.
 
     Raises:
         UsageError: they cannot.
     """
-    precision = str(cfg.trainer.precision)
+    precision = str(trainer["precision"])
     # Updates below 1e-3 of a weight are lost in 8 bits of mantissa, so no code would ever change.
     if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
             f"trainer.precision={precision!r}: a quantized model needs float weights; "
             "must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
         )
-    if cfg.trainer.get("strategy") != SHARDED:
+    if trainer.get("strategy") != SHARDED:
         return
     strategy = f"trainer.strategy={SHARDED!r}"
-    if cfg.compile in {True, "graphs"}:
-        setting = f"compile={str(cfg.compile).lower()}"
+    if compiles in {True, "graphs"}:
+        setting = f"compile={str(compiles).lower()}"
         raise UsageError(
             f"{setting}: {strategy} gathers weights inside the compiled graph; must be false"
         )
@@ -245,7 +258,7 @@ def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> 
             "must be 32-true or bf16-mixed"
         )
     for name, term in loss.terms.items():
-        check_sharding(cfg, f"the loss term {name}", term)
+        check_sharding(SHARDED, f"the loss term {name}", term)
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:
@@ -272,7 +285,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the first of these settings.
     """
-    for name, least in WHOLE.items():
+    for name, least in INTEGERS.items():
         value = settings.get(name)
         if value is not None or name == "max_epochs":
             check_int(f"trainer.{name}", value, least)
@@ -288,7 +301,8 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     # `00:00:00:00` and `{hours: 0}` have no other digit than 0.
     if max_time is not None and not re.search("[1-9]", str(max_time)):
         raise UsageError(
-            f"trainer.max_time={str(max_time)!r}: must be above 0, so that at least one step is taken"
+            f"trainer.max_time={str(max_time)!r}: must be above 0, "
+            "so that at least one step is taken"
         )
     epochs = settings["max_epochs"]
     interval = settings.get("check_val_every_n_epoch")

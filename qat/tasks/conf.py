@@ -1,6 +1,7 @@
-"""`conf/` for Hydra: where it is, the schemas of its roots, and the functions that its files call as `${name:arguments}`.
+"""The folder `conf/` for Hydra: its path, its schemas and its resolvers.
 
-Imports nothing heavy, so that `--help` answers at once.
+Resolvers are functions that YAML files call as `${name:arguments}`. Nothing heavy is imported
+here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from qat.launch import ranks, slurm
 from qat.tasks.settings import COMMANDS
 
-# In a clone a link to the folder at the top.
+# In a clone this is a link to the folder at the top.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
-# Arguments of Lightning's trainer that evaluation has no use for.
-OF_TRAINING = (
+# Arguments of Lightning's trainer that only a training uses.
+TRAINING_ARGUMENTS = (
     "max_epochs",
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -35,181 +36,210 @@ OF_TRAINING = (
 
 
 def typed(name: str) -> str:
-    """A command as it is typed here: `qat train`, or `python train.py`."""
+    """The command line of a command: `qat train`, or `python train.py`."""
     return f"qat {name}" if Path(sys.argv[0]).name == "qat" else f"python {name}.py"
 
 
 def recorded(cfg: DictConfig) -> str:
-    """The text of `config.yaml`: every value as it was, as a record."""
+    """The text of `config.yaml`, with interpolations resolved."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    return OmegaConf.to_yaml(
-        OmegaConf.create({key: value for key, value in values.items() if key != "sweep_dir"})
-    )
+    values.pop("sweep_dir", None)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group; files whose names begin with an underscore are parts of others."""
-    return sorted(
-        path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_")
-    )
+    """The choices of a group, without files that are parts of others (`_NAME.yaml`)."""
+    names = [path.stem for path in (CONF / group).glob("*.yaml")]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
-    """Lines of YAML, each with the dotted name of its setting and the comment after or above it; both are empty where there is none."""
-    parents: dict[int, str] = {}
-    above: list[str] = []
+    """Lines of YAML with their settings and comments.
+
+    Yields:
+        The line, the dotted name of its setting, and the comment after or above it. Name and
+        comment are empty if there is none.
+    """
+    keys_by_indent: dict[int, str] = {}
+    comments_above: list[str] = []
     for line in text.splitlines():
-        found, comment = re.match(r"( *)(\w+):", line), re.findall(r"(?:^| )# (.*)", line)
-        if found:
-            parents = {indent: key for indent, key in parents.items() if indent < len(found[1])} | {
-                len(found[1]): found[2]
-            }
-        yield line, ".".join(parents.values()) if found else "", " ".join(comment or above)
-        above = [] if found or not comment else above + comment
+        key = re.match(r"( *)(\w+):", line)
+        comments = re.findall(r"(?:^| )# (.*)", line)
+        name = ""
+        if key:
+            spaces = len(key[1])
+            keys_by_indent = {n: parent for n, parent in keys_by_indent.items() if n < spaces}
+            keys_by_indent[spaces] = key[2]
+            name = ".".join(keys_by_indent.values())
+        yield line, name, " ".join(comments or comments_above)
+        if key or not comments:
+            comments_above = []
+        else:
+            comments_above = comments_above + comments
 
 
 def config_groups(*, _root_: DictConfig) -> str:
-    """A line for each group of a command and its choices, for `--help`; of experiments those that change nothing but these groups."""
+    """A line for each group of a command with its choices, for `--help`.
+
+    Experiments that change other groups are left out.
+    """
     groups = {name for name in _root_.hydra.runtime.choices if name.isidentifier()}
-    listed = {
-        name: [one for one in options(name) if name != "experiment" or _overridden(one) <= groups]
-        for name in sorted(groups)
-    }
-    return "\n".join(f"{name}: {', '.join(choices)}" for name, choices in listed.items())
+    lines = []
+    for group in sorted(groups):
+        choices = options(group)
+        if group == "experiment":
+            choices = [name for name in choices if _overridden_groups(name) <= groups]
+        lines.append(f"{group}: {', '.join(choices)}")
+    return "\n".join(lines)
 
 
-def _overridden(experiment: str) -> set[str]:
-    """Groups that an experiment, or one that it is made of, chooses from."""
-    held: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
-    groups = {
-        key.removeprefix("override /")
-        for entry in held.get("defaults", [])
-        if isinstance(entry, dict)
-        for key in entry
-    }
-    parts = [
-        entry for entry in held.get("defaults", []) if isinstance(entry, str) and entry != "_self_"
-    ]
-    return groups.union(*map(_overridden, parts))
+def _overridden_groups(experiment: str) -> set[str]:
+    """Groups whose choice an experiment, or one that it is based on, overrides."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
+    groups: set[str] = set()
+    for entry in values.get("defaults", []):
+        if isinstance(entry, dict):
+            groups |= {key.removeprefix("override /") for key in entry}
+        elif isinstance(entry, str) and entry != "_self_":
+            groups |= _overridden_groups(entry)
+    return groups
 
 
 def config_in_words(*, _root_: DictConfig) -> str:
-    """The settings of a command, each with its comment in `conf/`, for `--help`; those of training only for `train`."""
-    said: dict[str, str] = {}
-    command = CONF / f"{_root_.command}.yaml"
-    for path in (command, *sorted(CONF.glob("*/**/*.yaml")), *sorted(CONF.glob("*.yaml"))):
-        for line, name, words in yaml_lines(path.read_text(encoding="utf-8")):
-            is_group = re.fullmatch(
-                r"\w+:( *#.*)?", line
-            )  # another command's words for a whole group do not apply
-            if name and words and not (is_group and path.parent == CONF and path != command):
-                said.setdefault(".".join([*path.relative_to(CONF).parts[:-1], name]), words)
-    own = [
-        key
-        for key in map(str, _root_)
-        if not key.startswith(("hydra", "command", "sweep_dir", "default_"))
-    ]
-    hidden = {f"trainer.{name}" for name in OF_TRAINING if _root_.command != "train"}
-    lines = (
-        one
-        for one in yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))
-        if one[1] not in hidden
-    )
-    return "\n".join(
-        f"{line}  # {said[name]}" if name in said else line for line, name, _ in lines
-    ).replace("$", "$$")
+    """The settings of a command, each with its comment in `conf/`, for `--help`."""
+    comments = _comments(_root_.command)
+    names = [str(name) for name in _root_]
+    prefixes = ("hydra", "command", "sweep_dir", "default_")
+    own_names = [name for name in names if not name.startswith(prefixes)]
+    hidden = set()
+    if _root_.command != "train":
+        hidden = {f"trainer.{name}" for name in TRAINING_ARGUMENTS}
+    lines = []
+    for line, name, _ in yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own_names))):
+        if name in hidden:
+            continue
+        lines.append(f"{line}  # {comments[name]}" if name in comments else line)
+    return "\n".join(lines).replace("$", "$$")
+
+
+def _comments(command: str) -> dict[str, str]:
+    """The comments of all settings: those of the command's own file, else of another file."""
+    own_file = CONF / f"{command}.yaml"
+    comments: dict[str, str] = {}
+    for path in (own_file, *sorted(CONF.glob("*/**/*.yaml")), *sorted(CONF.glob("*.yaml"))):
+        groups = path.relative_to(CONF).parts[:-1]
+        for line, name, comment in yaml_lines(path.read_text(encoding="utf-8")):
+            is_group = re.fullmatch(r"\w+:( *#.*)?", line)
+            # The comment on a whole group does not hold for other commands.
+            is_of_other_command = is_group and path.parent == CONF and path != own_file
+            if name and comment and not is_of_other_command:
+                comments.setdefault(".".join([*groups, name]), comment)
+    return comments
 
 
 def alias(name: str, args: Mapping[str, Any]) -> str:
-    """A net of timm with the arguments of a choice of `model=` that has some of its own, by the name of that; others by timm's."""
+    """The name of a model for people.
+
+    A choice of `model=` with arguments of its own is named if the model has these arguments.
+
+    Args:
+        name: timm name.
+        args: arguments of the model.
+    """
     for choice in options("model"):
-        held: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
-        if held["name"] == name and (own := held.get("args")) and own.items() <= args.items():
+        values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
+        choice_args = values.get("args")
+        if values["name"] == name and choice_args and choice_args.items() <= args.items():
             return f"{choice} ({name})"
     return name
 
 
 def run_name() -> str:
-    """The job of SLURM, else date and time, the same in all processes of a run."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return (
-        f"slurm-{job}"
-        if job
-        else ranks.broadcast_value(f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
-    )
+    """The id of the SLURM job, else date and time, equal in all processes of a run."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id:
+        return f"slurm-{job_id}"
+    return ranks.broadcast_value(f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
-def swin_patch(image_size: int, wanted: int | None) -> int:
-    """Patch of a Swin, in pixels: the one wanted (4 if that is None), halved until its four stages have something to merge."""
-    patch = wanted or 4
+def swin_patch(image_size: int, own_patch: int | None) -> int:
+    """The patch size of a Swin in pixels: its own (4 if None) or less on small images.
+
+    It is halved until all four stages have patches to merge.
+    """
+    patch = own_patch or 4
     while patch > 1 and image_size // patch < 2 ** (SWIN_STAGES - 1):
         patch //= 2
     return patch
 
 
-def swin_window(image_size: int, patch: int, own: int) -> int:
-    """Window of a Swin, in patches: its own, or the largest below it that divides the side of the map; shifting needs two windows."""
+def swin_window(image_size: int, patch: int, own_window: int) -> int:
+    """The window of a Swin in patches: its own or the largest one below it that fits.
+
+    A window fits if it divides the side of the map and is smaller, because shifting needs two
+    windows. The own window is returned if none fits.
+    """
     side = image_size // patch
-    return next(
-        (
-            window
-            for window in (own, *range(own - 1, 1, -1))
-            if side % window == 0 and window < side
-        ),
-        own,
-    )
+    for window in (own_window, *range(own_window - 1, 1, -1)):
+        if side % window == 0 and window < side:
+            return window
+    return own_window
 
 
 def timm_argument(model: str, name: str, value: Any) -> Any:
-    """The value for an argument of `timm.create_model`; None where the classes of the model's family do not take it."""
+    """The value of an argument of `timm.create_model`; None if the model does not accept it."""
     import timm
 
     if not timm.is_model(model):
         return None  # which is an error later
-    family = vars(sys.modules[timm.model_entrypoint(model).__module__]).values()
-    signatures = [
-        inspect.signature(one).parameters
-        for one in family
-        if inspect.isclass(one) and one.__module__.startswith("timm.models")
-    ]
-    return (
-        value if any({name, "num_classes"} <= set(signature) for signature in signatures) else None
-    )
+    family = sys.modules[timm.model_entrypoint(model).__module__]
+    for member in vars(family).values():
+        if not inspect.isclass(member) or not member.__module__.startswith("timm.models"):
+            continue
+        if {name, "num_classes"} <= set(inspect.signature(member).parameters):
+            return value
+    return None
 
 
 def none_of(*values: object) -> bool:
-    """True if no value is set: a recipe's own start gives way to another one, and to a dry run that downloads nothing."""
+    """True if no value is set: recipes use their own checkpoint only then."""
     return not any(values)
 
 
 def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
-    """What a published recipe has for a net and a width: `{deit_t:140,deit_s:{2:140,3:100}}`.
+    """The entry of a published recipe for a model and a bit-width.
+
+    Args:
+        net: name of the model.
+        bits: bit-width.
+        table: entries by model, or by model and bit-width: `{deit_t:140,deit_s:{2:140,3:100}}`.
 
     Raises:
-        ValueError: there is no such row; OmegaConf's error names the setting.
+        ValueError: the table has no such entry; OmegaConf's error names the setting.
     """
-    rows = table.get(net) if net is not None else None
-    found = rows.get(bits) if isinstance(rows, Mapping) else rows
-    if found is None:
+    entry = table.get(net) if net is not None else None
+    if isinstance(entry, Mapping):
+        entry = entry.get(bits)
+    if entry is None:
         raise ValueError(
-            f"no published row of this model at {bits} bits; model must be one of {', '.join(table)}"
+            f"no published row of this model at {bits} bits; "
+            f"model must be one of {', '.join(table)}"
         )
-    return found
+    return entry
 
 
 def _register() -> None:
     functions: tuple[Callable[..., Any], ...] = (
-        *(
-            typed,
-            config_groups,
-            config_in_words,
-            swin_patch,
-            swin_window,
-            timm_argument,
-            none_of,
-            pick,
-        ),
-        *(slurm.slurm_tasks_per_node, slurm.slurm_nodes),
+        typed,
+        config_groups,
+        config_in_words,
+        swin_patch,
+        swin_window,
+        timm_argument,
+        none_of,
+        pick,
+        slurm.slurm_tasks_per_node,
+        slurm.slurm_nodes,
     )
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
@@ -217,7 +247,7 @@ def _register() -> None:
     store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
         store.store(name=f"_{name}", node=schema, provider="qat")
-    # Any argument of Lightning's trainer goes without a plus.
+    # Any argument of Lightning's trainer can be set without a plus.
     store.store(
         group="trainer",
         name="_lightning",

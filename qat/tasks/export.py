@@ -1,4 +1,7 @@
-"""`export.py`: a file to deploy, written beside its name, compared with the checkpoint, and given its name only if it agrees."""
+"""`export.py`: a file to deploy.
+
+It is written under another name, compared with the checkpoint, and renamed only if both agree.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import seed_everything
@@ -42,11 +45,11 @@ from qat.model.packed import write_packed
 from qat.model.storage import build_from, float_twin, load
 from qat.model.transform import data_config
 from qat.tasks import build, summary
-from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.settings import check as check_settings
+from qat.tasks.subject import build_subject, origin
 from qat.utils.files import check_not_folder, remove_unfinished
 from qat.utils.text import count
 from qat.utils.validate import check_choice, check_int
@@ -54,12 +57,35 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
-_SHOWN = {
+# Results in the log whose keys do not explain themselves.
+_TITLES = {
     "latency_ms": "ms per image",
     "float_products": "products in float",
     "outside_xnnpack": "outside XNNPACK",
     "logits_apart": "difference / largest logit",
 }
+
+
+class _Source(NamedTuple):
+    """The model to export, and images to compare it on.
+
+    Attributes:
+        net: the model.
+        name: its timm name.
+        preparation: how its images are prepared.
+        images: batches of images; empty = unknown data, so noise is used.
+        data: config of the data that is stored in the file.
+        classes: names of its classes.
+        description: the images in words.
+    """
+
+    net: nn.Module
+    name: str
+    preparation: DataSettings
+    images: list[torch.Tensor]
+    data: dict[str, Any] | None
+    classes: list[str] | None
+    description: str
 
 
 def export(cfg: DictConfig) -> float:
@@ -69,10 +95,11 @@ def export(cfg: DictConfig) -> float:
         cfg: composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Images in percent on which the file names the class that the net names.
+        Images in percent for which the file and the model predict the same class.
 
     Raises:
-        UsageError: a setting, path or file cannot work, or what was written disagrees; it is then kept as `<file>.rejected`.
+        UsageError: a setting, path or file cannot work, or the written file disagrees with the
+            model; it is then kept as `<file>.rejected`.
     """
     began = time.monotonic()
     check_settings(cfg)
@@ -85,25 +112,29 @@ def export(cfg: DictConfig) -> float:
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set: must be a checkpoint of train.py or ptq.py")
-    form = cfg.format.name
-    if form != "packed":
-        require_installed(form)
+    file_format = cfg.format.name
+    if file_format != "packed":
+        require_installed(file_format)
     settings = _onnx_settings(cfg)
-    build.import_modules(cfg)
+    build.import_modules(cfg.model.imports)
     target = _target(cfg)
-    net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
-    done = conversion_of(net)
-    if done is None:
+
+    source = _load_source(cfg)
+    net = source.net
+    conversion = conversion_of(net)
+    if conversion is None:
         raise UsageError(
-            f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, of train.py or ptq.py"
+            f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, "
+            "of train.py or ptq.py"
         )
-    images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
+    input_size = conversion.input_size
+    images = source.images or list(torch.randn(IMAGES, *input_size).split(8))
     frozen = net if is_frozen(net) else freeze(net)
-    about = describe(frozen, data=data, classes=classes) | (
-        {"preprocessing": preprocessing(prepared)} if form == "onnx" else {}
-    )
-    more = {"weights": origin(cfg), "checked on": shown, "file": str(target)}
-    summary.announce("export", net, name, done.recipe, done.input_size, **more)
+    meta = describe(frozen, data=source.data, classes=source.classes)
+    if file_format == "onnx":
+        meta["preprocessing"] = preprocessing(source.preparation)
+    entries = {"weights": origin(cfg), "checked on": source.description, "file": str(target)}
+    summary.announce("export", net, source.name, conversion.recipe, input_size, **entries)
     record_run(cfg)
     # A file elsewhere, too, may have been written by a run that was killed.
     unfinished = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
@@ -112,25 +143,27 @@ def export(cfg: DictConfig) -> float:
     results: dict[str, Any] = {}
 
     def write(path: Path) -> Checked:
-        if form == "onnx":
-            return write_onnx(path, frozen, net, about, images, settings)
-        if form == "executorch":
-            checked, stays = write_pte(path, frozen, net, images)
-            results.update(stays)
+        if file_format == "onnx":
+            return write_onnx(path, frozen, net, meta, images, settings)
+        if file_format == "executorch":
+            checked, details = write_pte(path, frozen, net, images)
+            results.update(details)
             return checked
-        results["bytes"] = write_packed(frozen, path, about)
-        again = load(path)
-        return Checked({"qat.load": compare(net, again, lambda: partial(net_codes, again), images)})
+        results["bytes"] = write_packed(frozen, path, meta)
+        loaded = load(path)
+        agreement = compare(net, loaded, lambda: partial(net_codes, loaded), images)
+        return Checked({"qat.load": agreement})
 
     checked = write_checked(target, write)
-    if form != "packed":
-        results |= _beside_float(target, float_twin(frozen), images[0][:1], checked, cfg.latency)
+    if file_format != "packed":
+        float_net = float_twin(frozen)
+        results |= _compare_with_float(target, float_net, images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
-    _log_results(checked, results, {"file": f"{target}, {size:,} bytes"})
+    _log_results(checked, results, f"{target}, {size:,} bytes")
     write_results(
         cfg,
-        model=name,
-        **recipe_fields(done.recipe),
+        model=source.name,
+        **recipe_fields(conversion.recipe),
         weights=origin(cfg),
         size_bytes=size,
         file=str(target),
@@ -138,7 +171,7 @@ def export(cfg: DictConfig) -> float:
         **results,
         wall_seconds=round(time.monotonic() - began, 1),
     )
-    report_run(cfg, None if is_frozen(net) else net, done.input_size)
+    report_run(cfg, None if is_frozen(net) else net, input_size)
     return checked.top1
 
 
@@ -148,49 +181,36 @@ def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
     return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
 
 
-def _log_results(checked: Checked, results: dict[str, Any], written: dict[str, str]) -> None:
-    written |= {
-        _SHOWN.get(key, key): _words(value)
-        for key, value in results.items()
-        if key != "time_of_float"
-    }
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
-    for runtime, share in (results.get("time_of_float") or {}).items():
-        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
-
-
-def _net_and_images(
-    cfg: DictConfig,
-) -> tuple[
-    nn.Module, str, DataSettings, list[torch.Tensor], dict[str, Any] | None, list[str] | None, str
-]:
-    """The net and its name; how images are prepared, images, their config and classes, and what is said of them.
-
-    Without data it is noise: of a net that was made in Python nobody may know what it is for.
-    """
+def _load_source(cfg: DictConfig) -> _Source:
+    """The model of `ckpt` and images of its data; a model made in Python has no data."""
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    meta, data, classes = checkpoint.meta, None, None
-    if (
-        meta is None
-        or "_target_" in (meta.get("data") or {})
-        or "_target_" in build.plain(cfg.data)
-    ):
-        subject = build_subject(cfg)
-        net, name, source = subject.net, subject.name, subject.data
-        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
-        images = [
-            images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)
-        ]
-        prepared, classes = source.settings, subject.classes
-        shown = f"{count(sum(map(len, images)), 'image')} of {type(source).__name__.lower()}"
-    else:
-        net, name = build_from(checkpoint), meta["model"]["name"]
-        prepared, images, shown = (
+    meta = checkpoint.meta
+    has_data_setting = "_target_" in cfg.data
+    if meta is not None and "_target_" not in (meta.get("data") or {}) and not has_data_setting:
+        net = build_from(checkpoint)
+        return _Source(
+            net,
+            meta["model"]["name"],
             data_settings(data_config(net)),
-            [],
-            f"{IMAGES} images of noise; data=... has others",
+            images=[],
+            data=None,
+            classes=None,
+            description=f"{IMAGES} images of noise; data=... has others",
         )
-    return net, name, prepared, images, data, classes, shown
+    subject = build_subject(cfg)
+    data = subject.data
+    split = cfg.split or data.evaluation_split
+    images = [batch for batch, _ in data.sample(split, cfg.images)]
+    num_images = count(sum(map(len, images)), "image")
+    return _Source(
+        subject.net,
+        subject.name,
+        data.settings,
+        images,
+        data=build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net)),
+        classes=subject.classes,
+        description=f"{num_images} of {type(data).__name__.lower()}",
+    )
 
 
 def _target(cfg: DictConfig) -> Path:
@@ -206,60 +226,86 @@ def _target(cfg: DictConfig) -> Path:
     check_not_folder(target, "file")
     if target.exists() and not cfg.overwrite:
         raise UsageError(
-            f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere"
+            f"{target} exists already; set overwrite=true to replace it, "
+            "or file=... or run_dir=... to write elsewhere"
         )
     return target
 
 
-def _words(value: Any) -> str:
-    """A result for people: `float 1,794,374, int8 476,290`, by runtime where it is known by runtime."""
-    if isinstance(value, list):
-        return ", ".join(value)
-    if isinstance(value, dict):
-        joint, between = (
-            ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
-        )
-        return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
-    return (
-        "yes"
-        if value is True
-        else "no"
-        if value is False
-        else "not measured"
-        if value is None
-        else f"{value:,}"
-    )
-
-
-def _beside_float(
-    path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int
+def _compare_with_float(
+    path: Path, float_net: nn.Module, image: torch.Tensor, checked: Checked, repeats: int
 ) -> dict[str, Any]:
-    """Bytes of the file and of the same net in float and, in ONNX, with weights of 8 bits (values random); its time where it runs."""
+    """Size and time of a file, compared with files of the same model in float.
+
+    In ONNX another one of these has weights of 8 bits. The weights of these files are random.
+
+    Args:
+        path: the file.
+        float_net: the same architecture in float.
+        image: (1, C, H, W).
+        checked: runtimes that run the file.
+        repeats: timed runs; 0 = no times.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float"}
         if EXECUTORCH in checked.agreement:
-            files["float"].write_bytes(to_pte(plain, image)[0])
+            files["float"].write_bytes(to_pte(float_net, image)[0])
         else:
-            files["float"].write_bytes(export_float(plain, image).SerializeToString())
+            files["float"].write_bytes(export_float(float_net, image).SerializeToString())
             files["int8"] = Path(folder) / "int8"
             quantize_8bit(files["float"], files["int8"])
         files["this"] = path
-        times: dict[str, dict[str, float]] = {}
-        for runtime, found in checked.agreement.items() if repeats else ():
-            if found.images:
-                sessions = {
-                    name: open_session(file, runtime, threads=1) for name, file in files.items()
-                }
-                times[runtime] = {
-                    name: round(one, 3)
-                    for name, one in milliseconds(sessions, image, repeats).items()
-                }
         sizes = {name: file.stat().st_size for name, file in files.items()}
-    agrees = {runtime: found.problem is None for runtime, found in checked.agreement.items()}
-    shares = {runtime: round(taken["this"] / taken["float"], 3) for runtime, taken in times.items()}
+        times: dict[str, dict[str, float]] = {}
+        for runtime, agreement in checked.agreement.items():
+            if repeats and agreement.images:
+                times[runtime] = _time(files, runtime, image, repeats)
+    agrees = {}
+    for runtime, agreement in checked.agreement.items():
+        agrees[runtime] = agreement.problem is None
+    time_of_float = {}
+    for runtime, runtime_times in times.items():
+        time_of_float[runtime] = round(runtime_times["this"] / runtime_times["float"], 3)
     return {
         "bytes": sizes,
         "agrees": agrees,
         "latency_ms": times or None,
-        "time_of_float": shares or None,
+        "time_of_float": time_of_float or None,
     }
+
+
+def _time(
+    files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
+) -> dict[str, float]:
+    """Milliseconds of each file in a runtime, in one thread."""
+    sessions = {}
+    for name, file in files.items():
+        sessions[name] = open_session(file, runtime, threads=1)
+    times = milliseconds(sessions, image, repeats)
+    return {name: round(time_ms, 3) for name, time_ms in times.items()}
+
+
+def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
+    entries = {"file": file}
+    for key, value in results.items():
+        if key != "time_of_float":
+            entries[_TITLES.get(key, key)] = _in_words(value)
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", entries))
+    for runtime, share in (results.get("time_of_float") or {}).items():
+        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
+
+
+def _in_words(value: Any) -> str:
+    """A result for people, such as `float 1,794,374, int8 476,290`, if need be by runtime."""
+    if isinstance(value, list):
+        return ", ".join(value)
+    if isinstance(value, dict):
+        is_nested = any(isinstance(inner, dict) for inner in value.values())
+        separator = "; " if is_nested else ", "
+        colon = ": " if is_nested else " "
+        return separator.join(f"{key}{colon}{_in_words(inner)}" for key, inner in value.items())
+    if value is None:
+        return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}"

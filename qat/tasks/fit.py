@@ -55,7 +55,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     check_number("optimizer.lr", settings["lr"], 0, above=True)
     settings["lr"] = scaled_lr(
         settings["lr"],
-        global_batch=global_batch(cfg, trainer),
+        global_batch=global_batch(cfg.data.batch_size, trainer),
         lr_base_batch=settings.pop("lr_base_batch", None),
     )
     if cfg.scheduler.min_lr > settings["lr"]:
@@ -68,10 +68,10 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     return partial(build_optimizer, **settings)
 
 
-def global_batch(cfg: DictConfig, trainer: Trainer) -> int:
+def global_batch(batch_size: int, trainer: Trainer) -> int:
     """Images per optimizer step: batch size x processes x accumulated batches."""
-    check_int("data.batch_size", cfg.data.batch_size, 1)
-    return int(cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+    check_int("data.batch_size", batch_size, 1)
+    return int(batch_size * trainer.world_size * trainer.accumulate_grad_batches)
 
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
@@ -120,7 +120,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
-        check_sharding(cfg, f"callbacks.{name}", callback)
+        check_sharding(cfg.trainer.get("strategy"), f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
@@ -237,15 +237,15 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
 
 
 def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -> None:
-    known = inspect.signature(Trainer).parameters
+    allowed = inspect.signature(Trainer).parameters
     for name, value in settings.items():
         if name in own_settings:
             raise UsageError(
                 f"trainer.{name}={value!r}: must be left out; "
                 "qat sets it (callbacks, logger, run_dir)"
             )
-        if name not in known:
-            raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
+        if name not in allowed:
+            raise UsageError(unknown(f"trainer.{name}={value!r}", name, allowed))
 
 
 def _mentioned(settings: Mapping[str, Any], message: str) -> list[str]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.data import DataSettings, ImageData, image_transform
+from qat.data import DataSettings, image_transform
 from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.data.sources import SKIP, ImageError
 from qat.errors import UsageError
 from qat.lit.accuracy import check_logits
-from qat.spec import QuantRecipe
 from qat.tasks import summary
+from qat.tasks.subject import EvaluatedNet
 from qat.utils.files import csv_lines, files_below, write_text
 from qat.utils.text import one_line
 
@@ -30,123 +28,107 @@ SHOWN_IMAGES = 10
 FILE = "predictions.csv"
 
 
-@dataclass(frozen=True)
-class EvaluatedNet:
-    """A net and what it is evaluated on, built and checked.
-
-    Attributes:
-        name: the net's, by timm.
-        recipe: how it is quantized.
-        data: how its images are prepared; read only for an accuracy.
-        classes: names of its classes, or their ids as text.
-        assumed: settings of its images that nothing states, see `summary.assumed_settings`.
-    """
-
-    net: nn.Module
-    name: str
-    recipe: QuantRecipe
-    data: ImageData
-    classes: list[str]
-    assumed: Sequence[str] = ()
-
-
-def find_images(where: str) -> list[Path]:
-    """One image, or all below a folder in the order of their paths, hidden ones left out.
+def find_images(source: str) -> list[Path]:
+    """One image, or all images below a folder, sorted by path, without hidden ones.
 
     Raises:
-        UsageError: there is no such file or folder, or it holds no images.
+        UsageError: the file or folder does not exist, or the folder holds no images.
     """
-    root = Path(where)
+    root = Path(source)
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise UsageError(f"predict={where!r}: no such file or folder")
-    found = sorted(Path(path) for path in files_below(root, hidden=False) if is_image(path))
-    if not found:
+        raise UsageError(f"predict={source!r}: no such file or folder")
+    paths = [Path(path) for path in files_below(root, hidden=False) if is_image(path)]
+    if not paths:
         raise UsageError(
-            f"predict={where!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}"
+            f"predict={source!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}"
         )
-    return found
+    return sorted(paths)
 
 
 def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
-    """Write `predictions.csv` into the run directory, a line per image: path, then class and probability by rank; show its first lines.
+    """Write the likeliest classes of images to `predictions.csv`; log the first of them.
+
+    A row has the path of an image, then class and probability by rank.
 
     Raises:
-        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them),
-            or a logit is not finite.
+        UsageError: the run has more than one device, an image cannot be decoded (with
+            `data.on_error=skip`: none of them can), or a logit is not finite.
     """
     if trainer.world_size > 1:
         raise UsageError(
-            f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1"
+            f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; "
+            "must be 1"
         )
-    settings, ranks = subject.data.settings, min(RANKS, len(subject.classes))
+    setting = f"predict={str(cfg.predict)!r}"
+    num_ranks = min(RANKS, len(subject.classes))
+    rows = _predicted_rows(subject, paths, trainer, num_ranks, setting)
+    if not rows:
+        raise UsageError(
+            f"data.on_error=skip: none of {len(paths)} images below {setting} can be decoded"
+        )
+    header = ["path"]
+    for rank in range(1, num_ranks + 1):
+        header += [f"class_{rank}", f"probability_{rank}"]
+    file = Path(cfg.run_dir) / FILE
+    write_text(file, csv_lines([header, *rows]))
+    entries = {}
+    for path, name, probability, *_ in rows[:SHOWN_IMAGES]:
+        first_name = one_line(name).partition(",")[0]
+        entries[one_line(path)] = f"{first_name} {100 * float(probability):.1f} %"
+    log.info(summary.lines("predictions", entries))
+    log.info("%d of %d images: %s", len(rows), len(paths), file)
+
+
+def _predicted_rows(
+    subject: EvaluatedNet, paths: list[Path], trainer: Trainer, num_ranks: int, setting: str
+) -> list[list[str]]:
+    """Rows of the table, without images that are skipped."""
+    settings = subject.data.settings
     loader = DataLoader(
         _Files(paths, settings),
         batch_size=settings.batch_size,
         num_workers=settings.workers(len(paths)),
     )
-    device, rows = trainer.strategy.root_device, []
+    device = trainer.strategy.root_device
     net = subject.net.to(device).eval()
+    rows = []
     for numbers, images in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             logits = net(images.to(device)).float()
-            shares, classes = (found.cpu().tolist() for found in logits.softmax(dim=-1).topk(ranks))
-        check_logits(float((0 * logits).sum()), f"predict={str(cfg.predict)!r}")
-        for number, best in zip(numbers.tolist(), map(zip, classes, shares), strict=True):
-            if number >= 0:
-                rows.append([
-                    str(paths[number]),
-                    *(
-                        cell
-                        for one, share in best
-                        for cell in (subject.classes[one], f"{share:.6f}")
-                    ),
-                ])
-    if not rows:
-        raise UsageError(
-            f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded"
-        )
-    columns = [
-        f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")
-    ]
-    file = Path(cfg.run_dir) / FILE
-    write_text(file, csv_lines([["path", *columns], *rows]))
-    shown = {
-        one_line(row[0]): f"{one_line(row[1]).partition(',')[0]} {100 * float(row[2]):.1f} %"
-        for row in rows[:SHOWN_IMAGES]
-    }
-    log.info(summary.lines("predictions", shown))
-    log.info("%d of %d images: %s", len(rows), len(paths), file)
+            top = logits.softmax(dim=-1).topk(num_ranks)
+            probabilities = top.values.cpu().tolist()
+            classes = top.indices.cpu().tolist()
+        # Zero times a logit that is not finite is NaN.
+        check_logits(float((0 * logits).sum()), setting)
+        for row, number in enumerate(numbers.tolist()):
+            if number < 0:
+                continue
+            cells = [str(paths[number])]
+            for class_id, probability in zip(classes[row], probabilities[row], strict=True):
+                cells += [subject.classes[class_id], f"{probability:.6f}"]
+            rows.append(cells)
+    return rows
 
 
 class _Files(Dataset[tuple[int, Tensor]]):
     """Number and image after the evaluation transform; -1 for an image that is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
-        self.paths, self.settings, self.transform = paths, settings, image_transform(settings)
+        self.paths = paths
+        self.settings = settings
+        self.transform = image_transform(settings)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor]:
+    def __getitem__(self, number: int) -> tuple[int, Tensor]:
         try:
-            return row, self.transform(self.paths[row])
+            return number, self.transform(self.paths[number])
         except ImageError as error:
             if self.settings.on_error == "raise":
                 raise ImageError(f"{error}; {SKIP}") from error
             log.warning("data.on_error=skip: %s; left out", error)
-            return -1, torch.zeros(
-                self.settings.in_chans, self.settings.image_size, self.settings.image_size
-            )
-
-
-def class_names(stored: object, data: ImageData) -> list[str]:
-    """Names of the classes of the data: those stored with the net, else those known for the data, else ids."""
-    ids = range(data.settings.num_classes)
-    found = (
-        names
-        for names in (stored, data.named_classes())
-        if isinstance(names, list) and len(names) == len(ids)
-    )
-    return [str(name) for name in next(found, ids)]
+            size = self.settings.image_size
+            return -1, torch.zeros(self.settings.in_chans, size, size)

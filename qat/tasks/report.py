@@ -80,7 +80,7 @@ def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
     path = _find_checkpoint(folder)
     if path is None or (folder / "analysis").is_dir():
         return
-    import_modules(cfg)
+    import_modules(cfg.model.imports)
     net = build_from(read_checkpoint(path, fmt="qat"))
     conversion = conversion_of(net)
     if conversion is not None:

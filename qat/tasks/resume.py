@@ -1,13 +1,15 @@
-"""Going on with a run that was stopped: what is compared with its checkpoint, and what a new run in a used directory replaces.
+"""Resume a stopped run, or begin a new one in a used directory.
 
-Two comparisons stand where their parts are known: averaged weights (`lit/module.py`) and batches of all processes (`data/sampler.py`).
-Lightning restores weights, optimizer, schedule, loops and callbacks; `metrics.csv` loses the rows that come again (`lit/loggers.py`).
+Before a run is resumed, its settings, model, data, teacher and optimizer are compared with its
+checkpoint. Averaged weights are compared in `lit/module.py`, batches of all processes in
+`data/sampler.py`. Lightning restores weights, optimizer, schedule, loops and callbacks;
+`lit/loggers.py` deletes rows of `metrics.csv` that will be repeated.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,46 +29,44 @@ from qat.spec import QuantRecipe
 
 log = logging.getLogger(__name__)
 
-# Where things are, how they are shown and how images come to the run: nothing of it changes a result. All other settings are compared.
+# Settings that do not change a result: paths, logs, and how images are read. All others are
+# compared.
 NOT_COMPARED = {
-    *(
-        "run_dir",
-        "sweep_dir",
-        "resume",
-        "overwrite",
-        "report",
-        "allow_changed_data",
-        "logger",
-        "debug",
-        "defaults",
-        "follows",
-    ),
-    *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
-    *(f"data.{name}" for name in ("root", "num_workers", "memory_mb")),
-    *(
-        f"callbacks.{name}"
-        for name in (
-            "last",
-            "progress",
-            "epoch_log",
-            "throughput",
-            "learning_rate",
-            "preemption",
-            "finite",
-        )
-    ),
+    "run_dir",
+    "sweep_dir",
+    "resume",
+    "overwrite",
+    "report",
+    "allow_changed_data",
+    "logger",
+    "debug",
+    "defaults",
+    "follows",
+    "checkpoint.every_n_steps",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "data.root",
+    "data.num_workers",
+    "data.memory_mb",
+    "callbacks.last",
+    "callbacks.progress",
+    "callbacks.epoch_log",
+    "callbacks.throughput",
+    "callbacks.learning_rate",
+    "callbacks.preemption",
+    "callbacks.finite",
 }
-# A difference in these is refused; the net's own are compared with the net in the checkpoint.
-_FIXED, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
-# What changes the number of steps; the schedule was laid out for those that the run began with.
+# Prefixes of settings that must not change.
+_FIXED = ("optimizer.", "scheduler.")
+# Prefixes of settings of the model, which is compared with the model in the checkpoint.
+_OF_THE_NET = ("model.args", "model.name", "quant.")
+# Settings that change the number of steps. The schedule keeps the number at the start of the run.
 _STEPS = (
-    *(
-        "trainer.max_epochs",
-        "trainer.devices",
-        "trainer.num_nodes",
-        "trainer.accumulate_grad_batches",
-        "trainer.limit_train_batches",
-    ),
+    "trainer.max_epochs",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accumulate_grad_batches",
+    "trainer.limit_train_batches",
     "data.batch_size",
 )
 _UNSET = "not set"
@@ -75,36 +75,45 @@ _UNSET = "not set"
 def find_resume(
     cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
 ) -> Checkpoint | None:
-    """What `resume` asks for: None to start, else the checkpoint to go on from.
+    """The checkpoint to resume from; None for a new run.
 
-    A `last.ckpt` that is gone or cannot be read gives way to the one before it, with a warning.
+    If `last.ckpt` is missing or cannot be read, the one before it is used, with a warning.
 
     Raises:
-        UsageError: there is nothing to go on from under `true`, or the run had another model, recipe, optimizer or schedule.
+        UsageError: `resume=true` without a checkpoint, or the run had another model,
+            recipe, optimizer or schedule.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
-    found = [path for name in (NAME, PREVIOUS[NAME]) if (path := folder / name).is_file()]
-    if cfg.resume is False or (cfg.resume == "auto" and not found):
+    candidates = [folder / name for name in (NAME, PREVIOUS[NAME])]
+    paths = [path for path in candidates if path.is_file()]
+    if cfg.resume is False or (cfg.resume == "auto" and not paths):
         return None
-    if not found:
+    if not paths:
         raise UsageError(
-            f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; use resume=auto to start a new run in that case"
+            f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; "
+            "use resume=auto to start a new run in that case"
         )
     if cfg.trainer.fast_dev_run:
         raise UsageError(
-            f"trainer.fast_dev_run: resume={cfg.resume!r} would change {found[0]}; a dry run must have resume=false"
+            f"trainer.fast_dev_run: resume={cfg.resume!r} would change {paths[0]}; "
+            "a dry run must have resume=false"
         )
-    checkpoint = _read_first(found)
+    checkpoint = _read_first(paths)
     if not checkpoint.training:
         raise UsageError(f"resume: {checkpoint.path} is not a training checkpoint")
-    _check_net(checkpoint, cfg, recipe, model_args)
-    done = checkpoint.training["epochs"]
-    if done > cfg.trainer.max_epochs:
+    _check_net(checkpoint, cfg.model.name, recipe, model_args)
+    epochs = checkpoint.training["epochs"]
+    if epochs > cfg.trainer.max_epochs:
         raise UsageError(
-            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} has {done} epochs; must be an integer of at least {done}"
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} has {epochs} epochs; "
+            f"must be an integer of at least {epochs}"
         )
-    kept = "a resumed run keeps its optimizer and schedule; use ckpt=PATH in another run_dir to start a new run"
-    compare_settings((checkpoint.meta or {}).get("run", {}).get("settings"), cfg, _FIXED, kept)
+    reason = (
+        "a resumed run keeps its optimizer and schedule; "
+        "use ckpt=PATH in another run_dir to start a new run"
+    )
+    stored_settings = (checkpoint.meta or {}).get("run", {}).get("settings")
+    compare_settings(stored_settings, compared(cfg), _FIXED, reason)
     log.info("resumed at training step %d from %s", checkpoint.step or 0, checkpoint.path)
     return checkpoint
 
@@ -123,74 +132,87 @@ def _read_first(paths: list[Path]) -> Checkpoint:
 
 
 def _check_net(
-    checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
+    checkpoint: Checkpoint, model_name: str, recipe: QuantRecipe, model_args: dict[str, Any]
 ) -> None:
-    """A run goes on with the net it had; anything else is a new run that starts from weights."""
-    meta, instead = checkpoint.meta or {}, "use ckpt=PATH to start from it"
+    """Check that a checkpoint has the model and recipe of the config."""
+    meta = checkpoint.meta or {}
+    hint = "use ckpt=PATH to start from it"
     model = meta.get("model", {})
-    if (model.get("name"), model.get("kwargs")) != (cfg.model.name, model_args):
+    if (model.get("name"), model.get("kwargs")) != (model_name, model_args):
         raise UsageError(
-            f"resume: {checkpoint.path} holds {model}, not model {cfg.model.name} with {model_args}; {instead}"
+            f"resume: {checkpoint.path} holds {model}, not model {model_name} with {model_args}; "
+            f"{hint}"
         )
-    # A knob that is newer than the file had its default; what rules mean and how step sizes are learned stays as it was.
+    # Knobs that are newer than the file had their defaults. The meaning of rules and how step
+    # sizes are learned stay unchanged.
     newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
-    stored = {**newer, **meta["recipe"]} if meta.get("recipe") else {"name": "fp"}
-    wanted = {"name": "fp"} if recipe.name == "fp" else recipe.to_dict()
-    differ = sorted(
-        key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key)
-    )
-    if differ:
+    stored_recipe: dict[str, Any] = {"name": "fp"}
+    if meta.get("recipe"):
+        stored_recipe = {**newer, **meta["recipe"]}
+    own_recipe: dict[str, Any] = {"name": "fp"}
+    if recipe.name != "fp":
+        own_recipe = recipe.to_dict()
+    changed = []
+    for key in sorted(stored_recipe.keys() | own_recipe.keys()):
+        if stored_recipe.get(key) != own_recipe.get(key):
+            changed.append(key)
+    if changed:
         raise UsageError(
-            f"resume: {checkpoint.path} has another recipe (quant: {', '.join(differ)}); {instead}"
+            f"resume: {checkpoint.path} has another recipe (quant: {', '.join(changed)}); {hint}"
         )
 
 
 def compare_settings(
-    had: dict[str, Any] | None, cfg: DictConfig, fixed: tuple[str, ...], kept: str
+    stored: dict[str, Any] | None,
+    current: dict[str, Any],
+    fixed_prefixes: tuple[str, ...],
+    reason: str,
 ) -> None:
-    """Refuse settings that a run cannot change any more, and name all others that differ: no curve would show it.
+    """Refuse changes of settings that must not change, and warn of all other changes.
 
     Args:
-        had: settings of the run so far, nested or by name; None = not known.
-        cfg: those of the run that goes on.
-        fixed: beginnings of the names of those that stay.
-        kept: why, for the message.
+        stored: settings of the run so far, nested or by name; None = unknown.
+        current: settings of the resumed run, see `compared`.
+        fixed_prefixes: prefixes of the names of settings that must not change.
+        reason: why they must not change, for the message.
 
     Raises:
-        UsageError: one of those that stay differs.
+        UsageError: one of these settings was changed.
     """
-    if had is None:
+    if stored is None:
         return
-    old, new = dict(_flat(had)), compared(cfg)
-    changed = [
-        name
-        for name in {**old, **new}
-        if old.get(name, _UNSET) != new.get(name, _UNSET) and not name.startswith(_OF_THE_NET)
-    ]
-    if differ := [name for name in changed if name.startswith(fixed)]:
-        shown = ", ".join(
-            f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})"
-            for name in differ
-        )
-        raise UsageError(f"{shown}: {kept}")
-    for name in changed if is_first() else ():
+    old = dict(_flat(stored))
+    changed = []
+    for name in {**old, **current}:
+        is_changed = old.get(name, _UNSET) != current.get(name, _UNSET)
+        if is_changed and not name.startswith(_OF_THE_NET):
+            changed.append(name)
+    refused = []
+    for name in changed:
+        if name.startswith(fixed_prefixes):
+            value = current.get(name, _UNSET)
+            refused.append(f"{name}={value!r} (it had {old.get(name, _UNSET)!r})")
+    if refused:
+        raise UsageError(f"{', '.join(refused)}: {reason}")
+    if not is_first():
+        return
+    for name in changed:
         note = "; the learning rate follows the original schedule" if name in _STEPS else ""
-        log.warning(
-            "resume: %s was %r, is %r%s", name, old.get(name, _UNSET), new.get(name, _UNSET), note
-        )
+        old_value = old.get(name, _UNSET)
+        log.warning("resume: %s was %r, is %r%s", name, old_value, current.get(name, _UNSET), note)
 
 
 def compared(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of a run that shape its result, by name, as plain data: what its checkpoints hold of them."""
-    found = _flat(OmegaConf.to_container(cfg, resolve=True))
-    return {
-        name: value if value is None or type(value) in {bool, int, float, str, list} else str(value)
-        for name, value in found
-    }
+    """The settings that change a run's result, by name, as plain data for its checkpoints."""
+    settings = {}
+    for name, value in _flat(OmegaConf.to_container(cfg, resolve=True)):
+        is_plain = value is None or type(value) in {bool, int, float, str, list}
+        settings[name] = value if is_plain else str(value)
+    return settings
 
 
 def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by name, those that are compared; older versions have nested ones in their checkpoints."""
+    """Compared settings by name; checkpoints of older versions have nested settings."""
     if name in NOT_COMPARED:
         return
     if isinstance(node, dict):
@@ -200,71 +222,117 @@ def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, node
 
 
-def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None:
-    """Raise `UsageError` unless a run goes on with its own classes and images; `allow_changed_data=true` takes other images."""
+def check_data(checkpoint: Checkpoint, data: ImageData, *, allow_changed_data: bool) -> None:
+    """Check that a run is resumed with its own classes and images.
+
+    Args:
+        checkpoint: the checkpoint of the run.
+        data: data of the resumed run.
+        allow_changed_data: only warn if the images have changed.
+
+    Raises:
+        UsageError: classes or images have changed.
+    """
     meta = checkpoint.meta or {}
-    had, has = meta.get("classes"), data.named_classes()
-    if had and has and list(had) != has:
-        number, old, new = next(
-            (n, a, b) for n, (a, b) in enumerate(zip_longest(had, has)) if a != b
-        )
-        raise UsageError(
-            f"data: class {number} must be {old!r} as in {checkpoint.path}, is {new!r}; use ckpt=PATH in another run_dir to start a new run"
-        )
-    prints, now = meta.get("run", {}).get("images"), data.fingerprints()
-    changed = (
-        [split for split in dict.fromkeys([*prints, *now]) if prints.get(split) != now.get(split)]
-        if prints
-        else []
-    )
+    old_classes = meta.get("classes")
+    classes = data.named_classes()
+    if old_classes and classes:
+        _check_classes(checkpoint.path, old_classes, classes)
+    old_fingerprints = meta.get("run", {}).get("images")
+    fingerprints = data.fingerprints()
+    if not old_fingerprints:
+        return
+    changed = []
+    for split in dict.fromkeys([*old_fingerprints, *fingerprints]):
+        if old_fingerprints.get(split) != fingerprints.get(split):
+            changed.append(split)
     if not changed:
         return
-    what = f"data: the images of {', '.join(changed)} are not those that {checkpoint.path} was trained with"
-    if not cfg.allow_changed_data:
+    message = (
+        f"data: the images of {', '.join(changed)} are not those "
+        f"that {checkpoint.path} was trained with"
+    )
+    if not allow_changed_data:
         raise UsageError(
-            f"{what}; set allow_changed_data=true to resume with them, or use ckpt=PATH in another run_dir to start a new run"
+            f"{message}; set allow_changed_data=true to resume with them, "
+            "or use ckpt=PATH in another run_dir to start a new run"
         )
     if is_first():
-        log.warning("resume: %s (allow_changed_data=true)", what)
+        log.warning("resume: %s (allow_changed_data=true)", message)
+
+
+def _check_classes(path: Path, old_classes: Sequence[str], classes: Sequence[str]) -> None:
+    for number, (old, new) in enumerate(zip_longest(old_classes, classes)):
+        if old != new:
+            raise UsageError(
+                f"data: class {number} must be {old!r} as in {path}, is {new!r}; "
+                "use ckpt=PATH in another run_dir to start a new run"
+            )
 
 
 def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
-    """Raise `UsageError` unless a run continues with the weights of the teacher that it had; its file may have another name now."""
-    had = (checkpoint.meta or {}).get("run", {}).get("teacher")
-    if had and digest and had != digest:
+    """Check that the teacher of a resumed run has the same weights; its file may have moved.
+
+    Args:
+        checkpoint: the checkpoint of the run.
+        digest: digest of the teacher's weights; None = no teacher.
+
+    Raises:
+        UsageError: the teacher has other weights.
+    """
+    old_digest = (checkpoint.meta or {}).get("run", {}).get("teacher")
+    if old_digest and digest and old_digest != digest:
         raise UsageError(
-            f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, or the start where that is the teacher); "
+            f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, "
+            "or the start where that is the teacher); "
             "use ckpt=PATH in another run_dir to start a new run"
         )
 
 
 def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
-    had = checkpoint.training.get("groups")
-    have = [
-        (sorted({*group, "initial_lr"} - {"params"}), len(group["params"]))
-        for group in optimizer.state_dict()["param_groups"]
-    ]
-    if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
+    """Check that the optimizer of a resumed run has the parameter groups of its checkpoint.
+
+    Torch would fail later, or mix the state of two optimizers.
+
+    Raises:
+        UsageError: it has others.
+    """
+    old_groups = checkpoint.training.get("groups")
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        groups.append((_option_names(set(group) - {"params"}), len(group["params"])))
+    if old_groups is not None:
+        old_groups = [(_option_names(set(keys)), count) for keys, count in old_groups]
+    if old_groups != groups:
         raise UsageError(
-            f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it"
+            f"resume: {checkpoint.path} has another optimizer, or one of other parameters; "
+            "use ckpt=PATH to start from it"
         )
 
 
+def _option_names(keys: set[str]) -> list[str]:
+    """Sorted names of the options of a parameter group; a schedule adds `initial_lr`."""
+    return sorted(keys | {"initial_lr"})
+
+
 def outputs_to_replace(cfg: DictConfig) -> list[Path]:
-    """What a new run in a used directory replaces, once everything is checked and a `ckpt` from there is in memory.
+    """Files that a new run in a used directory replaces.
+
+    They are deleted once all checks have passed and a `ckpt` among them is in memory.
 
     Raises:
-        UsedError: there are files of another run, and they may not be overwritten.
+        UsedError: there are files of another run, which must not be overwritten.
     """
     run_dir = Path(cfg.run_dir)
-    used = outputs.used_files(run_dir)
+    used_files = outputs.used_files(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
-    # A run that was killed before its first last.ckpt has nothing to go on from.
-    unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
-    if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
-        more = f"; resume=true resumes from {NAME}" if NAME in checkpoints else ""
+    # A run that was killed before its first last.ckpt cannot be resumed.
+    is_unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
+    may_replace = cfg.overwrite or (cfg.resume == "auto" and is_unsaved)
+    if used_files and not may_replace:
+        hint = f"; resume=true resumes from {NAME}" if NAME in checkpoints else ""
         raise UsedError(
-            f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true{more}"
+            f"run_dir={str(run_dir)!r} holds {used_files[0].name} already; "
+            f"choose another run_dir or set overwrite=true{hint}"
         )
     return outputs.training_files(run_dir)

@@ -1,14 +1,14 @@
-"""Settings of the commands: which there are, of which types, and what each may be; and those that have gone.
+"""Settings of the commands: names, types and allowed values.
 
-`conf/` has the defaults that a user reads. Hydra merges it into these schemas (`qat.tasks.conf`), and so refuses unknown keys and other
-types; `check` asks for the rest when a task begins. What makes an object (`data`, `quant`, `callbacks` ...) is checked by its class.
-Imports nothing heavy, so that `--help` answers at once.
+`conf/` has the defaults that a user reads. Hydra merges it into these schemas (`qat.tasks.conf`),
+and so refuses unknown keys and other types; `check` checks the values when a task begins. Groups
+that build an object (`data`, `quant`, `callbacks` ...) are checked by its class. Nothing heavy is
+imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,43 +20,16 @@ SPLITS = ("train", "val", "test")
 CKPT_FORMATS = ("auto", "qat", "timm", "ofq")
 HIGHEST_SEED = 2**32 - 1  # numpy's
 
-# Settings that have gone, with `=` choices of groups that have gone, and what there is now. A star stands for anything.
-REMOVED = {
-    "callbacks.finite.*": "a non-finite loss ends the run; resume=true resumes from the last good checkpoint",
-    "search=bits": "analyze.py analysis=sensitivity analysis.budget_mb=MB gives the overrides of a mixed net",
-    "search=adam*": "search=evolution",
-    "search=random": "search=evolution",
-    "search=sgd": "search=evolution",
-    "search.rac*": "every candidate is evaluated on all calibration images",
-    "ptq.compensation": "ptq=compensate_w4a4, or ptq=reconstruct_w4a4",
-    "dynamic_size": "files are for images of one size",
-    "threads": "times are of one thread",
-    "opset": "the lowest opset that has all types is written",
-    "ckpt_optimizer": "a new run starts with a new optimizer; resume=true keeps that of the run",
-    "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
-    "logger.mlflow.store": "logger.mlflow.tracking_uri=URI",
-    "analysis.corruptions*": "the package imagecorruptions makes such images for data=imagefolder",
-    "experiment=ofq_deit_*": "experiment=ofq_w2a2 model=deit_t (w3a3, w4a4; with _cga)",
-    "experiment=ofq_swin_*": "experiment=ofq_w2a2 model=swin_t (w3a3, w4a4; with _cga)",
-    "experiment=evolq_[dv]*": "experiment=evolq_w4a8 model=deit_s",
-}
-
-
-def removed(typed: str) -> str | None:
-    """What there is now in place of a setting, or of `group=choice`; None where it is not one that has gone."""
-    return next((now for old, now in REMOVED.items() if fnmatchcase(typed, old)), None)
-
 
 @dataclass
 class Model:
-    """`model.*`; `args` go to `timm.create_model`, `own_window` is what those of a Swin are made of."""
+    """`model.*`; `args` go to `timm.create_model`, `own_window` is for the arguments of a Swin."""
 
     name: str | None = None
     row: str | None = None
     pretrained: bool = False
-    weights: Any = (
-        None  # here and below: a typed path would turn 1.10 into "1.1" before anybody sees it
-    )
+    # Paths are not typed as text: OmegaConf would turn a path 1.10 into "1.1" before the check.
+    weights: Any = None
     reset_head: bool = False
     imports: list[str] | None = None
     init: str = "full"
@@ -66,17 +39,17 @@ class Model:
 
     def __post_init__(self) -> None:
         check_choice("model.init", self.init, ("full", "reference"))
-        check_paths({"model.weights": self.weights})
+        check_path("model.weights", self.weights)
 
 
 @dataclass
 class SearchTeacher:
-    """`teacher.*` of a search: the net that it follows."""
+    """`teacher.*` of a search: the model whose logits are its targets."""
 
     ckpt: Any = None
 
     def __post_init__(self) -> None:
-        check_paths({"teacher.ckpt": self.ckpt})
+        check_path("teacher.ckpt", self.ckpt)
 
 
 @dataclass
@@ -99,20 +72,21 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("scheduler.interval", self.interval, ("epoch", "step"))
-        for name in ("warmup_lr", "min_lr"):  # the epochs beside trainer.max_epochs
+        # Epochs are checked with trainer.max_epochs.
+        for name in ("warmup_lr", "min_lr"):
             check_number(f"scheduler.{name}", getattr(self, name), 0)
 
 
 @dataclass(kw_only=True)
 class Shared:
-    """What all commands have."""
+    """Settings of all commands."""
 
     command: str
     seed: int
     run_dir: Any
     sweep_dir: str | None = None
     report: bool
-    ckpt: Any = None  # analyze.py takes a list as well
+    ckpt: Any = None  # a path; analyze.py also takes a list of them
     ckpt_format: str = CKPT_FORMATS[0]
     ckpt_bits: int | None = None
     ckpt_act_bits: int | None = None
@@ -123,37 +97,48 @@ class Shared:
     def __post_init__(self) -> None:
         check_int("seed", self.seed, 0, HIGHEST_SEED)
         check_choice("ckpt_format", self.ckpt_format, CKPT_FORMATS)
-        check_paths({
-            name: getattr(self, name, None)
-            for name in ("run_dir", "predict", "run", "sweep", "file")
-        })
-        check_paths({"data.root": self.data.get("root")})
-        for one in (
-            self.ckpt
-            if self.ckpt and isinstance(self.ckpt, list) and self.command == "analyze"
-            else [self.ckpt]
-        ):
-            check_paths({"ckpt": one})
+        for name in ("run_dir", "predict", "run", "sweep", "file"):
+            check_path(name, getattr(self, name, None))
+        check_path("data.root", self.data.get("root"))
+        paths = [self.ckpt]
+        if self.command == "analyze" and isinstance(self.ckpt, list) and self.ckpt:
+            paths = self.ckpt
+        for path in paths:
+            check_path("ckpt", path)
+        self._check_one_start()
+        # Settings that some commands have.
+        resume = getattr(self, "resume", False)
+        if resume not in {True, False, "auto"}:
+            raise UsageError(f"resume={resume!r}: must be one of false, true, auto")
+        images = getattr(self, "images", None)
+        if images is not None:
+            check_int("images", images, 1)
+        split = getattr(self, "split", None)
+        if split is not None:
+            check_choice("split", split, SPLITS)
+        self._check_bits()
+
+    def _check_one_start(self) -> None:
         starts = {
             "ckpt": self.ckpt,
             "model.weights": self.model.weights,
             "model.pretrained": self.model.pretrained,
         }
-        if len(given := [name for name, value in starts.items() if value]) > 1:
-            raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
-        if getattr(self, "resume", False) not in {True, False, "auto"}:
-            raise UsageError(f"resume={self.resume!r}: must be one of false, true, auto")  # type: ignore[attr-defined]
-        if getattr(self, "images", None) is not None:
-            check_int("images", self.images, 1)  # type: ignore[attr-defined]
-        if getattr(self, "split", None) is not None:
-            check_choice("split", self.split, SPLITS)  # type: ignore[attr-defined]
+        names = [name for name, value in starts.items() if value]
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} are set: a model starts from one of them")
+
+    def _check_bits(self) -> None:
         for name in ("ckpt_bits", "ckpt_act_bits"):
-            if (bits := getattr(self, name)) is not None:
-                check_bits(name, bits)
-                if not self.ckpt:
-                    raise UsageError(
-                        f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"
-                    )
+            bits = getattr(self, name)
+            if bits is None:
+                continue
+            check_bits(name, bits)
+            if not self.ckpt:
+                raise UsageError(
+                    f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); "
+                    "set ckpt=FILE"
+                )
 
 
 @dataclass(kw_only=True)
@@ -238,31 +223,33 @@ COMMANDS = {"train": Train, "eval": Eval, "ptq": Ptq, "analyze": Analyze, "expor
 
 
 def check(cfg: DictConfig) -> None:
-    """Ask the schema of a composed config whether its values can work.
+    """Check the values of a composed config with the schema of its command.
 
     Raises:
-        UsageError: one of them cannot, or a key that was added with a plus is unknown; names the setting.
+        UsageError: a value cannot work, or a key that was added with a plus is unknown; names the
+            setting.
     """
-    held = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
-    held.model.args = {}  # may refer to data that only the checkpoint knows
-    _refuse_unknown(OmegaConf.to_object(held))
+    merged = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
+    merged.model.args = {}  # may refer to data that only the checkpoint knows
+    _refuse_unknown(OmegaConf.to_object(merged))
 
 
-def _refuse_unknown(group: Any, below: str = "") -> None:
-    known = {one.name for one in fields(group)}
+def _refuse_unknown(group: Any, prefix: str = "") -> None:
+    names = {setting.name for setting in fields(group)}
     for name, value in vars(group).items():
-        if name not in known:
-            raise UsageError(unknown(f"{below}{name}", name, known))
+        if name not in names:
+            raise UsageError(unknown(f"{prefix}{name}", name, names))
         if is_dataclass(value):
-            _refuse_unknown(value, f"{below}{name}.")
+            _refuse_unknown(value, f"{prefix}{name}.")
 
 
-def check_paths(given: dict[str, Any]) -> None:
+def check_path(setting: str, value: Any) -> None:
     """Raise `UsageError` on a path that YAML has read as a number, and on an empty one.
 
-    An empty path is a variable of a shell that is not set: a run would start from other weights than was meant.
+    An empty path is a shell variable that is not set: the run would start from other weights.
+    None is allowed.
     """
-    for setting, value in given.items():
-        if value is not None and not (isinstance(value, str) and value):
-            hint = "; null = none" if value == "" else ", in quotes where it looks like a number"
-            raise UsageError(f"{setting}={value!r}: must be a path{hint}")
+    if value is None or (isinstance(value, str) and value):
+        return
+    hint = "; null = none" if value == "" else ", in quotes where it looks like a number"
+    raise UsageError(f"{setting}={value!r}: must be a path{hint}")

@@ -1,4 +1,4 @@
-"""What a run says on the console: its first lines, its quantized layers in short, its teacher."""
+"""Texts of a run for the console: its first lines, its quantized layers, its teacher."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from qat.utils.text import count, scaled, unlearned
 from qat.utils.validate import FLOAT_BITS
 
 log = logging.getLogger(__name__)
-FEW_STEPS = 100  # of a whole training
-OF_IMAGES = ("crop_pct", "interpolation", "mean", "std")
+FEW_STEPS = 100  # in all epochs
+IMAGE_SETTINGS = ("crop_pct", "interpolation", "mean", "std")
 SHARE_WIDTH = 8  # letters of a column
 
 
@@ -46,29 +46,42 @@ def lines(title: str, entries: dict[str, str]) -> str:
 
 
 def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """Name, parameters (those that are integer codes among them) and size of the images."""
-    params = sum(p.numel() for p in net.parameters()) + sum(
-        m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight)
+    """Name, parameters (with those that are integer codes) and image size of a model."""
+    num_params = sum(param.numel() for param in net.parameters())
+    for module in net.modules():
+        if isinstance(module, FrozenWeight):
+            num_params += module.stored.numel()
+    channels, height, width = input_size
+    return (
+        f"{alias(name, getattr(net, '_model_args', {}))}, {num_params / 1e6:.2f} M parameters, "
+        f"images {channels} x {height} x {width}"
     )
-    chans, height, width = input_size
-    return f"{alias(name, getattr(net, '_model_args', {}))}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
 
 
 def describe_size(net: nn.Module, size_bytes: int) -> str:
-    """Bytes, and of which file: `best.ckpt` is larger, as it has what training goes on with."""
+    """Bytes of a model and the kind of its file.
+
+    `best.ckpt` is larger, because it holds all that is needed to resume the training.
+    """
+    size = scaled(size_bytes, "B")
     if conversion_of(net) is None:
-        return f"{scaled(size_bytes, 'B')} of float weights"
-    return f"packed size {scaled(size_bytes, 'B')}" + (
-        "" if is_frozen(net) else f" (`{typed('export')} format=packed` writes the file)"
-    )
+        return f"{size} of float weights"
+    if is_frozen(net):
+        return f"packed size {size}"
+    return f"packed size {size} (`{typed('export')} format=packed` writes the file)"
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, str]:
-    """Accuracies in words, with a remark where they say little."""
-    shown = {
-        f"top-{k}": f"{top:.2f} %" for k in (1, 5) if (top := results.get(f"top{k}")) is not None
-    }
-    return shown | ({"note": note} if (note := unlearned(results)) else {})
+    """Accuracies as text, with a note if the model has learned nothing."""
+    texts = {}
+    for k in (1, 5):
+        accuracy = results.get(f"top{k}")
+        if accuracy is not None:
+            texts[f"top-{k}"] = f"{accuracy:.2f} %"
+    note = unlearned(results)
+    if note:
+        texts["note"] = note
+    return texts
 
 
 def describe_recipe(recipe: QuantRecipe) -> str:
@@ -78,21 +91,25 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     rules = f", {count(len(recipe.overrides), 'override')}" if recipe.overrides else ""
     if isinstance(recipe, PtqRecipe):
         return (
-            f"{recipe.name}: placement {recipe.placement}, weights {recipe.bits} bit ({recipe.weight_observer}), "
+            f"{recipe.name}: placement {recipe.placement}, "
+            f"weights {recipe.bits} bit ({recipe.weight_observer}), "
             f"activations {recipe.act_bits} bit per {recipe.act_scales} ({recipe.act_observer}), "
             f"softmax {recipe.softmax_bits} bit {recipe.softmax_quantizer}{rules}"
         )
     bias = f" (query bias: {recipe.qk_bias})" if recipe.attention == "qkr" else ""
     return (
-        f"{recipe.name}: weights {recipe.bits} bit {recipe.weight_quantizer}, activations {recipe.act_bits} bit {recipe.act_quantizer}, "
-        f"attention {recipe.attention}{bias}, stem {recipe.stem_bits} bit, heads {recipe.head_bits} bit{rules}"
+        f"{recipe.name}: weights {recipe.bits} bit {recipe.weight_quantizer}, "
+        f"activations {recipe.act_bits} bit {recipe.act_quantizer}, "
+        f"attention {recipe.attention}{bias}, "
+        f"stem {recipe.stem_bits} bit, heads {recipe.head_bits} bit{rules}"
     )
 
 
 def describe_data(data: ImageData) -> str:
     """Sizes of the splits."""
-    counts = ", ".join(f"{len(data.split(s))} {s}" for s in data.splits)
-    return f"{type(data).__name__.lower()}: {counts} images, {count(data.settings.num_classes, 'class')}"
+    counts = ", ".join(f"{len(data.split(split))} {split}" for split in data.splits)
+    classes = count(data.settings.num_classes, "class")
+    return f"{type(data).__name__.lower()}: {counts} images, {classes}"
 
 
 def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
@@ -100,26 +117,27 @@ def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
 
     Args:
         settings: of the data.
-        assumed: names of what is not known of the model's weights, see `assumed_settings`.
+        assumed: names of settings that are assumed, see `assumed_settings`.
     """
     scaling = "whole image, bicubic"
     if settings.crop_pct is not None:
         crop = f"{settings.crop_mode or 'center'} crop {settings.crop_pct:g}"
         scaling = f"{crop}, {settings.interpolation or 'bicubic'}"
-    mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (settings.mean, settings.std))
+    mean = " ".join(f"{number:.3g}" for number in settings.mean)
+    std = " ".join(f"{number:.3g}" for number in settings.std)
     end = f"; assumed: {', '.join(assumed)}" if assumed else ""
     return f"{settings.image_size} x {settings.image_size}, {scaling}, mean {mean}, std {std}{end}"
 
 
 def assumed_settings(
-    cfg: DictConfig, data_as_given: Mapping[str, Any], net: nn.Module, data: ImageData
+    cfg: DictConfig, own_data: Mapping[str, Any], net: nn.Module, data: ImageData
 ) -> list[str]:
     """Settings of images that neither the file of a model's weights nor the user states.
 
     Args:
         cfg: of a command.
-        data_as_given: `cfg.data` before settings of a file are added.
-        net: the model as it was read.
+        own_data: `cfg.data` before settings of a file are added.
+        net: the model as the file has it.
         data: its images.
     """
     if not (cfg.ckpt or cfg.model.weights):
@@ -128,10 +146,10 @@ def assumed_settings(
     if "_target_" in stored:
         return []
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    given = {name.partition("=")[0].lstrip("+").removeprefix("data.") for name in overrides}
+    set_names = {name.partition("=")[0].lstrip("+").removeprefix("data.") for name in overrides}
     if isinstance(data, EncodedImageData):
-        given |= {name for name in OF_IMAGES if data_as_given.get(name) is not None}
-    return [name for name in OF_IMAGES if name not in stored and name not in given]
+        set_names |= {name for name in IMAGE_SETTINGS if own_data.get(name) is not None}
+    return [name for name in IMAGE_SETTINGS if name not in stored and name not in set_names]
 
 
 def announce(
@@ -142,18 +160,16 @@ def announce(
     input_size: tuple[int, int, int],
     **more: str,
 ) -> None:
-    """Log what a command works on."""
-    log.info(
-        lines(
-            f"qat: {title}",
-            {"model": describe_model(name, net, input_size), "recipe": describe_recipe(recipe)}
-            | more,
-        )
-    )
+    """Log the model and recipe of a command, and more entries."""
+    entries = {
+        "model": describe_model(name, net, input_size),
+        "recipe": describe_recipe(recipe),
+    }
+    log.info(lines(f"qat: {title}", entries | more))
 
 
 def describe_device(trainer: Trainer) -> str:
-    """What computes, and how many of it."""
+    """Kind and number of the devices."""
     return f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}"
 
 
@@ -166,56 +182,66 @@ def conversion(net: nn.Module, folder: Path) -> str:
     """
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
-    floats = Counter(
-        f"{re.sub(r'[0-9]+', '*', name)} ({kind})" for name, kind in report.stays_float
-    )
+    floats: Counter[str] = Counter()
+    for name, kind in report.stays_float:
+        floats[f"{re.sub(r'[0-9]+', '*', name)} ({kind})"] += 1
     settings = conversion_of(net)
     assert settings is not None  # noqa: S101  (narrows a type)
-    table = shares_by_bits({
+    entries = shares_by_bits({
         "weights": weights_by_bits(net),
         "products": macs_by_bits(net, settings.input_size),
     })
-    stays_float = ", ".join(f"{name} x{n}" for name, n in floats.items())
-    return lines(
-        "quantized", {**table, "stays float": stays_float, "layer by layer": "conversion.txt"}
-    )
+    entries["stays float"] = ", ".join(f"{name} x{n}" for name, n in floats.items())
+    entries["layer by layer"] = "conversion.txt"
+    return lines("quantized", entries)
 
 
 def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
     """Rows of a table, by bit-width: the share of each column in percent."""
     rows = {"share of": "  ".join(title.rjust(SHARE_WIDTH) for title in columns)}
-    widths = {bits for numbers in columns.values() for bits, number in numbers.items() if number}
+    widths: set[int] = set()
+    for numbers in columns.values():
+        widths |= {bits for bits, number in numbers.items() if number}
     for bits in sorted(widths):
-        shares = [100 * numbers[bits] / numbers.total() for numbers in columns.values()]
-        cells = ["< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %" for share in shares]
+        cells = []
+        for numbers in columns.values():
+            share = 100 * numbers[bits] / numbers.total()
+            text = "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
+            cells.append(text.rjust(SHARE_WIDTH))
         name = "float" if bits == FLOAT_BITS else f"{bits} bit"
-        rows[name] = "  ".join(cell.rjust(SHARE_WIDTH) for cell in cells)
+        rows[name] = "  ".join(cells)
     return rows
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
-    """Epochs, training steps of each, and images that no step of an epoch uses; warns where steps are few."""
+    """Epochs and training steps; warns if there are few steps.
+
+    Images that do not fill a batch at the end of an epoch are mentioned.
+    """
     loader = data.train_dataloader()
-    images = len(loader.sampler)  # type: ignore[arg-type]
-    batches = len(loader)
-    left_out = max(images - batches * data.settings.batch_size, 0) * trainer.world_size
+    num_images = len(loader.sampler)  # type: ignore[arg-type]
+    num_batches = len(loader)
+    batch_size = data.settings.batch_size
+    num_unused = max(num_images - num_batches * batch_size, 0) * trainer.world_size
     limit = cfg.trainer.limit_train_batches
     is_whole = limit == 1.0 and isinstance(limit, float)
     if not is_whole:
-        batches = min(batches, int(limit if isinstance(limit, int) else limit * batches))
-    steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
+        limited = limit if isinstance(limit, int) else limit * num_batches
+        num_batches = min(num_batches, int(limited))
+    steps = math.ceil(num_batches / cfg.trainer.accumulate_grad_batches)
     epochs = cfg.trainer.max_epochs
-    said = f"{count(epochs, 'epoch')} x {count(steps, 'step')}"
-    if left_out and is_whole:
-        said += f", {left_out} of {images * trainer.world_size} images left out of each"
+    text = f"{count(epochs, 'epoch')} x {count(steps, 'step')}"
+    if num_unused and is_whole:
+        text += f", {num_unused} of {num_images * trainer.world_size} images left out of each"
     is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < FEW_STEPS
-    if is_short and data.settings.batch_size > 1:
+    if is_short and batch_size > 1:
         log.warning(
-            "data.batch_size=%d: %s in all, which hardly train a model; smaller batches make more steps, as does trainer.max_epochs",
-            data.settings.batch_size,
+            "data.batch_size=%d: %s in all, which hardly train a model; "
+            "smaller batches make more steps, as does trainer.max_epochs",
+            batch_size,
             count(steps * epochs, "training step"),
         )
-    return said
+    return text
 
 
 def announce_run(
@@ -227,55 +253,64 @@ def announce_run(
     trainer: Trainer,
     lr: float,
 ) -> None:
-    """Log what is trained, on what, from where and how; write `conversion.txt`."""
+    """Log model, data, start, settings and outputs of a training; write `conversion.txt`."""
     optimizer = cfg.optimizer
-    more = {
+    assumed = assumed_settings(cfg, cfg.data, start.source or start.net, data)
+    training = [
+        describe_training(cfg, data, trainer),
+        f"global batch {fit.global_batch(cfg.data.batch_size, trainer)}",
+        f"{optimizer.opt} lr {lr:.3g}",
+        f"weight decay {optimizer.weight_decay:g}",
+        f"seed {cfg.seed}",
+    ]
+    entries = {
         "data": describe_data(data),
-        "images": describe_images(
-            data.settings, assumed_settings(cfg, cfg.data, start.source or start.net, data)
-        ),
+        "images": describe_images(data.settings, assumed),
         "start": "; ".join(start.notes),
         "loss": ", ".join(module.loss.terms),
-        "training": f"{describe_training(cfg, data, trainer)}, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} "
-        f"lr {lr:.3g}, weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
+        "training": ", ".join(training),
         "device": f"{describe_device(trainer)}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),
     }
-    announce("training", start.net, cfg.model.name, recipe, data.input_size, **more)
-    if not (cfg.trainer.fast_dev_run or trainer.checkpoint_callbacks):
+    announce("training", start.net, cfg.model.name, recipe, data.input_size, **entries)
+    is_dry_run = cfg.trainer.fast_dev_run
+    if not (is_dry_run or trainer.checkpoint_callbacks):
         log.warning(
-            "callbacks: none of them writes checkpoints, so this model will not be saved; callbacks=[default,...] does"
+            "callbacks: none of them writes checkpoints, so this model will not be saved; "
+            "callbacks=[default,...] does"
         )
-    if recipe.name != "fp":
-        log.info(conversion(start.net, Path(cfg.run_dir)))
-        warn_of_random_weights(cfg, start)
+    if recipe.name == "fp":
+        return
+    log.info(conversion(start.net, Path(cfg.run_dir)))
+    warn_of_random_weights(start, is_dry_run=bool(is_dry_run))
 
 
-def warn_of_random_weights(cfg: DictConfig, start: Start) -> None:
+def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
     """Warn of a quantized training that starts from random weights."""
-    if start.is_random and not cfg.trainer.fast_dev_run:
+    if start.is_random and not is_dry_run:
         log.warning(
-            "random weights: quantized training takes longer than in float, and when it is short, it ends less accurate from them; "
-            "train with quant=fp first, then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
+            "random weights: quantized training takes longer than in float, and when it is short, "
+            "it ends less accurate from them; train with quant=fp first, "
+            "then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
         )
 
 
 def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer) -> float | None:
-    """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run.
+    """Evaluate the teacher before the training, which a wrong teacher would waste.
 
     Returns:
-        Its top-1 in percent if it is a float net, else None.
+        Top-1 of the teacher in percent if it is a float model, else None.
     """
     if teacher is None:
         return None
     device = trainer.strategy.root_device
+    num_classes = data.settings.num_classes
     teacher.to(device)
-    followed = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)["top1"]
-    top1, beside = followed, ""
+    head_top1 = evaluate(teacher, data.test_dataloader(), num_classes, device)["top1"]
+    top1 = head_top1
+    note = ""
     if teacher.is_one_of_two:
-        top1 = evaluate(teacher.net, data.test_dataloader(), data.settings.num_classes, device)[
-            "top1"
-        ]
-        beside = f", class head only; {top1:.2f} % with both heads"
-    log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, followed, beside)
+        top1 = evaluate(teacher.net, data.test_dataloader(), num_classes, device)["top1"]
+        note = f", class head only; {top1:.2f} % with both heads"
+    log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, head_top1, note)
     return top1 if conversion_of(teacher.net) is None else None

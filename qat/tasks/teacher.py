@@ -60,25 +60,29 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     has_own_model = sources or cfg.teacher.model
     start = Start(_own_teacher(cfg)) if has_own_model else _start_of_student(cfg)
     setting = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
-    fit_teacher(start, cfg, data, setting)
+    sets_mean = cfg.data.get("mean") is not None
+    fit_teacher(start, data, setting, OmegaConf.select(cfg, setting), sets_mean=sets_mean)
     return Teacher(start.net, cfg.loss.get("teacher_head", "cls"))
 
 
-def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) -> None:
+def fit_teacher(
+    start: Start, data: ImageData, setting: str, value: Any, *, sets_mean: bool
+) -> None:
     """Make a teacher take images of the data, also with another mean and standard deviation.
 
     Args:
         start: the teacher.
-        cfg: config of the command, with the data's config.
         data: images of the training.
         setting: the setting that the teacher's weights come from.
+        value: value of this setting.
+        sets_mean: True if the user has set `data.mean`.
 
     Raises:
         UsageError: it has other classes, or the classes in another order, or takes images of
             another size.
     """
     net = start.net
-    origin = f"{setting}={OmegaConf.select(cfg, setting)!r}"
+    origin = f"{setting}={value!r}"
     num_classes = getattr(net, "num_classes", data.settings.num_classes)
     if num_classes != data.settings.num_classes:
         raise UsageError(
@@ -90,13 +94,15 @@ def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) ->
         check_input(net, data.input_size)
     except UsageError as error:
         raise UsageError(f"{origin} is the teacher: {error}") from error
-    renormalize(net, _normalization(data), _trained_with(start, cfg, data, setting))
+    trained = _trained_with(start, data, setting, sets_mean=sets_mean)
+    renormalize(net, _normalization(data), trained)
 
 
 def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
     """Log a line if the start's weights were trained on images of another mean or std."""
     setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
-    trained = _trained_with(start, cfg, data, setting)
+    sets_mean = cfg.data.get("mean") is not None
+    trained = _trained_with(start, data, setting, sets_mean=sets_mean)
     current = _normalization(data)
     if trained != current and is_first():
         log.warning(
@@ -114,7 +120,7 @@ def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
 
 
 def _trained_with(
-    start: Start, cfg: DictConfig, data: ImageData, setting: str
+    start: Start, data: ImageData, setting: str, *, sets_mean: bool
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
 
@@ -122,7 +128,7 @@ def _trained_with(
     are assumed if the data follow timm too. If they are unknown, those of the data are returned.
     """
     net = start.source or start.net
-    follows_timm = isinstance(data, EncodedImageData) and cfg.data.get("mean") is None
+    follows_timm = isinstance(data, EncodedImageData) and not sets_mean
     is_known = (
         data_of(net)
         or setting.endswith(".pretrained")

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig
-from torch import nn
 
 from qat import kernels
 from qat.callbacks import LastCheckpoint
@@ -78,13 +77,14 @@ def train(cfg: DictConfig) -> float:
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    build.import_modules(cfg)
+    build.import_modules(cfg.model.imports)
 
     recipe = build.build_recipe(cfg)
     loss = build.build_loss(cfg)
     model_args = build.model_args(cfg)
-    check_options(cfg, recipe, loss)
+    check_options(cfg.trainer, cfg.compile, recipe, loss)
     resume = find_resume(cfg, recipe, model_args)
+    settings = compared(cfg)
     outdated_files = [] if resume else outputs_to_replace(cfg)
     callbacks = fit.build_callbacks(cfg)
     first_step = (resume.step or 0) if resume else 0
@@ -101,6 +101,19 @@ def train(cfg: DictConfig) -> float:
     teacher_digest = None if teacher is None else digest_of(teacher.net.state_dict().values())
     if resume:
         check_teacher(resume, teacher_digest)
+    metadata = describe(
+        start.net,
+        model=cfg.model.name,
+        model_kwargs=model_args,
+        data=build.plain(cfg.data),
+        classes=data.named_classes(),
+    )
+    # To compare a resumed run with this one.
+    metadata["run"] = {
+        "settings": settings,
+        "images": data.fingerprints(),
+        "teacher": teacher_digest,
+    }
     module = QATModule(
         start.net,
         loss,
@@ -109,7 +122,7 @@ def train(cfg: DictConfig) -> float:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=_checkpoint_metadata(cfg, start.net, model_args, data, teacher_digest),
+        describe=metadata,
     )
 
     connect(trainer)
@@ -133,29 +146,6 @@ def train(cfg: DictConfig) -> float:
     }
     _write_results(cfg, recipe, module, data, metrics, outcome)
     return val_top1
-
-
-def _checkpoint_metadata(
-    cfg: DictConfig,
-    net: nn.Module,
-    model_args: dict[str, Any],
-    data: ImageData,
-    teacher_digest: str | None,
-) -> dict[str, Any]:
-    """Metadata of a checkpoint, to rebuild the model and to resume the run."""
-    description = describe(
-        net,
-        model=cfg.model.name,
-        model_kwargs=model_args,
-        data=build.plain(cfg.data),
-        classes=data.named_classes(),
-    )
-    run = {
-        "settings": compared(cfg),
-        "images": data.fingerprints(),
-        "teacher": teacher_digest,
-    }
-    return description | {"run": run}
 
 
 def _begin_run_dir(cfg: DictConfig, outdated_files: Iterable[Path]) -> None:
@@ -211,7 +201,7 @@ def _start(
 ) -> Start:
     """The quantized model on its device, new or from the checkpoint of a resumed run."""
     if resume:
-        check_data(cfg, resume, data)
+        check_data(resume, data, allow_changed_data=cfg.allow_changed_data)
         note = f"step {resume.step} of this run ({resume.path.name})"
         start = Start(build_from(resume).train(), [note])
     else:

@@ -198,14 +198,6 @@ LINES = [
         "run_dir=file/run",
         "run_dir='file/run': must be a folder that is or can be made (Not a directory)",
     ),
-    (
-        "callbacks.finite.policy=skip",
-        f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}",
-    ),
-    (
-        "+experiment=ofq_deit_s_w2a2",
-        "experiment=ofq_deit_s_w2a2: was removed; use: experiment=ofq_w2a2 model=deit_t (w3a3, w4a4; with _cga)",
-    ),
 ]
 
 
@@ -241,11 +233,6 @@ def test_an_argument_that_is_right_needs_no_correction():
         "model.args.depth=4",
     ]
     assert corrections.correction(given) is None
-
-
-def test_what_has_gone_is_not_there():
-    assert settings.removed("search=adam_all") == "search=evolution"
-    assert settings.removed("search=evolution") is None
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):

@@ -12,7 +12,8 @@ from qat.data import Cifar10, Digits
 from qat.model.checkpoint import read_checkpoint
 from qat.model.metadata import META_KEY
 from qat.tasks import build
-from qat.tasks.evaluate import build_subject, settle_data
+from qat.tasks.stored_data import choose_data
+from qat.tasks.subject import build_subject
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 from tests.data.files import write_image
 from tests.tiny import quantized, vit
@@ -175,7 +176,7 @@ def test_the_workers_of_a_file_are_not_started(tmp_path, float_run, command, typ
     data = read_checkpoint(last(float_run)).meta["data"]
     file = edited(last(float_run), tmp_path / "a.ckpt", data | {"num_workers": 200})
     cfg = compose(command, f"ckpt={file}", f"run_dir={tmp_path}/run", *typed)
-    settle_data(cfg, read_checkpoint(file))
+    choose_data(cfg, read_checkpoint(file))
     assert cfg.data.num_workers == workers
     assert build.build_data(cfg).sample("test").num_workers == (workers or 0)
 
@@ -310,5 +311,5 @@ def test_photos_are_treated_as_the_checkpoint_s_model_wants(float_run, tmp_path)
     checkpoint = read_checkpoint(float_run / "checkpoints" / "best.ckpt")
     cfg = compose("eval", "data=imagenet", f"data.root={tmp_path}", f"run_dir={tmp_path}/eval")
     assert cfg.data.model is None
-    settle_data(cfg, checkpoint)
+    choose_data(cfg, checkpoint)
     assert cfg.data.model == "vit_tiny_patch16_224"

@@ -9,7 +9,7 @@ import torch
 
 import qat
 from qat.data import Cifar10, FashionMnist, ImageNet
-from qat.tasks.predict import class_names
+from qat.tasks.subject import class_names
 from qat.utils.text import printable
 from tests.commands import typed
 from tests.conftest import compose, results, train

@@ -9,7 +9,7 @@ import torch
 import qat
 from qat.data import Digits
 from qat.tasks import build
-from qat.tasks.ptq import build_ptq_recipe
+from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
 from tests.conftest import TINY, compose, evaluate, results, tiny, train
 from tests.tasks.test_evaluate import DIGITS, counted, last

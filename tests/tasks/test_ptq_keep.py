@@ -10,8 +10,9 @@ import torch
 
 import qat
 from qat.ptq.search import SearchSettings
-from qat.tasks.evaluate import build_subject
-from qat.tasks.ptq import calibration_batches, ptq
+from qat.tasks.ptq import ptq
+from qat.tasks.ptq_start import calibration_batches
+from qat.tasks.subject import build_subject
 from tests.conftest import compose, evaluate, results, train
 from tests.ptq.searching import whole_fitness
 from tests.tasks.test_evaluate import last
@@ -88,7 +89,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
         f"teacher.ckpt={last(float_run)}",
         f"run_dir={tmp_path}",
     )
-    batches = calibration_batches(cfg, build_subject(cfg).data)
+    batches = calibration_batches(build_subject(cfg).data, cfg.ptq.batch)
     ptq(cfg)
     teacher = qat.load(last(float_run)).eval()
     with torch.no_grad():

@@ -5,7 +5,8 @@ import torch
 
 import qat
 from qat.tasks.export import NAMES, export
-from qat.tasks.ptq import _settings_to_resume, ptq
+from qat.tasks.ptq import ptq
+from qat.tasks.ptq_start import _settings_to_resume
 from qat.utils.files import write_torch
 from tests.conftest import compose, evaluate, results
 from tests.tasks.test_evaluate import last

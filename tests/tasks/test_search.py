@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qat.ptq.search import SearchSettings
-from qat.tasks.ptq import build_ptq_recipe, build_search
+from qat.tasks.ptq_start import build_ptq_recipe, build_search
 from tests.conftest import compose
 from tests.tasks.test_ptq import MODEL, SMALL
 from tests.test_configs import choices

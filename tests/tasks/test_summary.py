@@ -184,7 +184,8 @@ def test_quantized_training_from_random_weights_is_warned_of(
     cfg = compose("train", "run_dir=a", *overrides)
     weights = build.from_scratch(cfg.model.name, build.model_args(cfg)).net.state_dict()
     save_file(weights, "float.safetensors")
-    summary.warn_of_random_weights(cfg, build.build_start(cfg))
+    is_dry_run = bool(cfg.trainer.fast_dev_run)
+    summary.warn_of_random_weights(build.build_start(cfg), is_dry_run=is_dry_run)
     assert ("train with quant=fp first" in caplog.text) == warns
 
 

@@ -1,0 +1,231 @@
+"""Settings, start and calibration images of `ptq.py`, checked before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.launch import run_dir as outputs
+from qat.launch.run_dir import CONFIG, UsedError
+from qat.model.convert import conversion_of
+from qat.model.frozen import is_frozen
+from qat.model.ptq_spec import PtqRecipe
+from qat.model.scales import assert_ready
+from qat.model.start import Start
+from qat.ptq.reconstruct import ReconstructSettings
+from qat.ptq.search import SearchSettings
+from qat.ptq.state import read_state
+from qat.tasks import build, summary
+from qat.tasks.resume import compare_settings, compared
+from qat.tasks.subject import EvaluatedNet, origin
+from qat.tasks.teacher import fit_teacher, net_of_file
+
+KEEP = "keep"
+STATES = ("search.ckpt", "reconstruct.ckpt")
+
+
+def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
+    """The recipe of `cfg.ptq`; None with `ptq=keep`, where a model keeps its quantizers.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot work.
+    """
+    knobs = build.plain(cfg.ptq)
+    for name in ("batch", "reconstruct"):
+        knobs.pop(name, None)
+    if cfg.ptq.get("name") != KEEP:
+        return build.settings_of(PtqRecipe, "ptq", knobs)
+    for key in knobs:
+        if key != "name":
+            raise UsageError(
+                f"ptq.{key}: ptq=keep leaves the model unchanged and takes only ptq.batch"
+            )
+    return None
+
+
+def build_search(cfg: DictConfig) -> SearchSettings | None:
+    """The settings of `cfg.search`; None without a search.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot work.
+    """
+    settings = build.plain(cfg.search)
+    return build.settings_of(SearchSettings, "search", settings) if settings else None
+
+
+def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
+    """The settings of `cfg.ptq.reconstruct`, or their defaults.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot work.
+    """
+    settings = build.plain(cfg.ptq).get("reconstruct") or {}
+    return build.settings_of(ReconstructSettings, "ptq.reconstruct", settings)
+
+
+def check_run_dir(cfg: DictConfig) -> None:
+    """Check that the run directory can be resumed or used.
+
+    Raises:
+        UsageError: there is nothing to resume with `resume=true`, or the directory is another
+            run's.
+    """
+    run_dir = Path(cfg.run_dir)
+    if cfg.resume is True and _state_file(run_dir) is None:
+        raise UsageError(
+            f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; "
+            "use resume=auto to start a new run in that case"
+        )
+    if cfg.overwrite:
+        return
+    if cfg.resume:
+        outputs.check_own(run_dir, cfg.command, origin(cfg))
+        return
+    used_files = outputs.used_files(run_dir)
+    if used_files:
+        checkpoints = [path for path in used_files if path.suffix == ".ckpt"]
+        file = checkpoints[-1] if checkpoints else used_files[0]
+        raise UsedError(
+            f"run_dir={str(run_dir)!r} holds {file.relative_to(run_dir)} already; "
+            "choose another run_dir or set overwrite=true"
+        )
+
+
+def _state_file(run_dir: Path) -> Path | None:
+    """The state that was written last, if any."""
+    state_files = [run_dir / name for name in STATES if (run_dir / name).is_file()]
+    return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _settings_to_resume(state_file: Path) -> dict[str, Any]:
+    """Settings of the run that wrote a state; those of older versions are in `config.yaml`.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    run = read_state(state_file)["run"]
+    if isinstance(run, dict):
+        return run
+    path = state_file.with_name(CONFIG)
+    try:
+        return dict(build.plain(OmegaConf.load(path)))
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(
+            f"resume: {path} cannot be read; resume=false overwrite=true starts over"
+        ) from error
+
+
+def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
+    """Check that the recipe can start from a model, and that a resumed run has its method.
+
+    A recipe starts from a float model, `ptq=keep` from a quantized one.
+
+    Raises:
+        UsageError: it cannot, there is nothing to do or no target, or the run to resume had
+            another method.
+    """
+    state_file = _state_file(Path(cfg.run_dir))
+    if cfg.resume and state_file is not None:
+        reason = (
+            "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
+        )
+        compare_settings(_settings_to_resume(state_file), compared(cfg), ("ptq.",), reason)
+    file = f"ckpt={str(cfg.ckpt)!r}"
+    teacher_file = cfg.teacher.ckpt
+    if cfg.ptq.get("name") == KEEP:
+        _check_kept(file, teacher_file, subject, searches=searches)
+        return
+    if conversion_of(subject.net) is not None:
+        raise UsageError(
+            f"{file}: is quantized already ({_recipe_name(subject)}); must be a float model; "
+            "ptq=keep search=evolution takes a quantized one"
+        )
+    if teacher_file is not None:
+        raise UsageError(
+            f"teacher.ckpt={teacher_file!r}: only with ptq=keep; "
+            "otherwise the targets are the logits of the float model itself"
+        )
+
+
+def _check_kept(
+    file: str, teacher_file: str | None, subject: EvaluatedNet, *, searches: bool
+) -> None:
+    """Check that a search can follow with `ptq=keep`."""
+    if is_frozen(subject.net):
+        raise UsageError(
+            f"{file}: holds only integer codes; must be the checkpoint that it was exported from"
+        )
+    if conversion_of(subject.net) is None:
+        raise UsageError(
+            "ptq=keep: the model is in float; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8"
+        )
+    if not searches:
+        raise UsageError(
+            "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"
+        )
+    recipe = subject.recipe
+    if teacher_file is None and getattr(recipe, "method", None) != "calibrate":
+        how_quantized = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
+        raise UsageError(
+            f"{file}: was {how_quantized} quantized ({_recipe_name(subject)}), "
+            "so it has no float logits to follow; set teacher.ckpt=FILE"
+        )
+    assert_ready(subject.net)
+
+
+def _recipe_name(subject: EvaluatedNet) -> str:
+    return summary.describe_recipe(subject.recipe).partition(":")[0]
+
+
+def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> nn.Module | None:
+    """The float model of `teacher.ckpt`; None if the targets are the model's own logits.
+
+    Args:
+        path: value of `teacher.ckpt`.
+        subject: the model to quantize, and its data.
+        sets_mean: True if the user has set `data.mean`.
+
+    Raises:
+        UsageError: the file cannot be read, or holds a quantized model, or one for other classes
+            or images.
+    """
+    if path is None:
+        return None
+    net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
+    if conversion_of(net) is not None:
+        raise UsageError(
+            f"teacher.ckpt={path!r}: is quantized; must be a float model, "
+            "whose logits are the targets of the search"
+        )
+    fit_teacher(Start(net), subject.data, "teacher.ckpt", path, sets_mean=sets_mean)
+    return net.eval()
+
+
+def calibration_batches(data: ImageData, batch_size: int) -> list[Tensor]:
+    """Training images in batches of `ptq.batch`, without a last batch that is smaller.
+
+    Raises:
+        UsageError: there are too few images for one batch.
+    """
+    num_images = data.settings.calibration_images
+    if num_images < batch_size:
+        raise UsageError(
+            f"data.calibration_images={num_images}: less than one batch; "
+            f"must be an integer of at least ptq.batch={batch_size}"
+        )
+    batches = data.calibration_batches(batch_size)
+    whole_batches = [batch for batch in batches if len(batch) == batch_size]
+    if not whole_batches:
+        count = len(data.split("train"))
+        raise UsageError(
+            f"ptq.batch={batch_size}: the data have {count} training images, "
+            f"which fill no batch of this size; must be at most {count}"
+        )
+    return whole_batches

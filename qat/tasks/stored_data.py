@@ -1,0 +1,112 @@
+"""The data config of an evaluation: the user's, or the one that a checkpoint stores.
+
+Checkpoints may be untrusted: a stored config builds only datasets of qat, downloads nothing, and
+does not read a whole disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qat.data import ImageData
+from qat.data.settings import DataSettings
+from qat.errors import UsageError
+from qat.model.checkpoint import Checkpoint
+from qat.model.storage import build_from
+from qat.model.transform import data_config
+from qat.tasks import build
+from qat.tasks.checks import DATASETS
+
+# Readers of timm that download the dataset of a name (`qat.data.Timm`).
+DOWNLOADED = ("hfds/", "hfids/", "tfds/")
+
+
+def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
+    """Set `cfg.data` to the user's data config, else to the checkpoint's, else to digits.
+
+    A prediction only needs to know how images are prepared: the checkpoint's data may be missing.
+    Images of a model of unknown data are prepared as `qat.transform` says, those of a timm model
+    as ImageNet.
+
+    Raises:
+        UsageError: the checkpoint names a dataset that is not part of qat, or data that cannot be
+            used without the user's consent.
+    """
+    own_settings = {k: v for k, v in build.plain(cfg.data).items() if v is not None}
+    meta: Mapping[str, Any] = {}
+    if checkpoint is not None:
+        meta = checkpoint.meta or {}
+    if "_target_" in own_settings:
+        kind = DATASETS.get(own_settings["_target_"], ImageData)
+        reads_model = "model" in cfg.data and "model" not in kind.UNREAD
+        if meta and reads_model and cfg.data.model is None:
+            # Photos are cropped and normalised as the model expects.
+            cfg.data.model = meta["model"]["name"]
+        return
+    is_prediction = cfg.get("predict") is not None
+    settings = _stored_settings(meta, cfg.ckpt, is_prediction=is_prediction)
+    if "_target_" not in settings:
+        settings = build.plain(cfg.default_photos if is_prediction else cfg.default_data)
+        if is_prediction and checkpoint is not None and meta:
+            settings |= {"_target_": "qat.data.ImageFolder", **data_config(build_from(checkpoint))}
+    if is_prediction:
+        settings["root"] = None
+    elif settings.get("root") is not None and "root" not in own_settings:
+        _check_stored_root(cfg.ckpt, str(settings["root"]))
+    # The number of workers depends on this machine, not on the one that wrote the file.
+    settings["num_workers"] = None
+    with open_dict(cfg):
+        cfg.data = OmegaConf.create({**settings, **own_settings})
+
+
+def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool) -> dict[str, Any]:
+    """The data config in a checkpoint's metadata, after checks; empty if it has none.
+
+    A dataset that a file names could run code: only those of qat are built, from plain values.
+    Those that would be downloaded must be set by the user; predictions need none of their images.
+
+    Raises:
+        UsageError: another dataset, a download, or a name or an interpolation among the values.
+    """
+    settings = dict(meta.get("data") or {})
+    target = settings.get("_target_")
+    values = repr([value for key, value in settings.items() if key != "_target_"])
+    is_unknown = "_target_" in settings and target not in DATASETS
+    if is_unknown or "_target_" in values or "${" in values:
+        raise UsageError(
+            f"ckpt={ckpt!r} was trained on {target!r}, which is not part of qat; "
+            "choose it with data=..."
+        )
+    if target in DATASETS:
+        # Files of older versions may have settings that the dataset ignored.
+        unread = DATASETS[target].UNREAD
+        settings = {key: value for key, value in settings.items() if key not in unread}
+    name = str(settings.get("name"))
+    is_downloaded = settings.get("download") or name.lower().startswith(DOWNLOADED)
+    if target != "qat.data.Timm" or not is_downloaded:
+        return settings
+    if not is_prediction:
+        raise UsageError(
+            f"ckpt={ckpt!r} was trained on {name!r}, which may be downloaded; "
+            f"choose it with data=timm data.name={name}"
+        )
+    shared_names = {field.name for field in dataclasses.fields(DataSettings)}
+    shared = {key: value for key, value in settings.items() if key in shared_names}
+    return {"_target_": "qat.data.ImageFolder", **shared}
+
+
+def _check_stored_root(ckpt: str, root: str) -> None:
+    """Raise `UsageError` on a folder above the home directory: to read it would take hours."""
+    home = Path(os.path.expanduser("~")).resolve()
+    folder = Path(root).resolve()
+    if folder in {Path(folder.anchor), *home.parents}:
+        raise UsageError(
+            f"ckpt={ckpt!r}: names data.root={root!r}; must be the folder of a dataset; "
+            "set data.root=FOLDER"
+        )

@@ -1,0 +1,154 @@
+"""The model that a command evaluates, with its data and the names of its classes.
+
+Evaluation, post-training quantization, analysis and export start from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from torch import nn
+
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.model.checkpoint import Checkpoint, read_checkpoint
+from qat.model.convert import conversion_of
+from qat.model.metadata import classes_of
+from qat.model.scales import check_finite
+from qat.model.storage import build_from
+from qat.spec import QuantRecipe, recipe
+from qat.tasks import build, summary
+from qat.tasks.checks import check_classes, check_classifier, check_patches
+from qat.tasks.stored_data import choose_data
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluatedNet:
+    """A model and what it is evaluated on, built and checked.
+
+    Attributes:
+        net: the model.
+        name: its timm name.
+        recipe: how it is quantized.
+        data: how its images are prepared; images are only read for an accuracy.
+        classes: names of its classes, or their ids as text.
+        assumed: settings of its images that are not stated, see `summary.assumed_settings`.
+    """
+
+    net: nn.Module
+    name: str
+    recipe: QuantRecipe
+    data: ImageData
+    classes: list[str]
+    assumed: Sequence[str] = ()
+
+
+def build_subject(cfg: DictConfig) -> EvaluatedNet:
+    """The model of `ckpt` or `model`, its data and their classes.
+
+    Sets `cfg.data` to the config of these data.
+
+    Raises:
+        UsageError: a setting or file cannot work, or they do not fit.
+    """
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
+    own_data = build.plain(cfg.data)
+    choose_data(cfg, checkpoint)
+    data = build.build_data(cfg)
+    data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
+    net, name = _load_net(cfg, checkpoint, data)
+    check_finite(net, f"ckpt={origin(cfg)!r}")
+    _check_fit(net, data)
+    if cfg.get("predict") is None:
+        check_classes(net, data, f"ckpt={origin(cfg)!r}")
+    conversion = conversion_of(net)
+    return EvaluatedNet(
+        net,
+        name,
+        recipe("fp") if conversion is None else conversion.recipe,
+        data,
+        class_names(classes_of(net), data),
+        summary.assumed_settings(cfg, own_data, net, data),
+    )
+
+
+def origin(cfg: DictConfig) -> str:
+    """The source of the weights: a path, or a word."""
+    pretrained = "timm's pretrained" if cfg.model.pretrained else "random"
+    return str(cfg.ckpt or cfg.model.weights or pretrained)
+
+
+def class_names(stored: object, data: ImageData) -> list[str]:
+    """Names of the classes of the data, or their ids as text.
+
+    Args:
+        stored: names that are stored with the model, if any; used first.
+        data: the data, which may know names.
+    """
+    num_classes = data.settings.num_classes
+    for names in (stored, data.named_classes()):
+        if isinstance(names, list) and len(names) == num_classes:
+            return [str(name) for name in names]
+    return [str(number) for number in range(num_classes)]
+
+
+def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
+    """True if a checkpoint was trained on the folder of the data, so on some of its images."""
+    meta = checkpoint.meta if checkpoint is not None else None
+    stored_root = ((meta or {}).get("data") or {}).get("root")
+    root = data.settings.root
+    if not stored_root or not root:
+        return False
+    return os.path.realpath(str(stored_root)) == os.path.realpath(str(root))
+
+
+def _load_net(
+    cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageData
+) -> tuple[nn.Module, str]:
+    """The model and its timm name."""
+    name = cfg.model.name
+    if checkpoint is None:
+        if name is None:
+            raise UsageError(
+                "ckpt is not set: must be a checkpoint; "
+                "or set model=NAME with model.pretrained=true or model.weights=FILE"
+            )
+        return build.build_start(cfg, keep_head=True).net.eval(), name
+    if checkpoint.meta is not None:
+        stored_name = checkpoint.meta["model"]["name"]
+        if name not in {None, stored_name}:
+            raise UsageError(
+                f"model.name={name!r}: ckpt={cfg.ckpt!r} holds {stored_name}; leave model out"
+            )
+        return build_from(checkpoint, data.input_size[1:]), stored_name
+    ofq_net = build.authors_net(cfg, checkpoint)
+    if ofq_net is not None:
+        log.info("%s", ofq_net.note)
+        return ofq_net.net, ofq_net.model
+    if name is None:
+        raise UsageError(f"ckpt={cfg.ckpt!r} does not say which model it holds; set model=NAME")
+    return build.build_start(cfg, keep_head=True).net.eval(), name
+
+
+def _check_fit(net: nn.Module, data: ImageData) -> None:
+    """Check that a model has the classes and the image size of the data."""
+    settings = data.settings
+    num_classes = getattr(net, "num_classes", settings.num_classes)
+    if num_classes != settings.num_classes:
+        raise UsageError(
+            f"data.num_classes={settings.num_classes}: the model has {num_classes} classes"
+        )
+    conversion = conversion_of(net)
+    if conversion is not None and conversion.input_size != data.input_size:
+        raise UsageError(
+            f"data.image_size={settings.image_size}: the model is quantized for images of "
+            f"{conversion.input_size}, got {data.input_size}"
+        )
+    check_patches(net, data)
+    check_classifier(net, data)
