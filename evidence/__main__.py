@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evidence import page
-from evidence.run import ROOT, Arms, run_all, run_one
+from evidence.claims.run import ROOT, Arms, run_all, run_one
+from evidence.pages import page
 from qat.errors import UsageError
 
 log = logging.getLogger("qat.evidence")

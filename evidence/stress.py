@@ -1,6 +1,6 @@
 """Kill commands with SIGKILL at moments drawn with a seed, run them again, and compare all files with those of runs that were not killed.
 
-Run by `make stress`; log `docs/logs/stress.log`. Augmentation, repeated augmentation, mixup, cutmix, dropout, drop path and averaged
+Run by `make stress`; log `evidence/logs/stress.log`. Augmentation, repeated augmentation, mixup, cutmix, dropout, drop path and averaged
 weights are on in training. A moment is after one of some calls (`CALLS`); of `torch.save` half a file is on the disk then.
 Compared are all tensors and numbers of checkpoints, the rows of tables, `results.json`, and which files there are; what is measured (times,
 throughput) is left out. Each run is a fork of this process, which has imported everything. Exit code 1 if anything differs.

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import qat
-from evidence.run import ROOT, Arms, command_line
+from evidence.claims.run import ROOT, Arms, command_line
 from qat.model.pretrained import save_pretrained
 from qat.utils.files import write_text
 

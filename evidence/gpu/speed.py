@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from evidence.gpu.rows import LATE, Row, Worker, answer, append, end_all, read
-from evidence.steps import ARMS, FLOAT, TINY, build, teacher_of, training_step
-from evidence.timing import table
+from evidence.speed.steps import ARMS, FLOAT, TINY, build, teacher_of, training_step
+from evidence.speed.timing import table
 from qat import kernels
 from qat.lit.compiled import compile_in_place
 

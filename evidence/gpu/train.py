@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import qat
 from evidence.gpu.rows import Row, Worker, answer, append, end_all, read
-from evidence.timing import table
+from evidence.speed.timing import table
 from qat.lit.compiled import compile_in_place
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher

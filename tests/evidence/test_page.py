@@ -6,10 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from evidence import drawing, page
-from evidence.claims import Expectation
-from evidence.records import read_records
-from evidence.run import Arms
+from evidence.claims.claim import Expectation
+from evidence.claims.records import read_records
+from evidence.claims.run import Arms
+from evidence.pages import drawing, page
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
 from tests.evidence import made

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import qat
-from evidence.records import add_record, read_records
-from evidence.run import ROOT, Arms, command_line, preset, run_all, run_one
+from evidence.claims.records import add_record, read_records
+from evidence.claims.run import ROOT, Arms, command_line, preset, run_all, run_one
 from qat.errors import UsageError
 from tests.commands import typed
 from tests.conftest import compose
@@ -138,7 +138,7 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
         return None
 
     original = subprocess.run
-    monkeypatch.setattr("evidence.run.subprocess.run", in_this_process)
+    monkeypatch.setattr("evidence.claims.run.subprocess.run", in_this_process)
     tiny = [
         "data=digits",
         "model.args.depth=1",

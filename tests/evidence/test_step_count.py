@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evidence.step_count import ROWS, Count, Counting, counted, cuda_branches, kept
-from evidence.steps import TINY, build
+from evidence.speed.step_count import ROWS, Count, Counting, counted, cuda_branches, kept
+from evidence.speed.steps import TINY, build
 from qat.kernels import CodeRange
 from qat.kernels.rows import PLAIN
 from tests.kernels import calls

@@ -10,7 +10,7 @@ import qat
 from qat.model.report import float_products
 from tests.nets import FAMILIES, Family
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 INTRO = """# Models
 
 What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its

@@ -17,7 +17,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from evidence.peer_nets import PEERS, quantized
+from evidence.peers.nets import PEERS, quantized
 from qat import kernels
 from qat.lit import QATModule
 from qat.lit.loggers import closing

@@ -1,6 +1,6 @@
 """What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time.
 
-`python -m evidence.drawing FILE.svg ...` gives figures of matplotlib the style for dark pages that these have.
+`python -m evidence.pages.drawing FILE.svg ...` gives figures of matplotlib the style for dark pages that these have.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evidence.claims import Claim, Figure
-from evidence.intervals import interval
+from evidence.claims.claim import Claim, Figure
+from evidence.claims.intervals import interval
 from qat.utils.files import write_text
 
 if TYPE_CHECKING:  # the heavy libraries are for pictures alone
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-    from evidence.page import Evidence
+    from evidence.pages.page import Evidence
 
 MARKERS, DASHES, LEVELS = "osD^vP*X", ("--", ":", "-."), 12
 # Places of a curve up to which each is worth a mark.

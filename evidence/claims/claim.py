@@ -155,7 +155,7 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     Raises:
         UsageError: one line that names the file and what is wrong with it.
     """
-    return {claim.id: claim for claim in map(load_claim, sorted(folder.glob("*.yaml")))}
+    return {claim.id: claim for claim in map(load_claim, sorted(folder.glob("[!_]*.yaml")))}
 
 
 def load_claim(path: Path) -> Claim:

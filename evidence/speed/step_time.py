@@ -24,8 +24,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
-from evidence.steps import ARMS, FLOAT, MIB, Arm, build, saved_bytes, teacher_of, training_step
-from evidence.timing import environment, ratio, table, take_turns
+from evidence.speed.steps import (
+    ARMS,
+    FLOAT,
+    MIB,
+    Arm,
+    build,
+    saved_bytes,
+    teacher_of,
+    training_step,
+)
+from evidence.speed.timing import environment, ratio, table, take_turns
 
 COMPILED_FLOAT = "compiled float"
 # Attention alone keeps something that could be computed again.

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence import drawing
-from evidence.claims import Arm, Claim, Expectation, Table, load_claim, load_claims
-from evidence.intervals import interval
-from evidence.records import Record, read_records
-from evidence.timing import table as markdown
+from evidence.claims.claim import Arm, Claim, Expectation, Table, load_claim, load_claims
+from evidence.claims.intervals import interval
+from evidence.claims.records import Record, read_records
+from evidence.pages import drawing
+from evidence.speed.timing import table as markdown
 from qat.errors import UsageError
 from qat.utils.files import write_text
 
-CLAIMS, RECORDS, OVERVIEW = "evidence/claims", "evidence/records", "evidence/accuracy.yaml"
+CLAIMS, RECORDS, OVERVIEW = "evidence/claims", "evidence/records", "evidence/pages/accuracy.yaml"
 PAGES, PAGE, FIGURES, README = "evidence/pages", "docs/accuracy.md", "docs/figures", "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MAKE = "python -m evidence page"
@@ -291,7 +291,7 @@ def pages(evidence: Evidence) -> dict[str, str]:
 
 
 def overview(evidence: Evidence, claim: Claim) -> str:
-    """`docs/accuracy.md`: the text of `evidence/accuracy.yaml` with its numbers and the verdicts of all claims."""
+    """`docs/accuracy.md`: the text of `evidence/pages/accuracy.yaml` with its numbers and the verdicts of all claims."""
     judged = [
         one for one in evidence.claims.values() if one.expect and find(one, evidence)[0].differences
     ]

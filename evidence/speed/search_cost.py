@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from evidence.timing import environment, timed
+from evidence.speed.timing import environment, timed
 from qat.functional.infonce import info_nce
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate

@@ -20,9 +20,9 @@ import torch
 import yaml
 
 import qat
-from evidence.claims import Arm, load_claims
-from evidence.records import Record, add_record, read_records
-from evidence.timing import machine
+from evidence.claims.claim import Arm, load_claims
+from evidence.claims.records import Record, add_record, read_records
+from evidence.speed.timing import machine
 from qat.errors import UsageError
 from qat.functional import kurtoses
 from qat.losses.weights import latent_weights
@@ -30,7 +30,7 @@ from qat.utils.files import csv_rows
 
 log = logging.getLogger("qat.evidence")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PEERS_PYTHON = "outputs/peers/bin/python"
 FIGURES = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 SEARCH = ("fitness_before", "fitness")
@@ -174,7 +174,7 @@ def _seed_of(arm: Arm, seed: int) -> int:
 def preset(names: Sequence[str]) -> list[str]:
     """Settings of presets, one after the other."""
     presets: dict[str, list[str]] = yaml.safe_load(
-        (ROOT / "evidence" / "presets.yaml").read_text(encoding="utf-8")
+        (ROOT / "evidence" / "claims" / "_presets.yaml").read_text(encoding="utf-8")
     )
     return [setting for name in names for setting in presets[name]]
 

@@ -1,4 +1,7 @@
-"""The figure of docs/deployment.md: time and bytes of exported files as shares of float's, from docs/logs/latency.log; `make latency`."""
+"""Figure of docs/deployment.md: latency and bytes of exported files, relative to float.
+
+From evidence/logs/latency.log, by `make latency`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import matplotlib as mpl
 
 from qat.analysis.analysis import GREY, PALETTE, panels
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+LOG = ROOT / "evidence" / "logs" / "latency.log"
+DOCS = ROOT / "docs"
 TITLES = {
     "deit_tiny_patch16_224": "DeiT-T",
     "deit_small_patch16_224": "DeiT-S",
@@ -23,7 +28,7 @@ Tables = dict[str, dict[str, dict[str, str]]]
 
 
 def read(log: str) -> Tables:
-    """Read the tables that `evidence/latency.py` prints."""
+    """Read the tables that `evidence/speed/latency.py` prints."""
     tables: Tables = {}
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -90,6 +95,6 @@ def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
 
 if __name__ == "__main__":
     draw(
-        read((DOCS / "logs" / "latency.log").read_text(encoding="utf-8")),
+        read(LOG.read_text(encoding="utf-8")),
         DOCS / "figures" / "latency.svg",
     )

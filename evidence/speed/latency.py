@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import qat
-from evidence.timing import machine, table
+from evidence.speed.timing import machine, table
 from qat.export.onnx_file import OnnxSettings, export_float, to_onnx
 from qat.export.pte import to_pte
 from qat.export.runtimes import (

@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evidence.steps import ARMS, FLOAT, TINY, Arm, build, training_step
-from evidence.timing import environment, ratio, table, take_turns
+from evidence.speed.steps import ARMS, FLOAT, TINY, Arm, build, training_step
+from evidence.speed.timing import environment, ratio, table, take_turns
 from qat.kernels import attention, gpu, operators, tiles
 from qat.kernels.fused import heads, weight
 from qat.kernels.rows import PLAIN
