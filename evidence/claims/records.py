@@ -1,4 +1,4 @@
-"""The outcome of every run: a line of JSON in `evidence/records/CLAIM.jsonl`."""
+"""Records of runs: a line of JSON each, in `evidence/records/CLAIM.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from filelock import FileLock
 from qat.errors import UsageError
 from qat.utils.files import json_text, write_text
 
-# Of fewer epochs a sixth would be one.
+# Epochs for `val_end`: a sixth of fewer would be a single epoch.
 SHORTEST = 12
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run. A metric or a height in a map that is not finite is None, and counts as not measured.
+    """A run. A value that is not finite is None, and counts as not measured.
 
     Attributes:
         claim: id of the claim.
-        arm: name in its file.
-        seed: of the run.
-        command: the one that trains or quantizes.
-        further_commands: those after it, by name.
-        starts: arms whose kept weights it began from or was taught by, with their digests.
+        arm: name of the arm in the claim's file.
+        seed: seed of the run.
+        command: the command that trains or quantizes.
+        further_commands: the commands after it, by name.
+        starts: arms whose stored weights were its start or its teacher, with their digests.
         metrics: name to value, as measured.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
-        wall_seconds: None where no clock ran.
+        wall_seconds: duration; None if it was not measured.
         machine: processor, cores, threads.
-        device: where the tensors were.
-        versions: of libraries; None where one is not installed.
-        git_commit: of this repository, None outside of one.
-        date: of the run, year-month-day.
+        device: device of the tensors.
+        versions: versions of libraries; None for a library that is not installed.
+        git_commit: commit of this repository; None outside a repository.
+        date: day of the run, year-month-day.
     """
 
     claim: str
@@ -64,32 +64,33 @@ class Record:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """The metrics, and `val_end`: the mean of validation top-1 over the last sixth of at least twelve epochs.
+        """The metrics, and `val_end`: mean validation top-1 of the last sixth of 12 or more epochs.
 
-        At two bits it moves by half a point from one epoch to the next, and `val_top1` is that of the best.
+        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is that of the
+        best epoch.
         """
-        epochs = [height for _, height in self.curves.get("val_top1", [])]
-        last = [height for height in epochs[-(len(epochs) // 6) :] if height is not None]
-        return {
-            **self.metrics,
-            **({"val_end": statistics.mean(last)} if len(epochs) >= SHORTEST and last else {}),
-        }
+        epochs = [top1 for _, top1 in self.curves.get("val_top1", [])]
+        last = [top1 for top1 in epochs[-(len(epochs) // 6) :] if top1 is not None]
+        values = dict(self.metrics)
+        if len(epochs) >= SHORTEST and last:
+            values["val_end"] = statistics.mean(last)
+        return values
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records in a folder, ordered by claim, arm and seed; none where there is no folder.
+    """All records in a folder, ordered by claim, arm and seed; empty if there is no folder.
 
     Raises:
-        UsageError: a line is no record.
+        UsageError: a line is not a record.
     """
-    found = []
+    records = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                found.append(Record(**json.loads(line)))
+                records.append(Record(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise UsageError(f"{path}, line {number}: must be a record ({error})") from error
-    return sorted(found, key=_key)
+    return sorted(records, key=_key)
 
 
 def _key(record: Record) -> tuple[str, str, int]:
@@ -97,17 +98,16 @@ def _key(record: Record) -> tuple[str, str, int]:
 
 
 def add_record(folder: Path, record: Record) -> None:
-    """Put a record into its claim's file, in place of one of the same arm and seed."""
+    """Write a record to its claim's file; it replaces a record of the same arm and seed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.claim}.jsonl"
     with FileLock(f"{path}.lock"):
-        kept = [
-            one
-            for one in read_records(folder)
-            if one.claim == record.claim and _key(one) != _key(record)
-        ]
-        plain = [
-            json.loads(json_text(dataclasses.asdict(one)))
-            for one in sorted([*kept, record], key=_key)
-        ]  # null for NaN
-        write_text(path, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in plain))
+        records = [record]
+        for other in read_records(folder):
+            if other.claim == record.claim and _key(other) != _key(record):
+                records.append(other)
+        lines = []
+        for entry in sorted(records, key=_key):
+            plain = json.loads(json_text(dataclasses.asdict(entry)))  # null for NaN
+            lines.append(f"{json.dumps(plain, ensure_ascii=False)}\n")
+        write_text(path, "".join(lines))

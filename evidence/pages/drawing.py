@@ -1,6 +1,7 @@
-"""What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time.
+"""Figures of claims: points gathered from records, drawn as SVG with reproducible bytes.
 
-`python -m evidence.pages.drawing FILE.svg ...` gives figures of matplotlib the style for dark pages that these have.
+`python -m evidence.pages.drawing FILE.svg ...` adds the style for dark pages to figures of
+matplotlib.
 """
 
 from __future__ import annotations
@@ -19,19 +20,26 @@ from evidence.claims.claim import Claim, Figure
 from evidence.claims.intervals import interval
 from qat.utils.files import write_text
 
-if TYPE_CHECKING:  # the heavy libraries are for pictures alone
+if TYPE_CHECKING:  # only drawing needs the heavy libraries
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-    from evidence.pages.page import Evidence
+    from evidence.claims.records import Record
+    from evidence.pages.evidence import Evidence
 
-MARKERS, DASHES, LEVELS = "osD^vP*X", ("--", ":", "-."), 12
-# Places of a curve up to which each is worth a mark.
-FEW = 13
+MARKERS = "osD^vP*X"
+DASHES = ("--", ":", "-.")
+LEVELS = 12
+# Curves with at most this many points have markers and intervals.
+FEW_POINTS = 13
+# Seeds from which on an interval is drawn.
+_SEEDS = 3
 _PANEL_INCHES = 3.3
-# How many letters of the size of labels go into the width of a figure, and into the title of a panel.
-_LETTERS, _TITLE_LETTERS = 92, 34
-# Colours on dark pages: a light one and what it becomes there. What has no colour of its own, such as text, is black in an SVG.
+# Letters that fit into the width of a figure, in the size of labels, and into a panel's title.
+_LETTERS = 92
+_TITLE_LETTERS = 34
+# Colours of light pages and their replacements on dark ones. Elements without a colour of their
+# own, such as text, are black in an SVG.
 _DARK = {
     "#000000": "#dde3ea",
     "#e6e6e6": "#3a4048",
@@ -58,7 +66,13 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A metric of one arm: the values of its seeds; `name` is written beside it."""
+    """A metric of an arm.
+
+    Attributes:
+        x: position on the horizontal axis.
+        values: one for each seed.
+        name: label next to the point.
+    """
 
     x: Any
     values: tuple[float, ...]
@@ -66,115 +80,128 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.mean(self.values)
 
     @property
     def around(self) -> float:
-        """Half of the 95 % interval; nothing below three seeds."""
-        ends = interval(self.values) if len(self.values) > 2 else None  # noqa: PLR2004
+        """Half of the 95 % interval; 0 below three seeds."""
+        if len(self.values) < _SEEDS:
+            return 0.0
+        ends = interval(self.values)
         return (ends[1] - ends[0]) / 2 if ends else 0.0
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What there is to draw, by name: `Point`s, of a map its record; names without any run are left out."""
+    """Content of a figure, by name: lists of `Point`s, or the record of a map.
+
+    Names without runs are left out.
+    """
 
     series: Mapping[str, Any]
     reference: Mapping[str, Point]
 
 
 def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
-    """From the records."""
+    """Collect the content of a figure from records."""
     series: dict[str, Any] = {}
-    unit = 60.0 if figure.along.endswith("seconds") else 1.0  # minutes
-    for name, shown in figure.series.items():
-        found: Any = []
-        if (
-            figure.kind == "map"
-        ):  # of the first seed that has it: the mean of maps would be smoother than each
-            found = next(
-                (
-                    record
-                    for record in evidence.records(claim, shown)
-                    if figure.curve in record.maps
-                ),
-                None,
-            )
+    for name, source in figure.series.items():
+        content: Any
+        if figure.kind == "map":
+            content = _first_map(evidence.records(claim, source), figure.curve)
         elif figure.kind == "curves":
-            curves = [
-                record.curves.get(figure.curve, []) for record in evidence.records(claim, shown)
-            ]
-            seeds = [
-                seed
-                for points in curves
-                if (seed := {float(x): float(y) for x, y in points if None not in {x, y}})
-            ]
-            places = sorted(set(seeds[0]).intersection(*seeds[1:])) if seeds else ()
-            found = [Point(x, tuple(seed[x] for seed in seeds)) for x in places]
+            content = _curve(evidence.records(claim, source), figure.curve)
         else:
-            for x, arm in shown.items():
-                values, costs = (
-                    tuple(evidence.values(claim, arm, metric).values())
-                    for metric in (figure.metric, figure.along)
-                )
-                if values and (costs or not figure.along):
-                    found.append(
-                        Point(statistics.mean(costs) / unit, values, x)
-                        if costs
-                        else Point(x, values)
-                    )
-        if found:
-            series[name] = found
-    across = {
-        name: tuple(evidence.values(claim, arm, figure.metric).values())
-        for name, arm in figure.reference.items()
-    }
-    return Gathered(
-        series, {name: Point(None, values) for name, values in across.items() if values}
-    )
+            content = _points(claim, figure, source, evidence)
+        if content:
+            series[name] = content
+    reference = {}
+    for name, arm in figure.reference.items():
+        values = evidence.values(claim, arm, figure.metric)
+        if values:
+            reference[name] = Point(None, tuple(values.values()))
+    return Gathered(series, reference)
 
 
-def alt(figure: Figure, found: Gathered) -> str:
-    """What a figure shows, for those who do not see it."""
-    over = " over ".join(
-        text for text in (figure.y or figure.curve or figure.metric, figure.x) if text
-    )
-    return " ".join(
-        f"{over}: {', '.join([*found.series, *found.reference])}"
-        .replace("[", "(")
-        .replace("]", ")")
-        .split()
-    )
+def _first_map(records: Sequence[Record], name: str) -> Record | None:
+    """The first record with the map: a mean over seeds would be smoother than each of them."""
+    for record in records:
+        if name in record.maps:
+            return record
+    return None
 
 
-def write(of: Figure, found: Gathered, folder: Path) -> None:
+def _curve(records: Sequence[Record], name: str) -> list[Point]:
+    """Points at which all seeds have a value."""
+    curves = []
+    for record in records:
+        points = record.curves.get(name, [])
+        heights = {float(x): float(y) for x, y in points if x is not None and y is not None}
+        if heights:
+            curves.append(heights)
+    if not curves:
+        return []
+    common = sorted(set(curves[0]).intersection(*curves[1:]))
+    return [Point(x, tuple(heights[x] for heights in curves)) for x in common]
+
+
+def _points(
+    claim: Claim, figure: Figure, arms: Mapping[Any, str], evidence: Evidence
+) -> list[Point]:
+    """Points of lines or of a scatter; seconds become minutes."""
+    unit = 60.0 if figure.along.endswith("seconds") else 1.0
+    points = []
+    for x, arm in arms.items():
+        values = tuple(evidence.values(claim, arm, figure.metric).values())
+        costs = tuple(evidence.values(claim, arm, figure.along).values())
+        if values and costs:
+            points.append(Point(statistics.mean(costs) / unit, values, x))
+        elif values and not figure.along:
+            points.append(Point(x, values))
+    return points
+
+
+def alt(figure: Figure, content: Gathered) -> str:
+    """Alternative text of a figure."""
+    height = figure.y or figure.curve or figure.metric
+    axes = f"{height} over {figure.x}" if figure.x else height
+    text = f"{axes}: {', '.join([*content.series, *content.reference])}"
+    return " ".join(text.replace("[", "(").replace("]", ")").split())
+
+
+def write(figure: Figure, content: Gathered, folder: Path) -> None:
     """Draw a figure as SVG into a folder."""
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(mpl.rcParamsDefault | _STYLE), io.StringIO() as file:
-        canvas = _maps(of, found.series) if of.kind == "map" else _draw(of, found)
+        if figure.kind == "map":
+            canvas = _maps(figure, content.series)
+        else:
+            canvas = _draw(figure, content)
         canvas.savefig(
             file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
-        write_text(folder / of.file, for_dark_pages(file.getvalue()))
+        write_text(folder / figure.file, for_dark_pages(file.getvalue()))
 
 
 def for_dark_pages(svg: str) -> str:
-    """A figure of matplotlib with a style for dark pages: black becomes light, the grid dark, dark blue paler."""
+    """A figure of matplotlib with a style for dark pages: light text, a dark grid, paler blues."""
     head, tag, rest = svg.partition(" <defs>")
     return f"{head} <style>@media (prefers-color-scheme: dark) {{{DARK}}}</style>\n{tag}{rest}"
 
 
-def _draw(of: Figure, found: Gathered) -> Canvas:
-    """The series, other arms as lines across, and a legend above in as many columns as there is room for, references last."""
+def _draw(figure: Figure, content: Gathered) -> Canvas:
+    """Draw the series, horizontal lines for references, and a legend above, references last."""
     from qat.analysis.analysis import GREY, panels
 
     canvas, (axis,) = panels(height=3.8)
-    axis.set(xlabel=of.x, ylabel=of.y)
-    {"lines": _lines, "scatter": _scatter, "curves": _curves}[of.kind](axis, found.series)
-    for (name, point), dash in zip(found.reference.items(), itertools.cycle(DASHES), strict=False):
+    axis.set(xlabel=figure.x, ylabel=figure.y)
+    draw = {"lines": _lines, "scatter": _scatter, "curves": _curves}[figure.kind]
+    draw(axis, content.series)
+    dashes = itertools.cycle(DASHES)
+    for (name, point), dash in zip(content.reference.items(), dashes, strict=False):
         axis.axhline(
             point.mean,
             color=GREY,
@@ -183,8 +210,9 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
             label=f"{name}: {point.mean:.2f}",
             zorder=1,
         )
-    entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    labels = sorted(entries, key=lambda label: label not in found.series)
+    handles, names = axis.get_legend_handles_labels()
+    entries = dict(zip(names, handles, strict=True))
+    labels = sorted(entries, key=lambda label: label not in content.series)
     columns = max(1, min(len(labels), _LETTERS // (max(map(len, labels)) + 8)))
     canvas.legend(
         [entries[label] for label in labels],
@@ -198,58 +226,58 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
 
 
 def _bars(
-    axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **look: Any
+    axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **style: Any
 ) -> None:
-    """Means with their 95 % intervals, in the colour and with the marker of the series' number."""
+    """Draw means and 95 % intervals, in the colour and with the marker of series `number`."""
     from qat.analysis.analysis import PALETTE
 
-    look = {
+    style = {
         "color": PALETTE[number % len(PALETTE)],
         "marker": MARKERS[number % len(MARKERS)],
         "markersize": 5,
         "capsize": 3,
-        **look,
+        **style,
     }
-    axis.errorbar(
-        xs, [point.mean for point in points], yerr=[point.around for point in points], **look
-    )
+    means = []
+    half_intervals = []
+    for point in points:
+        means.append(point.mean)
+        half_intervals.append(point.around)
+    axis.errorbar(xs, means, yerr=half_intervals, **style)
 
 
 def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """Means over places, a dot for every seed beside them."""
+    """Draw means at named or numbered positions, with a dot for every seed next to each."""
     from qat.analysis.analysis import PALETTE
 
-    named = list(dict.fromkeys(point.x for points in series.values() for point in points))
+    all_points = itertools.chain.from_iterable(series.values())
+    labels = list(dict.fromkeys(point.x for point in all_points))
+    line: dict[str, Any] = {"linewidth": 1.4}
     try:
-        numbers = [float(x) for x in named]
-        line = {"linewidth": 1.4}
+        numbers = list(map(float, labels))
     except ValueError:
-        numbers, line = [float(i) for i in range(len(named))], {"linestyle": "none"}
+        numbers = list(map(float, range(len(labels))))
+        line = {"linestyle": "none"}
     step = min((b - a for a, b in itertools.pairwise(sorted(numbers))), default=1.0)
-    places = dict(sorted(zip(named, numbers, strict=True), key=lambda item: item[1]))
+    positions = dict(sorted(zip(labels, numbers, strict=True), key=lambda item: item[1]))
     for number, (name, points) in enumerate(series.items()):
         shift = (number - (len(series) - 1) / 2) * 0.06 * step
-        xs = [places[point.x] + shift for point in points]
+        xs = [positions[point.x] + shift for point in points]
         _bars(axis, number, points, xs, label=name, **line)
         for x, point in zip(xs, points, strict=True):
             if len(point.values) > 1:
-                axis.plot(
-                    [x + 0.025 * step] * len(point.values),
-                    point.values,
-                    ".",
-                    color=PALETTE[number % len(PALETTE)],
-                    alpha=0.6,
-                )
-    axis.set_xticks(
-        list(places.values()),
-        [textwrap.fill(str(x), max(6, _LETTERS // len(places))) for x in places],
-    )
+                dots = [x + 0.025 * step] * len(point.values)
+                color = PALETTE[number % len(PALETTE)]
+                axis.plot(dots, point.values, ".", color=color, alpha=0.6)
+    width = max(6, _LETTERS // len(positions))
+    ticks = [textwrap.fill(str(label), width) for label in positions]
+    axis.set_xticks(list(positions.values()), ticks)
     axis.margins(x=0.1)
     axis.grid(visible=False, axis="x")
 
 
 def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """Means joined in the order of their cost; the last series says what its points are."""
+    """Draw means, joined in the order of their cost; points of the last series have labels."""
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.12, y=0.1)
@@ -263,46 +291,49 @@ def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """The mean of every arm, over its seeds, which are pale; of a few places with marks and intervals."""
+    """Draw the mean of each arm over its pale seeds; with few points, markers and intervals too."""
     from qat.analysis.analysis import PALETTE
 
-    places = sorted({point.x for points in series.values() for point in points})
+    all_points = itertools.chain.from_iterable(series.values())
+    positions = sorted({point.x for point in all_points})
     for number, (name, points) in enumerate(series.items()):
-        color, xs = PALETTE[number % len(PALETTE)], [point.x for point in points]
+        color = PALETTE[number % len(PALETTE)]
+        xs = [point.x for point in points]
         if len(points[0].values) > 1:
-            axis.plot(
-                xs, [point.values for point in points], color=color, linewidth=0.8, alpha=0.35
-            )
+            values = [point.values for point in points]
+            axis.plot(xs, values, color=color, linewidth=0.8, alpha=0.35)
         axis.plot(xs, [point.mean for point in points], color=color, linewidth=1.8, label=name)
-        if len(places) <= FEW:
+        if len(positions) <= FEW_POINTS:
             _bars(axis, number, points, xs, linestyle="none")
-    if len(places) <= FEW:
-        axis.set_xticks(places, [f"{x:g}" for x in places])
+    if len(positions) <= FEW_POINTS:
+        axis.set_xticks(positions, [f"{x:g}" for x in positions])
 
 
-def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
-    """Filled contours side by side, each on a scale of its own: how rugged one is would not be seen on that of a higher one."""
+def _maps(figure: Figure, series: Mapping[str, Record]) -> Canvas:
+    """Draw filled contours side by side.
+
+    Each has its own scale: on the scale of a higher map, a lower one would look smooth.
+    """
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     from qat.analysis.analysis import HEAT, panels
 
-    canvas, axes = panels(
-        1, len(series), width=_PANEL_INCHES * len(series), height=0.85 * _PANEL_INCHES
-    )
+    width = _PANEL_INCHES * len(series)
+    canvas, axes = panels(1, len(series), width=width, height=0.85 * _PANEL_INCHES)
     for axis, (name, record) in zip(axes, series.items(), strict=True):
-        plane = record.maps[of.curve]
-        given = plane["x"], plane["y"], np.array(plane["z"], dtype=float)
-        filled = axis.contourf(*given, levels=LEVELS, cmap=HEAT)
-        axis.contour(*given, levels=LEVELS, colors="black", linewidths=0.4)
+        plane = record.maps[figure.curve]
+        points = plane["x"], plane["y"], np.array(plane["z"], dtype=float)
+        filled = axis.contourf(*points, levels=LEVELS, cmap=HEAT)
+        axis.contour(*points, levels=LEVELS, colors="black", linewidths=0.4)
         axis.set_title(textwrap.fill(name, _TITLE_LETTERS), fontsize=9, loc="left")
-        axis.set_xlabel(of.x, fontsize=9)
-        axis.set_ylabel(of.y, fontsize=9)
+        axis.set_xlabel(figure.x, fontsize=9)
+        axis.set_ylabel(figure.y, fontsize=9)
         axis.locator_params(nbins=5)
         axis.grid(visible=False)
         bar = canvas.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
         bar.ax.tick_params(labelsize=7)
-        bar.set_label(f"{of.curve}, seed {record.seed}", fontsize=8)
+        bar.set_label(f"{figure.curve}, seed {record.seed}", fontsize=8)
     return canvas
 
 

@@ -1,8 +1,9 @@
-"""Write docs/models.md: what conversion does to each timm family, found by converting one of its members: `make models-page`."""
+"""Write docs/models.md, `make models-page`: results of converting a member of each timm family."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,21 +15,25 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 INTRO = """# Models
 
 What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its
-attention products stay float unless it uses one of the attention classes below. `qat.convert` warns where more than 1 % of the
-multiply-accumulates stay float that the recipe quantizes, and names the modules.
+attention products stay float unless it uses one of the attention classes below. `qat.convert` warns
+where more than 1 % of the multiply-accumulates stay float that the recipe quantizes, and names the
+modules.
 
-- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions; in an attention that does not stay
-  float, queries, keys, values and probabilities too.
-- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is possible. It quantizes the product of
-  the query and key weights, and the product of that with the input, in place of queries and keys; never in a pooling head. Where it is
-  not possible, use `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
-- **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and factors of residual branches stay float,
-  so a block or an attention with such parameters is listed. "products of activations": the linear layers of this attention
-  are quantized, its matrix products are not. `Linear` is part of a small network that computes relative positions, whose output depends
-  on no image. `conversion.txt` of a run lists all modules by name.
-- A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
-  (`quant.map_scales=column`: one per column).
-- A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
+- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions;
+  in an attention that does not stay float, queries, keys, values and probabilities too.
+- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is
+  possible. It quantizes the product of the query and key weights, and the product of that with the
+  input, in place of queries and keys; never in a pooling head. Where it is not possible, use
+  `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
+- **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and
+  factors of residual branches stay float, so a block or an attention with such parameters is
+  listed. "products of activations": the linear layers of this attention are quantized, its matrix
+  products are not. `Linear` is part of a small network that computes relative positions, whose
+  output depends on no image. `conversion.txt` of a run lists all modules by name.
+- A convolution inside a model has one scale for its input and no offsets; a linear layer on a
+  feature map has one scale (`quant.map_scales=column`: one per column).
+- A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`,
+  `deploy_w4a8`); others are signed.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|
@@ -40,47 +45,44 @@ def page() -> str:
     titles: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         titles.setdefault(row(family), []).append(family.title)
-    return INTRO + "".join(
-        f"| {', '.join(families)} | {cells} |\n" for cells, families in titles.items()
-    )
+    text = INTRO
+    for cells, families in titles.items():
+        text += f"| {', '.join(families)} | {cells} |\n"
+    return text
 
 
 def row(family: Family) -> str:
-    """Attention classes, whether QKR holds, float classes: the cells of a family, and of all that are like it."""
-    plain = family.build()
-    in_float = qat.convert(
-        family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size
-    )
-    attentions = _classes(plain, float_products(in_float))
+    """The cells of a family: attention classes, whether QKR is possible, float classes."""
+    net = _converted(family, attention="float")
+    attentions = _classes(family.build(), float_products(net))
     qkr = _qkr(family, attentions)
-    net = qat.convert(
-        family.build(), qat.recipe("ofq", attention=family.attention), input_size=family.input_size
-    )
+    net = _converted(family, attention=family.attention)
     floats = {cls for _, cls in qat.conversion_report(net).stays_float} - {type(net).__name__}
-    return " | ".join((
-        ", ".join(f"`{cls}`" for cls in attentions) or "none",
-        qkr,
-        ", ".join(sorted(floats)),
-    ))
+    attention_cell = ", ".join(f"`{cls}`" for cls in attentions) or "none"
+    return " | ".join((attention_cell, qkr, ", ".join(sorted(floats))))
+
+
+def _converted(family: Family, **knobs: Any) -> nn.Module:
+    return qat.convert(family.build(), qat.recipe("ofq", **knobs), input_size=family.input_size)
 
 
 def _classes(net: nn.Module, names: tuple[str, ...]) -> list[str]:
-    found = {type(net.get_submodule(name)) for name in names}
-    return sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in found)
+    classes = set()
+    for name in names:
+        cls = type(net.get_submodule(name))
+        classes.add(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
+    return sorted(classes)
 
 
 def _qkr(family: Family, attentions: list[str]) -> str:
     try:
-        net = qat.convert(family.build(), qat.recipe("ofq"), input_size=family.input_size)
+        net = _converted(family)
     except qat.UsageError as error:
         return "no: it " + str(error).partition("this model ")[2].partition(", so ")[0]
     if not attentions:
         return "no attention"
-    return (
-        "yes"
-        if any(site.role == "qk" for site in qat.iter_quantizers(net))
-        else "no: attention stays float"
-    )
+    has_qkr = any(site.role == "qk" for site in qat.iter_quantizers(net))
+    return "yes" if has_qkr else "no: attention stays float"
 
 
 if __name__ == "__main__":

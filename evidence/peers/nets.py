@@ -1,8 +1,9 @@
-"""Nets that other quantization libraries make of a float timm net, for the comparison in accuracy.
+"""Models quantized with other libraries, for the comparison of accuracy.
 
-Weights and inputs of the Linears at `bits`, of the first and the last layer at 8 as in qat's own recipes, as far as the library can. Of
-what it offers, the configuration that suits a trained net at few bits: learned steps where it has them, begun at values that fit so few
-levels. None of them quantizes what an attention does between its Linears. The libraries are imported only if asked for.
+Weights and inputs of linear layers have `bits`, those of the first and the last layer 8, as in
+qat's own recipes, if the library supports that. Each library has the configuration that suits a
+trained model at few bits: learned step sizes if it has them, with initial values for few levels.
+None quantizes the products of an attention. A library is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -23,25 +24,28 @@ CANDIDATES = 40
 
 
 def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
-    """Learned steps of weights and activations and learned zero points of these, all begun where they lose least; 4 levels at 2 bits."""
+    """Brevitas: learned step sizes, and learned zero points of activations; 4 levels at 2 bits.
+
+    Initial values have the least error.
+    """
     from brevitas import nn as qnn
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant import Int8WeightPerChannelFloatMSE, ShiftedUint8ActPerTensorFloatMSE
 
-    def layer(made: type, width: int) -> tuple[type, dict[str, Any]]:
-        # Its weights are in a narrow range unless set otherwise: three levels at 2 bits.
+    def layer(cls: type, width: int) -> tuple[type, dict[str, Any]]:
+        # The default is a narrow range of weights: three levels at 2 bits.
         weights = {
             "weight_quant": Int8WeightPerChannelFloatMSE,
             "weight_bit_width": width,
             "weight_narrow_range": False,
         }
-        # It looks at ranges in so many batches and learns from then on.
+        # Ranges are observed for so many batches, then learned.
         inputs = {
             "input_quant": ShiftedUint8ActPerTensorFloatMSE,
             "input_bit_width": width,
             "input_collect_stats_steps": len(batches),
         }
-        return made, {**weights, **inputs, "return_quant_tensor": False}
+        return cls, {**weights, **inputs, "return_quant_tensor": False}
 
     net = layerwise_quantize(
         net,
@@ -60,7 +64,10 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 
 def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
-    """Learned steps of weights (a prototype), begun at their range; ranges of activations of each token anew: it cannot learn them."""
+    """torchao: learned step sizes of weights (a prototype), with their range as initial value.
+
+    Activations have a new range for each token, since torchao cannot learn it.
+    """
     from torchao.quantization import quantize_
     from torchao.quantization.qat import (
         IntxFakeQuantizeConfig,
@@ -75,9 +82,10 @@ def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
         weights = IntxFakeQuantizeConfig(
             dtype, "per_channel", is_symmetric=True, is_dynamic=False, range_learning=True
         )
+        config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
         quantize_(
             net,
-            QATConfig(activation_config=inputs, weight_config=weights, step="prepare"),
+            config,
             filter_fn=lambda module, name, is_last=is_last: (
                 type(module) is nn.Linear and (name == last) == is_last
             ),
@@ -88,21 +96,25 @@ def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 
 def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
-    """Learned steps, and learned zero points of activations, begun where they lose least."""
-    ends = {net.pretrained_cfg[name] for name in ("classifier", "first_conv")}  # type: ignore[index]
+    """PyTorch: learned step sizes, and learned zero points of activations.
+
+    Initial values have the least error.
+    """
+    config: Any = net.pretrained_cfg
+    ends = {config["classifier"], config["first_conv"]}
     widths = {
         module: ENDS_BITS if name in ends else bits
         for name, module in net.named_modules()
         if type(module) in {nn.Linear, nn.Conv2d}
     }
-    found: dict[nn.Module, nn.Module] = {}
+    quantizers: dict[nn.Module, nn.Module] = {}
 
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[module] = _learnable_input(args[0], widths[module])
+    def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        quantizers[module] = _learnable_input(args[0], widths[module])
 
-    with probing(net, [module.register_forward_pre_hook(look) for module in widths]):
+    with probing(net, [module.register_forward_pre_hook(fit) for module in widths]):
         net(torch.cat(list(batches)))
-    for module, quantizer in found.items():
+    for module, quantizer in quantizers.items():
         module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
         parametrize.register_parametrization(
@@ -112,72 +124,76 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 
 def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
-    """A step a channel, symmetric."""
-    rows, qmin, qmax = weight.detach().flatten(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    kind = {
-        "dtype": torch.qint8,
-        "qscheme": torch.per_channel_symmetric,
-        "ch_axis": 0,
-        "channel_len": len(weight),
-    }
-    made = _LearnableFakeQuantize(
-        MovingAveragePerChannelMinMaxObserver, qmin, qmax, use_grad_scaling=True, **kind
+    """Symmetric, with a step size for each channel."""
+    rows = weight.detach().flatten(1)
+    qmin = -(2 ** (bits - 1))
+    qmax = 2 ** (bits - 1) - 1
+    quantizer = _LearnableFakeQuantize(
+        MovingAveragePerChannelMinMaxObserver,
+        qmin,
+        qmax,
+        use_grad_scaling=True,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        channel_len=len(weight),
     )
     highest = rows.abs().amax(1)
-    return _begun(made, rows, -highest, highest * qmax / -qmin)
+    return _initialized(quantizer, rows, -highest, highest * qmax / -qmin)
 
 
 def _learnable_input(x: Tensor, bits: int) -> nn.Module:
-    """One step and one zero point."""
-    kind = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
-    made = _LearnableFakeQuantize(
-        MovingAverageMinMaxObserver, 0, 2**bits - 1, use_grad_scaling=True, **kind
+    """Affine, with one step size and one zero point."""
+    quantizer = _LearnableFakeQuantize(
+        MovingAverageMinMaxObserver,
+        0,
+        2**bits - 1,
+        use_grad_scaling=True,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
     )
     rows = x.reshape(1, -1)
-    return _begun(made, rows, rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0))
+    return _initialized(quantizer, rows, rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0))
 
 
-def _begun(quantizer: _LearnableFakeQuantize, rows: Tensor, low: Tensor, high: Tensor) -> nn.Module:
+def _initialized(
+    quantizer: _LearnableFakeQuantize, rows: Tensor, low: Tensor, high: Tensor
+) -> nn.Module:
     scale, zero_point = fitting(rows, low, high, quantizer.quant_min, quantizer.quant_max)
     quantizer.scale.data.copy_(scale)
     quantizer.zero_point.data.copy_(zero_point)
     quantizer.enable_param_learning()
-    # Its observer is not asked any more; ranges that have seen nothing are infinite, which a look for faults takes for one.
+    # The observer is not needed any more, and its infinite ranges would fail checks of values.
     quantizer.activation_post_process = nn.Identity()
     return quantizer
 
 
 def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Of ranges that are parts of a whole one, the one with the least squared error.
+    """Find the fraction of a range with the least squared error.
 
     Args:
         rows: (rows, n).
         low: lower end of the whole range of each row, (rows,).
-        high: upper end.
+        high: upper end of the whole range of each row, (rows,).
         qmin: code of the lower end.
         qmax: code of the upper end.
 
     Returns:
-        Step size, above 0, and zero point, a whole number: (rows,) each.
+        Positive step sizes and integer zero points, (rows,) each.
     """
-    found = []
+    candidates = []
     for part in torch.arange(1, CANDIDATES + 1, device=rows.device) / CANDIDATES:
         step = ((high - low) * part / (qmax - qmin)).clamp(min=torch.finfo(rows.dtype).eps)
         zero = qmin - (low * part / step).round()
         codes = (rows / step[:, None] + zero[:, None]).round().clamp(qmin, qmax)
-        found.append(
-            torch.stack([
-                ((codes - zero[:, None]) * step[:, None] - rows).square().mean(1),
-                step,
-                zero,
-            ])
-        )
-    errors, steps, zeros = torch.stack(found, 1)
+        error = ((codes - zero[:, None]) * step[:, None] - rows).square().mean(1)
+        candidates.append(torch.stack([error, step, zero]))
+    errors, steps, zeros = torch.stack(candidates, 1)
     best = errors.argmin(0)[None]
     return steps.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-# The package whose version counts, and the function.
+# The package whose version is recorded, and the function.
 PEERS = {
     "brevitas": ("brevitas", brevitas),
     "torchao": ("torchao", torchao),
@@ -186,21 +202,25 @@ PEERS = {
 
 
 def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
-    """The net of a library, in training mode, its steps filled.
+    """Quantize a model with a library, and set initial step sizes.
 
     Args:
         library: a key of `PEERS`.
-        net: float, of timm; used up.
-        batches: images for the first steps, (B, C, H, W) each.
-        bits: of weights and activations.
+        net: float model of timm; it is changed.
+        batches: images for the initial step sizes, (B, C, H, W) each.
+        bits: width of weights and activations.
 
     Returns:
-        A net whose quantizers' parameters have no weight decay in `qat.lit.optim.parameter_groups`, as qat's own have none: some are no
-        vectors, by which it would know them.
+        The model in training mode. Its quantizers' parameters have no weight decay in
+        `qat.lit.optim.parameter_groups`, as in qat, although some are not vectors.
     """
     weights = set(net.parameters())
     net = PEERS[library][1](net, batches, bits)
-    spared = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
-    spared |= {name for name, one in net.named_parameters() if one not in weights}
-    net.no_weight_decay = lambda: spared  # type: ignore[assignment]
+    without_decay: set[str] = set()
+    if hasattr(net, "no_weight_decay"):
+        without_decay.update(net.no_weight_decay())  # type: ignore[operator]
+    for name, parameter in net.named_parameters():
+        if parameter not in weights:
+            without_decay.add(name)
+    net.no_weight_decay = lambda: without_decay  # type: ignore[assignment]
     return net.train()

@@ -1,6 +1,7 @@
-"""The table of docs/deployment.md#time-and-bytes: exported files beside float's, in onnxruntime, OpenVINO and ExecuTorch, in turns.
+"""Time and bytes of exported files, relative to float: the table of docs/deployment.md.
 
-Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones.
+Run by `make latency`, in onnxruntime, OpenVINO and ExecuTorch, which take turns. The models have
+random weights and offsets; trained ones take the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import importlib.util
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import timm
@@ -43,12 +46,17 @@ RECIPES = [
     "deploy_w4a4",
 ]
 SIZE = (3, 224, 224)
-DYNAMIC, STATIC = "int8 of onnxruntime, dynamic", "int8 of onnxruntime, static"
+DYNAMIC = "int8 of onnxruntime, dynamic"
+STATIC = "int8 of onnxruntime, static"
+FLOAT = "float"
+FLOAT_BF16 = "float, in bfloat16"
 RUNTIMES = [ONNXRUNTIME, *([OPENVINO] if has_openvino() else [])]
+# Cells of a table by file and column.
+Rows = dict[str, dict[str, str]]
 
 
 def main() -> None:
-    """Print a table for each net, a row a file."""
+    """Print a table for each model, with a row for each file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="*", default=NETS, help="of timm")
     parser.add_argument(
@@ -62,54 +70,64 @@ def main() -> None:
     for name in args.nets:
         with tempfile.TemporaryDirectory() as folder:
             files = write_files(name, args.recipes, Path(folder))
-            rows = {
-                file: {"MB": f"{path.stat().st_size / 1e6:.2f}"} for file, path in files.items()
-            }
-            opened = {
-                f"{file}/{one}": open_session(path, one, threads=1)
-                for file, path in files.items()
-                for one in RUNTIMES
-            }
-            if has_openvino():  # its default where the processor has it
-                rows["float, in bfloat16"] = {}
-                opened[f"float, in bfloat16/{OPENVINO}"] = open_session(
-                    files["float"], OPENVINO, threads=1, precision="bf16"
-                )
-            if importlib.util.find_spec(EXECUTORCH):  # its files are for one image
-                data = write_pte_files(name, args.recipes)
-                opened |= {
-                    f"{file}/{EXECUTORCH}": open_session(one, EXECUTORCH)
-                    for file, one in data.items()
-                }
-            for batch in args.batches:
-                fitting = {
-                    key: one
-                    for key, one in opened.items()
-                    if batch == 1 or not key.endswith(EXECUTORCH)
-                }
-                taken = milliseconds(
-                    fitting, torch.randn(batch, *SIZE), max(args.images // batch, 5)
-                )
-                baseline = taken[f"float/{ONNXRUNTIME}"]
-                for key, one in taken.items():
-                    file, runtime = key.split("/")
-                    rows[file][f"batch {batch}, {runtime}"] = f"{one / baseline:.2f}"
-                rows["float"][f"batch {batch}, ms"] = f"{baseline:.3g}"
+            rows = measure(name, files, args)
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        print(
-            table(
-                [name, *columns],
-                [
-                    [file, *(row.get(column, "") for column in columns)]
-                    for file, row in rows.items()
-                ],
-            ),
-            flush=True,
+        lines = []
+        for file, row in rows.items():
+            lines.append([file, *(row.get(column, "") for column in columns)])
+        print(table([name, *columns], lines), flush=True)
+
+
+def measure(name: str, files: Mapping[str, Path], args: argparse.Namespace) -> Rows:
+    """Time the files of a model with each batch size.
+
+    Args:
+        name: timm's name of the model.
+        files: ONNX files.
+        args: options of the command.
+    """
+    rows: Rows = {}
+    for file, path in files.items():
+        rows[file] = {"MB": f"{path.stat().st_size / 1e6:.2f}"}
+    if has_openvino():
+        rows[FLOAT_BF16] = {}
+    sessions = open_sessions(name, files, args.recipes)
+    for batch in args.batches:
+        chosen = sessions
+        if batch != 1:
+            # Files of ExecuTorch are for one image.
+            chosen = {
+                key: session for key, session in sessions.items() if not key.endswith(EXECUTORCH)
+            }
+        images = torch.randn(batch, *SIZE)
+        times = milliseconds(chosen, images, max(args.images // batch, 5))
+        baseline = times[f"{FLOAT}/{ONNXRUNTIME}"]
+        for key, time in times.items():
+            file, runtime = key.split("/")
+            rows[file][f"batch {batch}, {runtime}"] = f"{time / baseline:.2f}"
+        rows[FLOAT][f"batch {batch}, ms"] = f"{baseline:.3g}"
+    return rows
+
+
+def open_sessions(name: str, files: Mapping[str, Path], recipes: list[str]) -> dict[str, Any]:
+    """Sessions by `FILE/RUNTIME`, of all installed runtimes."""
+    sessions = {}
+    for file, path in files.items():
+        for runtime in RUNTIMES:
+            sessions[f"{file}/{runtime}"] = open_session(path, runtime, threads=1)
+    if has_openvino():
+        # OpenVINO's default for float files on processors with bfloat16.
+        sessions[f"{FLOAT_BF16}/{OPENVINO}"] = open_session(
+            files[FLOAT], OPENVINO, threads=1, precision="bf16"
         )
+    if importlib.util.find_spec(EXECUTORCH):
+        for file, data in write_pte_files(name, recipes).items():
+            sessions[f"{file}/{EXECUTORCH}"] = open_session(data, EXECUTORCH)
+    return sessions
 
 
 def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
-    """An ONNX file of the float net, of its 8-bit forms by onnxruntime itself, and of each recipe."""
+    """Write ONNX files of the float model, of onnxruntime's own 8-bit models, of each recipe."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -118,30 +136,27 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
     )
 
     class Batches(CalibrationDataReader):  # type: ignore[misc]
-        """Images, as onnxruntime takes them."""
+        """Images for onnxruntime's calibration."""
 
-        left = iter([{INPUT: torch.randn(2, *SIZE).numpy()}])
+        batches = iter([{INPUT: torch.randn(2, *SIZE).numpy()}])
 
         def get_next(self) -> dict[str, object] | None:
-            """The next ones."""
-            return next(self.left, None)
+            """The next batch; None after the last one."""
+            return next(self.batches, None)
 
     image = torch.randn(1, *SIZE)
-    paths = {file: folder / f"{file}.onnx" for file in ("float", DYNAMIC, STATIC, *recipes)}
-    onnx.save(export_float(of_timm(name).eval(), image), str(paths["float"]))
-    quantize_8bit(paths["float"], paths[DYNAMIC])
-    kind = {
-        "quant_format": QuantFormat.QDQ,
-        "activation_type": QuantType.QUInt8,
-        "weight_type": QuantType.QInt8,
-        "per_channel": True,
-    }
+    paths = {file: folder / f"{file}.onnx" for file in (FLOAT, DYNAMIC, STATIC, *recipes)}
+    onnx.save(export_float(of_timm(name).eval(), image), str(paths[FLOAT]))
+    quantize_8bit(paths[FLOAT], paths[DYNAMIC])
     quantize_static(
-        str(paths["float"]),
+        str(paths[FLOAT]),
         str(paths[STATIC]),
         Batches(),
         op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-        **kind,
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
     )
     for file in recipes:
         frozen = qat.freeze(random_net(name, file))
@@ -154,21 +169,23 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
 
 
 def write_pte_files(name: str, recipes: list[str]) -> dict[str, bytes]:
-    """A .pte file of the float net, and of each recipe that XNNPACK can hold."""
+    """Content of .pte files of the float model, and of each recipe that XNNPACK supports."""
     image = torch.randn(1, *SIZE)
-    nets = {"float": of_timm(name)} | {
-        file: qat.freeze(random_net(name, file)) for file in recipes if file.startswith("deploy")
-    }
+    nets = {FLOAT: of_timm(name)}
+    for recipe in recipes:
+        if recipe.startswith("deploy"):
+            nets[recipe] = qat.freeze(random_net(name, recipe))
     return {file: to_pte(net, image)[0] for file, net in nets.items()}
 
 
 def of_timm(name: str) -> nn.Module:
-    """A float net with random weights."""
-    return timm.create_model(name, **({"img_size": 224} if "dinov2" in name else {}))
+    """A float model with random weights."""
+    sizes = {"img_size": 224} if "dinov2" in name else {}
+    return timm.create_model(name, **sizes)
 
 
 def random_net(name: str, recipe: str) -> nn.Module:
-    """A quantized net that was never trained, with offsets that are not zero."""
+    """A quantized model that was never trained, with offsets that are not zero."""
     torch.manual_seed(0)
     width = re.fullmatch(r"(\w+)_(\d)bit", recipe)
     chosen = qat.recipe(width[1], bits=int(width[2])) if width else qat.recipe(recipe)

@@ -30,32 +30,38 @@ Tables = dict[str, dict[str, dict[str, str]]]
 def read(log: str) -> Tables:
     """Read the tables that `evidence/speed/latency.py` prints."""
     tables: Tables = {}
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in log.splitlines()
-        if line.startswith("|")
-    ]
-    for row, after in zip(rows, [*rows[1:], []], strict=True):
-        if after and set("".join(after)) == {"-"}:
-            columns, files = row[1:], tables.setdefault(row[0], {})
-        elif set("".join(row)) != {"-"}:
-            files[row[0]] = {
-                column: cell for column, cell in zip(columns, row[1:], strict=True) if cell
-            }
+    rows = []
+    for line in log.splitlines():
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    for row, next_row in zip(rows, [*rows[1:], []], strict=True):
+        if _is_rule(next_row):
+            columns = row[1:]
+            files = tables.setdefault(row[0], {})
+        elif not _is_rule(row):
+            cells = zip(columns, row[1:], strict=True)
+            files[row[0]] = {column: cell for column, cell in cells if cell}
     return tables
 
 
+def _is_rule(row: list[str]) -> bool:
+    """True for the line of dashes below a table's head."""
+    return set("".join(row)) == {"-"}
+
+
 def draw(tables: Tables, target: Path) -> None:
-    """Draw a panel for each model as SVG: bars for bytes, a mark for each runtime's time with one image, both as a share of float's."""
+    """Draw a panel for each model as SVG.
+
+    Bars are bytes, markers the times of runtimes with one image, both relative to float.
+    """
     with mpl.rc_context(mpl.rcParamsDefault | STYLE):
         figure, axes = panels(1, len(tables), height=3.9)
         for axis, (net, files) in zip(axes, tables.items(), strict=True):
             _panel(axis, files)
-            float_file = files["float"]
-            axis.set_title(
-                f"{TITLES.get(net, net)} (float: {float_file[f'{TIME}ms']} ms, {float(float_file['MB']):.0f} MB)",
-                fontsize=8,
-            )
+            time = files["float"][f"{TIME}ms"]
+            megabytes = float(files["float"]["MB"])
+            title = f"{TITLES.get(net, net)} (float: {time} ms, {megabytes:.0f} MB)"
+            axis.set_title(title, fontsize=8)
             axis.set_xlim(0, 1.8)
             if axis is not axes[0]:
                 axis.set_yticklabels([])
@@ -70,31 +76,26 @@ def draw(tables: Tables, target: Path) -> None:
 
 
 def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
-    places = {file: -number for number, file in enumerate(files)}
+    positions = {file: -number for number, file in enumerate(files)}
     base = float(files["float"]["MB"])
-    sizes = {places[file]: float(row["MB"]) / base for file, row in files.items() if "MB" in row}
+    sizes = {}
+    for file, row in files.items():
+        if "MB" in row:
+            sizes[positions[file]] = float(row["MB"]) / base
     axis.barh(list(sizes), list(sizes.values()), height=0.55, color=GREY, alpha=0.35, label="bytes")
     runtimes = [name for name in files["float"] if name.startswith(TIME) and name != f"{TIME}ms"]
     for runtime, color, marker in zip(runtimes, PALETTE, "osD^v", strict=False):
-        times = {places[file]: float(row[runtime]) for file, row in files.items() if runtime in row}
-        axis.plot(
-            list(times.values()),
-            list(times),
-            marker,
-            color=color,
-            markersize=5,
-            label=f"time, {runtime.removeprefix(TIME)}",
-        )
+        times = {}
+        for file, row in files.items():
+            if runtime in row:
+                times[positions[file]] = float(row[runtime])
+        label = f"time, {runtime.removeprefix(TIME)}"
+        axis.plot(list(times.values()), list(times), marker, color=color, markersize=5, label=label)
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
-    axis.set_yticks(
-        list(places.values()),
-        [file.replace("int8 of onnxruntime", "onnxruntime int8") for file in places],
-    )
+    labels = [file.replace("int8 of onnxruntime", "onnxruntime int8") for file in positions]
+    axis.set_yticks(list(positions.values()), labels)
     axis.grid(visible=False, axis="y")
 
 
 if __name__ == "__main__":
-    draw(
-        read(LOG.read_text(encoding="utf-8")),
-        DOCS / "figures" / "latency.svg",
-    )
+    draw(read(LOG.read_text(encoding="utf-8")), DOCS / "figures" / "latency.svg")

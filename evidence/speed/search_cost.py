@@ -1,12 +1,15 @@
-"""How long one evaluation of the calibration images takes during a search over scales, in float forwards of the same images.
+"""Time of an evaluation during a search over scales, in float forward passes of the same images.
 
-Run by `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one batch, one thread. Everything is timed in turns,
-round after round, in CPU seconds, so that a busy machine disturbs all alike; medians of ratios within a round are printed.
+Run by `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one batch,
+one thread. All evaluations take turns and are timed in CPU seconds, so that a busy machine slows
+all of them alike; the printed ratios are medians over the rounds.
 
-    exact    the search's own evaluation: what runs before the first scale that changes is remembered. The mean over all blocks.
-    plain    a whole forward of the same quantized net, nothing remembered.
+    exact    the search's own evaluation, which caches the layers before the first changed scale;
+             mean over all blocks
+    plain    a whole forward pass of the same quantized model, without a cache
 
-`identical`: exact and plain give the same fitness of 20 images, bit for bit, for a candidate of every block.
+`identical`: exact and plain have the same fitness of 20 images, bit for bit, for a candidate of
+every block.
 """
 
 from __future__ import annotations
@@ -30,42 +33,48 @@ MICRO_BATCH = SearchSettings().micro_batch
 
 
 def candidate(evaluator: Evaluator, block: str) -> Tensor:
-    """Scales of a block with noise as large as that of a search."""
+    """Scales of a block, with as much noise as in a search."""
     vector = evaluator.vectors[block]
-    noise = torch.rand(
-        len(vector.read()), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(len(vector.read()), generator=generator, dtype=torch.float64)
     return (vector.read() + (2 * noise - 1) * vector.radius(None)).abs()
 
 
 def one_round(
     net: nn.Module, twin: nn.Module, images: Tensor, evaluator: Evaluator
 ) -> dict[str, float]:
-    """Mean seconds of the process for every kind of evaluation, in turns."""
-    plain, of_float, exact = timed(lambda: logits_of(twin, images, MICRO_BATCH))[0], [], []
+    """Mean CPU seconds of each kind of evaluation, in turns."""
+    plain, _ = timed(lambda: logits_of(twin, images, MICRO_BATCH))
+    float_seconds = []
+    exact = []
     for block, vector in reversed(evaluator.vectors.items()):
-        # The float forward is timed before every block: the machine may be busier at the end of a round than at its start.
-        of_float.append(timed(lambda: logits_of(net, images, MICRO_BATCH))[0])
+        # The float forward pass is timed before every block, since the load of the machine may
+        # change within a round.
+        float_seconds.append(timed(lambda: logits_of(net, images, MICRO_BATCH))[0])
         start = vector.read()
         vector.write(candidate(evaluator, block))
         exact.append(timed(lambda block=block: evaluator.fitness(block))[0])
         vector.write(start)
-    return {"float": statistics.mean(of_float), "exact": statistics.mean(exact), "plain": plain}
+    return {
+        "float": statistics.mean(float_seconds),
+        "exact": statistics.mean(exact),
+        "plain": plain,
+    }
 
 
 def identical(net: nn.Module, twin: nn.Module, images: Tensor) -> bool:
-    """Do exact and plain agree to the last bit, for a candidate of every block?"""
+    """True if exact and plain agree bit for bit, for a candidate of every block."""
     targets = logits_of(net, images, MICRO_BATCH)
-    evaluator, same = Evaluator(twin, [images], [targets], SearchSettings()), []
+    evaluator = Evaluator(twin, [images], [targets], SearchSettings())
+    all_equal = True
     for block, vector in reversed(evaluator.vectors.items()):
         start = vector.read()
         vector.write(candidate(evaluator, block))
-        same.append(
-            evaluator.fitness(block)
-            == float(info_nce(logits_of(twin, images, MICRO_BATCH), targets).double())
-        )
+        exact = evaluator.fitness(block)
+        plain = float(info_nce(logits_of(twin, images, MICRO_BATCH), targets).double())
         vector.write(start)
-    return all(same)
+        all_equal = all_equal and exact == plain
+    return all_equal
 
 
 @torch.no_grad()
@@ -84,14 +93,16 @@ def main() -> None:
     twin = qat.convert(copy.deepcopy(net), recipe, input_size=tuple(images.shape[1:])).eval()
     calibrate(twin, images.split(20)[:2])
     evaluator = Evaluator(twin, [images], [logits_of(net, images, MICRO_BATCH)], SearchSettings())
-    evaluator.fitness(next(reversed(evaluator.vectors)))  # fills what is remembered, and warms up
-    found = [one_round(net, twin, images, evaluator) for _ in range(args.rounds)]
+    evaluator.fitness(next(reversed(evaluator.vectors)))  # fills the cache, and warms up
+    rounds = [one_round(net, twin, images, evaluator) for _ in range(args.rounds)]
+    print(environment())
     print(
-        f"{environment()}\n{args.model}, {args.images} images, micro-batches of {MICRO_BATCH}, {args.rounds} rounds"
+        f"{args.model}, {args.images} images, micro-batches of {MICRO_BATCH}, {args.rounds} rounds"
     )
-    for name in found[0]:
-        ratio = statistics.median(took[name] / took["float"] for took in found)
-        print(f"{name:6s} {statistics.median(took[name] for took in found):8.3f} s  {ratio:.3f}")
+    for name in rounds[0]:
+        seconds = statistics.median(times[name] for times in rounds)
+        ratio = statistics.median(times[name] / times["float"] for times in rounds)
+        print(f"{name:6s} {seconds:8.3f} s  {ratio:.3f}")
     print(f"identical {str(identical(net, twin, images[: 2 * MICRO_BATCH])).lower()}")
 
 

@@ -1,13 +1,17 @@
-"""Bytes moved, kernels launched and the host's time of a training step on CUDA, counted without a GPU, in those of the float step.
+"""Bytes, kernels and host time of a CUDA training step, counted without a GPU, relative to float.
 
-Run by `make step-count`. Counted: a step of forward, loss, backward and fused AdamW in bfloat16 autocast on fake tensors, which have shapes
-and no memory, with the branches of CUDA taken. An operation of torch is a kernel that reads its inputs and writes its outputs once; a view
-is none; a factor of a product that cuBLAS cannot read where it lies is copied before. Ours in Triton count as they are launched. Fused
-attention is one operation forward and one backward. What stays in a cache, and what a compiler would fuse, is not known here.
-Kept: what the graph of a compiled forward pass hands to that of backward, by torch's own partitioning.
+Run by `make step-count`. The counted step is forward, loss, backward and fused AdamW in bfloat16
+autocast, on fake tensors, which have shapes but no memory, with CUDA's branches. An operation of
+torch counts as a kernel that reads its inputs and writes its outputs once; a view counts as
+nothing. A factor of a product that cuBLAS cannot read in its layout is copied first. Our Triton
+kernels count when they are launched. Fused attention is one operation forward and one backward.
+Caches, and fusion by a compiler, are not modelled.
 
-Host: process time of the same step with a net of the same blocks and tiny tensors on the CPU, in turns with the float one's; launches of
-Triton are left out of it (10 to 20 us each by Triton's own account), operations of torch count with what they take for a few numbers.
+Memory: tensors that a compiled forward pass saves for backward, with torch's own partitioning.
+
+Host time: CPU time of the same step with the same blocks and tiny tensors on the CPU, in turns with
+the float model. Launches of Triton are not included (10 to 20 us each, as Triton reports);
+operations of torch count with the time that they take for a few numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import argparse
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -40,7 +44,9 @@ MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_
 ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {
     "seq_2bit": Arm({}, recipe="seq")
 }
-BATCHES, ROUNDS = (64, 256), 9
+BATCHES = (64, 256)
+ROUNDS = 9
+# Operations that move no bytes.
 _FREE = {
     "empty",
     "empty_like",
@@ -55,33 +61,36 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 
 @dataclass
 class Count:
-    """Of a step: bytes read and written, operations of torch and launches of Triton, the latter alone."""
+    """Bytes read and written in a step, all kernels, and the Triton kernels among them."""
 
     bytes: int = 0
     kernels: int = 0
     triton: int = 0
 
     def add(self, tensors: list[Tensor]) -> None:
-        """One more kernel."""
+        """Add a kernel that reads or writes the tensors."""
         self.bytes += sum(size_of(t) for t in tensors)
         self.kernels += 1
 
 
 def size_of(x: Tensor) -> int:
-    """Bytes of the elements that differ in memory."""
+    """Bytes in memory; expanded dimensions count once."""
     return x.element_size() * math.prod(
         size for size, stride in zip(x.shape, x.stride(), strict=True) if stride
     )
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether cuBLAS takes a factor where it lies: rows or columns in one piece, at equal distances that do not overlap."""
-    (rows, columns), (down, right) = x.shape[-2:], x.stride()[-2:]
-    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+    """True if cuBLAS can read a factor without a copy: contiguous rows or columns, no overlap."""
+    num_rows, num_columns = x.shape[-2:]
+    row_stride, column_stride = x.stride()[-2:]
+    has_whole_rows = column_stride == 1 and row_stride >= max(1, num_columns)
+    has_whole_columns = row_stride == 1 and column_stride >= max(1, num_rows)
+    return has_whole_rows or has_whole_columns
 
 
 class Counting(TorchDispatchMode):
-    """Adds up what torch's operations move."""
+    """Count the bytes and kernels of torch's operations."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
@@ -92,40 +101,46 @@ class Counting(TorchDispatchMode):
         """Run and count one operation."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        is_view = any(
-            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
-        )
-        if func.namespace == "prim" or name in _FREE or is_view:
+        if func.namespace == "prim" or name in _FREE or _returns_view(func):
             return out
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        for x in given if name in _PRODUCTS else ():
-            if x.ndim > 1 and not is_readable(x):
-                self.count.add([x, x])
-        read = (
-            given[1:]
-            if name in {"copy_", "fill_", "zero_"}
-            or (kwargs and "out" in kwargs and name == "baddbmm")
-            else given
-        )
-        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name.startswith("_fused_adam"):  # parameters and both moments
-            written = [x for group in (args[0], args[2], args[3]) for x in group]
-        if name == "_softmax" and args[0] is self._cast:  # CUDA's reads half precision itself
+        inputs = _tensors((args, kwargs))
+        if name in _PRODUCTS:
+            for x in inputs:
+                if x.ndim > 1 and not is_readable(x):
+                    self.count.add([x, x])
+        has_out = bool(kwargs) and "out" in kwargs
+        if name in {"copy_", "fill_", "zero_"} or (has_out and name == "baddbmm"):
+            inputs = inputs[1:]  # the first is only written
+        outputs = _tensors(out)
+        if name.startswith("_fused_adam"):
+            parameters, _, first_moments, second_moments = args[:4]
+            outputs = [*parameters, *first_moments, *second_moments]
+        if name == "_softmax" and args[0] is self._cast:
+            # CUDA's softmax reads half precision itself.
             self.count.kernels -= 1
             self.count.bytes -= 2 * size_of(args[0])
         self._cast = out if name == "_to_copy" else None
-        self.count.add([*read, *written])
+        self.count.add([*inputs, *outputs])
         return out
 
 
+def _returns_view(func: Any) -> bool:
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 def _always(value: Any) -> Callable[..., Any]:
-    """A function that costs less than a mock."""
+    """A constant function, which takes less time than a mock."""
     return lambda *args: value
 
 
 @contextlib.contextmanager
 def cuda_branches(count: Count | None = None) -> Generator[None]:
-    """Everything goes the way that it goes on CUDA, on tensors of a CPU; our kernels are not run, and counted if there is a `count`."""
+    """Take CUDA's branches with tensors of a CPU; our kernels do not run, but are counted."""
 
     def launch(
         name: str,
@@ -156,7 +171,7 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
 
 @contextlib.contextmanager
 def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None]:
-    """The tensors of a net are replaced by fake ones, and all that it does goes the way of CUDA."""
+    """Replace the tensors of a model by fake ones, and take CUDA's branches."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         net._apply(mode.from_tensor)
@@ -164,7 +179,7 @@ def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None
 
 
 def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
-    """The second step of a net; the first makes the optimizer's state."""
+    """Count the second step of a model; the first one creates the optimizer's state."""
     count = Count()
     with without_memory(net, count):
         run = training_step(net, torch.randn(batch, 3, side, side), half=True)
@@ -175,11 +190,11 @@ def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
     return count
 
 
-def kept(net: nn.Module, batch: int, side: int = 224) -> int:
-    """Bytes that a compiled forward pass keeps for backward beside parameters and images, each storage once."""
+def bytes_for_backward(net: nn.Module, batch: int, side: int = 224) -> int:
+    """Bytes that a compiled forward pass saves for backward, without parameters and images."""
     storages: dict[int, int] = {}
 
-    def forward(graph: fx.GraphModule, given: Any) -> Any:
+    def record(graph: fx.GraphModule, inputs: Any) -> Any:
         for node in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
             if isinstance(node, fx.Node) and node.op != "placeholder":
                 storage = node.meta["val"].untyped_storage()
@@ -189,8 +204,8 @@ def kept(net: nn.Module, batch: int, side: int = 224) -> int:
     torch._dynamo.reset()
     decompositions = {**select_decomp_table(), **operators.FORMULAS}
     compiler = aot_autograd(
-        fw_compiler=forward,
-        bw_compiler=forward,
+        fw_compiler=record,
+        bw_compiler=record,
         decompositions=decompositions,
         partition_fn=min_cut_rematerialization_partition,
     )
@@ -206,46 +221,61 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(environment())
-    few = torch.randn(2, 3, 224, 224)
+    calibration = torch.randn(2, 3, 224, 224)
     for model in args.models:
         for batch in BATCHES:
-            counts = {name: counted(build(model, arm, few), batch) for name, arm in ROWS.items()}
-            base, rows = counts[FLOAT], []
-            for name, one in counts.items():
-                shares = (
-                    f"{one.bytes / base.bytes:.2f}",
-                    f"{one.kernels} ({one.triton})",
-                    f"{one.kernels / base.kernels:.2f}",
-                )
-                rows.append([name, f"{one.bytes / 1e9:.1f}", *shares])
             print(f"\n{model}, batch {batch}, bfloat16 autocast\n")
-            print(
-                table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], rows),
-                flush=True,
-            )
+            print(counts_table(model, batch, calibration), flush=True)
     print(f"\nKept for backward by a compiled step, batch {BATCHES[-1]}: GiB (x float)\n")
-    memory = {
-        name: [kept(build(model, arm, few), BATCHES[-1]) for model in args.models]
-        for name, arm in ROWS.items()
-    }
-    rows = [
-        [n, *(f"{a / 2**30:.2f} ({a / b:.2f})" for a, b in zip(own, memory[FLOAT], strict=True))]
-        for n, own in memory.items()
-    ]
-    print(table(["step", *args.models], rows), flush=True)
+    print(memory_table(args.models, calibration), flush=True)
+    print("\nHost, 12 blocks\n")
+    print(host_table())
+
+
+def counts_table(model: str, batch: int, calibration: Tensor) -> str:
+    """Bytes and kernels of a step of each row."""
+    counts = {name: counted(build(model, arm, calibration), batch) for name, arm in ROWS.items()}
+    base = counts[FLOAT]
+    lines = []
+    for name, count in counts.items():
+        lines.append([
+            name,
+            f"{count.bytes / 1e9:.1f}",
+            f"{count.bytes / base.bytes:.2f}",
+            f"{count.kernels} ({count.triton})",
+            f"{count.kernels / base.kernels:.2f}",
+        ])
+    return table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], lines)
+
+
+def memory_table(models: Sequence[str], calibration: Tensor) -> str:
+    """Bytes that a compiled step saves for backward, for each row and model."""
+    memory: dict[str, list[int]] = {}
+    for name, arm in ROWS.items():
+        nets = (build(model, arm, calibration) for model in models)
+        memory[name] = [bytes_for_backward(net, BATCHES[-1]) for net in nets]
+    lines = []
+    for name, sizes in memory.items():
+        line = [name]
+        for size, base in zip(sizes, memory[FLOAT], strict=True):
+            line.append(f"{size / 2**30:.2f} ({size / base:.2f})")
+        lines.append(line)
+    return table(["step", *models], lines)
+
+
+def host_table() -> str:
+    """CPU time of a step of each row with tiny tensors."""
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
-    steps = {
-        name: training_step(build(MODELS[0], arm, images, **TINY), images, half=True)
-        for name, arm in ROWS.items()
-    }
+    steps = {}
+    for name, arm in ROWS.items():
+        steps[name] = training_step(build(MODELS[0], arm, images, **TINY), images, half=True)
     with cuda_branches():
         times = take_turns(steps, ROUNDS)
-    print("\nHost, 12 blocks\n")
-    rows = [
-        [name, f"{1000 * statistics.median(one.cpu):.1f}", ratio(one, times[FLOAT])]
-        for name, one in times.items()
-    ]
-    print(table(["step", "ms", "x float: CPU [range], wall"], rows))
+    lines = []
+    for name, timing in times.items():
+        milliseconds = f"{1000 * statistics.median(timing.cpu):.1f}"
+        lines.append([name, milliseconds, ratio(timing, times[FLOAT])])
+    return table(["step", "ms", "x float: CPU [range], wall"], lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Steps that take turns, ratios within a round, tables, and what it all ran on."""
+"""Timing of steps in turns, ratios within a round, tables, and the machine in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Step = Callable[[], object]
 
 @dataclass
 class Timing:
-    """Seconds of a step, of the process and by the clock."""
+    """Seconds of a step in each round: CPU time of the process, and wall time."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
@@ -30,30 +30,31 @@ class Timing:
 def machine() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def environment() -> str:
     """Processor, threads, versions and load."""
-    versions = (
-        f"torch {torch.__version__}, timm {timm.__version__}, Python {sys.version.split()[0]}"
-    )
-    return f"{machine()}, {torch.get_num_threads()} thread(s), {versions}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    python = sys.version.split()[0]
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {python}"
+    load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    return f"{machine()}, {torch.get_num_threads()} thread(s), {versions}; {load}"
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Seconds of one call, of the process and by the clock."""
-    cpu, wall = time.process_time(), time.perf_counter()
+    """CPU and wall seconds of one call."""
+    cpu_start = time.process_time()
+    wall_start = time.perf_counter()
     step()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return time.process_time() - cpu_start, time.perf_counter() - wall_start
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Run one step of each in every round, in an order drawn anew; warm-up rounds are not among the timings."""
+    """Run each step once a round, in random order; warm-up rounds are not timed."""
     timings = {name: Timing() for name in steps}
     for turn in range(-warmup, rounds):
         for name in random.Random(turn).sample(list(steps), len(steps)):
@@ -65,18 +66,24 @@ def take_turns(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[
 
 
 def ratio(timing: Timing, base: Timing) -> str:
-    """A step in steps of the base, round by round: median, lowest and highest in CPU seconds, then the median by the clock."""
-    cpu, wall = (
-        [a / b for a, b in zip(*both, strict=True)]
-        for both in ((timing.cpu, base.cpu), (timing.wall, base.wall))
-    )
-    return f"{statistics.median(cpu):.2f} [{min(cpu):.2f}, {max(cpu):.2f}], {statistics.median(wall):.2f}"
+    """Time of a step relative to the base, round by round.
+
+    Returns:
+        Median, lowest and highest ratio of CPU time, then the median ratio of wall time.
+    """
+    cpu = [a / b for a, b in zip(timing.cpu, base.cpu, strict=True)]
+    wall = [a / b for a, b in zip(timing.wall, base.wall, strict=True)]
+    cpu_range = f"[{min(cpu):.2f}, {max(cpu):.2f}]"
+    return f"{statistics.median(cpu):.2f} {cpu_range}, {statistics.median(wall):.2f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; a cell may hold any text."""
-    escaped = [
-        [" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)
-    ]
-    lines = [f"| {' | '.join(line)} |" for line in escaped]
-    return re.sub(r"\|  (?=\|)", "| ", "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])))
+    """A table in Markdown; cells may have any text."""
+    lines = [_table_line(cells) for cells in (head, *rows)]
+    text = "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:]))
+    return re.sub(r"\|  (?=\|)", "| ", text)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    escaped = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

@@ -5,7 +5,7 @@ import dataclasses
 import yaml
 
 from evidence.claims.records import Record, add_record
-from evidence.pages.page import read_evidence
+from evidence.pages.evidence import read_evidence
 
 ARMS = {"new": {"label": "New"}, "old": {"label": "Old"}, "idle": {"label": "not run"}}
 SAID = {
