@@ -47,11 +47,9 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
         }
         return cls, {**weights, **inputs, "return_quant_tensor": False}
 
-    net = layerwise_quantize(
-        net,
-        {nn.Linear: layer(qnn.QuantLinear, bits)},
-        name_blacklist=[net.pretrained_cfg["classifier"]],
-    )  # type: ignore[index]
+    config: Any = net.pretrained_cfg
+    linears = {nn.Linear: layer(qnn.QuantLinear, bits)}
+    net = layerwise_quantize(net, linears, name_blacklist=[config["classifier"]])
     ends = {
         nn.Linear: layer(qnn.QuantLinear, ENDS_BITS),
         nn.Conv2d: layer(qnn.QuantConv2d, ENDS_BITS),
@@ -117,9 +115,9 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     for module, quantizer in quantizers.items():
         module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
-        parametrize.register_parametrization(
-            module, "weight", _learnable_weight(module.weight, widths[module])
-        )
+        weight: Any = module.weight
+        parametrization = _learnable_weight(weight, widths[module])
+        parametrize.register_parametrization(module, "weight", parametrization)
     return net
 
 

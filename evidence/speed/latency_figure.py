@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -21,7 +22,11 @@ TITLES = {
     "swin_tiny_patch4_window7_224": "Swin-T",
 }
 TIME = "batch 1, "
-STYLE = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "qat",
+    "font.family": "DejaVu Sans",
+}
 
 # Cells by model, file and column.
 Tables = dict[str, dict[str, dict[str, str]]]
