@@ -59,10 +59,10 @@ stress: $(READY) ## kill -9 commands at random moments, run them again, compare 
 	@PYTHONPATH=. $(BIN)/python evidence/stress.py --kills 40 --seed $(SEED)
 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
-	@PYTHONPATH=. $(BIN)/python evidence/models_page.py
+	@PYTHONPATH=. $(BIN)/python evidence/pages/models_page.py
 
 search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (5 minutes, 20)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python evidence/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python evidence/speed/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
 
 WEIGHTS := outputs/weights
 weights-figures: $(READY) ## the figures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
@@ -78,22 +78,22 @@ weights-figures: $(READY) ## the figures of weights, oscillation and cost in doc
 	cp $(WEIGHTS)/weights/weights_histograms.svg docs/figures/weights-digits.svg
 	cp $(WEIGHTS)/oscillation/oscillation.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost.svg docs/figures/cost-digits.svg
-	$(BIN)/python -m evidence.drawing $(addprefix docs/figures/,weights-digits.svg oscillation-digits.svg cost-digits.svg)
+	$(BIN)/python -m evidence.pages.drawing $(addprefix docs/figures/,weights-digits.svg oscillation-digits.svg cost-digits.svg)
 
-# Tables go to the screen and to docs/logs.
+# Tables go to the screen and to evidence/logs.
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
 step-time step-count latency: SHELL := bash
 
 step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (40 minutes)
 	@$(LOGGED) { \
-	  $(BIN)/python evidence/step_time.py --compiled && echo && \
-	  $(BIN)/python evidence/step_time.py --batch 16 --rounds 5 && echo && \
-	  $(BIN)/python evidence/step_time.py --batch 4 --rounds 5 \
+	  $(BIN)/python evidence/speed/step_time.py --compiled && echo && \
+	  $(BIN)/python evidence/speed/step_time.py --batch 16 --rounds 5 && echo && \
+	  $(BIN)/python evidence/speed/step_time.py --batch 4 --rounds 5 \
 	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
-	} | tee docs/logs/step-time.log
+	} | tee evidence/logs/step-time.log
 
 step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (15 minutes)
-	@$(LOGGED) $(BIN)/python evidence/step_count.py | tee docs/logs/step-count.log
+	@$(LOGGED) $(BIN)/python evidence/speed/step_count.py | tee evidence/logs/step-count.log
 
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3
 $(PEERS)/.ready: $(READY)
@@ -103,8 +103,8 @@ $(PEERS)/.ready: $(READY)
 	touch $@
 
 latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO, and in ExecuTorch where it is installed: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
-	@$(LOGGED) $(BIN)/python evidence/latency.py | tee docs/logs/latency.log && \
-	  $(BIN)/python -m evidence.latency_figure && $(BIN)/python -m evidence.drawing docs/figures/latency.svg
+	@$(LOGGED) $(BIN)/python evidence/speed/latency.py | tee evidence/logs/latency.log && \
+	  $(BIN)/python -m evidence.speed.latency_figure && $(BIN)/python -m evidence.pages.drawing docs/figures/latency.svg
 
 test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
 	@$(BIN)/python -m tests.gpu

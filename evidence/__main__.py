@@ -1,6 +1,10 @@
-"""`python -m evidence run C1`: the runs of a claim that have no record yet. `page`: docs/accuracy.md and evidence/pages/ from all records.
+"""`python -m evidence COMMAND`: run claims, write their pages, check the pages.
 
-`check`: is it what they give. `quick`: a small claim in a temporary folder, then the page. `one CLAIM/ARM`: a single run, again.
+- `run C1`: make the runs of a claim that have no record yet.
+- `one CLAIM/ARM`: repeat a single run.
+- `page`: write docs/accuracy.md and evidence/pages/ from all records.
+- `check`: list the pages that differ from the records.
+- `quick`: run a small claim in a temporary folder, then write the pages.
 """
 
 from __future__ import annotations
@@ -12,16 +16,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evidence import page
-from evidence.run import ROOT, Arms, run_all, run_one
+from evidence.claims.arms import ROOT, Arms
+from evidence.claims.run import run_all, run_one
+from evidence.pages import page
+from evidence.pages.evidence import read_evidence
 from qat.errors import UsageError
 
 log = logging.getLogger("qat.evidence")
 
 
 def main() -> int:
-    """Exit code 1 where a run failed or the page is not what its records give."""
-    parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
+    """Exit code: 1 if a run failed or `check` found differences."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=("run", "one", "page", "check", "quick"))
     parser.add_argument("names", nargs="*", help="claims or arms: C1, C1/statsq_w2; none = all")
     parser.add_argument(
@@ -36,41 +46,48 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     try:
-        return int(_do(args))
+        return int(_has_failed(args))
     except UsageError as error:
         log.error("error: %s", error)
         return 1
 
 
-def _do(args: argparse.Namespace) -> bool:
-    """Whether something is wrong afterwards."""
+def _has_failed(args: argparse.Namespace) -> bool:
+    """Run the command; True if a run failed or a page differs."""
     if args.what == "check":
         stale = page.check(ROOT)
         log.info("%s", "\n".join(stale) or "nothing is stale")
         return bool(stale)
-    if args.what in {"run", "one"}:
-        if not (args.root and Path(args.root).is_dir()):
-            raise UsageError(
-                f"--root={args.root!r}: must be the folder of CIFAR-10 (parquet files, or cifar-10-batches-py)"
-            )
-        arms, root = Arms(), str(Path(args.root).resolve())
-        if args.what == "run":
-            return run_all(args.names, root, args.workers, arms) > 0
+    if args.what == "run":
+        return run_all(args.names, _cifar10(args), args.workers, Arms()) > 0
+    if args.what == "one":
+        root = _cifar10(args)
+        arms = Arms()
         for name in args.names:
             run_one(arms[name], args.seed, root, arms)
         return False
-    failed = 0
-    if args.what == "quick":
-        with tempfile.TemporaryDirectory(prefix="qat-evidence-") as folder:
-            arms = Arms(
-                ROOT / "evidence" / "quick", Path(folder) / "records", Path(folder) / "runs"
-            )
-            failed = run_all((), None, args.workers, arms)
-            log.info(
-                "%s", "\n".join(page.pages(page.read_evidence(arms.claims, arms.records)).values())
-            )
+    num_failed = _run_quick(args.workers) if args.what == "quick" else 0
     page.write(ROOT)
-    return failed > 0
+    return num_failed > 0
+
+
+def _cifar10(args: argparse.Namespace) -> str:
+    if not (args.root and Path(args.root).is_dir()):
+        raise UsageError(
+            f"--root={args.root!r}: must be the folder of CIFAR-10 "
+            "(parquet files, or cifar-10-batches-py)"
+        )
+    return str(Path(args.root).resolve())
+
+
+def _run_quick(workers: int) -> int:
+    """Run a small claim and print its page; returns the number of failed runs."""
+    with tempfile.TemporaryDirectory(prefix="qat-evidence-") as folder:
+        arms = Arms(ROOT / "evidence" / "quick", Path(folder) / "records", Path(folder) / "runs")
+        num_failed = run_all((), None, workers, arms)
+        pages = page.pages(read_evidence(arms.claims, arms.records))
+        log.info("%s", "\n".join(pages.values()))
+    return num_failed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Largest absolute difference from the papers' own code, family by family: `make golden-deviations`.
+"""Largest absolute difference from the papers' own code, by family: `make golden-deviations`.
 
-Runs the golden tests' own comparisons and records how far apart the two sides are instead of judging it.
+Runs the comparisons of the golden tests, and records differences in place of failing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import tests.functional.test_goldens as functions
 import tests.nn.test_goldens as modules
 from tests import golden
 
-OFQ, PTQ = "ofq_goldens.npz", "ptq_goldens.npz"
+OFQ = "ofq_goldens.npz"
+PTQ = "ptq_goldens.npz"
 FAMILIES: dict[str, tuple[ModuleType, str, str, str]] = {
     "StatsQ, forward and scale": (
         functions,
@@ -39,25 +40,22 @@ FAMILIES: dict[str, tuple[ModuleType, str, str, str]] = {
 
 
 def largest(module: ModuleType, test: str, file: str, pattern: str) -> tuple[int, float]:
-    """Number of cases of a family, and the largest difference that its test compares."""
-    seen = [0.0]
+    """Number of cases of a family, and the largest difference in its test."""
+    differences = [0.0]
 
-    def record(ours: torch.Tensor, theirs: torch.Tensor, **_: object) -> None:
-        seen.append(
-            (ours.detach().double() - theirs.detach().double().reshape(ours.shape))
-            .abs()
-            .max()
-            .item()
-        )
+    def record(ours: torch.Tensor, golden_value: torch.Tensor, **_: object) -> None:
+        expected = golden_value.detach().double().reshape(ours.shape)
+        differences.append((ours.detach().double() - expected).abs().max().item())
 
-    judge, module.assert_close = module.assert_close, record
+    assert_close = module.assert_close
+    module.assert_close = record
     try:
         cases = golden.cases(file, pattern)
         for case in cases:
             getattr(module, test)(case)
     finally:
-        module.assert_close = judge
-    return len(cases), max(seen)
+        module.assert_close = assert_close
+    return len(cases), max(differences)
 
 
 if __name__ == "__main__":

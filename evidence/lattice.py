@@ -1,6 +1,7 @@
-"""The teacher followed on the student's grid: importing this (`model.imports=[evidence.lattice]`) puts it in the place of `loss.features`.
+"""Distillation of features on the student's grid, in place of `loss.features`.
 
-The term is the mean over blocks of ||Q(F_student) - Q(F_teacher)||^2 / var(F_teacher); F are the inputs of `qkv` and `fc1`, Q is the
+Import with `model.imports=[evidence.lattice]`. The term is the mean over blocks of
+||Q(F_student) - Q(F_teacher)||^2 / var(F_teacher). F are the inputs of `qkv` and `fc1`; Q is the
 student's quantizer, whose step size gets no gradient from the teacher's side.
 """
 
@@ -17,7 +18,7 @@ from qat.losses.outputs import FeatureDistillation
 
 
 class Inputs(Outputs):
-    """What modules are given, in place of what they give."""
+    """Inputs of modules, in place of their outputs."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__([])
@@ -28,20 +29,29 @@ class Inputs(Outputs):
         self._record(module, args, args[0])
 
 
-def _followed(net: Any) -> list[Any]:
-    return [layer for block in net.blocks for layer in (block.attn.qkv, block.mlp.fc1)]
+def _layers(net: Any) -> list[Any]:
+    layers = []
+    for block in net.blocks:
+        layers += [block.attn.qkv, block.mlp.fc1]
+    return layers
 
 
 def _forward(self: FeatureDistillation, step: StepContext) -> Tensor:
     total = torch.zeros(())
-    for layer, own, followed in zip(
-        _followed(step.net), step.features, step.teacher_features, strict=True
-    ):
+    layers = _layers(step.net)
+    features = zip(layers, step.features, step.teacher_features, strict=True)
+    for layer, student_feature, teacher_feature in features:
         with torch.no_grad():
-            goal, variance = layer.input_quantizer(followed), followed.var()
-        total = total + (layer.input_quantizer(own) - goal).square().mean() / variance
+            target = layer.input_quantizer(teacher_feature)
+            variance = teacher_feature.var()
+        error = (layer.input_quantizer(student_feature) - target).square().mean()
+        total = total + error / variance
     return total / len(step.features)
 
 
-Outputs.of_blocks = classmethod(lambda cls, net, which="all": Inputs(_followed(net)))  # type: ignore[method-assign, assignment]
+def _inputs_of_blocks(cls: type[Outputs], net: nn.Module, which: str = "all") -> Inputs:
+    return Inputs(_layers(net))
+
+
+Outputs.of_blocks = classmethod(_inputs_of_blocks)  # type: ignore[method-assign, assignment]
 FeatureDistillation.forward = _forward  # type: ignore[method-assign]

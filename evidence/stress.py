@@ -1,9 +1,11 @@
-"""Kill commands with SIGKILL at moments drawn with a seed, run them again, and compare all files with those of runs that were not killed.
+"""Kill commands at random moments, run them again, and compare all files with undisturbed runs.
 
-Run by `make stress`; log `docs/logs/stress.log`. Augmentation, repeated augmentation, mixup, cutmix, dropout, drop path and averaged
-weights are on in training. A moment is after one of some calls (`CALLS`); of `torch.save` half a file is on the disk then.
-Compared are all tensors and numbers of checkpoints, the rows of tables, `results.json`, and which files there are; what is measured (times,
-throughput) is left out. Each run is a fork of this process, which has imported everything. Exit code 1 if anything differs.
+Run by `make stress`; log `evidence/logs/stress.log`. Trainings use augmentation, repeated
+augmentation, mixup, cutmix, dropout, drop path and averaged weights. A command is killed with
+SIGKILL after one of some calls (`CALLS`), drawn with a seed; after `torch.save`, half of the file
+is on the disk. All tensors and numbers of checkpoints, the rows of tables, `results.json` and the
+names of files are compared, without measurements (times, throughput). Each run is a fork of this
+process, which has imported everything. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,28 +34,22 @@ from qat.ptq.search import Evaluator
 ROOT = Path(__file__).resolve().parents[1]
 # 19 steps an epoch; `last.ckpt` is written 17 times.
 TRAIN = (
-    *(
-        "train.py",
-        "model.args.embed_dim=24",
-        "model.args.depth=1",
-        "++model.args.num_heads=3",
-        "+model.args.drop_path_rate=0.2",
-    ),
-    *(
-        "+model.args.proj_drop_rate=0.2",
-        "report=false",
-        "data.batch_size=64",
-        "data.augment=timm",
-        "data.repeats=2",
-        "data.mixup=0.8",
-    ),
-    *(
-        "data.cutmix=1.0",
-        "trainer.max_epochs=3",
-        "trainer.log_every_n_steps=2",
-        "checkpoint.every_n_steps=4",
-        "callbacks.ema.decay=0.9",
-    ),
+    "train.py",
+    "model.args.embed_dim=24",
+    "model.args.depth=1",
+    "++model.args.num_heads=3",
+    "+model.args.drop_path_rate=0.2",
+    "+model.args.proj_drop_rate=0.2",
+    "report=false",
+    "data.batch_size=64",
+    "data.augment=timm",
+    "data.repeats=2",
+    "data.mixup=0.8",
+    "data.cutmix=1.0",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=2",
+    "checkpoint.every_n_steps=4",
+    "callbacks.ema.decay=0.9",
     "resume=auto",
 )
 CGA = (
@@ -101,21 +97,27 @@ COMMANDS = {
     "evolq": (*PTQ, "search=evolution", "search.passes=2", "search.cycles=3", "search.radius=0.05"),
 }
 CALLS: tuple[tuple[Any, str], ...] = (
-    *(
-        (QATModule, "training_step"),
-        (QATModule, "validation_step"),
-        (QATModule, "configure_gradient_clipping"),
-    ),
-    *((Evaluator, "fitness"), (torch, "save"), (os, "link"), (os, "replace")),
+    (QATModule, "training_step"),
+    (QATModule, "validation_step"),
+    (QATModule, "configure_gradient_clipping"),
+    (Evaluator, "fitness"),
+    (torch, "save"),
+    (os, "link"),
+    (os, "replace"),
 )
-# What is measured; a search's rows end with seconds. Lightning does not restore `current_score`, and nothing reads it.
+# Measurements, which differ between runs. A search's rows end with seconds. Lightning does not
+# restore `current_score`, which has no effect.
 MEASURED = re.compile(
-    r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds$|time_elapsed$|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
+    r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds$|time_elapsed$"
+    r"|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
 )
+SHOWN = 8
+# The name of a call, and after how many such calls to kill.
+Moment = tuple[str, int]
 
 
-def watch(moment: tuple[str, int] | None, counts: Counter[str]) -> None:
-    """Count calls; die after one: its name, and which of them."""
+def watch(moment: Moment | None, counts: Counter[str]) -> None:
+    """Count calls, and kill this process at a moment."""
 
     def watched(name: str, function: Any) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -134,81 +136,137 @@ def watch(moment: tuple[str, int] | None, counts: Counter[str]) -> None:
 
 
 def run(
-    folder: Path, name: str, run_dir: Path, moment: tuple[str, int] | None = None
+    folder: Path, name: str, run_dir: Path, moment: Moment | None = None
 ) -> Counter[str] | None:
-    """Run a command; gives how often each call was made, None if it was killed."""
-    command = [
-        *(part.format(float=folder / "float/checkpoints/last.ckpt") for part in COMMANDS[name]),
-        f"run_dir={run_dir}",
-    ]
-    log, told, pid = run_dir.with_suffix(".log"), run_dir.with_suffix(".counts"), os.fork()
+    """Run a command in a fork.
+
+    Args:
+        folder: folder of all runs.
+        name: key of `COMMANDS`.
+        run_dir: folder of this run.
+        moment: when to kill the command.
+
+    Returns:
+        Number of calls by name; None if the command was killed.
+    """
+    float_weights = folder / "float/checkpoints/last.ckpt"
+    arguments = [part.format(float=float_weights) for part in COMMANDS[name]]
+    log = run_dir.with_suffix(".log")
+    counts_file = run_dir.with_suffix(".counts")
+    pid = os.fork()
     if not pid:
-        code, counts = 1, Counter[str]()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        try:
-            sys.argv = [str(ROOT / command[0]), *command[1:]]
-            watch(moment, counts)
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            told.write_text(json.dumps(counts))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        _run_and_exit([*arguments, f"run_dir={run_dir}"], moment, log, counts_file)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code not in {0, -signal.SIGKILL}:
         raise SystemExit(f"{name}, {moment}: exit code {code}\n{log.read_text(errors='replace')}")
-    return Counter(json.loads(told.read_text())) if code == 0 else None
+    return Counter(json.loads(counts_file.read_text())) if code == 0 else None
+
+
+def _run_and_exit(
+    command: list[str], moment: Moment | None, log: Path, counts_file: Path
+) -> NoReturn:
+    """Run a script in this process, with its output in `log`, and end the process."""
+    code = 1
+    counts = Counter[str]()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        sys.argv = [str(ROOT / command[0]), *command[1:]]
+        watch(moment, counts)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        counts_file.write_text(json.dumps(counts))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
-    """All that a run left, by file and place in it; not what Hydra keeps, nor a checkpoint that only a run of several saves has."""
-    for path in sorted(
-        path for path in run_dir.rglob("*") if path.is_file() and ".hydra" not in path.parts
-    ):
-        name = str(path.relative_to(run_dir))
-        if path.suffix in {".log", ".png", ".svg"} or path.name in {
-            "last.prev.ckpt",
-            "multirun.yaml",
-        }:
+    """All values in the files of a run, by file and position.
+
+    Without Hydra's files, and without the checkpoint that only exists after several saves.
+    """
+    for path in sorted(run_dir.rglob("*")):
+        if not path.is_file() or ".hydra" in path.parts:
             continue
+        if path.suffix in {".log", ".png", ".svg"}:
+            continue
+        if path.name in {"last.prev.ckpt", "multirun.yaml"}:
+            continue
+        name = str(path.relative_to(run_dir))
         yield name, True
-        found: Any = ()
-        if path.suffix == ".ckpt":
-            found = torch.load(path, weights_only=True)
-        elif path.suffix == ".json":
-            found = json.loads(path.read_text())
-        elif path.suffix == ".csv":
-            rows = (
-                {k: v for k, v in row.items() if v and not MEASURED.search(k)}
-                for row in csv.DictReader(path.open())
-            )
-            found = [row for row in rows if row.keys() - {"epoch", "step"}]
-        yield from leaves(found, str(run_dir), name)
+        yield from leaves(_content(path), str(run_dir), name)
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".ckpt":
+        return torch.load(path, weights_only=True)
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".csv":
+        return _measured_rows(path)
+    return ()
+
+
+def _measured_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table without measurements, and without rows that have nothing else."""
+    rows = []
+    for row in csv.DictReader(path.open()):
+        cells = {key: cell for key, cell in row.items() if cell and not MEASURED.search(key)}
+        if cells.keys() - {"epoch", "step"}:
+            rows.append(cells)
+    return rows
 
 
 def leaves(value: Any, folder: str, path: str) -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values of a nested structure; paths are those within the run's folder."""
+    """Tensors and plain values of a nested structure, without the name of the run's folder."""
     if isinstance(value, dict | list | tuple):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(one, folder, f"{path}/{str(key).replace(folder, '')}")
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in items:
+            yield from leaves(child, folder, f"{path}/{str(key).replace(folder, '')}")
     elif not MEASURED.search(path):
         yield path, value.replace(folder, "") if isinstance(value, str) else value
 
 
-def same(one: Any, other: Any) -> bool:
+def same(first: Any, second: Any) -> bool:
     """True for equal tensors, bit for bit, and for equal plain values."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(
-            one.nan_to_num(7.25), other.nan_to_num(7.25)
-        )
-    return type(one) is type(other) and (one == other or one != one)
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        if first.dtype != second.dtype:
+            return False
+        return torch.equal(first.nan_to_num(7.25), second.nan_to_num(7.25))
+    return type(first) is type(second) and (first == second or first != first)
+
+
+def disturbed_run(
+    folder: Path, name: str, run_dir: Path, counts: Counter[str], draw: random.Random
+) -> list[str]:
+    """Kill a command once or twice, then run it to its end.
+
+    Args:
+        folder: folder of all runs.
+        name: key of `COMMANDS`.
+        run_dir: folder of this run.
+        counts: calls of an undisturbed run.
+        draw: random generator of the moments.
+
+    Returns:
+        The moments in words.
+    """
+    moments = []
+    for _ in range(draw.randint(1, 2)):
+        call = draw.choice(sorted(counts))
+        number = draw.randint(1, counts[call])
+        if run(folder, name, run_dir, (call, number)) is not None:
+            break  # the resumed run ended before the moment
+        moments.append(f"{call} {number}")
+    run(folder, name, run_dir)
+    return moments
 
 
 def main() -> None:
@@ -232,37 +290,35 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in ("train", "ptq"):
         importlib.import_module(f"qat.tasks.{name}")
-    draw, kills, wrong = random.Random(args.seed), 0, 0
+    draw = random.Random(args.seed)
+    num_kills = 0
+    num_differences = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        counts = {
-            name: run(folder, name, folder / name) or Counter()
-            for name in dict.fromkeys(("float", *args.kinds))
-        }
+        counts = {}
+        for name in dict.fromkeys(("float", *args.kinds)):
+            counts[name] = run(folder, name, folder / name) or Counter()
         expected = {name: dict(values(folder / name)) for name in args.kinds}
-        while kills < args.kills:
+        while num_kills < args.kills:
             for name in args.kinds:
-                run_dir, moments = folder / f"{name}-{kills}", []
-                for _ in range(draw.randint(1, 2)):
-                    call = draw.choice(sorted(counts[name]))
-                    moment = call, draw.randint(1, counts[name][call])
-                    if run(folder, name, run_dir, moment) is not None:
-                        break  # resumed, it came to its end before
-                    moments.append(f"{call} {moment[1]}")
-                run(folder, name, run_dir)
-                found = dict(values(run_dir))
-                differing = [
-                    key
-                    for key in expected[name].keys() | found
-                    if not same(expected[name].get(key), found.get(key))
-                ]
-                kills, wrong = kills + len(moments), wrong + len(differing)
-                said = f"{name:10} killed after {', '.join(moments)}: {len(differing)} of {len(found)} values differ"
+                run_dir = folder / f"{name}-{num_kills}"
+                moments = disturbed_run(folder, name, run_dir, counts[name], draw)
+                actual = dict(values(run_dir))
+                differing = []
+                for key in expected[name].keys() | actual:
+                    if not same(expected[name].get(key), actual.get(key)):
+                        differing.append(key)
+                num_kills += len(moments)
+                num_differences += len(differing)
                 print(
-                    said, *(f"    {what}" for what in sorted(differing)[:8]), sep="\n", flush=True
+                    f"{name:10} killed after {', '.join(moments)}: "
+                    f"{len(differing)} of {len(actual)} values differ"
                 )
-    print(f"{kills} kills: {wrong} differences")
-    raise SystemExit(bool(wrong))
+                for key in sorted(differing)[:SHOWN]:
+                    print(f"    {key}")
+                sys.stdout.flush()
+    print(f"{num_kills} kills: {num_differences} differences")
+    raise SystemExit(bool(num_differences))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`python -m evidence.zoo --root CIFAR10`: the nets in `zoo/`, made of checkpoints that `run` leaves, with a model card each.
+"""`python -m evidence.zoo --root CIFAR10`: write the models in `zoo/`, with a model card each.
 
-`make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` and the like train those that are not there. What a card says was measured is measured
-here, with `eval.py`, on the file itself.
+The models are checkpoints of runs; `make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` trains a
+missing one. Results in a card are measured with `eval.py` on the file itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import tempfile
 from pathlib import Path
 
 import qat
-from evidence.run import ROOT, Arms, command_line
+from evidence.claims.arms import ROOT, Arms
+from evidence.claims.run import command_line
 from qat.model.pretrained import save_pretrained
 from qat.utils.files import write_text
 
 ZOO = ROOT / "zoo"
-# The run that each net is of: claim and arm.
+# The run of each model: claim and arm.
 NETS = {
     "cifar10_w2a2": "AIM/seq_w2",
     "cifar10_w4a4": "C16/tensor_w4a4",
@@ -30,7 +31,7 @@ NETS = {
 
 
 def main() -> None:
-    """Make those that are named."""
+    """Write the models that are named."""
     parser = argparse.ArgumentParser(prog="python -m evidence.zoo", description=__doc__)
     parser.add_argument(
         "names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all"
@@ -38,10 +39,10 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     args = parser.parse_args()
     for name in args.names:
-        make(name, args.root)
+        write_model(name, args.root)
 
 
-def make(name: str, root: str) -> None:
+def write_model(name: str, root: str) -> None:
     """Write `zoo/NAME.safetensors` and its card."""
     arms = Arms()
     arm = arms[NETS[name]]
@@ -57,8 +58,8 @@ def make(name: str, root: str) -> None:
             source=f"zoo/{target.name}",
         )
         card = Path(folder, "README.md").read_text(encoding="utf-8")
-    typed = shlex.join(command_line(arm.command, Path("RUN"), arms.settings(arm, 0), "FOLDER"))
-    write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{typed}\n```\n")
+    command = shlex.join(command_line(arm.command, Path("RUN"), arms.settings(arm, 0), "FOLDER"))
+    write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{command}\n```\n")
 
 
 def measured(path: Path, root: str, run_dir: Path) -> dict[str, object]:
@@ -72,8 +73,8 @@ def measured(path: Path, root: str, run_dir: Path) -> dict[str, object]:
         "report=false",
     ]
     subprocess.run(command, cwd=ROOT, check=True)
-    found: dict[str, object] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    return found
+    results: dict[str, object] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    return results
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def test_the_names_of_the_equations_are_in_their_files():
 
 
 def test_the_readme_says_of_the_demo_what_its_log_does():
-    printed = (ROOT / "docs" / "logs" / "demo.log").read_text().rpartition("results  ")[2]
+    printed = (ROOT / "evidence" / "logs" / "demo.log").read_text().rpartition("results  ")[2]
     scores = re.findall(r"│ W\d+ A\d+ *│ *([\d.]+)", printed)
     assert len(scores) == 2
     said = re.search(

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from evidence import models_page
+from evidence.pages import models_page
 from qat.model.transfer import timm_state_dict
 from qat.nn import QkrAttention, ScoredAttention
 from tests.conftest import ROOT

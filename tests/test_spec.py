@@ -6,8 +6,9 @@ from omegaconf import OmegaConf
 import qat
 from qat.model.ptq_spec import recipe_from
 from qat.spec import PRESETS, QuantRecipe, QuantSpec, recipe
-from qat.tasks.conf import CONF, options
+from qat.tasks.conf import options
 from qat.utils.validate import FLOAT_BITS
+from tests.conftest import compose
 
 WRONG_KNOBS = [
     ({"bits": 9}, "quant.bits=9: must be an integer from 2 to 8"),
@@ -49,7 +50,7 @@ def test_wrong_knobs_are_named(knobs, message):
 
 @pytest.mark.parametrize("name", options("quant"))
 def test_the_choices_of_quant_are_names_of_recipes(name):
-    knobs = OmegaConf.to_container(OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+    knobs = OmegaConf.to_container(compose("train", f"quant={name}", "run_dir=a").quant)
     assert recipe(name) == QuantRecipe(**knobs)
     if name != "fp":
         assert recipe(name, bits=4, act_bits=4).bits == 4

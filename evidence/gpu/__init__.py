@@ -1,4 +1,4 @@
-"""What only a CUDA device can answer, in commands of nine minutes: `python -m evidence.gpu`, evidence/gpu/README.md.
+"""Measurements on a CUDA device, in commands of nine minutes: `python -m evidence.gpu`.
 
-Needs neither Hydra nor Lightning.
+See evidence/gpu/README.md. Needs neither Hydra nor Lightning.
 """

@@ -1,4 +1,7 @@
-"""python -m evidence.gpu: speed of training steps; with --train FOLDER, accuracy of quantizers on CIFAR-10. evidence/gpu/README.md."""
+"""python -m evidence.gpu: speed of training steps; with --train, accuracy on CIFAR-10.
+
+See evidence/gpu/README.md.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"JSON lines; what is there already is not measured again (default below {FOLDER})",
+        help=f"JSON lines; existing rows are not measured again (default below {FOLDER})",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=540,
-        help="when to end; the same command goes on from there",
+        help="when to end; the same command continues",
     )
     parser.add_argument("--models", nargs="+", help="timm's names; default DeiT-T, -S and -B")
     parser.add_argument(
@@ -48,19 +51,18 @@ def main() -> None:
         help="walk through all of it on the CPU, with tiny nets, without the compiler",
     )
     args = parser.parse_args()
-    for name in (
-        "TORCHINDUCTOR_COMPILE_THREADS",
-        "OMP_NUM_THREADS",
-    ):  # processes take turns on the cores
-        os.environ.setdefault(name, "2")
-    # After the options: processes that measure import this file too, and what they need alone.
+    # Processes take turns on the cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    # Imported here, since processes that measure import this file too and need less.
     import torch
 
     from evidence.gpu import speed, train
     from evidence.gpu.rows import read
 
     args.out = args.out or FOLDER / ("train.jsonl" if args.train else "measured.jsonl")
-    if args.dry_run:  # its rows, nets and images are not to be taken for real ones
+    if args.dry_run:
+        # Rows, models and images of a dry run must not be mistaken for real ones.
         args.out = Path(tempfile.mkdtemp()) / args.out.name
     if args.summary:
         rows = read(args.out)
@@ -69,7 +71,7 @@ def main() -> None:
         print(speed.report(rows) if "name" in rows[0] else train.report(rows))
         return
     if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("evidence.gpu: there is no CUDA device; --dry-run tries the code on a CPU")
+        raise SystemExit("evidence.gpu: needs a CUDA device; --dry-run tries the code on a CPU")
     print(train.command(args) if args.train else speed.command(args))
 
 

@@ -1,4 +1,4 @@
-"""Rows as JSON lines, written as they come; calls in processes of their own, where what crashes or hangs ends nothing here."""
+"""Rows of results in a file of JSON lines, and workers: processes that may crash or hang."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ LATE = "no answer in time"
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line; several processes may do so at a time."""
+    """Add a line; several processes may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[Row]:
-    """All whole lines; one that was cut short is none."""
+    """All complete lines."""
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -36,49 +38,54 @@ def read(path: Path) -> list[Row]:
 
 
 class Worker:
-    """Calls functions one after the other in a process that ends with this one. They give rows; one with `failed` says why.
+    """Call functions one after the other in a process that ends with this one.
+
+    The functions return rows; after an error, the row has the reason in `failed`.
 
     Args:
-        here: in a thread instead, for tries.
+        in_thread: use a thread of this process, for dry runs.
     """
 
-    def __init__(self, *, here: bool = False) -> None:
-        spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-        self._pool = (
-            ThreadPoolExecutor(1) if here else ProcessPoolExecutor(1, spawn, _end_with_parent)
-        )
+    _pool: ThreadPoolExecutor | ProcessPoolExecutor
 
-    def send(self, function: Callable[..., Row], *given: Any) -> Future[Row]:
-        """Ask for a call."""
-        return self._pool.submit(_guarded, function, *given)
+    def __init__(self, *, in_thread: bool = False) -> None:
+        if in_thread:
+            self._pool = ThreadPoolExecutor(1)
+        else:
+            spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+            self._pool = ProcessPoolExecutor(1, spawn, _end_with_parent)
 
-    def call(self, seconds: float, function: Callable[..., Row], *given: Any) -> Row:
-        """Its row, or why there is none within so many seconds."""
-        return answer(self.send(function, *given), time.monotonic() + seconds)
+    def send(self, function: Callable[..., Row], *args: Any) -> Future[Row]:
+        """Start a call."""
+        return self._pool.submit(_guarded, function, *args)
+
+    def call(self, seconds: float, function: Callable[..., Row], *args: Any) -> Row:
+        """Call a function; after so many seconds, return the failure `LATE`."""
+        return result_of(self.send(function, *args), time.monotonic() + seconds)
 
     def close(self) -> None:
-        """Let the process go."""
+        """Release the process."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def answer(asked: Future[Row], until: float) -> Row:
-    """The row of a call that was asked for; `until`, by `time.monotonic`, is when to give up."""
+def result_of(call: Future[Row], until: float) -> Row:
+    """The row of a call; the failure `LATE` if it has not ended at `until` of `time.monotonic`."""
     try:
-        return asked.result(max(until - time.monotonic(), 0))
+        return call.result(max(until - time.monotonic(), 0))
     except TimeoutError:
         return {"failed": LATE}
-    except Exception as error:  # its process is gone
+    except Exception as error:  # the process is gone
         return failure(error)
 
 
 def end_all() -> None:
-    """End the processes of all workers, those that hang too: else the end of this one would wait for them."""
+    """Kill the processes of all workers, since the end of this one would wait for hanging ones."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def failure(error: BaseException) -> Row:
-    """The error in one line, and where it came from."""
+    """A row with the error in one line and its trace."""
     return {
         "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
         "trace": traceback.format_exc()[-1500:],
@@ -89,8 +96,8 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _guarded(function: Callable[..., Row], *given: Any) -> Row:
+def _guarded(function: Callable[..., Row], *args: Any) -> Row:
     try:
-        return function(*given)
-    except Exception as error:  # whatever it is, it is the answer
+        return function(*args)
+    except Exception as error:  # any error is a result
         return failure(error)

@@ -1,7 +1,8 @@
-"""Training steps in bfloat16 autocast by model, batch, arm and mode: a process each, which compiles while others do and is timed in turns.
+"""Time training steps in bfloat16 autocast, by model, batch, arm and mode.
 
-A turn is a few steps; in each round every variant of a group has one, in an order drawn anew, so that a ratio to the float net is one of
-neighbours in time.
+Each variant has a process. The processes of a group compile at the same time, then take turns of a
+few steps. In each round every variant has one turn, in random order, so that a variant and the
+float model are timed at nearly the same time.
 """
 
 from __future__ import annotations
@@ -22,21 +23,37 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evidence.gpu.rows import LATE, Row, Worker, answer, append, end_all, read
-from evidence.steps import ARMS, FLOAT, TINY, build, teacher_of, training_step
-from evidence.timing import table
+from evidence.gpu.rows import LATE, Row, Worker, append, end_all, read, result_of
+from evidence.speed.steps import ARMS, FLOAT, TINY, build, teacher_of, training_step
+from evidence.speed.timing import table
 from qat import kernels
 from qat.lit.compiled import compile_in_place
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-WARM_UP, ROUNDS, STEPS = 3, 7, 3
+# Steps before a CUDA graph is captured, rounds, and steps of a turn.
+WARM_UP = 3
+ROUNDS = 7
+STEPS = 3
+# Batches and modes, the most important first.
 ORDER = (
-    *((256, mode) for mode in ("compiled", "graphs", "eager", "compiled + graph")),
-    *((64, mode) for mode in ("compiled", "eager", "compiled + graph")),
+    (256, "compiled"),
+    (256, "graphs"),
+    (256, "eager"),
+    (256, "compiled + graph"),
+    (64, "compiled"),
+    (64, "eager"),
+    (64, "compiled + graph"),
 )
-# Seconds that a group's first steps may take, and those of a turn; a group is begun only with this much left.
-PREPARATION, TURN, NEEDED, RESERVE = 200.0, 60.0, 60.0, 60.0
+DRY_ORDER = ((2, "compiled"), (2, "eager"))
+# Seconds for the first steps of a group, and for a turn.
+PREPARATION = 200.0
+TURN = 60.0
+# A group starts only with so many seconds left; the last rounds may take the reserve.
+NEEDED = 60.0
+RESERVE = 60.0
 GIB = 2**30
+# Rows of a profile.
+LONGEST = 40
 HEAD = [
     "arm",
     "mode",
@@ -50,13 +67,19 @@ HEAD = [
     "GiB",
     "x float",
 ]
-_ready: dict[Variant, Callable[[], Any]] = {}  # in the process of a variant: its step
+# The step of a variant, in the variant's process.
+_ready: dict[Variant, Callable[[], Any]] = {}
 
 
 class Variant(NamedTuple):
-    """A step that is timed: timm's name, images, one of `ARMS`, and how it runs.
+    """A step that is timed.
 
-    Modes: `compiled`, `graphs` (as `compile=graphs` compiles), `compiled + graph` (in a CUDA graph, optimizer included), `eager`.
+    Attributes:
+        model: timm's name.
+        batch: number of images.
+        arm: a key of `ARMS`.
+        mode: `compiled`, `graphs` (as with `compile=graphs`), `compiled + graph` (in a CUDA graph
+            that includes the optimizer), or `eager`.
     """
 
     model: str
@@ -66,52 +89,67 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its row."""
+        """Name of the row."""
         return f"{self.model}, {self.batch}, {self.arm}, {self.mode}"
 
 
 def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
-    """What is timed together, the most valuable answers first."""
-    order = ((2, "compiled"), (2, "eager")) if dry_run else ORDER
-    return [
-        [Variant(model, batch, arm, mode) for arm in ARMS]
-        for batch, mode in order
-        for model in (models[:1] if dry_run else models)
-    ]
+    """Variants that are timed together, the most important groups first."""
+    if dry_run:
+        models = models[:1]
+    result = []
+    for batch, mode in DRY_ORDER if dry_run else ORDER:
+        for model in models:
+            result.append([Variant(model, batch, arm, mode) for arm in ARMS])
+    return result
 
 
 def prepare(variant: Variant, device: str) -> Row:
-    """The first steps; asked for again after it ran out of memory, what is compiled already is there."""
-    _give_back()
-    model, batch, arm, mode = variant
-    is_try, is_compiled, graphs = device == "cpu", mode != "eager", mode == "graphs"
-    # Not "auto" for what is measured with kernels: a device on which they fail would be timed without them.
-    kernels.use("triton" if mode == "eager" and arm != FLOAT and not is_try else "auto")
-    began = time.monotonic()
+    """Build a variant and make its first step.
+
+    After a failure for lack of memory, another call uses what is already compiled.
+    """
+    _free_memory()
+    is_dry_run = device == "cpu"
+    # With "auto", a device on which the kernels fail would be timed without them.
+    needs_kernels = variant.mode == "eager" and variant.arm != FLOAT and not is_dry_run
+    kernels.use("triton" if needs_kernels else "auto")
+    start_time = time.monotonic()
     if variant not in _ready:
-        sizes: dict[str, Any] = TINY | {"depth": 1} if is_try else {}
-        images = torch.randn(batch, 3, *[sizes.get("img_size", 224)] * 2, device=device)
-        net, teacher = (
-            build(model, ARMS[arm], images, **sizes),
-            teacher_of(model, ARMS[arm], images, **sizes),
-        )
-        if is_compiled and not is_try:
-            compile_in_place(net, graphs=graphs)
-            if teacher is not None:
-                teacher.compile(graphs=graphs)
-        step = training_step(net, images, teacher, half=True)
-        _ready[variant] = (
-            (lambda: (torch.compiler.cudagraph_mark_step_begin(), step())[1]) if graphs else step
-        )
-    loss, first = _ready[variant]().item(), time.monotonic() - began
-    if mode.endswith("graph") and not is_try:
+        _ready[variant] = _build_step(variant, device, is_dry_run=is_dry_run)
+    loss = _ready[variant]().item()
+    seconds = time.monotonic() - start_time
+    if variant.mode.endswith("graph") and not is_dry_run:
         _ready[variant] = captured(_ready[variant])
-    _give_back()
-    return {"first_s": first, "loss": loss}
+    _free_memory()
+    return {"first_s": seconds, "loss": loss}
+
+
+def _build_step(variant: Variant, device: str, *, is_dry_run: bool) -> Callable[[], Any]:
+    sizes: dict[str, Any] = TINY | {"depth": 1} if is_dry_run else {}
+    side = sizes.get("img_size", 224)
+    images = torch.randn(variant.batch, 3, side, side, device=device)
+    arm = ARMS[variant.arm]
+    net = build(variant.model, arm, images, **sizes)
+    teacher = teacher_of(variant.model, arm, images, **sizes)
+    uses_graphs = variant.mode == "graphs"
+    if variant.mode != "eager" and not is_dry_run:
+        compile_in_place(net, graphs=uses_graphs)
+        if teacher is not None:
+            teacher.compile(graphs=uses_graphs)
+    step = training_step(net, images, teacher, half=True)
+    if not uses_graphs:
+        return step
+
+    def marked_step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step()
+
+    return marked_step
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    """A CUDA graph of a whole step, weights' update included; it holds the step, whose tensors it works on."""
+    """A CUDA graph of a step and its optimizer; it keeps the tensors of the step alive."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -125,166 +163,182 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
     return lambda: (graph.replay(), step)
 
 
-def turn(variant: Variant, times: int, device: str) -> Row:
-    """A few steps, timed; the one before them gets its memory from the device anew.
+def turn(variant: Variant, num_steps: int, device: str) -> Row:
+    """Time a few steps, after one that allocates memory again.
 
     Returns:
-        Of one step: `ms` between events on the device; `host_ms` until the host has asked for everything (it waits where the device is some
-        thousand kernels behind, so this is the most that the host needs); `peak` bytes above what was allocated before.
+        For one step: `ms` between events on the device; `host_ms`, the host's time, at most (the
+        host waits if the device is some thousand kernels behind); `peak` bytes above those
+        allocated before.
     """
     step = _ready[variant]
     step()
     if device == "cpu":
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         step()
-        ms = 1000 * (time.perf_counter() - began)
+        ms = 1000 * (time.perf_counter() - start_time)
         return {"ms": ms, "host_ms": ms, "peak": 0}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, began = torch.cuda.memory_allocated(), time.perf_counter()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    bytes_before = torch.cuda.memory_allocated()
+    start_time = time.perf_counter()
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
-    for _ in range(times):
+    for _ in range(num_steps):
         step()
     end.record()
-    host = 1000 * (time.perf_counter() - began) / times
+    host_ms = 1000 * (time.perf_counter() - start_time) / num_steps
     end.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    _give_back()
-    return {"ms": start.elapsed_time(end) / times, "host_ms": host, "peak": peak}
+    peak = torch.cuda.max_memory_allocated() - bytes_before
+    _free_memory()
+    return {"ms": start.elapsed_time(end) / num_steps, "host_ms": host_ms, "peak": peak}
 
 
-def idleness(variant: Variant, times: int, device: str) -> Row:
-    """Milliseconds of a step in which the device does something, how many kernels that are, and where both device and host spend theirs."""
+def idleness(variant: Variant, num_steps: int, device: str) -> Row:
+    """Profile a step: busy milliseconds of the device, kernels, the longest kernels and calls."""
     if device == "cpu":
         return {}
     torch.cuda.synchronize()
     with cProfile.Profile() as host:
-        for _ in range(times):
+        for _ in range(num_steps):
             _ready[variant]()
-    spent = sorted(
-        pstats.Stats(host).get_stats_profile().func_profiles.items(),
-        key=lambda item: -item[1].tottime,
-    )[:40]
+    functions = pstats.Stats(host).get_stats_profile().func_profiles.items()
+    longest = sorted(functions, key=lambda item: -item[1].tottime)[:LONGEST]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(times):
+        for _ in range(num_steps):
             _ready[variant]()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
-        found = busy(json.loads(path.read_text())["traceEvents"], times)
-    return {
-        **found,
-        "host": [(name, 1000 * one.tottime / times, one.ncalls) for name, one in spent],
-    }
+        row = busy(json.loads(path.read_text())["traceEvents"], num_steps)
+    row["host"] = []
+    for name, profile_of_function in longest:
+        milliseconds = 1000 * profile_of_function.tottime / num_steps
+        row["host"].append((name, milliseconds, profile_of_function.ncalls))
+    return row
 
 
-def busy(events: list[dict[str, Any]], times: int) -> Row:
-    """From the events of a trace, in microseconds: what overlaps counts once."""
-    found = sorted(
-        (e for e in events if e.get("cat") in {"kernel", "gpu_memcpy", "gpu_memset"}),
-        key=lambda e: e["ts"],
-    )
-    total, last, longest = 0.0, float("-inf"), collections.Counter[str]()
-    for event in found:
-        longest[event["name"][:80]] += event["dur"] / 1000 / times
+def busy(events: list[dict[str, Any]], num_steps: int) -> Row:
+    """Busy time of the device from the events of a trace (microseconds); overlaps count once."""
+    kinds = {"kernel", "gpu_memcpy", "gpu_memset"}
+    device_events = [event for event in events if event.get("cat") in kinds]
+    total = 0.0
+    last_end = float("-inf")
+    longest = collections.Counter[str]()
+    for event in sorted(device_events, key=lambda event: event["ts"]):
+        longest[event["name"][:80]] += event["dur"] / 1000 / num_steps
         end = event["ts"] + event["dur"]
-        total += max(end - max(event["ts"], last), 0)
-        last = max(last, end)
+        total += max(end - max(event["ts"], last_end), 0)
+        last_end = max(last_end, end)
     return {
-        "busy_ms": total / 1000 / times,
-        "kernels": len(found) / times,
-        "longest": longest.most_common(40),
+        "busy_ms": total / 1000 / num_steps,
+        "kernels": len(device_events) / num_steps,
+        "longest": longest.most_common(LONGEST),
     }
 
 
-def _give_back() -> None:
+def _free_memory() -> None:
     if torch.cuda.is_available():
-        gc.collect()  # what an error of the last call holds on to
+        gc.collect()  # objects that the last call's error refers to
         torch.cuda.empty_cache()
 
 
 def take_turns(
-    group: list[Variant], until: float, device: str, make: Callable[[], Worker]
+    group: list[Variant], until: float, device: str, make_worker: Callable[[], Worker]
 ) -> dict[str, Row]:
-    """Prepare all side by side, then let those that can take turns; without time for all rounds those so far are all there are."""
-    rounds, times = (1, 1) if device == "cpu" else (ROUNDS, STEPS)
-    workers = {variant: make() for variant in group}
-    asked = {variant: worker.send(prepare, variant, device) for variant, worker in workers.items()}
-    ready = min(time.monotonic() + PREPARATION, until)
-    rows = {variant: answer(one, ready) for variant, one in asked.items()}
-    for variant in [
-        variant
-        for variant, row in rows.items()
-        if "memory" in row.get("failed", "") and time.monotonic() < until
-    ]:
-        rows[variant] = workers[variant].call(
-            PREPARATION, prepare, variant, device
-        )  # now that no other is at it
-    for number in range(rounds + 1):
+    """Prepare all variants at the same time, then time them in turns.
+
+    Args:
+        group: the variants.
+        until: end by `time.monotonic`; there may be fewer rounds then.
+        device: cuda, or cpu for a dry run.
+        make_worker: starts a process.
+
+    Returns:
+        Rows by name; a variant that failed has the reason in `failed`.
+    """
+    num_rounds = 1 if device == "cpu" else ROUNDS
+    num_steps = 1 if device == "cpu" else STEPS
+    workers = {variant: make_worker() for variant in group}
+    rows = _prepare_all(workers, until, device)
+    for number in range(num_rounds + 1):
         if number > 2 and time.monotonic() > until:
             break
         running = [variant for variant, row in rows.items() if "failed" not in row]
         for variant in random.Random(number).sample(running, len(running)):
-            found = workers[variant].call(TURN, turn, variant, times, device)
-            if "failed" in found:
-                rows[variant] |= found
-            elif number:  # the first round is not kept
-                for key, value in found.items():
+            timing = workers[variant].call(TURN, turn, variant, num_steps, device)
+            if "failed" in timing:
+                rows[variant] |= timing
+            elif number > 0:  # the first round warms up
+                for key, value in timing.items():
                     rows[variant].setdefault(key, []).append(value)
-    for variant in [
-        variant for variant, row in rows.items() if "failed" not in row and time.monotonic() < until
-    ]:
-        rows[variant] |= workers[variant].call(TURN, idleness, variant, times, device)
+    if time.monotonic() < until:
+        for variant, row in rows.items():
+            if "failed" not in row:
+                row |= workers[variant].call(TURN, idleness, variant, num_steps, device)
     for worker in workers.values():
         worker.close()
     end_all()
     return {variant.name: {"name": variant.name, **row} for variant, row in rows.items()}
 
 
-def command(args: argparse.Namespace) -> str:
-    """Measure what is not there yet and time is left for; gives the tables of all that is there.
+def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> dict[Variant, Row]:
+    calls = {variant: worker.send(prepare, variant, device) for variant, worker in workers.items()}
+    deadline = min(time.monotonic() + PREPARATION, until)
+    rows = {variant: result_of(call, deadline) for variant, call in calls.items()}
+    if time.monotonic() < until:
+        for variant, row in rows.items():
+            if "memory" in row.get("failed", ""):
+                # Again, now that no other variant is being prepared.
+                rows[variant] = workers[variant].call(PREPARATION, prepare, variant, device)
+    return rows
 
-    Rows that are there are measured again beside others of their group: a ratio needs its neighbour.
+
+def command(args: argparse.Namespace) -> str:
+    """Measure missing rows while there is time; returns the tables of all rows.
+
+    Existing rows of a group are measured again with the missing ones, for the ratios.
     """
-    out, until, left, device = (
-        args.out,
-        time.monotonic() + args.seconds - RESERVE,
-        [],
-        "cpu" if args.dry_run else "cuda",
-    )
-    known = {row["name"] for row in read(out)}
-    if "machine" not in known:
-        name = "CPU, sizes for a try alone" if args.dry_run else torch.cuda.get_device_name()
-        append(
-            out,
-            {
-                "name": "machine",
-                "device": name,
-                "torch": torch.__version__,
-                "CUDA": torch.version.cuda,
-            },
-        )
+    until = time.monotonic() + args.seconds - RESERVE
+    device = "cpu" if args.dry_run else "cuda"
+    existing = {row["name"] for row in read(args.out)}
+    if "machine" not in existing:
+        append(args.out, _machine(args))
+    left = []
     for group in groups(args.models or list(MODELS), dry_run=args.dry_run):
-        missing = [variant.name for variant in group if variant.name not in known]
-        if missing and time.monotonic() + NEEDED > until:
+        missing = [variant.name for variant in group if variant.name not in existing]
+        if not missing:
+            continue
+        if time.monotonic() + NEEDED > until:
             left += missing
-        elif missing:
-            for name, row in take_turns(
-                group, until, device, lambda: Worker(here=args.dry_run)
-            ).items():
-                if row.get("failed") == LATE and time.monotonic() > until:
-                    left.append(name)
-                else:
-                    append(out, row)
-                    print(f"{name}: {row.get('failed', 'done')}", flush=True)
-    again = f"\n\nno time for {len(left)}, run the command again: {'; '.join(left)}" if left else ""
-    return report(read(out)) + again
+            continue
+        rows = take_turns(group, until, device, lambda: Worker(in_thread=args.dry_run))
+        for name, row in rows.items():
+            if row.get("failed") == LATE and time.monotonic() > until:
+                left.append(name)
+            else:
+                append(args.out, row)
+                print(f"{name}: {row.get('failed', 'done')}", flush=True)
+    text = report(read(args.out))
+    if left:
+        text += f"\n\nno time for {len(left)}, run the command again: {'; '.join(left)}"
+    return text
+
+
+def _machine(args: argparse.Namespace) -> Row:
+    device = "CPU, sizes of a dry run" if args.dry_run else torch.cuda.get_device_name()
+    return {
+        "name": "machine",
+        "device": device,
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+    }
 
 
 def ratio(row: Row, base: Row | None) -> str:
-    """Of times: the median of the ratios of rounds, lowest and highest; within a group both ran in turns."""
+    """Median, lowest and highest ratio of times in a round; empty without a base."""
     if not base or not base.get("ms"):
         return ""
     ratios = [a / b for a, b in zip(row["ms"], base["ms"], strict=False)]
@@ -292,36 +346,45 @@ def ratio(row: Row, base: Row | None) -> str:
 
 
 def report(rows: list[Row]) -> str:
-    """Markdown of all rows."""
-    of = {row["name"]: row for row in rows}
-    machine, lines = of.pop("machine", {}), dict[str, list[list[str]]]()
-    for name, row in of.items():
+    """Tables of all rows in Markdown."""
+    by_name = {row["name"]: row for row in rows}
+    machine = by_name.pop("machine", {})
+    lines: dict[str, list[list[str]]] = {}
+    for name, row in by_name.items():
         model, batch, arm, mode = name.split(", ")
-        here = lines.setdefault(f"{model}, {batch} images, bfloat16 autocast", [])
-        if not row.get("ms"):
-            here.append([arm, mode, row.get("failed", "not timed")[:100], *[""] * 8])
-            continue
-        same, base = (of.get(f"{model}, {batch}, {FLOAT}, {one}") for one in (mode, "compiled"))
-        ms, peak = statistics.median(row["ms"]), max(row["peak"])
-        cells = [
-            f"{ms:.2f}",
-            ratio(row, same),
-            ratio(row, base),
-            f"{1000 * int(batch) / ms:.0f}",
-            f"{statistics.median(row['host_ms']):.2f}",
-        ]
-        cells += (
-            [f"{row['busy_ms'] / ms:.2f}", f"{row['kernels']:.0f}"]
-            if "busy_ms" in row
-            else ["", ""]
-        )
-        cells += [
-            f"{peak / GIB:.2f}",
-            f"{peak / max(same['peak']):.2f}" if peak and same and same.get("peak") else "",
-        ]
-        here.append([arm, mode, *cells])
+        title = f"{model}, {batch} images, bfloat16 autocast"
+        same_mode = by_name.get(f"{model}, {batch}, {FLOAT}, {mode}")
+        compiled = by_name.get(f"{model}, {batch}, {FLOAT}, compiled")
+        cells = _cells(row, int(batch), same_mode, compiled)
+        lines.setdefault(title, []).append([arm, mode, *cells])
     parts = [", ".join(f"{key}: {value}" for key, value in machine.items() if key != "name")]
-    return "\n\n".join([
-        *parts,
-        *(f"{title}\n\n{table(HEAD, cells)}" for title, cells in lines.items()),
-    ])
+    for title, cells_of_title in lines.items():
+        parts.append(f"{title}\n\n{table(HEAD, cells_of_title)}")
+    return "\n\n".join(parts)
+
+
+def _cells(row: Row, batch: int, same_mode: Row | None, compiled: Row | None) -> list[str]:
+    """Cells of a row after arm and mode, compared with float rows."""
+    if not row.get("ms"):
+        return [row.get("failed", "not timed")[:100], *[""] * 8]
+    ms = statistics.median(row["ms"])
+    peak = max(row["peak"])
+    busy_share = ""
+    num_kernels = ""
+    if "busy_ms" in row:
+        busy_share = f"{row['busy_ms'] / ms:.2f}"
+        num_kernels = f"{row['kernels']:.0f}"
+    peak_ratio = ""
+    if peak and same_mode and same_mode.get("peak"):
+        peak_ratio = f"{peak / max(same_mode['peak']):.2f}"
+    return [
+        f"{ms:.2f}",
+        ratio(row, same_mode),
+        ratio(row, compiled),
+        f"{1000 * batch / ms:.0f}",
+        f"{statistics.median(row['host_ms']):.2f}",
+        busy_share,
+        num_kernels,
+        f"{peak / GIB:.2f}",
+        peak_ratio,
+    ]

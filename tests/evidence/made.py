@@ -4,8 +4,8 @@ import dataclasses
 
 import yaml
 
-from evidence.page import read_evidence
-from evidence.records import Record, add_record
+from evidence.claims.records import Record, add_record
+from evidence.pages.evidence import read_evidence
 
 ARMS = {"new": {"label": "New"}, "old": {"label": "Old"}, "idle": {"label": "not run"}}
 SAID = {

@@ -116,7 +116,7 @@ def test_what_fails_in_a_process_is_a_row_and_ends_nothing():
         for worker, call in zip(workers, [(int, "x"), (os._exit, 3), (time.sleep, 60)], strict=True)
     ]
     found = [
-        rows.answer(one, time.monotonic() + 60 * (number < 2))["failed"]
+        rows.result_of(one, time.monotonic() + 60 * (number < 2))["failed"]
         for number, one in enumerate(asked)
     ]
     rows.end_all()

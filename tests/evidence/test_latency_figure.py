@@ -3,14 +3,14 @@
 import itertools
 import xml.etree.ElementTree as ET
 
-from evidence.latency_figure import DOCS, TITLES, draw, read
+from evidence.speed.latency_figure import DOCS, LOG, TITLES, draw, read
 
-LOG = (DOCS / "logs" / "latency.log").read_text()
+TABLES = LOG.read_text()
 COLUMNS = ("MB", "batch 1, onnxruntime", "batch 1, openvino")
 
 
 def test_the_page_has_the_numbers_of_the_log():
-    tables = read(LOG)
+    tables = read(TABLES)
     lines = (DOCS / "deployment.md").read_text().splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("| file | DeiT-T: MB |"))
     rows = [
@@ -27,7 +27,7 @@ def test_the_page_has_the_numbers_of_the_log():
 
 
 def test_a_figure_has_a_panel_for_each_model(tmp_path):
-    draw(read(LOG), tmp_path / "latency.svg")
+    draw(read(TABLES), tmp_path / "latency.svg")
     groups = [
         group.get("id", "")
         for group in ET.parse(tmp_path / "latency.svg").iter("{http://www.w3.org/2000/svg}g")

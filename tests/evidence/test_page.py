@@ -6,10 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from evidence import drawing, page
-from evidence.claims import Expectation
-from evidence.records import read_records
-from evidence.run import Arms
+from evidence.claims.arms import Arms
+from evidence.claims.claim import Expectation
+from evidence.claims.records import read_records
+from evidence.pages import drawing, page
+from evidence.pages.comparison import MIXED, Comparison, compare
+from evidence.pages.numbers import spread
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
 from tests.evidence import made
@@ -67,14 +69,15 @@ def test_the_headline_has_a_name_that_trains_the_same(name):
     ],
 )
 def test_mean_and_sample_deviation(values, spec, text):
-    assert page.spread(values, spec) == text
+    assert spread(values, spec) == text
 
 
 @pytest.mark.parametrize("shift", [-1.2, -0.5, 0.0, 0.3, 0.5, 1.2])
 def test_verdicts_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
     found = [value + shift for value in (-0.7, 0.1, 0.4, -0.2, 0.4)]
     told_apart = stats.ttest_1samp(found, 0.0).pvalue < 0.05
-    answer = page.Found(Expectation("it", "top1", "new", "old", "higher"), tuple(found)).answer
+    expectation = Expectation("it", "top1", "new", "old", "higher")
+    answer = Comparison(expectation, tuple(found)).verdict
     assert answer == (
         "inconclusive" if not told_apart else "confirmed" if shift > 0 else "contradicted"
     )
@@ -96,8 +99,8 @@ def test_verdicts_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
 )
 def test_answers(direction, margin, mean, said):
     expected = Expectation("it", "top1", "new", "old", direction, margin)
-    assert page.Found(expected, (mean - 0.1, mean, mean + 0.1)).answer == said
-    assert page.Found(expected, (mean, mean)).answer == "fewer than 3 seeds"
+    assert Comparison(expected, (mean - 0.1, mean, mean + 0.1)).verdict == said
+    assert Comparison(expected, (mean, mean)).verdict == "fewer than 3 seeds"
 
 
 def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_path):
@@ -113,7 +116,7 @@ def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_p
     made.runs(tmp_path, "float", [1.0], claim="START")
     found, claim = made.evidence(tmp_path)
     with pytest.raises(UsageError, match=r"c1.yaml: new.other: must be one of top1"):
-        page.find(claim, found)
+        compare(claim, found)
     assert found.differences(claim, ("new", "top1"), ("old", "top1")) == [1.0, 2.0]
     assert found.differences(claim, ("new", "top1"), ("START/float", "top1")) == [60.0, 80.0, 90.0]
 
@@ -204,7 +207,7 @@ def test_pairs_on_two_types_of_cpu_are_marked(tmp_path):
     made.runs(tmp_path, "new", [61.0, 62.0, 63.5])
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0], machine="Some CPU, 4 cores")
     found, claim = made.evidence(tmp_path)
-    assert page.MIXED not in page.verdicts([claim], found)
+    assert MIXED not in page.verdicts([claim], found)
     made.record(tmp_path, arm="old", seed=2, metrics={"top1": 62.0}, machine="Another CPU")
     found, claim = made.evidence(tmp_path)
     assert "]\\* |" in page.verdicts([claim], found)

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from evidence.peer_nets import fitting, quantized
-from evidence.peers import main
+from evidence.peers.__main__ import main
+from evidence.peers.nets import fitting, quantized
 from qat.lit.optim import parameter_groups
 from tests.conftest import TINY
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import qat
-from evidence.records import add_record, read_records
-from evidence.run import ROOT, Arms, command_line, preset, run_all, run_one
+from evidence.claims.arms import ROOT, Arms, preset
+from evidence.claims.records import add_record, read_records
+from evidence.claims.run import command_line, run_all, run_one
 from qat.errors import UsageError
 from tests.commands import typed
 from tests.conftest import compose
@@ -109,7 +110,7 @@ def test_what_a_run_starts_from_is_made_again_where_it_is_lost(tmp_path):
     for name in ("float", "slow"):
         made.record(tmp_path, arm=name)
     assert named(arms.to_do(["C1/fast"])) == [("float", 0), ("fast", 0)]
-    kept = arms.kept(arms["C1/float"], 0)
+    kept = arms.weights_file(arms["C1/float"], 0)
     kept.parent.mkdir(parents=True)
     kept.touch()
     assert named(arms.to_do(["C1/fast"])) == [("fast", 0)]
@@ -138,7 +139,7 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
         return None
 
     original = subprocess.run
-    monkeypatch.setattr("evidence.run.subprocess.run", in_this_process)
+    monkeypatch.setattr("evidence.claims.run.subprocess.run", in_this_process)
     tiny = [
         "data=digits",
         "model.args.depth=1",
@@ -183,7 +184,10 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
     )
     kept, best = (
         qat.load(path).state_dict()
-        for path in (arms.kept(arms["C1/trained"], 3), run_dir / "checkpoints" / "best.ckpt")
+        for path in (
+            arms.weights_file(arms["C1/trained"], 3),
+            run_dir / "checkpoints" / "best.ckpt",
+        )
     )
     assert all(torch.equal(kept[name], best[name]) for name in best)
     assert named(arms.to_do()) == []

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evidence.step_count import ROWS, Count, Counting, counted, cuda_branches, kept
-from evidence.steps import TINY, build
+from evidence.speed.step_count import (
+    ROWS,
+    Count,
+    Counting,
+    bytes_for_backward,
+    counted,
+    cuda_branches,
+)
+from evidence.speed.steps import TINY, build
 from qat.kernels import CodeRange
 from qat.kernels.rows import PLAIN
 from tests.kernels import calls
@@ -66,7 +73,7 @@ def test_a_compiled_step_keeps_less_than_the_float_step():
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     arms = ("float", "linears", "ofq without qkr")
     found = [
-        kept(
+        bytes_for_backward(
             build("deit_tiny_patch16_224", ROWS[name], images, **TINY, depth=1),
             16,
             TINY["img_size"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qat
-from evidence.steps import ARMS, TINY, build
+from evidence.speed.steps import ARMS, TINY, build
 from qat.kernels import attention
 from qat.quantizers import LSQ
 from tests.gpu.ways import KINDS, Apart, compared, judged, relative_error, results

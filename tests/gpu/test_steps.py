@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qat
-from evidence.steps import ARMS, TINY, build, teacher_of
+from evidence.speed.steps import ARMS, TINY, build, teacher_of
 from qat.functional.confidence import near_threshold
 from qat.lit.compiled import CompiledCall
 from qat.lit.optim import build_optimizer

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch.overrides import TorchFunctionMode
 
-from evidence.steps import ARMS, build
+from evidence.speed.steps import ARMS, build
 from qat import kernels
 from qat.lit.compiled import CompiledCall
 from qat.model.sites import quantizer_parameters

@@ -1,4 +1,4 @@
-"""Training steps that are timed, counted and checked: the arms, their nets, their steps."""
+"""Training steps of several recipes, for timing, counting and tests."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _CALIBRATION = 8  # images
 
 @dataclass(frozen=True)
 class Arm:
-    """A net and its step.
+    """A model and its training step.
 
     Attributes:
-        knobs: settings of the recipe; None = the float net.
-        teacher: whether a float teacher's forward pass is part of the step.
-        memory: of `qat.set_execution`.
-        recipe: its name.
+        knobs: settings of the recipe; None = the float model.
+        teacher: True if the forward pass of a float teacher is part of the step.
+        memory: argument of `qat.set_execution`.
+        recipe: name of the recipe.
     """
 
     knobs: dict[str, Any] | None
@@ -48,21 +48,33 @@ ARMS = {
 
 
 def build(model: str, arm: Arm, images: Tensor, *, bits: int = 2, **sizes: Any) -> nn.Module:
-    """A net of timm with random weights where the images (B, 3, H, W) are; converted, scales from them, unless it is the float net."""
+    """Build a timm model with random weights, quantized unless the arm is float.
+
+    Args:
+        model: timm's name.
+        arm: recipe and settings.
+        images: (B, 3, H, W), on the device of the model; the first eight set the scales.
+        bits: width of the recipe.
+        sizes: arguments of timm's model.
+
+    Returns:
+        The model in training mode.
+    """
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=1000, **sizes).to(images.device)
     if arm.knobs is not None:
         recipe = qat.recipe(arm.recipe, bits=bits, **arm.knobs)
-        qat.initialize_scales(
-            qat.convert(net, recipe, input_size=tuple(images.shape[1:])), [images[:_CALIBRATION]]
-        )
+        qat.convert(net, recipe, input_size=tuple(images.shape[1:]))
+        qat.initialize_scales(net, [images[:_CALIBRATION]])
         qat.set_execution(net, memory=arm.memory)
     return net.train()
 
 
 def teacher_of(model: str, arm: Arm, images: Tensor, **sizes: Any) -> Teacher | None:
-    """The float net whose logits a step follows, if it follows one."""
-    return Teacher(build(model, ARMS[FLOAT], images, **sizes)) if arm.teacher else None
+    """The float model whose logits the step follows; None without a teacher."""
+    if not arm.teacher:
+        return None
+    return Teacher(build(model, ARMS[FLOAT], images, **sizes))
 
 
 def training_step(
@@ -72,15 +84,21 @@ def training_step(
     *,
     half: bool = False,
 ) -> Callable[[], Tensor]:
-    """Forward, loss, backward and fused AdamW; gives the loss. As in a run, gradients take no memory between steps.
+    """Forward, loss, backward and fused AdamW.
+
+    Gradients take no memory between steps, as in a run.
 
     Args:
         net: in training mode.
         images: (B, 3, H, W).
-        teacher: gives the logits to follow in place of labels.
-        half: forward under bfloat16 autocast.
+        teacher: returns the logits to follow in place of labels.
+        half: True for a forward pass in bfloat16 autocast.
+
+    Returns:
+        A function that makes a step and returns the loss.
     """
-    target, distillation = torch.arange(len(images), device=images.device) % 1000, Distillation()
+    target = torch.arange(len(images), device=images.device) % 1000
+    distillation = Distillation()
     if teacher is not None and hasattr(net, "set_distilled_training"):
         net.set_distilled_training(enable=True)  # type: ignore[operator]
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True, capturable=images.is_cuda)
@@ -88,12 +106,10 @@ def training_step(
     def run() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits = net(images)
-            followed = None if teacher is None else teacher(images)
-            loss = (
-                F.cross_entropy(logits, target)
-                if teacher is None
-                else distillation(StepContext(logits, target, followed, net))
-            )
+            if teacher is None:
+                loss = F.cross_entropy(logits, target)
+            else:
+                loss = distillation(StepContext(logits, target, teacher(images), net))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,16 +119,17 @@ def training_step(
 
 
 def saved_bytes(net: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes of the storages that autograd is handed for backward in a step, each once; parameters and views of them left out."""
+    """Bytes that autograd saves for backward in a step: each storage once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    # References to the storages, so that no address is used twice.
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,4 +1,4 @@
-"""How well a mean over seeds is known."""
+"""Confidence interval of a mean over seeds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from scipy import stats
 
 LEVEL = 0.95
-# Shares of images are decimals, which floats only come near to: a margin that is met exactly must come out as equal.
+# Accuracies are decimals, which floats only approximate: a margin that is met exactly must compare
+# as equal.
 _DIGITS = 12
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Of the mean, 95 %, by Student's t (of paired values a paired t-test at 5 %); None of fewer than two."""
+    """95 % interval of the mean by Student's t; None for fewer than two values.
+
+    With differences of pairs, a paired t-test at 5 %.
+    """
     if len(values) < 2:
         return None
-    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
     reach = error * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
     return round(mean - reach, _DIGITS), round(mean + reach, _DIGITS)

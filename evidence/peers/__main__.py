@@ -1,8 +1,9 @@
-"""`python -m evidence.peers library=brevitas bits=2 ...`: quantization-aware training with another library, in the place of `train.py`.
+"""`python -m evidence.peers library=brevitas bits=2 ...`: train with another library.
 
-Everything else is what `train.py` does with the same overrides: start, teacher, loss, data in the same order with the same augmentation,
-optimizer, schedule, validation, choice of the best epoch, test. `outputs/peers/bin/python` has the libraries and runs this from the root of
-the repository. A run that was cut short begins anew.
+All but the quantizers is as in `train.py` with the same overrides: start, teacher, loss, data order
+and augmentation, optimizer, schedule, validation, choice of the best epoch, test. Run it from the
+root of the repository with `outputs/peers/bin/python`, which has the libraries. An interrupted run
+starts over.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from evidence.peer_nets import PEERS, quantized
+from evidence.peers.nets import PEERS, quantized
 from qat import kernels
 from qat.lit import QATModule
 from qat.lit.loggers import closing
@@ -32,20 +33,25 @@ from qat.tasks.summary import announce_teacher
 from qat.tasks.teacher import build_teacher
 from qat.utils.files import read_torch
 
-# Nothing goes on from a last.ckpt here, and nothing but this command could read it.
+# A run cannot be resumed, so it writes no last.ckpt.
 FIXED = ("quant=fp", "callbacks.last=null", "callbacks.preemption=null", "report=false")
 
 
 def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
-    """Train one net; the last thing to be written is `results.json`.
+    """Train a model and write `results.json`.
+
+    Args:
+        library: a key of `PEERS`.
+        bits: width of weights and activations.
+        cfg: config of `train.py`.
 
     Returns:
-        What is in it.
+        Content of `results.json`.
 
     Raises:
         UsageError: a setting cannot work.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     check_settings(cfg)
     quiet_libraries()
     resolve_hub_model(cfg)
@@ -54,10 +60,12 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     loss = build.build_loss(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg))
-    data, start = build.build_data(cfg), build.build_start(cfg)
+    data = build.build_data(cfg)
+    start = build.build_start(cfg)
     teacher = build_teacher(cfg, loss, data)
+    batches = data.calibration_batches(cfg.data.batch_size)
     module = QATModule(
-        quantized(library, start.net, data.calibration_batches(cfg.data.batch_size), bits),
+        quantized(library, start.net, batches, bits),
         loss,
         num_classes=data.settings.num_classes,
         optimizer=fit.build_optimizer_factory(cfg, trainer),
@@ -69,7 +77,11 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     top1_fp = announce_teacher(teacher, data, trainer)
     with closing(trainer.loggers):
         trainer.fit(module, datamodule=data)
-        (best,) = (one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
+        (best,) = (
+            callback
+            for callback in trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint)
+        )
         module.load_state_dict(read_torch(best.best_model_path)["state_dict"])
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     return write_results(
@@ -81,7 +93,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         **{key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")},
         val_top1=float(best.best_model_score),  # type: ignore[arg-type]
         top1_fp=top1_fp,
-        wall_seconds=round(time.monotonic() - began, 1),
+        wall_seconds=round(time.monotonic() - start_time, 1),
         library=library,
         bits=bits,
         versions=library_versions(PEERS[library][0]),
@@ -93,15 +105,16 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
-    own = dict(one.split("=", 1) for one in arguments if one.startswith(("library=", "bits=")))
+    own = {}
+    overrides = list(FIXED)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in {"library", "bits"}:
+            own[key] = value
+        else:
+            overrides.append(argument)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(
-            "train",
-            overrides=[
-                *FIXED,
-                *(one for one in arguments if not one.startswith(("library=", "bits="))),
-            ],
-        )
+        cfg = hydra.compose("train", overrides=overrides)
     train(own["library"], int(own["bits"]), cfg)
 
 

@@ -1,4 +1,4 @@
-"""What the files in `evidence/claims/` hold: a claim, the runs it needs, what is expected of them and how they are shown."""
+"""Claim files: a claim, the runs that it needs, their expected results, its tables and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.errors import UsageError
 
 @dataclass(frozen=True)
 class Further:
-    """A command on the weights of a finished run, `best` or `last`; its figures are part of the run's record."""
+    """A command on the `best` or `last` weights of a finished run; its results are part of the record."""
 
     command: str
     use: Sequence[str] = ()
@@ -27,18 +27,20 @@ class Arm:
     """One line of a comparison.
 
     Attributes:
-        claim, name: where it is written down.
-        label: what the page calls it.
+        claim: id of the claim whose file defines the arm.
+        name: key of the arm in that file.
+        label: name of the arm on the page.
         command: train, ptq, analyze, eval or peers.
         use: names of presets.
         set: overrides after those of the presets.
-        ckpt: `CLAIM/arm` or `CLAIM/arm@last`, whose weights it starts from; None = random ones.
-        teacher: whose weights its teacher has, as in `ckpt`.
-        seeds: numbers of its runs.
-        further: commands on its weights, by name.
-        best_of: arms whose settings come after `set`: those of the one with the highest validation top-1.
-        keep: its best weights lie in `evidence/weights`, where other arms take them from.
-        retired: why this version cannot make its runs any more; their records name the commit that made them.
+        ckpt: `CLAIM/arm` or `CLAIM/arm@last`, the source of the initial weights; None = random.
+        teacher: source of the teacher's weights, as in `ckpt`.
+        seeds: seeds of the runs.
+        further: commands on the trained weights, by name.
+        best_of: arms to choose from; the settings of the arm with the highest validation top-1
+            are added after `set`.
+        keep: store the best weights in `evidence/weights`, for other arms.
+        retired: why this version cannot repeat the runs; their records name the commit that can.
     """
 
     claim: str
@@ -57,28 +59,29 @@ class Arm:
 
     @property
     def path(self) -> str:
-        """What other arms call it."""
+        """Name of the arm in other arms, `CLAIM/arm`."""
         return f"{self.claim}/{self.name}"
 
     def sources(self) -> list[str]:
-        """Whose weights it takes, `CLAIM/arm[@last]`."""
-        return [one for one in (self.ckpt, self.teacher) if one]
+        """Arms whose weights this one loads, `CLAIM/arm[@last]`."""
+        return [source for source in (self.ckpt, self.teacher) if source]
 
     def needs(self) -> list[str]:
-        """Arms that have to be there first."""
-        return [one.partition("@")[0] for one in self.sources()] + list(self.best_of)
+        """Arms that must have run before this one."""
+        return [source.partition("@")[0] for source in self.sources()] + list(self.best_of)
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one metric of an arm should be beside that of another.
+    """Expected difference between a metric of an arm and that of another arm.
 
     Attributes:
-        what: its name on the page.
+        what: name of the comparison on the page.
         metric: of both arms.
         arm: of this claim, or `CLAIM/arm`.
         than: the other arm, or a number.
-        direction: higher, lower, within (not below `than` by more than the margin) or near (not further from it).
+        direction: higher, lower, within (not below `than` by more than the margin) or near (not
+            further from `than` than the margin).
         margin: in the unit of the metric.
         format: of the difference on the page.
     """
@@ -94,7 +97,15 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Table:
-    """A row an arm, a column a metric: `{metric: heading}`, `{metric: format}`; `{arm: text}` where the label of an arm would not do."""
+    """A table with a row for each arm and a column for each metric.
+
+    Attributes:
+        rows: arms.
+        columns: `{metric: heading}`.
+        formats: `{metric: format}`.
+        labels: `{arm: text}`, in place of the arm's own label.
+        caption: text above the table.
+    """
 
     rows: Sequence[str]
     columns: Mapping[str, str]
@@ -105,18 +116,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture.
+    """A figure.
 
     Attributes:
-        file: its name.
+        file: name of the file.
         kind: lines, scatter, curves or map.
-        series: of lines `{name: {x: arm}}`, of a scatter `{name: {what a point is called: arm}}`, of the others `{name: arm}`.
-        metric: of lines and of a scatter, and of the references.
-        along: of a scatter: the metric of its horizontal axis, which is logarithmic.
-        curve: name of the curve or the map, of the other kinds.
-        x, y: labels of the axes.
-        reference: `{name: arm}`, drawn as lines across, not in maps.
-        caption: below it.
+        series: `{name: {x: arm}}` for lines, `{name: {label of a point: arm}}` for a scatter,
+            else `{name: arm}`.
+        metric: for lines, a scatter, and the references.
+        along: for a scatter, the metric of the horizontal axis, which is logarithmic.
+        curve: for the other kinds, the name of the curve or the map.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        reference: `{name: arm}`, drawn as horizontal lines; not in maps.
+        caption: text below the figure.
     """
 
     file: str
@@ -133,7 +146,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """One file; `why` is its text on the page, `readme` that in the README."""
+    """A claim file; `why` is the text of the page, `readme` that of the README."""
 
     file: Path
     id: str
@@ -150,26 +163,29 @@ class Claim:
 
 
 def load_claims(folder: Path) -> dict[str, Claim]:
-    """All claims by id, in the order of the names of their files.
+    """All claims by id, in the order of the file names.
 
     Raises:
-        UsageError: one line that names the file and what is wrong with it.
+        UsageError: a file is not a claim; the message is one line and names the file.
     """
-    return {claim.id: claim for claim in map(load_claim, sorted(folder.glob("*.yaml")))}
+    claims = {}
+    for path in sorted(folder.glob("[!_]*.yaml")):
+        claim = load_claim(path)
+        claims[claim.id] = claim
+    return claims
 
 
 def load_claim(path: Path) -> Claim:
-    """One file.
+    """Read a claim file.
 
     Raises:
-        UsageError: one line that names the file and what is wrong with it.
+        UsageError: the file is not a claim; the message is one line and names the file.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content = {
-            key: value.strip() if isinstance(value, str) else value
-            for key, value in content.items()
-        }
+        for key, value in content.items():
+            if isinstance(value, str):
+                content[key] = value.strip()
         arms = {name: _arm(content, name, entry) for name, entry in content.pop("arms", {}).items()}
         expect = [Expectation(**entry) for entry in content.pop("expect", ())]
         tables = [Table(**entry) for entry in content.pop("tables", ())]
@@ -180,9 +196,10 @@ def load_claim(path: Path) -> Claim:
 
 
 def _arm(content: Mapping[str, Any], name: str, entry: dict[str, Any]) -> Arm:
+    claim_id = content["id"]
     entry = {"seeds": content.get("seeds", (0, 1, 2)), **entry}
-    entry["further"] = {title: Further(**one) for title, one in entry.get("further", {}).items()}
-    entry["best_of"] = [
-        one if "/" in one else f"{content['id']}/{one}" for one in entry.get("best_of", ())
-    ]
-    return Arm(content["id"], name, **entry)
+    further = entry.get("further", {})
+    entry["further"] = {title: Further(**command) for title, command in further.items()}
+    candidates = entry.get("best_of", ())
+    entry["best_of"] = [path if "/" in path else f"{claim_id}/{path}" for path in candidates]
+    return Arm(claim_id, name, **entry)

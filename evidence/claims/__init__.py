@@ -1,0 +1,1 @@
+"""Claims, a yaml file each: their runs, and the records of those."""

@@ -1,0 +1,175 @@
+"""Run the arms of claims and write their records.
+
+Several runs at a time, each command in a process of its own. A run with a record is not repeated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import qat
+from evidence.claims.arms import ROOT, Arms, Run, preset
+from evidence.claims.claim import Arm
+from evidence.claims.records import Record, add_record
+from evidence.claims.results import read_figures
+from evidence.speed.timing import machine
+
+log = logging.getLogger("qat.evidence")
+
+PEERS_PYTHON = "outputs/peers/bin/python"
+
+
+class Command(NamedTuple):
+    """A command of a run: train, ptq, analyze, eval or peers, its folder, its overrides."""
+
+    name: str
+    run_dir: Path
+    settings: Sequence[str]
+
+
+def run_all(names: Sequence[str], root: str | None, workers: int, arms: Arms) -> int:
+    """Run everything without a record, each run after those it needs.
+
+    Args:
+        names: claims or arms; empty = all.
+        root: folder of CIFAR-10; None = the runs need none.
+        workers: commands at a time, of one thread each.
+        arms: all arms.
+
+    Returns:
+        Number of runs that failed, or could not start because a run that they need failed.
+    """
+    waiting = arms.to_do(names)
+    failed: list[Run] = []
+    log.info("%d runs to do", len(waiting))
+    running: dict[Future[None], Run] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while waiting or running:
+            unfinished = [*waiting, *running.values(), *failed]
+            for arm, seed in list(waiting):
+                if any(run in unfinished for run in arms.needed(arm, seed)):
+                    continue
+                waiting.remove((arm, seed))
+                running[pool.submit(run_one, arm, seed, root, arms)] = arm, seed
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                arm, seed = running.pop(future)
+                error = future.exception()
+                if error:
+                    failed.append((arm, seed))
+                outcome = error or "done"
+                num_left = len(waiting) + len(running)
+                log.info("%s seed %d: %s, %d to go", arm.path, seed, outcome, num_left)
+    return len(failed) + len(waiting)
+
+
+def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
+    """Run an arm with a seed and its further commands, and write the record."""
+    run_dir = arms.run_dir(arm, seed)
+    commands = [Command(arm.command, run_dir, arms.settings(arm, seed))]
+    for name, further in arm.further.items():
+        weights = arms.checkpoint(f"{arm.path}@{further.weights}", seed)
+        settings = [*preset(further.use), *further.set, f"ckpt={weights}", f"seed={seed}"]
+        commands.append(Command(further.command, run_dir / name, settings))
+    results = [execute(*command, root) for command in commands]
+    if arm.keep:
+        _store_weights(run_dir, arms.weights_file(arm, seed))
+
+    metrics, curves, maps = read_figures(arm.command, results[0], ROOT / run_dir)
+    for name, command, result in zip(arm.further, commands[1:], results[1:], strict=True):
+        own_metrics, own_curves, own_maps = read_figures(
+            command.name, result, ROOT / command.run_dir
+        )
+        # Commands w4_NAME, w3_NAME ... are the points of a curve NAME over the bits.
+        width = re.fullmatch(r"w(\d+)_(\w+)", name)
+        if width:
+            curves.setdefault(width[2], []).append([int(width[1]), own_metrics["top1"]])
+        metrics |= _prefixed(name, own_metrics)
+        curves |= _prefixed(name, own_curves)
+        maps |= _prefixed(name, own_maps)
+    data_root = "FOLDER" if root else None
+    lines = [shlex.join(command_line(*command, data_root)) for command in commands]
+    record = Record(
+        claim=arm.claim,
+        arm=arm.name,
+        seed=seed,
+        command=lines[0],
+        further_commands=dict(zip(arm.further, lines[1:], strict=True)),
+        starts={},
+        metrics=metrics,
+        curves=curves,
+        maps=maps,
+        wall_seconds=round(sum(result.get("wall_seconds") or 0 for result in results), 1),
+        machine=f"{machine()}, {os.cpu_count()} cores, 1 thread(s)",
+        device=results[0]["device"],
+        versions=results[0]["versions"],
+        git_commit=results[0].get("git_commit"),
+        date=datetime.date.today().isoformat(),
+    )
+    add_record(arms.records, record)
+
+
+def _store_weights(run_dir: Path, target: Path) -> None:
+    (ROOT / target).parent.mkdir(parents=True, exist_ok=True)
+    qat.save(qat.load(ROOT / run_dir / "checkpoints" / "best.ckpt"), ROOT / target)
+
+
+def _prefixed(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def command_line(
+    command: str, run_dir: Path, settings: Sequence[str], root: str | None
+) -> list[str]:
+    """Command line of a run, as a user types it."""
+    program = ["python", f"{command}.py"]
+    if command == "peers":
+        program = [PEERS_PYTHON, "-m", "evidence.peers"]
+    data_root = [f"data.root={root}"] if root else []
+    return [*program, f"run_dir={run_dir}", *data_root, *settings]
+
+
+def execute(
+    command: str, run_dir: Path, settings: Sequence[str], root: str | None
+) -> dict[str, Any]:
+    """Run a command unless its results exist; its output goes to a log file next to `run_dir`.
+
+    Returns:
+        Content of `results.json`.
+
+    Raises:
+        CalledProcessError: the command failed.
+    """
+    path = ROOT / run_dir / "results.json"
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("error"):
+        program, *arguments = command_line(command, run_dir, settings, root)
+        if command != "peers":
+            program = sys.executable
+            arguments.append("report=false")
+        if command in {"train", "ptq"}:
+            arguments.append("resume=auto")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log_file = path.parent.parent / f"{path.parent.name}.log"
+        with log_file.open("ab") as output:
+            subprocess.run(
+                [program, *arguments],
+                cwd=ROOT,
+                check=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+            )
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results

@@ -1,0 +1,1 @@
+"""Pages and figures, written from claims and records."""

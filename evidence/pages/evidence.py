@@ -1,0 +1,190 @@
+"""All claims with their records, and texts with numbers of them."""
+
+from __future__ import annotations
+
+import statistics
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evidence.claims.claim import Arm, Claim, load_claims
+from evidence.claims.records import Record, read_records
+from evidence.pages.numbers import DEFAULT_FORMAT, spread, with_interval
+from qat.errors import UsageError
+
+NO_RUNS = "(not run yet)"
+# An arm and a metric.
+Metric = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All claims, and the records by claim and arm, then by seed.
+
+    Methods take the name of an arm as its claim's file writes it: `NAME` for an arm of the same
+    claim, `CLAIM/NAME` for any other.
+    """
+
+    claims: Mapping[str, Claim]
+    runs: Mapping[tuple[str, str], Mapping[int, Record]]
+
+    def arm(self, claim: Claim, name: str) -> Arm:
+        """Look up an arm.
+
+        Raises:
+            UsageError: there is no such arm.
+        """
+        owner, _, own_name = name.rpartition("/")
+        owner = owner or claim.id
+        if owner not in self.claims or own_name not in self.claims[owner].arms:
+            raise UsageError(
+                f"{claim.file}: arm {name!r}: must be one of a claim's, CLAIM/ARM or ARM"
+            )
+        return self.claims[owner].arms[own_name]
+
+    def records(self, claim: Claim, name: str) -> list[Record]:
+        """Records of an arm, by seed."""
+        arm = self.arm(claim, name)
+        return list(self.runs.get((arm.claim, arm.name), {}).values())
+
+    def of_claim(self, claim: Claim) -> list[Record]:
+        """Records of the claim's own arms, in the order of its file."""
+        records = []
+        for arm in claim.arms:
+            records += self.records(claim, arm)
+        return records
+
+    def values(self, claim: Claim, arm: str, metric: str) -> dict[int, float]:
+        """A metric by seed, for the runs that measured it."""
+        values = {}
+        for record in self.records(claim, arm):
+            value = record.values.get(metric)
+            if value is not None:
+                values[record.seed] = value
+        return values
+
+    def measured(self, claim: Claim, arm: str, metric: str) -> dict[int, float]:
+        """A metric by seed.
+
+        Raises:
+            UsageError: there are runs, but none has the metric.
+        """
+        records = self.records(claim, arm)
+        if records and not any(metric in record.values for record in records):
+            metrics = set().union(*(record.values for record in records))
+            raise UsageError(
+                f"{claim.file}: {arm}.{metric}: must be one of {', '.join(sorted(metrics))}"
+            )
+        return self.values(claim, arm, metric)
+
+    def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
+        """Differences of two arms, seed by seed.
+
+        A number is compared with every seed, and so is a model with only seed 0 that other runs
+        start from.
+        """
+        left = self.measured(claim, *first)
+        if not isinstance(second, tuple):
+            return [value - second for value in left.values()]
+        right = self.measured(claim, *second)
+        if self._is_start(claim, second[0]) and 0 in right:
+            right = dict.fromkeys(left, right[0])
+        elif self._is_start(claim, first[0]) and 0 in left:
+            left = dict.fromkeys(right, left[0])
+        return [left[seed] - right[seed] for seed in left if seed in right]
+
+    def mixes_cpus(self, claim: Claim, first: str, second: str | float) -> bool:
+        """True if runs of the two arms with the same seed used different types of CPUs.
+
+        Models that other runs start from do not count.
+        """
+        if not isinstance(second, str):
+            return False
+        if self._is_start(claim, first) or self._is_start(claim, second):
+            return False
+        left = self._processors(claim, first)
+        right = self._processors(claim, second)
+        return any(left[seed] != right[seed] for seed in left.keys() & right.keys())
+
+    def _processors(self, claim: Claim, arm: str) -> dict[int, str]:
+        return {record.seed: record.processor for record in self.records(claim, arm)}
+
+    def _is_start(self, claim: Claim, name: str) -> bool:
+        arm = self.arm(claim, name)
+        return arm.keep and tuple(arm.seeds) == (0,)
+
+    def filled(self, claim: Claim, text: str, words: Mapping[str, str] | None = None) -> str:
+        """A claim's text with its numbers.
+
+        Fields are `{arm.metric}`, `{CLAIM/arm.metric}`, `{arm.metric - other.metric:.1f}` (pairs
+        of seeds), `{arm.metric - mean other.metric}`, and `{word}` of `words`. `{...:interval}`
+        shows a 95 % interval in place of the deviation, `{...:n}` the number of seeds. `{{` is a
+        brace.
+
+        Raises:
+            UsageError: a field names an arm or a metric that does not exist.
+            ValueError: a field is not a number.
+        """
+        return _Numbers(self, claim, words or {}).format(text)
+
+
+class _Numbers(string.Formatter):
+    """`str.format` with fields that are metrics of arms, or differences of two."""
+
+    def __init__(self, evidence: Evidence, claim: Claim, words: Mapping[str, str]) -> None:
+        self.evidence = evidence
+        self.claim = claim
+        self.words = words
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """A word, or the values of a field and the sign of their format."""
+        if field_name in self.words:
+            return self.words[field_name], field_name
+        terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]
+        if len(terms) > 2 or any(len(term) != 2 for term in terms):
+            raise ValueError(f"{field_name!r}: must be ARM.METRIC, or a difference of two")
+        arm, metric = terms[0]
+        if len(terms) == 1:
+            values = list(self.evidence.measured(self.claim, arm, metric).values())
+            return (values, ""), field_name
+        other_arm, other_metric = terms[1]
+        other: Metric | float = other_arm, other_metric
+        if other_arm.startswith("mean "):
+            other_arm = other_arm.removeprefix("mean ")
+            measured = self.evidence.measured(self.claim, other_arm, other_metric)
+            other = statistics.mean(measured.values())
+        differences = self.evidence.differences(self.claim, (arm, metric), other)
+        return (differences, "+"), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Words unchanged; values as mean ± deviation, mean and `interval`, or their number (`n`)."""
+        if isinstance(value, str):
+            return value
+        values, sign = value
+        if not values:
+            return NO_RUNS
+        if format_spec == "n":
+            return str(len(values))
+        if format_spec == "interval":
+            return with_interval(values, sign + DEFAULT_FORMAT)
+        return spread(values, sign + (format_spec or DEFAULT_FORMAT).removeprefix("+"))
+
+
+def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
+    """Read claim files and records.
+
+    Raises:
+        UsageError: a file is not valid, or a record has a claim or an arm that is in no file.
+    """
+    claims = load_claims(claims_dir)
+    runs: dict[tuple[str, str], dict[int, Record]] = {}
+    for record in read_records(records_dir):
+        if record.claim not in claims or record.arm not in claims[record.claim].arms:
+            raise UsageError(
+                f"{records_dir}: {record.claim}/{record.arm} "
+                f"must be an arm of a claim in {claims_dir}"
+            )
+        runs.setdefault((record.claim, record.arm), {})[record.seed] = record
+    return Evidence(claims, runs)

@@ -1,0 +1,1 @@
+"""Quantization-aware training with other libraries, for comparison."""

@@ -1,0 +1,1 @@
+"""Time, memory and latency of training steps and of exported files."""
