@@ -20,14 +20,6 @@ def test_code_range(bits, signed, expected):
     assert F.code_range(bits, signed=signed) == expected
 
 
-def test_scale_by_hand():
-    x = torch.tensor([-1.0, 2.0])
-    scale, zero_point = F.affine_scale(x, 2, False, None)
-    assert_close((scale, zero_point), (torch.tensor([1.0]), torch.tensor([1.0])))
-    scale, zero_point = F.affine_scale(x, 2, True, None)
-    assert_close((scale, zero_point), (torch.tensor([2 / 1.5]), torch.tensor([0.0])))
-
-
 @given(st.integers(0, 2**31), st.sampled_from(BITS), st.sampled_from([0, 1, -1, None]))
 @settings(max_examples=60, deadline=None)
 def test_unsigned_codes_miss_by_one_step_at_most(seed, bits, axis):
@@ -38,22 +30,6 @@ def test_unsigned_codes_miss_by_one_step_at_most(seed, bits, axis):
     out = F.fake_quantize_affine(x, scale, zero_point, *F.code_range(bits, signed=False), axis)
     # Half a step, and another half at the ends because the zero point is rounded.
     assert ((out - x).abs() <= F.view_along(scale, 2, axis) * 1.001)[spans_zero].all()
-
-
-@given(st.integers(0, 2**31), st.sampled_from(BITS), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_zero_is_exact(seed, bits, signed):
-    x = randn(4, 20, seed=seed)
-    x[:, 0] = 0.0
-    scale, zero_point = F.affine_scale(x, bits, signed, 0)
-    out = F.fake_quantize_affine(x, scale, zero_point, *F.code_range(bits, signed=signed), 0)
-    assert (out[:, 0] == 0).all()
-
-
-def test_only_codes_outside_the_range_lose_their_gradient():
-    x = torch.tensor([-9.0, -1.6, -1.4, -1.0, 0.3, 2.0, 2.4, 2.6], requires_grad=True)
-    F.fake_quantize_affine(x, torch.ones(1), torch.ones(1), 0, 3, None).sum().backward()
-    assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -81,14 +57,11 @@ def test_a_scale_may_learn(axis):
     scale, zero_point = F.affine_scale(x, 2, False, axis)
     scale = (0.7 * scale).requires_grad_()
     F.fake_quantize_affine(x, scale, zero_point, 0, 3, axis).sum().backward()
-    step, zero = (
-        F.view_along(scale.detach(), 2, axis).expand(3, 5),
-        F.view_along(zero_point, 2, axis),
-    )
+    step = F.view_along(scale.detach(), 2, axis).expand(3, 5)
+    zero = F.view_along(zero_point, 2, axis)
     code = (x / step + zero).round()
-    per_value = torch.where(
-        (code >= 0) & (code <= 3), code - zero - x / step, code.clamp(0, 3) - zero
-    )
+    is_inside = (code >= 0) & (code <= 3)
+    per_value = torch.where(is_inside, code - zero - x / step, code.clamp(0, 3) - zero)
     expected = per_value.sum().view(1) if axis is None else per_value.sum(1 if axis == 0 else 0)
     assert_close(scale.grad, expected)
 

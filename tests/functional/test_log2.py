@@ -11,10 +11,6 @@ from torch.testing import assert_close
 from qat import functional as F
 
 
-def rand(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize(
     ("x", "code", "value"),
     [(0.8, 0, 1.0), (0.7, 1, 0.5), (3.0, 0, 1.0), (0.26, 2, 0.25), (0.089, 3, 0.125)],
@@ -55,7 +51,8 @@ def test_gradient_passes_through_the_rounding_of_the_logarithm():
 @given(st.integers(0, 2**31), st.floats(0.002, 0.02), st.integers(1, 30))
 @settings(max_examples=40, deadline=None)
 def test_log_int_softmax_is_a_softmax_to_less_than_an_octave(seed, scale, length):
-    steps = (rand(3, length, seed=seed) * 10 / scale).round()
+    generator = torch.Generator().manual_seed(seed)
+    steps = (torch.rand(3, length, generator=generator) * 10 / scale).round()
     out = F.log_int_softmax(steps * scale, torch.tensor([scale]), 8)
     exact = (steps.double() * scale).softmax(-1)
     likely = exact > 2.0**-5

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
+from qat.functional.packing import (
+    pack_codes,
+    pack_pairs,
+    packed_bytes,
+    unpack_codes,
+    unpack_pairs,
+)
 
 
 def test_the_first_element_is_lowest():
@@ -29,10 +35,21 @@ def test_codes_come_back(bits, n, signed, seed):
     assert torch.equal(again.long(), codes)
 
 
-def test_codes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="codes from 0 to 4 do not fit 2 bits"):
-        pack_codes(torch.tensor([0, 4]), 2)
-    with pytest.raises(ValueError, match="codes from -3 to 0 do not fit 2 bits"):
-        pack_codes(torch.tensor([0, -3]), 2)
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_pairs_of_codes(n):
+    codes = torch.arange(3 * n, dtype=torch.uint8).view(3, n) % 16
+    packed = pack_pairs(codes)
+    assert packed.shape == (3, (n + 1) // 2)
+    assert packed[0, 0] == codes[0, 0] + 16 * (codes[0, 1] if n > 1 else 0)
+    assert torch.equal(unpack_pairs(packed, n), codes)
+
+
+@pytest.mark.parametrize(("codes", "low", "high"), [([0, 4], 0, 4), ([0, -3], -3, 0)])
+def test_codes_that_do_not_fit_are_refused(codes, low, high):
+    with pytest.raises(ValueError, match=f"{low} to {high} do not fit 2 bits"):
+        pack_codes(torch.tensor(codes), 2)
+
+
+def test_a_stream_of_another_length_is_refused():
     with pytest.raises(ValueError, match="expected 2"):
         unpack_codes(torch.zeros(3, dtype=torch.uint8), 4, (4,), signed=True)

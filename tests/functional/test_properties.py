@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat import functional as F
-from tests.tiny import randn
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 BITS = st.integers(2, 8)
@@ -25,10 +24,8 @@ def values(shape, seed, low=None):
     if kind == 0:
         x = torch.tensor(EDGES)[torch.randint(len(EDGES), shape, generator=generator)]
     elif kind == 1:
-        x = (
-            torch.randn(shape, generator=generator)
-            * 10.0 ** torch.randint(-6, 7, (), generator=generator).item()
-        )
+        exponent = torch.randint(-6, 7, (), generator=generator).item()
+        x = torch.randn(shape, generator=generator) * 10.0**exponent
     elif kind == 2:
         x = torch.full(shape, EDGES[seed // 4 % len(EDGES)])
     else:
@@ -146,7 +143,7 @@ def test_codes_are_in_the_range_and_say_the_value_to_the_last_bit(grid, data):
 @given(data=st.data())
 @EXAMPLES
 def test_quantizing_twice_changes_nothing(grid, data):
-    """On a given scale; StatsQ of a weight reads its scale off the weight, and that of the rounded one is another: see below."""
+    """On a given scale; StatsQ of a weight computes its scale, another one from rounded weights."""
     x, quantizer = drawn(data, grid)
     once = quantizer(x)
     assert torch.equal(quantizer(once), once)
@@ -204,15 +201,6 @@ def test_shape_and_dtype_stay(grid, dtype, shape):
     assert F.log2_codes(x.abs(), 4).shape == x.shape
 
 
-@given(tensors, BITS)
-@EXAMPLES
-def test_statsq_hands_the_gradient_on(x, bits):
-    w = (x if x.ndim > 1 else x.unsqueeze(0)).clone().requires_grad_()
-    upstream = randn(w.shape)
-    F.statsq(w, bits).backward(upstream)
-    assert torch.equal(w.grad, upstream)
-
-
 @given(tensors, BITS, EXPONENTS, st.integers(0, 2**20))
 @EXAMPLES
 def test_statsq_on_its_own_scale(x, bits, exponent, seed):
@@ -225,14 +213,6 @@ def test_statsq_on_its_own_scale(x, bits, exponent, seed):
     assert torch.equal(F.statsq(w[order], bits), out[order])
     if w.abs().amax() < 1e20 and (w == 0).logical_or(w.abs() > 1e-20).all():
         assert torch.equal(F.statsq(w * 2.0**exponent, bits), out * 2.0**exponent)
-
-
-def test_statsq_on_its_own_scale_moves_when_it_is_repeated():
-    """The mean magnitude of rounded weights is not that of the weights: 2 * mean |w| = 2 before and 1.5 after."""
-    w = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    once = F.statsq(w, 2)
-    assert once.tolist() == [[0.5, 0.5, 0.5, 0.5]] or once.tolist() == [[1.5, 1.5, 1.5, 1.5]]
-    assert not torch.equal(F.statsq(once, 2), once)
 
 
 @given(probabilities, BITS)

@@ -1,7 +1,9 @@
-"""Cases of Triton's kernels: each gives the names of the results that differ from the reference.
+"""Cases of kernels: each returns the names of the results that differ from the reference.
 
-They run on torch's default device: a GPU, or the CPU with TRITON_INTERPRET=1, which Triton reads when it is imported. Inputs lie anywhere,
-halfway between codes, on the ends of the range, one float beside them, and far outside.
+The first argument of a case is the module that computes: `operators`, which choose a kernel, or
+`gpu`. Tensors are on torch's default device: with `gpu`, a GPU, or the CPU with TRITON_INTERPRET=1,
+which Triton reads when it is imported. Inputs are anywhere, halfway between codes, on the ends of
+the range, one float next to them, and far outside.
 """
 
 from unittest import mock
@@ -76,8 +78,15 @@ def case(shape, axis, n_offsets, bounds):
     return x, scale, before, after, grid
 
 
-def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, dtype=torch.float32):
-    """Names of the results of both passes that differ; what they give is in `dtype`."""
+def wrong(**is_right):
+    """Names of the results that are not right."""
+    return [name for name, right in is_right.items() if not right]
+
+
+def differences(
+    module, x, scale, before, after, grid, sign=None, grad=None, out=None, dtype=torch.float32
+):
+    """Both passes; the forward pass returns `dtype`, None = it is not part of the backward pass."""
     grad = torch.randn(x.shape) if grad is None else grad
     shape = None if after is None else after.shape
     expected, sizes = (
@@ -86,66 +95,69 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, d
     )
     furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
+    how = {"sign": sign, "module": module}
+    y = calls.lsq_forward(x, scale, before, after, grid, dtype=dtype or torch.float32, **how)
+    found = calls.lsq_backward(
+        grad, x, scale, before, grid, dequantized=dtype, after=after, out=out, **how
+    )
     is_right = {
-        "forward": same(
-            calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y
-        )
+        "forward": same(y, expected_y),
+        "dtype": found.x.dtype == (x if out is None else out).dtype,
+        "out": out is None or found.x is out,
+        "x": same(found.x, expected.x),
+        "scale": near(found.scale, expected.scale, furthest),
     }
-    found = calls.gpu_backward(
-        grad, x, scale, before, grid, sign=sign, dequantized=dtype, after=after, out=out
-    )
-    is_right["dtype"] = (
-        found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
-    )
-    is_right["levels"] = same(found.dequantized, expected_y)
-    is_right["out"] = out is None or found.x is out
-    is_right["x"] = same(found.x, expected.x)
-    is_right["scale"] = near(found.scale, expected.scale, furthest)
+    if dtype is not None:
+        is_right["dequantized"] = found.dequantized.dtype == dtype
+        is_right["levels"] = same(found.dequantized, expected_y)
     for name in ("before", "after"):
         a, b, size = (getattr(each, name) for each in (found, expected, sizes))
         is_right[name] = a is None if b is None else near(a, b, size)
-    return [name for name, right in is_right.items() if not right]
+    return wrong(**is_right)
 
 
-def without_a_number(shape, axis, n_offsets, bounds):
-    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+def plain(module, *form):
+    return differences(module, *case(*form))
+
+
+def one_offset(module, *form):
+    x, scale, before, after, grid = case(*form)
+    only_before = differences(module, x, scale, before, None, grid)
+    return only_before + differences(module, x, scale, None, after, grid)
+
+
+def without_a_number(module, *form):
+    x, scale, before, after, grid = case(*form)
     scale[-1], x[0, 0] = torch.nan, torch.nan
-    found = calls.gpu_forward(x, scale, before, after, grid)
-    return (
-        []
-        if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any()
-        else ["forward"]
-    )
+    y = calls.lsq_forward(x, scale, before, after, grid, module=module)
+    expected = reference.lsq_forward(x, scale, before, after, grid)
+    return wrong(forward=same(y, expected) and y.isnan().any())
 
 
-def probs(shape, axis, dtype=torch.float32, hidden=0):
+def probs(module, shape, axis, dtype=torch.float32, hidden=0):
+    """Through a softmax: `gpu` computes it from the scores, `operators` get probabilities."""
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
     scores, grad = x.abs().clamp(max=9).to(dtype), torch.randn(shape)
     if hidden:
         scores[..., -hidden:] = -torch.inf
     p = scores.softmax(-1, dtype=torch.float32)
-    expected, of_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
+    expected, grad_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
-    how = {"producer": SCORES, "dequantized": torch.float32}
-    ours = calls.gpu_backward(grad, scores, scale, None, grid, out=torch.empty_like(grad), **how)
-    right = [
-        near(ours.x, expected, size + size.sum(-1, keepdim=True) * p),
-        near(ours.scale, of_scale, furthest),
-    ]
-    levels = calls.gpu_backward(grad, scores, scale, None, grid, out=grad, **how).dequantized
-    right += [
-        torch.equal(grad, ours.x),
-        same(levels, reference.lsq_forward(p, scale, None, None, grid)),
-    ]
-    return [
-        name
-        for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True)
-        if not fine
-    ]
+    how = {"module": module, "dequantized": torch.float32}
+    how["producer"] = SCORES if module is gpu else Made("softmax", 0.3)
+    given = scores if module is gpu else p
+    ours = calls.lsq_backward(grad, given, scale, None, grid, out=torch.empty_like(grad), **how)
+    levels = calls.lsq_backward(grad, given, scale, None, grid, out=grad, **how).dequantized
+    return wrong(
+        scores=near(ours.x, expected, size + size.sum(-1, keepdim=True) * p),
+        scale=near(ours.scale, grad_scale, furthest),
+        in_place=torch.equal(grad, ours.x),
+        levels=same(levels, reference.lsq_forward(p, scale, None, None, grid)),
+    )
 
 
-def statsq(shape, axis, bits, dtype=torch.float32):
-    """Levels of weights on every threshold; one row is all zero, one has a scale that is no number."""
+def statsq(module, shape, axis, bits, dtype=torch.float32):
+    """Levels of weights on every threshold; one row is zero, one has a scale of NaN."""
     n = 2 ** (bits - 1)
     scale = torch.rand([size if i == axis else 1 for i, size in enumerate(shape)]).mul(4).ceil() / 4
     w = scale * torch.randint(-n - 1, n + 2, shape) / n
@@ -155,60 +167,58 @@ def statsq(shape, axis, bits, dtype=torch.float32):
     w = torch.where(torch.rand(shape) < 0.5, w, torch.randn(shape)).to(dtype)
     expected = reference.statsq_forward(w, scale, bits)
     found = {
-        d: gpu.statsq_forward(w, scale, bits, d)
+        d: module.statsq_forward(w, scale, bits, d)
         for d in (torch.float32, torch.bfloat16, torch.float16)
     }
     return [str(d) for d, ours in found.items() if ours.dtype != d or not same(ours, expected)]
 
 
-def scales(rows, length, dtype=torch.float32):
-    """Of weights with a row of zeros, one of equal weights and one with a value that is no number."""
+def scales(module, rows, length, dtype=torch.float32):
+    """Scales of weights with a row of zeros, one of equal weights and one with a NaN."""
     w = torch.randn(rows, length).to(dtype)
     w[0], w[1], w[2, 0] = 0.0, 0.75, torch.nan
-    (levels, ours), expected = gpu.statsq(w, 2, torch.float32), statsq_scale(w)
-    near_enough = torch.allclose(ours, expected, rtol=1e-6, atol=0, equal_nan=True)
-    right = {
-        "like": ours.dtype == torch.float32 and ours.shape == expected.shape,
-        "sums": near_enough,
-        "equal": ours[1] == 1.5,
-        "levels": same(levels, reference.statsq_forward(w, ours, 2)),
-    }
-    return [name for name, fine in right.items() if not fine]
+    (levels, ours), expected = module.statsq(w, 2, torch.float32), statsq_scale(w)
+    return wrong(
+        like=ours.dtype == torch.float32 and ours.shape == expected.shape,
+        sums=torch.allclose(ours, expected, rtol=1e-6, atol=0, equal_nan=True),
+        equal=ours[1] == 1.5,
+        levels=same(levels, reference.statsq_forward(w, ours, 2)),
+    )
 
 
-def steps(n):
-    """Steps around a unit, changes of both signs, none and no number."""
+def steps(module, n):
+    """Steps around a unit; changes of both signs, zeros and NaN."""
     start, change = torch.rand(n) + 0.5, torch.randn(n)
     change[::5], change[1::7], start[2::11] = 0.0, torch.nan, torch.nan
     given = start, change.exp(), change, 1.0
-    pairs = zip(("step", "slope"), gpu.step_and_slope(*given), step_and_slope(*given), strict=True)
-    return [name for name, ours, expected in pairs if not same(ours, expected)]
+    step, slope = module.step_and_slope(*given)
+    expected_step, expected_slope = step_and_slope(*given)
+    return wrong(step=same(step, expected_step), slope=same(slope, expected_slope))
 
 
-def apart(shape, axis, n_offsets, bounds):
-    """The middle third of something, as queries, keys and values are; so are its gradient and what takes that of the input."""
-    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+def apart(module, *form):
+    """The middle third of a tensor, as queries, keys and values are; its gradients too."""
+    x, scale, before, after, grid = case(*form)
     mine, grad = (
-        torch.full((*shape[:-1], 3 * shape[-1]), torch.nan).chunk(3, -1)[1] for _ in range(2)
+        torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan).chunk(3, -1)[1] for _ in range(2)
     )
-    wrong = differences(mine.copy_(x), scale, before, after, grid, grad=grad.normal_(), out=mine)
-    return wrong + differences(x, scale, before, after, grid, grad=torch.ones(1).expand(shape))
+    parts = scale, before, after, grid
+    third = differences(module, mine.copy_(x), *parts, grad=grad.normal_(), out=mine)
+    return third + differences(module, x, *parts, grad=torch.ones(1).expand(x.shape))
 
 
-def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
-    """Gradients of what was made into the input of a quantizer, against LayerNorm's or GELU's own backward pass of the reference's."""
+def through(module, made, shape, axis, n_offsets, bounds, dtype=torch.float32):
+    """Gradients of the input of a LayerNorm or GELU before a quantizer, by the formulas."""
     _, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    norm = (
-        (torch.rand(shape[-1:]).to(dtype), torch.randn(shape[-1:]).to(dtype))
-        if made.kind == "norm"
-        else (None, None)
-    )
+    norm = None, None
+    if made.kind == "norm":
+        norm = torch.rand(shape[-1:]).to(dtype), torch.randn(shape[-1:]).to(dtype)
     out, ours = torch.empty_like(x), torch.empty_like(x)
     how = {"dequantized": torch.float32, "after": after, "norm": norm, "producer": made}
     with mock.patch.object(operators, "_kernels_for", return_value=None):
         expected = calls.lsq_backward(grad, x, scale, before, grid, out=out, **how)
-    found = calls.gpu_backward(grad, x, scale, before, grid, out=ours, **how)
+    found = calls.lsq_backward(grad, x, scale, before, grid, out=ours, module=module, **how)
     assert found.x is ours
     near_enough = 1e-5 if dtype == torch.float32 else 1e-2
     pairs = zip(found._fields, found, expected, strict=True)
@@ -220,130 +230,105 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
     ]
 
 
-def in_place(shape, axis, n_offsets, bounds):
-    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
-    grad = torch.randn(shape)
-    expected = calls.gpu_backward(grad, x, scale, before, grid, after=after)[:4]
-    found = calls.gpu_backward(grad, x, scale, before, grid, after=after, out=grad)[:4]
-    return (
-        []
-        if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad
-        else ["in place"]
+def in_place(module, *form):
+    x, *quantizer = case(*form)
+    grad = torch.randn(x.shape)
+    return differences(module, x, *quantizer, grad=grad, out=grad, dtype=None)
+
+
+def infinite(module, *form):
+    """Infinities in input and gradient, NaN only in the gradient."""
+    x, scale, before, after, grid = case(*form)
+    x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
+    grad = torch.randn(x.shape)
+    grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
+    how = {"dequantized": torch.float32, "after": after, "module": module}
+    found = calls.lsq_backward(grad, x, scale, before, grid, **how)
+    expected = reference.lsq_backward(grad, x, scale, before, grid)
+    return wrong(
+        levels=same(found.dequantized, reference.lsq_forward(x, scale, before, after, grid)),
+        x=same(found.x, expected.x),
+        scale=torch.equal(found.scale.isfinite(), expected.scale.isfinite()),
     )
 
 
-def infinite(shape, axis, n_offsets, bounds):
-    """Infinities in input and gradient, NaN in the gradient alone."""
-    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
-    x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
-    grad = torch.randn(shape)
-    grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
-    found = calls.gpu_backward(grad, x, scale, before, grid, dequantized=torch.float32, after=after)
-    expected = reference.lsq_backward(grad, x, scale, before, grid)
-    levels = reference.lsq_forward(x, scale, before, after, grid)
-    right = {
-        "levels": same(found.dequantized, levels),
-        "x": same(found.x, expected.x),
-        "scale": torch.equal(found.scale.isfinite(), expected.scale.isfinite()),
-    }
-    return [name for name, fine in right.items() if not fine]
-
-
-def in_strips(*form):
+def in_strips(module, *form):
     """Each program of a backward pass has several tiles, as those of a large tensor."""
-    with mock.patch.object(gpu, "PROGRAMS", 2):
-        return differences(*case(*form))
+    with mock.patch.object(module, "PROGRAMS", 2):
+        return plain(module, *form)
 
 
-def signs(*form):
-    x, scale, before, after, grid = case(*form)
+def signs(module, *form):
+    quantizer = case(*form)
     return [
         str(s) + name
         for s in (1.0, 0.0, torch.nan)
-        for name in differences(x, scale, before, after, grid, torch.tensor(s))
+        for name in differences(module, *quantizer, torch.tensor(s))
     ]
 
 
-def other_dtypes(*form):
-    x, scale, before, after, grid = case(*form)
-    halves = (torch.bfloat16, torch.float16)
-    return [
-        f"{kind} {d}"
-        for d in halves
-        for dtype in (d, torch.float32)
-        for kind in differences(
-            x.clamp(-999, 999).to(dtype),
-            scale,
-            before,
-            after,
-            grid,
-            grad=torch.randn(x.shape).to(d),
-            dtype=d,
-        )
-    ]
+def other_dtypes(module, *form):
+    """Half precision; for inputs in float32, gradients are written over the incoming one."""
+    x, *quantizer = case(*form)
+    names = []
+    for d in (torch.bfloat16, torch.float16):
+        for dtype in (d, torch.float32):
+            grad = torch.randn(x.shape).to(d)
+            how = {"grad": grad, "out": grad if dtype == torch.float32 else None, "dtype": d}
+            found = differences(module, x.clamp(-999, 999).to(dtype), *quantizer, **how)
+            names += [f"{name} {d}" for name in found]
+    return names
 
 
-def gradients_in_half_precision(shape, axis):
-    """What is written in half precision is float32's, rounded once, also over the gradient that came."""
+def probs_in_half_precision(module, shape, axis):
+    """Results are float32's, rounded once, also over the incoming gradient."""
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
-    scores, wrong = x.abs().clamp(max=9), []
+    scores, names = x.abs().clamp(max=9), []
+    how = {"module": module, "producer": SCORES}
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
-        exact = calls.gpu_backward(
-            grad, scores, scale, None, grid, producer=SCORES, dequantized=torch.float32
+        given = grad, scores, scale, None, grid
+        exact = calls.lsq_backward(*given, dequantized=torch.float32, **how)
+        found = calls.lsq_backward(*given, dequantized=d, out=grad, **how)
+        names += wrong(
+            dtype=found.dequantized.dtype == d,
+            scores=same(grad, exact.x),
+            scale=torch.equal(found.scale, exact.scale),
+            levels=same(found.dequantized, exact.dequantized),
         )
-        found = calls.gpu_backward(
-            grad, scores, scale, None, grid, producer=SCORES, dequantized=d, out=grad
-        )
-        right = (
-            same(grad, exact.x),
-            torch.equal(found.scale, exact.scale),
-            same(found.dequantized, exact.dequantized),
-        )
-        wrong += [] if all(right) and found.dequantized.dtype == d else [f"probabilities {d}"]
-        given = scale, None, None, grid
-        exact, grad = (
-            calls.gpu_backward(torch.ones(shape), x, scale, None, grid),
-            torch.ones(shape).to(d),
-        )
-        found = calls.gpu_backward(grad, x, scale, None, grid, out=grad)
-        wrong += (
-            []
-            if found.x is grad and same(grad, exact.x) and torch.equal(found.scale, exact.scale)
-            else [f"LSQ {d}"]
-        )
-        wrong += (
-            []
-            if same(calls.gpu_forward(x, *given, dtype=d), reference.lsq_forward(x, *given))
-            else [f"forward {d}"]
-        )
-    return wrong
+    return names
 
 
-def declined():
-    """What is left to the reference: nothing is computed."""
+def declined(module):
+    """Tensors that no kernel takes: nothing is computed."""
     x, scale, before, _, grid = case((2, 4, 6), 1, 1, (-2, 1))
     turned, long = x.transpose(0, 2), torch.ones(1, gpu.LONGEST + 1)
     with FakeTensorMode():
         fake = torch.empty(2, 4, 6)
+
+    def forward(x, scale=scale, before=None, after=None, grid=grid, dtype=torch.float32):
+        return calls.lsq_forward(x, scale, before, after, grid, dtype=dtype, module=module)
+
+    def scales_of(w):
+        return module.statsq(w, 2, torch.float32)
+
+    one_step = CodeRange(-2, 1, None)
     given = {
-        "double": calls.gpu_forward(x.double(), scale, None, None, grid),
-        "turned": calls.gpu_forward(turned, scale, None, None, grid),
-        "fake": calls.gpu_forward(fake, scale, None, None, grid),
-        "two offsets": calls.gpu_forward(x, scale, before, x[0].clone(), grid),
-        "offset of rows": calls.gpu_forward(
-            x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)
-        ),
-        "steps": calls.gpu_forward(x, scale[:1], None, None, grid),
-        "steps apart": calls.gpu_forward(x, scale.repeat(2)[::2], None, None, grid),
-        "no elements": calls.gpu_forward(x[:0], scale, None, None, grid),
+        "double": forward(x.double()),
+        "turned": forward(turned),
+        "fake": forward(fake),
+        "two offsets": forward(x, scale, before, x[0].clone()),
+        "offset of rows": forward(x, scale[:1], torch.ones(6, 1), grid=one_step),
+        "steps": forward(x, scale[:1]),
+        "steps apart": forward(x, scale.repeat(2)[::2]),
+        "no elements": forward(x[:0]),
         "out": calls.gpu_backward(x, x, scale, None, grid, out=x.double()),
-        "dtype": calls.gpu_forward(x, scale, None, None, grid, dtype=torch.float64),
-        "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2, torch.float32),
-        "scales of rows that lie apart": gpu.statsq(x.flatten(0, 1)[::2], 2, torch.float32),
-        "scales of a convolution": gpu.statsq(torch.ones(2, 3, 2, 2), 2, torch.float32),
-        "scales of double": gpu.statsq(x[0].double(), 2, torch.float32),
-        "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
+        "dtype": forward(x, dtype=torch.float64),
+        "columns": module.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2, torch.float32),
+        "scales of rows that lie apart": scales_of(x.flatten(0, 1)[::2]),
+        "scales of a convolution": scales_of(torch.ones(2, 3, 2, 2)),
+        "scales of double": scales_of(x[0].double()),
+        "expanded": forward(torch.ones(1, 1, 1).expand(2, 4, 6)),
         "long": calls.gpu_backward(
             long, long, scale[:1], None, CodeRange(0, 3, None), producer=SCORES
         ),
@@ -351,7 +336,7 @@ def declined():
     return [name for name, found in given.items() if found is not None]
 
 
-def checked():
+def checked(_):
     """Kernels that give wrong numbers, and those that do not compile, are not used."""
     wrong, broken = (
         mock.Mock(side_effect=lambda g, x, q, *_, **__: (q.scale, None, None)),
@@ -366,15 +351,32 @@ def checked():
         ):
             found += [gpu.available(), said.call_args.args[2]]
     gpu.available.cache_clear()
-    return (
-        []
-        if found
-        == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"]
-        else found
-    )
+    expected = [True, False, "its kernels give other numbers here", False, "OSError: no compiler"]
+    return [] if found == expected else found
 
 
 MADE = {"norm": Made("norm", 1e-5), "gelu": Made("none")}
+# Cases of every device.
+SHARED = {
+    **{f"{form}, {bounds}": (plain, *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},
+    **{f"{name}: {form}": (f, *FORMS[form], (-2, 1))
+       for name, f, forms in (
+           ("NaN", without_a_number, ("tokens", "channels", "heads")),
+           ("one offset", one_offset, ("tokens", "channels")),
+           ("apart", apart, ("tokens", "channels")),
+           ("in place", in_place, ("tokens", "channels", "length 7", "length 127", "length 129", "length 4097")),
+           ("infinity", infinite, ("tokens", "channels", "length 129")),
+           ("sign", signs, ("pixels", "channels")),
+           ("dtypes", other_dtypes, ("tokens", "channels", "heads", "a row wider than a tile")),
+       ) for form in forms},
+    **{f"statsq {shape} {axis} {bits}": (statsq, shape, axis, bits)
+       for shape, axis in (((5, 24), 0), ((4, 3, 2, 2), 0)) for bits in (2, 3, 8)},
+    "statsq bfloat16": (statsq, (5, 24), 0, 4, torch.bfloat16),
+    "probabilities": (probs, (2, 3, 9, 9), -2),
+    "probabilities, hidden keys": (probs, (2, 3, 9, 16), -2, torch.float16, 7),
+    "probabilities, one step": (probs, (2, 3, 7, 300), None),
+    "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
+}  # fmt: skip
 CASES = {
     **{f"through {kind}, {form}, {bounds}": (through, made, *FORMS[form], BOUNDS[bounds])
        for kind, made in MADE.items()
@@ -383,28 +385,13 @@ CASES = {
     **{f"through {kind}, {dtype}": (through, made, *FORMS["tokens"], BOUNDS["signed"], dtype)
        for kind, made in MADE.items()
        for dtype in (torch.bfloat16, torch.float16)},
-    **{f"{form}, {bounds}": (lambda *a: differences(*case(*a)), *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},
-    **{f"{name}: {form}": (f, *FORMS[form], (-2, 1))
-       for name, f, forms in (
-           ("NaN", without_a_number, ("tokens", "channels", "heads")),
-           ("apart", apart, ("tokens", "channels")),
-           ("in place", in_place, ("tokens", "channels", "length 7", "length 127", "length 129", "length 4097")),
-           ("infinity", infinite, ("tokens", "channels", "length 129")),
-           ("strips", in_strips, ("many short rows", "channels, no offsets", "a row wider than a tile")),
-           ("sign", signs, ("pixels", "channels")),
-           ("dtypes", other_dtypes, ("tokens", "channels")),
-       ) for form in forms},
-    **{f"statsq {shape} {axis} {bits}": (statsq, shape, axis, bits)
-       for shape, axis in (((5, 24), 0), ((4, 3, 2, 2), 0)) for bits in (2, 8)},
+    **SHARED,
+    **{f"strips: {form}": (in_strips, *FORMS[form], (-2, 1))
+       for form in ("many short rows", "channels, no offsets", "a row wider than a tile")},
+    "in half precision": (probs_in_half_precision, (2, 3, 9, 9), -2),
+    "in half precision, wide": (probs_in_half_precision, (2, 3, 1100), 1),
     **{f"scales {length}": (scales, 5, length) for length in (1, 24, 197, 3000)},
     "scales bfloat16": (scales, 5, 768, torch.bfloat16),
-    "statsq bfloat16": (statsq, (5, 24), 0, 4, torch.bfloat16),
-    "probabilities": (probs, (2, 3, 9, 9), -2),
-    "in half precision": (gradients_in_half_precision, (2, 3, 9, 9), -2),
-    "in half precision, wide": (gradients_in_half_precision, (2, 3, 1100), 1),
-    "probabilities, hidden keys": (probs, (2, 3, 9, 16), -2, torch.float16, 7),
-    "probabilities, one step": (probs, (2, 3, 7, 300), None),
-    "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
     **{f"steps {n}": (steps, n) for n in (1, 197, 5000)},
     "declined": (declined,),
     "checked": (checked,),

@@ -1,5 +1,6 @@
 """Prints, as JSON, what Triton's compiler makes of every kernel for a Hopper GPU: PTX by launch. Needs Triton, no GPU."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -30,45 +31,30 @@ class NoDriver:
 
 def rows(x, scale, before, after, grid, sign=None):
     calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
-    calls.gpu_backward(
-        x,
-        x,
-        scale,
-        before,
-        grid,
-        sign=sign,
-        dequantized=None if after is None else x.dtype,
-        after=after,
-    )
+    dequantized = None if after is None else x.dtype
+    how = {"sign": sign, "dequantized": dequantized, "after": after}
+    calls.gpu_backward(x, x, scale, before, grid, **how)
 
 
 def through(made, x, dtype):
-    weight, bias = (
-        (torch.ones(x.shape[-1]) for _ in range(2)) if made.kind == "norm" else (None, None)
-    )
     steps, before, grid = torch.ones(x.shape[1]), torch.ones(x.shape[-1]), gpu.CodeRange(0, 3, 1)
-    calls.gpu_backward(
-        x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), producer=made
-    )
+    norm = (before, before) if made.kind == "norm" else (None, None)
+    how = {"dequantized": dtype, "norm": norm, "producer": made}
+    calls.gpu_backward(x.to(dtype), x, steps, before, grid, **how)
 
 
 def probabilities(dtype):
     grad, scores = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
-    grid = gpu.CodeRange(0, 3, -2)
-    calls.gpu_backward(
-        grad,
-        scores,
-        torch.ones(3),
-        None,
-        grid,
-        out=grad,
-        dequantized=dtype,
-        producer=Made("scores", 0.3),
-    )
+    how = {"out": grad, "dequantized": dtype, "producer": Made("scores", 0.3)}
+    calls.gpu_backward(grad, scores, torch.ones(3), None, gpu.CodeRange(0, 3, -2), **how)
 
 
 def halves(dtype):
     rows(torch.ones(2, 3, 8, dtype=dtype), torch.ones(3), None, None, gpu.CodeRange(-2, 1, 1))
+
+
+def weights(dtype):
+    gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, dtype)
 
 
 def attentions(dtype):
@@ -83,22 +69,23 @@ LAUNCHES = {
     "no offsets": lambda: rows(*case(*FORMS["heads"], (0, 3))),
     "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
-    "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, torch.float32),
+    "weights": lambda: weights(torch.float32),
     "scales of weights": lambda: gpu.statsq(torch.ones(3, 8), 2, torch.float32),
     "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
     "gelu, bfloat16": lambda: through(
         Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
     ),
     "probabilities": lambda: probabilities(torch.float32),
-    **{name: lambda d=d: halves(d) for name, d in HALVES.items()},
-    **{
-        f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, d)
-        for name, d in HALVES.items()
-    },
-    **{f"probabilities, {name}": lambda d=d: probabilities(d) for name, d in HALVES.items()},
     "attention": lambda: attentions(torch.float32),
-    **{f"attention, {name}": lambda d=d: attentions(d) for name, d in HALVES.items()},
 }
+for name, dtype in HALVES.items():
+    LAUNCHES[name] = functools.partial(halves, dtype)
+    for kind, launch in (
+        ("weights", weights),
+        ("probabilities", probabilities),
+        ("attention", attentions),
+    ):
+        LAUNCHES[f"{kind}, {name}"] = functools.partial(launch, dtype)
 
 
 def main():

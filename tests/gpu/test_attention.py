@@ -22,18 +22,14 @@ def parts(tokens, heads, size, axis=-2, scale=None, batch=2):
     width, steps = heads * size, 1 if axis is None else tokens
     qkv = torch.randn(batch, tokens, 3 * width, requires_grad=True)
     signed = CodeRange(-2, 1, -2)
-    operands = [
+    q, k, v = (
         LSQParams((0.5 + torch.rand(tokens)).requires_grad_(), None, None, None, signed, 0.5)
         for _ in range(3)
-    ]
-    operands[2] = operands[2]._replace(
-        before=torch.randn(width).requires_grad_(), after=torch.randn(width).requires_grad_()
     )
+    before, after = (torch.randn(width).requires_grad_() for _ in range(2))
     step = (0.5 + torch.rand(steps)) / tokens if scale is None else torch.full((steps,), scale)
-    return qkv, (
-        *operands,
-        LSQParams(step.requires_grad_(), None, None, None, CodeRange(0, 3, axis)),
-    )
+    probs = LSQParams(step.requires_grad_(), None, None, None, CodeRange(0, 3, axis))
+    return qkv, (q, k, v._replace(before=before, after=after), probs)
 
 
 def results(qkv, operands, heads, monkeypatch, *, in_tiles):
@@ -42,6 +38,10 @@ def results(qkv, operands, heads, monkeypatch, *, in_tiles):
     leaves = [t for t in (qkv, *(t for o in operands for t in o[:3])) if t is not None]
     torch.manual_seed(1)
     return out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape))
+
+
+def both_ways(*given):
+    return (results(*given, in_tiles=in_tiles) for in_tiles in (True, False))
 
 
 CASES = [(size, {}) for size in SIZES] + [
@@ -57,10 +57,7 @@ def test_results_and_gradients_of_the_function_that_keeps_probabilities(
     kernels_on, monkeypatch, size, how
 ):
     with torch.device(kernels_on):
-        given = parts(*size, **how)
-        found, expected = (
-            results(*given, size[1], monkeypatch, in_tiles=one) for one in (True, False)
-        )
+        found, expected = both_ways(*parts(*size, **how), size[1], monkeypatch)
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
@@ -70,8 +67,7 @@ def test_a_query_that_is_no_number_spoils_its_row(kernels_on, monkeypatch):
     with torch.device(kernels_on):
         qkv, operands = parts(20, 2, 16)
         qkv.data[0, 3, 5] = torch.nan
-        found = results(qkv, operands, 2, monkeypatch, in_tiles=True)
-        expected = results(qkv, operands, 2, monkeypatch, in_tiles=False)
+        found, expected = both_ways(qkv, operands, 2, monkeypatch)
     rows = found[0].isnan()
     assert rows[0, 3, :16].all()
     assert rows.sum() == 16
@@ -95,10 +91,8 @@ def both(q, k, v, grad, scale, settings):
 def test_half_precision_rounds_factors_and_results(kernels_on, dtype):
     with torch.device(kernels_on):
         *given, scale, settings = tensors(dtype)
-        found, exact = (
-            both(*given, scale, settings),
-            both(*(x.float() for x in given), scale, settings),
-        )
+        found = both(*given, scale, settings)
+        exact = both(*(x.float() for x in given), scale, settings)
     *halves, of_scale = found
     assert {x.dtype for x in halves} == {dtype}
     assert_close(of_scale, exact[-1], rtol=1e-4, atol=1e-5 * float(exact[-1].abs().max()))
@@ -110,10 +104,8 @@ def test_half_precision_rounds_factors_and_results(kernels_on, dtype):
 def test_rows_may_lie_apart(kernels_on):
     with torch.device(kernels_on):
         *given, scale, settings = tensors(torch.float32)
-        apart, close = (
-            both(*given, scale, settings),
-            both(*(x.contiguous() for x in given), scale, settings),
-        )
+        apart = both(*given, scale, settings)
+        close = both(*(x.contiguous() for x in given), scale, settings)
     assert all(torch.equal(one, other) for one, other in zip(apart, close, strict=True))
 
 
@@ -148,49 +140,37 @@ def test_a_compiled_graph_holds_the_operators(kernels_on, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
 
 
-def qkv_of(tokens=197, heads=3, size=64, batch=2):
-    return torch.empty(batch, tokens, 3 * heads * size, device="meta"), heads
-
-
 PER_TOKEN = CodeRange(0, 3, -2)
 
 
 @pytest.mark.parametrize(
-    ("expected", "given", "codes", "dtype"),
+    ("expected", "tokens", "size", "batch", "codes", "dtype"),
     [
-        (True, {}, PER_TOKEN, torch.bfloat16),
-        (True, {}, PER_TOKEN, torch.float32),
-        (True, {"tokens": 256, "size": 128}, PER_TOKEN, torch.float16),
-        (True, {"tokens": 1}, CodeRange(0, 3, None), torch.float32),
-        (False, {"tokens": 257}, PER_TOKEN, torch.bfloat16),
-        (False, {"size": 136}, PER_TOKEN, torch.bfloat16),
-        (False, {"size": 128}, PER_TOKEN, torch.float32),
-        (False, {"size": 20}, PER_TOKEN, torch.bfloat16),
-        (False, {"size": 24}, PER_TOKEN, torch.bfloat16),
-        (False, {"batch": 2**16}, PER_TOKEN, torch.bfloat16),
-        (False, {"batch": 0}, PER_TOKEN, torch.bfloat16),
-        (False, {}, CodeRange(0, 3, -1), torch.bfloat16),
-        (False, {}, CodeRange(-2, 1, -2), torch.bfloat16),
-        (False, {}, CodeRange(0, 3, -2, half=True), torch.bfloat16),
+        (True, 197, 64, 2, PER_TOKEN, torch.bfloat16),
+        (True, 197, 64, 2, PER_TOKEN, torch.float32),
+        (True, 256, 128, 2, PER_TOKEN, torch.float16),
+        (True, 1, 64, 2, CodeRange(0, 3, None), torch.float32),
+        (False, 257, 64, 2, PER_TOKEN, torch.bfloat16),
+        (False, 197, 136, 2, PER_TOKEN, torch.bfloat16),
+        (False, 197, 128, 2, PER_TOKEN, torch.float32),
+        (False, 197, 20, 2, PER_TOKEN, torch.bfloat16),
+        (False, 197, 24, 2, PER_TOKEN, torch.bfloat16),
+        (False, 197, 64, 2**16, PER_TOKEN, torch.bfloat16),
+        (False, 197, 64, 0, PER_TOKEN, torch.bfloat16),
+        (False, 197, 64, 2, CodeRange(0, 3, -1), torch.bfloat16),
+        (False, 197, 64, 2, CodeRange(-2, 1, -2), torch.bfloat16),
+        (False, 197, 64, 2, CodeRange(0, 3, -2, half=True), torch.bfloat16),
     ],
 )
-def test_what_fits(monkeypatch, expected, given, codes, dtype):
+def test_what_fits(monkeypatch, expected, tokens, size, batch, codes, dtype):
     monkeypatch.setattr(attention, "_runs_on", lambda *_: True)
-    qkv, heads = qkv_of(**given)
-    scale = torch.ones(1 if codes.axis is None else qkv.shape[1])
+    qkv, heads = torch.empty(batch, tokens, 3 * 3 * size, device="meta"), 3
+    scale = torch.ones(1 if codes.axis is None else tokens)
     assert attention.fits(qkv, heads, scale, codes, dtype) is expected
     assert not attention.fits(qkv, heads, torch.ones(300), codes, dtype)
 
 
-def test_a_device_has_such_kernels(device):
-    assert attention.fits(
-        torch.empty(2, 5, 96, device=device),
-        2,
-        torch.ones(5, device=device),
-        PER_TOKEN,
-        torch.bfloat16,
-    )
-
-
-def test_a_cpu_has_none():
-    assert not attention.fits(torch.empty(2, 5, 96), 2, torch.ones(5), PER_TOKEN, torch.float32)
+def test_only_a_device_has_such_kernels(anywhere):
+    with anywhere:
+        fits = attention.fits(torch.empty(2, 5, 96), 2, torch.ones(5), PER_TOKEN, torch.bfloat16)
+    assert fits is (anywhere.type == "cuda")

@@ -66,11 +66,8 @@ def test_a_resumed_run_is_the_run(device, way, tmp_path, monkeypatch):
 @pytest.mark.parametrize("way", GRAPHS)
 def test_a_resumed_run_of_graphs_is_the_compiled_run(device, way, tmp_path, monkeypatch, recorded):
     """Gradients that are added to, outputs and a teacher's features, in memory that a later step overwrites."""
-    teacher = (
-        run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false")
-        / "checkpoints"
-        / "last.ckpt"
-    )
+    teacher = run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false")
+    teacher = teacher / "checkpoints" / "last.ckpt"
     settings = [*ON_DEVICE, *(one.format(float=teacher) for one in GRAPHS[way])]
     whole = run(tmp_path / "whole", *settings, "compile=true")
     torch._dynamo.utils.counters.clear()
@@ -154,20 +151,6 @@ def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
-def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
-    settings = (
-        *ON_DEVICE,
-        "++model.args.embed_dim=48",
-        "++model.args.depth=2",
-        "compile=false",
-        "loss=kd_features",
-        "quant=seq_2bit",
-    )
-    first = train(tmp_path / "first", *settings, f"ckpt={trained[0]}") / "checkpoints" / "last.ckpt"
-    run_dir = train(tmp_path / "second", *settings, f"ckpt={first}", f"teacher.ckpt={trained[0]}")
-    assert results(run_dir)["top1"] > 50
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -179,16 +162,8 @@ def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
     ids=lambda settings: settings[0],
 )
 def test_analyses(trained, settings, tmp_path):
-    analyze(
-        compose(
-            "analyze",
-            f"run_dir={tmp_path}",
-            f"ckpt={trained[1]}",
-            "trainer=gpu",
-            "images=40",
-            *settings,
-        )
-    )
+    paths = f"run_dir={tmp_path}", f"ckpt={trained[1]}"
+    analyze(compose("analyze", *paths, "trainer=gpu", "images=40", *settings))
     assert results(tmp_path)["complete"]
 
 

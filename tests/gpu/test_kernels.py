@@ -32,17 +32,16 @@ def test_numbers_of_the_reference(kernels_on, name):
     function, *arguments = CASES[name]
     torch.manual_seed(0)
     with torch.device(kernels_on), np.errstate(all="ignore"):
-        assert function(*arguments) == []
+        assert function(gpu, *arguments) == []
 
 
 def test_without_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.available.cache_clear()
     try:
-        # In Triton's interpreter it stands in for one.
-        assert gpu.available() is (
-            importlib.util.find_spec("triton") is not None and tiles.device_type() == "cpu"
-        )
+        has_triton = importlib.util.find_spec("triton") is not None
+        # Triton's interpreter replaces a device.
+        assert gpu.available() is (has_triton and tiles.device_type() == "cpu")
     finally:
         gpu.available.cache_clear()
 
@@ -56,10 +55,11 @@ def both_passes(device, shape=(4, 300, 64)):
     given = (grad, x, scale, before, grid)
     expected = reference.lsq_backward(*given, after_shape=after.shape)
     levels = reference.lsq_forward(x, scale, before, after, grid)
-    return lambda: calls.gpu_backward(*given, dequantized=torch.float32, after=after), (
-        expected,
-        levels,
-    )
+
+    def run():
+        return calls.gpu_backward(*given, dequantized=torch.float32, after=after)
+
+    return run, (expected, levels)
 
 
 def test_in_a_cuda_graph(device):
@@ -118,33 +118,23 @@ def test_more_elements_than_32_bits_count(device):
     if free < 5 * 2 * rows * length:
         pytest.skip("less than 22 GB of memory are free")
     x = torch.empty(rows, length, device=device, dtype=torch.bfloat16).normal_()
-    found = calls.gpu_forward(
-        x, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None)
-    )
-    tail = x[-5:].contiguous()
-    assert same(
-        found[-5:].contiguous(),
-        reference.lsq_forward(
-            tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None)
-        ),
-    )
+    quantizer = torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None)
+    found = calls.gpu_forward(x, *quantizer)
+    assert same(found[-5:].contiguous(), reference.lsq_forward(x[-5:].contiguous(), *quantizer))
 
 
 @pytest.mark.parametrize("length", [192, 197])
 @pytest.mark.parametrize(("name", "bits"), BLOCK_FORMATS)
 def test_blocks_of_floats_are_compiled_to_one_pass(device, name, bits, length):
-    form, x = (
-        BLOCK_FORMATS[name, bits],
-        torch.randn(3, 50, length, device=device, dtype=torch.bfloat16),
-    )
+    form = BLOCK_FORMATS[name, bits]
+    x = torch.randn(3, 50, length, device=device, dtype=torch.bfloat16)
     t = tensor_scale(x, form)
     register_formulas()
     for grad in (None, torch.randn_like(x)):
         torch._dynamo.reset()
         metrics.reset()
-        found = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())(
-            x, t, grad, bits
-        )
+        run = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())
+        found = run(x, t, grad, bits)
         assert torch.equal(found, round_blocks(x, form, t, grad))
         assert metrics.generated_kernel_count == 1
 

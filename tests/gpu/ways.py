@@ -5,7 +5,6 @@ control: the expected way of running with parameters that differ by a rounding e
 halfway between codes and others do not; or in bfloat16 autocast instead of float32.
 """
 
-import contextlib
 import copy
 
 import torch
@@ -16,7 +15,7 @@ from qat import kernels
 from qat.lit.compiled import CompiledCall
 from qat.model.sites import quantizer_parameters
 
-KINDS = ("kernels", "fused", "device", "compiled", "compiled bfloat16")
+KINDS = ("kernels", "device", "compiled", "compiled bfloat16")
 # Errors that rounding explains; by how much more than the control's one may be.
 SMALL, FACTOR, CONTROLS = 1e-5, 3.0, 8
 
@@ -37,9 +36,7 @@ def relative_error(found, expected):
 def results(net, images, call=None, *, autocast=False):
     """Logits, and gradients of their mean square by the weights and by scales and offsets."""
     net.zero_grad()
-    with (
-        torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    ):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         logits = (net if call is None else call)(images)
     logits.float().square().mean().backward()
     steps = set().union(*quantizer_parameters(net))
@@ -72,10 +69,8 @@ def compared(kind, arm, device):
     elif kind == "device":
         net, images = net.cpu(), images.cpu()
     torch._dynamo.reset()
-    with Apart() if kind == "fused" else contextlib.nullcontext():
-        found = results(
-            net, images, CompiledCall(net, net) if "compiled" in kind else None, autocast=is_half
-        )
+    call = CompiledCall(net, net) if "compiled" in kind else None
+    found = results(net, images, call, autocast=is_half)
     return judged(found, expected, controls)
 
 
@@ -91,14 +86,10 @@ def moved(net):
 def judged(found, expected, controls):
     """Errors, those of the control, and whether the former are explained by the latter; a NaN is below no limit."""
     errors = {kind: relative_error(found[kind], expected[kind]) for kind in expected}
-    # Not Python's `max`, which drops NaN.
-    allowed = {
-        k: torch
-        .tensor([relative_error(control[k], expected[k]) for control in controls])
-        .max()
-        .item()
-        for k in expected
-    }
+    allowed = {}
+    for kind in expected:
+        of_controls = [relative_error(control[kind], expected[kind]) for control in controls]
+        allowed[kind] = torch.tensor(of_controls).max().item()  # Python's `max` drops NaN
     right = all(
         errors[kind] <= max(FACTOR * allowed[kind], SMALL) and allowed[kind] < 1
         for kind in expected

@@ -1,4 +1,6 @@
-"""The operators and the kernels of a device with keywords, as tests call them."""
+"""LSQ by `operators`, or by the kernels of `cpu` or `gpu`, with keywords, as tests call it."""
+
+import functools
 
 import torch
 
@@ -8,8 +10,10 @@ from qat.kernels import LSQParams, Made, gpu, operators, reference
 ITSELF = Made()
 
 
-def lsq_forward(x, scale, before, after, codes, *, sign=None, dtype=torch.float32):
-    return operators.lsq_forward(x, scale, before, after, sign, *codes, dtype)
+def lsq_forward(
+    x, scale, before, after, codes, *, sign=None, dtype=torch.float32, module=operators
+):
+    return module.lsq_forward(x, scale, before, after, sign, *codes, dtype)
 
 
 def lsq_backward(
@@ -25,63 +29,35 @@ def lsq_backward(
     dequantized=None,
     norm=(None, None),
     producer=ITSELF,
+    module=operators,
 ):
-    """The gradient of `x` and what the operator gives, that of the scale without LSQ's factor."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    with_after = after is not None
+    """The gradients, that of the scale without LSQ's factor; None where a kernel does not fit."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     q = LSQParams(scale, before, after, sign, codes)
-    found = operators.lsq_backward(
-        grad, x, *q[:4], *codes, with_after, out, dequantized, *norm, *producer
-    )
-    return _named(found, q, with_after, out, norm, dequantized)
+    with_after = after is not None
+    if module is operators:
+        results = operators.lsq_backward(
+            grad, x, *q[:4], *codes, with_after, out, dequantized, *norm, *producer
+        )
+    else:
+        results = module.lsq_backward(
+            grad, x, q, out, dequantized, *norm, producer, with_after=with_after
+        )
+    if results is None:
+        return None
+    grad_scale, sums, y = results
+    grad_before, grad_after, *norm_grads = operators.split(sums, before, after, *norm)
+    y = None if dequantized is None else y
+    return LsqGradients(out, grad_scale, grad_before, grad_after, y, *norm_grads)
 
 
-def _named(found, q, with_after, out, norm, dequantized):
-    of_scale, sums, y = found
-    before, after, *of_norm = operators.split(
-        sums, q.before, q.after if with_after else None, *norm
-    )
-    return LsqGradients(out, of_scale, before, after, None if dequantized is None else y, *of_norm)
-
-
-def softmax_backward(grad, probs, scale, codes, factor):
-    """Gradients of scores, `factor` times which a softmax made into `probs`, and of the scale; the quantized probabilities."""
-    found = lsq_backward(
-        grad, probs, scale, None, codes, dequantized=torch.float32, producer=Made("softmax", factor)
-    )
-    return found.x, found.scale, found.dequantized
+gpu_forward = functools.partial(lsq_forward, module=gpu)
+gpu_backward = functools.partial(lsq_backward, module=gpu)
 
 
 def softmax_reference(grad, probs, scale, codes, factor):
-    """The first two of `softmax_backward`."""
-    inner, of_scale, *_ = reference.lsq_backward(grad, probs, scale, None, codes)
-    return torch.ops.aten._softmax_backward_data(
-        inner, probs.float(), -1, torch.float32
-    ) * factor, of_scale
-
-
-def gpu_forward(x, scale, before, after, codes, *, sign=None, dtype=torch.float32):
-    return gpu.lsq_forward(x, scale, before, after, sign, *codes, dtype)
-
-
-def gpu_backward(
-    grad,
-    x,
-    scale,
-    before,
-    codes,
-    *,
-    sign=None,
-    after=None,
-    out=None,
-    dequantized=None,
-    norm=(None, None),
-    producer=ITSELF,
-):
-    """The gradient of `x` and what the kernel gives; None where it does not fit."""
-    out = x.new_empty(x.shape) if out is None else out
-    q = LSQParams(scale, before, after, sign, codes)
-    found = gpu.lsq_backward(
-        grad, x, q, out, dequantized, *norm, producer, with_after=after is not None
-    )
-    return None if found is None else _named(found, q, after is not None, out, norm, dequantized)
+    """Gradients of the scores and of the scale, by the formulas."""
+    inner, grad_scale, *_ = reference.lsq_backward(grad, probs, scale, None, codes)
+    grad_scores = torch.ops.aten._softmax_backward_data(inner, probs.float(), -1, torch.float32)
+    return grad_scores * factor, grad_scale

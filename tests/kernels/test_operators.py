@@ -11,99 +11,53 @@ import qat
 import qat.kernels.fused  # noqa: F401  (registers operators)
 from qat import kernels
 from qat.kernels import Made
+from tests.kernels.calls import ITSELF
 from tests.nets import FAMILIES
 from tests.tiny import randn
 
-CODES = (-4, 3, -1, False)
+X = randn(2, 5, 6)
+OFFSET = randn(6, seed=1)
 STEPS = torch.linspace(0.2, 1, 6)
+FACTORS = randn(3, 2, 5, 4), randn(3, 2, 4, 6)
+LSQ = STEPS, OFFSET, OFFSET, None, -4, 3, -1, False
+HALF = STEPS[:5], None, None, None, -4, 3, -2, True
 
 
-def sample(name):
-    """Arguments of an operator."""
-    x, offset = randn(2, 5, 6), randn(6, seed=1)
-    lsq, half = (
-        (x, STEPS, offset, offset, None, *CODES),
-        (x, STEPS[:5], None, None, None, -4, 3, -2, True),
-    )
-    grad = randn(2, 5, 6, seed=2)
-    return {
-        "lsq_forward": (*lsq, torch.float32),
-        "lsq_backward": (grad, *lsq, True, torch.empty_like(x), None, None, None, *Made()),
-        "lsq_backward levels": (
-            grad,
-            *half,
-            False,
-            torch.empty_like(x),
-            torch.bfloat16,
-            None,
-            None,
-            *Made(),
-        ),
-        "lsq_backward norm": (
-            grad,
-            *lsq,
-            False,
-            torch.empty_like(x),
-            torch.float32,
-            offset,
-            2 * offset,
-            *Made("norm", 1e-5),
-        ),
-        "lsq_backward gelu": (
-            grad,
-            *half,
-            False,
-            torch.empty_like(x),
-            torch.float32,
-            None,
-            None,
-            *Made("none"),
-        ),
-        "step_and_slope": (STEPS, offset.exp(), offset, 0.5),
-        "statsq": (randn(5, 6), 2, torch.bfloat16),
-        "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
-        "lsq_backward scores": (
-            grad,
-            *half,
-            False,
-            torch.empty_like(x),
-            torch.float32,
-            None,
-            None,
-            *Made("scores", 0.5),
-        ),
-        "lsq_backward softmax": (
-            grad,
-            x.softmax(-1),
-            *half[1:],
-            False,
-            torch.empty_like(x),
-            torch.float32,
-            None,
-            None,
-            *Made("softmax", 0.5),
-        ),
-        "round_blocks": (randn(2, 5, 37), None, None, 4),
-        "heads_product": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), torch.empty(3, 2, 5, 6), 0.3),
-        "add_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), randn(2, 5, 6, seed=1)),
-    }[name]
+def backward(quantizer, dequantized=torch.float32, *, norm=(None, None), made=ITSELF, x=X):
+    """Arguments of `lsq_backward`; the gradient of an offset after the quantizer is requested."""
+    with_after = quantizer is LSQ
+    out = torch.empty_like(x)
+    return randn(2, 5, 6, seed=2), x, *quantizer, with_after, out, dequantized, *norm, *made
 
 
-NAMES = (
-    "lsq_forward",
-    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu", " scores", " softmax")),
-    "statsq_forward",
-    "statsq",
-    "step_and_slope",
-    "round_blocks",
-    "heads_product",
-    "add_products",
-)
+SAMPLES = {
+    "lsq_forward": (X, *LSQ, torch.float32),
+    "lsq_backward": backward(LSQ, None),
+    "lsq_backward levels": backward(HALF, torch.bfloat16),
+    "lsq_backward norm": backward(LSQ, norm=(OFFSET, 2 * OFFSET), made=Made("norm", 1e-5)),
+    "lsq_backward gelu": backward(HALF, made=Made("none")),
+    "lsq_backward scores": backward(HALF, made=Made("scores", 0.5)),
+    "lsq_backward softmax": backward(HALF, made=Made("softmax", 0.5), x=X.softmax(-1)),
+    "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
+    "statsq": (randn(5, 6), 2, torch.bfloat16),
+    "step_and_slope": (STEPS, OFFSET.exp(), OFFSET, 0.5),
+    "round_blocks": (randn(2, 5, 37), None, None, 4),
+    "heads_product": (*FACTORS, torch.empty(3, 2, 5, 6), 0.3),
+    "add_products": (*FACTORS, randn(2, 5, 6, seed=1)),
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_operators_are_what_torch_wants_them_to_be(name):
-    torch.library.opcheck(getattr(torch.ops.qat, name.partition(" ")[0]), sample(name))
+    torch.library.opcheck(getattr(torch.ops.qat, name.partition(" ")[0]), SAMPLES[name])
+
+
+def deit(preset="ofq", n=4, **knobs):
+    """A quantized DeiT and `n` images."""
+    family = FAMILIES["deit"]
+    images = family.images(n)
+    net = qat.convert(family.build(), qat.recipe(preset, **knobs), input_size=family.input_size)
+    return qat.initialize_scales(net, [images]), images
 
 
 def step(net, function, images):
@@ -117,22 +71,10 @@ def step(net, function, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "knobs"),
-    [
-        ("ofq", {}),
-        ("ofq", {"attention": "standard"}),
-        ("seq", {}),
-        ("lsq", {}),
-        ("deploy_w4a8", {}),
-    ],
-)
-def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe, knobs):
-    family = FAMILIES["deit"]
-    images = family.images(4)
-    net = qat.convert(family.build(), qat.recipe(recipe, **knobs), input_size=family.input_size)
-    qat.initialize_scales(net, [images]).train()
-    eager = step(net, net, images)
+@pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr", "seq", "lsq", "deploy_w4a8"])
+def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe):
+    net, images = deit(recipe)
+    eager = step(net.train(), net, images)
     torch._dynamo.reset()
     traced = step(net, torch.compile(net, fullgraph=True, backend="aot_eager"), images)
     assert len(eager) == len(traced)
@@ -140,36 +82,22 @@ def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe, knobs):
 
 
 def test_a_traced_step_goes_back_through_norms_and_gelus_in_the_pass_of_the_quantizer():
-    family, kinds = FAMILIES["deit"], []
-    images = family.images(4)
-    net = qat.convert(family.build(), qat.recipe("ofq"), input_size=family.input_size)
-    qat.initialize_scales(net, [images]).train()
+    net, images = deit()
+    kinds = []
 
     def seen(graph, _):
-        nodes = [
-            node
-            for node in graph.graph.nodes
-            if torch.ops.qat.lsq_backward.default in {node.target, *node.args[:1]}
-        ]
-        kinds.extend(
-            next(x for x in (*node.kwargs.values(), *node.args) if isinstance(x, str))
-            for node in nodes
-        )
+        for node in graph.graph.nodes:
+            if torch.ops.qat.lsq_backward.default in {node.target, *node.args[:1]}:
+                arguments = (*node.kwargs.values(), *node.args)
+                kinds.append(next(x for x in arguments if isinstance(x, str)))
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    step(
-        net,
-        torch.compile(
-            net, fullgraph=True, backend=aot_autograd(fw_compiler=seen, bw_compiler=seen)
-        ),
-        images,
-    )
-    assert (kinds.count("norm"), kinds.count("none"), kinds.count("softmax")) == (
-        2 * len(net.blocks),
-        len(net.blocks),
-        len(net.blocks),
-    )
+    backend = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+    step(net.train(), torch.compile(net, fullgraph=True, backend=backend), images)
+    depth = len(net.blocks)
+    counts = [kinds.count(kind) for kind in ("norm", "none", "softmax")]
+    assert counts == [2 * depth, depth, depth]
 
 
 def penalty(net, images):
@@ -194,14 +122,9 @@ def jacobian(net, images):
 @pytest.mark.parametrize("way", [penalty, one_by_one, gradients, jacobian])
 @pytest.mark.parametrize("attention", ["qkr", "standard"])
 def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeypatch):
-    family = FAMILIES["deit"]
-    images = family.images(2)
-    net = qat.convert(
-        family.build(), qat.recipe("ofq", attention=attention), input_size=family.input_size
-    )
-    qat.initialize_scales(net, [images]).eval()
+    net, images = deit(n=2, attention=attention)
     with pytest.raises(qat.UsageError, match="kernels=off"):
-        way(net, images)
+        way(net.eval(), images)
     monkeypatch.setattr(kernels, "_choice", "off")
     way(net, images)
 
@@ -215,12 +138,9 @@ def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeyp
 @pytest.mark.parametrize("attention", ["qkr", "standard"])
 @pytest.mark.filterwarnings("ignore")  # torch's, of `torch.jit` and of sizes that become constants
 def test_what_traces_a_net_sees_what_it_computes(trace, attention):
-    family = FAMILIES["deit"]
-    net = qat.convert(
-        family.build(), qat.recipe("ofq", attention=attention), input_size=family.input_size
-    )
-    qat.initialize_scales(net, [family.images(2)]).eval()
-    traced, images = trace(net, family.images(2)), family.images(2, seed=1)
+    net, images = deit(n=2, attention=attention)
+    traced = trace(net.eval(), images)
+    images = images.flip(-1)
     assert torch.equal(traced(images), net(images))
 
 
@@ -240,23 +160,16 @@ class Written(nn.Module):
         return self.fc(x)
 
 
-def test_a_graph_does_not_go_through_what_was_written_into():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_graph_does_not_go_through_what_was_written_into(in_place):
     x = randn(4, 3, 5, 8)
-    for in_place in (False, True):
-        net = qat.convert(
-            nn.Sequential(Written(in_place=in_place)),
-            qat.recipe("lsq", bits=4, attention="float"),
-            input_size=(3, 5, 8),
-        )
-        qat.initialize_scales(net, [x])
-        expected = step(net, net, x)
-        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-        if in_place:
-            with pytest.raises(
-                Exception, match="writes in place into what a LayerNorm or GELU gave"
-            ):
-                compiled(x)
-        else:
-            assert all(
-                torch.equal(a, b) for a, b in zip(step(net, compiled, x), expected, strict=True)
-            )
+    net = nn.Sequential(Written(in_place=in_place))
+    qat.convert(net, qat.recipe("lsq", bits=4, attention="float"), input_size=(3, 5, 8))
+    qat.initialize_scales(net, [x])
+    expected = step(net, net, x)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    if in_place:
+        with pytest.raises(Exception, match="writes in place into what a LayerNorm or GELU gave"):
+            compiled(x)
+        return
+    assert all(torch.equal(a, b) for a, b in zip(step(net, compiled, x), expected, strict=True))

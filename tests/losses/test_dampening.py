@@ -5,13 +5,10 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.losses import Dampening, LossTerm, StepContext
+from qat.losses import Dampening, LossTerm
 from tests.callbacks.fitting import fit, module
+from tests.losses.common import step
 from tests.tiny import quantized, sites, vit
-
-
-def step(net, progress=1.0):
-    return StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net, progress)
 
 
 def by_hand(site):
@@ -26,15 +23,11 @@ def by_hand(site):
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
 def test_the_sum(preset):
     net = quantized(preset, bits=2)
-    inside = [
-        site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits <= 4
-    ]
-    assert len(inside) == {"ofq": 10, "ofq_noqkr": 8, "lsq": 8}[preset]
-    assert_close(Dampening()(step(net)), sum(by_hand(site) for site in inside))
-    outside = [
-        site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits == 8
-    ]
-    assert_close(Dampening(max_bits=8)(step(net)), sum(by_hand(site) for site in inside + outside))
+    weights = [site for site in sites(net).values() if site.is_weight]
+    inside = [by_hand(site) for site in weights if site.quantizer.spec.bits <= 4]
+    assert len(inside) == (10 if preset == "ofq" else 8)
+    assert_close(Dampening()(step(net)), sum(inside))
+    assert_close(Dampening(max_bits=8)(step(net)), sum(by_hand(site) for site in weights))
 
 
 @pytest.mark.parametrize(
@@ -61,10 +54,7 @@ def test_the_gradient_pulls_to_the_level(preset):
 
 
 def test_a_net_without_such_weights():
-    with pytest.raises(
-        qat.UsageError,
-        match=r"loss term Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid",
-    ):
+    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: "):
         Dampening()(step(vit()))
 
 

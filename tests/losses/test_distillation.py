@@ -24,34 +24,19 @@ def loss(logits, target=CLASSES, teacher=TEACHER, **settings):
     return Distillation(**settings)(StepContext(logits, target, teacher, nn.Identity()))
 
 
-def test_each_head_has_its_own_target():
-    assert_close(loss((CLS, DIST)), hard(CLS) + soft(DIST))
-
-
 def test_one_head_gets_both_targets():
     assert_close(loss(CLS), hard(CLS) + soft(CLS))
 
 
 def test_probabilities_as_target():
     target = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    assert_close(
-        loss((CLS, DIST), target), -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST)
-    )
+    expected = -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST)
+    assert_close(loss((CLS, DIST), target), expected)
 
 
-def test_hard_labels_have_a_weight():
-    assert_close(loss((CLS, DIST), hard_weight=0.3), 0.3 * hard(CLS) + soft(DIST))
-
-
-def test_without_hard_labels_the_teacher_is_followed_alone():
-    assert_close(loss((CLS, DIST), hard_weight=0.0), soft(DIST), rtol=0, atol=0)
-
-
-def test_a_hard_weight_below_zero_is_refused():
-    with pytest.raises(
-        qat.UsageError, match=r"loss\.hard_weight=-1: must be a number of at least 0"
-    ):
-        Distillation(hard_weight=-1)
+@pytest.mark.parametrize("weight", [1.0, 0.3, 0.0])
+def test_each_head_has_its_own_target_and_hard_labels_a_weight(weight):
+    assert_close(loss((CLS, DIST), hard_weight=weight), weight * hard(CLS) + soft(DIST))
 
 
 def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gradient():
@@ -64,9 +49,10 @@ def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gra
     assert_close(logits.grad, centred / (4 * 5), rtol=1e-2, atol=1e-4)
 
 
-def test_a_temperature_of_zero_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.temperature=0: must be a number above 0"):
-        Distillation(temperature=0)
+@pytest.mark.parametrize(("setting", "value"), [("temperature", 0), ("hard_weight", -1)])
+def test_settings_outside_the_range_are_refused(setting, value):
+    with pytest.raises(qat.UsageError, match=rf"^loss\.{setting}={value}: "):
+        Distillation(**{setting: value})
 
 
 def test_it_is_smallest_at_the_teacher():

@@ -103,8 +103,5 @@ def test_a_teacher_of_another_shape_is_refused(teacher):
         features=(torch.zeros(2, 5, 8),),
         teacher_features=teacher,
     )
-    with pytest.raises(
-        qat.UsageError,
-        match=r"loss\.features: blocks of the model return \[\(5, 8\)\], those of the teacher",
-    ):
+    with pytest.raises(qat.UsageError, match=r"^loss\.features: .*\[\(5, 8\)\]"):
         FeatureDistillation(1.0)(step)

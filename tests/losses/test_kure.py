@@ -1,6 +1,7 @@
 """The term and its settings. Oracles: the formula on each layer, runs that come out the same, one-line errors."""
 
 import csv
+import re
 
 import pytest
 import timm
@@ -9,23 +10,11 @@ from torch.testing import assert_close
 
 import qat
 from qat.functional import kure_loss, kurtosis
-from qat.losses import Kure, StepContext
+from qat.losses import Kure
 from qat.losses.weights import latent_weights
 from tests.conftest import tiny, train
-from tests.tiny import quantized, sites, vit
-
-
-def step(net):
-    return StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net)
-
-
-def weights(net):
-    outside = ("patch_embed.", "head.")
-    return [
-        site.latent()
-        for name, site in sites(net).items()
-        if site.is_weight and not name.startswith(outside)
-    ]
+from tests.losses.common import step
+from tests.tiny import quantized, vit
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
@@ -33,12 +22,11 @@ def weights(net):
 def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
     net = quantized(preset, bits=2)
     term = Kure(target=2.5, reduction=reduction)
-    assert_close(term(step(net)), kure_loss(weights(net), 2.5, reduction))
-    expected = torch.stack([kurtosis(w) for w in weights(net)]).detach()
-    assert_close(
-        term.watched,
-        {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")},
-    )
+    weights = latent_weights(net)
+    assert_close(term(step(net)), kure_loss(weights, 2.5, reduction))
+    expected = torch.stack([kurtosis(w) for w in weights]).detach()
+    watched = {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")}
+    assert_close(term.watched, watched)
     assert not any(value.requires_grad for value in term.watched.values())
 
 
@@ -51,42 +39,21 @@ def test_deviates_from_reference_both_factors_of_the_product_are_pulled():
     assert {f"blocks.{i}.attn.{f}_weight" for i in (0, 1) for f in "qk"} < set(moved)
 
 
-@pytest.mark.parametrize("preset", ["fp", "ofq"])
-def test_descending_it_brings_the_kurtosis_to_the_target(preset):
-    net = vit() if preset == "fp" else quantized(preset, bits=2)
-    term = Kure()
-    term(step(net))
-    assert term.watched["kurtosis_min"] > 2.5
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(150):
-        optimizer.zero_grad()
-        term(step(net)).backward()
-        optimizer.step()
-    assert all(abs(term.watched[f"kurtosis_{name}"] - 1.8) < 0.1 for name in ("min", "max"))
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_it_is_the_same_under_autocast(precision):
-    net = vit()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_the_same_under_autocast(dtype):
+    net = quantized("ofq")
     plain = Kure()(step(net))
-    with torch.autocast("cpu", torch.bfloat16 if precision == "bf16-mixed" else torch.float16):
+    with torch.autocast("cpu", dtype):
         assert torch.equal(Kure()(step(net)), plain)
-    quantised = quantized("ofq")
-    plain = Kure()(step(quantised))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(Kure()(step(quantised)), plain)
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("loss.kure=-1", "loss.kure=-1: must be a number of at least 0"),
-        ("loss.kure_target=1", "loss.kure_target=1: must be a number above 1"),
-        ("loss.kure_reduction=avg", "loss.kure_reduction='avg': must be one of mean, sum, max"),
-    ],
+    "setting", ["loss.kure=-1", "loss.kure_target=1", "loss.kure_reduction=avg"]
 )
-def test_impossible_settings(tmp_path, refused, setting, message):
-    assert refused("train", tiny(tmp_path / "run", setting)).endswith(message)
+def test_impossible_settings(tmp_path, refused, setting):
+    name, value = setting.split("=")
+    message = refused("train", tiny(tmp_path / "run", setting))
+    assert re.search(f"{name}='?{value}'?: must be ", message)
 
 
 def test_a_run_logs_the_kurtoses(tmp_path):
@@ -115,11 +82,8 @@ def test_the_weights_are_all_but_stem_and_head(preset, layers):
     found = latent_weights(net)
     assert {id(w) for w in found if w.is_leaf} == {id(w) for w in expected}
     folded = [w for w in found if not w.is_leaf]
-    assert (
-        [w.shape for w in folded] == [block.attn.latent("qk").shape for block in net.blocks]
-        if preset == "ofq"
-        else folded == []
-    )
+    matrices = [block.attn.latent("qk") for block in net.blocks] if preset == "ofq" else []
+    assert [w.shape for w in folded] == [m.shape for m in matrices]
 
 
 def test_a_weight_that_is_there_twice_counts_once():
@@ -133,15 +97,10 @@ def test_a_weight_that_is_there_twice_counts_once():
 
 def test_convolutions_of_a_net_are_found_but_the_first():
     found = latent_weights(timm.create_model("resnet18", num_classes=10))
-    assert len(found) == 19, (
-        "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
-    )
+    assert len(found) == 19  # of 20; the paper's code regularizes as many
     assert all(weight.ndim == 4 for weight in found)
 
 
 def test_nothing_to_act_on():
-    with pytest.raises(
-        qat.UsageError,
-        match=r"loss.kure: this model has no linear layers or convolutions besides stem and heads",
-    ):
+    with pytest.raises(qat.UsageError, match="^loss.kure: "):
         Kure().prepare(torch.nn.Sequential(torch.nn.LayerNorm(3)))

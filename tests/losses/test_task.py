@@ -46,8 +46,5 @@ def test_half_precision_logits_give_a_float32_loss():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_smoothing_outside_the_range_is_refused(smoothing):
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"loss\.label_smoothing={smoothing}: must be a number from 0 to below 1",
-    ):
+    with pytest.raises(qat.UsageError, match=rf"^loss\.label_smoothing={smoothing}: "):
         CrossEntropy(label_smoothing=smoothing)

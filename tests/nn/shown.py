@@ -1,4 +1,4 @@
-"""Attentions of timm by themselves, as `convert` sees them."""
+"""Attentions of timm by themselves, as `convert` sees them, and their steps written out."""
 
 import copy
 
@@ -26,3 +26,19 @@ def swapped(plain, recipe, tokens, **inputs):
     return qat.convert(
         Holder(copy.deepcopy(plain), **inputs), recipe, input_size=(1, tokens, WIDTH)
     )
+
+
+def heads(t):
+    """(B, N, C) to (B, 2, N, C / 2)."""
+    return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+def merged(t):
+    """(B, 2, N, C / 2) to (B, N, C)."""
+    return t.transpose(1, 2).flatten(2)
+
+
+def attend(attn, scores, v):
+    """The rest of a quantized attention, from scores (B, 2, N, N) and values (B, N, C) on."""
+    probs = attn.probs_quantizer(scores.softmax(-1))
+    return attn.proj(merged(probs @ heads(attn.v_quantizer(v))))

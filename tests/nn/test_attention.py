@@ -13,7 +13,7 @@ import qat
 from qat.model.transfer import timm_state_dict
 from qat.nn import attention
 from tests.nets import ATTENTIONS
-from tests.nn.shown import WIDTH, swapped
+from tests.nn.shown import WIDTH, attend, heads, merged, swapped
 from tests.tiny import randn, shake, sites
 
 TOKENS = 10
@@ -35,14 +35,13 @@ def beit():
 
 @pytest.mark.parametrize(("name", "scores"), [("deit", 2 * 25), ("swin", 4 * 2 * 16**2)])
 def test_number_of_scores(name, scores):
-    net = qat.convert(
-        ATTENTIONS[name].build(), qat.recipe("ofq_noqkr"), input_size=ATTENTIONS[name].input_size
-    )
-    qat.initialize_scales(net, [ATTENTIONS[name].images(1)])
+    family = ATTENTIONS[name]
+    net = qat.convert(family.build(), qat.recipe("ofq_noqkr"), input_size=family.input_size)
+    qat.initialize_scales(net, [family.images(1)])
     attn = next(m for m in net.modules() if isinstance(m, attention.ScoredAttention))
     seen = []
     attn.register_forward_pre_hook(lambda m, args: seen.append(m.n_scores(args[0])))
-    net(ATTENTIONS[name].images(1))
+    net(family.images(1))
     assert seen == [scores]
 
 
@@ -86,21 +85,16 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
 
 
 @pytest.mark.parametrize(
-    ("cls", "settings", "reason"),
+    ("cls", "settings"),
     [
-        (
-            timm.layers.Attention,
-            {"qk_norm": True, "norm_layer": nn.LayerNorm},
-            "normalises queries and keys",
-        ),
-        (EvaAttention, {"scale_norm": False}, "rotates queries and keys by position"),
-        (AttentionRope, {"scale_norm": False}, "rotates queries and keys by position"),
+        (timm.layers.Attention, {"qk_norm": True, "norm_layer": nn.LayerNorm}),
+        (EvaAttention, {"scale_norm": False}),
+        (AttentionRope, {"scale_norm": False}),
     ],
+    ids=["normalised", "eva", "rotated"],
 )
-def test_reparameterization_is_refused(cls, settings, reason):
-    message = (
-        f"quant.attention='qkr': this model {reason}, so .* here it must be one of standard, float"
-    )
+def test_reparameterization_is_refused(cls, settings):
+    message = "^quant.attention='qkr': .* must be one of standard, float"
     with pytest.raises(qat.UsageError, match=message):
         swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
 
@@ -112,49 +106,23 @@ def test_rotated_then_quantized():
     )
     attn = qat.initialize_scales(net, [x]).attn
 
-    def heads(t):
-        return t.unflatten(-1, (2, -1)).transpose(1, 2)
-
     def rotated(t):
         t = heads(t)
-        return (
-            torch
-            .cat([t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)], 2)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        return merged(torch.cat([t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)], 2))
 
-    q, k, v = (
-        attn.qkv(x.squeeze(1)) + torch.cat([attn.q_bias, torch.zeros(WIDTH), attn.v_bias])
-    ).chunk(3, -1)
-    scores = (
-        heads(attn.q_quantizer(rotated(q)))
-        @ heads(attn.k_quantizer(rotated(k))).transpose(-1, -2)
-        / (WIDTH / 2) ** 0.5
-    )
-    out = attn.proj(
-        (attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v)))
-        .transpose(1, 2)
-        .flatten(2)
-    )
-    assert_close(net(x), out)
+    bias = torch.cat([attn.q_bias, torch.zeros(WIDTH), attn.v_bias])
+    q, k, v = (attn.qkv(x.squeeze(1)) + bias).chunk(3, -1)
+    q, k = heads(attn.q_quantizer(rotated(q))), heads(attn.k_quantizer(rotated(k)))
+    assert_close(net(x), attend(attn, q @ k.transpose(-1, -2) / (WIDTH / 2) ** 0.5, v))
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 def test_a_pools_queries_have_a_scale_each_and_keys_one_per_token(preset):
-    net, x = (
-        swapped(plain(AttentionPoolLatent, latent_len=3), qat.recipe(preset, bits=2), TOKENS),
-        randn(3, 1, TOKENS, WIDTH),
-    )
-    found = {
-        name.removeprefix("attn."): site.quantizer.n_scales for name, site in sites(net).items()
-    }
-    assert [found[f"{role}_quantizer"] for role in ("q", "k", "probs", "v")] == [
-        3,
-        TOKENS,
-        3,
-        WIDTH,
-    ]
+    plain_pool = plain(AttentionPoolLatent, latent_len=3)
+    net = swapped(plain_pool, qat.recipe(preset, bits=2), TOKENS)
+    x = randn(3, 1, TOKENS, WIDTH)
+    for role, n_scales in {"q": 3, "k": TOKENS, "probs": 3, "v": WIDTH}.items():
+        assert sites(net)[f"attn.{role}_quantizer"].quantizer.n_scales == n_scales
     assert sites(net)["attn.mlp.fc2.input_quantizer"].quantizer.spec.signed is False
     assert qat.initialize_scales(net, [x])(x).isfinite().all()
     assert net.attn.n_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS

@@ -1,4 +1,4 @@
-"""Quantized patch embedding. Oracle: the convolution of the quantized operands."""
+"""Quantized convolutions. Oracle: the convolution of the quantized operands."""
 
 import pytest
 import torch
@@ -8,19 +8,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.nn import QuantConv2d
-from tests.tiny import images, quantized, randn
-
-
-def test_convolution_of_the_quantized_operands():
-    net = quantized()
-    conv = net.patch_embed.proj
-    x = images()
-    assert isinstance(conv, QuantConv2d)
-    assert isinstance(conv, nn.Conv2d)
-    assert_close(
-        conv(x),
-        F.conv2d(conv.input_quantizer(x), conv.weight_quantizer(conv.weight), conv.bias, stride=2),
-    )
+from tests.tiny import float_recipe, images, randn
 
 
 @pytest.mark.parametrize(
@@ -36,15 +24,10 @@ def test_convolution_of_the_quantized_operands():
 )
 def test_settings_of_the_convolution_are_kept(settings):
     torch.manual_seed(0)
-    plain = nn.Conv2d(2, 4, 3, **settings)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, **settings))
     x = torch.randn(3, 2, 8, 8)
-    expected = plain(x)
-    net = nn.Sequential(plain)
-    qat.convert(
-        net,
-        qat.recipe("ofq", weight_quantizer="float", act_quantizer="float"),
-        input_size=(2, 8, 8),
-    )
+    expected = net(x)
+    qat.convert(net, float_recipe("standard"), input_size=(2, 8, 8))
     assert isinstance(net[0], QuantConv2d)
     assert torch.equal(net(x), expected)
 

@@ -16,32 +16,11 @@ from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate, in_float
 from tests.tiny import DISTILLED, SIZE, VIT, images, logits, randn, vit
 
-IN_BLOCK = {
-    *(
-        "attn.qkv.input_quantizer",
-        "attn.qkv_quantizer",
-        "attn.scores_quantizer",
-        "attn.probs_quantizer",
-        "attn.proj.input_quantizer",
-    ),
-    *(
-        "attn.output_quantizer",
-        "residual1_quantizer",
-        "mlp.fc1.input_quantizer",
-        "mlp.fc2.input_quantizer",
-        "mlp_quantizer",
-    ),
-    "residual2_quantizer",
-}
-OUTSIDE = {
-    *(
-        "patch_embed.proj.input_quantizer",
-        "patch_embed.output_quantizer",
-        "tokens_quantizer",
-        "positions_quantizer",
-    ),
-    *("embedding_quantizer", "head.input_quantizer", "head.output_quantizer"),
-}
+ATTENTION = ("qkv.input", "qkv", "scores", "probs", "proj.input", "output")
+BLOCK = ("residual1", "mlp.fc1.input", "mlp.fc2.input", "mlp", "residual2")
+IN_BLOCK = (*(f"attn.{site}" for site in ATTENTION), *BLOCK)
+STEM = ("patch_embed.proj.input", "patch_embed.output", "tokens", "positions", "embedding")
+OUTSIDE = {*STEM, "head.input", "head.output"}
 
 
 def placed(name=VIT, kwargs=None, **knobs):
@@ -54,14 +33,13 @@ def placed(name=VIT, kwargs=None, **knobs):
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [(VIT, set()), (DISTILLED, {"head_dist.input_quantizer", "head_dist.output_quantizer"})],
+    [(VIT, set()), (DISTILLED, {"head_dist.input", "head_dist.output"})],
 )
 def test_where_activations_are_quantized(name, more):
     sites = [site.name for site in qat.iter_quantizers(placed(name)) if not site.is_weight]
     assert len(sites) == len(set(sites))
-    assert set(sites) == OUTSIDE | more | {
-        f"blocks.{i}.{site}" for i in range(2) for site in IN_BLOCK
-    }
+    in_blocks = {f"blocks.{i}.{site}" for i in range(2) for site in IN_BLOCK}
+    assert set(sites) == {f"{site}_quantizer" for site in OUTSIDE | more | in_blocks}
 
 
 def block_by_hand(block, x):
@@ -121,17 +99,12 @@ def test_integer_norms_work_on_the_scales_around_them():
     net = placed(layernorm="integer", residual_observer="ptf", bits=8)
     norms = {name: m for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm)}
     assert set(norms) == {"norm", *(f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2))}
+    first, last = net.blocks
     around = {
-        "blocks.0.norm1": (net.embedding_quantizer, net.blocks[0].attn.qkv.input_quantizer),
-        "blocks.1.norm1": (
-            net.blocks[0].residual2_quantizer,
-            net.blocks[1].attn.qkv.input_quantizer,
-        ),
-        "blocks.1.norm2": (
-            net.blocks[1].residual1_quantizer,
-            net.blocks[1].mlp.fc1.input_quantizer,
-        ),
-        "norm": (net.blocks[1].residual2_quantizer, net.head.input_quantizer),
+        "blocks.0.norm1": (net.embedding_quantizer, first.attn.qkv.input_quantizer),
+        "blocks.1.norm1": (first.residual2_quantizer, last.attn.qkv.input_quantizer),
+        "blocks.1.norm2": (last.residual1_quantizer, last.mlp.fc1.input_quantizer),
+        "norm": (last.residual2_quantizer, net.head.input_quantizer),
     }
     for name, (before, behind) in around.items():
         x = before(randn(2, 17, 32))

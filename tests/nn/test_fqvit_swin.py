@@ -8,6 +8,7 @@ import qat
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
 from tests.nets import FAMILIES
+from tests.nn.test_fqvit import ATTENTION, BLOCK
 from tests.tiny import logits
 
 SWIN = FAMILIES["swin"]
@@ -22,53 +23,27 @@ def placed(**knobs):
 @pytest.mark.parametrize("placement", ["inputs", "fqvit"])
 def test_without_rounding_it_is_timms_net(placement):
     net, x = placed(placement=placement), SWIN.images(4)
+    expected = logits(SWIN.build(), x)
     with in_float(net):
-        assert_close(logits(net, x), logits(SWIN.build(), x), rtol=1e-4, atol=1e-4)
-    error = (logits(net, x) - logits(SWIN.build(), x)).norm() / logits(SWIN.build(), x).norm()
-    assert 1e-3 < error < 0.1
+        assert_close(logits(net, x), expected, rtol=1e-4, atol=1e-4)
+    assert 1e-3 < (logits(net, x) - expected).norm() / expected.norm() < 0.1
 
 
 def test_where_activations_are_quantized():
     sites = {site.name for site in qat.iter_quantizers(placed()) if not site.is_weight}
-    block = {
-        *(
-            "attn.qkv.input_quantizer",
-            "attn.qkv_quantizer",
-            "attn.scores_quantizer",
-            "attn.table_quantizer",
-            "attn.biased_quantizer",
-        ),
-        *(
-            "attn.probs_quantizer",
-            "attn.proj.input_quantizer",
-            "attn.output_quantizer",
-            "residual1_quantizer",
-        ),
-        *(
-            "mlp.fc1.input_quantizer",
-            "mlp.fc2.input_quantizer",
-            "mlp_quantizer",
-            "residual2_quantizer",
-        ),
-    }
+    attention = (*ATTENTION, "table", "biased")
+    block = (*(f"attn.{site}" for site in attention), *BLOCK)
+    merging = ("layers.1.downsample.reduction.input", "layers.1.downsample.output")
     outside = {
-        *(
-            "patch_embed.proj.input_quantizer",
-            "patch_embed.output_quantizer",
-            "layers.1.downsample.reduction.input_quantizer",
-        ),
-        *(
-            "layers.1.downsample.output_quantizer",
-            "head.fc.input_quantizer",
-            "head.fc.output_quantizer",
-        ),
+        "patch_embed.proj.input",
+        "patch_embed.output",
+        *merging,
+        "head.fc.input",
+        "head.fc.output",
     }
-    assert sites == outside | {
-        f"layers.{stage}.blocks.{i}.{site}"
-        for stage in range(2)
-        for i in range(2)
-        for site in block
-    }
+    blocks = ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1")
+    expected = outside | {f"{name}.{site}" for name in blocks for site in block}
+    assert sites == {f"{site}_quantizer" for site in expected}
 
 
 def test_a_file_gives_the_same_logits(tmp_path):

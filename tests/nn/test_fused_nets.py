@@ -33,16 +33,12 @@ def step(net, x):
 
 
 def same(ours, theirs):
-    assert torch.equal(ours[0], theirs[0])
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in ours[1].items():
-        assert_close(
-            gradient,
-            theirs[1][name],
-            rtol=1e-3,
-            atol=1e-5 * gradient.abs().max().item() + 1e-7,
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
+    logits, gradients = ours
+    assert torch.equal(logits, theirs[0])
+    assert gradients.keys() == theirs[1].keys()
+    for name, gradient in gradients.items():
+        atol = 1e-5 * gradient.abs().max().item() + 1e-7
+        assert_close(gradient, theirs[1][name], rtol=1e-3, atol=atol, msg=name)
 
 
 KINDS = {
@@ -163,15 +159,13 @@ def test_what_a_hook_was_given_can_be_differentiated_by(name, unfused):
 
 def nodes(out):
     """Names of the nodes of a graph."""
-    found, waiting = [], [out.grad_fn]
-    seen = set()
+    seen, waiting = set(), [out.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            found.append(node.name())
             waiting += [following for following, _ in node.next_functions]
-    return found
+    return [node.name() for node in seen]
 
 
 @pytest.mark.parametrize(

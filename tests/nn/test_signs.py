@@ -59,6 +59,7 @@ class Between(nn.Module):
         (F.gelu, True),
         (timm.layers.QuickGELU(), True),
         (nn.Sequential(nn.Hardswish(), nn.Dropout()), True),
+        (nn.Sequential(nn.GELU(), nn.LayerNorm(4)), False),
         (lambda x: F.silu(x, inplace=True), True),
         (lambda x: F.relu(x).transpose(1, 2).reshape(1, 4, 4).contiguous(), True),
         (lambda x: F.silu(x) * x, False),

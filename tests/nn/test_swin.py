@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as QF
+from tests.nn.shown import attend, heads
 from tests.tiny import float_recipe, logits, randn, shake, sites
 
 HEADS, WIDTH, WINDOW = 2, 16, 4
@@ -67,76 +68,38 @@ def test_without_rounding_it_is_timms(kind, side, shift, settings):
 def test_scales_are_those_of_positions_in_a_window(preset):
     found = sites(swapped(block(12), qat.recipe(preset), 12))
     scales = {
-        name.removeprefix("block.attn."): s.quantizer.n_scales
+        name.removeprefix("block.attn.").removesuffix("_quantizer"): s.quantizer.n_scales
         for name, s in found.items()
         if "attn" in name and s.quantizer.n_scales
     }
     n = WINDOW**2
-    of_input = (
-        {"input_quantizer": n, "k_quantizer": n * HEADS}
-        if preset == "ofq"
-        else {"qkv.input_quantizer": n, "q_quantizer": n, "k_quantizer": n}
-    )
-    assert scales == {
-        **of_input,
-        "v_quantizer": WIDTH,
-        "probs_quantizer": n,
-        "proj.input_quantizer": n,
-    }
+    of_input = {"qkv.input": n, "q": n, "k": n}
+    if preset == "ofq":
+        of_input = {"input": n, "k": n * HEADS}
+    assert scales == {**of_input, "v": WIDTH, "probs": n, "proj.input": n}
 
 
 def windows(x, shift):
     """Normalised tokens (B*windows, N, C) as timm's block cuts them."""
-    x = (
-        torch
-        .roll(x, (-shift, -shift), (1, 2))
-        .unflatten(2, (-1, WINDOW))
-        .unflatten(1, (-1, WINDOW))
-    )
+    x = torch.roll(x, (-shift, -shift), (1, 2))
+    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))
     return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
 
-def heads(t):
-    return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-
-
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 @pytest.mark.parametrize("shift", [0, 2])
-def test_step_by_step(preset, shift):
-    net = qat.initialize_scales(
-        swapped(block(8, shift), qat.recipe(preset, bits=2)), [maps(seed=1)]
-    )
+def test_step_by_step(shift):
+    """Without reparameterization; with it, tests/nn/test_goldens.py has the reference's values."""
+    net = swapped(block(8, shift), qat.recipe("ofq_noqkr", bits=2))
+    qat.initialize_scales(net, [maps(seed=1)])
     whole, attn = net.block, net.block.attn
     x = windows(whole.norm1(maps().permute(0, 2, 3, 1)), shift)
-    if preset == "ofq":
-        xq = attn.input_quantizer(x)
-        folded = QF.statsq(QF.fold_qk(attn.q_weight, attn.k_weight, HEADS), 2).unflatten(
-            0, (HEADS, WIDTH)
-        )
-        step = attn.k_quantizer.scale.view(-1, HEADS)
-        keys = [
-            QF.lsq(
-                xq @ folded[h].T + attn.product_offset.view(HEADS, WIDTH)[h], step[:, h], -2, 1, 1
-            )
-            for h in range(HEADS)
-        ]
-        scores = torch.stack([xq @ k.transpose(1, 2) for k in keys], 1)
-        v = attn.v(xq)
-    else:
-        q, k, v = attn.qkv(x).chunk(3, -1)
-        scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
-    bias = (
-        attn
-        .relative_position_bias_table[attn.relative_position_index.flatten()]
-        .view(16, 16, HEADS)
-        .permute(2, 0, 1)
-    )
-    scores = scores / (WIDTH // HEADS) ** 0.5 + bias
+    q, k, v = attn.qkv(x).chunk(3, -1)
+    scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
+    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
+    scores = scores / (WIDTH // HEADS) ** 0.5 + bias.view(16, 16, HEADS).permute(2, 0, 1)
     if shift:
         scores = scores + whole.attn_mask.repeat(2, 1, 1).unsqueeze(1)
-    probs = attn.probs_quantizer(scores.softmax(-1))
-    expected = attn.proj((probs @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
-    assert_close(attn(x, whole.attn_mask), expected)
+    assert_close(attn(x, whole.attn_mask), attend(attn, scores, v))
 
 
 def test_positions_that_are_always_padding():

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import qat
 from qat.nn.swinv2 import QuantCosineAttention
 from tests.nets import ATTENTIONS, GENERIC
+from tests.nn.shown import attend, heads, merged
 from tests.tiny import randn
 
 FAMILY = ATTENTIONS["swinv2"]
@@ -21,23 +22,15 @@ def test_normalised_then_quantized():
     assert isinstance(attn, QuantCosineAttention)
     x = randn(8, 16, 16)
 
-    def heads(t):
-        return t.unflatten(-1, (2, -1)).transpose(1, 2)
-
     q, k, v = (attn.qkv(x) + torch.cat([attn.q_bias, torch.zeros(16), attn.v_bias])).chunk(3, -1)
-    q, k = (F.normalize(heads(t), dim=-1).transpose(1, 2).flatten(2) for t in (q, k))
+    q, k = (merged(F.normalize(heads(t), dim=-1)) for t in (q, k))
     scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
     scores = scores * attn.logit_scale.clamp(max=math.log(100)).exp()
     table = attn.cpb_mlp(attn.relative_coords_table).view(-1, 2)[
         attn.relative_position_index.flatten()
     ]
     scores = scores + 16 * table.view(16, 16, 2).permute(2, 0, 1).sigmoid()
-    out = attn.proj(
-        (attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v)))
-        .transpose(1, 2)
-        .flatten(2)
-    )
-    assert_close(attn(x), out)
+    assert_close(attn(x), attend(attn, scores, v))
 
 
 def test_the_net_that_makes_the_bias_stays_float():

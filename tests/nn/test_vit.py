@@ -1,4 +1,4 @@
-"""Quantized attention. Oracle: the formula written out."""
+"""Query-key reparameterization in a net. Oracle: the formula written out."""
 
 import pytest
 import torch
@@ -6,24 +6,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from qat import functional as QF
+from tests.nn.shown import attend
 from tests.tiny import quantized
-
-
-def heads(t):
-    return t.unflatten(-1, (2, -1)).transpose(1, 2)
-
-
-def attend(attn, scores, v):
-    probs = attn.probs_quantizer(scores.softmax(-1))
-    return attn.proj((probs @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
-
-
-def test_standard_attention_step_by_step():
-    attn = quantized("ofq_noqkr", bits=2).blocks[0].attn
-    x = torch.randn(3, 17, 32)
-    q, k, v = attn.qkv(x).chunk(3, -1)
-    scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2) / 4
-    assert_close(attn(x), attend(attn, scores, v))
 
 
 @pytest.mark.parametrize("qk_bias", ["drop", "fold"])

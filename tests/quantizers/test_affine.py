@@ -32,18 +32,10 @@ def test_several_batches_join_their_ranges():
     assert torch.equal(made.zero_point, zero_point)
 
 
-@pytest.mark.parametrize("offset", [5.0, -5.0])
-def test_a_range_beside_zero_is_not_clipped_away(offset):
-    x = randn(50).clamp(-1, 1) + offset
-    made = calibrated("minmax", x, bits=8)
-    assert_close(made(x), x, rtol=0, atol=made.scale.item())
-
-
 def test_weights_follow_their_own_range():
     made = build("minmax_dynamic", role="weight", axis=0)
     for w in (randn(4, 6), 10 * randn(4, 6, seed=1)):
         scale = w.abs().amax(1) / 7.5
-        assert_close(made(w), (w / scale.view(-1, 1)).round().clamp(-8, 7) * scale.view(-1, 1))
-        assert torch.equal(
-            made.codes(w), (w / scale.view(-1, 1)).round().clamp(-8, 7).to(torch.int8)
-        )
+        codes = (w / scale.view(-1, 1)).round().clamp(-8, 7)
+        assert_close(made(w), codes * scale.view(-1, 1))
+        assert torch.equal(made.codes(w), codes.to(torch.int8))

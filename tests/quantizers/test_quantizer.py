@@ -56,11 +56,10 @@ def test_shape_and_dtype_of_the_input_come_out(quantizer, dtype, offsets):
 def test_all_state_is_where_the_input_is(quantizer, role, shape):
     # "meta" stands for an accelerator: a net may be there before it is converted.
     recipe = qat.recipe("ofq", weight_quantizer="lsq", act_quantizer="lsq", bits=8)
-    spec = (
-        recipe.weight_spec("block")
-        if role == "weight"
-        else recipe.act_spec(role, "stem" if role == "image" else "block")
-    )
+    if role == "weight":
+        spec = recipe.weight_spec("block")
+    else:
+        spec = recipe.act_spec(role, "stem" if role == "image" else "block")
     made = build_quantizer(dataclasses.replace(spec, quantizer=quantizer))
     made.allocate(torch.Size(shape), torch.device("meta"))
     assert {t.device.type for t in (*made.parameters(), *made.buffers())} <= {"meta"}

@@ -42,10 +42,8 @@ def test_offsets_wrap():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(
-        qat.UsageError,
-        match="must be one of affine, dorefa, float, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4, seq, statsq, statsq_rms or",
-    ):
+    names = "affine, dorefa, float, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4, seq, statsq"
+    with pytest.raises(qat.UsageError, match=f"quantizer='lsqq': must be one of {names}"):
         build("lsqq")
 
 
@@ -65,16 +63,10 @@ def test_a_name_is_given_once():
     [
         ("no_such_module_anywhere:Half", "No module named 'no_such_module_anywhere'"),
         ("plugged_quantizers:Nothing", "no attribute 'Nothing'"),
-        ("plugged_quantizers:NotOne", "must be a subclass of qat.quantizers.Quantizer"),
-        (
-            "plugged_quantizers:WithoutCodes",
-            "must be a subclass of qat.quantizers.Quantizer that has forward and codes",
-        ),
-        (
-            "qat.quantizers:Quantizer",
-            "must be a subclass of qat.quantizers.Quantizer that has forward and codes",
-        ),
-        ("math:pi", "must be a subclass of qat.quantizers.Quantizer"),
+        ("plugged_quantizers:NotOne", "qat.quantizers.Quantizer"),
+        ("plugged_quantizers:WithoutCodes", "forward and codes"),
+        ("qat.quantizers:Quantizer", "forward and codes"),
+        ("math:pi", "qat.quantizers.Quantizer"),
     ],
 )
 def test_paths_that_lead_nowhere(plugin, name, said):

@@ -16,12 +16,11 @@ from tests.tiny import converted, images, quantized, randn
 @pytest.mark.parametrize("quantizer", ["lsq", "seq"])
 def test_the_gradient_is_that_of_the_step_times_the_step(quantizer):
     x = randn(3, 8)
-    found = []
-    for steps in ("absolute", "relative"):
-        made = calibrated(quantizer, x, axis=0, steps=steps)
+    absolute, relative = (
+        calibrated(quantizer, x, axis=0, steps=steps) for steps in ("absolute", "relative")
+    )
+    for made in (absolute, relative):
         made(x).square().sum().backward()
-        found.append(made)
-    absolute, relative = found
     assert torch.equal(absolute(x), relative(x))
     assert torch.equal(absolute.scale, relative.scale)
     assert_close(relative.change.grad, absolute.scale.grad * absolute.scale.detach())

@@ -12,16 +12,9 @@ from tests.quantizers.common import allocated, calibrated
 from tests.tiny import randn
 
 
-def spread(x, scale, axis):
-    shape = [1] * x.ndim
-    if axis is not None:
-        shape[axis] = -1
-    return scale.view(shape) if axis is not None else scale
-
-
 def written_out(x, scale, n, axis):
     """k = clamp(floor(x / s), -n, n - 1), value (k + 1/2) s; straight through within [-n, n]."""
-    x, s = x.double(), spread(x, scale.double(), axis)
+    x, s = x.double(), F.view_along(scale.double(), x.ndim, axis)
     u = (x / s).clamp(-n, n)
     level = u.detach().floor().clamp(-n, n - 1) + 0.5
     return (u + (level - u).detach()) * s, level - 0.5
@@ -61,15 +54,14 @@ def test_deviates_from_reference_the_start_by_least_squares_is_the_best_of_its_c
 ):
     x, n = randn(4, 64), 2 ** (bits - 1)
     start = F.half_step_init_scale(x, -n, n - 1, axis)
-    mean = 2 * (x.abs().mean(1) if axis == 0 else x.abs().mean().view(1)) / n
-    error = {}
-    for i in range(-24, 33):
-        values, _ = written_out(x, mean * 2 ** (i / 8), n, axis)
-        error[i] = (
-            (values - x).square().mean(1) if axis == 0 else (values - x).square().mean().view(1)
-        )
-    best = torch.stack(list(error.values())).argmin(0) - 24
-    assert_close(start, mean * 2 ** (best / 8))
+    rows = x if axis == 0 else x.view(1, -1)
+    candidates = 2 * rows.abs().mean(1) / n * 2 ** (torch.arange(-24, 33).view(-1, 1) / 8)
+    errors = []
+    for scale in candidates:
+        values, _ = written_out(rows, scale, n, 0)
+        errors.append((values - rows).square().mean(1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    assert_close(start, candidates.gather(0, best)[0])
 
 
 def test_of_a_gaussian_the_error_is_that_of_the_literature():

@@ -26,17 +26,21 @@ from tests.tiny import kept_bytes
 
 B, N, H, D = 4, 7, 2, 6
 C = H * D
+TOKEN = CodeRange(-2, 1, -2)
+CHANNEL = CodeRange(-2, 1, -1)
+PROBS = CodeRange(0, 3, -2)
 
 
 def randn(*shape, seed=0, scale=1.0):
     return (scale * tiny.randn(*shape, seed=seed)).requires_grad_()
 
 
-def operand(n, grid, offsets=2, seed=0, channels=C):
-    scale = (0.2 + torch.rand(n, generator=torch.Generator().manual_seed(seed))).requires_grad_()
-    before, after = (
-        randn(channels, seed=seed + i, scale=0.2) if i <= offsets else None for i in (1, 2)
-    )
+def operand(n, grid, offsets=2, seed=0, size=1.0):
+    """A quantizer with `n` steps around `size`; one offset is the one before it."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (size * (0.2 + torch.rand(n, generator=generator))).requires_grad_()
+    before = randn(C, seed=seed + 1, scale=0.2) if offsets else None
+    after = randn(C, seed=seed + 2, scale=0.2) if offsets == 2 else None
     return LSQParams(scale, before, after, None, grid, 0.5)
 
 
@@ -64,10 +68,8 @@ def compare(fused, plain, tensors):
 
 def learned(rows, axis=0, *, half=False):
     """LSQ of a weight, at 2 bits."""
-    step = (
-        0.3 + torch.rand(rows if axis == 0 else 1, generator=torch.Generator().manual_seed(70))
-    ).requires_grad_()
-    return WeightParams((CodeRange(-2, 1, axis, half=half), 1.0), step)
+    grid = CodeRange(-2, 1, axis, half=half)
+    return WeightParams((grid, 1.0), operand(rows if axis == 0 else 1, grid, seed=70).scale)
 
 
 STATSQ = WeightParams(2)
@@ -82,13 +84,7 @@ WEIGHTS = {
 
 def linear_parts(bias=True, offsets=2, params=STATSQ):
     x, w = randn(B, N, C, seed=20, scale=2.0), randn(9, C, seed=21)
-    return (
-        x,
-        operand(N, CodeRange(-2, 1, -2), offsets),
-        w,
-        params,
-        randn(9, seed=22) if bias else None,
-    )
+    return x, operand(N, TOKEN, offsets), w, params, randn(9, seed=22) if bias else None
 
 
 @pytest.mark.parametrize("params", WEIGHTS.values(), ids=WEIGHTS)
@@ -96,14 +92,6 @@ def linear_parts(bias=True, offsets=2, params=STATSQ):
 def test_linear(params, bias, offsets):
     parts = linear_parts(bias, offsets, params)
     compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
-
-
-@pytest.mark.parametrize("params", [STATSQ, WEIGHTS["lsq"]], ids=["statsq", "lsq"])
-def test_a_weight_that_is_kept_is_not_quantized_again(params):
-    parts = linear_parts(params=params)
-    ready = simple.quantize_weight(params, parts[2]).detach()
-    kept = (*parts[:3], params._replace(cached=ready), parts[4])
-    compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +115,10 @@ def test_what_can_be_made_again_is_not_kept(how):
     inputs = (x, gamma, beta) if how.kind == "norm" else (x,)
 
     def run(note):
-        made = (
-            F.layer_norm(x, (C,), gamma, beta)
-            if how.kind == "norm"
-            else F.gelu(x, approximate=how.kind)
-        )
+        if how.kind == "norm":
+            made = F.layer_norm(x, (C,), gamma, beta)
+        else:
+            made = F.gelu(x, approximate=how.kind)
         return lsq_linear(remember(made, how, *inputs) if note else made, o, w, params, b)
 
     parameters = leaves(o, w, b, gamma, beta)
@@ -140,11 +127,8 @@ def test_what_can_be_made_again_is_not_kept(how):
     assert bytes_without - bytes_with == x.numel() * 4
     tensors = leaves(inputs, o, w, b)
     assert torch.equal(with_note, without)
-    for one, other in zip(
-        *(torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without)),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    grads = (torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_a_tensor_written_into_is_kept_itself():
@@ -168,29 +152,21 @@ def test_an_input_written_into_is_an_error():
         lsq_linear(made, o, w, params, b).sum().backward()
 
 
-def attention_parts(seed=40):
-    qkv = randn(B, N, 3 * C, seed=seed)
-    token, channel = CodeRange(-2, 1, -2), CodeRange(-2, 1, -1)
+def attention_parts():
     operands = (
-        operand(N, token, 2),
-        operand(N, token, 1, 5),
-        operand(C, channel, 2, 10),
-        operand(N, CodeRange(0, 3, -2), 0, 15),
+        operand(N, TOKEN, 2),
+        operand(N, TOKEN, 1, 5),
+        operand(C, CHANNEL, 2, 10),
+        operand(N, PROBS, 0, 15, 0.1),
     )
-    return qkv, tuple(
-        o._replace(scale=(0.1 * o.scale).detach().requires_grad_()) if i == 3 else o
-        for i, o in enumerate(operands)
-    )
+    return randn(B, N, 3 * C, seed=40), operands
 
 
 def extras(kind):
-    bias = randn(H, N, N, seed=50) if kind != "none" else None
-    mask = (
-        -100.0 * (torch.rand(2, N, N, generator=torch.Generator().manual_seed(2)) > 0.8)
-        if kind == "bias and mask"
-        else None
-    )
-    return bias, mask
+    """A bias and a mask of the scores, or None."""
+    bias = None if kind == "none" else randn(H, N, N, seed=50)
+    hidden = torch.rand(2, N, N, generator=torch.Generator().manual_seed(2)) > 0.8
+    return bias, -100.0 * hidden if kind == "bias and mask" else None
 
 
 @pytest.fixture(params=[1, 8], ids=["rows as they are", "rows of eight"])
@@ -239,26 +215,20 @@ TWO_WIDTHS = WeightParams(2), WeightParams(3)
 
 
 def qkr_parts(per_key=False, params=TWO_WIDTHS):
-    x = randn(B, N, C, seed=60)
-    per_key = randn(H, C, seed=67) if per_key else None
     weights = QkrWeights(
         randn(H * C, C, seed=61, scale=2.0),
         randn(C, C, seed=63),
         randn(C, seed=64),
         randn(H * C, seed=65),
-        per_key,
+        randn(H, C, seed=67) if per_key else None,
     )
-    token = CodeRange(-2, 1, -2)
-    probs = operand(N, CodeRange(0, 3, -2), 0, 15)
     operands = QkrOperands(
-        operand(N, token, 2),
-        operand(N * H, token, 0, 5)._replace(
-            scale=randn(N * H, seed=66).abs().detach().add(1).requires_grad_()
-        ),
-        operand(C, CodeRange(-2, 1, -1), 2, 10),
-        probs._replace(scale=(0.1 * probs.scale).detach().requires_grad_()),
+        operand(N, TOKEN, 2),
+        operand(N * H, TOKEN, 0, 5, 3.0),
+        operand(C, CHANNEL, 2, 10),
+        operand(N, PROBS, 0, 15, 0.1),
     )
-    return x, weights, params, operands
+    return randn(B, N, C, seed=60), weights, params, operands
 
 
 @pytest.mark.usefixtures("rows")
@@ -294,8 +264,8 @@ def test_qkr_with_learned_steps_of_weights(ready):
     plain = simple.qkr_attention(*parts, scoring)
     x, weights, params, operands = parts
     if ready:
-        made = (
-            simple.quantize_weight(p, w).detach() for p, w in zip(params, weights[:2], strict=True)
+        params = tuple(
+            p._replace(cached=simple.quantize_weight(p, w).detach())
+            for p, w in zip(params, weights[:2], strict=True)
         )
-        params = tuple(p._replace(cached=w) for p, w in zip(params, made, strict=True))
     compare(qkr_attention(x, weights, params, operands, scoring), plain, leaves(*parts))

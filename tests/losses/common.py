@@ -1,0 +1,9 @@
+"""A step of training without outputs, as terms on weights get it."""
+
+import torch
+
+from qat.losses import StepContext
+
+
+def step(net, progress=1.0):
+    return StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net, progress)
