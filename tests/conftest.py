@@ -1,5 +1,6 @@
 """Composed configs, small runs that several tests share, and data files in the formats that commands read."""
 
+import csv
 import gc
 import io
 import json
@@ -64,6 +65,17 @@ def evaluate(run_dir, *overrides):
 def results(run_dir):
     """`results.json` of a run."""
     return json.loads((run_dir / "results.json").read_text())
+
+
+def column(run_dir, name):
+    """Values of a metric in `metrics.csv`, in order."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def contents(folder):
+    """Bytes of all files below a folder, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")

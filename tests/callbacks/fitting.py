@@ -1,13 +1,16 @@
 """Short runs of a small net for the tests of callbacks."""
 
+import contextlib
 import copy
 
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat.lit import QATModule, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy
+from qat.tasks import fit as parts
 from tests.tiny import images, quantized
 
 QUIET = {
@@ -44,6 +47,15 @@ def fit(learner, *callbacks, data=None, **settings):
     })
     trainer.fit(learner, batches() if data is None else data)
     return trainer
+
+
+@contextlib.contextmanager
+def added(*callbacks):
+    """Runs of commands that begin meanwhile have these callbacks after those of their config."""
+    make = parts.build_callbacks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "build_callbacks", lambda cfg: [*make(cfg), *callbacks])
+        yield
 
 
 class Steps(Callback):

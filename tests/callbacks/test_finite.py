@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
-from qat.callbacks import FiniteCheck, LastCheckpoint, finite
+from qat.callbacks import FiniteCheck, finite
 from qat.losses import LossTerm
-from qat.tasks import fit as parts
+from tests.callbacks.fitting import QUIET, added, differing, module, net
 from tests.callbacks.fitting import fit as fit_net
-from tests.callbacks.fitting import module, net
 from tests.conftest import results, tiny, train
 
 
@@ -68,7 +67,7 @@ class Small(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(module, *callbacks, images=None, steps=10, every=4, plugins=None):
+def fit(module, *callbacks, images=None, steps=10, plugins=None, checked=True):
     """Ten steps of two images each; an epoch is ten steps."""
     images = torch.ones(2 * steps, 3) if images is None else images
     loader = DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=2)
@@ -76,11 +75,8 @@ def fit(module, *callbacks, images=None, steps=10, every=4, plugins=None):
         max_epochs=1,
         accelerator="cpu",
         plugins=plugins,
-        callbacks=[FiniteCheck(every_n_steps=every), *callbacks],
-        logger=False,
-        enable_checkpointing=any(isinstance(one, LastCheckpoint) for one in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        callbacks=[*([FiniteCheck(every_n_steps=4)] if checked else []), *callbacks],
+        **QUIET,
     )
     trainer.fit(module, loader)
     return trainer
@@ -99,21 +95,10 @@ def spoil_first_layer(net):
 
 
 def test_a_healthy_run_is_left_as_it_is():
-    modules = [Small(), Small()]
-    assert fit(modules[0]).global_step == 10
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(
-        modules[1], DataLoader(TensorDataset(torch.ones(20, 3), torch.zeros(20)), batch_size=2)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(*(module.parameters() for module in modules), strict=True)
-    )
+    watched, alone = Small(), Small()
+    assert fit(watched).global_step == 10
+    fit(alone, checked=False)
+    assert differing(watched.state_dict(), alone.state_dict()) == []
 
 
 def images_with_nan():
@@ -187,10 +172,7 @@ class SickProcess(LossTerm):
 
 def test_a_loss_of_one_process_ends_all_of_them():
     learner = module(net(), terms={"sick": SickProcess()})
-    with pytest.raises(
-        Exception,
-        match=r"the loss or a gradient of training step 1 is not finite; first: the loss or its gradient",
-    ):
+    with pytest.raises(Exception, match="training step 1 is not finite; first: the loss "):
         fit_net(
             learner,
             FiniteCheck(),
@@ -206,10 +188,8 @@ def test_a_loss_of_one_process_ends_all_of_them():
 SIX = ("trainer.limit_train_batches=6", "checkpoint.every_n_steps=2")
 
 
-def poisoned(monkeypatch, refused, run_dir, poison, *overrides):
-    make = parts.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "build_callbacks", lambda cfg: [*make(cfg), poison])
+def poisoned(refused, run_dir, poison, *overrides):
+    with added(poison):
         return refused("train", tiny(run_dir, *SIX, *overrides))
 
 
@@ -233,7 +213,7 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
 ):
     monkeypatch.setattr(finite, "_reading_is_free", lambda module: not is_late)
     run = tmp_path / "run"
-    message = poisoned(monkeypatch, refused, run, Poison(3, damage))
+    message = poisoned(refused, run, Poison(3, damage))
     assert (
         "training stopped: the loss or a gradient of training step 3 is not finite; first: "
         in message
@@ -246,10 +226,8 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
 
 
 @pytest.mark.parametrize("quant", ["fp", "ofq_2bit"])
-def test_the_layer_that_overflows_is_named(tmp_path, monkeypatch, refused, quant):
+def test_the_layer_that_overflows_is_named(tmp_path, refused, quant):
     """After a quantizer an infinity is the highest code: the loss is finite, its gradient is not."""
-    message = poisoned(
-        monkeypatch, refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}"
-    )
+    message = poisoned(refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}")
     assert "step 3 is not finite; first: the output of blocks.0.mlp.act (GELU)" in message
     assert "error" in results(tmp_path / "run")

@@ -17,6 +17,14 @@ LAYERS = [
 EAGER = {"threshold": 0.15, "final_threshold": 0.05, "momentum": 0.1}
 
 
+def codes_of(net):
+    return {
+        name: site.quantizer.codes(site.latent()).clone()
+        for name, site in sites(net).items()
+        if site.role == "weight"
+    }
+
+
 class Codes(Callback):
     """Codes that every forward pass uses."""
 
@@ -24,12 +32,7 @@ class Codes(Callback):
         self.used = []
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        found = {
-            n: s.quantizer.codes(s.latent())
-            for n, s in sites(pl_module.net).items()
-            if s.role == "weight"
-        }
-        self.used.append({n: c.clone() for n, c in found.items()})
+        self.used.append(codes_of(pl_module.net))
 
 
 def run(preset="ofq", lr=0.03, callback=None, **settings):
@@ -55,33 +58,17 @@ def replay(callback, used, name):
 
 
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
-def test_what_is_frozen_follows_the_functions(preset):
-    _, _, callback, codes, _ = run(preset)
-    total = 0
-    for name, state in callback._frozen.items():
-        mask, values = replay(callback, codes.used, name)[-1]
-        assert torch.equal(state.frozen, mask)
-        assert torch.equal(state.codes[mask].float(), values[mask])
-        total += mask.sum().item()
-    assert total > 100
-
-
-@pytest.mark.parametrize("preset", ["ofq", "lsq"])
-def test_frozen_codes_are_in_force_from_the_next_forward(preset):
+def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forward(preset):
     _, learner, callback, codes, _ = run(preset)
-    final = {
-        n: s.quantizer.codes(s.latent())
-        for n, s in sites(learner.net).items()
-        if s.role == "weight"
-    }
-    followers = [*codes.used[1:], final]
+    followers = [*codes.used[1:], codes_of(learner.net)]
     checked = 0
-    for name in callback._frozen:
-        for (mask, values), after in zip(
-            replay(callback, codes.used, name), followers, strict=True
-        ):
+    for name, state in callback._frozen.items():
+        history = replay(callback, codes.used, name)
+        for (mask, values), after in zip(history, followers, strict=True):
             assert torch.equal(after[name][mask].float(), values[mask])
             checked += mask.sum().item()
+        assert torch.equal(state.frozen, mask)
+        assert torch.equal(state.codes[mask].float(), values[mask])
     assert checked > 500
 
 
@@ -140,8 +127,5 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(
-        qat.UsageError,
-        match=r"callbacks\.freeze: this model has no weights of up to 4 bits on a uniform grid",
-    ):
+    with pytest.raises(qat.UsageError, match=r"^callbacks\.freeze: "):
         fit(learner, IterativeFreezing())

@@ -4,7 +4,7 @@ import re
 from functools import partial
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.testing import assert_close
@@ -16,6 +16,7 @@ from qat.callbacks import CGA
 from qat.lit import QATModule, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy
 from tests import golden
+from tests.callbacks.fitting import Steps, fit
 from tests.golden import OFQ, ofq
 from tests.nn.test_goldens import heads_of, renamed
 
@@ -25,33 +26,6 @@ NOISE = 1e-8  # a gradient below it, two steps on end, is
 
 def bits_of(case):
     return int(re.search(r"_[bw](\d)", case).group(1))
-
-
-def fit(module, batches, *callbacks):
-    """Run a trainer over batches, one step each."""
-    settings = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **settings).fit(
-        module, batches
-    )
-
-
-class Steps(Callback):
-    """Copies of all parameters after every step, and of the first step's gradients as the optimizer sees them."""
-
-    def __init__(self):
-        self.parameters, self.gradients = [], {}
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if not self.parameters:
-            self.gradients = {n: p.grad.clone() for n, p in pl_module.net.named_parameters()}
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.parameters.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
 
 
 class TakeNoise(Callback):
@@ -117,17 +91,14 @@ def test_weight(case):
         )
     module, steps = Prescribed(expected[0].clone(), bits_of(case)), Steps()
     gradients = torch.stack([ofq(case, f"grad{t}") for t in range(n)])
-    fit(
-        module,
-        DataLoader(TensorDataset(gradients)),
-        CGA(boundary_range=0.05, start_epoch=0, lr=1e-3),
-        steps,
-    )
+    annealing = CGA(boundary_range=0.05, start_epoch=0, lr=1e-3)
+    batches = DataLoader(TensorDataset(gradients))
+    fit(module, annealing, steps, data=batches, max_epochs=1)
     for t in range(n):
-        found, frozen = steps.parameters[t]["0.weight"], ofq(case, f"frozen{t}")
-        assert_close(found, expected[t + 1], rtol=1e-6, atol=1e-6)
-        before = steps.parameters[t - 1]["0.weight"] if t else expected[0]
-        assert torch.equal(found[frozen], before[frozen])
+        after = steps.after[t]["0.weight"]
+        frozen = ofq(case, f"frozen{t}")
+        assert_close(after, expected[t + 1], rtol=1e-6, atol=1e-6)
+        assert torch.equal(after[frozen], steps.before[t]["0.weight"][frozen])
     state = module.optimizer.state[module.weight]
     for name in ("exp_avg", "exp_avg_sq"):
         assert_close(state[name], ofq(case, name), rtol=1e-6, atol=1e-6)
@@ -196,11 +167,12 @@ def test_net(case):
         qk="reference",
     )
     batches = DataLoader(TensorDataset(images, target), batch_size=len(images) // 3)
-    fit(module, batches, annealing, steps, TakeNoise(gradients, *theirs))
+    noise = TakeNoise(gradients, *theirs)
+    fit(module, annealing, steps, noise, data=batches, max_epochs=1)
 
-    assert set(gradients) == set(steps.gradients)
+    assert set(gradients) == set(steps.gradients[0])
     for name, gradient in gradients.items():
-        found = steps.gradients[name]
+        found = steps.gradients[0][name]
         assert_close(
             found,
             gradient.reshape(found.shape),
@@ -209,7 +181,7 @@ def test_net(case):
             msg=lambda m, n=name: f"{n}: {m}",
         )
     for t, expected in zip((1, 3), theirs, strict=True):
-        for name, found in steps.parameters[t - 1].items():
+        for name, found in steps.after[t - 1].items():
             alive = gradients[name].reshape(found.shape).abs() > ALIVE
             value = expected[name].reshape(found.shape)
             assert_close(

@@ -18,11 +18,28 @@ SETTINGS = {
     "std": [0.25] * 3,
 }
 GREY = {"in_chans": 1, "mean": [0.5], "std": [0.25]}
+# The bundled digits.
+DIGITS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": [0.25],
+    "std": [0.5],
+}
+
+
+def rows(images, labels):
+    """Pixels and label of each image, sorted."""
+    return sorted(
+        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+    )
 
 
 def write_fashion_mnist(root, train=40, test=10):
-    """Random images of four classes as torchvision unpacks them; gives the arrays back."""
-    rng, made = np.random.default_rng(0), {}
+    """Write random images of four classes as torchvision unpacks them; return the arrays."""
+    rng = np.random.default_rng(0)
+    made = {}
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     for prefix, n in (("train", train), ("t10k", test)):
@@ -36,8 +53,13 @@ def write_fashion_mnist(root, train=40, test=10):
 
 
 def write_cifar_batches(root, n=8):
-    """`cifar-10-batches-py` with random images of four classes; gives images (N, 32, 32, 3), labels, and the files' sums."""
-    rng, made = np.random.default_rng(0), {}
+    """Write `cifar-10-batches-py` with random images of four classes.
+
+    Returns:
+        Images (N, 32, 32, 3) and labels of each file, and the checksum of each file.
+    """
+    rng = np.random.default_rng(0)
+    made = {}
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in BATCHES:

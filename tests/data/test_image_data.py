@@ -10,15 +10,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.data import Digits, ImageArrays, ImageData
-
-SETTINGS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.25],
-    "std": [0.5],
-}
+from tests.data.files import DIGITS
 
 
 class Numbered(ImageData):
@@ -52,34 +44,29 @@ def loaded(loader, epoch=0):
 
 
 def test_evaluation_batches_are_the_normalised_images_in_order():
-    images, labels = loaded(Numbered(**SETTINGS, batch_size=3).val_dataloader())
+    images, labels = loaded(Numbered(**DIGITS, batch_size=3).val_dataloader())
     assert labels.tolist() == list(range(7))
     expected = (torch.arange(7.0) / 255 - 0.25) / 0.5
     assert_close(images, expected[:, None, None, None].expand(7, 1, 8, 8))
 
 
 def test_without_a_test_split_validation_is_evaluated():
-    data = Numbered(**SETTINGS)
+    data = Numbered(**DIGITS)
     assert data.evaluation_split == "val"
     assert numbers(data.test_dataloader()) == list(range(7))
-    with pytest.raises(
-        qat.UsageError, match="^data.root=None: has no split 'test'; it has train, val$"
-    ):
+    with pytest.raises(qat.UsageError, match=r"^data\.root=None: has no split 'test'"):
         data.split("test")
 
 
 def test_every_process_needs_an_image():
-    data = Numbered(**SETTINGS)
+    data = Numbered(**DIGITS)
     data.share_images(SimpleNamespace(global_rank=0, world_size=8))
-    with pytest.raises(
-        qat.UsageError,
-        match="^trainer.devices: 8 processes are more than the 7 images of the val split$",
-    ):
+    with pytest.raises(qat.UsageError, match=r"^trainer\.devices: 8 .* the 7 images of the val"):
         data.val_dataloader()
 
 
 def test_training_leaves_out_the_last_incomplete_batch():
-    loader = Numbered(**SETTINGS, batch_size=8).train_dataloader()
+    loader = Numbered(**DIGITS, batch_size=8).train_dataloader()
     assert [len(target) for _, target in loader] == [8, 8, 8]
     assert len(loader) == 3
 
@@ -89,7 +76,7 @@ def test_worker_processes_change_neither_order_nor_augmentation(augment):
     def epoch(workers):
         return loaded(
             Digits(
-                **SETTINGS, augment=augment, batch_size=100, num_workers=workers
+                **DIGITS, augment=augment, batch_size=100, num_workers=workers
             ).train_dataloader(),
             epoch=3,
         )
@@ -102,7 +89,7 @@ def test_worker_processes_change_neither_order_nor_augmentation(augment):
 @pytest.mark.parametrize("augment", ["light", "timm"])
 def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
     def images(augment, seed, epoch, order=range(20)):
-        dataset = Digits(**SETTINGS, augment=augment, seed=seed).train_dataloader().dataset
+        dataset = Digits(**DIGITS, augment=augment, seed=seed).train_dataloader().dataset
         return torch.stack([dataset[epoch, i][0] for i in order])
 
     first = images(augment, 0, 1)
@@ -114,7 +101,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
 def test_calibration_batches_are_seeded_training_images_without_augmentation():
     def batches(**settings):
         return Numbered(
-            **SETTINGS, calibration_images=20, batch_size=8, **settings
+            **DIGITS, calibration_images=20, batch_size=8, **settings
         ).calibration_batches()
 
     first = batches(seed=1)
@@ -128,7 +115,7 @@ def test_calibration_batches_are_seeded_training_images_without_augmentation():
 
 
 def test_images_are_resized():
-    data = Digits(**{**SETTINGS, "image_size": 12})
+    data = Digits(**{**DIGITS, "image_size": 12})
     small = data.split("val").images[3, :, :, 0]
     expected = np.asarray(Image.fromarray(small).resize((12, 12), Image.Resampling.BICUBIC))
     images, _ = loaded(data.val_dataloader())
@@ -138,7 +125,7 @@ def test_images_are_resized():
 
 @pytest.mark.parametrize("augment", ["light", "timm"])
 def test_each_copy_of_an_image_has_its_own_augmentation(augment):
-    data = Digits(**SETTINGS, augment=augment, repeats=3, batch_size=30)
+    data = Digits(**DIGITS, augment=augment, repeats=3, batch_size=30)
     images, labels = loaded(data.train_dataloader(), epoch=1)
     assert len(labels) == 1257 // 30 * 30
     copies, classes = images.unflatten(0, (-1, 3)), labels.unflatten(0, (-1, 3))
@@ -152,7 +139,7 @@ def test_each_copy_of_an_image_has_its_own_augmentation(augment):
 
 
 def test_repeats_without_augmentation_would_be_the_same_image_again():
-    loader = Numbered(**SETTINGS, augment="none", repeats=3, batch_size=10).train_dataloader()
+    loader = Numbered(**DIGITS, augment="none", repeats=3, batch_size=10).train_dataloader()
     assert sorted(numbers(loader)) == list(range(30))
 
 
@@ -160,19 +147,16 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
     ("first", "classes", "label"), [(0, 9, 9), (-1, 10, -1)]
 )  # Hugging Face marks unpublished labels by -1
 def test_a_label_that_is_no_class_is_refused(first, classes, label):
-    data = Numbered(**{**SETTINGS, "num_classes": classes})
+    data = Numbered(**{**DIGITS, "num_classes": classes})
     data.first_label = first
-    message = rf"data\.num_classes={classes}: labels must be from 0 to {classes - 1}; the train split has {label}"
-    with pytest.raises(qat.UsageError, match=message):
+    with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: .*train.* {label}$"):
         data.train_dataloader()
 
 
 def test_images_with_another_number_of_channels_are_refused():
-    data = Numbered(**SETTINGS)
+    data = Numbered(**DIGITS)
     data.shape = (8, 8, 3)
-    with pytest.raises(
-        qat.UsageError, match=r"data\.in_chans=1: must be 3, the channels of the images"
-    ):
+    with pytest.raises(qat.UsageError, match=r"^data\.in_chans=1: must be 3"):
         data.train_dataloader()
 
 
@@ -181,6 +165,6 @@ def test_images_with_another_number_of_channels_are_refused():
     [(10, []), (12, ["data.num_classes=12: 2 without training images, the first is class 10"])],
 )
 def test_classes_without_training_images_are_named(caplog, classes, lines):
-    settings = {"image_size": 8, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
-    assert Digits(**settings, num_classes=classes).splits == ("train", "val", "test")
+    data = Digits(**{**DIGITS, "num_classes": classes})
+    assert data.splits == ("train", "val", "test")
     assert caplog.messages == lines

@@ -1,6 +1,7 @@
 """One image as evaluation sees it. Oracle: the validation loader of the dataset that the image is from, bit for bit."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,25 +18,10 @@ from qat.data import (
     image_transform,
 )
 from qat.tasks import build
-from tests.conftest import compose
-from tests.data.files import GREY, write_fashion_mnist, write_folder
+from tests.conftest import compose, encoded
+from tests.data.files import DIGITS, GREY, SETTINGS, write_fashion_mnist, write_folder
 
-DIGITS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.25],
-    "std": [0.5],
-}
-COLOURS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 3,
-    "num_classes": 2,
-    "mean": [0.5, 0.4, 0.3],
-    "std": [0.25, 0.3, 0.2],
-}
+COLOURS = {**SETTINGS, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 # Of augmentation nothing may come through.
 RECIPE = {"augment": "timm", "mixup": 0.8, "num_workers": 0}
 
@@ -60,27 +46,15 @@ def test_files_of_an_image_folder(tmp_path, size, crop, changes, memory_mb):
     transform = image_transform(data.settings)
     paths = [path for name in ("ant", "bee") for path in sorted((root / "val" / name).iterdir())]
     expected = validation(data)
-    assert torch.equal(torch.stack([transform(path) for path in paths]), expected)
-    assert torch.equal(torch.stack([transform(str(path)) for path in paths]), expected)
-    assert torch.equal(torch.stack([transform(Image.open(path)) for path in paths]), expected)
-    assert torch.equal(
-        torch.stack([transform(np.asarray(Image.open(path))) for path in paths]), expected
-    )
+    for read in (Path, str, Image.open, lambda path: np.asarray(Image.open(path))):
+        assert torch.equal(torch.stack([transform(read(path)) for path in paths]), expected)
 
 
 @pytest.mark.parametrize("chans", [1, 3])
 def test_arrays_of_fashion_mnist(tmp_path, chans):
     images, _ = write_fashion_mnist(tmp_path)["t10k"]
-    settings = {
-        **COLOURS,
-        **RECIPE,
-        "num_classes": 4,
-        "image_size": 20,
-        "in_chans": chans,
-        "mean": [0.5] * chans,
-        "std": [0.25] * chans,
-    }
-    data = FashionMnist(**settings, root=str(tmp_path))
+    settings = {**COLOURS, **(GREY if chans == 1 else {}), "num_classes": 4, "image_size": 20}
+    data = FashionMnist(**settings, **RECIPE, root=str(tmp_path))
     ((expected, _),) = data.test_dataloader()
     assert torch.equal(
         torch.stack([image_transform(data.settings)(image) for image in images]), expected
@@ -88,11 +62,7 @@ def test_arrays_of_fashion_mnist(tmp_path, chans):
 
 
 def png():
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)).save(
-        buffer, "PNG"
-    )
-    return buffer.getvalue()
+    return encoded(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -114,27 +84,13 @@ def test_a_stored_config_gives_the_settings_of_its_dataset(tmp_path, name):
     assert stored == build.plain(cfg.data)
 
 
-def test_a_stored_config_of_a_reader_that_was_removed_is_still_a_transform():
+def test_plain_settings_do_and_those_of_a_reader_that_was_removed():
     image = Image.open(io.BytesIO(png()))
-    stored = {
-        "_target_": "qat.data.Timm",
-        **COLOURS,
-        "name": "wds/photos",
-        "cache": "auto",
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-    }
-    assert torch.equal(
-        image_transform(stored)(image),
-        image_transform({**COLOURS, "crop_pct": 0.9, "interpolation": "bicubic"})(image),
-    )
-
-
-def test_plain_settings_do():
-    image = Image.open(io.BytesIO(png()))
-    assert torch.equal(
-        image_transform(COLOURS)(image), image_transform(DataSettings(**COLOURS))(image)
-    )
+    plain = {**COLOURS, "crop_pct": 0.9, "interpolation": "bicubic"}
+    removed = {**plain, "_target_": "qat.data.Timm", "name": "wds/photos", "cache": "auto"}
+    expected = image_transform(DataSettings(**plain))(image)
+    assert torch.equal(image_transform(plain)(image), expected)
+    assert torch.equal(image_transform(removed)(image), expected)
 
 
 class Own(ImageData):
@@ -162,10 +118,7 @@ def test_a_dataset_from_outside_is_known_once_it_is_imported():
     ],
 )
 def test_code_named_in_a_config_is_not_imported(target):
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"^data\._target_='{target}': must be a dataset of qat or of an imported module",
-    ):
+    with pytest.raises(qat.UsageError, match=rf"^data\._target_='{target}': must be "):
         image_transform({"_target_": target, **DIGITS})
 
 
@@ -191,18 +144,18 @@ def test_what_is_no_image_is_refused(image, message):
     assert "\n" not in str(caught.value)
 
 
-def test_settings_that_cannot_work_are_named():
-    with pytest.raises(
-        qat.UsageError,
-        match=r"data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'",
-    ):
-        image_transform({**COLOURS, "colour": 1})
-    with pytest.raises(
-        qat.UsageError, match=r"^data\.in_chans=4: must be 1 or 3, the channels of an image$"
-    ):
-        image_transform({**COLOURS, "in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4})
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^data\.model='resnet18\.nope': must be a name of timm's \(Invalid pretrained tag",
-    ):
-        image_transform({**COLOURS, "_target_": "qat.data.ImageFolder", "model": "resnet18.nope"})
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"colour": 1}, "data: .* 'colour'"),
+        ({"in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4}, r"data\.in_chans=4: must be "),
+        (
+            {"_target_": "qat.data.ImageFolder", "model": "resnet18.nope"},
+            r"data\.model='resnet18\.nope': must be ",
+        ),
+    ],
+    ids=["unknown", "channels", "model"],
+)
+def test_settings_that_cannot_work_are_named(changes, line):
+    with pytest.raises(qat.UsageError, match=f"^{line}"):
+        image_transform({**COLOURS, **changes})

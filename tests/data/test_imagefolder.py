@@ -14,7 +14,7 @@ import qat
 from qat.data import ImageArrays, ImageFolder, ImageNet
 from qat.tasks import build
 from tests.commands import typed
-from tests.conftest import TINY, compose, evaluate, results, train
+from tests.conftest import compose, evaluate
 from tests.data.files import SETTINGS, write_folder, write_image
 
 ALL = (("train", 20), ("val", 4), ("test", 6))
@@ -54,21 +54,8 @@ def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path):
         for i in range(len(found.split(split)))
     }
     assert len(images) == 40
-    with pytest.raises(qat.UsageError, match=r"^data: 10% of 2 train images cannot be held out \("):
-        data(write_folder(tmp_path / "few", (("train", 1),))).train_dataloader()
-
-
-@pytest.mark.parametrize("augment", ["none", "light", "timm"])
-def test_where_images_are_held_changes_no_pixel(tmp_path, augment):
-    root = write_folder(tmp_path, size=16)
-
-    def batches(**settings):
-        found = data(root, augment=augment, batch_size=8, **settings)
-        return images_of([*found.train_dataloader(), *found.test_dataloader()])
-
-    first = batches()
-    assert torch.equal(batches(memory_mb=0), first)
-    assert torch.equal(batches(memory_mb=0, num_workers=2), first)
+    few = write_folder(tmp_path / "few", (("train", 1),))
+    assert lines(few).startswith("data: 10% of 2 train images cannot be held out (")
 
 
 SAME = {
@@ -91,10 +78,11 @@ SAME = {
 def test_a_split_that_is_another_one_is_named(tmp_path, caplog, way, split, memory_mb):
     root = write_folder(tmp_path, (("train", 20),), size=9)
     SAME[way](root / "train", root / split)
-    found = data(root, memory_mb=memory_mb)
-    assert len(found.split("train")) + len(found.split("val")) >= 40
-    line = f"data: train and {split} are the same images; accuracy on {split} does not show how the model does on new images"
-    assert caplog.messages == ([line] if way in {"link", "links", "hard links", "copies"} else [])
+    source = data(root, memory_mb=memory_mb)
+    assert len(source.split("train")) + len(source.split("val")) >= 40
+    lines_said = [line.partition(";")[0] for line in caplog.messages]
+    line = f"data: train and {split} are the same images"
+    assert lines_said == ([line] if way in {"link", "links", "hard links", "copies"} else [])
 
 
 def test_other_files_are_left_alone(tmp_path):
@@ -113,11 +101,8 @@ def test_the_number_of_classes_has_to_be_that_of_the_folders(tmp_path):
     (tmp_path / "none" / "train").mkdir(parents=True)
     assert "has 0 class folders" in lines(tmp_path / "none", num_classes=None)
     for classes in (2, 4):
-        with pytest.raises(
-            qat.UsageError,
-            match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train",
-        ):
-            data(root, num_classes=classes).train_dataloader()
+        line = f"data.num_classes={classes}: data.root='{root}' has 3 class folders in train"
+        assert lines(root, num_classes=classes).startswith(line)
 
 
 def test_class_folders_without_splits_are_split_for_a_training_and_evaluated_whole(tmp_path):
@@ -170,10 +155,7 @@ def test_a_class_that_the_first_split_does_not_have_is_refused(tmp_path, source)
     write_image(
         write_folder(tmp_path, ((source, 20), ("test", 4))) / "test" / "cat" / "a.png", 12, 12
     )
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"{tmp_path}/test/cat: unknown class; must be one of {source}'s, ant, bee",
-    ):
+    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}/test/cat: .*{source}.* ant, bee"):
         data(tmp_path).test_dataloader()
 
 
@@ -223,40 +205,8 @@ def test_one_split_without_train_is_enough_for_evaluation(tmp_path, split):
         assert torch.equal(images, expected)
         assert torch.equal(labels, ids)
     for use in (alone.train_dataloader, alone.calibration_batches):
-        with pytest.raises(
-            qat.UsageError, match=r"^data\.root='.*': has no split 'train'; it has (val|test)$"
-        ):
+        with pytest.raises(qat.UsageError, match=r"^data\.root='.*': has no split 'train'"):
             use()
-
-
-def test_a_net_is_evaluated_but_not_trained_on_val_alone(tmp_path, refused):
-    root = write_folder(tmp_path / "data", (("train", 8), ("val", 4)))
-    small = [
-        "data.image_size=16",
-        "data.patch_size=8",
-        "data.num_workers=0",
-        "data.batch_size=8",
-        "data.num_classes=2",
-        "quant=fp",
-        "data.augment=timm",
-    ]
-    run = train(tmp_path / "run", "data=imagefolder", f"data.root={root}", *small)
-    alone = write_folder(tmp_path / "alone", (("val", 4),))
-    found = evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt", f"data.root={alone}")
-    assert found["loss"] == pytest.approx(results(run)["loss"], rel=1e-5)
-    assert (found["data"], found["split"]) == ("imagefolder", "val")
-    line = refused(
-        "train",
-        compose(
-            "train",
-            "data=imagefolder",
-            f"data.root={alone}",
-            *small,
-            *TINY,
-            f"run_dir={tmp_path}/refused",
-        ),
-    )
-    assert line.endswith(f"data.root='{alone}': has no split 'train'; it has val")
 
 
 @pytest.mark.parametrize(("model", "mean"), [("deit_t", 0.485), ("vit_s", 0.5)])
@@ -299,8 +249,5 @@ def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
     assert found.split("val").name(0).startswith(f"{root}/val/{WNIDS[0]}/")
     assert found.named_classes()[1].startswith("goldfish")
     write_image(root / "val" / "tench" / "a.png", 12, 12)
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"data\.root='{root}': class tench is not a WordNet id like n01440764; data=imagefolder takes other names",
-    ):
+    with pytest.raises(qat.UsageError, match=rf"^data\.root='{root}': class tench .*n01440764"):
         ImageNet(**UNSET, root=str(root)).val_dataloader()

@@ -8,15 +8,9 @@ import qat
 from qat.data import Cifar10, FashionMnist
 from qat.data.splits import stratified_split
 from tests.conftest import write_cifar
-from tests.data.files import GREY, SETTINGS, write_cifar_batches, write_fashion_mnist
+from tests.data.files import GREY, SETTINGS, rows, write_cifar_batches, write_fashion_mnist
 
 COLOURS = {**SETTINGS, "num_classes": 4, "image_size": 32}
-
-
-def rows(images, labels):
-    return sorted(
-        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
-    )
 
 
 def check_splits(data, train, test):
@@ -78,11 +72,8 @@ def test_nothing_is_unpickled_unless_the_sums_are_the_published_ones(
     else:
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(b"anything")
     monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("unpickled"))
-    layout = r"train\*\.parquet and test\*\.parquet, or cifar-10-batches-py"
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"^data\.root='{tmp_path}': must hold complete {layout} \(Dataset not found or corrupted",
-    ):
+    line = rf"^data\.root='{tmp_path}': .*cifar-10-batches-py \(Dataset not found or corrupted"
+    with pytest.raises(qat.UsageError, match=line):
         Cifar10(**COLOURS, root=str(tmp_path)).train_dataloader()
 
 
@@ -106,21 +97,15 @@ def test_missing_and_damaged_files_are_one_line(tmp_path, content):
     write_fashion_mnist(tmp_path)
     path = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"^data\.root='{tmp_path}': must hold complete FashionMNIST/raw/.* \(.*\)$",
-    ) as caught:
+    line = rf"^data\.root='{tmp_path}': [^\n]*FashionMNIST/raw/[^\n]* \([^\n]*\)$"
+    with pytest.raises(qat.UsageError, match=line):
         FashionMnist(**{**COLOURS, **GREY}, root=str(tmp_path)).train_dataloader()
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dataset", [Cifar10, FashionMnist])
 def test_the_folder_has_to_be_there(dataset):
-    for root, line in (
-        (None, r"data\.root=None: must be the folder that holds "),
-        ("/no/such", r"data\.root='/no/such': must be the folder that holds "),
-    ):
-        with pytest.raises(qat.UsageError, match=line):
+    for root in (None, "/no/such"):
+        with pytest.raises(qat.UsageError, match=rf"^data\.root={root!r}: must be the folder "):
             dataset(**COLOURS, root=root).train_dataloader()
 
 

@@ -143,15 +143,19 @@ def test_damaged_ones_are_one_line(tmp_path, monkeypatch, kind):
 
 def test_a_damaged_image_is_named(tmp_path):
     folder(tmp_path, damaged=[2])
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \("):
+    line = rf"^{tmp_path}/train/a/02\.png cannot be decoded \([^\n]*on_error=skip[^\n]*$"
+    with pytest.raises(ImageError, match=line):
         data(tmp_path).split("train")
     lazy = data(tmp_path, memory_mb=0).split("train")
     assert int(lazy[1][0].mean()) == 10
-    with pytest.raises(
-        ImageError,
-        match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \(.*on_error=skip leaves out",
-    ):
+    try:
         lazy[2]
+    except ImageError:
+        # What a loader's worker process sends; a real one would take seconds to end after an error.
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    assert "Traceback" in sent.exc_msg
+    with pytest.raises(ImageError, match=line):
+        sent.reraise()
 
 
 @pytest.mark.parametrize("memory_mb", [4096, 0])
@@ -198,17 +202,3 @@ def test_what_does_not_fit_is_decoded_when_needed(tmp_path):
     assert (type(small).__name__, type(large)) == ("FileImages", ImageArrays)
     assert all(np.array_equal(small[i][0], large[i][0]) for i in range(40))
     assert small.fingerprint() == large.fingerprint()
-
-
-def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path):
-    lazy = data(folder(tmp_path, damaged=[2]), memory_mb=0).split("train")
-    try:
-        lazy[2]
-    except ImageError:
-        # What a loader's worker process sends; a real one would take seconds to be cleared away after an error.
-        sent = ExceptionWrapper(where="in DataLoader worker process 0")
-    assert "Traceback" in sent.exc_msg
-    with pytest.raises(
-        ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \([^\n]*decoded$"
-    ):
-        sent.reraise()

@@ -10,18 +10,12 @@ from torch.testing import assert_close
 from qat.data import DataSettings
 from qat.data.sampler import isolated_rng
 from qat.data.transforms import eval_transform, train_transform
+from tests.data.files import DIGITS
 
 
 def settings(chans=1, **changes):
-    fixed = {
-        "image_size": 8,
-        "patch_size": 4,
-        "in_chans": chans,
-        "num_classes": 10,
-        "mean": [0.25] * chans,
-        "std": [0.5] * chans,
-    }
-    return DataSettings(**{**fixed, **changes})
+    channels = {"in_chans": chans, "mean": [0.25] * chans, "std": [0.5] * chans}
+    return DataSettings(**{**DIGITS, **channels, **changes})
 
 
 def photo(chans=3):

@@ -18,7 +18,7 @@ from qat.cli import job
 from qat.launch import run_dir
 from qat.launch.run_dir import UsedError
 from tests.commands import typed
-from tests.conftest import ROOT, TINY, tiny
+from tests.conftest import ROOT, TINY, contents, tiny
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -44,14 +44,6 @@ def locked_elsewhere(folder):
         process.join()
 
 
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize(
     "arguments",
     [("train.py", "overwrite=true"), ("train.py", "-m", "seed=1,2"), ("eval.py", "ckpt=x.ckpt")],
@@ -62,10 +54,7 @@ def test_a_second_run_is_refused_in_one_line_and_leaves_no_trace(tmp_path, argum
         before = contents(tmp_path)
         code, out = typed(*arguments, "run_dir=run", cwd=tmp_path)
         who = f"process {holder.pid} on host {socket.gethostname()}"
-        assert (
-            code
-            == f"error: run_dir='run': is in use by {who}; must be another directory, or wait for it to end"
-        )
+        assert code.startswith(f"error: run_dir='run': is in use by {who}; ")
         assert out == ""
         assert contents(tmp_path) == before
 

@@ -188,13 +188,24 @@ def left(caplog, stop, run_dir="runs/a"):
     return code, [record.getMessage() for record in caplog.records]
 
 
-def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, caplog, tmp_path):
-    asked = scontrol()
+REFUSAL = "slurm_requeue error: Requested operation is presently disabled"
+
+
+@pytest.mark.parametrize("error", ["", REFUSAL], ids=["requeued", "refused"])
+def test_a_preempted_job_is_requeued_and_waits_for_its_end(
+    place, scontrol, caplog, tmp_path, error
+):
+    asked = scontrol(1 if error else 0, error)
     place(JOB)
-    line = "preempted by SIGUSR1 after training step 123: last.ckpt written, requeueing job 17"
-    assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
-    assert asked() == (["requeue 17"], [slurm.SHOW_LOG_S, slurm.KILL_S])
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    lines = ["preempted by SIGUSR1 after training step 5: last.ckpt written, requeueing job 17"]
+    waits = [slurm.SHOW_LOG_S]
+    if error:
+        lines.append(f"job 17 not requeued ({REFUSAL}); WAY ON")
+    else:
+        waits.append(slurm.KILL_S)
+    assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
+    assert asked() == (["requeue 17"], waits)
+    assert error or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, scontrol, caplog):
@@ -224,17 +235,6 @@ def test_a_job_that_never_saves_anything_is_not_started_for_ever(
     assert (code, len(asked()[0])) == (138, 1 if name is None else 2)
     why = "3 stretches have saved nothing to go on from; its time limit is too short for what comes before"
     assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
-
-
-def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):
-    asked = scontrol(1, "slurm_requeue error: Requested operation is presently disabled")
-    place(JOB)
-    lines = [
-        "preempted by SIGUSR1 after training step 5: last.ckpt written, requeueing job 17",
-        "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
-    ]
-    assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
-    assert asked() == (["requeue 17"], [slurm.SHOW_LOG_S])
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,6 @@ import qat
 from qat.lit.strategies import AtomicCheckpointIO
 
 
-def test_round_trip(tmp_path):
-    path = tmp_path / "new" / "a.ckpt"
-    AtomicCheckpointIO().save_checkpoint(
-        {"state_dict": {"w": torch.arange(3)}, "global_step": 7}, path
-    )
-    back = AtomicCheckpointIO().load_checkpoint(path)
-    assert back["global_step"] == 7
-    assert back["state_dict"]["w"].tolist() == [0, 1, 2]
-    assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
-
-
 @pytest.mark.parametrize("weights_only", [None, False])
 def test_code_inside_a_file_is_refused_whatever_the_caller_says(tmp_path, weights_only):
     torch.save({"x": pathlib.PurePosixPath("a")}, tmp_path / "a.ckpt")
@@ -43,18 +32,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(
-        qat.UsageError,
-        match=r"last.ckpt cannot be written \(.*\); the previous checkpoint is intact",
-    ):
+    with pytest.raises(qat.UsageError, match=r"last\.ckpt cannot be written \(.*intact"):
         AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_the_last_but_one_stays(tmp_path):
-    for number in (1, 2, 3):
-        for name in ("last.ckpt", "best.ckpt"):
-            AtomicCheckpointIO().save_checkpoint({"a": number}, tmp_path / name)
-    found = {p.name: torch.load(p, weights_only=True)["a"] for p in tmp_path.iterdir()}
-    assert found == {"last.ckpt": 3, "last.prev.ckpt": 2, "best.ckpt": 3}

@@ -1,7 +1,6 @@
 """`metrics.csv` of runs that are killed and resumed, and the loggers of the config. Oracles: the rows that were logged; `metrics.csv`."""
 
 import contextlib
-import csv
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from qat.launch.signals import Preempted
 from qat.lit.loggers import CSVLog, closing
 from qat.utils import files
 from qat.utils.files import csv_rows
-from tests.conftest import compose, results, train
+from tests.conftest import column, results, train
 
 ROWS = [
     {"a": 1.5, "step": 0},
@@ -103,11 +102,8 @@ def test_an_open_run_of_wandb_is_ended(error, code):
 
 def logged(run_dir):
     """`metrics.csv` as {metric: [values in order]}."""
-    rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
-    return {
-        key: [float(row[key]) for row in rows if row[key]]
-        for key in rows[0].keys() - {"epoch", "step"}
-    }
+    names = csv_rows(run_dir / "metrics.csv")[0].keys() - {"epoch", "step"}
+    return {name: column(run_dir, name) for name in names}
 
 
 def of_tensorboard(run_dir):
@@ -175,9 +171,3 @@ def test_wandb_writes_offline_and_ends_its_run(run):
     assert wandb.run is None
     (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert path.stat().st_size > 1000
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_logger_works_without_and_with_others(name):
-    assert list(compose("train", f"logger={name}", "run_dir=a").logger) == [name]
-    assert list(compose("train", f"logger=[csv,{name}]", "run_dir=a").logger) == ["csv", name]

@@ -15,6 +15,7 @@ from qat.lit.strategies import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
 from qat.model.metadata import describe, is_plain
 from qat.quantizers import LSQ
+from tests.callbacks.fitting import QUIET, Steps, batches
 from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
 
 CLASSES = torch.arange(16) % 10
@@ -24,17 +25,10 @@ def trainer(**settings):
     return Trainer(**{
         "accelerator": "cpu",
         "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+        **QUIET,
         "plugins": [AtomicCheckpointIO()],
         **settings,
     })
-
-
-def batches(size, n=16):
-    return DataLoader(TensorDataset(images(n), CLASSES[:n]), batch_size=size)
 
 
 def module(net, terms=None, **kwargs):
@@ -43,24 +37,11 @@ def module(net, terms=None, **kwargs):
     return QATModule(net.train(), loss, num_classes=10, **kwargs)
 
 
-class Gradients(Callback):
-    """Copies of all gradients and rates before every step."""
-
-    def __init__(self):
-        self.steps, self.rates = [], []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.steps.append({
-            n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
-        })
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
 @pytest.mark.parametrize("batch", [1, 2], ids=["one batch left", "two left"])
 def test_the_last_step_of_an_epoch_counts_its_own_batches(batch):
     """Four batches to a step, and five or six in the epoch. Oracle: a step on one batch of the images that are left."""
     net, left = quantized("lsq"), 2 * batch
-    many, one = Gradients(), Gradients()
+    many, one = Steps(), Steps()
     still = {"optimizer": lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0)}
     trainer(callbacks=[many], accumulate_grad_batches=4).fit(
         module(copy.deepcopy(net), **still), batches(2, 8 + left)
@@ -69,8 +50,8 @@ def test_the_last_step_of_an_epoch_counts_its_own_batches(batch):
     trainer(callbacks=[one]).fit(
         module(copy.deepcopy(net), **still), DataLoader(rest, batch_size=left)
     )
-    assert len(many.steps) == 2
-    assert_close(many.steps[1], one.steps[0], rtol=1e-4, atol=1e-6)
+    assert len(many.gradients) == 2
+    assert_close(many.gradients[1], one.gradients[0], rtol=1e-4, atol=1e-6)
 
 
 class Unfreeze(Callback):
@@ -121,11 +102,11 @@ def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypa
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
 def test_two_accumulated_half_batches_are_one_batch(preset):
-    net, whole, halves = quantized(preset), Gradients(), Gradients()
+    net, whole, halves = quantized(preset), Steps(), Steps()
     trainer(callbacks=[whole]).fit(module(copy.deepcopy(net)), batches(16))
     trainer(callbacks=[halves], accumulate_grad_batches=2).fit(module(net), batches(8))
-    assert len(whole.steps) == len(halves.steps) == 1
-    found, expected = halves.steps[0], whole.steps[0]
+    assert len(whole.gradients) == len(halves.gradients) == 1
+    found, expected = halves.gradients[0], whole.gradients[0]
     assert found.keys() == expected.keys()
     scales = [name for name in expected if name.endswith(".change")]
     assert len(scales) > 10
@@ -136,7 +117,7 @@ def test_two_accumulated_half_batches_are_one_batch(preset):
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_rates_follow_the_schedule(interval):
-    seen = Gradients()
+    seen = Steps()
 
     def schedule(optimizer, epochs, steps):
         assert (epochs, steps) == (3, 2)
@@ -154,7 +135,9 @@ def test_rates_follow_the_schedule(interval):
     # 0.01/2 * (1 + cos(pi t/T)); the warm-up goes from 0.002 to 0.01.
     by_step = [0.002, 0.006, 0.0075, 0.005, 0.0025, 0.01 / 2 * (1 - 3**0.5 / 2)]
     by_epoch = [0.002, 0.002, 0.0075, 0.0075, 0.0025, 0.0025]
-    assert seen.rates == pytest.approx(by_step if interval == "step" else by_epoch)
+    assert [rates[0] for rates in seen.rates] == pytest.approx(
+        by_step if interval == "step" else by_epoch
+    )
     with pytest.raises(qat.UsageError, match="max_epochs=-1"):
         trainer(max_epochs=None, max_steps=2).fit(module(vit(), scheduler=schedule), batches(8))
 
@@ -221,7 +204,7 @@ def test_the_teacher_leaves_no_trace(tmp_path):
 
 def test_both_heads_learn_from_a_teacher():
     net = quantized("ofq", name=DISTILLED)
-    teacher, seen = vit(DISTILLED), Gradients()
+    teacher, seen = vit(DISTILLED), Steps()
     trainer(callbacks=[seen]).fit(
         module(copy.deepcopy(net), {"kd": Distillation()}, teacher=Teacher(teacher)), batches(16)
     )
@@ -234,7 +217,7 @@ def test_both_heads_learn_from_a_teacher():
     )
     heads = {f"{head}.bias": net.get_parameter(f"{head}.bias") for head in ("head", "head_dist")}
     for name, expected in zip(heads, torch.autograd.grad(loss, heads.values()), strict=True):
-        assert_close(seen.steps[0][name], expected)
+        assert_close(seen.gradients[0][name], expected)
 
 
 def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):

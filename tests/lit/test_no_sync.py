@@ -21,11 +21,11 @@ from qat.callbacks import (
     Oscillation,
     finite,
 )
-from qat.lit import QATModule, Teacher, build_optimizer
-from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
+from qat.lit import Teacher
+from qat.losses import CrossEntropy, Distillation, Kure
 from qat.nn.attention import set_execution
-from tests.callbacks.fitting import fit
-from tests.tiny import DISTILLED, quantized, vit
+from tests.callbacks.fitting import fit, module, net
+from tests.tiny import DISTILLED, vit
 
 WAITING = {
     "_local_scalar_dense",
@@ -99,27 +99,17 @@ class Watched(Callback):
         return mode is not None
 
 
-def module(net, terms, teacher=None):
-    return QATModule(
-        net.train(),
-        CompositeLoss(terms),
-        num_classes=10,
-        teacher=teacher,
-        optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1),
-    )
-
-
 @pytest.mark.parametrize(
     ("preset", "memory", "kernels"),
     [("ofq", "save", "auto"), ("ofq_noqkr", "recompute", "auto"), ("ofq", "save", "off")],
 )
 def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
     monkeypatch.setattr(finite, "_reading_is_free", lambda module: False)  # as on a GPU
-    net = set_execution(quantized(preset, DISTILLED, bits=2), memory=memory)
+    student = set_execution(net(preset, name=DISTILLED), memory=memory)
     watched = Watched()
     qat.kernels.use(kernels)
     try:
-        learner = module(net, {"kd": Distillation()}, Teacher(vit(DISTILLED)))
+        learner = module(student, terms={"kd": Distillation()}, teacher=Teacher(vit(DISTILLED)))
         fit(
             learner,
             watched,
@@ -137,7 +127,7 @@ def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
 
 def test_no_step_waits_that_regularizes_or_freezes():
     watched = Watched()
-    learner = module(quantized("ofq", bits=2), {"ce": CrossEntropy(), "kure": Kure()})
+    learner = module(net(), terms={"kure": Kure()})
     fit(learner, IterativeFreezing(), watched, log_every_n_steps=1)
     assert watched.n == 7
 
@@ -157,4 +147,4 @@ class Copying(CrossEntropy):
 @pytest.mark.parametrize("term", [Reading, Copying])
 def test_one_that_waits_is_found(term):
     with pytest.raises(AssertionError, match="waits for the device"):
-        fit(module(quantized("ofq", bits=2), {"ce": term()}), Watched())
+        fit(module(net(), terms={"ce": term()}), Watched())

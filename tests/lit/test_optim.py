@@ -6,13 +6,11 @@ import math
 import pytest
 import timm.optim
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 import qat
-from qat.lit import QATModule, build_optimizer, cosine_schedule, parameter_groups, scaled_lr
-from qat.losses import CompositeLoss, CrossEntropy
-from tests.callbacks.fitting import QUIET, batches
+from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from tests.callbacks.fitting import fit, module
 from tests.tiny import DISTILLED, SIZE, vit
 
 WEIGHTS = {
@@ -86,14 +84,14 @@ def test_decay_and_rates_of_the_groups():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, r"optimizer\.lr=0\.0: must be a number above 0"),
-        ({"lr": float("nan")}, r"optimizer\.lr=nan: must be a number above 0"),
-        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: must be a number of at least 0"),
-        ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: must be a number above 0"),
+        ({"lr": 0.0}, r"optimizer\.lr=0\.0: "),
+        ({"lr": float("nan")}, r"optimizer\.lr=nan: "),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: "),
+        ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: "),
         ({"opt": "nope"}, r"optimizer\.opt='nope'"),
         (
             {"opt": "adamw", "nesterov": True},
-            r"optimizer\.nesterov=True, optimizer\.opt='adamw': do not work together",
+            r"optimizer\.nesterov=True, optimizer\.opt='adamw': ",
         ),
     ],
 )
@@ -132,7 +130,7 @@ def test_cosine_with_warm_up(interval):
     )
 
 
-def rates(net, groups, scale_lr_factor=1.0):
+def rates(net, groups):
     """Factor on the learning rate of every parameter by name."""
     known = {id(p): name for name, p in net.named_parameters()}
     return {known[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
@@ -146,10 +144,7 @@ def test_a_schedule_shorter_than_its_unit_is_one_unit():
 
 
 def test_layer_decay_needs_layers_that_timm_numbers():
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^optimizer\.layer_decay=0\.5: timm does not number the layers of Linear; must be null$",
-    ):
+    with pytest.raises(qat.UsageError, match=r"^optimizer\.layer_decay=0\.5: .* Linear"):
         parameter_groups(nn.Linear(2, 2), weight_decay=0.0, layer_decay=0.5)
 
 
@@ -230,20 +225,8 @@ def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name
     assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 
-def test_fused_steps_clip_gradients_under_autocast(tmp_path):
-    net = vit()
-    module = QATModule(
-        net,
-        CompositeLoss({"ce": CrossEntropy()}),
-        num_classes=10,
-        optimizer=lambda n: build_optimizer(n, lr=1e-3, weight_decay=0.0),
-    )
-    before = net.head.weight.detach().clone()
-    Trainer(
-        **QUIET,
-        max_steps=2,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        default_root_dir=tmp_path,
-    ).fit(module, batches())
-    assert not torch.equal(net.head.weight, before)
+def test_fused_steps_clip_gradients_under_autocast():
+    learner = module(vit(), lr=1e-3, weight_decay=0.0)
+    before = learner.net.head.weight.detach().clone()
+    fit(learner, max_epochs=1, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert not torch.equal(learner.net.head.weight, before)

@@ -12,8 +12,8 @@ from qat.lit.quiet import quiet_libraries
 from tests.conftest import ROOT
 
 IMPORTS = """
-import logging, os, warnings
-import qat.lit.compiled, qat.lit.loggers, qat.tasks.fit
+import logging, os, sys, warnings
+import qat.lit.compiled, qat.lit.loggers, qat.tasks.ptq, qat.tasks.train
 from qat.kernels import operators
 from torch._inductor.decomposition import decompositions
 from torch.compiler import config
@@ -23,6 +23,9 @@ assert logging.getLogger("timm").level == logging.NOTSET
 assert not [entry for entry in warnings.filters if "LeafSpec" in str(entry[1])]
 assert not operators.FORMULAS.keys() & decompositions.keys()
 assert not config.cache_key_tag
+# A run starts without what makes its page at the end.
+assert "qat.data.sources" in sys.modules
+assert not [name for name in sys.modules if name.startswith(("qat.report", "qat.analysis"))]
 """
 
 

@@ -8,24 +8,18 @@ import torch
 from torch import nn
 
 import qat
-from qat.data import Cifar10, Digits
+from qat.data import Digits
 from qat.model.checkpoint import read_checkpoint
 from qat.model.metadata import META_KEY
 from qat.tasks import build
 from qat.tasks.stored_data import choose_data
 from qat.tasks.subject import build_subject
-from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
+from tests.conftest import TINY, compose, contents, evaluate, results, train, write_cifar
+from tests.data import files
 from tests.data.files import write_image
 from tests.tiny import quantized, vit
 
-DIGITS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.3051],
-    "std": [0.3759],
-}
+DIGITS = {**files.DIGITS, "mean": [0.3051], "std": [0.3759]}
 MODEL = [o for o in TINY if "model.args" in o]
 
 
@@ -53,28 +47,22 @@ def last(run):
     return run / "checkpoints" / "last.ckpt"
 
 
-def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit):
-    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}")
-    top1, loss = counted(qat.load(last(run_4bit)), Digits(**DIGITS))
-    assert found["top1"] == pytest.approx(top1)
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
-    assert (found["command"], found["quant"], found["data"], found["split"]) == (
-        "eval",
-        "ofq_4bit",
-        "digits",
-        "test",
-    )
-    assert found["weights"] == str(last(run_4bit))
+def assert_scores(results, net, data, split="test"):
+    top1, loss = counted(net, data, split)
+    assert results["top1"] == pytest.approx(top1)
+    assert results["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_another_split(tmp_path, run_4bit, split):
-    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"split={split}")
+@pytest.mark.parametrize(
+    ("typed", "split"), [((), "test"), (("split=train",), "train"), (("split=val",), "val")]
+)
+def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit, typed, split):
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", *typed)
     data = Digits(**DIGITS)
-    top1, loss = counted(qat.load(last(run_4bit)), data, split)
+    assert_scores(found, qat.load(last(run_4bit)), data, split)
+    assert [found[key] for key in ("command", "quant", "data")] == ["eval", "ofq_4bit", "digits"]
     assert (found["split"], found["images"]) == (split, len(data.split(split)))
-    assert found["top1"] == pytest.approx(top1)
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["weights"] == str(last(run_4bit))
 
 
 @pytest.mark.parametrize(
@@ -89,32 +77,22 @@ def test_another_split(tmp_path, run_4bit, split):
 def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
     run = tmp_path / "run"
     shutil.copytree(run_4bit, run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     cfg = compose(
         "eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more
     )
-    assert (
-        refused(command, cfg)
-        == f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
-    )
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    line = f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; "
+    assert refused(command, cfg).startswith(line)
+    assert contents(run) == before
 
 
 def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
     for _ in range(2):
         evaluate(tmp_path, f"ckpt={last(run_4bit)}")
-    said = refused("evaluate", compose("eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}"))
-    assert (
-        said
-        == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
-    )
-    said = refused(
-        "ptq", compose("ptq", f"ckpt={last(float_run)}", f"run_dir={tmp_path}", "resume=auto")
-    )
-    assert (
-        said
-        == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
-    )
+    start = (f"ckpt={last(float_run)}", f"run_dir={tmp_path}")
+    line = f"run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already"
+    assert line in refused("evaluate", compose("eval", *start))
+    assert line in refused("ptq", compose("ptq", *start, "resume=auto"))
     assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
@@ -141,31 +119,20 @@ def test_images_for_a_file_have_bounds(tmp_path):
 
 
 def test_the_stored_data_with_another_root(tmp_path):
-    roots = [write_cifar(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
-    small = [
+    first, second = (write_cifar(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    small = (
         "data=cifar10",
         "data.num_workers=0",
         "data.batch_size=16",
         "data.num_classes=4",
         "data.image_size=8",
-    ]
-    run = train(tmp_path / "run", *small, f"data.root={roots[0]}", "quant=fp")
-    stored = {
-        "image_size": 8,
-        "patch_size": 4,
-        "in_chans": 3,
-        "num_classes": 4,
-        "mean": compose("train", "data=cifar10").data.mean,
-    }
-    for number, override in enumerate(([], [f"data.root={roots[1]}"])):
-        found = evaluate(tmp_path / f"eval{number}", f"ckpt={last(run)}", *override)
-        data = Cifar10(
-            **stored, std=compose("train", "data=cifar10").data.std, root=str(roots[number])
-        )
-        top1, loss = counted(qat.load(last(run)), data)
+    )
+    run = train(tmp_path / "run", *small, f"data.root={first}", "quant=fp")
+    for root, override in ((first, ()), (second, (f"data.root={second}",))):
+        found = evaluate(tmp_path / f"eval{root.name}", f"ckpt={last(run)}", *override)
+        data = build.build_data(compose("train", *small, f"data.root={root}", "run_dir=a"))
+        assert_scores(found, qat.load(last(run)), data)
         assert found["data"] == "cifar10"
-        assert found["top1"] == pytest.approx(top1)
-        assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +152,7 @@ def test_a_timm_model_from_a_weight_file(tmp_path):
     net = timm.create_model("vit_tiny_patch16_224", **build.model_args(compose("train", *MODEL)))
     torch.save(net.state_dict(), tmp_path / "w.pt")
     found = evaluate(tmp_path, "model=vit_tiny_demo", *MODEL, f"model.weights={tmp_path}/w.pt")
-    top1, loss = counted(net, Digits(**DIGITS))
-    assert found["top1"] == pytest.approx(top1)
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_scores(found, net, Digits(**DIGITS))
     assert (found["model"], found["quant"]) == ("vit_tiny_patch16_224", "fp")
     assert found["weights"] == f"{tmp_path}/w.pt"
 
@@ -227,16 +192,12 @@ def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refus
         "data=digits",
         f"run_dir={tmp_path}/a",
     ]
-    message = refused({"eval": "evaluate", "ptq": "ptq"}[command], compose(command, *settings))
+    message = refused(command.replace("eval", "evaluate"), compose(command, *settings))
     assert message.endswith(f"{setting}='{tmp_path}/w.pt': has 5 classes, the data 10")
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path, refused):
-    message = refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
-    assert (
-        "ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE"
-        in message
-    )
+    assert "ckpt is not set: " in refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
     assert results(tmp_path)["command"] == "eval"
     assert "ckpt is not set" in results(tmp_path)["error"]
 
@@ -246,10 +207,7 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"}
     )
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
-    assert (
-        f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not part of qat; choose it with data=..."
-        in message
-    )
+    assert f"ckpt='{path}' was trained on 'somebody.elses.Digits', " in message
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
 
 
