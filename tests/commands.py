@@ -6,6 +6,7 @@ import logging
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from unittest import mock
 
@@ -45,3 +46,16 @@ def typed(script, *arguments, cwd):
         os.environ.clear()
         os.environ.update(environment)
     return 0, out.getvalue()
+
+
+def run_python(*arguments, cwd=ROOT, timeout=600, **environment):
+    """Run `python ARGUMENTS` as a process of its own; gives what `subprocess.run` does."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+import qat
 from tests.tiny import randn, shake
 
 _VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -50,6 +51,16 @@ class Family:
     def input_size(self):
         """What `convert` wants to know."""
         return (3, self.size, self.size)
+
+    def converted(self, recipe="ofq", **knobs):
+        """A quantized net, scales NaN: by a recipe, or by the preset of this name."""
+        if isinstance(recipe, str):
+            recipe = qat.recipe(recipe, **knobs)
+        return qat.convert(self.build(), recipe, input_size=self.input_size)
+
+    def quantized(self, recipe="ofq", **knobs):
+        """A quantized net with scales from data."""
+        return qat.initialize_scales(self.converted(recipe, **knobs), [self.images(4)])
 
 
 def _vit(title, name, size=32, qkr=True, **changes):

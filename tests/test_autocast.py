@@ -3,6 +3,8 @@
 A forward hook on a quantizer makes its module run unfused, so what hooks see is the plain form; without hooks the fused Functions run.
 """
 
+import contextlib
+
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -19,6 +21,15 @@ BF16 = torch.bfloat16
 
 def autocast(dtype=BF16):
     return torch.autocast("cpu", dtype)
+
+
+@contextlib.contextmanager
+def hooked(modules):
+    """With a forward hook on each of the modules, which run unfused therefore."""
+    handles = [module.register_forward_hook(lambda *_: None) for module in modules]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 class Products(TorchDispatchMode):
@@ -66,15 +77,17 @@ def test_every_quantizer_gives_what_it_gives_in_float32(net, seen):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_products_are_in_bfloat16(net, fused):
-    handles = [] if fused else [m.register_forward_hook(lambda *_: None) for m in net.modules()]
-    with torch.no_grad(), autocast(), Products() as products:
+    with (
+        hooked([] if fused else net.modules()),
+        torch.no_grad(),
+        autocast(),
+        Products() as products,
+    ):
         out = net(images())
-    for handle in handles:
-        handle.remove()
     assert out.dtype == BF16
     assert set(products.seen["softmax"]) == {torch.float32}
     # The matrix of query-key reparameterization is a weight: it is made in float32, one product a block.
-    folds = sum(dtype == torch.float32 for dtype in products.seen["product"])
+    folds = products.seen["product"].count(torch.float32)
     assert folds == sum(isinstance(m, qat.nn.QkrAttention) for m in net.modules())
     assert set(products.seen["product"]) <= {torch.float32, BF16}
     assert products.seen["product"].count(BF16) > folds
@@ -90,17 +103,14 @@ def gradients(net):
 
 def test_fused_and_unfused_agree(net):
     out, fused = gradients(net)
-    handles = [m.register_forward_hook(lambda *_: None) for m in net.modules()]
-    plain_out, plain = gradients(net)
-    for handle in handles:
-        handle.remove()
+    with hooked(net.modules()):
+        plain_out, plain = gradients(net)
     assert torch.equal(out, plain_out)
     largest = max(g.norm() for g in plain.values())
     for name, gradient in fused.items():
         assert gradient.isfinite().all()
-        if name.endswith(
-            "product_offset"
-        ):  # a softmax is blind to most of it: what is left of its gradient is rounding
+        # A softmax is blind to most of this offset: what is left of its gradient is rounding.
+        if name.endswith("product_offset"):
             assert gradient.norm() < 1e-2 * largest
         else:
             assert (gradient - plain[name]).norm() <= 1e-2 * plain[name].norm(), name
@@ -110,7 +120,7 @@ def test_fused_and_unfused_agree(net):
     ("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", BF16)]
 )
 def test_a_net_trains(precision, dtype):
-    learner = module(quantized("ofq"), lr=0.05)
+    learner = module(quantized(), lr=0.05)
     before = {name: p.detach().clone() for name, p in learner.net.named_parameters()}
     trainer = fit(learner, precision=precision, accumulate_grad_batches=2)
     assert trainer.global_step == 4
@@ -120,7 +130,7 @@ def test_a_net_trains(precision, dtype):
 
 
 def test_float16_with_a_gradient_scaler_trains():
-    learner = module(quantized("ofq"))
+    learner = module(quantized())
     before = learner.net.head.weight.detach().clone()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fit(learner, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], data=batches(8))
@@ -135,12 +145,8 @@ def test_a_net_of_another_dtype_runs_whether_watched_or_not(preset, dtype):
     net = quantized(preset, bits=4).eval().to(dtype)
     x = images().to(dtype)
     alone = net(x)
-    hooks = [
-        site.quantizer.register_forward_hook(lambda *_: None) for site in qat.iter_quantizers(net)
-    ]
-    among = net(x)
-    for hook in hooks:
-        hook.remove()
+    with hooked(site.quantizer for site in qat.iter_quantizers(net)):
+        among = net(x)
     assert alone.dtype == among.dtype == dtype
     if dtype == torch.float64:  # roundings of bfloat16 move values over thresholds
         torch.testing.assert_close(among, alone, rtol=0, atol=1e-9)

@@ -10,6 +10,7 @@ import qat
 from qat.ptq.search import logits_of
 from qat.tasks.train import train
 from tests.conftest import tiny
+from tests.errors import usage_error
 from tests.nets import FAMILIES
 from tests.tiny import float_recipe, sites
 
@@ -30,19 +31,15 @@ def backbone(kind):
     return net, FAMILIES[name]
 
 
-def quantized(kind, **knobs):
-    net, family = backbone(kind)
-    qat.convert(
-        net,
-        qat.recipe("ofq", **{"attention": family.attention, **knobs}),
-        input_size=family.input_size,
-    )
-    return qat.initialize_scales(net, [family.images(4)]), family.images()
-
-
 def maps(net, x):
     with torch.no_grad():
         return net.eval()(x)
+
+
+def assert_maps(found, expected, tolerance):
+    """Equal up to this share of the largest value."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -50,18 +47,16 @@ def test_without_rounding_the_maps_are_timms(kind):
     net, family = backbone(kind)
     expected = maps(net, family.images())
     qat.convert(net, float_recipe(family.attention), input_size=family.input_size)
-    for ours, theirs in zip(maps(net, family.images()), expected, strict=True):
-        assert_close(ours, theirs, rtol=0, atol=3e-6 * theirs.abs().max().item())
+    assert_maps(maps(net, family.images()), expected, 3e-6)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_from_conversion_to_a_packed_file(kind, tmp_path):
     net, family = backbone(kind)
-    qat.convert(
-        net, qat.recipe("ofq", bits=4, attention=family.attention), input_size=family.input_size
-    )
+    recipe = qat.recipe("ofq", bits=4, attention=family.attention)
+    qat.convert(net, recipe, input_size=family.input_size)
     x = family.images()
-    with pytest.raises(qat.UsageError, match="are not initialised; call qat.initialize_scales"):
+    with usage_error("are not initialised; call qat.initialize_scales"):
         net(x)
     qat.initialize_scales(net, [family.images(4)])
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -77,27 +72,20 @@ def test_from_conversion_to_a_packed_file(kind, tmp_path):
     frozen = qat.freeze(net)
     read = qat.from_pretrained(qat.save_pretrained(net, tmp_path / "shared"))
     assert all(map(torch.equal, maps(read, x), maps(frozen, x)))
-    for one, other in zip(maps(frozen, x), expected, strict=True):
-        assert_close(one, other, rtol=0, atol=2e-5 * other.abs().max().item())
+    assert_maps(maps(frozen, x), expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
     family = FAMILIES[name]
-    net = qat.convert(family.build(), qat.recipe("ofq", bits=4), input_size=family.input_size)
-    x = family.images()
-    qat.initialize_scales(net, [x])
+    net, x = family.quantized(bits=4), family.images()
     with torch.no_grad():
         last, found = net.forward_intermediates(x, indices=(0, 1))
         assert torch.equal(net.forward_head(last), net(x))
     wrapped = family.build(features_only=True, out_indices=(0, 1), feature_cls="getter")
     qat.convert(wrapped, qat.recipe("ofq", bits=4), input_size=family.input_size)
-    inner = {
-        name: value
-        for name, value in net.state_dict().items()
-        if name in wrapped.model.state_dict()
-    }
-    wrapped.model.load_state_dict(inner)
+    state, names = net.state_dict(), wrapped.model.state_dict()
+    wrapped.model.load_state_dict({name: state[name] for name in names if name in state})
     assert all(map(torch.equal, maps(wrapped, x), found))
 
 
@@ -123,23 +111,18 @@ def test_a_net_around_it_is_converted_as_a_whole():
         == widths["head.weight_quantizer"]
         == 8
     )
-    with pytest.raises(qat.UsageError, match="save: this model does not record how timm built it"):
+    with usage_error("save: this model does not record how timm built it"):
         qat.save(net, "never.ckpt")
 
 
 def test_what_needs_classes_says_so(tmp_path):
-    net, x = quantized("FeatureGetterNet")
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^export_onnx: the model returns several tensors for an image; must be a classifier",
-    ):
+    net, family = backbone("FeatureGetterNet")
+    qat.convert(net, qat.recipe("ofq"), input_size=family.input_size)
+    qat.initialize_scales(net, [family.images(4)])
+    with usage_error(r"^export_onnx: the model returns several tensors"):
         qat.export_onnx(net, tmp_path / "net.onnx")
-    with pytest.raises(
-        qat.UsageError, match=r"^search: the model must return logits \(N, classes\)"
-    ):
-        logits_of(net, x, 2)
-    with pytest.raises(
-        qat.UsageError, match=r"^model.args: the model returns several tensors for an image"
-    ):
+    with usage_error(r"^search: the model must return logits \(N, classes\)"):
+        logits_of(net, family.images(), 2)
+    with usage_error(r"^model.args: the model returns several tensors"):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))

@@ -17,6 +17,7 @@ from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 from torch.compiler import config as compiler
+from torch.testing import assert_close
 
 import qat.lit.compiled
 from qat import kernels
@@ -132,7 +133,7 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
         if isinstance(
             quantizer, StatsQ
         ):  # its scale is a mean, whose sum may be taken in another order; the codes are the same
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+            assert_close(ours, theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs), quantizer
 
@@ -208,7 +209,7 @@ def test_gradients_pass_a_compiled_quantizer(quantizer):
         found.append((w.grad, step.grad))
     assert found[0][0].abs().sum() > 0
     assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1])
+    assert_close(found[0][1], found[1][1])
 
 
 @pytest.fixture
@@ -245,13 +246,14 @@ class Sizes(Callback):
         self.val.append(len(batch[0]))
 
 
-def train_a_distilled_pair():
+@pytest.mark.long
+def test_a_short_batch_and_a_validation_compile_nothing_again(backend):
     """Two epochs with a validation each; both data sets end with a short batch."""
-    net, teacher = quantized("ofq", DISTILLED), Teacher(vit(DISTILLED))
-    loss = CompositeLoss({"kd": Distillation()})
+    backend("aot_eager")
+    net, teacher = quantized(name=DISTILLED), Teacher(vit(DISTILLED))
     learner = QATModule(
         net,
-        loss,
+        CompositeLoss({"kd": Distillation()}),
         num_classes=10,
         optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1),
         teacher=teacher,
@@ -274,12 +276,6 @@ def train_a_distilled_pair():
     assert graphs() == (3, 0)  # the student in training, the student in evaluation, the teacher
 
 
-@pytest.mark.long
-def test_a_short_batch_and_a_validation_compile_nothing_again(backend):
-    backend("aot_eager")
-    train_a_distilled_pair()
-
-
 def test_the_largest_batch_has_the_graph(backend):
     backend("eager")
     net = vit(depth=1)
@@ -291,7 +287,7 @@ def test_the_largest_batch_has_the_graph(backend):
         seen.append(graphs()[0])
     assert seen == [1, 2, 2, 3]
     for n, value in expected.items():
-        torch.testing.assert_close(found[n], value)
+        assert_close(found[n], value)
     with torch.compiler.set_stance("force_eager"):
         net(
             images(64)
@@ -310,8 +306,8 @@ def test_a_compiled_teacher_says_the_same(backend, head):
     teacher = Teacher(vit(DISTILLED, depth=1), head)
     expected, few, names = teacher(images()), teacher(images(3)), list(teacher.net.state_dict())
     teacher.compile()
-    torch.testing.assert_close(teacher(images()), expected)
-    torch.testing.assert_close(teacher(images(3)), few)
+    assert_close(teacher(images()), expected)
+    assert_close(teacher(images(3)), few)
     assert graphs() == (1, 0)
     assert list(teacher.net.state_dict()) == names
 

@@ -1,16 +1,13 @@
 """Each part of a recipe is switched alone from the command line. Oracle: which quantizers are left, and what a step of training moves."""
 
-import itertools
-
 import pytest
-import timm
 import torch
 
 import qat
 from qat.tasks import build
 from tests.conftest import compose
 from tests.nets import ATTENTIONS
-from tests.tiny import KWARGS, SIZE, VIT, images, shake, sites
+from tests.tiny import convert, images, sites, vit, with_scales
 
 # Overrides, and per role of the net what quantizes it inside the blocks; roles that are left out are the same as without the switch.
 SWITCHES = {
@@ -45,22 +42,17 @@ SWITCHES = {
 OFQ = {"weight": "statsq", "input": "lsq", "qk": "statsq", "k": "lsq", "v": "lsq", "probs": "lsq"}
 
 
-def net(*overrides, quant="ofq_2bit"):
-    """A tiny ViT converted by the recipe that a command line gives."""
-    recipe = build.build_recipe(compose("train", f"quant={quant}", *overrides, "run_dir=a"))
-    torch.manual_seed(0)
-    plain = shake(timm.create_model(VIT, **KWARGS))
-    return qat.initialize_scales(qat.convert(plain, recipe, input_size=SIZE), [images()])
+def net(*overrides):
+    """A tiny ViT converted by the recipe of a command line."""
+    cfg = compose("train", "quant=ofq_2bit", *overrides, "run_dir=a")
+    return with_scales(convert(vit(), build.build_recipe(cfg)))
 
 
-def moves(model, n_pixels=None):
+def moves(model, x):
     """Names of parameters that one optimizer step moves; all gradients have to be finite."""
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    x = images() if n_pixels is None else n_pixels
     model.train()(x).square().sum().backward()
-    assert [
-        n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-    ] == []
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0).step()
     return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
@@ -70,33 +62,15 @@ def test_one_switch_changes_one_thing(switch):
     overrides, changed = SWITCHES[switch]
     model = net(*overrides)
     inside = {
-        s.role: s.quantizer.spec.quantizer
-        for n, s in sites(model).items()
-        if n.startswith("blocks.")
+        site.role: site.quantizer.spec.quantizer
+        for name, site in sites(model).items()
+        if name.startswith("blocks.")
     }
-    assert inside == {
-        role: quantizer for role, quantizer in (OFQ | changed).items() if quantizer is not None
-    }
-    assert {
-        s.quantizer.spec.bits
-        for s in qat.iter_quantizers(model)
-        if s.quantizer.spec.quantizer == "float"
-    } <= {32}
-    assert moves(model) == {n for n, _ in model.named_parameters()}
-
-
-def test_the_presets_differ_by_one_part():
-    # A ladder from weights alone to the whole method.
-    def parts(name):
-        cfg = compose("train", f"quant={name}_2bit", "run_dir=a").quant
-        return {
-            key: cfg[key]
-            for key in ("attention", "weight_quantizer", "act_quantizer", "act_bits", "offsets")
-        }
-
-    ladder = [parts(name) for name in ("statsq", "ofq_noqkr", "ofq")]
-    differ = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(ladder)]
-    assert differ == [{"act_quantizer"}, {"attention"}]
+    expected = OFQ | changed
+    assert inside == {role: name for role, name in expected.items() if name is not None}
+    for site in qat.iter_quantizers(model):
+        assert site.quantizer.spec.quantizer != "float" or site.quantizer.spec.bits == 32
+    assert moves(model, images()) == {n for n, _ in model.named_parameters()}
 
 
 FAMILIES = {
@@ -114,9 +88,7 @@ def test_mixed_precision_by_name(name):
         compose("train", f"quant.attention={attention}", f"quant.overrides={rules}", "run_dir=a")
     )
     family = ATTENTIONS[name]
-    model = qat.initialize_scales(
-        qat.convert(family.build(), recipe, input_size=family.input_size), [family.images(4)]
-    )
+    model = family.quantized(recipe)
     found = {
         n: (s.quantizer.spec.quantizer, s.quantizer.spec.bits) for n, s in sites(model).items()
     }

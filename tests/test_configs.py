@@ -14,6 +14,7 @@ import qat
 from qat.spec import PRESETS
 from qat.tasks import build
 from tests.conftest import ROOT, TINY, compose, results, train
+from tests.errors import usage_error
 
 CONF = ROOT / "conf"
 
@@ -107,10 +108,7 @@ def test_every_recipe_fits_every_model(model, quant):
     start = build.build_start(cfg)
     recipe = build.build_recipe(cfg)
     if model in NO_QKR and recipe.attention == "qkr":
-        with pytest.raises(
-            qat.UsageError,
-            match="quant.attention='qkr': this model (normalises|rotates) queries and keys",
-        ):
+        with usage_error("quant.attention='qkr': this model (normalises|rotates) queries and keys"):
             qat.convert(start.net, recipe, input_size=(1, 8, 8))
         return
     qat.convert(start.net, recipe, input_size=(1, 8, 8))
@@ -137,35 +135,35 @@ def test_a_quant_file_has_all_knobs_and_is_the_recipe_of_its_name(name):
     )
     assert set(knobs) == {f.name for f in dataclasses.fields(qat.QuantRecipe)} - {"rule_bits"}
     preset, settings = RECIPES[name]
-    assert qat.QuantRecipe(**knobs) == qat.recipe(preset, **settings)
+    assert qat.QuantRecipe(**knobs) == qat.recipe(preset, **settings) == qat.recipe(name)
+    assert preset == "fp" or qat.recipe(name, bits=4, act_bits=4).bits == 4
 
 
 SHORT_PATHS = [
-    *(
-        "quant.bits",
-        "quant.act_bits",
-        "quant.attention",
-        "quant.overrides",
-        "data.root",
-        "data.batch_size",
-        "data.num_workers",
-    ),
-    *(
-        "data.augment",
-        "data.calibration_images",
-        "optimizer.lr",
-        "optimizer.weight_decay",
-        "trainer.max_epochs",
-        "trainer.devices",
-    ),
-    *(
-        "trainer.precision",
-        "trainer.fast_dev_run",
-        "trainer.limit_train_batches",
-        "trainer.accumulate_grad_batches",
-        "teacher.model",
-    ),
-    *("teacher.ckpt", "model.pretrained", "model.weights", "seed", "ckpt", "run_dir"),
+    "quant.bits",
+    "quant.act_bits",
+    "quant.attention",
+    "quant.overrides",
+    "data.root",
+    "data.batch_size",
+    "data.num_workers",
+    "data.augment",
+    "data.calibration_images",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "trainer.max_epochs",
+    "trainer.devices",
+    "trainer.precision",
+    "trainer.fast_dev_run",
+    "trainer.limit_train_batches",
+    "trainer.accumulate_grad_batches",
+    "teacher.model",
+    "teacher.ckpt",
+    "model.pretrained",
+    "model.weights",
+    "seed",
+    "ckpt",
+    "run_dir",
 ]
 
 

@@ -1,7 +1,5 @@
 """One python file and one yaml add a quantizer, a dataset, a loss term, a callback, a model family. Oracle: doing it."""
 
-import os
-import subprocess
 import sys
 import textwrap
 
@@ -12,6 +10,10 @@ from torch.testing import assert_close
 
 import qat
 from qat.nn import swap_registry
+from qat.tasks.analyze import analyze
+from qat.tasks.export import export
+from qat.tasks.train import train as train_task
+from tests.commands import run_python
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
 from tests.tiny import randn
 
@@ -197,17 +199,22 @@ def extended(tmp_path, monkeypatch):
     timm_registry._model_entrypoints.pop("gate_net", None)
 
 
-def test_a_quantizer(tmp_path, extended):
+def test_a_quantizer(tmp_path, extended, refused):
     run = train(tmp_path / "run", extended, "quant=mine")
     net = qat.load(run / "checkpoints" / "last.ckpt")
     weights = [site for site in qat.iter_quantizers(net) if site.is_weight]
     assert {type(site.quantizer).__name__ for site in weights} == {"Sign"}
     for site in weights:
         assert site.quantizer.codes(site.latent()).unique().tolist() == [-1, 1]
-    assert (
-        evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"]
-        == results(run)["top1"]
-    )
+    best = f"ckpt={run}/checkpoints/best.ckpt"
+    assert evaluate(tmp_path / "eval", best)["top1"] == results(run)["top1"]
+    # In a process of its own, a quantizer of a file is imported only by its user.
+    del sys.modules["ext_quantizer"]
+    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
+    assert "quantizer='ext_quantizer:Sign': must be" in said
+    assert "ext_quantizer" not in sys.modules
+    again = evaluate(tmp_path / "again", best, "model.imports=[ext_quantizer]")
+    assert again["top1"] == results(run)["top1"]
 
 
 @pytest.fixture
@@ -224,17 +231,9 @@ def half_steps(tmp_path, extended):
 
 def exported(folder, run, *overrides):
     """Export the last checkpoint; gives the results."""
-    from qat.tasks.export import export
-
-    export(
-        compose(
-            "export",
-            f"ckpt={run}/checkpoints/last.ckpt",
-            f"run_dir={folder}",
-            "model.imports=[ext_half]",
-            *overrides,
-        )
-    )
+    checkpoint = f"ckpt={run}/checkpoints/last.ckpt"
+    settings = (checkpoint, f"run_dir={folder}", "model.imports=[ext_half]", *overrides)
+    export(compose("export", *settings))
     return results(folder)
 
 
@@ -259,7 +258,6 @@ def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_step
 
 
 def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
-    from qat.tasks.analyze import analyze
 
     for name in ("weights", "oscillation"):
         overrides = (
@@ -275,35 +273,17 @@ def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
     assert 0 < found["clipped_percent"] < 50
 
 
-def test_a_quantizer_of_a_file_is_imported_by_its_user_alone(tmp_path, extended, refused):
-    run = train(tmp_path / "run", extended, "quant=mine")
-    sys.modules.pop("ext_quantizer")  # as in a process of its own
-    best = f"ckpt={run}/checkpoints/best.ckpt"
-    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
-    assert "quantizer='ext_quantizer:Sign': must be built in or from an imported module" in said
-    assert "ext_quantizer" not in sys.modules
-    assert (
-        evaluate(tmp_path / "eval", best, "model.imports=[ext_quantizer]")["top1"]
-        == results(run)["top1"]
-    )
-
-
-def test_a_dataset(tmp_path, extended):
+def test_a_dataset(tmp_path, extended, refused):
     run = train(tmp_path / "run", extended, "data=mine")
     found = results(run)
     assert (found["data"], found["split"]) == ("bright", "val")
     assert qat.load(run / "checkpoints" / "last.ckpt").num_classes == 2
-    again = evaluate(tmp_path / "eval", extended, "data=mine", f"ckpt={run}/checkpoints/best.ckpt")
+    best = f"ckpt={run}/checkpoints/best.ckpt"
+    again = evaluate(tmp_path / "eval", extended, "data=mine", best)
     assert again["top1"] == found["top1"]
-
-
-def test_a_dataset_of_ones_own_has_to_be_named_for_evaluation(tmp_path, extended, refused):
-    run = train(tmp_path / "run", extended, "data=mine")
-    cfg = compose("eval", f"ckpt={run}/checkpoints/best.ckpt", f"run_dir={tmp_path}/eval")
-    assert (
-        "was trained on 'ext_dataset.Bright', which is not part of qat; choose it with data=..."
-        in refused("evaluate", cfg)
-    )
+    # Of a dataset of one's own, evaluation has to be told.
+    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/unnamed"))
+    assert "was trained on 'ext_dataset.Bright', which is not part of qat" in said
 
 
 def test_a_loss_term(tmp_path, extended):
@@ -321,12 +301,8 @@ def test_a_callback(tmp_path, extended):
 def test_a_model_family(tmp_path, extended):
     # timm and the registry of swaps learn of a file when it is imported: the model's yaml names it.
     args = [o for o in TINY if "model.args" not in o]
-    cfg = compose(
-        "train", extended, *args, "model=mine", "quant=ofq_2bit", f"run_dir={tmp_path}/run"
-    )
-    from qat.tasks.train import train as task
-
-    task(cfg)
+    run = f"run_dir={tmp_path}/run"
+    train_task(compose("train", extended, *args, "model=mine", "quant=ofq_2bit", run))
     net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert type(net.gate).__name__ == "QuantGate"
     assert {site.name for site in qat.iter_quantizers(net) if site.is_weight} == {
@@ -353,13 +329,15 @@ def test_all_at_once_from_the_command_line(tmp_path, extended):
         *TINY,
         "run_dir=run",
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--config-dir", "conf", *overrides],
+    script = str(ROOT / "train.py")
+    done = run_python(
+        script,
+        "--config-dir",
+        "conf",
+        *overrides,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        PYTHONPATH=str(tmp_path),
+        OMP_NUM_THREADS="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "count.txt").read_text() == "2"

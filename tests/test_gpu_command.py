@@ -1,10 +1,8 @@
 """`python -m tests.gpu` where neither Hydra nor Lightning is installed. Oracle: finders that refuse to import them."""
 
-import subprocess
-import sys
 import textwrap
 
-from tests.conftest import ROOT
+from tests.commands import run_python
 
 BLOCKED = """
     import runpy, sys
@@ -21,14 +19,7 @@ BLOCKED = """
 
 
 def test_it_runs_without_hydra_and_lightning():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(BLOCKED)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python("-c", textwrap.dedent(BLOCKED), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     first, *_, last = done.stdout.strip().splitlines()
     assert first.startswith("torch 2.")

@@ -22,11 +22,7 @@ KINDS = {
 
 def converted(family, preset="ofq", **knobs):
     """A quantized net, scales NaN."""
-    return qat.convert(
-        family.build(),
-        qat.recipe(preset, **{"attention": family.attention, **knobs}),
-        input_size=family.input_size,
-    )
+    return family.converted(preset, **{"attention": family.attention, **knobs})
 
 
 def quantized(family, **knobs):
@@ -52,12 +48,7 @@ def test_without_rounding_it_is_as_exact_as_timm(name, kind):
 def test_without_rounding_the_generic_path_changes_nothing(name):
     family = GENERIC[name]
     plain = logits(family.build(), family.images())
-    ours = logits(
-        converted(
-            family, **{"weight_quantizer": "float", "act_quantizer": "float", "qk_bias": "fold"}
-        ),
-        family.images(),
-    )
+    ours = logits(family.converted(float_recipe(family.attention)), family.images())
     assert_close(ours, plain, rtol=0, atol=3e-6 * plain.abs().max().item())
 
 
@@ -67,17 +58,14 @@ def test_one_step_of_training(name, tmp_path):
     net = quantized(family, bits=4).train()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     net(family.images(4)).square().sum().backward()
-    assert [
-        n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-    ] == []
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0).step()
     # Not all: in nets as small as these a window of one token or a dead unit leaves a weight without gradient.
     moved = [not torch.equal(p, before[n]) for n, p in net.named_parameters() if p.ndim > 1]
     assert sum(moved) > 0.8 * len(moved)
     qat.save(net, tmp_path / "net.ckpt")
-    assert torch.equal(
-        logits(qat.load(tmp_path / "net.ckpt"), family.images()), logits(net, family.images())
-    )
+    x = family.images()
+    assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), x), logits(net, x))
 
 
 @pytest.mark.parametrize("name", families())
@@ -95,7 +83,8 @@ def test_eight_bits_are_close_and_two_are_not(name):
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
 )
-def test_all_weights_are_kept(name, kind):
+def test_deviates_from_reference_pretrained_attention_is_kept(name, kind):
+    # There `proj`, and without QKR also `qkv`, start at random.
     family = ATTENTIONS[name]
     expected = family.build().state_dict()
     kept = timm_state_dict(converted(family, attention=kind, qk_bias="fold"))

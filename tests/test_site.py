@@ -3,13 +3,12 @@
 import html
 import re
 import runpy
-import subprocess
-import sys
 import tomllib
 
 import pytest
 
 import qat
+from tests.commands import run_python
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -103,14 +102,7 @@ def site(tmp_path_factory):
         .replace('paths = ["."]', f'paths = ["{ROOT}"]')
     )
     (folder / "zensical.toml").write_text(config)
-    done = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--strict"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_python("-m", "zensical", "build", "--strict", cwd=folder)
     said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
     assert done.returncode == 0, re.findall(
         r"^Warning: .*|\[ [\w/.-]+:\d+:\d+ \]", said, re.MULTILINE

@@ -49,14 +49,26 @@ def images(n=8, seed=0):
     return randn(n, *SIZE, seed=seed)
 
 
+def convert(net, recipe="ofq", **knobs):
+    """The net converted for images of `SIZE`: by a recipe, or by the preset of this name."""
+    if isinstance(recipe, str):
+        recipe = qat.recipe(recipe, **knobs)
+    return qat.convert(net, recipe, input_size=SIZE)
+
+
+def with_scales(net):
+    """The net with scales from data."""
+    return qat.initialize_scales(net, [images()])
+
+
 def converted(preset="ofq", name=VIT, **knobs):
     """A quantized net, scales NaN."""
-    return qat.convert(vit(name), qat.recipe(preset, **knobs), input_size=SIZE)
+    return convert(vit(name), preset, **knobs)
 
 
 def quantized(preset="ofq", name=VIT, **knobs):
     """A quantized net with scales from data, in eval mode."""
-    return qat.initialize_scales(converted(preset, name, **knobs), [images()])
+    return with_scales(converted(preset, name, **knobs))
 
 
 def sites(net):

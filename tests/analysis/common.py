@@ -5,10 +5,11 @@ import functools
 
 import torch
 
-import qat
 from qat.analysis import ImageSet, StudiedNet
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
+from qat.quantizers import LSQ, Affine
+from qat.spec import QuantSpec
 from tests import tiny
 
 # Weights with a stored scale and a zero point, as no recipe of ours has them.
@@ -46,7 +47,7 @@ def net_of(kind):
 
 @functools.cache
 def _ptq(knobs):
-    net = qat.convert(tiny.vit(), PtqRecipe(**dict(knobs)), input_size=tiny.SIZE)
+    net = tiny.convert(tiny.vit(), PtqRecipe(**dict(knobs)))
     calibrate(net, [tiny.images(seed=1)])
     return net.eval()
 
@@ -81,3 +82,23 @@ def is_as_before(net, before):
     """True if no tensor has changed and no module has a function of its own in the place of its forward."""
     same = all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     return same and not any("forward" in module.__dict__ for module in net.modules())
+
+
+def spec(quantizer, **changes):
+    """Two-bit weights with a scale for each row."""
+    return QuantSpec("weight", quantizer, 2, axis=0, **changes)
+
+
+def lsq(*steps):
+    """A quantizer of weights with these learned step sizes."""
+    quantizer = LSQ(spec("lsq"))
+    quantizer.scale = torch.nn.Parameter(torch.tensor(steps))
+    return quantizer
+
+
+def affine(steps, zero_points):
+    """A quantizer of weights with codes from 0 to 3."""
+    quantizer = Affine(spec("affine", signed=False))
+    quantizer.scale = torch.tensor(steps)
+    quantizer.zero_point = torch.tensor(zero_points)
+    return quantizer

@@ -11,13 +11,13 @@ from qat.analysis.cost import CostAnalysis, module_kinds
 from qat.model.cost import cost, matmuls, module_costs
 from tests.analysis.common import KINDS, is_as_before, net_of, state, studied
 from tests.nets import FAMILIES, families
-from tests.tiny import SIZE, vit
+from tests.tiny import SIZE, convert, vit
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
 
 
 def quantized(preset="ofq", **knobs):
-    return qat.convert(vit(depth=1), qat.recipe(preset, **knobs), input_size=SIZE)
+    return convert(vit(depth=1), preset, **knobs)
 
 
 def analysed(*nets):
@@ -64,11 +64,7 @@ def test_modules_add_up(kind):
 @pytest.mark.parametrize("family", families())
 def test_modules_of_every_family_add_up(family):
     chosen = FAMILIES[family]
-    net = qat.convert(
-        chosen.build(),
-        qat.recipe("ofq", bits=3, attention=chosen.attention),
-        input_size=chosen.input_size,
-    )
+    net = chosen.converted(bits=3, attention=chosen.attention)
     assert_sums(net, chosen.input_size)
 
 

@@ -9,6 +9,7 @@ from qat.analysis import NO_IMAGES, StudiedNet
 from qat.analysis.oscillation import FLIPS, SHARE, OscillationAnalysis, read_curves
 from qat.errors import UsageError
 from tests.conftest import train
+from tests.errors import usage_error
 
 HEADER = "epoch,freeze/frozen,osc/flips,osc/share,osc/share/blocks.0.fc1,step"
 LINES = [",,0,0.1,0.15,4", "0,,,,,4", ",0.25,100,0.3,0.35,9", ",0.5,120,0.2,0.2,19"]
@@ -74,7 +75,7 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
         str(error.value)
         == f"ckpt={str(net.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
     )
-    with pytest.raises(UsageError, match=r"ckpt='None': its run did not track oscillation"):
+    with usage_error(r"ckpt='None': its run did not track oscillation"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
 

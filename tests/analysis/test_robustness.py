@@ -12,10 +12,10 @@ import qat
 from qat.analysis import write_outcome
 from qat.analysis.requantize import changed, nearest_power_of_two, weight_sites
 from qat.analysis.robustness import Robustness
-from qat.errors import UsageError
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
 from tests.conftest import ROOT
+from tests.errors import usage_error
 
 SMALL = {"ratios": 3, "bits": (2, 4, 32)}
 
@@ -161,34 +161,25 @@ def test_the_yaml_has_every_setting_at_its_default():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"parts": ["step"]}, "analysis.parts='step': must be one of steps, bits, power_of_two"),
-        ({"parts": "steps"}, "analysis.parts='steps': must be a non-empty list"),
-        ({"bits": 4}, "analysis.bits=4: must be a non-empty list"),
-        ({"low": 0}, "analysis.low=0: must be a number above 0"),
-        ({"low": 1.3}, "analysis.high=1.3: must be a number above 1.3"),
-        ({"ratios": 1}, "analysis.ratios=1: must be an integer of at least 2"),
-        ({"bits": [2, 16]}, "analysis.bits=16: must be an integer from 2 to 8"),
-        ({"steps_from": "max"}, "analysis.steps_from='max': must be one of own, mse"),
-        ({"float_bits": 32}, "analysis.float_bits=32: must be an integer from 2 to 8"),
-        ({"float_scales": "row"}, "analysis.float_scales='row': must be one of channel, tensor"),
-        (
-            {"parts": ["bits", "steps"]},
-            "analysis.parts=['bits', 'steps']: net has no quantized weights; set analysis.float_bits",
-        ),
-        (
-            {"parts": ["steps"]},
-            "analysis.parts=['steps']: net has no quantized weights; set analysis.float_bits, e.g. to 4",
-        ),
+        ({"parts": ["step"]}, "parts='step': must be"),
+        ({"parts": "steps"}, "parts='steps': must be"),
+        ({"bits": 4}, "bits=4: must be"),
+        ({"low": 0}, "low=0: must be"),
+        ({"low": 1.3}, "high=1.3: must be"),
+        ({"ratios": 1}, "ratios=1: must be"),
+        ({"bits": [2, 16]}, "bits=16: must be"),
+        ({"steps_from": "max"}, "steps_from='max': must be"),
+        ({"float_bits": 32}, "float_bits=32: must be"),
+        ({"float_scales": "row"}, "float_scales='row': must be"),
+        ({"parts": ["bits", "steps"]}, r"parts=\['bits', 'steps'\]: net has no quantized weights"),
+        ({"parts": ["steps"]}, r"parts=\['steps'\]: net has no quantized weights"),
     ],
 )
 def test_mistakes(settings, line):
-    with pytest.raises(UsageError) as error:
+    with usage_error(rf"^analysis\.{line}"):
         Robustness(**settings).run([studied(tiny.vit())], image_set())
-    assert str(error.value).startswith(line)
 
 
 def test_floats_in_blocks_have_no_step_sizes_to_change():
-    with pytest.raises(
-        UsageError, match="analysis=robustness: net has no weights in blocks on a uniform grid"
-    ):
+    with usage_error("analysis=robustness: net has no weights in blocks on a uniform grid"):
         Robustness().run([studied(tiny.quantized("nvfp4"))], image_set())

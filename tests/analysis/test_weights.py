@@ -7,23 +7,21 @@ import qat
 from qat.analysis import NO_IMAGES, Table, write_outcome
 from qat.analysis.weights import WeightAnalysis, activation_rows, latent_weights, weight_row
 from qat.functional import kurtosis, near_threshold
-from qat.quantizers import LSQ, Affine, StatsQ
+from qat.quantizers import StatsQ
 from qat.spec import QuantSpec
 from tests import tiny
-from tests.analysis.common import KINDS, image_set, is_as_before, net_of, state, studied
+from tests.analysis.common import (
+    KINDS,
+    affine,
+    image_set,
+    is_as_before,
+    lsq,
+    net_of,
+    spec,
+    state,
+    studied,
+)
 from tests.quantizers.test_grid import Odd
-
-
-def lsq(*steps, bits=2):
-    quantizer = LSQ(QuantSpec("weight", "lsq", bits, axis=0))
-    quantizer.scale = torch.nn.Parameter(torch.tensor(steps))
-    return quantizer
-
-
-def affine(steps, zero_points):
-    quantizer = Affine(QuantSpec("weight", "affine", 2, signed=False, axis=0))
-    quantizer.scale, quantizer.zero_point = torch.tensor(steps), torch.tensor(zero_points)
-    return quantizer
 
 
 def analysed(net, images=NO_IMAGES):
@@ -60,10 +58,10 @@ def analysed(net, images=NO_IMAGES):
         # A row of zeros does not spoil the others: scale 2, levels at 0.5 and 1.5.
         (
             [[0.0, 0.0], [1.0, -1.0]],
-            StatsQ(QuantSpec("weight", "statsq", 2, axis=0)),
+            StatsQ(spec("statsq")),
             {"SNR (dB)": 6.0206},
         ),
-        ([[0.5, 0.5]], StatsQ(QuantSpec("weight", "statsq", 2, axis=0)), {"kurtosis": 0}),
+        ([[0.5, 0.5]], StatsQ(spec("statsq")), {"kurtosis": 0}),
         # Nothing is known of the thresholds of a user's own quantizer.
         (
             [[1.0, -2.0], [3.0, 0.0]],

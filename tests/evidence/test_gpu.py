@@ -3,8 +3,6 @@
 import argparse
 import math
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 from evidence.gpu import rows, speed, train
 from qat.utils.files import read_torch
-from tests.conftest import ROOT
+from tests.commands import run_python
 
 ABSENT = ("hydra", "omegaconf", "lightning", "pytorch_lightning")
 
@@ -22,16 +20,7 @@ def test_dry_runs_without_hydra_and_lightning(tmp_path):
     code = f"import runpy, sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
     for arguments in ([], ["--train", str(tmp_path)]):
         code += f"sys.argv = ['', '--dry-run', *{arguments}]\nrunpy.run_module('evidence.gpu', run_name='__main__')\n"
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    done = run_python("-c", code, timeout=240, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     measured, trained = (
         rows.read(next(tmp_path.rglob(f"{kind}.jsonl"))) for kind in ("measured", "train")

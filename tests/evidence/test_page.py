@@ -14,6 +14,7 @@ from evidence.pages.comparison import MIXED, Comparison, compare
 from evidence.pages.numbers import spread
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
+from tests.errors import usage_error
 from tests.evidence import made
 
 # What the headline's experiments are called, and the arms that they pin.
@@ -115,7 +116,7 @@ def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_p
     )  # seed 1 of the other measured nothing, seed 3 has no other
     made.runs(tmp_path, "float", [1.0], claim="START")
     found, claim = made.evidence(tmp_path)
-    with pytest.raises(UsageError, match=r"c1.yaml: new.other: must be one of top1"):
+    with usage_error(r"c1.yaml: new.other: must be one of top1"):
         compare(claim, found)
     assert found.differences(claim, ("new", "top1"), ("old", "top1")) == [1.0, 2.0]
     assert found.differences(claim, ("new", "top1"), ("START/float", "top1")) == [60.0, 80.0, 90.0]
@@ -225,5 +226,5 @@ def test_a_figure_has_other_colours_on_dark_pages():
 
 def test_what_is_no_claim_is_named(tmp_path):
     path = made.claim(tmp_path, kind=1)
-    with pytest.raises(UsageError, match=f"^{path}: must be a claim .*'kind'"):
+    with usage_error(f"^{path}: must be a claim .*'kind'"):
         made.evidence(tmp_path)

@@ -1,7 +1,6 @@
 """Runs and their records. Oracles: settings and orders written out by hand; the files of a run itself."""
 
 import csv
-import json
 import math
 import shutil
 import subprocess
@@ -14,9 +13,9 @@ import qat
 from evidence.claims.arms import ROOT, Arms, preset
 from evidence.claims.records import add_record, read_records
 from evidence.claims.run import command_line, run_all, run_one
-from qat.errors import UsageError
 from tests.commands import typed
-from tests.conftest import compose
+from tests.conftest import compose, results
+from tests.errors import usage_error
 from tests.evidence import made
 
 ARMS = {
@@ -63,7 +62,7 @@ def test_records_go_there_and_back(tmp_path):
     add_record(tmp_path / "other", one)
     assert read_records(tmp_path / "other") == [one]
     (tmp_path / "other" / "C1.jsonl").write_text('{"claim": "C1"}\n')
-    with pytest.raises(UsageError, match=r"C1.jsonl, line 1: must be a record"):
+    with usage_error(r"C1.jsonl, line 1: must be a record"):
         read_records(tmp_path / "other")
 
 
@@ -99,9 +98,9 @@ def test_runs_come_after_those_they_need_and_once(tmp_path):
     everything = named(arms.ordered())
     assert len(everything) == len(set(everything)) == 8
     assert everything.index(("chosen", 0)) < everything.index(("chosen", 1))
-    with pytest.raises(UsageError, match="'C7': must be one of C1"):
+    with usage_error("'C7': must be one of C1"):
         arms.ordered(["C7"])
-    with pytest.raises(UsageError, match="C1/a needs 'C91/float': must be one of the arms of"):
+    with usage_error("C1/a needs 'C91/float': must be one of the arms of"):
         arms_of(tmp_path, {"a": {"ckpt": "C91/float"}})
 
 
@@ -164,10 +163,9 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
         read_records(tmp_path / "records"),
         tmp_path / "runs" / "C1" / "trained-seed3",
     )
-    results = json.loads((run_dir / "results.json").read_text())
-    assert [record.metrics[key] for key in ("top1", "val_top1", "loss")] == [
-        results[key] for key in ("top1", "val_top1", "loss")
-    ]
+    found = results(run_dir)
+    for key in ("top1", "val_top1", "loss"):
+        assert record.metrics[key] == found[key]
     *_, total = csv.DictReader((run_dir / "oscillation.csv").open())
     assert record.metrics["oscillating"] == 100 * float(total["oscillating"]) / float(
         total["weights"]

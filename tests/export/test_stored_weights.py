@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import qat
 from qat.export.codes import OPSETS, store_weight
@@ -36,7 +37,7 @@ def test_statsq(bits):
     assert (form.width, form.is_doubled, form.constant is not None) == (width, doubled, added)
     assert lowest <= form.codes.min() <= form.codes.max() <= highest
     assert form.factors.abs().max() <= 128
-    torch.testing.assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
+    assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +62,14 @@ def test_lsq_has_no_half_step(bits, width):
 
 
 def test_ranges_with_a_zero_point():
-    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True), input_size=tiny.SIZE)
+    net = tiny.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True))
     qat.ptq.calibrate(net, [tiny.images()])
     for module in qat.freeze(net.eval()).modules():
         if isinstance(module, FrozenWeight):
             form = store_weight(module)
             assert form.width == 4
             assert -8 <= form.zero_point.min() <= form.zero_point.max() <= 7
-            torch.testing.assert_close(form.value, module(), rtol=1e-6, atol=1e-8)
+            assert_close(form.value, module(), rtol=1e-6, atol=1e-8)
 
 
 def test_the_opset_follows_from_the_types():

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from tests.errors import usage_error
 from tests.golden import FOLDER
 from tests.interop import authors
 from tests.tiny import logits, randn
@@ -159,35 +160,15 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
-        (
-            {},
-            {},
-            "bits=None: {} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)",
-        ),
-        ({}, {"bits": 0}, "quant.bits=0: must be an integer from 2 to 8"),
-        ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be an integer from 2 to 8"),
+        ({}, {}, "bits=None: {} does not state its bits"),
+        ({}, {"bits": 0}, "quant.bits=0: must be"),
+        ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
-        (
-            {},
-            {"bits": 2, "model": "nope"},
-            f"model='nope': the weights of {{}} do not fit it; they look like '{TINY}'",
-        ),
-        (
-            {},
-            {"bits": 2, "model": SWIN},
-            f"model='{SWIN}': the weights of {{}} do not fit it; they look like '{TINY}'",
-        ),
+        ({}, {"bits": 2, "model": "nope"}, "model='nope': the weights of {} do not fit it"),
+        ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
-        (
-            {"cls_token": torch.ones(())},
-            {"bits": 2},
-            "{}: its shapes are those of no DeiT (tuple index out of range)",
-        ),
-        (
-            {"cls_token": torch.ones(1, 1, 0)},
-            {"bits": 2},
-            "{}: its shapes are those of no DeiT (integer division or modulo by zero)",
-        ),
+        ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: its shapes are those of no DeiT ("),
+        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: its shapes are those of no DeiT ("),
         (
             {f"layers.0.{TABLE}": torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},
@@ -196,7 +177,7 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
         (
             {TABLE: torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},
-            "{}: its shapes are those of no Swin (list index out of range)",
+            "{}: its shapes are those of no Swin (",
         ),
         (
             {"blocks.0.gamma": torch.ones(1)},
@@ -215,7 +196,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
     path = written(tmp_path, content)
     with pytest.raises(qat.UsageError) as error:
         qat.load_ofq_checkpoint(path, **knobs)
-    assert str(error.value) == message.format(f"ckpt={str(path)!r}")
+    assert str(error.value).startswith(message.format(f"ckpt={str(path)!r}"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -225,18 +207,19 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
         ("blocks.1000000000.gamma", torch.ones(1), "must be at most"),
         ("patch_embed.proj.move_b4.bias", torch.ones(1).expand(2**22), "takes much more memory"),
     ],
+    ids=["depth", "huge depth", "image"],
 )
 def test_a_file_describes_no_net_that_is_much_larger_than_itself(
     tmp_path, state, name, tensor, said
 ):
     path = written(tmp_path, {**state, name: tensor})
-    with pytest.raises(qat.UsageError, match=f"its shapes are those of no {TINY} .*{said}"):
+    with usage_error(f"its shapes are those of no {TINY} .*{said}"):
         qat.load_ofq_checkpoint(path, bits=2)
 
 
 def test_a_file_of_another_code_is_refused(tmp_path):
     path = written(tmp_path, timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())
-    with pytest.raises(qat.UsageError, match="no tensor ends with input_quant_fn.s"):
+    with usage_error("no tensor ends with input_quant_fn.s"):
         qat.load_ofq_checkpoint(path, bits=2)
 
 
@@ -246,21 +229,13 @@ class Foreign:
 
 def test_a_file_that_would_run_code_is_refused_with_a_way_out(tmp_path, state):
     path = written(tmp_path, {"state_dict": state, "logger": Foreign()})
-    with pytest.raises(qat.UsageError) as error:
+    with usage_error(r"save only the state_dict\(\)") as error:
         qat.load_ofq_checkpoint(path, bits=2)
-    assert "it holds more than tensors and plain data; save only the state_dict()" in str(
-        error.value
-    )
     assert "\n" not in str(error.value)
 
 
 def test_bits_that_contradict_the_file_are_refused(tmp_path, state):
     path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(**ARGS)})
-    with pytest.raises(
-        qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"
-    ):
-        qat.load_ofq_checkpoint(path, bits=3)
-    with pytest.raises(
-        qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"
-    ):
-        qat.load_ofq_checkpoint(path, act_bits=4)
+    for name, bits in (("bits", 3), ("act_bits", 4)):
+        with usage_error(f"^{name}={bits}: .* was trained with 2"):
+            qat.load_ofq_checkpoint(path, **{name: bits})

@@ -5,10 +5,9 @@ import timm
 import torch
 from torch import nn
 
-import qat
 from qat.model.cost import cost, matmuls
 from tests.nets import ATTENTIONS
-from tests.tiny import SIZE, images, vit
+from tests.tiny import SIZE, convert, vit, with_scales
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
 PATCH = 2 * 2
@@ -34,7 +33,7 @@ INPUTS = 3 * TOKENS + 2 * (WIDTH + WIDTH + HIDDEN) + 3 * WIDTH + TOKENS
 
 
 def net(preset, **knobs):
-    return qat.convert(vit(depth=1), qat.recipe(preset, **knobs), input_size=SIZE)
+    return convert(vit(depth=1), preset, **knobs)
 
 
 def test_float():
@@ -120,7 +119,7 @@ def test_codes_that_do_not_fill_a_byte_are_packed():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_changes_nothing(training):
-    model = qat.initialize_scales(net("ofq"), [images()]).train(training)
+    model = with_scales(net("ofq")).train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cost(model, SIZE)
     assert model.training == training
@@ -151,9 +150,7 @@ def swin_macs(attention):
 @pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
 def test_attention_in_windows(attention):
     swin = ATTENTIONS["swin"]
-    model = qat.convert(
-        swin.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=swin.input_size
-    )
+    model = swin.converted(bits=2, attention=attention)
     layers, products = swin_macs(attention)
     found = cost(model, swin.input_size)
     assert found.macs == layers + products

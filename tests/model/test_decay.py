@@ -3,30 +3,18 @@
 import copy
 
 import pytest
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_weight_decay
 
 import qat
-
-
-def tiny():
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=24,
-        depth=1,
-        num_heads=3,
-        num_classes=3,
-    )
+from tests.nets import FAMILIES
+from tests.tiny import quantized
 
 
 @pytest.fixture
 def net():
-    made = qat.convert(tiny(), qat.recipe("ofq", bits=2), input_size=(3, 16, 16))
-    return qat.initialize_scales(made, [torch.randn(4, 3, 16, 16)])
+    return quantized(bits=2)
 
 
 def decayed(groups, net):
@@ -37,46 +25,26 @@ def decayed(groups, net):
 
 def test_names_all_but_the_weights_of_layers(net):
     left = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
-    assert left == {
-        *(
-            "patch_embed.proj.weight",
-            "head.weight",
-            "blocks.0.mlp.fc1.weight",
-            "blocks.0.mlp.fc2.weight",
-        ),
-        *(
-            "blocks.0.attn.q_weight",
-            "blocks.0.attn.k_weight",
-            "blocks.0.attn.v.weight",
-            "blocks.0.attn.proj.weight",
-        ),
-    }
+    layers = ("attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+    weights = [f"{layer}.weight" for layer in layers] + ["attn.q_weight", "attn.k_weight"]
+    blocks = {f"blocks.{i}.{name}" for i in range(2) for name in weights}
+    assert left == {"patch_embed.proj.weight", "head.weight"} | blocks
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_timms_optimizers_find_it(net, copied):
-    net = copy.deepcopy(net) if copied else net
+@pytest.mark.parametrize("wrap", [lambda net: net, copy.deepcopy, torch.compile])
+def test_timms_optimizers_find_it(net, wrap):
+    net = wrap(net)
     wanted = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
-    assert (
-        decayed(create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups, net)
-        == wanted
-    )
-    assert (
-        decayed(
-            param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()), net
-        )
-        == wanted
-    )
+    assert len(wanted) == 14
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05)
+    assert decayed(optimizer.param_groups, net) == wanted
+    groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay())
+    assert decayed(groups, net) == wanted
 
 
-def test_it_is_found_in_a_compiled_net(net):
-    compiled = torch.compile(net)
-    wanted = {name for name, _ in compiled.named_parameters()} - qat.no_weight_decay(compiled)
-    assert len(wanted) == 8
-    assert (
-        decayed(
-            create_optimizer_v2(compiled, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups,
-            compiled,
-        )
-        == wanted
-    )
+def test_deviates_from_reference_swins_table_does_not_decay():
+    # There all tensors of two dimensions and more decay but tokens and the position embedding.
+    net = FAMILIES["swin"].converted()
+    names = [name for name, _ in net.named_parameters() if name.endswith("bias_table")]
+    assert len(names) == 4
+    assert set(names) <= qat.no_weight_decay(net)

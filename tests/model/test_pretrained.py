@@ -5,6 +5,7 @@ import math
 import re
 import time
 import urllib.request
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -19,7 +20,8 @@ from qat.model import pretrained
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, results
 from tests.data.files import write_folder
-from tests.tiny import randn
+from tests.errors import usage_error
+from tests.tiny import logits, randn, vit
 
 RESULTS = {
     "top1": 74.125,
@@ -97,19 +99,9 @@ def test_the_card_says_what_was_measured_and_no_path(tmp_path, net):
 
 
 def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
-    net = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=24,
-        depth=1,
-        num_heads=3,
-        num_classes=3,
-    ).eval()
+    net = vit()
     folder = qat.save_pretrained(net, tmp_path / "net")
-    x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(qat.from_pretrained(folder)(x), net(x))
+    assert torch.equal(logits(qat.from_pretrained(folder)), logits(net))
     assert "| Accuracy | not measured |" in (folder / "README.md").read_text()
 
 
@@ -163,10 +155,7 @@ def test_the_text_of_a_stranger_is_no_markup(tmp_path, net):
     ]
     assert not set("<>![*") & set(said[2].partition("```")[0])
     for value in (math.nan, "<b>"):
-        with pytest.raises(
-            qat.UsageError,
-            match=r"save_pretrained: results.top1=.*: must be a number of at least 0",
-        ):
+        with usage_error(r"save_pretrained: results.top1=.*: must be a number of at least 0"):
             qat.save_pretrained(net, tmp_path / "net", results={"top1": value})
 
 
@@ -180,7 +169,6 @@ class FakeApi:
             raise self.error
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
-        from pathlib import Path
 
         self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         return f"https://hub/{repo_id}"
@@ -188,10 +176,8 @@ class FakeApi:
 
 def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
     api = FakeApi()
-    assert (
-        qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS)
-        == "https://hub/me/net"
-    )
+    address = qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS)
+    assert address == "https://hub/me/net"
     assert api.calls == [("me/net", {"private": True, "exist_ok": True})]
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, source="me/net")
     assert 'qat.from_pretrained("me/net")' in api.files["README.md"].decode()
@@ -204,22 +190,16 @@ def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
 def test_without_a_connection(net, monkeypatch, cache):
     began = time.monotonic()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        qat.UsageError,
-        match=r"push_to_hub: 'me/net': nothing was uploaded and .* cannot be reached \(HF_HUB_OFFLINE is set",
-    ):
+    with usage_error(r"^push_to_hub: 'me/net': .*HF_HUB_OFFLINE"):
         qat.push_to_hub(net, "me/net")
-    with pytest.raises(
-        qat.UsageError,
-        match=r"from_pretrained: 'me/net': me/net is not in the local cache and .* cannot be reached",
-    ):
+    with usage_error("^from_pretrained: 'me/net': "):
         qat.from_pretrained("me/net")
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../etc/passwd", "hf-hub:me/net"])
 def test_what_is_neither_a_folder_nor_a_name_is_named(source):
-    with pytest.raises(qat.UsageError, match="must be user/name of a repository of the hub"):
+    with usage_error(rf"^from_pretrained: '{source}': must be "):
         qat.from_pretrained(source)
 
 
@@ -291,10 +271,7 @@ def test_a_float_net_of_timm(tmp_path, cache):
     assert qat.load(
         tmp_path / "run" / "checkpoints" / "last.ckpt"
     ).patch_embed.proj.weight.shape == (24, 3, 8, 8)
-    with pytest.raises(
-        qat.UsageError,
-        match=r"its config.json is not of qat.save_pretrained; timm.create_model reads",
-    ):
+    with usage_error("its config.json is not of qat.save_pretrained"):
         qat.from_pretrained("timm/tiny")
 
 
@@ -305,40 +282,24 @@ def test_a_float_net_of_timm(tmp_path, cache):
             {"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}},
             "its arguments would read something else",
         ),
-        (
-            {"model_args": {"weight_init": "${oc.env:HOME}"}},
-            r"it holds '\$\{', which would be resolved",
-        ),
-        (
-            {"model_args": {"img_size": 100_000}},
-            "the model is much larger than the weights of the file",
-        ),
-        (
-            {"model_args": {"depth": 100_000}},
-            "the model is much larger than the weights of the file",
-        ),
+        ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{'"),
+        ({"model_args": {"img_size": 100_000}}, "the model is much larger "),
+        ({"model_args": {"depth": 100_000}}, "the model is much larger "),
         (
             {
                 "model_args": {"pos_embed": "none", "dynamic_img_size": True},
                 "pretrained_cfg": {"input_size": [3, 8000, 8000]},
             },
-            r"an image of \(3, 8000, 8000\) takes much more memory than the weights of the file",
+            r"an image of \(3, 8000, 8000\) takes much more memory",
         ),
-        (
-            {"pretrained_cfg": {"std": [0.5, 0.5, 0]}},
-            r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must be a finite number above 0 for each",
-        ),
-        (
-            {"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}},
-            r"it holds '\$\{', which would be resolved",
-        ),
+        ({"pretrained_cfg": {"std": [0.5, 0.5, 0]}}, r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must"),
+        ({"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}}, r"it holds '\$\{'"),
     ],
 )
 def test_a_config_that_would_read_more_is_refused(cache, asks, said):
     folder = cache("bad/net")
     safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps({"architecture": "vit_tiny_patch16_224", **asks})
-    )
-    with pytest.raises(qat.UsageError, match=rf"model=x: config.json cannot be used \({said}"):
+    config = {"architecture": "vit_tiny_patch16_224", **asks}
+    (folder / "config.json").write_text(json.dumps(config))
+    with usage_error(rf"model=x: config.json cannot be used \({said}"):
         pretrained.fetch("bad/net", "model=x")

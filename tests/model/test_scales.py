@@ -13,7 +13,18 @@ import qat
 from qat import functional as F
 from qat.model import scales
 from qat.model.transfer import copy_scales
-from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit, watched
+from tests.errors import usage_error
+from tests.tiny import (
+    convert,
+    converted,
+    images,
+    logits,
+    quantized,
+    sites,
+    vit,
+    watched,
+    with_scales,
+)
 
 
 def test_assert_ready_names_the_first_gap():
@@ -21,28 +32,15 @@ def test_assert_ready_names_the_first_gap():
     qat.assert_ready(net)
     with torch.no_grad():
         net.blocks[1].mlp.fc1.input_quantizer.quantizer.start[3] = torch.nan
-    with pytest.raises(
-        qat.UsageError,
-        match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised; call qat.initialize_scales",
-    ):
+    with usage_error("scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
         qat.assert_ready(net)
-    with pytest.raises(qat.UsageError, match=r"scales of patch_embed.proj.input_quantizer are not"):
+    with usage_error(r"scales of patch_embed.proj.input_quantizer are not"):
         qat.assert_ready(converted())
-
-
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"])
-def test_everything_is_filled_in_place(preset):
-    net = converted(preset)
-    before = parameters(net)
-    assert qat.initialize_scales(net, [images()]) is net
-    qat.assert_ready(net)
-    assert logits(net).isfinite().all()
-    assert parameters(net) == before
 
 
 @pytest.mark.parametrize("batches", [[], iter(())])
 def test_no_data_is_an_error(batches):
-    with pytest.raises(qat.UsageError, match=r"scales of .* are not initialised"):
+    with usage_error(r"scales of .* are not initialised"):
         qat.initialize_scales(converted(), batches)
 
 
@@ -56,9 +54,9 @@ def test_no_data_is_an_error(batches):
 )
 def test_what_holds_no_finite_images_is_an_error_and_leaves_no_scale(batch, line):
     net = converted()
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         qat.initialize_scales(net, [5 * images(), batch])
-    assert torch.equal(logits(qat.initialize_scales(net, [images()])), logits(quantized()))
+    assert torch.equal(logits(with_scales(net)), logits(quantized()))
 
 
 def test_a_loader_of_images_and_labels_is_taken_as_it_is():
@@ -80,7 +78,7 @@ def test_the_first_images_are_enough(most):
 
 
 def test_no_images_are_too_few():
-    with pytest.raises(qat.UsageError, match="^max_images=0: must be an integer of at least 1$"):
+    with usage_error("^max_images=0: must be"):
         qat.initialize_scales(converted(), [images()], max_images=0)
 
 
@@ -102,7 +100,7 @@ def test_scales_that_hold_numbers_stay():
     kept = net.blocks[0].mlp.fc1.input_quantizer.quantizer.start
     with torch.no_grad():
         kept.fill_(0.125)
-    qat.initialize_scales(net, [images()])
+    with_scales(net)
     assert (kept == 0.125).all()
     assert not (net.blocks[1].mlp.fc1.input_quantizer.quantizer.scale == 0.125).any()
 
@@ -110,17 +108,14 @@ def test_scales_that_hold_numbers_stay():
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_restored_and_hooks_are_gone(training):
     net = converted().train(training)
-    qat.initialize_scales(net, [images()])
+    with_scales(net)
     assert {m.training for m in net.modules()} == {training}
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
 def test_calibration_runs_without_dropout():
-    nets = [
-        qat.convert(vit(proj_drop_rate=0.5), qat.recipe("ofq"), input_size=SIZE).train(mode)
-        for mode in (True, False)
-    ]
-    trained, evaluated = (qat.initialize_scales(net, [images()]).state_dict() for net in nets)
+    nets = [convert(vit(proj_drop_rate=0.5), "ofq").train(mode) for mode in (True, False)]
+    trained, evaluated = (with_scales(net).state_dict() for net in nets)
     assert all(torch.equal(trained[name], evaluated[name]) for name in evaluated)
 
 
@@ -149,15 +144,13 @@ def test_several_batches_average_where_inputs_agree():
     assert_close(net.patch_embed.proj.input_quantizer.quantizer.scale.detach(), expected)
 
 
-UNSET = (
-    r"scales of .*input_quantizer are not initialised; call qat.initialize_scales\(net, batches\)"
-)
+UNSET = r"scales of \S+input_quantizer are not initialised"
 
 
 def refuses(net):
     """Whether calling the net raises, in training and in evaluation."""
     for training in (True, False):
-        with pytest.raises(qat.UsageError, match=UNSET):
+        with usage_error(UNSET):
             net.train(training)(images())
     return True
 
@@ -171,7 +164,7 @@ def test_training_without_scales_raises_before_a_parameter_changes():
     net = converted().train()
     before = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
-    with pytest.raises(qat.UsageError, match=UNSET):
+    with usage_error(UNSET):
         net(images()).sum().backward()
     optimizer.step()
     assert all(
@@ -199,10 +192,8 @@ def by_hand(source, net):
 
 
 FILLED = {
-    "data": lambda source, net: qat.initialize_scales(net, [images()]),
-    "data, from outside": lambda source, net: qat.initialize_scales(
-        torch.nn.Sequential(net), [images()]
-    ),
+    "data": lambda source, net: with_scales(net),
+    "data, from outside": lambda source, net: with_scales(torch.nn.Sequential(net)),
     "state dict": lambda source, net: net.load_state_dict(source.state_dict()),
     "state dict of an outer module": lambda source, net: torch.nn.Sequential(net).load_state_dict(
         torch.nn.Sequential(source).state_dict()
@@ -248,9 +239,7 @@ def test_scales_that_a_partial_load_leaves_out_are_named():
     state = quantized().state_dict()
     del state["blocks.1.mlp.fc1.input_quantizer.quantizer.start"]
     net.load_state_dict(state, strict=False)
-    with pytest.raises(
-        qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"
-    ):
+    with usage_error(r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
         net(images())
-    qat.initialize_scales(net, [images()])
+    with_scales(net)
     assert logits(net).isfinite().all()

@@ -45,22 +45,17 @@ ATTENTION = {
 }
 
 
-def head(name):
-    return [(f"{name}.input_quantizer", "input"), (f"{name}.weight_quantizer", "weight")]
+HEAD = [("head.input_quantizer", "input"), ("head.weight_quantizer", "weight")]
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_names_and_roles(attention):
-    found = [(s.name, s.role) for s in qat.iter_quantizers(converted(attention=attention))]
+    net = converted(attention=attention)
+    found = [(site.name, site.role) for site in qat.iter_quantizers(net)]
     blocks = [
         (f"blocks.{i}.{name}", role) for i in range(2) for name, role in ATTENTION[attention] + MLP
     ]
-    assert sorted(found) == sorted(STEM + blocks + head("head"))
-
-
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_owner_and_quantizer_are_the_modules_of_that_name(attention):
-    net = converted(attention=attention)
+    assert sorted(found) == sorted(STEM + blocks + HEAD)
     for site in qat.iter_quantizers(net):
         assert net.get_submodule(site.name) is site.quantizer
         assert net.get_submodule(site.name.rpartition(".")[0]) is site.owner

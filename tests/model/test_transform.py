@@ -1,6 +1,5 @@
 """`qat.transform`. Oracles: the tensors that a dataset's own test loader gives, and timm's own evaluation transform."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -16,8 +15,10 @@ from qat.data import Digits, ImageFolder, sources
 from qat.data.image_transform import data_settings
 from qat.export.onnx_file import preprocessing
 from qat.model.transform import data_config
-from tests.conftest import ROOT, train
+from tests.commands import run_python
+from tests.conftest import train
 from tests.data.files import write_folder, write_image
+from tests.errors import usage_error
 
 DIGITS = {
     "image_size": 8,
@@ -145,15 +146,15 @@ def test_what_data_says_comes_before_timm(tmp_path):
 def test_a_wrong_image_is_named(tmp_path):
     apply = qat.transform(net(img_size=16))
     (tmp_path / "x.png").write_bytes(b"nothing")
-    with pytest.raises(qat.UsageError, match="x.png cannot be decoded"):
+    with usage_error("x.png cannot be decoded"):
         apply(tmp_path / "x.png")
-    with pytest.raises(qat.UsageError, match="float32"):
+    with usage_error("float32"):
         apply(np.zeros((8, 8, 3), np.float32))
 
 
 def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
     model = saved(tmp_path, net(img_size=16), data={**DIGITS, "_target_": "antigravity.Digits"})
-    with pytest.raises(qat.UsageError, match="antigravity.Digits"):
+    with usage_error("antigravity.Digits"):
         qat.transform(model)
     assert "antigravity" not in sys.modules
 
@@ -161,7 +162,7 @@ def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
 @pytest.mark.long
 def test_it_needs_neither_hydra_nor_lightning_to_be_found():
     code = "import sys, qat; qat.transform, qat.load; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_base_patch16_clip_224.openai"])

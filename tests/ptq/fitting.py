@@ -1,5 +1,7 @@
 """A small calibrated net with its float twin, for the tests of compensation and reconstruction."""
 
+import copy
+
 import torch
 
 import qat
@@ -16,13 +18,18 @@ KNOBS = {
 }
 
 
+def calibrated(reference, images, method="reconstruct", **knobs):
+    """The calibrated net of a float one."""
+    recipe = qat.PtqRecipe(**KNOBS | {"method": method} | knobs)
+    net = qat.convert(copy.deepcopy(reference), recipe, input_size=tuple(images.shape[1:]))
+    calibrate(net, [images])
+    return net.eval()
+
+
 def pair(name=tiny.VIT, method="compensate", **knobs):
     """Calibrated and float net."""
-    kwargs = knobs.pop("kwargs", {})
-    recipe = qat.PtqRecipe(**KNOBS | {"method": method} | knobs)
-    net = qat.convert(tiny.vit(name, **kwargs), recipe, input_size=tiny.SIZE)
-    calibrate(net, [tiny.images(32)])
-    return net.eval(), tiny.vit(name, **kwargs)
+    reference = tiny.vit(name)
+    return calibrated(reference, tiny.images(32), method, **knobs), reference
 
 
 def outputs(net, layer, images):

@@ -23,7 +23,7 @@ def batches():
 def _made(name, preset, knobs):
     net = tiny.vit(name)
     targets = [logits_of(net, images, 8) for images in batches()]
-    qat.convert(net, qat.recipe(preset, **dict(knobs)), input_size=tiny.SIZE)
+    tiny.convert(net, preset, **dict(knobs))
     return qat.initialize_scales(net, batches()).eval(), targets
 
 

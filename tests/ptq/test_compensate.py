@@ -1,9 +1,6 @@
 """Compensation. Oracle: the normal equations; codes of weights that stay."""
 
-import copy
-
 import pytest
-import timm
 import torch
 from torch.testing import assert_close
 
@@ -13,7 +10,9 @@ from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.ptq.compensate import RIDGE, compensate
 from tests import tiny
-from tests.ptq.fitting import KNOBS, error, outputs, pair
+from tests.errors import usage_error
+from tests.nets import FAMILIES
+from tests.ptq.fitting import calibrated, error, outputs, pair
 from tests.ptq.ties import NEAR
 
 IMAGES = [tiny.images(16, seed) for seed in range(3)]
@@ -69,21 +68,13 @@ def test_the_logits_come_closer(bits):
     assert error(net, reference, ALL) < before
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", ["beit", "eva02"])
 def test_layers_that_the_float_net_has_no_module_call_for(name, caplog):
     caplog.set_level("INFO")
-    torch.manual_seed(0)
-    reference = timm.create_model(
-        name, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=6
-    ).eval()
-    images = torch.randn(16, 3, 16, 16)
-    net = qat.convert(
-        copy.deepcopy(reference),
-        qat.PtqRecipe(**KNOBS, method="compensate"),
-        input_size=(3, 16, 16),
-    )
-    qat.ptq.calibrate(net, [images])
-    before = error(net.eval(), reference, images)
+    reference = FAMILIES[name].build()
+    images = FAMILIES[name].images(16)
+    net = calibrated(reference, images, "compensate")
+    before = error(net, reference, images)
     compensate(net, reference, [images])
     assert error(net, reference, images) < before
     assert "blocks.1.attn.qkv" in caplog.text or "blocks.1.attn.q_proj" in caplog.text
@@ -111,9 +102,8 @@ def test_files_with_matrices_after_blocks_are_refused(suffix, said, tmp_path):
         write_packed(net, path, meta)
     else:
         torch.save({"qat": meta, "state_dict": net.state_dict()}, path)
-    with pytest.raises(
-        qat.UsageError,
-        match=r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\"",
+    with usage_error(
+        r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\""
     ):
         qat.load(path)
 
@@ -133,7 +123,7 @@ def test_activations_that_are_not_finite_are_refused():
     net, reference = pair()
     with torch.no_grad():
         reference.blocks[1].mlp.fc1.bias[0] = torch.inf
-    with pytest.raises(qat.UsageError, match=r"the activations of blocks\.1 hold NaN or infinity"):
+    with usage_error(r"the activations of blocks\.1 hold NaN or infinity"):
         compensate(net, reference, IMAGES)
-    with pytest.raises(qat.UsageError, match="the reference is quantized"):
+    with usage_error("the reference is quantized"):
         compensate(net, net, IMAGES)

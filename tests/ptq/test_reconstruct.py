@@ -1,16 +1,15 @@
 """Block reconstruction. Oracle: losses that fall, runs that were cut in two and end as whole ones, and the float net's own outputs."""
 
-import copy
-
 import pytest
-import timm
 import torch
 
 import qat
 from qat.ptq import reconstruct as module
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct
 from tests import tiny
-from tests.ptq.fitting import KNOBS, error, pair
+from tests.errors import usage_error
+from tests.nets import FAMILIES
+from tests.ptq.fitting import calibrated, error, pair
 
 IMAGES = tiny.images(48)
 SETTINGS = ReconstructSettings(steps=12, batch=16, lr=1e-3, scale_lr=1e-2)
@@ -52,13 +51,8 @@ def test_weights_biases_and_all_steps_of_quantizers_are_learned_and_nothing_else
 
 @pytest.mark.parametrize("seed", [20261127, 2**31 - 1])
 def test_a_large_seed(seed):
-    net, reference = pair(method="reconstruct")
-    assert (
-        reconstruct(net, reference, IMAGES[:4], ReconstructSettings(steps=1, batch=4, seed=seed))[
-            "units"
-        ]
-        == 4
-    )
+    settings = ReconstructSettings(steps=1, batch=4, seed=seed)
+    assert reconstruct(*pair(method="reconstruct"), IMAGES[:4], settings)["units"] == 4
 
 
 def layers_of(net):
@@ -88,94 +82,46 @@ def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
     assert [line.split(",")[0] for line in lines] == ["unit", *UNITS]
 
 
-@pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
-def test_other_families(name):
-    swin = {
-        "img_size": 8,
-        "patch_size": 2,
-        "window_size": 2,
-        "embed_dim": 16,
-        "depths": (1, 2),
-        "num_heads": (2, 2),
-        "in_chans": 1,
-    }
-    kwargs = swin if name.startswith("swin") else {}
-    net, reference = families_pair(name, kwargs)
-    before = error(net, reference, IMAGES)
-    done = reconstruct(net, reference, IMAGES, SETTINGS)
-    assert done["units"] == (6 if kwargs else 5)
-    assert error(net, reference, IMAGES) < before
-
-
-def families_pair(name, kwargs):
-    if not kwargs:
-        return pair(name, "reconstruct")
-    torch.manual_seed(0)
-    reference = tiny.shake(timm.create_model(name, num_classes=10, **kwargs)).eval()
-    net = qat.convert(
-        copy.deepcopy(reference),
-        qat.PtqRecipe(**KNOBS | {"method": "reconstruct"}),
-        input_size=tiny.SIZE,
-    )
-    qat.ptq.calibrate(net, [IMAGES])
-    return net.eval(), reference
+@pytest.mark.parametrize(("name", "units"), [("deit_distilled", 5), ("swin", 7)])
+def test_other_families(name, units):
+    reference = FAMILIES[name].build()
+    images = FAMILIES[name].images(48)
+    net = calibrated(reference, images)
+    before = error(net, reference, images)
+    assert reconstruct(net, reference, images, SETTINGS)["units"] == units
+    assert error(net, reference, images) < before
 
 
 def test_inputs_that_are_not_finite():
     net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.pos_embed[0, 0, 0] = torch.inf
-    with pytest.raises(qat.UsageError, match=r"the activations of blocks\.0 hold NaN or infinity"):
+    with usage_error(r"the activations of blocks\.0 hold NaN or infinity"):
         reconstruct(net, reference, IMAGES, SETTINGS)
-    with pytest.raises(qat.UsageError, match="the reference is quantized"):
+    with usage_error("the reference is quantized"):
         reconstruct(net, net, IMAGES, SETTINGS)
 
 
 def test_a_backbone():
-    torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    reference = timm.create_model(
-        "vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes
-    ).eval()
-    images = torch.randn(16, 3, 16, 16)
-    net = qat.convert(
-        copy.deepcopy(reference),
-        qat.PtqRecipe(**KNOBS, method="reconstruct"),
-        input_size=(3, 16, 16),
-    )
-    qat.ptq.calibrate(net, [images])
+    reference = FAMILIES["vit"].build(features_only=True, out_indices=(0, 1))
+    images = FAMILIES["vit"].images(16)
+    net = calibrated(reference, images)
 
+    @torch.no_grad()
     def error_of_maps():
-        with torch.no_grad():
-            return sum(
-                float((a - b).square().mean())
-                for a, b in zip(net(images), reference(images), strict=True)
-            )
+        maps = zip(net(images), reference(images), strict=True)
+        return sum(float((ours - theirs).square().mean()) for ours, theirs in maps)
 
     before = error_of_maps()
-    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8))
+    reconstruct(net, reference, images, ReconstructSettings(steps=20, batch=8))
     assert error_of_maps() < before
 
 
 def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
     """Also after quantizers that stand beside modules, as those of an attention pool do."""
-    torch.manual_seed(0)
-    sizes = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 32,
-        "depth": 1,
-        "num_heads": 2,
-        "num_classes": 10,
-    }
-    reference = timm.create_model("vit_base_patch16_siglip_224", **sizes).eval()
-    images = torch.randn(8, 3, 16, 16)
-    net = qat.convert(
-        copy.deepcopy(reference),
-        qat.PtqRecipe(**KNOBS, method="reconstruct"),
-        input_size=(3, 16, 16),
-    )
-    qat.ptq.calibrate(net, [images])
+    reference = FAMILIES["siglip"].build(depth=1)
+    images = FAMILIES["siglip"].images(8)
+    net = calibrated(reference, images)
     fit, units = module._fit, []
 
     def inputs(unit, run):
@@ -196,5 +142,5 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
         return found
 
     monkeypatch.setattr(module, "_fit", compared)
-    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=1, batch=8))
+    reconstruct(net, reference, images, ReconstructSettings(steps=1, batch=8))
     assert "attn_pool.proj" in units

@@ -1,7 +1,8 @@
 """Running a net from one of its modules on. Oracle: the whole forward, bit for bit."""
 
+import dataclasses
+
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -9,32 +10,17 @@ import qat
 from qat.model.sites import find_blocks
 from qat.ptq.runner import Runner
 from tests import tiny
+from tests.nets import FAMILIES
 from tests.ptq.searching import WEIGHTS, batches, quantized
 
-SWIN = {
-    "img_size": 32,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": (2, 2),
-    "num_heads": (2, 4),
-    "in_chans": 1,
-    "num_classes": 10,
-}
-BEIT = {
-    "img_size": 8,
-    "patch_size": 2,
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "in_chans": 1,
-    "num_classes": 10,
-}
-FAMILIES = {
-    "deit_tiny_distilled_patch16_224": tiny.KWARGS,
-    "swin_tiny_patch4_window7_224": SWIN,
+RELPOS = dataclasses.replace(FAMILIES["relpos"], name="vit_relpos_small_patch16_rpn_224")
+SHARED = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}
+NETS = {
+    "deit_distilled": (FAMILIES["deit_distilled"], {}),
+    "swin": (FAMILIES["swin"], {}),
     # A bias that all blocks share is made before them.
-    "vit_relpos_small_patch16_rpn_224": {**BEIT, "rel_pos_dim": 16, "shared_rel_pos": True},
-    "beit_base_patch16_224": {**BEIT, "use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+    "relpos": (RELPOS, {"rel_pos_dim": 16, "shared_rel_pos": True}),
+    "beit": (FAMILIES["beit"], SHARED),
 }
 
 
@@ -44,15 +30,14 @@ def runner(net, parts, limit=float("inf"), entry=""):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NETS)
 @torch.no_grad()
 def test_every_block_leads_to_the_same_logits_and_what_comes_before_does_not_run(name, caplog):
-    size = FAMILIES[name]["img_size"]
-    images = torch.randn(5, 1, size, size, generator=torch.Generator().manual_seed(0))
-    net = tiny.shake(timm.create_model(name, **FAMILIES[name])).eval()
-    qat.convert(
-        net, qat.recipe("minmax", weight_quantizer=WEIGHTS), input_size=tuple(images.shape[1:])
-    )
+    family, changes = NETS[name]
+    images = family.images(5)
+    net = family.build(**changes)
+    recipe = qat.recipe("minmax", weight_quantizer=WEIGHTS)
+    qat.convert(net, recipe, input_size=family.input_size)
     qat.initialize_scales(net, [images])
     parts, calls = images.split(2), []
     whole, runs = [net(part) for part in parts], runner(net, parts)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import qat
-from qat.errors import UsageError
 from qat.model.sites import find_blocks
 from qat.ptq.scale_vectors import scale_vectors
 from qat.ptq.search import Evaluator, SearchSettings, logits_of, search
 from qat.ptq.state import Progress
 from tests import tiny
+from tests.errors import usage_error
 from tests.nets import FAMILIES
 from tests.ptq.searching import batches, changed, quantized, state, whole_fitness
 
@@ -67,7 +67,7 @@ def test_deviates_from_reference_every_fitness_falls_and_only_the_chosen_scales_
 
 def integer_norms():
     """Made for the step of the quantizer after it."""
-    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, layernorm="integer"), input_size=tiny.SIZE)
+    net = tiny.convert(tiny.vit(), qat.PtqRecipe(bits=4, layernorm="integer"))
     qat.ptq.calibrate(net, batches())
     return net.eval()
 
@@ -91,10 +91,9 @@ def test_a_fitness_is_that_of_whole_forwards_bit_for_bit(build, knobs):
     for block in reversed(evaluator.vectors):
         vector = evaluator.vectors[block]
         evaluator.fitness(block)
-        vector.write(
-            vector.read()
-            * (1 + 0.1 * torch.rand(len(vector.read()), generator=torch.Generator().manual_seed(0)))
-        )
+        scales = vector.read()
+        noise = torch.rand(len(scales), generator=torch.Generator().manual_seed(0))
+        vector.write(scales * (1 + 0.1 * noise))
         seen.add(evaluator.fitness(block))
         assert evaluator.fitness(block) == whole_fitness(net, batches(), targets, settings(**knobs))
         evaluator.runner.forget()
@@ -203,20 +202,18 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
         return output * float("nan") if touched else output
 
     handle = net.blocks[0].attn.qkv.register_forward_hook(overflow)
-    with pytest.raises(UsageError, match=r"candidate 0 of block blocks\.0 in pass 0 is nan"):
+    with usage_error(r"candidate 0 of block blocks\.0 in pass 0 is nan"):
         run(net, targets, passes=1)
     handle.remove()
     assert not {name for name in changed(before, net) if name.startswith("blocks.0")}
     with torch.no_grad():
         net.head.bias[0] = float("nan")
-    with pytest.raises(UsageError, match="fitness of the unchanged model is nan"):
+    with usage_error("fitness of the unchanged model is nan"):
         run(net, targets, passes=1)
 
 
 def flat():
-    net = qat.convert(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE
-    )
+    net = tiny.convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "lsq")
     return qat.initialize_scales(net, batches())
 
 
@@ -243,7 +240,7 @@ def flat():
     ],
 )
 def test_what_cannot_be_searched(build, knobs, message):
-    with pytest.raises(UsageError, match=message):
+    with usage_error(message):
         run(*build(), **knobs)
 
 
@@ -260,7 +257,7 @@ def test_what_cannot_be_searched(build, knobs, message):
     ],
 )
 def test_settings_that_cannot_work(knob, value, allowed):
-    with pytest.raises(UsageError, match=rf"search\.{knob}=.*must be (one of )?{allowed}"):
+    with usage_error(rf"search\.{knob}=.*must be (one of )?{allowed}"):
         SearchSettings(**{knob: value})
 
 
@@ -284,55 +281,34 @@ def killed_after(monkeypatch, visits, *, before_state=False):
 
 @pytest.mark.parametrize(("visits", "before_state"), [(1, False), (3, True)])
 def test_the_same_scales_after_a_kill(visits, before_state, tmp_path, monkeypatch):
-    accuracies = [1.0, 2.0, 9.0, 3.0]
+    _, targets = quantized()
 
-    def validate(done):
-        left = iter(accuracies[done:])
-        return lambda: next(left)
+    def searched(folder, done=0, *, resume=False):
+        """A net and what a search with the accuracies behind the first `done` visits returns."""
+        left = iter([1.0, 2.0, 9.0, 3.0][done:])
+        net, _ = quantized()
+        return net, run(
+            net,
+            targets,
+            tmp_path / folder,
+            resume=resume,
+            reference_selection=True,
+            validate=lambda: next(left),
+        )
 
-    whole, targets = quantized()
-    expected = run(
-        whole, targets, tmp_path / "whole", reference_selection=True, validate=validate(0)
-    )
+    whole, expected = searched("whole")
     killed_after(monkeypatch, visits, before_state=before_state)
     with pytest.raises(Killed):
-        run(
-            quantized()[0],
-            targets,
-            tmp_path / "killed",
-            reference_selection=True,
-            validate=validate(0),
-        )
+        searched("killed")
     monkeypatch.undo()
-    done, net = visits - before_state, quantized()[0]
-    found = run(
-        net,
-        targets,
-        tmp_path / "killed",
-        resume=True,
-        reference_selection=True,
-        validate=validate(done),
-    )
+    net, found = searched("killed", visits - before_state, resume=True)
     assert changed(state(whole), net) == set()
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert (found.fitness, found.accepted, found.evaluations) == (
-        expected.fitness,
-        expected.accepted,
-        expected.evaluations,
-    )
+    for name in ("fitness", "accepted", "evaluations"):
+        assert getattr(found, name) == getattr(expected, name)
     # What is finished is not run again.
     monkeypatch.setattr("qat.ptq.search.evolve", lambda *_: pytest.fail("is run again"))
-    assert (
-        run(
-            quantized()[0],
-            targets,
-            tmp_path / "killed",
-            resume=True,
-            reference_selection=True,
-            validate=validate(4),
-        )
-        == found
-    )
+    assert searched("killed", 4, resume=True)[1] == found
 
 
 def test_resume_demands_the_same_search(tmp_path):
@@ -346,16 +322,14 @@ def test_resume_demands_the_same_search(tmp_path):
         ),
         ({}, [b + 1 for b in batches()], "belongs to another model or other calibration images"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with usage_error(message):
             search(
                 quantized()[0], images, targets, settings(**knobs), run_dir=tmp_path, resume=True
             )
     whole = (tmp_path / "search.ckpt").read_bytes()
     for damaged in (whole[:-1], whole[:10], b""):
         (tmp_path / "search.ckpt").write_bytes(damaged)
-        with pytest.raises(
-            UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start over$"
-        ):
+        with usage_error(r"^resume: .*search\.ckpt cannot be read; delete it to start over$"):
             run(quantized()[0], targets, tmp_path, resume=True)
     run(quantized()[0], targets, tmp_path)  # without resume it starts anew
     assert len(lines(tmp_path)) == 13

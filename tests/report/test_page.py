@@ -24,31 +24,25 @@ def test_a_reader_finds_what_is_wrong():
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "88.89 %",
-            "test split, −1.11 to float",
-            "190 kB",
-            "10.0× smaller",
-            "200.0× fewer",
-            "34 s",
-            "W2 A2",
-            "1,902,360",
-            "0.6174",
-        ),
-        *(
-            "qat train seed=0 'callbacks=[default,ema]'",
-            "2026-01-02",
-            "2.14.1",
-            "command: train",
-            "blocks.1.mlp.fc1",
-            "12.25",
-        ),
-        *(
-            "2.25 at step 9 to 1.5 at step 19.",
-            "1.93 at step 9",
-            "analysis/cost.csv",
-            "vit_tiny_patch16_224 · ofq_2bit · digits",
-        ),
+        "88.89 %",
+        "test split, −1.11 to float",
+        "190 kB",
+        "10.0× smaller",
+        "200.0× fewer",
+        "34 s",
+        "W2 A2",
+        "1,902,360",
+        "0.6174",
+        "qat train seed=0 'callbacks=[default,ema]'",
+        "2026-01-02",
+        "2.14.1",
+        "command: train",
+        "blocks.1.mlp.fc1",
+        "12.25",
+        "2.25 at step 9 to 1.5 at step 19.",
+        "1.93 at step 9",
+        "analysis/cost.csv",
+        "vit_tiny_patch16_224 · ofq_2bit · digits",
     ],
 )
 def test_says(page, text):
@@ -121,60 +115,52 @@ def test_of_an_empty_directory_and_of_a_run_that_is_going(tmp_path):
     assert "2 at step 1 to 1.5 at step 2." in read(write_report(tmp_path)).text
 
 
-def test_of_a_search(tmp_path):
-    run = write_run(
-        tmp_path / "run", command="ptq", search={"method": "evolution"}, top1_calibrated=77.5
-    )
-    (run / "search.csv").write_text(
-        "pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n"
-    )
+SEARCH = "pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n"
+SCORES = {"top1_fp": 91.25, "top5_fp": 99.5, "loss_fp": 0.7125, "top1_calibrated": 77.5}
+CALIBRATED = ("91.25", "99.5", "0.7125", "top1 calibrated", "77.5", "Packed size")
+EXPORTED = {
+    "command": "export",
+    "file": "net.onnx",
+    "top1": None,
+    "split": None,
+    "size_bytes": 500_000,
+    "agreement": 99.5,
+    "bytes": {"float": 2_000_000, "this": 500_000},
+    "latency_ms": {"onnxruntime": {"float": 10.0, "this": 7.25}, "openvino": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("results", "shown", "absent"),
+    [
+        # The float model has all scores of the log, and nothing is called a search that was none.
+        (SCORES | {"command": "ptq"}, (*CALIBRATED, "Calibration"), ("Search", "–")),
+        (
+            SCORES | {"command": "ptq", "search": {"method": "evolution"}},
+            (*CALIBRATED, "Search", "evolution", "5 at candidate 0 to 4.5 at candidate 2."),
+            ("Calibration", "–"),
+        ),
+        (EXPORTED, ("500 kB", "99.50 %", "2,000,000", "onnxruntime, ms", "7.25", "net.onnx"), ()),
+        (
+            {"top5": None, "top1": 43.33, "images": 60, "majority_share": 40.0},
+            ("Top-1 is not clearly better than ", "40.00 %."),
+            ("Top-5",),
+        ),
+        (
+            {"quant": "fp", "recipe": {"name": "fp"}, "top1_fp": None},
+            ("Size of weights", "88.89"),
+            ("Quantized",),
+        ),
+    ],
+    ids=["calibration", "search", "exported file", "few classes", "float run"],
+)
+def test_of_other_runs(tmp_path, results, shown, absent):
+    run = write_run(tmp_path / "run", **results)
+    if "search" in results:
+        (run / "search.csv").write_text(SEARCH)
     found = read(write_report(run)).text
-    for text in ("5 at candidate 0 to 4.5 at candidate 2.", "evolution", "top1 calibrated", "77.5"):
-        assert text in found
-
-
-def test_of_an_exported_file(tmp_path):
-    sizes, taken = (
-        {"float": 2_000_000, "this": 500_000},
-        {"onnxruntime": {"float": 10.0, "this": 7.25}, "openvino": None},
-    )
-    results = {
-        "command": "export",
-        "file": "net.onnx",
-        "top1": None,
-        "split": None,
-        "size_bytes": 500_000,
-        "agreement": 99.5,
-    }
-    found = read(
-        write_report(write_run(tmp_path / "run", **results, bytes=sizes, latency_ms=taken))
-    ).text
-    for text in ("net.onnx", "500 kB", "99.50 %", "2,000,000", "onnxruntime, ms", "7.25"):
-        assert text in found
-
-
-@pytest.mark.parametrize("search", [{}, {"search": {"method": "evolution"}}])
-def test_of_a_calibration(tmp_path, search):
-    """Nothing is called a search that was none, and the float model has all scores of the log."""
-    scores = {"top1_fp": 91.25, "top5_fp": 99.5, "loss_fp": 0.7125, "top1_calibrated": 77.5}
-    found = read(write_report(write_run(tmp_path / "run", command="ptq", **scores, **search))).text
-    assert ("Search" in found, "Calibration" in found) == (bool(search), not search)
-    for text in ("91.25", "99.5", "0.7125", "77.5", "Packed size"):
-        assert text in found
-    assert "–" not in found
-
-
-def test_of_few_classes_and_of_a_run_that_learned_nothing(tmp_path):
-    found = read(
-        write_report(
-            write_run(tmp_path / "run", top5=None, top1=43.33, images=60, majority_share=40.0)
-        )
-    ).text
-    assert "Top-5" not in found
-    assert (
-        "Top-1 is not clearly better than always predicting the most frequent class, which gives 40.00 %."
-        in found
-    )
+    assert [text for text in shown if text not in found] == []
+    assert [text for text in absent if text in found] == []
 
 
 def test_layers_are_folded_where_they_are_not_the_subject(tmp_path):
@@ -185,15 +171,6 @@ def test_layers_are_folded_where_they_are_not_the_subject(tmp_path):
         len(folded.all("summary")) - len(folded.all("figcaption")) - 1 == 1
     )  # a table of layers, beside config.yaml
     assert len(subject.all("summary")) == len(subject.all("figcaption"))
-
-
-def test_of_a_float_run(tmp_path):
-    found = read(
-        write_report(write_run(tmp_path / "run", quant="fp", recipe={"name": "fp"}, top1_fp=None))
-    ).text
-    assert "Quantized" not in found
-    assert "Size of weights" in found
-    assert "88.89" in found
 
 
 def test_of_an_analysis_all_tables_and_of_long_ones_the_first_rows(tmp_path):
@@ -297,7 +274,5 @@ def test_links_out_of_a_directory_are_not_followed(tmp_path, name):
 def test_a_run_directory_may_be_a_link(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "link").symlink_to(run)
-    assert (
-        write_report(tmp_path / "link").read_text().replace("/link", "/run")
-        == write_report(run).read_text()
-    )
+    linked = write_report(tmp_path / "link").read_text()
+    assert linked.replace("/link", "/run") == write_report(run).read_text()

@@ -6,10 +6,12 @@ import json
 import pytest
 import yaml
 
-from qat.errors import UsageError
 from qat.report.__main__ import main
 from qat.report.sweep import gather, group_rows, publish
+from tests.errors import usage_error
 from tests.report.pages import HOSTILE, RESULTS, read
+
+EPOCHS = ("trainer.max_epochs=5", "run_dir=a")
 
 
 def job(folder, *overrides, **results):
@@ -24,27 +26,17 @@ def job(folder, *overrides, **results):
 def folder(tmp_path):
     """Two groups of three seeds; of the second one job failed, and one was killed."""
     root = tmp_path / "sweep"
-    for number, (seed, top1) in enumerate([(1, 90.0), (2, 92.0), (10, 97.0)]):
-        job(
-            root / str(number),
-            "quant=ofq_2bit",
-            f"seed={seed}",
-            "trainer.max_epochs=5",
-            "run_dir=a",
-            seed=seed,
-            top1=top1,
-        )
-    job(root / "3", "quant=ofq_4bit", "seed=1", "trainer.max_epochs=5", seed=1, top1=80.0)
-    job(
-        root / "4",
-        "quant=ofq_4bit",
-        "seed=2",
-        "trainer.max_epochs=5",
-        seed=2,
-        top1=None,
-        error="the loss\nis nan",
-    )
-    job(root / "10", "quant=ofq_4bit", "seed=10", "trainer.max_epochs=5")
+    failed = {"top1": None, "error": "the loss\nis nan"}
+    jobs = {
+        "0": ("ofq_2bit", 1, {"top1": 90.0}),
+        "1": ("ofq_2bit", 2, {"top1": 92.0}),
+        "2": ("ofq_2bit", 10, {"top1": 97.0}),
+        "3": ("ofq_4bit", 1, {"top1": 80.0}),
+        "4": ("ofq_4bit", 2, failed),
+    }
+    for number, (quant, seed, found) in jobs.items():
+        job(root / number, f"quant={quant}", f"seed={seed}", *EPOCHS, seed=seed, **found)
+    job(root / "10", "quant=ofq_4bit", "seed=10", *EPOCHS)
     return root
 
 
@@ -106,9 +98,7 @@ def test_of_a_refused_job_the_results_keep_the_settings_they_came_from(folder):
 
 
 def test_nested_sweeps_are_gathered_together(folder):
-    job(
-        folder / "more" / "0", "quant=ofq_2bit", "seed=3", "trainer.max_epochs=5", seed=3, top1=93.0
-    )
+    job(folder / "more" / "0", "quant=ofq_2bit", "seed=3", *EPOCHS, seed=3, top1=93.0)
     assert gather(folder)[-1]["job"] == "more/0"
     assert group_rows(gather(folder))[0]["n"] == "4"
 
@@ -175,24 +165,15 @@ def test_a_sweep_of_few_classes_has_no_top5(tmp_path, capsys):
 
 def test_a_checkpoint_for_each_seed_splits_no_group(tmp_path):
     for seed, top1 in enumerate([90.0, 92.0]):
-        job(
-            tmp_path / str(seed),
-            f"seed={seed}",
-            f"ckpt=runs/float-seed{seed}/best.ckpt",
-            "quant=ofq_2bit",
-            seed=seed,
-            top1=top1,
-        )
+        start = f"ckpt=runs/float-seed{seed}/best.ckpt"
+        job(tmp_path / str(seed), f"seed={seed}", start, "quant=ofq_2bit", seed=seed, top1=top1)
     (row,) = group_rows(gather(tmp_path))
-    assert (row["ckpt"], row["n"], row["top-1 %"]) == (
-        "runs/float-seed*/best.ckpt",
-        "2",
-        "91.00 ± 1.41",
-    )
+    assert (row["ckpt"], row["n"]) == ("runs/float-seed*/best.ckpt", "2")
+    assert row["top-1 %"] == "91.00 ± 1.41"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="sweep='.*nowhere': must be a folder with runs below it"):
+    with usage_error("sweep='.*nowhere': must be a folder with runs below it"):
         publish(tmp_path / "nowhere", report=False)
 
 

@@ -6,12 +6,14 @@ from functools import partial
 import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
 
 import qat
 from qat.export.check import compare, net_codes
 from qat.functional.statsq import statsq_codes, statsq_scale
 from qat.model.frozen import FrozenWeight
 from tests import tiny
+from tests.errors import usage_error
 from tests.nets import FAMILIES, families
 
 RECIPES = {
@@ -45,8 +47,8 @@ def trained(net):
 
 
 def made(recipe):
-    net = qat.convert(tiny.vit(), recipe, input_size=tiny.SIZE)
-    return trained(qat.initialize_scales(net, [tiny.images()]))
+    net = tiny.convert(tiny.vit(), recipe)
+    return trained(tiny.with_scales(net))
 
 
 def assert_agrees(net, batches):
@@ -72,82 +74,78 @@ def test_logits_are_those_of_the_net(name):
 def test_every_family_is_frozen(name, method):
     family = FAMILIES[name]
     if method == "train":
-        net = qat.convert(
-            family.build(),
-            qat.recipe("ofq", bits=2, attention=family.attention),
-            input_size=family.input_size,
-        )
+        net = family.converted(bits=2, attention=family.attention)
         trained(qat.initialize_scales(net, [family.images(8, 1)]))
     else:
         recipe = qat.PtqRecipe(
             bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True
         )
-        net = qat.convert(family.build(), recipe, input_size=family.input_size)
+        net = family.converted(recipe)
         qat.ptq.calibrate(net, [family.images(8, 1)])
     # One by one: a convolution of several images may sum in another order, and a value on a threshold takes another code.
     assert_agrees(net.eval(), family.images(8).split(1))
 
 
-def test_weights_are_codes():
-    net = made(RECIPES["ofq_2bit"])
-    latents = {
-        site.name: site.latent().detach() for site in qat.iter_quantizers(net) if site.is_weight
-    }
-    frozen = qat.freeze(net)
-    held = tiny.sites(frozen)
-    assert all(isinstance(held[name].quantizer, FrozenWeight) for name in latents)
-    weight = latents["blocks.0.mlp.fc1.weight_quantizer"]
-    quantizer = held["blocks.0.mlp.fc1.weight_quantizer"].quantizer
-    assert torch.equal(quantizer.codes(), statsq_codes(weight, 2))
-    assert torch.equal(quantizer.scale, (statsq_scale(weight) / 2).flatten())
-    torch.testing.assert_close(
-        quantizer(),
-        tiny.sites(net)["blocks.0.mlp.fc1.weight_quantizer"].quantizer(weight),
-        rtol=1e-6,
-        atol=0,
-    )
-    assert held["blocks.0.attn.qk_quantizer"].quantizer.codes().shape == (2 * 32, 32)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_deviates_from_reference_weights_can_be_rebuilt_from_codes(bits):
+    # There the scale is in no checkpoint and codes are nowhere to be had.
+    net = made(qat.recipe("ofq", bits=bits))
+    frozen = tiny.sites(qat.freeze(net))
+    name = "blocks.0.mlp.fc1.weight_quantizer"
+    site = tiny.sites(net)[name]
+    weight = site.latent().detach()
+    quantizer = frozen[name].quantizer
+    codes = quantizer.codes()
+    assert torch.equal(codes, statsq_codes(weight, bits))
+    assert torch.equal(codes, site.quantizer.codes(weight))
+    assert (codes.min(), codes.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert torch.equal(quantizer.scale, (statsq_scale(weight) / 2 ** (bits - 1)).flatten())
+    rebuilt = (2 * codes + 1) * site.quantizer.scale_of(weight) / 2**bits
+    for found in (quantizer(), rebuilt):
+        assert_close(found, site.quantizer(weight), rtol=1e-6, atol=0)
+    assert frozen["blocks.0.attn.qk_quantizer"].quantizer.codes().shape == (2 * 32, 32)
+    for name, site in frozen.items():
+        assert site.is_weight == isinstance(site.quantizer, FrozenWeight), name
 
 
 def test_offsets_are_folded_where_that_is_exact():
     net = made(RECIPES["ofq_noqkr_4bit"])
     frozen = qat.freeze(net)
-    held, were = tiny.sites(frozen), tiny.sites(net)
-    fc1, its = net.blocks[0].mlp.fc1, were["blocks.0.mlp.fc1.input_quantizer"].quantizer
-    assert held["blocks.0.mlp.fc1.input_quantizer"].quantizer.after is None
-    torch.testing.assert_close(
-        frozen.blocks[0].mlp.fc1.bias, fc1.bias + fc1.quantized("weight") @ its.offset_after
+    held, were = (
+        {name: site.quantizer for name, site in tiny.sites(model).items()}
+        for model in (frozen, net)
     )
-    assert torch.equal(held["blocks.0.mlp.fc1.input_quantizer"].quantizer.before, its.offset_before)
+    name = "blocks.0.mlp.fc1"
+    layer, offsets = net.get_submodule(name), were[f"{name}.input_quantizer"]
+    assert held[f"{name}.input_quantizer"].after is None
+    assert torch.equal(held[f"{name}.input_quantizer"].before, offsets.offset_before)
+    expected = layer.bias + layer.quantized("weight") @ offsets.offset_after
+    assert_close(frozen.get_submodule(name).bias, expected)
+    qkv, behind = net.blocks[0].attn.qkv, were["blocks.0.attn.qkv.input_quantizer"].offset_after
+    expected = (qkv.bias + qkv.quantized("weight") @ behind).chunk(3)
+    biases = frozen.blocks[0].attn.qkv.bias.chunk(3)
     for i, role in enumerate("qkv"):
-        assert held[f"blocks.0.attn.{role}_quantizer"].quantizer.before is None
-        qkv, its = net.blocks[0].attn.qkv, were[f"blocks.0.attn.{role}_quantizer"].quantizer
-        rows, behind = (
-            slice(32 * i, 32 * (i + 1)),
-            were["blocks.0.attn.qkv.input_quantizer"].quantizer.offset_after,
-        )
-        expected = qkv.bias + qkv.quantized("weight") @ behind
-        torch.testing.assert_close(
-            frozen.blocks[0].attn.qkv.bias[rows], expected[rows] + its.offset_before
-        )
+        name = f"blocks.0.attn.{role}_quantizer"
+        assert held[name].before is None
+        assert_close(biases[i], expected[i] + were[name].offset_before)
 
 
-def test_what_cannot_be_frozen_is_refused():
-    with pytest.raises(qat.UsageError, match="freeze: the model is not quantized"):
-        qat.freeze(tiny.vit())
-    with pytest.raises(
-        qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"
-    ):
-        qat.freeze(tiny.converted())
-    net = made(RECIPES["ofq_2bit"])
-    with pytest.raises(qat.UsageError, match="freeze: the model is already frozen"):
-        qat.freeze(qat.freeze(net))
-    present = tiny.quantized("ofq_noqkr", act_quantizer="statsq")
-    with pytest.raises(
-        qat.UsageError,
-        match="patch_embed.proj.input_quantizer is quantized by statsq, whose values have no fixed grid",
-    ):
-        qat.freeze(present)
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (tiny.vit, "^freeze: the model is not quantized"),
+        (tiny.converted, "scales of patch_embed.proj.input_quantizer are not initialised"),
+        (lambda: qat.freeze(tiny.quantized()), "^freeze: the model is already frozen"),
+        (
+            lambda: tiny.quantized("ofq_noqkr", act_quantizer="statsq"),
+            "patch_embed.proj.input_quantizer is quantized by statsq",
+        ),
+    ],
+    ids=["float", "without scales", "frozen", "no grid"],
+)
+def test_what_cannot_be_frozen_is_refused(net, message):
+    with usage_error(message):
+        qat.freeze(net())
 
 
 @pytest.mark.parametrize("recipe", ["ofq_2bit", "lsq_4bit"])
@@ -160,21 +158,16 @@ def test_weights_that_are_made_from_others_are_refused(recipe, change, tmp_path)
         ("blocks.0.attn", "q_weight") if recipe == "ofq_2bit" else ("blocks.0.mlp.fc1", "weight")
     )
     change(net.get_submodule(layer), name)
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"^freeze: {layer} is pruned or parametrized; must have plain weights",
-    ):
+    with usage_error(rf"^freeze: {layer} is pruned or parametrized"):
         qat.freeze(net)
-    with pytest.raises(
-        qat.UsageError, match="^save: the net is pruned or parametrized; must have plain weights"
-    ):
+    with usage_error("^save: the net is pruned or parametrized"):
         qat.save(net, tmp_path / "net.pt")
     assert not (tmp_path / "net.pt").exists()
 
 
 def test_a_net_in_bfloat16_is_frozen_in_float32():
     images = tiny.images(4).bfloat16()
-    net = qat.convert(tiny.vit().bfloat16(), qat.recipe("deploy_w8a8"), input_size=tiny.SIZE)
+    net = tiny.convert(tiny.vit().bfloat16(), "deploy_w8a8")
     qat.initialize_scales(net, [images]).eval()
     frozen, whole = qat.freeze(net), qat.freeze(copy.deepcopy(net).float())
     assert torch.equal(frozen(images.float()), whole(images.float()))

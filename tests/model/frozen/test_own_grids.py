@@ -50,11 +50,7 @@ def quantized(cls):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05)
-    qat.convert(
-        net,
-        qat.recipe("ofq_noqkr", bits=4, weight_quantizer=f"{__name__}:{cls.__name__}"),
-        input_size=tiny.SIZE,
-    )
+    tiny.convert(net, "ofq_noqkr", bits=4, weight_quantizer=f"{__name__}:{cls.__name__}")
     return qat.initialize_scales(net, [tiny.images(8)]).eval()
 
 
