@@ -13,16 +13,10 @@ from qat.analysis import Analysis, Outcome, Table
 from qat.data import Digits
 from qat.tasks.analyze import analyze as task
 from qat.tasks.analyze import make_labels
-from tests.conftest import compose, results
+from tests.conftest import compose, contents, results
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
 
-SMALL = (
-    "analysis=robustness",
-    "analysis.parts=[steps,bits]",
-    "analysis.ratios=3",
-    "analysis.bits=[2,4,32]",
-    "images=40",
-)
+SMALL = ("analysis.parts=[steps,bits]", "analysis.ratios=3", "analysis.bits=[2,4,32]")
 
 
 def analyze(run_dir, *overrides):
@@ -38,15 +32,11 @@ def table(path):
 
 @pytest.mark.parametrize("name", ["robustness", "weights", "cost", "landscape"])
 def test_what_a_run_leaves_behind(tmp_path, run_4bit, name):
-    more = {"robustness": SMALL[1:], "landscape": ("analysis.points=3",)}.get(name, ())
+    more = {"robustness": SMALL, "landscape": ("analysis.points=3",)}.get(name, ())
     found = analyze(tmp_path, f"ckpt={last(run_4bit)}", f"analysis={name}", "images=40", *more)
     split = {"robustness": "test", "weights": "train", "landscape": "val"}.get(name)
-    assert (found["command"], found["analysis"], found["split"], found["weights"]) == (
-        "analyze",
-        name,
-        split,
-        str(last(run_4bit)),
-    )
+    assert [found[key] for key in ("command", "analysis", "split")] == ["analyze", name, split]
+    assert found["weights"] == str(last(run_4bit))
     assert (found["quant"], found["data"]) == ("ofq_4bit", "digits")
     index = json.loads((tmp_path / f"{name}.json").read_text())
     assert index["summary"] == found["summary"]
@@ -118,66 +108,41 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
     assert make_labels(None, paths) == labels
 
 
-@pytest.mark.parametrize(
-    ("overrides", "line"),
-    [
-        (["analysis.low=0"], "analysis.low=0: must be a number above 0"),
-        (
-            ["ckpt=[{four},{four}]"],
-            "ckpt=['{four}', '{four}']: their names do not differ; set labels",
-        ),
-        (
-            ["ckpt=[{four},{float}]", "labels=[a,a]"],
-            "labels=['a', 'a']: must be as many as there are checkpoints (2), all different",
-        ),
-        (["ckpt=[{four},3]"], "ckpt=3: must be a path"),
-        (["ckpt=[]"], "ckpt=[]: must be a path"),
-        (
-            ["ckpt=[{four},{large}]"],
-            "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]; set data=... for both",
-        ),
-        (
-            ["ckpt=[{four},{fashion}]"],
-            "ckpt='{fashion}': its data have class FashionMnist, those of '{four}' Digits; ",
-        ),
-        (["trainer.devices=2"], "trainer.devices=2: analyses run on one device; must be 1"),
-        (
-            ["trainer.precision=bf16-mixed"],
-            "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
-        ),
-        (
-            ["analysis=oscillation"],
-            "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",
-        ),
-        (
-            ["analysis=weights", "ckpt={frozen}", "data=digits"],
-            "patch_embed.proj.weight_quantizer holds only integer codes; ",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+MISTAKES = {
+    "analysis=robustness analysis.low=0 ckpt={four}": "analysis.low=0: ",
+    "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: their names do not differ",
+    "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: ",
+    "analysis=cost ckpt=[{four},3]": "ckpt=3: ",
+    "analysis=cost ckpt=[]": "ckpt=[]: ",
+    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]",
+    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': its data have class FashionMnist, those of '{four}' Digits",
+    "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: ",
+    "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': ",
+    "analysis=oscillation ckpt={four}": "ckpt='{four}': its run did not track oscillation",
+    "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer holds only integer codes; ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
 def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
-    tmp_path, run_4bit, float_run, refused, overrides, line
+    tmp_path, run_4bit, float_run, refused, typed
 ):
-    content = torch.load(last(run_4bit), weights_only=True)["qat"]["data"]
-    names = {"four": last(run_4bit), "float": last(float_run)} | {
-        name: tmp_path / f"{name}.ckpt" for name in ("large", "fashion", "frozen")
-    }
-    edited(last(run_4bit), names["large"], {**content, "mean": [0.5]})
-    edited(last(run_4bit), names["fashion"], {**content, "_target_": "qat.data.FashionMnist"})
-    qat.save(qat.freeze(qat.load(last(run_4bit))), names["frozen"])
+    paths = {"four": last(run_4bit), "float": last(float_run)}
+    for name in ("large", "fashion", "frozen"):
+        paths[name] = tmp_path / f"{name}.ckpt"
+    stored = torch.load(paths["four"], weights_only=True)["qat"]["data"]
+    edited(paths["four"], paths["large"], {**stored, "mean": [0.5]})
+    edited(paths["four"], paths["fashion"], {**stored, "_target_": "qat.data.FashionMnist"})
+    qat.save(qat.freeze(qat.load(paths["four"])), paths["frozen"])
     run = tmp_path / "run"
     run.mkdir()
-    older = [run / name for name in ("config.yaml", "command.json", "results.json")]
-    for path in older:
-        path.write_text("{}\n")
-    ckpt = [] if any(one.startswith("ckpt") for one in overrides) else [f"ckpt={last(run_4bit)}"]
-    small = SMALL[-1:] if any(one.startswith("analysis=") for one in overrides) else SMALL
-    cfg = compose(
-        "analyze", f"run_dir={run}", *ckpt, *small, *(one.format(**names) for one in overrides)
-    )
-    assert refused("analyze", cfg).startswith("error: " + line.format(**names))
-    assert {path.read_text() for path in older} == {"{}\n"}
+    for name in ("config.yaml", "command.json", "results.json"):
+        (run / name).write_text("{}\n")
+    before = contents(run)
+    cfg = compose("analyze", f"run_dir={run}", "images=40", *typed.format(**paths).split())
+    line = refused("analyze", cfg)
+    assert line.startswith("error: " + MISTAKES[typed].format(**paths))
+    assert contents(run) == before
 
 
 def test_an_analysis_has_to_be_chosen(tmp_path, refused):
