@@ -1,4 +1,4 @@
-"""A deployable file of a quantized checkpoint, checked against it: `python export.py ckpt=PATH format=onnx`."""
+"""A file to deploy, checked against its checkpoint: `python export.py ckpt=PATH format=onnx`."""
 
 from qat.cli import commands
 

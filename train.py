@@ -1,4 +1,4 @@
-"""Train a vision transformer, quantization-aware or in float: `python train.py model=deit_t quant=ofq_2bit`."""
+"""Train a model, quantization-aware or in float: `python train.py model=deit_t quant=ofq_2bit`."""
 
 from qat.cli import commands
 

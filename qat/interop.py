@@ -114,8 +114,8 @@ def net_from_ofq(
     state = checkpoint.state
     if not is_ofq(state):
         raise UsageError(
-            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write it; "
-            "ckpt_format=timm?"
+            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write "
+            "it; ckpt_format=timm?"
         )
     is_swin = any(name.endswith("relative_position_bias_table") for name in state)
     family = "Swin" if is_swin else "DeiT"

@@ -14,7 +14,10 @@ from qat.errors import UsageError
 
 @dataclass(frozen=True)
 class Further:
-    """A command on the `best` or `last` weights of a finished run; its results are part of the record."""
+    """A command on the `best` or `last` weights of a finished run.
+
+    Its results are part of the record.
+    """
 
     command: str
     use: Sequence[str] = ()

@@ -1,7 +1,7 @@
 """`torch.distributed.run` as a script without tracebacks.
 
-After a signal it exits with the code of the signal; if a signal ended a rank, it prints the table of
-ranks. The lock of the run directory is held as long as a rank lives.
+After a signal it exits with the code of the signal; if a signal ended a rank, it prints the table
+of ranks. The lock of the run directory is held as long as a rank lives.
 """
 
 import contextlib

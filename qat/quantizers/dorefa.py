@@ -25,7 +25,7 @@ class SquashedGrid(UniformGrid):
 
 @register("dorefa")
 class DoReFa(Quantizer):
-    """Weights of any shape: 2^bits values from -1 to 1, half steps around zero, one range for the tensor.
+    """2^bits values from -1 to 1, half steps around zero, one range for a tensor of any shape.
 
     The gradient passes through tanh and the division by the largest magnitude, and straight
     through the rounding.
