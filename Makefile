@@ -170,7 +170,7 @@ test-long: $(READY) ## what the tests of every change have no time for: compiler
 test-cpus: $(READY) ## golden, kernel and export tests as on CPUs without AVX-512, with 1, 2 and 4 threads
 	for isa in default avx2; do for threads in 1 2 4; do \
 	  ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=$$isa QAT_TEST_THREADS=$$threads \
-	    $(BIN)/python -m pytest -q $(PARALLEL) tests/functional tests/quantizers tests/kernels tests/ptq tests/export tests/test_zoo.py || exit 1; \
+	    $(BIN)/python -m pytest -q $(PARALLEL) tests/functional tests/quantizers tests/kernels tests/ptq tests/export tests/system/test_zoo.py || exit 1; \
 	done; done
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests

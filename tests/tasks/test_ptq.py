@@ -12,8 +12,8 @@ from qat.tasks import build
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
 from tests.conftest import TINY, compose, evaluate, results, tiny, train
+from tests.system.test_configs import choices
 from tests.tasks.test_evaluate import DIGITS, counted, last
-from tests.test_configs import choices
 
 SMALL = ("data.calibration_images=60", "ptq.batch=20")
 MODEL = ("model=vit_tiny_demo", *(o for o in TINY if "model.args" in o))

@@ -7,8 +7,8 @@ import pytest
 from qat.ptq.search import SearchSettings
 from qat.tasks.ptq_start import build_ptq_recipe, build_search
 from tests.conftest import compose
+from tests.system.test_configs import choices
 from tests.tasks.test_ptq import MODEL, SMALL
-from tests.test_configs import choices
 
 ROWS = [f"evolq_w{bits}a8" for bits in (8, 4, 3)]
 

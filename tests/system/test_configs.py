@@ -215,7 +215,7 @@ ELSEWHERE_RUN = (
     "ofq_",
     "evolq_",
     "cifar10_",
-)  # tests/tasks/test_recipes.py, tests/tasks/test_search.py, tests/test_docs.py
+)  # tests/tasks/test_recipes.py, tests/tasks/test_search.py, tests/system/test_docs.py
 
 
 @pytest.mark.parametrize(
