@@ -2,7 +2,7 @@
 
 
 class UsageError(ValueError):
-    """A setting, path or file that cannot work.
+    """A setting, path or file that cannot be used.
 
     The message is one line that names the setting, its value and what is allowed.
     """

@@ -318,7 +318,7 @@ class QuantRecipe:
         """Spec of an activation.
 
         Args:
-            role: one of `ROLES` but `weight` and `qk`.
+            role: any of `ROLES`, except `weight` and `qk`.
             place: one of `PLACES`; the input of a head has one scale for the tensor.
             signed: False for an `input` that is the output of an activation function without a
                 negative tail.

@@ -127,9 +127,9 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 
 @torch.no_grad()
 def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
-    """Unused levels and percent of values at the end codes of a quantizer.
+    """The number of unused levels of a quantizer, and the percentage of values at its end codes.
 
-    On a uniform grid also the percent of clipped values, which are more than half a step size
+    For a uniform grid, also the percentage of clipped values: those more than half a step size
     beyond the end levels.
     """
     grid = quantizer.grid(x)

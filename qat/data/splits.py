@@ -54,7 +54,7 @@ def stratified_split(
 
 
 def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the split val if it is missing: a tenth of train, always the same images.
+    """Add a `val` split if there is none, by moving a fixed tenth of `train` into it.
 
     A split that is a copy of another one, or a link to it, is named in a warning.
 

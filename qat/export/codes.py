@@ -39,9 +39,9 @@ _VIEWS = frozenset({
 
 
 class _OnCodes:
-    """Sends products of codes to their graph; all other operators, such as norms, get numbers.
+    """Sends products of codes to the tensor's graph.
 
-    No runtime has kernels for those on codes.
+    All other operators, such as norms, get plain numbers, as no runtime can run them on codes.
     """
 
     graph: Any

@@ -34,10 +34,10 @@ _OTHER_ERRORS = (
 
 
 class SizeLimit(TorchDispatchMode):
-    """Raises `ValueError` in its block where this thread takes much more memory than some weights.
+    """Raises `ValueError` if its block creates far more or far larger tensors than `weights`.
 
-    It adds up the tensors that are not computed from others, as new parameters are, and compares
-    each of the others by itself.
+    Only the present thread is watched. Tensors that are not computed from others, such as new
+    parameters, are added up; each computed tensor is checked on its own.
 
     Args:
         weights: by name; only their shapes matter.

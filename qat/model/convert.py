@@ -62,7 +62,7 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 
 
 def own_input_size(net: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images of a timm model, or of the first one in a module.
+    """(channels, height, width) of the images of a timm model, or of the first timm model inside.
 
     Raises:
         UsageError: there is no timm model.

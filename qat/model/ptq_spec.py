@@ -200,7 +200,7 @@ class PtqRecipe(QuantRecipe):
         """Spec of an activation.
 
         Args:
-            role: one of `ROLES` and `OUTPUT_ROLES` but `weight` and `qk`.
+            role: any of `ROLES` or `OUTPUT_ROLES`, except `weight` and `qk`.
             place: one of `PLACES`.
             signed: not used, because a zero point fits any range.
         """

@@ -1,4 +1,4 @@
-"""Quantized attention, without query-key reparameterization, and its parts common to both forms.
+"""Quantized attention without query-key reparameterization, and code shared with that form.
 
 Source: OFQ, arXiv 2302.02210.
 """

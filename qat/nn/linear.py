@@ -43,7 +43,7 @@ class QuantLinear(nn.Linear, QuantModule):
         return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
 
     def _fused(self, x: Tensor, operand: LSQParams) -> Tensor:
-        """The same result in one autograd Function, which saves less for backward."""
+        """The result of the plain path in one autograd Function, which saves less for backward."""
         params = weight_params(self, "weight")
         if params is None:
             return lsq_linear(x, operand, self.quantized("weight"), WeightParams(None), self.bias)
@@ -67,7 +67,7 @@ def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
 
 
 @register_swap(nn.TransformerEncoderLayer, "linear")
-def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001  (as any swap)
+def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
     """Keep torch from its fast path, which would read weights past the quantized layers."""
     layer = shallow_cast(nn.TransformerEncoderLayer, module)
     layer.activation_relu_or_gelu = 0
@@ -114,7 +114,7 @@ class Dropout(nn.Dropout):
 
 
 @register_swap(nn.Dropout, "linear")
-def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001  (as any swap)
+def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
     """Replace a dropout between an activation and a quantized Linear."""
     return Swap(shallow_cast(Dropout, module))
 

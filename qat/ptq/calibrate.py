@@ -40,7 +40,7 @@ class Calibration:
 
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
-    """Run the net in float inside the block: quantizers return their inputs, norms are float."""
+    """Make the net compute in float inside the block, including its integer norms."""
     forwards: dict[nn.Module, Forward] = {}
     for module in net.modules():
         if isinstance(module, IntegerLayerNorm):

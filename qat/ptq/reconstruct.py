@@ -41,10 +41,11 @@ class ReconstructSettings:
     Attributes:
         steps: training steps of each block, with Adam.
         batch: images of a training step.
-        lr: learning rate of weights and biases at first; it falls to zero along a cosine.
-        scale_lr: learning rate of the logarithm of step sizes.
+        lr: initial learning rate of weights and biases.
+        scale_lr: initial learning rate of the logarithm of step sizes. Both rates fall to zero
+            along a cosine.
         drop: share of the elements of a block's input that come from the float net (QDrop).
-        seed: seed of the order of batches and of the mixed elements.
+        seed: seed of the order of batches and of the elements that come from the float net.
 
     Raises:
         UsageError: a value is out of range.

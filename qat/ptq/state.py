@@ -69,7 +69,7 @@ class Progress:
         return dict(content["state"])
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace both files; each is complete at any moment."""
+        """Replace the checkpoint and the table; each file is complete at all times."""
         if self.folder is None:
             return
         content = {

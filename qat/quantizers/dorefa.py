@@ -16,7 +16,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGrid(UniformGrid):
-    """Evenly spaced values of `squash(x)`, which are not in the unit of the weights."""
+    """Evenly spaced values of `squash(x)`, which are not on the scale of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
         """`squash(x)`, which is what is rounded."""

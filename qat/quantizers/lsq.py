@@ -136,7 +136,7 @@ class LSQ(Quantizer):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`qat.functional.lsq` on the learned step."""
+        """`qat.functional.lsq` of `x` with the learned step size."""
         return kernels.lsq(x, self._params())
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:

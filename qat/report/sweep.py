@@ -103,7 +103,7 @@ def _without_quotes(value: str) -> str:
 
 
 def varied_settings(jobs: Sequence[Row]) -> list[str]:
-    """Names of the settings by which jobs differ, and the seed if any job sets it."""
+    """Names of the settings that differ between jobs, and `seed` if any job sets it."""
     names = []
     for column in dict.fromkeys(itertools.chain.from_iterable(jobs)):
         if not column.startswith(SETTING):
@@ -115,7 +115,7 @@ def varied_settings(jobs: Sequence[Row]) -> list[str]:
 
 
 def settings_of(job: Row, names: Sequence[str]) -> dict[str, str]:
-    """Some settings of a job; long numbers with four significant digits."""
+    """The named settings of a job; long numbers are shortened to four significant digits."""
     return {name: _shortened(str(job.get(SETTING + name, MISSING))) for name in names}
 
 

@@ -113,7 +113,7 @@ def _predicted_rows(
 
 
 class _Files(Dataset[tuple[int, Tensor]]):
-    """Number and image after the evaluation transform; -1 for an image that is skipped."""
+    """Index and image after the evaluation transform; the index is -1 if the image is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
         self.paths = paths

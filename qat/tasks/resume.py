@@ -212,7 +212,7 @@ def compared(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Compared settings by name; checkpoints of older versions have nested settings."""
+    """Yield name and value of each setting to compare; those of older checkpoints are nested."""
     if name in NOT_COMPARED:
         return
     if isinstance(node, dict):

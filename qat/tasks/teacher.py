@@ -188,14 +188,14 @@ def net_of_file(
     """The model of `teacher.ckpt`.
 
     Args:
-        path: a checkpoint of ours, which names its model, or weights of timm.
-        name: timm name of the model that weights of timm are for.
-        args: its arguments.
-        model_setting: `teacher.model`, which a checkpoint of ours must hold; None = any.
+        path: a qat checkpoint, which names its model, or plain timm weights.
+        name: timm name of the model, for plain timm weights.
+        args: arguments of that model, for plain timm weights.
+        model_setting: `teacher.model`, which a qat checkpoint must hold; None = any model.
 
     Raises:
-        UsageError: no such file, it cannot be read, does not fit or holds another model, or it is
-            a quantized model of the paper's code.
+        UsageError: the file is missing or unreadable, its weights do not fit, it holds another
+            model, or a quantized model of the OFQ paper's code.
     """
     origin = f"teacher.ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")

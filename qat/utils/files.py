@@ -175,7 +175,7 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 
 
 def json_text(value: Any) -> str:
-    """Text of a JSON file: null for NaN and infinity, a string for values of other types."""
+    """JSON text: NaN and infinity become null, values of types that JSON lacks become strings."""
     return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"
 
 

@@ -19,7 +19,7 @@ from qat.kernels.library import operator
 LARGE = 2048
 
 # Rows of scores are padded to a multiple of this many elements, by kind of device: tensor cores
-# read 16 bytes at once, and take several times as long without.
+# read 16 bytes at once, and take several times as long on unpadded rows.
 ROWS = {"cuda": 8}
 
 

@@ -150,7 +150,7 @@ def gather_backward(
 
     grad_scores = grad_probs_q  # overwritten
     if with_bias and grad_probs_q.dtype != torch.float32:
-        # The gradient of the bias is a sum of scores' gradients that are not rounded.
+        # The bias gradient sums the gradients of the scores, so these are not rounded.
         grad_scores = torch.empty_like(probs, dtype=torch.float32)
     grads = operators.gradients(
         quantizer,
