@@ -278,7 +278,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
 
 
 def compiles(cfg: DictConfig) -> bool | str:
-    """Whether models are compiled: False, True or "graphs".
+    """The way models are compiled: False, True or "graphs".
 
     `compile=auto` means True on CUDA, unless the processes share the weights.
 

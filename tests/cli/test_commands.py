@@ -432,7 +432,7 @@ def test_a_job_of_a_cluster_needs_no_script(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert commands.run("train") == 0
     carried = cloudpickle.dumps(found[0])
-    monkeypatch.setattr(commands, "run_task", lambda cfg, **_: called.append(cfg))
+    monkeypatch.setattr(job, "run_task", lambda cfg, **_: called.append(cfg))
     monkeypatch.setattr(
         commands.HydraConfig, "get", lambda: OmegaConf.create({"runtime": {"choices": {}}})
     )

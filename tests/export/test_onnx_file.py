@@ -120,6 +120,7 @@ def test_fused_attention_of_five_axes(tmp_path):
 
 @pytest.mark.slow
 def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
+    torch.manual_seed(0)
     net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 8, 8), stem_width=8)
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
