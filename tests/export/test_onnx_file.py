@@ -125,7 +125,7 @@ def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.weight.data[0] *= 20
-    net.fc.weight.data *= 0.01
+    net.fc.weight.data *= 0.001
     images = torch.randn(8, 3, 32, 32)
     assert_agrees(deployed(net, images), tmp_path / "net.onnx", images)
 
