@@ -16,8 +16,7 @@ INTRO = """# Models
 
 What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its
 attention products stay float unless it uses one of the attention classes below. `qat.convert` warns
-where more than 1 % of the multiply-accumulates stay float that the recipe quantizes, and names the
-modules.
+if more than 1 % of the multiply-accumulates stay float against the recipe, and names the modules.
 
 - **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions;
   in an attention that does not stay float, queries, keys, values and probabilities too.
