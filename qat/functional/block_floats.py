@@ -30,7 +30,7 @@ class BlockFormat(NamedTuple):
     """A float format without infinities, and the scales of its blocks.
 
     Attributes:
-        bits: of a code: sign, exponent, mantissa.
+        bits: bits of a code: sign, exponent, mantissa.
         mantissa: bits of the mantissa.
         lowest: exponent of the smallest normal value.
         highest: the largest value.

@@ -52,7 +52,7 @@ def distillation_loss(
         label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's
             probabilities are not smoothed.
         hard_weight: factor on the first part; at 0, labels are not read.
-        temperature: of the second part, above 0 (`soft_cross_entropy`).
+        temperature: T of the second part, above 0 (`soft_cross_entropy`).
 
     Returns:
         Scalar, float32.
@@ -67,7 +67,7 @@ def distillation_loss(
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over features and images of mean |s - t|^2 / var(t), both over the entries of one image.
 
-    At any scale of the features, a distance of 1 is that of the teacher's mean. Images do not mix,
+    The mean of the teacher is at a distance of 1, at any scale of the features. Images do not mix,
     so the distance of a batch is the mean of the distances of its parts.
 
     Args:

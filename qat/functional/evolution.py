@@ -63,11 +63,11 @@ def draw(
     """Draw the random numbers of one cycle.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         place: (pass, block, cycle), each from 0.
         length: n, entries of a candidate.
-        radius: of the noise, a number or (n,), in the unit of a scale; for relative noise, a
-            fraction.
+        radius: radius of the noise, a number or (n,), in the unit of a scale; for relative
+            noise, a fraction.
         size: P, members of the population.
         tournament: S, members that compete.
     """

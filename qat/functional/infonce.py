@@ -63,7 +63,7 @@ def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
 
     Args:
         kind: one of `FITNESSES`.
-        temperature: of `infonce`, above 0.
+        temperature: temperature of `infonce`, above 0.
     """
     fitnesses: dict[str, Fitness] = {
         "infonce": partial(info_nce, temperature=temperature),

@@ -394,14 +394,6 @@ def mse_init_scale(
         quantize: a faster form of `lsq_forward` without offsets, which returns a new tensor with
             the same values.
 
-    Args:
-        x: any shape and float dtype.
-        qmin: lowest code.
-        qmax: highest code.
-        axis: dimension that keeps steps of its own, None = one for the tensor.
-        quantize: a faster form of `lsq_forward` without offsets, which returns a new tensor with
-            the same values.
-
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good steps
         the smallest.
@@ -418,7 +410,7 @@ def half_step_init_scale(
 
     There are 57 candidates, from 1/8 to 16 times 2 * mean|x| / n, n = qmax + 1.
 
-    Args: those of `mse_init_scale`.
+    See `mse_init_scale` for the arguments.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good steps

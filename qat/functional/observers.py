@@ -191,7 +191,7 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
     value of all batches.
 
     Args:
-        state: of the batches before; None at the first.
+        state: range of the batches before; None at the first.
         x: any shape and float dtype.
         axis: dimension that keeps scales of its own, None = one for the tensor.
         method: one of `OBSERVERS`.
@@ -234,7 +234,7 @@ def affine_from_state(
     """Scale and zero point after the last batch; see `affine_scale`.
 
     Args:
-        state: of `observe`, with the same axis and method.
+        state: result of `observe`, with the same axis and method.
         x: the last batch, on which `omse`, `mse` and `ptf` measure their errors.
         bits: 2 to 8.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].

@@ -36,7 +36,7 @@ def oscillation_step(
     An oscillation is a change of the code against the direction of its last change.
 
     Args:
-        state: of the last update; None at the first, which only stores the codes.
+        state: the result of the last update; None at the first, which only stores the codes.
         codes: integers in any dtype.
         momentum: weight of the new codes in the frequency, in (0, 1).
     """
@@ -81,10 +81,11 @@ def freezing_step(
     above the threshold, the integer is computed again from the mean, as in the authors' code.
 
     Args:
-        state: of the last update; None before the first.
+        state: the result of the last update; None before the first.
         codes: integers of this update, frozen entries replaced (`with_frozen`).
-        frequency: from `oscillation_step` in this update.
-        threshold: on the frequency; at 0 or below, nothing is tracked or frozen.
+        frequency: frequencies of `oscillation_step` in this update.
+        threshold: highest frequency of an entry that stays free; at 0 or below, nothing is tracked
+            or frozen.
         momentum: weight of the new codes in the mean.
     """
     if threshold <= 0:

@@ -67,7 +67,7 @@ def unpack_codes(
     Args:
         packed: (ceil(n * bits / 8),), uint8.
         bits: 2 to 8.
-        shape: of the codes.
+        shape: shape of the codes.
         signed: the highest bit is the sign.
 
     Returns:

@@ -55,14 +55,14 @@ def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None 
             fits = fits and (n == 1 or n == m)  # noqa: PLR1714 (of symbols, too)
     if not fits:
         raise UsageError(
-            f"input of a quantizer {tuple(x.shape)}: has scales or offsets of its own for each "
-            "place; images must have the input_size of the conversion, "
+            f"input of a quantizer {tuple(x.shape)}: does not fit scales or offsets for each "
+            "position; images must have the input_size of the conversion, "
             "or the recipe act_scales=tensor, offsets=false"
         )
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off for the device of a tensor; the meta device knows no autocast."""
+    """Turn autocast off for the device of `x`; the meta device does not support autocast."""
     if x.is_meta:
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -48,9 +48,7 @@ class StepContext:
     @property
     def prediction(self) -> Tensor:
         """(B, K) logits of the net in evaluation: the mean of its heads."""
-        if not isinstance(self.logits, tuple):
-            return self.logits
-        class_logits, distillation_logits = self.logits
+        class_logits, distillation_logits = self.heads
         if class_logits is distillation_logits:
             return class_logits
         return (class_logits + distillation_logits) / 2

@@ -42,11 +42,11 @@ class Distillation(LossTerm):
     The class head gets the hard part, the distillation head the soft part; a single head gets both.
 
     Args:
-        label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
+        label_smoothing: mass moved from the target of the hard part to all classes, in [0, 1).
         weight: factor in the sum.
         hard_weight: factor on the hard part, 0 or more. At 0 only the teacher is followed, and the
             class head of a net with a distillation head learns nothing.
-        temperature: of both distributions of the soft part, above 0; 1 in OFQ.
+        temperature: T of the soft part (`soft_cross_entropy`), above 0; 1 in OFQ.
     """
 
     needs_teacher = True

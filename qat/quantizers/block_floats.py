@@ -96,7 +96,7 @@ class FloatGrid(Grid):
 class BlockFloat(Quantizer):
     """Floats in blocks along `spec.axis`, the dimension over which a product sums.
 
-    An axis of None is that of the channels of a convolution's input (B, C, H, W).
+    With an axis of None, blocks are along the channels of a convolution's input (B, C, H, W).
     """
 
     in_blocks = True

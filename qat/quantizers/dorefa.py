@@ -19,7 +19,7 @@ class SquashedGrid(UniformGrid):
     """Evenly spaced values of `squash(x)`, which are not on the scale of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
-        """`squash(x)`, which is what is rounded."""
+        """Input of the rounding: `squash(x)`."""
         return squash(x.detach())
 
 
@@ -43,11 +43,11 @@ class DoReFa(Quantizer):
         return codes.to(code_dtype(self.spec.qmin, self.spec.qmax))
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The same one for every tensor."""
+        """The same grid for every tensor."""
         return SquashedGrid(
             qmin=self.spec.qmin, qmax=self.spec.qmax, step=self._step(x).reshape(1), zero_point=-0.5
         )
 
     def _step(self, x: Tensor | None) -> Tensor:
         device = None if x is None else x.device
-        return torch.tensor(2 / (2**self.spec.bits - 1), device=device)
+        return torch.full((), 2 / (2**self.spec.bits - 1), device=device)

@@ -18,7 +18,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class PowersOfTwo(Grid):
-    """Codes k of 2^-k; the last code is that of zero too."""
+    """Code k stands for 2^-k, the last code also for zero."""
 
     @property
     def unit(self) -> float:

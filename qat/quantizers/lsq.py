@@ -140,7 +140,7 @@ class LSQ(Quantizer):
         return kernels.lsq(x, self._params())
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """`qat.functional.lsq` with offsets; of the activations, backward saves only the input."""
+        """`qat.functional.lsq` with offsets; the only activation saved for backward is `x`."""
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
         return kernels.lsq(x, self._params()._replace(before=before, after=after))

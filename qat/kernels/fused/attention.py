@@ -78,13 +78,13 @@ def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
     return tiled_attention.fits(inputs.qkv, shape.num_heads, probs.scale, probs.codes, shape.dtype)
 
 
-def _to_probs(q: Tensor, k: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
-    """The result (h, B, N, M) of `to_probs` for queries (B, N, h*d) and padded keys (B, M, h*d)."""
+def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
+    """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
     scores = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
     q_heads = heads_of(q, shape.num_heads)
     k_heads = heads_of(k, shape.num_heads)
     heads_product(q_heads, k_heads.transpose(-2, -1), scores, shape.factor)
-    return to_probs(scores, inputs.scoring.bias, inputs.scoring.mask, shape)
+    return scores
 
 
 class _Attention(torch.autograd.Function):
@@ -112,8 +112,10 @@ class _Attention(torch.autograd.Function):
             )
             save(ctx, *args, shape, row_sums)
             return out
-        probs = _to_probs(q, pad(k), inputs, shape)
+        scores = _scores(q, pad(k), shape)
         del q, k
+        probs = to_probs(scores, scoring.bias, scoring.mask, shape)
+        del scores
         save(ctx, *args, shape, probs if scoring.keep_probs else None)
         return gather(probs, pad(v), probs_params, shape)
 
@@ -182,7 +184,8 @@ def _plain_backward(
     k = pad(k)
     v = pad(v)
     if probs is None:
-        probs = _to_probs(q, k, inputs, shape)
+        scoring = inputs.scoring
+        probs = to_probs(_scores(q, k, shape), scoring.bias, scoring.mask, shape)
     grad_scores, grad_v, grad_scale, grad_bias = gather_backward(
         grad,
         probs,

@@ -24,7 +24,7 @@ ROWS = {"cuda": 8}
 
 
 def pad(x: Tensor) -> Tensor:
-    """`x` (B, N, C) with zeros after its N keys, so that rows of scores have a length of `ROWS`."""
+    """`x` (B, N, C) with zeros after its N keys, up to a multiple of `ROWS` keys."""
     multiple = ROWS.get(x.device.type, 1)
     padding = -x.shape[1] % multiple
     if padding == 0:

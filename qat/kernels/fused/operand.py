@@ -50,7 +50,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def probs_dtype(x: Tensor) -> torch.dtype:
-    """Float32 under autocast, also on CPUs, where autocast leaves a softmax in half precision."""
+    """Dtype of probabilities: float32 under autocast, else the dtype of `x`.
+
+    On CPUs autocast leaves a softmax in half precision.
+    """
     is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return torch.float32 if is_cast else x.dtype
 

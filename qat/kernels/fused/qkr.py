@@ -55,10 +55,10 @@ class QkrOperands(NamedTuple):
     """Quantizers.
 
     Attributes:
-        input: of x (B, N, C).
-        product: of M x (B, N*h, C).
-        values: of V (B, N, h*d).
-        probs: of the probabilities (..., N, N).
+        input: quantizer of x (B, N, C).
+        product: quantizer of M x (B, N*h, C).
+        values: quantizer of V (B, N, h*d).
+        probs: quantizer of the probabilities (..., N, N).
     """
 
     input: LSQParams
