@@ -147,7 +147,8 @@ def apply_recipe(
     original_modules = dict(net._modules)
     tracer = ActivationTracer()
     if signs == "probe":
-        with tracer:
+        # Tensors of the inference mode do not count their changes.
+        with tracer, torch.inference_mode(mode=False):
             check_input(net, size, tracer.hooks(net))
     walk = _Walk(recipe, stem_and_heads(net), tracer.unsigned_inputs(), swapped)
     try:
