@@ -144,14 +144,14 @@ def net_from_ofq(
         steps="absolute",
         **map_scales,
     )
+    image_size = kwargs["img_size"]
     try:
-        check_net(name, kwargs, state, [(kwargs["img_size"], kwargs["img_size"])])
+        check_net(name, kwargs, state, [(image_size, image_size)])
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{origin}: its shapes are those of no {name} ({reason})") from error
     _grow_merging_biases(net, state)
-    image_size = kwargs["img_size"]
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _fill(net, state, qkr=has_qkr, origin=origin)
     check_finite(net, origin, unset=True)

@@ -483,7 +483,8 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
             raise TypeError(f"recipe: {unknown(knob, knob, known)}")
     check_choice("recipe", name, (*PRESETS, *CHOICES))
     preset, widths = CHOICES.get(str(name), (str(name), {}))
-    own, given = PRESETS[preset].get("overrides", {}), knobs.get("overrides")
-    if isinstance(given, Mapping | None):
-        knobs["overrides"] = {**own, **(given or {})}
+    own_rules = PRESETS[preset].get("overrides", {})
+    rules = knobs.get("overrides")
+    if isinstance(rules, Mapping | None):
+        knobs["overrides"] = {**own_rules, **(rules or {})}
     return QuantRecipe(**{"name": preset, **PRESETS[preset], **widths, **knobs})

@@ -40,7 +40,7 @@ class SizeLimit(TorchDispatchMode):
     parameters, are added up; each computed tensor is checked on its own.
 
     Args:
-        weights: by name; only their shapes matter.
+        weights: tensors by name; only their shapes matter.
         subject: start of the message.
     """
 
@@ -96,9 +96,9 @@ def check_net(
     The model is built and called on the meta device, which takes no memory.
 
     Args:
-        name: of timm.
-        kwargs: of `timm.create_model`.
-        weights: by name; only their shapes matter.
+        name: timm name of the model.
+        kwargs: arguments of `timm.create_model`.
+        weights: tensors by name; only their shapes matter.
         image_sizes: (height, width) of images that the model may be called with.
         pretrained_size: (channels, height, width) of `pretrained_cfg`; timm's own is not measured,
             as models for smaller images keep it.

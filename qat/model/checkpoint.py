@@ -155,7 +155,7 @@ def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[
     """Weights of a file under timm's names.
 
     Args:
-        content: of the file.
+        content: dictionary that the file holds.
         fmt: one of `FORMATS`.
         has_prefix: True = a prefix of all names, such as `net.` of a LightningModule, is removed.
     """

@@ -147,7 +147,8 @@ def apply_recipe(
     original_modules = dict(net._modules)
     tracer = ActivationTracer()
     if signs == "probe":
-        with tracer:
+        # Tensors of the inference mode do not count their changes.
+        with tracer, torch.inference_mode(mode=False):
             check_input(net, size, tracer.hooks(net))
     walk = _Walk(recipe, stem_and_heads(net), tracer.unsigned_inputs(), swapped)
     try:
@@ -292,8 +293,8 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
             for part in [parts] if isinstance(parts, str) else parts:
                 places[f"{name}.{part}".lstrip(".")] = place
     if not any(places.get(name) == "stem" for name in modules):
-        convolutions = [name for name, m in modules.items() if isinstance(m, nn.Conv2d)]
-        places[next(iter(convolutions), "")] = "stem"
+        convolutions = (name for name, m in modules.items() if isinstance(m, nn.Conv2d))
+        places[next(convolutions, "")] = "stem"
     return places
 
 
@@ -335,19 +336,19 @@ class _Walk:
     in_float: list[str] = field(default_factory=list)
 
 
-def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
-    """Swap the children of a module, then the children of their replacements."""
+def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
+    """Swap the children of a module, which was swapped as `outer`, then their children."""
     # `named_children` would skip later names of a module.
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
-        input_kind = done.inputs.get(child_name, "signed")
+        input_kind = outer.inputs.get(child_name, "signed")
         if input_kind == "float":
             walk.in_float.append(path)
             continue
         if child is None or isinstance(child, Quantizer):
             continue
-        if child_name in done.children:
-            child = _put(module, child_name, done.children[child_name], walk)
+        if child_name in outer.children:
+            child = _put(module, child_name, outer.children[child_name], walk)
         if input_kind == "signed" and child in walk.unsigned_inputs:
             input_kind = "unsigned"
         replacement = walk.replacements.get((child, input_kind))

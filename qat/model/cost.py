@@ -51,7 +51,7 @@ class ModuleCost:
             that training computes from the weights.
         offset_bytes: learnable offsets.
         float_bytes: everything else.
-        products: of one image.
+        products: matrix products of one image.
     """
 
     module: str
@@ -114,7 +114,7 @@ def size_bytes(net: nn.Module) -> int:
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
-    """Numbers of weights by bit-width, without the scales and offsets of quantizers."""
+    """Numbers of weights by bit-width, without scales and offsets; of a model not yet frozen."""
     sites = {site.name: site for site in iter_quantizers(net)}
     numbers: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
@@ -200,8 +200,7 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
     if quantizer.spec.bias_correction:
         # Bias correction needs a scale and a zero point for each row.
         return FLOAT_BYTES * 2 * (rows - quantizer.n_scales)
-    has_own_scales = quantizer.n_scales > 0
-    return 0 if has_own_scales else FLOAT_BYTES * rows
+    return 0 if quantizer.n_scales else FLOAT_BYTES * rows
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:
@@ -232,7 +231,7 @@ def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
     """The module to which a tensor is counted, and the field of `ModuleCost`.
 
     Args:
-        name: of the tensor.
+        name: name of the tensor.
         sites: names of the quantizers; their tensors are counted to the module that owns them.
     """
     quantizer = next((site for site in sites if name.startswith(f"{site}.")), None)

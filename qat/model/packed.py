@@ -38,7 +38,7 @@ _DTYPES = {
 
 
 def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> dict[str, int]:
-    """Write a frozen model; an error leaves no file behind.
+    """Write a frozen model; after an error, no file is written or replaced.
 
     Args:
         net: a model of `qat.freeze`.
@@ -145,12 +145,11 @@ def _content(name: str) -> str:
 
 def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
     """CRC-32 as eight digits, of codes, floats, other tensors by name, and texts of the header."""
-    names = ["codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})]
-    content = b""
-    for name in names:
-        content += tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
-    content += "".join(header).encode()
-    return f"{zlib.crc32(content):08x}"
+    checksum = 0
+    for name in ("codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+    checksum = zlib.crc32("".join(header).encode(), checksum)
+    return f"{checksum:08x}"
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

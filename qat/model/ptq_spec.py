@@ -74,8 +74,8 @@ class PtqRecipe(QuantRecipe):
         attention: `standard`, or `float` (only the linear layers of an attention are quantized).
         weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine
             then) or `float`.
-        act_quantizer: the same.
-        softmax_quantizer: the same, or `log2` (powers of two); None = `act_quantizer`.
+        act_quantizer: one of the values of `weight_quantizer`.
+        softmax_quantizer: one of these values, or `log2` (powers of two); None = `act_quantizer`.
         weight_observer: how the range of a weight is chosen, one of `OBSERVERS` but `ptf`.
         act_observer: how the range of an activation is chosen, one of `OBSERVERS` but `ptf`.
         residual_observer: how the range of sums on the residual stream is chosen (`fqvit`);

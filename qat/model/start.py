@@ -81,7 +81,7 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         LookupError,
         AttributeError,
     )
-    if not loading:  # of weights, whose RuntimeError means that they do not fit
+    if not loading:  # when weights are loaded, a RuntimeError means that they do not fit
         failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)

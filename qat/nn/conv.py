@@ -61,8 +61,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution as one matrix product.
 
-        The quantizer of the image learns from the gradient of the convolution's input, which takes
-        a convolution several times as long.
+        The quantizer of the image learns from the gradient of the image, which a convolution
+        computes several times more slowly.
         """
         height, width = self.kernel_size
         rows = x.shape[2] // height

@@ -151,7 +151,7 @@ class FqNet(VisionTransformer):
     """The model itself: quantizers after the joined tokens, the position embedding, and the sum."""
 
     def add_quantizers(self, context: SwapContext) -> None:
-        """Add the quantizers to timm's modules."""
+        """Add the quantizers of the model itself."""
         self.tokens_quantizer = context.act("output")
         has_positions = self.pos_embed is not None
         self.positions_quantizer = context.act("output") if has_positions else nn.Identity()

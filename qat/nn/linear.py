@@ -59,11 +59,11 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`; `fc2` has an unsigned input after GELU, ReLU or SiLU, as in older files."""
+    """Keep an `Mlp`; `fc2` has an unsigned input after an activation, as older files need."""
     follows_activation = isinstance(module.norm, nn.Identity)
     if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
         return Swap(module, {"fc2": "unsigned"})
-    return Swap(module, {})
+    return Swap(module)
 
 
 @register_swap(nn.TransformerEncoderLayer, "linear")

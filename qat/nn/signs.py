@@ -70,8 +70,8 @@ class ActivationTracer(TorchFunctionMode):
         self.layers[layer] = is_output and self.layers.get(layer, True)
 
     def _is_output(self, x: Tensor) -> bool:
-        _, version = self.outputs.get(x.untyped_storage()._cdata, (x, None))
-        return x._version == version
+        output = self.outputs.get(x.untyped_storage()._cdata)
+        return output is not None and x._version == output[1]
 
     def __torch_function__(
         self,

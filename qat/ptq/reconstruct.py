@@ -192,8 +192,8 @@ def _fit(
     """Train one unit on the inputs of the quantized net; mean loss over all batches before, after.
 
     Args:
-        runner: of the quantized net.
-        float_runner: of the float net.
+        runner: runner of the quantized net.
+        float_runner: runner of the float net.
         unit: name of the unit.
         layers: sites of its quantized weights.
         index: number of the unit, for its random numbers.

@@ -381,7 +381,7 @@ def _visit(
     """Search the scales of one block, and store the best scales in the net and in the state.
 
     Args:
-        evaluator: of the net.
+        evaluator: fitness of the net.
         name: name of the block.
         visit: (pass, block), each from 0.
         settings: settings of the search.

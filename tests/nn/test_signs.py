@@ -73,6 +73,13 @@ def test_values_are_followed_to_the_layer(function, unsigned):
     assert unsigned_layers(net) == ({"last"} if unsigned else set())
 
 
+def test_values_are_followed_in_inference_mode():
+    family = FAMILIES["siglip"]
+    with torch.inference_mode():
+        net = qat.convert(family.build(), qat.recipe("lsq"), input_size=family.input_size)
+    assert "blocks.0.mlp.fc2" in unsigned_layers(net)
+
+
 def test_a_layer_with_inputs_of_both_kinds_is_signed():
     layer = nn.Linear(4, 4)
     net = nn.Sequential(nn.Flatten(1, 2), nn.ReLU(), layer, layer)
