@@ -37,6 +37,7 @@ from evidence.speed.steps import (
     training_step,
 )
 from evidence.speed.timing import environment, ratio, table, take_turns
+from qat.lit.compiled import register_formulas
 
 COMPILED_FLOAT = "compiled float"
 # Only attention saves tensors that can be computed again.
@@ -78,6 +79,7 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
 
     More compiled models would share code objects and reach the limit of recompilations.
     """
+    register_formulas()
     nets = {}
     steps = {}
     for name, arm in {FLOAT: ROWS[FLOAT], COMPILED_FLOAT: ROWS[FLOAT], row: ROWS[row]}.items():

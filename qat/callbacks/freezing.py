@@ -38,10 +38,11 @@ class IterativeFreezing(Callback):
     the next forward pass. The folded matrix of QKR has no latent of its own and is not frozen.
 
     Args:
-        threshold: on the oscillation frequency, at the start; above 0, below 1.
-        final_threshold: at the end of the run; two to three times `momentum` at least catches only
-            repeated flips.
-        momentum: of the frequency and of the mean code.
+        threshold: oscillation frequency above which a weight is frozen, at the start of the run;
+            above 0, below 1.
+        final_threshold: threshold at the end of the run; two to three times `momentum` or more
+            catches only repeated flips.
+        momentum: weight of one step in the frequency and in the mean code.
 
     Raises:
         UsageError: a setting cannot work. In `setup`: there is nothing to freeze.

@@ -48,8 +48,8 @@ def track(state: OscillationState | None, codes: Tensor, momentum: float) -> Osc
     Codes are int16, directions int8, and of the flips only the sum is stored.
 
     Args:
-        state: after the previous update, on any device; None before the first.
-        codes: of at most 8 bits.
+        state: result of the previous update, on any device; None before the first.
+        codes: codes of the weights, at most 8 bits.
         momentum: weight of this update in the frequency.
     """
     flips: Tensor | int = 0
@@ -154,7 +154,7 @@ class Oscillation(Callback):
 
     @torch.no_grad()
     def _sums(self, site: Site) -> Tensor:
-        """`_Sums` of a weight, (5,) float32."""
+        """Values of `_Sums` for a weight, (5,) float32."""
         weight = site.latent().detach()
         state = self._states[site.name]
         grid = site.quantizer.grid(weight)

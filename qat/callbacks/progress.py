@@ -77,7 +77,7 @@ class StepLimit(Callback):
 
 
 class EpochLog(Callback):
-    """Logs losses, accuracy, learning rate, images per second and time left after every epoch."""
+    """Logs loss, accuracy, learning rate, images per second and time left after every epoch."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

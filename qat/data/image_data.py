@@ -192,7 +192,8 @@ class ImageData(LightningDataModule, ABC):
                 images of the split.
 
         Returns:
-            `split`, `images`, and `majority_share`, that of its most frequent class in percent.
+            `split`, `images`, and `majority_share`, the share in percent of the most frequent
+            class.
         """
         if confusion is None:
             labels = self.split(self.evaluation_split).labels

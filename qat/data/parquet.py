@@ -99,9 +99,8 @@ def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str
 class HfParquet(EncodedImageData):
     """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
 
-    The encoded images are in memory.
-    Without val a tenth of train is held out, always the same images. Without test, or if its labels
-    are not published, val is evaluated.
+    The encoded images are in memory. Without val a tenth of train is held out, always the same
+    images. Without test, or if its labels are not published, val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:

@@ -69,8 +69,9 @@ class DataSettings:
         patch_size: patch of the model for images of this size; None = the model's own.
         in_chans: number of colour channels.
         num_classes: number of classes.
-        mean: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
-        std: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
+        mean: mean per channel of pixel values in [0, 1]; photos: None = that of `model`.
+        std: standard deviation per channel of pixel values in [0, 1]; photos: None = that of
+            `model`.
         batch_size: images per process and step.
         num_workers: loader processes; None = see `workers`.
         augment: `none` (the settings of augmentation below are off, `repeats` too), `light`
@@ -88,8 +89,8 @@ class DataSettings:
             of three or, with hue, four; None = off. `timm` only, and only if `rand_augment` is None
             or contains `3a`: with other policies timm leaves it out.
         random_erasing: probability that a rectangle is filled with noise; `timm` only.
-        train_interpolation: of the random resized crop; `random` = bilinear or bicubic by chance;
-            `timm` only.
+        train_interpolation: interpolation of the random resized crop; `random` = bilinear or
+            bicubic by chance; `timm` only.
         repeats: times that an image appears in the order of an epoch, each time augmented
             differently. The epoch's length does not change: it contains one image in `repeats`.
             Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT has 3.
@@ -111,7 +112,7 @@ class DataSettings:
             `model`.
         crop_mode: used with a `crop_pct`: `center` crops, `squash` first resizes the whole image to
             a square, `border` pads it to one; None = `center`; photos: None = that of `model`.
-        interpolation: of the scaling in evaluation and under `light`, with a `crop_pct`; photos:
+        interpolation: interpolation in evaluation and under `light`, with a `crop_pct`; photos:
             None = that of `model`.
         image_column: parquet column with encoded images; None = found by its usual names.
         label_column: parquet column with labels; None = found by its usual names.
@@ -169,7 +170,8 @@ class DataSettings:
         """Number of loader processes for a number of images.
 
         It is `num_workers`, or by default the number of cores for each process of a run on this
-        machine; 0 for few images, which are loaded sooner without processes.
+        machine, at most `MOST_WORKERS`; 0 for few images, which are loaded sooner without
+        processes.
         """
         if self.num_workers is not None:
             return self.num_workers

@@ -127,7 +127,7 @@ def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray
     Args:
         open_it: opens the image.
         chans: 1 or 3.
-        name: of the image, for messages.
+        name: name of the image, for messages.
 
     Raises:
         ImageError: the image cannot be opened or decoded.
@@ -146,9 +146,9 @@ class EncodedImages(ABC):
     Args:
         labels: (N,), class ids.
         origin: the file or folder of the images, for messages.
-        settings: of these, `in_chans` and `on_error` are used. `on_error=skip` replaces an image by
-            the next one that can be decoded, and its label, too. The replacement is always the
-            same: the number of images, their order and their random draws do not change.
+        settings: `in_chans` and `on_error` are used. `on_error=skip` replaces an image and its
+            label by the next ones that can be decoded. The replacement is always the same: the
+            number of images, their order and their random draws do not change.
 
     Attributes:
         rows: (N,), numbers of the images among those stored.

@@ -176,8 +176,8 @@ def _requeue(run_dir: Path) -> str | None:
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
     if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
         return (
-            f"{runs} stretches have saved nothing to go on from; "
-            "its time limit is too short for what comes before"
+            f"{runs} runs of it have ended before the first checkpoint; "
+            "the time limit of the job is too short"
         )
     time.sleep(SHOW_LOG_S)
     try:

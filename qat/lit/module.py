@@ -45,13 +45,13 @@ class QATModule(LightningModule):
         loss: the loss to minimise.
         num_classes: number of classes.
         optimizer: builds the optimizer from the net.
-    scheduler: builds the schedule and its interval from the optimizer, the number of epochs and
-        the steps per epoch.
-    teacher: its logits are passed to the loss; checkpoints do not contain it.
-    describe: metadata of checkpoints (`qat.model.metadata.describe`).
-    lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that results do
-        not depend on the number of processes; `process` = the batch of one process, as in the
-        paper's code.
+        scheduler: builds the schedule and its interval from the optimizer, the number of epochs and
+            the steps per epoch.
+        teacher: its logits are passed to the loss; checkpoints do not contain it.
+        describe: metadata of checkpoints (`qat.model.metadata.describe`).
+        lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that results do
+            not depend on the number of processes; `process` = the batch of one process, as in the
+            paper's code.
     """
 
     def __init__(

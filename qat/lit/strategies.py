@@ -59,8 +59,8 @@ def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
     more than another, as it has if no image is counted twice.
 
     Args:
-        find_unused_parameters: for nets with parameters that a step does not use, for example a
-            head that the loss leaves out.
+        find_unused_parameters: True for nets with parameters that a step does not use, for example
+            a head that the loss leaves out.
     """
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     sync_buffers = "broadcast_buffers"

@@ -74,7 +74,7 @@ class Teacher:
     def __init__(self, net: nn.Module, head: str = "cls") -> None:
         check_choice("loss.teacher_head", head, ("cls", "mean"))
         self.net = net.eval().requires_grad_(requires_grad=False)
-        keep_weights(net, keep=True)  # those of a quantized teacher never change
+        keep_weights(net, keep=True)  # quantized weights of a teacher never change
         self.head = head
         self._predict: Callable[[Tensor], Tensor] = net
         self._outputs: dict[str | None, Outputs] = {}

@@ -315,7 +315,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
     Args:
         tensors: the weights by name.
         origin: the file, for the message.
-        size: of the file in bytes.
+        size: size of the file in bytes.
 
     Raises:
         UsageError: a weight is of another kind, or there are too many numbers.

@@ -64,7 +64,7 @@ class _Slot:
     """A value on the stack of a pickle.
 
     Attributes:
-        name: of a global, or a text.
+        name: name of a global, or the characters of a text; empty for other values.
         values: number of values in it, each use counted.
     """
 

@@ -73,7 +73,7 @@ def check_number(
 
     Args:
         setting: name of the setting, for the message.
-        value: of the setting.
+        value: value of the setting.
         lowest: lower bound.
         above: True if `lowest` itself is excluded.
         below: upper bound that is itself excluded.
@@ -147,7 +147,7 @@ def check_channels(setting: str, values: Any, chans: int | None, lowest: float =
 
     Args:
         setting: name of the setting, for the message.
-        values: of the setting.
+        values: value of the setting.
         chans: number of channels; None = any.
         lowest: bound of the numbers, itself excluded.
     """

@@ -233,7 +233,7 @@ def test_a_job_that_never_saves_anything_is_not_started_for_ever(
         (tmp_path / name).touch()
     code, lines = left(caplog, Preempted(signal.SIGUSR1), tmp_path)
     assert (code, len(asked()[0])) == (138, 1 if name is None else 2)
-    why = "3 stretches have saved nothing to go on from; its time limit is too short for what comes before"
+    why = "3 runs of it have ended before the first checkpoint; the time limit of the job is too short"
     assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
 
 
