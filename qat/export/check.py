@@ -184,8 +184,8 @@ def compare(
         step_by_step = codes_of(images[i])
         is_like_graph = bool(((actual[i] - step_by_step[0]).abs() <= TOLERANCE).all())
         agreement.unlike += not is_like_graph
-        difference = _first_difference(net_codes(net, images[i]), step_by_step)
-        agreement.problem = agreement.problem or difference
+        if agreement.problem is None:
+            agreement.problem = _first_difference(net_codes(net, images[i]), step_by_step)
     is_unlike = agreement.unlike * len(other_images) > UNLIKE * len(images) * len(examined)
     if agreement.problem is None and is_unlike:
         agreement.problem = (

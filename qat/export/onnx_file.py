@@ -161,7 +161,7 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
 
     Raises:
         UsageError: `target` is a folder, or the written file disagrees, which is kept as
-        `<target>.rejected`.
+            `<target>.rejected`.
     """
     check_not_folder(target)
     unchecked = target.with_name(f".unchecked.{target.name}")
@@ -246,7 +246,7 @@ def require_installed(form: str) -> None:
 @torch.no_grad()
 def to_onnx(
     net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()
-) -> onnx.ModelProto:  # noqa: B008  (frozen)
+) -> onnx.ModelProto:
     """Write a frozen model as a graph of standard operators.
 
     Args:
