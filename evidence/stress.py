@@ -144,7 +144,7 @@ def run(
         folder: folder of all runs.
         name: key of `COMMANDS`.
         run_dir: folder of this run.
-        moment: when to kill the command.
+        moment: moment at which the command is killed; None = not at all.
 
     Returns:
         Number of calls by name; None if the command was killed.

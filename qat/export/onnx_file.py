@@ -199,7 +199,7 @@ def write_onnx(
         meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
             for images that are not square.
         images: (B, C, H, W) each.
-        settings: of the file.
+        settings: settings of the file.
     """
     import onnx  # noqa: PLC0415  (an extra)
 
@@ -252,7 +252,7 @@ def to_onnx(
     Args:
         net: result of `qat.freeze`; not changed.
         image: (1, C, H, W), of the model's input size.
-        settings: of the file.
+        settings: settings of the file.
 
     Returns:
         The ONNX model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
