@@ -144,7 +144,7 @@ def run(
         folder: folder of all runs.
         name: key of `COMMANDS`.
         run_dir: folder of this run.
-        moment: when to kill the command.
+        moment: moment at which the command is killed; None = not at all.
 
     Returns:
         Number of calls by name; None if the command was killed.
@@ -210,12 +210,12 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         return json.loads(path.read_text())
     if path.suffix == ".csv":
-        return _measured_rows(path)
+        return _rows_without_measurements(path)
     return ()
 
 
-def _measured_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table without measurements, and without rows that have nothing else."""
+def _rows_without_measurements(path: Path) -> list[dict[str, str]]:
+    """Rows of a table, without measurements; rows with no other value are left out."""
     rows = []
     for row in csv.DictReader(path.open()):
         cells = {key: cell for key, cell in row.items() if cell and not MEASURED.search(key)}

@@ -41,7 +41,7 @@ def rotated(unit: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
     Args:
         unit: (n,), length of a unit of the coordinates; an image has a width of 2.
-        generator: for random numbers.
+        generator: source of random numbers.
     """
     n = len(unit)
     centre = torch.rand(2, n, 1, 1, generator=generator) * 1.6 - 0.8

@@ -98,7 +98,7 @@ class Arms:
         """Runs without a record, and runs whose missing weights one of them needs.
 
         Args:
-            names: as for `ordered`, whose order they have.
+            names: see `ordered`; the runs have the same order.
         """
         records = {}
         for record in read_records(self.records):

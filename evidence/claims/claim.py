@@ -80,13 +80,13 @@ class Expectation:
 
     Attributes:
         what: name of the comparison on the page.
-        metric: of both arms.
-        arm: of this claim, or `CLAIM/arm`.
+        metric: name of the metric.
+        arm: an arm of this claim, or `CLAIM/arm`.
         than: the other arm, or a number.
         direction: higher, lower, within (not below `than` by more than the margin) or near (not
             further from `than` than the margin).
-        margin: in the unit of the metric.
-        format: of the difference on the page.
+        margin: margin in the unit of the metric.
+        format: format of the difference on the page.
     """
 
     what: str

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from evidence.claims.claim import Claim, Figure
 from evidence.claims.intervals import interval
+from evidence.pages.numbers import SEEDS
 from qat.utils.files import write_text
 
 if TYPE_CHECKING:  # only drawing needs the heavy libraries
@@ -32,8 +33,6 @@ DASHES = ("--", ":", "-.")
 LEVELS = 12
 # Curves with at most this many points have markers and intervals.
 FEW_POINTS = 13
-# Seeds from which on an interval is drawn.
-_SEEDS = 3
 _PANEL_INCHES = 3.3
 # Letters that fit into the width of a figure, in the size of labels, and into a panel's title.
 _LETTERS = 92
@@ -57,7 +56,7 @@ DARK = " ".join((
     '[style*="fill: #ffffff"] {fill: none !important}',
     *_RULES,
 ))
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "qat",
     "font.family": "DejaVu Sans",
@@ -86,7 +85,7 @@ class Point:
     @property
     def around(self) -> float:
         """Half of the 95 % interval; 0 below three seeds."""
-        if len(self.values) < _SEEDS:
+        if len(self.values) < SEEDS:
             return 0.0
         ends = interval(self.values)
         return (ends[1] - ends[0]) / 2 if ends else 0.0
@@ -175,7 +174,7 @@ def write(figure: Figure, content: Gathered, folder: Path) -> None:
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(mpl.rcParamsDefault | _STYLE), io.StringIO() as file:
+    with mpl.rc_context(mpl.rcParamsDefault | STYLE), io.StringIO() as file:
         if figure.kind == "map":
             canvas = _maps(figure, content.series)
         else:

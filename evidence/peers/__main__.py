@@ -55,6 +55,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     check_settings(cfg)
     quiet_libraries()
     resolve_hub_model(cfg)
+    build.count_classes(cfg)
     kernels.use(cfg.kernels)
     check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
+from evidence.pages.drawing import STYLE
 from qat.analysis.analysis import GREY, PALETTE, panels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +22,6 @@ TITLES = {
     "swin_tiny_patch4_window7_224": "Swin-T",
 }
 TIME = "batch 1, "
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "path",
-    "svg.hashsalt": "qat",
-    "font.family": "DejaVu Sans",
-}
 
 # Cells by model, file and column.
 Tables = dict[str, dict[str, dict[str, str]]]

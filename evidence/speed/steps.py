@@ -89,7 +89,7 @@ def training_step(
     Gradients take no memory between steps, as in a run.
 
     Args:
-        net: in training mode.
+        net: model in training mode.
         images: (B, 3, H, W).
         teacher: returns the logits to follow in place of labels.
         half: True for a forward pass in bfloat16 autocast.

@@ -47,7 +47,7 @@ class ImageSet:
 
     Attributes:
         batches: preprocessed images (B, C, H, W) and class ids (B,), both on one device.
-        split: of the dataset.
+        split: dataset split of the images.
     """
 
     batches: Sequence[tuple[Tensor, Tensor]]
@@ -88,7 +88,7 @@ class StudiedNet:
         label: name in plots and tables, different for each model.
         net: the model, in eval mode with scales set; analyses do not change it, bit for bit.
         input_size: (channels, height, width) of the images.
-        path: of the checkpoint; None without one.
+        path: checkpoint file; None without one.
     """
 
     label: str
@@ -128,10 +128,10 @@ class Drawing:
     """A figure.
 
     Attributes:
-        name: of the files, without extension.
+        name: file name without extension.
         title: above the figure.
         alt: description in words and numbers, for readers who cannot see the figure.
-        figure: of matplotlib.
+        figure: matplotlib figure.
     """
 
     name: str
@@ -159,9 +159,9 @@ class Analysis(ABC):
     """Base class: a subclass is a frozen dataclass of settings that checks them when it is built.
 
     Attributes:
-        name: of the files.
-        split: of the dataset whose images are read by default; None = no images. A split that was
-            used for training, calibration or selection says less about new images.
+        name: name of the analysis and its files.
+        split: default dataset split of the images; None = no images. A split that was used for
+            training, calibration or selection says less about new images.
     """
 
     name: ClassVar[str]
@@ -173,7 +173,7 @@ class Analysis(ABC):
 
         Args:
             nets: one model, or several to compare.
-            images: of the split; `NO_IMAGES` if `split` is None.
+            images: images of the split; `NO_IMAGES` if `split` is None.
 
         Raises:
             UsageError: a setting does not fit the models.
@@ -220,10 +220,10 @@ def panels(
     Each has two spines and a pale grid below the data; text is legible at a width of 720 pixels.
 
     Args:
-        rows: of panels.
-        columns: of panels.
-        width: of the figure, in inches.
-        height: of the figure, in inches.
+        rows: number of rows.
+        columns: number of columns.
+        width: inches.
+        height: inches.
         sharex: panels have a common x axis.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -246,8 +246,8 @@ def save_figure(
     Text stays text, dollar signs too; there is no date and no random name.
 
     Args:
-        file: to write.
-        figure: to save.
+        file: path or buffer.
+        figure: matplotlib figure.
         title: metadata of an SVG file.
         words: description, metadata of an SVG file.
         kind: `svg` or `png`.
@@ -272,9 +272,9 @@ def write_outcome(
     """Write tables as CSV, figures as SVG and PNG, and last `<name>.json`, which lists them all.
 
     Args:
-        folder: of the files.
-        name: of the analysis.
-        settings: of the analysis, plain data.
+        folder: target folder.
+        name: name of the analysis.
+        settings: settings of the analysis, plain data.
         outcome: results of the analysis.
         png: also write figures as PNG, which takes as long as everything else.
     """

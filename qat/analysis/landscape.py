@@ -54,7 +54,7 @@ class Landscape(Analysis):
         points: along each direction, odd.
         radius: largest change of a scale in a direction, as a fraction of the scale.
         loss: `ce` (of labels) or `infonce` (to the logits of the model in float).
-        seed: of the directions.
+        seed: seed of the directions.
 
     Raises:
         UsageError: a value that cannot work.
@@ -131,7 +131,7 @@ def plane(
     Args:
         net: quantized.
         targets: globs, matched with `LAYER.ROLE` in the model or with any end of it after a dot.
-        seed: of the directions, which are the same on every device.
+        seed: seed of the directions, which are the same on every device.
 
     Returns:
         `move(x, y)`, which returns a context in which the model is at this point of the plane.

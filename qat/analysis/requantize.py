@@ -42,7 +42,7 @@ def requantized(
     """Fake-quantize a weight with changed settings; by default as its quantizer does, bit for bit.
 
     Args:
-        quantizer: of the weight, with a uniform grid; only read.
+        quantizer: quantizer with a uniform grid; only read.
         weight: the latent float weight (out, ...) with which the quantizer is called.
         bits: 2 to 8; 32 = the float weight; None = the quantizer's.
         steps_from: `own`, step sizes by the quantizer's rule (at its own bits: the present ones),
@@ -86,13 +86,13 @@ class WeightSite:
     """A weight whose quantization can be changed.
 
     Attributes:
-        name: of the module that owns the weight.
+        name: name of the weight's module.
         place: `stem`, `block` or `head`.
         quantizer: the one that the model calls.
         rule: the one that `requantized` reads: `quantizer`, or for a float weight a quantizer with
             symmetric codes.
         bits: present bits, 32 = float.
-        shape: of the weight, (out, ...).
+        shape: (out, ...).
     """
 
     name: str

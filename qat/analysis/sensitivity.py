@@ -306,7 +306,7 @@ def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractC
 
     Args:
         sites: weights; those of a float model get the step sizes with the least error.
-        bits: by name of the weight.
+        bits: new bits by name of the weight.
     """
     steps_from = "mse" if is_float(sites) else "own"
     forwards: dict[nn.Module, Forward] = {}

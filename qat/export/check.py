@@ -47,7 +47,7 @@ class Agreement:
     """A file in one runtime, compared with its model.
 
     Attributes:
-        images: how many were compared.
+        images: number of compared images.
         same_top1: images on which both predict the same class.
         other_logits: images whose logits differ by more than the tolerance.
         largest: largest difference of the logits of the other images.
@@ -150,7 +150,7 @@ def compare(
 
     Args:
         net: quantized, frozen or not.
-        logits: of the other form.
+        logits: computes the logits of the other form.
         open_codes: returns a function that maps an image (1, C, H, W) to logits and codes of the
             other form; None = compare only logits, and report no problem.
         batches: images (B, C, H, W) each.
@@ -184,8 +184,8 @@ def compare(
         step_by_step = codes_of(images[i])
         is_like_graph = bool(((actual[i] - step_by_step[0]).abs() <= TOLERANCE).all())
         agreement.unlike += not is_like_graph
-        difference = _first_difference(net_codes(net, images[i]), step_by_step)
-        agreement.problem = agreement.problem or difference
+        if agreement.problem is None:
+            agreement.problem = _first_difference(net_codes(net, images[i]), step_by_step)
     is_unlike = agreement.unlike * len(other_images) > UNLIKE * len(images) * len(examined)
     if agreement.problem is None and is_unlike:
         agreement.problem = (

@@ -66,7 +66,7 @@ class QuantizedTensor(_OnCodes):
             `zero` is still to be subtracted.
         scale, shift, after: in the shape of `codes`, views where they repeat; None the second
             time. `after` is also None for 0.
-        name: of the quantizer.
+        name: name of the quantizer.
         zero: code that represents 0.
         graph: computes numbers and products: `plan.Planner` the first time, `write.Writer` the
             second.
@@ -153,7 +153,7 @@ class StoredWeight(_OnCodes):
 
     Attributes:
         frozen: the weight.
-        width: of the ONNX type of the stored codes, in bits.
+        width: bits of the ONNX type of the stored codes.
         codes: int8 codes that fit the type; uint8 codes, 128 higher, where int8 could saturate
             (`LARGEST_INT8`).
         is_doubled: the factors are 2 * codes + 1.
@@ -161,7 +161,7 @@ class StoredWeight(_OnCodes):
         zero_point: (n,) or (1,), the dtype of `codes`; None = 0.
         constant: (n,), added to a row: half a step size for 8-bit StatsQ, or the offset of bias
             correction; None = 0.
-        graph: as for `QuantizedTensor`; None before a graph is written.
+        graph: see `QuantizedTensor`; None before a graph is written.
     """
 
     frozen: FrozenWeight

@@ -161,7 +161,7 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
 
     Raises:
         UsageError: `target` is a folder, or the written file disagrees, which is kept as
-        `<target>.rejected`.
+            `<target>.rejected`.
     """
     check_not_folder(target)
     unchecked = target.with_name(f".unchecked.{target.name}")
@@ -199,7 +199,7 @@ def write_onnx(
         meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
             for images that are not square.
         images: (B, C, H, W) each.
-        settings: of the file.
+        settings: settings of the file.
     """
     import onnx  # noqa: PLC0415  (an extra)
 
@@ -246,13 +246,13 @@ def require_installed(form: str) -> None:
 @torch.no_grad()
 def to_onnx(
     net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()
-) -> onnx.ModelProto:  # noqa: B008  (frozen)
+) -> onnx.ModelProto:
     """Write a frozen model as a graph of standard operators.
 
     Args:
         net: result of `qat.freeze`; not changed.
         image: (1, C, H, W), of the model's input size.
-        settings: of the file.
+        settings: settings of the file.
 
     Returns:
         The ONNX model: input `image` (B, C, H, W), output `logits` (B, classes), float32.

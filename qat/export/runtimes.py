@@ -58,8 +58,8 @@ def open_session(
         runtime: `onnxruntime`, `openvino` or `executorch`.
         threads: 0 = one for each core. ExecuTorch has one number of threads for all files, and
             here it is 1.
-        precision: of the operators in OpenVINO that are not on integers; its own default is `bf16`
-            where the processor supports it.
+        precision: type of float operators in OpenVINO, whose own default is `bf16` where the
+            processor supports it.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:
@@ -161,7 +161,7 @@ def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Ten
     """Run a session on images.
 
     Args:
-        session: of a file.
+        session: an opened file.
         images: (B, C, H, W).
         batch: number of images that the file takes at a time; None = any number.
 

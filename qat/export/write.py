@@ -83,7 +83,7 @@ def _register_activation(
     Args:
         grid: the quantizer.
         step: scale of QuantizeLinear, ().
-        added: to codes, so that they fit 8 bits, see `added_code`.
+        added: number that makes codes fit 8 bits, see `added_code`.
         inverse: factor of the input in place of a scale, since runtimes take twice as long to
             divide; None = 1.
     """
@@ -102,7 +102,7 @@ class Writer(nn.Module):
 
     Args:
         net: frozen; its quantizers of activations get buffers.
-        planner: with the plans of this model.
+        planner: has the plans of this model.
     """
 
     one: Tensor

@@ -102,7 +102,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
     """Write the page of a directory, completely or not at all.
 
     Args:
-        template: of the page.
+        template: file of the template.
         folder: the directory.
         context: variables of the template.
 

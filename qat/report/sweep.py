@@ -204,7 +204,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     """Write `sweep.csv` and the page of a sweep; print the table, and a line for each failed job.
 
     Args:
-        folder: of the sweep.
+        folder: directory of the sweep.
         report: write the page too.
         refused: errors of jobs that did not run because their directories have results, by name.
 
