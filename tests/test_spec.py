@@ -1,13 +1,10 @@
 """Specs and recipes. Oracle: the table of the paper's settings, and one message per wrong knob."""
 
 import pytest
-from omegaconf import OmegaConf
 
 from qat.model.ptq_spec import recipe_from
-from qat.spec import PRESETS, QuantRecipe, QuantSpec, recipe
-from qat.tasks.conf import options
+from qat.spec import PRESETS, QuantSpec, recipe
 from qat.utils.validate import FLOAT_BITS
-from tests.conftest import compose
 from tests.errors import usage_error
 
 WRONG_KNOBS = [
@@ -39,14 +36,6 @@ def test_wrong_knobs_are_named(knobs, message):
     with usage_error(message) as caught:
         recipe("ofq", **knobs)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", options("quant"))
-def test_the_choices_of_quant_are_names_of_recipes(name):
-    knobs = OmegaConf.to_container(compose("train", f"quant={name}", "run_dir=a").quant)
-    assert recipe(name) == QuantRecipe(**knobs)
-    if name != "fp":
-        assert recipe(name, bits=4, act_bits=4).bits == 4
 
 
 @pytest.mark.parametrize(

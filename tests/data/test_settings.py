@@ -25,6 +25,7 @@ WRONG = [
     ("crop_pct", 2.1),
     ("scale", [0.5]),
     ("scale", [0.5, 0.4]),
+    ("scale", [0, 1]),
     ("scale", ["0.1", "1"]),
     ("scale", 0.5),
     ("repeats", 0),
@@ -85,6 +86,11 @@ def test_workers_are_the_machines(typed, images, cores, ranks, workers, monkeypa
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert DataSettings(**DIGITS, num_workers=typed).workers(images) == workers
+
+
+def test_settings_cannot_change_afterwards():
+    with pytest.raises(AttributeError):
+        DataSettings(**DIGITS).batch_size = 3
 
 
 def test_settings_of_older_files_mean_what_they_meant():

@@ -370,10 +370,13 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 1, 16, 8), (0, 1, 8, 8), (2, 1, 8, 8)])
-def test_images_that_do_not_fit(net, tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [((1, 8, 8), 0.0), ((2, 1, 16, 8), 0.0), ((0, 1, 8, 8), 0.0), ((2, 1, 8, 8), torch.nan)],
+)
+def test_images_that_do_not_fit(net, tmp_path, shape, value):
     with usage_error(r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\)"):
-        qat.export_onnx(net, tmp_path / "net.onnx", images=torch.full(shape, torch.nan))
+        qat.export_onnx(net, tmp_path / "net.onnx", images=torch.full(shape, value))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,3 +43,4 @@ def test_codes_and_values_of_any_input(kind, x, bits):
     assert int(codes.max()) - int(codes.min()) < 2**bits
     if kind in STORED:
         assert torch.equal(quantizer(out), out)
+        assert quantizer(x[:0]).shape == quantizer.codes(x[:0]).shape == x[:0].shape

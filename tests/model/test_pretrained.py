@@ -169,7 +169,6 @@ class FakeApi:
             raise self.error
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
-
         self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         return f"https://hub/{repo_id}"
 

@@ -391,7 +391,6 @@ def test_deviates_from_reference_a_mask_is_on_the_grid_of_its_own_weight():
     fit(module(start), annealing, steps, max_epochs=1, limit_train_batches=1)
     for block, bits, other in ((0, 2, 4), (1, 4, 2)):
         name = f"blocks.{block}.mlp.fc1.weight"
-
         before, changed = steps.before[0][name], moved(steps, 0, name)
         assert F.near_threshold(before, bits, 0.05)[changed].all()
         assert not F.near_threshold(before, other, 0.05)[changed].all()

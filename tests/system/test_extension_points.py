@@ -258,7 +258,6 @@ def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_step
 
 
 def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
-
     for name in ("weights", "oscillation"):
         overrides = (
             f"ckpt={half_steps}/checkpoints/last.ckpt",
