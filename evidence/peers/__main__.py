@@ -14,21 +14,16 @@ import time
 from typing import Any
 
 import hydra
-from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from evidence.peers.nets import PEERS, quantized
-from qat import kernels
 from qat.lit import QATModule
 from qat.lit.loggers import closing
-from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit
-from qat.tasks.checks import check_trainer
 from qat.tasks.conf import CONF
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.results import library_versions, write_results
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.summary import announce_teacher
 from qat.tasks.teacher import build_teacher
 from qat.utils.files import read_torch
@@ -52,13 +47,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         UsageError: a setting cannot work.
     """
     start_time = time.monotonic()
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use(cfg.kernels)
-    check_trainer(cfg.trainer)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     loss = build.build_loss(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg))
     data = build.build_data(cfg)

@@ -81,7 +81,7 @@ def run(name: str) -> int:
     """Run a command with the arguments of the command line.
 
     Args:
-        name: of the command, a key of `settings.COMMANDS`.
+        name: a key of `settings.COMMANDS`.
 
     Returns:
         The exit code: 1 if the run, or a job of a sweep, has failed.

@@ -30,7 +30,7 @@ from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # True = tracebacks
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
 # Settings that a command that resumes adds.
 RESUMING = {"resume", "run_dir"}
 # Seconds in which another process reports an error that all processes have.
@@ -113,9 +113,9 @@ def _report_failure(
 
     Args:
         cfg: the composed config.
-        error: what the task has raised.
-        line: the result of `line_of`.
-        state: of the run directory, before the task.
+        error: the error that ended the task.
+        line: the line to print, see `line_of`; None for an unknown error.
+        state: the run directory as it was before the task.
     """
     message = line or " ".join(f"{type(error).__name__}: {error}".split())
     sweep.failures.append(message)

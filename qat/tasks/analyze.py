@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from qat import kernels
 from qat.analysis import NO_IMAGES, Analysis, ImageSet, StudiedNet, write_outcome
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
-from qat.lit.quiet import quiet_libraries
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_trainer
 from qat.tasks.conf import options
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import remake, report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
 
 log = logging.getLogger(__name__)
@@ -39,13 +34,7 @@ def analyze(cfg: DictConfig) -> None:
     Raises:
         UsageError: a setting, path or file cannot work.
     """
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use("auto")
-    check_trainer(cfg.trainer)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     if cfg.run is not None:
         remake(cfg)
         return

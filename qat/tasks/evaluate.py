@@ -7,21 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
-from qat import kernels
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
-from qat.lit.quiet import quiet_libraries
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.cost import Cost, cost
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_trainer
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.predict import find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
@@ -33,7 +29,7 @@ from qat.tasks.results import (
     write_class_tables,
     write_results,
 )
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
 from qat.utils.text import count
 
@@ -56,13 +52,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         UsageError: a setting, path or file cannot work.
     """
     began = time.monotonic()
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use(cfg.kernels)
-    check_trainer(cfg.trainer)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     build.import_modules(cfg.model.imports)
     is_prediction = cfg.predict is not None
     paths = find_images(cfg.predict) if is_prediction else []

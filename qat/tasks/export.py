@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
-from qat import kernels
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
@@ -35,7 +33,6 @@ from qat.export.onnx_file import (
 from qat.export.pte import to_pte, write_pte
 from qat.export.runtimes import EXECUTORCH, milliseconds, open_session, quantize_8bit
 from qat.launch import run_dir as outputs
-from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.freeze import freeze
@@ -45,10 +42,9 @@ from qat.model.packed import write_packed
 from qat.model.storage import build_from, float_twin, load
 from qat.model.transform import data_config
 from qat.tasks import build, summary
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.subject import build_subject, origin
 from qat.utils.files import check_not_folder, remove_unfinished
 from qat.utils.text import count
@@ -102,12 +98,7 @@ def export(cfg: DictConfig) -> float:
             model; it is then kept as `<file>.rejected`.
     """
     began = time.monotonic()
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use("auto")
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     check_int("latency", cfg.latency, 0)
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:

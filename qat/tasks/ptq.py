@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat import kernels
 from qat.errors import UsageError
 from qat.launch.ranks import connect, is_first
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
-from qat.lit.quiet import quiet_libraries
 from qat.model.convert import convert
 from qat.model.cost import cost
 from qat.model.metadata import classes_of
@@ -34,9 +32,7 @@ from qat.ptq.scale_vectors import scale_vectors
 from qat.ptq.search import SearchSettings, logits_of, search
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_trainer
 from qat.tasks.evaluate import measure
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.ptq_start import (
     KEEP,
     build_ptq_recipe,
@@ -50,7 +46,7 @@ from qat.tasks.ptq_start import (
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import compared
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
 from qat.utils.probing import copied
 from qat.utils.validate import check_int
@@ -73,13 +69,7 @@ def ptq(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work.
     """
     began = time.monotonic()
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use("auto")
-    check_trainer(cfg.trainer)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe = build_ptq_recipe(cfg)
     search_settings = build_search(cfg)

@@ -190,7 +190,7 @@ def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> n
     Args:
         path: value of `teacher.ckpt`.
         subject: the model to quantize, and its data.
-        sets_mean: True if the user has set `data.mean`.
+        sets_mean: True if `data.mean` is set.
 
     Raises:
         UsageError: the file cannot be read, or holds a quantized model, or one for other classes

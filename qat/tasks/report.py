@@ -66,7 +66,7 @@ def remake(cfg: DictConfig) -> None:
     try:
         _describe_checkpoint(cfg, folder)
         _write(folder)
-    except UsageError:
+    except (UsageError, OSError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -116,7 +116,7 @@ def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
     """How images are prepared for a model in evaluation.
 
     Args:
-        settings: of the data.
+        settings: settings of the data.
         assumed: names of settings that are assumed, see `assumed_settings`.
     """
     scaling = "whole image, bicubic"
@@ -135,10 +135,10 @@ def assumed_settings(
     """Settings of images that neither the file of a model's weights nor the user states.
 
     Args:
-        cfg: of a command.
+        cfg: config of a command.
         own_data: `cfg.data` before settings of a file are added.
         net: the model as the file has it.
-        data: its images.
+        data: images for the model.
     """
     if not (cfg.ckpt or cfg.model.weights):
         return []

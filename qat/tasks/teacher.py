@@ -75,7 +75,7 @@ def fit_teacher(
         data: images of the training.
         setting: the setting that the teacher's weights come from.
         value: value of this setting.
-        sets_mean: True if the user has set `data.mean`.
+        sets_mean: True if `data.mean` is set.
 
     Raises:
         UsageError: it has other classes, or the classes in another order, or takes images of

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig
 
-from qat import kernels
 from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
 from qat.launch.ranks import connect, is_first
@@ -21,7 +20,6 @@ from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory
-from qat.lit.quiet import quiet_libraries
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.cost import cost
 from qat.model.metadata import describe
@@ -34,9 +32,7 @@ from qat.tasks.checks import (
     check_classifier,
     check_options,
     check_patches,
-    check_trainer,
 )
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
 from qat.tasks.resume import (
@@ -47,7 +43,7 @@ from qat.tasks.resume import (
     find_resume,
     outputs_to_replace,
 )
-from qat.tasks.settings import check as check_settings
+from qat.tasks.set_up import set_up
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
 from qat.utils.files import digest_of
@@ -70,13 +66,7 @@ def train(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work; raised before the first step.
     """
     began = time.monotonic()
-    check_settings(cfg)
-    quiet_libraries()
-    resolve_hub_model(cfg)
-    build.count_classes(cfg)
-    kernels.use(cfg.kernels)
-    check_trainer(cfg.trainer)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    set_up(cfg)
     build.import_modules(cfg.model.imports)
 
     recipe = build.build_recipe(cfg)

@@ -81,8 +81,8 @@ def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
     cfg = compose(
         "eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more
     )
-    line = f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; "
-    assert refused(command, cfg).startswith(line)
+    line = f"run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
+    assert refused(command, cfg) == f"error: {line}"
     assert contents(run) == before
 
 
@@ -90,9 +90,10 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
     for _ in range(2):
         evaluate(tmp_path, f"ckpt={last(run_4bit)}")
     start = (f"ckpt={last(float_run)}", f"run_dir={tmp_path}")
-    line = f"run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already"
-    assert line in refused("evaluate", compose("eval", *start))
-    assert line in refused("ptq", compose("ptq", *start, "resume=auto"))
+    content = f"results.json of eval.py {last(run_4bit)}"
+    line = f"error: run_dir={str(tmp_path)!r} holds {content} already; choose another run_dir"
+    assert refused("evaluate", compose("eval", *start)) == line
+    assert refused("ptq", compose("ptq", *start, "resume=auto")) == line
     assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
@@ -197,7 +198,11 @@ def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refus
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path, refused):
-    assert "ckpt is not set: " in refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
+    line = (
+        "ckpt is not set: must be a checkpoint; "
+        "or set model=NAME with model.pretrained=true or model.weights=FILE"
+    )
+    assert line in refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
     assert results(tmp_path)["command"] == "eval"
     assert "ckpt is not set" in results(tmp_path)["error"]
 
@@ -207,7 +212,8 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"}
     )
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
-    assert f"ckpt='{path}' was trained on 'somebody.elses.Digits', " in message
+    line = f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not part of qat; "
+    assert f"{line}choose it with data=..." in message
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
 
 

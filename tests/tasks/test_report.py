@@ -1,6 +1,7 @@
 """`report.html` of commands. Oracle: the files of the run beside it; `report=false`, which leaves a run without it."""
 
 import ast
+import errno
 import shutil
 
 import pytest
@@ -147,6 +148,16 @@ def test_a_damaged_file_in_a_directory_is_one_line(tmp_path, refused, file, text
     (run / file).write_text(text)
     line = refused("analyze", compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert "must hold files as a run writes them" in line or file in line
+
+
+def test_a_disk_that_cannot_be_written_is_not_a_damaged_file(tmp_path, refused, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(report, "_write", full)
+    line = refused("analyze", compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
+    assert line == "error: a file: cannot be read or written (No space left on device)"
 
 
 def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
