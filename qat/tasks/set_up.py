@@ -1,16 +1,25 @@
-"""The first steps of every command."""
+"""The first steps of every command: its settings, those of a model of a hub, kernels and seed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from qat import kernels
+from qat.errors import UsageError
 from qat.lit.quiet import quiet_libraries
+from qat.model.pretrained import CONFIG, PREFIX, WEIGHTS, fetch, is_ours
+from qat.model.start import check_model
 from qat.tasks.build import count_classes
 from qat.tasks.checks import check_trainer
-from qat.tasks.hub import resolve_hub_model
 from qat.tasks.settings import check as check_settings
+from qat.utils.text import json_object
+
+_PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def set_up(cfg: DictConfig) -> None:
@@ -21,9 +30,60 @@ def set_up(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     quiet_libraries()
-    resolve_hub_model(cfg)
+    _resolve_hub_model(cfg)
     count_classes(cfg)
     kernels.use(cfg.get("kernels", "auto"))
     if "trainer" in cfg:
         check_trainer(cfg.trainer)
     seed_everything(cfg.seed, workers=True, verbose=False)
+
+
+def _resolve_hub_model(cfg: DictConfig) -> None:
+    """Download the model that `model.name` names, if it is one of the hub, and set what it implies.
+
+    A model of ours becomes `ckpt`; one of timm's sets its architecture, arguments and weights.
+
+    Raises:
+        UsageError: it cannot be fetched, is not a timm model, or another start is set as well.
+    """
+    name = cfg.model.name or ""
+    if not name.startswith(PREFIX):
+        return
+    folder = fetch(name.removeprefix(PREFIX), f"model={name}")
+    config = json_object(folder / CONFIG)
+    if is_ours(folder):
+        _start_from_ours(cfg, folder)
+    else:
+        _start_from_timm(cfg, folder, config)
+
+
+def _start_from_ours(cfg: DictConfig, folder: Path) -> None:
+    cfg.model.pretrained = False
+    if cfg.ckpt or cfg.model.weights:
+        setting = "ckpt" if cfg.ckpt else "model.weights"
+        raise UsageError(
+            f"{setting} and model={cfg.model.name} are set: a model starts from one of them"
+        )
+    cfg.ckpt = str(folder / WEIGHTS)
+    cfg.model.name = None
+
+
+def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
+    is_pretrained = cfg.model.pretrained
+    cfg.model.pretrained = False
+    check_model(f"model={cfg.model.name}: architecture", config.get("architecture"))
+    own_args = cfg.model.args.items_ex(resolve=False)
+    with open_dict(cfg):
+        cfg.model.args = {
+            **(config.get("model_args") or {}),
+            **{key: value for key, value in own_args if value is not None},
+        }
+    cfg.model.name = config["architecture"]
+    if is_pretrained:
+        cfg.model.weights = str(folder / WEIGHTS)
+    pretrained_cfg = config.get("pretrained_cfg") or {}
+    if not isinstance(pretrained_cfg, dict):
+        return
+    for key in _PREPROCESSING:
+        if key in cfg.data and cfg.data[key] is None:
+            cfg.data[key] = pretrained_cfg.get(key)
