@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from evidence.claims.claim import Claim, Expectation
 from evidence.claims.intervals import interval
 from evidence.pages.evidence import Evidence
-from evidence.pages.numbers import SEEDS, with_interval
+from evidence.pages.numbers import MIXED, SEEDS, with_interval
 
 CONFIRMED = "confirmed"
 CONTRADICTED = "contradicted"
 INCONCLUSIVE = "inconclusive"
 TOO_FEW = "fewer than 3 seeds"
 VERDICTS = (CONFIRMED, CONTRADICTED, INCONCLUSIVE, TOO_FEW)
-# Marks pairs that ran on two types of CPUs.
-MIXED = "\\*"
 
 
 @dataclass(frozen=True)

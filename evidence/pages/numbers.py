@@ -9,6 +9,8 @@ from evidence.claims.intervals import interval
 
 DEFAULT_FORMAT = ".2f"
 NO_VALUE = "–"
+# Marks a difference of runs on two types of CPUs.
+MIXED = "\\*"
 # Seeds from which on an interval is shown.
 SEEDS = 3
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from evidence.claims.claim import Claim, Table, load_claim
 from evidence.claims.records import Record
 from evidence.pages import drawing
-from evidence.pages.comparison import MIXED, VERDICTS, Comparison, compare
+from evidence.pages.comparison import VERDICTS, Comparison, compare
 from evidence.pages.evidence import Evidence, read_evidence
-from evidence.pages.numbers import DEFAULT_FORMAT, SEEDS, spread
+from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, SEEDS, spread
 from evidence.speed.timing import table as markdown
 from qat.utils.files import write_text
 
@@ -31,7 +31,10 @@ README = "README.md"
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 COMMAND = "python -m evidence page"
-MIXED_NOTE = f"{MIXED} Some pairs ran on two CPU types, which changes a top-1 by up to 0.2 points."
+MIXED_NOTE = (
+    f"{MIXED} Some pairs ran on two CPU types, which changes a top-1 by up to 0.2 points. Records "
+    "until 2026-11-28 name a CPU by its marketing name only, so unmarked pairs may mix types too."
+)
 # Links in a claim's text, relative to docs/.
 _RELATIVE = re.compile(r"\]\((?!#|https?:)([^)\s]+)")
 
@@ -73,6 +76,7 @@ def overview(evidence: Evidence, claim: Claim) -> str:
         "counts": ", ".join(counts),
         "papers": verdicts(of_papers, evidence),
         "own": verdicts(ours, evidence),
+        "mixed_note": MIXED_NOTE,
     }
     return evidence.filled(claim, claim.why, words) + "\n"
 
@@ -80,10 +84,8 @@ def overview(evidence: Evidence, claim: Claim) -> str:
 def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
     """A table with the primary expectation of each claim."""
     rows = []
-    any_mixed = False
     for claim in claims:
         primary = compare(claim, evidence)[0]
-        any_mixed |= primary.mixed
         notes = []
         if len(primary.differences) != SEEDS:
             notes.append(f"{len(primary.differences)} seeds")
@@ -94,8 +96,7 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
             what = f"{what} ({'; '.join(notes)})"
         difference = f"{primary.difference}{MIXED * primary.mixed}"
         rows.append([claim.id, what, difference, primary.verdict])
-    table = markdown(["claim", "compared", "difference", "verdict"], rows)
-    return f"{table}\n\n{MIXED_NOTE}" if any_mixed else table
+    return markdown(["claim", "compared", "difference", "verdict"], rows)
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
@@ -114,9 +115,13 @@ def section(claim: Claim, evidence: Evidence) -> str:
     parts += _tables_and_figures(claim, evidence, comparisons[1:])
     parts.append(_origin(claim, evidence.of_claim(claim)))
     parts += _retired_arms(claim)
-    if any(comparison.mixed for comparison in comparisons):
-        parts.append(MIXED_NOTE)
-    return "\n\n".join(filter(None, parts)) + "\n"
+    text = "\n\n".join(filter(None, parts))
+    return with_mixed_note(text) + "\n"
+
+
+def with_mixed_note(text: str) -> str:
+    """A text with the explanation of the marks that it has."""
+    return f"{text}\n\n{MIXED_NOTE}" if MIXED in text else text
 
 
 def _links_from_pages(text: str) -> str:
@@ -175,10 +180,12 @@ def _tables_and_figures(
 
 
 def time_spent(records: list[Record]) -> str:
-    """Number of runs, and their time."""
+    """Number of runs, and their time; how many have none."""
     seconds = math.fsum(record.wall_seconds or 0.0 for record in records)
     time = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-    return f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
+    text = f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
+    num_unknown = sum(record.wall_seconds is None for record in records)
+    return f"{text}, without {num_unknown} of unknown time" if num_unknown else text
 
 
 def results(claim: Claim, table: Table, evidence: Evidence) -> str:
@@ -204,7 +211,8 @@ def generated_files(root: Path, evidence: Evidence) -> dict[str, str]:
     text = (root / README).read_bytes().decode()
     before, rest_of_text = text.split(BEGIN)
     after = rest_of_text.split(END)[1]
-    block = f"{BEGIN}\n\n{evidence.filled(claim, claim.readme)}\n\n{END}"
+    results_text = with_mixed_note(evidence.filled(claim, claim.readme))
+    block = f"{BEGIN}\n\n{results_text}\n\n{END}"
     files = pages(evidence)
     files[OVERVIEW_PAGE] = overview(evidence, claim)
     files[README] = before + block + after
