@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evidence.claims.claim import Claim, Expectation
@@ -92,3 +93,9 @@ def compare(claim: Claim, evidence: Evidence) -> list[Comparison]:
         is_mixed = evidence.mixes_cpus(claim, entry.arm, entry.than)
         comparisons.append(Comparison(entry, tuple(differences), is_mixed))
     return comparisons
+
+
+def judged(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The primary comparison of a claim, then the others that have a verdict."""
+    others = [comparison for comparison in comparisons[1:] if comparison.expectation.judged]
+    return [*comparisons[:1], *others]

@@ -1,4 +1,4 @@
-"""Write `docs/accuracy.md`, `evidence/pages/CLAIM.md` and the results in the README.
+"""Write `docs/accuracy.md`, the pages of claims and papers, and the results in the README.
 
 All are computed from claims and records.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from evidence.claims.claim import Claim, Table, load_claim
 from evidence.claims.records import Record
 from evidence.pages import drawing
-from evidence.pages.comparison import VERDICTS, Comparison, compare
+from evidence.pages.comparison import VERDICTS, Comparison, compare, judged
 from evidence.pages.evidence import Evidence, read_evidence
 from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, SEEDS, spread
 from evidence.speed.timing import table as markdown
@@ -25,6 +25,8 @@ RECORDS = "evidence/records"
 PAGES = "evidence/pages"
 OVERVIEW = "evidence/pages/accuracy.yaml"
 OVERVIEW_PAGE = "docs/accuracy.md"
+PAPERS = "evidence/pages/papers.yaml"
+PAPERS_PAGE = "evidence/pages/PAPERS.md"
 OVERVIEW_FIGURES = "docs/figures"
 README = "README.md"
 # Around the results in the README.
@@ -67,13 +69,15 @@ def overview(evidence: Evidence, claim: Claim) -> str:
             ours.append(other)
         else:
             of_papers.append(other)
-    answers = [compare(other, evidence)[0].verdict for other in of_papers]
-    counts = []
-    for verdict in VERDICTS:
-        if verdict in answers:
-            counts.append(f"{answers.count(verdict)} {verdict}")
+    primary = []
+    further = []
+    for other in of_papers:
+        first, *others = judged(compare(other, evidence))
+        primary.append(first)
+        further += others
     words = {
-        "counts": ", ".join(counts),
+        "counts": _counts(primary),
+        "further_counts": _counts(further),
         "papers": verdicts(of_papers, evidence),
         "own": verdicts(ours, evidence),
         "mixed_note": MIXED_NOTE,
@@ -81,21 +85,47 @@ def overview(evidence: Evidence, claim: Claim) -> str:
     return evidence.filled(claim, claim.why, words) + "\n"
 
 
+def papers(evidence: Evidence, claim: Claim) -> str:
+    """`evidence/pages/PAPERS.md`: tables and figures of the papers with results and verdicts.
+
+    Args:
+        evidence: all claims and records.
+        claim: `papers.yaml`, which is read like a claim. `{C1#0}` in its text is the difference
+            and the verdict of the first judged expectation of C1, `{C1#1}` of the second.
+    """
+    words = {"mixed_note": MIXED_NOTE}
+    for other in evidence.claims.values():
+        for number, comparison in enumerate(judged(compare(other, evidence))):
+            difference = f"{comparison.difference}{MIXED * comparison.mixed}"
+            words[f"{other.id}#{number}"] = f"{difference} | {comparison.verdict}"
+    return evidence.filled(claim, claim.why, words) + "\n"
+
+
+def _counts(comparisons: Sequence[Comparison]) -> str:
+    """How often each verdict occurs."""
+    answers = [comparison.verdict for comparison in comparisons]
+    counts = []
+    for verdict in VERDICTS:
+        if verdict in answers:
+            counts.append(f"{answers.count(verdict)} {verdict}")
+    return ", ".join(counts)
+
+
 def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
-    """A table with the primary expectation of each claim."""
+    """A table with the judged expectations of each claim, the primary one first."""
     rows = []
     for claim in claims:
-        primary = compare(claim, evidence)[0]
-        notes = []
-        if len(primary.differences) != SEEDS:
-            notes.append(f"{len(primary.differences)} seeds")
-        if primary.expected != "above 0":
-            notes.append(f"expected {primary.expected}")
-        what = primary.expectation.what
-        if notes:
-            what = f"{what} ({'; '.join(notes)})"
-        difference = f"{primary.difference}{MIXED * primary.mixed}"
-        rows.append([claim.id, what, difference, primary.verdict])
+        for comparison in judged(compare(claim, evidence)):
+            notes = []
+            if len(comparison.differences) != SEEDS:
+                notes.append(f"{len(comparison.differences)} seeds")
+            if comparison.expected != "above 0":
+                notes.append(f"expected {comparison.expected}")
+            what = comparison.expectation.what
+            if notes:
+                what = f"{what} ({'; '.join(notes)})"
+            difference = f"{comparison.difference}{MIXED * comparison.mixed}"
+            rows.append([claim.id, what, difference, comparison.verdict])
     return markdown(["claim", "compared", "difference", "verdict"], rows)
 
 
@@ -109,10 +139,11 @@ def section(claim: Claim, evidence: Evidence) -> str:
         _links_from_pages(f"Source: {source}."),
         _links_from_pages(f"> {statement}"),
     ]
-    if comparisons:
-        parts.append(_verdict_line(claim, comparisons[0]))
+    for comparison in judged(comparisons):
+        parts.append(_verdict_line(claim, comparison))
     parts.append(_links_from_pages(evidence.filled(claim, claim.why)))
-    parts += _tables_and_figures(claim, evidence, comparisons[1:])
+    others = [other for other in comparisons if other not in judged(comparisons)]
+    parts += _tables_and_figures(claim, evidence, others)
     parts.append(_origin(claim, evidence.of_claim(claim)))
     parts += _retired_arms(claim)
     text = "\n\n".join(filter(None, parts))
@@ -128,14 +159,14 @@ def _links_from_pages(text: str) -> str:
     return _RELATIVE.sub(r"](../../docs/\1", text)
 
 
-def _verdict_line(claim: Claim, primary: Comparison) -> str:
+def _verdict_line(claim: Claim, comparison: Comparison) -> str:
     difference = ""
-    if primary.differences:
-        plural = "s" * (len(primary.differences) != 1)
-        difference = f"{primary.difference} over {primary.seeds} seed{plural}; "
+    if comparison.differences:
+        plural = "s" * (len(comparison.differences) != 1)
+        difference = f"{comparison.difference} over {comparison.seeds} seed{plural}; "
     return (
-        f"**{claim.id}: {primary.verdict}.** {primary.expectation.what}: "
-        f"{difference}expected {primary.expected}."
+        f"**{claim.id}: {comparison.verdict}.** {comparison.expectation.what}: "
+        f"{difference}expected {comparison.expected}."
     )
 
 
@@ -214,6 +245,7 @@ def generated_files(root: Path, evidence: Evidence) -> dict[str, str]:
     results_text = with_mixed_note(evidence.filled(claim, claim.readme))
     block = f"{BEGIN}\n\n{results_text}\n\n{END}"
     files = pages(evidence)
+    files[PAPERS_PAGE] = papers(evidence, load_claim(root / PAPERS))
     files[OVERVIEW_PAGE] = overview(evidence, claim)
     files[README] = before + block + after
     return files
