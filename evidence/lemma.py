@@ -1,6 +1,7 @@
 """`python -m evidence.lemma`: error of quantization over the step size, uniform and normal weights.
 
-Measured on samples and by the formulas of KURE's supplement (arXiv 2002.07686). Writes evidence/pages/figures/kure-lemma.svg and prints evidence/logs/kure-lemma.log.
+Measured on samples and by the formulas of KURE's supplement (arXiv 2002.07686). Writes
+evidence/pages/figures/kure-lemma.svg and prints evidence/logs/kure-lemma.log.
 """
 
 from __future__ import annotations

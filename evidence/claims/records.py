@@ -42,8 +42,8 @@ class Record:
         versions: versions of libraries; None for a library that is not installed.
         git_commit: commit of this repository; None outside a repository.
         date: day of the run, year-month-day.
-        correct: right or wrong by test image, see `qat.tasks.results.correct_images`; None in
-            records until 2026-11-28.
+        correct: right or wrong by test image, see `qat.tasks.results.correct_images`; None if it
+            was not stored, as in records until 2026-11-28.
     """
 
     claim: str
