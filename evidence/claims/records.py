@@ -125,5 +125,7 @@ def add_record(folder: Path, record: Record) -> None:
         lines = []
         for entry in sorted(records, key=_key):
             plain = json.loads(json_text(dataclasses.asdict(entry)))  # null for NaN
+            if entry.correct is None:
+                del plain["correct"]
             lines.append(f"{json.dumps(plain, ensure_ascii=False)}\n")
         write_text(path, "".join(lines))
