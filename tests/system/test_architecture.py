@@ -202,13 +202,13 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 33000,
-    "qat": 182000,
+    "qat": 182400,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
     "qat/data": 11200,
     "qat/export": 14300,
-    "qat/functional": 11700,
+    "qat/functional": 11750,
     "qat/kernels": 20500,
     "qat/launch": 3800,
     "qat/lit": 7500,
