@@ -289,8 +289,8 @@ def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
     """Warn of a quantized training that starts from random weights."""
     if start.is_random and not is_dry_run:
         log.warning(
-            "random weights: quantized training takes longer than in float, and when it is short, "
-            "it ends less accurate from them; train with quant=fp first, "
+            "random weights: a quantized training step takes longer than one in float; "
+            "train with quant=fp first, "
             "then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
         )
 
