@@ -22,7 +22,7 @@ from qat.spec import QuantSpec
 def build_seq(spec: QuantSpec) -> Quantizer:
     """SEQ for signed tensors, else LSQ.
 
-    An unsigned grid of LSQ includes zero, where half of unsigned values are.
+    LSQ's unsigned grid includes zero, and half of unsigned values are zero.
     """
     if spec.signed:
         return SEQ(spec)
@@ -36,7 +36,7 @@ class SEQ(LSQ):
     operand = LSQ.operand
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """2 * mean|x| / n, or a step near it with the least squared error (`spec.step_init`)."""
+        """2 * mean|x| / n, or the nearby step with the least squared error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
             return half_step_init_scale(x, qmin, qmax, self.axis, fast_form(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)
