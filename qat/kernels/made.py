@@ -29,9 +29,7 @@ class Made(NamedTuple):
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """The quantizer's input, bit for bit as torch's modules compute it, and tensors for
-        `backward`.
-        """
+        """The quantizer's input, with the bits of torch's modules, and tensors for `backward`."""
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
         if self.kind == "scores":

@@ -1,4 +1,4 @@
-"""Terms that are added to the scores of an attention: biases by relative position, window masks."""
+"""Terms that are added to attention scores: biases by relative position, and window masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RelativeBias(nn.Module):
         )
 
     def position_bias(self) -> Tensor:
-        """(h, N, N), to be added to scaled scores."""
+        """The bias (h, N, N) to add to scaled scores."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
