@@ -1,4 +1,4 @@
-"""Lists of the choices of `model=`, `quant=` and `ptq=`, with a description of each."""
+"""List the choices of `model=`, `quant=` and `ptq=`, with a description of each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _table(entries: dict[str, str]) -> list[str]:
 
 
 def _values(group: str, name: str) -> dict[str, Any]:
-    """Values of a choice, and those of the choices that it is based on."""
+    """Values of a choice, including values of the choices that it is based on."""
     own: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
     values: dict[str, Any] = {}
     for base in own.pop("defaults", []):
@@ -51,7 +51,7 @@ def _values(group: str, name: str) -> dict[str, Any]:
 
 
 def _remark(group: str, name: str) -> str:
-    """The comment at the top of a choice, or an empty text."""
+    """The comment at the top of a choice's file, or an empty text."""
     first_line = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     return first_line[2:] if first_line.startswith("# ") else ""
 

@@ -21,7 +21,7 @@ ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 def line_of(error: BaseException | None) -> str | None:
     """The line to print for a known mistake; None for any other error.
 
-    Hydra wraps errors of constructors, so the mistake may be the cause of an error.
+    Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error.
     """
     while error is not None:
         for kinds, describe in _KNOWN_MISTAKES:
@@ -75,7 +75,7 @@ def _wrong_file(error: OSError) -> str | None:
 
 
 def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
-    """Describe an error of another library whose text has a pattern; `{}` is replaced by it."""
+    """Describe an error of another library if its text matches a pattern; `{}` becomes the text."""
 
     def describe(error: BaseException) -> str | None:
         text = _one_line(error)
@@ -84,7 +84,8 @@ def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
     return describe
 
 
-# Kinds of errors, and functions that return the line for an error, or None if it is another one.
+# Types of errors, and functions that return the line for an error of this type, or None if it is
+# unknown.
 _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     (UsageError, _one_line),
     (MissingConfigException, _unknown_choice),

@@ -89,7 +89,7 @@ class PtqRecipe(QuantRecipe):
             deviation of the float weight.
         layernorm: `float`, or `integer` arithmetic with the scales of the quantizers around the
             norm (`fqvit` only).
-        overrides: `{module name glob: {knob: value}}`; later rules win.
+        overrides: `{module name glob: {setting: value}}`; later rules win.
 
     Raises:
         UsageError: a setting has a value that cannot work.
