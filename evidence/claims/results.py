@@ -22,7 +22,7 @@ CURVES = {
     "osc_share": ("step", "osc/share", 100),
     "osc_band": ("step", "osc/band", 100),
 }
-# Points of a curve, about.
+# Approximate number of points of a curve.
 POINTS = 60
 Curves = dict[str, list[list[float]]]
 
@@ -69,7 +69,7 @@ def _oscillation(run_dir: Path) -> dict[str, float]:
 
 
 def _kurtosis(run_dir: Path) -> dict[str, float]:
-    """Kurtoses of the last weights, in the layers that KURE acts on; empty for other libraries."""
+    """Kurtoses of the final weights in layers that KURE regularizes; empty for other libraries."""
     path = run_dir / "checkpoints" / "last.ckpt"
     if not path.exists():
         return {}

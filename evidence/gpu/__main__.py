@@ -54,7 +54,7 @@ def main() -> None:
     # Processes take turns on the cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    # Imported here, since processes that measure import this file too and need less.
+    # The import is here because processes that measure also import this file and need less.
     import torch
 
     from evidence.gpu import speed, train

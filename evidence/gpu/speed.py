@@ -1,8 +1,8 @@
 """Time training steps in bfloat16 autocast, by model, batch, arm and mode.
 
-Each variant has a process. The processes of a group compile at the same time, then take turns of a
-few steps. In each round every variant has one turn, in random order, so that a variant and the
-float model are timed at nearly the same time.
+Each variant has its own process. The processes of a group compile at the same time, then take turns
+of a few steps. In each round, every variant has one turn, in random order, so that a variant and
+the float model are timed at nearly the same time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DRY_ORDER = ((2, "compiled"), (2, "eager"))
 # Seconds for the first steps of a group, and for a turn.
 PREPARATION = 200.0
 TURN = 60.0
-# A group starts only with so many seconds left; the last rounds may take the reserve.
+# A group starts only if this many seconds are left; the last rounds may use the reserve.
 NEEDED = 60.0
 RESERVE = 60.0
 GIB = 2**30
@@ -105,7 +105,7 @@ def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
 
 
 def prepare(variant: Variant, device: str) -> Row:
-    """Build a variant and make its first step.
+    """Build a variant and run its first step.
 
     After a failure for lack of memory, another call uses what is already compiled.
     """
@@ -167,9 +167,9 @@ def turn(variant: Variant, num_steps: int, device: str) -> Row:
     """Time a few steps, after one that allocates memory again.
 
     Returns:
-        For one step: `ms` between events on the device; `host_ms`, the host's time, at most (the
-        host waits if the device is some thousand kernels behind); `peak` bytes above those
-        allocated before.
+        For one step: `ms` between events on the device; `host_ms`, an upper bound of the host's
+        time (the host waits if the device is some thousand kernels behind); `peak`, bytes in
+        addition to the bytes allocated before.
     """
     step = _ready[variant]
     step()
@@ -291,7 +291,7 @@ def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> d
     if time.monotonic() < until:
         for variant, row in rows.items():
             if "memory" in row.get("failed", ""):
-                # Again, now that no other variant is being prepared.
+                # Try again, now that no other variant is being prepared.
                 rows[variant] = workers[variant].call(PREPARATION, prepare, variant, device)
     return rows
 

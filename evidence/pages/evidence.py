@@ -1,4 +1,4 @@
-"""All claims with their records, and texts with numbers of them."""
+"""All claims with their records, and texts that quote numbers from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Metric = tuple[str, str]
 class Evidence:
     """All claims, and the records by claim and arm, then by seed.
 
-    Methods take the name of an arm as its claim's file writes it: `NAME` for an arm of the same
-    claim, `CLAIM/NAME` for any other.
+    Methods accept the name of an arm as claim files write it: `NAME` for an arm of the same claim,
+    `CLAIM/NAME` for any other arm.
     """
 
     claims: Mapping[str, Claim]
@@ -82,8 +82,8 @@ class Evidence:
     def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
         """Differences of two arms, seed by seed.
 
-        A number is compared with every seed, and so is a model with only seed 0 that other runs
-        start from.
+        A number is compared with every seed. So is a model that other runs start from and that has
+        only seed 0.
         """
         left = self.measured(claim, *first)
         if not isinstance(second, tuple):

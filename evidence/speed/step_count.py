@@ -68,7 +68,7 @@ class Count:
     triton: int = 0
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Add a kernel that reads or writes the tensors."""
+        """Count a kernel that reads or writes the tensors."""
         self.bytes += sum(size_of(t) for t in tensors)
         self.kernels += 1
 
@@ -179,7 +179,7 @@ def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None
 
 
 def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
-    """Count the second step of a model; the first one creates the optimizer's state."""
+    """Count the second step of a model; the first step creates the optimizer's state."""
     count = Count()
     with without_memory(net, count):
         run = training_step(net, torch.randn(batch, 3, side, side), half=True)

@@ -40,7 +40,7 @@ from evidence.speed.timing import environment, ratio, table, take_turns
 from qat.lit.compiled import register_formulas
 
 COMPILED_FLOAT = "compiled float"
-# Only attention saves tensors that can be computed again.
+# Only attention saves tensors that can be recomputed.
 ROWS = ARMS | {
     "ofq without qkr [recompute]": dataclasses.replace(ARMS["ofq without qkr"], memory="recompute"),
     "ofq [recompute]": dataclasses.replace(ARMS["ofq"], memory="recompute"),
