@@ -463,7 +463,8 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4, nvfp4 (floats of 4 bits in blocks;
             `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
-        knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
+        knobs: fields of `QuantRecipe`; rules of `overrides` come after the rules of the recipe
+            itself.
 
     Raises:
         UsageError: the name is unknown, or a value cannot work.

@@ -48,7 +48,7 @@ class Arms:
         return self.by_path[path]
 
     def ordered(self, names: Sequence[str] = ()) -> list[Run]:
-        """Runs of claims or arms, each after those it needs, first seeds first.
+        """Runs of claims or arms, each after the runs that it needs, ordered by seed.
 
         Args:
             names: claims (`C1`) or arms (`C1/statsq_w2`); empty = all.

@@ -62,7 +62,7 @@ def main() -> None:
 
     args.out = args.out or FOLDER / ("train.jsonl" if args.train else "measured.jsonl")
     if args.dry_run:
-        # Rows, models and images of a dry run must not be mistaken for real ones.
+        # Rows, models and images of a dry run must not be mistaken for real results.
         args.out = Path(tempfile.mkdtemp()) / args.out.name
     if args.summary:
         rows = read(args.out)

@@ -299,7 +299,7 @@ def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> d
 def command(args: argparse.Namespace) -> str:
     """Measure missing rows while there is time; returns the tables of all rows.
 
-    Existing rows of a group are measured again with the missing ones, for the ratios.
+    Existing rows of a group are measured again together with missing rows, to get ratios.
     """
     until = time.monotonic() + args.seconds - RESERVE
     device = "cpu" if args.dry_run else "cuda"

@@ -159,7 +159,7 @@ class _Numbers(string.Formatter):
         return (differences, "+"), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Words unchanged; values as mean ± deviation, mean and `interval`, or number (`n`)."""
+        """Format values as mean ± deviation, mean and `interval`, or number of seeds (`n`)."""
         if isinstance(value, str):
             return value
         values, sign = value

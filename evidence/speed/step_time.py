@@ -75,7 +75,7 @@ def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[
 
 
 def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any]:
-    """Measure one compiled row, in a process of its own.
+    """Measure one compiled row in a separate process.
 
     More compiled models would share code objects and reach the limit of recompilations.
     """

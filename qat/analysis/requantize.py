@@ -48,8 +48,8 @@ def requantized(
         steps_from: `own`: step sizes follow the quantizer's rule (at its own bits, the current step
             sizes). `mse`: the range of each slice is shrunk to the least squared error (half steps
             keep their rule).
-        resize: maps these step sizes to new ones. The range of codes does not change, so values
-            beyond it are clamped, as in deployment.
+        resize: maps these step sizes to the new step sizes. The range of codes does not change, so
+            values beyond it are clamped, as in deployment.
 
     Returns:
         The fake-quantized weight, with the shape and dtype of `weight`.

@@ -128,7 +128,7 @@ def _error(problem: str, cause: str | None) -> UsageError:
 
 
 def _damaged(state: dict[str, Any]) -> str | None:
-    """Name of the first weight that is not finite, as far as this process holds its values."""
+    """Name of the first weight of which a value in this process is not finite."""
     for name, value in state.items():
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         if is_float and not own_part(value).isfinite().all():

@@ -106,7 +106,7 @@ class Preemption(Checkpoint):
         return self._result() if wait else previous_result
 
     def _result(self) -> int:
-        """Result of the running exchange, 0 if there is none."""
+        """Result of the running exchange; 0 if no exchange is running."""
         if self._exchange_running is None:
             return 0
         work, flag = self._exchange_running

@@ -10,7 +10,7 @@ from qat.tasks.conf import CONF, options
 
 
 def models() -> list[str]:
-    """The lines of `qat models`."""
+    """Lines that `qat models` prints."""
     entries = {}
     for name in options("model"):
         values = _values("model", name)
@@ -21,7 +21,7 @@ def models() -> list[str]:
 
 
 def recipes() -> list[str]:
-    """The lines of `qat recipes`."""
+    """Lines that `qat recipes` prints."""
     entries = {}
     for name in options("quant"):
         values = _values("quant", name)

@@ -52,7 +52,7 @@ def refuse_flags(arguments: Sequence[str]) -> None:
 
 
 def correction(arguments: Sequence[str]) -> str | None:
-    """A line about the first argument that is written as in another tool; None if there is none.
+    """A line about the first argument that is written as in another tool; else None.
 
     It is called if Hydra cannot compose a config.
     """
@@ -88,7 +88,7 @@ def _replacement(setting: str, value: str) -> str | None:
 
 
 def _our_name(setting: str) -> str:
-    """Our name of a setting, found by its full name or its name in the group; "" if none."""
+    """Our name of a setting, found by its full name or its name in the group; else ""."""
     if setting in OURS:
         return OURS[setting]
     group, _, last_part = setting.rpartition(".")

@@ -1,4 +1,4 @@
-"""Run one job of a command: its task in a locked run directory, and its end."""
+"""Run one job of a command in a locked run directory, and report how it ended."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def _are_classes(root: Path) -> bool:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, except hidden ones."""
+    """Sorted names of the folders in `folder` that are not hidden."""
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return sorted(name for name in folders if not name.startswith("."))
 

@@ -151,7 +151,7 @@ def isolated_rng(*numbers: int) -> Generator[None]:
     """After the block, restore the three global random generators that augmentations use.
 
     Args:
-        numbers: numbers with which to seed the generators first; if there are none, they are not
+        numbers: numbers with which to seed the generators first; without numbers, they are not
             seeded.
     """
     # `torch.manual_seed` would also queue a seed call, with a traceback, for every accelerator.

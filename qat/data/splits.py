@@ -16,7 +16,7 @@ from qat.launch.ranks import is_first
 
 log = logging.getLogger(__name__)
 
-# This seed is fixed, so that results of different runs and seeds are on the same images.
+# This seed is fixed, so that different runs and seeds are compared on the same images.
 SPLIT_SEED = 0
 VAL_SHARE = 0.1
 # Number of images whose pixels are compared to recognize duplicate splits.

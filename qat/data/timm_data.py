@@ -182,7 +182,7 @@ class Timm(EncodedImageData):
 
 
 def _use_ids_of(first: TimmImages, images: TimmImages, setting: str, first_split: str) -> None:
-    """Replace the class ids of a split by those of the first split.
+    """Replace the class ids of a split by the class ids of the first split.
 
     Raises:
         UsageError: the split has a class that the first split does not have.

@@ -317,7 +317,7 @@ def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
 
 
 def smallest(t: Tensor | None) -> Any:
-    """Shrink dimensions along which a tensor is constant to size 1; None for a tensor of zeros."""
+    """Shrink a tensor to size 1 along dimensions in which it is constant; None if it is zero."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):

@@ -75,7 +75,7 @@ def _single_use(value: ir.Value | None, kind: str) -> Any:
 def _insert(
     graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any
 ) -> ir.Value:
-    """Add an operator before another one, and return its result."""
+    """Add an operator before another operator, and return the result of the new one."""
     node = ir.node(kind, inputs, attributes)
     graph.insert_before(before, node)
     return node.outputs[0]

@@ -68,7 +68,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[T
 def affine_from_range(
     low: Tensor, high: Tensor, bits: int, *, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned ones.
+    """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned.
 
     Returns:
         Scale (at least float32 eps) and zero point (a whole number stored as float32), the shape of

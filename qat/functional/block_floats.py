@@ -140,11 +140,12 @@ def _scale_blocks(x: Tensor, form: BlockFormat, t: Tensor | None) -> _ScaledBloc
 def round_blocks(
     x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None
 ) -> Tensor:
-    """Round each block to s * nearest(x / s), s its scale; or the gradient of the rounded values.
+    """Round each block with scale s to s * nearest(x / s), or return the gradient of this.
 
-    A power of two is s = 2^(floor(log2(max|block|)) - e), e = exponent of the largest value; with
-    two levels s is E4M3(max|block| / 6 / t) * t. A block becomes zeros if all its values are zero
-    or if s is too small for a normal number, and NaN if it contains a NaN.
+    Without t, the scale is a power of two, s = 2^(floor(log2(max|block|)) - e), where e is the
+    exponent of the largest value of the format; with t, it is s = E4M3(max|block| / 6 / t) * t. A
+    block becomes zero if all its values are zero or if s is too small for a normal number, and NaN
+    if it contains a NaN.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
@@ -225,9 +226,9 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     """Codes of `block_float` (sign, exponent and mantissa as bits) and their scales.
 
     Returns:
-        Codes, uint8, the shape of `x`: 0 for NaN, whose scale is NaN.
-        Factors (..., ceil(n / block)), float32: scales of blocks, divided by t if there is a t.
-        t, or None.
+        Codes, uint8, in the shape of `x`; NaN has code 0 and a scale of NaN.
+        Factors, float32, (..., ceil(n / block)): scales of blocks, divided by t if there is a t.
+        The number t, or None.
     """
     t = tensor_scale(x, form)
     scaled = _scale_blocks(x, form, t)

@@ -46,7 +46,7 @@ class Draw(NamedTuple):
 def noise_radius(bits: int) -> float:
     """Radius of the absolute noise for weights of `bits` bits: 1e-4 for 8, else 1e-3.
 
-    The values are those of the reference's code; in its paper they are swapped.
+    The values come from the reference code; the paper swaps them.
     """
     return 1e-4 if bits == 8 else 1e-3
 

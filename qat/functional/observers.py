@@ -104,7 +104,7 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of each slice by its own factor; the error is never above that of min-max.
+    """Shrink the range of each slice by its own factor; the error is at most that of min-max.
 
     Symmetric for signed codes. See `omse_scale`.
     """

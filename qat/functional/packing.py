@@ -39,8 +39,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     The last byte is padded with zeros.
 
     Args:
-        codes: integers of any shape; signed ones in [-2^(bits-1), 2^(bits-1)-1] are stored as two's
-            complement.
+        codes: integers of any shape; signed codes in [-2^(bits-1), 2^(bits-1)-1] are stored in
+            two's complement.
         bits: 2 to 8.
 
     Returns:

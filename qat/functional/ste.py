@@ -71,8 +71,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
     """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
 
-    Trailing dimensions are summed before leading ones: inductor vectorises `sum(-1).sum(0)`, but
-    not `sum((0, 2))`. It uses `reshape` because batched gradients do not support `flatten`.
+    Trailing dimensions are summed before leading dimensions: inductor vectorises `sum(-1).sum(0)`,
+    but not `sum((0, 2))`. It uses `reshape` because batched gradients do not support `flatten`.
     """
     if axis is None:
         return x.sum().reshape(1)

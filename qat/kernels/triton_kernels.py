@@ -334,7 +334,7 @@ def lsq_backward(  # noqa: PLR0913
             tl.store(errors + offsets, tl.sum(error, 1), mask=row < rows)
     if BY_COLUMN:
         _store_column_sums(errors, sum_errors, column, length, tl.program_id(0))
-    # The gradient of the bias of a LayerNorm is the one of an offset before the quantizer.
+    # The gradient of a LayerNorm's bias equals the gradient of an offset before the quantizer.
     tiles = (sum_before, sum_after, sum_weight, sum_before)
     _store_requested_sums(sums, tiles, column, length, REQUESTED)
 

@@ -125,7 +125,7 @@ def broadcast_value(value: str) -> str:
 
 
 def connect(trainer: Trainer) -> None:
-    """Connect the processes of a run before the first of them writes a file."""
+    """Connect the processes of a run before the first process writes a file."""
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()
 

@@ -35,7 +35,7 @@ def disable_telemetry() -> None:
 
 
 class CSVLog(CSVLogger):
-    """Lightning's logger, which writes every row at once; a resumed run continues the file.
+    """Lightning's logger, but every row is written immediately; a resumed run continues the file.
 
     Attributes:
         resumed_at: optimizer steps of the checkpoint from which the run is resumed. Rows of later

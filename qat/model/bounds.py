@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 # Highest number allowed among a model's arguments.
 MOST_ARGUMENT = 2**17
-# Limits on the tensors and numbers of a model: a multiple of those in the file, plus a constant.
-# The last limit is for the numbers of a computed tensor.
+# Limits on the tensors and numbers of a model: a multiple of their number in the file, plus a
+# constant. The last limit is for the numbers of a computed tensor.
 TIMES = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24

@@ -40,7 +40,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         state: weights by name, without wrapper prefixes.
-        meta: what `describe` returned; None for a timm or plain state dict.
+        meta: metadata that `describe` returned; None for a timm checkpoint or a plain state dict.
         step: optimizer steps taken, for a training checkpoint.
         args: arguments of the script that wrote it, as timm's scripts store them.
         training: for a training checkpoint, `epochs`, the number of completed epochs, and `groups`,

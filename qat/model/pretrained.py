@@ -45,7 +45,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
-    """Path of the first of the files `names` of a repository that is in the local cache."""
+    """Path of the first file of `names` that the local cache has from a repository."""
     for name in names:
         path = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(path, str):
@@ -84,8 +84,8 @@ def fetch(repository: str, origin: str) -> Path:
         origin: name of the repository in error messages.
 
     Raises:
-        UsageError: `repository` is not such a name, the files are not cached and cannot be
-            downloaded, or the config names other files.
+        UsageError: `repository` is not of the form `user/name`, the files are not cached and cannot
+            be downloaded, or the config names other files.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
@@ -321,8 +321,8 @@ def push_to_hub(
         The address of the upload.
 
     Raises:
-        UsageError: `repository` is not such a name, there is no token or connection, or the hub
-            refuses.
+        UsageError: `repository` is not of the form `user/name`, there is no token or connection, or
+            the hub refuses.
     """
     origin = f"push_to_hub: {repository!r}"
     if not _REPOSITORY.fullmatch(repository):

@@ -80,7 +80,7 @@ class PtqRecipe(QuantRecipe):
         act_observer: how the range of an activation is chosen, one of `OBSERVERS` except `ptf`.
         residual_observer: how the range of sums on the residual stream is chosen (`fqvit`);
             `ptf` = a power of two per channel; None = `act_observer`.
-        weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
+        weight_signed: True = symmetric signed codes; False = unsigned codes with a zero point.
         act_signed: True = activations have a symmetric signed grid, except probabilities.
         weight_scales: `channel` = one scale per output channel, `tensor` = one scale per weight.
         act_scales: `tensor`, `token` or `channel`: activations have one scale for each of these

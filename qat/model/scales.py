@@ -25,7 +25,7 @@ LOG_EVERY_S = 10
 
 
 def is_ready(quantizer: Quantizer) -> bool:
-    """True if no parameter or buffer of the quantizer holds a NaN."""
+    """True if no parameter or buffer of the quantizer contains a NaN."""
     for tensor in (*quantizer.parameters(), *quantizer.buffers()):
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             return False

@@ -118,7 +118,7 @@ def no_weight_decay(net: nn.Module) -> set[str]:
     These are step sizes and offsets of quantizers, biases, norms, and the parameters that timm
     excludes. A converted model returns them from `net.no_weight_decay()`, which
     `timm.optim.create_optimizer_v2` and `param_groups_weight_decay` call. Source: OFQ's recipe
-    excludes 1-D tensors, biases, position embedding and tokens, hence scales and offsets.
+    excludes 1-D tensors, biases, position embedding and tokens, and so also scales and offsets.
 
     Args:
         net: a converted or float model.

@@ -1,4 +1,4 @@
-"""Save a model to one file, and rebuild it from the file alone."""
+"""Save a model to one file, and rebuild it only from this file."""
 
 from __future__ import annotations
 

@@ -184,8 +184,8 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
         read_elsewhere: names of settings that the command itself reads.
 
     Raises:
-        UsageError: such a setting was changed; the message names the choices of `data=` that read
-            it.
+        UsageError: a setting that the dataset ignores was changed; the message names the choices of
+            `data=` that read it.
     """
     groups = {}
     for group in options("data"):
@@ -284,7 +284,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     """Check settings with which Lightning would train on nothing, or never validate.
 
     Raises:
-        UsageError: there is such a setting; the message names the first one.
+        UsageError: a setting would have this effect; the message names the first one.
     """
     for name, least in INTEGERS.items():
         value = settings.get(name)

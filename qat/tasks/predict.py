@@ -29,7 +29,7 @@ FILE = "predictions.csv"
 
 
 def find_images(source: str) -> list[Path]:
-    """One image, or all images below a folder, sorted by path, without hidden ones.
+    """One image, or all images below a folder that are not hidden, sorted by path.
 
     Raises:
         UsageError: the file or folder does not exist, or the folder contains no images.

@@ -47,7 +47,7 @@ def remember(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Note on `out` what it was computed from; autograd has to save these tensors anyway.
+    """Note on `out` from which tensors it was computed; autograd has to save them anyway.
 
     Args:
         out: result of the operation.

@@ -41,8 +41,8 @@ class WeightParams(NamedTuple):
         """Quantize in the forward pass.
 
         Returns:
-            The result of `forward`, and parameters that let backward repeat it: with the scale that
-            StatsQ computed, or with the result itself.
+            The result of `forward`, and parameters with which backward can repeat it: they contain
+            the scale that StatsQ computed, or the result itself.
         """
         scale = self.scale
         if isinstance(self.settings, int) and self.cached is None:
