@@ -105,14 +105,14 @@ CALLS: tuple[tuple[Any, str], ...] = (
     (os, "link"),
     (os, "replace"),
 )
-# Measurements, which differ between runs. A search's rows end with seconds. Lightning does not
-# restore `current_score`, which has no effect.
+# Measurements differ between runs; rows of a search end with seconds. `current_score` differs
+# because Lightning does not restore it, but it has no effect.
 MEASURED = re.compile(
     r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds$|time_elapsed$"
     r"|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
 )
 SHOWN = 8
-# The name of a call, and after how many such calls to kill.
+# The name of a function, and the number of its calls after which to kill.
 Moment = tuple[str, int]
 
 

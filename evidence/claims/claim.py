@@ -119,7 +119,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure of a claim's page.
 
     Attributes:
         file: name of the file.

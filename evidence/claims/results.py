@@ -16,7 +16,7 @@ from qat.utils.files import csv_rows
 # Entries of results.json that are metrics.
 METRICS = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 SEARCH_METRICS = ("fitness_before", "fitness")
-# Columns of metrics.csv, x and y, and the factor of y.
+# For each curve, the columns of metrics.csv for x and y, and the factor on y.
 CURVES = {
     "val_top1": ("epoch", "val/top1", 1),
     "osc_share": ("step", "osc/share", 100),
@@ -55,7 +55,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _oscillation(run_dir: Path) -> dict[str, float]:
-    """Oscillating weights, in percent of the weights with few bits, and flips per weight."""
+    """Percentage of oscillating weights among the weights with few bits, and flips per weight."""
     rows = _rows(run_dir / "oscillation.csv")
     if not rows:
         return {}

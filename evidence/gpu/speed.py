@@ -30,7 +30,7 @@ from qat import kernels
 from qat.lit.compiled import compile_in_place
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-# Steps before a CUDA graph is captured, rounds, and steps of a turn.
+# Number of steps before a CUDA graph is captured, of rounds, and of steps per turn.
 WARM_UP = 3
 ROUNDS = 7
 STEPS = 3
@@ -111,7 +111,7 @@ def prepare(variant: Variant, device: str) -> Row:
     """
     _free_memory()
     is_dry_run = device == "cpu"
-    # With "auto", a device on which the kernels fail would be timed without them.
+    # With "auto", a device on which kernels fail would be timed without kernels.
     needs_kernels = variant.mode == "eager" and variant.arm != FLOAT and not is_dry_run
     kernels.use("triton" if needs_kernels else "auto")
     start_time = time.monotonic()
@@ -252,7 +252,7 @@ def take_turns(
 
     Args:
         group: the variants.
-        until: end by `time.monotonic`; there may be fewer rounds then.
+        until: time on the clock of `time.monotonic` by which to stop, even after fewer rounds.
         device: cuda, or cpu for a dry run.
         make_worker: starts a process.
 
@@ -364,7 +364,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _cells(row: Row, batch: int, same_mode: Row | None, compiled: Row | None) -> list[str]:
-    """Cells of a row after arm and mode, compared with float rows."""
+    """Cells of a row that follow arm and mode, compared with float rows."""
     if not row.get("ms"):
         return [row.get("failed", "not timed")[:100], *[""] * 8]
     ms = statistics.median(row["ms"])

@@ -1,10 +1,10 @@
 """Train on CIFAR-10: for each seed, a float model, and quantized models that start from it.
 
-The float model is also their teacher. Several processes train on one device at the same time. The
-state of a run is stored after every epoch, so that a killed run resumes exactly: order and
-augmentation depend only on seed and epoch, and nothing else is random. The model with the best
-validation is tested once. The next command repeats a failed run, because other processes may have
-used up the memory.
+The float model is also the teacher of the quantized models. Several processes train on one device
+at the same time. The state of a run is stored after every epoch, so that a killed run resumes
+exactly: order and augmentation depend only on seed and epoch, and nothing else is random. The model
+with the best validation is tested once. The next command repeats a failed run, because other
+processes may have used up the memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SEEDS = 8
 FLOAT = "float"
 BASE = "w2a2 statsq"
 QKR = "w2a2 statsq qkr"
-# LSQ with its best initial step sizes.
+# LSQ with the best initial step sizes.
 LSQ = {"weight_quantizer": "lsq", "step_init": "mse"}
 SEQ = PRESETS["seq"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -253,7 +253,7 @@ def train(run: Run, args: argparse.Namespace, until: float) -> Row:
     Args:
         run: the run.
         args: options of the command.
-        until: end by `time.monotonic`.
+        until: time on the clock of `time.monotonic` by which to stop.
 
     Returns:
         The row of the finished run, or `stopped` with the number of finished epochs.
@@ -345,7 +345,7 @@ def train_all(selected: list[Run], args: argparse.Namespace, until: float) -> li
     Args:
         selected: runs to train.
         args: options of the command.
-        until: end by `time.monotonic`.
+        until: time on the clock of `time.monotonic` by which to stop.
 
     Returns:
         The runs that are left.

@@ -139,7 +139,7 @@ class _Numbers(string.Formatter):
         self.words = words
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """A word, or the values of a field and the sign of their format."""
+        """Return a word, or the values of a field and the sign for formatting them."""
         if field_name in self.words:
             return self.words[field_name], field_name
         terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]

@@ -11,7 +11,7 @@ Memory: tensors that a compiled forward pass saves for backward, with torch's ow
 
 Host time: CPU time of the same step with the same blocks and tiny tensors on the CPU, in turns with
 the float model. Launches of Triton are not included (10 to 20 us each, as Triton reports);
-operations of torch count with the time that they take for a few numbers.
+torch operations count with the time that they take on tensors of a few numbers.
 """
 
 from __future__ import annotations

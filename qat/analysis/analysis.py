@@ -184,7 +184,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     """Evaluate every point; no model is changed afterwards.
 
     Returns:
-        A row for each point: its key and its score, by default `top1` (percent) and `loss`.
+        A row for each point with the key and the score, by default `top1` (percent) and `loss`.
     """
     log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Accuracy of a model with other step sizes or bit-widths of its weights than in training.
+"""Accuracy of a model whose weights have other step sizes or bit-widths than in training.
 
 Protocol: KURE, arXiv 2002.07686. Conventions: docs/analysis.md, section Robustness.
 """

@@ -346,14 +346,14 @@ def stored_bytes(
 def greedy_bits(
     sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
 ) -> dict[str, int]:
-    """Bits of each layer that fit a size.
+    """Choose bits for each layer so that the weights fit a size.
 
     The search starts from the bits of least loss. While the weights are too large, it chooses the
     reduction that adds the least loss per byte saved.
 
     Args:
         sizes: bytes by layer and bits; the smallest sizes of all layers must fit.
-        rises: loss changes by layer and bits.
+        rises: increase of the loss, by layer and bits.
         room: bytes that the weights may take.
     """
     bits = {

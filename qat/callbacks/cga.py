@@ -48,7 +48,7 @@ class BandGate:
         self.active = False
 
     def __call__(self, module: Quantizer, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Return the matrix, detached outside the band."""
+        """Return the matrix; entries outside the band are detached."""
         if not self.active:
             return None
         (matrix,) = args

@@ -110,7 +110,7 @@ class IterativeFreezing(Callback):
 
     @torch.no_grad()
     def _center(self) -> None:
-        """Move frozen latent weights that left the middle of their cell back to it."""
+        """Move frozen latent weights back to the middle of their cells."""
         for site in self._sites:
             weight = site.latent()
             state = self._frozen[site.name]

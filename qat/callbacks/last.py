@@ -49,7 +49,7 @@ class LastCheckpoint(Checkpoint):
         self._step = 0  # optimizer steps before the current batch
         self._stops = False  # `should_stop` before the current batch
         self._saved_at = -1  # step of the file
-        self._waits = False  # for a validation to end, before saving
+        self._waits = False  # for the end of a validation, before saving
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -81,7 +81,7 @@ class LastCheckpoint(Checkpoint):
                 state["patience"] = stopping.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not continue a run that had stopped early, unless it has more patience now.
+        """Do not continue a run that had stopped early, unless its patience was raised.
 
         Lightning forgets the stop at every start, and would train another epoch each time.
         """
@@ -99,7 +99,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the step and `should_stop`, to compare after the batch."""
+        """Store the step and `should_stop` for comparison after the batch."""
         self._step = trainer.global_step
         self._stops = trainer.should_stop
 

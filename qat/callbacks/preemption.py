@@ -86,7 +86,7 @@ class Preemption(Checkpoint):
         if not self._signal:
             return
         signals.forget()
-        signals.defer(on=True)  # later signals do not interrupt the end of the run
+        signals.defer(on=True)  # so that later signals do not interrupt the end of the run
         last = _writer(trainer)
         saved = None if last is None else last.saved(trainer)
         raise Preempted(self._signal, trainer.global_step, saved)

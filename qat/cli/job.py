@@ -164,7 +164,7 @@ def _start(
 
 
 def _command_line(cfg: DictConfig) -> list[str]:
-    """The command line of this run for other processes, with its run directory."""
+    """The command line that starts this run in other processes, with its run directory."""
     is_console_script = typed("").startswith("qat")
     command = [cfg.command] if is_console_script else []
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
@@ -177,7 +177,7 @@ def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> N
         return
     from qat.tasks.results import write_results
 
-    # The error may be about this folder or this config.
+    # This folder or this config may be the cause of the error.
     with contextlib.suppress(OSError, OmegaConfBaseException):
         write_results(cfg, error=message)
         if state.has_begun():

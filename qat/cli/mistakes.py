@@ -60,7 +60,7 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
 
 
 def _wrong_value(error: OmegaConfBaseException) -> str:
-    """The first line of an error of OmegaConf, with the name of the setting."""
+    """The first line of an OmegaConf error, with the name of the setting."""
     first_line = str(error).partition("\n")[0]
     _, _, reason = first_line.rpartition(" raised while resolving interpolation: ")
     name = str(error.full_key or "")

@@ -22,7 +22,7 @@ LABELS = ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
-    """Files below `root` whose names start with `split`, in order.
+    """Sorted files below `root` whose names start with `split`.
 
     Raises:
         UsageError: the files are in several folders; the files of a second revision would mix

@@ -97,7 +97,7 @@ class DataSettings:
             classes; 0 = off.
         cutmix: alpha of cutmix (arXiv 1905.04899), which inserts a rectangle from the other image;
             0 = off.
-        mixup_prob: probability that a batch is mixed at all.
+        mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability of cutmix if both are on.
         mixup_off_epoch: first epoch in which no batch is mixed; 0 = mixing never ends.
         calibration_images: number of images from which scales are initialised.

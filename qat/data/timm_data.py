@@ -1,4 +1,4 @@
-"""Datasets that timm reads by index: folders, tar files, torchvision's and Hugging Face's."""
+"""Datasets that timm reads by index: folders, tar files, torchvision and Hugging Face."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Timm(EncodedImageData):
     settings: TimmSettings
 
     def encoded(self) -> Mapping[str, EncodedImages]:
-        """The splits with a name in the settings.
+        """The splits that the settings name.
 
         Raises:
             UsageError: a split cannot be read, shares files with another split, or has a class that

@@ -45,7 +45,7 @@ CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
 
 @dataclass
 class Agreement:
-    """A file in one runtime, compared with its model.
+    """Comparison of a file in one runtime with its model.
 
     Attributes:
         images: number of compared images.
@@ -53,8 +53,8 @@ class Agreement:
         other_logits: number of images whose logits differ by more than the tolerance.
         largest: largest difference between logits on all other images.
         apart: largest difference between logits on any image, as a share of the largest logit.
-        unlike: number of examined images on which the file differs from its graph run operator by
-            operator; images with differing logits are examined.
+        unlike: number of examined images (some images with differing logits) on which the file also
+            differs from its own graph, run operator by operator.
         problem: why the file must not be used in this runtime; None if it agrees.
     """
 
@@ -73,7 +73,7 @@ class Agreement:
 
 @dataclass
 class Checked:
-    """A file compared with its model, by runtime.
+    """Comparison of a file with its model in each runtime.
 
     Onnxruntime decides whether a file is good. OpenVINO is compared if it is installed and can read
     the file (not INT2); it makes its own mistakes in files for any number of images

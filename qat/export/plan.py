@@ -291,7 +291,7 @@ def _is_each_token(grid: FrozenActivation) -> bool:
 
 
 def whole_zero(grid: FrozenActivation) -> int:
-    """The code that products subtract: the code of zero, or the next one above zero."""
+    """The code that products subtract: the code of zero, or else the first code above zero."""
     zero = 0.0
     if grid.zero_point is not None:
         zero = float(grid.zero_point.float().mean().ceil())
@@ -437,7 +437,7 @@ def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
-    """Plan of ((A + da) sa + ca) times ((B + db) sb), divided by a step size."""
+    """Plan of the product ((A + da) sa + ca) ((B + db) sb), divided by a step size."""
     sa = smallest(a.scale)
     da = smallest(a.shift)
     ca = smallest(a.after)

@@ -113,9 +113,9 @@ def _skip_reshape(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
-    """Set `keepdims` on a mean and squeeze after it.
+    """Set `keepdims` on a mean, and squeeze the result.
 
-    OpenVINO 2026.4 fuses other means with the next quantizer, wrongly.
+    Otherwise OpenVINO 2026.4 wrongly fuses the mean with the next quantizer.
     """
     if node.attributes.get_int("keepdims", 1) or len(node.inputs) < 2:
         return

@@ -26,7 +26,7 @@ ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
 EXECUTORCH = "executorch"
 
-# Maps names of values and images (B, C, H, W) to the values.
+# Function of names of values, and images (B, C, H, W), that returns these values.
 Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
 
 

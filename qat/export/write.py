@@ -242,7 +242,7 @@ class Writer(nn.Module):
 
 
 def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
-    """View a number, or one for each output, to broadcast with a weight.
+    """View one number, or one number per output, so that it broadcasts with a weight.
 
     Outputs are the last dimension of a matrix, which is stored transposed, and the first dimension
     of any other weight.

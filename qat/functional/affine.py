@@ -30,7 +30,7 @@ def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slices_along(x: Tensor, axis: int | None) -> Tensor:
-    """Values that share a scale, as rows.
+    """Reshape a tensor so that each row contains the values that share a scale.
 
     Returns:
         (x.shape[axis], m), or (1, m) for None; float32 without gradient.

@@ -20,8 +20,8 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     Args:
         logits: (B, K), logits of the student.
         teacher_logits: (B, K), logits of the teacher.
-        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; T^2
-            keeps the size of the gradient.
+        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; the
+            factor T^2 preserves the size of the gradient.
 
     Returns:
         Scalar, float32.
@@ -42,7 +42,7 @@ def distillation_loss(
 ) -> Tensor:
     """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)).
 
-    OFQ has equal weights and temperature 1.
+    OFQ uses equal weights and temperature 1.
 
     Args:
         student_cls: (B, K) logits of the class head.

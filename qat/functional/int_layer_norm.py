@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A multiplier is an 8-bit integer, shifted right by up to 31 bits.
+# Multipliers are 8-bit integers, shifted right by up to 31 bits.
 _PLACES = 7
 _MAX_SHIFT = 31
 

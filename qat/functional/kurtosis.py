@@ -19,7 +19,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# For at most this many values float64 costs nothing, and rounding errors do not average out.
+# With at most this many values, float64 costs no time, and rounding errors would not average out.
 FEW = 2**14
 
 
@@ -53,7 +53,8 @@ def kurtosis(w: Tensor) -> Tensor:
     inverse = torch.where(is_constant, 0.0, 1 / width)
     # Kurtosis does not depend on the scale: deviations below 1 keep fourth powers inside float32.
     deviation = (x - x.mean()) * inverse
-    # The mean has a rounding error, which is large for weights far from zero: subtract it again.
+    # The mean has a rounding error, which is large for weights far from zero, so subtract the mean
+    # again.
     square = (deviation - deviation.mean()).square()
     variance = square.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)

@@ -1,4 +1,4 @@
-"""Weights that oscillate between two codes: their frequency, and freezing them.
+"""Measure how often weights oscillate between two codes, and freeze them.
 
 Source: Nagel et al., arXiv 2203.11086 (ICML 2022).
 """

@@ -24,8 +24,8 @@ from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_o
 # Operations before a quantizer that need a whole row in a tile, and the longest such row.
 WHOLE = ("norm", "scores")
 LONGEST = 4096
-# Programs of a backward pass, each of which writes a row of sums: four for every multiprocessor of
-# a large device.
+# Number of programs in a backward pass, each of which writes a row of sums; four per multiprocessor
+# of a large device.
 PROGRAMS = 528
 # Without floating-point fusion, `r * s + c` rounds twice, like two separate operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}

@@ -12,7 +12,7 @@ from qat.kernels.rows import Layout, row_stride
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of a program's tile.
 TILE = 2048
-# The most columns of a tile, and the fewest of a tile that is narrower than a row.
+# The most columns of a tile, and the fewest columns of a tile that is narrower than a row.
 WIDEST = 1024
 NARROW = 64
 

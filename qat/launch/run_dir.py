@@ -201,7 +201,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Refuse a directory with outputs that this command would replace and did not write.
+    """Refuse a directory with outputs that another command wrote and this command would replace.
 
     Args:
         run_dir: the directory, which the same command may write into again.
@@ -258,7 +258,7 @@ class RunDirState:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, which changes if another file takes its name."""
+    """Identity of a file, which changes if another file replaces it."""
     if not path.exists():
         return None
     status = path.stat()

@@ -1,4 +1,4 @@
-"""`torch.compile` of functions of image batches: a graph for each mode, for its largest batch."""
+"""Compile functions of image batches, with one graph per mode, for the largest batch."""
 
 from __future__ import annotations
 

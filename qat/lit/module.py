@@ -283,13 +283,13 @@ class QATModule(LightningModule):
 
     def _average_batch_norms(self) -> None:
         """Average the running statistics of batch norms over the processes, in place."""
-        # `trainer.training` would not do: it is false in the validation of a fit.
+        # `trainer.training` cannot be used: it is false in the validation of a fit.
         if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
             distribute_bn(self.net, self.trainer.world_size, reduce=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
-        self._average_batch_norms()  # the weights in the file are these tensors
+        self._average_batch_norms()  # before the file is written, as it refers to these tensors
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:

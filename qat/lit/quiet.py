@@ -15,7 +15,7 @@ _IGNORED_WARNINGS = (
     ".*does not have many workers",  # small datasets are in memory
     "Checkpoint directory .* exists and is not empty",  # as in every resumed run
     "You requested to overfit but enabled .* dataloader shuffling",  # Lightning turns it off
-    "The `srun` command is available",  # a login node, or processes started by qat
+    "The `srun` command is available",  # on a login node, or in processes that qat starts
     "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
     ".*number of training batches .* is smaller than the logging interval",
 )

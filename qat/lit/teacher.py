@@ -1,4 +1,4 @@
-"""A frozen net whose logits a student follows, and recorded outputs of modules of a net."""
+"""A frozen net whose logits a student learns from, and a recorder of module outputs."""
 
 from __future__ import annotations
 

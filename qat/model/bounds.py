@@ -34,7 +34,7 @@ _OTHER_ERRORS = (
 
 
 class SizeLimit(TorchDispatchMode):
-    """Raises `ValueError` if its block creates far more or far larger tensors than `weights`.
+    """Raises `ValueError` if the block creates far more or far larger tensors than `weights`.
 
     Only the current thread is watched. The sizes of tensors that are not computed from others, such
     as new parameters, are summed; each computed tensor is checked separately.
@@ -80,7 +80,7 @@ class SizeLimit(TorchDispatchMode):
 
 
 def _sizes(values: object) -> list[int]:
-    """Numbers of each tensor in the arguments or the result of an operator."""
+    """Number of elements of each tensor in the arguments or the result of an operator."""
     return [leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -91,7 +91,7 @@ def check_net(
     image_sizes: Iterable[Sequence[int]] = (),
     pretrained_size: Sequence[int] | None = None,
 ) -> None:
-    """Raise `ValueError` if a model, or an image for it, needs much more memory than some weights.
+    """Raise `ValueError` if a model, or an image for it, needs much more memory than `weights`.
 
     The model is built and called on the meta device, which takes no memory.
 

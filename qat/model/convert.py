@@ -284,8 +284,8 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
     """Places of the first convolution (`stem`) and the classifiers (`head`), by module name.
 
-    The names are in timm's config of the model, or of a model inside it. With `features_only=True`
-    modules may have other names than in the config; then the first convolution is the stem.
+    The names are in timm's config of the model, or of a model inside it. With `features_only=True`,
+    module names may differ from the config; the first convolution is then the stem.
     """
     modules = dict(net.named_modules())
     places = {"head": "head"}
@@ -326,8 +326,8 @@ class _Walk:
         places: see `stem_and_heads`.
         unsigned_inputs: modules whose input comes from an activation function.
         swapped: parent, name and replaced module of each swap.
-        replacements: new modules by the old module and the kind of its input
-            (`SwapContext.input`), so that a module with several names is replaced by one.
+        replacements: new modules, by old module and kind of input (`SwapContext.input`), so that a
+            module with several names gets only one replacement.
         in_float: names of modules that a swap leaves in float.
     """
 
@@ -341,7 +341,7 @@ class _Walk:
 
 def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
     """Swap the children of a module, then their children; `outer` is the module's own swap."""
-    # `named_children` would skip later names of a module.
+    # `named_children` would skip further names of a module that has several.
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")

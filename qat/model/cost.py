@@ -143,7 +143,7 @@ def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
 
 
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
-    """Parameters and bytes by module name, under the names of the fields of `ModuleCost`."""
+    """Parameters and bytes of each module, under the field names of `ModuleCost`."""
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
     coded_sites = [site for site in sites.values() if _has_codes(site)]
@@ -229,11 +229,11 @@ def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
 
 
 def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
-    """The module and the field of `ModuleCost` to which a tensor is counted.
+    """The module and the field of `ModuleCost` that a tensor counts towards.
 
     Args:
         name: name of the tensor.
-        sites: names of the quantizers; tensors of a quantizer are counted to the module that owns
+        sites: names of the quantizers; tensors of a quantizer count towards the module that owns
             the quantizer.
     """
     quantizer = next((site for site in sites if name.startswith(f"{site}.")), None)

@@ -54,7 +54,7 @@ def freeze(net: nn.Module) -> nn.Module:
 
     Raises:
         UsageError: the model is in float or frozen already, a scale was never set, a quantizer has
-            no fixed grid, or a layer's weight is computed from other tensors (pruning,
+            no fixed grid, or the weight of a layer is computed from other tensors (pruning,
             parametrizations).
     """
     if conversion_of(net) is None:

@@ -183,7 +183,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
 
 
 def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, as the index finds them in the tensors of a file."""
+    """Weights by name, which are read from the tensors of a file as its index says."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
     if num_constants > MOST_CONSTANT:
         raise ValueError(f"its index lists {num_constants} numbers that are missing")

@@ -1,4 +1,4 @@
-"""Models as timm and Hugging Face share them: a folder with weights, `config.json` and a card."""
+"""Share models as timm and Hugging Face do: a folder with weights, `config.json` and a card."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
 
 
 def require_host(address: str, origin: str, problem: str, advice: str) -> None:
-    """Check that a host responds: the hub's own client would retry silently for a minute.
+    """Check that a host responds, because the hub's own client would retry silently for a minute.
 
     Raises:
         UsageError: the host does not respond within 4 s: `origin: problem and ... cannot be reached

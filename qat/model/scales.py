@@ -145,7 +145,7 @@ class _Progress:
 
 
 def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
-    """Images of each batch, at most `max_images`; later batches are not read."""
+    """Images of each batch, at most `max_images` in total; later batches are not read."""
     left = max_images
     for batch in batches:
         images = images_of(batch, net)[:left]

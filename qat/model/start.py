@@ -35,7 +35,7 @@ class Start:
 
     Attributes:
         net: a float timm model.
-        notes: lines for the user on where its weights come from.
+        notes: lines that tell the user where the weights come from.
         source: the float or quantized model whose checkpoint the weights come from, if it is ours;
             its scales may be copied after conversion.
     """

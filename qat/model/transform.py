@@ -1,4 +1,4 @@
-"""The transform from an image to the input of a model, as evaluation uses it."""
+"""The transform that evaluation uses to turn an image into the input of a model."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
 @register_swap(nn.Conv2d, "conv")
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
-    """Quantize a convolution; the input of the first one is the image."""
+    """Quantize a convolution; the input of the first convolution is the image."""
     is_first = context.place == "stem"
     input_quantizer = context.input_quantizer("image") if is_first else context.planes()
     return Swap(QuantConv2d(module, input_quantizer, context.weight()))

@@ -79,7 +79,7 @@ class FqAttention(ScoredAttention):
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """The output of the base class, quantized."""
+        """Quantize the output of the base class."""
         return self.output_quantizer(super().attend(scores, v, x))
 
 
@@ -331,7 +331,7 @@ def swap_output(module: nn.Module, context: SwapContext) -> Swap:
 
 
 def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
-    """The module as a `cls`, with a quantizer after it."""
+    """Cast the module to `cls`, with a quantizer after it."""
     cast = shallow_cast(cls, module)
     cast.output_quantizer = context.act("output")
     return Swap(cast)

@@ -75,7 +75,7 @@ class QuantModule(nn.Module):
         if torch.compiler.is_compiling() or self.kept_weights is None or is_watched(quantizer):
             return None
         sources = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
-        if any(t.is_inference() for t in sources):  # such tensors do not count their changes
+        if any(t.is_inference() for t in sources):  # inference tensors do not count their changes
             return None
         versions = [(t.data_ptr(), t._version) for t in sources]
         key = (torch.is_inference_mode_enabled(), *versions)

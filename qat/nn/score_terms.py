@@ -36,7 +36,7 @@ class RelativeBias(nn.Module):
 
 
 def add_window_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Mask scores between parts of a window that only a cyclic shift put next to each other.
+    """Mask scores between parts of a window that are adjacent only because of a cyclic shift.
 
     Args:
         scores: (B*windows, h, N, N).

@@ -41,7 +41,7 @@ _COPIES = {
 class ActivationTracer(TorchFunctionMode):
     """Follows outputs of activation functions through views and copies.
 
-    A tensor that is changed in place is not followed any more.
+    A tensor that is changed in place is no longer followed.
     """
 
     def __init__(self) -> None:

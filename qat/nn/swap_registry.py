@@ -1,4 +1,4 @@
-"""Table of the modules that replace others, by class *object* and intent.
+"""Table of replacements for modules, by class *object* and intent.
 
 Names would be ambiguous: timm has two unrelated classes named `Attention`. To add a family, write
 one file with `@register_swap(TheirClass, intent)`.

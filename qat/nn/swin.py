@@ -1,4 +1,4 @@
-"""Quantized Swin: window attention, and MLPs that get their input as a map.
+"""Quantized Swin: window attention, and MLPs whose input is a feature map.
 
 Padding and the cyclic shift come before the attention, in timm's block; scales are per position
 inside a window. Source: OFQ, arXiv 2302.02210.

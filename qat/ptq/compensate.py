@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
     """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
-    Quantized Linears and convolutions are fitted in the order in which they run. The output y of a
-    layer becomes g * y + b per output channel, the ridge regression of the float layer's output in
-    the float net on y. Gain and bias are folded: the rows of the weight and their scales are
-    multiplied by g, so codes do not change, and the bias becomes g * bias + b. If there is no scale
-    per channel (one scale for a whole weight, or floats in blocks), only b is fitted; if there is
-    no bias, only g.
+    Quantized Linears and convolutions are fitted in the order in which they run. Per output
+    channel, the output y of a layer is replaced by g * y + b, where ridge regression fits g and b
+    to the output of the same layer in the float net. Gain and bias are folded: the rows of the
+    weight and their scales are multiplied by g, so codes do not change, and the bias becomes g *
+    bias + b. If there is no scale per channel (one scale for a whole weight, or floats in blocks),
+    only b is fitted; if there is no bias, only g.
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.

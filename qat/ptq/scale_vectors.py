@@ -25,7 +25,7 @@ class ScaleVector:
         ]
 
     def read(self) -> Tensor:
-        """All scales (n,), float64 on the CPU."""
+        """Read all scales (n,), as float64 on the CPU."""
         scales = []
         for quantizer in self.quantizers:
             scales.append(quantizer.scale.detach().cpu().double().flatten())

@@ -55,7 +55,7 @@ class SearchSettings:
         population: members of the population.
         tournament: members that compete to be a parent.
         radius: radius of the noise; None = 1e-4 for 8 bits, else 1e-3.
-        relative: `radius` is a fraction of each scale, not in the unit of a scale.
+        relative: `radius` is a fraction of each scale, instead of a number in the unit of a scale.
         fitness: `infonce`, `mse`, `kl` or `cosine` of quantized and float logits.
         temperature: temperature of `infonce`.
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,

@@ -118,7 +118,7 @@ class Affine(Quantizer):
 
 @register("minmax")
 class MinMax(Affine):
-    """Range of the calibration data, then fixed.
+    """Quantizer with the fixed range of the calibration data.
 
     Activations are asymmetric, whatever the sign of the spec, because a zero point suits both the
     tail of GELU and signed inputs.
@@ -139,7 +139,7 @@ class MinMax(Affine):
 
 @register("minmax_dynamic")
 class DynamicMinMax(Quantizer):
-    """Symmetric range, recomputed in every forward: for weights, which change in training."""
+    """Quantizer of weights with a symmetric range that each forward recomputes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the range of `x`."""

@@ -89,7 +89,7 @@ class Quantizer(nn.Module, ABC):
         """Parameters with which a matrix product and the quantizer become one autograd Function.
 
         Returns:
-            None if the quantizer has to run before the product, with the same results.
+            None if the quantizer has to run before the product; results are equal.
         """
         return None
 

@@ -30,7 +30,7 @@ def build_seq(spec: QuantSpec) -> Quantizer:
 
 
 class SEQ(LSQ):
-    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1): half of them below zero."""
+    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1), half of which are negative."""
 
     # Without this line `Quantizer.__init_subclass__` would reset `operand`: `codes` are overridden.
     operand = LSQ.operand

@@ -94,5 +94,5 @@ class Shifted(Quantizer):
         return self.quantizer.n_scales
 
     def extra_repr(self) -> str:
-        """The offsets; the inner quantizer prints its own settings."""
+        """Text of the offsets; the inner quantizer prints its own settings."""
         return f"offsets={self.spec.offsets}"

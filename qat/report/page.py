@@ -227,7 +227,7 @@ def _file_rows(results: Row) -> list[Row]:
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
-    """Analyses in the run directory (command `analyze`) and in `analysis/` (of the run's model)."""
+    """Analyses in the run directory (of the command `analyze`) and in `analysis/` (of runs)."""
     analyses = []
     for subfolder in (folder, folder / ANALYSES):
         for path in sorted(subfolder.glob("*.json")):

@@ -36,7 +36,7 @@ from qat.tasks.checks import check_unread
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CALIBRATION_BATCH = 1024  # most images of a batch, so that it fits one device
+CALIBRATION_BATCH = 1024  # most images per batch, so that a batch fits on one device
 
 
 def plain(cfg: Any) -> Any:
@@ -216,8 +216,7 @@ def quantize(
         start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
         data: the dataset of the calibration images.
-        init: `full` keeps all weights; `reference` loses and adds the weights that the paper's
-            code loses and adds.
+        init: `full` keeps all weights; `reference` drops and adds weights as the paper's code does.
         processes: number of processes of the run. Each process sets the scales from the same
             images, in batches of the global size, so that scales are equal in all processes, and
             equal to the scales of a single process with this batch size.

@@ -1,4 +1,4 @@
-"""The folder `conf/` for Hydra: its path, its schemas and its resolvers.
+"""The folder `conf/` for Hydra: path, schemas and resolvers.
 
 Resolvers are functions that YAML files call as `${name:arguments}`. Nothing heavy is imported
 here, so that `--help` is fast.

@@ -1,4 +1,4 @@
-"""`eval.py`: accuracy or predictions of a checkpoint, rebuilt from its file, or of a timm model."""
+"""`eval.py`: accuracy or predictions of a checkpoint, rebuilt from its file, or a timm model."""
 
 from __future__ import annotations
 

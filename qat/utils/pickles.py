@@ -100,7 +100,7 @@ def _check_opcodes(file: IO[bytes]) -> None:
 
 
 def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
-    """Pop the inputs of an opcode from the stack, lowest first, without the mark."""
+    """Pop the inputs of an opcode from the stack, lowest first, except for the mark."""
     inputs = opcode.stack_before
     popped: list[_Slot] = []
     if pickletools.markobject in inputs:

@@ -23,7 +23,7 @@ HIGHEST_NUMBER = sys.float_info.max
 MOST_SIDE = 2**14
 # At 0.1, an image becomes ten times as large before it is cropped.
 LOWEST_CROP = 0.1
-# VOLO has 1.15, a border around the image.
+# VOLO uses 1.15, a border around the image.
 HIGHEST_CROP = 2
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")

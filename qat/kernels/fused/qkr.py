@@ -170,7 +170,7 @@ def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
-    """The input times the folded matrix (B, M, h*C), computed in backward."""
+    """The product of input and folded matrix, (B, M, h*C), recomputed in backward."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
     with torch.autocast(padded_x.device.type, enabled=False):
