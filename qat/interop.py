@@ -127,7 +127,7 @@ def net_from_ofq(
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes are those of no {family} ({error})") from error
+        raise UsageError(f"{origin}: its shapes match no {family} ({error})") from error
     if qkr is not None and qkr != has_qkr:
         layers = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
         raise UsageError(f"qkr={qkr}: {origin} holds {layers}")
@@ -153,7 +153,7 @@ def net_from_ofq(
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: its shapes are those of no {name} ({reason})") from error
+        raise UsageError(f"{origin}: its shapes match no {name} ({reason})") from error
     _grow_merging_biases(net, state)
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _fill(net, state, qkr=has_qkr, origin=origin)

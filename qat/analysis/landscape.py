@@ -1,4 +1,4 @@
-"""Loss of a model on a plane spanned by two directions of weight scales, as scale searches see it.
+"""Loss of a model on a plane of weight scales, in which a scale search would move.
 
 Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
 """

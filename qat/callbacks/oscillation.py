@@ -123,7 +123,7 @@ class Oscillation(Callback):
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
-                f"weights of at most {self.max_bits} bits, floats in blocks aside"
+                f"weights of at most {self.max_bits} bits, not counting floats in blocks"
             )
 
     def _tracks(self, site: Site) -> bool:

@@ -17,7 +17,7 @@ def models() -> list[str]:
         remark = _remark("model", name)
         parts = [values["name"], remark] if remark else [values["name"]]
         entries[f"model={name}"] = ". ".join(parts)
-    return [*_table(entries), "model=NAME also takes any model of timm by its name there."]
+    return [*_table(entries), "model=NAME also accepts any timm model by its name."]
 
 
 def recipes() -> list[str]:

@@ -95,7 +95,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         (OSError, RuntimeError),
         _message(
             r"[Tt]oo many open files|received 0 items of ancdata",
-            "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)",
+            "too many open files; lower data.num_workers, or raise the limit (ulimit -n)",
         ),
     ),
     (OSError, _wrong_file),
@@ -103,8 +103,8 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         RuntimeError,
         _message(
             r"^DataLoader worker \(pid",
-            "{}; memory may be short: data.num_workers fewer, "
-            "data.batch_size smaller, on Docker --shm-size larger",
+            "{}; memory may be short: lower data.num_workers or data.batch_size, "
+            "or raise --shm-size of Docker",
         ),
     ),
     (
@@ -112,7 +112,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         _message(
             r"[Cc]onnection (closed|reset) by peer|remote process exited"
             r"|Broken pipe|failed to recv",
-            "another process of this run is gone: {}",
+            "another process of this run has ended: {}",
         ),
     ),
     (RuntimeError, _message(r"^Early stopping conditioned on", "{}")),

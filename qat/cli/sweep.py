@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 # Error of a job that requests several processes on this machine.
 SEVERAL = (
     "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
-    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts a process a GPU"
+    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts one process per GPU"
 )
 # File in a job's folder with the error of the job; it contains `KILLED` until the job ends.
 ERROR = Path(".hydra") / "error.txt"
-KILLED = "it was killed, or is still going"
+KILLED = "it was killed, or is still running"
 _running: list[SweepCallback] = []
 # Messages of failed jobs, from this process or read from files of other processes.
 failures: list[str] = []
@@ -92,7 +92,7 @@ def _enter(config: DictConfig, folder: str) -> None:
         run_dir.lock(folder)
         log_file = Path(folder, f"{config.hydra.job.name}.log")
         if log_file.exists() and not log_file.is_file():
-            raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
+            raise UsageError(f"run_dir={folder!r}: {log_file.name} exists and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -72,7 +72,7 @@ def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
     if not isinstance(image, Image.Image):
         raise UsageError(
             f"image of type {kind}: "
-            "must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8"
+            "must be a path, a Pillow image, or an array (H, W[, 1 or 3]) of uint8"
         )
     return decode(lambda: image, chans, f"image of type {kind}")
 

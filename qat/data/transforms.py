@@ -187,8 +187,8 @@ class BatchMixup:
             return images, target
         if len(images) % 2:  # with fewer training images than `batch_size`
             raise UsageError(
-                "data.mixup, data.cutmix: pairs are mixed; "
-                f"the number of images must be even, a batch has {len(images)}"
+                "data.mixup, data.cutmix: images are mixed in pairs; "
+                f"the number of images in a batch must be even, got {len(images)}"
             )
         # In timm, the probabilities have the dtype of the images.
         mixing_dtype = torch.promote_types(images.dtype, torch.float32)

@@ -86,7 +86,7 @@ class QuantizedTensor(_OnCodes):
         if name in {"shape", "ndim", "device"}:
             return getattr(self.codes, name)
         if name not in _VIEWS:
-            raise AttributeError(f"{name} is not done on codes: must be a view or a product")
+            raise AttributeError(f"{name} is not supported on codes: must be a view or a product")
 
         def view(*args: Any, **kwargs: Any) -> Any:
             return self._viewed(lambda t: getattr(t, name)(*args, **kwargs))

@@ -109,7 +109,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     except Exception as error:
         cause = " ".join(str(error).split())
         raise UsageError(
-            f"format=executorch: ExecuTorch cannot hold this net: {cause[:300]}"
+            f"format=executorch: ExecuTorch cannot export this model: {cause[:300]}"
         ) from error
     outside_xnnpack: Counter[str] = Counter()
     for node in lowered.exported_program().graph.nodes:

@@ -42,7 +42,7 @@ def use(choice: str) -> None:
         raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
         raise UsageError(
-            "kernels='triton': Triton or CUDA is not there; here it must be one of auto, off"
+            "kernels='triton': Triton or CUDA is not available; here it must be one of auto, off"
         )
     _choice = choice
 
@@ -57,8 +57,8 @@ def are_off() -> bool:
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError(
-            "torch.func: its transforms do not go through the kernels; kernels=off, "
-            "qat.kernels.use('off'), takes them"
+            "torch.func: kernels do not support its transforms; must be with kernels=off "
+            "(in Python, qat.kernels.use('off'))"
         )
     return _choice == "off" or torch.jit.is_tracing()
 

@@ -44,8 +44,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
                 raise UsageError(
-                    "vmap: gradients of kernels are made one at a time; kernels=off, "
-                    "qat.kernels.use('off'), is for vmap"
+                    "vmap: kernels do not support batched gradients; must be with kernels=off "
+                    "(in Python, qat.kernels.use('off'))"
                 )
             return function(*args)
 
@@ -61,8 +61,8 @@ def differentiated_once() -> None:
     """Raise `UsageError` in a backward pass that is itself being differentiated."""
     if torch.is_grad_enabled():
         raise UsageError(
-            "create_graph=True: kernels are differentiated once; kernels=off, "
-            "qat.kernels.use('off'), is as often as one likes"
+            "create_graph=True: kernels can only be differentiated once; must be with kernels=off "
+            "(in Python, qat.kernels.use('off'))"
         )
 
 
@@ -70,7 +70,7 @@ def works(language: str, agrees: Callable[[], bool]) -> bool:
     """True if the kernels compile and agree with the formulas; else log the reason."""
     try:
         is_equal = agrees()
-        reason = "its kernels give other numbers here"
+        reason = "its kernels disagree with the formulas"
     except Exception as error:  # of a driver, compiler or linker, which formulas do not need
         is_equal = False
         reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")

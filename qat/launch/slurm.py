@@ -89,7 +89,7 @@ def _check_single_process() -> None:
     raise UsageError(
         f"SLURM has {tasks} tasks for this job, and this process is not one of them; "
         "start them with: srun python ..., "
-        "or one alone with: srun --nodes=1 --ntasks=1 python ..."
+        "or a single one with: srun --nodes=1 --ntasks=1 python ..."
     )
 
 
@@ -176,7 +176,7 @@ def _requeue(run_dir: Path) -> str | None:
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
     if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
         return (
-            f"{runs} runs of it have ended before the first checkpoint; "
+            f"{runs} runs of the job have ended before the first checkpoint; "
             "the time limit of the job is too short"
         )
     time.sleep(SHOW_LOG_S)

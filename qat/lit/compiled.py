@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 # Make compiled code round like eager code, because integer codes may depend on it: division rounds
 # to nearest, no product is contracted with a sum, and half-precision values are rounded between
-# fused operations. The last two have one setting. C++ code does the first two in any case. In older
-# versions of torch, the setting for division has the second name.
+# fused operations. `emulate_precision_casts` controls the last two. C++ code does the first two in
+# any case. The two names for division are for newer and older versions of torch.
 ROUNDING = {
     "eager_numerics.division_rounding": True,
     "emulate_divison_rounding": True,

@@ -67,7 +67,7 @@ class _Writer(ExperimentWriter):
         except Exception as error:
             raise UsageError(
                 f"{path}: must be the table that this run wrote; "
-                f"without it the run resumes, too ({error})"
+                f"the run also resumes if it is deleted ({error})"
             ) from error
         if rows:
             self._write(rows)

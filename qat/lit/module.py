@@ -244,7 +244,7 @@ class QATModule(LightningModule):
         epochs = self.trainer.max_epochs or 1
         if epochs < 0:
             raise UsageError(
-                "trainer.max_epochs=-1: must be at least 1: schedules are laid out for epochs"
+                "trainer.max_epochs=-1: must be at least 1: schedules need a number of epochs"
             )
         schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
         return {

@@ -58,7 +58,7 @@ class Site:
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
             roles = ", ".join(WEIGHT_ROLES)
             raise TypeError(
-                f"{self.name} quantizes an activation; only roles {roles} have a float master"
+                f"{self.name} quantizes an activation; only roles {roles} have a float weight"
             )
         return self.owner.latent(self.role)
 

@@ -197,7 +197,7 @@ class FqNet(VisionTransformer):
                 need = "one scale, or one for each channel by ptq.residual_observer=ptf"
                 raise UsageError(
                     f"ptq.layernorm='integer': {name} needs {need} before it, "
-                    "and none for each token after it"
+                    "and no scale per token after it"
                 )
             norm.between = (before, after)  # type: ignore[assignment]
 

@@ -22,7 +22,7 @@ from qat.spec import QuantSpec
 def build_seq(spec: QuantSpec) -> Quantizer:
     """SEQ for signed tensors, else LSQ.
 
-    LSQ's unsigned grid includes zero, and half of unsigned values are zero.
+    LSQ's unsigned grid includes zero, and half of the values of an unsigned tensor are zero.
     """
     if spec.signed:
         return SEQ(spec)

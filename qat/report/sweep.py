@@ -56,7 +56,7 @@ def _numbers_padded(row: Row) -> list[str]:
 
 def _job_row(folder: Path, job: str) -> Row:
     results = json_object(folder / "results.json", folder)
-    error: Any = "no results.json: killed, or still going"
+    error: Any = "no results.json: killed, or still running"
     status = "not finished"
     if results:
         error = results.get("error")

@@ -57,7 +57,7 @@ DATASETS: dict[str, type[ImageData]] = {
 COMMON_DATA = ("imagefolder", "hf_parquet")
 # Callbacks that change the length of the training or need another module, and what to use instead.
 UNFIT: dict[type[Callback], str] = {
-    callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
+    callbacks.BackboneFinetuning: "optimizer.layer_decay makes early layers learn more slowly",
     callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
     callbacks.BatchSizeFinder: "set data.batch_size",
     callbacks.GradientAccumulationScheduler: (
@@ -94,7 +94,7 @@ def check_callback(name: str, callback: object) -> None:
     if monitor.startswith("val") or "/" not in monitor:
         raise UsageError(
             f"callbacks.{name}.monitor={monitor!r}: "
-            f"must be one of those of the validation: {', '.join(VAL_METRICS)}"
+            f"must be a validation metric: {', '.join(VAL_METRICS)}"
         )
 
 
@@ -170,7 +170,7 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     if sorted(model_classes) == sorted(data_classes):
         raise UsageError(
             f"{difference}: the same classes in another order; "
-            "must be data with the order that it was trained on"
+            "must be data with the order of its training"
         )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", difference)

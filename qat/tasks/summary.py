@@ -289,8 +289,8 @@ def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
     """Warn if a quantized training starts from random weights."""
     if start.is_random and not is_dry_run:
         log.warning(
-            "random weights: quantized training takes longer than in float, and when it is short, "
-            "it ends less accurate from them; train with quant=fp first, "
+            "random weights: from these, quantized training takes longer than float training, "
+            "and a short one is less accurate; train with quant=fp first, "
             "then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
         )
 

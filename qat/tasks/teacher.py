@@ -57,7 +57,7 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
             log.warning("%s: no loss term uses a teacher, so it is not loaded", sources[0])
         return None
     if len(sources) > 1:
-        raise UsageError(f"{', '.join(sources)}: a teacher comes from only one of them")
+        raise UsageError(f"{', '.join(sources)}: only one of them can set the teacher")
     has_own_model = sources or cfg.teacher.model
     start = Start(_own_teacher(cfg)) if has_own_model else _start_of_student(cfg)
     setting = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")

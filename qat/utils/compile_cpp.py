@@ -37,7 +37,7 @@ def load(source: str) -> ctypes.CDLL:
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        raise OSError("neither $CXX nor c++ is there")
+        raise OSError("neither $CXX nor c++ exists")
     folder = _cache()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:

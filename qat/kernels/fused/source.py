@@ -71,8 +71,8 @@ def check_unwritten(x: Tensor) -> None:
     """Raise `UsageError` if the traced graph wrote into `x` after `x` got its note."""
     if x._version and type(x) not in PLAIN:
         raise UsageError(
-            "compile: a net writes in place into what a LayerNorm or GELU gave; must be false, "
-            "or the net's x.mul_(2) x = x * 2"
+            "compile: a net writes in place into the output of a LayerNorm or GELU; must be false, "
+            "or the net must compute x = x * 2 in place of x.mul_(2)"
         )
 
 
