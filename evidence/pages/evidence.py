@@ -1,4 +1,4 @@
-"""All claims with their records, and texts with numbers of them."""
+"""All claims with their records, and texts that quote numbers from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Metric = tuple[str, str]
 class Evidence:
     """All claims, and the records by claim and arm, then by seed.
 
-    Methods take the name of an arm as its claim's file writes it: `NAME` for an arm of the same
-    claim, `CLAIM/NAME` for any other.
+    Methods accept the name of an arm as claim files write it: `NAME` for an arm of the same claim,
+    `CLAIM/NAME` for any other arm.
     """
 
     claims: Mapping[str, Claim]
@@ -82,8 +82,8 @@ class Evidence:
     def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
         """Differences of two arms, seed by seed.
 
-        A number is compared with every seed, and so is a model with only seed 0 that other runs
-        start from.
+        A number is compared with every seed. So is a model that other runs start from and that has
+        only seed 0.
         """
         left = self.measured(claim, *first)
         if not isinstance(second, tuple):
@@ -139,7 +139,7 @@ class _Numbers(string.Formatter):
         self.words = words
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """A word, or the values of a field and the sign of their format."""
+        """Return a word, or the values of a field and the sign for formatting them."""
         if field_name in self.words:
             return self.words[field_name], field_name
         terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]
@@ -159,7 +159,7 @@ class _Numbers(string.Formatter):
         return (differences, "+"), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Words unchanged; values as mean ± deviation, mean and `interval`, or number (`n`)."""
+        """Format values as mean ± deviation, mean and `interval`, or number of seeds (`n`)."""
         if isinstance(value, str):
             return value
         values, sign = value
