@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.model.convert import apply_recipe, conversion_of, convert
+from qat.model.convert import apply_recipe, convert
 from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME
-from qat.spec import QuantRecipe, recipe as preset
+from qat.spec import QuantRecipe
+from qat.spec import recipe as preset
 
 
 @register_quantization_config(NAME)
@@ -37,14 +38,14 @@ class QatConfig(QuantizationConfigMixin):
         signs: str = "probe",
         **knobs: Any,
     ) -> None:
-        self.quant_method = NAME
+        self.quant_method = NAME  # type: ignore[assignment]
         knobs.pop("quant_method", None)
         if isinstance(recipe, str):
             recipe = preset(recipe, **knobs)
         elif isinstance(recipe, Mapping):
             recipe = recipe_from(recipe)
         self.recipe = recipe.to_dict()
-        self.input_size = input_size and list(input_size)
+        self.input_size: Any = input_size
         self.signs = signs
 
 
@@ -62,16 +63,15 @@ class QatQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        size = tuple(config.input_size)
-        apply_recipe(model, recipe_from(config.recipe), input_size=size, signs=config.signs)
+        recipe = recipe_from(config.recipe)
+        apply_recipe(model, recipe, input_size=config.input_size, signs=config.signs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            model.config.quantization_config = config.to_dict()  # as `qat.convert` notes it
+        else:
             convert(model, recipe_from(config.recipe), input_size=config.input_size)
-            config.input_size = list(conversion_of(model).input_size)
-        # Plain data, as `qat.convert` notes it.
-        model.config.quantization_config = config.to_dict()
 
     def is_serializable(self) -> bool:
         """Quantized models can be saved."""

@@ -1,6 +1,6 @@
 """Modules that own quantizers, one file per timm family; importing them registers their swaps."""
 
-from qat.nn import beit, conv, eva, fqvit, linear, relpos, swin, swinv2, vit
+from qat.nn import beit, conv, eva, fqvit, hf_constructor, linear, relpos, swin, swinv2, vit
 from qat.nn.attention import QuantAttention, ScoredAttention
 from qat.nn.attention_interface import AttentionInterface, HeadProducts, hf_models
 from qat.nn.conv import QuantConv2d
@@ -30,6 +30,7 @@ __all__ = [
     "eva",
     "find_swap",
     "fqvit",
+    "hf_constructor",
     "hf_models",
     "is_attention",
     "last_layers",
