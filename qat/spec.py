@@ -264,15 +264,16 @@ class QuantRecipe:
             self._under(pattern, self._with_following(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
-    def at(self, module_name: str) -> QuantRecipe:
+    def at(self, module_name: str, *aliases: str) -> QuantRecipe:
         """The recipe for one module, with the rules of `overrides` whose glob matches its name.
 
+        `aliases` are further names of the module.
         `bits` of a rule also sets `stem_bits`, `head_bits` and, with `rule_bits="both"`,
         `act_bits`, so that it has the same meaning for all modules.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
-            if fnmatch.fnmatchcase(module_name, pattern):
+            if fnmatch.filter((module_name, *aliases), pattern):
                 knobs |= self._with_following(rule)
         return self._under(module_name, knobs) if knobs else self
 

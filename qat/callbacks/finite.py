@@ -155,9 +155,8 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
         probing(net, hooks),
         trainer.precision_plugin.forward_context(),
     ):
-        net(
-            images
-        )  # all processes take part, even if the cause is known, because they may share the weights
+        # All processes take part, even if the cause is known: they may share the weights.
+        net(images)
     if not images.isfinite().all():
         return "the images of the batch"
     damaged = _damaged(net.state_dict())

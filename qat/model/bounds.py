@@ -120,7 +120,8 @@ def check_net(
     if pretrained_size is not None and tuple(pretrained_size) != own_cfg.get("input_size"):
         image_sizes = [*image_sizes, pretrained_size[1:]]
     for image_size in image_sizes:
-        size = (kwargs.get("in_chans", 3), *image_size)
+        channels = kwargs.get("config", {}).get("num_channels", 3)
+        size = (kwargs.get("in_chans", channels), *image_size)
         limit = SizeLimit(weights, f"an image of {size} takes much more memory than")
         with contextlib.suppress(*_OTHER_ERRORS), torch.device("meta"), torch.no_grad():
             image = torch.zeros(1, *size)

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,15 @@ from qat.model.scales import guard
 from qat.model.sites import iter_quantizers, no_weight_decay
 from qat.nn import (
     ActivationTracer,
+    AttentionInterface,
     FqNet,
     QkrAttention,
     Swap,
     SwapContext,
     find_swap,
+    hf_models,
     is_attention,
+    last_layers,
     swap_net,
 )
 from qat.quantizers import Quantizer
@@ -63,18 +66,24 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 
 
 def own_input_size(net: nn.Module) -> tuple[int, int, int]:
-    """Image size (channels, height, width) of a timm model, or of the first timm model inside.
+    """(channels, height, width) of the images of the first model of timm or Transformers in `net`.
 
     Raises:
-        UsageError: there is no timm model inside.
+        UsageError: there is no such model, or its config does not say.
     """
     for module in net.modules():
         if getattr(module, "pretrained_cfg", None):
             channels, height, width = get_model_input_config(module)["input_size"]
             return get_model_args(module).get("in_chans", channels), height, width
+    for model in hf_models(net):
+        config = getattr(model.config, "vision_config", model.config)
+        sides = getattr(config, "image_size", None)
+        if sides is not None:
+            height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+            return getattr(config, "num_channels", 3), height, width
     raise UsageError(
         "convert.input_size=None: must be (channels, height, width) of the images; "
-        "the model is not one of timm's, which know it"
+        "the model does not say it, as timm's do"
     )
 
 
@@ -149,15 +158,18 @@ def apply_recipe(
     original_class = type(net)
     original_modules = dict(net._modules)
     tracer = ActivationTracer()
-    if signs == "probe":
-        # Tensors created in inference mode do not count their changes.
-        with tracer, torch.inference_mode(mode=False):
-            check_input(net, size, tracer.hooks(net))
-    walk = _Walk(recipe, stem_and_heads(net), tracer.unsigned_inputs(), swapped)
+    interface = AttentionInterface(net)
     try:
+        if signs == "probe":
+            # Tensors created in inference mode do not count their changes.
+            with tracer, interface.searching(), torch.inference_mode(mode=False):
+                check_input(net, size, tracer.hooks(net))
+        places = stem_and_heads(net) | _heads(net, size)
+        walk = _Walk(recipe, places, tracer.unsigned_inputs(), interface.projections, swapped)
         _walk(net, "", walk, swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
+        attentions += interface.add_products(recipe)
         _check_tied(net, swapped)
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
@@ -167,8 +179,10 @@ def apply_recipe(
             setattr(parent, name, child)
         net.__class__ = original_class
         net._modules = original_modules
+        interface.restore()
         raise
     net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
+    interface.describe(recipe.to_dict(), size, signs)
     # timm calls this method. Patterns with `*.` match names in a compiled model, which have a
     # prefix.
     names = no_weight_decay(net)
@@ -301,6 +315,16 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
     return places
 
 
+def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
+    """Places of the layers that compute the outputs of models of Transformers, by their names."""
+    heads: set[nn.Module] = set()
+    for model in hf_models(net):
+        with probing(model, ()):
+            heads |= last_layers(model, zero_image(model, input_size))
+    names = net.named_modules(remove_duplicate=False)
+    return {name: "head" for name, module in names if module in heads}
+
+
 def recipe_of(net: nn.Module) -> QuantRecipe | None:
     """The current recipe of a model; None for a float model.
 
@@ -325,6 +349,7 @@ class _Walk:
         recipe: the recipe.
         places: see `stem_and_heads`.
         unsigned_inputs: modules whose input comes from an activation function.
+        projections: modules that have the place of `attn.proj` in a model of another library.
         swapped: parent, name and replaced module of each swap.
         replacements: new modules, by old module and kind of input (`SwapContext.input`), so that a
             module with several names gets only one replacement.
@@ -334,6 +359,7 @@ class _Walk:
     recipe: QuantRecipe
     places: dict[str, str]
     unsigned_inputs: frozenset[nn.Module]
+    projections: Collection[nn.Module]
     swapped: list[tuple[nn.Module, str, nn.Module]]
     replacements: dict[tuple[nn.Module, str], nn.Module] = field(default_factory=dict)
     in_float: list[str] = field(default_factory=list)
@@ -358,7 +384,9 @@ def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
         if replacement is not None:
             _put(module, child_name, replacement, walk)
             continue
-        context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), input_kind)
+        aliases = [f"{path}.attn.proj"] if child in walk.projections else []
+        rules = walk.recipe.at(path, *aliases)
+        context = SwapContext(rules, walk.places.get(path, "block"), input_kind)
         swap = find_swap(child, context)
         inner = Swap(child) if swap is None else swap(child, context)
         walk.replacements[child, input_kind] = _put(module, child_name, inner.module, walk)

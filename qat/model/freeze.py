@@ -20,7 +20,7 @@ from qat.model.frozen import (
 )
 from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
-from qat.nn import FqNet, QkrAttention
+from qat.nn import FqNet, QkrAttention, hf_models
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
@@ -66,9 +66,15 @@ def freeze(net: nn.Module) -> nn.Module:
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
     frozen = freeze_structure(copied(net).float())
+    if hf_models(frozen):
+        frozen.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     nonzero = {name for name, tensor in frozen.state_dict().items() if tensor.any()}
     prune_offsets(frozen, nonzero)
     return frozen
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise UsageError("save_pretrained: the model is frozen; qat.save writes its integer codes")
 
 
 def keeps_weights(net: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from qat.errors import UsageError
 from qat.model.convert import conversion_of, recipe_of
 from qat.model.foreign_weights import grown_biases
 from qat.model.frozen import is_frozen
+from qat.nn.hf_constructor import constructor_of
 from qat.utils.files import check_bounds
 from qat.utils.validate import check_images
 
@@ -61,7 +62,8 @@ def describe(
 
     Args:
         net: a converted or float model.
-        model: timm name; None = the name that timm noted on the model.
+        model: timm name; None = the name that timm noted on the model; models of Transformers need
+            none.
         model_kwargs: arguments of `timm.create_model`; None = the arguments that timm noted on the
             model.
         data: config of the data that the model was trained on; None = the config that `load` found
@@ -79,8 +81,12 @@ def describe(
         classes = classes_of(net)
     _check_data_and_classes(data, classes)
     config = getattr(net, "pretrained_cfg", None) or {}
-    name = model or config.get("architecture")
-    kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
+    own_name, own_kwargs = constructor_of(net) or (
+        config.get("architecture"),
+        getattr(net, "_model_args", None),
+    )
+    name = model or own_name
+    kwargs = own_kwargs if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
         advice = (
             "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"

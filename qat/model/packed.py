@@ -148,7 +148,7 @@ def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
     """CRC-32, in eight digits, of codes, floats, other tensors by name, and texts of the header."""
     checksum = 0
     for name in ("codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
     checksum = zlib.crc32("".join(header).encode(), checksum)
     return f"{checksum:08x}"
 

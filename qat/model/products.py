@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qat.nn import QkrAttention, QuantAttention, ScoredAttention
+from qat.nn import HeadProducts, QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
@@ -167,7 +167,11 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     The products of our attentions are computed by a formula; all other products are recorded.
     """
     modules = dict(net.named_modules())
-    attentions = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
+    attentions = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, ScoredAttention | HeadProducts)
+    }
     # With QKR, the attention itself quantizes the input of V.
     inherited_bits = {}
     for attention in attentions.values():
@@ -208,7 +212,10 @@ def _count_attention(
     products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
 ) -> None:
     """Forward pre-hook that adds the products of an attention."""
-    if isinstance(attention, QkrAttention):
+    if isinstance(attention, HeadProducts):
+        scores, sums = attention.macs(*args[:3])
+        products.extend(_quantized_products(name, attention, scores, sums))
+    elif isinstance(attention, QkrAttention):
         products.extend(_qkr_products(name, attention, args[0]))
     else:
         products.extend(_attention_products(name, attention, args[0]))
@@ -216,14 +223,19 @@ def _count_attention(
 
 def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
     macs = attention.n_scores(x) * attention.head_dim
+    return _quantized_products(name, attention, macs, macs)
+
+
+def _quantized_products(name: str, attention: Any, scores: int, sums: int) -> list[MatrixProduct]:
+    """Products with `scores` and `sums` multiply-accumulates of q, k, v and probabilities."""
     joint = getattr(attention, "qkv_quantizer", None)
     q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
     k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
     v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
     probs_bits = _bits(attention.probs_quantizer)
     return [
-        MatrixProduct(name, macs, of_activations=True, bits=(q_bits, k_bits)),
-        MatrixProduct(name, macs, of_activations=True, bits=(probs_bits, v_bits)),
+        MatrixProduct(name, scores, of_activations=True, bits=(q_bits, k_bits)),
+        MatrixProduct(name, sums, of_activations=True, bits=(probs_bits, v_bits)),
     ]
 
 

@@ -30,7 +30,7 @@ def separate_bias(attention: Any) -> Tensor | None:
     return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
 
-def _quantized(t: Tensor, quantizer: nn.Module) -> Tensor:
+def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
     """Quantize (B, h, N, d) as (B, N, h*d), or without reshaping if blocks of d share scales.
 
     A score sums over d, so blocks must not extend across heads.
@@ -155,8 +155,8 @@ class QuantAttention(ScoredAttention):
 
         Queries and keys have one step size per token, which the heads share.
         """
-        q_q = _quantized(q, self.q_quantizer)
-        k_q = self.shared(_quantized(k, self.k_quantizer))
+        q_q = quantized_heads(q, self.q_quantizer)
+        k_q = self.shared(quantized_heads(k, self.k_quantizer))
         return q_q @ k_q.transpose(-2, -1)
 
     def fused(

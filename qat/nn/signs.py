@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import timm.layers as timm_layers
@@ -42,10 +42,14 @@ class ActivationTracer(TorchFunctionMode):
     """Follows outputs of activation functions through views and copies.
 
     A tensor that is changed in place is no longer followed.
+
+    Args:
+        classes: further classes of activations with a small negative tail.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Sequence[type[nn.Module]] = ()) -> None:
         super().__init__()
+        self.classes = (*NEARLY_POSITIVE, *classes)
         self.layers: dict[nn.Module, bool] = {}
         # For each storage, a tensor that keeps the storage alive, and the version of its values.
         self.outputs: dict[int, tuple[Tensor, int]] = {}
@@ -53,7 +57,7 @@ class ActivationTracer(TorchFunctionMode):
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         """Watch the activations and layers of a model."""
         for module in net.modules():
-            if isinstance(module, NEARLY_POSITIVE):
+            if isinstance(module, self.classes):
                 yield module.register_forward_hook(self._after_activation)
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 yield module.register_forward_pre_hook(self._before_layer)
