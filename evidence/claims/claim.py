@@ -87,6 +87,8 @@ class Expectation:
             further from `than` than the margin).
         margin: margin in the unit of the metric.
         format: format of the difference on the page.
+        judged: has a verdict and a row in docs/accuracy.md. The first expectation of a claim is
+            always judged.
     """
 
     what: str
@@ -96,6 +98,7 @@ class Expectation:
     direction: str
     margin: float = 0.0
     format: str = ".2f"
+    judged: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import statistics
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from qat.errors import UsageError
@@ -35,11 +37,14 @@ class Record:
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
         wall_seconds: duration; None if it was not measured.
-        machine: processor, cores, threads.
+        machine: processor, cores, threads. Records until 2026-11-28 have the name of the processor
+            only, which several types share.
         device: device of the tensors.
         versions: versions of libraries; None for a library that is not installed.
         git_commit: commit of this repository; None outside a repository.
         date: day of the run, year-month-day.
+        correct: right or wrong by test image, see `qat.tasks.results.correct_images`; None if it
+            was not stored, as in records until 2026-11-28.
     """
 
     claim: str
@@ -57,6 +62,7 @@ class Record:
     versions: Mapping[str, str | None]
     git_commit: str | None
     date: str
+    correct: str | None = None
 
     @property
     def processor(self) -> str:
@@ -76,6 +82,16 @@ class Record:
         if len(epochs) >= SHORTEST and last:
             values["val_end"] = statistics.mean(last)
         return values
+
+    @property
+    def hits(self) -> list[int]:
+        """1 for each test image that is classified correctly, else 0; empty if it is unknown.
+
+        Zeros at the end fill up the last eight images.
+        """
+        packed = np.frombuffer(base64.b64decode(self.correct or ""), np.uint8)
+        hits: list[int] = np.unpackbits(packed).tolist()
+        return hits
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -110,5 +126,7 @@ def add_record(folder: Path, record: Record) -> None:
         lines = []
         for entry in sorted(records, key=_key):
             plain = json.loads(json_text(dataclasses.asdict(entry)))  # null for NaN
+            if entry.correct is None:
+                del plain["correct"]
             lines.append(f"{json.dumps(plain, ensure_ascii=False)}\n")
         write_text(path, "".join(lines))

@@ -24,7 +24,7 @@ from evidence.claims.arms import ROOT, Arms, Run, preset
 from evidence.claims.claim import Arm
 from evidence.claims.records import Record, add_record
 from evidence.claims.results import read_figures
-from evidence.speed.timing import machine
+from evidence.speed.timing import processor_type
 
 log = logging.getLogger("qat.evidence")
 
@@ -113,11 +113,12 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         curves=curves,
         maps=maps,
         wall_seconds=round(sum(result.get("wall_seconds") or 0 for result in results), 1),
-        machine=f"{machine()}, {os.cpu_count()} cores, 1 thread(s)",
+        machine=f"{processor_type()}, {os.cpu_count()} cores, 1 thread(s)",
         device=results[0]["device"],
         versions=results[0]["versions"],
         git_commit=results[0].get("git_commit"),
         date=datetime.date.today().isoformat(),
+        correct=results[0].get("correct"),
     )
     add_record(arms.records, record)
 

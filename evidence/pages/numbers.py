@@ -9,6 +9,8 @@ from evidence.claims.intervals import interval
 
 DEFAULT_FORMAT = ".2f"
 NO_VALUE = "–"
+# Mark of a difference between runs on two types of CPUs.
+MIXED = "\\*"
 # The fewest seeds for which an interval is shown.
 SEEDS = 3
 

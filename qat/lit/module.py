@@ -95,6 +95,10 @@ class QATModule(LightningModule):
             self.test_confusion = MulticlassConfusionMatrix(num_classes)
         # After a test: (K, K) on the CPU, number of images by true and by predicted class.
         self.confusion: Tensor | None = None
+        # After a test in one process: (N,) on the CPU, True for each image that is classified
+        # correctly. Several processes would have to put the images in order again.
+        self.correct: Tensor | None = None
+        self._test_hits: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
         self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
 
@@ -207,16 +211,20 @@ class QATModule(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
+        self._test_hits.append(logits.argmax(1) == batch[1])
         if self.test_confusion is not None:
             self.test_confusion.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        """Gather the confusion matrix from all processes while they are connected.
+        """Keep the images' results, and the confusion matrix of all connected processes.
 
         Raises:
             UsageError: a logit is not finite.
         """
         check_logits(float(self.test_loss.compute()), "evaluation")
+        if self.trainer.world_size == 1:
+            self.correct = torch.cat(self._test_hits).cpu()
+        self._test_hits.clear()
         if self.test_confusion is not None:
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()

@@ -22,6 +22,7 @@ from qat.tasks.predict import find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
     class_results,
+    correct_images,
     measured,
     recipe_fields,
     record_run,
@@ -128,6 +129,7 @@ def measure(
     module = QATModule(subject.net, loss, num_classes=num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     results = measured(metrics, costs, num_classes)
+    results |= correct_images(module.correct)
     results |= data.evaluation_facts(module.confusion)
     entries = summary.scores(results)
     entries["loss"] = f"{results['loss']:.4f}"

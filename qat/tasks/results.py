@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -144,6 +146,22 @@ def measured(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[st
     keys = ["top1", "top5", "loss"] if classes > 5 else ["top1", "loss"]
     scores = {key: metrics[f"test/{key}"] for key in keys}
     return scores | sizes(costs)
+
+
+def correct_images(correct: Tensor | None) -> dict[str, str | None]:
+    """The key of `results.json` about single test images.
+
+    Args:
+        correct: (N,) booleans, True for an image that is classified correctly; None = unknown.
+
+    Returns:
+        `correct`: a bit for each image in the order of the split, the first one highest in the
+        first byte, padded with zeros, as base64.
+    """
+    if correct is None:
+        return {"correct": None}
+    packed = np.packbits(correct.numpy()).tobytes()
+    return {"correct": base64.b64encode(packed).decode()}
 
 
 def sizes(costs: Cost) -> dict[str, Any]:

@@ -34,7 +34,13 @@ from qat.tasks.checks import (
     check_patches,
 )
 from qat.tasks.report import report_run
-from qat.tasks.results import measured, recipe_fields, record_run, write_results
+from qat.tasks.results import (
+    correct_images,
+    measured,
+    recipe_fields,
+    record_run,
+    write_results,
+)
 from qat.tasks.resume import (
     check_data,
     check_optimizer,
@@ -165,6 +171,7 @@ def _write_results(
     with torch.compiler.set_stance("force_eager"):  # hooks do not work in compiled graphs
         costs = cost(module.net, data.input_size)
     figures = measured(metrics, costs, data.settings.num_classes)
+    figures |= correct_images(module.correct)
     figures |= data.evaluation_facts(module.confusion)
     results = write_results(cfg, **recipe_fields(recipe), **figures, **outcome)
     scores = [

@@ -201,8 +201,8 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
-    "evidence": 33000,
-    "qat": 190000,
+    "evidence": 39000,
+    "qat": 192600,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
