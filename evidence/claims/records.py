@@ -17,7 +17,7 @@ from filelock import FileLock
 from qat.errors import UsageError
 from qat.utils.files import json_text, write_text
 
-# Epochs for `val_end`: a sixth of fewer would be a single epoch.
+# The fewest epochs for `val_end`; a sixth of fewer would be a single epoch.
 SHORTEST = 12
 
 
@@ -30,8 +30,9 @@ class Record:
         arm: name of the arm in the claim's file.
         seed: seed of the run.
         command: the command that trains or quantizes.
-        further_commands: the commands after it, by name.
-        starts: arms whose stored weights were its start or its teacher, with their digests.
+        further_commands: the commands that follow, by name.
+        starts: arms whose stored weights were the start or the teacher of the run, with their
+            digests.
         metrics: name to value, as measured.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
@@ -72,8 +73,8 @@ class Record:
     def values(self) -> dict[str, float | None]:
         """The metrics, and `val_end`: mean validation top-1 of the last sixth of 12 or more epochs.
 
-        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is that of the
-        best epoch.
+        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is the value of
+        the best epoch.
         """
         epochs = [top1 for _, top1 in self.curves.get("val_top1", [])]
         last = [top1 for top1 in epochs[-(len(epochs) // 6) :] if top1 is not None]

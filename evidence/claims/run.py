@@ -1,6 +1,7 @@
 """Run the arms of claims and write their records.
 
-Several runs at a time, each command in a process of its own. A run with a record is not repeated.
+Several runs are executed at a time, each command in its own process. A run with a record is not
+repeated.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class Command(NamedTuple):
 
 
 def run_all(names: Sequence[str], root: str | None, workers: int, arms: Arms) -> int:
-    """Run everything without a record, each run after those it needs.
+    """Execute all runs without a record, each after the runs that it needs.
 
     Args:
         names: claims or arms; empty = all.
         root: folder of CIFAR-10; None = the runs need none.
-        workers: commands at a time, of one thread each.
+        workers: number of commands at a time, with one thread each.
         arms: all arms.
 
     Returns:

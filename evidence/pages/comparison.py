@@ -34,7 +34,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Confirmed if all of the interval is where the difference should be."""
+        """Confirmed if the whole interval is where the difference should be."""
         ends = interval(self.differences)
         if ends is None or len(self.differences) < SEEDS:
             return TOO_FEW

@@ -1,4 +1,4 @@
-"""All claims with their records, and texts with numbers of them."""
+"""All claims with their records, and texts that quote numbers from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Metric = tuple[str, str]
 class Evidence:
     """All claims, and the records by claim and arm, then by seed.
 
-    Methods take the name of an arm as its claim's file writes it: `NAME` for an arm of the same
-    claim, `CLAIM/NAME` for any other.
+    Methods accept the name of an arm as claim files write it: `NAME` for an arm of the same claim,
+    `CLAIM/NAME` for any other arm.
     """
 
     claims: Mapping[str, Claim]
@@ -82,8 +82,8 @@ class Evidence:
     def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
         """Differences of two arms, seed by seed.
 
-        A number is compared with every seed, and so is a model with only seed 0 that other runs
-        start from.
+        A number is compared with every seed. So is a model that other runs start from and that has
+        only seed 0.
         """
         left = self.measured(claim, *first)
         if not isinstance(second, tuple):
@@ -171,7 +171,7 @@ class _Numbers(string.Formatter):
         self.words = words
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """A word or a `_Field`."""
+        """Return a word or a `_Field`."""
         if field_name in self.words:
             return self.words[field_name], field_name
         terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]
@@ -191,7 +191,7 @@ class _Numbers(string.Formatter):
         return _Field(differences, "+", (arm, terms[1][0])), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Words unchanged; a field in its format, with a mark if it mixes types of CPUs."""
+        """Format a field, with a mark if it mixes types of CPUs; words stay unchanged."""
         if isinstance(value, str):
             return value
         values = value.values

@@ -1,6 +1,6 @@
 """Write `docs/accuracy.md`, the pages of claims and papers, and the results in the README.
 
-All are computed from claims and records.
+All of them are computed from claims and records.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAPERS = "evidence/pages/papers.yaml"
 PAPERS_PAGE = "evidence/pages/PAPERS.md"
 OVERVIEW_FIGURES = "docs/figures"
 README = "README.md"
-# Around the results in the README.
+# Markers around the results in the README.
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 COMMAND = "python -m evidence page"
@@ -171,7 +171,7 @@ def _verdict_line(claim: Claim, comparison: Comparison) -> str:
 
 
 def _origin(claim: Claim, records: list[Record]) -> str:
-    """The command that makes the claim's runs, and the file of their records."""
+    """The command that executes the claim's runs, and the file with the records."""
     if not records:
         return "No runs of its own."
     command = f"`python -m evidence run {claim.id}` makes these runs ({time_spent(records)})"

@@ -1,9 +1,9 @@
 """`python -m evidence.peers library=brevitas bits=2 ...`: train with another library.
 
-All but the quantizers is as in `train.py` with the same overrides: start, teacher, loss, data order
-and augmentation, optimizer, schedule, validation, choice of the best epoch, test. Run it from the
-root of the repository with `outputs/peers/bin/python`, which has the libraries. An interrupted run
-starts over.
+Everything except the quantizers is as in `train.py` with the same overrides: start, teacher, loss,
+data order and augmentation, optimizer, schedule, validation, choice of the best epoch, and test.
+Run it from the root of the repository with `outputs/peers/bin/python`, which has the libraries. An
+interrupted run starts over.
 """
 
 from __future__ import annotations

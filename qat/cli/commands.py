@@ -32,7 +32,7 @@ from qat.tasks.conf import CONF, typed
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
-# matplotlib announces its font cache on a fresh machine.
+# On a new machine, matplotlib logs that it builds its font cache.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {
@@ -53,7 +53,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    sys.path.append(os.getcwd())  # for modules of the user, as with `python -m`
+    sys.path.append(os.getcwd())  # so that modules of the user are found, as with `python -m`
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in settings.COMMANDS:
         del sys.argv[1]
@@ -84,7 +84,7 @@ def run(name: str) -> int:
         name: a key of `settings.COMMANDS`.
 
     Returns:
-        The exit code: 1 if the run, or a job of a sweep, has failed.
+        The exit code: 1 if the run, or a job of a sweep, has failed, else 0.
     """
     with_traceback = os.environ.get(FULL_ERROR) == "1"
     has_begun = False
@@ -121,7 +121,7 @@ def run(name: str) -> int:
 def _program(name: str) -> list[str]:
     """Words of the command line before the arguments, as they were typed.
 
-    Such as `qat train`, `.venv/bin/python train.py` or `python -m train`.
+    Examples are `qat train`, `.venv/bin/python train.py` and `python -m train`.
     """
     script, *arguments = sys.argv
     if Path(script).name == "qat":
@@ -133,19 +133,19 @@ def _program(name: str) -> list[str]:
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Writes to the present `sys.stdout`: a live progress bar replaces it to print above itself."""
+    """Writes to the current `sys.stdout`, which a progress bar replaces to print above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line without control characters, which the name of a file or class may contain."""
+        """Format the line without control characters, which a file or class name may contain."""
         return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore errors: the reader may be gone (`| head`), and the log file has the line."""
+        """Ignore errors: the reader may be gone (`| head`), and the log file contains the line."""
 
     @property
     def stream(self) -> TextIO:
-        """The present standard output."""
+        """The current standard output."""
         return sys.stdout

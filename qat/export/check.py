@@ -1,4 +1,4 @@
-"""Comparison of exported files with their models: logits, and codes of activations."""
+"""Compare exported files with their models: logits, and codes of activations."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ from qat.utils.probing import probing
 
 # Largest difference of logits that counts as equal.
 TOLERANCE = 1e-4
-# Number of images with other logits whose codes are compared.
+# Number of images with differing logits whose codes are compared.
 EXAMINED = 16
-# A float32 value that is a sum of a few hundred terms is known to about this share of the largest
-# value of its tensor. So close to a threshold its code may be either one, and the codes of the
-# layers after it follow.
+# A float32 value that is a sum of a few hundred terms is exact to about this share of the largest
+# value of its tensor. If the value is this close to a threshold, either code may result, and the
+# codes of later layers change with it.
 ROUNDING = 2e-5
-# Runtimes compute in integers where a graph run operator by operator does not, and may round values
-# on thresholds the other way. On more than this share of the images, they compute something else.
+# Runtimes compute in integers where a graph that runs operator by operator does not, and may round
+# values on thresholds the other way. If results differ on more than this share of the images, the
+# runtime computes something else.
 UNLIKE = 0.1
 
-# By name of the quantizer, in the order in which they run: coordinates of the values on the axis of
-# codes, and their codes.
+# For each quantizer name, in run order: the coordinates of values on the axis of codes, and the
+# codes.
 Codes = dict[str, tuple[Tensor, Tensor]]
 CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
 
 
 @dataclass
 class Agreement:
-    """A file in one runtime, compared with its model.
+    """Comparison of a file in one runtime with its model.
 
     Attributes:
         images: number of compared images.
-        same_top1: images on which both predict the same class.
-        other_logits: images whose logits differ by more than the tolerance.
-        largest: largest difference of the logits of the other images.
-        apart: largest difference of the logits, as a share of the largest logit.
-        unlike: number of examined images on which the file differs from its graph run operator by
-            operator; images with other logits are examined.
+        same_top1: number of images on which file and model predict the same class.
+        other_logits: number of images whose logits differ by more than the tolerance.
+        largest: largest difference between logits on all other images.
+        apart: largest difference between logits on any image, as a share of the largest logit.
+        unlike: number of examined images (some images with differing logits) on which the file also
+            differs from its own graph, run operator by operator.
         problem: why the file must not be used in this runtime; None if it agrees.
     """
 
@@ -66,16 +67,16 @@ class Agreement:
     problem: str | None = None
 
     def to_text(self) -> str:
-        """A line for people."""
+        """One line of text for the user."""
         return f"same class on {self.same_top1} of {self.images} images"
 
 
 @dataclass
 class Checked:
-    """A file compared with its model, by runtime.
+    """Comparison of a file with its model in each runtime.
 
-    Onnxruntime decides whether a file is good. OpenVINO is compared where it is installed and
-    reads the file (not INT2); it makes mistakes of its own where a file takes any number of images
+    Onnxruntime decides whether a file is good. OpenVINO is compared if it is installed and can read
+    the file (not INT2); it makes its own mistakes in files for any number of images
     (docs/deployment.md#openvino).
     """
 
@@ -91,12 +92,12 @@ class Checked:
 
     @property
     def top1(self) -> float:
-        """Percent of the images with the same predicted class, the lowest of all runtimes."""
+        """Percentage of images with the same predicted class, in the runtime where it is lowest."""
         agreements = [agreement for agreement in self.agreement.values() if agreement.images]
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 
     def to_text(self) -> str:
-        """Lines for people."""
+        """Lines of text for the user."""
         lines = []
         for runtime, agreement in self.agreement.items():
             if agreement.images:
@@ -135,7 +136,7 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
 
 
 def _message(error: RuntimeError) -> str:
-    """The message of an error of OpenVINO in one line, without the names of its source files."""
+    """The message of an OpenVINO error in one line, without names of source files."""
     lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
     return " ".join(" ".join(lines).split())[:200]
 
@@ -149,8 +150,8 @@ def compare(
     """Compare another form of a model with the model.
 
     Args:
-        net: quantized, frozen or not.
-        logits: computes the logits of the other form.
+        net: a quantized model, frozen or not.
+        logits: function that computes the logits of the other form.
         open_codes: returns a function that maps an image (1, C, H, W) to logits and codes of the
             other form; None = compare only logits, and report no problem.
         batches: images (B, C, H, W) each.
@@ -196,9 +197,9 @@ def compare(
 
 
 def _first_difference(expected: tuple[Tensor, Codes], actual: tuple[Tensor, Codes]) -> str | None:
-    """Describe the first difference of codes, or of logits where all codes are equal.
+    """Describe the first difference between codes, or between logits if all codes are equal.
 
-    None if the codes differ only on thresholds.
+    The result is None if codes differ only on thresholds.
     """
     expected_logits, expected_codes = expected
     logits, actual_codes = actual
@@ -240,7 +241,8 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
 def graph_codes(model: Any, runtime: str) -> CodesOf:
     """Return a function that maps an image to logits and codes of an ONNX model.
 
-    It runs a copy whose outputs include the inputs and outputs of all quantizers.
+    The function runs a copy of the model whose outputs include the inputs and outputs of all
+    quantizers.
     """
     from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
 

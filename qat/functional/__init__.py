@@ -1,7 +1,7 @@
 """Pure functions: tensors in, tensors out, no state.
 
-`axis` is the dimension that keeps scales of its own, None = one scale for the tensor. The functions
-of the search are not exported here; see `qat.functional.evolution`.
+`axis` is the dimension along which scales differ; None = one scale for the tensor. The functions of
+the evolutionary search are in `qat.functional.evolution` and are not exported here.
 """
 
 from qat.functional.affine import (

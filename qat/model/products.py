@@ -1,4 +1,4 @@
-"""Matrix products of a model: which module runs them, their multiply-accumulates and bit-widths."""
+"""Matrix products of a model: the modules that run them, multiply-accumulates and bit-widths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qat.nn import QkrAttention, QuantAttention, ScoredAttention
+from qat.nn import HeadProducts, QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
@@ -50,7 +50,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Product of the sizes of all dimensions, for an equation of two operands."""
+    """Product of the sizes of all dimensions, for an einsum equation with two operands."""
     equation, *factors = operands
     if not isinstance(equation, str) or len(factors) != 2:
         return []
@@ -79,14 +79,14 @@ def _added_matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Maps of `nn.MultiheadAttention` before and after its attention."""
+    """Multiply-accumulates of the projections of `nn.MultiheadAttention`."""
     query, key, value, *_ = operands
     width = query.shape[-1]
     return [t.numel() * width for t in (query, key, value, query)]
 
 
 def _multi_head_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Scores and weighted sums of `nn.MultiheadAttention`: (N, B, E) queries, (M, B, E) keys."""
+    """Scores and weighted sums of `nn.MultiheadAttention`; queries (N, B, E), keys (M, B, E)."""
     query, key, *_ = operands
     return [query.numel() * key.shape[0]] * 2
 
@@ -117,11 +117,11 @@ _MACS_OF_LAYERS: dict[Any, _CountMacs] = {
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records matrix products while it is active, whichever function and module compute them.
+    """Records all matrix products while it is active, whatever function or module computes them.
 
     Attributes:
-        running: names of the modules that run, the innermost last.
-        products: in the order in which they ran.
+        running: names of the modules that are running, the innermost last.
+        products: the recorded products, in the order in which they ran.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class _ProductRecorder(TorchFunctionMode):
         self.running.append(name)
 
     def leave(self, *_: Any) -> None:
-        """Forward hook."""
+        """Forward hook of all modules."""
         self.running.pop()
 
     def __torch_function__(
@@ -150,7 +150,7 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _MACS_OF_LAYERS:
             self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
         if func in _MACS_OF_ACTIVATIONS:
-            # Beyond the first three there are a mask, biases and projections.
+            # The arguments after the first three are a mask, biases and projections.
             has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
             counts = _MACS_OF_ACTIVATIONS[func](operands, out)
             self._record(counts, of_activations=not has_parameter)
@@ -164,11 +164,15 @@ class _ProductRecorder(TorchFunctionMode):
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     """Matrix products of one forward pass on an image of zeros.
 
-    Those of our attentions are computed by a formula, all others are recorded.
+    The products of our attentions are computed by a formula; all other products are recorded.
     """
     modules = dict(net.named_modules())
-    attentions = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
-    # The input of V in QKR is quantized by the attention.
+    attentions = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, ScoredAttention | HeadProducts)
+    }
+    # With QKR, the attention itself quantizes the input of V.
     inherited_bits = {}
     for attention in attentions.values():
         if isinstance(attention, QkrAttention):
@@ -208,7 +212,10 @@ def _count_attention(
     products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
 ) -> None:
     """Forward pre-hook that adds the products of an attention."""
-    if isinstance(attention, QkrAttention):
+    if isinstance(attention, HeadProducts):
+        scores, sums = attention.macs(*args[:3])
+        products.extend(_quantized_products(name, attention, scores, sums))
+    elif isinstance(attention, QkrAttention):
         products.extend(_qkr_products(name, attention, args[0]))
     else:
         products.extend(_attention_products(name, attention, args[0]))
@@ -216,14 +223,19 @@ def _count_attention(
 
 def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
     macs = attention.n_scores(x) * attention.head_dim
+    return _quantized_products(name, attention, macs, macs)
+
+
+def _quantized_products(name: str, attention: Any, scores: int, sums: int) -> list[MatrixProduct]:
+    """Products with `scores` and `sums` multiply-accumulates of q, k, v and probabilities."""
     joint = getattr(attention, "qkv_quantizer", None)
     q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
     k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
     v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
     probs_bits = _bits(attention.probs_quantizer)
     return [
-        MatrixProduct(name, macs, of_activations=True, bits=(q_bits, k_bits)),
-        MatrixProduct(name, macs, of_activations=True, bits=(probs_bits, v_bits)),
+        MatrixProduct(name, scores, of_activations=True, bits=(q_bits, k_bits)),
+        MatrixProduct(name, sums, of_activations=True, bits=(probs_bits, v_bits)),
     ]
 
 

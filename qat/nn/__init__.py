@@ -1,9 +1,11 @@
-"""Modules that own quantizers, one file per timm family; importing them registers their swaps."""
+"""Modules that own quantizers, one file per timm family; importing a file registers its swaps."""
 
-from qat.nn import beit, conv, eva, fqvit, linear, relpos, swin, swinv2, vit
+from qat.nn import beit, conv, eva, fqvit, hf_constructor, linear, relpos, swin, swinv2, vit
 from qat.nn.attention import QuantAttention, ScoredAttention
+from qat.nn.attention_interface import AttentionInterface, HeadProducts, hf_models
 from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
+from qat.nn.last_layers import last_layers
 from qat.nn.linear import QuantLinear
 from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import QuantModule
@@ -12,7 +14,9 @@ from qat.nn.swap_registry import Swap, SwapContext, find_swap, is_attention, reg
 
 __all__ = [
     "ActivationTracer",
+    "AttentionInterface",
     "FqNet",
+    "HeadProducts",
     "QkrAttention",
     "QuantAttention",
     "QuantConv2d",
@@ -26,7 +30,10 @@ __all__ = [
     "eva",
     "find_swap",
     "fqvit",
+    "hf_constructor",
+    "hf_models",
     "is_attention",
+    "last_layers",
     "linear",
     "register_swap",
     "relpos",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import timm.layers as timm_layers
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-# Activations whose negative tail is small enough for an unsigned grid: a learned offset shifts it.
+# Activations whose negative tail is small enough for an unsigned grid with a learned offset.
 NEARLY_POSITIVE = (
     nn.GELU,
     nn.ReLU,
@@ -24,7 +24,7 @@ NEARLY_POSITIVE = (
     timm_layers.QuickGELU,
 )
 _FUNCTIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
-# Functions that may copy a tensor, and keep its values.
+# Functions that may copy a tensor, but keep its values.
 _COPIES = {
     F.dropout,
     F.max_pool2d,
@@ -41,25 +41,29 @@ _COPIES = {
 class ActivationTracer(TorchFunctionMode):
     """Follows outputs of activation functions through views and copies.
 
-    A tensor that is changed in place is not followed any more.
+    A tensor that is changed in place is no longer followed.
+
+    Args:
+        classes: further classes of activations with a small negative tail.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Sequence[type[nn.Module]] = ()) -> None:
         super().__init__()
+        self.classes = (*NEARLY_POSITIVE, *classes)
         self.layers: dict[nn.Module, bool] = {}
-        # Storage: a tensor, which keeps it alive, and the version of its values.
+        # For each storage, a tensor that keeps the storage alive, and the version of its values.
         self.outputs: dict[int, tuple[Tensor, int]] = {}
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         """Watch the activations and layers of a model."""
         for module in net.modules():
-            if isinstance(module, NEARLY_POSITIVE):
+            if isinstance(module, self.classes):
                 yield module.register_forward_hook(self._after_activation)
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 yield module.register_forward_pre_hook(self._before_layer)
 
     def unsigned_inputs(self) -> frozenset[nn.Module]:
-        """Layers that received nothing else than outputs of activation functions."""
+        """Layers that received only outputs of activation functions."""
         return frozenset(layer for layer, is_output in self.layers.items() if is_output)
 
     def _after_activation(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:

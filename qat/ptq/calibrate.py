@@ -1,4 +1,4 @@
-"""Calibrate a net converted with a `PtqRecipe`: find ranges while it runs in float, set scales.
+"""Calibrate a net converted with a `PtqRecipe`: find ranges in a float run, then set scales.
 
 Source: FQ-ViT, arXiv 2111.13824.
 """
@@ -25,7 +25,7 @@ from qat.utils.probing import allow_unset_scales, images_of, probing
 
 @dataclass(frozen=True)
 class Calibration:
-    """Numbers of a calibration.
+    """Counts of a calibration.
 
     Attributes:
         images: number of images.
@@ -56,18 +56,18 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point.
 
     Ranges do not depend on the rounding of other quantizers. A range covers all batches; the
-    methods omse, mse and ptf then try candidates on the last batch, which passes once more. Equal
-    batches lead to equal scales, to the last bit.
+    methods omse, mse and ptf then try candidates on the last batch, which runs once more. Equal
+    batches lead to bitwise equal scales.
 
     Args:
-        net: converted with a `PtqRecipe`; runs in eval mode, then its mode is restored. Existing
-            scales are replaced.
+        net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored
+            afterwards. Existing scales are replaced.
         batches: images (B, C, H, W) each, or (images, labels) as from a loader; moved to the device
             of the net.
 
     Raises:
-        UsageError: the net has no affine quantizer, there is no batch, a batch is not finite
-            images, or a quantizer did not run.
+        UsageError: the net has no affine quantizer, there is no batch, a batch contains anything
+            but finite images, or a quantizer did not run.
     """
     weights: list[tuple[Affine, Site]] = []
     activations: list[Affine] = []
@@ -113,7 +113,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 def _fill(
     net: nn.Module, activations: list[Affine], states: dict[Affine, RangeState], images: Tensor
 ) -> None:
-    """Set the scales of activations, by candidates on the last batch of images or from ranges."""
+    """Set the scales of activations, from ranges or by trying candidates on the last batch."""
 
     def fill_from_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])

@@ -1,6 +1,7 @@
 """`export.py`: a file to deploy.
 
-It is written under another name, compared with the checkpoint, and renamed only if both agree.
+The file is written under another name, compared with the checkpoint, and renamed only if both
+agree.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
-# Results in the log whose keys do not explain themselves.
+# Log texts for results whose keys are not self-explanatory.
 _TITLES = {
     "latency_ms": "ms per image",
     "float_products": "products in float",
@@ -63,16 +64,16 @@ _TITLES = {
 
 
 class _Source(NamedTuple):
-    """The model to export, and images to compare it on.
+    """The model to export, and the images on which it is compared.
 
     Attributes:
         net: the model.
-        name: its timm name.
-        preparation: how its images are prepared.
+        name: timm name of the model.
+        preparation: how images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
         data: config of the data that is stored in the file.
-        classes: names of its classes.
-        description: the images in words.
+        classes: names of the classes.
+        description: description of the images in words.
     """
 
     net: nn.Module
@@ -88,10 +89,10 @@ def export(cfg: DictConfig) -> float:
     """Write one checkpoint to a deployable file.
 
     Args:
-        cfg: composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: config composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Images in percent for which the file and the model predict the same class.
+        Percentage of images for which the file and the model predict the same class.
 
     Raises:
         UsageError: a setting, path or file cannot work, or the written file disagrees with the
@@ -127,7 +128,7 @@ def export(cfg: DictConfig) -> float:
     entries = {"weights": origin(cfg), "checked on": source.description, "file": str(target)}
     summary.announce("export", net, source.name, conversion.recipe, input_size, **entries)
     record_run(cfg)
-    # A file elsewhere, too, may have been written by a run that was killed.
+    # A killed run may also have written a file outside the run directory.
     unfinished = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
     remove_unfinished(target.parent, unfinished)
 
@@ -173,7 +174,7 @@ def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
 
 
 def _load_source(cfg: DictConfig) -> _Source:
-    """The model of `ckpt` and images of its data; a model made in Python has no data."""
+    """The model of `ckpt` and images of its data; a model that was built in Python has no data."""
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
     meta = checkpoint.meta
     has_data_setting = "_target_" in cfg.data
@@ -228,14 +229,15 @@ def _compare_with_float(
 ) -> dict[str, Any]:
     """Size and time of a file, compared with files of the same model in float.
 
-    In ONNX another one of these has weights of 8 bits. The weights of these files are random.
+    For ONNX, a file with 8-bit weights is compared too. The weights in these other files are
+    random.
 
     Args:
         path: the file.
         float_net: the same architecture in float.
         image: (1, C, H, W).
         checked: runtimes that run the file.
-        repeats: timed runs; 0 = no times.
+        repeats: number of timed runs; 0 = do not measure times.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float"}
@@ -268,7 +270,7 @@ def _compare_with_float(
 def _time(
     files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of each file in a runtime, in one thread."""
+    """Milliseconds of one image with each file in a runtime, in one thread."""
     sessions = {}
     for name, file in files.items():
         sessions[name] = open_session(file, runtime, threads=1)
@@ -287,7 +289,7 @@ def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
 
 
 def _in_words(value: Any) -> str:
-    """A result for people, such as `float 1,794,374, int8 476,290`, if need be by runtime."""
+    """A result as text, such as `float 1,794,374, int8 476,290`, separated by runtime if needed."""
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):

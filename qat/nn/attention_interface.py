@@ -1,0 +1,264 @@
+"""Quantized attention of Transformers' models: scores and weighted sums go through its interface.
+
+An attention of Transformers computes queries, keys and values itself and calls the function that
+the model's `attn_implementation` names. Ours quantizes the four operands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import sys
+from collections.abc import Generator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.kernels.fused import probs_dtype
+from qat.nn.attention import quantized_heads
+from qat.nn.swap_registry import SwapContext
+from qat.spec import QuantRecipe
+
+NAME = "qat"  # of the function, for `attn_implementation`
+CHILD = "quantized"  # of the attentions
+
+# The search that is going on.
+_search: ContextVar[AttentionInterface | None] = ContextVar("_search", default=None)
+
+
+class HeadProducts(nn.Module):
+    """Quantized scores and weighted sums of queries, keys and values of each head.
+
+    Args:
+        context: recipe and place.
+    """
+
+    def __init__(self, context: SwapContext) -> None:
+        super().__init__()
+        self.q_quantizer = context.act("q")
+        self.k_quantizer = context.act("k")
+        self.v_quantizer = context.act("v")
+        self.probs_quantizer = context.act("probs")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        factor: float = 1.0,
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Quantized probabilities times quantized values.
+
+        Args:
+            query: (B, h, N, d).
+            key: (B, h/g, M, d); g heads share theirs.
+            value: (B, h/g, M, e).
+            mask: scores are added to it, or kept where a boolean one is True; None = no mask.
+            factor: factor on the scores.
+            dropout: rate of dropped probabilities.
+
+        Returns:
+            (B, N, h, e), and the quantized probabilities (B, h, N, M).
+        """
+        groups = query.shape[1] // key.shape[1]
+        keys = quantized_heads(key, self.k_quantizer).repeat_interleave(groups, dim=1)
+        values = quantized_heads(value, self.v_quantizer).repeat_interleave(groups, dim=1)
+        scores = quantized_heads(query, self.q_quantizer) @ keys.transpose(-2, -1) * factor
+        if mask is not None and mask.dtype is torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        probs = self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores)))
+        probs = nn.functional.dropout(probs, dropout, self.training).to(values.dtype)
+        return (probs @ values).transpose(1, 2).contiguous(), probs
+
+    def macs(self, query: Tensor, key: Tensor, value: Tensor) -> list[int]:
+        """Multiply-accumulates of both products."""
+        n_scores = query[..., 0].numel() * key.shape[-2]
+        return [n_scores * query.shape[-1], n_scores * value.shape[-1]]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in the signature of Transformers' interface; in float without `HeadProducts`.
+
+    Args:
+        module: the attention that calls.
+        query: (B, h, N, d).
+        key: (B, h/g, M, d).
+        value: (B, h/g, M, e).
+        attention_mask: see `HeadProducts.forward`.
+        scaling: factor on the scores; None = 1 / sqrt(d).
+        dropout: rate of dropped probabilities.
+        settings: further settings, which no quantized attention reads.
+
+    Returns:
+        (B, N, h, e), and the probabilities, or None in float.
+    """
+    products = module._modules.get(CHILD)
+    if isinstance(products, HeadProducts):
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return products(query, key, value, attention_mask, factor, dropout)
+    functions = sys.modules["transformers"].AttentionInterface()
+    result: tuple[Tensor, Tensor | None] = functions["sdpa"](
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
+    )
+    search = _search.get()
+    if search is not None:
+        search.note(module, result[0])
+    return result
+
+
+def hf_models(net: nn.Module) -> list[Any]:
+    """The models of Transformers in `net`, without models inside them."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    if base is None:
+        return []
+    models: dict[str, nn.Module] = {}
+    for name, module in net.named_modules():
+        is_inside = any(not outer or name.startswith(f"{outer}.") for outer in models)
+        if isinstance(module, base) and not is_inside:
+            models[name] = module
+    return list(models.values())
+
+
+class AttentionInterface:
+    """The attentions of Transformers in a model that is being converted.
+
+    They are found by running the model, so there is no list of classes.
+
+    Args:
+        net: any model, in float.
+
+    Attributes:
+        callers: attentions that have called `attend`.
+        projections: layers whose input is the output of an attention.
+
+    Raises:
+        UsageError: a model of Transformers in it is not one of images.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.models = hf_models(net)
+        self.callers: dict[nn.Module, None] = {}
+        self.projections: set[nn.Module] = set()
+        self._outputs: dict[int, Tensor] = {}
+        for model in self.models:
+            if model.main_input_name != "pixel_values":
+                raise UsageError(
+                    f"convert: {type(model).__name__} takes {model.main_input_name}; "
+                    "must be a model of images, which takes pixel_values"
+                )
+        self.implementations = [model.config._attn_implementation for model in self.models]
+        self.configs: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def searching(self) -> Generator[None]:
+        """Find the attentions in this block, where the model has to run."""
+        if self.models:
+            _register()
+        for model in self.models:
+            self._copy_configs(model)
+        self._use([NAME] * len(self.models))
+        token = _search.set(self)
+        hooks = []
+        for module in self.net.modules() if self.models else ():
+            if isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_pre_hook(self._before_layer))
+        try:
+            yield
+        finally:
+            _search.reset(token)
+            self._outputs.clear()
+            for hook in hooks:
+                hook.remove()
+
+    def note(self, attention: nn.Module, out: Tensor) -> None:
+        """Note an attention that has called `attend`, and its output."""
+        self.callers[attention] = None
+        self._outputs[out.untyped_storage()._cdata] = out
+
+    def _before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0].untyped_storage()._cdata in self._outputs:
+            self.projections.add(layer)
+
+    def add_products(self, recipe: QuantRecipe) -> list[str]:
+        """Add the quantizers of the attentions; return the attentions' names.
+
+        Raises:
+            UsageError: the recipe has query-key reparameterization.
+        """
+        names = {module: name for name, module in self.net.named_modules()}
+        for attention in self.callers:
+            rules = recipe.at(names[attention])
+            if rules.attention == "qkr":
+                raise UsageError(
+                    "quant.attention='qkr': attentions of Transformers compute queries and keys "
+                    "themselves; here it must be one of standard, float"
+                )
+            if rules.attention != "float":
+                products = HeadProducts(SwapContext(rules, "block"))
+                attention.add_module(CHILD, products.train(attention.training))
+        if not any(CHILD in attention._modules for attention in self.callers):
+            self._use(self.implementations)
+        return [names[attention] for attention in self.callers]
+
+    def restore(self) -> None:
+        """Take the quantizers away, after an error."""
+        for attention in self.callers:
+            attention._modules.pop(CHILD, None)
+        for module, config in self.configs:
+            module.config = config
+
+    def describe(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
+        """Note a conversion in the config of the model, which `save_pretrained` writes.
+
+        Args:
+            recipe: settings of the recipe.
+            input_size: (channels, height, width) of the images.
+            signs: see `qat.model.convert.Conversion`.
+        """
+        if self.models == [self.net]:
+            self.models[0].config.quantization_config = {
+                "quant_method": NAME,
+                "recipe": recipe,
+                "input_size": list(input_size),
+                "signs": signs,
+            }
+
+    def _use(self, implementations: Sequence[str]) -> None:
+        for model, implementation in zip(self.models, implementations, strict=True):
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation(implementation)
+
+    def _copy_configs(self, model: Any) -> None:
+        """Give a model a config of its own: other models may have been built from the same one."""
+        copies: dict[int, Any] = {}
+        copy.deepcopy(model.config, copies)
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if id(config) in copies:
+                self.configs.append((module, config))
+                module.config = copies[id(config)]
+
+
+def _register() -> None:
+    transformers = importlib.import_module("transformers")
+    masks = importlib.import_module("transformers.masking_utils")
+    transformers.AttentionInterface.register(NAME, attend)
+    transformers.AttentionMaskInterface.register(NAME, masks.eager_mask)
