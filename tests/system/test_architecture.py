@@ -202,7 +202,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 33000,
-    "qat": 182000,
+    "qat": 182400,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -218,7 +218,7 @@ BUDGETS = {
     "qat/ptq": 9700,
     "qat/quantizers": 6900,
     "qat/report": 5100,
-    "qat/tasks": 24800,
+    "qat/tasks": 25150,
     "qat/utils": 5300,
     "tests": 268000,
 }
