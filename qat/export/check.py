@@ -21,7 +21,7 @@ from qat.export.runtimes import (
     open_session,
 )
 from qat.model.sites import iter_quantizers
-from qat.quantizers import UniformGrid
+from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
 # Largest difference of logits that counts as equal.
@@ -37,7 +37,7 @@ ROUNDING = 2e-5
 UNLIKE = 0.1
 
 # By name of the quantizer, in the order in which they run: coordinates of the values on the axis of
-# codes, and their codes.
+# codes, and their codes; for E4M3, values divided by the scale, and rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
 CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
 
@@ -226,6 +226,9 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
         grid = quantizer.grid(x)
         if isinstance(grid, UniformGrid):
             codes[name] = (grid.to_code_coordinates(x), quantizer.codes(x).float())
+        elif isinstance(grid, Fp8Grid):
+            values = quantizer.codes(x).view(torch.float8_e4m3fn).float()
+            codes[name] = (x / grid.scales, values)
 
     hooks = []
     for site in iter_quantizers(net):
@@ -242,7 +245,7 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
 
     It runs a copy whose outputs include the inputs and outputs of all quantizers.
     """
-    from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
+    from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
 
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -264,7 +267,10 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
         for node in quantizers:
             step, added = (float(numpy_helper.to_array(constants[name])) for name in node.input[1:])
             coordinates = values[node.input[0]] / step
-            codes[node.name] = (coordinates, values[node.output[0]].float() - added)
+            rounded = values[node.output[0]]
+            if constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN:
+                rounded = rounded.view(torch.float8_e4m3fn)
+            codes[node.name] = (coordinates, rounded.float() - added)
         return values[OUTPUT], codes
 
     return run

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.export.check import Checked, check_onnx
-from qat.export.codes import OPSETS, store_weights
+from qat.export.codes import OPSETS, TENSORRT, store_weights
 from qat.export.plan import Planner
 from qat.export.runtimes import INPUT, OUTPUT, quiet
 from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
@@ -271,7 +271,7 @@ def to_onnx(
     net = unfused(net)
     is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
-        stored = store_weights("onnx", net, smallest=8)
+        stored = store_weights(TENSORRT, net, smallest=8)
         write_in_graph(net, stored, TensorRT(net, stored))
     else:
         stored = store_weights("onnx", net, TWO_BIT[settings.two_bit], settings.cpu)

@@ -18,9 +18,11 @@ from qat.errors import UsageError
 from qat.export.codes import QuantizedTensor, StoredWeight, number
 from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenActivation, FrozenFp8Activation, FrozenWeight
+from qat.model.sites import iter_quantizers
 from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copied
+from qat.utils.validate import FP8
 
 # Outputs of these quantizers are used in sums and norms, not in products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
@@ -47,7 +49,7 @@ def write_in_graph(
 ) -> None:
     """Let quantizers return tensors of codes of a graph, or numbers if no product takes them."""
 
-    def activation(grid: FrozenActivation, x: Tensor) -> Any:
+    def activation(grid: Any, x: Tensor) -> Any:
         quantized = graph.activation(grid, x)
         return number(quantized) if grid.spec.role in _NUMBERS else quantized
 
@@ -56,7 +58,7 @@ def write_in_graph(
             _register_weight(module, stored[name])
             weight = dataclasses.replace(stored[name], graph=graph)
             module.in_graph = lambda _, weight=weight: weight
-        elif isinstance(module, FrozenActivation):
+        elif isinstance(module, FrozenActivation | FrozenFp8Activation):
             module.in_graph = functools.partial(activation, module)
 
 
@@ -277,8 +279,8 @@ class TensorRT:
     """Writes quantizers for compilers that choose integer kernels themselves, and returns numbers.
 
     Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"):
-    int8, zero points of 0, one scale for an activation, one for each output of a weight, and
-    nothing between DequantizeLinear and the product.
+    int8 or E4M3, zero points of 0, one scale for an activation, one for each output of a weight,
+    and nothing between DequantizeLinear and the product.
 
     Args:
         net: frozen; its quantizers get buffers.
@@ -290,10 +292,23 @@ class TensorRT:
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
+        kinds = {}
+        for site in iter_quantizers(net):
+            if not site.quantizer.is_float:
+                kinds[site.quantizer.spec.quantizer in FP8] = site.name
+        if len(kinds) == 2:
+            raise UsageError(
+                f"format.target=tensorrt: {kinds[True]} has 8-bit floats and {kinds[False]} "
+                "integers; must be floats or integers in the whole model"
+            )
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 added = torch.zeros((), dtype=torch.int8)
                 _register_activation(grid, grid.scale.reshape(()), added)
+            elif isinstance(grid, FrozenFp8Activation):
+                grid.register_buffer("onnx_step", grid.scale.reshape(()))
+                grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
+                grid.onnx_bounds = None  # type: ignore[assignment]
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Rounded numbers."""

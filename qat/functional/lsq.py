@@ -50,6 +50,11 @@ class CodeRange(NamedTuple):
         """Clamp bounds of x / s: the outermost codes; with half steps, qmin and qmax + 1."""
         return self.qmin, self.qmax + self.half
 
+    @property
+    def floor(self) -> float:
+        """The lowest step."""
+        return SCALE_FLOOR
+
     def rounded(self, clamped: Tensor) -> Tensor:
         """Nearest values, half to even, of x / s that is clamped to `ends`; in steps."""
         if self.half:
@@ -96,9 +101,9 @@ class LsqGradients(NamedTuple):
     norm_bias: Tensor | None = None
 
 
-def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Step max(scale, 1e-5), shaped to broadcast along `axis`; NaN for an unset scale."""
-    return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
+def step_of(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
+    """Step max(scale, floor), shaped to broadcast along the axis; NaN for an unset scale."""
+    return view_along(scale.float().clamp(min=codes.floor), ndim, codes.axis)
 
 
 def _add_offset(x: Tensor, offset: Tensor | None) -> Tensor:
@@ -134,7 +139,7 @@ def lsq_forward(
     """
     check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
-    step = step_of(scale, x.ndim, codes.axis)
+    step = step_of(scale, x.ndim, codes)
     u = _add_offset(x, before) / step
     y = codes.rounded(u.clamp(low, high)) * step  # type: ignore[arg-type]
     if after is None:
@@ -168,7 +173,7 @@ def lsq_backward(
         after_shape: shape of the offset after the quantizer, to request its gradient.
     """
     low, high = codes.bounds(sign)
-    u = _add_offset(x, before) / step_of(scale, x.ndim, codes.axis)
+    u = _add_offset(x, before) / step_of(scale, x.ndim, codes)
     grad_y = grad.float()
     # Where u is NaN, the gradient passes, as NaN does in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
@@ -296,7 +301,7 @@ def lsq_codes(
         The shape of `x`, int8 if the codes fit, else int16.
     """
     codes = CodeRange(qmin, qmax, axis, half)
-    u = x.detach().float() / step_of(scale.detach(), x.ndim, axis)
+    u = x.detach().float() / step_of(scale.detach(), x.ndim, codes)
     rounded = codes.rounded(u.clamp(*codes.ends))
     if half:
         rounded = rounded - 0.5

@@ -19,8 +19,11 @@ from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
-from qat.quantizers import Affine
+from qat.quantizers import Affine, Fp8
 from qat.utils.probing import allow_unset_scales, images_of, probing
+
+# Quantizers whose range is that of the calibration images.
+Ranged = Affine | Fp8
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         UsageError: the net has no affine quantizer, there is no batch, a batch is not finite
             images, or a quantizer did not run.
     """
-    weights: list[tuple[Affine, Site]] = []
-    activations: list[Affine] = []
+    weights: list[tuple[Any, Site]] = []
+    activations: list[Any] = []
     for site in iter_quantizers(net):
         quantizer = site.quantizer
-        if type(quantizer) is not Affine or not quantizer.n_scales:
+        if type(quantizer) not in {Affine, Fp8} or not quantizer.n_scales:
             continue
         if site.is_weight:
             weights.append((quantizer, site))
@@ -85,9 +88,9 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         )
     for quantizer, site in weights:
         quantizer.calibrate(site.latent(), {})
-    states: dict[Affine, RangeState] = {}
+    states: dict[Ranged, RangeState] = {}
 
-    def observe_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def observe_input(quantizer: Ranged, args: tuple[Tensor, ...]) -> None:
         state = states.get(quantizer)
         states[quantizer] = observe(state, args[0], quantizer.axis, quantizer.method)
 
@@ -111,11 +114,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 
 
 def _fill(
-    net: nn.Module, activations: list[Affine], states: dict[Affine, RangeState], images: Tensor
+    net: nn.Module, activations: list[Ranged], states: dict[Ranged, RangeState], images: Tensor
 ) -> None:
     """Set the scales of activations, by candidates on the last batch of images or from ranges."""
 
-    def fill_from_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def fill_from_input(quantizer: Ranged, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])
 
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]

@@ -8,6 +8,7 @@ import os
 import signal
 
 import onnx
+import onnx.reference
 import onnxruntime
 import pytest
 import timm
@@ -18,6 +19,7 @@ import qat
 from qat.export import check, onnx_file
 from qat.export.check import Agreement, Checked, check_onnx, graph_codes
 from qat.export.onnx_file import OnnxSettings, to_onnx
+from qat.export.pte import to_pte
 from qat.export.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
@@ -349,6 +351,58 @@ NO_INTEGERS = {
 def test_what_tensorrt_cannot_have_is_one_line(recipe):
     with usage_error(r"^format.target=tensorrt: \S+_quantizer must have one scale"):
         to_onnx(qat.freeze(made(recipe)), tiny.images(1), OnnxSettings(target="tensorrt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"attention": "standard"}], ids=["float", "standard"])
+def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
+    net = tiny.quantized("fp8", **knobs)
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    activations = [site for site in qat.iter_quantizers(net) if not site.is_weight]
+    assert len(pairs) == sum(not site.quantizer.is_float for site in activations)
+    for node in pairs:
+        _, step, zero = (constants.get(name) for name in node.input)
+        site = tiny.sites(net)[node.name]
+        assert onnx.numpy_helper.to_array(step) == site.quantizer.scale.item()
+        assert zero.data_type == onnx.TensorProto.FLOAT8E4M3FN
+    weights = [
+        t for t in constants.values() if t.data_type == onnx.TensorProto.FLOAT8E4M3FN and t.dims
+    ]
+    assert len(weights) == len(tiny.sites(net)) - len(activations)
+    images = tiny.images(16, 1)
+    checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
+    assert (checked.problem, checked.same_top1) == (None, 16)
+    # Onnx's own evaluator has no fast kernels, and no faults in common with them.
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    (logits,) = evaluator.run(None, {"image": images[:2].numpy()})
+    assert_close(torch.from_numpy(logits), tiny.logits(net, images[:2]), rtol=0, atol=1e-4)
+
+
+def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
+    net = tiny.quantized("fp8")
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
+    weight.raw_data = bytes(256 * [0x38]) * (len(weight.raw_data) // 256)
+    onnx.save(model, tmp_path / "net.onnx")
+    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
+    assert "codes of blocks.0.mlp.fc2.input_quantizer differ" in checked.problem
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_pte])
+def test_floats_of_8_bits_are_for_tensorrt(write):
+    with usage_error(
+        r"^format=(onnx|executorch): patch_embed.proj.input_quantizer has 8-bit floats"
+    ):
+        write(qat.freeze(tiny.quantized("fp8")), tiny.images(1))
+
+
+def test_one_type_in_a_file_for_tensorrt():
+    deploy = {"weight_quantizer": "lsq", "act_quantizer": "lsq", "act_scales": "tensor"}
+    net = tiny.quantized("fp8", fits_int8=True, overrides={"blocks.0.*": deploy})
+    with usage_error(r"^format.target=tensorrt: head\S+ has 8-bit floats and blocks.0\S+ integers"):
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
 
 
 def test_a_net_converted_in_python(net, tmp_path):
