@@ -36,6 +36,9 @@ ROUNDING = 2e-5
 # on thresholds the other way. On more than this share of the images, they compute something else.
 UNLIKE = 0.1
 
+# Largest difference of logits, as a share of the largest logit, where codes are not compared.
+SHARE = 0.05
+
 # By name of the quantizer, in the order in which they run: coordinates of the values on the axis of
 # codes, and their codes; for E4M3, values divided by the scale, and rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
@@ -114,12 +117,16 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     batches = list(batches)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
     runtimes = (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,)
+    constants = model.graph.initializer
+    is_half = any(constant.data_type == onnx.TensorProto.FLOAT16 for constant in constants)
     checked = Checked({})
     for runtime in runtimes:
         try:
             logits = functools.partial(logits_of, open_session(path, runtime), batch=batch)
-            open_codes = functools.partial(graph_codes, model, runtime)
+            open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, logits, open_codes, batches)
+            if is_half:
+                limit_difference(agreement, net, batches, lambda x: x.half().float(), 4)
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
@@ -132,6 +139,31 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
                 )
         checked.agreement[runtime] = agreement
     return checked
+
+
+def limit_difference(
+    agreement: Agreement,
+    net: nn.Module,
+    images: Iterable[Tensor],
+    rounding: Callable[[Tensor], Tensor],
+    factor: float,
+) -> None:
+    """Set the problem of a form whose logits differ by more than rounding can explain.
+
+    Args:
+        agreement: result of `compare`.
+        net: the model.
+        images: (B, C, H, W) each.
+        rounding: changes images by rounding, to show how far values on thresholds move logits.
+        factor: how many times this move is allowed, and at least `SHARE`.
+    """
+    rounded = compare(net, lambda x: net(rounding(x)), None, images)
+    allowed = max(SHARE, factor * rounded.apart)
+    if not agreement.apart <= allowed:  # also for NaN
+        agreement.problem = (
+            f"logits differ by {agreement.apart:.1%} of the largest one; "
+            f"must be at most {allowed:.1%}"
+        )
 
 
 def _message(error: RuntimeError) -> str:

@@ -306,9 +306,9 @@ class TensorRT:
                 added = torch.zeros((), dtype=torch.int8)
                 _register_activation(grid, grid.scale.reshape(()), added)
             elif isinstance(grid, FrozenFp8Activation):
-                grid.register_buffer("onnx_step", grid.scale.reshape(()))
+                step: Any = grid.quantizer.scale
+                grid.register_buffer("onnx_step", step.detach().reshape(()))
                 grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
-                grid.onnx_bounds = None  # type: ignore[assignment]
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Rounded numbers."""
@@ -321,6 +321,24 @@ class TensorRT:
         is_matrix = weight.codes.ndim == 2
         y = _dequantize(frozen.onnx_codes, frozen.onnx_factor, axis=int(is_matrix))
         return y.t() if is_matrix else y
+
+
+def compute_in_half(net: nn.Module) -> None:
+    """Convert the float32 tensors of a model for TensorRT to float16, but image and logits.
+
+    Raises:
+        UsageError: float16 cannot hold the scale of an activation to its full precision.
+    """
+    lowest = torch.finfo(torch.float16).tiny
+    for name, buffer in net.named_buffers():
+        if name.endswith("onnx_step") and buffer < lowest:
+            raise UsageError(
+                f"format.precision=fp16: {name} is {float(buffer):.1e}; must be at least "
+                f"{lowest:.1e}, or format.precision=fp32"
+            )
+    net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)
+    net.register_forward_pre_hook(lambda _, args: (args[0].half(),))
+    net.register_forward_hook(lambda _, args, logits: logits.float())
 
 
 def _quantize(u: Tensor, grid: Any) -> Tensor:
@@ -339,10 +357,10 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """DequantizeLinear to float32, with one scale or one for each position along an axis."""
+    """DequantizeLinear to the type of the scale; one scale, or one for each position on an axis."""
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(
-        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape
+        "DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape
     )
     return y

@@ -22,9 +22,6 @@ from qat.ptq.runner import Forward, patched
 from qat.quantizers import Affine, Fp8
 from qat.utils.probing import allow_unset_scales, images_of, probing
 
-# Quantizers whose range is that of the calibration images.
-Ranged = Affine | Fp8
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -88,9 +85,9 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         )
     for quantizer, site in weights:
         quantizer.calibrate(site.latent(), {})
-    states: dict[Ranged, RangeState] = {}
+    states: dict[Any, RangeState] = {}
 
-    def observe_input(quantizer: Ranged, args: tuple[Tensor, ...]) -> None:
+    def observe_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         state = states.get(quantizer)
         states[quantizer] = observe(state, args[0], quantizer.axis, quantizer.method)
 
@@ -114,11 +111,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 
 
 def _fill(
-    net: nn.Module, activations: list[Ranged], states: dict[Ranged, RangeState], images: Tensor
+    net: nn.Module, activations: list[Any], states: dict[Any, RangeState], images: Tensor
 ) -> None:
     """Set the scales of activations, by candidates on the last batch of images or from ranges."""
 
-    def fill_from_input(quantizer: Ranged, args: tuple[Tensor, ...]) -> None:
+    def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])
 
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]

@@ -353,11 +353,14 @@ def test_what_tensorrt_cannot_have_is_one_line(recipe):
         to_onnx(qat.freeze(made(recipe)), tiny.images(1), OnnxSettings(target="tensorrt"))
 
 
+FP32 = {"target": "tensorrt", "precision": "fp32"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"attention": "standard"}], ids=["float", "standard"])
 def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
     net = tiny.quantized("fp8", **knobs)
-    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     activations = [site for site in qat.iter_quantizers(net) if not site.is_weight]
@@ -380,9 +383,74 @@ def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
     assert_close(torch.from_numpy(logits), tiny.logits(net, images[:2]), rtol=0, atol=1e-4)
 
 
-def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
+HALF = {
+    "fp8": lambda: tiny.quantized("fp8"),
+    "int8": lambda: tiny.quantized("deploy_w8a8", attention="float"),
+    "int8 attention": lambda: tiny.quantized("deploy_w8a8"),
+    "swin": lambda: FAMILIES["swin"].quantized("fp8"),
+}
+
+
+def types_of_values(model):
+    """Types of all values and constants by name, found by onnx's shape inference."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    types = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    missing = {name for node in inferred.node for name in node.output} - types.keys()
+    assert not missing
+    return {name: onnx.TensorProto.DataType.Name(kind) for name, kind in types.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", often("fp8", HALF))
+def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path):
+    net = HALF[name]().eval()
+    images = tiny.images(16, 1) if name != "swin" else FAMILIES["swin"].images(16)
+    model = file(qat.freeze(net), images[:1], tmp_path / "net.onnx", target="tensorrt")
+    types = types_of_values(model)
+    assert {value for value, kind in types.items() if kind == "FLOAT"} == {"image", "logits"}
+    codes = "FLOAT8E4M3FN" if name in {"fp8", "swin"} else "INT8"
+    for node in model.graph.node:
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+            x, scale = (types[value] for value in node.input[:2])
+            assert {x, scale, types[node.output[0]]} == {"FLOAT16", codes}
+        if node.op_type == "LayerNormalization":  # its sums are in float32 by default
+            assert not any(
+                attribute.name == "stash_type" and attribute.i != 1 for attribute in node.attribute
+            )
+    if "attention" not in name:  # so that TensorRT can fuse the attention
+        makers = {value: node for node in model.graph.node for value in node.output}
+        weights = [value for value in types if value.endswith("onnx_codes")]
+        rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert len(weights) == len(rounded)
+        softmax = [node for node in model.graph.node if node.op_type == "Softmax"]
+        assert all(makers[node.input[0]].op_type != "DequantizeLinear" for node in softmax)
+    checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
+    assert checked.problem is None
+    assert 0 < checked.apart < 0.15
+
+
+def test_a_float16_file_with_another_weight_is_a_problem(tmp_path):
     net = tiny.quantized("fp8")
     model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
+    weight.raw_data = weight.raw_data[::-1]
+    onnx.save(model, tmp_path / "net.onnx")
+    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
+    assert "of the largest one; must be at most" in checked.problem
+
+
+def test_scales_that_float16_cannot_hold_are_one_line():
+    net = tiny.quantized("fp8")
+    tiny.sites(net)["head.input_quantizer"].quantizer.set_scale(torch.tensor([1e-6]))
+    with usage_error("^format.precision=fp16: head.input_quantizer.onnx_step is 1.0e-06; must be"):
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
+
+
+def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
+    net = tiny.quantized("fp8")
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
     weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
     weight.raw_data = bytes(256 * [0x38]) * (len(weight.raw_data) // 256)
     onnx.save(model, tmp_path / "net.onnx")

@@ -202,7 +202,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 33000,
-    "qat": 183700,
+    "qat": 183920,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
