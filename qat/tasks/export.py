@@ -180,7 +180,8 @@ def export(cfg: DictConfig) -> float:
 def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
     if cfg.format.name != "onnx":
         return OnnxSettings()
-    return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
+    form = cfg.format
+    return OnnxSettings(cfg.dynamic_batch, form.target, form.two_bit, form.cpu, form.precision)
 
 
 def _load_source(cfg: DictConfig) -> _Source:

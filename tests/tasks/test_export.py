@@ -252,6 +252,7 @@ MISTAKES = {
     "ckpt is not set": [],
     "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
     "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
+    "format.precision='bf16': must be one of fp16, fp32": ["format.precision=bf16"],
     "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
     "format.name='tflite': must be one of onnx, packed, executorch": ["format.name=tflite"],
     "dynamic_batch=False: only for format=onnx": ["format=packed", "dynamic_batch=false"],
