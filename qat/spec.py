@@ -15,6 +15,7 @@ from qat.errors import UsageError
 from qat.utils.validate import (
     BLOCK_FLOATS,
     FLOAT_BITS,
+    FP8,
     check_bits,
     check_bool,
     check_choice,
@@ -26,8 +27,9 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Outputs of layers, which post-training quantization may round too.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
-QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
+QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "fp8", "float")
 WEIGHT_QUANTIZERS = (*QUANTIZERS, "dorefa")
+ACT_QUANTIZERS = (*QUANTIZERS, "fp8_held")
 OFFSETS = ("none", "before", "both")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -151,7 +153,7 @@ class QuantRecipe:
         qk_bias: treatment of the query bias with QKR: `drop` it as the paper's code does, or `fold`
             it exactly into a score per key.
         weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
-        act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
+        act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
         stem_bits: bits of the weights and input of the first convolution.
         head_bits: bits of the weights and input of the classifier(s).
         offsets: learnable offsets before and after activation quantizers.
@@ -206,19 +208,18 @@ class QuantRecipe:
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
-        check_quantizer("quant.act_quantizer", self.act_quantizer)
+        check_quantizer("quant.act_quantizer", self.act_quantizer, ACT_QUANTIZERS)
         self._check_unchanged_if_float()
         all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
-        check_bits("quant.stem_bits", self.stem_bits, all_float)
-        check_bits("quant.head_bits", self.head_bits, all_float)
+        for quantizer in (self.weight_quantizer, self.act_quantizer):
+            outside = quantizer if quantizer in FP8 else all_float
+            check_bits("quant.stem_bits", self.stem_bits, outside)
+            check_bits("quant.head_bits", self.head_bits, outside)
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
-        if self.offsets and self.act_quantizer in BLOCK_FLOATS:
-            raise UsageError(
-                f"quant.offsets=True: must be false with {self.act_quantizer}, "
-                "whose blocks follow the heads"
-            )
+        if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
+            raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}")
         self._check_overrides()
 
     def _check_unchanged_if_float(self) -> None:
@@ -335,6 +336,8 @@ class QuantRecipe:
             name = "lsq"
         if name in BLOCK_FLOATS:
             layout["axis"] = summed_axis(role)
+        elif name in FP8:
+            layout = {"axis": None, "signed": True}
         elif self.fits_int8 and bits == 8 and not layout["signed"]:
             if role == "probs":
                 bits = 7
@@ -370,7 +373,7 @@ _DEPLOY: dict[str, Any] = {
     "fits_int8": True,
 }
 
-# Floats in blocks; all other quantizers as integer kernels support them.
+# Floats; around floats in blocks, only quantizers that integer kernels support.
 _BLOCK_FLOATS: dict[str, Any] = {
     "attention": "standard",
     "bits": 4,
@@ -435,6 +438,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "deploy_w4a4": {**_DEPLOY, "bits": 4},
     "mxfp4": {**_BLOCK_FLOATS, "weight_quantizer": "mxfp", "act_quantizer": "mxfp"},
     "nvfp4": {**_BLOCK_FLOATS, "weight_quantizer": "nvfp4", "act_quantizer": "nvfp4"},
+    "fp8": {
+        **{**_BLOCK_FLOATS, "bits": 8, "attention": "float"},
+        "weight_quantizer": "fp8",
+        "act_quantizer": "fp8",
+    },
 }
 
 
@@ -449,6 +457,7 @@ CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     "mxfp4_w4a4": ("mxfp4", {}),
     "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
     "nvfp4_w4a4": ("nvfp4", {}),
+    "fp8_w8a8": ("fp8", {}),
 }
 # Settings, and their names in other tools.
 ALIASES = {
@@ -463,9 +472,9 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4, nvfp4 (floats of 4 bits in blocks;
-            `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
-        knobs: fields of `QuantRecipe`; rules of `overrides` come after the rules of the recipe
-            itself.
+            `act_bits=8` with mxfp4), fp8 (floats of 8 bits); or a choice of `quant=`, such as
+            seq_2bit.
+        knobs: fields of `QuantRecipe`; rules of `overrides` come after the recipe's own rules.
 
     Raises:
         UsageError: the name is unknown, or a value cannot work.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.oscillation import OscillationState, oscillation_step
 from qat.model.sites import Site, iter_quantizers
+from qat.quantizers import FloatGrid
 from qat.utils.files import csv_text, write_text
 from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
 
@@ -123,12 +124,13 @@ class Oscillation(Callback):
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
-                f"weights of at most {self.max_bits} bits, not counting floats in blocks"
+                f"weights of at most {self.max_bits} bits, not counting floats of few bits"
             )
 
     def _tracks(self, site: Site) -> bool:
-        quantizer = site.quantizer
-        return site.is_weight and quantizer.spec.bits <= self.max_bits and not quantizer.in_blocks
+        if not site.is_weight or site.quantizer.spec.bits > self.max_bits:
+            return False
+        return not isinstance(site.quantizer.grid(site.latent()), FloatGrid)
 
     @torch.no_grad()
     def on_before_optimizer_step(

@@ -10,12 +10,13 @@ from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import importlib.metadata
+import inspect
 import logging
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -103,7 +104,7 @@ def run(name: str) -> int:
         refuse_flags(arguments)
         sys.argv[1:] = prepared(arguments)
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            hydra.main(config_path=str(CONF), config_name=name, **_hydra_arguments())(job)()
         finally:
             sweep.summarize()
     except Exception as error:
@@ -116,6 +117,13 @@ def run(name: str) -> int:
         sys.stderr.write(f"error: {line}\n")
         return 1
     return 1 if sweep.failures else 0
+
+
+def _hydra_arguments() -> dict[str, Any]:
+    """Arguments of `hydra.main` by its version: 1.4 warns of `version_base`, 1.3 without it."""
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        return {"execution_whitelist": "qat.*"}  # handlers of the log, callbacks of sweeps
+    return {"version_base": "1.3"}
 
 
 def _program(name: str) -> list[str]:

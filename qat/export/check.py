@@ -21,7 +21,7 @@ from qat.export.runtimes import (
     open_session,
 )
 from qat.model.sites import iter_quantizers
-from qat.quantizers import UniformGrid
+from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
 # Largest difference of logits that counts as equal.
@@ -37,8 +37,11 @@ ROUNDING = 2e-5
 # runtime computes something else.
 UNLIKE = 0.1
 
+# Largest difference of logits, as a share of the largest logit, where codes are not compared.
+SHARE = 0.05
+
 # For each quantizer name, in run order: the coordinates of values on the axis of codes, and the
-# codes.
+# codes; for E4M3, values divided by the scale, and rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
 CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
 
@@ -115,12 +118,16 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     batches = list(batches)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
     runtimes = (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,)
+    constants = model.graph.initializer
+    is_half = any(constant.data_type == onnx.TensorProto.FLOAT16 for constant in constants)
     checked = Checked({})
     for runtime in runtimes:
         try:
             logits = functools.partial(logits_of, open_session(path, runtime), batch=batch)
-            open_codes = functools.partial(graph_codes, model, runtime)
+            open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, logits, open_codes, batches)
+            if is_half:
+                limit_difference(agreement, net, batches, lambda x: x.half().float(), 4)
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
@@ -133,6 +140,31 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
                 )
         checked.agreement[runtime] = agreement
     return checked
+
+
+def limit_difference(
+    agreement: Agreement,
+    net: nn.Module,
+    images: Iterable[Tensor],
+    rounding: Callable[[Tensor], Tensor],
+    factor: float,
+) -> None:
+    """Set the problem of a form whose logits differ by more than rounding can explain.
+
+    Args:
+        agreement: result of `compare`.
+        net: the model.
+        images: (B, C, H, W) each.
+        rounding: changes images by rounding, to show how far values on thresholds move logits.
+        factor: how many times this move is allowed, and at least `SHARE`.
+    """
+    rounded = compare(net, lambda x: net(rounding(x)), None, images)
+    allowed = max(SHARE, factor * rounded.apart)
+    if not agreement.apart <= allowed:  # also for NaN
+        agreement.problem = (
+            f"logits differ by {agreement.apart:.1%} of the largest one; "
+            f"must be at most {allowed:.1%}"
+        )
 
 
 def _message(error: RuntimeError) -> str:
@@ -227,6 +259,9 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
         grid = quantizer.grid(x)
         if isinstance(grid, UniformGrid):
             codes[name] = (grid.to_code_coordinates(x), quantizer.codes(x).float())
+        elif isinstance(grid, Fp8Grid):
+            values = quantizer.codes(x).view(torch.float8_e4m3fn).float()
+            codes[name] = (x / grid.scales, values)
 
     hooks = []
     for site in iter_quantizers(net):
@@ -244,7 +279,7 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
     The function runs a copy of the model whose outputs include the inputs and outputs of all
     quantizers.
     """
-    from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
+    from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
 
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -266,7 +301,10 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
         for node in quantizers:
             step, added = (float(numpy_helper.to_array(constants[name])) for name in node.input[1:])
             coordinates = values[node.input[0]] / step
-            codes[node.name] = (coordinates, values[node.output[0]].float() - added)
+            rounded = values[node.output[0]]
+            if constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN:
+                rounded = rounded.view(torch.float8_e4m3fn)
+            codes[node.name] = (coordinates, rounded.float() - added)
         return values[OUTPUT], codes
 
     return run

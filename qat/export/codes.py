@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.model.frozen import FrozenWeight
+from qat.model.frozen import FrozenFp8, FrozenWeight
 from qat.model.sites import iter_quantizers
+from qat.utils.validate import FP8
 
+TENSORRT = "onnx format.target=tensorrt"
 # For each width of a stored type, the lowest opset whose Cast accepts the type.
 OPSETS = {2: 25, 4: 21, 8: 13}
 # On x86 processors without VNNI, kernels add two products of uint8 and int8 in 16 bits, which
@@ -154,8 +156,8 @@ class StoredWeight(_OnCodes):
     Attributes:
         frozen: the weight.
         width: bits of the ONNX type of the stored codes.
-        codes: int8 codes that fit the type, or uint8 codes, 128 higher, if int8 could saturate
-            (`LARGEST_INT8`).
+        codes: int8 codes that fit the type, or E4M3 floats, or uint8 codes, 128 higher, if int8
+            could saturate (`LARGEST_INT8`).
         is_doubled: the factors are 2 * codes + 1.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), the dtype of `codes`; None = 0.
@@ -203,9 +205,15 @@ def store_weights(
     """Call `store_weight` for all weights of a frozen model; return the results by name.
 
     Raises:
-        UsageError: the model has block floating point, for which runtimes have no CPU kernels.
+        UsageError: the model has block floating point, for which runtimes have no CPU kernels, or
+            8-bit floats, for another target than TensorRT.
     """
     for site in iter_quantizers(net):
+        if site.quantizer.spec.quantizer in FP8 and form != TENSORRT:
+            raise UsageError(
+                f"format={form}: {site.name} has 8-bit floats; must be format={TENSORRT} "
+                "or format=packed"
+            )
         if site.quantizer.in_blocks:
             blocks = f"{site.name} has blocks of {site.quantizer.spec.quantizer}"
             raise UsageError(
@@ -234,6 +242,16 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
             reads.
         cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all codes as int8.
     """
+    if isinstance(weight, FrozenFp8):
+        return StoredWeight(
+            frozen=weight,
+            width=8,
+            codes=weight.stored.view(torch.float8_e4m3fn),
+            is_doubled=False,
+            scale=weight.scale,
+            zero_point=None,
+            constant=None,
+        )
     bits = weight.spec.bits
     width = next(width for width in OPSETS if width >= max(bits, smallest))
     # Move unsigned codes to the range of signed codes.

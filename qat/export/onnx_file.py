@@ -19,10 +19,18 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.export.check import Checked, check_onnx
-from qat.export.codes import OPSETS, store_weights
+from qat.export.codes import OPSETS, TENSORRT, store_weights
 from qat.export.plan import Planner
 from qat.export.runtimes import INPUT, OUTPUT, quiet
-from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
+from qat.export.write import (
+    CODES,
+    SITE,
+    TensorRT,
+    Writer,
+    compute_in_half,
+    unfused,
+    write_in_graph,
+)
 from qat.model.convert import check_input, conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
@@ -60,18 +68,21 @@ class OnnxSettings:
         two_bit: `int4` stores 2-bit weights in INT4, which OpenVINO reads; `int2` stores them in
             INT2, in half the bytes. Only for target `cpu`.
         cpu: processors for target `cpu`: `any`, or `fast` for processors with VNNI and for ARM.
+        precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
     """
 
     dynamic_batch: bool = True
     target: str = "cpu"
     two_bit: str = "int4"
     cpu: str = "any"
+    precision: str = "fp16"
 
     def __post_init__(self) -> None:
         check_bool("dynamic_batch", self.dynamic_batch)
         check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
         check_choice("format.cpu", self.cpu, CPUS)
+        check_choice("format.precision", self.precision, ("fp16", "fp32"))
 
 
 def export_onnx(
@@ -83,6 +94,7 @@ def export_onnx(
     target: str = "cpu",
     two_bit: str = "int4",
     cpu: str = "any",
+    precision: str = "fp16",
 ) -> Checked:
     """Write a quantized model to an ONNX file, compare both, and keep the file if they agree.
 
@@ -101,6 +113,7 @@ def export_onnx(
         two_bit: `int4`, or `int2`, which takes half the bytes but cannot be read by OpenVINO.
         cpu: `any` = correct on every processor; `fast` = write products of 8-bit codes as uint8
             times int8, which saturate on x86 without VNNI.
+        precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
 
     Returns:
         How well model and file agree; `to_text()` returns it as text.
@@ -119,7 +132,7 @@ def export_onnx(
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (imports Lightning)
 
     require_installed("onnx")
-    settings = OnnxSettings(dynamic_batch, target, two_bit, cpu)
+    settings = OnnxSettings(dynamic_batch, target, two_bit, cpu, precision)
     conversion = conversion_of(net)
     if conversion is None:
         raise UsageError(
@@ -273,8 +286,10 @@ def to_onnx(
     net = unfused(net)
     is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
-        stored = store_weights("onnx", net, smallest=8)
+        stored = store_weights(TENSORRT, net, smallest=8)
         write_in_graph(net, stored, TensorRT(net, stored))
+        if settings.precision == "fp16":
+            compute_in_half(net)
     else:
         stored = store_weights("onnx", net, TWO_BIT[settings.two_bit], settings.cpu)
         planner = Planner(net, settings.cpu)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import Checked, compare
+from qat.export.check import Checked, compare, limit_difference
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import require_int8, unfused
@@ -29,9 +29,6 @@ from qat.nn.linear import QuantLinear
 
 LOWEST = -128
 HIGHEST = 127
-# Logits may differ by this share of the largest logit, or by twice the effect of rounding the
-# images.
-SHARE = 0.05
 
 
 def write_pte(
@@ -58,13 +55,7 @@ def write_pte(
     agreement = compare(net, logits, None, images)
     # The codes inside a file cannot be read. Images that differ only by float rounding show how
     # much values on thresholds change the logits of this model.
-    rounded = compare(net, lambda x: net(x * (1 + 1e-6)), None, images)
-    allowed = max(SHARE, 2 * rounded.apart)
-    if not agreement.apart <= allowed:  # also for NaN
-        agreement.problem = (
-            f"logits differ by {agreement.apart:.1%} of the largest one; "
-            f"must be at most {allowed:.1%}"
-        )
+    limit_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
     report = report | {"logits_apart": round(agreement.apart, 6)}
     return Checked({EXECUTORCH: agreement}), report
 

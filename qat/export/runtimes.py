@@ -70,6 +70,7 @@ def open_session(
 
 
 def _open_onnxruntime(content: bytes, threads: int) -> Session:
+    import onnx  # noqa: PLC0415  (an extra)
     import onnxruntime  # noqa: PLC0415  (an extra)
 
     settings = onnxruntime.SessionOptions()
@@ -78,6 +79,10 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
     if saturates():
         # Convert int8 weights of products to uint8.
         settings.add_session_config_entry("session.x64quantprecision", "1")
+    constants = onnx.load_from_string(content).graph.initializer
+    if any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in constants):
+        # It would fuse products with an operator that does not take E4M3.
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     return lambda names, images: session.run(list(names), {INPUT: images})
 

@@ -18,9 +18,11 @@ from qat.errors import UsageError
 from qat.export.codes import QuantizedTensor, StoredWeight, number
 from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenActivation, FrozenFp8Activation, FrozenWeight
+from qat.model.sites import iter_quantizers
 from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copied
+from qat.utils.validate import FP8
 
 # Outputs of these quantizers are used in sums and norms, not in products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
@@ -47,7 +49,7 @@ def write_in_graph(
 ) -> None:
     """Let quantizers return a graph's tensors of codes, or numbers if no product uses the codes."""
 
-    def activation(grid: FrozenActivation, x: Tensor) -> Any:
+    def activation(grid: Any, x: Tensor) -> Any:
         quantized = graph.activation(grid, x)
         return number(quantized) if grid.spec.role in _NUMBERS else quantized
 
@@ -56,7 +58,7 @@ def write_in_graph(
             _register_weight(module, stored[name])
             weight = dataclasses.replace(stored[name], graph=graph)
             module.in_graph = lambda _, weight=weight: weight
-        elif isinstance(module, FrozenActivation):
+        elif isinstance(module, FrozenActivation | FrozenFp8Activation):
             module.in_graph = functools.partial(activation, module)
 
 
@@ -278,8 +280,8 @@ class TensorRT:
     """Writes quantizers for compilers that choose integer kernels themselves, and returns numbers.
 
     Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"):
-    int8, zero points of 0, one scale for an activation, one for each output of a weight, and
-    nothing between DequantizeLinear and the product.
+    int8 or E4M3, zero points of 0, one scale for an activation, one for each output of a weight,
+    and nothing between DequantizeLinear and the product.
 
     Args:
         net: a frozen model; its quantizers get buffers.
@@ -291,10 +293,23 @@ class TensorRT:
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
+        kinds = {}
+        for site in iter_quantizers(net):
+            if not site.quantizer.is_float:
+                kinds[site.quantizer.spec.quantizer in FP8] = site.name
+        if len(kinds) == 2:
+            raise UsageError(
+                f"format.target=tensorrt: {kinds[True]} has 8-bit floats and {kinds[False]} "
+                "integers; must be floats or integers in the whole model"
+            )
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 added = torch.zeros((), dtype=torch.int8)
                 _register_activation(grid, grid.scale.reshape(()), added)
+            elif isinstance(grid, FrozenFp8Activation):
+                step: Any = grid.quantizer.scale
+                grid.register_buffer("onnx_step", step.detach().reshape(()))
+                grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Fake-quantized numbers."""
@@ -307,6 +322,24 @@ class TensorRT:
         is_matrix = weight.codes.ndim == 2
         y = _dequantize(frozen.onnx_codes, frozen.onnx_factor, axis=int(is_matrix))
         return y.t() if is_matrix else y
+
+
+def compute_in_half(net: nn.Module) -> None:
+    """Convert the float32 tensors of a model for TensorRT to float16, but image and logits.
+
+    Raises:
+        UsageError: float16 cannot hold the scale of an activation to its full precision.
+    """
+    lowest = torch.finfo(torch.float16).tiny
+    for name, buffer in net.named_buffers():
+        if name.endswith("onnx_step") and buffer < lowest:
+            raise UsageError(
+                f"format.precision=fp16: {name} is {float(buffer):.1e}; must be at least "
+                f"{lowest:.1e}, or format.precision=fp32"
+            )
+    net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)
+    net.register_forward_pre_hook(lambda _, args: (args[0].half(),))
+    net.register_forward_hook(lambda _, args, logits: logits.float())
 
 
 def _quantize(u: Tensor, grid: Any) -> Tensor:
@@ -325,10 +358,10 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """DequantizeLinear to float32, with one scale, or with one per position along an axis."""
+    """DequantizeLinear to the type of the scale, with one scale or one per position on an axis."""
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(
-        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape
+        "DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape
     )
     return y

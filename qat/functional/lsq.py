@@ -56,6 +56,11 @@ class CodeRange(NamedTuple):
         """Clamp bounds of x / s: the outermost codes; with half steps, qmin and qmax + 1."""
         return self.qmin, self.qmax + self.half
 
+    @property
+    def floor(self) -> float:
+        """The lowest step."""
+        return SCALE_FLOOR
+
     def rounded(self, clamped: Tensor) -> Tensor:
         """Nearest grid values, in steps, to x / s clamped to `ends`; ties round to even."""
         if self.half:
@@ -102,9 +107,9 @@ class LsqGradients(NamedTuple):
     norm_bias: Tensor | None = None
 
 
-def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """The step max(scale, 1e-5), shaped to broadcast along `axis`; NaN if the scale is unset."""
-    return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
+def step_of(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
+    """The step max(scale, floor), shaped to broadcast along the axis; NaN if the scale is unset."""
+    return view_along(scale.float().clamp(min=codes.floor), ndim, codes.axis)
 
 
 def _add_offset(x: Tensor, offset: Tensor | None) -> Tensor:
@@ -140,7 +145,7 @@ def lsq_forward(
     """
     check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
-    step = step_of(scale, x.ndim, codes.axis)
+    step = step_of(scale, x.ndim, codes)
     u = _add_offset(x, before) / step
     y = codes.rounded(u.clamp(low, high)) * step  # type: ignore[arg-type]
     if after is None:
@@ -174,7 +179,7 @@ def lsq_backward(
         after_shape: shape of the offset after the quantizer, to request its gradient.
     """
     low, high = codes.bounds(sign)
-    u = _add_offset(x, before) / step_of(scale, x.ndim, codes.axis)
+    u = _add_offset(x, before) / step_of(scale, x.ndim, codes)
     grad_y = grad.float()
     # Where u is NaN, the gradient passes, just as NaN passes in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
@@ -303,7 +308,7 @@ def lsq_codes(
         The shape of `x`, int8 if the codes fit, else int16.
     """
     codes = CodeRange(qmin, qmax, axis, half)
-    u = x.detach().float() / step_of(scale.detach(), x.ndim, axis)
+    u = x.detach().float() / step_of(scale.detach(), x.ndim, codes)
     rounded = codes.rounded(u.clamp(*codes.ends))
     if half:
         rounded = rounded - 0.5

@@ -68,13 +68,16 @@ def compile_options() -> dict[str, bool]:
     """`ROUNDING` and other options of the compiler, as far as this version of torch knows them.
 
     Rows are not padded, because operators would copy padded rows. With `trainer.deterministic`, the
-    compiler does not choose kernels by measured speed.
+    compiler does not choose kernels by measured speed. Before torch 2.15, a reduction that is fused
+    with a reduction of another order may not write a gradient (pytorch #193061).
     """
     options = {
         **ROUNDING,
         "comprehensive_padding": False,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+    if torch.__version__ < "2.15":
+        options["triton.mix_order_reduction"] = False
     supported = inductor.get_config_copy()
     return {name: value for name, value in options.items() if name in supported}
 

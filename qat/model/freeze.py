@@ -14,6 +14,8 @@ from qat.model.frozen import (
     OFFSETS,
     FrozenActivation,
     FrozenBlocks,
+    FrozenFp8,
+    FrozenFp8Activation,
     FrozenNonuniform,
     FrozenWeight,
     is_frozen,
@@ -25,7 +27,7 @@ from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
-from qat.quantizers import BlockFloat, Quantizer, UniformGrid
+from qat.quantizers import BlockFloat, Fp8Grid, Quantizer, UniformGrid
 from qat.utils.probing import copied
 
 NOT_PLAIN = (
@@ -132,6 +134,11 @@ def _frozen_quantizer(site: Site) -> Quantizer:
         return _frozen_weight(site, grid, weight)
     if weight is not None and isinstance(quantizer, BlockFloat):
         return FrozenBlocks(quantizer, site.name, weight)
+    if isinstance(grid, Fp8Grid):
+        if weight is None:
+            return FrozenFp8Activation(quantizer, site.name)
+        parts = (quantizer.codes(weight), grid.scales, None, None)
+        return FrozenFp8(quantizer.spec, grid.axis, site.name, parts)
     if grid is None or weight is not None or grid.before is not None:
         name = quantizer.spec.quantizer
         raise UsageError(

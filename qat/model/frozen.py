@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.functional.block_floats import block_float_codes
 from qat.functional.packing import pack_pairs
 from qat.functional.ste import check_fit, code_dtype, view_along
-from qat.quantizers import BlockFloat, FloatGrid, Grid, Quantizer, UniformGrid
+from qat.quantizers import BlockFloat, FloatGrid, Fp8Grid, Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 
 # Offsets of activations: added before the rounding, and after it.
@@ -144,6 +144,23 @@ class FrozenBlocks(FrozenWeight):
         return tensors
 
 
+class FrozenFp8(FrozenWeight):
+    """A weight of E4M3 floats.
+
+    Attributes:
+        stored: codes, bits of E4M3, uint8, in the shape of the weight.
+        scale: (n,), a scale for each row.
+    """
+
+    def held(self) -> Tensor:
+        """The weight, in the dtype of the model."""
+        return self().to(self.scale.dtype) if self.in_graph is None else self.in_graph(None)
+
+    def grid(self, x: Tensor | None = None) -> Fp8Grid:
+        """The grid of the float weight that was removed."""
+        return Fp8Grid(axis=self.axis, factors=self.scale)
+
+
 class FrozenActivation(Frozen):
     """An activation, (clamp(round((x + a) / s + z), qmin, qmax) - z) * s + c.
 
@@ -236,6 +253,17 @@ class FrozenNonuniform(Frozen):
     def grid(self, x: Tensor | None = None) -> Grid | None:
         """The grid of the wrapped quantizer."""
         return self.quantizer.grid(x)
+
+
+class FrozenFp8Activation(FrozenNonuniform):
+    """An activation of E4M3 floats with one scale."""
+
+    before = None
+    onnx_bounds = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`."""
+        return super().forward(x) if self.in_graph is None else self.in_graph(x)
 
 
 def is_frozen(net: nn.Module) -> bool:

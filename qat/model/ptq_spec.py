@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
-from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_text
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, FP8, check_bits, check_text
 
 # Observers except `ptf`, which is only for sums on the residual stream.
 _WITHOUT_PTF = tuple(name for name in OBSERVERS if name != "ptf")
@@ -19,9 +19,9 @@ _CHOICES = {
     "rule_bits": ("both", "weights"),
     "placement": ("inputs", "fqvit"),
     "attention": ("standard", "float"),
-    "weight_quantizer": ("affine", *BLOCK_FLOATS, "float"),
-    "act_quantizer": ("affine", *BLOCK_FLOATS, "float"),
-    "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "float"),
+    "weight_quantizer": ("affine", *BLOCK_FLOATS, "fp8", "float"),
+    "act_quantizer": ("affine", *BLOCK_FLOATS, "fp8", "float"),
+    "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "fp8", "float"),
     "weight_observer": _WITHOUT_PTF,
     "act_observer": _WITHOUT_PTF,
     "residual_observer": OBSERVERS,
@@ -43,6 +43,13 @@ _FOLLOWS = {
 _OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
 # Values that settings must have if floats in blocks are used.
 _WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
+_WITH_FP8 = {
+    **_WITH_BLOCKS,
+    "weight_observer": "minmax",
+    "act_observer": "minmax",
+    "weight_scales": "channel",
+    "act_scales": "tensor",
+}
 # Training settings of `QuantRecipe` that have no meaning here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
@@ -72,7 +79,7 @@ class PtqRecipe(QuantRecipe):
             (outputs of layers too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the linear layers of an attention are quantized).
         weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine
-            then) or `float`.
+            then), `fp8` (floats of 8 bits) or `float`.
         act_quantizer: one of the values of `weight_quantizer`.
         softmax_quantizer: a value of `weight_quantizer`, or `log2` (powers of two); None =
             `act_quantizer`.
@@ -142,7 +149,7 @@ class PtqRecipe(QuantRecipe):
         self._check_bits(("bits", "stem_bits", "head_bits"), self.weight_quantizer)
         self._check_bits(("act_bits", "outer_act_bits"), self.act_quantizer)
         self._check_bits(("softmax_bits",), str(self.softmax_quantizer))
-        self._check_block_floats()
+        self._check_floats()
         has_scales_around_norms = self.placement == "fqvit" and self.act_quantizer == "affine"
         if self.layernorm == "integer" and not has_scales_around_norms:
             raise UsageError(
@@ -157,16 +164,16 @@ class PtqRecipe(QuantRecipe):
             is_affine = knob in _OUTSIDE and quantizer in BLOCK_FLOATS
             check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
 
-    def _check_block_floats(self) -> None:
-        quantizers = (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer))
-        in_blocks = [quantizer for quantizer in quantizers if quantizer in BLOCK_FLOATS]
-        if not in_blocks:
-            return
-        for knob, value in _WITH_BLOCKS.items():
-            if getattr(self, knob) != value:
-                raise UsageError(
-                    f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {in_blocks[0]}"
-                )
+    def _check_floats(self) -> None:
+        for name in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)):
+            needed = _WITH_FP8 if name in FP8 else _WITH_BLOCKS
+            if name not in (*BLOCK_FLOATS, *FP8):
+                continue
+            for knob, value in needed.items():
+                if getattr(self, knob) != value:
+                    raise UsageError(
+                        f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {name}"
+                    )
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
         """A rule, extended by the settings that follow from its `bits` and `act_bits`."""
@@ -218,7 +225,7 @@ class PtqRecipe(QuantRecipe):
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
-            signed=self.act_signed and role != "probs",
+            signed=name in FP8 or (self.act_signed and role != "probs"),
             axis=axis,
             map_scales="tensor" if axis is None or axis == -2 else "column",
             observer=observer,

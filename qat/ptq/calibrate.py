@@ -19,7 +19,7 @@ from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
-from qat.quantizers import Affine
+from qat.quantizers import Affine, Fp8
 from qat.utils.probing import allow_unset_scales, images_of, probing
 
 
@@ -69,11 +69,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         UsageError: the net has no affine quantizer, there is no batch, a batch contains anything
             but finite images, or a quantizer did not run.
     """
-    weights: list[tuple[Affine, Site]] = []
-    activations: list[Affine] = []
+    weights: list[tuple[Any, Site]] = []
+    activations: list[Any] = []
     for site in iter_quantizers(net):
         quantizer = site.quantizer
-        if type(quantizer) is not Affine or not quantizer.n_scales:
+        if type(quantizer) not in {Affine, Fp8} or not quantizer.n_scales:
             continue
         if site.is_weight:
             weights.append((quantizer, site))
@@ -85,9 +85,9 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         )
     for quantizer, site in weights:
         quantizer.calibrate(site.latent(), {})
-    states: dict[Affine, RangeState] = {}
+    states: dict[Any, RangeState] = {}
 
-    def observe_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def observe_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         state = states.get(quantizer)
         states[quantizer] = observe(state, args[0], quantizer.axis, quantizer.method)
 
@@ -111,11 +111,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 
 
 def _fill(
-    net: nn.Module, activations: list[Affine], states: dict[Affine, RangeState], images: Tensor
+    net: nn.Module, activations: list[Any], states: dict[Any, RangeState], images: Tensor
 ) -> None:
     """Set the scales of activations, from ranges or by trying candidates on the last batch."""
 
-    def fill_from_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])
 
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]

@@ -63,9 +63,10 @@ class FloatGrid(Grid):
             return self.factors
         return self.factors * self.tensor_scale
 
-    def along(self, length: int) -> Tensor:
-        """Scales of the values of a tensor that has `length` values along `dim`."""
-        return self.scales.repeat_interleave(self.form.block, self.dim).narrow(self.dim, 0, length)
+    def along(self, x: Tensor) -> Tensor:
+        """Scales, shaped to broadcast against a tensor."""
+        each_value = self.scales.repeat_interleave(self.form.block, self.dim)
+        return each_value.narrow(self.dim, 0, x.shape[self.dim])
 
     @property
     def unit(self) -> Tensor:
@@ -79,13 +80,13 @@ class FloatGrid(Grid):
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
         """Index among the sorted values of the format, fractional between values; 0 for zero."""
-        scales = self.along(x.shape[self.dim])
+        scales = self.along(x)
         divisors = torch.where(scales == 0, torch.inf, scales)
         return float_place(self.shift(x) / divisors, self.form)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The value of a code times its scale."""
-        y = float_values(codes, self.form) * self.along(codes.shape[self.dim])
+        y = float_values(codes, self.form) * self.along(codes)
         if self.after is None:
             return y
         return y + self.after

@@ -110,7 +110,7 @@ class LSQ(Quantizer):
         if self.change is None:
             super().set_scale(values)
             return
-        lowest = max(self.unit / 64, 2 * SCALE_FLOOR)
+        lowest = max(self.unit / 64, 2 * self.code_range.floor)
         self.start.copy_(values.clamp(min=lowest))
         self.change.zero_()
 

@@ -241,9 +241,13 @@ def _register() -> None:
         slurm.slurm_tasks_per_node,
         slurm.slurm_nodes,
     )
+    # OmegaConf 2.4 deprecates the old name; older versions have another function of the new name.
+    register: Any = OmegaConf.register_resolver
+    if "replace" not in inspect.signature(register).parameters:
+        register = OmegaConf.register_new_resolver
     for function in functions:
-        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+        register(function.__name__, function, replace=True)
+    register("run_name", run_name, use_cache=True, replace=True)
     store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
         store.store(name=f"_{name}", node=schema, provider="qat")

@@ -32,7 +32,15 @@ from qat.export.onnx_file import (
     write_onnx,
 )
 from qat.export.pte import to_pte, write_pte
-from qat.export.runtimes import EXECUTORCH, milliseconds, open_session, quantize_8bit
+from qat.export.runtimes import (
+    EXECUTORCH,
+    ONNXRUNTIME,
+    OPENVINO,
+    milliseconds,
+    open_session,
+    quantize_8bit,
+    saturates,
+)
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
@@ -152,6 +160,8 @@ def export(cfg: DictConfig) -> float:
         results |= _compare_with_float(target, float_net, images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
     _log_results(checked, results, f"{target}, {size:,} bytes")
+    uses = _uses(file_format, settings, checked)
+    _log_uses(uses, results.get("time_of_float") or {})
     write_results(
         cfg,
         model=source.name,
@@ -170,7 +180,8 @@ def export(cfg: DictConfig) -> float:
 def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
     if cfg.format.name != "onnx":
         return OnnxSettings()
-    return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
+    form = cfg.format
+    return OnnxSettings(cfg.dynamic_batch, form.target, form.two_bit, form.cpu, form.precision)
 
 
 def _load_source(cfg: DictConfig) -> _Source:
@@ -284,8 +295,61 @@ def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
         if key != "time_of_float":
             entries[_TITLES.get(key, key)] = _in_words(value)
     log.info("%s\n%s", checked.to_text(), summary.lines("written", entries))
-    for runtime, share in (results.get("time_of_float") or {}).items():
-        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
+
+
+class _Use(NamedTuple):
+    """A way to run a file.
+
+    Attributes:
+        target: runtime and processor.
+        advice: settings to run it with.
+        runtime: runtime whose time on this machine is that of the target; None = not measured.
+    """
+
+    target: str
+    advice: str
+    runtime: str | None = None
+
+
+def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_Use]:
+    """Targets that the file is for. docs/deployment.md has the measurements."""
+    if file_format == "packed":
+        return [_Use("qat", "qat.load(file), or ckpt=file in a command")]
+    if file_format == "executorch":
+        return [_Use("ExecuTorch", "one image at a time, with XNNPACK", EXECUTORCH)]
+    if settings.target == "tensorrt":
+        return [_Use("TensorRT", "reads scales from the file, needs no calibration; never run")]
+
+    with_vnni = without_vnni = "default settings"
+    openvino = "INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0"
+    if settings.cpu == "any":
+        with_vnni += "; with format.cpu=fast 8-bit weights are faster"
+    else:
+        without_vnni = "wrong; export with format.cpu=any"
+        openvino += "; only with VNNI or on ARM"
+    agreement = checked.agreement.get(OPENVINO)
+    if agreement is None:
+        openvino += "; not checked, as it is not installed"
+    elif agreement.problem:
+        openvino = "do not use"
+    is_without_vnni = saturates()
+    return [
+        _Use(
+            "onnxruntime, with VNNI or on ARM", with_vnni, None if is_without_vnni else ONNXRUNTIME
+        ),
+        _Use("onnxruntime, other CPUs", without_vnni, ONNXRUNTIME if is_without_vnni else None),
+        _Use("OpenVINO", openvino, OPENVINO),
+    ]
+
+
+def _log_uses(uses: list[_Use], time_of_float: dict[str, float]) -> None:
+    entries = {}
+    for use in uses:
+        entries[use.target] = use.advice
+        if use.runtime in time_of_float:
+            share = time_of_float[use.runtime]
+            entries[use.target] += f"; {share:.2f} of float's time (this machine, 1 thread)"
+    log.info("%s", summary.lines("run it in", entries))
 
 
 def _in_words(value: Any) -> str:

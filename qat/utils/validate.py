@@ -16,6 +16,9 @@ LOWEST_BITS = 2
 HIGHEST_BITS = 8
 # Bits of the number formats in which blocks of floats share a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
+# Floats of 8 bits with one scale for a tensor or a row. The scale of activations is learned, or
+# stays as calibrated.
+FP8 = ("fp8", "fp8_held")
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
@@ -207,7 +210,7 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     if quantizer == "float" and bits == FLOAT_BITS:
         return
     check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
-    widths = BLOCK_FLOATS.get(quantizer)
+    widths = (8,) if quantizer in FP8 else BLOCK_FLOATS.get(quantizer)
     if widths is not None and bits not in widths:
         choices = " or ".join(map(str, widths))
         raise UsageError(f"{setting}={bits!r}: must be {choices} with {quantizer}")
