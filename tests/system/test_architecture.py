@@ -201,14 +201,14 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
-    "evidence": 33000,
-    "qat": 190000,
+    "evidence": 39000,
+    "qat": 194600,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
     "qat/data": 11200,
     "qat/export": 14300,
-    "qat/functional": 11700,
+    "qat/functional": 11750,
     "qat/kernels": 20500,
     "qat/launch": 3800,
     "qat/lit": 7500,
@@ -216,9 +216,9 @@ BUDGETS = {
     "qat/model": 25000,
     "qat/nn": 14000,
     "qat/ptq": 9700,
-    "qat/quantizers": 6900,
+    "qat/quantizers": 7560,
     "qat/report": 5100,
-    "qat/tasks": 24800,
+    "qat/tasks": 25150,
     "qat/utils": 5300,
     "tests": 280000,
 }
