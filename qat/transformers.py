@@ -96,7 +96,7 @@ class QatQuantizer(HfQuantizer):
 
 
 class Callback(TrainerCallback):
-    """Annealing (`qat.callbacks.CGA`) or freezing (`IterativeFreezing`) for Transformers' `Trainer`.
+    """Annealing (`CGA`) or freezing (`IterativeFreezing`) for the `Trainer` of Transformers.
 
     A resumed run continues with the state of the callback, which is stored in each checkpoint.
 
