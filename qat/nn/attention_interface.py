@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 from collections.abc import Generator, Sequence
@@ -234,7 +235,12 @@ class AttentionInterface:
             signs: see `qat.model.convert.Conversion`.
         """
         if self.models == [self.net]:
-            self.models[0].config.quantization_config = {
+            model = self.models[0]
+            # `Trainer` cannot resume from files with the names of older versions.
+            model.save_pretrained = functools.partial(
+                model.save_pretrained, save_original_format=False
+            )
+            model.config.quantization_config = {
                 "quant_method": NAME,
                 "recipe": recipe,
                 "input_size": list(input_size),
