@@ -110,8 +110,9 @@ class DataSettings:
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to
             `image_size`; None = the whole image is resized to a square; photos: None = that of
             `model`.
-        crop_mode: used with a `crop_pct`: `center` crops, `squash` first resizes the whole image to
-            a square, `border` pads it to one; None = `center`; photos: None = that of `model`.
+        crop_mode: used with a `crop_pct`: `center` crops, as does `center_floor`, whose corner is
+            rounded down, as in Transformers; `squash` first resizes the whole image to a square,
+            `border` pads it to one; None = `center`; photos: None = that of `model`.
         interpolation: interpolation in evaluation and under `light`, with a `crop_pct`; photos:
             None = that of `model`.
         image_column: parquet column with encoded images; None = found by its usual names.
