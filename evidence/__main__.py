@@ -1,6 +1,6 @@
 """`python -m evidence COMMAND`: run claims, write their pages, check the pages.
 
-- `run C1`: make the runs of a claim that have no record yet.
+- `run C1`: execute the runs of a claim that have no record yet.
 - `one CLAIM/ARM`: repeat a single run.
 - `page`: write docs/accuracy.md and evidence/pages/ from all records.
 - `check`: list the pages that differ from the records.
@@ -26,7 +26,7 @@ log = logging.getLogger("qat.evidence")
 
 
 def main() -> int:
-    """Exit code: 1 if a run failed or `check` found differences."""
+    """Return the exit code: 1 if a run failed or `check` found differences, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m evidence",
         description=__doc__,

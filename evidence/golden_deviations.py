@@ -1,6 +1,6 @@
 """Largest absolute difference from the papers' own code, by family: `make golden-deviations`.
 
-Runs the comparisons of the golden tests, and records differences in place of failing.
+The script runs the comparisons of the golden tests, and records differences instead of failing.
 """
 
 from __future__ import annotations

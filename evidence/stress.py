@@ -1,9 +1,9 @@
 """Kill commands at random moments, run them again, and compare all files with undisturbed runs.
 
-Run by `make stress`; log `evidence/logs/stress.log`. Trainings use augmentation, repeated
+Run by `make stress`; log `evidence/logs/stress.log`. Training runs use augmentation, repeated
 augmentation, mixup, cutmix, dropout, drop path and averaged weights. A command is killed with
-SIGKILL after one of some calls (`CALLS`), drawn with a seed; after `torch.save`, half of the file
-is on the disk. All tensors and numbers of checkpoints, the rows of tables, `results.json` and the
+SIGKILL after a call of `CALLS` that is drawn with a seed; after `torch.save`, half of the file is
+on the disk. All tensors and numbers of checkpoints, the rows of tables, `results.json` and the
 names of files are compared, without measurements (times, throughput). Each run is a fork of this
 process, which has imported everything. Exit code 1 if anything differs.
 """
@@ -105,19 +105,19 @@ CALLS: tuple[tuple[Any, str], ...] = (
     (os, "link"),
     (os, "replace"),
 )
-# Measurements, which differ between runs. A search's rows end with seconds. Lightning does not
-# restore `current_score`, which has no effect.
+# Measurements differ between runs; rows of a search end with seconds. `current_score` differs
+# because Lightning does not restore it, but it has no effect.
 MEASURED = re.compile(
     r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds$|time_elapsed$"
     r"|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
 )
 SHOWN = 8
-# The name of a call, and after how many such calls to kill.
+# The name of a function, and the number of its calls after which to kill.
 Moment = tuple[str, int]
 
 
 def watch(moment: Moment | None, counts: Counter[str]) -> None:
-    """Count calls, and kill this process at a moment."""
+    """Count calls, and kill this process at the given moment."""
 
     def watched(name: str, function: Any) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -190,7 +190,7 @@ def _run_and_exit(
 def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
     """All values in the files of a run, by file and position.
 
-    Without Hydra's files, and without the checkpoint that only exists after several saves.
+    Hydra's files, and the checkpoint that only exists after several saves, are left out.
     """
     for path in sorted(run_dir.rglob("*")):
         if not path.is_file() or ".hydra" in path.parts:

@@ -1,7 +1,7 @@
 """`python -m evidence.zoo --root CIFAR10`: write the models in `zoo/`, with a model card each.
 
 The models are checkpoints of runs; `make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` trains a
-missing one. Results in a card are measured with `eval.py` on the file itself.
+missing checkpoint. Results in a card are measured with `eval.py` on the file itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quantization-aware training of timm vision transformers at 2, 3 and 4 bits.
 
-Names are loaded on first use: the commands answer `--help` without waiting for torch.
+Names are loaded on first use, so that commands answer `--help` without waiting for torch.
 """
 
 from __future__ import annotations

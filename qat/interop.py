@@ -1,7 +1,8 @@
 """Checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
 
-Their state dicts hold latent weights, LSQ step sizes and offsets under other names. Bits are not
-in them, nor is the number of heads without QKR; shapes tell the rest.
+The state dicts of these checkpoints contain latent weights, LSQ step sizes and offsets under other
+names. They do not contain bits, or without QKR the number of heads; everything else follows from
+shapes.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from qat.model.foreign_weights import grow_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# Tensors of their files that we do not have: an offset after the key or the product only shifts
-# whole softmax rows, and clip_val of StatsQ is always 2.
+# Tensors in the authors' files that we do not have: an offset after the key or the product only
+# shifts whole softmax rows, and clip_val of StatsQ is always 2.
 _DEAD = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
-# Patterns of our names, and their names: the first match decides. `read_checkpoint` has given
-# Swin's layers timm's names.
+# Patterns of our names, and the authors' names; the first match is used. `read_checkpoint` has
+# already renamed Swin's layers as in timm.
 _NAMES = (
     (r"attn\.input_quantizer\.offset_before$", "attn.quant_x_4_qkv.move_b4.bias"),
     (r"attn\.input_quantizer\.offset_after$", "attn.quant_x_4_qkv.move_aft.bias"),
@@ -49,18 +50,18 @@ _NAMES = (
     (r"input_quantizer\.quantizer\.signed$", "input_quant_fn.signed"),
     (r"weight_quantizer\.scale$", "lsqw_fn.s"),
 )
-# Without QKR one offset of 3C values precedes q, k and v; with it, only v has one.
+# Without QKR, one offset of 3C values precedes q, k and v; with QKR, only v has an offset.
 _STACKED_OFFSET = re.compile(r"attn\.([qkv])_quantizer\.offset_before$")
 
 
 @dataclass(frozen=True)
 class OfqNet:
-    """A model of a file of the authors.
+    """A model from a file of the authors' code.
 
     Attributes:
-        net: quantized, with its scales, in eval mode.
-        model: its timm name.
-        note: a line for the user on the file and its bits.
+        net: the quantized model with its scales, in eval mode.
+        model: timm name of the model.
+        note: a line for the user about the file and its bits.
     """
 
     net: nn.Module
@@ -84,19 +85,21 @@ def load_ofq_checkpoint(
     """Load a checkpoint of the paper's code: DeiT or Swin, of any depth, with or without QKR.
 
     Args:
-        path: a `.pth.tar` of its training script, or only a state dict. Nothing in it is executed.
-        model: timm name; None = chosen by the widths.
-        bits: width of the weights in blocks; None = from the training arguments in the file.
-            Tensors do not show it.
-        act_bits: width of the activations; None = from the arguments in the file, else `bits`.
+        path: a `.pth.tar` of the paper's training script, or a plain state dict. Nothing in the
+            file is executed.
+        model: timm name; None = chosen by the shapes of tensors.
+        bits: bits of the weights in blocks, which tensors do not show; None = from the training
+            arguments in the file.
+        act_bits: bits of the activations; None = from the training arguments in the file, or else
+            `bits`.
         qkr: query-key reparameterization; None = as in the file.
 
     Returns:
         The quantized model in eval mode.
 
     Raises:
-        UsageError: it is not such a file, a tensor is missing or has another shape, or an argument
-            contradicts the file.
+        UsageError: the file is not such a checkpoint, a tensor is missing or has another shape, or
+            an argument contradicts the file.
     """
     return net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr).net
 
@@ -109,7 +112,7 @@ def net_from_ofq(
     *,
     qkr: bool | None = None,
 ) -> OfqNet:
-    """Like `load_ofq_checkpoint`, for a file that was read already."""
+    """`load_ofq_checkpoint` for a file that has already been read."""
     origin = f"ckpt={str(checkpoint.path)!r}"
     state = checkpoint.state
     if not is_ofq(state):
@@ -124,14 +127,14 @@ def net_from_ofq(
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes are those of no {family} ({error})") from error
+        raise UsageError(f"{origin}: its shapes match no {family} ({error})") from error
     if qkr is not None and qkr != has_qkr:
         layers = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
         raise UsageError(f"qkr={qkr}: {origin} holds {layers}")
     if model is not None and model != name:
         base = _check_model(model, name, kwargs, state, is_swin=is_swin, origin=origin)
         if not has_qkr and not is_swin:
-            # No shape tells the number of heads.
+            # The number of heads does not follow from shapes.
             kwargs["num_heads"] = base.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
     weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
@@ -150,7 +153,7 @@ def net_from_ofq(
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: its shapes are those of no {name} ({reason})") from error
+        raise UsageError(f"{origin}: its shapes match no {name} ({reason})") from error
     _grow_merging_biases(net, state)
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _fill(net, state, qkr=has_qkr, origin=origin)
@@ -168,7 +171,8 @@ def _bits(
 ) -> tuple[int, int | None]:
     """Bits of weights and activations, from the file if it states them.
 
-    Their script overwrites the student's bits by those of a quantized teacher before it saves.
+    Before saving, the authors' script overwrites the student's bits by the bits of a quantized
+    teacher.
     """
     args = checkpoint.args
     if args is None or args.get("quant_teacher"):
@@ -189,7 +193,7 @@ def _bits(
 
 
 def _grow_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Add the biases of patch mergings, which the authors' linear layers have and timm's not."""
+    """Add biases to patch mergings: the authors' linear layers have biases there, timm's do not."""
     names = []
     for name, _ in net.named_modules():
         if name.endswith("reduction") and f"{name}.bias" in state:
@@ -206,10 +210,10 @@ def _check_model(
     is_swin: bool,
     origin: str,
 ) -> nn.Module:
-    """The model that the user named, on the meta device; its family and width must be the file's.
+    """The model that the user named, on the meta device; family and width must match the file.
 
     Raises:
-        UsageError: they are not.
+        UsageError: they do not match.
     """
     with torch.device("meta"):
         base = timm.create_model(model) if timm.is_model(model) else None
@@ -228,7 +232,7 @@ def _check_model(
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the highest number in a name."""
+    """The highest number that the pattern finds in a name, plus one."""
     numbers = []
     for name in state:
         if match := re.match(pattern, name):
@@ -237,12 +241,12 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _side(state: Mapping[str, Tensor]) -> int:
-    """Height and width of the images: the map of offsets has one value per pixel."""
+    """Height and width of images, from the map of offsets, which has one value per pixel."""
     return math.isqrt(state["patch_embed.proj.move_b4.bias"].numel())
 
 
 def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
-    """Timm name, arguments of `timm.create_model`, and whether it has QKR."""
+    """Timm name, arguments of `timm.create_model`, and whether the model has QKR."""
     width = state["cls_token"].shape[-1]
     attention = "blocks.0.attn"
     has_qkr = f"{attention}.q.weight" in state
@@ -251,7 +255,7 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     if has_qkr:
         num_heads = state[f"{attention}.move_qkx_b4.bias"].numel() // width
     else:
-        # No shape tells the number of heads; DeiTs have 64 channels in each.
+        # The number of heads does not follow from shapes, but all DeiTs have 64 channels per head.
         num_heads = max(width // 64, 1)
     kwargs = {
         "img_size": _side(state),
@@ -269,7 +273,7 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
 
 
 def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
-    """Timm name, arguments of `timm.create_model`, and whether it has QKR."""
+    """Timm name, arguments of `timm.create_model`, and whether the model has QKR."""
     stem = state["patch_embed.proj.weight"]
     width = stem.shape[0]
     first_block = "layers.0.blocks.0"
@@ -298,7 +302,7 @@ def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
 
 
 def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
-    """Their name of our tensor `name`, and which third of their tensor it is; None = all of it."""
+    """The authors' name of our tensor `name`, and its third of their tensor; None = all of it."""
     stacked = _STACKED_OFFSET.search(name)
     if stacked:
         prefix = name[: stacked.start()] + "attn."
@@ -313,9 +317,9 @@ def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
 
 
 def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load their tensors. A tensor that the model does not have must be without effect.
+    """Load the authors' tensors. A tensor that the model does not have must have no effect.
 
-    Maps and single numbers are flat in their files.
+    Maps and single numbers are flattened in the authors' files.
     """
     tensors = {}
     used = set()

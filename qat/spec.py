@@ -1,6 +1,6 @@
 """Quantization settings: a `QuantSpec` for each tensor, a `QuantRecipe` for each model.
 
-Both are frozen dataclasses of plain data, validated when built.
+Both are frozen dataclasses of plain data, which are validated when they are created.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from qat.errors import UsageError
 from qat.utils.validate import (
     BLOCK_FLOATS,
     FLOAT_BITS,
+    FP8,
     check_bits,
     check_bool,
     check_choice,
@@ -26,8 +27,9 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Outputs of layers, which post-training quantization may round too.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
-QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
+QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "fp8", "float")
 WEIGHT_QUANTIZERS = (*QUANTIZERS, "dorefa")
+ACT_QUANTIZERS = (*QUANTIZERS, "fp8_held")
 OFFSETS = ("none", "before", "both")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -41,7 +43,7 @@ _CHOICES = {
 
 # Stem and heads have learned 8-bit step sizes in OFQ (section 3 of the paper).
 _OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS)}
-# The range of a weight is computed in every forward pass; that of an activation is calibrated.
+# The range of a weight is computed in every forward pass; the range of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
@@ -64,7 +66,7 @@ class QuantSpec:
     Attributes:
         role: kind of tensor, one of `ROLES` or `OUTPUT_ROLES`.
         quantizer: registered name, or `package.module:Class`.
-        bits: width of a code; 32 with the float quantizer.
+        bits: bits of a code; 32 with the float quantizer.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = chosen from the data when
             scales are initialised.
         axis: dimension along which scales differ, None = one scale for the tensor; for
@@ -72,16 +74,16 @@ class QuantSpec:
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a
             map over pixels).
-        map_scales: for the input of a linear layer on a feature map (B, H, W, C): one scale for
-            the `tensor`, or `column`: along `axis`.
-        step_init: initial value of a learned step size: as in the `lsq` paper, or where the
-            squared error is least (`mse`). Specs that differ only in it are equal.
+        map_scales: scales of the input of a linear layer on a feature map (B, H, W, C): `tensor` =
+            one scale, `column` = scales along `axis`.
+        step_init: initial value of a learned step size: as in the LSQ paper (`lsq`), or where the
+            squared error is least (`mse`). Specs that differ only in `step_init` are equal.
         steps: step sizes are learned `relative` to their initial value, or `absolute`. Specs that
-            differ only in it are equal.
-        observer: how post-training quantization chooses the range. Specs that differ only in it
-            are equal.
+            differ only in `steps` are equal.
+        observer: how post-training quantization chooses the range. Specs that differ only in
+            `observer` are equal.
         bias_correction: give every row of a fake-quantized weight the mean and the standard
-            deviation of its float row.
+            deviation of the float row.
     """
 
     role: str
@@ -113,7 +115,7 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 
-# Sign, axis and offsets of an activation in a block, by role (OFQ; axis -2 = token or query
+# Sign, axis and offsets of each role of activations in a block (OFQ; axis -2 = token or query
 # position, -1 = channel). An offset after the key would only shift whole softmax rows.
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "input": {"signed": True, "axis": -2, "offsets": "both"},
@@ -126,10 +128,10 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
 
 
 def summed_axis(role: str) -> int:
-    """Dimension over which a product with the tensor sums.
+    """Dimension over which a matrix product with the tensor sums.
 
-    These are the tokens of values, the input channels of a weight (out, in, ...), and the last
-    dimension of other tensors.
+    It is the tokens for values, the input channels for a weight (out, in, ...), and the last
+    dimension for other tensors.
     """
     return {"v": -2, "weight": 1}.get(role, -1)
 
@@ -140,39 +142,39 @@ _SCORED = ("q", "k", "v", "probs")
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """Quantization of a whole model: the knobs of `quant/*.yaml`.
+    """Quantization of a whole model: the settings of `quant/*.yaml`.
 
     Attributes:
-        name: the preset it was copied from; `fp` leaves a model in float.
-        bits: width of the weights in blocks, 2 to 8.
-        act_bits: width of the activations in blocks; None = `bits`.
+        name: the preset from which the recipe was copied; `fp` leaves a model in float.
+        bits: bits of the weights in blocks, 2 to 8.
+        act_bits: bits of the activations in blocks; None = `bits`.
         attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its linear
             layers are quantized).
-        qk_bias: with QKR, `drop` the query bias as the paper's code does, or `fold` it exactly
-            into a score per key.
+        qk_bias: treatment of the query bias with QKR: `drop` it as the paper's code does, or `fold`
+            it exactly into a score per key.
         weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
-        act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
-        stem_bits: weights and input of the first convolution.
-        head_bits: weights and input of the classifier(s).
+        act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
+        stem_bits: bits of the weights and input of the first convolution.
+        head_bits: bits of the weights and input of the classifier(s).
         offsets: learnable offsets before and after activation quantizers.
-        map_scales: for a linear layer on a feature map (B, H, W, C), as in Swin's MLPs: one scale
-            for the `tensor`, which fits any resolution, or one per `column` of the map as in the
-            paper's code.
-        step_init: initial value of learned step sizes: as in the `lsq` paper, from a mean
-            magnitude, or where the squared error is least (`mse`).
-        steps: learned step sizes change `relative` to their initial value, s0 * exp(t), and
-            cannot reach zero; or are learned `absolute`, as in the LSQ paper and OFQ's code.
-        act_scales: an activation in a block has a step size for each `token` (query, channel of
+        map_scales: scales of the inputs of linear layers on feature maps (B, H, W, C), as in Swin's
+            MLPs: one scale for the `tensor`, which fits any resolution, or one per `column` of the
+            map, as in the paper's code.
+        step_init: initial value of learned step sizes: from a mean magnitude as in the LSQ paper
+            (`lsq`), or where the squared error is least (`mse`).
+        steps: how step sizes are learned: `relative` to their initial value, s0 * exp(t), which
+            cannot reach zero; or `absolute`, as in the LSQ paper and OFQ's code.
+        act_scales: step sizes of an activation in a block: one per `token` (query, channel of
             values), as in OFQ, or one for the `tensor`.
-        fits_int8: no code of an activation is above 127, as TensorRT needs it: at 8 bits
-            probabilities have 7, and outputs of GELU are signed.
-        overrides: `{module name glob: {knob: value}}`; later rules win.
-        rule_bits: what `bits` of such a rule sets: `both` weights and activations, or only
-            `weights`; None = what `bits` of the recipe sets, so `both` unless `act_bits` is set.
-            Recipes in older files have none, and mean `weights`.
+        fits_int8: True = no code of an activation is above 127, as TensorRT requires: at 8 bits,
+            probabilities get 7 bits, and outputs of GELU are signed.
+        overrides: `{module name glob: {setting: value}}`; later rules win.
+        rule_bits: what `bits` in a rule of `overrides` sets: `both` weights and activations, or
+            only `weights`; None = the same as `bits` of the recipe, which is `both` unless
+            `act_bits` is set. Recipes in older files do not have this setting, and mean `weights`.
 
     Raises:
-        UsageError: a knob has a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     name: str = "custom"
@@ -193,11 +195,11 @@ class QuantRecipe:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rule_bits: str | None = None
 
-    # Config group of the knobs. Quantizers are at the inputs of products, and norms are float.
+    # Config group of the settings. Quantizers are at the inputs of products, and norms are float.
     GROUP: ClassVar[str] = "quant"
     placement: ClassVar[str] = "inputs"
     layernorm: ClassVar[str] = "float"
-    # Knobs that a rule of `overrides` cannot set.
+    # Settings that a rule of `overrides` cannot set.
     NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides", "rule_bits"})
 
     def __post_init__(self) -> None:
@@ -206,19 +208,18 @@ class QuantRecipe:
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
-        check_quantizer("quant.act_quantizer", self.act_quantizer)
+        check_quantizer("quant.act_quantizer", self.act_quantizer, ACT_QUANTIZERS)
         self._check_unchanged_if_float()
         all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
-        check_bits("quant.stem_bits", self.stem_bits, all_float)
-        check_bits("quant.head_bits", self.head_bits, all_float)
+        for quantizer in (self.weight_quantizer, self.act_quantizer):
+            outside = quantizer if quantizer in FP8 else all_float
+            check_bits("quant.stem_bits", self.stem_bits, outside)
+            check_bits("quant.head_bits", self.head_bits, outside)
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
-        if self.offsets and self.act_quantizer in BLOCK_FLOATS:
-            raise UsageError(
-                f"quant.offsets=True: must be false with {self.act_quantizer}, "
-                "whose blocks follow the heads"
-            )
+        if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
+            raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}")
         self._check_overrides()
 
     def _check_unchanged_if_float(self) -> None:
@@ -284,7 +285,7 @@ class QuantRecipe:
             raise UsageError(f"{self.GROUP}.overrides[{where!r}]: {error}") from error
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule, with the knobs that its `bits` sets too."""
+        """A rule, extended by the settings that follow from its `bits`."""
         if "bits" not in rule:
             return dict(rule)
         knobs = {"stem_bits": rule["bits"], "head_bits": rule["bits"]}
@@ -303,7 +304,7 @@ class QuantRecipe:
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
         axis: int | None = summed_axis(role) if name in BLOCK_FLOATS else 0
-        if name == "dorefa":  # its range is that of the whole weight
+        if name == "dorefa":  # DoReFa has one range for the whole weight
             axis = None
         return QuantSpec(
             role,
@@ -335,6 +336,8 @@ class QuantRecipe:
             name = "lsq"
         if name in BLOCK_FLOATS:
             layout["axis"] = summed_axis(role)
+        elif name in FP8:
+            layout = {"axis": None, "signed": True}
         elif self.fits_int8 and bits == 8 and not layout["signed"]:
             if role == "probs":
                 bits = 7
@@ -352,12 +355,12 @@ class QuantRecipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for checkpoints, which `recipe_from` reads."""
+        """The recipe as plain data for checkpoints, which `recipe_from` reads."""
         return dataclasses.asdict(self)
 
 
-# Only what integer kernels support: symmetric codes, one step size for an activation, one for each
-# output of a weight, no offsets.
+# Settings that integer kernels support: symmetric codes, one step size per activation, one per
+# output of a weight, and no offsets.
 _DEPLOY: dict[str, Any] = {
     "name": "deploy",
     "attention": "standard",
@@ -370,7 +373,7 @@ _DEPLOY: dict[str, Any] = {
     "fits_int8": True,
 }
 
-# Floats in blocks, and around them only what integer kernels support.
+# Floats; around floats in blocks, only quantizers that integer kernels support.
 _BLOCK_FLOATS: dict[str, Any] = {
     "attention": "standard",
     "bits": 4,
@@ -420,7 +423,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "seq",
         "step_init": "mse",
         "steps": "relative",
-        # Outputs of an attention have a peak at zero, where a grid of half steps has no value.
+        # The distribution of attention outputs has a peak at zero, where a grid of half steps has
+        # no value.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
     "minmax": {
@@ -434,10 +438,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "deploy_w4a4": {**_DEPLOY, "bits": 4},
     "mxfp4": {**_BLOCK_FLOATS, "weight_quantizer": "mxfp", "act_quantizer": "mxfp"},
     "nvfp4": {**_BLOCK_FLOATS, "weight_quantizer": "nvfp4", "act_quantizer": "nvfp4"},
+    "fp8": {
+        **{**_BLOCK_FLOATS, "bits": 8, "attention": "float"},
+        "weight_quantizer": "fp8",
+        "act_quantizer": "fp8",
+    },
 }
 
 
-# Presets with their bits, by the names that `quant=` has for them.
+# Presets and their bits, by the names that `quant=` uses.
 CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     f"{preset}_{bits}bit": (preset, {"bits": bits})
     for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
@@ -448,8 +457,9 @@ CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     "mxfp4_w4a4": ("mxfp4", {}),
     "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
     "nvfp4_w4a4": ("nvfp4", {}),
+    "fp8_w8a8": ("fp8", {}),
 }
-# Knobs, and what they are called elsewhere.
+# Settings, and their names in other tools.
 ALIASES = {
     "bits": "wbits w_bits weight_bits nbits n_bits",
     "act_bits": "abits a_bits activation_bits",
@@ -457,17 +467,18 @@ ALIASES = {
 
 
 def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
-    """A named recipe with knobs turned.
+    """A named recipe with changed settings.
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4, nvfp4 (floats of 4 bits in blocks;
-            `act_bits=8` with mxfp4); or a choice of `quant=`, such as seq_2bit.
-        knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
+            `act_bits=8` with mxfp4), fp8 (floats of 8 bits); or a choice of `quant=`, such as
+            seq_2bit.
+        knobs: fields of `QuantRecipe`; rules of `overrides` come after the recipe's own rules.
 
     Raises:
-        UsageError: unknown name, or a value that cannot work.
-        TypeError: unknown knob.
+        UsageError: the name is unknown, or a value cannot work.
+        TypeError: a setting is unknown.
 
     Examples:
         >>> recipe("ofq", bits=2).act_bits

@@ -12,7 +12,7 @@ WRONG_KNOBS = [
     (
         {"weight_quantizer": "lsqq"},
         "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, "
-        "nvfp4, float, dorefa or package.module:Class",
+        "nvfp4, fp8, float, dorefa or package.module:Class",
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     (
@@ -73,6 +73,7 @@ def test_presets():
         "minmax": ("standard", "minmax", "minmax", False),
         "mxfp4": ("standard", "mxfp", "mxfp", False),
         "nvfp4": ("standard", "nvfp4", "nvfp4", False),
+        "fp8": ("float", "fp8", "fp8", False),
         **dict.fromkeys(
             ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4"), ("standard", "lsq", "lsq", False)
         ),

@@ -1,1 +1,1 @@
-"""Claims, a yaml file each: their runs, and the records of those."""
+"""Claims, one yaml file each, with their runs and the records of the runs."""

@@ -24,8 +24,8 @@ class Arms:
     Attributes:
         claims: folder of claim files.
         records: folder of records.
-        runs: folder of the files of runs; relative to the repository, since the commands in
-            records name it.
+        runs: folder of the files of runs, relative to the repository because commands in records
+            contain it.
     """
 
     claims: Path = ROOT / "evidence" / "claims"
@@ -48,7 +48,7 @@ class Arms:
         return self.by_path[path]
 
     def ordered(self, names: Sequence[str] = ()) -> list[Run]:
-        """Runs of claims or arms, each after those it needs, first seeds first.
+        """Runs of claims or arms, each after the runs that it needs, ordered by seed.
 
         Args:
             names: claims (`C1`) or arms (`C1/statsq_w2`); empty = all.
@@ -78,7 +78,7 @@ class Arms:
         return list(runs.values())
 
     def needed(self, arm: Arm, seed: int) -> list[Run]:
-        """Runs that must finish first: with the same seed, or the first seed if an arm lacks it."""
+        """Runs that must finish first: with the same seed, or with an arm's first seed."""
         runs = []
         for path in arm.needs():
             source = self[path]
@@ -95,10 +95,10 @@ class Arms:
         return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
     def to_do(self, names: Sequence[str] = ()) -> list[Run]:
-        """Runs without a record, and runs whose missing weights one of them needs.
+        """Runs without a record, and runs whose missing weights a run without a record needs.
 
         Args:
-            names: see `ordered`; the runs have the same order.
+            names: see `ordered`; the runs are in the same order.
         """
         records = {}
         for record in read_records(self.records):
@@ -125,7 +125,7 @@ class Arms:
         return [(arm, seed) for arm, seed in runs if (arm.path, seed) in selected]
 
     def checkpoint(self, source: str, seed: int) -> Path:
-        """Checkpoint of `CLAIM/arm[@last]`, with this seed or the arm's first one."""
+        """Checkpoint of `CLAIM/arm[@last]`, with this seed or else the arm's first seed."""
         path, _, which = source.partition("@")
         arm = self[path]
         arm_seed = _seed_of(arm, seed)
@@ -160,7 +160,7 @@ def _seed_of(arm: Arm, seed: int) -> int:
 
 
 def preset(names: Sequence[str]) -> list[str]:
-    """Settings of presets, one after the other."""
+    """Concatenated settings of presets."""
     path = ROOT / "evidence" / "claims" / "_presets.yaml"
     presets: dict[str, list[str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings = []

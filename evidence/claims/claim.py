@@ -35,15 +35,15 @@ class Arm:
         label: name of the arm on the page.
         command: train, ptq, analyze, eval or peers.
         use: names of presets.
-        set: overrides after those of the presets.
+        set: overrides that follow the overrides of the presets.
         ckpt: `CLAIM/arm` or `CLAIM/arm@last`, the source of the initial weights; None = random.
-        teacher: source of the teacher's weights, as in `ckpt`.
+        teacher: source of the teacher's weights, in the form of `ckpt`.
         seeds: seeds of the runs.
         further: commands on the trained weights, by name.
         best_of: arms to choose from; the settings of the arm with the highest validation top-1
             are added after `set`.
         keep: store the best weights in `evidence/weights`, for other arms.
-        retired: why this version cannot repeat the runs; their records name the commit that can.
+        retired: why this version cannot repeat the runs; the records name the commit that can.
     """
 
     claim: str
@@ -66,17 +66,17 @@ class Arm:
         return f"{self.claim}/{self.name}"
 
     def sources(self) -> list[str]:
-        """Arms whose weights this one loads, `CLAIM/arm[@last]`."""
+        """Arms whose weights this arm loads, `CLAIM/arm[@last]`."""
         return [source for source in (self.ckpt, self.teacher) if source]
 
     def needs(self) -> list[str]:
-        """Arms that must have run before this one."""
+        """Arms that must have run before this arm."""
         return [source.partition("@")[0] for source in self.sources()] + list(self.best_of)
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Expected difference between a metric of an arm and that of another arm.
+    """Expected difference of a metric between two arms.
 
     Attributes:
         what: name of the comparison on the page.
@@ -87,6 +87,8 @@ class Expectation:
             further from `than` than the margin).
         margin: margin in the unit of the metric.
         format: format of the difference on the page.
+        judged: has a verdict and a row in docs/accuracy.md. The first expectation of a claim is
+            always judged.
     """
 
     what: str
@@ -96,6 +98,7 @@ class Expectation:
     direction: str
     margin: float = 0.0
     format: str = ".2f"
+    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure of a claim's page.
 
     Attributes:
         file: name of the file.
         kind: lines, scatter, curves or map.
         series: `{name: {x: arm}}` for lines, `{name: {label of a point: arm}}` for a scatter,
             else `{name: arm}`.
-        metric: for lines, a scatter, and the references.
-        along: for a scatter, the metric of the horizontal axis, which is logarithmic.
-        curve: for the other kinds, the name of the curve or the map.
+        metric: metric of lines, of a scatter, and of the references.
+        along: metric of a scatter's horizontal axis, which is logarithmic.
+        curve: name of the curve or the map, for the other kinds.
         x: label of the horizontal axis.
         y: label of the vertical axis.
         reference: `{name: arm}`, drawn as horizontal lines; not in maps.
@@ -149,7 +152,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim file; `why` is the text of the page, `readme` that of the README."""
+    """A claim file; `why` is the text for the page, `readme` the text for the README."""
 
     file: Path
     id: str

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from scipy import stats
 
 LEVEL = 0.95
-# Accuracies are decimals, which floats only approximate: a margin that is met exactly must compare
-# as equal.
+# Accuracies are decimals, which floats only approximate; with this tolerance, a margin that is met
+# exactly compares as equal.
 _DIGITS = 12
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the mean by Student's t; None for fewer than two values.
 
-    With differences of pairs, a paired t-test at 5 %.
+    For differences of pairs, this is a paired t-test at 5 %.
     """
     if len(values) < 2:
         return None

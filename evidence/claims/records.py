@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import statistics
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from qat.errors import UsageError
 from qat.utils.files import json_text, write_text
 
-# Epochs for `val_end`: a sixth of fewer would be a single epoch.
+# The fewest epochs for `val_end`; a sixth of fewer would be a single epoch.
 SHORTEST = 12
 
 
@@ -28,17 +30,21 @@ class Record:
         arm: name of the arm in the claim's file.
         seed: seed of the run.
         command: the command that trains or quantizes.
-        further_commands: the commands after it, by name.
-        starts: arms whose stored weights were its start or its teacher, with their digests.
+        further_commands: the commands that follow, by name.
+        starts: arms whose stored weights were the start or the teacher of the run, with their
+            digests.
         metrics: name to value, as measured.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
         wall_seconds: duration; None if it was not measured.
-        machine: processor, cores, threads.
+        machine: processor, cores, threads. Records until 2026-11-28 have the name of the processor
+            only, which several types share.
         device: device of the tensors.
         versions: versions of libraries; None for a library that is not installed.
         git_commit: commit of this repository; None outside a repository.
         date: day of the run, year-month-day.
+        correct: right or wrong by test image, see `qat.tasks.results.correct_images`; None if it
+            was not stored, as in records until 2026-11-28.
     """
 
     claim: str
@@ -56,6 +62,7 @@ class Record:
     versions: Mapping[str, str | None]
     git_commit: str | None
     date: str
+    correct: str | None = None
 
     @property
     def processor(self) -> str:
@@ -66,8 +73,8 @@ class Record:
     def values(self) -> dict[str, float | None]:
         """The metrics, and `val_end`: mean validation top-1 of the last sixth of 12 or more epochs.
 
-        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is that of the
-        best epoch.
+        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is the value of
+        the best epoch.
         """
         epochs = [top1 for _, top1 in self.curves.get("val_top1", [])]
         last = [top1 for top1 in epochs[-(len(epochs) // 6) :] if top1 is not None]
@@ -75,6 +82,16 @@ class Record:
         if len(epochs) >= SHORTEST and last:
             values["val_end"] = statistics.mean(last)
         return values
+
+    @property
+    def hits(self) -> list[int]:
+        """1 for each test image that is classified correctly, else 0; empty if it is unknown.
+
+        Zeros at the end fill up the last eight images.
+        """
+        packed = np.frombuffer(base64.b64decode(self.correct or ""), np.uint8)
+        hits: list[int] = np.unpackbits(packed).tolist()
+        return hits
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -109,5 +126,7 @@ def add_record(folder: Path, record: Record) -> None:
         lines = []
         for entry in sorted(records, key=_key):
             plain = json.loads(json_text(dataclasses.asdict(entry)))  # null for NaN
+            if entry.correct is None:
+                del plain["correct"]
             lines.append(f"{json.dumps(plain, ensure_ascii=False)}\n")
         write_text(path, "".join(lines))

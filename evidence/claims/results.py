@@ -16,13 +16,13 @@ from qat.utils.files import csv_rows
 # Entries of results.json that are metrics.
 METRICS = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 SEARCH_METRICS = ("fitness_before", "fitness")
-# Columns of metrics.csv, x and y, and the factor of y.
+# For each curve, the columns of metrics.csv for x and y, and the factor on y.
 CURVES = {
     "val_top1": ("epoch", "val/top1", 1),
     "osc_share": ("step", "osc/share", 100),
     "osc_band": ("step", "osc/band", 100),
 }
-# Points of a curve, about.
+# Approximate number of points of a curve.
 POINTS = 60
 Curves = dict[str, list[list[float]]]
 
@@ -55,7 +55,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _oscillation(run_dir: Path) -> dict[str, float]:
-    """Oscillating weights, in percent of the weights with few bits, and flips per weight."""
+    """Percentage of oscillating weights among the weights with few bits, and flips per weight."""
     rows = _rows(run_dir / "oscillation.csv")
     if not rows:
         return {}
@@ -69,7 +69,7 @@ def _oscillation(run_dir: Path) -> dict[str, float]:
 
 
 def _kurtosis(run_dir: Path) -> dict[str, float]:
-    """Kurtoses of the last weights, in the layers that KURE acts on; empty for other libraries."""
+    """Kurtoses of the final weights in layers that KURE regularizes; empty for other libraries."""
     path = run_dir / "checkpoints" / "last.ckpt"
     if not path.exists():
         return {}

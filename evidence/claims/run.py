@@ -1,6 +1,7 @@
 """Run the arms of claims and write their records.
 
-Several runs at a time, each command in a process of its own. A run with a record is not repeated.
+Several runs are executed at a time, each command in its own process. A run with a record is not
+repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from evidence.claims.arms import ROOT, Arms, Run, preset
 from evidence.claims.claim import Arm
 from evidence.claims.records import Record, add_record
 from evidence.claims.results import read_figures
-from evidence.speed.timing import machine
+from evidence.speed.timing import processor_type
 
 log = logging.getLogger("qat.evidence")
 
@@ -39,12 +40,12 @@ class Command(NamedTuple):
 
 
 def run_all(names: Sequence[str], root: str | None, workers: int, arms: Arms) -> int:
-    """Run everything without a record, each run after those it needs.
+    """Execute all runs without a record, each after the runs that it needs.
 
     Args:
         names: claims or arms; empty = all.
         root: folder of CIFAR-10; None = the runs need none.
-        workers: commands at a time, of one thread each.
+        workers: number of commands at a time, with one thread each.
         arms: all arms.
 
     Returns:
@@ -112,11 +113,12 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         curves=curves,
         maps=maps,
         wall_seconds=round(sum(result.get("wall_seconds") or 0 for result in results), 1),
-        machine=f"{machine()}, {os.cpu_count()} cores, 1 thread(s)",
+        machine=f"{processor_type()}, {os.cpu_count()} cores, 1 thread(s)",
         device=results[0]["device"],
         versions=results[0]["versions"],
         git_commit=results[0].get("git_commit"),
         date=datetime.date.today().isoformat(),
+        correct=results[0].get("correct"),
     )
     add_record(arms.records, record)
 

@@ -54,7 +54,7 @@ def main() -> None:
     # Processes take turns on the cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    # Imported here, since processes that measure import this file too and need less.
+    # The import is here because processes that measure also import this file and need less.
     import torch
 
     from evidence.gpu import speed, train
@@ -62,7 +62,7 @@ def main() -> None:
 
     args.out = args.out or FOLDER / ("train.jsonl" if args.train else "measured.jsonl")
     if args.dry_run:
-        # Rows, models and images of a dry run must not be mistaken for real ones.
+        # Rows, models and images of a dry run must not be mistaken for real results.
         args.out = Path(tempfile.mkdtemp()) / args.out.name
     if args.summary:
         rows = read(args.out)

@@ -38,7 +38,7 @@ def read(path: Path) -> list[Row]:
 
 
 class Worker:
-    """Call functions one after the other in a process that ends with this one.
+    """Calls functions one after the other in a process that ends with this process.
 
     The functions return rows; after an error, the row has the reason in `failed`.
 
@@ -60,7 +60,7 @@ class Worker:
         return self._pool.submit(_guarded, function, *args)
 
     def call(self, seconds: float, function: Callable[..., Row], *args: Any) -> Row:
-        """Call a function; after so many seconds, return the failure `LATE`."""
+        """Call a function; after this many seconds, return the failure `LATE`."""
         return result_of(self.send(function, *args), time.monotonic() + seconds)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ def result_of(call: Future[Row], until: float) -> Row:
 
 
 def end_all() -> None:
-    """Kill the processes of all workers, since the end of this one would wait for hanging ones."""
+    """Kill the processes of all workers, because this process would wait for hanging workers."""
     for process in multiprocessing.active_children():
         process.kill()
 

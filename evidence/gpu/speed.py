@@ -1,8 +1,8 @@
 """Time training steps in bfloat16 autocast, by model, batch, arm and mode.
 
-Each variant has a process. The processes of a group compile at the same time, then take turns of a
-few steps. In each round every variant has one turn, in random order, so that a variant and the
-float model are timed at nearly the same time.
+Each variant has its own process. The processes of a group compile at the same time, then take turns
+of a few steps. In each round, every variant has one turn, in random order, so that a variant and
+the float model are timed at nearly the same time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qat import kernels
 from qat.lit.compiled import compile_in_place
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-# Steps before a CUDA graph is captured, rounds, and steps of a turn.
+# Number of steps before a CUDA graph is captured, of rounds, and of steps per turn.
 WARM_UP = 3
 ROUNDS = 7
 STEPS = 3
@@ -48,7 +48,7 @@ DRY_ORDER = ((2, "compiled"), (2, "eager"))
 # Seconds for the first steps of a group, and for a turn.
 PREPARATION = 200.0
 TURN = 60.0
-# A group starts only with so many seconds left; the last rounds may take the reserve.
+# A group starts only if this many seconds are left; the last rounds may use the reserve.
 NEEDED = 60.0
 RESERVE = 60.0
 GIB = 2**30
@@ -105,13 +105,13 @@ def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
 
 
 def prepare(variant: Variant, device: str) -> Row:
-    """Build a variant and make its first step.
+    """Build a variant and run its first step.
 
     After a failure for lack of memory, another call uses what is already compiled.
     """
     _free_memory()
     is_dry_run = device == "cpu"
-    # With "auto", a device on which the kernels fail would be timed without them.
+    # With "auto", a device on which kernels fail would be timed without kernels.
     needs_kernels = variant.mode == "eager" and variant.arm != FLOAT and not is_dry_run
     kernels.use("triton" if needs_kernels else "auto")
     start_time = time.monotonic()
@@ -167,9 +167,9 @@ def turn(variant: Variant, num_steps: int, device: str) -> Row:
     """Time a few steps, after one that allocates memory again.
 
     Returns:
-        For one step: `ms` between events on the device; `host_ms`, the host's time, at most (the
-        host waits if the device is some thousand kernels behind); `peak` bytes above those
-        allocated before.
+        For one step: `ms` between events on the device; `host_ms`, an upper bound of the host's
+        time (the host waits if the device is some thousand kernels behind); `peak`, bytes in
+        addition to the bytes allocated before.
     """
     step = _ready[variant]
     step()
@@ -252,7 +252,7 @@ def take_turns(
 
     Args:
         group: the variants.
-        until: end by `time.monotonic`; there may be fewer rounds then.
+        until: time on the clock of `time.monotonic` by which to stop, even after fewer rounds.
         device: cuda, or cpu for a dry run.
         make_worker: starts a process.
 
@@ -291,7 +291,7 @@ def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> d
     if time.monotonic() < until:
         for variant, row in rows.items():
             if "memory" in row.get("failed", ""):
-                # Again, now that no other variant is being prepared.
+                # Try again, now that no other variant is being prepared.
                 rows[variant] = workers[variant].call(PREPARATION, prepare, variant, device)
     return rows
 
@@ -299,7 +299,7 @@ def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> d
 def command(args: argparse.Namespace) -> str:
     """Measure missing rows while there is time; returns the tables of all rows.
 
-    Existing rows of a group are measured again with the missing ones, for the ratios.
+    Existing rows of a group are measured again together with missing rows, to get ratios.
     """
     until = time.monotonic() + args.seconds - RESERVE
     device = "cpu" if args.dry_run else "cuda"
@@ -364,7 +364,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _cells(row: Row, batch: int, same_mode: Row | None, compiled: Row | None) -> list[str]:
-    """Cells of a row after arm and mode, compared with float rows."""
+    """Cells of a row that follow arm and mode, compared with float rows."""
     if not row.get("ms"):
         return [row.get("failed", "not timed")[:100], *[""] * 8]
     ms = statistics.median(row["ms"])

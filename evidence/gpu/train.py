@@ -1,10 +1,10 @@
-"""Train quantizers on CIFAR-10: for each seed, a float model and quantized ones that start from it.
+"""Train on CIFAR-10: for each seed, a float model, and quantized models that start from it.
 
-The float model is also their teacher. Several processes train on one device at the same time. The
-state of a run is stored after every epoch, so that a killed run resumes exactly: order and
-augmentation are functions of seed and epoch, and nothing else is random. The model of the best
-epoch by validation is tested once. The next command repeats a failed run, since other processes may
-have used its memory.
+The float model is also the teacher of the quantized models. Several processes train on one device
+at the same time. The state of a run is stored after every epoch, so that a killed run resumes
+exactly: order and augmentation depend only on seed and epoch, and nothing else is random. The model
+with the best validation is tested once. The next command repeats a failed run, because other
+processes may have used up the memory.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ BATCH = 512
 EVAL_BATCH = 1000
 # Images for the initial scales.
 CALIBRATION = 128
-# Float models train from random weights, with shifts; quantized ones without shifts and at half the
-# learning rate, as in docs/accuracy.md.
+# Float models are trained from random weights, with shifts; quantized models without shifts and at
+# half the learning rate, as in docs/accuracy.md.
 FLOAT_LR = 1e-3
 LR = 5e-4
 WEIGHT_DECAY = 0.05
 SHIFT = 4
 WARM_UP = 0.05
 TEMPERATURE = 4.0
-# A run starts only with so many seconds left, since its first epoch compiles.
+# A run starts only if this many seconds are left, because its first epoch includes compilation.
 NEEDED = 60.0
-# Seconds for processes that end late.
+# Seconds reserved for processes that end late.
 GRACE = 15.0
-# At the same time.
+# Number of runs at the same time.
 PROCESSES = 6
 SEEDS = 8
 FLOAT = "float"
 BASE = "w2a2 statsq"
 QKR = "w2a2 statsq qkr"
-# LSQ with its best initial step sizes.
+# LSQ with the best initial step sizes.
 LSQ = {"weight_quantizer": "lsq", "step_init": "mse"}
 SEQ = PRESETS["seq"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -176,7 +176,7 @@ class Cifar:
     def epoch(
         self, seed: int, epoch: int, size: int, shift: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of one size; the images left over are not used.
+        """Training batches of equal size; remaining images are not used.
 
         Order, flips and shifts are functions of seed and epoch.
         """
@@ -204,7 +204,7 @@ def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 
 
 def nets_of(run: Run, args: argparse.Namespace, data: Cifar) -> tuple[nn.Module, Teacher | None]:
-    """The model at its start, and its teacher; None for a float run.
+    """The initial model, and its teacher; the teacher is None for a float run.
 
     All blocks share one graph: whole models take three times as long to compile.
     """
@@ -253,7 +253,7 @@ def train(run: Run, args: argparse.Namespace, until: float) -> Row:
     Args:
         run: the run.
         args: options of the command.
-        until: end by `time.monotonic`.
+        until: time on the clock of `time.monotonic` by which to stop.
 
     Returns:
         The row of the finished run, or `stopped` with the number of finished epochs.
@@ -340,12 +340,12 @@ def accuracy(net: nn.Module, data: Cifar, part: str) -> float:
 
 
 def train_all(selected: list[Run], args: argparse.Namespace, until: float) -> list[Run]:
-    """Train unfinished runs, each after the float run that it needs.
+    """Train unfinished runs, each after the float run that it starts from.
 
     Args:
         selected: runs to train.
         args: options of the command.
-        until: end by `time.monotonic`.
+        until: time on the clock of `time.monotonic` by which to stop.
 
     Returns:
         The runs that are left.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evidence.claims.claim import Claim, Expectation
 from evidence.claims.intervals import interval
 from evidence.pages.evidence import Evidence
-from evidence.pages.numbers import SEEDS, with_interval
+from evidence.pages.numbers import MIXED, SEEDS, with_interval
 
 CONFIRMED = "confirmed"
 CONTRADICTED = "contradicted"
 INCONCLUSIVE = "inconclusive"
 TOO_FEW = "fewer than 3 seeds"
 VERDICTS = (CONFIRMED, CONTRADICTED, INCONCLUSIVE, TOO_FEW)
-# Marks pairs that ran on two types of CPUs.
-MIXED = "\\*"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Confirmed if all of the interval is where the difference should be."""
+        """Confirmed if the whole interval is where the difference should be."""
         ends = interval(self.differences)
         if ends is None or len(self.differences) < SEEDS:
             return TOO_FEW
@@ -94,3 +93,9 @@ def compare(claim: Claim, evidence: Evidence) -> list[Comparison]:
         is_mixed = evidence.mixes_cpus(claim, entry.arm, entry.than)
         comparisons.append(Comparison(entry, tuple(differences), is_mixed))
     return comparisons
+
+
+def judged(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The primary comparison of a claim, then the others that have a verdict."""
+    others = [comparison for comparison in comparisons[1:] if comparison.expectation.judged]
+    return [*comparisons[:1], *others]

@@ -34,11 +34,11 @@ LEVELS = 12
 # Curves with at most this many points have markers and intervals.
 FEW_POINTS = 13
 _PANEL_INCHES = 3.3
-# Letters that fit into the width of a figure, in the size of labels, and into a panel's title.
+# Number of letters that fit in the width of a figure, in label size, and in a panel's title.
 _LETTERS = 92
 _TITLE_LETTERS = 34
-# Colours of light pages and their replacements on dark ones. Elements without a colour of their
-# own, such as text, are black in an SVG.
+# Colours of light pages and their replacements on dark pages. Elements without a set colour, such
+# as text, are black in an SVG.
 _DARK = {
     "#000000": "#dde3ea",
     "#e6e6e6": "#3a4048",
@@ -124,7 +124,7 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
 
 
 def _first_map(records: Sequence[Record], name: str) -> Record | None:
-    """The first record with the map: a mean over seeds would be smoother than each of them."""
+    """The first record with the map, because a mean over seeds would be smoother than each map."""
     for record in records:
         if name in record.maps:
             return record
@@ -192,7 +192,7 @@ def for_dark_pages(svg: str) -> str:
 
 
 def _draw(figure: Figure, content: Gathered) -> Canvas:
-    """Draw the series, horizontal lines for references, and a legend above, references last."""
+    """Draw the series, horizontal lines for references, and a legend with references last."""
     from qat.analysis.analysis import GREY, panels
 
     canvas, (axis,) = panels(height=3.8)

@@ -1,17 +1,17 @@
-"""All claims with their records, and texts with numbers of them."""
+"""All claims with their records, and texts that quote numbers from them."""
 
 from __future__ import annotations
 
 import statistics
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evidence.claims.claim import Arm, Claim, load_claims
 from evidence.claims.records import Record, read_records
-from evidence.pages.numbers import DEFAULT_FORMAT, spread, with_interval
+from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, spread, with_interval
 from qat.errors import UsageError
 
 NO_RUNS = "(not run yet)"
@@ -23,8 +23,8 @@ Metric = tuple[str, str]
 class Evidence:
     """All claims, and the records by claim and arm, then by seed.
 
-    Methods take the name of an arm as its claim's file writes it: `NAME` for an arm of the same
-    claim, `CLAIM/NAME` for any other.
+    Methods accept the name of an arm as claim files write it: `NAME` for an arm of the same claim,
+    `CLAIM/NAME` for any other arm.
     """
 
     claims: Mapping[str, Claim]
@@ -82,8 +82,8 @@ class Evidence:
     def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
         """Differences of two arms, seed by seed.
 
-        A number is compared with every seed, and so is a model with only seed 0 that other runs
-        start from.
+        A number is compared with every seed. So is a model that other runs start from and that has
+        only seed 0.
         """
         left = self.measured(claim, *first)
         if not isinstance(second, tuple):
@@ -95,17 +95,39 @@ class Evidence:
             left = dict.fromkeys(right, left[0])
         return [left[seed] - right[seed] for seed in left if seed in right]
 
+    def differences_by_image(self, claim: Claim, first: str, second: str) -> list[float]:
+        """Difference of two arms for each test image, in percent: the mean over common seeds.
+
+        Empty if no seed has both arms' results by image.
+        """
+        left = {record.seed: record.hits for record in self.records(claim, first)}
+        right = {record.seed: record.hits for record in self.records(claim, second)}
+        by_seed = []
+        for seed in left.keys() & right.keys():
+            if left[seed] and right[seed]:
+                pairs = zip(left[seed], right[seed], strict=True)
+                by_seed.append([100.0 * (hit - other_hit) for hit, other_hit in pairs])
+        return [statistics.fmean(differences) for differences in zip(*by_seed, strict=True)]
+
     def mixes_cpus(self, claim: Claim, first: str, second: str | float) -> bool:
         """True if runs of the two arms with the same seed used different types of CPUs.
 
         Models that other runs start from do not count.
+
+        Args:
+            claim: the claim whose file names the arms.
+            first: an arm.
+            second: an arm; `mean ARM`, which pairs each run with all of that arm; or a number.
         """
         if not isinstance(second, str):
             return False
-        if self._is_start(claim, first) or self._is_start(claim, second):
+        other = second.removeprefix("mean ")
+        if self._is_start(claim, first) or self._is_start(claim, other):
             return False
         left = self._processors(claim, first)
-        right = self._processors(claim, second)
+        right = self._processors(claim, other)
+        if other != second:
+            return len({*left.values(), *right.values()}) > 1
         return any(left[seed] != right[seed] for seed in left.keys() & right.keys())
 
     def _processors(self, claim: Claim, arm: str) -> dict[int, str]:
@@ -120,14 +142,24 @@ class Evidence:
 
         Fields are `{arm.metric}`, `{CLAIM/arm.metric}`, `{arm.metric - other.metric:.1f}` (pairs
         of seeds), `{arm.metric - mean other.metric}`, and `{word}` of `words`. `{...:interval}`
-        shows a 95 % interval in place of the deviation, `{...:n}` the number of seeds. `{{` is a
-        brace.
+        shows a 95 % interval in place of the deviation, `{...:n}` the number of seeds, and
+        `{...:images}`, for a difference, an interval over test images. `{{` is a brace. A
+        difference of runs on two types of CPUs has a mark.
 
         Raises:
             UsageError: a field names an arm or a metric that does not exist.
             ValueError: a field is not a number.
         """
         return _Numbers(self, claim, words or {}).format(text)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Content of a field: values by seed, and of a difference the arms and the `+` of its sign."""
+
+    values: Sequence[float]
+    sign: str = ""
+    arms: tuple[str, str] = ("", "")
 
 
 class _Numbers(string.Formatter):
@@ -139,7 +171,7 @@ class _Numbers(string.Formatter):
         self.words = words
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """A word, or the values of a field and the sign of their format."""
+        """Return a word or a `_Field`."""
         if field_name in self.words:
             return self.words[field_name], field_name
         terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]
@@ -148,7 +180,7 @@ class _Numbers(string.Formatter):
         arm, metric = terms[0]
         if len(terms) == 1:
             values = list(self.evidence.measured(self.claim, arm, metric).values())
-            return (values, ""), field_name
+            return _Field(values), field_name
         other_arm, other_metric = terms[1]
         other: Metric | float = other_arm, other_metric
         if other_arm.startswith("mean "):
@@ -156,20 +188,25 @@ class _Numbers(string.Formatter):
             measured = self.evidence.measured(self.claim, other_arm, other_metric)
             other = statistics.mean(measured.values())
         differences = self.evidence.differences(self.claim, (arm, metric), other)
-        return (differences, "+"), field_name
+        return _Field(differences, "+", (arm, terms[1][0])), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Words unchanged; values as mean ± deviation, mean and `interval`, or number (`n`)."""
+        """Format a field, with a mark if it mixes types of CPUs; words stay unchanged."""
         if isinstance(value, str):
             return value
-        values, sign = value
+        values = value.values
+        if format_spec == "images":
+            values = self.evidence.differences_by_image(self.claim, *value.arms)
         if not values:
             return NO_RUNS
         if format_spec == "n":
             return str(len(values))
-        if format_spec == "interval":
-            return with_interval(values, sign + DEFAULT_FORMAT)
-        return spread(values, sign + (format_spec or DEFAULT_FORMAT).removeprefix("+"))
+        is_mixed = value.sign and self.evidence.mixes_cpus(self.claim, *value.arms)
+        mark = MIXED if is_mixed else ""
+        if format_spec in {"interval", "images"}:
+            return with_interval(values, value.sign + DEFAULT_FORMAT) + mark
+        spec = value.sign + (format_spec or DEFAULT_FORMAT).removeprefix("+")
+        return spread(values, spec) + mark
 
 
 def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:

@@ -9,7 +9,9 @@ from evidence.claims.intervals import interval
 
 DEFAULT_FORMAT = ".2f"
 NO_VALUE = "–"
-# Seeds from which on an interval is shown.
+# Mark of a difference between runs on two types of CPUs.
+MIXED = "\\*"
+# The fewest seeds for which an interval is shown.
 SEEDS = 3
 
 
@@ -23,7 +25,7 @@ def formatted(value: float, spec: str = DEFAULT_FORMAT) -> str:
 def spread(values: Collection[float], spec: str = DEFAULT_FORMAT) -> str:
     """Mean ± sample deviation, or a dash without values.
 
-    Without the deviation for one value, and for counts that are all equal.
+    The deviation is left out for a single value, and for counts that are all equal.
     """
     if not values:
         return NO_VALUE

@@ -1,6 +1,6 @@
-"""Write `docs/accuracy.md`, `evidence/pages/CLAIM.md` and the results in the README.
+"""Write `docs/accuracy.md`, the pages of claims and papers, and the results in the README.
 
-All are computed from claims and records.
+All of them are computed from claims and records.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from evidence.claims.claim import Claim, Table, load_claim
 from evidence.claims.records import Record
 from evidence.pages import drawing
-from evidence.pages.comparison import MIXED, VERDICTS, Comparison, compare
+from evidence.pages.comparison import VERDICTS, Comparison, compare, judged
 from evidence.pages.evidence import Evidence, read_evidence
-from evidence.pages.numbers import DEFAULT_FORMAT, SEEDS, spread
+from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, SEEDS, spread
 from evidence.speed.timing import table as markdown
 from qat.utils.files import write_text
 
@@ -25,13 +25,18 @@ RECORDS = "evidence/records"
 PAGES = "evidence/pages"
 OVERVIEW = "evidence/pages/accuracy.yaml"
 OVERVIEW_PAGE = "docs/accuracy.md"
+PAPERS = "evidence/pages/papers.yaml"
+PAPERS_PAGE = "evidence/pages/PAPERS.md"
 OVERVIEW_FIGURES = "docs/figures"
 README = "README.md"
-# Around the results in the README.
+# Markers around the results in the README.
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 COMMAND = "python -m evidence page"
-MIXED_NOTE = f"{MIXED} Some pairs ran on two CPU types, which changes a top-1 by up to 0.2 points."
+MIXED_NOTE = (
+    f"{MIXED} Some pairs ran on two CPU types, which changes a top-1 by up to 0.2 points. Records "
+    "until 2026-11-28 name a CPU by its marketing name only, so unmarked pairs may mix types too."
+)
 # Links in a claim's text, relative to docs/.
 _RELATIVE = re.compile(r"\]\((?!#|https?:)([^)\s]+)")
 
@@ -64,38 +69,64 @@ def overview(evidence: Evidence, claim: Claim) -> str:
             ours.append(other)
         else:
             of_papers.append(other)
-    answers = [compare(other, evidence)[0].verdict for other in of_papers]
-    counts = []
-    for verdict in VERDICTS:
-        if verdict in answers:
-            counts.append(f"{answers.count(verdict)} {verdict}")
+    primary = []
+    further = []
+    for other in of_papers:
+        first, *others = judged(compare(other, evidence))
+        primary.append(first)
+        further += others
     words = {
-        "counts": ", ".join(counts),
+        "counts": _counts(primary),
+        "further_counts": _counts(further),
         "papers": verdicts(of_papers, evidence),
         "own": verdicts(ours, evidence),
+        "mixed_note": MIXED_NOTE,
     }
     return evidence.filled(claim, claim.why, words) + "\n"
 
 
+def papers(evidence: Evidence, claim: Claim) -> str:
+    """`evidence/pages/PAPERS.md`: tables and figures of the papers with results and verdicts.
+
+    Args:
+        evidence: all claims and records.
+        claim: `papers.yaml`, which is read like a claim. `{C1#0}` in its text is the difference
+            and the verdict of the first judged expectation of C1, `{C1#1}` of the second.
+    """
+    words = {"mixed_note": MIXED_NOTE}
+    for other in evidence.claims.values():
+        for number, comparison in enumerate(judged(compare(other, evidence))):
+            difference = f"{comparison.difference}{MIXED * comparison.mixed}"
+            words[f"{other.id}#{number}"] = f"{difference} | {comparison.verdict}"
+    return evidence.filled(claim, claim.why, words) + "\n"
+
+
+def _counts(comparisons: Sequence[Comparison]) -> str:
+    """How often each verdict occurs."""
+    answers = [comparison.verdict for comparison in comparisons]
+    counts = []
+    for verdict in VERDICTS:
+        if verdict in answers:
+            counts.append(f"{answers.count(verdict)} {verdict}")
+    return ", ".join(counts)
+
+
 def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
-    """A table with the primary expectation of each claim."""
+    """A table with the judged expectations of each claim, the primary one first."""
     rows = []
-    any_mixed = False
     for claim in claims:
-        primary = compare(claim, evidence)[0]
-        any_mixed |= primary.mixed
-        notes = []
-        if len(primary.differences) != SEEDS:
-            notes.append(f"{len(primary.differences)} seeds")
-        if primary.expected != "above 0":
-            notes.append(f"expected {primary.expected}")
-        what = primary.expectation.what
-        if notes:
-            what = f"{what} ({'; '.join(notes)})"
-        difference = f"{primary.difference}{MIXED * primary.mixed}"
-        rows.append([claim.id, what, difference, primary.verdict])
-    table = markdown(["claim", "compared", "difference", "verdict"], rows)
-    return f"{table}\n\n{MIXED_NOTE}" if any_mixed else table
+        for comparison in judged(compare(claim, evidence)):
+            notes = []
+            if len(comparison.differences) != SEEDS:
+                notes.append(f"{len(comparison.differences)} seeds")
+            if comparison.expected != "above 0":
+                notes.append(f"expected {comparison.expected}")
+            what = comparison.expectation.what
+            if notes:
+                what = f"{what} ({'; '.join(notes)})"
+            difference = f"{comparison.difference}{MIXED * comparison.mixed}"
+            rows.append([claim.id, what, difference, comparison.verdict])
+    return markdown(["claim", "compared", "difference", "verdict"], rows)
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
@@ -108,34 +139,39 @@ def section(claim: Claim, evidence: Evidence) -> str:
         _links_from_pages(f"Source: {source}."),
         _links_from_pages(f"> {statement}"),
     ]
-    if comparisons:
-        parts.append(_verdict_line(claim, comparisons[0]))
+    for comparison in judged(comparisons):
+        parts.append(_verdict_line(claim, comparison))
     parts.append(_links_from_pages(evidence.filled(claim, claim.why)))
-    parts += _tables_and_figures(claim, evidence, comparisons[1:])
+    others = [other for other in comparisons if other not in judged(comparisons)]
+    parts += _tables_and_figures(claim, evidence, others)
     parts.append(_origin(claim, evidence.of_claim(claim)))
     parts += _retired_arms(claim)
-    if any(comparison.mixed for comparison in comparisons):
-        parts.append(MIXED_NOTE)
-    return "\n\n".join(filter(None, parts)) + "\n"
+    text = "\n\n".join(filter(None, parts))
+    return with_mixed_note(text) + "\n"
+
+
+def with_mixed_note(text: str) -> str:
+    """A text with the explanation of the marks that it has."""
+    return f"{text}\n\n{MIXED_NOTE}" if MIXED in text else text
 
 
 def _links_from_pages(text: str) -> str:
     return _RELATIVE.sub(r"](../../docs/\1", text)
 
 
-def _verdict_line(claim: Claim, primary: Comparison) -> str:
+def _verdict_line(claim: Claim, comparison: Comparison) -> str:
     difference = ""
-    if primary.differences:
-        plural = "s" * (len(primary.differences) != 1)
-        difference = f"{primary.difference} over {primary.seeds} seed{plural}; "
+    if comparison.differences:
+        plural = "s" * (len(comparison.differences) != 1)
+        difference = f"{comparison.difference} over {comparison.seeds} seed{plural}; "
     return (
-        f"**{claim.id}: {primary.verdict}.** {primary.expectation.what}: "
-        f"{difference}expected {primary.expected}."
+        f"**{claim.id}: {comparison.verdict}.** {comparison.expectation.what}: "
+        f"{difference}expected {comparison.expected}."
     )
 
 
 def _origin(claim: Claim, records: list[Record]) -> str:
-    """The command that makes the claim's runs, and the file of their records."""
+    """The command that executes the claim's runs, and the file with the records."""
     if not records:
         return "No runs of its own."
     command = f"`python -m evidence run {claim.id}` makes these runs ({time_spent(records)})"
@@ -175,10 +211,12 @@ def _tables_and_figures(
 
 
 def time_spent(records: list[Record]) -> str:
-    """Number of runs, and their time."""
+    """Number of runs, and their time; how many have none."""
     seconds = math.fsum(record.wall_seconds or 0.0 for record in records)
     time = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-    return f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
+    text = f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
+    num_unknown = sum(record.wall_seconds is None for record in records)
+    return f"{text}, without {num_unknown} of unknown time" if num_unknown else text
 
 
 def results(claim: Claim, table: Table, evidence: Evidence) -> str:
@@ -204,8 +242,10 @@ def generated_files(root: Path, evidence: Evidence) -> dict[str, str]:
     text = (root / README).read_bytes().decode()
     before, rest_of_text = text.split(BEGIN)
     after = rest_of_text.split(END)[1]
-    block = f"{BEGIN}\n\n{evidence.filled(claim, claim.readme)}\n\n{END}"
+    results_text = with_mixed_note(evidence.filled(claim, claim.readme))
+    block = f"{BEGIN}\n\n{results_text}\n\n{END}"
     files = pages(evidence)
+    files[PAPERS_PAGE] = papers(evidence, load_claim(root / PAPERS))
     files[OVERVIEW_PAGE] = overview(evidence, claim)
     files[README] = before + block + after
     return files

@@ -1,9 +1,9 @@
 """`python -m evidence.peers library=brevitas bits=2 ...`: train with another library.
 
-All but the quantizers is as in `train.py` with the same overrides: start, teacher, loss, data order
-and augmentation, optimizer, schedule, validation, choice of the best epoch, test. Run it from the
-root of the repository with `outputs/peers/bin/python`, which has the libraries. An interrupted run
-starts over.
+Everything except the quantizers is as in `train.py` with the same overrides: start, teacher, loss,
+data order and augmentation, optimizer, schedule, validation, choice of the best epoch, and test.
+Run it from the root of the repository with `outputs/peers/bin/python`, which has the libraries. An
+interrupted run starts over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.tasks import build, fit
 from qat.tasks.conf import CONF
-from qat.tasks.results import library_versions, write_results
+from qat.tasks.results import correct_images, library_versions, write_results
 from qat.tasks.set_up import set_up
 from qat.tasks.summary import announce_teacher
 from qat.tasks.teacher import build_teacher
@@ -81,6 +81,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         split=data.evaluation_split,
         weights="best.ckpt",
         **{key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")},
+        **correct_images(module.correct),
         val_top1=float(best.best_model_score),  # type: ignore[arg-type]
         top1_fp=top1_fp,
         wall_seconds=round(time.monotonic() - start_time, 1),

@@ -1,9 +1,9 @@
 """Models quantized with other libraries, for the comparison of accuracy.
 
-Weights and inputs of linear layers have `bits`, those of the first and the last layer 8, as in
-qat's own recipes, if the library supports that. Each library has the configuration that suits a
-trained model at few bits: learned step sizes if it has them, with initial values for few levels.
-None quantizes the products of an attention. A library is imported only when it is used.
+Weights and inputs of linear layers have `bits`, and 8 bits in the first and the last layer, as in
+qat's own recipes, if the library supports it. Each library has the configuration that suits a
+trained model at few bits: learned step sizes if it has them, with initial values for few levels. No
+library quantizes the matrix products of attention. A library is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
             "weight_bit_width": width,
             "weight_narrow_range": False,
         }
-        # Ranges are observed for so many batches, then learned.
+        # Ranges are observed for this many batches, then learned.
         inputs = {
             "input_quant": ShiftedUint8ActPerTensorFloatMSE,
             "input_bit_width": width,

@@ -1,7 +1,7 @@
 """Time and bytes of exported files, relative to float: the table of docs/deployment.md.
 
-Run by `make latency`, in onnxruntime, OpenVINO and ExecuTorch, which take turns. The models have
-random weights and offsets; trained ones take the same time.
+`make latency` runs this in onnxruntime, OpenVINO and ExecuTorch, which take turns. The models have
+random weights and offsets; trained models take the same time.
 """
 
 from __future__ import annotations

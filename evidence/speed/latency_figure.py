@@ -1,6 +1,6 @@
 """Figure of docs/deployment.md: latency and bytes of exported files, relative to float.
 
-From evidence/logs/latency.log, by `make latency`.
+`make latency` draws it from evidence/logs/latency.log.
 """
 
 from __future__ import annotations

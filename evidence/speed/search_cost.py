@@ -33,7 +33,7 @@ MICRO_BATCH = SearchSettings().micro_batch
 
 
 def candidate(evaluator: Evaluator, block: str) -> Tensor:
-    """Scales of a block, with as much noise as in a search."""
+    """Scales of a block, with the noise of a search."""
     vector = evaluator.vectors[block]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(vector.read()), generator=generator, dtype=torch.float64)
@@ -48,7 +48,7 @@ def one_round(
     float_seconds = []
     exact = []
     for block, vector in reversed(evaluator.vectors.items()):
-        # The float forward pass is timed before every block, since the load of the machine may
+        # The float forward pass is timed before every block, because the load of the machine may
         # change within a round.
         float_seconds.append(timed(lambda: logits_of(net, images, MICRO_BATCH))[0])
         start = vector.read()

@@ -11,7 +11,7 @@ Memory: tensors that a compiled forward pass saves for backward, with torch's ow
 
 Host time: CPU time of the same step with the same blocks and tiny tensors on the CPU, in turns with
 the float model. Launches of Triton are not included (10 to 20 us each, as Triton reports);
-operations of torch count with the time that they take for a few numbers.
+torch operations count with the time that they take on tensors of a few numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Count:
     triton: int = 0
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Add a kernel that reads or writes the tensors."""
+        """Count a kernel that reads or writes the tensors."""
         self.bytes += sum(size_of(t) for t in tensors)
         self.kernels += 1
 
@@ -171,7 +171,7 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
 
 @contextlib.contextmanager
 def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None]:
-    """Replace the tensors of a model by fake ones, and take CUDA's branches."""
+    """Replace the tensors of a model by fake tensors, and take CUDA's branches."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         net._apply(mode.from_tensor)
@@ -179,7 +179,7 @@ def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None
 
 
 def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
-    """Count the second step of a model; the first one creates the optimizer's state."""
+    """Count the second step of a model; the first step creates the optimizer's state."""
     count = Count()
     with without_memory(net, count):
         run = training_step(net, torch.randn(batch, 3, side, side), half=True)

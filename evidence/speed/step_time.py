@@ -1,12 +1,12 @@
 """Time and memory of a quantized training step, relative to the float step: `make step-time`.
 
-Eager: all models are in one process and take turns, one step a round in random order. Compiled: a
-fresh process for each model, with empty caches, in which the eager float model, the compiled one
-and the compiled model take turns, with aggressive recomputation. A ratio is the median over the
-rounds of model / float in the same round, in CPU seconds, so that a busy machine slows both alike;
-the lowest and the highest ratio follow, then the median in wall time. `saved`: bytes that autograd
-saves for backward, relative to the eager float step. One thread; random weights. `[recompute]` rows
-save less for backward, see `qat.set_execution(memory=...)`.
+Eager: all models are in one process and take turns, one step per round in random order. Compiled:
+each model has a new process with empty caches, in which the eager float model, the compiled float
+model and the compiled quantized model take turns, with aggressive recomputation. A ratio is the
+median over the rounds of model / float in the same round, in CPU seconds, so that a busy machine
+slows both equally; the lowest and the highest ratio follow, then the median in wall time. `saved`:
+bytes that autograd saves for backward, relative to the eager float step. One thread; random
+weights. `[recompute]` rows save less for backward, see `qat.set_execution(memory=...)`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from evidence.speed.timing import environment, ratio, table, take_turns
 from qat.lit.compiled import register_formulas
 
 COMPILED_FLOAT = "compiled float"
-# Only attention saves tensors that can be computed again.
+# Only attention saves tensors that can be recomputed.
 ROWS = ARMS | {
     "ofq without qkr [recompute]": dataclasses.replace(ARMS["ofq without qkr"], memory="recompute"),
     "ofq [recompute]": dataclasses.replace(ARMS["ofq"], memory="recompute"),
@@ -75,7 +75,7 @@ def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[
 
 
 def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any]:
-    """Measure one compiled row, in a process of its own.
+    """Measure one compiled row in a separate process.
 
     More compiled models would share code objects and reach the limit of recompilations.
     """

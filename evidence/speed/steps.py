@@ -119,7 +119,7 @@ def training_step(
 
 
 def saved_bytes(net: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that autograd saves for backward in a step: each storage once, without parameters."""
+    """Bytes that autograd saves for backward in a step: each storage once, no parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
     # References to the storages, so that no address is used twice.
     saved: dict[int, torch.UntypedStorage] = {}

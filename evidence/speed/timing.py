@@ -17,6 +17,7 @@ import timm
 import torch
 
 Step = Callable[[], object]
+VECTOR_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
 @dataclass
@@ -35,6 +36,26 @@ def machine() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def processor_type() -> str:
+    """Vendor, family, model and vector instructions of the processor, then its name.
+
+    Processors with and without AVX-512, which round differently, have the name "AMD EPYC".
+    """
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return machine()
+    facts: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    vendor = facts.get("vendor_id", platform.machine())
+    family = facts.get("cpu family", "unknown")
+    model = facts.get("model", "unknown")
+    flags = facts.get("flags", "").split()
+    vectors = " ".join(name for name in VECTOR_INSTRUCTIONS if name in flags)
+    return f"{vendor} family {family} model {model} {vectors} ({machine()})"
 
 
 def environment() -> str:

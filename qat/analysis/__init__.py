@@ -1,4 +1,4 @@
-"""Analyses of models: evaluations of changed models, tables and figures.
+"""Analyses of models by evaluating modified models, with tables and figures.
 
 Each analysis is a class and a yaml file.
 """

@@ -1,4 +1,4 @@
-"""Base class of analyses, their results, and how these are drawn and written.
+"""Base class of analyses, and functions that draw and write results.
 
 An analysis is a class of settings whose `run` computes tables and figures of models.
 """
@@ -31,11 +31,11 @@ from qat.utils.text import duration
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
-# Colours that colour-blind readers can distinguish: Okabe and Ito, 2008 ("Color Universal Design"),
+# Colours that colour-blind readers can distinguish (Okabe and Ito, 2008, "Color Universal Design"),
 # without yellow, which is too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#767676"
-HEAT = "Blues"  # from white to dark blue: darker is more, in grey too
+HEAT = "Blues"  # from white to dark blue; darker means more, also in greyscale
 WIDTH = 7.2  # inches
 DPI = 150
 Row = dict[str, Any]
@@ -55,12 +55,12 @@ class ImageSet:
 
     @property
     def n_images(self) -> int:
-        """Images in all batches."""
+        """Number of images in all batches."""
         return sum(len(target) for _, target in self.batches)
 
     @torch.no_grad()
     def score(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Top-1 in percent, and mean cross-entropy.
+        """Top-1 accuracy in percent, and mean cross-entropy.
 
         Args:
             predict: maps images to logits (B, K).
@@ -75,7 +75,7 @@ class ImageSet:
         return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
 
 
-# Computes numbers from a model (images to logits).
+# A function that computes numbers from a model, which maps images to logits.
 Score = Callable[[nn.Module], dict[str, float]]
 NO_IMAGES = ImageSet((), "")
 
@@ -88,7 +88,7 @@ class StudiedNet:
         label: name in plots and tables, different for each model.
         net: the model, in eval mode with scales set; analyses do not change it, bit for bit.
         input_size: (channels, height, width) of the images.
-        path: checkpoint file; None without one.
+        path: checkpoint file, or None.
     """
 
     label: str
@@ -104,8 +104,8 @@ class EvaluationPoint:
     Attributes:
         key: columns of the table that identify the evaluation, `net` first.
         net: the model to evaluate.
-        change: returns a context in which the model is changed; by default it is not.
-        score: computes numbers from the model; None = top-1 and cross-entropy, `ImageSet.score`.
+        change: returns a context in which the model is changed; by default, nothing is changed.
+        score: computes numbers from the model; None = `ImageSet.score` (top-1 and cross-entropy).
     """
 
     key: Row
@@ -116,7 +116,7 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same keys, for a CSV file and the report."""
+    """Rows with equal keys, for a CSV file and the report."""
 
     name: str
     title: str
@@ -129,7 +129,7 @@ class Drawing:
 
     Attributes:
         name: file name without extension.
-        title: above the figure.
+        title: text above the figure.
         alt: description in words and numbers, for readers who cannot see the figure.
         figure: matplotlib figure.
     """
@@ -145,8 +145,8 @@ class Outcome:
     """Results of an analysis.
 
     Attributes:
-        summary: plain data, for `results.json`.
-        tables: each for a CSV file.
+        summary: plain data for `results.json`.
+        tables: tables, each of which becomes a CSV file.
         drawings: figures.
     """
 
@@ -156,12 +156,12 @@ class Outcome:
 
 
 class Analysis(ABC):
-    """Base class: a subclass is a frozen dataclass of settings that checks them when it is built.
+    """Base class: a subclass is a frozen dataclass that checks its settings when it is created.
 
     Attributes:
-        name: name of the analysis and its files.
-        split: default dataset split of the images; None = no images. A split that was used for
-            training, calibration or selection says less about new images.
+        name: name of the analysis and of its files.
+        split: default dataset split of the images; None = no images. Results on a split that was
+            used for training, calibration or selection say less about new images.
     """
 
     name: ClassVar[str]
@@ -184,7 +184,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     """Evaluate every point; no model is changed afterwards.
 
     Returns:
-        A row for each point: its key and its score, by default `top1` (percent) and `loss`.
+        A row for each point with the key and the score, by default `top1` (percent) and `loss`.
     """
     log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
     start = time.monotonic()
@@ -217,14 +217,15 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure and its axes, row by row, in the style of all figures.
 
-    Each has two spines and a pale grid below the data; text is legible at a width of 720 pixels.
+    Each panel has two spines and a pale grid behind the data; text is legible at a width of 720
+    pixels.
 
     Args:
         rows: number of rows.
         columns: number of columns.
-        width: inches.
-        height: inches.
-        sharex: panels have a common x axis.
+        width: width of the figure in inches.
+        height: height of the figure in inches.
+        sharex: panels share an x axis.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
@@ -241,15 +242,15 @@ def panels(
 def save_figure(
     file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg"
 ) -> None:
-    """Save a figure so that the same figure is always the same file.
+    """Save a figure so that equal figures become equal files.
 
-    Text stays text, dollar signs too; there is no date and no random name.
+    Text stays text, including dollar signs; the file contains no date and no random name.
 
     Args:
         file: path or buffer.
         figure: matplotlib figure.
-        title: metadata of an SVG file.
-        words: description, metadata of an SVG file.
+        title: title in the metadata of an SVG file.
+        words: description in the metadata of an SVG file.
         kind: `svg` or `png`.
     """
     for text in figure.findobj(Text):
@@ -269,14 +270,14 @@ def save_figure(
 def write_outcome(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
 ) -> None:
-    """Write tables as CSV, figures as SVG and PNG, and last `<name>.json`, which lists them all.
+    """Write tables as CSV, figures as SVG and PNG, and finally `<name>.json`, a list of all files.
 
     Args:
         folder: target folder.
         name: name of the analysis.
         settings: settings of the analysis, plain data.
         outcome: results of the analysis.
-        png: also write figures as PNG, which takes as long as everything else.
+        png: also write figures as PNG, which takes as long as everything else together.
     """
     for table in outcome.tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.rows))

@@ -27,7 +27,7 @@ from qat.model.cost import ModuleCost, module_costs, total
 from qat.model.storage import float_twin
 from qat.utils.text import scaled
 
-# In the order of the bars; a kind has the same colour in every figure.
+# Kinds in the order of the bars; each kind has the same colour in every figure.
 KINDS = (
     "attention weights",
     "attention products",
@@ -45,7 +45,8 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 class CostAnalysis(Analysis):
     """Parameters, bytes, multiply-accumulates and bit operations by kind of layer.
 
-    Bytes are those of weights, packed where they are quantized. Totals are also computed in float.
+    Bytes count weights, which are packed if they are quantized. Totals are also computed for the
+    float model.
     """
 
     name: ClassVar[str] = "cost"
@@ -73,7 +74,7 @@ class CostAnalysis(Analysis):
 
 
 def _in_float(studied: StudiedNet) -> Row:
-    """Cost of the model without quantization; empty for a float model or one of unknown origin."""
+    """Cost of the model without quantization; empty for float models and unknown origins."""
     if conversion_of(studied.net) is None:
         return {}
     try:
@@ -99,7 +100,7 @@ def _module_row(cost: ModuleCost, kind: str) -> Row:
 
 
 def module_kinds(net: nn.Module) -> dict[str, str]:
-    """One of `KINDS` for each module, by timm's description of the model, class and name."""
+    """One of `KINDS` for each module, found by timm's model description, class and name."""
     place_of = stem_and_heads(net)
     kind_of_place = {"stem": "patch embedding", "head": "head"}
     kinds = {}
@@ -119,7 +120,7 @@ def module_kinds(net: nn.Module) -> dict[str, str]:
 
 
 def _by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]:
-    """A row for each kind that costs something."""
+    """A row for each kind whose cost is not zero."""
     columns = ("parameters in training", "bytes", "MACs", "bit operations")
     rows = {kind: dict.fromkeys(columns, 0) for kind in KINDS}
     for cost in costs:

@@ -1,4 +1,4 @@
-"""Loss of a model on a plane along two directions of its weight scales, as scale searches see it.
+"""Loss of a model on a plane of weight scales, in which a scale search would move.
 
 Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
 """
@@ -51,13 +51,14 @@ class Landscape(Analysis):
 
     Attributes:
         targets: globs of weights whose scales move in both directions.
-        points: along each direction, odd.
+        points: number of points along each direction, odd.
         radius: largest change of a scale in a direction, as a fraction of the scale.
-        loss: `ce` (of labels) or `infonce` (to the logits of the model in float).
+        loss: `ce` (cross-entropy of labels) or `infonce` (compared with the logits of the float
+            model).
         seed: seed of the directions.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     targets: Sequence[str] = ("*",)
@@ -105,7 +106,7 @@ class Landscape(Analysis):
         return Outcome(summary, [table], [_contours(grids, coordinates, LOSSES[self.loss])])
 
     def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
-        """The infoNCE loss to the logits of the model in float; None for cross-entropy."""
+        """The infoNCE loss against the logits of the float model; None for cross-entropy."""
         if self.loss == "ce":
             return None
         with torch.no_grad(), in_float(net):
@@ -124,14 +125,15 @@ class Landscape(Analysis):
 def plane(
     net: nn.Module, targets: Sequence[str], seed: int
 ) -> Callable[[float, float], AbstractContextManager[None]]:
-    """A plane of scales: each scale s becomes s (1 + x u + y v), u and v uniform in [-1, 1].
+    """A plane of scales: scale s becomes s (1 + x u + y v) with u and v uniform in [-1, 1].
 
     Zero points and ranges of codes are not changed.
 
     Args:
-        net: quantized.
-        targets: globs, matched with `LAYER.ROLE` in the model or with any end of it after a dot.
-        seed: seed of the directions, which are the same on every device.
+        net: a quantized model.
+        targets: globs that are matched with `LAYER.ROLE`, or with any part of it that follows a
+            dot.
+        seed: seed of the directions, which do not depend on the device.
 
     Returns:
         `move(x, y)`, which returns a context in which the model is at this point of the plane.
@@ -176,8 +178,8 @@ def shape_of(losses: Tensor) -> dict[str, float]:
     Returns:
         `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences
         along the lines of the grid; `relative_roughness`, roughness / (highest - lowest), about
-        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points below all of their up
-        to eight neighbours. Claim C10 compares them.
+        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points below all of their
+        neighbours (up to eight). Claim C10 compares these numbers.
     """
     low = float(losses.min())
     high = float(losses.max())
@@ -197,7 +199,7 @@ def shape_of(losses: Tensor) -> dict[str, float]:
 
 
 def _contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: str) -> Drawing:
-    """Lines of equal loss, with a scale for each model, and a cross for the unchanged model."""
+    """Lines of equal loss, with a colour scale per model, and a cross at the unchanged model."""
     figure, axes = panels(1, len(grids), width=max(3.6 * len(grids), 4.8))
     descriptions = []
     for axis, (label, losses) in zip(axes, grids.items(), strict=True):

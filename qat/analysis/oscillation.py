@@ -1,4 +1,4 @@
-"""Oscillation of weights during training, from files of the callback. Source: arXiv 2203.11086."""
+"""Oscillation of weights during training, from the callback's files. Source: arXiv 2203.11086."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLIPS = "flips a step"
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Share of oscillating weights and flips during the run of a checkpoint; layers at its end.
+    """Share of oscillating weights and number of flips during a run, and per layer at its end.
 
     The run must have used `callbacks=[default,oscillation]`.
     """
@@ -70,7 +70,7 @@ class OscillationAnalysis(Analysis):
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Curves of a log; a resumed run may log a step twice, and the later line counts."""
+    """Curves of a log; if a resumed run logged a step twice, the later line counts."""
     rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
     shares = _logged(rows, "osc/share")
     flips = _logged(rows, "osc/flips")
@@ -95,7 +95,7 @@ def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
 def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     """A line over optimizer steps for each run.
 
-    All but the first are dashed, as lines of runs that share their first steps overlap.
+    All lines but the first are dashed, because runs that share their first steps overlap.
     """
     names = []
     for name in (SHARE, FLIPS):

@@ -1,6 +1,6 @@
 """Fake-quantize weights of a model with other step sizes or bits inside a `with` block.
 
-Afterwards the model is unchanged, bit for bit.
+After the block, the model is unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def requantized(
     steps_from: str = "own",
     resize: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Fake-quantize a weight with changed settings; by default as its quantizer does, bit for bit.
+    """Fake-quantize a weight with changed settings; with defaults, exactly as its quantizer does.
 
     Args:
         quantizer: quantizer with a uniform grid; only read.
         weight: the latent float weight (out, ...) with which the quantizer is called.
-        bits: 2 to 8; 32 = the float weight; None = the quantizer's.
-        steps_from: `own`, step sizes by the quantizer's rule (at its own bits: the present ones),
-            or `mse`, the range of each slice shrunk to the least squared error (except for half
-            steps, which keep their rule).
-        resize: maps these step sizes to the ones to use. The range of codes is not changed, so
-            values beyond it are clamped as in deployment.
+        bits: 2 to 8; 32 = the float weight; None = the quantizer's own bits.
+        steps_from: `own`: step sizes follow the quantizer's rule (at its own bits, the current step
+            sizes). `mse`: the range of each slice is shrunk to the least squared error (half steps
+            keep their rule).
+        resize: maps these step sizes to the new step sizes. The range of codes does not change, so
+            values beyond it are clamped, as in deployment.
 
     Returns:
-        The fake-quantized weight, shape and dtype of `weight`.
+        The fake-quantized weight, with the shape and dtype of `weight`.
     """
     if bits == FLOAT_BITS:
         return weight
@@ -88,11 +88,11 @@ class WeightSite:
     Attributes:
         name: name of the weight's module.
         place: `stem`, `block` or `head`.
-        quantizer: the one that the model calls.
-        rule: the one that `requantized` reads: `quantizer`, or for a float weight a quantizer with
-            symmetric codes.
-        bits: present bits, 32 = float.
-        shape: (out, ...).
+        quantizer: the quantizer that the model calls.
+        rule: the quantizer that `requantized` reads: `quantizer`, or for a float weight a quantizer
+            with symmetric codes.
+        bits: current bits, 32 = float.
+        shape: shape of the weight, (out, ...).
     """
 
     name: str
@@ -111,10 +111,10 @@ def weight_sites(
     Weights whose quantizer has no uniform grid are left out, with a warning in the log.
 
     Args:
-        net: quantized with scales set, or float; not changed.
+        net: a float model, or a quantized model whose scales are set; not changed.
         input_size: (channels, height, width) of the images.
-        float_axis: dimension of float weights that gets a step size for each slice when they are
-            quantized; None = one step size for the tensor.
+        float_axis: when float weights are quantized, the dimension along which step sizes differ;
+            None = one step size for the tensor.
 
     Returns:
         The model to evaluate, and its weights. A model without quantizers is replaced by a
@@ -157,12 +157,12 @@ def weight_sites(
 
 
 def is_float(sites: Sequence[WeightSite]) -> bool:
-    """True if no weight is quantized."""
+    """True if none of these weights is quantized."""
     return all(site.bits == FLOAT_BITS for site in sites)
 
 
 def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """Weights of blocks, without those that a quantized model leaves in float."""
+    """Weights of blocks, except for weights that a quantized model leaves in float."""
     blocks = [site for site in sites if site.place == "block"]
     if is_float(sites):
         return blocks

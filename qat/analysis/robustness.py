@@ -1,4 +1,4 @@
-"""Accuracy of a model with other step sizes or bit-widths of its weights than in training.
+"""Accuracy of a model whose weights have other step sizes or bit-widths than in training.
 
 Protocol: KURE, arXiv 2002.07686. Conventions: docs/analysis.md, section Robustness.
 """
@@ -52,7 +52,7 @@ BITS = "bits"
 POWER_OF_TWO = "power_of_two"
 PARTS = (STEPS, BITS, POWER_OF_TWO)
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# Name, title, and label of the x axis.
+# For each part: name, title, and label of the x axis.
 FIGURES = {
     STEPS: (
         "step_sizes",
@@ -61,7 +61,7 @@ FIGURES = {
     ),
     BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
-FLOAT_AT = 10  # position of float on an axis of bits
+FLOAT_AT = 10  # position of float on the axis of bits
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Robustness(Analysis):
     """The settings of `analysis/robustness.yaml`.
 
     Attributes:
-        parts: some of `PARTS`; None = all that a model allows.
+        parts: parts of `PARTS` to run; None = all parts that a model allows.
         low: lowest factor of the step sizes.
         high: highest factor.
-        ratios: number of factors, evenly spaced from `low` to `high`; 1 is added to them.
+        ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added.
         bits: bit-widths of the weights, 32 = float.
-        steps_from: rule for step sizes at other widths, one of `STEPS_FROM`.
+        steps_from: rule for step sizes at other bit-widths, one of `STEPS_FROM`.
         float_bits: bits to which float models are quantized for `steps` and `power_of_two`; None =
             these parts are left out.
         float_scales: float weights get step sizes per `channel` or per `tensor`.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     parts: Sequence[str] | None = None
@@ -108,7 +108,7 @@ class Robustness(Analysis):
         check_choice("analysis.float_scales", self.float_scales, tuple(FLOAT_SCALES))
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Two curves of each model, their numbers, and the accuracy with powers of two.
+        """Two curves for each model, their numbers, and the accuracy with powers of two.
 
         Raises:
             UsageError: a requested part needs quantized weights, and a model has none; or no
@@ -131,7 +131,7 @@ class Robustness(Analysis):
         return Outcome(summary, [Table("robustness", title, table)], drawings)
 
     def _points(self, studied: StudiedNet) -> list[EvaluationPoint]:
-        """The unchanged model, then part by part."""
+        """Points to evaluate: the unchanged model, then the points of each part."""
         float_axis = FLOAT_SCALES[self.float_scales]
         net, weights = weight_sites(studied.net, studied.input_size, float_axis)
         blocks = in_blocks(weights)
@@ -140,8 +140,8 @@ class Robustness(Analysis):
                 f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid"
             )
         parts = {*(self.parts or PARTS)}
-        # Changes of step sizes start from the quantized weights of the model, or from those of a
-        # float model that is quantized here.
+        # Changes of step sizes start from the quantized weights of the model; a float model is
+        # quantized here first.
         sites = [site for site in weights if site.bits != FLOAT_BITS]
         base: dict[str, Any] = {}
         if is_float(weights) and self.float_bits is not None:
@@ -173,7 +173,7 @@ class Robustness(Analysis):
                 points.append(point(STEPS, sites, ratio=ratio, **base, resize=resize))
         if BITS in parts:
             for bits in sorted(self.bits):
-                # Weights that already have these bits keep their trained step sizes.
+                # Weights that already have this number of bits keep their trained step sizes.
                 other_sites = [site for site in blocks if site.bits != bits]
                 points.append(
                     point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)
@@ -183,7 +183,7 @@ class Robustness(Analysis):
         return points
 
     def _all_ratios(self) -> list[float]:
-        """Factors of the step sizes in ascending order, 1 among them."""
+        """Factors of the step sizes in ascending order, including 1."""
         ratios = {1.0}
         for ratio in torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist():
             ratios.add(float(f"{ratio:.6g}"))
@@ -211,7 +211,7 @@ def _rows_of(part: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Numbers of the curves of one model."""
+    """Summary of the curves of one model."""
     summary: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
     steps = _rows_of(STEPS, rows)
     if steps:

@@ -1,4 +1,4 @@
-"""Sensitivity of each layer to quantization, and bits for each under a budget of bytes.
+"""Sensitivity of each layer to quantization, and bits per layer for a budget of bytes.
 
 Docs: docs/analysis.md.
 """
@@ -49,10 +49,10 @@ from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6
-# A change that is smaller than so many of its standard errors may be chance.
+# A loss change of fewer standard errors than this may be chance.
 STANDARD_ERRORS = 2
 
-# Bytes of the weights of a layer, by its name and bits.
+# Bytes of the weights of a layer, by layer name and bits.
 Sizes = Mapping[str, Mapping[int, int]]
 
 
@@ -63,7 +63,7 @@ class Budget:
     Attributes:
         fixed_bytes: size of everything else.
         room: bytes for the weights.
-        sizes: bytes of each weight by its bits.
+        sizes: bytes of each weight for each number of bits.
     """
 
     fixed_bytes: int
@@ -71,15 +71,15 @@ class Budget:
     sizes: Sizes
 
     def size_with(self, bits: Mapping[str, int]) -> int:
-        """Bytes of the model with these bits."""
+        """Bytes of the model if weights have these bits."""
         return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
 
 
 class PairedScore:
-    """Scores of models, with the noise of each loss change from the first model.
+    """Scores of models, with the noise of the loss change from the first model.
 
-    The noise is `STANDARD_ERRORS` standard errors of the mean difference of two losses of one
-    image; NaN for a single image.
+    The noise is `STANDARD_ERRORS` standard errors of the mean difference between the losses of an
+    image under both models; NaN for a single image.
     """
 
     def __init__(self, images: ImageSet) -> None:
@@ -113,10 +113,10 @@ class Sensitivity(Analysis):
 
     Attributes:
         bits: bit-widths to try for the weights of each layer.
-        budget_mb: size for which to suggest bits, in 10^6 bytes; None = no suggestion.
+        budget_mb: model size for which bits are suggested, in 10^6 bytes; None = no suggestion.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     bits: Sequence[int] = (2, 3, 4, 8)
@@ -132,7 +132,7 @@ class Sensitivity(Analysis):
             check_number("analysis.budget_mb", self.budget_mb, 0, above=True)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Evaluate each layer left in float and at other bits, then the suggested bits as a whole.
+        """Evaluate each layer in float and at other bits, then all suggested bits together.
 
         Raises:
             UsageError: the budget is below the smallest size of a net.
@@ -149,7 +149,7 @@ class Sensitivity(Analysis):
         return Outcome(summary, tables, drawings)
 
     def _analyze(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
-        """Rows of the table, by layer, and the summary of one model."""
+        """Rows of the table, one per layer, and the summary of one model."""
         net, sites = weight_sites(studied.net, studied.input_size)
         weights = {site.name: site for site in sites}
         quantizers = _quantizers_by_layer(net, weights)
@@ -208,7 +208,7 @@ class Sensitivity(Analysis):
         quantizers: Mapping[str, Sequence[Quantizer]],
         score: PairedScore,
     ) -> list[EvaluationPoint]:
-        """The unchanged model, then each layer in float and at the other bit-widths."""
+        """Points to evaluate: the unchanged model, then each layer in float and at other bits."""
         weights = {site.name: site for site in sites}
         points = [EvaluationPoint({}, net, score=score)]
         for name, layer_quantizers in quantizers.items():
@@ -231,12 +231,12 @@ class Sensitivity(Analysis):
         """
         assert self.budget_mb is not None  # noqa: S101  (narrows a type)
         budget_bytes = round(self.budget_mb * MB)
-        # In training, a rule about the bits of a stem or a head includes their input.
+        # In training, a rule that sets the bits of a stem or head also sets the bits of the input.
         free_sites = sites if is_float(sites) else in_blocks(sites)
         fixed_bytes, sizes = stored_bytes(net, free_sites, self.bits)
         smallest = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
         if smallest > budget_bytes:
-            # Printed to the byte, so that it can be used as the new budget.
+            # The size is printed to the byte, so that it can be used as the new budget.
             raise UsageError(
                 f"analysis.budget_mb={self.budget_mb}: must be at least {smallest / MB:f}, "
                 f"which {studied.label} takes with the lowest bits everywhere"
@@ -247,7 +247,7 @@ class Sensitivity(Analysis):
 def _quantizers_by_layer(
     net: nn.Module, weights: Mapping[str, WeightSite]
 ) -> dict[str, list[Quantizer]]:
-    """Quantizers that round, by layer; the layers of weights are listed even without one.
+    """Quantizers that round, by layer; layers with weights are listed even if nothing rounds.
 
     Quantizers that belong to no layer are listed under "(net)".
     """
@@ -271,7 +271,7 @@ def _row(label: str, layer: str, weight: WeightSite | None) -> Row:
 
 
 def _loss_changes(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, dict[int, float]]:
-    """Loss changes by layer and bits; 0 at the present bits, which were not tried."""
+    """Loss changes by layer and bits; 0 at the current bits, which were not tried."""
     changes: dict[str, dict[int, float]] = {}
     for name, layer_sizes in sizes.items():
         changes[name] = {}
@@ -292,7 +292,8 @@ def _log_suggestion(label: str, suggestion: Mapping[str, Any]) -> None:
 def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
     """Let these quantizers return their input inside a `with` block.
 
-    An integer LayerNorm next to one of them, which rounds with its scale, is a float LayerNorm.
+    An integer LayerNorm next to one of these quantizers, which would round with its scale, runs in
+    float.
     """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
     for module in net.modules():
@@ -305,8 +306,8 @@ def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractC
     """Give weights other bits inside a `with` block.
 
     Args:
-        sites: weights; those of a float model get the step sizes with the least error.
-        bits: new bits by name of the weight.
+        sites: weights to change; weights of a float model get the step sizes with the least error.
+        bits: new bits, by name of the weight.
     """
     steps_from = "mse" if is_float(sites) else "own"
     forwards: dict[nn.Module, Forward] = {}
@@ -322,12 +323,12 @@ def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractC
 def stored_bytes(
     net: nn.Module, free: Sequence[WeightSite], widths: Sequence[int]
 ) -> tuple[int, Sizes]:
-    """Bytes of a model without some of its weights, and bytes of each of those by its bits.
+    """Bytes of a model without its free weights, and bytes of each free weight by bits.
 
     Args:
         net: the model.
         free: weights whose bits may be chosen.
-        widths: bits to choose from; the present ones are added.
+        widths: bits to choose from; the current bits are added.
     """
     fixed_bytes = size_bytes(net)
     sizes: dict[str, dict[int, int]] = {}
@@ -335,7 +336,7 @@ def stored_bytes(
         n_weights = site.shape.numel()
         fixed_bytes -= packed_bytes(n_weights, site.bits)
         if site.bits == FLOAT_BITS:
-            # `ptq.py` gives each row of a float weight a scale and a zero point.
+            # `ptq.py` creates a scale and a zero point for each row of a float weight.
             fixed_bytes += 2 * FLOAT_BYTES * site.shape[0]
         all_widths = {*widths, site.bits} - {FLOAT_BITS}
         sizes[site.name] = {bits: packed_bytes(n_weights, bits) for bits in sorted(all_widths)}
@@ -345,15 +346,15 @@ def stored_bytes(
 def greedy_bits(
     sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
 ) -> dict[str, int]:
-    """Bits of each layer that fit a size.
+    """Choose bits for each layer so that the weights fit a size.
 
-    Starts from the bits of least loss. As long as the weights are too large, it takes the
+    The search starts from the bits of least loss. While the weights are too large, it chooses the
     reduction that adds the least loss per byte saved.
 
     Args:
-        sizes: bytes by layer and bits; the smallest of all fit.
-        rises: loss changes by layer and bits.
-        room: bytes.
+        sizes: bytes by layer and bits; the smallest sizes of all layers must fit.
+        rises: increase of the loss, by layer and bits.
+        room: bytes that the weights may take.
     """
     bits = {
         name: min(layer_sizes, key=lambda width: (rises[name][width], layer_sizes[width]))
@@ -374,7 +375,7 @@ def greedy_bits(
 
 
 def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
-    """The override for a command line that sets bits of layers, with the rules that a model has.
+    """The command-line override that sets bits of layers, together with a model's existing rules.
 
     Returns:
         `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}`.
@@ -400,7 +401,7 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
 
 
 def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
-    """Loss changes on a logarithmic scale; those within noise have no colour."""
+    """Loss changes on a logarithmic scale; changes within noise have no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
     losses = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Weights on the axis of their codes, and use of codes by weights and activations."""
+"""Weights on the axis of their codes, and how weights and activations use codes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import FLOAT_BITS
 
-# Layer, role (`weight`, or `qk` for a folded matrix), latent float tensor (out, ...), and its
-# quantizer, None without one.
+# Layer, role (`weight`, or `qk` for a folded matrix), latent float tensor (out, ...), and quantizer
+# or None.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MOST_PANELS = 9
 ACTIVATION_IMAGES = 128
-# Half-width, in codes, of the band around a threshold in which a weight is near it, as in CGA.
+# A weight within this many codes of a threshold counts as near it, as in CGA.
 BOUNDARY = 0.005
 # Thresholds are drawn for at most this many levels.
 MOST_LEVELS = 20
@@ -47,7 +47,7 @@ MOST_LEVELS = 20
 class WeightAnalysis(Analysis):
     """Histograms of float weights on the axis of their codes, kurtosis, and use of codes.
 
-    For activations, use of codes on 128 images.
+    The use of codes by activations is measured on 128 images.
     """
 
     name: ClassVar[str] = "weights"
@@ -127,9 +127,9 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 
 @torch.no_grad()
 def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
-    """The number of unused levels of a quantizer, and the percentage of values at its end codes.
+    """The number of unused levels of a quantizer, and the percentage of values at the end codes.
 
-    For a uniform grid, also the percentage of clipped values: those more than half a step size
+    For a uniform grid, also the percentage of clipped values, which are more than half a step size
     beyond the end levels.
     """
     grid = quantizer.grid(x)
@@ -141,7 +141,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
         codes = grid.in_order(codes)
         low = grid.qmin
         high = grid.qmax
-    # A user's own quantizer may have codes outside of the bounds; they count as end codes.
+    # A user's own quantizer may have codes outside the bounds; these count as end codes.
     indices = codes.flatten().long().clamp(low, high) - low
     shares = torch.bincount(indices, minlength=high - low + 1) / indices.numel()
     row: Row = {
@@ -197,7 +197,7 @@ def _summary(rows: Sequence[Row]) -> Row:
 
 
 def _weighted_mean(rows: Sequence[Row], column: str) -> float:
-    """Mean of a column over all weights, for the rows that have it."""
+    """Mean of a column over all weights in the rows that have the column."""
     total = 0
     n_weights = 0
     for row in rows:
@@ -249,7 +249,7 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
         if len(levels) <= MOST_LEVELS:
             _draw_levels(axis, levels)
         else:
-            # Most of 256 codes may be unused, so only the range of the weights is drawn.
+            # Most of the 256 codes may be unused, so only the range of the weights is drawn.
             low = max(low, float(values.min()) - 0.5)
             high = min(high, float(values.max()) + 0.5)
     counts = torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high)

@@ -1,4 +1,4 @@
-"""Lightning callbacks of our own; `conf/callbacks/` composes them with Lightning's."""
+"""Our Lightning callbacks; `conf/callbacks/` combines them with Lightning's own."""
 
 from qat.callbacks.cga import CGA
 from qat.callbacks.ema import EMAWeightAveraging

@@ -1,4 +1,4 @@
-"""Confidence-guided annealing: late in training only weights near a decision threshold train.
+"""Confidence-guided annealing: late in training, train only weights near a decision threshold.
 
 Source: OFQ, arXiv 2302.02210.
 """
@@ -22,7 +22,7 @@ from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number
 
 QK_POLICIES = ("reference", "product", "freeze")
-# 30 of 340 epochs in the paper's recipes.
+# The paper's recipes anneal for 30 of 340 epochs.
 _DEFAULT_SHARE = 0.1
 
 
@@ -34,7 +34,7 @@ def _near_threshold(quantizer: Quantizer, weight: Tensor, boundary_range: float)
 class BandGate:
     """Passes the gradient of a folded query-key matrix only for entries near a threshold.
 
-    It is a hook before the forward pass of the quantizer of the matrix.
+    It is a pre-forward hook of the matrix's quantizer.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes.
@@ -48,7 +48,7 @@ class BandGate:
         self.active = False
 
     def __call__(self, module: Quantizer, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Return the matrix, detached outside the band."""
+        """Return the matrix; entries outside the band are detached."""
         if not self.active:
             return None
         (matrix,) = args
@@ -57,30 +57,31 @@ class BandGate:
 
 
 class CGA(Callback):
-    """Freezes, while it anneals, weights on half steps (StatsQ, SEQ) that are far from a threshold.
+    """Freezes weights on half steps (StatsQ, SEQ) that are far from a threshold during annealing.
 
     The frozen entries are chosen again in each step. They get no gradient and are restored after
     the step (`EntryFreezer`), so that neither weight decay nor momentum changes them; their moments
-    continue to decay. The choice depends only on the weights: all processes agree, nothing is
-    stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets, stem and heads train
-    as before.
+    continue to decay. The choice depends only on the weights, so all processes agree, nothing is
+    stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets, stem and heads are
+    trained as before.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes, 0 < value < 0.5.
-        epochs: number of epochs of annealing; None = up to the end of the run or, without
-            `start_epoch`, its last tenth.
+        epochs: number of epochs of annealing; None = until the end of the run, or without
+            `start_epoch`, the last tenth of the run.
         start_epoch: first epoch, counted from 0; None = the last `epochs` epochs anneal.
         lr: constant learning rate while annealing; the schedule does not change it.
         qk: treatment of query and key weights under query-key reparameterization. `reference` =
-            they train freely, as they do in effect in the paper's code; `product` = the gradient of
-            the folded matrix passes only in the band of this matrix; `freeze` = they are frozen.
+            they are trained freely, which is the effect of the paper's code; `product` = the
+            gradient of the folded matrix passes only for entries in its band; `freeze` = they are
+            frozen.
 
     Raises:
         UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is
             nothing to anneal.
     """
 
-    # It reads and restores single entries of weights between steps.
+    # CGA reads and restores single entries of weights between steps.
     needs_whole_weights = True
 
     def __init__(
@@ -112,7 +113,7 @@ class CGA(Callback):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the epochs and the weights."""
+        """Determine the epochs of annealing and the weights."""
         if stage != "fit":
             return
         self._first_epoch, self._end_epoch = self._span(trainer)
@@ -149,7 +150,8 @@ class CGA(Callback):
     ) -> None:
         """Switch the gates, and set the learning rate.
 
-        Not at the start of an epoch: a run that is resumed in the middle of one starts none.
+        This does not happen at the start of an epoch, because a run that is resumed within an epoch
+        does not start one.
         """
         for _, gate in self._gates:
             gate.active = self._anneals(trainer.current_epoch)
@@ -166,7 +168,7 @@ class CGA(Callback):
     ) -> None:
         """Zero the gradients of frozen entries, and save their values.
 
-        Gradients are complete here, and clipped later.
+        Here, gradients are complete and not yet clipped.
         """
         if not self._anneals(trainer.current_epoch):
             return
@@ -199,7 +201,7 @@ class CGA(Callback):
                 group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def _span(self, trainer: Trainer) -> tuple[float, float]:
-        """First epoch of annealing, and the epoch after the last; infinity = up to the end."""
+        """First epoch of annealing, and the epoch after the last one; infinity = until the end."""
         total = trainer.max_epochs or 1  # the tasks require it
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
@@ -222,7 +224,7 @@ class CGA(Callback):
 
 
 def _is_on_half_steps(site: Site) -> bool:
-    """True for weights with thresholds between values of equal magnitude, as in the paper."""
+    """True for weights on half steps, whose values are symmetric around zero, as in the paper."""
     if not site.is_weight:
         return False
     grid = site.quantizer.grid(site.latent().detach())

@@ -1,4 +1,4 @@
-"""Lightning's callback for averaged weights, faster: on the device, and without waiting for it."""
+"""A faster version of Lightning's weight averaging, on the device and without waiting for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from qat.utils.validate import check_int, check_number
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     """Exponential moving average of the weights, for validation and checkpoints.
 
-    Lightning copies the module before it is moved, so that each step would copy all weights from
-    the device; it updates them one by one, and reads from the device whether a step is the first.
+    Lightning's own callback copies the module before the module is moved, so that each step copies
+    all weights from the device. It also updates weights one by one, and reads from the device
+    whether a step is the first.
 
     Args:
         decay: weight of the old average in an update, 0 to below 1.
         update_every_n_steps: optimizer steps between updates.
-        use_buffers: True = average buffers, too; False = copy them.
+        use_buffers: True = average buffers too; False = copy them.
 
     Raises:
-        UsageError: a value with which the average would never change.
+        UsageError: with this value, the average would never change.
     """
 
     def __init__(
@@ -39,6 +40,6 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
-            # On the CPU: reading it does not wait for the device.
+            # The counter is on the CPU, so that reading it does not wait for the device.
             self._average_model.n_averaged = torch.tensor(0)
             self._average_model.multi_avg_fn = get_ema_multi_avg_fn(self._decay)

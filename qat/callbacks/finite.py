@@ -22,16 +22,16 @@ _NEVER = 2**62
 class FiniteCheck(Callback):
     """Ends a run at a non-finite loss, gradient or weight, and names the step and the module.
 
-    Non-finite is NaN or infinite.
+    Non-finite means NaN or infinite.
 
-    The first bad step is stored on the device, and read every n steps and before a checkpoint is
-    written; on a CPU, where reading waits for nothing, before each update. If it is read late, the
-    weights are damaged already, and the first damaged weight is named. Gradients that a scaler
-    checks itself (`trainer.precision=16-mixed`) are left to the scaler.
+    The number of the first bad step is stored on the device. It is read every n steps and before a
+    checkpoint is written; on a CPU, where reading does not have to wait, before each update. If it
+    is read late, weights are already damaged, and the error names the first damaged weight.
+    Gradients that a scaler checks (`trainer.precision=16-mixed`) are left to the scaler.
 
     Args:
         every_n_steps: optimizer steps between two reads on an accelerator; 1 finds the exact cause,
-            but waits for each step.
+            but waits for the device in each step.
 
     Raises:
         UsageError: the interval is not an integer of at least 1; during training: a value is not
@@ -47,19 +47,19 @@ class FiniteCheck(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the images, to find the module with."""
+        """Store the images with which the module can be found later."""
         self._images = batch[0]
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Check the loss, on the device."""
+        """Check the loss on the device."""
         self._note(trainer, loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Check the gradients, which are complete and not yet clipped; read the result if due."""
+        """Check the complete, not yet clipped gradients; read the result if it is due."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = _gradients(pl_module)
             largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
@@ -80,7 +80,7 @@ class FiniteCheck(Callback):
             )
 
     def _note(self, trainer: Trainer, value: Tensor) -> None:
-        # On the device: nothing waits for it.
+        # The check runs on the device, and nothing waits for it.
         step = torch.where(value.isfinite(), _NEVER, trainer.global_step)
         self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
 
@@ -101,7 +101,7 @@ def _reading_is_free(pl_module: LightningModule) -> bool:
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:
-    """The parts of gradients in this process, without empty ones."""
+    """The parts of gradients in this process, except empty parts."""
     gradients = []
     for parameter in module.parameters():
         if parameter.grad is not None:
@@ -110,7 +110,7 @@ def _gradients(module: nn.Module) -> list[Tensor]:
 
 
 def _error(problem: str, cause: str | None) -> UsageError:
-    """The same error in every process, with the cause that the first of them has found."""
+    """The same error in every process, with the cause that the first process found."""
     causes = [cause]
     if dist.is_initialized() and dist.get_world_size() > 1:
         causes = [None] * dist.get_world_size()
@@ -128,7 +128,7 @@ def _error(problem: str, cause: str | None) -> UsageError:
 
 
 def _damaged(state: dict[str, Any]) -> str | None:
-    """Name of the first weight, or part of a weight in this process, that is not finite."""
+    """Name of the first weight of which a value in this process is not finite."""
     for name, value in state.items():
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         if is_float and not own_part(value).isfinite().all():
@@ -137,7 +137,7 @@ def _damaged(state: dict[str, Any]) -> str | None:
 
 
 def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
-    """The images, a weight, or the first module whose output is not finite in another pass."""
+    """The cause: images, a weight, or the first module with a non-finite output in a new pass."""
     net: Any = trainer.lightning_module.net
     outputs: list[tuple[str, Tensor]] = []
 
@@ -155,7 +155,8 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
         probing(net, hooks),
         trainer.precision_plugin.forward_context(),
     ):
-        net(images)  # in all processes, even if the cause is known: they may share the weights
+        # All processes take part, even if the cause is known: they may share the weights.
+        net(images)
     if not images.isfinite().all():
         return "the images of the batch"
     damaged = _damaged(net.state_dict())

@@ -30,18 +30,19 @@ _MOST_DRIFT = 0.25
 
 
 class IterativeFreezing(Callback):
-    """Freezes weights whose code oscillates more often than a threshold that falls along a cosine.
+    """Freezes weights that oscillate more often than a threshold, which falls along a cosine.
 
-    A code always follows from its latent weight. So the latent of a frozen weight is moved to the
-    middle of the cell of its integer, kept there through every step (`EntryFreezer`), and moved
-    back when the step size moves the cell away. As in the authors' code, freezing takes effect in
-    the next forward pass. The folded matrix of QKR has no latent of its own and is not frozen.
+    A code always follows from its latent weight. So the latent weight of a frozen entry is moved to
+    the middle of the cell of its integer, kept there in every step (`EntryFreezer`), and moved
+    again when a change of the step size moves the cell away. As in the authors' code, freezing
+    takes effect in the next forward pass. The folded matrix of QKR has no latent weights, and is
+    not frozen.
 
     Args:
         threshold: oscillation frequency above which a weight is frozen, at the start of the run;
             above 0, below 1.
-        final_threshold: threshold at the end of the run; two to three times `momentum` or more
-            catches only repeated flips.
+        final_threshold: threshold at the end of the run; at two to three times `momentum` or more,
+            only repeated flips exceed it.
         momentum: weight of one step in the frequency and in the mean code.
 
     Raises:
@@ -65,7 +66,7 @@ class IterativeFreezing(Callback):
         self._freezer = EntryFreezer(after=self._center)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the weights."""
+        """Find the weights to freeze."""
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
@@ -89,7 +90,7 @@ class IterativeFreezing(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Freeze by the codes of the last forward pass, and keep frozen entries in this step."""
+        """Freeze entries by the codes of the last forward pass; keep frozen entries unchanged."""
         threshold = self.threshold_at(trainer.global_step)
         frozen: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
@@ -109,7 +110,7 @@ class IterativeFreezing(Callback):
 
     @torch.no_grad()
     def _center(self) -> None:
-        """Move frozen latent weights that drifted back to the middle of their cells."""
+        """Move frozen latent weights back to the middle of their cells."""
         for site in self._sites:
             weight = site.latent()
             state = self._frozen[site.name]

@@ -1,4 +1,4 @@
-"""`last.ckpt`, from which a run resumes after a kill."""
+"""Write `last.ckpt`, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 NAME = "last.ckpt"
-# Reasons for which a resumed run continues to train.
+# Reasons of an early end after which a resumed run continues to train.
 _CONTINUES = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` at the end of every epoch and every n steps, and resumes from it.
 
-    Lightning's ModelCheckpoint with a step interval leaves `last.ckpt` at the last multiple of it,
-    before the final weights.
+    Lightning's ModelCheckpoint with an interval of steps would leave `last.ckpt` at the last
+    multiple of the interval, not at the final weights.
 
     Args:
-        every_n_steps: also after every n optimizer steps; None = at the end of epochs only.
+        every_n_steps: save also after every n optimizer steps; None = only at the end of epochs.
         dirpath: folder; None = no file is written.
 
     Attributes:
@@ -49,15 +49,15 @@ class LastCheckpoint(Checkpoint):
         self._step = 0  # optimizer steps before the current batch
         self._stops = False  # `should_stop` before the current batch
         self._saved_at = -1  # step of the file
-        self._waits = False  # for a validation to end, before saving
+        self._waits = False  # for the end of a validation, before saving
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the best checkpoints, and set `patience` to its present setting.
+        """Restore the best checkpoints, and set `patience` to its current setting.
 
-        The run may have moved to another directory. If the best file is missing, the record of it
-        is dropped.
+        The run may have moved to another directory. If the best file is missing, its record is
+        dropped.
         """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
@@ -81,9 +81,9 @@ class LastCheckpoint(Checkpoint):
                 state["patience"] = stopping.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not continue a run that had stopped early, unless it has more patience now.
+        """Do not continue a run that had stopped early, unless its patience was raised.
 
-        Lightning forgets the stop at every start, and would train one epoch more each time.
+        Lightning forgets the stop at every start, and would train another epoch each time.
         """
         for stopping in trainer.early_stopping_callbacks:
             has_no_patience = stopping.wait_count >= stopping.patience
@@ -99,7 +99,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the step and `should_stop`, to compare after the batch."""
+        """Store the step and `should_stop` for comparison after the batch."""
         self._step = trainer.global_step
         self._stops = trainer.should_stop
 
@@ -108,8 +108,9 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save after a step that completes an interval, except at the end of an epoch.
 
-        Between accumulated batches nothing is saved, and `max_time`, which Lightning checks after
-        every batch, does not stop the run: no file contains their gradients.
+        Between accumulated batches, nothing is saved, because no file contains their gradients. For
+        the same reason, `max_time`, which Lightning checks after every batch, does not stop the run
+        there.
         """
         if trainer.global_step == self._step:
             trainer.should_stop = self._stops
@@ -127,8 +128,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the callbacks before this one, to include their state.
 
-        If a limit of steps or time has cut the epoch short, the file records it as unfinished: with
-        a higher limit it continues.
+        If a limit of steps or time has cut the epoch short, the file records the epoch as
+        unfinished, and a run with a higher limit continues it.
         """
         log_before_saving(trainer, epoch=True)
         epochs: Any = trainer.fit_loop.epoch_progress
@@ -142,7 +143,7 @@ class LastCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Call `on_train_end` of all callbacks in a run that was killed after its last step.
 
-        Lightning leaves it out, and with it tables and averaged weights.
+        Lightning would not call it, and tables and averaged weights would be missing.
         """
         if self._began is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -163,9 +164,9 @@ class LastCheckpoint(Checkpoint):
         self.earlier_seconds = float(state_dict.get("seconds", 0.0))
 
     def save(self, trainer: Trainer) -> None:
-        """Save after a step, or if a validation follows it, after the validation.
+        """Save after a step, or after the validation if one follows.
 
-        A run that resumed from a file before the validation would leave the validation out.
+        A run that resumes from a file written before the validation would skip the validation.
         """
         loops = trainer.fit_loop
         if loops.epoch_loop._should_check_val_fx(loops._data_fetcher):  # type: ignore[arg-type]
@@ -192,7 +193,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """State of a ModelCheckpoint with all its files in another folder."""
+    """State of a ModelCheckpoint after all its files moved to another folder."""
     moved = dict(state)
     for key, path in state.items():
         if key.endswith("_path"):
@@ -206,5 +207,5 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 class BestCheckpoints(ModelCheckpoint):
     """Several best checkpoints, in addition to `best.ckpt`.
 
-    A class of its own, since Lightning stores one state for each class and score.
+    It is a separate class because Lightning stores one state for each class and score.
     """

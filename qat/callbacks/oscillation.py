@@ -1,4 +1,4 @@
-"""Statistics of how often weight codes flip during training.
+"""Count how often weight codes flip during training.
 
 Sources: Nagel et al., arXiv 2203.11086; OFQ.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.oscillation import OscillationState, oscillation_step
 from qat.model.sites import Site, iter_quantizers
+from qat.quantizers import FloatGrid
 from qat.utils.files import csv_text, write_text
 from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
 
@@ -32,9 +33,9 @@ def logs_now(trainer: Trainer) -> bool:
 def log_share(
     trainer: Trainer, pl_module: LightningModule, name: str, masks: Sequence[Tensor]
 ) -> None:
-    """Log the share of entries that are true in some masks, without waiting for the device.
+    """Log the share of true entries in several masks, without waiting for the device.
 
-    Does nothing in steps that are not logged.
+    It does nothing in steps that are not logged.
     """
     if masks and logs_now(trainer):
         num_true = torch.stack([mask.sum() for mask in masks]).sum()
@@ -43,9 +44,9 @@ def log_share(
 
 
 def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
-    """`oscillation_step` with a state of seven bytes an entry.
+    """`oscillation_step` with a state of seven bytes per entry.
 
-    Codes are int16, directions int8, and of the flips only the sum is stored.
+    Codes are int16 and directions int8; only the sum of the flips is stored.
 
     Args:
         state: result of the previous update, on any device; None before the first.
@@ -65,7 +66,7 @@ def track(state: OscillationState | None, codes: Tensor, momentum: float) -> Osc
 
 
 class _Sums(NamedTuple):
-    """Sums over the entries of one weight; all (), float32."""
+    """Sums over the entries of one weight; each is (), float32."""
 
     entries: Any
     oscillating: Any
@@ -75,11 +76,11 @@ class _Sums(NamedTuple):
 
 
 class Oscillation(Callback):
-    """Tracks the codes of weights before every n-th optimizer step, 7 bytes for each entry.
+    """Tracks the codes of weights before every n-th optimizer step, in 7 bytes per entry.
 
-    Logs `osc/share` of weights that oscillate, `osc/band` = share near a threshold, the mean
-    `osc/frequency`, and `osc/flips` so far. The end of the run writes a table with a row for each
-    layer.
+    It logs `osc/share`, the share of oscillating weights, `osc/band`, the share near a threshold,
+    `osc/frequency`, the mean frequency, and `osc/flips`, the flips so far. At the end of the run it
+    writes a table with a row for each layer.
 
     Args:
         momentum: weight of one update in the frequency, above 0 to below 1.
@@ -115,7 +116,7 @@ class Oscillation(Callback):
         self._states: dict[str, OscillationState] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the weights."""
+        """Find the weights to track."""
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
@@ -123,18 +124,19 @@ class Oscillation(Callback):
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
-                f"weights of at most {self.max_bits} bits, floats in blocks aside"
+                f"weights of at most {self.max_bits} bits, not counting floats of few bits"
             )
 
     def _tracks(self, site: Site) -> bool:
-        quantizer = site.quantizer
-        return site.is_weight and quantizer.spec.bits <= self.max_bits and not quantizer.in_blocks
+        if not site.is_weight or site.quantizer.spec.bits > self.max_bits:
+            return False
+        return not isinstance(site.quantizer.grid(site.latent()), FloatGrid)
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Update the statistics by the codes of the last forward pass."""
+        """Update the statistics with the codes of the last forward pass."""
         if trainer.global_step % self.every_n_steps == 0:
             for site in self._sites:
                 codes = site.quantizer.codes(site.latent())

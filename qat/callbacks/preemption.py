@@ -1,4 +1,4 @@
-"""After a signal, save and stop a run after the current step, the same one in all processes."""
+"""After a signal, save and stop a run after the same step in all processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from qat.launch.signals import Preempted
 class Preemption(Checkpoint):
     """Writes `last.ckpt` and raises `Preempted` if a signal of `qat.launch.signals` has arrived.
 
-    Processes may notice a signal in different steps, and no process may stop by itself: the others
-    would wait for its gradients. After each step they start to exchange their signals, on the host,
-    and read the exchange that began after the step before. So all act after the same step, at most
-    one later, without waiting for the device. After a signal during a validation, or in the last
-    step before one, the run stops after the validation.
+    Processes may notice a signal in different steps, and no process may stop on its own, because
+    the others would wait for its gradients. After each step, all processes start an exchange of
+    signals on the host, and read the result of the previous exchange. So all processes stop after
+    the same step, at most one step later, without waiting for the device. After a signal during a
+    validation, or in the last step before one, the run stops after the validation.
 
-    It is a `Checkpoint` only for the order: Lightning calls these after all other callbacks, whose
-    state the file contains. It has to come after `LastCheckpoint`, which writes the file.
+    It is a `Checkpoint` only for its place in the order: Lightning calls checkpoint callbacks after
+    all other callbacks, whose state the file contains. It must come after `LastCheckpoint`, which
+    writes the file.
     """
 
     def __init__(self) -> None:
@@ -36,9 +37,9 @@ class Preemption(Checkpoint):
         self._checked_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let signals wait for the end of a step from now on."""
+        """From now on, delay the reaction to signals until the end of a step."""
         signals.defer(on=True)
-        # In place of Lightning's new handlers, which would requeue the job from their own file.
+        # Replace Lightning's new handlers, which would requeue the job from their own file.
         signals.listen()
         self._exchange_running = None
         self._signal = 0
@@ -63,15 +64,15 @@ class Preemption(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop before the next step, when the metrics of the last step are logged."""
+        """Stop before the next step, after the metrics of the last step were logged."""
         self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after an epoch, which `LastCheckpoint` has saved, when its metrics are logged."""
+        """Stop after an epoch that `LastCheckpoint` has saved and whose metrics were logged."""
         self._stop_if_any(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the evaluation; from now on a signal raises `Preempted` at once."""
+        """Stop before the evaluation; from now on, a signal raises `Preempted` immediately."""
         self._stop_if_any(trainer)
         signals.defer(on=False)
 
@@ -85,7 +86,7 @@ class Preemption(Checkpoint):
         if not self._signal:
             return
         signals.forget()
-        signals.defer(on=True)  # later signals do not interrupt the end of the run
+        signals.defer(on=True)  # so that later signals do not interrupt the end of the run
         last = _writer(trainer)
         saved = None if last is None else last.saved(trainer)
         raise Preempted(self._signal, trainer.global_step, saved)
@@ -93,7 +94,7 @@ class Preemption(Checkpoint):
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange, and return the highest signal of all processes, or 0.
 
-        It is the result of the previous exchange, or with `wait` of this one.
+        The returned signal is from the previous exchange, or with `wait` from this one.
         """
         arrived = signals.arrived()
         if self._group is None:
@@ -105,7 +106,7 @@ class Preemption(Checkpoint):
         return self._result() if wait else previous_result
 
     def _result(self) -> int:
-        """Result of the running exchange, 0 if there is none."""
+        """Result of the running exchange; 0 if no exchange is running."""
         if self._exchange_running is None:
             return 0
         work, flag = self._exchange_running

@@ -1,4 +1,4 @@
-"""Progress of a training: seeds of its steps, its last step, and a line in the log per epoch."""
+"""Progress of training: seeds of steps, the last step, and a log line per epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class StepSeed(Callback):
     """Seeds every step (dropout, drop path), so that a resumed run draws the same numbers.
 
-    No state of a generator has to be saved.
+    No generator state needs to be saved.
 
     Args:
         seed: seed of the run.
@@ -35,7 +35,7 @@ class StepSeed(Callback):
 
 
 class GraphSteps(Callback):
-    """Marks the start of each step for CUDA graphs, and frees gradients in their memory."""
+    """Marks the start of each step for CUDA graphs, and frees gradients in the graphs' memory."""
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin a step."""
@@ -45,7 +45,7 @@ class GraphSteps(Callback):
     on_test_batch_start = on_train_batch_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Free the gradients, or copy them if the next batch is accumulated to them."""
+        """Free the gradients, or copy them if the next batch adds to them."""
         accumulates = trainer.accumulate_grad_batches > 1
         for parameter in pl_module.parameters():
             if parameter.grad is not None:
@@ -55,8 +55,9 @@ class GraphSteps(Callback):
 class StepLimit(Callback):
     """Ends a run after `trainer.max_steps` optimizer steps, with a validation.
 
-    With `Trainer(max_steps=...)` itself, a run that is resumed at the end of an epoch skips the
-    images of the next one, and a run that ends within an epoch does not validate its last weights.
+    With `Trainer(max_steps=...)`, a run that is resumed at the end of an epoch would skip the
+    images of the next epoch, and a run that ends within an epoch would not validate its final
+    weights.
 
     Args:
         steps: optimizer steps of the whole run.
@@ -66,7 +67,7 @@ class StepLimit(Callback):
         self.steps = steps
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Stop a resumed run that has taken all steps."""
+        """Stop a resumed run that has already taken all steps."""
         trainer.should_stop |= trainer.global_step >= self.steps
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -92,8 +93,8 @@ class EpochLog(Callback):
         self._images += len(batch[0]) * trainer.world_size
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the line."""
-        metrics = trainer.callback_metrics  # gathered: all processes must read it
+        """Log the line of the epoch."""
+        metrics = trainer.callback_metrics  # a gathered value, so all processes must read it
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch + 1

@@ -1,1 +1,1 @@
-"""The command line: composition of the config, overrides, and mistakes made into lines."""
+"""The command line: compose the config, apply overrides, and print mistakes as one line."""

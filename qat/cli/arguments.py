@@ -1,4 +1,4 @@
-"""Arguments of the command line, in the grammar of Hydra."""
+"""Translate arguments of the command line to Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from qat.tasks.conf import options
 
-# Settings whose values are paths, written as in a shell: whole names, and last parts of names.
+# Settings whose values are paths, written as in a shell: full names, and last parts of names.
 PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
-# A quoted text, or a whole element that Hydra would read as a number or a truth value.
+# A quoted text, or a whole element that Hydra would read as a number or a bool.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
 NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
 ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
@@ -27,8 +27,8 @@ OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 def prepared(arguments: Sequence[str]) -> list[str]:
     """Arguments as Hydra needs them.
 
-    `~` is expanded, paths are quoted where Hydra's grammar needs it, and `model=NAME`
-    becomes the settings that it is short for.
+    `~` is expanded, paths are quoted where Hydra's grammar needs it, and `model=NAME` is replaced
+    by the settings that it stands for.
     """
     is_multirun = "-m" in arguments or "--multirun" in arguments
     hydra_arguments = []
@@ -49,7 +49,7 @@ def prepared(arguments: Sequence[str]) -> list[str]:
 
 
 def _quoted_path(value: str, *, is_multirun: bool) -> str:
-    """A path, quoted where Hydra's grammar would refuse it or read it as a number."""
+    """A path, quoted if Hydra's grammar would refuse it or read it as a number."""
     is_sweep = is_multirun and SWEEP.search(value)
     needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
     if needs_quotes:
@@ -71,7 +71,7 @@ def _quoted(value: str) -> str:
 
 
 def _named_model(name: str) -> list[str]:
-    """Settings for `model=NAME`: a config of ours, a repository on the hub, or any timm model."""
+    """Settings for `model=NAME`; NAME is a config of ours, a hub repository or a timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Lists of the choices of `model=`, `quant=` and `ptq=`, with a description of each."""
+"""List the choices of `model=`, `quant=` and `ptq=`, with a description of each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from qat.tasks.conf import CONF, options
 
 
 def models() -> list[str]:
-    """The lines of `qat models`."""
+    """Lines that `qat models` prints."""
     entries = {}
     for name in options("model"):
         values = _values("model", name)
         parts = [values["name"], _remark("model", name)]
         entries[f"model={name}"] = ". ".join(part for part in parts if part not in {"", "???"})
-    return [*_table(entries), "model=NAME also takes any model of timm by its name there."]
+    return [*_table(entries), "model=NAME also accepts any timm model by its name."]
 
 
 def recipes() -> list[str]:
-    """The lines of `qat recipes`."""
+    """Lines that `qat recipes` prints."""
     entries = {}
     for name in options("quant"):
         values = _values("quant", name)
@@ -40,7 +40,7 @@ def _table(entries: dict[str, str]) -> list[str]:
 
 
 def _values(group: str, name: str) -> dict[str, Any]:
-    """Values of a choice, and those of the choices that it is based on."""
+    """Values of a choice, including values of the choices that it is based on."""
     own: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
     values: dict[str, Any] = {}
     for base in own.pop("defaults", []):
@@ -50,7 +50,7 @@ def _values(group: str, name: str) -> dict[str, Any]:
 
 
 def _remark(group: str, name: str) -> str:
-    """The comment at the top of a choice, or an empty text."""
+    """The comment at the top of a choice's file, or an empty text."""
     first_line = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     return first_line[2:] if first_line.startswith("# ") else ""
 

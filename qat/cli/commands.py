@@ -10,12 +10,13 @@ from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import importlib.metadata
+import inspect
 import logging
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,7 @@ from qat.tasks.conf import CONF, typed
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
-# matplotlib announces its font cache on a fresh machine.
+# On a new machine, matplotlib logs that it builds its font cache.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {
@@ -53,7 +54,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    sys.path.append(os.getcwd())  # for modules of the user, as with `python -m`
+    sys.path.append(os.getcwd())  # so that modules of the user are found, as with `python -m`
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in settings.COMMANDS:
         del sys.argv[1]
@@ -84,7 +85,7 @@ def run(name: str) -> int:
         name: a key of `settings.COMMANDS`.
 
     Returns:
-        The exit code: 1 if the run, or a job of a sweep, has failed.
+        The exit code: 1 if the run, or a job of a sweep, has failed, else 0.
     """
     with_traceback = os.environ.get(FULL_ERROR) == "1"
     has_begun = False
@@ -103,7 +104,7 @@ def run(name: str) -> int:
         refuse_flags(arguments)
         sys.argv[1:] = prepared(arguments)
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            hydra.main(config_path=str(CONF), config_name=name, **_hydra_arguments())(job)()
         finally:
             sweep.summarize()
     except Exception as error:
@@ -118,10 +119,17 @@ def run(name: str) -> int:
     return 1 if sweep.failures else 0
 
 
+def _hydra_arguments() -> dict[str, Any]:
+    """Arguments of `hydra.main` by its version: 1.4 warns of `version_base`, 1.3 without it."""
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        return {"execution_whitelist": "qat.*"}  # handlers of the log, callbacks of sweeps
+    return {"version_base": "1.3"}
+
+
 def _program(name: str) -> list[str]:
     """Words of the command line before the arguments, as they were typed.
 
-    Such as `qat train`, `.venv/bin/python train.py` or `python -m train`.
+    Examples are `qat train`, `.venv/bin/python train.py` and `python -m train`.
     """
     script, *arguments = sys.argv
     if Path(script).name == "qat":
@@ -133,19 +141,19 @@ def _program(name: str) -> list[str]:
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Writes to the present `sys.stdout`: a live progress bar replaces it to print above itself."""
+    """Writes to the current `sys.stdout`, which a progress bar replaces to print above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line without control characters, which the name of a file or class may contain."""
+        """Format the line without control characters, which a file or class name may contain."""
         return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore errors: the reader may be gone (`| head`), and the log file has the line."""
+        """Ignore errors: the reader may be gone (`| head`), and the log file contains the line."""
 
     @property
     def stream(self) -> TextIO:
-        """The present standard output."""
+        """The current standard output."""
         return sys.stdout

@@ -1,4 +1,4 @@
-"""Settings as other tools name them: what to type here instead."""
+"""Suggest our settings for settings as other tools name them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.errors import UsageError
 from qat.spec import ALIASES
 from qat.tasks.conf import options
 
-# Our settings, and their names in other tools, at the top or in the group of the setting.
+# Our settings, and their names in other tools, at the top level or in the group of the setting.
 NAMES = {
     "ckpt": "checkpoint checkpoint_path resume_from load_from",
     "run_dir": "output output_dir out_dir save_dir work_dir",
@@ -37,7 +37,7 @@ WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
 def refuse_flags(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` on `--name value`: settings are typed as `name=value`."""
+    """Raise `UsageError` on `--name value`, because settings are typed as `name=value`."""
     flags = get_args_parser().parse_known_args(arguments)[1]
     if not flags:
         return
@@ -52,9 +52,9 @@ def refuse_flags(arguments: Sequence[str]) -> None:
 
 
 def correction(arguments: Sequence[str]) -> str | None:
-    """A line on the first argument in the words of another tool; None if there is none.
+    """A line about the first argument that is written as in another tool; else None.
 
-    Called if Hydra cannot compose a config.
+    It is called if Hydra cannot compose a config.
     """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
@@ -88,7 +88,7 @@ def _replacement(setting: str, value: str) -> str | None:
 
 
 def _our_name(setting: str) -> str:
-    """Our name of a setting: of the whole one, or of one in its group; "" if there is none."""
+    """Our name of a setting, found by its full name or its name in the group; else ""."""
     if setting in OURS:
         return OURS[setting]
     group, _, last_part = setting.rpartition(".")
@@ -97,7 +97,7 @@ def _our_name(setting: str) -> str:
 
 
 def _recipes(group: str, value: str) -> str | None:
-    """Recipes with the bits in a name such as `w4a8` or `int4`; None for other names."""
+    """Recipes with the bits that a name such as `w4a8` or `int4` contains; None for other names."""
     bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if bits is None:
         return None

@@ -1,4 +1,4 @@
-"""One job of a command: its task in a locked run directory, and how it ends."""
+"""Run one job of a command in a locked run directory, and report how it ended."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from qat.utils.validate import check_choice
 log = logging.getLogger(__name__)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
-# Settings that a command that resumes adds.
+# Settings that are added to a command to resume it.
 RESUMING = {"resume", "run_dir"}
-# Seconds in which another process reports an error that all processes have.
+# Seconds in which another process may report an error that all processes have.
 OTHERS_WAIT_S = 10
 
 
@@ -84,17 +84,17 @@ def _end_stopped_run(
     """End a run that a signal has stopped: log how to resume it, and return the exit code."""
     folder = Path(cfg.run_dir)
     if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
-        # With an error in its results, the same command may start the run again.
+        # If the results contain an error, the same command may start the run again.
         _write_error(cfg, f"stopped by {stop.name}", state)
     hint = "the same command repeats it"
-    # A run that has not begun may have files of another one in its directory.
+    # The directory of a run that has not begun may contain files of another run.
     if "resume" in cfg and (state.has_begun() or cfg.resume or cfg.sweep_dir):
         hint = _resume_hint(command, cfg.sweep_dir or cfg.run_dir)
     return slurm.end_preempted(stop, folder, hint)
 
 
 def _resume_hint(command: Sequence[str], folder: str) -> str:
-    """How to resume a run: a command to paste, or words if a launcher started the run."""
+    """How to resume a run: a command to paste, or a description if a launcher started the run."""
     settings_to_add = ["resume=auto", f"run_dir={folder}"]
     if not command or slurm.is_launched():
         return f"the same command resumes with {' '.join(settings_to_add)}"
@@ -121,7 +121,7 @@ def _report_failure(
     sweep.failures.append(message)
     label = "error"
     if not ranks.is_first():
-        # If the first process fails with the same error, the launcher ends this one meanwhile.
+        # If the first process fails with the same error, the launcher ends this process meanwhile.
         time.sleep(OTHERS_WAIT_S)
         label = f"error in process {ranks.rank()}"
     log.error("%s: %s", label, message, exc_info=error if line is None else None)
@@ -138,7 +138,7 @@ def _start(
     torchrun and does not return.
 
     Raises:
-        UsageError: the run cannot have the processes that it asks for.
+        UsageError: the run cannot get the processes that it requests.
     """
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
@@ -164,7 +164,7 @@ def _start(
 
 
 def _command_line(cfg: DictConfig) -> list[str]:
-    """The command line of this run for other processes, with its run directory."""
+    """The command line that starts this run in other processes, with its run directory."""
     is_console_script = typed("").startswith("qat")
     command = [cfg.command] if is_console_script else []
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
@@ -172,12 +172,12 @@ def _command_line(cfg: DictConfig) -> list[str]:
 
 
 def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:
-    """Write results with an error, and the report if the run had begun."""
+    """Write results that contain an error, and the report if the run had begun."""
     if not ranks.is_first() or not state.takes_error():
         return
     from qat.tasks.results import write_results
 
-    # The error may be about this folder or this config.
+    # This folder or this config may be the cause of the error.
     with contextlib.suppress(OSError, OmegaConfBaseException):
         write_results(cfg, error=message)
         if state.has_begun():

@@ -21,7 +21,7 @@ ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 def line_of(error: BaseException | None) -> str | None:
     """The line to print for a known mistake; None for any other error.
 
-    Hydra wraps errors of constructors, so the mistake may be the cause of an error.
+    Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error.
     """
     while error is not None:
         for kinds, describe in _KNOWN_MISTAKES:
@@ -60,7 +60,7 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
 
 
 def _wrong_value(error: OmegaConfBaseException) -> str:
-    """The first line of an error of OmegaConf, with the name of the setting."""
+    """The first line of an OmegaConf error, with the name of the setting."""
     first_line = str(error).partition("\n")[0]
     _, _, reason = first_line.rpartition(" raised while resolving interpolation: ")
     name = str(error.full_key or "")
@@ -75,7 +75,7 @@ def _wrong_file(error: OSError) -> str | None:
 
 
 def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
-    """Describe an error of another library whose text has a pattern; `{}` is replaced by it."""
+    """Describe an error of another library if its text matches a pattern; `{}` becomes the text."""
 
     def describe(error: BaseException) -> str | None:
         text = _one_line(error)
@@ -84,7 +84,8 @@ def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
     return describe
 
 
-# Kinds of errors, and functions that return the line for an error, or None if it is another one.
+# Types of errors, and functions that return the line for an error of this type, or None if it is
+# unknown.
 _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     (UsageError, _one_line),
     (MissingConfigException, _unknown_choice),
@@ -94,7 +95,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         (OSError, RuntimeError),
         _message(
             r"[Tt]oo many open files|received 0 items of ancdata",
-            "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)",
+            "too many open files; lower data.num_workers, or raise the limit (ulimit -n)",
         ),
     ),
     (OSError, _wrong_file),
@@ -102,8 +103,8 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         RuntimeError,
         _message(
             r"^DataLoader worker \(pid",
-            "{}; memory may be short: data.num_workers fewer, "
-            "data.batch_size smaller, on Docker --shm-size larger",
+            "{}; memory may be short: lower data.num_workers or data.batch_size, "
+            "or raise --shm-size of Docker",
         ),
     ),
     (
@@ -111,7 +112,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
         _message(
             r"[Cc]onnection (closed|reset) by peer|remote process exited"
             r"|Broken pipe|failed to recv",
-            "another process of this run is gone: {}",
+            "another process of this run has ended: {}",
         ),
     ),
     (RuntimeError, _message(r"^Early stopping conditioned on", "{}")),

@@ -1,7 +1,7 @@
-"""Sweeps (`-m`): callbacks of Hydra, the summary at the end, and `analyze.py sweep=DIR`.
+"""Sweeps (`-m`): Hydra callbacks, the summary at the end, and `analyze.py sweep=DIR`.
 
 Nothing heavy is imported. Jobs may run in other processes and on other machines, so a job that
-fails writes its error to a file of its own: its `results.json` may be of an earlier run.
+fails writes its error to a separate file, because its `results.json` may be from an earlier run.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from qat.utils.text import printable, read_file
 
 log = logging.getLogger(__name__)
 
-# Error of a job that asks for several processes of this machine.
+# Error of a job that requests several processes on this machine.
 SEVERAL = (
     "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
-    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts a process a GPU"
+    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts one process per GPU"
 )
-# File with the error of a job, in the job's folder; `KILLED` until the job ends.
+# File in a job's folder with the error of the job; it contains `KILLED` until the job ends.
 ERROR = Path(".hydra") / "error.txt"
-KILLED = "it was killed, or is still going"
+KILLED = "it was killed, or is still running"
 _running: list[SweepCallback] = []
-# Messages of failed jobs, of this process or read from the files of others.
+# Messages of failed jobs, from this process or read from files of other processes.
 failures: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Hydra creates one for each command, and copies it to the processes of a sweep's jobs."""
+    """Hydra creates one callback per command, and copies it to the processes of a sweep's jobs."""
 
     def __init__(self) -> None:
         self.folder = ""  # directory of the sweep
         self.report = True
-        self._num_failures = 0  # before the present job
+        self._num_failures = 0  # before the current job
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a directory that another run writes to, before Hydra writes there."""
         _enter(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Lock the directory of a sweep. A search repeats its draws, so `resume` continues it."""
+        """Lock a sweep's directory. On `resume`, a search repeats its draws, and so continues."""
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
-        # Not all sweepers save it.
+        # Not all sweepers save this file.
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            # It announces its plugins.
+            # alembic logs its plugins.
             logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
@@ -70,7 +70,7 @@ class SweepCallback(Callback):
             _record_error(Path(config.hydra.runtime.output_dir), KILLED)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Record the error of the job, or that it has none."""
+        """Record the error of the job, or that the job has no error."""
         errors = failures[self._num_failures :]
         if job_return.status == JobStatus.FAILED:
             error = job_return._return_value
@@ -87,12 +87,12 @@ def _enter(config: DictConfig, folder: str) -> None:
     """
     try:
         _check_processes(config)
-        if config.run_dir != "":  # `run_dir.lock` refuses an empty one
+        if config.run_dir != "":  # `run_dir.lock` refuses an empty name
             check_path("run_dir", config.run_dir)
         run_dir.lock(folder)
         log_file = Path(folder, f"{config.hydra.job.name}.log")
         if log_file.exists() and not log_file.is_file():
-            raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
+            raise UsageError(f"run_dir={folder!r}: {log_file.name} exists and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -112,7 +112,8 @@ def _check_processes(config: DictConfig) -> None:
 def reported(value: float | None) -> float | None:
     """The result of a job for the sweeper.
 
-    NaN, the result of a failed job, becomes None for optuna, which would end the sweep.
+    For optuna, NaN (the result of a failed job) becomes None, because optuna would end the sweep at
+    NaN.
     """
     if value is None or not math.isnan(value) or not HydraConfig.initialized():
         return value
@@ -121,7 +122,7 @@ def reported(value: float | None) -> float | None:
 
 
 def summarize() -> None:
-    """Print the results of this process's sweep, if there was one, and write its table and page."""
+    """Print the results of this process's sweep, if there was one, and write the table and page."""
     if not _running or not ranks.is_first():
         return
     callback = _running.pop()
@@ -143,7 +144,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
 
     Raises:
-        UsageError: there are none, or another analysis is requested too.
+        UsageError: there are no jobs, or another analysis is requested too.
     """
     from qat.report.sweep import publish
 
@@ -157,7 +158,7 @@ def gather_sweep(cfg: DictConfig) -> None:
 def _record_error(folder: Path, error: str) -> None:
     """Write the error of a job to its folder; an empty text removes the file."""
     path = folder / ERROR
-    # The job itself reports a full disk.
+    # If the disk is full, the job itself reports it.
     with contextlib.suppress(OSError):
         if error:
             path.write_text(printable(" ".join(error.split())), encoding="utf-8")

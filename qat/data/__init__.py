@@ -1,4 +1,4 @@
-"""Datasets as LightningDataModules."""
+"""Datasets, as LightningDataModules."""
 
 from qat.data.image_data import ImageData
 from qat.data.image_transform import image_transform

@@ -1,4 +1,4 @@
-"""Base classes of datasets: a subclass reads the splits, these do everything else."""
+"""Base classes of datasets: a subclass reads the splits, the base class does everything else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat.launch.signals import ignore_signals
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-# Settings in files of earlier versions.
+# Settings that occur in files of earlier versions.
 REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
 IMAGENET: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
@@ -43,10 +43,10 @@ def data_folder(root: str | None, content: str) -> Path:
 
     Args:
         root: the setting.
-        content: the files that the folder must contain, for the message.
+        content: the files that the folder must contain, for error messages.
 
     Raises:
-        UsageError: the setting is empty, or is not a folder.
+        UsageError: the setting is empty, or the path is not a folder.
     """
     if not root or not Path(str(root)).is_dir():
         raise UsageError(f"data.root={root!r}: must be the folder that holds {content}")
@@ -54,9 +54,9 @@ def data_folder(root: str | None, content: str) -> Path:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Images after a transform.
+    """Transformed images.
 
-    Every random draw is a function of (seed, epoch, index, copy), independent of order and workers.
+    Every random draw depends only on (seed, epoch, index, copy), not on order and workers.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
@@ -71,7 +71,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
-        """All images of a batch, finished together to save time; torch's loaders call this."""
+        """All images of a batch, whose last step runs on all at once; torch's loaders call this."""
         images: Any = []
         labels = []
         with isolated_rng():
@@ -94,11 +94,12 @@ class ImageData(LightningDataModule, ABC):
         settings: fields of `DataSettings`.
 
     Attributes:
-        tested: the split for an evaluation; None = `test`, or `val` without a test split.
-        evaluates_whole: images without splits are all tested, not split for a training.
+        tested: the split for evaluation; None = `test`, or `val` if there is no test split.
+        evaluates_whole: if there are no splits, all images are tested, instead of being split for
+            training.
 
     Raises:
-        UsageError: unknown setting, or a value that cannot work.
+        UsageError: a setting is unknown, or has a value that cannot work.
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
@@ -114,7 +115,7 @@ class ImageData(LightningDataModule, ABC):
         self._splits: dict[str, ImageSource] = {}
         try:
             train_transform(self.settings)
-        # timm and torchvision raise nearly anything; better here than in the middle of an epoch.
+        # timm and torchvision may raise any exception; raise it here instead of within an epoch.
         except Exception as error:
             raise UsageError(
                 f"data.rand_augment={self.settings.rand_augment!r}, "
@@ -127,7 +128,7 @@ class ImageData(LightningDataModule, ABC):
         """The settings of this dataset; a subclass may fill in values that are None.
 
         Raises:
-            UsageError: unknown or missing setting, or a value that cannot work.
+            UsageError: a setting is unknown or missing, or has a value that cannot work.
         """
         current = {name: value for name, value in settings.items() if name not in REMOVED}
         try:
@@ -140,7 +141,7 @@ class ImageData(LightningDataModule, ABC):
         """Read all images: `train`, `val` and, if it exists, `test`; called once, when needed."""
 
     def named_classes(self) -> list[str] | None:
-        """Names of the classes in the order of their ids, None if unknown; no image is read."""
+        """Class names in the order of class ids; None if unknown. No image is read."""
         if len(self.CLASSES) != self.settings.num_classes:
             return None
         return list(self.CLASSES)
@@ -151,7 +152,7 @@ class ImageData(LightningDataModule, ABC):
         return self.settings.in_chans, self.settings.image_size, self.settings.image_size
 
     def split(self, name: str) -> ImageSource:
-        """Images of one split, of their original size.
+        """Images of one split, in their original size.
 
         Raises:
             UsageError: there is no such split, or a label is not a class.
@@ -174,25 +175,25 @@ class ImageData(LightningDataModule, ABC):
         return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash of images and labels of each split, independent of their location and of memory."""
+        """Hash of images and labels of each split, independent of where and how they are stored."""
         return {name: self.split(name).fingerprint() for name in self.splits}
 
     @property
     def evaluation_split(self) -> str:
-        """`tested` if set; else `test`, or `val` without a test split."""
+        """`tested` if it is set; else `test`, or `val` if there is no test split."""
         if self.tested:
             return self.tested
         return "test" if "test" in self.splits else "val"
 
     def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
-        """Facts about `evaluation_split` to compare an accuracy with.
+        """Facts about `evaluation_split` for comparison with an accuracy.
 
         Args:
-            confusion: (K, K), number of evaluated images, by true class along the rows; None = all
+            confusion: (K, K), counts of evaluated images, whose rows are true classes; None = all
                 images of the split.
 
         Returns:
-            `split`, `images`, and `majority_share`, the share in percent of the most frequent
+            `split`, `images`, and `majority_share`, the percentage of images of the most frequent
             class.
         """
         if confusion is None:
@@ -231,11 +232,11 @@ class ImageData(LightningDataModule, ABC):
             )
 
     def share_images(self, trainer: Trainer) -> None:
-        """Give each process of a trainer its own share of the images from now on."""
+        """From now on, give each process of a trainer its own share of the images."""
         self.trainer = trainer
 
     def train_dataloader(self) -> DataLoader:
-        """Training images, shuffled and augmented; the last incomplete batch is left out.
+        """Loader of training images, shuffled and augmented, without an incomplete last batch.
 
         Raises:
             UsageError: there are no training images, or fewer than processes.
@@ -243,14 +244,14 @@ class ImageData(LightningDataModule, ABC):
         return self._loader("train", shuffle=True)
 
     def batch_mixup(self) -> BatchMixup | None:
-        """Mixup and CutMix of a training batch; None if both are 0.
+        """Mixup and CutMix for training batches; None if both are off.
 
         Raises:
             UsageError: batches have an odd number of images.
         """
         if not self.settings.mixes:
             return None
-        # Not checked by the settings, which are also those of an evaluation with any batch size.
+        # The settings cannot check this, because an evaluation may use any batch size.
         if self.settings.batch_size % 2:
             raise UsageError(
                 f"data.batch_size={self.settings.batch_size}: "
@@ -265,18 +266,18 @@ class ImageData(LightningDataModule, ABC):
         mixup = self.batch_mixup()
         if mixup is None:
             return batch
-        # Counted over all epochs, including those before a run was resumed.
+        # Batches are counted over all epochs, including epochs before the run was resumed.
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return mixup(
             *batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank
         )
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split in order."""
+        """Loader of the validation split, in order."""
         return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
-        """`evaluation_split` in order, not augmented."""
+        """Loader of `evaluation_split`, in order and not augmented."""
         return self._loader(self.evaluation_split, shuffle=False)
 
     def _transformed(self, split: str, *, augmented: bool = False) -> TransformedImages:
@@ -284,11 +285,11 @@ class ImageData(LightningDataModule, ABC):
         return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
     def sample(self, split: str, count: int | None = None) -> DataLoader:
-        """A sample of a split, spread evenly over it, with the evaluation transform.
+        """A sample of images, spread evenly over a split, with the evaluation transform.
 
         Args:
             split: name of the split.
-            count: number of images; None, or more than there are = all.
+            count: number of images; all images if it is None or more than there are.
         """
         images = self._transformed(split)
         total = len(images)
@@ -307,12 +308,12 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer:
             rank = self.trainer.global_rank
             world_size = self.trainer.world_size
-        if len(images) < world_size:  # the others would wait for a process without images
+        if len(images) < world_size:  # the other processes would wait for a process without images
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split"
             )
-        # Copies without augmentation would be equal.
+        # Without augmentation, copies would be equal.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         sampler = SeededSampler(
             len(images),
@@ -336,7 +337,7 @@ class ImageData(LightningDataModule, ABC):
         )
 
     def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
-        """Images from which scales are calibrated, always the same for a seed.
+        """Images for the calibration of scales, which depend only on the seed.
 
         Args:
             batch_size: images of a batch; None = `data.batch_size`.
@@ -358,14 +359,15 @@ class ImageData(LightningDataModule, ABC):
 
 
 class EncodedImageData(ImageData):
-    """Base of datasets of image files of any size, preprocessed as the pretrained model expects.
+    """Base of datasets of image files of any size, which are preprocessed for a pretrained model.
 
     Args:
-        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and
-            `interpolation` = that of `model`, in `num_classes` = the number in the data.
+        settings: fields of `DataSettings`. If `mean`, `std`, `crop_pct`, `crop_mode` or
+            `interpolation` is None, the value of `model` is used; if `num_classes` is None, the
+            number of classes in the data.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -378,10 +380,10 @@ class EncodedImageData(ImageData):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings; preprocessing that is None = that of `model`, else `IMAGENET`.
+        """The settings; preprocessing that is None is taken from `model`, or else from `IMAGENET`.
 
         Raises:
-            UsageError: unknown or missing setting, or a value that cannot work.
+            UsageError: a setting is unknown or missing, or has a value that cannot work.
         """
         config = None
         try:
@@ -402,7 +404,7 @@ class EncodedImageData(ImageData):
         return super().complete({**settings, **preprocessing})
 
     def read(self) -> dict[str, ImageSource]:
-        """All existing splits; without val a tenth of train is held out."""
+        """All existing splits; if there is no val split, a tenth of train is held out."""
         splits: dict[str, ImageSource] = {}
         for split, images in hold_out(self.encoded()).items():
             source = load(images, self.settings.memory_mb)
@@ -413,7 +415,7 @@ class EncodedImageData(ImageData):
 
     @abstractmethod
     def encoded(self) -> Mapping[str, EncodedImages]:
-        """The splits, images not decoded."""
+        """The splits, with encoded images."""
 
     def count_classes(self) -> int:
         """Number of classes in the data: the highest label of the first split plus one."""

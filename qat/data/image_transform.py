@@ -1,4 +1,4 @@
-"""Evaluation's preprocessing of one image from a file, from Pillow or in an array."""
+"""The evaluation transform for one image: a file, a Pillow image or an array."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ AnyImage = Image.Image | NDArray[np.uint8] | str | Path
 def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[AnyImage], Tensor]:
     """Build a function from an image of any size to the input of a net, (C, H, W) float32.
 
-    The function takes a path, Pillow's image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8;
-    colours become grey, or grey becomes RGB, by `in_chans`. It raises `UsageError` for other
-    arguments, and for a file that cannot be decoded.
+    The function accepts a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of
+    uint8; it converts colours to grey, or grey to RGB, to match `in_chans`. It raises `UsageError`
+    for other arguments, and for a file that cannot be decoded.
 
     Args:
-        settings: settings of a dataset (`data.settings`), or a data config as in checkpoints: a
-            mapping of settings, which may have `_target_`. No code is imported for a `_target_`.
+        settings: settings of a dataset (`data.settings`), or the data config of a checkpoint: a
+            mapping of settings, which may contain `_target_`. No code is imported for `_target_`.
 
     Raises:
         UsageError: the settings cannot work, or `_target_` is an unknown dataset.
@@ -48,7 +48,7 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
-    """Complete settings of a data config as in checkpoints; see `image_transform`."""
+    """Complete settings from the data config of a checkpoint; see `image_transform`."""
     target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
@@ -61,7 +61,7 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
 
 
 def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
-    """(H, W, chans)."""
+    """The pixels of an image, (H, W, chans)."""
     if isinstance(image, str | Path):
         return decode(functools.partial(open_file, image), chans, str(image))
     kind = type(image).__name__
@@ -72,12 +72,12 @@ def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
     if not isinstance(image, Image.Image):
         raise UsageError(
             f"image of type {kind}: "
-            "must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8"
+            "must be a path, a Pillow image, or an array (H, W[, 1 or 3]) of uint8"
         )
     return decode(lambda: image, chans, f"image of type {kind}")
 
 
 def _is_image(array: NDArray[Any]) -> bool:
-    """True for (H, W), (H, W, 1) or (H, W, 3) of uint8."""
+    """True for a uint8 array (H, W), (H, W, 1) or (H, W, 3)."""
     has_channels = array.ndim == 3 and array.shape[2] in {1, 3}
     return array.dtype == np.uint8 and (array.ndim == 2 or has_channels)

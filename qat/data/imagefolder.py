@@ -1,4 +1,4 @@
-"""Datasets with a folder per class, as for torchvision's `ImageFolder`; ImageNet (ILSVRC 2012)."""
+"""Datasets with a folder per class, as in torchvision's `ImageFolder`; ImageNet (ILSVRC 2012)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class FileImages(EncodedImages):
 
     Args:
         files: path and class id of each image.
-        folder: folder of all files; a fingerprint contains their paths relative to it.
+        folder: folder of all files; a fingerprint depends on paths relative to this folder.
         settings: see `EncodedImages`.
     """
 
     def __init__(self, files: list[tuple[str, int]], folder: str, settings: DataSettings) -> None:
-        # One array: a million Python objects would be copied page by page into every worker
-        # process, as their reference counts change.
+        # Use one array: a million Python objects would be copied page by page into every worker
+        # process when their reference counts change.
         self.paths = np.asarray([os.fsencode(path) for path, _ in files])
         labels = np.asarray([label for _, label in files], dtype=np.int64)
         super().__init__(labels, folder, settings)
@@ -48,7 +48,7 @@ class FileImages(EncodedImages):
         return os.fsdecode(self.paths[self.rows[index]])
 
     def fingerprint(self) -> str:
-        """Hash of labels and of relative paths; it does not depend on the content of files."""
+        """Hash of labels and relative paths, which does not depend on the contents of files."""
         start = len(os.fsencode(self.origin))
         relative_paths = [path[start:] for path in self.paths[self.rows].tolist()]
         return digest(self.labels, b"\0".join(relative_paths))
@@ -57,9 +57,10 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids by the sorted folders of train.
 
-    `root/<class>/*` is all train, or with `evaluates_whole` all test. Without val a tenth of train
-    is held out, always the same images. Without test, or if it has no class folders, val is
-    evaluated. Without train a net can be evaluated if another split has a folder for every class.
+    Images in `root/<class>/*` are all train, or with `evaluates_whole` all test. If there is no
+    val, a fixed tenth of train is held out. If there is no test, or test has no class folders, val
+    is evaluated. Without train, a net can be evaluated if another split has a folder for every
+    class.
     """
 
     UNREAD = ("image_column", "label_column")
@@ -68,8 +69,8 @@ class ImageFolder(EncodedImageData):
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or not such a folder, the classes are not those of
-                the settings or of the first split, or a split has no images.
+            UsageError: `data.root` is not set or is not such a folder, the classes do not match the
+                settings or the first split, or a split has no images.
         """
         folders = self._folders()
         classes = self.classes()
@@ -83,7 +84,7 @@ class ImageFolder(EncodedImageData):
         for split, folder in folders.items():
             names = class_names(folder)
             if split == "test" and split != first_split and not names:
-                continue  # as in ILSVRC, whose test labels are not published
+                continue  # for example ILSVRC, whose test labels are not published
             unknown = sorted(set(names) - set(classes))
             if unknown:
                 raise UsageError(
@@ -97,7 +98,7 @@ class ImageFolder(EncodedImageData):
         return splits
 
     def _folders(self) -> dict[str, Path]:
-        """Folder of each existing split; the first one defines the classes."""
+        """Folder of each existing split; the first split defines the classes."""
         root = data_folder(self.settings.root, LAYOUT)
         folders: dict[str, Path] = {}
         for split, names in FOLDERS.items():
@@ -118,26 +119,26 @@ class ImageFolder(EncodedImageData):
         return len(self.classes())
 
     def classes(self) -> list[str]:
-        """Sorted names of the folders below train, or without train below the first split."""
+        """Sorted names of the folders below train, or if there is no train, the first split."""
         return class_names(next(iter(self._folders().values())))
 
     def named_classes(self) -> list[str] | None:
-        """Names of the folders below train; None without `data.root`."""
+        """Names of the folders below train; None if `data.root` is not set."""
         return self.classes() if self.settings.root else None
 
 
 class ImageNet(ImageFolder):
     """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids by the sorted wnids.
 
-    The heads of pretrained nets have these ids. Evaluation only needs validation images.
+    The heads of pretrained nets use these ids. Evaluation needs only validation images.
     """
 
     def classes(self) -> list[str]:
         """Sorted wnids.
 
         Raises:
-            UsageError: a folder is not named by a wnid: other names have another order, and the ids
-                of a pretrained head would be wrong.
+            UsageError: the name of a folder is not a wnid; other names sort differently, and the
+                class ids of a pretrained head would be wrong.
         """
         names = super().classes()
         for name in names:
@@ -150,7 +151,7 @@ class ImageNet(ImageFolder):
         return names
 
     def named_classes(self) -> list[str] | None:
-        """Timm's description of each wnid; without `data.root` those of all 1000 classes."""
+        """Descriptions of the wnids, from timm; of all 1000 classes if `data.root` is not set."""
         info = ImageNetInfo()
         all_wnids = info.label_names()
         wnids = super().named_classes()
@@ -166,7 +167,7 @@ class ImageNet(ImageFolder):
 
 
 def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """Paths of the images of all classes, and their class ids."""
+    """Paths and class ids of the images of all classes."""
     files = []
     for class_id, name in enumerate(classes):
         for path in files_below(folder / name):
@@ -176,7 +177,7 @@ def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 def _are_classes(root: Path) -> bool:
-    """True if there are folders, and each of them has an image."""
+    """True if there are folders and each folder contains an image."""
     names = class_names(root)
     for name in names:
         if not any(is_image(path) for path in files_below(root / name)):
@@ -185,11 +186,11 @@ def _are_classes(root: Path) -> bool:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, except hidden ones."""
+    """Sorted names of the folders in `folder` that are not hidden."""
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return sorted(name for name in folders if not name.startswith("."))
 
 
 def is_image(path: str) -> bool:
-    """True if the name of a file is that of an image, and not hidden."""
+    """True if the file name belongs to an image that is not hidden."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")

@@ -22,10 +22,10 @@ LABELS = ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
-    """Files below `root` whose names start with `split`, in order.
+    """Sorted files below `root` whose names start with `split`.
 
     Raises:
-        UsageError: the files are in several folders; those of a second revision would mix
+        UsageError: the files are in several folders; the files of a second revision would mix
             validation images into train.
     """
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
@@ -39,14 +39,15 @@ def find_parquet(root: Path, split: str) -> list[Path]:
 
 
 class ParquetImages(EncodedImages):
-    """The encoded images of some files, in memory.
+    """The encoded images of parquet files, in memory.
 
     Args:
         files: parquet files with the same columns.
-        settings: `image_column` and `label_column` are used; None = one of `IMAGES` or `LABELS`.
+        settings: `image_column` and `label_column` are used; if they are None, the usual names in
+            `IMAGES` and `LABELS`.
 
     Raises:
-        UsageError: the files are not parquet with these columns, or a label is missing.
+        UsageError: the files are not parquet files with these columns, or a label is missing.
     """
 
     def __init__(self, files: list[Path], settings: DataSettings) -> None:
@@ -73,22 +74,22 @@ class ParquetImages(EncodedImages):
         super().__init__(labels.to_numpy().astype(np.int64), origin, settings)
 
     def open(self, index: int) -> Image.Image:
-        """Open one image; a cell is a struct with `bytes`, or the bytes themselves."""
+        """Open one image; a cell contains a struct with `bytes`, or the bytes themselves."""
         cell = self.cells[self.rows[index]].as_py()
         return open_image(cell["bytes"] if isinstance(cell, dict) else cell)
 
     def name(self, index: int) -> str:
-        """Names of the files, and number of the row in all of them."""
+        """Names of the files, and number of the row, counted over all files."""
         return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
-        """Hash of labels, rows, and names and sizes of the files."""
+        """Hash of labels, rows, file names and file sizes."""
         files = json.dumps([[file.name, file.stat().st_size] for file in self.files])
         return digest(self.labels, files.encode(), self.row_bytes())
 
 
 def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str]) -> str | None:
-    """Name of the column to read, None if it does not exist."""
+    """Name of the column to read; None if it does not exist."""
     candidates = [setting] if setting else usual_names
     for candidate in candidates:
         if candidate in names:
@@ -99,16 +100,16 @@ def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str
 class HfParquet(EncodedImageData):
     """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
 
-    The encoded images are in memory. Without val a tenth of train is held out, always the same
-    images. Without test, or if its labels are not published, val is evaluated.
+    The encoded images are in memory. If there is no val, a fixed tenth of train is held out. If
+    there is no test, or its labels are not published, val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or holds no such files, or a file is not of this
-                kind.
+            UsageError: `data.root` is not set or contains no such files, or a file has a different
+                form.
         """
         root = data_folder(
             self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"

@@ -1,4 +1,4 @@
-"""Order and randomness as functions of (seed, epoch, index), and a loader that can resume."""
+"""Order and random draws that depend only on (seed, epoch, index), and a loader that can resume."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from qat.errors import UsageError
 
-# (epoch, index), with repeats (epoch, index, copy).
+# (epoch, index), or with repeats (epoch, index, copy).
 Key = tuple[int, ...]
 
 
 class SeededSampler(DistributedSampler[Key]):
-    """Yields (epoch, index) for one process; with repeats (epoch, index, copy).
+    """Yields (epoch, index) for one process, or with repeats (epoch, index, copy).
 
-    A subclass of torch's sampler only because Lightning would divide the images of any other
-    sampler among the processes once more.
+    It is a subclass of torch's distributed sampler only because Lightning would divide the images
+    of any other sampler among the processes again.
 
     Args:
         length: number of images.
         seed: seed of the order.
-        shuffle: True = a new permutation each epoch, cut to a multiple of the world size; False =
-            the order of the data, uncut, so that no image is counted twice.
+        shuffle: True = a new permutation in each epoch, cut to a multiple of the world size; False
+            = the order of the data, not cut and not padded, so that no image is counted twice.
         rank: number of this process.
         world_size: number of processes.
-        repeats: copies of an image, next to each other in the order of all processes, so that
+        repeats: number of copies of an image. Copies are adjacent in the common order, so that
             different processes get them; the length of an epoch does not change. Only used if
             `shuffle` is true. Source: `RepeatAugSampler` of DeiT.
 
     Attributes:
-        skip: images of this process to leave out at the start of the next iteration, which sets it
-            to zero.
+        skip: number of images of this process to skip at the start of the next iteration, which
+            resets the number to zero.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SeededSampler(DistributedSampler[Key]):
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; Lightning calls this at the start of each."""
+        """Set the epoch; Lightning calls this at the start of each epoch."""
         self.epoch = epoch
 
     def _own_keys(self) -> list[Key]:
@@ -88,11 +88,11 @@ class SeededSampler(DistributedSampler[Key]):
 
 
 class ResumableLoader(DataLoader):
-    """Counts the batches that were used, and continues after them.
+    """Counts used batches, and continues after them.
 
-    Lightning stores `state_dict` in a checkpoint, and loads it into the loader of a resumed run; a
+    Lightning stores `state_dict` in a checkpoint, and loads it into the loader of a resumed run. A
     loader without a state would begin the epoch again, and some images would be used twice, others
-    never. Iteration starts lazily: Lightning creates the iterator before it sets the epoch.
+    never. Iteration starts lazily, because Lightning creates the iterator before it sets the epoch.
 
     Args:
         args: arguments of `DataLoader`; the sampler must be a `SeededSampler`.
@@ -103,8 +103,8 @@ class ResumableLoader(DataLoader):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._num_used = 0  # batches of this epoch
-        self._skip = 0  # batches, at the start of the next iteration
+        self._num_used = 0  # used batches of this epoch
+        self._skip = 0  # batches to skip at the start of the next iteration
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._num_used = self._skip
@@ -121,14 +121,14 @@ class ResumableLoader(DataLoader):
         return (self.batch_size or 1) * world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Batches that were used in this epoch, and images in them, of all processes together."""
+        """Used batches of this epoch, and the number of their images in all processes together."""
         return {"batches": self._num_used, "images": self._num_used * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after the batches of `state`; Lightning continues their count.
+        """Skip the batches of `state` in the next epoch; Lightning continues to count from there.
 
         Raises:
-            UsageError: the batches of all processes had another size.
+            UsageError: the global batch size differs from that of the checkpoint.
         """
         self._skip = state["batches"]
         images = state.get("images")
@@ -141,20 +141,20 @@ class ResumableLoader(DataLoader):
 
 
 def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; similar numbers result in unrelated seeds."""
+    """Mix several numbers into one 63-bit seed; similar numbers result in unrelated seeds."""
     sequence = np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager
 def isolated_rng(*numbers: int) -> Generator[None]:
-    """Restore the three global generators of augmentations after the block.
+    """After the block, restore the three global random generators that augmentations use.
 
     Args:
-        numbers: seed the generators with these first; without numbers they are not seeded.
+        numbers: numbers with which to seed the generators first; without numbers, they are not
+            seeded.
     """
-    # Not `torch.manual_seed`: it would also queue a seeding of every accelerator, each with a
-    # traceback.
+    # `torch.manual_seed` would also queue a seed call, with a traceback, for every accelerator.
     generator = torch.default_generator
     python_state = random.getstate()
     numpy_state = np.random.get_state()
@@ -170,7 +170,7 @@ def isolated_rng(*numbers: int) -> Generator[None]:
 
 
 def seed_rng(*numbers: int) -> None:
-    """Seed the three global generators of augmentations."""
+    """Seed the three global random generators that augmentations use."""
     seed = mix(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)

@@ -23,8 +23,8 @@ from qat.utils.validate import (
 )
 
 _share = partial(check_number, lowest=0, highest=1)
-# Check of each setting, with its bounds. Upper bounds catch typing mistakes that would ask for more
-# processes or pixels than a machine survives.
+# The check of each setting, with bounds. Upper bounds catch typing mistakes that would require more
+# processes or pixels than a machine can handle.
 CHECKS: dict[str, tuple[Any, ...]] = {
     "on_error": (check_choice, ("raise", "skip")),
     "crop_mode": (check_choice, CROP_MODES),
@@ -52,7 +52,7 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "crop_pct": (partial(check_number, lowest=LOWEST_CROP, highest=HIGHEST_CROP),),
 }
 MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
-# Fewer images than this are loaded without processes.
+# Below this number, images are loaded without worker processes.
 FEW_IMAGES = 1000
 MOST_WORKERS = 8
 
@@ -61,63 +61,64 @@ MOST_WORKERS = 8
 class DataSettings:
     """The settings of `data/*.yaml`.
 
-    "Photos: None = that of `model`" means that datasets of image files take the value from the
+    "Photos: None = from `model`" means that datasets of image files take the value from the
     pretrained config of `model`.
 
     Attributes:
         image_size: height and width in pixels; images of another size are resized.
-        patch_size: patch of the model for images of this size; None = the model's own.
+        patch_size: patch size of the model for images of `image_size`; None = the model's own.
         in_chans: number of colour channels.
         num_classes: number of classes.
-        mean: mean per channel of pixel values in [0, 1]; photos: None = that of `model`.
-        std: standard deviation per channel of pixel values in [0, 1]; photos: None = that of
-            `model`.
+        mean: mean per channel of pixel values in [0, 1]; photos: None = from `model`.
+        std: standard deviation per channel of pixel values in [0, 1]; photos: None = from `model`.
         batch_size: images per process and step.
         num_workers: loader processes; None = see `workers`.
-        augment: `none` (the settings of augmentation below are off, `repeats` too), `light`
-            (shifted crop, flip; with a `crop_pct` random resized crop, flip) or `timm` (random
-            resized crop, flip and the settings below).
-        hflip: probability of a horizontal flip under `light` and `timm`; 0 if left and right
+        augment: `none` (the augmentation settings below are off, including `repeats`), `light`
+            (shifted crop and flip; if `crop_pct` is set, random resized crop and flip) or `timm`
+            (random resized crop, flip and the settings below).
+        hflip: probability of a horizontal flip with `light` and `timm`; use 0 if left and right
             matter.
-        shift: pixels by which `light` shifts an image at most, without a `crop_pct`; None = an
-            eighth of `image_size`, 0 = flips only.
-        scale: lowest and highest area of a random resized crop as shares of the image's; under
-            `timm`, and `light` with a `crop_pct`.
+        shift: the most pixels by which `light` shifts an image if `crop_pct` is None; None = an
+            eighth of `image_size`, 0 = only flips.
+        scale: lowest and highest area of a random resized crop, as shares of the image's area; for
+            `timm`, and for `light` if `crop_pct` is set.
         rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None =
             off; `timm` only.
-        color_jitter: range of factors of brightness, contrast and saturation: one number, or a list
-            of three or, with hue, four; None = off. `timm` only, and only if `rand_augment` is None
-            or contains `3a`: with other policies timm leaves it out.
+        color_jitter: range of factors of brightness, contrast and saturation: one number, a list of
+            three, or with hue a list of four; None = off. `timm` only, and only if `rand_augment`
+            is None or contains `3a`; with other policies, timm does not use it.
         random_erasing: probability that a rectangle is filled with noise; `timm` only.
         train_interpolation: interpolation of the random resized crop; `random` = bilinear or
-            bicubic by chance; `timm` only.
-        repeats: times that an image appears in the order of an epoch, each time augmented
-            differently. The epoch's length does not change: it contains one image in `repeats`.
-            Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT has 3.
-        mixup: alpha of mixup (arXiv 1710.09412), which blends pairs of images of a batch, and their
+            bicubic, chosen at random; `timm` only.
+        repeats: how often an image appears in an epoch, each time augmented differently. The length
+            of an epoch does not change: with `repeats` = n, it contains one n-th of the images.
+            Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT uses 3.
+        mixup: alpha of mixup (arXiv 1710.09412), which blends pairs of images in a batch and their
             classes; 0 = off.
-        cutmix: alpha of cutmix (arXiv 1905.04899), a rectangle from the other image; 0 = off.
-        mixup_prob: probability that a batch is mixed at all.
+        cutmix: alpha of cutmix (arXiv 1905.04899), which inserts a rectangle from the other image;
+            0 = off.
+        mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability of cutmix if both are on.
-        mixup_off_epoch: no batch is mixed from this epoch on; 0 = always mixed.
+        mixup_off_epoch: first epoch in which no batch is mixed; 0 = mixing never ends.
         calibration_images: number of images from which scales are initialised.
         seed: seed of order, augmentation and calibration images.
         root: folder with the data.
-        on_error: treatment of an image that cannot be decoded: `raise` ends the run, `skip` warns
-            and uses the next image in its place.
-        memory_mb: a split that would take more megabytes once decoded, or has images of different
+        on_error: what happens if an image cannot be decoded: `raise` ends the run, `skip` warns and
+            uses the next image instead.
+        memory_mb: a split that would take more megabytes after decoding, or has images of different
             sizes, is decoded when needed.
-        crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to
-            `image_size`; None = the whole image is resized to a square; photos: None = that of
-            `model`.
-        crop_mode: used with a `crop_pct`: `center` crops, as does `center_floor`, whose corner is
-            rounded down, as in Transformers; `squash` first resizes the whole image to a square,
-            `border` pads it to one; None = `center`; photos: None = that of `model`.
-        interpolation: interpolation in evaluation and under `light`, with a `crop_pct`; photos:
-            None = that of `model`.
-        image_column: parquet column with encoded images; None = found by its usual names.
-        label_column: parquet column with labels; None = found by its usual names.
-        model: timm name whose pretrained config has the values that photos leave None.
+        crop_pct: side of the centre crop in evaluation, as a share of the shorter side, before
+            scaling to `image_size`; None = the whole image is resized to a square; photos: None =
+            from `model`.
+        crop_mode: used if `crop_pct` is set: `center` crops, as does `center_floor` with the
+            corner rounded down, as in Transformers; `squash` first resizes the whole image to a
+            square, `border` first pads it to one; None = `center`; photos: None = from `model`.
+        interpolation: interpolation in evaluation and with `light`, if `crop_pct` is set; photos:
+            None = from `model`.
+        image_column: parquet column with encoded images; None = the first usual name that exists.
+        label_column: parquet column with labels; None = the first usual name that exists.
+        model: timm name of the model whose pretrained config supplies values that are None for
+            photos.
     """
 
     image_size: int
@@ -170,9 +171,8 @@ class DataSettings:
     def workers(self, images: int) -> int:
         """Number of loader processes for a number of images.
 
-        It is `num_workers`, or by default the number of cores for each process of a run on this
-        machine, at most `MOST_WORKERS`; 0 for few images, which are loaded sooner without
-        processes.
+        It is `num_workers`, or by default the number of cores per process of a run on this machine,
+        at most `MOST_WORKERS`; 0 for few images, which load faster without worker processes.
         """
         if self.num_workers is not None:
             return self.num_workers
@@ -180,13 +180,13 @@ class DataSettings:
             return 0
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))  # without the cores of other tasks of srun
+            cores = len(os.sched_getaffinity(0))  # without the cores of srun's other tasks
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return min(cores // local_processes or 1, MOST_WORKERS)
 
     @property
     def mixes(self) -> bool:
-        """True if batches are mixed."""
+        """True if mixup or cutmix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
 

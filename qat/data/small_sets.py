@@ -20,7 +20,7 @@ from qat.errors import UsageError
 class Digits(ImageData):
     """1,797 handwritten digits of 8 x 8 grey pixels, part of scikit-learn.
 
-    70 % train, 10 % val, 20 % test; always the same images.
+    The splits are fixed: 70 % train, 10 % val, 20 % test.
     """
 
     CLASSES = "0123456789"
@@ -35,7 +35,7 @@ class Digits(ImageData):
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
-        # Imported here: it takes half a second, and no other dataset needs it.
+        # The import is here because it takes half a second, and no other dataset needs it.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -51,9 +51,9 @@ class Digits(ImageData):
 
 
 class FashionMnist(ImageData):
-    """`root/FashionMNIST/raw` as torchvision unpacks it.
+    """Fashion-MNIST in `root/FashionMNIST/raw`, as torchvision unpacks it.
 
-    A tenth of train is held out as val, always the same images.
+    A fixed tenth of train is held out as val.
     """
 
     CLASSES = (
@@ -82,7 +82,7 @@ class FashionMnist(ImageData):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
+            UsageError: `data.root` is not set or contains no such files, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         return hold_out({
@@ -93,7 +93,7 @@ class FashionMnist(ImageData):
     def _read_split(self, root: Path, *, is_train: bool) -> ImageArrays:
         try:
             dataset = self.DATASET(root, train=is_train, download=False)
-        except Exception as error:  # on damaged files torchvision raises nearly anything
+        except Exception as error:  # on damaged files, torchvision may raise any exception
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({reason})"
@@ -107,7 +107,7 @@ class Cifar10(FashionMnist):
     """`train*.parquet` and `test*.parquet` below `root`, or else `root/cifar-10-batches-py`.
 
     A tenth of train is held out as val. torchvision unpickles the batches only if their checksums
-    are those of the published files.
+    match the published files.
     """
 
     CLASSES = (
@@ -130,7 +130,7 @@ class Cifar10(FashionMnist):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
+            UsageError: `data.root` is not set or contains no such files, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         train_files = find_parquet(root, "train")

@@ -27,7 +27,7 @@ from qat.utils.text import read_file
 
 log = logging.getLogger(__name__)
 
-# Not PostScript: Pillow would run such a file by Ghostscript, whatever its name.
+# PostScript is excluded: Pillow would run such a file in Ghostscript, whatever its name.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SKIP = "data.on_error=skip leaves out what cannot be decoded"
 
@@ -35,7 +35,7 @@ SKIP = "data.on_error=skip leaves out what cannot be decoded"
 class ImageError(UsageError):
     """An image cannot be decoded.
 
-    A worker process of a loader sends an exception as text with a traceback; its last line is the
+    A loader's worker process sends an exception as text with a traceback, whose last line is the
     message.
     """
 
@@ -44,7 +44,7 @@ class ImageError(UsageError):
 
 
 def digest(labels: NDArray[np.int64], *contents: bytes | memoryview) -> str:
-    """Hash of labels (N,) and of bytes that identify the images, 32 hexadecimal digits."""
+    """Hash of labels (N,) and of bytes that identify the images, as 32 hexadecimal digits."""
     result = hashlib.blake2b(np.ascontiguousarray(labels, "<i8").data, digest_size=16)
     for content in contents:
         result.update(content)
@@ -58,7 +58,8 @@ class ImageArrays:
     Attributes:
         images: (N, H, W, C), uint8.
         labels: (N,), class ids.
-        file_fingerprint: fingerprint of the files that they were decoded from; None without files.
+        file_fingerprint: fingerprint of the files from which the images were decoded; None without
+            files.
     """
 
     images: NDArray[np.uint8]
@@ -67,7 +68,7 @@ class ImageArrays:
 
     @property
     def chans(self) -> int:
-        """Colour channels."""
+        """Number of colour channels."""
         return self.images.shape[3]
 
     def __len__(self) -> int:
@@ -81,23 +82,24 @@ class ImageArrays:
         return ImageArrays(self.images[indices], self.labels[indices])
 
     def fingerprint(self) -> str:
-        """Hash of the files if known, else of the labels and pixels."""
+        """The fingerprint of the files if known, else a hash of labels and pixels."""
         return self.file_fingerprint or digest(self.labels, np.ascontiguousarray(self.images).data)
 
 
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:
-    """Pillow's image of an array (H, W, C)."""
+    """Convert an array (H, W, C) to a Pillow image."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
-    """Convert Pillow's image of any mode to grey (H, W, 1) if `chans` is 1, else to RGB (H, W, 3).
+    """Convert a Pillow image of any mode to grey (H, W, 1) if `chans` is 1, else to RGB (H, W, 3).
 
     As in torchvision and timm (`convert`), transparency is dropped, and a rotation in EXIF is
-    ignored. 16-bit grey is scaled: Pillow would clip it at 255, which turns most of an image white.
+    ignored. 16-bit grey is scaled, because Pillow would clip it at 255, which turns most of an
+    image white.
 
     Raises:
-        ValueError: pixels have 32 bits, whose range is not defined.
+        ValueError: pixels have 32 bits, for which no range is defined.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -112,12 +114,12 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
 
 
 def open_file(path: str | os.PathLike[str]) -> Image.Image:
-    """Pillow's image of a file; only the header is decoded."""
+    """Open a file as a Pillow image; only the header is decoded."""
     return open_image(read_file(path))
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Pillow's image of encoded bytes; only the header is decoded."""
+    """Open encoded bytes as a Pillow image; only the header is decoded."""
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
@@ -125,7 +127,7 @@ def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray
     """Open and decode an image as (H, W, C), grey if `chans` is 1, else RGB.
 
     Args:
-        open_it: opens the image.
+        open_it: function that opens the image.
         chans: 1 or 3.
         name: name of the image, for messages.
 
@@ -134,24 +136,24 @@ def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray
     """
     try:
         return to_pixels(open_it(), chans)
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+    except Exception as error:  # on damaged files, Pillow's readers may raise any exception
         reason = " ".join(str(error).split())
-        reason = re.sub(r" <[^>]*>", "", reason)  # an object with its address in memory
+        reason = re.sub(r" <[^>]*>", "", reason)  # the text of an object with its address in memory
         raise ImageError(f"{name} cannot be decoded ({reason})") from error
 
 
 class EncodedImages(ABC):
-    """Encoded images by index, all or a selection of those stored; decoded at every access.
+    """Encoded images by index, all stored images or a selection; decoded at every access.
 
     Args:
         labels: (N,), class ids.
         origin: the file or folder of the images, for messages.
         settings: `in_chans` and `on_error` are used. `on_error=skip` replaces an image and its
-            label by the next ones that can be decoded. The replacement is always the same: the
+            label by the next image that can be decoded. The replacement is always the same, and the
             number of images, their order and their random draws do not change.
 
     Attributes:
-        rows: (N,), numbers of the images among those stored.
+        rows: (N,), number of each image among the stored images.
     """
 
     def __init__(self, labels: NDArray[np.int64], origin: str, settings: DataSettings) -> None:
@@ -161,7 +163,8 @@ class EncodedImages(ABC):
         self.origin = origin
         self.rows = np.arange(len(labels))
         self.on_error = settings.on_error
-        # By row, in shared memory: all worker processes together warn once of an image.
+        # One entry per row, in shared memory, so that all worker processes together warn once of an
+        # image.
         self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         self.chans = 1 if settings.in_chans == 1 else 3
 
@@ -192,10 +195,11 @@ class EncodedImages(ABC):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """Image (H, W, C), grey if `in_chans` is 1, else RGB, and class id.
+        """Image (H, W, C), grey if `in_chans` is 1, else RGB, and its class id.
 
         Raises:
-            ImageError: the image cannot be decoded, or under `on_error=skip`, no image can.
+            ImageError: the image cannot be decoded, or with `on_error=skip`, no image can be
+                decoded.
         """
         for position in itertools.chain(range(index, len(self)), range(index)):
             name = self.name(position)
@@ -217,9 +221,9 @@ ImageSource = ImageArrays | EncodedImages
 
 
 def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
-    """Decode all images into memory if they have one size and fit into `memory_mb`."""
+    """Decode all images into memory if they have the same size and fit in `memory_mb`."""
     images: list[NDArray[np.uint8]] = []
-    labels = np.empty_like(encoded.labels)  # not equal to those if images are skipped
+    labels = np.empty_like(encoded.labels)  # differs from these labels if images are skipped
     for index in range(len(encoded)):
         image, labels[index] = encoded[index]
         is_too_large = image.nbytes * len(encoded) > memory_mb * 1e6
@@ -230,7 +234,7 @@ def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
 
 
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Resize an image (H, W, C) to (size, size, C), bicubic, without keeping its proportions."""
+    """Resize an image (H, W, C) to (size, size, C), bicubic, without keeping the aspect ratio."""
     if image.shape[:2] == (size, size):
         return image
     resized = to_pil(image).resize((size, size), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Splits of a dataset: validation images held out of the training images, and duplicate splits."""
+"""Hold validation images out of the training images, and find duplicate splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat.launch.ranks import is_first
 
 log = logging.getLogger(__name__)
 
-# Fixed: the results of different runs and seeds are on the same images.
+# This seed is fixed, so that different runs and seeds are compared on the same images.
 SPLIT_SEED = 0
 VAL_SHARE = 0.1
 # Number of images whose pixels are compared to recognize duplicate splits.
@@ -26,19 +26,20 @@ SAMPLE = 64
 def stratified_split(
     labels: NDArray[np.int64], held_out: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide images with equal shares of classes, always in the same way for the same labels.
+    """Split images with equal class shares; the same labels always result in the same split.
 
     Args:
         labels: (N,), class ids.
-        held_out: share of the held-out images.
+        held_out: share of held-out images.
 
     Returns:
-        Sorted indices of the remaining and of the held-out images.
+        Sorted indices of the remaining images, and of the held-out images.
 
     Raises:
-        UsageError: there are too few images of a class.
+        UsageError: a class has too few images.
     """
-    # Imported here: with pandas it takes half a second, and most photos come with their splits.
+    # The import is here because with pandas it takes half a second, and most photo datasets have
+    # their own splits.
     from sklearn.model_selection import train_test_split
 
     indices = np.arange(len(labels))
@@ -56,7 +57,7 @@ def stratified_split(
 def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
     """Add a `val` split if there is none, by moving a fixed tenth of `train` into it.
 
-    A split that is a copy of another one, or a link to it, is named in a warning.
+    A warning names any split that is a copy of another split, or a link to it.
 
     Args:
         splits: `ImageArrays` or encoded images, by name.
@@ -78,11 +79,11 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _are_same(images: ImageSource, other: ImageSource) -> bool:
-    """True if labels and the pixels of a sample are equal, in the same order."""
+    """True if labels, and the pixels of a sample of images, are equal and in the same order."""
     if not np.array_equal(images.labels, other.labels):
         return False
     sample = range(0, len(images), len(images) // SAMPLE or 1)
     try:
         return all(np.array_equal(images[i][0], other[i][0]) for i in sample)
-    except ImageError:  # raised again when a run needs the image
+    except ImageError:  # the error comes again when a run needs the image
         return False

@@ -1,4 +1,4 @@
-"""Datasets that timm reads by index: folders, tar files, those of torchvision and Hugging Face."""
+"""Datasets that timm reads by index: folders, tar files, torchvision and Hugging Face."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TimmSettings(DataSettings):
         name: name of the dataset in timm, `torch/NAME` or `hfds/NAME`; empty = a folder or a tar
             file.
         train_split: name of the training split; None = evaluation only.
-        val_split: name of the validation split, by which checkpoints are chosen; None = a tenth of
-            train is held out, always the same images.
+        val_split: name of the validation split, which selects checkpoints; None = a fixed tenth of
+            train is held out.
         test_split: name of the split for the final evaluation; None = the validation split.
-        download: True = download datasets of torchvision.
+        download: True = download torchvision's datasets.
     """
 
     name: str = ""
@@ -58,7 +58,7 @@ class TimmSettings(DataSettings):
 
 
 class TimmImages(EncodedImages):
-    """One split as timm reads it.
+    """One split, as timm reads it.
 
     Args:
         settings: `name`, `root`, `download` and the columns are used.
@@ -73,7 +73,7 @@ class TimmImages(EncodedImages):
         if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
         elif str(settings.root).endswith(".tar"):
-            # Worker processes would share one open file, and its position.
+            # Worker processes would share one open file and its position.
             options = {"cache_tarfiles": False}
         else:
             data_folder(settings.root, "the dataset that timm reads, or give a tar file")
@@ -84,11 +84,11 @@ class TimmImages(EncodedImages):
             )
             reader = getattr(dataset, "reader", dataset)
             targets = _targets(reader)
-            # torchvision's own loader opens all formats of Pillow.
+            # torchvision's own loader would open all of Pillow's formats.
             if hasattr(reader, "loader"):
                 reader.loader = open_file
             labels = np.asarray(targets).astype(np.int64, casting="safe")
-        except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
+        except Exception as error:  # timm, torchvision and `datasets` may raise any exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"data.name={settings.name!r}: must be a dataset that timm can read; "
@@ -96,7 +96,7 @@ class TimmImages(EncodedImages):
             ) from error
         super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
         self.reader = reader
-        # To compare with other splits; unknown for datasets by name.
+        # Used to compare with other splits; unknown for datasets that have a name.
         self.files: set[str] = set()
         if not settings.name:
             self.files = set(reader.filenames(absolute=True))
@@ -121,12 +121,12 @@ class TimmImages(EncodedImages):
         return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
-        """Hash of dataset and split names, labels and rows; not of the content of files."""
+        """Hash of dataset and split names, labels and rows, but not of the contents of files."""
         return digest(self.labels, self.origin.encode(), self.row_bytes())
 
 
 def _targets(reader: Any) -> Any:
-    """Labels of all images of one of timm's readers, or of a dataset."""
+    """Labels of all images of a timm reader or a dataset."""
     if hasattr(reader, "iter_targets"):
         return list(reader.iter_targets())
     targets = getattr(reader, "targets", None)
@@ -136,13 +136,13 @@ def _targets(reader: Any) -> Any:
 
 
 class Timm(EncodedImageData):
-    """A dataset by its name in timm, in the order of its reader."""
+    """A dataset by its name in timm, in the order of timm's reader."""
 
     SETTINGS: ClassVar[type[DataSettings]] = TimmSettings
     settings: TimmSettings
 
     def encoded(self) -> Mapping[str, EncodedImages]:
-        """The splits with a name in the settings.
+        """The splits that the settings name.
 
         Raises:
             UsageError: a split cannot be read, shares files with another split, or has a class that
@@ -172,7 +172,7 @@ class Timm(EncodedImageData):
         return splits
 
     def named_classes(self) -> list[str] | None:
-        """Names of the classes in the reader; None if it has none, or nothing can be read."""
+        """Class names from the reader; None if the reader has no names, or nothing can be read."""
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
@@ -182,7 +182,7 @@ class Timm(EncodedImageData):
 
 
 def _use_ids_of(first: TimmImages, images: TimmImages, setting: str, first_split: str) -> None:
-    """Replace the class ids of a split by those of the first split.
+    """Replace the class ids of a split by the class ids of the first split.
 
     Raises:
         UsageError: the split has a class that the first split does not have.

@@ -1,4 +1,4 @@
-"""From decoded pixels to normalised tensors, augmented by torchvision and timm; mixing of batches.
+"""Transforms from pixels to normalised tensors, with augmentation, and mixing of batches.
 
 Papers: mixup arXiv 1710.09412, cutmix arXiv 1905.04899.
 """
@@ -26,7 +26,7 @@ from qat.data.settings import DataSettings
 from qat.data.sources import resize_square, to_pil
 from qat.errors import UsageError
 
-# Separates the random draws of mixing from those of augmentation by (seed, epoch, index).
+# Keeps the random draws of mixing apart from the draws of augmentation by (seed, epoch, index).
 STREAM = 0x6D6978
 
 
@@ -63,10 +63,10 @@ def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
 
 
 def eval_transform(settings: DataSettings) -> Transform:
-    """Preprocessing of evaluation, for an image of any size with `in_chans` channels.
+    """Preprocessing for evaluation, for an image of any size with `in_chans` channels.
 
-    The image is resized to a square, or with a `crop_pct` scaled and cropped by timm; then values
-    are scaled to [0, 1] and normalised.
+    The image is resized to a square or, if `crop_pct` is set, scaled and cropped by timm; then
+    values are scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
         apply = v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor])
@@ -92,7 +92,7 @@ def _crop_floor(image: Image.Image, size: int) -> Image.Image:
 
 
 def train_transform(settings: DataSettings) -> Transform:
-    """Preprocessing of training, augmented by the settings."""
+    """Preprocessing for training, with the augmentation of the settings."""
     if settings.augment == "none":
         return eval_transform(settings)
     if settings.augment == "light" and settings.crop_pct is None:
@@ -120,7 +120,7 @@ def train_transform(settings: DataSettings) -> Transform:
 
 
 def _shifts_and_flips(settings: DataSettings) -> Transform:
-    """Augmentation `light` of images that are resized to a square."""
+    """Augmentation `light` for images that are resized to a square."""
     shift = settings.shift
     if shift is None:
         shift = max(settings.image_size // 8, 1)
@@ -132,18 +132,18 @@ def _shifts_and_flips(settings: DataSettings) -> Transform:
 
 
 def _limit_levels(augmentation: Any) -> None:
-    """Keep the operations of timm's augmentation inside the ranges of their levels."""
+    """Keep the levels of timm's augmentation operations inside their ranges."""
     for step in augmentation.transforms:
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
-                # A level of exactly 10 is the very end of a range, for strings with `mmax` only.
+                # A level of exactly 10 is the end of a range, only for strings with `mmax`.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Reduce the bits of a channel, to at least 1: Pillow refuses 0, the lowest level of timm."""
+    """Reduce the bits of a channel to at least 1, because Pillow refuses 0, timm's lowest level."""
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
@@ -155,9 +155,9 @@ def _timm_transform(settings: DataSettings, **options: Any) -> Any:
 
 
 class BatchMixup:
-    """Blends each image of a batch with the one opposite (first with last), and their classes.
+    """Blends each image of a batch, and its class, with the opposite image (first with last).
 
-    The loss smooths labels: cross-entropy smooths probabilities as timm smooths one-hot classes.
+    The loss smooths labels: cross-entropy smooths probabilities like timm smooths one-hot classes.
 
     Args:
         settings: `mixup*`, `cutmix`, `num_classes` and `seed` are used.
@@ -188,8 +188,8 @@ class BatchMixup:
             rank: number of the process.
 
         Returns:
-            Images of the same dtype and probabilities (B, K), float32; in an epoch without mixing
-            the arguments themselves.
+            Images of the same dtype and probabilities (B, K), float32; in an epoch without mixing,
+            the unchanged arguments.
 
         Raises:
             UsageError: B is odd.
@@ -198,10 +198,10 @@ class BatchMixup:
             return images, target
         if len(images) % 2:  # with fewer training images than `batch_size`
             raise UsageError(
-                "data.mixup, data.cutmix: pairs are mixed; "
-                f"the number of images must be even, a batch has {len(images)}"
+                "data.mixup, data.cutmix: images are mixed in pairs; "
+                f"the number of images in a batch must be even, got {len(images)}"
             )
-        # In timm the probabilities have the dtype of the images.
+        # In timm, the probabilities have the dtype of the images.
         mixing_dtype = torch.promote_types(images.dtype, torch.float32)
         with isolated_rng(self.seed, step, rank, STREAM):
             mixed, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)

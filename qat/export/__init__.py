@@ -1,1 +1,1 @@
-"""Frozen nets in files of other programs."""
+"""Write frozen models to files that other programs run."""

@@ -1,4 +1,4 @@
-"""Comparison of exported files with their models: logits, and codes of activations."""
+"""Compare exported files with their models: logits, and codes of activations."""
 
 from __future__ import annotations
 
@@ -21,39 +21,43 @@ from qat.export.runtimes import (
     open_session,
 )
 from qat.model.sites import iter_quantizers
-from qat.quantizers import UniformGrid
+from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
 # Largest difference of logits that counts as equal.
 TOLERANCE = 1e-4
-# Number of images with other logits whose codes are compared.
+# Number of images with differing logits whose codes are compared.
 EXAMINED = 16
-# A float32 value that is a sum of a few hundred terms is known to about this share of the largest
-# value of its tensor. So close to a threshold its code may be either one, and the codes of the
-# layers after it follow.
+# A float32 value that is a sum of a few hundred terms is exact to about this share of the largest
+# value of its tensor. If the value is this close to a threshold, either code may result, and the
+# codes of later layers change with it.
 ROUNDING = 2e-5
-# Runtimes compute in integers where a graph run operator by operator does not, and may round values
-# on thresholds the other way. On more than this share of the images, they compute something else.
+# Runtimes compute in integers where a graph that runs operator by operator does not, and may round
+# values on thresholds the other way. If results differ on more than this share of the images, the
+# runtime computes something else.
 UNLIKE = 0.1
 
-# By name of the quantizer, in the order in which they run: coordinates of the values on the axis of
-# codes, and their codes.
+# Largest difference of logits, as a share of the largest logit, where codes are not compared.
+SHARE = 0.05
+
+# For each quantizer name, in run order: the coordinates of values on the axis of codes, and the
+# codes; for E4M3, values divided by the scale, and rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
 CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
 
 
 @dataclass
 class Agreement:
-    """A file in one runtime, compared with its model.
+    """Comparison of a file in one runtime with its model.
 
     Attributes:
         images: number of compared images.
-        same_top1: images on which both predict the same class.
-        other_logits: images whose logits differ by more than the tolerance.
-        largest: largest difference of the logits of the other images.
-        apart: largest difference of the logits, as a share of the largest logit.
-        unlike: number of examined images on which the file differs from its graph run operator by
-            operator; images with other logits are examined.
+        same_top1: number of images on which file and model predict the same class.
+        other_logits: number of images whose logits differ by more than the tolerance.
+        largest: largest difference between logits on all other images.
+        apart: largest difference between logits on any image, as a share of the largest logit.
+        unlike: number of examined images (some images with differing logits) on which the file also
+            differs from its own graph, run operator by operator.
         problem: why the file must not be used in this runtime; None if it agrees.
     """
 
@@ -66,16 +70,16 @@ class Agreement:
     problem: str | None = None
 
     def to_text(self) -> str:
-        """A line for people."""
+        """One line of text for the user."""
         return f"same class on {self.same_top1} of {self.images} images"
 
 
 @dataclass
 class Checked:
-    """A file compared with its model, by runtime.
+    """Comparison of a file with its model in each runtime.
 
-    Onnxruntime decides whether a file is good. OpenVINO is compared where it is installed and
-    reads the file (not INT2); it makes mistakes of its own where a file takes any number of images
+    Onnxruntime decides whether a file is good. OpenVINO is compared if it is installed and can read
+    the file (not INT2); it makes its own mistakes in files for any number of images
     (docs/deployment.md#openvino).
     """
 
@@ -91,12 +95,12 @@ class Checked:
 
     @property
     def top1(self) -> float:
-        """Percent of the images with the same predicted class, the lowest of all runtimes."""
+        """Percentage of images with the same predicted class, in the runtime where it is lowest."""
         agreements = [agreement for agreement in self.agreement.values() if agreement.images]
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 
     def to_text(self) -> str:
-        """Lines for people."""
+        """Lines of text for the user."""
         lines = []
         for runtime, agreement in self.agreement.items():
             if agreement.images:
@@ -114,12 +118,16 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     batches = list(batches)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
     runtimes = (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,)
+    constants = model.graph.initializer
+    is_half = any(constant.data_type == onnx.TensorProto.FLOAT16 for constant in constants)
     checked = Checked({})
     for runtime in runtimes:
         try:
             logits = functools.partial(logits_of, open_session(path, runtime), batch=batch)
-            open_codes = functools.partial(graph_codes, model, runtime)
+            open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, logits, open_codes, batches)
+            if is_half:
+                limit_difference(agreement, net, batches, lambda x: x.half().float(), 4)
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
@@ -134,8 +142,33 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     return checked
 
 
+def limit_difference(
+    agreement: Agreement,
+    net: nn.Module,
+    images: Iterable[Tensor],
+    rounding: Callable[[Tensor], Tensor],
+    factor: float,
+) -> None:
+    """Set the problem of a form whose logits differ by more than rounding can explain.
+
+    Args:
+        agreement: result of `compare`.
+        net: the model.
+        images: (B, C, H, W) each.
+        rounding: changes images by rounding, to show how far values on thresholds move logits.
+        factor: how many times this move is allowed, and at least `SHARE`.
+    """
+    rounded = compare(net, lambda x: net(rounding(x)), None, images)
+    allowed = max(SHARE, factor * rounded.apart)
+    if not agreement.apart <= allowed:  # also for NaN
+        agreement.problem = (
+            f"logits differ by {agreement.apart:.1%} of the largest one; "
+            f"must be at most {allowed:.1%}"
+        )
+
+
 def _message(error: RuntimeError) -> str:
-    """The message of an error of OpenVINO in one line, without the names of its source files."""
+    """The message of an OpenVINO error in one line, without names of source files."""
     lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
     return " ".join(" ".join(lines).split())[:200]
 
@@ -149,8 +182,8 @@ def compare(
     """Compare another form of a model with the model.
 
     Args:
-        net: quantized, frozen or not.
-        logits: computes the logits of the other form.
+        net: a quantized model, frozen or not.
+        logits: function that computes the logits of the other form.
         open_codes: returns a function that maps an image (1, C, H, W) to logits and codes of the
             other form; None = compare only logits, and report no problem.
         batches: images (B, C, H, W) each.
@@ -196,9 +229,9 @@ def compare(
 
 
 def _first_difference(expected: tuple[Tensor, Codes], actual: tuple[Tensor, Codes]) -> str | None:
-    """Describe the first difference of codes, or of logits where all codes are equal.
+    """Describe the first difference between codes, or between logits if all codes are equal.
 
-    None if the codes differ only on thresholds.
+    The result is None if codes differ only on thresholds.
     """
     expected_logits, expected_codes = expected
     logits, actual_codes = actual
@@ -226,6 +259,9 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
         grid = quantizer.grid(x)
         if isinstance(grid, UniformGrid):
             codes[name] = (grid.to_code_coordinates(x), quantizer.codes(x).float())
+        elif isinstance(grid, Fp8Grid):
+            values = quantizer.codes(x).view(torch.float8_e4m3fn).float()
+            codes[name] = (x / grid.scales, values)
 
     hooks = []
     for site in iter_quantizers(net):
@@ -240,9 +276,10 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
 def graph_codes(model: Any, runtime: str) -> CodesOf:
     """Return a function that maps an image to logits and codes of an ONNX model.
 
-    It runs a copy whose outputs include the inputs and outputs of all quantizers.
+    The function runs a copy of the model whose outputs include the inputs and outputs of all
+    quantizers.
     """
-    from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
+    from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
 
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -264,7 +301,10 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
         for node in quantizers:
             step, added = (float(numpy_helper.to_array(constants[name])) for name in node.input[1:])
             coordinates = values[node.input[0]] / step
-            codes[node.name] = (coordinates, values[node.output[0]].float() - added)
+            rounded = values[node.output[0]]
+            if constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN:
+                rounded = rounded.view(torch.float8_e4m3fn)
+            codes[node.name] = (coordinates, rounded.float() - added)
         return values[OUTPUT], codes
 
     return run

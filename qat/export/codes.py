@@ -1,9 +1,9 @@
-"""Tensors of codes while a model is written as a graph. They support only views and products.
+"""Tensors of codes while a model is written as a graph; they support only views and products.
 
-The model runs twice. The first time it runs on an image: a tensor has its scale, shift and offset
-in the shape that the model views it in, and each product computes which of them can be applied
-outside of its sum (`plan.py`). The second time torch traces the model: a tensor is only its 8-bit
-codes, and each product writes the operators that were planned for it (`write.py`).
+The model runs twice. In the first run, on an image, a tensor carries scale, shift and offset in the
+shape in which the model views the tensor, and each product determines which of the three can be
+applied outside its sum (`plan.py`). In the second run torch traces the model: a tensor has only
+8-bit codes, and each product writes the operators that were planned for it (`write.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.model.frozen import FrozenWeight
+from qat.model.frozen import FrozenFp8, FrozenWeight
 from qat.model.sites import iter_quantizers
+from qat.utils.validate import FP8
 
-# By the width of a stored type, the lowest opset whose Cast accepts it.
+TENSORRT = "onnx format.target=tensorrt"
+# For each width of a stored type, the lowest opset whose Cast accepts the type.
 OPSETS = {2: 25, 4: 21, 8: 13}
-# Kernels of x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which
-# saturates beyond 32,767. Two products with a code of at most this size fit: 2 * 255 * 64 = 32,640.
-# uint8 times uint8 has kernels that do not saturate.
+# On x86 processors without VNNI, kernels add two products of uint8 and int8 in 16 bits, which
+# saturate beyond 32,767. Two products fit if the int8 code is at most this large: 2 * 255 * 64 =
+# 32,640. Kernels for uint8 times uint8 do not saturate.
 LARGEST_INT8 = 64
 _VIEWS = frozenset({
     "transpose",
@@ -41,7 +43,7 @@ _VIEWS = frozenset({
 class _OnCodes:
     """Sends products of codes to the tensor's graph.
 
-    All other operators, such as norms, get plain numbers, as no runtime can run them on codes.
+    All other operators, such as norms, get plain numbers, because no runtime can run them on codes.
     """
 
     graph: Any
@@ -59,16 +61,16 @@ class _OnCodes:
 
 @dataclass(frozen=True)
 class QuantizedTensor(_OnCodes):
-    """The value (codes + shift) * scale + after.
+    """Tensor with the value (codes + shift) * scale + after.
 
     Attributes:
-        codes: the first time whole numbers in float32; the second time int8 or uint8, from which
-            `zero` is still to be subtracted.
-        scale, shift, after: in the shape of `codes`, views where they repeat; None the second
-            time. `after` is also None for 0.
+        codes: in the first run, integers in float32; in the second run, int8 or uint8 before `zero`
+            is subtracted.
+        scale, shift, after: in the shape of `codes`, as views if values repeat; None in the second
+            run. `after` is also None for 0.
         name: name of the quantizer.
         zero: code that represents 0.
-        graph: computes numbers and products: `plan.Planner` the first time, `write.Writer` the
+        graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """
 
@@ -86,7 +88,7 @@ class QuantizedTensor(_OnCodes):
         if name in {"shape", "ndim", "device"}:
             return getattr(self.codes, name)
         if name not in _VIEWS:
-            raise AttributeError(f"{name} is not done on codes: must be a view or a product")
+            raise AttributeError(f"{name} is not supported on codes: must be a view or a product")
 
         def view(*args: Any, **kwargs: Any) -> Any:
             return self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
@@ -94,7 +96,7 @@ class QuantizedTensor(_OnCodes):
         return view
 
     def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
-        """A tensor of codes, or a tuple of them for a view that splits a tensor."""
+        """A tensor of codes, or a tuple of such tensors for a view that splits a tensor."""
         views: list[Any] = []
         for tensor in (self.codes, self.scale, self.shift, self.after):
             views.append(None if tensor is None else view(tensor))
@@ -115,7 +117,7 @@ class QuantizedTensor(_OnCodes):
 
 
 def number(t: Any) -> Any:
-    """The numbers that codes represent; a tensor unchanged."""
+    """The numbers that codes represent; a plain tensor is returned unchanged."""
     return t.graph.number(t) if isinstance(t, _OnCodes) else t
 
 
@@ -154,12 +156,12 @@ class StoredWeight(_OnCodes):
     Attributes:
         frozen: the weight.
         width: bits of the ONNX type of the stored codes.
-        codes: int8 codes that fit the type; uint8 codes, 128 higher, where int8 could saturate
-            (`LARGEST_INT8`).
+        codes: int8 codes that fit the type, or E4M3 floats, or uint8 codes, 128 higher, if int8
+            could saturate (`LARGEST_INT8`).
         is_doubled: the factors are 2 * codes + 1.
-        scale: (n,), a scale for each row, or (1,).
+        scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), the dtype of `codes`; None = 0.
-        constant: (n,), added to a row: half a step size for 8-bit StatsQ, or the offset of bias
+        constant: (n,), added to each row: half a step size for 8-bit StatsQ, or the offset of bias
             correction; None = 0.
         graph: see `QuantizedTensor`; None before a graph is written.
     """
@@ -175,7 +177,7 @@ class StoredWeight(_OnCodes):
 
     @property
     def factors(self) -> Tensor:
-        """Factors of products, zero point subtracted: integers in float32, shape of the weight."""
+        """Factors of products without the zero point: integers in float32, shaped as the weight."""
         factors = self.codes.float()
         if self.is_doubled:
             factors = factors * 2 + 1
@@ -185,7 +187,7 @@ class StoredWeight(_OnCodes):
 
     @property
     def value(self) -> Tensor:
-        """The weight, float32."""
+        """The float32 weight."""
         value = self.factors * _rows(self.scale, self.codes)
         if self.constant is not None:
             value = value + _rows(self.constant, value)
@@ -203,9 +205,15 @@ def store_weights(
     """Call `store_weight` for all weights of a frozen model; return the results by name.
 
     Raises:
-        UsageError: the model has block floating point, for which runtimes have no CPU kernels.
+        UsageError: the model has block floating point, for which runtimes have no CPU kernels, or
+            8-bit floats, for another target than TensorRT.
     """
     for site in iter_quantizers(net):
+        if site.quantizer.spec.quantizer in FP8 and form != TENSORRT:
+            raise UsageError(
+                f"format={form}: {site.name} has 8-bit floats; must be format={TENSORRT} "
+                "or format=packed"
+            )
         if site.quantizer.in_blocks:
             blocks = f"{site.name} has blocks of {site.quantizer.spec.quantizer}"
             raise UsageError(
@@ -220,23 +228,33 @@ def store_weights(
 
 
 def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> StoredWeight:
-    """Choose the smallest type that stores a weight exactly and that its runtime can read.
+    """Choose the smallest type that stores a weight exactly and that the runtime can read.
 
     The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
-    numbers 2k + 1 instead. These are stored where they fit the type of this width (2 and 3 bits in
-    INT4, 5 to 7 in INT8). Where they do not (4 bits; 2 bits in INT2), k is stored and 2k + 1 is
-    computed when the file is opened. 8 bits cannot hold 2k + 1: products use k, and half a step is
-    added. Docs: docs/deployment.md.
+    numbers 2k + 1 instead. These are stored if they fit the type (2 and 3 bits in INT4, 5 to 7 in
+    INT8). If they do not fit (4 bits; 2 bits in INT2), k is stored, and 2k + 1 is computed when the
+    file is opened. 8 bits cannot hold 2k + 1: products use k, and half a step is added. Docs:
+    docs/deployment.md.
 
     Args:
-        weight: frozen.
+        weight: the frozen weight.
         smallest: smallest width that may be used: 2; 4, which OpenVINO reads; or 8, which TensorRT
             reads.
-        cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all as int8.
+        cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all codes as int8.
     """
+    if isinstance(weight, FrozenFp8):
+        return StoredWeight(
+            frozen=weight,
+            width=8,
+            codes=weight.stored.view(torch.float8_e4m3fn),
+            is_doubled=False,
+            scale=weight.scale,
+            zero_point=None,
+            constant=None,
+        )
     bits = weight.spec.bits
     width = next(width for width in OPSETS if width >= max(bits, smallest))
-    # Unsigned codes are moved to the range of signed ones.
+    # Move unsigned codes to the range of signed codes.
     middle = 0 if weight.stored.dtype == torch.int8 else 2 ** (bits - 1)
     codes = weight.stored.to(torch.int16) - middle
     shift = weight.shift + middle

@@ -1,7 +1,8 @@
-"""A quantized model as an ONNX file of standard operators, compared with it: `qat.export_onnx`.
+"""Write a quantized model as an ONNX file of standard operators: `qat.export_onnx`.
 
-Every product of quantized tensors is a product of 8-bit codes. Its constants are planned on an
-image (`plan.py`), written while torch traces the model (`write.py`), and simplified (`rewrite.py`).
+Every product of quantized tensors becomes a product of 8-bit codes. The constants are planned on an
+image (`plan.py`); operators are written while torch traces the model (`write.py`), and then
+simplified (`rewrite.py`). The file is compared with the model.
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.export.check import Checked, check_onnx
-from qat.export.codes import OPSETS, store_weights
+from qat.export.codes import OPSETS, TENSORRT, store_weights
 from qat.export.plan import Planner
 from qat.export.runtimes import INPUT, OUTPUT, quiet
-from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
+from qat.export.write import (
+    CODES,
+    SITE,
+    TensorRT,
+    Writer,
+    compute_in_half,
+    unfused,
+    write_in_graph,
+)
 from qat.model.convert import check_input, conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
@@ -37,40 +46,43 @@ if TYPE_CHECKING:
 
     from qat.data.settings import DataSettings
 
-# Gelu needs 20. A graph is written in this opset, and its number is raised where a stored type
-# needs more: the opsets up to 25 only add new types and attributes to operators. From 21 on, torch
-# would write GroupNormalization, which onnxruntime runs as nine operators on a CPU.
+# Gelu needs opset 20. A graph is written in this opset, and the number is raised if a stored type
+# needs a later opset: opsets up to 25 only add types and attributes to operators. From opset 21 on,
+# torch would write GroupNormalization, which onnxruntime runs as nine operators on a CPU.
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
 TWO_BIT = {"int4": 4, "int2": 2}
 CPUS = ("any", "fast")
-# Number of images of noise on which a file is compared if no others are passed.
+# Number of noise images on which a file is compared if no other images are passed.
 IMAGES = 16
 
 
 @dataclass(frozen=True)
 class OnnxSettings:
-    """Settings of a file.
+    """Settings of an ONNX file.
 
     Attributes:
         dynamic_batch: the file takes any number of images.
-        target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`,
+        target: `cpu` writes products of integers for onnxruntime and OpenVINO, `tensorrt` writes
             QuantizeLinear and DequantizeLinear.
         two_bit: `int4` stores 2-bit weights in INT4, which OpenVINO reads; `int2` stores them in
             INT2, in half the bytes. Only for target `cpu`.
-        cpu: processors for target `cpu`: `any`, or `fast`, those with VNNI and ARM.
+        cpu: processors for target `cpu`: `any`, or `fast` for processors with VNNI and for ARM.
+        precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
     """
 
     dynamic_batch: bool = True
     target: str = "cpu"
     two_bit: str = "int4"
     cpu: str = "any"
+    precision: str = "fp16"
 
     def __post_init__(self) -> None:
         check_bool("dynamic_batch", self.dynamic_batch)
         check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
         check_choice("format.cpu", self.cpu, CPUS)
+        check_choice("format.precision", self.precision, ("fp16", "fp32"))
 
 
 def export_onnx(
@@ -82,6 +94,7 @@ def export_onnx(
     target: str = "cpu",
     two_bit: str = "int4",
     cpu: str = "any",
+    precision: str = "fp16",
 ) -> Checked:
     """Write a quantized model to an ONNX file, compare both, and keep the file if they agree.
 
@@ -89,19 +102,21 @@ def export_onnx(
     docs/deployment.md.
 
     Args:
-        net: converted and calibrated or trained, or a result of `qat.freeze`; not changed.
-        path: the file; an existing one is replaced.
-        images: (B, C, H, W) of the model's input size, preprocessed; None = noise, on which the
-            logits of the classes are close.
-        dynamic_batch: the file takes any number of images, not one at a time.
-        target: `cpu` (products on integers, for onnxruntime and OpenVINO) or `tensorrt`
+        net: a converted model that is calibrated or trained, or a result of `qat.freeze`; not
+            changed.
+        path: the file; an existing file is replaced.
+        images: preprocessed images (B, C, H, W) of the model's input size; None = noise, on which
+            the logits of the classes are close to each other.
+        dynamic_batch: the file takes any number of images instead of one at a time.
+        target: `cpu` (products of integers, for onnxruntime and OpenVINO) or `tensorrt`
             (QuantizeLinear and DequantizeLinear around products).
-        two_bit: `int4`, or `int2`, which takes half the bytes and is not read by OpenVINO.
-        cpu: `any` = correct on every processor; `fast` = products of 8-bit codes as uint8 times
-            int8, which saturate on x86 without VNNI.
+        two_bit: `int4`, or `int2`, which takes half the bytes but cannot be read by OpenVINO.
+        cpu: `any` = correct on every processor; `fast` = write products of 8-bit codes as uint8
+            times int8, which saturate on x86 without VNNI.
+        precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
 
     Returns:
-        How well model and file agree, as text by `to_text()`.
+        How well model and file agree; `to_text()` returns it as text.
 
     Raises:
         UsageError: the model is not a classifier or not quantized, its scales are not set, the
@@ -117,7 +132,7 @@ def export_onnx(
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (imports Lightning)
 
     require_installed("onnx")
-    settings = OnnxSettings(dynamic_batch, target, two_bit, cpu)
+    settings = OnnxSettings(dynamic_batch, target, two_bit, cpu, precision)
     conversion = conversion_of(net)
     if conversion is None:
         raise UsageError(
@@ -157,7 +172,7 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
 
     Args:
         target: the file.
-        write: writes a file with the name it gets, and compares it.
+        write: function that writes a file of the given name and compares it with the model.
 
     Raises:
         UsageError: `target` is a folder, or the written file disagrees, which is kept as
@@ -196,8 +211,8 @@ def write_onnx(
         path: the file.
         frozen: the model to write.
         net: the model that was frozen, or `frozen` itself.
-        meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = not stated, as
-            for images that are not square.
+        meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = unknown, for
+            example for images that are not square.
         images: (B, C, H, W) each.
         settings: settings of the file.
     """
@@ -219,7 +234,7 @@ def write_onnx(
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
-    """Preprocessing of an image: size, mean, std, interpolation, crop_pct, crop_mode."""
+    """Preprocessing of images: size, mean, std, interpolation, crop_pct, crop_mode."""
     return {
         "size": settings.image_size,
         "mean": list(settings.mean),
@@ -247,11 +262,11 @@ def require_installed(form: str) -> None:
 def to_onnx(
     net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()
 ) -> onnx.ModelProto:
-    """Write a frozen model as a graph of standard operators.
+    """Translate a frozen model to a graph of standard operators.
 
     Args:
         net: result of `qat.freeze`; not changed.
-        image: (1, C, H, W), of the model's input size.
+        image: (1, C, H, W), an image of the model's input size.
         settings: settings of the file.
 
     Returns:
@@ -271,8 +286,10 @@ def to_onnx(
     net = unfused(net)
     is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
-        stored = store_weights("onnx", net, smallest=8)
+        stored = store_weights(TENSORRT, net, smallest=8)
         write_in_graph(net, stored, TensorRT(net, stored))
+        if settings.precision == "fp16":
+            compute_in_half(net)
     else:
         stored = store_weights("onnx", net, TWO_BIT[settings.two_bit], settings.cpu)
         planner = Planner(net, settings.cpu)
@@ -330,14 +347,14 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
         raise UsageError(f"format=onnx: torch cannot export this model: {cause[:300]}") from error
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
-        """False for codes of weights, to be stored as integers; None = the optimizer decides."""
+        """False for codes of weights, which stay integers; None = the optimizer decides."""
         for value in node.inputs:
             if value and (value.name or "").endswith(CODES):
                 return False
         return None
 
-    # Runtimes compute constants that grow, such as an outer product of two vectors, when they open
-    # the file.
+    # Constants that would grow in the file, such as outer products of two vectors, are computed by
+    # runtimes when they open the file.
     optimizer.optimize_ir(
         program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold
     )
@@ -347,7 +364,7 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
 def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:
     """Name quantizers, and remove torch's notes on source code.
 
-    In a small model, these take more bytes than the weights.
+    In a small model, the notes take more bytes than the weights.
     """
     import onnx_ir  # noqa: PLC0415  (an extra)
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: PLC0415

@@ -1,14 +1,15 @@
 """Constants that turn each product of a model into a product of integer codes.
 
-They are computed while the model runs on an image. No scale varies along a summed dimension, so
+The constants are computed while the model runs on an image. No scale varies along a summed
+dimension, so
 
     codes_x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
 where the product and scale_w are one integer kernel of a runtime. Half steps, zero points and
 offsets are part of `row` and `constant`.
 
-A quantizer divides by a step size. Where a product directly precedes it, this is part of the scale
-of the product.
+A quantizer divides by a step size. If a product directly precedes the quantizer, the division is
+part of the scale of the product.
 """
 
 from __future__ import annotations
@@ -49,25 +50,25 @@ _CONSTANTS = (
 class Plan(nn.Module):
     """Constants of one product, or of codes that are dequantized. None = not needed.
 
-    Repeated values are stored once, in dimensions of size 1.
+    Values that repeat along a dimension are stored once, with size 1 in this dimension.
 
     Attributes:
-        on_codes: False = a scale varies along the summed dimension, so dequantized numbers are
-            multiplied, and only `scale` is used.
-        blocks: number of parts of the outputs with a scale and constant of their own,
-            (..., blocks, 1 or out / blocks); 0 = scale and constant are not split.
+        on_codes: False = a scale varies along the summed dimension, so the product multiplies
+            dequantized numbers and uses only `scale`.
+        blocks: number of parts of the outputs that have separate scales and constants, (...,
+            blocks, 1 or out / blocks); 0 = not split.
         scale: factor of the sum.
-        columns_scale: second factor, where the product of both would be a matrix.
+        columns_scale: second factor of the sum, if one factor would be a whole matrix.
         row: added to the sum, before the scale.
-        ones: (K, 1), int8: a product with them sums a row of the left codes in integers.
-        sums: factor of that sum, which is added before the scale.
+        ones: (K, 1), int8; a product with `ones` sums the rows of the left codes in integers.
+        sums: factor of the sum over a row of the left codes, added before the scale.
         columns: factor of the sum over a column of the right codes, added before the scale.
         constant: added after the scale; includes the bias of a Linear.
         later: factor of the constant.
         left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes.
-        left_scale: factor of that product.
+        left_scale: factor of the product of `left` and the right codes.
         weight_scale: (out,) or (), scale of the codes of a weight.
-        weight_zero: zero point for each of these scales; None = 0.
+        weight_zero: zero point for each entry of `weight_scale`; None = 0.
     """
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
@@ -79,23 +80,23 @@ class Plan(nn.Module):
 
 
 class Planner:
-    """Computes the plans of a model from the shapes of its tensors and from its quantizers.
+    """Computes the plans of a model from its quantizers and the shapes of its tensors.
 
     Args:
         net: a frozen model; the factors of scores in its attentions are set to 1.
         cpu: `any` or `fast`, see `added_code`.
 
     Attributes:
-        plans: of all products and dequantized codes, in the order in which they run.
+        plans: plans of all products and dequantized codes, in the order in which they run.
         divided: quantizers whose step size is part of the product before them.
-        rows: by weight, step sizes that divide its outputs for each token and part of the
-            outputs, (N, blocks).
-        columns: by weight, step sizes that divide its outputs for each channel, (out,); 1 where
-            there is one for each token.
-        steps: by the names of the quantizers of both factors, step sizes that divide a product of
-            activations: (), (N, 1) or (h, 1, d) for probabilities and values, whose product is
-            (B, h, N, d). For queries and keys, the inverse of the factor of scores, times the
-            step size of the scores if they are quantized.
+        rows: for each weight, the step sizes that divide its outputs, (N, blocks): one for each
+            token and part of the outputs.
+        columns: for each weight, the step sizes that divide its outputs, (out,): one for each
+            channel, or 1 if there is one for each token.
+        steps: for the names of the quantizers of two activations, the step sizes that divide the
+            product of the two: (), (N, 1) or (h, 1, d) for probabilities and values, whose product
+            is (B, h, N, d). For queries and keys, this is the inverse of the factor of scores,
+            times the step size of the scores if they are quantized.
     """
 
     def __init__(self, net: nn.Module, cpu: str) -> None:
@@ -117,7 +118,7 @@ class Planner:
             _fold_heads(self, module)
 
     def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
-        """The output of a quantizer."""
+        """The tensor that a quantizer returns while the model is planned."""
         zero = torch.zeros(())
         if grid.zero_point is not None:
             zero = view_along(grid.zero_point, x.ndim, grid.axis)
@@ -174,7 +175,7 @@ class Planner:
 
 
 def _fold_scores(planner: Planner, attention: Any) -> None:
-    """Fold the factor of the scores, and their step size, into the product of queries and keys."""
+    """Fold the factor and the step size of the scores into the product of queries and keys."""
     left, right = _score_quantizers(attention)
     scale = getattr(attention, "scale", None)
     if scale is None:
@@ -232,7 +233,7 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
-    """Fold the step sizes of keys, for each token and head, and of values into their products."""
+    """Fold the step sizes of keys (for each token and head) and values into the products before."""
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
     keys = attention.k_quantizer
@@ -255,7 +256,7 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
 
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
-    """Fold the step size of the input of the projection into the product before it."""
+    """Fold the step size of the projection's input into the product before the projection."""
     probs = attention.probs_quantizer
     values = attention.v_quantizer
     grid = getattr(attention.proj, "input_quantizer", None)
@@ -290,7 +291,7 @@ def _is_each_token(grid: FrozenActivation) -> bool:
 
 
 def whole_zero(grid: FrozenActivation) -> int:
-    """The code that products subtract: the code of zero, or the next one above zero."""
+    """The code that products subtract: the code of zero, or else the first code above zero."""
     zero = 0.0
     if grid.zero_point is not None:
         zero = float(grid.zero_point.float().mean().ceil())
@@ -298,15 +299,15 @@ def whole_zero(grid: FrozenActivation) -> int:
 
 
 def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
-    """Return the number that, added to codes, makes them fit 8 bits: (), of the 8-bit type.
+    """The number to add to codes so that they fit 8 bits: (), in the 8-bit type.
 
-    Runtimes are fastest at uint8 times int8, so the right factor of a product is int8 unless
-    that could saturate.
+    Runtimes are fastest at uint8 times int8, so the right factor of a product is int8 unless the
+    product could saturate.
 
     Args:
         grid: the quantizer of the codes.
-        cpu: `any` chooses uint8 on the right for codes beyond `LARGEST_INT8`; `fast` always
-            chooses int8 there.
+        cpu: `any` chooses uint8 for the right factor if codes are beyond `LARGEST_INT8`; `fast`
+            always chooses int8.
     """
     added = -128 if grid.qmax > 127 else 0
     is_small = max(-(grid.qmin + added), grid.qmax + added) <= LARGEST_INT8
@@ -316,7 +317,7 @@ def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
 
 
 def smallest(t: Tensor | None) -> Any:
-    """Shrink dimensions along which a tensor is constant to size 1; None for a tensor of zeros."""
+    """Shrink a tensor to size 1 along dimensions in which it is constant; None if it is zero."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):
@@ -343,9 +344,9 @@ def _with_weight(
     Args:
         a: left factor.
         stored: the weight.
-        bias: (out,) or None.
-        rows: divisor of the outputs for each token and part of them, see `Planner.rows`.
-        step: divisor of the outputs for each channel, see `Planner.columns`.
+        bias: bias of the layer, (out,), or None.
+        rows: divisors of the outputs for each token and part of the outputs, see `Planner.rows`.
+        step: divisors of the outputs for each channel, see `Planner.columns`.
     """
     scale = _double_or_zero(smallest(a.scale))
     shift = _double_or_zero(smallest(a.shift))
@@ -369,8 +370,8 @@ def _with_weight(
         later = 1 / rows.double().unsqueeze(-1)  # (N, blocks, 1)
         blocks = later.shape[-2]
     elif not has_one_scale and not a.zero:
-        # OpenVINO 2026.4 mistakes a scale of rows for one of columns, unless another operator,
-        # such as a zero point, separates it from the product.
+        # OpenVINO 2026.4 mistakes a scale of rows for a scale of columns, unless another operator,
+        # such as a zero point, is between the product and the scale.
         blocks = 1
     constant = _constant_of_linear(a, stored, bias)
     if constant is not None:
@@ -386,8 +387,8 @@ def _with_weight(
     if sums.any():
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
-    # Without leading dimensions, runtimes would merge a product and an added vector into one
-    # operator on floats.
+    # Without leading dimensions, runtimes would merge a product and an added vector into one float
+    # operator.
     ndim = max(a.ndim, 3)
     ndim_split = ndim + 1 if blocks else ndim
     return Plan(
@@ -421,7 +422,7 @@ def _constant_of_linear(
 
 
 def _with_ndim(t: Tensor | None, ndim: int) -> Tensor | None:
-    """A float32 tensor with leading dimensions of size 1."""
+    """Convert a tensor to float32, with leading dimensions of size 1."""
     if t is None:
         return None
     return t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
@@ -436,7 +437,7 @@ def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
-    """Plan of ((A + da) sa + ca) times ((B + db) sb), divided by a step size."""
+    """Plan of the product ((A + da) sa + ca) ((B + db) sb), divided by a step size."""
     sa = smallest(a.scale)
     da = smallest(a.shift)
     ca = smallest(a.after)

@@ -1,9 +1,9 @@
-"""A quantized model as a file of ExecuTorch: `export.py format=executorch`.
+"""Write a quantized model as an ExecuTorch file: `export.py format=executorch`.
 
-Its XNNPACK backend computes linear layers on integer codes. XNNPACK computes the step size of each
-row of inputs from the smallest and largest number of the row. So each row gets two more numbers,
-the ends of the quantizer's 8-bit range, whose weights are zero. Then XNNPACK's step size is the
-trained one, and the codes are those of the model.
+ExecuTorch's XNNPACK backend computes linear layers on integer codes. XNNPACK derives the step size
+of each row of inputs from the smallest and largest number of the row. So each row gets two more
+numbers, the ends of the quantizer's 8-bit range, whose weights are zero. XNNPACK then uses the
+trained step size, and its codes equal the model's codes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import Checked, compare
+from qat.export.check import Checked, compare, limit_difference
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import require_int8, unfused
@@ -29,8 +29,6 @@ from qat.nn.linear import QuantLinear
 
 LOWEST = -128
 HIGHEST = 127
-# Logits may differ by this share of the largest one, or by twice the effect of rounding the images.
-SHARE = 0.05
 
 
 def write_pte(
@@ -45,8 +43,8 @@ def write_pte(
         images: (B, C, H, W) each.
 
     Returns:
-        How well both agree; the lists that `to_pte` returns, and `logits_apart`, the largest
-        difference as a share of the largest logit.
+        How well file and model agree; and a dict with the lists that `to_pte` returns, and
+        `logits_apart`, the largest difference as a share of the largest logit.
 
     Raises:
         UsageError: ExecuTorch does not support the model.
@@ -55,15 +53,9 @@ def write_pte(
     path.write_bytes(content)
     logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
     agreement = compare(net, logits, None, images)
-    # Codes of a file cannot be read. Images that differ by float rounding show how far values on
-    # thresholds move the logits of this model.
-    rounded = compare(net, lambda x: net(x * (1 + 1e-6)), None, images)
-    allowed = max(SHARE, 2 * rounded.apart)
-    if not agreement.apart <= allowed:  # also for NaN
-        agreement.problem = (
-            f"logits differ by {agreement.apart:.1%} of the largest one; "
-            f"must be at most {allowed:.1%}"
-        )
+    # The codes inside a file cannot be read. Images that differ only by float rounding show how
+    # much values on thresholds change the logits of this model.
+    limit_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
     report = report | {"logits_apart": round(agreement.apart, 6)}
     return Checked({EXECUTORCH: agreement}), report
 
@@ -74,13 +66,13 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     """Write a model for one image at a time.
 
     Args:
-        net: result of `qat.freeze`, or float.
-        image: (1, C, H, W), of the model's input size.
+        net: a result of `qat.freeze`, or a float model.
+        image: (1, C, H, W), an image of the model's input size.
 
     Returns:
-        The content of the file, and lists of what is not on integers: `float_products`, layers
-        whose inputs are rounded and multiplied as float numbers, and `outside_xnnpack`, how often
-        each operator runs in ExecuTorch's own kernels.
+        The content of the file, and a dict of what does not run on integers: `float_products`,
+        layers whose inputs are rounded and then multiplied as floats, and `outside_xnnpack`, how
+        often each operator runs in ExecuTorch's own kernels.
 
     Raises:
         UsageError: XNNPACK does not support a quantizer, or torch or ExecuTorch cannot export the
@@ -89,7 +81,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     net = unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
-    # An extra, imported only here.
+    # An optional dependency, imported only here.
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
         RemoveNoopExpandCopyPass,
@@ -108,7 +100,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     except Exception as error:
         cause = " ".join(str(error).split())
         raise UsageError(
-            f"format=executorch: ExecuTorch cannot hold this net: {cause[:300]}"
+            f"format=executorch: ExecuTorch cannot export this model: {cause[:300]}"
         ) from error
     outside_xnnpack: Counter[str] = Counter()
     for node in lowered.exported_program().graph.nodes:
@@ -145,7 +137,7 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
 
 
 def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
-    """Numbers on the grid of a quantizer."""
+    """Round `x` to the grid of a quantizer."""
     operators = torch.ops.quantized_decomposed
     x = x.clamp(qmin * step, qmax * step)
     grid = (step, 0, LOWEST, HIGHEST, torch.int8)
@@ -154,7 +146,7 @@ def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
 
 
 def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
-    """Let a linear layer run as one of XNNPACK, with an 8-bit input and a 4- or 8-bit weight."""
+    """Let XNNPACK run a linear layer, with an 8-bit input and a 4- or 8-bit weight."""
     operators = torch.ops.quantized_decomposed
     step = float(grid.scale)
     bounds = (LOWEST, HIGHEST)

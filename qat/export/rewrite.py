@@ -1,7 +1,7 @@
-"""Rewrite rules for a graph that torch wrote and onnxscript optimized, for the two runtimes.
+"""Rules that rewrite a graph of torch and onnxscript for onnxruntime and OpenVINO.
 
-For example, an offset added to a LayerNormalization becomes part of its bias, and codes of weights
-are stored at their width.
+For example, an offset added to a LayerNormalization becomes part of the bias, and codes of weights
+are stored at their bit-width.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qat.export.codes import StoredWeight
 from qat.export.write import CODES
 
-# OpenVINO fuses these with a factor after them.
+# OpenVINO fuses these operators with a factor after them.
 _FUSED_WITH_FACTOR = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
-# Onnxruntime moves QuantizeLinear past these, as past MaxPool, or fuses them with Conv.
+# Onnxruntime moves QuantizeLinear past these operators, as past MaxPool, or fuses them with Conv.
 _PASSED = frozenset({
     "Reshape",
     "Transpose",
@@ -55,7 +55,7 @@ def _array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def _split(node: ir.Node) -> Any:
-    """The variable and the constant input of an operator of two inputs; None without a constant."""
+    """The variable and the constant input of an operator; None if it does not have one of each."""
     left, right = node.inputs
     for variable, constant in ((left, right), (right, left)):
         array = _array(constant)
@@ -65,7 +65,7 @@ def _split(node: ir.Node) -> Any:
 
 
 def _single_use(value: ir.Value | None, kind: str) -> Any:
-    """The operator of this kind that computes a value with a single use; else None."""
+    """The operator of this kind that computes a value which is used once; else None."""
     node = value and value.producer()
     if not node or node.op_type != kind:
         return None
@@ -75,7 +75,7 @@ def _single_use(value: ir.Value | None, kind: str) -> Any:
 def _insert(
     graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any
 ) -> ir.Value:
-    """Add an operator before another one, and return its result."""
+    """Add an operator before another operator, and return the result of the new one."""
     node = ir.node(kind, inputs, attributes)
     graph.insert_before(before, node)
     return node.outputs[0]
@@ -105,7 +105,7 @@ def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _skip_reshape(graph: ir.Graph, node: ir.Node) -> None:
-    """Skip a Reshape before another one, unless the second copies sizes from the first."""
+    """Skip a Reshape before another Reshape, unless the second copies sizes from the first."""
     first = _single_use(node.inputs[0], "Reshape")
     shape = _array(node.inputs[1])
     if first and shape is not None and (shape != 0).all():
@@ -113,9 +113,9 @@ def _skip_reshape(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
-    """Set `keepdims` on a mean and squeeze after it.
+    """Set `keepdims` on a mean, and squeeze the result.
 
-    OpenVINO 2026.4 fuses other means with the next quantizer, wrongly.
+    Otherwise OpenVINO 2026.4 wrongly fuses the mean with the next quantizer.
     """
     if node.attributes.get_int("keepdims", 1) or len(node.inputs) < 2:
         return
@@ -127,11 +127,11 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
-    """Multiply with step sizes along dimension 1 in a tensor with one dimension more.
+    """Multiply by step sizes along dimension 1 in a tensor with an additional dimension.
 
-    OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear unless they vary along dimension 2. For any
-    number of images, the fused operator uses the first step size for all, unless it is part of a
-    larger one.
+    OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear unless step sizes vary along dimension 2. In
+    files for any number of images, the fused operator uses the first step size for all, unless it
+    is part of a larger operator.
     """
     clip = _single_use(node.inputs[0], "Clip")
     mul = clip and _single_use(clip.inputs[0], "Mul")
@@ -152,11 +152,11 @@ def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def separate_divisions(model: ir.Model) -> None:
-    """Divide by the step size in an operator of its own in quantizers after MaxPool or Conv.
+    """Divide by the step size in a separate operator in quantizers after MaxPool or Conv.
 
-    The codes stay the same to the last bit. Onnxruntime moves QuantizeLinear before MaxPool, and
-    its 8-bit MaxPool takes a hundred times as long as the float one. It rounds the weights of a
-    Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
+    Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
+    8-bit MaxPool takes a hundred times as long as the float MaxPool. It also rounds the weights of
+    a Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
     """
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node in quantizers:
@@ -171,9 +171,9 @@ def separate_divisions(model: ir.Model) -> None:
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
-    """Store the codes of weights in the types of their width, and cast them to 8 bits.
+    """Store the codes of weights in types of their bit-width, and cast them to 8 bits.
 
-    Runtimes do this once, when they open a file.
+    Runtimes cast once, when they open a file.
     """
     graph = model.graph
     int8_one = _store(graph, "onnx.int8_one", np.array(1, np.int8))

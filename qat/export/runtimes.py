@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime, OpenVINO and ExecuTorch on the CPU: logits and latency of files."""
+"""Run files in onnxruntime, OpenVINO and ExecuTorch on the CPU: logits and latency."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
 EXECUTORCH = "executorch"
 
-# Maps names of values and images (B, C, H, W) to the values.
+# Function of names of values, and images (B, C, H, W), that returns these values.
 Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Suppress what exporters and quantizers of other libraries log, warn of and print."""
+    """Suppress logs, warnings and output of the exporters and quantizers of other libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -54,12 +54,12 @@ def open_session(
     """Open a file, or a model in memory, on the CPU.
 
     Args:
-        model: path or content of the file.
+        model: path or contents of the file.
         runtime: `onnxruntime`, `openvino` or `executorch`.
-        threads: 0 = one for each core. ExecuTorch has one number of threads for all files, and
-            here it is 1.
-        precision: type of float operators in OpenVINO, whose own default is `bf16` where the
-            processor supports it.
+        threads: number of threads, 0 = one per core. ExecuTorch has one setting for all files,
+            which is 1 here.
+        precision: type of float operators in OpenVINO, whose own default is `bf16` if the processor
+            supports it.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:
@@ -70,21 +70,26 @@ def open_session(
 
 
 def _open_onnxruntime(content: bytes, threads: int) -> Session:
+    import onnx  # noqa: PLC0415  (an extra)
     import onnxruntime  # noqa: PLC0415  (an extra)
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
     if saturates():
-        # Compute products with int8 weights with uint8 weights instead.
+        # Convert int8 weights of products to uint8.
         settings.add_session_config_entry("session.x64quantprecision", "1")
+    constants = onnx.load_from_string(content).graph.initializer
+    if any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in constants):
+        # It would fuse products with an operator that does not take E4M3.
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     return lambda names, images: session.run(list(names), {INPUT: images})
 
 
 @functools.cache
 def saturates() -> bool:
-    """True if onnxruntime's sums of uint8 times int8 saturate here, as on x86 without VNNI."""
+    """True if onnxruntime's sums of uint8 times int8 saturate here (x86 without VNNI)."""
     import onnxruntime  # noqa: PLC0415  (an extra)
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415  (an extra)
 
@@ -103,11 +108,13 @@ def saturates() -> bool:
 
 @functools.cache
 def _openvino_core() -> Any:
-    """OpenVINO, opened once for the life of the process.
+    """OpenVINO's core, created once per process.
 
-    Closing it frees the stack that it gave to signal handlers, and the next signal would crash.
+    Closing it would free the stack that it gave to signal handlers, and the next signal would
+    crash.
     """
-    # absl, which OpenVINO imports, later closes the present stderr, unless it is the process's own.
+    # absl, which OpenVINO imports, later closes the current stderr, unless it is that of the
+    # process.
     with contextlib.redirect_stderr(sys.__stderr__):
         import openvino  # noqa: PLC0415  (an extra)
 
@@ -117,8 +124,8 @@ def _openvino_core() -> Any:
 def _open_openvino(content: bytes, threads: int, precision: str) -> Session:
     config = {
         "INFERENCE_PRECISION_HINT": precision,
-        # In models with only quantized weights, OpenVINO would quantize activations to 8 bits on
-        # processors with integer products.
+        # On processors with integer products, OpenVINO would quantize activations of weight-only
+        # models to 8 bits.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": str(threads),
     }
@@ -137,7 +144,7 @@ def _open_executorch(content: bytes) -> Session:
     from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  (an extra)
     from executorch.runtime import Runtime  # noqa: PLC0415  (an extra)
 
-    # ExecuTorch writes what it detects about the processor to the process's stderr.
+    # ExecuTorch writes what it detects about the processor to the stderr of the process.
     stderr = os.dup(2)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)
@@ -150,7 +157,7 @@ def _open_executorch(content: bytes) -> Session:
         os.close(stderr)
         os.close(devnull)
 
-    # The default argument keeps the program alive, which the method does not.
+    # The default argument keeps the program alive; the method itself does not.
     def run(names: Sequence[str], images: np.ndarray, owner: Any = program) -> list[np.ndarray]:
         return [out.numpy() for out in method.execute([torch.from_numpy(images)])]
 
@@ -161,7 +168,7 @@ def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Ten
     """Run a session on images.
 
     Args:
-        session: an opened file.
+        session: the session of an opened file.
         images: (B, C, H, W).
         batch: number of images that the file takes at a time; None = any number.
 
@@ -176,7 +183,7 @@ def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Ten
 
 
 def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:
-    """Median time of one image in each session, measured in turns."""
+    """Median time of one image in each session, measured alternately."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     array = image.cpu().float().numpy()
     for _ in range(repeats + 1):
@@ -184,13 +191,13 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
             start = time.perf_counter()
             session([OUTPUT], array)
             times[name].append(1e3 * (time.perf_counter() - start))
-    # The first run allocates.
+    # The first run allocates memory.
     return {name: statistics.median(session_times[1:]) for name, session_times in times.items()}
 
 
 @quiet()
 def quantize_8bit(source: Path, target: Path) -> None:
-    """Quantize a float file with onnxruntime: 8-bit weights, and ranges of inputs at run time."""
+    """Quantize a float file with onnxruntime: 8-bit weights, and input ranges found at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow import)
 
     quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)

@@ -1,6 +1,6 @@
-"""Operators of the quantizers and products of a model, while torch traces it.
+"""Write the operators of a model's quantizers and products while torch traces the model.
 
-The constants that are added to codes are computed in `plan.py`.
+The constants that are added to codes come from `plan.py`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from qat.errors import UsageError
 from qat.export.codes import QuantizedTensor, StoredWeight, number
 from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenActivation, FrozenFp8Activation, FrozenWeight
+from qat.model.sites import iter_quantizers
 from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copied
+from qat.utils.validate import FP8
 
 # Outputs of these quantizers are used in sums and norms, not in products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
 # Metadata of an operator: the name of its quantizer.
 SITE = "qat.site"
-# The buffer of a weight whose codes are later stored in a narrower type.
+# Name of a weight's buffer whose codes are later stored in a narrower type.
 CODES = "onnx_codes"
 
 
 def unfused(net: nn.Module) -> nn.Module:
-    """Copy a model in evaluation mode, with the float attentions in separate operators.
+    """Copy a model in evaluation mode, and compute float attentions by separate operators.
 
     Torch translates timm's fused attention only for tensors of four dimensions.
     """
@@ -45,9 +47,9 @@ def unfused(net: nn.Module) -> nn.Module:
 def write_in_graph(
     net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT
 ) -> None:
-    """Let quantizers return tensors of codes of a graph, or numbers if no product takes them."""
+    """Let quantizers return a graph's tensors of codes, or numbers if no product uses the codes."""
 
-    def activation(grid: FrozenActivation, x: Tensor) -> Any:
+    def activation(grid: Any, x: Tensor) -> Any:
         quantized = graph.activation(grid, x)
         return number(quantized) if grid.spec.role in _NUMBERS else quantized
 
@@ -56,12 +58,12 @@ def write_in_graph(
             _register_weight(module, stored[name])
             weight = dataclasses.replace(stored[name], graph=graph)
             module.in_graph = lambda _, weight=weight: weight
-        elif isinstance(module, FrozenActivation):
+        elif isinstance(module, FrozenActivation | FrozenFp8Activation):
             module.in_graph = functools.partial(activation, module)
 
 
 def _register_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
-    """Register the buffers of a weight. A matrix is stored transposed, as products take it."""
+    """Register the buffers of a weight; a matrix is stored transposed, as products need it."""
     codes = stored.codes
     if codes.ndim == 2:
         codes = codes.t().contiguous()
@@ -78,14 +80,14 @@ def _register_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
 def _register_activation(
     grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None
 ) -> None:
-    """Register the buffers of a quantizer of activations.
+    """Register the buffers of an activation quantizer.
 
     Args:
         grid: the quantizer.
         step: scale of QuantizeLinear, ().
         added: number that makes codes fit 8 bits, see `added_code`.
-        inverse: factor of the input in place of a scale, since runtimes take twice as long to
-            divide; None = 1.
+        inverse: factor of the input that replaces a division by scales, because division takes
+            runtimes twice as long; None = 1.
     """
     grid.register_buffer("onnx_step", step)
     grid.register_buffer("onnx_inverse", inverse)
@@ -93,16 +95,16 @@ def _register_activation(
     grid.register_buffer("onnx_zero", added + whole_zero(grid))
     grid.onnx_bounds = None
     if grid.qmax - grid.qmin != 255:
-        # The type of the codes has more values than the grid, so Clip needs the ends.
+        # The type of the codes has more values than the grid, so Clip needs the ends of the grid.
         grid.onnx_bounds = (grid.qmin * float(step), grid.qmax * float(step))
 
 
 class Writer(nn.Module):
-    """Writes products in the order in which they were planned; its buffers are constants.
+    """Writes products in the order in which they were planned; buffers become constants.
 
     Args:
-        net: frozen; its quantizers of activations get buffers.
-        planner: has the plans of this model.
+        net: a frozen model; its activation quantizers get buffers.
+        planner: planner with the plans of this model.
     """
 
     one: Tensor
@@ -116,24 +118,24 @@ class Writer(nn.Module):
             if not isinstance(grid, FrozenActivation):
                 continue
             is_divided = grid in planner.divided
-            # QuantizeLinear with one step size for each token takes twelve times as long as with
-            # one for the tensor.
+            # QuantizeLinear with a step size per token takes twelve times as long as with one for
+            # the tensor.
             has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
             step = grid.scale.reshape(()) if has_step else torch.ones(())
             inverse = None if has_step or is_divided else 1 / grid.scale
             _register_activation(grid, step, added_code(grid, planner.cpu), inverse)
 
     def restart(self, *_: Any) -> None:
-        """Continue with the first plan: the model runs from its beginning."""
+        """Return to the first plan before the model runs again."""
         self.position = 0
 
     def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
         """Map to coordinates of codes, clip, and round to 8 bits.
 
-        QuantizeLinear rounds and then adds its zero point. Here this is only the number that makes
-        codes uint8. Were it the zero point of the grid, odd ones would change the rounding of ties
-        (half to even), and after step sizes that differ by a power of two, half of all values are
-        ties.
+        QuantizeLinear rounds and then adds its zero point, which here is only the number that makes
+        codes uint8. It is not the zero point of the grid, because odd zero points would change how
+        ties are rounded (half to even). Half of all values are ties if the step sizes before and
+        after differ by a power of two.
         """
         u = x
         if grid.before is not None:
@@ -164,9 +166,10 @@ class Writer(nn.Module):
     def _weight(self, weight: StoredWeight) -> Tensor:
         """The numbers of a weight.
 
-        All of this is constant. With Cast in place of DequantizeLinear, onnxruntime computes it
-        when it opens the file, so that a convolution keeps its blocked layout. It could also fuse a
-        DequantizeLinear with the product with a float factor, and round that factor to 8 bits.
+        All operators here have constant inputs. With Cast in place of DequantizeLinear, onnxruntime
+        computes the weight when it opens the file, so that a convolution keeps its blocked layout.
+        DequantizeLinear could also be fused with a product whose other factor is float, and
+        onnxruntime would round this factor to 8 bits.
         """
         frozen: Any = weight.frozen
         codes = frozen.onnx_codes
@@ -181,7 +184,7 @@ class Writer(nn.Module):
         return y.t() if y.ndim == 2 else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
-        """A product as its plan says."""
+        """Write a product as its plan says."""
         plan = self._next()
         is_weight = isinstance(b, StoredWeight)
         if not plan.on_codes:
@@ -189,8 +192,7 @@ class Writer(nn.Module):
             right = number(b)
             y = F.linear(left, right, bias) if is_weight else torch.matmul(left, right)
             return y if plan.scale is None else y * plan.scale
-        # Runtimes would merge a product of two dimensions and an added vector into one operator on
-        # floats.
+        # Runtimes would merge a product of matrices and an added vector into one float operator.
         is_flat = is_weight and a.ndim == 2
         if is_flat:
             a = a.unsqueeze(1)
@@ -200,7 +202,7 @@ class Writer(nn.Module):
         return y.squeeze(1) if is_flat else y
 
     def _product_of_codes(self, plan: Any, left: Tensor, right: Tensor) -> Tensor:
-        """The product of two factors with all constants of its plan."""
+        """Write the product of two factors, with all constants of its plan."""
         y = torch.matmul(left, right)
         if plan.row is not None:
             y = y + plan.row
@@ -242,9 +244,10 @@ class Writer(nn.Module):
 
 
 def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
-    """View a number, or one for each output, to broadcast with a weight.
+    """View one number, or one number per output, so that it broadcasts with a weight.
 
-    Outputs are the last dimension of a matrix, which is transposed, and else the first.
+    Outputs are the last dimension of a matrix, which is stored transposed, and the first dimension
+    of any other weight.
     """
     if t.ndim == 0 or weight.ndim == 2:
         return t
@@ -252,7 +255,7 @@ def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
 
 
 def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise `UsageError` unless integer kernels take all quantizers of a frozen model unchanged."""
+    """Raise `UsageError` unless integer kernels support all quantizers of a model unchanged."""
     for name, module in net.named_modules():
         is_int8 = True
         if isinstance(module, FrozenActivation):
@@ -277,12 +280,12 @@ class TensorRT:
     """Writes quantizers for compilers that choose integer kernels themselves, and returns numbers.
 
     Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"):
-    int8, zero points of 0, one scale for an activation, one for each output of a weight, and
-    nothing between DequantizeLinear and the product.
+    int8 or E4M3, zero points of 0, one scale for an activation, one for each output of a weight,
+    and nothing between DequantizeLinear and the product.
 
     Args:
-        net: frozen; its quantizers get buffers.
-        stored: its weights.
+        net: a frozen model; its quantizers get buffers.
+        stored: the weights of the model.
 
     Raises:
         UsageError: the model breaks the rules.
@@ -290,13 +293,26 @@ class TensorRT:
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
+        kinds = {}
+        for site in iter_quantizers(net):
+            if not site.quantizer.is_float:
+                kinds[site.quantizer.spec.quantizer in FP8] = site.name
+        if len(kinds) == 2:
+            raise UsageError(
+                f"format.target=tensorrt: {kinds[True]} has 8-bit floats and {kinds[False]} "
+                "integers; must be floats or integers in the whole model"
+            )
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 added = torch.zeros((), dtype=torch.int8)
                 _register_activation(grid, grid.scale.reshape(()), added)
+            elif isinstance(grid, FrozenFp8Activation):
+                step: Any = grid.quantizer.scale
+                grid.register_buffer("onnx_step", step.detach().reshape(()))
+                grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
-        """Rounded numbers."""
+        """Fake-quantized numbers."""
         codes = _quantize(x if grid.before is None else x + grid.before, grid)
         return _dequantize(codes, grid.onnx_step, grid.onnx_added)
 
@@ -308,8 +324,26 @@ class TensorRT:
         return y.t() if is_matrix else y
 
 
+def compute_in_half(net: nn.Module) -> None:
+    """Convert the float32 tensors of a model for TensorRT to float16, but image and logits.
+
+    Raises:
+        UsageError: float16 cannot hold the scale of an activation to its full precision.
+    """
+    lowest = torch.finfo(torch.float16).tiny
+    for name, buffer in net.named_buffers():
+        if name.endswith("onnx_step") and buffer < lowest:
+            raise UsageError(
+                f"format.precision=fp16: {name} is {float(buffer):.1e}; must be at least "
+                f"{lowest:.1e}, or format.precision=fp32"
+            )
+    net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)
+    net.register_forward_pre_hook(lambda _, args: (args[0].half(),))
+    net.register_forward_hook(lambda _, args, logits: logits.float())
+
+
 def _quantize(u: Tensor, grid: Any) -> Tensor:
-    """QuantizeLinear with one step size, after Clip to the ends of the grid where it is needed."""
+    """QuantizeLinear with one step size, after Clip to the ends of the grid if it is needed."""
     if grid.onnx_bounds is not None:
         u = u.clamp(*grid.onnx_bounds)
     codes: Tensor = torch.onnx.ops.symbolic(
@@ -324,10 +358,10 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """DequantizeLinear to float32, with one scale or one for each position along an axis."""
+    """DequantizeLinear to the type of the scale, with one scale or one per position on an axis."""
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(
-        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape
+        "DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape
     )
     return y

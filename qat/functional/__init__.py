@@ -1,7 +1,7 @@
 """Pure functions: tensors in, tensors out, no state.
 
-`axis` is the dimension that keeps scales of its own, None = one scale for the tensor. The functions
-of the search are not exported here; see `qat.functional.evolution`.
+`axis` is the dimension along which scales differ; None = one scale for the tensor. The functions of
+the evolutionary search are in `qat.functional.evolution` and are not exported here.
 """
 
 from qat.functional.affine import (
@@ -16,6 +16,7 @@ from qat.functional.affine import (
 from qat.functional.block_floats import block_float, block_float_codes
 from qat.functional.confidence import near_threshold
 from qat.functional.distillation import distillation_loss, feature_distance, soft_cross_entropy
+from qat.functional.fp8 import fp8, fp8_codes, fp8_scale
 from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
@@ -67,6 +68,9 @@ __all__ = [
     "feature_distance",
     "fold_q_bias",
     "fold_qk",
+    "fp8",
+    "fp8_codes",
+    "fp8_scale",
     "freezing_step",
     "info_nce",
     "integer_layer_norm",

@@ -1,4 +1,4 @@
-"""Uniform affine quantization with a zero point; `qat.functional.observers` finds scales."""
+"""Uniform affine quantization with a zero point; `qat.functional.observers` computes the scales."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slices_along(x: Tensor, axis: int | None) -> Tensor:
-    """Values that share a scale, as rows.
+    """Reshape a tensor so that each row contains the values that share a scale.
 
     Returns:
         (x.shape[axis], m), or (1, m) for None; float32 without gradient.
@@ -68,7 +68,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[T
 def affine_from_range(
     low: Tensor, high: Tensor, bits: int, *, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned ones.
+    """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned.
 
     Returns:
         Scale (at least float32 eps) and zero point (a whole number stored as float32), the shape of
@@ -107,7 +107,7 @@ def fake_quantize_affine(
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
 
     Returns:
         The shape and dtype of `x`.
@@ -116,13 +116,13 @@ def fake_quantize_affine(
     step = view_along(scale.float(), x.ndim, axis)
     zero = view_along(zero_point.float(), x.ndim, axis)
     if not torch.is_grad_enabled():
-        # One buffer makes this several times faster, above all in the search.
+        # Working in one buffer is several times faster, above all in the evolutionary search.
         codes = x.float().div(step).add_(zero).round_().clamp_(qmin, qmax)
         return codes.sub_(zero).mul_(step).to(x.dtype)
     u = x.float() / step + zero
     rounded = u.detach().round()
-    # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Nor the
-    # clamp of `round_ste(u)`: where u overflows, that is inf - inf.
+    # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Clamping
+    # `round_ste(u)` fails as well: where u overflows, it computes inf - inf.
     is_inside = (rounded >= qmin) & (rounded <= qmax)
     codes = torch.where(is_inside, round_ste(u), rounded.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)
@@ -134,8 +134,8 @@ def fake_quantize_affine_(
 ) -> Tensor:
     """`fake_quantize_affine` in place, without autograd: one buffer for all operations.
 
-    The operations and their order are those of `fake_quantize_affine`, so finite values agree to
-    the last bit, except for the sign of zeros. An infinite value takes the outermost code.
+    It runs the operations of `fake_quantize_affine` in the same order, so finite values agree to
+    the last bit, except for the sign of zeros. An infinite value gets the outermost code.
 
     Args:
         x: any shape and float dtype; overwritten.
@@ -143,7 +143,7 @@ def fake_quantize_affine_(
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
 
     Returns:
         `x`.
@@ -179,6 +179,6 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     ratio = view_along(std_w / (std_q + 1e-8), w.ndim, axis)
     mean_q = view_along(rows_q.mean(-1), w.ndim, axis)
     mean_w = view_along(rows_w.mean(-1), w.ndim, axis)
-    # Adding and subtracting mean q rounds as the reference does, so its losses agree to the bit.
+    # Adding and subtracting mean q rounds as the reference code does, so losses agree to the bit.
     corrected = (quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w
     return corrected.to(quantized.dtype)

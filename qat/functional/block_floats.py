@@ -1,4 +1,4 @@
-"""Floats of 4 or 8 bits in blocks that share a scale.
+"""Floats of 4 or 8 bits in blocks; the values of a block share a scale.
 
 Blocks are consecutive elements of the last dimension; the last block of a row may be shorter.
 
@@ -47,7 +47,7 @@ class BlockFormat(NamedTuple):
     two_level: bool = False
 
 
-# By name of a quantizer and bits.
+# Formats by quantizer name and number of bits.
 BLOCK_FORMATS = {
     ("mxfp", 4): BlockFormat(4, 1, 0, 6.0, 32),
     ("mxfp", 8): BlockFormat(8, 3, -6, _E4M3_MAX, 32),
@@ -57,7 +57,7 @@ _E4M3 = BLOCK_FORMATS["mxfp", 8]
 
 
 def _power_below(x: Tensor) -> Tensor:
-    """The largest power of two up to |x|, float32: 0 below normal numbers, inf for inf and NaN."""
+    """The largest power of two up to |x|, float32; 0 for subnormal x, inf for inf and NaN."""
     return (x.view(torch.int32) & _EXPONENTS).view(torch.float32)
 
 
@@ -77,7 +77,7 @@ def nearest_float(u: Tensor, form: BlockFormat) -> Tensor:
 
 
 def _largest_magnitude(x: Tensor) -> Tensor:
-    """max|x|, by the operation that is faster on the device: six times on a CPU."""
+    """max|x|, computed by the faster operation for the device (six times faster on a CPU)."""
     if x.is_cuda:
         return torch.linalg.vector_norm(x, torch.inf)
     return torch.stack(x.aminmax()).abs().amax()
@@ -96,7 +96,7 @@ def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
 
 
 def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
-    """Scales of blocks (..., k, 1): with t, E4M3 values to multiply by t; else powers of two."""
+    """Scales of blocks (..., k, 1): with t, E4M3 values in units of t, else powers of two."""
     largest = blocks.abs().amax(-1, keepdim=True)
     if t is not None:
         divisor = torch.where(t == 0, torch.inf, t)
@@ -109,7 +109,7 @@ def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
 
 
 def _split_blocks(x: Tensor, form: BlockFormat) -> Tensor:
-    """(..., up to k * n) as (..., k, n), where zeros fill a short block."""
+    """Reshape (..., up to k * n) to (..., k, n); zeros fill a short block."""
     padded = nn.functional.pad(x, (0, -x.shape[-1] % form.block))
     return padded.unflatten(-1, (-1, form.block))
 
@@ -140,11 +140,12 @@ def _scale_blocks(x: Tensor, form: BlockFormat, t: Tensor | None) -> _ScaledBloc
 def round_blocks(
     x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None
 ) -> Tensor:
-    """The nearest value of x / s, times s, for the scale s of each block; or the gradient of that.
+    """Round each block with scale s to s * nearest(x / s), or return the gradient of this.
 
-    A power of two is s = 2^(floor(log2(max|block|)) - e), e = exponent of the largest value; with
-    two levels s is E4M3(max|block| / 6 / t) * t. A block becomes zeros if all its values are zero
-    or if s is too small for a normal number, and NaN if it contains a NaN.
+    Without t, the scale is a power of two, s = 2^(floor(log2(max|block|)) - e), where e is the
+    exponent of the largest value of the format; with t, it is s = E4M3(max|block| / 6 / t) * t. A
+    block becomes zero if all its values are zero or if s is too small for a normal number, and NaN
+    if it contains a NaN.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
@@ -205,7 +206,7 @@ def block_float(x: Tensor, form: BlockFormat) -> Tensor:
 
 
 def float_place(u: Tensor, form: BlockFormat) -> Tensor:
-    """Index of values among the values of a format, in order: 0 is at 0, the smallest above at 1.
+    """Index of `u` among the sorted values of a format: zero has index 0, the next value index 1.
 
     Args:
         u: any shape, float32, in units of the scale; fractions where `u` is between two values.
@@ -225,9 +226,9 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     """Codes of `block_float` (sign, exponent and mantissa as bits) and their scales.
 
     Returns:
-        Codes, uint8, the shape of `x`: 0 for NaN, whose scale is NaN.
-        Factors (..., ceil(n / block)), float32: scales of blocks, divided by t if there is a t.
-        t, or None.
+        Codes, uint8, in the shape of `x`; NaN has code 0 and a scale of NaN.
+        Factors, float32, (..., ceil(n / block)): scales of blocks, divided by t if there is a t.
+        The number t, or None.
     """
     t = tensor_scale(x, form)
     scaled = _scale_blocks(x, form, t)

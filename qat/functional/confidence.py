@@ -36,11 +36,11 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
 
 
 def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
-    """Weights that CGA trains: those within `boundary` of a threshold of StatsQ; others are frozen.
+    """Weights that CGA trains, which are within `boundary` of a threshold of StatsQ.
 
     With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 on the current scale s, an entry is near if
-    |z - i - 1/2| <= boundary for an integer i from the lowest code that occurs in the tensor to
-    below the highest (as in OFQ's code; both ends of the band belong to it).
+    |z - i - 1/2| <= boundary for an integer i, lowest <= i < highest, where lowest and highest are
+    the outermost codes that occur in the tensor. The band includes both ends, as in OFQ's code.
 
     Args:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw).

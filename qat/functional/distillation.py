@@ -18,10 +18,10 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     Source: Hinton et al. 2015, arXiv 1503.02531.
 
     Args:
-        logits: (B, K) of the student.
-        teacher_logits: (B, K).
-        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; T^2
-            keeps the size of the gradient.
+        logits: (B, K), logits of the student.
+        teacher_logits: (B, K), logits of the teacher.
+        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; the
+            factor T^2 preserves the size of the gradient.
 
     Returns:
         Scalar, float32.
@@ -42,7 +42,7 @@ def distillation_loss(
 ) -> Tensor:
     """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)).
 
-    OFQ has equal weights and temperature 1.
+    OFQ uses equal weights and temperature 1.
 
     Args:
         student_cls: (B, K) logits of the class head.
@@ -65,14 +65,16 @@ def distillation_loss(
 
 
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over features and images of mean |s - t|^2 / var(t), both over the entries of one image.
+    """Mean of |s - t|^2 / var(t) over features and images.
 
-    The mean of the teacher is at a distance of 1, at any scale of the features. Images do not mix,
-    so the distance of a batch is the mean of the distances of its parts.
+    The mean |s - t|^2 and the variance are taken over the entries of one image. A student that
+    outputs the mean of the teacher has distance 1, at any scale of the features. Images do not mix,
+    so the distance of a batch is the mean distance of its images.
 
     Args:
         student: features (B, ...), such as outputs of the blocks of a net.
-        teacher: as many features of the same shapes; detached.
+        teacher: features of the teacher, as many as of the student and of the same shapes;
+            detached.
 
     Returns:
         Scalar, float32.

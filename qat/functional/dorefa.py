@@ -1,7 +1,7 @@
 """DoReFa's weight quantizer, for comparison.
 
-Sources: arXiv 1606.06160, equation 9; the ratio is that of KURE's robustness scripts
-(arXiv 2002.07686).
+Sources: arXiv 1606.06160, equation 9; the ratio is defined as in KURE's robustness scripts (arXiv
+2002.07686).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def squash(w: Tensor) -> Tensor:
 def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
     """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, q rounds to multiples of 1 / ((2^bits - 1) ratio).
 
-    The ratio is the inverse of the ratio in `qat.analysis`: 2 halves the steps. Codes are not
-    clamped, so they may leave 0..2^bits - 1.
+    A ratio of 2 halves the steps; the ratio in `qat.analysis` is the inverse of this one. Codes are
+    not clamped, so they may leave 0..2^bits - 1.
 
     Args:
         w: any shape and float dtype; computed in float32.

@@ -1,8 +1,8 @@
 """Steady-state evolutionary search over a vector of scales.
 
-Each step is a function of its arguments, and each draw of (seed, pass, block, cycle), so a stopped
-search resumes from its population. Vectors are float64 on the CPU, as in the reference: mutations
-are smaller than the resolution of float32.
+Each step depends only on its arguments, and each draw only on (seed, pass, block, cycle), so a
+stopped search resumes from its population. Vectors are float64 on the CPU, as in the reference:
+mutations are smaller than the resolution of float32.
 
 Source: Evol-Q, arXiv 2308.10814, and its code.
 """
@@ -20,7 +20,7 @@ TOURNAMENT = 10
 
 
 class Population(NamedTuple):
-    """Candidates, best first.
+    """Candidates of a search, best first.
 
     Attributes:
         scales: (P, n) float64.
@@ -46,7 +46,7 @@ class Draw(NamedTuple):
 def noise_radius(bits: int) -> float:
     """Radius of the absolute noise for weights of `bits` bits: 1e-4 for 8, else 1e-3.
 
-    The values are those of the reference's code; in its paper they are swapped.
+    The values come from the reference code; the paper swaps them.
     """
     return 1e-4 if bits == 8 else 1e-3
 
@@ -86,13 +86,13 @@ def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> P
 
 
 def best(population: Population) -> tuple[Tensor, float]:
-    """Candidate (n,) with the lowest loss, and that loss; of equal losses, the oldest."""
+    """Candidate (n,) with the lowest loss, and its loss; among equal losses, the oldest."""
     index = int(population.losses.argmin())
     return population.scales[index], float(population.losses[index])
 
 
 def select_parent(population: Population, members: Tensor) -> Tensor:
-    """Candidate (n,) with the lowest loss among `members` (S,); of equal losses, the first."""
+    """Candidate (n,) with the lowest loss among `members` (S,); among equal losses, the first."""
     winner = members[population.losses[members].argmin()]
     return population.scales[winner]
 
@@ -105,7 +105,7 @@ def mutate(parent: Tensor, noise: Tensor, *, relative: bool = False) -> Tensor:
 
 
 def evolved_child(population: Population, drawn: Draw, *, relative: bool = False) -> Tensor:
-    """Candidate (n,) of an evolutionary search: a mutation of the winner of a tournament."""
+    """Candidate (n,) of an evolutionary search: the winner of a tournament, mutated."""
     parent = select_parent(population, drawn.members)
     return mutate(parent, drawn.noise, relative=relative)
 

@@ -1,11 +1,14 @@
-"""LayerNorm in integer arithmetic on power-of-two factors. Source: FQ-ViT (arXiv 2111.13824)."""
+"""LayerNorm in integer arithmetic, for channel scales that differ by powers of two.
+
+Source: FQ-ViT (arXiv 2111.13824).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# A multiplier is an 8-bit integer, shifted right by up to 31 bits.
+# Multipliers are 8-bit integers, shifted right by up to 31 bits.
 _PLACES = 7
 _MAX_SHIFT = 31
 
@@ -14,12 +17,12 @@ _MAX_SHIFT = 31
 def integer_layer_norm(
     x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """LayerNorm over the last dimension of integers with a scale per channel.
+    """Integer LayerNorm over the last dimension of values with one scale per channel.
 
     There is no epsilon and no gradient.
 
     Args:
-        x: (..., C), multiples of `in_scale`.
+        x: (..., C), values that are multiples of `in_scale`.
         in_scale: (C,), the smallest scale times powers of two (`ptf`).
         out_scale: (C,) or one element: step of the result, which is not clipped.
         weight: (C,).

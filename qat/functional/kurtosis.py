@@ -1,6 +1,6 @@
 """Kurtosis of weights, and KURE, a regularizer that pulls it to a target.
 
-Source: Shkolnik et al., arXiv 2002.07686; the unbiased standard deviation is that of its code.
+Source: Shkolnik et al., arXiv 2002.07686; the unbiased standard deviation follows the paper's code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# For at most this many values float64 costs nothing, and rounding errors do not average out.
+# With at most this many values, float64 costs no time, and rounding errors would not average out.
 FEW = 2**14
 
 
@@ -35,7 +35,7 @@ def _kurtosis_dtype(w: Tensor) -> torch.dtype:
 def kurtosis(w: Tensor) -> Tensor:
     """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1.
 
-    For many elements it is 1.8 if they are uniform, 3 if normal, 6 if Laplace.
+    For many elements it is 1.8 for a uniform distribution, 3 for a normal and 6 for a Laplace one.
 
     Args:
         w: any shape and float dtype; computed in float32, or in float64 if there are few values or
@@ -46,14 +46,15 @@ def kurtosis(w: Tensor) -> Tensor:
     """
     x = w.to(_kurtosis_dtype(w))
     low, high = x.detach().aminmax()
-    # Deviations of a constant are rounding errors, but its range is exactly zero. The comparison is
-    # false for NaN, which stays NaN.
+    # The deviations of a constant tensor are rounding errors, but its range is exactly zero. The
+    # comparison is false for NaN, so NaN stays NaN.
     width = high - low
     is_constant = width < torch.finfo(x.dtype).tiny
     inverse = torch.where(is_constant, 0.0, 1 / width)
     # Kurtosis does not depend on the scale: deviations below 1 keep fourth powers inside float32.
     deviation = (x - x.mean()) * inverse
-    # The mean has a rounding error, which is large for weights far from zero: subtract it again.
+    # The mean has a rounding error, which is large for weights far from zero, so subtract the mean
+    # again.
     square = (deviation - deviation.mean()).square()
     variance = square.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)
@@ -62,7 +63,7 @@ def kurtosis(w: Tensor) -> Tensor:
 
 
 def kurtoses(weights: Iterable[Tensor]) -> Tensor:
-    """`kurtosis` of several tensors: (L,).
+    """`kurtosis` of each of several tensors: (L,).
 
     Raises:
         ValueError: `weights` is empty.
@@ -74,7 +75,7 @@ def kurtoses(weights: Iterable[Tensor]) -> Tensor:
 
 
 def kure_of(values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "mean") -> Tensor:
-    """`kure_loss`, from kurtoses (L,)."""
+    """`kure_loss`, computed from kurtoses (L,)."""
     check_kure("target", target, "reduction", reduction)
     return _REDUCTIONS[reduction]((values - target).square())
 
@@ -101,7 +102,7 @@ def kure_loss(
 def check_kure(
     target_setting: str, target: object, reduction_setting: str, reduction: object
 ) -> None:
-    """Check the target and the reduction of KURE, which messages call by the names of settings.
+    """Check the target and the reduction of KURE; messages name the settings, not the arguments.
 
     Raises:
         UsageError: the target is not a number above 1, or the reduction is not in `REDUCTIONS`.

@@ -26,18 +26,18 @@ _COARSE = 1.6
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """The integer e with 2^-e nearest to x on a logarithmic scale; inf for zero."""
+    """The integer e with 2^-e nearest to x on a logarithmic scale; inf for x = 0."""
     return -x.float().log2().round()
 
 
 def _power(exponent: Tensor, bits: int) -> Tensor:
-    """2^-e for 0 <= e < 2^bits, 1 below that and 0 above."""
+    """2^-e for 0 <= e < 2^bits, 1 for smaller e and 0 for larger e."""
     power = torch.exp2(-exponent.clamp(0, 2**bits - 1))
     return torch.where(exponent >= 2**bits, 0.0, power)
 
 
 class _Log2(torch.autograd.Function):
-    """`fake_quantize_log2`, with a gradient straight through the rounding of the logarithm."""
+    """`fake_quantize_log2`, straight-through for the rounding of the logarithm."""
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
@@ -80,7 +80,7 @@ def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
 def log2_codes(x: Tensor, bits: int) -> Tensor:
     """Integer codes min(max(k, 0), 2^bits - 1) of `fake_quantize_log2`.
 
-    The last code stands for 2^-(2^bits - 1), and for zero.
+    The last code stands for both 2^-(2^bits - 1) and zero.
     """
     check_bits("bits", bits)
     qmax = 2**bits - 1
@@ -91,7 +91,7 @@ def log2_codes(x: Tensor, bits: int) -> Tensor:
 def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
     """An integer proportional to exp(x * scale), for integers x <= 0.
 
-    exp(x * scale) is 2^-shift times exp of a remainder, for which there is a polynomial.
+    exp(x * scale) is 2^-shift times the exp of a remainder, which a polynomial approximates.
     """
     ln2 = (-_LN2 / scale).floor()
     x = torch.maximum(x, _PLACES * ln2)
@@ -108,13 +108,13 @@ def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     """Log-int-softmax: softmax in integer arithmetic over the last dimension, as powers of two.
 
     With e the integer exponential of x / scale - max and r = round(sum e / e), the result is 2^-k,
-    or zero for k >= 2^bits, where 2^k is the power of two nearest to r (of two, the larger). No
-    gradient.
+    or zero for k >= 2^bits, where 2^k is the power of two nearest to r (the larger of two equally
+    near ones). There is no gradient.
 
     Args:
         x: (..., N) scores, multiples of `scale`.
-        scale: one element, the step of the scores; a step above 1.6 is divided by the power of two
-            that brings it to between 1/128 and 1/64.
+        scale: one element, the step of the scores; a step above 1.6 is divided by a power of two so
+            that it is between 1/128 and 1/64.
         bits: 2 to 8.
 
     Returns:

@@ -1,7 +1,7 @@
 """LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210).
 
-`lsq_forward` and `lsq_backward` are the formula. `qat.kernels` computes the same in fewer passes
-over memory.
+`lsq_forward` and `lsq_backward` are the formula. `qat.kernels` computes the same results in fewer
+passes over memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from qat.functional.affine import slices_along
 from qat.functional.ste import (
     check_fit,
     code_dtype,
@@ -23,21 +26,24 @@ from qat.functional.ste import (
     view_along,
 )
 
-# The lowest step: a smaller scale counts as this.
+# The smallest step; a smaller scale is raised to it.
 SCALE_FLOOR = 1e-5
 # Candidate steps relative to LSQ's initial step, in eighths of a power of two: at 2 bits, finer
 # candidates lower the error by less than 1 %.
 MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
+# To search the sorted values for the ends of a code takes the time to quantize as many values.
+SORTED_VALUES_PER_CODE = 20
 
 
 class CodeRange(NamedTuple):
-    """The codes of LSQ, and the dimension that keeps steps of its own.
+    """The codes of LSQ, and the dimension along which steps differ.
 
     Attributes:
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension that keeps steps of its own, None = one for the tensor.
-        half: code k stands for (k + 1/2) steps: as many values below zero as above, and no zero.
+        axis: dimension along which steps differ; None = one for the tensor.
+        half: code k stands for (k + 1/2) steps, so there are as many values below zero as above,
+            and zero is not a value.
     """
 
     qmin: int
@@ -50,8 +56,13 @@ class CodeRange(NamedTuple):
         """Clamp bounds of x / s: the outermost codes; with half steps, qmin and qmax + 1."""
         return self.qmin, self.qmax + self.half
 
+    @property
+    def floor(self) -> float:
+        """The lowest step."""
+        return SCALE_FLOOR
+
     def rounded(self, clamped: Tensor) -> Tensor:
-        """Nearest values, half to even, of x / s that is clamped to `ends`; in steps."""
+        """Nearest grid values, in steps, to x / s clamped to `ends`; ties round to even."""
         if self.half:
             return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5
         return clamped.round()
@@ -60,8 +71,8 @@ class CodeRange(NamedTuple):
         """`ends`, or the bounds that a sign selects.
 
         Args:
-            sign: None, or one number: above 0 selects these codes, else as many codes from 0 up.
-                Read without waiting for the device.
+            sign: None, or a one-element tensor: above 0 selects these codes, else as many codes
+                from 0 up. It is read without waiting for the device.
         """
         if sign is None:
             return self.ends
@@ -69,7 +80,7 @@ class CodeRange(NamedTuple):
         return lowest, lowest + (self.qmax - self.qmin)
 
 
-# Maps a tensor, its steps and codes to the values on the grid.
+# A function that maps a tensor, its steps and its codes to values on the grid.
 Quantize = Callable[[Tensor, Tensor, CodeRange], Tensor]
 
 
@@ -84,7 +95,7 @@ class LsqGradients(NamedTuple):
         dequantized: the result of `lsq_forward`, if requested.
         norm_weight: gradient of the weight of a LayerNorm before the quantizer, if the kernel
             computes it.
-        norm_bias: gradient of the bias of this LayerNorm.
+        norm_bias: gradient of the bias of the LayerNorm, if the kernel computes it.
     """
 
     x: Tensor
@@ -96,9 +107,9 @@ class LsqGradients(NamedTuple):
     norm_bias: Tensor | None = None
 
 
-def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Step max(scale, 1e-5), shaped to broadcast along `axis`; NaN for an unset scale."""
-    return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
+def step_of(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
+    """The step max(scale, floor), shaped to broadcast along the axis; NaN if the scale is unset."""
+    return view_along(scale.float().clamp(min=codes.floor), ndim, codes.axis)
 
 
 def _add_offset(x: Tensor, offset: Tensor | None) -> Tensor:
@@ -134,7 +145,7 @@ def lsq_forward(
     """
     check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
-    step = step_of(scale, x.ndim, codes.axis)
+    step = step_of(scale, x.ndim, codes)
     u = _add_offset(x, before) / step
     y = codes.rounded(u.clamp(low, high)) * step  # type: ignore[arg-type]
     if after is None:
@@ -160,17 +171,17 @@ def lsq_backward(
 
     Args:
         grad: gradient of the result, the shape of `x`.
-        x: as in the forward pass.
-        scale: as in the forward pass.
-        before: as in the forward pass.
-        codes: as in the forward pass.
-        sign: as in the forward pass.
+        x: input of the forward pass.
+        scale: s of the forward pass.
+        before: a of the forward pass.
+        codes: codes of the forward pass.
+        sign: sign of the forward pass.
         after_shape: shape of the offset after the quantizer, to request its gradient.
     """
     low, high = codes.bounds(sign)
-    u = _add_offset(x, before) / step_of(scale, x.ndim, codes.axis)
+    u = _add_offset(x, before) / step_of(scale, x.ndim, codes)
     grad_y = grad.float()
-    # Where u is NaN, the gradient passes, as NaN does in the forward pass.
+    # Where u is NaN, the gradient passes, just as NaN passes in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
     # Inside the range, clamped u is u; where u overflows, 0 * inf would be NaN.
     clamped = u.clamp(low, high)  # type: ignore[arg-type]
@@ -184,7 +195,8 @@ def lsq_backward(
 
 def _sum_leading(x: Tensor, num_trailing: int) -> Tensor:
     """Sum over all but the trailing dimensions."""
-    # One by one from the batch on: inductor then reads consecutive rows, not columns of the tensor.
+    # Sum one dimension at a time, starting with the batch: inductor then reads consecutive rows,
+    # not columns of the tensor.
     while x.ndim > num_trailing:
         x = x.sum(0)
     return x
@@ -263,19 +275,19 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
     sign: Tensor | None = None,
     half: bool = False,
 ) -> Tensor:
-    """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c, learned step s = max(scale, 1e-5).
+    """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step s.
 
     Args:
         x: any shape and float dtype; computed in float32.
-        scale: (x.shape[axis],), or (1,) for axis None, in the unit of `x`.
+        scale: (x.shape[axis],), or (1,) for axis None, in the unit of `x`; s = max(scale, 1e-5).
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(qmax * m), with
             m elements per scale; with half steps, (qmax + 1) replaces qmax.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
-        sign: None, or one number: at most 0 selects codes from 0 to qmax - qmin.
+        sign: None, or a one-element tensor: at most 0 selects codes from 0 to qmax - qmin.
         half: code k stands for (k + 1/2) * s, and x / s is clamped to [qmin, qmax + 1] (SEQ of
             ParetoQ, arXiv 2502.02631).
 
@@ -296,7 +308,7 @@ def lsq_codes(
         The shape of `x`, int8 if the codes fit, else int16.
     """
     codes = CodeRange(qmin, qmax, axis, half)
-    u = x.detach().float() / step_of(scale.detach(), x.ndim, axis)
+    u = x.detach().float() / step_of(scale.detach(), x.ndim, codes)
     rounded = codes.rounded(u.clamp(*codes.ends))
     if half:
         rounded = rounded - 0.5
@@ -306,24 +318,24 @@ def lsq_codes(
 def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     """Step size s0 * exp(t), positive for every learned t.
 
-    A start s0 below the unit u says little about the step that is needed, so such a step also grows
-    by units: + (u - s0) * max(t, 0).
+    A start s0 below the unit u says little about the step that is needed, so (u - s0) * max(t, 0)
+    is added to such a step.
 
     Args:
         start: s0, (n,), in the unit of the quantized tensor.
         change: t, (n,); 0 at first.
         unit: u, at least 0.
     """
-    # Versions of torch agree that no gradient passes a relu at 0.
+    # All versions of torch agree that the gradient of `relu` at 0 is 0.
     return start * change.exp() + (unit - start).clamp(min=0) * change.relu()
 
 
 def step_and_slope(
     start: Tensor, growth: Tensor, change: Tensor, unit: float
 ) -> tuple[Tensor, Tensor]:
-    """`relative_step`, the same bits, and its derivative by the change; `growth` = exp(t)."""
-    # The tensors are small: operations between them take a third of the time of operations with a
-    # number or a bool.
+    """`relative_step`, bit for bit, and its derivative with respect to t; `growth` = exp(t)."""
+    # The tensors are small: an operation on two tensors takes a third of the time of one on a
+    # tensor and a number or a bool.
     grown = start * growth
     missing = start.clamp(min=unit) - start
     increase = change.relu()
@@ -332,7 +344,7 @@ def step_and_slope(
 
 
 def least_unit(qmax: int) -> float:
-    """Unit of `relative_step` for activations: a 64th of LSQ's initial step for N(0, 1)."""
+    """Unit of `relative_step` for activations: 1/64 of LSQ's initial step for N(0, 1)."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64
 
 
@@ -342,15 +354,15 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
     """
-    # Equal values divided by this step may be ties: a rounding error of their mean would move all
-    # of them to one side.
+    # If all values are equal, x / step may be a tie between two codes; a rounding error of the mean
+    # would move every value to one side.
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     factor = 2 if qmin else 4
     return (factor * mean_abs(x.detach(), axis, dtype) / math.sqrt(qmax)).float()
 
 
 def _rounded_in_place(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
-    """`lsq_forward` without offsets in one new tensor, for any step above zero."""
+    """`lsq_forward` without offsets, for any step above zero; it allocates only one tensor."""
     step = view_along(scale, x.ndim, codes.axis)
     u = x / step
     if not codes.half:
@@ -359,23 +371,58 @@ def _rounded_in_place(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
     return u.add_(0.5).mul_(step)
 
 
-def _least_error(x: Tensor, start: Tensor, codes: CodeRange, quantize: Quantize | None) -> Tensor:
-    """The step with the least squared error, of 57 candidates around `start` (n,).
+def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
+    """Mark the steps (candidates, n) that may have the least squared error of their slice.
 
-    Of equally good steps it is the smallest.
+    Sums over sorted values lead to the errors, up to rounding. On other devices than the CPU, and
+    for more codes than is worth it, every step is marked.
+    """
+    rows = slices_along(x, codes.axis).contiguous()
+    num_values = rows.shape[1]
+    num_ends = codes.qmax - codes.qmin
+    if x.device.type != "cpu" or num_values < SORTED_VALUES_PER_CODE * num_ends:
+        return torch.ones_like(steps, dtype=torch.bool)
+    # NumPy sorts 20 times faster than torch.
+    ordered = torch.from_numpy(np.sort(rows.numpy()))
+    sums = pad(ordered.cumsum(1, dtype=torch.float64), (1, 0))
+    squares = rows.double().square().sum(1, keepdim=True)
+    step = steps.T.double().contiguous()
+    highest = codes.qmax + codes.half / 2
+    # Sums over the values of x * q and q * q, for the value q of their code in steps.
+    products = highest * sums[:, -1:]
+    square_codes = torch.full_like(step, highest**2 * num_values)
+    for code in range(codes.qmin, codes.qmax):
+        end = code + 0.5 + codes.half / 2
+        counts = torch.searchsorted(ordered, (end * step).float())
+        products = products - sums.gather(1, counts)
+        # torch multiplies integers by a Python number in float32.
+        square_codes -= 2 * end * counts.double()
+    error = (squares - 2 * step * products + step**2 * square_codes).clamp(min=0)
+    # Bounds of the rounding errors of float32, and of the sums above.
+    margin = 2e-5 * error + 1e-6 * (error * squares).sqrt() + 1e-9 * squares
+    return ~(error - margin > (error + margin).amin(1, keepdim=True)).T
+
+
+def _least_error(x: Tensor, start: Tensor, codes: CodeRange, quantize: Quantize | None) -> Tensor:
+    """The step with the least squared error among 57 candidates around `start` (n,).
+
+    Among equally good steps, it is the smallest.
     """
     factors = torch.tensor(MSE_FACTORS, device=x.device)
     steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
-    # Sums depend on the layout, and kernels refuse steps below the floor.
+    # The rounding of sums depends on the layout, and kernels refuse steps below the smallest step.
     if quantize is None or not x.is_contiguous() or (steps < SCALE_FLOOR).any():
         quantize = _rounded_in_place
-    errors = []
-    for step in steps:
-        squared_error = quantize(x, step, codes).sub_(x).square_()
-        errors.append(sum_along(squared_error, codes.axis))
-    return start * factors[torch.stack(errors).argmin(0)]
+    possible = _possible_steps(x, steps, codes)
+    errors = torch.where(possible, 0.0, torch.inf)
+    # Any candidate times a start of zero is zero.
+    undecided = possible & (possible.sum(0) > 1) & (start > 0)
+    for i in undecided.any(1).nonzero().flatten():
+        squared_error = quantize(x, steps[i], codes).sub_(x).square_()
+        errors[i] = torch.where(possible[i], sum_along(squared_error, codes.axis), torch.inf)
+    return start * factors[errors.argmin(0)]
 
 
 @torch.no_grad()
@@ -390,13 +437,13 @@ def mse_init_scale(
         x: any shape and float dtype.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension that keeps steps of its own, None = one for the tensor.
-        quantize: a faster form of `lsq_forward` without offsets, which returns a new tensor with
-            the same values.
+        axis: dimension along which steps differ; None = one for the tensor.
+        quantize: a faster form of `lsq_forward` without offsets, with the same results in a new
+            tensor.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good steps
-        the smallest.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; among equally good
+        steps, the smallest.
     """
     start = lsq_init_scale(x, qmin, qmax, axis)
     return _least_error(x.detach().float(), start, CodeRange(qmin, qmax, axis), quantize)
@@ -406,15 +453,15 @@ def mse_init_scale(
 def half_step_init_scale(
     x: Tensor, qmin: int, qmax: int, axis: int | None, quantize: Quantize | None = None
 ) -> Tensor:
-    """Initial step size of half steps with the least squared error.
+    """Initial step size with the least squared error, for a grid of half steps.
 
     There are 57 candidates, from 1/8 to 16 times 2 * mean|x| / n, n = qmax + 1.
 
     See `mse_init_scale` for the arguments.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good steps
-        the smallest.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; among equally good
+        steps, the smallest.
     """
     x = x.detach().float()
     start = 2 * mean_abs(x, axis).float() / (qmax + 1)

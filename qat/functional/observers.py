@@ -29,7 +29,7 @@ Rule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 # Both ends of a range are multiplied by 1, 0.99, ... 0.11.
 SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
-# The largest is the scale of the whole tensor.
+# The largest factor belongs to the scale of the whole tensor.
 PTF_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
@@ -48,8 +48,8 @@ def affine_error(
         scale: (x.shape[axis],), or (1,) for axis None.
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         bounds: lowest and highest code.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
-        per: dimension that keeps errors of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
+        per: dimension along which errors are kept apart; None = one error for the tensor.
 
     Returns:
         (x.shape[per],), or (1,) for None; float32.
@@ -67,9 +67,9 @@ def _shrunk(
     axis: int | None,
     per: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the shrunk range with the smallest error; of several, the widest.
+    """Scale and zero point of the shrunk range with the smallest error.
 
-    There is one factor per slice along `per`.
+    There is one factor per slice along `per`; among equal errors, the widest range is taken.
     """
     factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
     low, high = ends
@@ -77,7 +77,7 @@ def _shrunk(
     for factor in factors:
         scale, zero_point = rule(low * factor, high * factor, *bounds)
         errors.append(affine_error(x, scale, zero_point, bounds, axis, per))
-    # Of equal errors, argmin takes the first.
+    # Among equal errors, argmin takes the first.
     best_factor = factors[torch.stack(errors).argmin(0)]
     return rule(low * best_factor, high * best_factor, *bounds)
 
@@ -93,7 +93,7 @@ def omse_scale(
         high: (x.shape[axis],) or (1,), upper end of the range to shrink.
         bits: 2 to 8.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; the formula stays asymmetric.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
 
     Returns:
         Scale and zero point, float32, the shape of `low`.
@@ -104,7 +104,7 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of every slice by a factor of its own: never worse than min-max.
+    """Shrink the range of each slice by its own factor; the error is at most that of min-max.
 
     Symmetric for signed codes. See `omse_scale`.
     """
@@ -117,8 +117,8 @@ def ptf_scale(
 ) -> tuple[Tensor, Tensor]:
     """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice.
 
-    Of equally good factors, the smallest. The zero point is that of the whole tensor, asymmetric
-    for signed codes too. See `omse_scale`.
+    Among equally good factors, the smallest is taken. There is one zero point for the whole tensor,
+    and the formula is asymmetric for signed codes too. See `omse_scale`.
     """
     bounds = code_range(bits, signed=signed)
     lowest = low.amin(0, keepdim=True)
@@ -142,10 +142,10 @@ MOMENTUM = 0.01
 _MOVING = ("ema", "percentile")
 # Methods that try candidates on a batch; the other methods need only the range.
 SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
-# torch.quantile computes ranks in float32, whose integers are exact up to 2^24 only; older versions
-# refuse longer rows.
+# torch.quantile computes ranks in float32, which holds integers exactly only up to 2^24; older
+# versions refuse longer rows.
 LONGEST_ROW = 16_000_000
-# Share of a one-sided range that may be outside the codes.
+# Share of the width of a one-sided range that codes may miss.
 _NEGLIGIBLE = 1 / 16
 
 
@@ -162,7 +162,7 @@ class RangeState(NamedTuple):
 
 
 def quantiles(rows: Tensor, *qs: float) -> Tensor:
-    """Quantiles of every row with linear interpolation: `torch.quantile`, of rows of any length.
+    """Quantiles of every row with linear interpolation: `torch.quantile` for any length.
 
     Args:
         rows: (n, m) float32.
@@ -191,9 +191,9 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
     value of all batches.
 
     Args:
-        state: range of the batches before; None at the first.
+        state: range of the batches before this one; None at the first batch.
         x: any shape and float dtype.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
         method: one of `OBSERVERS`.
 
     Raises:
@@ -215,10 +215,10 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
 
 
 def reaching_zero(state: RangeState) -> RangeState:
-    """Extend ranges on one side of zero to zero, if their distance is over a 16th of their width.
+    """Extend a one-sided range to zero if its distance from zero is over 1/16 of its width.
 
-    A zero point is a code: without zero in the range, the codes would end that distance before the
-    far end of the range.
+    The zero point must be one of the codes: for a range without zero, the codes would end before
+    the far end of the range, by the distance from zero.
     """
     negligible = _NEGLIGIBLE * (state.high - state.low)
     zero = torch.zeros_like(state.low)
@@ -238,7 +238,7 @@ def affine_from_state(
         x: the last batch, on which `omse`, `mse` and `ptf` measure their errors.
         bits: 2 to 8.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
         method: one of `OBSERVERS`.
     """
     check_choice("method", method, OBSERVERS)
@@ -263,11 +263,11 @@ def affine_scale(
         x: any shape and float dtype.
         bits: 2 to 8.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one for the tensor.
         method: `minmax`: smallest and largest value. `percentile`: quantiles 0.99999 and 0.00001.
-            `omse`: both ends of all ranges times the factor of 1, 0.99, ... 0.11 with the smallest
-            squared error. `mse`: a factor per slice. `ptf`: one scale times 1/8, 1/4, 1/2 or 1 per
-            slice.
+            `omse`: both ends of all ranges are multiplied by the factor of 1, 0.99, ... 0.11 with
+            the smallest squared error. `mse`: one such factor per slice. `ptf`: one scale times
+            1/8, 1/4, 1/2 or 1 per slice.
 
     Returns:
         Scale (at least float32 eps; for `ptf`, an eighth of it) and zero point (a whole number

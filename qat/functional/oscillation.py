@@ -1,4 +1,4 @@
-"""Weights that oscillate between two codes: their frequency, and freezing them.
+"""Measure how often weights oscillate between two codes, and freeze them.
 
 Source: Nagel et al., arXiv 2203.11086 (ICML 2022).
 """
@@ -36,7 +36,7 @@ def oscillation_step(
     An oscillation is a change of the code against the direction of its last change.
 
     Args:
-        state: the result of the last update; None at the first, which only stores the codes.
+        state: the result of the last update; None at the first update, which only stores the codes.
         codes: integers in any dtype.
         momentum: weight of the new codes in the frequency, in (0, 1).
     """
@@ -62,7 +62,7 @@ class FreezingState(NamedTuple):
     """Frozen entries and codes of iterative freezing; the shape of the codes.
 
     Attributes:
-        frozen: bool.
+        frozen: bool, True for frozen entries.
         codes: integers of frozen entries from the next update on, float32; unused elsewhere.
         mean: exponential mean of the codes, float32.
     """
@@ -77,8 +77,8 @@ def freezing_step(
 ) -> FreezingState | None:
     """Freeze entries that oscillate too often, at the rounded mean of their codes.
 
-    The mean is that before this update. The frequency of a frozen entry can only fall; while it is
-    above the threshold, the integer is computed again from the mean, as in the authors' code.
+    It uses the mean from before this update. The frequency of a frozen entry can only fall; while
+    it is above the threshold, the integer is computed again from the mean, as in the authors' code.
 
     Args:
         state: the result of the last update; None before the first.
@@ -113,6 +113,6 @@ def with_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
 
 
 def cosine_between(first: float, last: float, progress: float) -> float:
-    """Value on half a cosine from `first`, at `progress` 0, to `last`, at 1."""
+    """Half a cosine wave from `first`, at `progress` 0, to `last`, at 1."""
     progress = min(max(progress, 0.0), 1.0)
     return last + (first - last) / 2 * (1 + math.cos(math.pi * progress))

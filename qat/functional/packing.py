@@ -34,13 +34,13 @@ def _from_bits(stream: Tensor, bits: int) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes, element i in bits [i * bits, (i + 1) * bits) of the stream.
+    """Pack codes; element i occupies bits [i * bits, (i + 1) * bits) of the stream.
 
     The last byte is padded with zeros.
 
     Args:
-        codes: integers of any shape; signed ones in [-2^(bits-1), 2^(bits-1)-1] are stored as two's
-            complement.
+        codes: integers of any shape; signed codes in [-2^(bits-1), 2^(bits-1)-1] are stored in
+            two's complement.
         bits: 2 to 8.
 
     Returns:
@@ -92,7 +92,7 @@ def unpack_codes(
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack two 4-bit codes per byte, the first in the lower half.
+    """Pack two 4-bit codes per byte, the first one in the lower half.
 
     Args:
         codes: (..., n), uint8.

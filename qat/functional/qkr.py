@@ -21,7 +21,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
         num_heads: h.
 
     Returns:
-        (h*C, C), float32, under autocast too; row head*C + i is row i of the product of that head.
+        (h*C, C), float32, under autocast too; row head*C + i is row i of the product for this head.
 
     Raises:
         UsageError: the shapes differ, or `num_heads` does not divide the rows.

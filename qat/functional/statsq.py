@@ -1,7 +1,7 @@
 """StatsQ weight quantizer.
 
-`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same in
-one pass over memory.
+`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same
+result in one pass over memory.
 
 Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
 """
@@ -15,10 +15,10 @@ from torch.autograd.function import FunctionCtx
 from qat.functional.ste import TINY, code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
-# Just below the end of the range, so that the code at the end is the highest code.
+# Just below the end of the range, so that a value at the end gets the highest code.
 TOP_CLIP = 1 - 1e-6
-# By bits: the outermost level, in standard deviations, with which 2^bits evenly spaced levels have
-# the least squared error on normal values.
+# For each number of bits, the outermost level, in standard deviations, for which 2^bits evenly
+# spaced levels have the least squared error on normal values.
 GAUSSIAN_RANGE = {2: 1.4935, 3: 2.0511, 4: 2.5139, 5: 2.9161, 6: 3.2780, 7: 3.6111, 8: 3.9222}
 
 
@@ -36,8 +36,9 @@ def statsq_scale(w: Tensor) -> Tensor:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
     if w.ndim == 3:
-        # One dimension after the other, as in the paper's code: codes of equal weights are ties,
-        # and the rounding error of a mean over both dimensions would break them.
+        # Average one dimension after the other, as in the paper's code: equal weights are ties
+        # between two codes, and the rounding error of a mean over both dimensions would break the
+        # ties.
         return 2 * magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
     return 2 * magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
 
@@ -90,7 +91,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class StatsQFunction(torch.autograd.Function):
-    """Levels of StatsQ; backward is the identity and needs no saved tensors."""
+    """Levels of StatsQ; the backward pass is the identity and needs no saved tensors."""
 
     generate_vmap_rule = True
 

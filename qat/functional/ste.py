@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.errors import UsageError
 
-# Keeps 0/0 out of an all-zero row without moving any other scale.
+# Avoids 0/0 in an all-zero row without changing any other scale.
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -26,7 +26,7 @@ def round_ste(x: Tensor) -> Tensor:
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, for the result of an autograd Function.
 
-    After a conversion to the same dtype, torch 2.11 compiles no gradient.
+    torch 2.11 compiles no gradient if a conversion to the same dtype follows the Function.
     """
     if x.dtype == dtype:
         return x
@@ -45,7 +45,7 @@ def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None = None) -> None:
     """Raise `UsageError` unless scales and offsets fit the shape of a tensor.
 
-    Symbolic shapes, of traced and compiled graphs, are not checked.
+    The symbolic shapes of traced and compiled graphs are not checked.
     """
     if any(type(n) is not int for n in x.shape):
         return
@@ -71,8 +71,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
     """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
 
-    Trailing dimensions are summed before leading ones: inductor vectorises `sum(-1).sum(0)`, but
-    not `sum((0, 2))`. `reshape` and not `flatten`, which batched gradients do not support.
+    Trailing dimensions are summed before leading dimensions: inductor vectorises `sum(-1).sum(0)`,
+    but not `sum((0, 2))`. It uses `reshape` because batched gradients do not support `flatten`.
     """
     if axis is None:
         return x.sum().reshape(1)

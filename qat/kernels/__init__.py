@@ -1,7 +1,8 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
-C++ on a CPU, Triton on CUDA, and the tensor operations of `qat.functional` elsewhere. All return
-the same bits forward; sums in gradients differ by rounding.
+These are C++ kernels on a CPU, Triton kernels on CUDA, and the tensor operations of
+`qat.functional` elsewhere. All return the same bits in the forward pass; sums in gradients differ
+by rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def use(choice: str) -> None:
         raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
         raise UsageError(
-            "kernels='triton': Triton or CUDA is not there; here it must be one of auto, off"
+            "kernels='triton': Triton or CUDA is not available; here it must be one of auto, off"
         )
     _choice = choice
 
@@ -49,15 +50,15 @@ def use(choice: str) -> None:
 def are_off() -> bool:
     """True if quantizers are tensor operations of torch.
 
-    These can be differentiated any number of times, and traced by `torch.jit`.
+    Tensor operations can be differentiated any number of times, and traced by `torch.jit`.
 
     Raises:
         UsageError: inside a transform of `torch.func`, which kernels do not support.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError(
-            "torch.func: its transforms do not go through the kernels; kernels=off, "
-            "qat.kernels.use('off'), takes them"
+            "torch.func: kernels do not support its transforms; must be with kernels=off "
+            "(in Python, qat.kernels.use('off'))"
         )
     return _choice == "off" or torch.jit.is_tracing()
 
@@ -85,7 +86,7 @@ def lsq(x: Tensor, q: LSQParams) -> Tensor:
 
 
 def statsq_scale(w: Tensor) -> Tensor:
-    """`qat.functional.statsq_scale`, the bits that `operators.statsq` computes."""
+    """`qat.functional.statsq_scale`, with the same bits as in `operators.statsq`."""
     if not w.is_cuda or are_off():
         return formula_of_scale(w)
     _, scale = operators.statsq(w.detach(), 2, w.dtype)
@@ -111,7 +112,7 @@ class _RelativeStep(torch.autograd.Function):
         if unit:
             step, slope = operators.step_and_slope(start, growth, change, unit)
         else:
-            # Every start is at least a unit of 0, so the step is an exponential.
+            # No start is below a unit of 0, so the step is the plain exponential.
             step = start * growth
             slope = step
         ctx.save_for_backward(slope)
@@ -125,7 +126,7 @@ class _RelativeStep(torch.autograd.Function):
 
 
 def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
-    """`qat.functional.relative_step` of a learned change, as one node, which saves ds/dt."""
+    """`qat.functional.relative_step` of a learned change, as one autograd node that saves ds/dt."""
     if are_off() or type(change) not in PLAIN:
         return formula_of_step(start, change, unit)
     return _RelativeStep.apply(start, change, unit)

@@ -1,4 +1,4 @@
-"""Attention with quantized probabilities whose scores are never in memory, on CUDA."""
+"""Attention with quantized probabilities on CUDA, which never writes scores to memory."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from qat.kernels.library import operator
 from qat.kernels.rows import PLAIN
 from qat.kernels.tiles import DTYPES, spaced
 
-# The most tokens, and the most bytes of a head's row: a tile has all keys of an image, which must
-# fit the shared memory of a small device.
+# The most tokens, and the most bytes in a head's row: a tile contains all keys of an image, which
+# must fit in the shared memory of a small device.
 LARGEST = 256
-# The most images: CUDA's limit for the third side of a grid.
+# The most images: CUDA's limit for the third dimension of a grid.
 MOST = 2**16 - 1
 
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the kernels run on this device with products in this dtype."""
+    """True if the kernels run on this device, with matrix products in this dtype."""
     if device.type != "cuda" or dtype not in DTYPES or not gpu.available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: torch.dtype) -> bool:
-    """True if the operators compute this attention, without bias and mask.
+    """True if the operators can compute this attention, which has no bias and no mask.
 
-    Depends on shapes and the device only, so that `torch.compile` can evaluate it.
+    The result depends only on shapes and the device, so that `torch.compile` can evaluate it.
 
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values.
         num_heads: h.
         scale: scale of the probabilities.
         codes: codes of the probabilities.
-        dtype: dtype of the factors of products.
+        dtype: dtype of the factors of matrix products.
     """
     num_images, num_tokens, width = qkv.shape
     if codes.qmin or codes.half:
@@ -56,7 +56,7 @@ def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: to
 
 
 def _tile_side(size: int) -> int:
-    """Side of a tile for so many elements: a power of two, at least 16 for products."""
+    """Side of a tile for this many elements: a power of two, at least 16 for matrix products."""
     return max(1 << (size - 1).bit_length(), 16)
 
 
@@ -83,15 +83,15 @@ def _launch(
 
     Args:
         name: name of the kernel.
-        block: rows of a tile in half precision; float32, which fills twice the registers, has half
-            of them.
+        block: rows of a tile in half precision; a tile in float32 has half as many, because float32
+            fills twice the registers.
         qkv: queries, keys and values.
         scale: scale of the probabilities.
         others: tensors of the kernel after the scale.
         settings: codes, h and factor.
     """
     q = qkv[0]
-    if type(q) not in PLAIN:  # tracing asks for shapes only
+    if type(q) not in PLAIN:  # tracing only needs shapes
         return
     num_images, num_tokens, length = q.shape
     num_heads = settings.num_heads
@@ -122,7 +122,7 @@ def _launch(
     )
 
 
-# Sizes of blocks below are the fastest on an H100 for heads of 64 elements and 197 tokens.
+# The sizes of blocks below are the fastest on an H100 for heads of 64 elements and 197 tokens.
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def attention_forward(
         k: (B, N, h*d).
         v: (B, N, h*d); all three in float32, bfloat16 or float16.
         scale: (N,) or (1,).
-        args: fields of `CodeRange` for the probabilities; h; the factor.
+        args: the fields of `CodeRange` for the probabilities, then h, then the factor.
 
     Returns:
         (B, N, h*d), and the base-2 logarithms of the sums of rows, (B, h, N), float32.
@@ -152,13 +152,13 @@ def attention_backward(
     """Gradients of `attention_forward`.
 
     Args:
-        grad: gradient of its first result, in the dtype of `q`.
-        sums: its second result.
+        grad: gradient of the first result of `attention_forward`, in the dtype of `q`.
+        sums: the second result of `attention_forward`.
         q: (B, N, h*d).
         k: (B, N, h*d).
         v: (B, N, h*d).
         scale: (N,) or (1,).
-        args: fields of `CodeRange` for the probabilities; h; the factor.
+        args: the fields of `CodeRange` for the probabilities, then h, then the factor.
 
     Returns:
         Gradients of `q`, `k` and `v`, and the sum of `lsq_backward` for the scale.

@@ -1,4 +1,5 @@
-// One pass over memory for what functional/block_floats.py does in several, with the same bits: see cpu.cpp, which it follows.
+// Computes functional/block_floats.py in one pass over memory, with the same bits. The text of cpu.cpp precedes
+// this file when it is compiled.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -20,7 +21,8 @@ inline float float_of(uint32_t bits) {
 
 inline float power_below(float x) { return float_of(bits_of(x) & 0x7F800000u); }
 
-// spacing: of values between 1 and 2. lowest: the smallest normal value. A large number of the size that is added leaves the digits that stay.
+// The nearest value of a format. spacing: distance of values between 1 and 2; lowest: the smallest normal value.
+// Adding and subtracting a large number removes the digits that the format does not have.
 inline float nearest(float u, float spacing, float lowest, float highest) {
     float size = fabsf(u);
     size = size > highest ? highest : size;
@@ -30,7 +32,7 @@ inline float nearest(float u, float spacing, float lowest, float highest) {
     return float_of(bits_of((size + large) - large) | (bits_of(u) & 0x80000000u));
 }
 
-// Non-negative floats are ordered as their bits are, and NaN is above infinity.
+// The largest magnitude. Non-negative floats are in the order of their bits, with NaN above infinity.
 inline float largest_of(const float* x, size_t n) {
     int32_t most = 0;
 #pragma omp simd reduction(max : most)
@@ -41,7 +43,7 @@ inline float largest_of(const float* x, size_t n) {
     return float_of(uint32_t(most));
 }
 
-// Of blocks by their largest sizes. t: the scale of the tensor, or null.
+// Scales of blocks from their largest magnitudes. t: the scale of the tensor, or null.
 inline void find_scales(const float* largest, float* scales, size_t n, float highest, const float* t) {
     if (t) {
         const float of_tensor = *t, divisor = of_tensor == 0 ? INFINITY : of_tensor;
@@ -59,7 +61,7 @@ inline void find_scales(const float* largest, float* scales, size_t n, float hig
     }
 }
 
-// One block of scale s.
+// Round one block with scale s; with g, write the gradient instead.
 inline void round_one(const float* x, const float* g, float* y, size_t n, float s, float spacing, float lowest, float highest) {
     const float divisor = s == 0 ? INFINITY : s;
     if (g) {
@@ -71,7 +73,7 @@ inline void round_one(const float* x, const float* g, float* y, size_t n, float 
     }
 }
 
-// Blocks at a time: their scales are found side by side.
+// Number of blocks whose scales are computed together.
 const size_t CHUNK = 64;
 
 template <size_t BLOCK>
@@ -100,7 +102,7 @@ void round_rows(const float* x, const float* g, float* y, size_t rows, size_t le
 
 extern "C" {
 
-// y: the nearest values, or, where there are gradients g of them, those of x. block: 16 or 32.
+// y: the nearest values; with gradients g of these values, the gradients of x. block: 16 or 32.
 void round_blocks(const float* x, const float* g, float* y, size_t rows, size_t length, size_t block, float spacing, float lowest, float highest,
                   const float* t, int threads) {
     (block == 16 ? round_rows<16> : round_rows<32>)(x, g, y, rows, length, spacing, lowest, highest, t, threads);

@@ -1,6 +1,6 @@
-// One pass over memory for what reference.py does in several. Forward results are the same bits: no contraction, true division,
-// rounding half to even, and comparisons that a NaN passes through unchanged. `omp simd`: where two arguments are the same memory,
-// each element is read before it is written.
+// Computes reference.py in one pass over memory. Forward results have the same bits: there is no contraction, division rounds to nearest,
+// rounding is half to even, and comparisons let NaN pass unchanged. `omp simd` is allowed where two arguments are the same memory,
+// because each element is read before it is written.
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
@@ -17,7 +17,7 @@ inline float clamped(float u, float low, float high) {
     return u > high ? high : u;
 }
 
-// Codes from 0 where the input turned out to have no negative values.
+// Move the codes to start at 0 if `sign` says that the input has no negative values.
 inline void choose_bounds(const float* sign, float& low, float& high) {
     if (sign && !(*sign > 0)) {
         high -= low;
@@ -25,7 +25,7 @@ inline void choose_bounds(const float* sign, float& low, float& high) {
     }
 }
 
-// In steps; of half steps the highest is half a step below the end of the range.
+// The nearest value in steps; with half steps, the highest value is half a step below the end of the range.
 template <bool HALF>
 inline float rounded(float u, float high) {
     if (!HALF) return rintf(u);
@@ -38,21 +38,21 @@ inline float quantized(float x, float s, float low, float high) {
     return rounded<HALF>(clamped(x / s, low, high), high) * s;
 }
 
-// The gradient of what is in the range, or is NaN. Written by the clamped value: compared with the bounds once more, compilers make
-// branches of it, which takes four times as long.
+// The gradient of a value that is in the range or is NaN. The comparison uses the clamped value: from a comparison with the bounds,
+// compilers make branches, which take four times as long.
 inline float passed(float upstream, float u, float code) { return code == u || !(u == u) ? upstream : 0.0f; }
 
 struct Part {
     size_t first, last;
 };
 
-// Equal shares of the rows, so that sums do not depend on who is faster.
+// Each thread gets a fixed share of the rows, so that sums do not depend on the speed of threads.
 inline Part part_of(size_t rows, int thread, int threads) {
     return {rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-// What a pass backward writes of the pass forward: nothing, or what it gave, without or with an offset after it. Asked for each element
-// whether there is one, compilers make branches of it, which takes nine times as long.
+// The part of the forward result that backward writes: nothing, the result without an offset after the quantizer, or the result with
+// it. From a test for each element, compilers make branches, which take nine times as long.
 enum Levels { NONE, BARE, SHIFTED };
 
 template <bool BEFORE, Levels LEVELS, bool HALF>
@@ -89,7 +89,7 @@ inline void backward_columns(const float* g, const float* x, const float* a, flo
     }
 }
 
-// From the gradient `dx` of the probabilities `p` of a softmax to that of its scores, which it was given times a factor.
+// Turn the gradient `dx` of a softmax's probabilities `p` into the gradient of its scores, which were multiplied by `factor`.
 inline void through_softmax(float* dx, const float* p, size_t length, float factor) {
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -131,9 +131,10 @@ void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t leng
     }
 }
 
-// errors: one a row, or one a column for every thread, zero at first. sums: two rows for every thread, zero at first, or null: of dx and of g.
-// levels: what the forward pass gave, or null; not by column, and neither is softmax: whether x, then of whole rows, is what a softmax gave, and
-// dx the gradient of its scores.
+// errors: one number per row, or with by_column one per column and thread; zero at first.
+// sum_dx, sum_g: column sums of dx and g, one row per thread and zero at first, or null.
+// levels: where the forward result is written, or null; not with by_column.
+// softmax: true if x is the result of a softmax and dx the gradient of its scores; needs whole rows, and not with by_column.
 template <bool HALF>
 void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
               const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,

@@ -1,7 +1,7 @@
 """Kernels for CPUs: float32 tensors in one pass over memory, in C++.
 
-Arguments and results are those of the functions of the same name in `gpu`; None for tensors with
-other layouts.
+Functions have the same arguments and results as their namesakes in `gpu`; they return None for
+tensors with other layouts.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 def _run(name: str, *args: Any) -> None:
-    """Call a function in C++: tensors become pointers, and the number of threads is added."""
+    """Call a C++ function: pass tensors as pointers, and add the number of threads."""
     pointers = [x.data_ptr() if type(x) in PLAIN else x for x in args]
     getattr(_library(), name)(*pointers, torch.get_num_threads())
 
@@ -130,7 +130,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`reference.lsq_backward`; the gradient of `x` is written to `out`.
 
-    Rows of `out` need not follow each other. None also after a LayerNorm or GELU.
+    Rows of `out` need not be adjacent in memory. The result is None also if a LayerNorm or GELU
+    precedes the quantizer.
     """
     grad = grad.float()
     x = x.float()

@@ -1,6 +1,6 @@
-"""Kernels for CUDA: tensors in one pass over memory, in Triton. None of them waits for the device.
+"""Triton kernels for CUDA: one pass over memory, without waiting for the device.
 
-Functions take the arguments of the operators of the same name, and return their results, or None
+Functions have the same arguments and results as the operators of the same name; they return None
 for tensors with other layouts or dtypes.
 """
 
@@ -21,16 +21,16 @@ from qat.kernels.made import Made
 from qat.kernels.rows import Layout, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
 from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_of
 
-# Operations before a quantizer that need a whole row in a tile, and its longest row.
+# Operations before a quantizer that need a whole row in a tile, and the longest such row.
 WHOLE = ("norm", "scores")
 LONGEST = 4096
-# Programs of a backward pass, each of which writes a row of sums: four for every multiprocessor of
-# a large device.
+# Number of programs in a backward pass, each of which writes a row of sums; four per multiprocessor
+# of a large device.
 PROGRAMS = 528
-# Without fusion `r * s + c` rounds twice, as two operations do.
+# Without floating-point fusion, `r * s + c` rounds twice, like two separate operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
-# Compiled kernels by all that they depend on: Triton's own lookup takes four times as long as a
-# launch.
+# Compiled kernels, by everything that they depend on: Triton's own lookup takes four times as long
+# as a launch.
 _COMPILED: dict[Any, Any] = {}
 
 
@@ -38,7 +38,7 @@ _COMPILED: dict[Any, Any] = {}
 def available() -> bool:
     """True if Triton and a device are present and agree with `reference`.
 
-    The first call compiles, and waits for the device.
+    The first call compiles the kernels and waits for the device.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -55,7 +55,7 @@ def _launch(
     *numbers: float,
     **constants: Any,
 ) -> None:
-    """Run a kernel, whose arguments are tensors (the first is not None), numbers and constants."""
+    """Run a kernel on tensors (the first is not None), numbers and constants."""
     device = tensors[0].get_device()  # -1 under Triton's interpreter
     pointers = [x if x is None else x.data_ptr() for x in tensors]
     kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
@@ -80,7 +80,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
-    """`reference.lsq_forward`, rounded as it is written; arguments are those of the operator."""
+    """`reference.lsq_forward`, rounded when it is written, with the arguments of the operator."""
     q, dtype = params_of(args)
     layout = rows_of(x, q) if dtype in DTYPES and fit(DTYPES, x, *q[:4]) else None
     if layout is None:
@@ -115,7 +115,7 @@ def _backward_layout(  # noqa: PLR0913, PLR0917
     bias: Tensor | None,
     producer: Made,
 ) -> Layout | None:
-    """Rows of `x`; None if the kernel does not take these tensors."""
+    """Rows of `x`; None if the kernel does not support these tensors."""
     if producer.kind in {"tanh", "softmax"} or dequantized not in {None, *DTYPES}:
         return None
     if not fit(DTYPES, grad, x, *q[:4], out, weight, bias):
@@ -140,13 +140,13 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     *,
     with_after: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """`reference.lsq_backward`, and through the operation before the quantizer, in one pass.
+    """`reference.lsq_backward` and the backward of the operation before the quantizer, in one pass.
 
     Args:
         grad: gradient of the result of the forward pass.
         x: input of the operation before the quantizer.
         q: the quantizer.
-        out: takes the gradient of `x`, rounded to its dtype; may be `grad`.
+        out: where the gradient of `x` is written, rounded to the dtype of `out`; may be `grad`.
         dequantized: dtype of the result of the forward pass to return as well; None = do not
             return it.
         weight: weight of a LayerNorm, or None.
@@ -165,7 +165,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     is_whole = producer.kind in WHOLE
     block, (down, across) = tiles_of(layout, LONGEST if is_whole else None)
     grad, grad_stride = spaced(grad, length)
-    # A program takes a strip of rows; one tile for probabilities, of whose rows there are no sums.
+    # A program processes a strip of rows, but only one tile of probabilities, which need no sums
+    # over rows.
     tiles_per_strip = 1 if producer.kind == "scores" else -(-down * across // PROGRAMS)
     strip = block["BLOCK_R"] * tiles_per_strip
     strips = -(-rows // strip)
@@ -228,7 +229,7 @@ def step_and_slope(
 def statsq_forward(
     w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, find: bool = False
 ) -> Tensor | None:
-    """`reference.statsq_forward` for a scale per row, rounded to `dtype` as it is written.
+    """`reference.statsq_forward` with a scale per row, rounded to `dtype` when it is written.
 
     With `find`, the kernel computes the scales first and writes them to `scale`.
     """
@@ -251,7 +252,7 @@ def statsq_forward(
 
 
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """StatsQ of a matrix, and its scale, in one launch."""
+    """StatsQ of a matrix, and the scale, in one launch."""
     scale = _floats(w, len(w), 1)
     out = statsq_forward(w, scale, bits, dtype, find=True)
     return None if out is None else (out, scale)

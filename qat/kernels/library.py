@@ -1,6 +1,6 @@
 """Functions as operators of torch, `torch.ops.qat.*`.
 
-Compiled steps call them by name; eager ones call the functions, without torch's dispatcher.
+Compiled steps call operators by name; eager steps call the functions, without torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from qat.kernels.rows import PLAIN
 log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
-# On while `make_fx` traces: it records what goes through the dispatcher, not what C++ does.
+# True while `make_fx` traces, because it records only what goes through the dispatcher, not what
+# C++ code computes.
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the operator of its name.
+    """Register a function as an operator of the same name.
 
     No result may be a view of an argument or of another result. Tracing calls the function with
-    tensors without memory, for which it must only compute shapes.
+    tensors that have no memory; it must then compute only shapes.
 
     Args:
         schema: arguments and results, as `torch.library` writes them.
@@ -43,8 +44,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
                 raise UsageError(
-                    "vmap: gradients of kernels are made one at a time; kernels=off, "
-                    "qat.kernels.use('off'), is for vmap"
+                    "vmap: kernels do not support batched gradients; must be with kernels=off "
+                    "(in Python, qat.kernels.use('off'))"
                 )
             return function(*args)
 
@@ -57,11 +58,11 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def differentiated_once() -> None:
-    """Raise `UsageError` in a backward pass that is to be differentiated itself."""
+    """Raise `UsageError` in a backward pass that is itself being differentiated."""
     if torch.is_grad_enabled():
         raise UsageError(
-            "create_graph=True: kernels are differentiated once; kernels=off, "
-            "qat.kernels.use('off'), is as often as one likes"
+            "create_graph=True: kernels can only be differentiated once; must be with kernels=off "
+            "(in Python, qat.kernels.use('off'))"
         )
 
 
@@ -69,8 +70,8 @@ def works(language: str, agrees: Callable[[], bool]) -> bool:
     """True if the kernels compile and agree with the formulas; else log the reason."""
     try:
         is_equal = agrees()
-        reason = "its kernels give other numbers here"
-    except Exception as error:  # of a driver, compiler or linker: the formulas work without them
+        reason = "its kernels disagree with the formulas"
+    except Exception as error:  # of a driver, compiler or linker, which formulas do not need
         is_equal = False
         reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")
     if not is_equal:

@@ -1,4 +1,4 @@
-"""Operations that often precede a quantizer of activations, with their backward passes."""
+"""Operations that often precede an activation quantizer, with their backward passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Made(NamedTuple):
     Attributes:
         kind: `norm` = LayerNorm over the last dimension; `none` or `tanh` = GELU with this
             approximation; `scores` = softmax over the last dimension in float32; `softmax` = x is
-            the result of a softmax, and gradients are those of its scores; empty = none, x itself.
+            the result of a softmax, and gradients are with respect to the scores; empty = no
+            operation, the input is x itself.
         number: eps of the LayerNorm; factor on the scores before the softmax.
     """
 
@@ -24,11 +25,11 @@ class Made(NamedTuple):
 
     @property
     def needs_recompute(self) -> bool:
-        """True if the input of the quantizer is another tensor than x."""
+        """True if the input of the quantizer is not x itself."""
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """The input of the quantizer, the bits of torch's modules, and what `backward` needs."""
+        """The quantizer's input, with the bits of torch's modules, and tensors for `backward`."""
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
         if self.kind == "scores":
@@ -41,14 +42,14 @@ class Made(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x (of the scores, for both kinds of softmax), of weight and of bias.
+        """Gradients of x (for both kinds of softmax, of the scores), weight and bias.
 
         Args:
             grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.
-            x: the argument of `forward`.
+            x: the input that `forward` got.
             weight: weight of the LayerNorm, or None.
             bias: bias of the LayerNorm, or None.
-            saved: what `forward` returned after its first result.
+            saved: the results of `forward` after the first one.
         """
         if self.kind == "norm":
             needs_grad = [True, weight is not None, bias is not None]

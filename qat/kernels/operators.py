@@ -1,8 +1,8 @@
 """LSQ, StatsQ and block floats as operators of torch, with kernels in C++ and Triton.
 
-On other devices, and for tensors that no kernel takes, operators compute the formula. Operators
-take the fields of a quantizer one after the other: scale, offset before, offset after, sign, and
-the four of `CodeRange`. They write to `out`.
+On other devices, and for tensors that no kernel supports, operators compute the formula. The fields
+of a quantizer are separate arguments of an operator: scale, offset before, offset after, sign, and
+the four fields of `CodeRange`. Operators write to `out`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _LSQ = (
     "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
     "int qmin, int qmax, int? axis, bool half"
 )
-# Formulas by operator, for compilers that round as they do: they fuse with their neighbours.
+# The formula of each operator, for compilers that round like the operators: a formula fuses with
+# its neighbours.
 FORMULAS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -74,7 +75,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor:
 
 @_with_kernels("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor")
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """`reference.statsq_forward`, rounded to a dtype."""
+    """`reference.statsq_forward`, rounded to `dtype`."""
     return in_dtype(reference.statsq_forward(w, scale, bits), dtype)
 
 
@@ -85,7 +86,7 @@ def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-# A compiler would add up the scale in another order.
+# A compiler would sum the scale in another order.
 del FORMULAS[torch.ops.qat.statsq.default]
 step_and_slope = _with_kernels(
     "(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)"
@@ -93,7 +94,7 @@ step_and_slope = _with_kernels(
 
 
 def _joined(*sums: Tensor | None) -> Tensor:
-    """Sums that are not None in one tensor, which `split` takes apart."""
+    """Join the sums that are not None into one tensor, which `split` takes apart."""
     return torch.cat([t.flatten().float() for t in sums if t is not None])
 
 
@@ -101,8 +102,9 @@ def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     """Take apart the sums that `lsq_backward` returns in one tensor.
 
     Args:
-        sums: (n,), one sum after the other.
-        like: parameters with the shapes and dtypes of the sums; None for those without a sum.
+        sums: (n,), the concatenated sums.
+        like: parameters with the shapes and dtypes of the sums; None for each parameter without a
+            sum.
     """
     parts = iter(sums.split([t.numel() for t in like if t is not None]))
     gradients: list[Tensor | None] = []
@@ -116,13 +118,13 @@ def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     "Tensor? weight, Tensor? bias, str kind, float number) -> (Tensor, Tensor, Tensor)"
 )
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.lsq_backward`, and through the operation `Made(kind, number)` that precedes it.
+    """`reference.lsq_backward`, and the backward of the operation `Made(kind, number)` before it.
 
     The gradient of `x` is written to `out`.
 
     Returns:
-        Gradient of the scale. Gradients of the offsets and of a LayerNorm's weight and bias that
-        are requested, in one tensor. The result of the forward pass, empty if not requested.
+        The gradient of the scale; the requested gradients of the offsets and of a LayerNorm's
+        weight and bias, in one tensor; the result of the forward pass, empty if not requested.
     """
     q, with_after, out, dequantized, *norm = params_of(args[:13])
     producer = Made(*args[13:])
@@ -160,17 +162,17 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 def _without_none(
     scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `lsq_backward`: operators cannot return None, so an empty tensor replaces it."""
+    """Results of `lsq_backward`, with an empty tensor for None, which operators cannot return."""
     return scale, sums, like.new_empty(0) if y is None else y
 
 
 def _dtype_on_the_way(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a quantized `x` is rounded to first: its own, unless that is float32."""
+    """The dtype to which a quantized `x` is rounded first: that of `x`, unless it is float32."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 
 def quantize(q: LSQParams, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Fake-quantize `x` for a product in `dtype`: rounded to the dtype of `x`, then to `dtype`."""
+    """Fake-quantize `x` for a product in `dtype`: round to the dtype of `x`, then to `dtype`."""
     return lsq_forward(x, *q[:4], *q.codes, _dtype_on_the_way(x, dtype)).to(dtype)
 
 
@@ -193,13 +195,14 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
         q: the quantizer.
         grad: gradient of the quantized tensor.
         x: input of the operation before the quantizer.
-        out: takes the gradient of `x`; None = a new tensor in the dtype of `x`.
+        out: where the gradient of `x` is written; None = to a new tensor in the dtype of `x`.
         with_after: compute the gradient of the offset after the quantizer.
         in_place: write the gradient of `x` to `grad` if both have the same dtype.
         dequantized: dtype of the result of `quantize` to return as well; None = do not return it.
         norm: weight and bias of a LayerNorm before the quantizer.
         producer: the operation before the quantizer.
-        counted: `x` without padding, whose elements LSQ's factor counts; None = all of `x`.
+        counted: the part of `x` without padding, which sets the number of elements in LSQ's factor;
+            None = all of `x`.
     """
     if in_place and grad.dtype == x.dtype:
         out = grad
@@ -220,7 +223,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
 
 @_with_kernels("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
 def round_blocks(x: Tensor, *args: Any) -> Tensor:
-    """`reference.round_blocks`, contiguous."""
+    """`reference.round_blocks` with a contiguous result."""
     return reference.round_blocks(x, *args).contiguous()
 
 

@@ -19,7 +19,7 @@ __all__ = ["agrees", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forw
 
 
 def block_format(t: Tensor | None, bits: int) -> BlockFormat:
-    """The format with a scale `t` of the whole tensor, or without one."""
+    """The format of `bits` bits, with a scale `t` of the whole tensor or without one."""
     return BLOCK_FORMATS["mxfp" if t is None else "nvfp4", bits]
 
 
@@ -32,7 +32,7 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
 def agrees(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
 ) -> bool:
-    """True if kernels of LSQ return the bits of the formulas, and sums within rounding.
+    """True if LSQ kernels return the bits of the formulas, and sums that agree within rounding.
 
     The inputs are inside and outside of the range, and halfway between codes.
 

@@ -1,4 +1,4 @@
-"""Tensors as rows in memory, the form in which kernels get them."""
+"""Tensors as rows in memory, the form that kernels expect."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 
-# Classes of tensors with memory of their own, whose addresses kernels may read; fake and wrapped
-# tensors have none.
+# Classes of tensors whose memory kernels may read; fake and wrapped tensors have no memory.
 PLAIN: set[type] = {Tensor, torch.nn.Parameter}
 
 
 class LSQParams(NamedTuple):
-    """An LSQ quantizer with its offsets, as kernels get it; see `qat.functional.lsq`.
+    """An LSQ quantizer with its offsets, in the form that kernels expect; see `qat.functional.lsq`.
 
     Attributes:
         scale: (n,).
@@ -36,7 +35,7 @@ class LSQParams(NamedTuple):
 
 
 def params_of(args: Any) -> tuple[Any, ...]:
-    """The quantizer from the arguments of an operator, and the arguments after it."""
+    """Split the arguments of an operator into the quantizer and the arguments after it."""
     scale, before, after, sign, *codes = args[:8]
     return LSQParams(scale, before, after, sign, CodeRange(*codes)), *args[8:]
 
@@ -76,14 +75,14 @@ def row_stride(x: Tensor, length: int) -> int | None:
 
 
 def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
-    """True if all tensors that are not None have one of the dtypes, one device, and memory."""
+    """True if all tensors that are not None have memory, an allowed dtype and the same device."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
     return all(type(x) in PLAIN and x.dtype in dtypes and x.device == device for x in present)
 
 
 def _row_length(x: Tensor, axis: int | None, columns: list[Tensor]) -> int:
-    """Length of the rows of `x` that share a step size, or, along the last axis, of all rows."""
+    """Length of the rows of `x` that share a step size; of all rows if the axis is the last."""
     if axis == x.ndim - 1:
         return x.shape[-1]
     if axis is not None:
@@ -97,10 +96,10 @@ def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
     Args:
         x: any shape.
         q: the quantizer.
-        others: tensors with a value for each element of a row, as offsets have.
+        others: tensors that have a value for each element of a row, such as offsets.
 
     Returns:
-        None if `x` has other rows.
+        The rows; None if the memory of `x` is laid out differently.
     """
     axis = q.codes.axis
     columns = [t for t in (q.before, q.after, *others) if t is not None]
@@ -128,9 +127,9 @@ def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
 
 
 def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
-    """Rows of a contiguous `w` along its first dimension, with a `scale` (rows, 1, ...) for each.
+    """Rows of a contiguous `w` along its first dimension, one for each entry of `scale`.
 
-    None if the tensors have other layouts or shapes.
+    The result is None if the tensors have other layouts or shapes.
     """
     if not w.is_contiguous() or not scale.ndim == w.ndim > 1:
         return None

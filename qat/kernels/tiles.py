@@ -1,4 +1,4 @@
-"""Tensors as Triton's kernels get them: rows, cut into tiles."""
+"""Rows of tensors cut into tiles, for Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from qat.kernels.rows import Layout, row_stride
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of a program's tile.
 TILE = 2048
-# The most columns of a tile, and the fewest of a tile that is narrower than a row.
+# The most columns of a tile, and the fewest columns of a tile that is narrower than a row.
 WIDEST = 1024
 NARROW = 64
 
 
 @functools.cache
 def device_type() -> str:
-    """`cuda`, or `cpu` under Triton's interpreter, as in tests. Needs Triton."""
+    """`cuda`, or `cpu` under Triton's interpreter, as in tests. The function needs Triton."""
     import triton
 
     return "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 
 def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
-    """`x` and the elements from one row of `length` to the next; a copy if rows have no stride."""
+    """`x`, or a copy if its rows are unevenly spaced, and the elements from one row to the next."""
     stride = row_stride(x, length)
     if stride is None:
         return x.contiguous(), length
@@ -38,12 +38,12 @@ def tiles_of(layout: Layout, whole: int | None = None) -> tuple[dict[str, int], 
 
     Args:
         layout: the rows to cut.
-        whole: the most columns, if a tile must be as wide as a row; None = as many as leave no tile
-            half empty.
+        whole: the most columns if a tile must be as wide as a row; None = as many as possible
+            without a half-empty tile.
 
     Returns:
-        Rows and columns of a tile, by the names of the kernels' arguments; number of tiles down,
-        and number across.
+        Rows and columns of a tile, by the names of the kernels' arguments; the number of tiles down
+        and across.
     """
     columns = 1 << (layout.length - 1).bit_length()
     if whole:

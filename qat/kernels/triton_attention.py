@@ -1,13 +1,13 @@
 """Attention with quantized probabilities: programs keep scores in registers.
 
-A program has a tile of queries or of keys of one head and image; programs are (tiles, heads,
-images). Every pass computes a probability by the same operations, from the base-2 logarithm of the
-sum of its row, so that all passes see the same codes. `factor` includes the factor that turns a
-power of e into a power of 2; a probability in steps is its product with the reciprocal of the step
-size. Products add up in float32.
+A program processes a tile of queries or keys of one head and image; the grid of programs is (tiles,
+heads, images). Every pass computes a probability by the same operations, from the base-2 logarithm
+of the sum of its row, so that all passes see the same codes. `factor` includes the factor that
+turns a power of e into a power of 2; a probability in steps is the probability times the reciprocal
+of the step size. Matrix products are accumulated in float32.
 
-The `rows` of an image follow each other, and so do images, with `stride` elements from one row to
-the next. A head has SIZE of the elements of a row, which a tile of BLOCK_D columns holds. See
+The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
+row to the next. A head has SIZE elements of each row, which fit in a tile of BLOCK_D columns. See
 `triton_kernels` for the rest.
 """
 
@@ -61,7 +61,7 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 @triton.jit
 def _probs(scores: tensor, total: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
-    """Probabilities of scores, and the same in steps."""
+    """Probabilities of scores, and these probabilities in steps."""
     probs = tl.exp2(scores - total)
     return probs, probs * inverse_step
 
@@ -91,10 +91,10 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
 ) -> None:
     """A tile of queries and all keys: forward, or, with the gradient `grad` of `out`, backward.
 
-    `out` takes the result, or in backward the gradient of `q`. For each row, `sums` has the base-2
-    logarithm of its sum: written forward, read in backward. Backward also writes for each row to
-    `dots` the term subtracted from gradients of its probabilities, and to `errors` its part in the
-    gradient of its step size.
+    The result, or in backward the gradient of `q`, is written to `out`. `sums` contains the base-2
+    logarithm of the sum of each row, which forward writes and backward reads. Backward also writes
+    one number per row to `dots`, the term subtracted from gradients of the probabilities of the
+    row, and one to `errors`, the contribution of the row to the gradient of its step size.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -153,7 +153,7 @@ def attention_keys(  # noqa: PLR0913
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """Backward for a tile of keys and values, down all queries.
+    """Backward for a tile of keys and values, over all queries.
 
     Tiles of scores are (keys, queries).
     """

@@ -1,22 +1,23 @@
-"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns. Imported only with Triton.
+"""Triton kernels for tiles of BLOCK_R rows and BLOCK_C columns. Import the module only with Triton.
 
-They compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
-that they are written to.
+Kernels compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
+to which they are written.
 
 Forward results have the bits of `reference`: division rounds to nearest, rounding is half to even,
 every comparison lets NaN through, and `gpu` launches without contraction of products and sums. Each
-program writes its own sums, which are added afterwards: no atomics, the same order in every run.
-Triton evaluates the annotations, so they are not strings. A pointer has the name of the tensor that
-it points to.
+program writes its own sums, which are added afterwards, in the same order in every run and without
+atomic operations. Triton evaluates the annotations, so they are not strings. A pointer has the name
+of the tensor that it points to.
 """
 
 import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
-# Adding and subtracting it rounds whatever is below 2^22, half to even.
+# Adding and then subtracting this number rounds any value below 2^22, half to even.
 MAGIC = constexpr(1.5 * 2.0**23)
-# Quotients from here on are not corrected: they are out of the range of every code, or infinite.
+# Quotients of at least this size are not corrected: they are outside the range of all codes, or
+# infinite.
 FAR = constexpr(2.0**22)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
@@ -28,7 +29,7 @@ DENSITY = constexpr(0.3989422804014327)
 
 @triton.jit
 def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
-    """The bounds moved to codes from 0 if `sign` says that the input has no negative values."""
+    """The bounds, moved to codes from 0 on if `sign` says that the input has no negative values."""
     if sign is not None:
         is_signed = tl.load(sign).to(tl.float32) > 0.0
         high = tl.where(is_signed, high, high - low)
@@ -65,7 +66,7 @@ def _rounded(u: tensor) -> tensor:
 
 @triton.jit
 def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
-    """The nearest code of clamped `u`; half codes end half a step below the end of the range."""
+    """The code nearest to clamped `u`; half codes end half a step below the end of the range."""
     if HALF:
         k = _rounded(u - 0.5)
         return tl.where(k > high - 1.0, high - 1.0, k) + 0.5
@@ -120,8 +121,8 @@ def _produce(  # noqa: PLR0913, PLR0917
 ) -> tuple[tensor, tensor, tensor]:
     """The input of the quantizer, computed from x by PRODUCER, and what `_produce_backward` needs.
 
-    The latter are, of a LayerNorm, normalised rows and the reciprocals of their deviations; of a
-    GELU, the normal distribution function of x; of a softmax, the probabilities.
+    What it needs are, for a LayerNorm, normalised rows and the reciprocals of their deviations; for
+    a GELU, the normal distribution function of x; for a softmax, the probabilities.
     """
     out = x
     unit = x
@@ -173,7 +174,7 @@ def _produce_backward(  # noqa: PLR0913
 def _lsq_gradients(
     grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr
 ) -> tuple[tensor, tensor, tensor]:
-    """Gradient of the input, terms of the gradient of the step size, and codes, of u = x / step.
+    """Gradient of the input, terms of the gradient of the step size, and codes, for u = x / step.
 
     Terms are 0 where `grad` is 0.
     """
@@ -196,7 +197,7 @@ def _store_column_sums(
 def _store_requested_sums(
     sums: tensor, tiles: tensor, column: tensor, length: tensor, REQUESTED: constexpr
 ) -> None:
-    """Write the sums of the columns of the REQUESTED tiles: for each tile a row per program."""
+    """Write the column sums of the REQUESTED tiles; each tile has a row per program."""
     row = tl.program_id(0)
     for i in tl.static_range(4):
         if REQUESTED[i]:
@@ -277,10 +278,10 @@ def lsq_backward(  # noqa: PLR0913
 ) -> None:
     """`reference.lsq_backward`; a program has a strip of `strip` rows, a multiple of BLOCK_R.
 
-    `errors` takes the sums for the step sizes, (rows, programs across), or, by column, (strips,
-    length). `sums` takes the REQUESTED sums of columns, (number of them, strips, length): for the
-    offset before, the offset after, and the weight and the bias of a LayerNorm. `y` takes the
-    result of the forward pass, or is None.
+    The sums for the step sizes are written to `errors`, (rows, programs across), or (strips,
+    length) if there is a step size per column. The REQUESTED sums of columns are written to `sums`,
+    (number of requests, strips, length): for the offset before, the offset after, and the weight
+    and the bias of a LayerNorm. The result of the forward pass is written to `y` unless it is None.
 
     If PRODUCER computed the input of the quantizer from `x`, `grad_x` is the gradient of `x`:
     "norm" = LayerNorm and "scores" = softmax, both with whole rows in a tile, or "none" = GELU.
@@ -294,7 +295,7 @@ def lsq_backward(  # noqa: PLR0913
     x_stride = x_stride * UNIT
     grad_x_stride = grad_x_stride * UNIT
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Loaded before the loop, in which each load would be waited for.
+    # Load before the loop; inside it, the program would wait for each load.
     offset_before = None if before is None else _columns(before, column, length)
     offset_after = None if after is None else _columns(after, column, length)
     weights = None if weight is None else _columns(weight, column, length)
@@ -333,7 +334,7 @@ def lsq_backward(  # noqa: PLR0913
             tl.store(errors + offsets, tl.sum(error, 1), mask=row < rows)
     if BY_COLUMN:
         _store_column_sums(errors, sum_errors, column, length, tl.program_id(0))
-    # The gradient of the bias of a LayerNorm is the one of an offset before the quantizer.
+    # The gradient of a LayerNorm's bias equals the gradient of an offset before the quantizer.
     tiles = (sum_before, sum_after, sum_weight, sum_before)
     _store_requested_sums(sums, tiles, column, length, REQUESTED)
 
@@ -374,7 +375,7 @@ def statsq_forward(  # noqa: PLR0913
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.statsq_forward`; n = 2^(bits-1). FIND computes the scales, written to `scale`."""
+    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, it first writes `scale`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if FIND:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)

@@ -1,1 +1,1 @@
-"""Processes of a run, the scheduler they run under, and the run directory."""
+"""The processes of a run, their scheduler, and the run directory."""

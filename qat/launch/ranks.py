@@ -1,6 +1,6 @@
-"""Processes of a run: the rank of this one, and torchrun if no launcher starts them.
+"""Processes of a run: the rank of this process, and torchrun if no launcher starts the processes.
 
-Imports nothing heavy.
+This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from qat.errors import UsageError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-HIGHEST_COUNT = 1024  # more is a typing mistake that no machine survives
+HIGHEST_COUNT = 1024  # a higher number is a typing mistake that would bring a machine down
 # Lightning's strategies that copy the running process.
 COPYING = ("spawn", "fork", "notebook")
-# Seconds from a signal to the kill by torchrun: a run first ends its step, or its validation, and
-# saves.
+# Seconds between a signal and the kill by torchrun, in which a run finishes its step or validation
+# and saves.
 SAVE_S = 600
-# Environment variables: number of the process that a rank ends with, and the lock file that this
-# process has locked for its ranks.
+# Environment variables: the id of the process with which a rank ends, and the lock file that this
+# process holds for its ranks.
 LAUNCHER = "QAT_LAUNCHER"
 LOCK_FILE = "QAT_LOCK"
 
 
 def rank() -> int:
-    """Number of this process in the run; 0 in a run of one process."""
+    """Number of this process in the run; 0 if the run has one process."""
     names = ["RANK"]
     if "SLURM_STEP_ID" in os.environ:
         names.append("SLURM_PROCID")
@@ -38,7 +38,7 @@ def rank() -> int:
 
 
 def env_number(*names: str, default: int = 1) -> int:
-    """Value of the first of some environment variables that holds a whole number."""
+    """Value of the first of these environment variables that is a whole number."""
     for name in names:
         text = os.environ.get(name, "")
         if text.isdigit():
@@ -47,7 +47,7 @@ def env_number(*names: str, default: int = 1) -> int:
 
 
 def is_first() -> bool:
-    """True for the one process of a run that writes files and logs."""
+    """True for the process of a run that writes files and logs."""
     return rank() == 0
 
 
@@ -63,11 +63,11 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
         trainer: settings by name.
 
     Returns:
-        The number; 0 if this process is the whole run, or one of its ranks.
+        The number; 0 if this process is the whole run, or a rank of the run.
 
     Raises:
-        UsageError: there are too many, the processes of other machines would be missing, or the
-            strategy would copy this process.
+        UsageError: there are too many processes, processes of other machines would be missing, or
+            the strategy would copy this process.
     """
     strategy = str(trainer.get("strategy"))
     nodes = trainer.get("num_nodes", 1)
@@ -113,7 +113,7 @@ def local_count(trainer: Mapping[str, Any]) -> int:
 
 
 def broadcast_value(value: str) -> str:
-    """The first process's first value, the same in all ranks of torchrun, restarted ones too."""
+    """The first value of the first process, equal in all ranks of torchrun, even after restarts."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return value
     from torch.distributed import TCPStore
@@ -125,20 +125,20 @@ def broadcast_value(value: str) -> str:
 
 
 def connect(trainer: Trainer) -> None:
-    """Connect the processes of a run before the first of them writes a file."""
+    """Connect the processes of a run before the first process writes a file."""
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()
 
 
 def become_torchrun(count: int, command: Sequence[str]) -> NoReturn:
-    """Replace this process by torchrun; none of its ranks outlives it.
+    """Replace this process by torchrun; no rank outlives torchrun.
 
     Args:
         count: number of ranks, on this machine.
         command: script and arguments of each rank.
     """
     os.environ[LAUNCHER] = str(os.getpid())
-    # As many threads as there are cores, in each process, would slow all of them down.
+    # If each process used as many threads as there are cores, all processes would be slow.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     script = str(Path(__file__).with_name("torchrun.py"))
     options = [

@@ -1,11 +1,11 @@
-"""A run directory: its lock, so that one run at a time writes into it, and the files of a run.
+"""Run directories: the lock, so that only one run at a time writes there, and the files of a run.
 
-Imports nothing heavy.
+This module imports nothing heavy.
 
-The first process of a run holds the lock, or the process that started the ranks. The operating
-system releases it when that process ends, however it ends; the text in the lock file is only for
-users. The package filelock does not serve: its locks are inherited by loader processes, which may
-outlive a run; POSIX locks (`lockf`) are not.
+The lock belongs to the first process of a run, or to the process that started the ranks. The
+operating system releases the lock when this process ends, however it ends; the text in the lock
+file is only for users. The package filelock cannot be used: its locks are inherited by loader
+processes, which may outlive a run; POSIX locks (`lockf`) are not inherited.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ LOCK = ".lock"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 # Seconds that a job waits for the lock after SLURM has restarted it: a network file system may
-# notice late that the node of the run before is gone.
+# notice late that the previous run's node is gone.
 PATIENCE_S = 120
 TICK_S = 0.5
-# Files that a training writes, except train.log: the run that looks for files has opened its own.
+# Files that a training writes, except train.log, because a run that looks for files has already
+# opened its own.
 TRAINING = (
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
@@ -74,12 +75,12 @@ WRITTEN = (
     ".unchecked.net.safetensors",
     ".unchecked.net.pte",
 )
-# Directories that this process has locked, and the open file of each.
+# Directories that this process has locked, and the open lock file of each.
 _locked: dict[Path, int] = {}
 
 
 class UsedError(UsageError):
-    """The directory belongs to another run: nothing is written there, not even this error."""
+    """The directory belongs to another run, so nothing is written there, not even this error."""
 
 
 @contextlib.contextmanager
@@ -99,10 +100,11 @@ def locked(run_dir: str) -> Generator[None]:
 def lock(run_dir: str) -> None:
     """Lock a directory until `unlock`.
 
-    Does nothing if it is locked already, or if this is not the first process of its run.
+    It does nothing if the directory is already locked, or if this is not the first process of its
+    run.
 
     Raises:
-        UsageError: the name is empty, for example because a variable of the shell is not set.
+        UsageError: the name is empty, for example because a shell variable is not set.
         UsedError: another run writes into it.
     """
     check_text("run_dir", run_dir)
@@ -118,7 +120,7 @@ def lock(run_dir: str) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Unless the run before has just removed this file.
+            # Unless the previous run has just removed this file.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
@@ -149,18 +151,18 @@ def _in_use(run_dir: str, path: Path) -> UsedError:
 
 
 def unlock(run_dir: str) -> None:
-    """Unlock a directory; does nothing if it is not locked."""
+    """Unlock a directory; do nothing if it is not locked."""
     folder = Path(run_dir).resolve()
     handle = _locked.pop(folder, None)
     if handle is not None:
-        # Remove the file first: a run that has opened it then sees that it is gone.
+        # Remove the file first, so that a run that has opened it sees that it is gone.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
 
 
 def lock_for_ranks(run_dir: str) -> None:
-    """Lock a directory until the program that replaces this one ends; its ranks do not lock it.
+    """Lock a directory until the program that replaces this one ends; ranks do not lock it again.
 
     Raises:
         UsedError: another run writes into it.
@@ -172,7 +174,7 @@ def lock_for_ranks(run_dir: str) -> None:
 
 
 def used_files(run_dir: Path) -> list[Path]:
-    """Files of earlier runs, checkpoints first; none if a run failed before it saved anything."""
+    """Files of earlier runs, checkpoints first; empty if a run failed before it saved anything."""
     saved = checkpoints(run_dir)
     if not saved and json_object(run_dir / RESULTS).get("error"):
         return []
@@ -185,7 +187,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def training_files(run_dir: Path) -> list[Path]:
-    """Files that an earlier training wrote and a new one replaces."""
+    """Files of an earlier training that a new training would replace."""
     files: list[Path] = []
     for pattern in TRAINING:
         paths = sorted(run_dir.glob(pattern))
@@ -194,20 +196,21 @@ def training_files(run_dir: Path) -> list[Path]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """True if there are results, and they are not the error of a run."""
+    """True if there are results that are not the error of a run."""
     return (run_dir / RESULTS).exists() and not json_object(run_dir / RESULTS).get("error")
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Refuse a directory with outputs that this command would replace and did not write.
+    """Refuse a directory with outputs that another command wrote and this command would replace.
 
     Args:
         run_dir: the directory, which the same command may write into again.
         command: name of the command.
-        weights: origin of the evaluated weights; None = not compared with earlier results.
+        weights: origin of the evaluated weights; None = do not compare it with earlier results.
 
     Raises:
-        UsedError: there are checkpoints or results of another command, or results of other weights.
+        UsedError: the directory contains checkpoints or results of another command, or results of
+            other weights.
     """
     names = ["checkpoints/*"]
     if command != "ptq":
@@ -243,19 +246,19 @@ class RunDirState:
         self._config = _stamp(run_dir / CONFIG)
 
     def has_begun(self) -> bool:
-        """True if the run has written its settings meanwhile, which it does after checking them."""
+        """True if the run has now written its settings, which happens after they are checked."""
         return _stamp(self.run_dir / CONFIG) != self._config
 
     def takes_error(self) -> bool:
         """True if the error of the run may be written as its results.
 
-        It must not replace files of another run, nor be among these.
+        The error must not replace files of another run, or be written next to them.
         """
         return (self.has_begun() or not self._was_used) and not is_finished(self.run_dir)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, which changes if another file takes its name."""
+    """Identity of a file, which changes if another file replaces it."""
     if not path.exists():
         return None
     status = path.stat()

@@ -1,10 +1,10 @@
-"""Signals by which a cluster or a user asks a run to end.
+"""Signals with which a cluster or a user asks a run to end.
 
 SIGUSR1 and SIGUSR2 announce that the machine will be taken away: save, and resume elsewhere.
-SIGTERM only means save and stop; a cluster that preempts with it restarts the job by itself.
-SIGINT (Ctrl-C) means the same, and a second one ends the process at once. Outside training a signal
-raises `Preempted` at once; during training it is noted, and `qat.callbacks.Preemption` acts on it
-after the current step. Imports nothing heavy.
+SIGTERM only means save and stop; a cluster that preempts with SIGTERM restarts the job itself.
+SIGINT (Ctrl-C) also means save and stop, and a second one ends the process immediately. Outside
+training, a signal raises `Preempted` immediately; during training, it is recorded, and
+`qat.callbacks.Preemption` acts on it after the current step. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from types import FrameType
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
-# Seconds within which a rank gets one Ctrl-C twice, from the terminal and from torchrun.
+# Seconds within which a rank may get the same Ctrl-C twice, from the terminal and from torchrun.
 ECHO_S = 1.0
-# Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is
-# done and saved.
+# Seconds that a loader process outlives a SIGTERM, because the training process needs it until the
+# step is finished and saved.
 OUTLIVE_S = 20
 
 
 class Preempted(BaseException):
     """A signal has ended this run.
 
-    Like KeyboardInterrupt it is not an `Exception`: no handler mistakes it for an error.
+    Like KeyboardInterrupt, it is not an `Exception`, so that no handler mistakes it for an error.
 
     Args:
-        number: the signal.
-        step: optimizer steps that were taken; None outside training.
+        number: number of the signal.
+        step: completed optimizer steps; None outside training.
         saved: checkpoint to resume from; None if nothing was written.
     """
 
@@ -62,9 +62,10 @@ class _Arrivals:
 
     Attributes:
         number: the highest signal that arrived, so that SIGTERM outranks SIGUSR1; 0 = none.
-        is_deferred: signals are noted only.
-        interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = it has not come.
-        process: the process that handles signals; copies of it, made by loaders, ignore them.
+        is_deferred: signals are only recorded.
+        interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
+        process: id of the process that handles signals; copies of it, made by loaders, ignore
+            signals.
     """
 
     number: int = 0
@@ -78,7 +79,7 @@ _arrivals = _Arrivals()
 
 @contextlib.contextmanager
 def listening() -> Generator[None]:
-    """Handle the signals in this block; does nothing outside the main thread."""
+    """Handle the signals in this block; do nothing outside the main thread."""
     earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     forget()
     listen()
@@ -92,18 +93,18 @@ def listening() -> Generator[None]:
 
 
 def listen() -> None:
-    """Handle the signals from now on, even if a library has set its own handlers meanwhile."""
+    """Handle the signals from now on, even if a library has since set its own handlers."""
     if threading.current_thread() is not threading.main_thread():
         return
     _arrivals.process = os.getpid()
     for number in SIGNALS:
-        # Ctrl-C stays ignored in the background of a script.
+        # Ctrl-C stays ignored if a script runs in the background.
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
 
 
 def defer(*, on: bool) -> None:
-    """Note signals only, or raise `Preempted` at the next one."""
+    """Only record signals, or raise `Preempted` at the next signal."""
     _arrivals.is_deferred = on
 
 
@@ -113,7 +114,7 @@ def arrived() -> int:
 
 
 def forget() -> None:
-    """Reset: no signal has arrived, and the next one raises `Preempted`."""
+    """Forget signals that have arrived; the next signal raises `Preempted`."""
     _arrivals.number = 0
     _arrivals.is_deferred = False
     _arrivals.interrupted_at = None
@@ -130,15 +131,15 @@ def _note(number: int, frame: FrameType | None) -> None:
         _arrivals.interrupted_at = first_time or current_time
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
-        # No second exception while the first one is handled.
+        # Raise no second exception while the first is being handled.
         _arrivals.is_deferred = True
         raise Preempted(number)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """End this process with one line; unfinished files do not appear, existing ones stay."""
+    """End this process with one line; unfinished files do not appear, existing files stay."""
     if os.environ.get("RANK", "0") == "0":
-        # Not through Python's streams: the interrupted code may be writing to them.
+        # Bypass Python's streams, because the interrupted code may be writing to them.
         os.write(2, b"stopped by Ctrl-C at once; what was saved before is as it was\n")
     os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""Jobs of SLURM: their processes, restarts and requeueing. Imports nothing heavy."""
+"""SLURM jobs: processes, restarts and requeueing. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 OWNER = ".slurm-job"
 # Number of runs of one job that may end before a checkpoint is saved.
 MOST_UNSAVED_RUNS = 3
-# Seconds for srun to show what was logged, for scontrol to answer, for SLURM to end this process.
+# Seconds for srun to show the log, for scontrol to answer, and for SLURM to end this process.
 SHOW_LOG_S = 0.5
 REQUEUE_S = 60
 KILL_S = 120
-# Job names by which Lightning knows an interactive session, in which any command may be started.
+# Job names that Lightning treats as an interactive session, in which any command may be started.
 INTERACTIVE = ("bash", "interactive")
 
 
 def job_id() -> str | None:
-    """Number of the job of this process, `3_0` in an array; None outside SLURM."""
+    """Number of this process's job, such as `3_0` in an array; None outside SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:
@@ -44,7 +44,7 @@ def is_launched() -> bool:
 
 
 def slurm_tasks_per_node() -> int:
-    """Processes on each node, 1 outside SLURM; `${slurm_tasks_per_node:}` in a config file."""
+    """Processes per node, 1 outside SLURM; `${slurm_tasks_per_node:}` in a config file."""
     return env_number("SLURM_NTASKS_PER_NODE")
 
 
@@ -54,12 +54,12 @@ def slurm_nodes() -> int:
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
-    """Compare the processes that SLURM has started with `trainer.devices` and `.num_nodes`.
+    """Compare the processes that SLURM started with `trainer.devices` and `trainer.num_nodes`.
 
-    If they differed, the processes would wait for each other.
+    If the numbers differed, processes would wait for each other.
 
     Raises:
-        UsageError: they differ.
+        UsageError: the numbers differ.
     """
     if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -77,7 +77,7 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
                 f"must be {started}, which trainer=slurm sets"
             )
     if slurm_nodes() == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # a name of the node may not resolve
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # the name of the node may not resolve
 
 
 def _check_single_process() -> None:
@@ -89,14 +89,14 @@ def _check_single_process() -> None:
     raise UsageError(
         f"SLURM has {tasks} tasks for this job, and this process is not one of them; "
         "start them with: srun python ..., "
-        "or one alone with: srun --nodes=1 --ntasks=1 python ..."
+        "or a single one with: srun --nodes=1 --ntasks=1 python ..."
     )
 
 
 def environments() -> list[Any]:
     """Plugins that tell Lightning the place of this process in the run.
 
-    By default Lightning takes any process of a job for one that srun has started.
+    By default, Lightning assumes that srun started every process of a job.
     """
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
@@ -113,8 +113,8 @@ def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
     Args:
         resume: the setting; only False is replaced.
         run_dir: the run directory.
-        overwrite: True if older files of the directory are to be removed; the job resumes then only
-            if the files are its own.
+        overwrite: True if older files of the directory are to be removed; the job then resumes only
+            if the files belong to it.
     """
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     if restarts == "0" or resume is not False:
@@ -141,7 +141,7 @@ def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
     """Log that a signal ended the run, and requeue the job if the signal means that.
 
     Args:
-        stop: the signal, and the step after which the run stopped.
+        stop: the exception with the signal, and the step after which the run stopped.
         run_dir: the run directory.
         resume_hint: how a user resumes the run.
 
@@ -149,7 +149,7 @@ def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
         The exit code, used if SLURM does not end this process first.
     """
     code = 128 + stop.signal
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends it to a job that is requeued
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends it to requeued jobs
     requeues = stop.wants_requeue and job_id() is not None
     if is_first():
         next_step = f", requeueing job {job_id()}" if requeues else f"; {resume_hint}"
@@ -172,11 +172,11 @@ def _describe(stop: Preempted) -> str:
 
 
 def _requeue(run_dir: Path) -> str | None:
-    """Requeue this job, and return the reason of a failure; SLURM ends srun at once."""
+    """Requeue this job, and return the reason of a failure; SLURM ends srun immediately."""
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
     if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
         return (
-            f"{runs} runs of it have ended before the first checkpoint; "
+            f"{runs} runs of the job have ended before the first checkpoint; "
             "the time limit of the job is too short"
         )
     time.sleep(SHOW_LOG_S)

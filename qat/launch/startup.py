@@ -1,6 +1,7 @@
-"""Set up this process when imported, which each command does first. Imports nothing heavy.
+"""Set up this process on import, which is the first step of each command.
 
-Ctrl-C ends the process in one line, and a rank ends with its launcher.
+Ctrl-C then ends the process with one line, and a rank ends with its launcher. This module imports
+nothing heavy.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def _handle_ctrl_c() -> None:
-    # Ctrl-C is ignored in the background of a script, and a caller may handle it.
+    # Ctrl-C is ignored if a script runs in the background, and a caller may handle it.
     with contextlib.suppress(ValueError):  # outside the main thread
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signals.end_at_once)
@@ -29,14 +30,14 @@ def _end_with_launcher() -> None:
         return
     with contextlib.suppress(AttributeError, OSError):  # Linux only
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Removed: loader processes that this rank spawns have another parent.
+    # Remove the variable, because loader processes that this rank spawns have another parent.
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is not None and launcher != str(os.getppid()):
         os._exit(1)
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files: loader processes send tensors as files, more than 1024."""
+    """Raise the limit of open files: loader processes send more than 1024 tensors as files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MOST_OPEN_FILES
     if hard != resource.RLIM_INFINITY:
@@ -47,9 +48,9 @@ def _allow_open_files() -> None:
 
 
 def _shorten_spinning() -> None:
-    """Let threads of GNU's OpenMP sleep after waiting 0.1 ms for the others.
+    """Let threads of GNU's OpenMP sleep after waiting 0.1 ms for other threads.
 
-    The default, 300,000 turns of a loop, blocks a core for the thread that all of them wait for.
+    The default, a loop of 300,000 turns, occupies a core that the slowest thread may need.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = "10000"

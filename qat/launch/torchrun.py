@@ -1,7 +1,7 @@
-"""`torch.distributed.run` as a script without tracebacks.
+"""Run `torch.distributed.run` as a script without tracebacks.
 
-After a signal it exits with the code of the signal; if a signal ended a rank, it prints the table
-of ranks. The lock of the run directory is held as long as a rank lives.
+After a signal, the script exits with the code of the signal; if a signal ended a rank, it prints
+the table of ranks. The run directory stays locked as long as a rank lives.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch.distributed.run import main
 
 
 def remove_lock() -> None:
-    """Remove the lock file of this process; the lock itself ends with the process."""
+    """Remove the lock file of this process; the lock ends with the process."""
     with contextlib.suppress(KeyError, OSError):
         os.unlink(os.environ["QAT_LOCK"])  # `ranks.LOCK_FILE`; qat may not be importable here
 

@@ -1,4 +1,4 @@
-"""Lightning: the module; its optimizer and schedule and its teacher, which do without Lightning."""
+"""The LightningModule, and its optimizer, schedule and teacher, which do not need Lightning."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "QATModule":
         raise AttributeError(f"module 'qat.lit' has no attribute {name!r}")
-    from qat.lit.module import QATModule  # the one that needs Lightning
+    from qat.lit.module import QATModule  # the only module that needs Lightning
 
     return QATModule

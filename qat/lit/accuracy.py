@@ -1,4 +1,4 @@
-"""Accuracy and mean loss over images, of any function from images to logits; without a trainer."""
+"""Accuracy and mean loss of any function from images to logits, without a trainer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
 
 
 class MeanLoss(MeanMetric):
-    """Mean over images of a value that is known as a mean over each batch; NaN if any of them is.
+    """Mean over images, computed from the means of batches; NaN if the mean of a batch is NaN.
 
-    torchmetrics' own update leaves out batches with NaN, or, with its check off, ignores weights;
-    and it copies each weight to the device, which waits for the step before.
+    torchmetrics' own update leaves out batches with NaN or, with its check off, ignores weights. It
+    also copies each weight to the device, which waits for the previous step.
     """
 
     def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
@@ -51,7 +51,7 @@ class MeanLoss(MeanMetric):
 
 def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of a batch, (); NaN if any logit is not finite."""
-    # The second term is NaN also for a logit on which the loss does not depend.
+    # The second term also becomes NaN for logits on which the loss does not depend.
     return F.cross_entropy(logits, target) + (0 * logits).sum()
 
 
@@ -60,7 +60,7 @@ def check_logits(loss: float, subject: str) -> None:
 
     Args:
         loss: mean over all images.
-        subject: the evaluation, for the message.
+        subject: name of the evaluation in the message.
     """
     if math.isnan(loss):
         raise UsageError(
@@ -77,12 +77,12 @@ def evaluate(
 
     Args:
         predict: maps images (B, C, H, W) to logits (B, K).
-        batches: (images, class ids).
+        batches: pairs (images, class ids).
         num_classes: K.
         device: the device of `predict`.
 
     Returns:
-        `top1`, `top5`, `loss`; the loss is NaN if the loss of a batch is.
+        `top1`, `top5` and `loss`, which is NaN if the loss of a batch is NaN.
     """
     metrics = accuracy_metrics(num_classes, "").to(device)
     mean_loss = MeanLoss().to(device)

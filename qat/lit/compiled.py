@@ -1,4 +1,4 @@
-"""`torch.compile` of functions of image batches: a graph for each mode, for its largest batch."""
+"""Compile functions of image batches, with one graph per mode, for the largest batch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from qat.kernels import operators
 
 log = logging.getLogger(__name__)
 
-# Let compiled code round as eager code does, as integer codes may depend on it: division to
-# nearest, no product contracted with a sum, and values of half precision rounded between two fused
-# operations. One setting has the last two. C++ code does the first two anyway. Older versions of
-# torch spell the setting of division as the second name.
+# Make compiled code round like eager code, because integer codes may depend on it: division rounds
+# to nearest, no product is contracted with a sum, and half-precision values are rounded between
+# fused operations. `emulate_precision_casts` controls the last two. C++ code does the first two in
+# any case. The two names for division are for newer and older versions of torch.
 ROUNDING = {
     "eager_numerics.division_rounding": True,
     "emulate_divison_rounding": True,
@@ -52,14 +52,14 @@ def _formulas_hash() -> str:
 
 
 def register_formulas() -> None:
-    """Let torch compile the forward passes of our operators as formulas, to fuse their neighbours.
+    """Let torch compile forward passes of operators as formulas, which fuse with their neighbours.
 
-    It costs compilation time; `ROUNDING` keeps the bits.
+    This costs compilation time; `ROUNDING` preserves the bits.
     """
     decompositions.update(operators.FORMULAS)
     fast_random_decomps().update(operators.FORMULAS)  # a copy that torch may have made earlier
-    # Torch finds a compiled graph in its caches by the names of operators: other formulas need
-    # another key.
+    # Torch finds compiled graphs in its caches by the names of operators, so different formulas
+    # need a different key.
     if not compiler.cache_key_tag.endswith(_formulas_hash()):
         compiler.cache_key_tag += _formulas_hash()
 
@@ -67,14 +67,17 @@ def register_formulas() -> None:
 def compile_options() -> dict[str, bool]:
     """`ROUNDING` and other options of the compiler, as far as this version of torch knows them.
 
-    Rows are not padded, since operators would copy padded ones. With `trainer.deterministic` the
-    compiler does not choose by measured speed.
+    Rows are not padded, because operators would copy padded rows. With `trainer.deterministic`, the
+    compiler does not choose kernels by measured speed. Before torch 2.15, a reduction that is fused
+    with a reduction of another order may not write a gradient (pytorch #193061).
     """
     options = {
         **ROUNDING,
         "comprehensive_padding": False,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+    if torch.__version__ < "2.15":
+        options["triton.mix_order_reduction"] = False
     supported = inductor.get_config_copy()
     return {name: value for name, value in options.items() if name in supported}
 
@@ -85,7 +88,7 @@ def _warn_of_skipped_graph(reason: str) -> None:
 
 
 def _replace_stack(record: logging.LogRecord) -> bool:
-    """Replace torch's many lines about a skipped CUDA graph by one; False drops the record."""
+    """Replace torch's many lines about a skipped CUDA graph by one line; False drops the record."""
     first_line = record.getMessage().partition("\n")[0].rstrip()
     skipped = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", first_line)
     if skipped is None:
@@ -95,18 +98,18 @@ def _replace_stack(record: logging.LogRecord) -> bool:
 
 
 class CompiledCall:
-    """Calls a function of images (B, ...) as one compiled graph, smaller batches eagerly.
+    """Calls a function of images (B, ...) as one compiled graph, and eagerly for smaller batches.
 
-    A graph for any size would be slower for every batch, and a graph for each size takes minutes to
-    compile, for the one short batch at the end of a dataset. Eager and compiled results differ by
-    rounding.
+    One graph for all sizes would be slower for every batch; a graph for each size would take
+    minutes to compile, only for the short batch at the end of a dataset. Eager and compiled results
+    differ by rounding.
 
     Args:
-        function: calls `net`.
-        net: its training and evaluation modes have separate graphs.
+        function: the function, which calls `net`.
+        net: the net; training and evaluation mode have separate graphs.
         recompute: let the compiler save less for backward and recompute more.
-        graphs: replay CUDA graphs. Gradients, and tensors that hooks in the net were passed, are
-            overwritten once the next step begins (`torch.compiler.cudagraph_mark_step_begin`);
+        graphs: replay CUDA graphs. Gradients, and tensors that were passed to hooks in the net, are
+            overwritten when the next step begins (`torch.compiler.cudagraph_mark_step_begin`);
             results of calls are copies.
     """
 
@@ -119,7 +122,8 @@ class CompiledCall:
         graphs: bool = False,
     ) -> None:
         register_formulas()
-        # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
+        # `inductor.patch` around a call would not be enough: backward is compiled later, when it
+        # first runs.
         options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": graphs}
         self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         self._graphs = graphs
@@ -138,15 +142,15 @@ class CompiledCall:
 
         graph_counts = counters["stats"]
         count_before = graph_counts["unique_graphs"]
-        # At every call: the compiler decides in the first one what to save for backward.
+        # Set this at every call: in the first call, the compiler decides what to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
             out = self._call(images)
-        # Unless a caller has forced eager execution.
+        # No graph is compiled if a caller has forced eager execution.
         if graph_counts["unique_graphs"] > count_before:
             self._largest[mode] = len(images)
         return tree_map_only(Tensor, torch.clone, out) if self._graphs else out
 
 
 def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
-    """Compile a net, see `CompiledCall`; names of its parameters stay, copies are not compiled."""
+    """Compile a net, see `CompiledCall`; parameter names stay, and copies are not compiled."""
     net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)

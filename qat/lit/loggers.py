@@ -1,4 +1,4 @@
-"""`metrics.csv` of a run that may be killed and resumed, and settings and end of other loggers."""
+"""Write `metrics.csv` of a run that may be killed and resumed; configure other loggers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.utils.files import csv_rows, write_text
 
-# W&B and MLflow report to their makers by default, and MLflow logs the tables that it creates.
+# By default, W&B and MLflow send usage data to their makers, and MLflow logs the tables that it
+# creates.
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
@@ -28,17 +29,18 @@ _DEFAULTS = {
 
 
 def disable_telemetry() -> None:
-    """Set environment variables of W&B and MLflow, if unset; they read them when imported."""
+    """Set environment variables of W&B and MLflow, if unset; both read them when imported."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 class CSVLog(CSVLogger):
-    """Lightning's logger, which writes every row at once; a resumed run continues the file.
+    """Lightning's logger, but every row is written immediately; a resumed run continues the file.
 
     Attributes:
-        resumed_at: optimizer steps of the checkpoint from which the run is resumed: rows of later
-            steps are dropped, as the run writes them again. 0 = a new run, which replaces the file.
+        resumed_at: optimizer steps of the checkpoint from which the run is resumed. Rows of later
+            steps are dropped, because the run writes them again. 0 = a new run, which replaces the
+            file.
     """
 
     resumed_at: int = 0
@@ -65,7 +67,7 @@ class _Writer(ExperimentWriter):
         except Exception as error:
             raise UsageError(
                 f"{path}: must be the table that this run wrote; "
-                f"without it the run resumes, too ({error})"
+                f"the run also resumes if it is deleted ({error})"
             ) from error
         if rows:
             self._write(rows)
@@ -76,7 +78,7 @@ class _Writer(ExperimentWriter):
         """Keep the rows of a resumed run, which Lightning would delete."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Write a row, unless it equals the row before (`log_before_saving`)."""
+        """Write a row, unless it equals the previous row (`log_before_saving`)."""
         row = f"{step} {metrics_dict}"
         if row != self._last_row:
             super().log_metrics(metrics_dict, step)
@@ -87,7 +89,7 @@ class _Writer(ExperimentWriter):
         self._write(csv_rows(Path(self.metrics_file_path)))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        """Write the whole file atomically: a kill loses no row."""
+        """Write the whole file atomically, so that a kill does not lose rows."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
@@ -105,15 +107,15 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
 
 
 def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
-    """Write the row of a step or an epoch to `metrics.csv` before a checkpoint counts it as logged.
+    """Write the row of a step or epoch to `metrics.csv` before a checkpoint counts it as logged.
 
-    Lightning writes it only after the checkpoint.
+    Lightning writes the row only after the checkpoint.
     """
     connector = trainer._logger_connector
     loop = trainer.fit_loop.epoch_loop
     loggers = trainer.loggers
     trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLog)]
-    loop._batches_that_stepped -= epoch  # as Lightning does for the row of an epoch
+    loop._batches_that_stepped -= epoch  # Lightning does the same for the row of an epoch
     if epoch or connector.should_update_logs:
         connector.log_metrics(connector.metrics["log"])
     loop._batches_that_stepped += epoch
@@ -122,15 +124,15 @@ def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
 
 @contextlib.contextmanager
 def closing(loggers: Iterable[Logger]) -> Generator[None]:
-    """End W&B's runs after this block, as failed if it raises.
+    """End W&B's runs after this block, as failed if the block raises.
 
-    W&B ends them with the process, in a multirun long after the job.
+    W&B itself would end them with the process, in a multirun long after the job.
     """
     try:
         yield
     finally:
         failed = sys.exc_info()[0] not in {None, Preempted}
         for logger in loggers:
-            # The property `experiment` would begin a run if nothing was logged yet.
+            # The property `experiment` would start a run if nothing was logged yet.
             if isinstance(logger, WandbLogger) and logger._experiment is not None:
                 logger._experiment.finish(exit_code=int(failed))

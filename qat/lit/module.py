@@ -1,4 +1,4 @@
-"""The LightningModule: net, loss, teacher and metrics, with one training step for every recipe."""
+"""The LightningModule: net, loss, teacher and metrics, with one training step for all recipes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qat.quantizers import LSQ
 from qat.utils.validate import check_choice
 
 MEANS_KEY = "epoch_means"
-# Classes of the confusion matrix, at most: with more it would be larger than a net.
+# The most classes of a confusion matrix; with more, it would be larger than a net.
 MOST_CONFUSED = 2000
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
@@ -41,17 +41,19 @@ class QATModule(LightningModule):
     """Trains and evaluates one net.
 
     Args:
-        net: float, or converted and initialised; checkpoints have its state dict under `net.`.
+        net: a float net, or a converted net with scales; checkpoints store its state dict under
+            `net.`.
         loss: the loss to minimise.
         num_classes: number of classes.
         optimizer: builds the optimizer from the net.
         scheduler: builds the schedule and its interval from the optimizer, the number of epochs and
             the steps per epoch.
-        teacher: its logits are passed to the loss; checkpoints do not contain it.
+        teacher: the teacher, whose logits are passed to the loss; checkpoints do not contain the
+            teacher.
         describe: metadata of checkpoints (`qat.model.metadata.describe`).
-        lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that results do
-            not depend on the number of processes; `process` = the batch of one process, as in the
-            paper's code.
+        lsq_grad_batch: `global` = LSQ's gradient scale is computed for the global batch, so that
+            results do not depend on the number of processes; `process` = for the batch of one
+            process, as in the paper's code.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class QATModule(LightningModule):
         super().__init__()
         check_choice("lsq_grad_batch", lsq_grad_batch, ("global", "process"))
         if loss.needs_teacher and hasattr(net, "set_distilled_training"):
-            # In training a distilled timm net then returns the logits of both heads.
+            # With this setting, a distilled timm net returns the logits of both heads in training.
             net.set_distilled_training(enable=True)  # type: ignore[operator]
         loss.prepare(net)
         self.lsq_grad_batch = lsq_grad_batch
@@ -80,10 +82,10 @@ class QATModule(LightningModule):
         self._scheduler = scheduler
         self._describe = describe
         self._outputs = Outputs.of_blocks(net, loss.blocks)
-        self._accumulated = 1  # batches of the current step
+        self._accumulated = 1  # number of batches of the current step
         self._num_groups = 0  # in all optimizers, when training starts
         self._frozen: list[nn.Parameter] = []  # when training starts
-        self._num_steps = math.inf  # in the whole run, known once the loader is set up
+        self._num_steps = math.inf  # in the whole run; known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss = MeanLoss()
@@ -93,6 +95,10 @@ class QATModule(LightningModule):
             self.test_confusion = MulticlassConfusionMatrix(num_classes)
         # After a test: (K, K) on the CPU, number of images by true and by predicted class.
         self.confusion: Tensor | None = None
+        # After a test in one process: (N,) on the CPU, True for each image that is classified
+        # correctly. Several processes would have to put the images in order again.
+        self.correct: Tensor | None = None
+        self._test_hits: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
         self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
 
@@ -101,7 +107,7 @@ class QATModule(LightningModule):
         return self.net(images)
 
     def setup(self, stage: str) -> None:
-        """Count the global batch in LSQ's gradient scale."""
+        """Adjust LSQ's gradient scale to the global batch."""
         if stage == "fit":
             self._accumulate(self.trainer.accumulate_grad_batches)
 
@@ -123,7 +129,7 @@ class QATModule(LightningModule):
             self.teacher.to(self.device, next(self.net.parameters()).dtype)
 
     def on_train_start(self) -> None:
-        """Set the learning rate by the schedule, in the middle of which a resumed run begins."""
+        """Set the learning rate by the schedule, in which a resumed run begins in the middle."""
         self._num_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._num_groups = _num_groups(self.trainer)
         self._frozen = [p for p in self.net.parameters() if not p.requires_grad]
@@ -163,7 +169,7 @@ class QATModule(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients of the mean over the batches of this step.
 
-        Lightning has divided the loss by the number of batches of a full step.
+        Lightning has already divided the loss by the number of batches of a full step.
         """
         correction = self.trainer.accumulate_grad_batches / self._accumulated
         super().backward(loss * correction, *args, **kwargs)
@@ -171,10 +177,11 @@ class QATModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse weights that a callback unfreezes during the run.
 
-        Schedule and weight decay apply to the weights that train from the start only.
+        Schedule and weight decay apply only to weights that are trained from the start.
 
         Raises:
-            UsageError: a frozen parameter requires gradients now, or there is a new group.
+            UsageError: a parameter that was frozen now requires gradients, or there is a new
+                parameter group.
         """
         is_unfrozen = any(parameter.requires_grad for parameter in self._frozen)
         if is_unfrozen or _num_groups(self.trainer) != self._num_groups:
@@ -204,16 +211,20 @@ class QATModule(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
+        self._test_hits.append(logits.argmax(1) == batch[1])
         if self.test_confusion is not None:
             self.test_confusion.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        """Gather the confusion matrix of all processes while they are connected.
+        """Keep the images' results, and the confusion matrix of all connected processes.
 
         Raises:
             UsageError: a logit is not finite.
         """
         check_logits(float(self.test_loss.compute()), "evaluation")
+        if self.trainer.world_size == 1:
+            self.correct = torch.cat(self._test_hits).cpu()
+        self._test_hits.clear()
         if self.test_confusion is not None:
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()
@@ -241,7 +252,7 @@ class QATModule(LightningModule):
         epochs = self.trainer.max_epochs or 1
         if epochs < 0:
             raise UsageError(
-                "trainer.max_epochs=-1: must be at least 1: schedules are laid out for epochs"
+                "trainer.max_epochs=-1: must be at least 1: schedules need a number of epochs"
             )
         schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
         return {
@@ -250,29 +261,29 @@ class QATModule(LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Update timm's schedule, a function of the next epoch or step."""
+        """Update timm's schedule, which depends on the next epoch or step."""
         if scheduler.t_in_epochs:
             scheduler.step(self.current_epoch + 1)
         else:
             scheduler.step_update(self.global_step)
 
     def make_whole(self) -> None:
-        """After training, replace a net with sharded weights by a whole one, in all processes."""
+        """After training, replace a net with sharded weights by a whole net in all processes."""
         if sharded_modules(self.net):
             state = {name: whole(value).cpu() for name, value in self.net.state_dict().items()}
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
 
     def on_validation_epoch_start(self) -> None:
-        """Validate the same net in all processes; averaged weights are in place by now."""
+        """Make all processes validate the same net; averaged weights are already in place."""
         self._average_batch_norms()
 
     def on_validation_start(self) -> None:
-        """Keep quantized weights, which do not change during a validation or test."""
+        """Keep quantized weights, because they do not change during a validation or test."""
         # Sharded weights are gathered for every use, which torch does not count as a change.
         keep_weights(self.net, keep=not sharded_modules(self.net))
 
     def on_validation_end(self) -> None:
-        """Keep quantized weights no longer: the training weights replace averaged ones now."""
+        """Stop keeping quantized weights, because training weights replace averaged weights now."""
         keep_weights(self.net, keep=False)
 
     on_test_start = on_validation_start
@@ -280,13 +291,13 @@ class QATModule(LightningModule):
 
     def _average_batch_norms(self) -> None:
         """Average the running statistics of batch norms over the processes, in place."""
-        # Not `trainer.training`: it is false in the validation of a fit.
+        # `trainer.training` cannot be used: it is false in the validation of a fit.
         if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
             distribute_bn(self.net, self.trainer.world_size, reduce=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
-        self._average_batch_norms()  # the weights in the file are these tensors
+        self._average_batch_norms()  # before the file is written, as it refers to these tensors
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -295,7 +306,7 @@ class QATModule(LightningModule):
             }
 
     def _sums_of_processes(self, mean: MeanLoss) -> dict[str, Tensor]:
-        """Sums of a mean in each process, (processes,)."""
+        """The sums of a mean metric in all processes, (processes,)."""
         sums = {}
         for key, value in mean.metric_state.items():
             sums[key] = cast(Tensor, self.all_gather(value)).reshape(-1)
@@ -304,10 +315,10 @@ class QATModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the mean losses of an unfinished epoch.
 
-        New terms, and all terms under another number of processes, start from zero.
+        New terms start from zero, and so do all terms if the number of processes has changed.
 
         Raises:
-            UsageError: the run averaged its weights, and no callback continues that.
+            UsageError: the run averaged its weights, but no callback continues the average.
         """
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
@@ -332,16 +343,16 @@ def _num_groups(trainer: Trainer) -> int:
 def steps_per_epoch(trainer: Trainer) -> int:
     """Optimizer steps of one epoch, at least 1.
 
-    `trainer.estimated_stepping_batches` does not serve: read before a checkpoint is restored, it
-    makes Lightning set up the train loader for good, and the loader of a resumed run would not
-    learn at which batch to continue.
+    `trainer.estimated_stepping_batches` cannot be used. If it is read before a checkpoint is
+    restored, Lightning sets up the train loader once and for all, and the loader of a resumed run
+    would not learn at which batch to continue.
     """
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches
-    # The limit is a count or a share.
+    # The limit is a number or a share of batches.
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     interval = trainer.val_check_interval
     if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch:

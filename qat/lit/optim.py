@@ -15,7 +15,7 @@ from qat.model.sites import no_weight_decay, quantizer_parameters
 from qat.utils.validate import check_int, check_number, unknown
 
 GROUPS = ("decay", "no_decay", "scales")
-# Optimizers of torch that have a fused form, by timm's names.
+# timm's names of torch's optimizers that have a fused form.
 _FUSED = {"adam", "adamw"}
 
 
@@ -28,19 +28,19 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters of a net in three groups, or with `layer_decay` in three groups for each layer.
 
-    Weights have weight decay; biases, norms, tokens and offsets have none; scales have none, and
-    their own learning rate.
+    The groups are weights, with weight decay; biases, norms, tokens and offsets, without; and
+    scales, without weight decay and with a separate learning rate.
 
     Args:
         net: the net to train.
         weight_decay: weight decay of the first group.
         scale_lr_factor: learning rate of the scales relative to the other parameters.
-        layer_decay: factor on the learning rate from one layer to the one before it (the head has
-            1); None = all layers have the same rate.
+        layer_decay: factor on the learning rate from one layer to the previous layer (1 for the
+            head); None = all layers have the same learning rate.
 
     Returns:
-        Non-empty groups for an optimizer; timm's schedulers multiply the rate of a group by its
-        `lr_scale`.
+        Non-empty groups for an optimizer; timm's schedulers multiply the learning rate of a group
+        by its `lr_scale`.
 
     Raises:
         UsageError: `layer_decay` is not in (0, 1], or timm does not number the layers of the net.
@@ -79,7 +79,7 @@ def parameter_groups(
 
 
 def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
-    """Layer of each parameter by name, as timm counts: 0 = embedding, the highest = head."""
+    """Layer number of each parameter, by name, as in timm: 0 = embedding, highest = head."""
     check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
     if not hasattr(net, "group_matcher"):
         raise UsageError(
@@ -90,15 +90,15 @@ def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
 
 
 def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None) -> float:
-    """Learning rate for the global batch, proportional to it as in timm and DeiT.
+    """Learning rate proportional to the global batch, as in timm and DeiT.
 
     Args:
         lr: learning rate for `lr_base_batch` images.
         global_batch: images per optimizer step: batch size x processes x accumulated batches.
-        lr_base_batch: images for which `lr` is meant; None = `lr` holds for any batch.
+        lr_base_batch: images per step for which `lr` is meant; None = `lr` is used for any batch.
 
     Raises:
-        UsageError: the base is not an integer of at least 1.
+        UsageError: `lr_base_batch` is not an integer of at least 1.
     """
     if lr_base_batch is None:
         return lr
@@ -129,7 +129,7 @@ def build_optimizer(
             `fused` by default.
 
     Raises:
-        UsageError: unknown optimizer, or a rate that is not positive.
+        UsageError: the optimizer is unknown, or a learning rate is not positive.
     """
     check_number("optimizer.lr", lr, 0, above=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
@@ -156,7 +156,7 @@ def build_optimizer(
             "conf/optimizer has values that do"
         ) from error
     # Otherwise torch passes the factor of a gradient scaler to a fused optimizer, and Lightning
-    # does not unscale gradients before it clips them.
+    # clips gradients without unscaling them.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
@@ -172,18 +172,19 @@ def cosine_schedule(
 ) -> CosineLRScheduler:
     """Timm's cosine schedule with linear warm-up.
 
-    The warm-up does not shift the cosine, and the rate stays at `min_lr` after its end.
+    The warm-up does not shift the cosine, and the learning rate stays at `min_lr` after the cosine.
 
     Args:
-        optimizer: the `lr` of its groups are the peaks.
+        optimizer: the optimizer; the `lr` of each group is its peak learning rate.
         periods: length of the cosine, in epochs or steps.
         warmup: length of the warm-up, in epochs or steps.
-        min_lr: rate at the end.
-        warmup_lr: rate at the start of the warm-up.
+        min_lr: learning rate at the end.
+        warmup_lr: learning rate at the start of the warm-up.
         interval: `epoch` or `step`.
     """
     for group in optimizer.param_groups:
-        # timm multiplies by lr_scale in every update: the initial rate must not include it.
+        # timm multiplies by lr_scale in every update, so the initial learning rate must not include
+        # it.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)
     return CosineLRScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Keep messages of Lightning and timm out of the log of a run."""
+"""Hide unneeded messages of Lightning and timm in the log of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 _RANK_ZERO = "lightning.pytorch.utilities.rank_zero"
 _WARNING_LEVEL = ("lightning.pytorch", "lightning.fabric", "timm")
-# Loggers of messages about the early end of a run.
+# Loggers that report the early end of a run.
 _INFO_LEVEL = ("lightning.pytorch.callbacks.early_stopping", _RANK_ZERO)
 _IGNORED_WARNINGS = (
     ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
@@ -15,7 +15,7 @@ _IGNORED_WARNINGS = (
     ".*does not have many workers",  # small datasets are in memory
     "Checkpoint directory .* exists and is not empty",  # as in every resumed run
     "You requested to overfit but enabled .* dataloader shuffling",  # Lightning turns it off
-    "The `srun` command is available",  # a login node, or processes started by qat
+    "The `srun` command is available",  # on a login node, or in processes that qat starts
     "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
     ".*number of training batches .* is smaller than the logging interval",
 )
@@ -24,7 +24,7 @@ _IGNORED_WARNINGS = (
 def quiet_libraries() -> None:
     """Hide messages that repeat the first lines of a run, and warnings about intended settings.
 
-    Messages that stay are shown once, by the handlers of the root logger.
+    All other messages are shown once, by the handlers of the root logger.
     """
     logging.getLogger("lightning").handlers.clear()
     for name in _WARNING_LEVEL:

@@ -1,6 +1,6 @@
 """Lightning strategies for quantized nets, data-parallel or sharded (FSDP2), and checkpoint files.
 
-Public functions of tensors act on `DTensor`s; other tensors are returned unchanged.
+Public functions on tensors convert `DTensor`s, and return other tensors unchanged.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BLOCKS = "blocks"  # timm's name for the list of blocks of a net or a stage
 
 
 def strategy_of(name: Any, processes: int) -> Any:
-    """The strategy for the setting `trainer.strategy`, a name or a strategy of Lightning.
+    """The name or object of Lightning's strategy for the setting `trainer.strategy`.
 
     Args:
-        name: the setting; names without a meaning of ours are returned unchanged, for Lightning.
+        name: the setting; names that only Lightning knows are returned unchanged.
         processes: number of processes of the run.
     """
     if processes == 1:
@@ -53,10 +53,10 @@ def strategy_of(name: Any, processes: int) -> Any:
 def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
     """Lightning's DDP for nets whose buffers are the same in all processes.
 
-    Buffers of quantizers are, since they follow from the parameters; the statistics of batch norms
-    are averaged before they are used (`QATModule`). By default DDP would send all buffers before
-    every forward pass, and would wait for ever in a validation in which one process has a batch
-    more than another, as it has if no image is counted twice.
+    This is true for buffers of quantizers, which follow from the parameters; the statistics of
+    batch norms are averaged before use (`QATModule`). By default, DDP sends all buffers before
+    every forward pass. A validation would then wait for ever if one process has more batches than
+    another, which is possible because no image is counted twice.
 
     Args:
         find_unused_parameters: True for nets with parameters that a step does not use, for example
@@ -75,23 +75,23 @@ def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
 
 
 def sharded_modules(net: nn.Module) -> list[FSDPModule]:
-    """Modules that gather and shard their weights; empty for a whole net."""
+    """Modules that gather and shard their weights; empty for a net that is not sharded."""
     return [module for module in net.modules() if isinstance(module, FSDPModule)]
 
 
 class ShardedStrategy(DDPStrategy):
     """Lightning's DDP with sharded weights in place of DDP's wrapper; evaluation uses whole nets.
 
-    Lightning's own strategies for sharding refuse CPUs (`fsdp`), or write and read checkpoints past
-    the trainer's `CheckpointIO` (`ModelParallelStrategy`). Here the file is equal to that of a
-    single process: the first process gathers all tensors, whole and on the CPU, one by one.
+    Lightning's own sharding strategies refuse CPUs (`fsdp`), or bypass the trainer's `CheckpointIO`
+    (`ModelParallelStrategy`). Here the checkpoint equals that of a single process: the first
+    process gathers all whole tensors on the CPU, one by one.
     """
 
     def configure_ddp(self) -> None:
-        """Shard the net, after making it equal in all processes; does nothing in a second fit.
+        """Shard the net after making it equal in all processes; do nothing in a second fit.
 
-        Each process keeps its part of every parameter, split along the first dimension. The
-        parameters of a block are whole while the block is computed; all others are whole during
+        Each process keeps its part of every parameter, split along the first dimension. Parameters
+        of a block are whole while the block is computed; all other parameters are whole during the
         forward and backward pass.
         """
         net = self._net
@@ -113,11 +113,11 @@ class ShardedStrategy(DDPStrategy):
         self._shard_optimizer_states()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """State of the whole module in the first process, empty in the others; all must call it."""
+        """Whole state of the module in the first process, else empty; all of them must call it."""
         return self._gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole state in the first process, empty in the others; all must call it."""
+        """Whole state in the first process, empty in the others; all processes must call it."""
         return self._gathered(super().optimizer_state(optimizer))
 
     def load_model_state_dict(
@@ -134,7 +134,7 @@ class ShardedStrategy(DDPStrategy):
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load whole moments, and shard them."""
+        """Load whole optimizer states, and shard them."""
         super().load_optimizer_state_dict(checkpoint)
         self._shard_optimizer_states()
 
@@ -151,7 +151,7 @@ class ShardedStrategy(DDPStrategy):
             module.reshard()
 
     def teardown(self) -> None:
-        """Free the optimizers; sharded weights stay on their device, which the exchange needs."""
+        """Free the optimizers; sharded weights stay on the device that later exchanges need."""
         if self.lightning_module is None or not sharded_modules(self._net):
             super().teardown()
             return
@@ -187,16 +187,16 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, in each process; all of them must call it, in the same order."""
+    """The whole tensor in each process; all processes must call it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Shard a tensor, which every process has, as `other` of the same shape; nothing is sent.
+    """Shard a tensor, known to every process, like `other` of the same shape; nothing is sent.
 
     Returns:
-        A `DTensor` on the device of `other`; `tensor` itself if `other` is not sharded, has another
-        shape, or `tensor` is already sharded.
+        A `DTensor` on the device of `other`; `tensor` itself if `other` is not sharded or has
+        another shape, or if `tensor` is already sharded.
     """
     if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
         return tensor
@@ -206,13 +206,13 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class SyncBatchNorms(TorchSyncBatchNorm):
-    """Synchronizes batch norms by timm's conversion, which keeps the activations in timm's own."""
+    """Synchronizes batch norms with timm's conversion, which keeps activations of timm's norms."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Module, nn.Module] = {}
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Synchronize the batch norms of a model; they share all tensors with the original ones."""
+        """Synchronize the batch norms of a model; all tensors are shared with the old norms."""
         originals = dict(model.named_modules(remove_duplicate=False))
         model = convert_sync_batchnorm(model)
         for name, module in model.named_modules(remove_duplicate=False):
@@ -221,7 +221,7 @@ class SyncBatchNorms(TorchSyncBatchNorm):
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Restore the original batch norms, with the present parameters and statistics."""
+        """Restore the original batch norms, with the current parameters and statistics."""
         for name, module in list(model.named_modules(remove_duplicate=False)):
             original = self._originals.get(module)
             if original is not None:
@@ -240,7 +240,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; the replaced `last.ckpt` is kept as `last.prev.ckpt`.
+        """Write a checkpoint; the previous `last.ckpt` is kept as `last.prev.ckpt`.
 
         Raises:
             UsageError: the file cannot be written.

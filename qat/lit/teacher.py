@@ -1,4 +1,4 @@
-"""A frozen net whose logits a student follows, and recorded outputs of modules of a net."""
+"""A frozen net whose logits a student learns from, and a recorder of module outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Outputs:
     """Records the outputs of modules in forward passes inside `of_pass`.
 
     Args:
-        modules: the modules, hooked for good.
+        modules: the modules, which stay hooked.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -30,7 +30,7 @@ class Outputs:
 
     @classmethod
     def of_blocks(cls, net: nn.Module, which: str | None) -> Outputs:
-        """Outputs of `all` blocks of a net, of the `last`, or of none."""
+        """Record outputs of `all` blocks of a net, of the `last` block, or of none."""
         blocks = list(find_blocks(net).values()) if which else []
         if which == "last":
             blocks = blocks[-1:]
@@ -48,13 +48,13 @@ class Outputs:
     def of_pass(self) -> Generator[list[Tensor]]:
         """Yield a list to which the pass in this block adds outputs, in the order of the modules.
 
-        The outputs are part of the graph of the pass.
+        The outputs are part of the pass's autograd graph.
         """
         self._is_open = True
         try:
             yield self._outputs
         finally:
-            # Not recorded: outputs that are recomputed for a backward pass.
+            # Outputs that are recomputed for a backward pass are not recorded.
             self._is_open = False
             self._outputs = []
 
@@ -62,13 +62,13 @@ class Outputs:
 class Teacher:
     """A net in eval mode, outside optimizer and checkpoint.
 
-    It is not a module, so that a module that holds it does not register its weights.
+    It is not a module, so that a module with a teacher does not register the teacher's weights.
 
     Args:
         net: the float net; its parameters are frozen.
         head: `cls` = only the class head, as in the paper's code; `mean` = the net's own
-            evaluation, which is the mean of both heads in a distilled net. Equal for a net with one
-            head.
+            evaluation, which is the mean of both heads in a distilled net. For a net with one head,
+            both values mean the same.
     """
 
     def __init__(self, net: nn.Module, head: str = "cls") -> None:
@@ -78,27 +78,27 @@ class Teacher:
         self.head = head
         self._predict: Callable[[Tensor], Tensor] = net
         self._outputs: dict[str | None, Outputs] = {}
-        # The net itself chooses the features of its class head: a token in a distilled DeiT, their
-        # mean in LeViT.
+        # The net itself chooses the features of the class head: a token in a distilled DeiT, the
+        # mean of tokens in LeViT.
         heads = [net.head] if self.is_one_of_two else []
         self._class_head = Outputs(heads)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
-        """Return the same object: it never changes, so that copies of a module can share it."""
+        """Return the same object: a teacher never changes, so copies of a module can share it."""
         return self
 
     @property
     def is_one_of_two(self) -> bool:
-        """True if the student follows one head of a net that has two."""
+        """True if the student learns from one head of a net that has two."""
         return self.head == "cls" and hasattr(self.net, "head_dist")
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-        """Move the net in place, and convert it to `dtype` unless that is None."""
+        """Move the net in place, and convert it to `dtype` unless `dtype` is None."""
         self.net.to(device, dtype)
         return self
 
     def compile(self, *, graphs: bool = False) -> None:
-        """Compile the way from images to logits; see `CompiledCall`."""
+        """Compile the computation from images to logits; see `CompiledCall`."""
         self._predict = CompiledCall(self.net, self.net, graphs=graphs)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Loss terms, composed in config."""
+"""Loss terms, which the config composes."""
 
 from qat.losses.compose import CompositeLoss, LossTerm, StepContext
 from qat.losses.outputs import CrossEntropy, Distillation, FeatureDistillation

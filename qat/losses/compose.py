@@ -18,14 +18,14 @@ from qat.utils.validate import check_number
 
 @dataclass(frozen=True)
 class StepContext:
-    """One training step.
+    """Inputs and outputs of one training step, from which loss terms are computed.
 
     Attributes:
         logits: (B, K), or a pair (class head, distillation head) of a distilled net in training.
         target: (B,) class ids or (B, K) probabilities.
         teacher_logits: (B, K), None without a teacher.
         net: the net in training, for terms on its weights.
-        progress: share of the optimizer steps of the run that are complete, 0 to 1.
+        progress: completed share of the optimizer steps of the run, 0 to 1.
         features: output of each block of the net, if a term reads it.
         teacher_features: output of each block of the teacher, if a term reads it.
     """
@@ -47,7 +47,7 @@ class StepContext:
 
     @property
     def prediction(self) -> Tensor:
-        """(B, K) logits of the net in evaluation: the mean of its heads."""
+        """Logits (B, K) that the net would return in evaluation: the mean of its heads."""
         class_logits, distillation_logits = self.heads
         if class_logits is distillation_logits:
             return class_logits
@@ -62,9 +62,9 @@ class LossTerm(nn.Module, ABC):
 
     Attributes:
         needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
-        blocks: blocks whose outputs the term reads, `all` or `last`; None = it reads no outputs.
+        blocks: which blocks' outputs the term reads, `all` or `last`; None = it reads no outputs.
         needs_whole_weights: True if the term reads weights outside the forward pass of the net.
-        watched: further values of the last step to log, by name; detached scalars.
+        watched: additional values of the last step to log, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class LossTerm(nn.Module, ABC):
         self.watched: dict[str, Tensor] = {}
 
     def prepare(self, net: nn.Module) -> None:
-        """Check, once before the first step, that the net has the tensors that the term reads.
+        """Check, once before the first step, that the net has the tensors which the term reads.
 
         Raises:
             UsageError: the net does not have them.
@@ -96,8 +96,8 @@ class CompositeLoss(nn.Module):
         terms: terms by the name under which their value is logged.
 
     Attributes:
-        needs_teacher: True if a term follows a teacher.
-        blocks: blocks whose outputs a term compares with the teacher's, `all` or `last`; None = no
+        needs_teacher: True if a term reads outputs of a teacher.
+        blocks: which blocks' outputs a term compares with the teacher's, `all` or `last`; None = no
             term reads outputs of blocks.
 
     Raises:
@@ -135,14 +135,14 @@ class CompositeLoss(nn.Module):
             term.prepare(net)
 
     def watched(self) -> dict[str, Tensor]:
-        """Further values of all terms to log, of the last step."""
+        """Additional values of the last step to log, from all terms."""
         watched: dict[str, Tensor] = {}
         for term in self.terms.values():
             watched.update(term.watched)
         return watched
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and by name the value of each term, unweighted and detached."""
+        """The weighted sum, and the unweighted, detached value of each term by name."""
         weighted_values = []
         values = {}
         for name, term in self.terms.items():

@@ -1,4 +1,4 @@
-"""Terms on outputs: cross-entropy, distillation from logits, distillation from outputs of blocks.
+"""Terms on outputs: cross-entropy, and distillation from logits or from outputs of blocks.
 
 Sources: OFQ, arXiv 2302.02210, for distillation from logits; `FeatureDistillation`, which OFQ does
 not have, follows the hints of FitNets (arXiv 1412.6550).
@@ -37,15 +37,16 @@ class CrossEntropy(LossTerm):
 
 
 class Distillation(LossTerm):
-    """Hard cross-entropy to the labels plus soft cross-entropy to the teacher, equal in OFQ.
+    """Hard cross-entropy to the labels plus soft cross-entropy to the teacher.
 
     The class head gets the hard part, the distillation head the soft part; a single head gets both.
+    OFQ weights both parts equally.
 
     Args:
         label_smoothing: mass moved from the target of the hard part to all classes, in [0, 1).
         weight: factor in the sum.
-        hard_weight: factor on the hard part, 0 or more. At 0 only the teacher is followed, and the
-            class head of a net with a distillation head learns nothing.
+        hard_weight: factor on the hard part, 0 or more. At 0 the net only follows the teacher, and
+            the class head of a net with a distillation head learns nothing.
         temperature: T of the soft part (`soft_cross_entropy`), above 0; 1 in OFQ.
     """
 
@@ -83,7 +84,7 @@ class Distillation(LossTerm):
 
 
 class FeatureDistillation(LossTerm):
-    """Distance of outputs of blocks from those of the teacher; see `feature_distance`.
+    """Distance between outputs of the net's blocks and of the teacher's; see `feature_distance`.
 
     Args:
         weight: factor in the sum.
@@ -104,7 +105,7 @@ class FeatureDistillation(LossTerm):
         self.schedule = schedule
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, times the schedule."""
+        """Scalar, multiplied by the schedule."""
         shapes = [tuple(feature.shape[1:]) for feature in step.features]
         teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]
         if not shapes or shapes != teacher_shapes:

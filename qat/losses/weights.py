@@ -23,8 +23,8 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     """Float weights of Linears and convolutions, except for stem and heads (as in KURE's paper).
 
     Args:
-        net: if it is quantized, only quantized weights count, and the folded matrix of query-key
-            reparameterization.
+        net: the net; if it is quantized, the result holds only its quantized weights and the folded
+            matrix of query-key reparameterization.
 
     Returns:
         The weights in the order of the modules; a weight that layers share appears once.
@@ -90,8 +90,8 @@ class Dampening(LossTerm):
     """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, with w_q detached.
 
     The factor grows from 0 along a cosine. A weight between two levels is pulled to the nearer one;
-    there is no pull on a level or outside the outermost levels. Under QKR the folded matrix counts
-    like any weight, and the gradient reaches both of its factors.
+    a weight on a level or outside the outermost levels is not pulled. With QKR, the folded matrix
+    is treated like any weight, and the gradient reaches both of its factors.
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
@@ -106,7 +106,7 @@ class Dampening(LossTerm):
         self.max_bits = max_bits
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, times the schedule.
+        """Scalar, multiplied by the schedule.
 
         Raises:
             UsageError: the net has no weights of at most `max_bits` bits on evenly spaced values.

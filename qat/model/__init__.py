@@ -1,1 +1,1 @@
-"""From a timm net to a quantized one and back to a file: conversion, scales, checkpoints, cost."""
+"""Quantized models: conversion from timm models, scales, checkpoints and cost."""

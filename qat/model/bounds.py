@@ -1,6 +1,6 @@
 """Limits on the model that an untrusted file describes, and on images for it.
 
-They grow with the file's weights, and are measured before memory is taken.
+The limits grow with the file's weights, and are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Highest number among a model's arguments.
+# Highest number allowed among a model's arguments.
 MOST_ARGUMENT = 2**17
-# Tensors and numbers of a model, as multiples of those of the file, and some more. Numbers of a
-# tensor that is computed from others.
+# Limits on the tensors and numbers of a model: a multiple of their number in the file, plus a
+# constant. The last limit is for the numbers of a computed tensor.
 TIMES = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
@@ -34,10 +34,10 @@ _OTHER_ERRORS = (
 
 
 class SizeLimit(TorchDispatchMode):
-    """Raises `ValueError` if its block creates far more or far larger tensors than `weights`.
+    """Raises `ValueError` if the block creates far more or far larger tensors than `weights`.
 
-    Only the present thread is watched. Tensors that are not computed from others, such as new
-    parameters, are added up; each computed tensor is checked on its own.
+    Only the current thread is watched. The sizes of tensors that are not computed from others, such
+    as new parameters, are summed; each computed tensor is checked separately.
 
     Args:
         weights: tensors by name; only their shapes matter.
@@ -61,7 +61,7 @@ class SizeLimit(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call an operator of torch and count what it returns."""
+        """Call an operator of torch and count the tensors that it returns."""
         out = func(*args, **(kwargs or {}))
         sizes = _sizes(out)
         if not sizes:
@@ -70,7 +70,7 @@ class SizeLimit(TorchDispatchMode):
             self.tensors_left -= len(sizes)
             self.numbers_left -= sum(sizes)
         if "scaled_dot_product" in str(func):
-            # The scores of an attention are not returned, but they are computed.
+            # Attention computes scores that it does not return.
             query, key = args[:2]
             sizes.append(query[..., 0].numel() * key.shape[-2])
         is_larger = self.tensors_left < 0 or self.numbers_left < 0
@@ -80,7 +80,7 @@ class SizeLimit(TorchDispatchMode):
 
 
 def _sizes(values: object) -> list[int]:
-    """Numbers of each tensor in the arguments or the result of an operator."""
+    """Number of elements of each tensor in the arguments or the result of an operator."""
     return [leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -91,7 +91,7 @@ def check_net(
     image_sizes: Iterable[Sequence[int]] = (),
     pretrained_size: Sequence[int] | None = None,
 ) -> None:
-    """Raise `ValueError` if a model, or an image for it, needs much more memory than some weights.
+    """Raise `ValueError` if a model, or an image for it, needs much more memory than `weights`.
 
     The model is built and called on the meta device, which takes no memory.
 
@@ -99,17 +99,17 @@ def check_net(
         name: timm name of the model.
         kwargs: arguments of `timm.create_model`.
         weights: tensors by name; only their shapes matter.
-        image_sizes: (height, width) of images that the model may be called with.
-        pretrained_size: (channels, height, width) of `pretrained_cfg`; timm's own is not measured,
-            as models for smaller images keep it.
+        image_sizes: (height, width) of images with which the model may be called.
+        pretrained_size: (channels, height, width) of `pretrained_cfg`; timm's own value is not
+            checked, because models for smaller images keep it.
     """
     for argument, value in kwargs.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
                 raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
     net: nn.Module | None = None
-    # Other errors appear again when the model is built to be used. Some models cannot be built
-    # without values.
+    # Other errors appear again when the model is built for use. Some models cannot be built on the
+    # meta device.
     for device in ("meta", "cpu"):
         with contextlib.suppress(*_OTHER_ERRORS), torch.device(device), SizeLimit(weights):
             net = timm.create_model(name, **kwargs).eval().to("meta")

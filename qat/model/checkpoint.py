@@ -1,4 +1,4 @@
-"""Reading of checkpoints: ours, timm's and plain state dicts, without running anything in them."""
+"""Read checkpoints (ours, timm's and plain state dicts) without executing anything in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qat.utils.validate import check_choice
 
 FORMATS = ("auto", "qat", "timm", "ofq")
 NET_PREFIX = "net."
-# Keys under which training scripts keep weights, averaged and not.
+# Keys under which training scripts store weights, averaged or not.
 _AVERAGED = ("state_dict_ema", "model_ema")
 _TRAINED = ("state_dict", "model")
 # Prefixes that wrappers put before names.
@@ -40,10 +40,10 @@ class Checkpoint:
     Attributes:
         path: the file.
         state: weights by name, without wrapper prefixes.
-        meta: what `describe` returned; None for a timm or plain state dict.
+        meta: metadata that `describe` returned; None for a timm checkpoint or a plain state dict.
         step: optimizer steps taken, for a training checkpoint.
         args: arguments of the script that wrote it, as timm's scripts store them.
-        training: of a training checkpoint: `epochs`, the number of completed ones, and `groups`,
+        training: for a training checkpoint, `epochs`, the number of completed epochs, and `groups`,
             the settings and sizes of the optimizer's groups.
     """
 
@@ -60,17 +60,17 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a file of ours, of timm, or a plain state dict (torch or safetensors).
 
-    Nothing in it is executed. If a training script stored averaged weights as well, those are
-    read, as timm does.
+    Nothing in the file is executed. If a training script also stored averaged weights, the averaged
+    weights are read, as in timm.
 
     Args:
         path: the file.
         fmt: one of `FORMATS`; `ofq` (the paper's code) is read like `timm`, and `qat.interop`
             builds a model from it.
-        setting: the name by which an error calls the file.
+        setting: the setting that an error names for the file.
 
     Raises:
-        UsageError: no such file, damaged, not plain data, or not of the requested format.
+        UsageError: the file does not exist, is damaged, is not plain data, or has another format.
     """
     check_choice("ckpt_format", fmt, FORMATS)
     path = Path(path)
@@ -123,7 +123,7 @@ def _read_file(path: Path, origin: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        # torch's own message advises to turn the check off.
+        # torch's own message advises turning the check off.
         reason: object = (
             "damaged, or it holds more than tensors and plain data; save only the state_dict()"
         )
@@ -137,7 +137,7 @@ def _read_file(path: Path, origin: str) -> Any:
 
 
 def _may_be_of_torch(path: Path) -> bool:
-    """True for a file that begins as an archive or a pickle, or cannot be opened."""
+    """True for a file that begins like an archive or a pickle, or cannot be opened."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(2) in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
     return True
@@ -155,9 +155,9 @@ def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[
     """Weights of a file under timm's names.
 
     Args:
-        content: dictionary that the file holds.
+        content: the dictionary in the file.
         fmt: one of `FORMATS`.
-        has_prefix: True = a prefix of all names, such as `net.` of a LightningModule, is removed.
+        has_prefix: True = remove a prefix of all names, such as `net.` of a LightningModule.
     """
     tensors = {}
     for name, value in _state_dict(content, fmt).items():
@@ -180,7 +180,7 @@ def _state_dict(content: Mapping[str, Any], fmt: str) -> Mapping[Any, Any]:
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names have a prefix, without it."""
+    """The tensors whose names have a prefix, with the prefix removed."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

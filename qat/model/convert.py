@@ -1,4 +1,4 @@
-"""Conversion of a model in place: some of its modules are swapped for quantized ones."""
+"""Convert a model in place: swap some of its modules for quantized modules."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ _MOST_FLOAT = 0.01
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion, which `net.qat_conversion` and checkpoints of the model store.
+    """Record of a conversion, which `net.qat_conversion` and checkpoints of the model store.
 
     Attributes:
         recipe: the recipe.
-        input_size: (channels, height, width) of the images that scales and offsets are for.
-        signs: which inputs have unsigned grids: those that come from an activation function
-            (`probe`), or only those in timm's `Mlp` (`mlp`), as in older files.
+        input_size: (channels, height, width) of the images for which scales and offsets were
+            created.
+        signs: which inputs have unsigned grids: all inputs that come from an activation function
+            (`probe`), or only such inputs in timm's `Mlp` (`mlp`), as in older files.
     """
 
     recipe: QuantRecipe
@@ -91,24 +92,26 @@ def convert(
 ) -> nn.Module:
     """Quantize a model in place. All weights are kept; scales have their final shape and are NaN.
 
-    Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, a call of the model
-    raises `UsageError`. A warning names modules that stay in float, such as an attention of an
-    unknown class, if they have more than 1 % of the multiply-accumulates and the recipe does not
+    Until scales are set (by `qat.initialize_scales`, from a checkpoint or by hand), calling the
+    model raises `UsageError`. A warning names modules that stay in float, such as an attention of
+    an unknown class, if they have more than 1 % of the multiply-accumulates and the recipe does not
     leave them in float.
 
     Args:
-        net: a timm model, also one with `features_only=True`, or any module with linear layers; in
-            float, on any device (on the meta device, `load_state_dict(assign=True)` fills it).
+        net: a float model on any device: a timm model, including models with `features_only=True`,
+            or any module with linear layers. A model on the meta device is filled by
+            `load_state_dict(assign=True)`.
         recipe: result of `qat.recipe(...)`; `fp` leaves the model in float.
-        input_size: (channels, height, width) of its images; None = timm's for the model.
+        input_size: (channels, height, width) of the model's images; None = timm's size for the
+            model.
 
     Returns:
         `net` itself.
 
     Raises:
         UsageError: the model is converted already, a rule of `overrides` matches no module, QKR is
-            impossible, no image of `input_size` passes through the model, or tokens with scales of
-            their own are dropped in training. The model is unchanged then.
+            impossible, the model cannot process an image of `input_size`, or tokens that have their
+            own scales are dropped in training. The model is then unchanged.
     """
     exempt = apply_recipe(net, recipe, input_size=input_size)
     conversion = conversion_of(net)
@@ -124,7 +127,7 @@ def apply_recipe(
     input_size: tuple[int, int, int] | None,
     signs: str = "probe",
 ) -> list[str]:
-    """`convert` without its warning, to rebuild a model that was converted before.
+    """`convert` without the warning, to rebuild a model that was converted before.
 
     Args:
         net: see `convert`.
@@ -133,7 +136,7 @@ def apply_recipe(
         signs: see `Conversion`.
 
     Returns:
-        Names of modules that a swap leaves in float on purpose.
+        Names of modules that a swap deliberately leaves in float.
     """
     if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError(
@@ -158,7 +161,7 @@ def apply_recipe(
     interface = AttentionInterface(net)
     try:
         if signs == "probe":
-            # Tensors of the inference mode do not count their changes.
+            # Tensors created in inference mode do not count their changes.
             with tracer, interface.searching(), torch.inference_mode(mode=False):
                 check_input(net, size, tracer.hooks(net))
         places = stem_and_heads(net) | _heads(net, size)
@@ -180,7 +183,7 @@ def apply_recipe(
         raise
     net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
     interface.describe(recipe.to_dict(), size, signs)
-    # timm calls this method. Patterns with `*.` match the names in a compiled model, which have a
+    # timm calls this method. Patterns with `*.` match names in a compiled model, which have a
     # prefix.
     names = no_weight_decay(net)
     patterns = {f"*.{name}" for name in names}
@@ -197,7 +200,7 @@ def apply_recipe(
 def _warn_of_float(
     net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
 ) -> None:
-    """Warn of modules that stay in float against the recipe, if their share is large."""
+    """Warn if a large share of the model stays in float although the recipe quantizes it."""
     products = matmuls(net, input_size)
     in_float = []
     for product in products:
@@ -224,7 +227,7 @@ def _warn_of_float(
 
 
 def _is_float_against(recipe: QuantRecipe, product: MatrixProduct) -> bool:
-    """True for a product in float of a kind that the recipe quantizes."""
+    """True for a float product of a kind that the recipe quantizes."""
     if product.bits != (FLOAT_BITS, FLOAT_BITS):
         return False
     rules = recipe.at(product.module)
@@ -238,8 +241,8 @@ def _is_float_against(recipe: QuantRecipe, product: MatrixProduct) -> bool:
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
     """Check that each rule matches a module with quantizers, or an attention.
 
-    An attention may have none because of this rule. Rules of the recipe itself need no match, as
-    not every model has attentions.
+    An attention may have no quantizers because of the rule itself. Rules that come with the recipe
+    need no match, because not every model has attentions.
     """
     names = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
     own_rules = PRESETS.get(recipe.name, {}).get("overrides", {})
@@ -255,7 +258,7 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
 
 
 def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
-    """Check that no attention with QKR shares its weights: it would get weights of its own."""
+    """Check that no attention with QKR shares weights: it would get separate weights."""
     attentions = []
     for parent, name, old in swapped:
         if isinstance(getattr(parent, name), QkrAttention) and old not in attentions:
@@ -272,9 +275,9 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
-    """Check that no tokens are dropped if each has its own scale.
+    """Check that no tokens are dropped if each token has its own scale.
 
-    Scales belong to positions. Tokens are dropped only in training, and then later tokens get
+    Scales belong to positions. Tokens are dropped only in training, which moves later tokens to
     earlier positions.
     """
     rates = []
@@ -293,10 +296,10 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
 
 
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
-    """Places of the first convolution (`stem`) and the classifiers (`head`), by their names.
+    """Places of the first convolution (`stem`) and the classifiers (`head`), by module name.
 
-    They are in timm's config of the model, or of a model inside it. With `features_only=True`
-    modules may have other names than in the config; then the first convolution is the stem.
+    The names are in timm's config of the model, or of a model inside it. With `features_only=True`,
+    module names may differ from the config; the first convolution is then the stem.
     """
     modules = dict(net.named_modules())
     places = {"head": "head"}
@@ -323,7 +326,7 @@ def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
 
 
 def recipe_of(net: nn.Module) -> QuantRecipe | None:
-    """The present recipe of a model; None for a float model.
+    """The current recipe of a model; None for a float model.
 
     A head that was replaced after the conversion is in float.
     """
@@ -348,8 +351,8 @@ class _Walk:
         unsigned_inputs: modules whose input comes from an activation function.
         projections: modules that have the place of `attn.proj` in a model of another library.
         swapped: parent, name and replaced module of each swap.
-        replacements: new modules by the old module and the kind of its input
-            (`SwapContext.input`), so that a module with several names is replaced by one.
+        replacements: new modules, by old module and kind of input (`SwapContext.input`), so that a
+            module with several names gets only one replacement.
         in_float: names of modules that a swap leaves in float.
     """
 
@@ -363,8 +366,8 @@ class _Walk:
 
 
 def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
-    """Swap the children of a module, which was swapped as `outer`, then their children."""
-    # `named_children` would skip later names of a module.
+    """Swap the children of a module, then their children; `outer` is the module's own swap."""
+    # `named_children` would skip further names of a module that has several.
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")
@@ -395,7 +398,7 @@ _REPLACED = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"}
 
 
 def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
-    """Replace a child; hooks and attributes that were added to it move to the new one."""
+    """Replace a child; hooks and attributes that were added to it move to the new child."""
     old = getattr(parent, name)
     if new is old:
         return new
@@ -404,7 +407,7 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
         if "hook" in key:
             has_own_hooks = isinstance(value, dict) and vars(new).get(key)
             if not has_own_hooks:
-                # The dictionary itself, so that existing handles still remove their hooks.
+                # Move the dictionary itself, so that existing handles can still remove their hooks.
                 setattr(new, key, value)
         elif not hasattr(new, key):
             setattr(new, key, value)
@@ -432,7 +435,7 @@ def check_input(
         Shape of the output; None if it is not a tensor.
 
     Raises:
-        UsageError: such an image does not pass through the model.
+        UsageError: the model cannot process such an image.
     """
     try:
         with probing(net, hooks):
@@ -451,10 +454,10 @@ def _allocate(
     input_size: tuple[int, int, int],
     swapped: list[tuple[nn.Module, str, nn.Module]],
 ) -> None:
-    """Create scales and offsets in a forward pass, as shapes depend on the number of tokens.
+    """Create scales and offsets in a forward pass, because shapes depend on the number of tokens.
 
-    Swaps of modules that the model never calls are undone: it reads their weight without their
-    quantizers, which would never get a scale.
+    Swaps of modules that the model never calls are undone: the model reads their weights directly,
+    so their quantizers would never get a scale.
     """
     groups: dict[Quantizer, int] = {}
 

@@ -28,7 +28,8 @@ class Cost:
 
     Attributes:
         n_params: parameters in training; for a frozen model, codes and remaining parameters.
-        size_bytes: weights at their bit-width (for QKR the folded matrix), the rest in float32.
+        size_bytes: weights at their bit-widths (with QKR, of the folded matrix), and the rest in
+            float32.
         macs: multiply-accumulates of one image.
         bitops: sum over matrix products of macs * bits * bits.
     """
@@ -44,14 +45,14 @@ class ModuleCost:
     """Cost of one module and its quantizers, without its children.
 
     Attributes:
-        module: its path, empty for the model itself.
+        module: path of the module, empty for the model itself.
         n_params: parameters in training.
-        code_bytes: weights at their bit-width (for QKR the folded matrix).
-        scale_bytes: float32 scales and zero points of weights and activations, including scales
-            that training computes from the weights.
-        offset_bytes: learnable offsets.
-        float_bytes: everything else.
-        products: matrix products of one image.
+        code_bytes: bytes of weights at their bit-widths (with QKR, of the folded matrix).
+        scale_bytes: bytes of float32 scales and zero points of weights and activations, including
+            scales that training computes from the weights.
+        offset_bytes: bytes of learnable offsets.
+        float_bytes: bytes of everything else.
+        products: matrix products for one image.
     """
 
     module: str
@@ -94,7 +95,7 @@ def total(parts: list[ModuleCost]) -> Cost:
 
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
-    """Costs of the modules that cost something, in the order of `named_modules`."""
+    """Costs of all modules whose cost is not zero, in the order of `named_modules`."""
     products: dict[str, list[MatrixProduct]] = defaultdict(list)
     for product in matmuls(net, input_size):
         products[product.module].append(product)
@@ -109,12 +110,12 @@ def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[Modul
 
 
 def size_bytes(net: nn.Module) -> int:
-    """Bytes to store a model: packed codes, float32 scales for rows, everything else in float32."""
+    """Bytes of a stored model: packed codes, float32 scales of rows, everything else in float32."""
     return sum(_sized(name, sizes).size_bytes for name, sizes in _stored(net).items())
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
-    """Numbers of weights by bit-width, without scales and offsets; of a model not yet frozen."""
+    """Number of weights at each bit-width, without scales and offsets, before freezing."""
     sites = {site.name: site for site in iter_quantizers(net)}
     numbers: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
@@ -142,7 +143,7 @@ def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
 
 
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
-    """Parameters and bytes by module name, under the names of the fields of `ModuleCost`."""
+    """Parameters and bytes of each module, under the field names of `ModuleCost`."""
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
     coded_sites = [site for site in sites.values() if _has_codes(site)]
@@ -155,7 +156,7 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     not_stored = _ids_not_stored(net, sites.values())
     for site in coded_sites:
         not_stored.update(id(tensor) for tensor in _replaced_by_codes(site))
-    saved_names = net.state_dict().keys()  # without tables that are computed again, as in Swin
+    saved_names = net.state_dict().keys()  # without tables that are recomputed, as in Swin
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if name not in saved_names or id(tensor) in not_stored:
             continue
@@ -171,7 +172,7 @@ def _has_codes(site: Site) -> bool:
 
 
 def _weight_sizes(site: Site) -> Counter[str]:
-    """Sizes of a weight as codes, with the scales and offsets that no tensor of the model holds."""
+    """Sizes of a weight stored as codes, and of its scales and offsets that are not tensors yet."""
     quantizer = site.quantizer
     spec = quantizer.spec
     sizes: Counter[str] = Counter()
@@ -183,7 +184,7 @@ def _weight_sizes(site: Site) -> Counter[str]:
         sizes["scale_bytes"] = _computed_scale_bytes(quantizer, weight)
         sizes["offset_bytes"] = FLOAT_BYTES * len(weight) * spec.bias_correction
     if quantizer.in_blocks:
-        # The codes of each row of blocks begin with a new byte.
+        # The codes of each row of blocks start at a new byte.
         row_length = weight.shape[spec.axis or 0]
         num_rows = weight.numel() // row_length
         sizes["code_bytes"] = num_rows * packed_bytes(row_length, spec.bits)
@@ -204,13 +205,13 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:
-    """Tensors of a model that its codes replace when it is deployed."""
+    """Tensors that codes replace when the model is deployed."""
     quantizer = site.quantizer
     owner: Any = site.owner
     if isinstance(quantizer, FrozenWeight):
         if quantizer.spec.quantizer == "affine":
             return [quantizer.stored]
-        # Without zero points, the shift follows from the kind of the quantizer.
+        # If there are no zero points, the kind of the quantizer determines the shift.
         return [quantizer.stored, quantizer.shift]
     if site.role == "qk":
         return [owner.q_weight, owner.k_weight]
@@ -219,7 +220,7 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
 
 def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
     """Ids of tensors that a deployed model does not need."""
-    # A relative step size is one number: its start times what was learned.
+    # A deployed relative step size is one number: the start times the learned factor.
     ids = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
     for site in sites:
         if isinstance(site.quantizer, FrozenActivation):
@@ -228,11 +229,12 @@ def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
 
 
 def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
-    """The module to which a tensor is counted, and the field of `ModuleCost`.
+    """The module and the field of `ModuleCost` that a tensor counts towards.
 
     Args:
         name: name of the tensor.
-        sites: names of the quantizers; their tensors are counted to the module that owns them.
+        sites: names of the quantizers; tensors of a quantizer count towards the module that owns
+            the quantizer.
     """
     quantizer = next((site for site in sites if name.startswith(f"{site}.")), None)
     module, _, _ = (quantizer or name).rpartition(".")

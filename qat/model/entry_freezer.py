@@ -15,11 +15,11 @@ class EntryFreezer:
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move
     an entry. The values are written back in a hook of the optimizer, so that averages and
-    checkpoints contain the frozen ones. Values that no step followed, as when a gradient scaler
-    skips one, are discarded.
+    checkpoints contain the frozen values. Values are discarded if no step follows, for example
+    because a gradient scaler skips it.
 
     Args:
-        after: called after values were written back.
+        after: function to call after values were written back.
     """
 
     def __init__(self, after: Callable[[], None] = lambda: None) -> None:
@@ -43,7 +43,7 @@ class EntryFreezer:
 
     @torch.no_grad()
     def freeze(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Freeze these entries, and only these, during the next step.
+        """Freeze these entries, and no others, during the next step.
 
         Args:
             entries: parameters, and bool masks of their shape, True = frozen.

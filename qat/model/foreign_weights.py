@@ -1,4 +1,4 @@
-"""Weights of other libraries: their names for timm's layers, and biases that timm's models lack."""
+"""Weights of other libraries: names in timm's style, and biases that timm's models lack."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# Only torchvision's Swin, whose names the code of the OFQ paper uses too, has this table of biases.
+# Only torchvision's Swin has this table of biases; the OFQ paper's code uses the same names.
 _MARK = "features.1.0.attn.relative_position_bias_table"
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of torchvision's Swin as in timm; any other state dict is unchanged."""
+    """Rename the tensors of torchvision's Swin as in timm; leave any other state dict unchanged."""
     if _MARK not in state:
         return dict(state)
     renamed = {}
@@ -31,7 +31,7 @@ def _timm_name(name: str) -> str:
 
 
 def _stage(match: re.Match[str]) -> str:
-    """The stage of a feature: 1 is the first stage, 2 the merging before the second."""
+    """The stage of a feature: 1 is the first stage, 2 the patch merging before the second stage."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."
@@ -52,11 +52,11 @@ def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         net: a timm model, not yet converted.
-        names: paths of linear layers, such as `layers.1.downsample.reduction`; those that have a
-            bias already keep it.
+        names: paths of linear layers, such as `layers.1.downsample.reduction`; layers that already
+            have a bias keep it.
 
     Raises:
-        ValueError: one of them is not a linear layer.
+        ValueError: a path is not a linear layer.
     """
     modules = dict(net.named_modules())
     for name in names:

@@ -14,6 +14,8 @@ from qat.model.frozen import (
     OFFSETS,
     FrozenActivation,
     FrozenBlocks,
+    FrozenFp8,
+    FrozenFp8Activation,
     FrozenNonuniform,
     FrozenWeight,
     is_frozen,
@@ -25,7 +27,7 @@ from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
-from qat.quantizers import BlockFloat, Quantizer, UniformGrid
+from qat.quantizers import BlockFloat, Fp8Grid, Quantizer, UniformGrid
 from qat.utils.probing import copied
 
 NOT_PLAIN = (
@@ -37,16 +39,16 @@ DIRECT = (QuantVitAttention, QuantWindowAttention)
 
 
 def freeze(net: nn.Module) -> nn.Module:
-    """Copy a quantized model, with integer codes in place of its float weights and no parameters.
+    """Copy a quantized model, with integer codes in place of float weights, and no parameters.
 
-    Weights are codes with a scale per row: StatsQ's code k means (k + 1/2) * step size. Query-key
-    reparameterization keeps only the codes of its folded matrix. An offset after the input of a
-    linear layer becomes part of its bias (W c), and so does one before the quantizer of values,
-    and of queries and keys that no norm or rotation changes. Other offsets stay before their
-    quantizer; offsets of zeros are removed.
+    A weight becomes codes with a scale per row; StatsQ's code k means (k + 1/2) * step size.
+    Query-key reparameterization keeps only the codes of its folded matrix. An offset c after the
+    quantizer of a linear layer's input becomes part of the layer's bias (W c). So does an offset
+    before the quantizer of values, and of queries and keys if no norm or rotation changes them.
+    Other offsets stay before their quantizer; offsets that are zero are removed.
 
     Args:
-        net: converted, with all scales set; it is not changed.
+        net: a converted model with all scales set; it is not changed.
 
     Returns:
         The frozen model, in evaluation mode. `qat.iter_quantizers` finds its quantizers, whose
@@ -54,7 +56,7 @@ def freeze(net: nn.Module) -> nn.Module:
 
     Raises:
         UsageError: the model is in float or frozen already, a scale was never set, a quantizer has
-            no fixed grid, or a layer's weight is computed from other tensors (pruning,
+            no fixed grid, or the weight of a layer is computed from other tensors (pruning,
             parametrizations).
     """
     if conversion_of(net) is None:
@@ -78,7 +80,7 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 
 
 def keeps_weights(net: nn.Module) -> bool:
-    """True if the float model can be recovered: no offset is part of a bias, no QKR is folded."""
+    """True if the float model can be recovered: no offset is in a bias, and no QKR is folded."""
     for quantizer in _activations(net):
         if quantizer.before is not None or quantizer.after is not None:
             return False
@@ -89,7 +91,7 @@ def keeps_weights(net: nn.Module) -> bool:
 
 @torch.no_grad()
 def freeze_structure(net: nn.Module) -> nn.Module:
-    """Freeze in place, whatever the scales are, to load a file of codes afterwards."""
+    """Freeze in place, even if scales are not set, to load a file of codes afterwards."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
         setattr(site.owner, site.name.rpartition(".")[2], _frozen_quantizer(site))
@@ -104,7 +106,7 @@ def freeze_structure(net: nn.Module) -> nn.Module:
 
 
 def prune_offsets(net: nn.Module, names: Collection[str]) -> None:
-    """Remove the offsets that are not among `names`: they are zeros, which no file stores."""
+    """Remove the offsets that are not in `names`: they are zero, and files do not store zeros."""
     for name, module in net.named_modules():
         if not isinstance(module, FrozenActivation):
             continue
@@ -118,7 +120,7 @@ def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
 
 
 def _frozen_quantizer(site: Site) -> Quantizer:
-    """The replacement of a site's quantizer; a float one is kept."""
+    """The frozen form of a site's quantizer; a float quantizer is kept."""
     quantizer = site.quantizer
     if quantizer.is_float:
         return quantizer
@@ -132,6 +134,11 @@ def _frozen_quantizer(site: Site) -> Quantizer:
         return _frozen_weight(site, grid, weight)
     if weight is not None and isinstance(quantizer, BlockFloat):
         return FrozenBlocks(quantizer, site.name, weight)
+    if isinstance(grid, Fp8Grid):
+        if weight is None:
+            return FrozenFp8Activation(quantizer, site.name)
+        parts = (quantizer.codes(weight), grid.scales, None, None)
+        return FrozenFp8(quantizer.spec, grid.axis, site.name, parts)
     if grid is None or weight is not None or grid.before is not None:
         name = quantizer.spec.quantizer
         raise UsageError(
@@ -174,7 +181,7 @@ def _row_offsets(name: str, offsets: Tensor, axis: int) -> Tensor:
 
 
 def _corrected(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
-    """Bias correction is an affine map of every row: scale and `after` of each row contain it."""
+    """Bias correction is an affine map of each row; put it into the row's scale and `after`."""
     axis = frozen.axis or 0
     dequantized = frozen()
     rows = dequantized.movedim(axis, 0).flatten(1)
@@ -200,7 +207,8 @@ def _drop_float_weights(module: QuantModule) -> None:
             for name in ("q_weight", "k_weight", "q_bias"):
                 setattr(module, name, None)
     elif isinstance(module.weight_quantizer, FrozenWeight):
-        # Empty, not absent: timm's models ask for the device and dtype of a layer's weight.
+        # The weight is empty, not absent, because timm's models read the device and dtype of a
+        # layer's weight.
         empty = module.latent("weight").new_empty(0)
         del module.weight
         module.register_buffer("weight", empty, persistent=False)

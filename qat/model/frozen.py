@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.functional.block_floats import block_float_codes
 from qat.functional.packing import pack_pairs
 from qat.functional.ste import check_fit, code_dtype, view_along
-from qat.quantizers import BlockFloat, FloatGrid, Grid, Quantizer, UniformGrid
+from qat.quantizers import BlockFloat, FloatGrid, Fp8Grid, Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 
 # Offsets of activations: added before the rounding, and after it.
@@ -24,8 +24,8 @@ class Frozen(Quantizer):
 
     Attributes:
         name: path of the quantizer in the model.
-        in_graph: while a graph is written: maps what `forward` takes to what the products of the
-            exported graph take. None otherwise.
+        in_graph: while a graph is written, maps the input of `forward` to the operand of products
+            in the exported graph; None otherwise.
     """
 
     in_graph: Callable[[Any], Any] | None = None
@@ -41,10 +41,10 @@ class FrozenWeight(Frozen):
 
     Attributes:
         stored: codes, int8 or uint8, in the shape of the weight.
-        scale: step size, (n,), of each row or one for all.
-        shift: (n,) in codes, whole or half numbers: 1/2 for StatsQ, minus the zero point for
-            affine grids.
-        after: added to a row by bias correction or by the quantizer, (n,), or None.
+        scale: step size, (n,), one per row or one for all rows.
+        shift: (n,) in codes, multiples of 1/2: 1/2 for StatsQ, minus the zero point for affine
+            grids.
+        after: (n,), added to each row by bias correction or by the quantizer; or None.
     """
 
     stored: Tensor
@@ -64,15 +64,15 @@ class FrozenWeight(Frozen):
             self.register_buffer(key, value)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
-        """The weight, float32; `x` is not used."""
+        """The float32 weight; `x` is not used."""
         return self.grid().dequantize(self.stored)
 
     def held(self) -> Tensor:
-        """The weight."""
+        """The dequantized weight."""
         return self() if self.in_graph is None else self.in_graph(None)
 
     def codes(self, x: Tensor | None = None) -> Tensor:
-        """`stored`."""
+        """The stored codes."""
         return self.stored
 
     def grid(self, x: Tensor | None = None) -> Grid:
@@ -91,13 +91,12 @@ class FrozenWeight(Frozen):
 
 
 class FrozenBlocks(FrozenWeight):
-    """A weight in blocks of floats.
+    """A weight stored as blocks of floats.
 
     Attributes:
         stored: codes, bits of E2M1 or E4M3, uint8, in the shape of the weight.
-        scale: bytes of the scales of blocks, E4M3 or E8M0, uint8; blocks are the last dimension.
-        per_tensor_scale: factor of E4M3 scales, a scalar in float32; None where scales are powers
-            of two.
+        scale: bytes of the scales of blocks, E4M3 or E8M0, uint8; the last dimension counts blocks.
+        per_tensor_scale: factor of E4M3 scales, a float32 scalar; None if scales are powers of two.
     """
 
     in_blocks = True
@@ -119,7 +118,7 @@ class FrozenBlocks(FrozenWeight):
         self.empty = quantizer.grid()
 
     def held(self) -> Tensor:
-        """The weight, in the dtype of the model."""
+        """The dequantized weight, in the dtype of the model."""
         return self().to(self.like.dtype)
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
@@ -131,8 +130,8 @@ class FrozenBlocks(FrozenWeight):
         """The tensors of torchao's `MXTensor` and `NVFP4Tensor`.
 
         Returns:
-            `qdata`, two E2M1 codes a byte or one of E4M3, `scale`, and `per_tensor_scale` if there
-            is one.
+            `qdata` (two E2M1 codes or one E4M3 code per byte), `scale`, and `per_tensor_scale` if
+            there is one.
         """
         codes = self.stored.movedim(self.empty.dim, -1)
         if self.spec.bits == 4:
@@ -145,17 +144,34 @@ class FrozenBlocks(FrozenWeight):
         return tensors
 
 
+class FrozenFp8(FrozenWeight):
+    """A weight of E4M3 floats.
+
+    Attributes:
+        stored: codes, bits of E4M3, uint8, in the shape of the weight.
+        scale: (n,), a scale for each row.
+    """
+
+    def held(self) -> Tensor:
+        """The weight, in the dtype of the model."""
+        return self().to(self.scale.dtype) if self.in_graph is None else self.in_graph(None)
+
+    def grid(self, x: Tensor | None = None) -> Fp8Grid:
+        """The grid of the float weight that was removed."""
+        return Fp8Grid(axis=self.axis, factors=self.scale)
+
+
 class FrozenActivation(Frozen):
     """An activation, (clamp(round((x + a) / s + z), qmin, qmax) - z) * s + c.
 
     Attributes:
         scale: s, (n,), in the unit of the input.
-        zero_point: z, (n,), whole or half numbers, or None = 0.
+        zero_point: z, (n,), multiples of 1/2; None = 0.
         before: a, over trailing dimensions, or None.
         after: c, over trailing dimensions, or None.
         bounds: lowest and highest code, int16, (2,). Calibration decides whether the codes of an
             image are signed, so files store them.
-        qmin, qmax: `bounds` as numbers.
+        qmin, qmax: `bounds` as Python numbers.
     """
 
     bounds: Tensor
@@ -178,17 +194,17 @@ class FrozenActivation(Frozen):
         self.register_buffer(name, None if value is None else value.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Numbers on the grid, computed in float32 and returned in the dtype of `x`."""
+        """Fake-quantize `x`, computed in float32 and returned in the dtype of `x`."""
         if self.in_graph is not None:
             return self.in_graph(x)
         return self.grid().dequantize(self._rounded(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes in [qmin, qmax], zero point included."""
+        """Codes in [qmin, qmax], including the zero point."""
         return self._rounded(x).to(code_dtype(self.qmin, self.qmax))
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The grid of the buffers."""
+        """The grid that the buffers describe."""
         return UniformGrid(
             qmin=self.qmin,
             qmax=self.qmax,
@@ -218,7 +234,7 @@ def _zero_point(grid: UniformGrid) -> Tensor | None:
 
 
 class FrozenNonuniform(Frozen):
-    """A quantizer whose values are not evenly spaced, such as powers of two: it is kept inside."""
+    """Wraps a quantizer whose values are not evenly spaced, such as powers of two."""
 
     def __init__(self, quantizer: Quantizer, name: str) -> None:
         super().__init__(quantizer.spec, quantizer.axis, name)
@@ -235,8 +251,19 @@ class FrozenNonuniform(Frozen):
         return self.quantizer.codes(x)
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
-        """The grid of the quantizer."""
+        """The grid of the wrapped quantizer."""
         return self.quantizer.grid(x)
+
+
+class FrozenFp8Activation(FrozenNonuniform):
+    """An activation of E4M3 floats with one scale."""
+
+    before = None
+    onnx_bounds = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`."""
+        return super().forward(x) if self.in_graph is None else self.in_graph(x)
 
 
 def is_frozen(net: nn.Module) -> bool:

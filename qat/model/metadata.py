@@ -1,4 +1,4 @@
-"""Metadata of a checkpoint: how to build the model that its weights belong to."""
+"""Metadata of a checkpoint: how to build the model that the weights belong to."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qat.utils.validate import check_images
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
-# Keys of timm's `pretrained_cfg` that are stored: which weights, and how images are prepared for
-# them. Tags of one model differ in these.
+# Keys of timm's `pretrained_cfg` that are stored: which weights they are, and how images are
+# prepared. These keys differ between tags of one model.
 IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_MOST_PIXELS = 2**25  # of an image, as a file states its model's input size
+_MOST_PIXELS = 2**25  # image size, as files store the input size of a model
 
 
 def is_plain(value: object) -> bool:
-    """True for what `torch.load(weights_only=True)` reads: None, numbers, text, lists and dicts.
+    """True for data that `torch.load(weights_only=True)` reads: None, numbers, text, lists, dicts.
 
-    Subclasses, such as NumPy's numbers and enumerations, are stored by their class names, which
+    Subclasses, such as NumPy's numbers and enumerations, are stored with their class names, which
     the reader refuses.
     """
     kind = type(value)
@@ -41,7 +41,7 @@ def is_plain(value: object) -> bool:
 
 
 def data_of(net: nn.Module) -> dict[str, Any] | None:
-    """Config of the data that a model was trained on, as its file stated it; None if unknown."""
+    """Data config that the file of a model recorded; None if unknown."""
     return getattr(net, "qat_data", None)
 
 
@@ -61,13 +61,15 @@ def describe(
     """Metadata of a checkpoint of `net`.
 
     Args:
-        net: converted or float.
-        model: timm name; None = the name that timm noted on the model; models of
-            Transformers need none.
-        model_kwargs: arguments of `timm.create_model`; None = those that timm noted.
-        data: config of the data it was trained on; None = what `load` found in the model's file.
-        classes: names of its classes, in the order of its outputs; None = what `load` found in
-            the model's file.
+        net: a converted or float model.
+        model: timm name; None = the name that timm noted on the model; models of Transformers need
+            none.
+        model_kwargs: arguments of `timm.create_model`; None = the arguments that timm noted on the
+            model.
+        data: config of the data that the model was trained on; None = the config that `load` found
+            in the model's file.
+        classes: names of the classes, in the order of the outputs; None = the names that `load`
+            found in the model's file.
 
     Raises:
         UsageError: the model does not record how it was built, or not in plain data; data is not
@@ -109,7 +111,7 @@ def describe(
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
         "pretrained_cfg": image_config,
-        # `reset_classifier` may have changed it after timm noted the arguments.
+        # `reset_classifier` may have changed the class count after timm noted the arguments.
         "pool": get_model_args(net).get("global_pool"),
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
@@ -144,7 +146,7 @@ def _check_outputs(net: nn.Module, num_classes: int) -> None:
 
 
 def check_metadata(meta: Any, origin: str) -> None:
-    """Raise `UsageError` if the metadata of a file is not of the kind that `describe` returns."""
+    """Raise `UsageError` if metadata of a file does not have the form that `describe` returns."""
     try:
         check_bounds(meta)
         _check_types(meta)

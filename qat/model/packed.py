@@ -1,8 +1,9 @@
-"""One small file for a frozen model: codes at their width, float32 numbers, and an index of both.
+"""One small file for a frozen model: codes at their bit-width, float32 numbers, and an index.
 
 A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model,
 recipe, data, classes), `index` (zlib, base64: JSON), `crc32`. A named tensor for each weight would
-take a hundred bytes of header, a tenth of a small model. The format: docs/deployment.md.
+need a hundred bytes of header per tensor, a tenth of a small model. docs/deployment.md describes
+the format.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpac
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
-# The second format has blocks of floats, which are tensors of their own.
+# The second format adds blocks of floats, which are separate tensors.
 FORMATS = ("packed-1", "packed-2")
-# The index of a file may unpack to this many bytes: 2 MB of it could become 2 GB otherwise.
-# The entry of a tensor takes less than 100 bytes.
+# The index of a file may unpack to this many bytes; without a limit, 2 MB could become 2 GB. The
+# entry of a tensor takes less than 100 bytes.
 _MOST_INDEX = 2**23
 _DTYPES = {
     str(value).removeprefix("torch."): value
@@ -46,7 +47,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         meta: metadata of `qat.model.metadata.describe`.
 
     Returns:
-        Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the
+        Bytes of codes, of scales (with zero points), of offsets, of all other floats, and of the
         header (index, recipe, classes).
     """
     packer = _Packer(net)
@@ -144,7 +145,7 @@ def _content(name: str) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
-    """CRC-32 as eight digits, of codes, floats, other tensors by name, and texts of the header."""
+    """CRC-32, in eight digits, of codes, floats, other tensors by name, and texts of the header."""
     checksum = 0
     for name in ("codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})):
         checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
@@ -156,11 +157,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     """Read a packed file.
 
     Returns:
-        Weights by name and the metadata of `describe`; None for another kind of safetensors file.
+        Weights by name, and the metadata of `describe`; None for other safetensors files.
 
     Raises:
         UsageError: the file is of a newer format.
-        ValueError, LookupError, TypeError: its parts do not fit together.
+        ValueError, LookupError, TypeError: the parts of the file do not fit together.
     """
     with safetensors.safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
@@ -174,7 +175,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
     header = (metadata["format"], metadata["qat"], metadata["index"])
-    # Older files have a checksum of their tensors only.
+    # Older files have a checksum that covers only tensors.
     if metadata["crc32"] not in {_checksum(tensors, *header), _checksum(tensors)}:
         raise ValueError("it is damaged: its checksum does not fit")
     index_text = zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), _MOST_INDEX)
@@ -182,7 +183,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
 
 
 def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, as the index finds them in the tensors of a file."""
+    """Weights by name, which are read from the tensors of a file as its index says."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
     if num_constants > MOST_CONSTANT:
         raise ValueError(f"its index lists {num_constants} numbers that are missing")

@@ -1,4 +1,4 @@
-"""Models as timm and Hugging Face share them: a folder with weights, `config.json` and a card."""
+"""Share models as timm and Hugging Face do: a folder with weights, `config.json` and a card."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_images, check_number
 
-PREFIX = "hf-hub:"  # timm's, before `user/name`
+PREFIX = "hf-hub:"  # timm's prefix of `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"  # of models of Transformers
-LIBRARY = "vit-qat"  # `library_name` in `config.json` of a model of ours
+LIBRARY = "vit-qat"  # `library_name` in the `config.json` of our models
 INSTALL = (
     f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
     "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
@@ -47,7 +47,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
-    """Path of the first file of a repository, among `names`, that is in the local cache."""
+    """Path of the first file of `names` that the local cache has from a repository."""
     for name in names:
         path = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(path, str):
@@ -56,10 +56,10 @@ def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
 
 
 def require_host(address: str, origin: str, problem: str, advice: str) -> None:
-    """Check that a host responds: the hub's own client would retry silently for a minute.
+    """Check that a host responds, because the hub's own client would retry silently for a minute.
 
     Raises:
-        UsageError: it does not respond within 4 s: `origin: problem and ... cannot be reached
+        UsageError: the host does not respond within 4 s: `origin: problem and ... cannot be reached
             (reason); advice`.
     """
     try:
@@ -77,17 +77,17 @@ def require_host(address: str, origin: str, problem: str, advice: str) -> None:
 
 
 def fetch(repository: str, origin: str) -> Path:
-    """A local folder with `config.json` and `model.safetensors` of a repository.
+    """Return a local folder with `config.json` and `model.safetensors` of a repository.
 
-    Only these files are downloaded, if they are not in the local cache.
+    Only these two files are downloaded, if they are not in the local cache.
 
     Args:
         repository: `user/name`.
-        origin: name of the repository in a message.
+        origin: name of the repository in error messages.
 
     Raises:
-        UsageError: it is not such a name, its files are not cached and cannot be downloaded, or its
-            config names other files.
+        UsageError: `repository` is not of the form `user/name`, the files are not cached and cannot
+            be downloaded, or the config names other files.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
@@ -212,18 +212,19 @@ def save_pretrained(
     """Write a model for others: `model.safetensors`, `config.json` and a model card.
 
     The weights are packed codes, as `export.py format=packed` writes them. A quantized model is
-    frozen first, so its float weights are not written; `qat.save` keeps those. No path of this
-    machine is written.
+    frozen first, so its float weights are not written; use `qat.save` to keep them. No local path
+    is written.
 
     Args:
-        net: a model of `qat.load`, or converted with its scales set; or a float model of timm.
-        folder: is created; files of these names in it are replaced.
+        net: a model of `qat.load`, a converted model with its scales set, or a float timm model.
+        folder: created if it does not exist; files of these names in it are replaced.
         results: measured accuracy, with the keys of `results.json`: `top1`, `top5` (%), `images`,
             `split`, `data`.
         data: see `qat.save`.
         classes: see `qat.save`.
         license: license of the weights, as the hub spells it.
-        source: argument of `qat.from_pretrained` or `qat.load` on the card: `user/name`, or a file.
+        source: the argument of `qat.from_pretrained` or `qat.load` that the card shows:
+            `user/name`, or a file.
 
     Returns:
         The folder.
@@ -264,7 +265,7 @@ def save_pretrained(
 
 
 def _without_paths(value: Any) -> Any:
-    """Plain data in which paths are replaced by their last parts."""
+    """Plain data with each path replaced by its last part."""
     if isinstance(value, dict):
         return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -275,7 +276,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _words(text: object) -> str:
-    """Untrusted text as words of Markdown: without markup, HTML and line breaks."""
+    """Make untrusted text safe for Markdown: remove markup, HTML and line breaks."""
     line = " ".join(str(text).split())
     return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
@@ -336,7 +337,7 @@ out = net(image[None])
 
 
 def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """Load a model of `save_pretrained`, in eval mode.
+    """Load a model that `save_pretrained` wrote, in eval mode.
 
     Nothing in its files is imported or executed.
 
@@ -346,8 +347,8 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
 
     Raises:
         ImportError: one of `imports` cannot be imported.
-        UsageError: there is no such model, it cannot be downloaded (within 5 s if there is no
-            connection), or it is not of `save_pretrained`.
+        UsageError: there is no such model, it cannot be downloaded (the error comes within 5 s if
+            there is no connection), or `save_pretrained` did not write it.
     """
     origin = f"from_pretrained: {str(source)!r}"
     folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
@@ -368,14 +369,16 @@ def push_to_hub(
         net: see `save_pretrained`.
         repository: `user/name`; it is created if it does not exist.
         private: only its owner can see a new repository.
-        api: a `huggingface_hub.HfApi`; None = one with the token of `hf auth login` or HF_TOKEN.
+        api: a `huggingface_hub.HfApi`; None = a new one with the token of `hf auth login` or
+            HF_TOKEN.
         saving: further arguments of `save_pretrained`.
 
     Returns:
         The address of the upload.
 
     Raises:
-        UsageError: it is not such a name, there is no token or connection, or the hub refuses.
+        UsageError: `repository` is not of the form `user/name`, there is no token or connection, or
+            the hub refuses.
     """
     origin = f"push_to_hub: {repository!r}"
     if not _REPOSITORY.fullmatch(repository):

@@ -1,4 +1,4 @@
-"""Matrix products of a model: which module runs them, their multiply-accumulates and bit-widths."""
+"""Matrix products of a model: the modules that run them, multiply-accumulates and bit-widths."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Product of the sizes of all dimensions, for an equation of two operands."""
+    """Product of the sizes of all dimensions, for an einsum equation with two operands."""
     equation, *factors = operands
     if not isinstance(equation, str) or len(factors) != 2:
         return []
@@ -79,14 +79,14 @@ def _added_matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Maps of `nn.MultiheadAttention` before and after its attention."""
+    """Multiply-accumulates of the projections of `nn.MultiheadAttention`."""
     query, key, value, *_ = operands
     width = query.shape[-1]
     return [t.numel() * width for t in (query, key, value, query)]
 
 
 def _multi_head_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Scores and weighted sums of `nn.MultiheadAttention`: (N, B, E) queries, (M, B, E) keys."""
+    """Scores and weighted sums of `nn.MultiheadAttention`; queries (N, B, E), keys (M, B, E)."""
     query, key, *_ = operands
     return [query.numel() * key.shape[0]] * 2
 
@@ -117,11 +117,11 @@ _MACS_OF_LAYERS: dict[Any, _CountMacs] = {
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records matrix products while it is active, whichever function and module compute them.
+    """Records all matrix products while it is active, whatever function or module computes them.
 
     Attributes:
-        running: names of the modules that run, the innermost last.
-        products: in the order in which they ran.
+        running: names of the modules that are running, the innermost last.
+        products: the recorded products, in the order in which they ran.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class _ProductRecorder(TorchFunctionMode):
         self.running.append(name)
 
     def leave(self, *_: Any) -> None:
-        """Forward hook."""
+        """Forward hook of all modules."""
         self.running.pop()
 
     def __torch_function__(
@@ -150,7 +150,7 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _MACS_OF_LAYERS:
             self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
         if func in _MACS_OF_ACTIVATIONS:
-            # Beyond the first three there are a mask, biases and projections.
+            # The arguments after the first three are a mask, biases and projections.
             has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
             counts = _MACS_OF_ACTIVATIONS[func](operands, out)
             self._record(counts, of_activations=not has_parameter)
@@ -164,7 +164,7 @@ class _ProductRecorder(TorchFunctionMode):
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     """Matrix products of one forward pass on an image of zeros.
 
-    Those of our attentions are computed by a formula, all others are recorded.
+    The products of our attentions are computed by a formula; all other products are recorded.
     """
     modules = dict(net.named_modules())
     attentions = {
@@ -172,7 +172,7 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
         for name, module in modules.items()
         if isinstance(module, ScoredAttention | HeadProducts)
     }
-    # The input of V in QKR is quantized by the attention.
+    # With QKR, the attention itself quantizes the input of V.
     inherited_bits = {}
     for attention in attentions.values():
         if isinstance(attention, QkrAttention):

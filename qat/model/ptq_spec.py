@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
-from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_text
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, FP8, check_bits, check_text
 
-# Only sums on the residual stream have a power of two per channel.
+# Observers except `ptf`, which is only for sums on the residual stream.
 _WITHOUT_PTF = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
     "placement": ("inputs", "fqvit"),
     "attention": ("standard", "float"),
-    "weight_quantizer": ("affine", *BLOCK_FLOATS, "float"),
-    "act_quantizer": ("affine", *BLOCK_FLOATS, "float"),
-    "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "float"),
+    "weight_quantizer": ("affine", *BLOCK_FLOATS, "fp8", "float"),
+    "act_quantizer": ("affine", *BLOCK_FLOATS, "fp8", "float"),
+    "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "fp8", "float"),
     "weight_observer": _WITHOUT_PTF,
     "act_observer": _WITHOUT_PTF,
     "residual_observer": OBSERVERS,
@@ -30,7 +30,7 @@ _CHOICES = {
     "layernorm": ("float", "integer"),
     "method": ("calibrate", "compensate", "reconstruct"),
 }
-# Knobs that are None take the value of another one.
+# Settings that take the value of another setting if they are None.
 _FOLLOWS = {
     "act_bits": "bits",
     "softmax_bits": "act_bits",
@@ -41,9 +41,16 @@ _FOLLOWS = {
     "residual_observer": "act_observer",
 }
 _OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
-# Values that knobs must have with floats in blocks.
+# Values that settings must have if floats in blocks are used.
 _WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
-# Knobs of `QuantRecipe` for training, without meaning here.
+_WITH_FP8 = {
+    **_WITH_BLOCKS,
+    "weight_observer": "minmax",
+    "act_observer": "minmax",
+    "weight_scales": "channel",
+    "act_scales": "tensor",
+}
+# Training settings of `QuantRecipe` that have no meaning here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
 # image (B, C, H, W); for other roles see `act_spec`.
@@ -56,42 +63,43 @@ _AXES: dict[str, dict[str, int | None]] = {
 
 @dataclass(frozen=True)
 class PtqRecipe(QuantRecipe):
-    """The knobs of `ptq/*.yaml`.
+    """The settings of `ptq/*.yaml`.
 
     Attributes:
         name: name of the recipe in results.
-        bits: width of the weights, including those of the first convolution and the heads.
-        act_bits: width of all activations; None = `bits`.
-        softmax_bits: width of attention probabilities; None = `act_bits`.
-        stem_bits: weights of the first convolution; None = `bits`.
-        head_bits: weights of the classifier(s); None = `bits`.
-        outer_act_bits: width of the image and of the input of the classifier(s); None = `act_bits`.
-        method: the step after calibration: none (`calibrate`), a gain and a bias for each channel
-            (`compensate`), or training block by block (`reconstruct`). The last two change the
-            weights of the float model.
-        placement: `inputs` (the inputs of products, as in training) or `fqvit` (outputs of layers
-            too; FQ-ViT, arXiv 2111.13824).
+        bits: bits of all weights, including the first convolution and the heads.
+        act_bits: bits of all activations; None = `bits`.
+        softmax_bits: bits of attention probabilities; None = `act_bits`.
+        stem_bits: bits of the weights of the first convolution; None = `bits`.
+        head_bits: bits of the weights of the classifier(s); None = `bits`.
+        outer_act_bits: bits of the image and of the input of the classifier(s); None = `act_bits`.
+        method: the step after calibration: none (`calibrate`), a gain and a bias per channel
+            (`compensate`), or training block by block (`reconstruct`). The last two change weights.
+        placement: `inputs` (inputs of matrix products are quantized, as in training) or `fqvit`
+            (outputs of layers too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the linear layers of an attention are quantized).
         weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine
-            then) or `float`.
+            then), `fp8` (floats of 8 bits) or `float`.
         act_quantizer: one of the values of `weight_quantizer`.
-        softmax_quantizer: one of these values, or `log2` (powers of two); None = `act_quantizer`.
-        weight_observer: how the range of a weight is chosen, one of `OBSERVERS` but `ptf`.
-        act_observer: how the range of an activation is chosen, one of `OBSERVERS` but `ptf`.
+        softmax_quantizer: a value of `weight_quantizer`, or `log2` (powers of two); None =
+            `act_quantizer`.
+        weight_observer: how the range of a weight is chosen, one of `OBSERVERS` except `ptf`.
+        act_observer: how the range of an activation is chosen, one of `OBSERVERS` except `ptf`.
         residual_observer: how the range of sums on the residual stream is chosen (`fqvit`);
             `ptf` = a power of two per channel; None = `act_observer`.
-        weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
+        weight_signed: True = symmetric signed codes; False = unsigned codes with a zero point.
         act_signed: True = activations have a symmetric signed grid, except probabilities.
-        weight_scales: weights have a scale per output `channel`, or one for the `tensor`.
-        act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores
-            and probabilities: per head).
+        weight_scales: `channel` = one scale per output channel, `tensor` = one scale per weight.
+        act_scales: `tensor`, `token` or `channel`: activations have one scale for each of these
+            (attention scores and probabilities: one per head).
         bias_correction: give each output channel of a quantized weight the mean and the standard
-            deviation of the float one.
-        layernorm: `float`, or `integer` arithmetic on the scales around it (`fqvit` only).
-        overrides: `{module name glob: {knob: value}}`; later rules win.
+            deviation of the float weight.
+        layernorm: `float`, or `integer` arithmetic with the scales of the quantizers around the
+            norm (`fqvit` only).
+        overrides: `{module name glob: {setting: value}}`; later rules win.
 
     Raises:
-        UsageError: a knob has a value that cannot work.
+        UsageError: a setting has a value that cannot work.
     """
 
     name: str = "ptq"
@@ -141,7 +149,7 @@ class PtqRecipe(QuantRecipe):
         self._check_bits(("bits", "stem_bits", "head_bits"), self.weight_quantizer)
         self._check_bits(("act_bits", "outer_act_bits"), self.act_quantizer)
         self._check_bits(("softmax_bits",), str(self.softmax_quantizer))
-        self._check_block_floats()
+        self._check_floats()
         has_scales_around_norms = self.placement == "fqvit" and self.act_quantizer == "affine"
         if self.layernorm == "integer" and not has_scales_around_norms:
             raise UsageError(
@@ -152,23 +160,23 @@ class PtqRecipe(QuantRecipe):
 
     def _check_bits(self, knobs: tuple[str, ...], quantizer: str) -> None:
         for knob in knobs:
-            # Stem and heads are affine around floats in blocks.
+            # With floats in blocks, stem and heads are affine.
             is_affine = knob in _OUTSIDE and quantizer in BLOCK_FLOATS
             check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
 
-    def _check_block_floats(self) -> None:
-        quantizers = (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer))
-        in_blocks = [quantizer for quantizer in quantizers if quantizer in BLOCK_FLOATS]
-        if not in_blocks:
-            return
-        for knob, value in _WITH_BLOCKS.items():
-            if getattr(self, knob) != value:
-                raise UsageError(
-                    f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {in_blocks[0]}"
-                )
+    def _check_floats(self) -> None:
+        for name in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)):
+            needed = _WITH_FP8 if name in FP8 else _WITH_BLOCKS
+            if name not in (*BLOCK_FLOATS, *FP8):
+                continue
+            for knob, value in needed.items():
+                if getattr(self, knob) != value:
+                    raise UsageError(
+                        f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {name}"
+                    )
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule, with the knobs that its `bits` and `act_bits` set too."""
+        """A rule, extended by the settings that follow from its `bits` and `act_bits`."""
         knobs = super()._with_following(rule)
         if "act_bits" in knobs:
             return {"outer_act_bits": knobs["act_bits"], **knobs}
@@ -193,7 +201,7 @@ class PtqRecipe(QuantRecipe):
 
     @staticmethod
     def _at(place: str, quantizer: str) -> str:
-        """The quantizer at a place: floats in blocks are only inside blocks of the model."""
+        """The quantizer at a place: floats in blocks are used only inside blocks of the model."""
         return "affine" if place != "block" and quantizer in BLOCK_FLOATS else quantizer
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
@@ -217,7 +225,7 @@ class PtqRecipe(QuantRecipe):
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
-            signed=self.act_signed and role != "probs",
+            signed=name in FP8 or (self.act_signed and role != "probs"),
             axis=axis,
             map_scales="tensor" if axis is None or axis == -2 else "column",
             observer=observer,
@@ -233,17 +241,17 @@ class PtqRecipe(QuantRecipe):
 
 
 def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
-    """The recipe of a checkpoint, a `PtqRecipe` if it has knobs of one.
+    """The recipe of a checkpoint: a `PtqRecipe` if the dict has settings that only it has.
 
     Args:
-        stored: dict of `to_dict`.
+        stored: the dict that `to_dict` returned.
 
     Raises:
-        TypeError: an unknown knob.
-        UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that
+        TypeError: there is an unknown setting.
+        UsageError: a value cannot work, or a quantizer `package.module:Class` is in a module that
             is not imported.
     """
-    # Rules in files without `rule_bits` set only the bits of weights.
+    # In files without `rule_bits`, rules set only the bits of weights.
     knobs = {"rule_bits": "weights", **stored}
     knobs.pop("compensation", None)  # in older files
     training_knobs = {field.name for field in dataclasses.fields(QuantRecipe)}
@@ -255,7 +263,7 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
 
 
 def custom_quantizers(recipe: QuantRecipe) -> list[str]:
-    """Quantizers `package.module:Class` that a recipe and its overrides name, each once."""
+    """Quantizers `package.module:Class` that a recipe or its overrides name, without duplicates."""
     rules: list[Mapping[str, Any]] = [vars(recipe), *recipe.overrides.values()]
     names = []
     for rule in rules:
@@ -269,7 +277,7 @@ def custom_quantizers(recipe: QuantRecipe) -> list[str]:
 def check_imported(setting: str, name: str) -> None:
     """Raise `UsageError` unless the class `package.module:Class` is in an imported module.
 
-    Nothing that a file names is imported.
+    Names from files are never imported.
     """
     module, _, attribute = name.partition(":")
     # `getattr` could import further modules.

@@ -1,4 +1,4 @@
-"""A table of the quantized tensors of a model, and its modules in float."""
+"""A table of the quantized tensors of a model and of the modules that stay in float."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConversionReport:
         rows: one per quantizer.
         stays_float: name and class of each module with parameters but without a weight quantizer,
             and of each module that multiplies activations in float, such as an attention of an
-            unknown family, which is noted after the class.
+            unknown family; for the latter, a remark follows the class.
     """
 
     rows: tuple[ReportRow, ...]
@@ -60,7 +60,7 @@ class ConversionReport:
 def float_products(net: nn.Module) -> tuple[str, ...]:
     """Names of the modules of a converted model that multiply activations in float.
 
-    A float model has none.
+    For a float model, the result is empty.
     """
     conversion = conversion_of(net)
     if conversion is None:
@@ -73,9 +73,9 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """The conversion report of a model, which runs on an image of zeros.
+    """The conversion report of a model; runs the model on an image of zeros.
 
-    A float model has no rows.
+    The report of a float model has no rows.
     """
     rows = []
     quantized: set[nn.Module] = set()

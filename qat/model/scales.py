@@ -25,7 +25,7 @@ LOG_EVERY_S = 10
 
 
 def is_ready(quantizer: Quantizer) -> bool:
-    """True if no parameter or buffer of the quantizer holds a NaN."""
+    """True if no parameter or buffer of the quantizer contains a NaN."""
     for tensor in (*quantizer.parameters(), *quantizer.buffers()):
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             return False
@@ -64,7 +64,7 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
     """Raise `UsageError` if a tensor of a model is NaN or infinite.
 
     Args:
-        net: converted or float.
+        net: a converted or float model.
         origin: name of the model in an error, such as `ckpt='x.pt'`.
         unset: allow scales that were never set, which are NaN.
     """
@@ -86,9 +86,9 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
 def guard(net: nn.Module) -> None:
     """Make calls of `net` raise an error until all scales are set.
 
-    The first call that finds all scales set, or `assert_ready`, removes the guard; a state dict
-    without scales brings it back. A call of one quantizer or layer is not checked, nor is a
-    compiled or exported graph.
+    The first call after all scales are set, or `assert_ready`, removes the guard; loading a state
+    dict without scales restores it. Calls of single quantizers or layers are not checked, nor are
+    compiled or exported graphs.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
@@ -122,19 +122,19 @@ class _Progress:
         self.last = self.began
 
     def begin_batch(self, images: int) -> None:
-        """Count the images of a batch."""
+        """Forward pre-hook of the model that counts the images of a batch."""
         self.images += images
         self.calibrated = 0
 
     def calibrate(self, state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
-        """Calibrate a quantizer with one input: a forward pre-hook, once `state` is bound."""
+        """Calibrate a quantizer with one input; a forward pre-hook after `state` is bound."""
         quantizer.calibrate(args[0], state)
         self.calibrated += 1
         now = time.monotonic()
         if now - self.last < LOG_EVERY_S:
             return
         self.last = now
-        # Python prints no lower level by default.
+        # By default, Python prints only levels from this one on.
         log.warning(
             "initialize_scales: %.0f s, %d images, %d of %d quantizers",
             now - self.began,
@@ -145,7 +145,7 @@ class _Progress:
 
 
 def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
-    """Images of each batch, at most `max_images`; later batches are not read."""
+    """Images of each batch, at most `max_images` in total; later batches are not read."""
     left = max_images
     for batch in batches:
         images = images_of(batch, net)[:left]
@@ -160,15 +160,15 @@ def initialize_scales(
 ) -> nn.Module:
     """Set every scale that is still NaN, from the inputs of its quantizer.
 
-    Quantizers get inputs that the quantizers before them have quantized. Scales that are set
-    already, by a checkpoint, do not change. With one batch the result is the rule of the paper's
-    code; with several, statistics are averaged (min-max: joined) over them.
+    The inputs of a quantizer have passed through the quantizers before it. Scales that a checkpoint
+    has already set do not change. With one batch, the result follows the paper's code; with
+    several, statistics are averaged over batches (min-max: joined).
 
     Args:
-        net: a converted model; runs in eval mode, then its mode is restored.
+        net: a converted model. It runs in eval mode, and its mode is restored afterwards.
         batches: images (B, C, H, W) each, or items of a loader, (images, labels); they are moved
             to the model's device.
-        max_images: the number of images that are used at most.
+        max_images: the most images to use.
 
     Returns:
         `net` itself.
@@ -194,7 +194,7 @@ def initialize_scales(
                 net(images)
             assert_ready(net)
     except BaseException:
-        # Scales of a few batches would look like those of all.
+        # Scales from a few batches would look like scales from all batches.
         for quantizer, state in zip(pending, unset, strict=True):
             quantizer.load_state_dict(state)
         raise

@@ -38,16 +38,16 @@ class Site:
 
     @property
     def is_weight(self) -> bool:
-        """True for a weight, False for an activation."""
+        """True for the quantizer of a weight, False for an activation."""
         return self.role in WEIGHT_ROLES
 
     def latent(self) -> Tensor:
         """The float tensor that a weight quantizer rounds, (out, ...).
 
-        Gradients reach the parameters that it is computed from.
+        Gradients reach the parameters from which the tensor is computed.
 
         Raises:
-            TypeError: the site is an activation, which has none.
+            TypeError: the site is an activation, which has no latent tensor.
             UsageError: the model is frozen and has only codes.
         """
         if self.quantizer.held() is not None:
@@ -58,15 +58,15 @@ class Site:
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
             roles = ", ".join(WEIGHT_ROLES)
             raise TypeError(
-                f"{self.name} quantizes an activation; only roles {roles} have a float master"
+                f"{self.name} quantizes an activation; only roles {roles} have a float weight"
             )
         return self.owner.latent(self.role)
 
 
 def iter_quantizers(net: nn.Module) -> Iterator[Site]:
-    """Every quantizer of a model once, in the order of its modules.
+    """Every quantizer of a model once, in the order of the modules.
 
-    Quantizers inside a quantizer are left out.
+    Quantizers inside another quantizer are left out.
     """
     for owner_name, owner in net.named_modules():
         if isinstance(owner, Quantizer):
@@ -83,11 +83,11 @@ ATTENTION = "attn"
 
 
 def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by name, in the order of its modules.
+    """The blocks of a model by name, in the order of the modules.
 
-    A block is a child of a module called `blocks`, timm's name for them (of nested ones, the
-    outermost), or a `downsample` that has an attention (LeViT). In models of Transformers it is a
-    child of a list of one of the names in `HF_CONTAINERS` (of nested ones, the innermost).
+    A block is a child of a module that timm calls `blocks` (the outermost of nested ones), or a
+    `downsample` that contains an attention (LeViT). In models of Transformers it is a child of a
+    list of one of the names in `HF_CONTAINERS` (the innermost of nested ones).
     """
     blocks = _blocks_of_transformers(net) if hf_models(net) else {}
     if blocks:
@@ -132,13 +132,13 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
 def no_weight_decay(net: nn.Module) -> set[str]:
     """Names of the parameters without weight decay.
 
-    These are step sizes and offsets of quantizers, biases, norms, and what timm excludes. A
-    converted model returns them from `net.no_weight_decay()`, which
+    These are step sizes and offsets of quantizers, biases, norms, and the parameters that timm
+    excludes. A converted model returns them from `net.no_weight_decay()`, which
     `timm.optim.create_optimizer_v2` and `param_groups_weight_decay` call. Source: OFQ's recipe
-    excludes 1-D tensors, biases, position embedding and tokens, hence scales and offsets.
+    excludes 1-D tensors, biases, position embedding and tokens, and so also scales and offsets.
 
     Args:
-        net: converted or float.
+        net: a converted or float model.
     """
     parameters = dict(net.named_parameters())
     scales, offsets = quantizer_parameters(net)
@@ -152,7 +152,7 @@ def no_weight_decay(net: nn.Module) -> set[str]:
 
 
 def _excluded_by_timm(net: nn.Module) -> set[str]:
-    """Names that the model's class excludes, or in a wrapper of timm the classes of its parts."""
+    """Names that the model's class excludes, or that the classes inside a timm wrapper exclude."""
     own_method = getattr(type(net), "no_weight_decay", None)
     if own_method is not None:
         return set(own_method(net))

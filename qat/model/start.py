@@ -1,6 +1,6 @@
-"""The weights that a run starts from: random, pretrained by timm, or those of a file.
+"""The weights that a run starts from: random, pretrained by timm, or read from a file.
 
-A file may be a checkpoint of any recipe, of timm, or a plain state dict.
+A file may be a checkpoint of ours with any recipe, a timm checkpoint, or a plain state dict.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Start:
 
     Attributes:
         net: a float timm model.
-        notes: lines for the user on where its weights come from.
-        source: the model of the checkpoint of ours that the weights come from, float or
-            quantized; its scales may be copied after conversion.
+        notes: lines that tell the user where the weights come from.
+        source: the float or quantized model whose checkpoint the weights come from, if it is ours;
+            its scales may be copied after conversion.
     """
 
     net: nn.Module
@@ -57,13 +57,13 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
     """Build a model with random weights.
 
     Raises:
-        UsageError: timm has no such model, or does not take the arguments.
+        UsageError: timm has no such model, or the model does not accept the arguments.
     """
     return Start(_create(model, kwargs), [RANDOM])
 
 
 def check_model(setting: str, model: object) -> None:
-    """Raise `UsageError` unless `model` is a name of timm's."""
+    """Raise `UsageError` unless timm has a model of this name."""
     if isinstance(model, str) and timm.is_model(model):
         return
     # Compare prefixes: names end with patch and image sizes.
@@ -96,16 +96,18 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
-    """Build a model with timm's pretrained weights, from the local caches or from their host.
+    """Build a model with timm's pretrained weights, from the local caches or from the network.
 
     Args:
         model: timm name.
         kwargs: arguments of `timm.create_model`.
-        keep_head: another class count is an error (True), or gets a new head (False).
+        keep_head: True = a different class count is an error; False = the model then gets a new
+            head.
 
     Raises:
-        UsageError: the model has none, or they are not cached and their host does not answer
-            within 4 s; with `keep_head` also if timm would give the model a new, untrained head.
+        UsageError: the model has no pretrained weights, or they are not cached and their host does
+            not answer within 4 s; with `keep_head`, also if timm would give the model a new,
+            untrained head.
     """
     advice = "use model.weights=FILE or model.pretrained=false"
     untrained = _create(model, kwargs)  # raises on a wrong name or wrong arguments
@@ -197,13 +199,16 @@ def from_state(
         model: timm name of the model to build.
         kwargs: arguments of `timm.create_model`.
         state: weights of a model of the same family.
-        origin: their name in messages, such as `ckpt='x.pt'`.
-        keep_head: another class count is an error (True), or gets a new head (False).
-        biases: linear layers that have a bias in `state` but not in timm's model; they get one.
-        hint: end of the line about another class count.
+        origin: name of the weights in messages, such as `ckpt='x.pt'`.
+        keep_head: True = a different class count is an error; False = the model then gets a new
+            head.
+        biases: linear layers that get a bias, because they have one in `state` but not in timm's
+            model.
+        hint: end of the message about a different class count.
 
     Raises:
-        UsageError: the class count differs with `keep_head`, or the weights are of another model.
+        UsageError: the class count differs and `keep_head` is on, or the weights belong to another
+            model.
     """
     untrained = _create(model, kwargs)
     added_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
@@ -240,7 +245,7 @@ def from_state(
 def _with_fitting_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace heads of another class count by the model's own.
+    """Replace heads with a different class count by the model's own heads.
 
     Returns:
         The state, a note for each new head, and how the class counts differ, or "".
@@ -263,7 +268,7 @@ def _with_fitting_heads(
 
 
 def _size(state: Mapping[str, Tensor], stem: str) -> str:
-    """Blocks and width of the model that weights belong to, in words; "" if it has no blocks."""
+    """Number of blocks and width of the weights' model, in words; "" if it has no blocks."""
     first = state.get(f"{stem}.weight")
     if first is None:
         return f"weights such as {min(state)}"
@@ -282,15 +287,15 @@ def from_checkpoint(
     reset_head: bool,
     keep_head: bool = False,
 ) -> Start:
-    """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
+    """Start from a file: a checkpoint of ours or of timm, or a plain state dict.
 
     Args:
         model: timm name of the model to build.
-        kwargs: its arguments.
+        kwargs: arguments of `timm.create_model`.
         checkpoint: the file.
-        reset_head: a model of ours gets a new head if the class count differs.
-        keep_head: the class count of any file must agree, because the model is not trained before
-            it is used.
+        reset_head: give a model of ours a new head if the class count differs.
+        keep_head: the class count must agree whatever the file, because the model is used without
+            training.
 
     Raises:
         UsageError: see `from_state` and `from_net`.
@@ -320,8 +325,8 @@ def from_net(
     """Start from a model of any recipe; its scales may be copied after conversion.
 
     Raises:
-        UsageError: see `from_state`; another class count needs `reset_head`; the model is frozen
-            and its float weights cannot be recovered.
+        UsageError: see `from_state`; the class count differs without `reset_head`; or the model is
+            frozen and its float weights cannot be recovered.
     """
     if not keeps_weights(source):
         raise UsageError(

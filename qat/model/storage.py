@@ -1,4 +1,4 @@
-"""Save a model to one file, and rebuild it from the file alone."""
+"""Save a model to one file, and rebuild it only from this file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat.model.scales import assert_ready, check_finite
 from qat.utils.files import write_torch
 from qat.utils.validate import check_images
 
-# Arguments of timm's models that would read further files.
+# Arguments of timm's models that would make timm read other files.
 FETCHING_ARGS = {
     "pretrained",
     "pretrained_cfg",
@@ -51,17 +51,17 @@ def save(
     The file can be read with `torch.load(weights_only=True)`.
 
     Args:
-        net: converted or float.
+        net: a converted or float model.
         path: the file.
         model: see `describe`.
         model_kwargs: see `describe`.
-        data: how images are to be prepared, as in `data/*.yaml`, for `qat.transform` and
-            `eval.py`: `image_size`, `mean`, `std` ...
+        data: how `qat.transform` and `eval.py` prepare images, as in `data/*.yaml`: `image_size`,
+            `mean`, `std` ...
         classes: names of the classes, in the order of the model's outputs.
 
     Raises:
-        UsageError: see `describe`; weights are computed from others (pruning, parametrizations);
-            or `load` cannot read the file that was written.
+        UsageError: see `describe`; weights are computed from other tensors (pruning,
+            parametrizations); or `load` cannot read the written file.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
         raise UsageError(f"save: the net {NOT_PLAIN}")
@@ -73,7 +73,7 @@ def save(
 def check_loads(path: str | os.PathLike[str]) -> None:
     """Raise `UsageError` if `load` cannot rebuild a model that was just written.
 
-    That is so if its modules were changed after timm built it.
+    This happens if modules were changed after timm built the model.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -91,8 +91,8 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
 
     Args:
         path: the file.
-        imports: modules to import first, with quantizers `package.module:Class` and models that
-            the file names; the file itself imports none.
+        imports: modules to import first, with quantizers `package.module:Class` and models that the
+            file names; reading the file imports nothing.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
@@ -108,12 +108,12 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
 
     Args:
         checkpoint: the file.
-        image_size: (height, width) of the images that the model will be called with; None = as
-            the file says.
+        image_size: (height, width) of the images with which the model will be called; None = the
+            size in the file.
 
     Raises:
-        UsageError: the file does not say which model it holds, or its weights do not fit or are
-            not finite; or the model, or an image for it, takes much more memory than the weights.
+        UsageError: the file does not say which model it contains; its weights do not fit or are not
+            finite; or the model, or an image for it, takes much more memory than the weights.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta
@@ -135,7 +135,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
         name = meta["model"]["name"]
         raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
     check_finite(net, origin, unset=True)
-    # Without scales, the model raises an error when it is called.
+    # If scales are missing, the model raises an error when it is called.
     with contextlib.suppress(UsageError):
         assert_ready(net)
     net.qat_data = meta.get("data")  # type: ignore[assignment]
@@ -187,9 +187,9 @@ def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
 
 
 def _check_constructor(meta: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless a model is one of timm's and its arguments read no further files.
+    """Raise `ValueError` unless timm has the model and its arguments make timm read no other files.
 
-    `timm.create_model` would also take `hub:repository` as a name.
+    `timm.create_model` would also accept `hub:repository` as a name.
     """
     name = meta["model"]["name"]
     if not timm.is_model(name):
@@ -199,7 +199,7 @@ def _check_constructor(meta: Mapping[str, Any]) -> None:
 
 
 def _build(meta: Mapping[str, Any]) -> nn.Module:
-    """Build the model that metadata of `describe` is about, with fresh weights."""
+    """Build the model that metadata of `describe` specifies, with new weights."""
     _check_constructor(meta)
     net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
     pool = meta.get("pool")
@@ -227,12 +227,12 @@ def _set_image_config(net: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def float_twin(net: nn.Module) -> nn.Module:
-    """Build a float model of the same constructor with fresh weights, in eval mode.
+    """Build a float model with the same constructor and new weights, in eval mode.
 
     Raises:
         UsageError: the model does not record how timm built it.
-        LookupError, TypeError, ValueError, RuntimeError: it cannot be built from that record.
+        LookupError, TypeError, ValueError, RuntimeError: the model cannot be built from the record.
     """
-    # The random weights are not used, so other draws on the CPU must not depend on them.
+    # The random weights are not used, so drawing them must not change later draws on the CPU.
     with torch.random.fork_rng(devices=[]):
         return _build({**describe(net), "recipe": None}).eval()

@@ -1,4 +1,4 @@
-"""Weights and scales of one model for a model of another recipe."""
+"""Transfer weights and scales from one model to a model with another recipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _TABLE_STD = 0.02
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """The float weights of a model under timm's names, whatever its recipe.
 
-    Quantizers are left out, and QKR's factors are stacked to `qkv`. A query bias that QKR dropped
+    Quantizers are left out, and QKR's factors are stacked into `qkv`. A query bias that QKR dropped
     becomes zeros, and so does the key bias, which does not change a softmax. Weights of a frozen
-    model (`qat.model.freeze.keeps_weights`) are the numbers that its codes mean.
+    model (`qat.model.freeze.keeps_weights`) are dequantized from the codes.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -46,7 +46,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if isinstance(weight_quantizer, FrozenWeight):
             state[f"{prefix}weight"] = weight_quantizer()
-    # A layer that a model has under two names is in timm's state dict under both.
+    # A layer that has two names in a model is in timm's state dict under both names.
     for name, child in module._modules.items():
         if child is not None and name not in included:
             _collect(child, f"{prefix}{name}.", state)
@@ -55,14 +55,15 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
     """Copy scales and offsets where quantizer, bits and shapes agree and the scales are set.
 
-    Learned step sizes without offsets also take a symmetric affine grid of as many codes.
+    Learned step sizes without offsets can also be copied from a symmetric affine grid with the same
+    number of codes.
 
     Args:
         source: a quantized model.
         target: a converted model.
 
     Returns:
-        Names of the sites that were copied, and of those that were not and need data.
+        Names of the sites that were copied, and of the sites that were not and need data.
     """
     donors = {site.name: site for site in iter_quantizers(source)}
     copied = []
@@ -88,9 +89,10 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
 
 
 def forget_attention_weights(net: nn.Module) -> list[str]:
-    """Initialise again the weights that the conversion of the paper's code loses.
+    """Reinitialise the weights that the paper's code loses in its conversion.
 
-    They are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of biases.
+    These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
+    biases.
 
     Returns:
         Names of the linear layers and tables that were reset.
@@ -112,10 +114,10 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
 
 
 def invent_biases(net: nn.Module) -> list[str]:
-    """Give linear layers outside of attentions a random bias, as the paper's code does.
+    """Give linear layers without a bias outside attentions a random bias, as the paper's code does.
 
     Returns:
-        Names of the layers, which had no bias.
+        Names of the layers that got a bias.
     """
     names = [
         name
@@ -125,15 +127,15 @@ def invent_biases(net: nn.Module) -> list[str]:
     grow_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
-        bound = linear.in_features**-0.5  # torch's own
+        bound = linear.in_features**-0.5  # torch's own initialisation
         nn.init.uniform_(linear.bias, -bound, bound)
     return names
 
 
 def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy the state of a quantizer of equal spec and shapes.
+    """Copy the state of a quantizer with equal spec and shapes.
 
-    Step sizes may be relative in one and absolute in the other.
+    Step sizes may be relative in one quantizer and absolute in the other.
 
     Returns:
         False if nothing could be copied.
@@ -159,12 +161,12 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
 
 
 def _copy_affine(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy a symmetric grid of post-training quantization into LSQ; False if LSQ cannot have it."""
+    """Copy a symmetric grid of post-training quantization into LSQ; False if that is impossible."""
     if not isinstance(donor, Affine) or type(target) is not LSQ:
         return False
     if donor.spec.bits != target.spec.bits or donor.spec.bias_correction:
         return False
-    # As many scales along another axis would be different scales.
+    # The same number of scales along another axis would be different scales.
     has_same_layout = donor.axis == target.axis and donor.scale.shape == target.scale.shape
     if donor.axis is not None and not has_same_layout:
         return False

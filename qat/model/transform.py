@@ -1,4 +1,4 @@
-"""The transform from an image to the input of a model, as evaluation uses it."""
+"""The transform that evaluation uses to turn an image into the input of a model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
 
     It maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. A model from
     `last.ckpt` or `best.ckpt` (`qat.load`) gets images as `eval.py` prepares them, from the data
-    config in its file; so does one from `qat.save(net, path, data=...)`. Settings that are not in
-    the file follow timm's `resolve_data_config` for the model's `pretrained_cfg`: crop,
-    interpolation, mean and std of its pretrained weights (their averages over the colours for
-    grey images), at the model's input size.
+    config in the file; so does a model from `qat.save(net, path, data=...)`. Settings that are not
+    in the file follow timm's `resolve_data_config` for the model's `pretrained_cfg`: crop,
+    interpolation, mean and std of its pretrained weights (their averages over the colours for grey
+    images), at the model's input size.
 
     Raises:
-        UsageError: the model has neither, does not take square images, or its data are of a class
-            that is neither ours nor imported.
+        UsageError: the model has neither a data config nor a `pretrained_cfg`, does not take square
+            images, or the class of its data is neither ours nor imported.
     """
-    from qat.data import image_transform  # imports Lightning
+    from qat.data import image_transform  # qat.data imports Lightning
 
     return image_transform(data_config(net))
 
@@ -65,7 +65,7 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
         for name in ("mean", "std"):
             average = sum(settings[name]) / len(settings[name])
             settings[name] = [average] * channels
-    # A backbone has no classes, and images do not depend on them.
+    # A backbone has no classes, and the preparation of images does not depend on classes.
     num_classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1
     return settings | {
         "image_size": height,
@@ -76,20 +76,22 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
 
 
 def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
-    """Make a model take images of another mean and standard deviation than in its training.
+    """Make a model accept images whose mean and standard deviation differ from its training.
 
-    A hook maps such images to the model's own before its first layer.
+    A hook maps such images to the mean and standard deviation of the training images before the
+    first layer.
 
     Args:
         net: the model.
         given: mean and standard deviation per channel of the new images.
-        own: those of its training images. If both are equal, the model is not changed.
+        own: mean and standard deviation per channel of the model's training images. If `given` and
+            `own` are equal, the model is not changed.
     """
     if given == own:
         return
     statistics = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
     (mean, std), (own_mean, own_std) = statistics
     factor_and_offset = torch.stack([std, mean - own_mean]).div(own_std).float()
-    # A buffer moves to other devices with the model; no file stores it.
+    # Buffers move to other devices with the model; no file stores these buffers.
     net.register_buffer("to_own", factor_and_offset, persistent=False)
     net.register_forward_pre_hook(lambda net, args: (args[0] * net.to_own[0] + net.to_own[1],))

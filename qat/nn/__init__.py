@@ -1,4 +1,4 @@
-"""Modules that own quantizers, one file per timm family; importing them registers their swaps."""
+"""Modules that own quantizers, one file per timm family; importing a file registers its swaps."""
 
 from qat.nn import beit, conv, eva, fqvit, hf_constructor, linear, relpos, swin, swinv2, vit
 from qat.nn.attention import QuantAttention, ScoredAttention

@@ -1,4 +1,4 @@
-"""Quantized attention without query-key reparameterization, and code shared with that form.
+"""Quantized attention without query-key reparameterization, and code that both forms share.
 
 Source: OFQ, arXiv 2302.02210.
 """
@@ -17,12 +17,12 @@ from qat.utils.validate import check_choice
 
 
 def split_heads(t: Tensor, num_heads: int) -> Tensor:
-    """(B, N, h*d) to (B, h, N, d)."""
+    """Reshape (B, N, h*d) to (B, h, N, d)."""
     return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def separate_bias(attention: Any) -> Tensor | None:
-    """Bias (3*h*d,) of modules with `q_bias` and `v_bias` next to `qkv`, or None; 0 for keys."""
+    """Bias (3*h*d,) of modules with separate `q_bias` and `v_bias`, or None; 0 for keys."""
     q_bias = attention.q_bias
     v_bias = attention.v_bias
     if q_bias is None or v_bias is None:
@@ -31,9 +31,9 @@ def separate_bias(attention: Any) -> Tensor | None:
 
 
 def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
-    """Quantize (B, h, N, d) as (B, N, h*d), or unchanged if blocks of d share scales.
+    """Quantize (B, h, N, d) as (B, N, h*d), or without reshaping if blocks of d share scales.
 
-    A score sums over d, so blocks must not reach across heads.
+    A score sums over d, so blocks must not extend across heads.
     """
     if getattr(quantizer, "in_blocks", False):
         return quantizer(t)
@@ -41,11 +41,11 @@ def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
 
 
 class ScoredAttention(nn.Module):
-    """Everything from the scores on, common to both forms of attention.
+    """The part of attention after the scores, common to both of its forms.
 
     Args:
         attention: the timm module, whose settings and output layers are used.
-        context: recipe and place.
+        context: recipe and place of the attention.
 
     Attributes:
         keep_probs: see `Scoring`.
@@ -54,7 +54,7 @@ class ScoredAttention(nn.Module):
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__()
         self.num_heads: int = attention.num_heads
-        self.scale: float = getattr(attention, "scale", 1.0)  # cosine attention learns its own
+        self.scale: float = getattr(attention, "scale", 1.0)  # cosine attention learns its scale
         if hasattr(attention, "head_dim"):
             self.head_dim: int = attention.head_dim
         else:
@@ -74,7 +74,7 @@ class ScoredAttention(nn.Module):
 
         Args:
             scores: (B, h, N, M), scaled, biased and masked.
-            v: (B, M, h*d), not yet quantized; fewer heads if groups of heads share theirs.
+            v: (B, M, h*d), not yet quantized; fewer heads if groups of heads share values.
 
         Returns:
             (B, N, h*d).
@@ -89,7 +89,7 @@ class ScoredAttention(nn.Module):
         return self.project(self.gather(scores, v), x)
 
     def project(self, out: Tensor, x: Tensor) -> Tensor:
-        """Norm, gate and projection of the output of the heads.
+        """Apply norm, gate and projection to the output of the heads.
 
         Args:
             out: (B, N, h*d).
@@ -104,11 +104,11 @@ class ScoredAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def shared(self, t: Tensor) -> Tensor:
-        """(B, h/groups, M, d) to (B, h, M, d): heads of a group share keys and values."""
+        """Expand (B, h/groups, M, d) to (B, h, M, d): the heads of a group share keys or values."""
         return t if self.groups == 1 else t.repeat_interleave(self.groups, dim=1)
 
     def n_scores(self, x: Tensor) -> int:
-        """Number of scores for an input (B, N, C), where B counts windows."""
+        """Number of scores for an input (B, N, C), where B is the number of windows."""
         return x.shape[0] * self.num_heads * x.shape[1] ** 2
 
 
@@ -134,7 +134,7 @@ class QuantAttention(ScoredAttention):
         self.v_bias = getattr(attention, "v_bias", None)
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values (B, N, h*d) each, of x (B, N, C), with separate biases."""
+        """Queries, keys and values (B, N, h*d) of x (B, N, C), including separate biases."""
         qkv = self.qkv(x)
         bias = separate_bias(self)
         if bias is not None:
@@ -142,9 +142,9 @@ class QuantAttention(ScoredAttention):
         return qkv.chunk(3, dim=-1)
 
     def heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, N, h*d) as (B, h, N, d), normalised.
+        """Reshape queries and keys (B, N, h*d) to (B, h, N, d) and normalise them.
 
-        Keys have fewer heads if groups of heads share theirs.
+        Keys have fewer heads if groups of heads share keys.
         """
         q_heads = split_heads(q, self.num_heads)
         k_heads = split_heads(k, self.num_heads // self.groups)
@@ -153,7 +153,7 @@ class QuantAttention(ScoredAttention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d).
 
-        Both have one step size per token, shared by the heads.
+        Queries and keys have one step size per token, which the heads share.
         """
         q_q = quantized_heads(q, self.q_quantizer)
         k_q = self.shared(quantized_heads(k, self.k_quantizer))
@@ -171,7 +171,7 @@ class QuantAttention(ScoredAttention):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between must run by itself.
+            (B, N, h*d); None if a module in between must run separately.
         """
         modules_are_off = is_off(self.q_norm) and is_off(self.k_norm) and is_off(self.attn_drop)
         if self.groups != 1 or not modules_are_off or not can_fuse(qkv):
@@ -190,14 +190,14 @@ MEMORY = ("save", "recompute")
 
 
 def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
-    """Choose between time and memory, which changes no result.
+    """Choose between time and memory, without a change of results.
 
     Args:
         net: a converted model; others stay unchanged.
-        memory: `save` saves for backward what takes long to compute; `recompute` computes again the
-            probabilities of quantized attentions, and the products of reparameterized ones with
-            their matrices, in less memory and up to 15 % more time. In compiled models the
-            compiler decides what to save besides.
+        memory: `save` saves for backward what takes long to compute. `recompute` needs less memory
+            and up to 15 % more time: backward recomputes the probabilities of quantized attentions,
+            and products with the folded matrices of reparameterized attentions. In compiled models,
+            the compiler decides which other tensors to save.
 
     Returns:
         `net` itself.

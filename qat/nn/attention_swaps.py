@@ -26,12 +26,13 @@ def register_attention(
 
     Args:
         cls: class of timm.
-        standard: its quantized form; takes the module and a `SwapContext`.
-        qkr: its form with query-key reparameterization, which is not possible with norms of queries
-            or keys; or the reason why there is none, after "this model".
-        inputs: ranges of the inputs of the standard form's children.
-        also_float: use the standard form for float attention, too, because timm's uses the weight
-            of a quantized Linear without calling it.
+        standard: builds its quantized form from the module and a `SwapContext`.
+        qkr: builds its form with query-key reparameterization, which is not possible with norms of
+            queries or keys; or the reason why there is no such form, a text that continues "this
+            model".
+        inputs: input ranges of the children of the standard form.
+        also_float: use the standard form for float attention too, because timm's class uses the
+            weight of a quantized Linear without calling the Linear.
     """
 
     def swap_standard(module: nn.Module, context: SwapContext) -> Swap:

@@ -15,10 +15,10 @@ from qat.nn.score_terms import RelativeBias
 
 
 class _BeitBias(RelativeBias):
-    """Bias from the attention's own table, from a table that all blocks share, both, or none."""
+    """Relative position bias: from the attention's own table, a shared table, both or neither."""
 
     def biased(self, scores: Tensor, shared: Tensor | None) -> Tensor:
-        """Scores (B, h, N, N) with the biases."""
+        """Add the biases to scores (B, h, N, N)."""
         if self.relative_position_bias_table is not None:
             scores = scores + self.position_bias()
         return scores if shared is None else scores + shared
@@ -44,7 +44,7 @@ class QkrBeitAttention(_BeitBias, QkrAttention):
         return self.attend(scores, self.v(x_q), x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of timm's module: `qkv` without bias, the two biases, and the table."""
+        """Tensors of timm's module: `qkv` without a bias, the two biases, and the table."""
         state = {"qkv.weight": super().timm_weights()["qkv.weight"]}
         if self.v.bias is not None:
             state["q_bias"] = self._query_bias().detach()

@@ -12,7 +12,7 @@ from qat.quantizers import Quantizer
 
 
 class QuantConv2d(nn.Conv2d, QuantModule):
-    """conv(q(x), q(W)) + b, with the parameters of the convolution that it replaces.
+    """Computes conv(q(x), q(W)) + b with the parameters of the convolution that it replaces.
 
     Args:
         conv: the module to replace.
@@ -44,25 +44,25 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         """Map (B, I, H, W) to (B, O, H', W')."""
         x_q = self.input_quantizer(x)
         weight_q = self.quantized("weight")
-        # Evaluation adds up in the order of frozen and exported models: with one scale for a whole
-        # tensor, a difference in the last bit reaches every code.
+        # Evaluation sums in the same order as frozen and exported models: with one scale for a
+        # whole tensor, a difference in its last bit affects all codes.
         if torch.is_grad_enabled() and self.is_patchwise:
             return self._by_patches(x_q, weight_q)
         return self._conv_forward(x_q, weight_q, self.bias)
 
     @property
     def is_patchwise(self) -> bool:
-        """True if outputs share no pixels, as in patch embeddings, and x has a learned scale."""
+        """True if outputs read no pixel twice, as in patch embedding, and x has a learned scale."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}
         return learns and has_no_overlap and has_no_padding and self.groups == 1
 
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution as one matrix product.
+        """Compute the convolution as one matrix product.
 
-        The quantizer of the image learns from the gradient of the image, which a convolution
-        computes several times more slowly.
+        The quantizer of the image learns from the gradient of the image, which takes several times
+        as long with a convolution.
         """
         height, width = self.kernel_size
         rows = x.shape[2] // height
@@ -76,7 +76,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
 @register_swap(nn.Conv2d, "conv")
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
-    """Quantize a convolution; the input of the first one is the image."""
+    """Quantize a convolution; the input of the first convolution is the image."""
     is_first = context.place == "stem"
     input_quantizer = context.input_quantizer("image") if is_first else context.planes()
     return Swap(QuantConv2d(module, input_quantizer, context.weight()))

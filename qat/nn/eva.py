@@ -22,7 +22,7 @@ class QuantRopeAttention(QuantAttention):
     """Attention whose queries and keys are rotated by position, then quantized.
 
     `qkv` is one Linear or three. Keys and values may have fewer heads than queries (grouped
-    queries): each is quantized once, then shared by its group.
+    queries): each head of keys or values is quantized once, then shared by its group.
     """
 
     def __init__(self, attention: EvaAttention | AttentionRope, context: SwapContext) -> None:
@@ -54,13 +54,13 @@ class QuantRopeAttention(QuantAttention):
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, N, h*d), keys and values."""
+        """Queries (B, N, h*d), and keys and values."""
         if self.qkv is not None:
             return super().projected(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
-        """Queries or keys (B, h, N, d), rotated except for the prefix tokens."""
+        """Rotate queries or keys (B, h, N, d), except for the prefix tokens."""
         if rope is None:
             return t
         prefix = t[:, :, : self.num_prefix_tokens]

@@ -1,7 +1,7 @@
 """Placement `fqvit`: quantizers also after layers, on scores and on the residual stream.
 
-The output of a norm, of the heads or of a GELU is quantized by the input quantizer of the next
-Linear. Source: FQ-ViT, arXiv 2111.13824.
+The outputs of norms, heads and GELUs are quantized by the input quantizer of the next Linear.
+Source: FQ-ViT, arXiv 2111.13824.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
 
-# The axis of a scale for each token.
+# The axis for one scale per token.
 TOKENS = -2
 
 
 class IntegerLayerNorm(nn.LayerNorm):
-    """LayerNorm in integer arithmetic, between the quantizer before it and the one after it.
+    """LayerNorm in integer arithmetic between two quantizers.
 
     Attributes:
-        between: the quantizer before and the one after, affine or their frozen forms; they belong
-            to other modules.
+        between: the quantizers before and after the norm, affine or frozen; they belong to other
+            modules.
     """
 
     between: tuple[Affine, Affine]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., C) to multiples of the step size of the quantizer after it."""
+        """Map (..., C) to multiples of the step size of the quantizer after the norm."""
         before, after = self.between
         if after.scale is None:  # while `convert` counts scales
             return self.in_float(x)
@@ -51,7 +51,7 @@ class IntegerLayerNorm(nn.LayerNorm):
         return integer_layer_norm(x, before.scale, after.scale, weight, bias).to(x.dtype)
 
     def in_float(self, x: Tensor) -> Tensor:
-        """The norm in float."""
+        """LayerNorm in float."""
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -74,17 +74,17 @@ class FqAttention(ScoredAttention):
         self.output_quantizer = context.act("output")
 
     def quantized_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (B, h, N, d), values (B, N, h*d)."""
+        """Quantized queries and keys (B, h, N, d), and values (B, N, h*d)."""
         q, k, v = self.qkv_quantizer(self.qkv(x)).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """The output of the base class, quantized."""
+        """Quantize the output of the base class."""
         return self.output_quantizer(super().attend(scores, v, x))
 
 
 class FqVitAttention(FqAttention):
-    """`timm.layers.Attention`."""
+    """Quantized `timm.layers.Attention`."""
 
     def __init__(self, attention: timm_layers.Attention, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -136,11 +136,11 @@ class _FqOutput(nn.Module):
 
 
 class FqPatchEmbed(_FqOutput, timm_layers.PatchEmbed):
-    """`PatchEmbed`: (B, I, H, W) to (B, N, C), or to another shape that timm is set to."""
+    """`PatchEmbed` with quantized output: (B, I, H, W) to (B, N, C), or to a shape set in timm."""
 
 
 class FqPatchMerging(_FqOutput, PatchMerging):
-    """Patch merging: (B, H, W, C) to (B, H/2, W/2, C_out)."""
+    """Patch merging with a quantized output: (B, H, W, C) to (B, H/2, W/2, C_out)."""
 
 
 class FqHead(_FqOutput, QuantLinear):
@@ -148,17 +148,17 @@ class FqHead(_FqOutput, QuantLinear):
 
 
 class FqNet(VisionTransformer):
-    """The model itself: quantizers after the joined tokens, the position embedding, and the sum."""
+    """The model itself: quantizers after the joined tokens, the position embedding and the sum."""
 
     def add_quantizers(self, context: SwapContext) -> None:
-        """Add the quantizers of the model itself."""
+        """Add the quantizers that belong to the model itself."""
         self.tokens_quantizer = context.act("output")
         has_positions = self.pos_embed is not None
         self.positions_quantizer = context.act("output") if has_positions else nn.Identity()
         self.embedding_quantizer = context.act("residual")
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patches (B, N, C) with prefix tokens and positions, in timm's order."""
+        """Add prefix tokens and positions to patches (B, N, C), in timm's order."""
         tokens = []
         for name in ("cls_token", "dist_token", "reg_token"):
             token = getattr(self, name, None)
@@ -176,7 +176,8 @@ class FqNet(VisionTransformer):
         """Give each integer norm the quantizers on both sides of it.
 
         Raises:
-            UsageError: one of them is not affine, or has scales over which integers cannot sum.
+            UsageError: one of these quantizers is not affine, or has scales over which integers
+                cannot be summed.
         """
         for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
@@ -188,22 +189,22 @@ class FqNet(VisionTransformer):
                 )
             spec_before = before.spec  # type: ignore[attr-defined]
             spec_after = after.spec  # type: ignore[attr-defined]
-            # The norm sums over the channels of a token, whose scales before it must be equal, or
-            # one scale times powers of two.
+            # The norm sums over the channels of a token, so the scales before the norm must be
+            # equal, or be one scale times powers of two.
             has_token_scales = TOKENS in {spec_before.axis, spec_after.axis}
             can_sum = spec_before.axis is None or spec_before.observer == "ptf"
             if has_token_scales or not can_sum:
                 need = "one scale, or one for each channel by ptq.residual_observer=ptf"
                 raise UsageError(
                     f"ptq.layernorm='integer': {name} needs {need} before it, "
-                    "and none for each token after it"
+                    "and no scale per token after it"
                 )
             norm.between = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
-        """Name and module of each norm, the quantizer before it and the one after it.
+        """Name and module of each norm, and the quantizers before and after the norm.
 
-        None in place of a quantizer that is not known.
+        A quantizer that is not known is None.
         """
         before: object = None
         if isinstance(self.norm_pre, nn.Identity):
@@ -222,7 +223,7 @@ class FqNet(VisionTransformer):
 
 
 def _input_quantizer(layer: object) -> object:
-    """The input quantizer of a layer; None if it has none."""
+    """The input quantizer of a layer; None if the layer has no input quantizer."""
     return getattr(layer, "input_quantizer", None)
 
 
@@ -258,7 +259,7 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
 
 @register_swap(nn.Linear, "fqvit")
 def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
-    """Quantize a Linear, and the logits of a head."""
+    """Quantize a Linear; for a head, also quantize the logits."""
     linear = QuantLinear(module, context.input_quantizer(), context.weight())
     if context.place == "head":
         return _with_output(FqHead, linear, context)
@@ -330,7 +331,7 @@ def swap_output(module: nn.Module, context: SwapContext) -> Swap:
 
 
 def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
-    """The module as a `cls`, with a quantizer after it."""
+    """Cast the module to `cls`, with a quantizer after it."""
     cast = shallow_cast(cls, module)
     cast.output_quantizer = context.act("output")
     return Swap(cast)

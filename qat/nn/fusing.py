@@ -1,4 +1,4 @@
-"""Parameters of quantizers for fused Functions; None if a quantizer must run by itself."""
+"""Parameters of quantizers for fused Functions; None if a quantizer must run separately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat.quantizers import Quantizer
 
 
 def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
-    """The quantizer's own parameters; None if it has none for a Function, or is watched."""
+    """Parameters of the quantizer for a Function; None if there are none, or if it is watched."""
     if not isinstance(quantizer, Quantizer) or is_watched(quantizer):
         return None
     if is_watched(getattr(quantizer, "quantizer", quantizer)):
@@ -20,13 +20,13 @@ def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
-    """Parameters of a quantizer of activations."""
+    """Parameters of an activation quantizer."""
     params = _params_of(quantizer)
     return params if isinstance(params, LSQParams) else None
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
-    """Parameters of the quantizer of the weight with this role, and the weight if it is kept."""
+    """Quantizer parameters of the weight with this role, and the quantized weight if it is kept."""
     params = _params_of(getattr(module, f"{role}_quantizer"))
     if isinstance(params, LSQParams):
         if params.before is not None:

@@ -17,7 +17,7 @@ from qat.quantizers import Quantizer
 
 
 class QuantLinear(nn.Linear, QuantModule):
-    """q(x) @ q(W)^T + b, with the parameters of the Linear that it replaces, under the same names.
+    """Computes q(x) @ q(W)^T + b, with the parameters and names of the Linear that it replaces.
 
     Args:
         linear: the module to replace.
@@ -43,7 +43,7 @@ class QuantLinear(nn.Linear, QuantModule):
         return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
 
     def _fused(self, x: Tensor, operand: LSQParams) -> Tensor:
-        """The result of the plain path in one autograd Function, which saves less for backward."""
+        """Compute the plain path as one autograd Function, which saves less for backward."""
         params = weight_params(self, "weight")
         if params is None:
             return lsq_linear(x, operand, self.quantized("weight"), WeightParams(None), self.bias)
@@ -59,7 +59,7 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`; `fc2` has an unsigned input after an activation, as older files need."""
+    """Keep an `Mlp`; after an activation, the input of `fc2` is unsigned, as older files need."""
     follows_activation = isinstance(module.norm, nn.Identity)
     if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
         return Swap(module, {"fc2": "unsigned"})
@@ -68,21 +68,21 @@ def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
 
 @register_swap(nn.TransformerEncoderLayer, "linear")
 def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
-    """Keep torch from its fast path, which would read weights past the quantized layers."""
+    """Keep torch from its fast path, which would read the weights of quantized layers directly."""
     layer = shallow_cast(nn.TransformerEncoderLayer, module)
     layer.activation_relu_or_gelu = 0
     return Swap(layer)
 
 
 def _can_remember(module: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """True if a quantized Linear may save the input `x` of a module instead of its output `out`."""
+    """True if a quantized Linear may save the input `x` of a module in place of its output."""
     needs_grad = torch.is_grad_enabled() and out.requires_grad
-    # A hook may ask for gradients of the output later.
+    # A hook may request gradients of the output later.
     return can_fuse(x) and needs_grad and out.dtype == x.dtype and not is_watched(module)
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, whose output remembers its input: a quantized Linear saves that one only."""
+    """`nn.LayerNorm` that marks its output: a quantized Linear saves only the norm's input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape."""
@@ -93,7 +93,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GELU(nn.GELU):
-    """`nn.GELU`, whose output remembers its input: a quantized Linear saves that one only."""
+    """`nn.GELU` that marks its output: a quantized Linear saves only the input of the GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
@@ -104,7 +104,7 @@ class GELU(nn.GELU):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that returns its very input where it drops nothing, in a compiled graph too."""
+    """`nn.Dropout` that returns the same tensor if it drops nothing, also in compiled graphs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""

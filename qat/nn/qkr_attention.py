@@ -25,17 +25,18 @@ def _parameter_like(source: Tensor, values: Tensor) -> nn.Parameter:
 class QkrAttention(ScoredAttention, QuantModule):
     """Query-key reparameterization: score[n, m] = Xq[n] . Q(M_h Xq[m]), M_h = Wq_h^T Wk_h.
 
-    M is quantized, too. The quantizer of the product has the role `k`.
+    M is quantized too. The quantizer of the product M_h Xq[m] has the role `k`.
 
     Args:
         attention: the timm module, with its weights in `qkv`.
-        context: recipe and place.
+        context: recipe and place of the attention.
 
     Attributes:
         q_weight: Wq (h*d, C), rows grouped by head.
         k_weight: Wk (h*d, C), rows grouped by head.
-        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the
-            function. The key bias is always dropped: it does not change a softmax.
+        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops the query bias, which
+            changes the result. The key bias is always dropped, because it does not change a
+            softmax.
         folded_bias: (h, C), the query bias in a frozen model.
         product_offset: (h*C,) learned offset before the product's quantizer, a bias of the folded
             linear map.
@@ -66,7 +67,7 @@ class QkrAttention(ScoredAttention, QuantModule):
             self.product_offset = nn.Parameter(wq.new_zeros(self.num_heads * wq.shape[1]))
 
     def latent(self, role: str) -> Tensor:
-        """The folded matrix M (h*C, C) for `qk`."""
+        """The folded matrix M (h*C, C), for the role `qk`."""
         if role != "qk":
             raise KeyError(role)
         return fold_qk(self.q_weight, self.k_weight, self.num_heads)
@@ -84,7 +85,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return scores + F.linear(xq, _in_dtype_of(xq, per_key)).transpose(1, 2).unsqueeze(2)
 
     def per_key_weight(self) -> Tensor | None:
-        """The folded query bias (h, C), which adds a score to each key; None without a bias."""
+        """The folded query bias (h, C), which adds to the scores of each key; None without bias."""
         if self.folded_bias is not None or self.q_bias is None:
             return self.folded_bias
         return fold_q_bias(self.k_weight, self.q_bias, self.num_heads)
@@ -96,7 +97,7 @@ class QkrAttention(ScoredAttention, QuantModule):
     def fused(
         self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | None:
-        """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x in one Function.
+        """Compute `gather(scores(xq) * factor + bias + mask, v(xq))` in one Function.
 
         Args:
             x: (B, N, C), not yet quantized.
@@ -105,7 +106,7 @@ class QkrAttention(ScoredAttention, QuantModule):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between must run by itself.
+            (B, N, h*d); None if a module in between must run separately.
         """
         v = self.v
         if not isinstance(v, QuantLinear) or is_watched(v) or not is_off(v.input_quantizer):
@@ -127,7 +128,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return qkr_attention(x, weights, (matrix_params, v_params), operands, scoring)
 
     def _operands(self) -> QkrOperands | None:
-        """Parameters of the quantizers of activations; None if one must run by itself."""
+        """Parameters of the activation quantizers; None if one of them must run separately."""
         x = operand_of(self.input_quantizer)
         product = operand_of(self.k_quantizer)
         values = operand_of(self.v_quantizer)
@@ -137,7 +138,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return QkrOperands(input=x, product=product, values=values, probs=probs)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of timm's module, detached, without those of `proj` and other children.
+        """Detached tensors of timm's module, without the tensors of `proj` and other children.
 
         A dropped query bias is returned as zeros, and so is the key bias.
         """
@@ -153,7 +154,7 @@ class QkrAttention(ScoredAttention, QuantModule):
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    """A folded weight, float32, in the dtype of `x`; integer codes stay unchanged."""
+    """Convert a folded float32 weight to the dtype of `x`; integer codes stay unchanged."""
     if isinstance(weight, Tensor) and isinstance(x, Tensor):
         return weight.to(x.dtype)
     return weight

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 def shallow_cast(cls: type[M], module: nn.Module) -> M:
     """A module of class `cls` with the parameters, buffers, children and settings of `module`.
 
-    None of them is copied.
+    Nothing is copied.
     """
     cast = cls.__new__(cls)
     cast.__dict__.update(module.__dict__)
@@ -38,15 +38,15 @@ def is_watched(module: nn.Module) -> bool:
 class QuantModule(nn.Module):
     """A module with quantizers among its attributes."""
 
-    # By role: a key of all that the quantized weight depends on, and the weight. None = each
-    # forward pass quantizes again. Set by `keep_weights`.
+    # For each role, a key of everything that the quantized weight depends on, and the weight. None
+    # = each forward pass quantizes again. `keep_weights` sets it.
     kept_weights: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
         """The float weight with this role, which the quantizer `<role>_quantizer` gets.
 
         Raises:
-            KeyError: the module quantizes no such weight.
+            KeyError: the module quantizes no weight with this role.
         """
         if role != "weight":
             raise KeyError(role)
@@ -69,13 +69,13 @@ class QuantModule(nn.Module):
     def kept_weight(self, role: str) -> Tensor | None:
         """The quantized weight without gradient; None unless `keep_weights` is on.
 
-        Quantizes the weight if it was changed since the last call.
+        The weight is quantized again if it changed since the last call.
         """
         quantizer = getattr(self, f"{role}_quantizer")
         if torch.compiler.is_compiling() or self.kept_weights is None or is_watched(quantizer):
             return None
         sources = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
-        if any(t.is_inference() for t in sources):  # such tensors do not count their changes
+        if any(t.is_inference() for t in sources):  # inference tensors do not count their changes
             return None
         versions = [(t.data_ptr(), t._version) for t in sources]
         key = (torch.is_inference_mode_enabled(), *versions)
@@ -90,14 +90,14 @@ class QuantModule(nn.Module):
 
 
 def keep_weights(net: nn.Module, *, keep: bool) -> None:
-    """Keep quantized weights from one forward pass to the next, or free them and stop.
+    """Keep quantized weights from one forward pass to the next, or free them and stop keeping them.
 
     A weight is quantized again if torch counts a change. Changes through `.data`, by a fused
     optimizer or by a collective operation are not counted: call this function again after them.
 
     Args:
         net: the model.
-        keep: begin to keep weights; False = stop.
+        keep: True = keep weights; False = free them and stop.
     """
     for module in net.modules():
         if isinstance(module, QuantModule):

@@ -16,7 +16,7 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
-    """Scores (B, h, N, N) with the block's own bias, else with the shared one if there is one."""
+    """Add the block's own bias to scores (B, h, N, N), or else the shared bias if there is one."""
     if rel_pos is not None:
         return rel_pos(scores, shared_rel_pos=shared)
     return scores if shared is None else scores + shared
@@ -55,5 +55,5 @@ register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)
 
 @register_swap(RelPosMlp, "linear")
 def keep_bias_float(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep the small network of the bias float: its output is a table, the same for all images."""
+    """Keep the small network of the bias in float: its output is one table for all images."""
     return Swap(module, {"mlp": "float"})

@@ -1,4 +1,4 @@
-"""Terms that are added to the scores of an attention: biases by relative position, window masks."""
+"""Terms that are added to attention scores: biases by relative position, and window masks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class RelativeBias(nn.Module):
         )
 
     def position_bias(self) -> Tensor:
-        """(h, N, N), to be added to scaled scores."""
+        """The bias (h, N, N) to add to scaled scores."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 def add_window_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Mask scores between parts of a window that only a cyclic shift put next to each other.
+    """Mask scores between parts of a window that are adjacent only because of a cyclic shift.
 
     Args:
         scores: (B*windows, h, N, N).

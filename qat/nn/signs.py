@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-# Activations whose negative tail is small enough for an unsigned grid: a learned offset shifts it.
+# Activations whose negative tail is small enough for an unsigned grid with a learned offset.
 NEARLY_POSITIVE = (
     nn.GELU,
     nn.ReLU,
@@ -24,7 +24,7 @@ NEARLY_POSITIVE = (
     timm_layers.QuickGELU,
 )
 _FUNCTIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
-# Functions that may copy a tensor, and keep its values.
+# Functions that may copy a tensor, but keep its values.
 _COPIES = {
     F.dropout,
     F.max_pool2d,
@@ -41,7 +41,7 @@ _COPIES = {
 class ActivationTracer(TorchFunctionMode):
     """Follows outputs of activation functions through views and copies.
 
-    A tensor that is changed in place is not followed any more.
+    A tensor that is changed in place is no longer followed.
 
     Args:
         classes: further classes of activations with a small negative tail.
@@ -51,7 +51,7 @@ class ActivationTracer(TorchFunctionMode):
         super().__init__()
         self.classes = (*NEARLY_POSITIVE, *classes)
         self.layers: dict[nn.Module, bool] = {}
-        # Storage: a tensor, which keeps it alive, and the version of its values.
+        # For each storage, a tensor that keeps the storage alive, and the version of its values.
         self.outputs: dict[int, tuple[Tensor, int]] = {}
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
@@ -63,7 +63,7 @@ class ActivationTracer(TorchFunctionMode):
                 yield module.register_forward_pre_hook(self._before_layer)
 
     def unsigned_inputs(self) -> frozenset[nn.Module]:
-        """Layers that received nothing else than outputs of activation functions."""
+        """Layers that received only outputs of activation functions."""
         return frozenset(layer for layer, is_output in self.layers.items() if is_output)
 
     def _after_activation(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Table of the modules that replace others, by class *object* and intent.
+"""Table of replacements for modules, by class *object* and intent.
 
-Names would not do: timm has two unrelated classes named `Attention`. A new family is one file with
-`@register_swap(TheirClass, intent)`.
+Names would be ambiguous: timm has two unrelated classes named `Attention`. To add a family, write
+one file with `@register_swap(TheirClass, intent)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qat.errors import UsageError
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
-# Intents of attention classes, by the recipe's `attention`.
+# Intent of attention classes for each value of the recipe's `attention`.
 _ATTENTION_INTENTS = {
     "qkr": "qkr_attention",
     "standard": "attention",
@@ -34,7 +34,7 @@ class SwapContext:
         place: `stem`, `block` or `head`.
         input: range of the module's input: `signed`, `unsigned` (after an activation without
             negative tail), or `quantized` already. With `float`, a parent keeps a child and all
-            modules in it unchanged.
+            modules inside the child unchanged.
     """
 
     recipe: QuantRecipe
@@ -52,9 +52,9 @@ class SwapContext:
         )
 
     def product(self) -> Quantizer:
-        """A quantizer of QKR's product: signed, one scale per position, without offsets.
+        """A quantizer for QKR's product: signed, one scale per position, without offsets.
 
-        The folded linear map has the offset before the quantizer as its bias.
+        The offset before the quantizer is the bias of the folded linear map.
         """
         spec = self.recipe.act_spec("k", self.place)
         return build_quantizer(dataclasses.replace(spec, offsets="none"))
@@ -64,9 +64,9 @@ class SwapContext:
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
     def planes(self) -> Quantizer:
-        """A quantizer of a convolution's input (B, C, H, W), with one scale and no offsets.
+        """A quantizer for a convolution's input (B, C, H, W), with one scale and no offsets.
 
-        With offsets, the zeros of its padding would not be on the grid.
+        With offsets, the zeros of the convolution's padding would not be on the grid.
         """
         spec = self.recipe.act_spec("input", self.place, signed=self.input != "unsigned")
         return build_quantizer(dataclasses.replace(spec, axis=None, offsets="none"))
@@ -78,8 +78,8 @@ class Swap:
 
     Attributes:
         module: the replacement; may be the replaced module itself.
-        inputs: ranges of its children's inputs (`SwapContext.input`), by name.
-        children: replacements of its children, by name.
+        inputs: input ranges of the module's children (`SwapContext.input`), by name.
+        children: replacements of the module's children, by name.
     """
 
     module: nn.Module
@@ -98,7 +98,7 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
     Args:
         cls: a class of timm or torch.
         intent: `linear`, `conv`, `attention`, `qkr_attention`; `float_attention` for classes that
-            use the weights of their Linears without calling them; `fqvit`, tried first if
+            use the weights of their Linears without calling them; `fqvit`, which is tried first if
             post-training quantization also quantizes after layers; `fqvit_net` for the model
             itself.
     """
@@ -114,7 +114,7 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """The swap for a module; None if the module stays unchanged.
 
     Linears and convolutions with more than a weight and a bias stay unchanged (`is_plain`). An
-    attention class without a swap of the recipe's intent stays float around its quantized Linears.
+    attention class that has no swap for the recipe's intent stays float, except for its Linears.
     """
     if "forward" in vars(module):
         return None
@@ -139,12 +139,12 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True for a module, not yet swapped, of an attention class with a swap."""
+    """True for a module whose class is an attention class with a swap, before it is swapped."""
     return any((type(module), intent) in _SWAPS for intent in _ATTENTION_INTENTS.values())
 
 
 def swap_net(net: nn.Module, context: SwapContext) -> Swap:
-    """The swap of the model itself for the recipe's placement; the model stays the same object.
+    """Swap the model itself as the recipe's placement requires; the model stays the same object.
 
     Raises:
         UsageError: the recipe has integer norms, and no swap knows the quantizers around the norms

@@ -1,4 +1,4 @@
-"""Quantized Swin: window attention, and MLPs that get their input as a map.
+"""Quantized Swin: window attention, and MLPs whose input is a feature map.
 
 Padding and the cyclic shift come before the attention, in timm's block; scales are per position
 inside a window. Source: OFQ, arXiv 2302.02210.
@@ -48,13 +48,13 @@ class QkrWindowAttention(RelativeBias, QkrAttention):
         return self.project(out, x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of the base class and the table."""
+        """Tensors of the base class, and the table."""
         table = self.relative_position_bias_table.detach()
         return super().timm_weights() | {"relative_position_bias_table": table}
 
 
 class MapMlp(timm_layers.Mlp):
-    """timm's `Mlp` on tokens (B, H*W, C) seen as a map (B, H, W, C); built by `shallow_cast`.
+    """timm's `Mlp` that views tokens (B, H*W, C) as a map (B, H, W, C); built by `shallow_cast`.
 
     Attributes:
         columns: W; 0 = one row of any length, if nothing depends on the shape of the map.
@@ -78,7 +78,7 @@ register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 @register_swap(SwinTransformerBlock, "linear")
 @register_swap(SwinTransformerV2Block, "linear")
 def see_map(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
-    """Keep the block, but tell its `mlp`, which gets a flat map from timm, the shape of the map."""
+    """Keep the block, but give `mlp` the shape of the map, which timm passes as flat tokens."""
     mlp = shallow_cast(MapMlp, module.mlp)
     mlp.columns = 0
     if context.recipe.map_scales == "column":

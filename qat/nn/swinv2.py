@@ -1,4 +1,4 @@
-"""Quantized Swin v2: cosine attention with a bias that a small network computes from positions.
+"""Quantized Swin v2: cosine attention, and a bias that a small network computes from positions.
 
 Source: arXiv 2111.09883.
 """
@@ -48,7 +48,7 @@ class QuantCosineAttention(QuantAttention):
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
 
     def _position_bias(self) -> Tensor:
-        """(h, N, N)."""
+        """The bias (h, N, N) of scaled scores."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         return _HIGHEST_BIAS * torch.sigmoid(table[self.relative_position_index].permute(2, 0, 1))
 
@@ -64,5 +64,5 @@ register_attention(
 
 @register_swap(WindowMultiHeadAttention, "linear")
 def keep_bias_float(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep the attention of `swinv2_cr_*` and the network of its bias float, around its Linears."""
+    """Keep the attention of `swinv2_cr_*` and its bias network in float, except for the Linears."""
     return Swap(module, {"meta_mlp": "float"})

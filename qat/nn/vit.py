@@ -1,4 +1,4 @@
-"""Quantized `timm.layers.Attention`: ViT, DeiT, DeiT-III, DINOv2, SigLIP, and SigLIP's head.
+"""Quantized `timm.layers.Attention` (ViT, DeiT, DeiT-III, DINOv2, SigLIP), and SigLIP's head.
 
 Source: OFQ, arXiv 2302.02210.
 """
@@ -17,7 +17,7 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Scores (B, h, N, N) with a mask in timm's sense: boolean, additive or causal."""
+    """Apply a mask in timm's sense (boolean, additive or causal) to scores (B, h, N, N)."""
     mask = resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
     return maybe_add_mask(scores, mask)
 
@@ -65,7 +65,7 @@ register_attention(timm_layers.Attention, QuantVitAttention, QkrVitAttention)
 
 
 class QuantAttentionPool(QuantAttention):
-    """SigLIP's head (arXiv 2303.15343), where learned queries gather the tokens.
+    """SigLIP's head (arXiv 2303.15343), in which learned queries attend to the tokens.
 
     The queries are parameters, not tokens, so query-key reparameterization has nothing to fold:
     every recipe but `float` quantizes it as standard attention.
@@ -97,7 +97,7 @@ class QuantAttentionPool(QuantAttention):
         return out
 
     def n_scores(self, x: Tensor) -> int:
-        """Number of scores, one per query, head and token."""
+        """Number of scores: one per query, head and token."""
         return x.shape[0] * self.num_heads * self.latent.shape[1] * x.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""Post-training quantization: calibration, compensation, reconstruction, a search over scales."""
+"""Post-training quantization: calibration, compensation, reconstruction, and scale search."""
 
 from qat.ptq.calibrate import Calibration, calibrate, in_float
 

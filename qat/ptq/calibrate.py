@@ -1,4 +1,4 @@
-"""Calibrate a net converted with a `PtqRecipe`: find ranges while it runs in float, set scales.
+"""Calibrate a net converted with a `PtqRecipe`: find ranges in a float run, then set scales.
 
 Source: FQ-ViT, arXiv 2111.13824.
 """
@@ -19,13 +19,13 @@ from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
-from qat.quantizers import Affine
+from qat.quantizers import Affine, Fp8
 from qat.utils.probing import allow_unset_scales, images_of, probing
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Numbers of a calibration.
+    """Counts of a calibration.
 
     Attributes:
         images: number of images.
@@ -56,24 +56,24 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point.
 
     Ranges do not depend on the rounding of other quantizers. A range covers all batches; the
-    methods omse, mse and ptf then try candidates on the last batch, which passes once more. Equal
-    batches lead to equal scales, to the last bit.
+    methods omse, mse and ptf then try candidates on the last batch, which runs once more. Equal
+    batches lead to bitwise equal scales.
 
     Args:
-        net: converted with a `PtqRecipe`; runs in eval mode, then its mode is restored. Existing
-            scales are replaced.
+        net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored
+            afterwards. Existing scales are replaced.
         batches: images (B, C, H, W) each, or (images, labels) as from a loader; moved to the device
             of the net.
 
     Raises:
-        UsageError: the net has no affine quantizer, there is no batch, a batch is not finite
-            images, or a quantizer did not run.
+        UsageError: the net has no affine quantizer, there is no batch, a batch contains anything
+            but finite images, or a quantizer did not run.
     """
-    weights: list[tuple[Affine, Site]] = []
-    activations: list[Affine] = []
+    weights: list[tuple[Any, Site]] = []
+    activations: list[Any] = []
     for site in iter_quantizers(net):
         quantizer = site.quantizer
-        if type(quantizer) is not Affine or not quantizer.n_scales:
+        if type(quantizer) not in {Affine, Fp8} or not quantizer.n_scales:
             continue
         if site.is_weight:
             weights.append((quantizer, site))
@@ -85,9 +85,9 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         )
     for quantizer, site in weights:
         quantizer.calibrate(site.latent(), {})
-    states: dict[Affine, RangeState] = {}
+    states: dict[Any, RangeState] = {}
 
-    def observe_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def observe_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         state = states.get(quantizer)
         states[quantizer] = observe(state, args[0], quantizer.axis, quantizer.method)
 
@@ -111,11 +111,11 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 
 
 def _fill(
-    net: nn.Module, activations: list[Affine], states: dict[Affine, RangeState], images: Tensor
+    net: nn.Module, activations: list[Any], states: dict[Any, RangeState], images: Tensor
 ) -> None:
-    """Set the scales of activations, by candidates on the last batch of images or from ranges."""
+    """Set the scales of activations, from ranges or by trying candidates on the last batch."""
 
-    def fill_from_input(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
+    def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])
 
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]

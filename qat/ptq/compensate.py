@@ -1,7 +1,7 @@
 """Compensate the rounding error of each channel in closed form, on calibration images.
 
-Sources: the ridge regression is that of Quantization without Tears (arXiv 2411.13918), its
-channel-wise form that of QwT-v2 (arXiv 2505.20932).
+Sources: the ridge regression is from Quantization without Tears (arXiv 2411.13918), and its
+channel-wise form from QwT-v2 (arXiv 2505.20932).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qat.model.sites import Site
 from qat.ptq.runner import Runner, check_finite, find_units
 from qat.utils.probing import images_of, probing
 
-# Pull of an estimate to "no change", relative to the mean square of the regressor.
+# Strength of the pull towards "no change", relative to the mean square of the regressor.
 RIDGE = 1e-3
 # Gains are positive, because scales are.
 _GAINS = (0.1, 10.0)
@@ -28,17 +28,16 @@ log = logging.getLogger(__name__)
 def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
     """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
-    For every quantized Linear and convolution, in the order in which they run, y <- g * y + b per
-    output channel is the ridge regression of the output of the float layer on the output of the
-    quantized layer, each in its own net. Gain and bias are folded: the rows of the weight and their
-    scales are multiplied by g, so codes do not change, and the bias becomes g * bias + b. Without a
-    scale per channel (one scale for a whole weight, floats in blocks) only b is fitted; without a
-    bias, only g.
+    Quantized Linears and convolutions are fitted in the order in which they run. Per output
+    channel, the output y of a layer is replaced by g * y + b, where ridge regression fits g and b
+    to the output of the same layer in the float net. Gain and bias are folded: the rows of the
+    weight and their scales are multiplied by g, so codes do not change, and the bias becomes g *
+    bias + b. If there is no scale per channel (one scale for a whole weight, or floats in blocks),
+    only b is fitted; if there is no bias, only g.
 
     Args:
-        net: converted with a `PtqRecipe`, scales set; runs in eval mode.
-        reference: the float net before its conversion, with modules of the same names, on the same
-            device.
+        net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
+        reference: the float net before conversion, with the same module names, on the same device.
         batches: images (B, C, H, W) each, or (images, labels) as from a loader.
 
     Returns:
@@ -57,7 +56,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
             with runner.at(unit), float_runner.at(unit):
                 for site in layers:
                     if site.layer not in float_runner.order.position:
-                        # Some attentions multiply by `qkv.weight` in float and call no module.
+                        # Some float attentions multiply by `qkv.weight` without calling a module.
                         skipped.append(site.layer)
                         continue
                     gain, bias = _fit_channels(runner, float_runner, unit, site)
@@ -105,7 +104,7 @@ def _fit_channels(
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """Argmin over g of E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for constant channels.
+    """The g that minimises E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for constant channels.
 
     A channel is constant if its variance is within the rounding error of E y^2.
     """

@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReconstructSettings:
-    """The knobs of `ptq.reconstruct.*`.
+    """Settings of `ptq.reconstruct.*`.
 
     Attributes:
         steps: training steps of each block, with Adam.
         batch: images of a training step.
         lr: initial learning rate of weights and biases.
-        scale_lr: initial learning rate of the logarithm of step sizes. Both rates fall to zero
-            along a cosine.
+        scale_lr: initial learning rate of the logarithm of step sizes. Both learning rates fall to
+            zero along a cosine.
         drop: share of the elements of a block's input that come from the float net (QDrop).
-        seed: seed of the order of batches and of the elements that come from the float net.
+        seed: seed for the order of batches and for the choice of elements from the float net.
 
     Raises:
         UsageError: a value is out of range.
@@ -67,10 +67,10 @@ class ReconstructSettings:
 
 
 def split_batches(images: Tensor, batch: int) -> list[Tensor]:
-    """Images (N, C, H, W) in full batches; remaining images are dropped.
+    """Split images (N, C, H, W) into full batches; remaining images are dropped.
 
     Raises:
-        UsageError: there are fewer images than a batch has.
+        UsageError: there are too few images for one batch.
     """
     if len(images) < batch:
         raise UsageError(
@@ -83,7 +83,7 @@ def split_batches(images: Tensor, batch: int) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _frozen(*nets: nn.Module) -> Generator[None]:
-    """No parameter of the nets requires a gradient inside the block, unless it sets that itself."""
+    """Switch gradients off for all parameters of the nets; the block may switch some on."""
     flags = [(p, p.requires_grad) for net in nets for p in net.parameters()]
     try:
         for parameter, _ in flags:
@@ -105,27 +105,26 @@ def reconstruct(
     run: Mapping[str, Any] | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
-    """Fit all units (blocks, and quantized layers outside of blocks) in place, one after the other.
+    """Fit all units (blocks, and quantized layers outside blocks) in place, one after the other.
 
     Units are fitted in the order in which they run. A training step depends only on the seed, the
     unit and the number of the step, so a killed run resumes after the last finished unit and ends
     with the same weights on the same machine.
 
     Args:
-        net: converted with a `PtqRecipe`, scales set; runs in eval mode.
-        reference: the float net before its conversion, with modules of the same names, on the same
-            device.
+        net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
+        reference: the float net before conversion, with the same module names, on the same device.
         images: (N, C, H, W).
-        settings: settings of the training.
+        settings: settings of the reconstruction.
         run_dir: folder of `reconstruct.ckpt` and `reconstruct.csv`, written after each unit; None =
-            neither is written.
+            write no files.
         resume: resume from `reconstruct.ckpt`, if the file exists.
         run: see `Progress`.
         context: context of every forward of a training step, such as autocast.
 
     Returns:
-        `units` (their number), `steps` (of each unit), `images` (their number), `seconds`
-        (including those before a resume).
+        `units` (number of units), `steps` (training steps per unit), `images` (number of images),
+        `seconds` (duration, including runs before a resume).
 
     Raises:
         UsageError: there is no unit to reconstruct, the reference is quantized, there are too few
@@ -189,14 +188,14 @@ def _fit(
     settings: ReconstructSettings,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[float, float]:
-    """Train one unit on the inputs of the quantized net; mean loss over all batches before, after.
+    """Train one unit on inputs of the quantized net; return the mean loss before and after.
 
     Args:
         runner: runner of the quantized net.
         float_runner: runner of the float net.
         unit: name of the unit.
-        layers: sites of its quantized weights.
-        index: number of the unit, for its random numbers.
+        layers: sites of the quantized weights of the unit.
+        index: index of the unit, which selects random numbers.
         settings: settings of the training.
         context: context of every forward.
     """
@@ -211,7 +210,7 @@ def _fit(
     def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
         """Squared error of the output relative to its variance, for batch `i`.
 
-        With a generator, elements of the input are replaced by those of the float net.
+        With a generator, random elements of the input are replaced by elements from the float net.
         """
         float_input, target = goals[i]
         original: Callable[..., Any] = module.forward
@@ -237,7 +236,7 @@ def _fit(
         return torch.Generator(device).manual_seed(seed % 2**64)
 
     def loss_at(step: int) -> Tensor:
-        """Loss of a training step, whose batch and mixed elements depend on seed, unit and step."""
+        """Loss of a training step; its batch and mixed elements depend on seed, unit and step."""
         epoch, position = divmod(step, len(goals))
         order = torch.randperm(len(goals), generator=generator(epoch, 1))
         i = int(order[position])
@@ -256,7 +255,7 @@ def _fit(
 
 
 def _goals(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of the float unit for each batch."""
+    """Input and output of the unit in the float net, for each batch."""
     goals = []
     with float_runner.at(unit):
         for i in range(len(float_runner.batches)):
@@ -278,7 +277,7 @@ def _train(
     settings: ReconstructSettings,
     loss_at: Callable[[int], Tensor],
 ) -> None:
-    """Run all training steps; step sizes are their start times exp(learned change)."""
+    """Run all training steps; a step size is its start times exp(learned change)."""
     starts = [quantizer.scale.clone() for quantizer in scaled]
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)

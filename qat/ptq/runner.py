@@ -1,8 +1,8 @@
-"""Run a net from one of its modules on: results of earlier modules are cached.
+"""Run only the part of a net from a given module onwards, with cached results of earlier modules.
 
 The module gets the arguments of an earlier forward. Modules before it return their cached outputs;
 blocks before it return their input, because caching the output of every block would take too much
-memory. So the forward of the net itself continues from the module, for any family of nets.
+memory. This way the net's own forward continues from the module, for any family of nets.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
-# The lowest scale, also that of calibration: values are divided by scales.
+# The smallest scale, here and in calibration, because values are divided by scales.
 LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
 class StopForward(Exception):
-    """Ends a forward early; its callers suppress this."""
+    """Ends a forward early; callers suppress the exception."""
 
 
 @contextlib.contextmanager
@@ -59,12 +59,12 @@ class RunOrder:
     """The order in which the modules of a net run.
 
     Args:
-        net: converted, its scales are set.
+        net: a converted net whose scales are set.
         image: (1, C, H, W), on the device of the net.
 
     Attributes:
-        before: for each module that runs, in the order of first calls: the outermost modules that
-            have returned before its first call.
+        before: maps each module that runs, in the order of first calls, to the outermost modules
+            that have returned before its first call.
         position: index of the first call of each module.
         once: modules that run once.
         keeps_shape: modules whose output has the shape of their input.
@@ -87,7 +87,7 @@ class RunOrder:
 
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                # Replace the modules inside by the module itself.
+                # Replace the modules inside this module by the module itself.
                 del returned[starts.pop() :]
                 returned.append(name)
                 if _keeps_shape(args, output):
@@ -106,15 +106,16 @@ class RunOrder:
 
 
 class Runner:
-    """Runs a net from one of some modules on, over fixed batches of images.
+    """Runs the part of a net from a chosen module onwards, on fixed batches of images.
 
     Args:
-        net: in eval mode.
-        entries: by names of these modules, the module itself or modules inside: outputs inside the
-            module before the first of them runs are cached too.
+        net: the net, in eval mode.
+        entries: the modules to run from: for each name, the module itself or modules inside it.
+            Outputs inside the module are cached too, up to the first of these modules.
         batches: images (B, C, H, W) each, on the device of the net.
-        limit: bytes of the cache. It covers at least one module, and modules before it that fit.
-        to_the_end: the output of the net is needed, not only that of the module.
+        limit: bytes of the cache, which covers at least one module, and as many modules before it
+            as fit.
+        to_the_end: the output of the net is needed, not only the output of the module.
     """
 
     def __init__(
@@ -138,9 +139,10 @@ class Runner:
                 self.entries[name] = min(entries[name], key=self._position)
         self._batch_index = 0
         self.forget()
-        # By module, bytes per image of its cached tensors by the address of their storage.
+        # For each module, the bytes per image of its cached tensors, by the address of their
+        # storage.
         self._sizes: dict[str, dict[int, float]] = {}
-        # Modules from which the net cannot continue: for them the whole net runs.
+        # Modules from which the net cannot continue; for these, the whole net runs.
         self._run_whole: set[str] = set()
         for name, entry in self.entries.items():
             if not self.order.once.issuperset({name, entry}):
@@ -148,13 +150,13 @@ class Runner:
         self._check(to_the_end=to_the_end)
 
     def _position(self, name: str) -> int:
-        """When a module runs; after all others if it does not."""
+        """Position of a module in the run order; after all others if it does not run."""
         return self.order.position.get(name, len(self.order.position))
 
     def _check(self, *, to_the_end: bool) -> None:
-        """Find the modules from which the net does not continue to the same output, bit for bit.
+        """Find the modules from which the net does not reproduce its output, bit for bit.
 
-        The net then reads outputs of earlier modules again later.
+        The output differs if the net reads outputs of earlier modules again later.
         """
         all_batches = self.batches
         limit = self.limit
@@ -194,13 +196,13 @@ class Runner:
         return sizes
 
     def forget(self) -> None:
-        """Empty the cache, after a change of modules whose outputs are cached."""
+        """Empty the cache after a change to modules whose outputs are cached."""
         self._inputs: dict[str, list[Any]] = {}
         self._outputs: dict[str, list[Any]] = {}
 
     @contextlib.contextmanager
     def at(self, name: str) -> Generator[None]:
-        """Let `self(i)` begin at a module inside the block; modules before it must not change."""
+        """Inside the block, `self(i)` begins at this module; modules before it must not change."""
         if name in self._run_whole:
             yield
             return
@@ -222,7 +224,7 @@ class Runner:
         return self.net(self.batches[i])
 
     def output(self, module: str, i: int) -> tuple[tuple[Any, ...], Any]:
-        """Positional arguments and output of a module for batch `i`; the forward then stops."""
+        """Positional arguments and output of a module for batch `i`; the forward stops there."""
         results: list[tuple[tuple[Any, ...], Any]] = []
 
         def save_result(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -238,12 +240,12 @@ class Runner:
         return results[0]
 
     def _modules_before(self, name: str) -> list[str]:
-        """Outermost modules that returned before the entry of `name` runs, if they run once."""
+        """Outermost modules that return before the entry of `name` runs and that run once."""
         before = self.order.before[self.entries[name]]
         return [module for module in before if module in self.order.once]
 
     def _needed_outputs(self, name: str) -> list[str]:
-        """Modules before the entry of `name` to cache: those that cannot return their input."""
+        """Modules before the entry of `name` to cache, because they cannot return their input."""
         needed = []
         for module in self._modules_before(name):
             can_return_input = module in self.entries and module in self.order.keeps_shape
@@ -252,14 +254,14 @@ class Runner:
         return needed
 
     def _stub(self, name: str) -> Callable[..., Any]:
-        """A `forward` that returns the cached output of a module, or its input without a cache."""
+        """A `forward` that returns the cached output of a module, or else the module's input."""
         outputs = self._outputs.get(name)
         if outputs is None:
             return lambda x, *args, **kwargs: x
         return lambda *args, **kwargs: outputs[self._batch_index]
 
     def _modules_to_cache(self, name: str) -> list[str]:
-        """The module `name`, and as many modules before it as fit the limit."""
+        """The module `name`, and as many modules before it as fit in the limit."""
         num_images = sum(len(batch) for batch in self.batches)
         candidates = [module for module in self.entries if module not in self._run_whole]
         chosen: list[str] = []
@@ -272,7 +274,7 @@ class Runner:
         return chosen
 
     def _fill_cache(self, name: str) -> None:
-        """Run all batches up to the entry of `name`, and cache for it and for modules before it."""
+        """Run all batches up to the entry of `name`, and cache what `name` needs from before it."""
         chosen = self._modules_to_cache(name)
         self._inputs = {module: [] for module in chosen}
         self._outputs = {}
@@ -306,17 +308,17 @@ class Runner:
 def find_units(
     net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], setting: str
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
-    """Units to fit one by one: blocks, and quantized layers outside of blocks.
+    """Units to fit one by one: blocks, and quantized layers outside blocks.
 
     Args:
-        net: converted; its scales are set.
+        net: a converted net whose scales are set.
         reference: the float net before its conversion.
         batches: images (B, C, H, W) each, on the device of the nets.
         setting: the setting that needs the units, for messages.
 
     Returns:
-        By block or layer, the sites of its quantized weights, both in the order in which they run;
-        runner of `net`; runner of `reference`.
+        A dict from units to the sites of their quantized weights, both in the order in which they
+        run; a runner of `net`; a runner of `reference`.
 
     Raises:
         UsageError: the net has no blocks with quantized weights, or the reference is quantized.

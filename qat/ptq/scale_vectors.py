@@ -16,7 +16,7 @@ from qat.ptq.runner import LOWEST_SCALE
 
 
 class ScaleVector:
-    """Stored scales of several sites as one vector; of quantizers inside offsets too."""
+    """Stored scales of several sites as one vector, including quantizers that have offsets."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
@@ -25,7 +25,7 @@ class ScaleVector:
         ]
 
     def read(self) -> Tensor:
-        """All scales (n,), float64 on the CPU."""
+        """Read all scales (n,), as float64 on the CPU."""
         scales = []
         for quantizer in self.quantizers:
             scales.append(quantizer.scale.detach().cpu().double().flatten())
@@ -33,14 +33,14 @@ class ScaleVector:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Set all scales (n,) in the net, in its dtype; a scale is at least float32 eps."""
+        """Set all scales (n,), in the dtype of the net; a scale is at least float32 eps."""
         parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
             scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
             quantizer.set_scale(scale.view_as(quantizer.scale))
 
     def radius(self, fixed: float | None) -> Tensor:
-        """Radius of the noise of each scale (n,), float64: `fixed`, or by the bits of the scale."""
+        """Noise radius of each scale (n,), float64: `fixed`, or derived from the scale's bits."""
         radii = []
         for quantizer in self.quantizers:
             radius = noise_radius(quantizer.spec.bits) if fixed is None else fixed
@@ -49,19 +49,20 @@ class ScaleVector:
 
 
 def _name_in_block(site: Site, block: str) -> str:
-    """Name of a site as globs match it, such as `attn.qkv.weight`."""
+    """Name of a site that globs are matched against, such as `attn.qkv.weight`."""
     return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
 
 
 def scale_vectors(
     net: nn.Module, targets: Iterable[str], position: Mapping[str, int] = {}
 ) -> dict[str, ScaleVector]:
-    """Scale vectors of blocks with matching scales, by name, first block first.
+    """Scale vectors of blocks with matching scales, by block name, first block first.
 
     Args:
         net: quantized.
         targets: globs, see `SearchSettings.targets`.
-        position: position of quantizers in the run order, by name: the order in a vector.
+        position: position of each quantizer in the run order, by name; it sets the order in a
+            vector.
 
     Raises:
         UsageError: the net has no blocks, or the globs match no stored scale of a block.

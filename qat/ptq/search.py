@@ -1,4 +1,4 @@
-"""Evol-Q: search over the scales of a calibrated net, block by block, last block first.
+"""Evol-Q: a search over the scales of a calibrated net, block by block, last block first.
 
 Paper: arXiv 2308.10814. See docs/methods.md.
 """
@@ -38,14 +38,14 @@ from qat.utils.probing import probing
 from qat.utils.validate import check_bool, check_choice, check_globs, check_int, check_number
 
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
-# Weights of attentions, whose names may have a suffix (LeViT: attn_downsample).
+# Attention weights; the name of an attention may have a suffix (LeViT: attn_downsample).
 TARGETS = ("attn*.*.weight", "attn*.qk")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The knobs of `search/evolution.yaml`.
+    """Settings of `search/evolution.yaml`.
 
     Source of the defaults: Evol-Q and its code; see docs/methods.md.
 
@@ -55,14 +55,14 @@ class SearchSettings:
         population: members of the population.
         tournament: members that compete to be a parent.
         radius: radius of the noise; None = 1e-4 for 8 bits, else 1e-3.
-        relative: `radius` is a fraction of each scale, not in the unit of a scale.
+        relative: `radius` is a fraction of each scale, instead of a number in the unit of a scale.
         fitness: `infonce`, `mse`, `kl` or `cosine` of quantized and float logits.
         temperature: temperature of `infonce`.
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,
             `attn.qk`, `mlp.fc1.weight`, `mlp.fc1.input`.
         micro_batch: images that pass through the net at once.
-        cache_gib: memory for cached inputs of blocks, GiB; if not all blocks fit, fewer are cached
-            at a time.
+        cache_gib: memory for cached inputs of blocks, in GiB; if not all blocks fit, fewer are
+            cached at a time.
         seed: seed of all draws.
         reference_selection: select scales on validation images instead of calibration images, as
             the reference does.
@@ -105,10 +105,10 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-        selected_on: images on which scales were selected: `calibration`, or `validation`, after
-            which accuracy on validation images is not an estimate for other images.
+        selected_on: images on which scales were selected: `calibration` or `validation`; with
+            `validation`, the accuracy on validation images is no estimate for other images.
         fitness_before: fitness of the unchanged model.
-        fitness: fitness at the end of the search; not that of scales selected on validation images.
+        fitness: fitness at the end of the search; not of scales selected on validation images.
         evaluations: number of candidates.
         accepted: number of candidates that became the incumbent.
         seconds: duration, including runs before a resume.
@@ -126,10 +126,10 @@ class SearchResult:
 def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     """Logits (N, classes) of images (N, C, H, W).
 
-    Images pass in micro-batches: a batch of 100 would not fit into the caches of a processor.
+    Images run in micro-batches, because a batch of 100 would not fit in the caches of a processor.
 
     Raises:
-        UsageError: the net does not return logits, as with a backbone.
+        UsageError: the net does not return logits (a backbone, for example).
     """
     device = next(net.parameters()).device
     parts = [net(part.to(device)) for part in images.split(micro_batch)]
@@ -145,15 +145,16 @@ class Evaluator:
     """Fitness of a net on calibration images while its scales change block by block.
 
     Args:
-        net: quantized, in eval mode.
-        batches: calibration images (N, C, H, W) each. The fitness is that of whole batches, because
-            the images of a batch are each other's negatives.
+        net: a quantized net in eval mode.
+        batches: calibration images (N, C, H, W) each. The fitness is computed on whole batches,
+            because the images of a batch are each other's negatives.
         targets: float logits (N, classes) of each batch.
         settings: settings of the search.
 
     Attributes:
         vectors: scales of each block, first block first.
-        runner: call `runner.forget()` after a change of scales before the next block.
+        runner: runner of the net; call `runner.forget()` after a change of scales, before the next
+            block.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Evaluator:
         self.targets = [target.to(device) for target in targets]
         self.loss = logit_fitness(settings.fitness, settings.temperature)
         micro_batches: list[Tensor] = []
-        # Index of the batch of each micro-batch.
+        # For each micro-batch, the index of its batch.
         self.batch_of: list[int] = []
         for index, images in enumerate(batches):
             for micro_batch in images.to(device).split(settings.micro_batch):
@@ -181,11 +182,11 @@ class Evaluator:
         self.runner = Runner(net, entries, micro_batches, limit, to_the_end=True)
 
     def _entries(self, block: str) -> list[str]:
-        """Modules inside a block before which outputs may be cached."""
+        """Modules inside a block up to which outputs may be cached."""
         sites = self.vectors[block].sites
         if all(site.is_weight for site in sites):
             return [site.name for site in sites]
-        # Steps of activations may be read before their quantizer runs: by an integer norm.
+        # An integer norm may read the step of an activation quantizer before the quantizer runs.
         return [block]
 
     def write(self, scales: Mapping[str, Tensor]) -> None:
@@ -195,7 +196,7 @@ class Evaluator:
 
     @torch.no_grad()
     def fitness(self, block: str) -> float:
-        """Mean fitness of the batches with the current scales; runs from `block` on."""
+        """Mean fitness of all batches with the current scales; the net runs from `block` on."""
         position = self.runner.order.position
         # Weights are quantized once, not for every micro-batch.
         fixed_weights: dict[nn.Module, Forward] = {}
@@ -224,7 +225,7 @@ def evolve(
     draw_cycle: Callable[[int], Draw],
     settings: SearchSettings,
 ) -> tuple[Tensor, float]:
-    """One visit: in each cycle the winner of a tournament mutates, and the worst member leaves.
+    """One visit: in each cycle, the winner of a tournament is mutated, and the worst member leaves.
 
     Source: Evol-Q's code.
 
@@ -272,12 +273,13 @@ def search(
     """Improve the scales of a net in place; nothing else of the net changes.
 
     Args:
-        net: quantized, its scales set; runs in eval mode, then its mode is restored.
+        net: a quantized net whose scales are set. It runs in eval mode, and its mode is restored
+            afterwards.
         batches: calibration images (N, C, H, W) each, preprocessed.
         targets: float logits (N, classes) of each batch.
         settings: settings of the search.
-        run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = neither
-            is written.
+        run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = write no
+            files.
         resume: resume from `search.ckpt`, if the file exists.
         run: see `Progress`.
         validate: returns the current accuracy of the net on validation images; called after each
@@ -333,9 +335,9 @@ def search(
 
 
 def _select(evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[str, Any]) -> None:
-    """Store the current scales: always in the first pass, then if the accuracy is the best.
+    """Store the current scales: always in the first pass, later if the accuracy is the best so far.
 
-    This is the rule of the reference.
+    The reference code uses this rule.
     """
     if pass_index == 0 or accuracy > state["best"]["accuracy"]:
         scales = {name: vector.read() for name, vector in evaluator.vectors.items()}
@@ -381,11 +383,11 @@ def _visit(
     """Search the scales of one block, and store the best scales in the net and in the state.
 
     Args:
-        evaluator: fitness of the net.
+        evaluator: computes the fitness of the net.
         name: name of the block.
         visit: (pass, block), each from 0.
         settings: settings of the search.
-        state: updated.
+        state: state of the search, which is updated.
         progress: gets a row for each candidate.
     """
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Files of a search or a reconstruction: a table of its progress, and a checkpoint to resume."""
+"""Files of a search or a reconstruction: a table of progress, and a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.utils.files import csv_lines, digest_of, read_torch, write_text, write_
 
 
 class Progress:
-    """Progress of a job of several parts, in NAME.ckpt and NAME.csv.
+    """Progress of a job with several parts, in NAME.ckpt and NAME.csv.
 
     Args:
         folder: the run directory; None = nothing is written.
@@ -46,7 +46,7 @@ class Progress:
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """The state of the last `save`, after reading the table; None if there is no file.
+        """The state of the last `save`; also reads the table. None if there is no file.
 
         Raises:
             UsageError: the file has other settings or inputs, or cannot be read.
@@ -69,7 +69,7 @@ class Progress:
         return dict(content["state"])
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint and the table; each file is complete at all times."""
+        """Replace the checkpoint and the table, each atomically."""
         if self.folder is None:
             return
         content = {
@@ -84,7 +84,7 @@ class Progress:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of a file of `Progress.save`; `run` is None in files of older versions.
+    """The content of a file written by `Progress.save`; `run` is None in files of older versions.
 
     Raises:
         UsageError: the file cannot be read.

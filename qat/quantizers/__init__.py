@@ -3,6 +3,7 @@
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.block_floats import BlockFloat, FloatGrid
 from qat.quantizers.dorefa import DoReFa, SquashedGrid
+from qat.quantizers.fp8 import Fp8, Fp8Grid
 from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
@@ -23,6 +24,8 @@ __all__ = [
     "DynamicMinMax",
     "Float",
     "FloatGrid",
+    "Fp8",
+    "Fp8Grid",
     "Grid",
     "Log2",
     "MinMax",

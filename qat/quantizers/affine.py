@@ -1,4 +1,4 @@
-"""Affine quantizers: ranges calibrated by `qat.ptq` or by min-max, and ranges of weights."""
+"""Affine quantizers: activation ranges calibrated by `qat.ptq` or by min-max, and weight ranges."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qat.spec import QuantSpec
 
 @register("affine")
 class Affine(Quantizer):
-    """A fixed range: codes with a zero point. `qat.ptq.calibrate` sets it.
+    """Codes with a zero point on a fixed range, which `qat.ptq.calibrate` sets.
 
     Attributes:
         scale: (n,) buffer, in the unit of the input; NaN until calibrated.
@@ -54,9 +54,9 @@ class Affine(Quantizer):
         self.zero_point = self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Find the range of a weight by the observer of the spec.
+        """Find the range of a weight with the observer of the spec.
 
-        Ranges of activations are found by `qat.ptq.calibrate`, on a net that runs in float.
+        `qat.ptq.calibrate` finds the ranges of activations, on a net that runs in float.
 
         Raises:
             UsageError: `x` is an activation.
@@ -70,7 +70,7 @@ class Affine(Quantizer):
 
     @property
     def method(self) -> str:
-        """Name of the method for the range, one of `qat.functional.observers.OBSERVERS`."""
+        """Name of the method that finds the range, one of `qat.functional.observers.OBSERVERS`."""
         return self.spec.observer or "minmax"
 
     def fill(self, state: RangeState, x: Tensor) -> None:
@@ -102,11 +102,11 @@ class Affine(Quantizer):
         return y
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes, zero point included."""
+        """Integer codes of `x`, including the zero point."""
         return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The fixed range; the bias correction is not part of a grid (`spec.bias_correction`)."""
+        """The grid of the fixed range, without the bias correction (`spec.bias_correction`)."""
         return UniformGrid(
             qmin=self.qmin,
             qmax=self.qmax,
@@ -118,10 +118,10 @@ class Affine(Quantizer):
 
 @register("minmax")
 class MinMax(Affine):
-    """Range of the calibration data, then fixed.
+    """Quantizer with the fixed range of the calibration data.
 
-    Activations are asymmetric, whatever the sign of the spec: a zero point suits the tail of GELU
-    and signed inputs alike.
+    Activations are asymmetric, whatever the sign of the spec, because a zero point suits both the
+    tail of GELU and signed inputs.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -129,7 +129,7 @@ class MinMax(Affine):
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Extend the range in `state` by a batch; it includes zero, as the zero point is a code."""
+        """Extend the range in `state` by a batch and to zero, because the zero point is a code."""
         low, high = min_max(x, self.axis)
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))
@@ -139,7 +139,7 @@ class MinMax(Affine):
 
 @register("minmax_dynamic")
 class DynamicMinMax(Quantizer):
-    """Symmetric range, recomputed in every forward: for weights, which change in training."""
+    """Quantizer of weights with a symmetric range that each forward recomputes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the range of `x`."""

@@ -29,7 +29,7 @@ from qat.spec import QuantSpec
 class FloatGrid(Grid):
     """Values of a format times the scale of their block.
 
-    Codes are bits: sign, exponent, mantissa; -qmax to qmax number the values in order.
+    Codes are bits: sign, exponent, mantissa; -qmax to qmax are the indices of the sorted values.
 
     Attributes:
         form: the format.
@@ -45,7 +45,7 @@ class FloatGrid(Grid):
     tensor_scale: Tensor | None = None
 
     def in_order(self, codes: Tensor) -> Tensor:
-        """Index of each code among the values in order, zero at 0."""
+        """Index of each code among the sorted values; zero has index 0."""
         return float_place(float_values(codes, self.form), self.form)
 
     @property
@@ -63,9 +63,10 @@ class FloatGrid(Grid):
             return self.factors
         return self.factors * self.tensor_scale
 
-    def along(self, length: int) -> Tensor:
-        """Scale of each value of a tensor with `length` values along `dim`."""
-        return self.scales.repeat_interleave(self.form.block, self.dim).narrow(self.dim, 0, length)
+    def along(self, x: Tensor) -> Tensor:
+        """Scales, shaped to broadcast against a tensor."""
+        each_value = self.scales.repeat_interleave(self.form.block, self.dim)
+        return each_value.narrow(self.dim, 0, x.shape[self.dim])
 
     @property
     def unit(self) -> Tensor:
@@ -73,19 +74,19 @@ class FloatGrid(Grid):
         return self.scales * 2.0 ** (self.form.lowest - self.form.mantissa)
 
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value, those with the largest scale; scalars."""
+        """Lowest and highest value, in the block with the largest scale; scalars."""
         highest = self.form.highest * self.scales.amax()
         return -highest, highest
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """Index among the values of the format, zero at 0, with fractions between values."""
-        scales = self.along(x.shape[self.dim])
+        """Index among the sorted values of the format, fractional between values; 0 for zero."""
+        scales = self.along(x)
         divisors = torch.where(scales == 0, torch.inf, scales)
         return float_place(self.shift(x) / divisors, self.form)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The value of a code times its scale."""
-        y = float_values(codes, self.form) * self.along(codes.shape[self.dim])
+        y = float_values(codes, self.form) * self.along(codes)
         if self.after is None:
             return y
         return y + self.after
@@ -94,7 +95,7 @@ class FloatGrid(Grid):
 @register("mxfp")
 @register("nvfp4")
 class BlockFloat(Quantizer):
-    """Floats in blocks along `spec.axis`, the dimension over which a product sums.
+    """Floats in blocks along `spec.axis`, the dimension over which a matrix product sums.
 
     With an axis of None, blocks are along the channels of a convolution's input (B, C, H, W).
     """

@@ -25,7 +25,7 @@ class SquashedGrid(UniformGrid):
 
 @register("dorefa")
 class DoReFa(Quantizer):
-    """2^bits values from -1 to 1, half steps around zero, one range for a tensor of any shape.
+    """2^bits values from -1 to 1 at odd multiples of half a step, on one range for the tensor.
 
     The gradient passes through tanh and the division by the largest magnitude, and straight
     through the rounding.

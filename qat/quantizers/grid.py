@@ -43,22 +43,23 @@ class Grid(ABC):
         """Values of codes, float32, the shape of the tensor."""
 
     def in_order(self, codes: Tensor) -> Tensor:
-        """Codes as numbers from qmin to qmax, in the order of their values."""
+        """Codes, renumbered from qmin to qmax in the order of their values."""
         return codes
 
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:
-        """Number of which all values, without the offset `after`, are integer multiples.
+        """Number such that all values, without the offset `after`, are integer multiples of it.
 
-        Broadcasts against scales (n,).
+        It broadcasts against scales (n,).
         """
 
     @abstractmethod
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
         """Lowest and highest value, without the offset `after`.
 
-        Both broadcast against `ndim` dimensions; for None, they are (n,) or scalars.
+        Both broadcast against tensors of `ndim` dimensions; if `ndim` is None, they are (n,) or
+        scalars.
         """
 
     def near_threshold(self, x: Tensor, boundary: float) -> Tensor:
@@ -81,13 +82,13 @@ class Grid(ABC):
 class UniformGrid(Grid):
     """Evenly spaced values.
 
-    The code of x is k = clamp(round((x + a) / s + z), qmin, qmax), its value is (k - z) * s + c.
+    The code of x is k = clamp(round((x + a) / s + z), qmin, qmax). Its value is (k - z) * s + c.
 
     Attributes:
         step: s, float32 in the unit of the tensor: (n,), one for each slice along `axis`, or (1,).
         zero_point: z, in codes: (n,), or a number if the quantizer fixes it (0, or -1/2 for half
             steps).
-        axis: dimension that keeps steps of its own, None = one for the tensor.
+        axis: dimension along which steps differ; None = one for the tensor.
     """
 
     step: Tensor
@@ -95,7 +96,7 @@ class UniformGrid(Grid):
     axis: int | None = None
 
     def along(self, ndim: int) -> tuple[Tensor, Tensor | float]:
-        """Step and zero point, shaped to broadcast against `ndim` dimensions."""
+        """Step and zero point, shaped to broadcast against tensors of `ndim` dimensions."""
         step = view_along(self.step, ndim, self.axis)
         if isinstance(self.zero_point, Tensor):
             return step, view_along(self.zero_point, ndim, self.axis)
@@ -119,7 +120,7 @@ class UniformGrid(Grid):
         return self.step
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """(x + a) / s + z. A row of zeros, whose step is zero with StatsQ, has coordinates z."""
+        """(x + a) / s + z; z where the step is zero, as for a row of zeros with StatsQ."""
         step, zero = self.along(x.ndim)
         u = self.shift(x) / step.clamp(min=TINY)
         if self._has_zero_point:

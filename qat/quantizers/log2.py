@@ -1,4 +1,4 @@
-"""Powers of two for softmax probabilities: there is no scale to calibrate.
+"""Powers of two for softmax probabilities, without a scale to calibrate.
 
 Source: FQ-ViT, arXiv 2111.13824.
 """
@@ -43,7 +43,7 @@ class PowersOfTwo(Grid):
 
 @register("log2")
 class Log2(Quantizer):
-    """Values in [0, 1] as 2^-k."""
+    """Quantizer of values in [0, 1] to powers 2^-k."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_log2`."""
@@ -54,5 +54,5 @@ class Log2(Quantizer):
         return log2_codes(x, self.spec.bits)
 
     def grid(self, x: Tensor | None = None) -> PowersOfTwo:
-        """Powers of two from 1 down."""
+        """The powers of two from 1 downwards."""
         return PowersOfTwo(qmin=0, qmax=2**self.spec.bits - 1)

@@ -1,7 +1,7 @@
 """LSQ as a module.
 
-Papers: arXiv 1902.08153 (LSQ), 2302.02210 (granularities of OFQ). Deviations:
-docs/deviations.md#lsq.
+Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ, for the dimensions along which steps differ).
+Deviations: docs/deviations.md#lsq.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from qat.spec import QuantSpec
 
 @register("lsq")
 def build_lsq(spec: QuantSpec) -> Quantizer:
-    """`LSQ`, or `AutoSignLSQ` if the sign is to be found from data."""
+    """Build `LSQ`, or `AutoSignLSQ` if the sign is found from data."""
     if spec.signed is None:
         return AutoSignLSQ(spec)
     return LSQ(spec)
 
 
-# More values do not fit a cache, so that one pass over them is faster than one per operation.
+# A larger tensor does not fit in a cache, so one pass over it is faster than one per operation.
 MANY_VALUES = 2**20
 
 
@@ -46,12 +46,12 @@ def _on_grid(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
 
 
 def fast_form(x: Tensor) -> Quantize | None:
-    """How the search of a step quantizes `x`; None = by the formula."""
+    """Kernel with which the search for a step quantizes `x`; None = use the formula."""
     return _on_grid if x.device.type == "cpu" and x.numel() >= MANY_VALUES else None
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """Mean of all values so far; `state` holds the mean under `mean` and the count under `n`."""
+    """Mean of all values so far; `state` holds the mean as `mean` and the count as `n`."""
     count = state.get("n", 0) + 1
     mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
     state["n"] = count
@@ -60,7 +60,7 @@ def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
 
 
 class LSQ(Quantizer):
-    """Learned step size, absolute or relative to its start (`spec.steps`).
+    """Quantizer with a learned step size, absolute or relative to its start (`spec.steps`).
 
     Attributes:
         scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
@@ -68,7 +68,7 @@ class LSQ(Quantizer):
         start: s0 of `qat.functional.relative_step`, (n,); None if steps are absolute.
         change: t of `relative_step`, (n,), the learned part of a relative step; None if steps are
             absolute.
-        unit: u of `relative_step`; 0 for weights, whose data is complete at the start.
+        unit: u of `relative_step`; 0 for weights, which are all known at the start.
         grad_factor: factor on the gradient of `scale`. A trainer sets
             1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
             the elements of the global batch (docs/deviations.md#lsq).
@@ -86,7 +86,7 @@ class LSQ(Quantizer):
 
     @property
     def scale(self) -> Tensor:
-        """Step size; a relative one stays positive and changes in proportion to its size."""
+        """Step size; a relative step size stays positive and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
         return kernels.relative_step(self.start, self.change, self.unit)
@@ -105,34 +105,34 @@ class LSQ(Quantizer):
     def set_scale(self, values: Tensor) -> None:
         """Set the steps (n,); relative steps start again from them.
 
-        The start of a relative step is at least a 64th of `unit`.
+        The start of a relative step is at least 1/64 of `unit`.
         """
         if self.change is None:
             super().set_scale(values)
             return
-        lowest = max(self.unit / 64, 2 * SCALE_FLOOR)
+        lowest = max(self.unit / 64, 2 * self.code_range.floor)
         self.start.copy_(values.clamp(min=lowest))
         self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Set the step to `initial_scale`, averaged over the batches in `state`."""
+        """Set the step to the mean `initial_scale` of the batches in `state`."""
         step = self.initial_scale(x, self.spec.qmin, self.spec.qmax)
         self.set_scale(running_mean(state, step))
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Initial step (n,) for codes in [qmin, qmax], by the rule of the spec."""
+        """Initial step (n,) for codes in [qmin, qmax], by the spec's rule."""
         if self.spec.step_init == "lsq":
             return lsq_init_scale(x, qmin, qmax, self.axis)
         return mse_init_scale(x, qmin, qmax, self.axis, fast_form(x))
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis, before `sign` is applied."""
+        """Codes and axis of the spec, before `sign` is applied."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
     def sign(self) -> Tensor | None:
-        """None if the spec has the sign; else one number, above 0 for a signed grid."""
+        """None if the spec fixes the sign; else one number, above 0 for a signed grid."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,13 +140,13 @@ class LSQ(Quantizer):
         return kernels.lsq(x, self._params())
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """`qat.functional.lsq` with offsets; the only activation saved for backward is `x`."""
+        """`qat.functional.lsq` with offsets; `x` is the only activation saved for backward."""
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
         return kernels.lsq(x, self._params()._replace(before=before, after=after))
 
     def operand(self) -> LSQParams | None:
-        """Step and codes; None if the codes depend on a sign, or before `allocate`."""
+        """Step and codes; None before `allocate`, or if the codes depend on a sign."""
         params = self._params()
         if params.scale is None or params.sign is not None:
             return None
@@ -180,7 +180,7 @@ class AutoSignLSQ(LSQ):
             that a forward reads it without waiting for the device.
     """
 
-    # The threshold of the reference: an image with a value below it is signed.
+    # Threshold of the reference code: images with a value below it are signed.
     NEGATIVE = -1e-5
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -208,10 +208,10 @@ class AutoSignLSQ(LSQ):
         self.signed.fill_(float(signed))
 
     def _steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
-        """Mean step over the batches for either sign: a later batch may change the sign."""
+        """Mean step over the batches for each sign, because a later batch may change the sign."""
         steps = {}
         if self.spec.step_init == "lsq":
-            # With bounds -1 and 1 this is twice the mean magnitude.
+            # With bounds -1 and 1, `lsq_init_scale` is twice the mean magnitude.
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
             for signed, (_, qmax) in self.bounds.items():
                 steps[signed] = twice_mean_abs / qmax**0.5

@@ -14,7 +14,7 @@ from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS
 
-# Methods that describe the rounding, and those that round.
+# Methods that describe the rounding, and methods that round.
 _DEPENDS_ON = {
     "grid": {"forward", "codes"},
     "operand": {"forward", "shifted", "codes", "scale_of"},
@@ -28,14 +28,14 @@ class Quantizer(nn.Module, ABC):
     Without `grid`, tensors can be neither frozen nor exported, and reports say less about them.
     Scales exist in their final shape, filled with NaN, from conversion on: the parameter set never
     changes afterwards, and a quantizer that was not initialised returns NaN instead of plausible
-    numbers (its net raises: `qat.model.scales.guard`).
+    numbers (`qat.model.scales.guard` raises an error).
 
     Args:
         spec: how the tensor is quantized.
     """
 
-    # True if values that a product sums share a scale. Heads are then split before the quantizer
-    # (B, h, N, d), because no product sums over heads.
+    # True if the values over which a matrix product sums share a scale. Heads are then split before
+    # the quantizer, (B, h, N, d), because no matrix product sums over heads.
     in_blocks = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`: same shape and dtype, values on the grid."""
+        """Fake-quantize `x`: the values move to the grid; shape and dtype stay."""
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
@@ -80,15 +80,16 @@ class Quantizer(nn.Module, ABC):
             x: the tensor, needed by quantizers that compute their steps in every forward.
 
         Returns:
-            None if the quantizer has no codes, does not describe them, or needs `x` and gets None.
+            None if the quantizer has no codes, does not describe its codes, or needs `x` but gets
+            None.
         """
         return None
 
     def operand(self) -> LSQParams | WeightParams | None:
-        """Parameters with which a product fuses the quantizer into one autograd Function.
+        """Parameters with which a matrix product and the quantizer become one autograd Function.
 
         Returns:
-            None if the quantizer has to run before the product, with the same results.
+            None if the quantizer has to run before the product; results are equal.
         """
         return None
 
@@ -100,8 +101,8 @@ class Quantizer(nn.Module, ABC):
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """Create the state for inputs of `shape` (any batch size), scales filled with NaN.
 
-        There is one scale for the tensor if a negative axis is that of the batch, because a scale
-        per image of a batch is meaningless, and for an input that is a feature map (B, H, W, C),
+        There is one scale for the tensor if a negative axis selects the batch dimension, because a
+        scale per image of a batch is meaningless. A feature map (B, H, W, C) has one scale too,
         unless the spec asks for a scale per column.
         """
         axis = self.spec.axis
@@ -111,11 +112,11 @@ class Quantizer(nn.Module, ABC):
             self.axis = None
 
     def share_scale(self) -> None:
-        """Use one scale, for a tensor whose length varies; call it before `allocate`."""
+        """Use one scale, for a tensor whose length varies; call this before `allocate`."""
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Add a batch to `state` and set the scales from all its batches."""
+        """Add a batch to `state` and set the scales from all batches in `state`."""
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
@@ -123,7 +124,7 @@ class Quantizer(nn.Module, ABC):
         self.scale.copy_(values)  # type: ignore[operator]
 
     def held(self) -> Tensor | None:
-        """The quantized weight, if the quantizer holds it instead of a float weight; else None."""
+        """The quantized weight if the quantizer holds one in place of a float weight; else None."""
         return None
 
     @property
@@ -141,11 +142,11 @@ class Quantizer(nn.Module, ABC):
         return shape[self.axis]
 
     def nan_tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """One NaN per scale."""
+        """A tensor with one NaN per scale."""
         return torch.full((self.n_groups(shape),), torch.nan, device=device)
 
     def extra_repr(self) -> str:
-        """The spec, with the axis that is used."""
+        """The spec, with the axis that is in use."""
         spec = self.spec
         sign = {True: "signed", False: "unsigned", None: "sign from data"}[spec.signed]
         return f"{spec.quantizer}, bits={spec.bits}, {sign}, axis={self.axis}, role={spec.role}"

@@ -35,7 +35,7 @@ def register(
 def import_quantizer(path: str) -> type[Quantizer]:
     """Import the class `package.module:Class`.
 
-    Only for names that a user typed, never for names from a file: importing runs code.
+    Call it only for names that a user typed, never for names from a file: importing runs code.
 
     Raises:
         UsageError: the class does not exist, or is not a subclass of `Quantizer` with all methods.
@@ -57,7 +57,7 @@ def import_quantizer(path: str) -> type[Quantizer]:
 def build_quantizer(spec: QuantSpec) -> Quantizer:
     """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
 
-    Names from files are compared with imported classes before they become a spec
+    A name from a file is compared with the classes already imported before it enters a spec
     (`qat.model.ptq_spec.recipe_from`).
 
     Raises:

@@ -22,7 +22,7 @@ from qat.spec import QuantSpec
 def build_seq(spec: QuantSpec) -> Quantizer:
     """SEQ for signed tensors, else LSQ.
 
-    An unsigned grid of LSQ includes zero, where half of unsigned values are.
+    LSQ's unsigned grid includes zero, and half of the values of an unsigned tensor are zero.
     """
     if spec.signed:
         return SEQ(spec)
@@ -30,13 +30,13 @@ def build_seq(spec: QuantSpec) -> Quantizer:
 
 
 class SEQ(LSQ):
-    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1): half of them below zero."""
+    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1), half of which are negative."""
 
     # Without this line `Quantizer.__init_subclass__` would reset `operand`: `codes` are overridden.
     operand = LSQ.operand
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """2 * mean|x| / n, or a step near it with the least squared error (`spec.step_init`)."""
+        """2 * mean|x| / n, or the nearby step with the least squared error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
             return half_step_init_scale(x, qmin, qmax, self.axis, fast_form(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)

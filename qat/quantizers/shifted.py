@@ -31,7 +31,7 @@ class Shifted(Quantizer):
         self.register_parameter("offset_after", None)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create zero offsets, and the state of the inner quantizer."""
+        """Create offsets of zero, and the state of the inner quantizer."""
         self.quantizer.allocate(shape, device)
         self.axis = self.quantizer.axis
         offset_shape = shape[len(shape) - self.spec.offset_ndim :]
@@ -40,7 +40,7 @@ class Shifted(Quantizer):
             self.offset_after = nn.Parameter(torch.zeros(offset_shape, device=device))
 
     def share_scale(self) -> None:
-        """Give up the axis of the inner quantizer."""
+        """Use one scale for the inner quantizer."""
         self.quantizer.share_scale()
         self.axis = None
 
@@ -53,7 +53,7 @@ class Shifted(Quantizer):
         return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
     def operand(self) -> LSQParams | None:
-        """Operand of the inner quantizer, with the offsets; None for offsets over pixels."""
+        """Operand of the inner quantizer with the offsets; None if pixels differ in offsets."""
         operand = self.quantizer.operand()
         if not isinstance(operand, LSQParams) or self.spec.offset_ndim != 1:
             return None
@@ -85,7 +85,7 @@ class Shifted(Quantizer):
 
     @staticmethod
     def _add_offset(x: Tensor, offset: Tensor) -> Tensor:
-        """The sum x + a in float32 as in `forward`; half precision could change codes."""
+        """The sum x + a in float32, as in `forward`; half precision could change codes."""
         return x.float() + offset.float()
 
     @property
@@ -94,5 +94,5 @@ class Shifted(Quantizer):
         return self.quantizer.n_scales
 
     def extra_repr(self) -> str:
-        """The offsets; the inner quantizer prints its own settings."""
+        """Text of the offsets; the inner quantizer prints its own settings."""
         return f"offsets={self.spec.offsets}"

@@ -1,4 +1,4 @@
-"""StatsQ as a module: no parameters, each forward computes the scale from the tensor.
+"""StatsQ as a module, without parameters: each forward computes the scale from the tensor.
 
 Sources: OFQ, arXiv 2302.02210; `StatsQRMS`, whose range depends on the bits: QuEST,
 arXiv 2502.05003. Deviations: docs/deviations.md#statsq.
@@ -32,14 +32,14 @@ def build_statsq(spec: QuantSpec) -> Quantizer:
 
 
 class StatsQ(Quantizer):
-    """Weights (out, ...): one scale per output row, twice the mean magnitude."""
+    """StatsQ of weights (out, ...): one scale per output row, twice the mean magnitude."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.statsq`."""
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def operand(self) -> WeightParams:
-        """The bits; everything else is computed from the weight."""
+        """The number of bits; everything else is computed from the weight."""
         return WeightParams(self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ class StatsQ(Quantizer):
         )
 
     def _axis_of(self, x: Tensor) -> int | None:
-        """Dimension that keeps scales of its own."""
+        """Dimension along which scales differ."""
         return 1 if x.ndim == 3 else 0
 
 
 class ActStatsQ(StatsQ):
-    """Activations: the statistics of each batch along the axis of the spec.
+    """StatsQ of activations, from the statistics of each batch along the axis of the spec.
 
-    Always signed, because StatsQ's grid is symmetric.
+    It is always signed, because StatsQ's grid is symmetric.
     """
 
     def scale_of(self, x: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class ActStatsQ(StatsQ):
 
 
 class StatsQRMS(StatsQ):
-    """Weights (out, ...): a range for each output row by its root mean square.
+    """StatsQ of weights (out, ...) whose range follows the root mean square of each output row.
 
-    The range is the best for normal weights at the bits of the spec.
+    The range has the least squared error for normal weights at the bits of the spec.
     """
 
     # Without this line `Quantizer.__init_subclass__` would reset `grid`: `forward` is overridden.

@@ -1,4 +1,4 @@
-"""Results of runs for people: a page for each run, a table of several.
+"""Readable results: a page for each run, and a table of several runs.
 
-Import its modules only to write one.
+Import the modules of this package only to write a page or a table.
 """

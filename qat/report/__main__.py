@@ -1,4 +1,4 @@
-"""`python -m qat.report RUN_DIR ...`: one table of several runs."""
+"""`python -m qat.report RUN_DIR ...`: print a table of several runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat.utils.text import json_object
 
 
 def main(run_dirs: list[str]) -> int:
-    """Print a row for each run, or for all of its seeds.
+    """Print a row for each run, or one row for all seeds of a run.
 
-    Runs of one command, model, recipe and data, in directories of the same name, are seeds of one.
+    Runs with equal command, model, recipe, data and directory name count as seeds of one run.
 
     Returns:
-        The exit code, 1 if a directory is not that of a run.
+        The exit code: 1 if a directory is not a run directory, else 0.
     """
     runs = []
     for run_dir in run_dirs:
@@ -47,7 +47,7 @@ def main(run_dirs: list[str]) -> int:
 
 
 def _row(run_dir: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Results of a run with the settings by which runs are grouped."""
+    """Results of a run, with the settings by which runs are grouped."""
     row = results | {"status": "done", "from": run_dir, f"{SETTING}run": Path(run_dir).name}
     for name in ("command", "model", "recipe", "data"):
         row[SETTING + name] = str(results.get(name))

@@ -1,4 +1,4 @@
-"""Numbers and figures of a page: curves of a training run, candidates of a search.
+"""Numbers and figures of a page: curves of a training run, and candidates of a search.
 
 "–" stands for an unknown number.
 """
@@ -19,9 +19,9 @@ from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
-LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
-MOST_DOTS = 25  # points of a curve that are drawn as dots
-# Titles of curves over training steps, and patterns of their columns in `metrics.csv`.
+LARGEST_VALUE = 1e100  # for larger numbers, the standard deviation overflows
+MOST_DOTS = 25  # curves with at most this many points also have dots
+# Titles of curves over training steps, and patterns that match their columns in `metrics.csv`.
 CURVES = {
     "Training loss": "train/loss(_step)?",
     "Validation loss": "val/loss",
@@ -38,7 +38,7 @@ def is_drawable(value: object) -> TypeGuard[float]:
 
 
 def parse_number(value: object) -> float | None:
-    """The number that a value is or spells, NaN and infinity too; None for any other value."""
+    """Convert a number or text to a number, including NaN and infinity; None for other values."""
     try:
         return float(str(value))
     except ValueError:
@@ -64,7 +64,7 @@ def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
 
 
 def data_url(svg: bytes) -> str:
-    """An SVG file as the source of an `img`, which keeps its ids, links and scripts inside."""
+    """An SVG file as the source of an `img`, which isolates ids, links and scripts of the file."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
@@ -101,7 +101,7 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
-    """A line through the pairs of numbers that can be drawn, if there are any."""
+    """Draw a line through the pairs of numbers that are drawable, if there are any."""
     xs = []
     ys = []
     for x, y in pairs:

@@ -1,4 +1,4 @@
-"""`report.html` of a run: one file with the results in its directory, which loads no other file."""
+"""`report.html` of a run: one file with all results of a run, which loads no other file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from qat.utils.files import csv_rows, write_text
 from qat.utils.text import duration, is_inside, json_object, printable, read_file, scaled, unlearned
 
 FILE = "report.html"
-# Folder of the analyses that training and calibration make of their own model.
+# Folder of the analyses that training and calibration run on their own model.
 ANALYSES = "analysis"
-# Tables of a run's own analyses that are on the page, and their columns; the files have more.
+# Tables of a run's own analyses that the page shows, with the columns to show; the files have more
+# columns.
 LAYERS = {
     "weights.csv": (
         "layer",
@@ -39,7 +40,7 @@ LAYERS = {
     "cost_modules.csv": ("module", "kind", "bits of operands", "bytes", "MACs", "bit operations"),
 }
 FACTS = ("finished", "device", "seed", "weights", "git_commit")
-# Columns of the table of results, by their keys in `results.json`.
+# Columns of the table of results, by key in `results.json`.
 RESULT_COLUMNS = {
     "top1": "Top-1, %",
     "top5": "Top-5, %",
@@ -48,7 +49,7 @@ RESULT_COLUMNS = {
     "bitops": "Bit operations",
 }
 
-# All text is escaped, control characters too, and a name that does not exist is an error.
+# All text is escaped, including control characters, and an undefined name is an error.
 ENVIRONMENT = Environment(
     loader=PackageLoader("qat.report"),
     autoescape=True,
@@ -63,10 +64,9 @@ Row = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run directory; files that are missing there are left out.
+    """Write the page of a run directory; missing files are left out.
 
-    Returns:
-        The file.
+    Returns: The path of the page.
     """
     results = json_object(folder / "results.json", folder)
     typed = json_object(folder / "command.json", folder)
@@ -107,7 +107,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
         context: variables of the template.
 
     Returns:
-        The file.
+        The path of the page.
     """
     page = ENVIRONMENT.get_template(template).render(folder=folder, contents=[], **context)
     write_text(folder / FILE, page)
@@ -115,7 +115,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's columns that are not empty, each with True if it contains only numbers.
+    """Names of a table's non-empty columns, each with True if the column contains only numbers.
 
     The first column is the name of the row.
     """
@@ -132,10 +132,10 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
-    """Rows of a CSV file with parsed numbers; empty if it is not in the folder.
+    """Rows of a CSV file with parsed numbers; empty if the file does not exist.
 
-    Returns only the columns `names`, if there are any, and not the model's label if it is the same
-    in all rows.
+    If `names` are given, only these columns are returned. The column with the model's label is left
+    out if all rows have the same label.
     """
     rows = csv_rows(path) if is_inside(path, folder) else []
     if not rows:
@@ -154,7 +154,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 
 
 def _float_cost(folder: Path) -> dict[str, float]:
-    """Cost of the model in float, from its cost analysis; empty if that does not have it."""
+    """Cost of the float model, from the cost analysis; empty if the analysis does not have it."""
     summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     for cost in summary.values():
         return cost.get("in_float") or {}
@@ -162,7 +162,7 @@ def _float_cost(folder: Path) -> dict[str, float]:
 
 
 def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Title, value and meaning of the numbers at the top of the page."""
+    """Title, value and explanation of the numbers at the top of the page."""
     figures = []
     top1 = results.get("top1")
     if top1 is not None:
@@ -193,7 +193,7 @@ def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, s
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
-    """The model, after its float version if it is quantized; unknown scores have no column."""
+    """Rows for the float version of a quantized model and for the model, without empty columns."""
     if not results.get("size_bytes"):
         return []
     bits = bits_of(results.get("recipe"))
@@ -211,8 +211,8 @@ def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
 def _file_rows(results: Row) -> list[Row]:
     """Bytes of the parts of an exported file.
 
-    If the file was compared, its bytes and those of the model's files in float and int8, with the
-    time of one image.
+    If the file was compared, also its bytes and the bytes of the model's float and int8 files, with
+    the time of one image.
     """
     kind = "file" if results.get("agrees") else "part"
     latencies = results.get("latency_ms") or {}
@@ -227,7 +227,7 @@ def _file_rows(results: Row) -> list[Row]:
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
-    """Analyses in the run directory (command `analyze`) and in `analysis/` (of the run's model)."""
+    """Analyses in the run directory (of the command `analyze`) and in `analysis/` (of runs)."""
     analyses = []
     for subfolder in (folder, folder / ANALYSES):
         for path in sorted(subfolder.glob("*.json")):
@@ -238,7 +238,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
 
 
 def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
-    """Pictures, tables and names of files of one analysis."""
+    """Pictures, tables and file names of one analysis."""
     is_folded = subfolder != folder
     pictures = []
     for figure, file in _listed(index.get("figures"), subfolder, folder):
@@ -260,7 +260,7 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
 
 
 def _listed(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
-    """Entries of an index whose file is in the folder, each with the path of the file."""
+    """Entries of an index whose file exists in the folder, each with the path of the file."""
     listed: list[tuple[Row, Path]] = []
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):

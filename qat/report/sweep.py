@@ -35,13 +35,13 @@ MEASURES = {
 }
 # Prefix of the columns with settings of the command line.
 SETTING = "overrides."
-# Settings that do not make a job another experiment.
+# Settings that do not make a job a different experiment.
 IGNORED = {"run_dir", "resume", "overwrite", "report"}
-MOST_GROUPS = 40  # in the figure: names of more cannot be read
+MOST_GROUPS = 40  # in the figure; the names of more would be illegible
 
 
 def gather(folder: Path) -> list[Row]:
-    """A row for each job below a directory, nested ones too: settings, results and error."""
+    """A row for each job below a directory, including nested jobs: settings, results and error."""
     job_folders = {path.parent for path in folder.rglob("results.json")}
     job_folders |= {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     job_folders.discard(folder)
@@ -50,13 +50,13 @@ def gather(folder: Path) -> list[Row]:
 
 
 def _numbers_padded(row: Row) -> list[str]:
-    """A key that sorts job 2 before job 10."""
+    """A sort key that puts job 2 before job 10."""
     return [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
 
 
 def _job_row(folder: Path, job: str) -> Row:
     results = json_object(folder / "results.json", folder)
-    error: Any = "no results.json: killed, or still going"
+    error: Any = "no results.json: killed, or still running"
     status = "not finished"
     if results:
         error = results.get("error")
@@ -77,13 +77,13 @@ def _job_row(folder: Path, job: str) -> Row:
 def overrides_of(folder: Path) -> dict[str, str]:
     """Settings on the command line of a job, by name; empty if they were not recorded.
 
-    The run itself writes `command.json` when it starts. Hydra writes its file at each start, also
-    for a job that is refused because of existing results.
+    The run itself writes `command.json` when it starts. Hydra writes its own file at each start,
+    even for a job that is refused because results exist.
     """
     overrides = json_object(folder / "command.json", folder).get("overrides")
     path = folder / ".hydra" / "overrides.yaml"
     if overrides is None and is_inside(path, folder):
-        # A killed job may leave half a file.
+        # A killed job may leave an incomplete file.
         with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             overrides = yaml.safe_load(read_file(path))
     if not isinstance(overrides, list):
@@ -134,7 +134,7 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
         texts = []
         for name in names:
             text = str(job.get(SETTING + name, MISSING))
-            # The checkpoint that a job starts from may have its seed in its name.
+            # The path of the checkpoint that a job starts from may contain the seed of the job.
             texts.append(re.sub(r"(seed[-_=]?)\d+", r"\1*", text))
         groups.setdefault(tuple(texts), []).append(job)
     groups_with_settings = []
@@ -145,12 +145,12 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
 
 
 def label(settings: Mapping[str, str]) -> str:
-    """Settings in one line."""
+    """Settings as one line of text."""
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known numbers of a measure in jobs that are done."""
+    """The known values of a measure in finished jobs."""
     numbers: list[float] = []
     for job in jobs:
         value = job.get(measure)
@@ -162,7 +162,7 @@ def values(jobs: Sequence[Row], measure: str) -> list[float]:
 def mean(jobs: Sequence[Row], measure: str) -> str:
     """`97.22 ± 0.28`: mean and sample standard deviation (n - 1).
 
-    Only the mean for a single value, or for equal values.
+    For a single value, or for equal values, the text is only the mean.
     """
     numbers = values(jobs, measure)
     if not numbers:
@@ -175,7 +175,7 @@ def mean(jobs: Sequence[Row], measure: str) -> str:
 
 
 def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
-    """A row for each group: varied settings, number of jobs that are done, mean and deviation."""
+    """A row for each group: varied settings, number of finished jobs, means and deviations."""
     measured = [name for name in MEASURES if values(jobs, name)]
     rows = []
     for settings, group in grouped(jobs):
@@ -189,7 +189,7 @@ def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
-    """Rows as a table for the terminal."""
+    """Make a table for the terminal."""
     table = Table(title=title)
     measures = dict(MEASURES.values())
     for name in rows[0]:
@@ -201,12 +201,13 @@ def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> T
 
 
 def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = None) -> None:
-    """Write `sweep.csv` and the page of a sweep; print the table, and a line for each failed job.
+    """Write `sweep.csv` and the page of a sweep; print the table and a line for each failed job.
 
     Args:
         folder: directory of the sweep.
         report: write the page too.
-        refused: errors of jobs that did not run because their directories have results, by name.
+        refused: errors, by job name, of jobs that did not run because their directories contain
+            results.
 
     Raises:
         UsageError: there are no runs below the folder.
@@ -256,7 +257,7 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
-    """Top-1 of every group with its standard deviation, each job a dot."""
+    """Top-1 of every group with the standard deviation, and a dot for each job."""
     groups = []
     for settings, group in grouped(jobs):
         if values(group, "top1"):

@@ -1,4 +1,4 @@
 """Commands: each module named like a command has one function of the same name.
 
-Hydra configs do not go below these modules.
+Modules outside this package do not get Hydra configs.
 """

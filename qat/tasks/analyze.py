@@ -1,4 +1,4 @@
-"""`analyze.py`: tables, figures and a report about one model or several."""
+"""`analyze.py`: tables, figures and a report on one or more models."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def analyze(cfg: DictConfig) -> None:
-    """Analyse one model or several, or rebuild the report of a run (`run=DIR`).
+    """Analyse one or more models, or rebuild the report of a run (`run=DIR`).
 
     Args:
-        cfg: composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: config composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
 
     Raises:
         UsageError: a setting, path or file cannot work.
@@ -49,7 +49,7 @@ def analyze(cfg: DictConfig) -> None:
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_alike(subjects, origins)
-    cfg.data = jobs[0].data  # the config of the data in use, which is recorded
+    cfg.data = jobs[0].data  # the config of the data in use, to be recorded
     device = _device(cfg)
     labels = make_labels(cfg.labels, origins)
     nets = []
@@ -73,7 +73,7 @@ def analyze(cfg: DictConfig) -> None:
     log.info(summary.lines("qat: analysis", entries))
 
     outcome = analysis.run(nets, images)
-    # Nothing fails from here on, so files of an older run may be replaced.
+    # Nothing can fail from here on, so files of an older run may be replaced.
     record_run(cfg)
     write_outcome(run_dir, analysis.name, build.plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
@@ -92,7 +92,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 def _device(cfg: DictConfig) -> torch.device:
-    """The one device of an analysis."""
+    """The device of an analysis, which must be a single one."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(
@@ -118,7 +118,7 @@ def build_analysis(settings: DictConfig | None) -> Analysis:
     """The analysis of `analysis.*`.
 
     Raises:
-        UsageError: it is not set, or one of its settings cannot work.
+        UsageError: the analysis is not set, or one of its settings cannot work.
     """
     if settings is None:
         choices = ", ".join(options("analysis"))
@@ -135,7 +135,7 @@ def build_analysis(settings: DictConfig | None) -> Analysis:
 
 
 def _check_alike(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> None:
-    """Check that the images of all models are alike."""
+    """Check that all models expect the same kind of images."""
     first = _data_facts(subjects[0].data)
     for subject, path in zip(subjects[1:], origins[1:], strict=True):
         for name, value in _data_facts(subject.data).items():
@@ -154,10 +154,10 @@ def _data_facts(data: ImageData) -> dict[str, Any]:
 
 
 def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
-    """Names of checkpoints in plots: the user's, else the shortest ends of paths that differ.
+    """Names of checkpoints in plots: the user's labels, or the shortest path endings that differ.
 
     Raises:
-        UsageError: the user's are not one for each path, or no labels differ.
+        UsageError: the number of labels differs from the number of paths, or labels are not unique.
     """
     if own_labels is not None:
         labels = list(own_labels)

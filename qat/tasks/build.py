@@ -1,10 +1,11 @@
-"""Dataset, recipe, loss and model from a config, built and checked before the first step."""
+"""Build dataset, recipe, loss and model from a config, and check them before the first step."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,19 +40,19 @@ from qat.tasks.checks import check_unread
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CALIBRATION_BATCH = 1024  # most images of a batch, so that it fits one device
+CALIBRATION_BATCH = 1024  # most images per batch, so that a batch fits on one device
 
 
 def plain(cfg: Any) -> Any:
-    """A config node as dicts, lists and scalars, interpolations resolved."""
+    """Convert a config node to dicts, lists and scalars, with interpolations resolved."""
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
 def instantiate(node: DictConfig, setting: str) -> Any:
-    """Build the object that `_target_` of a config node names, from plain arguments.
+    """Build the object that a config node's `_target_` names, from plain arguments.
 
     Raises:
-        UsageError: the class does not exist or refuses the arguments; names `setting`.
+        UsageError: the class does not exist or refuses the arguments; the message names `setting`.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
@@ -60,7 +61,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         )
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
     try:
-        return hydra.utils.instantiate(node, _convert_="all")
+        return hydra.utils.instantiate(node, _convert_="all", **_whitelist(node))
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from error
@@ -70,8 +71,20 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         ) from error
 
 
+def _whitelist(node: DictConfig) -> dict[str, Any]:
+    """An argument for Hydra 1.4 and newer: the packages of all `_target_`s of a config node.
+
+    The user may name any class. Of the names in a checkpoint `stored_data.py` lets only those of
+    qat's datasets pass. Hydra itself refuses functions that run commands.
+    """
+    if not hasattr(hydra.utils, "execution_whitelist"):
+        return {}
+    packages = re.findall(r"_target_: *(\w+)\.", OmegaConf.to_yaml(node, resolve=True))
+    return {"_execution_whitelist_": [f"{package}.*" for package in packages]}
+
+
 def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
-    """A dataclass built from a group of settings.
+    """Build a dataclass from a group of settings.
 
     Raises:
         UsageError: the group is not a mapping, a key is not a field, or a value cannot work.
@@ -89,22 +102,22 @@ def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
     Raises:
-        UsageError: it is not an `ImageData`, or ignores a setting that was changed.
+        UsageError: the class is not an `ImageData`, or ignores a setting that was changed.
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
         raise UsageError(
             f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
         )
-    # Predictions decode images of any dataset by `on_error`.
+    # Predictions use `on_error` to decode images, whatever the dataset.
     check_unread(data, [] if cfg.get("predict") is None else ["on_error"])
     return data
 
 
 def count_classes(cfg: DictConfig) -> None:
-    """Set `data.num_classes` to the number that the dataset finds, where it is null.
+    """If `data.num_classes` is null, set it to the number that the dataset finds.
 
-    Models are built from the config, so it is set before any of them.
+    Models are built from the config, so call this before building a model.
     """
     if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
         cfg.data.num_classes = build_data(cfg).settings.num_classes
@@ -114,24 +127,25 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     """The recipe of `cfg.quant`.
 
     Raises:
-        UsageError: it has an unknown key, or a value that cannot work.
+        UsageError: the recipe has an unknown key, or a value that cannot work.
     """
     recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
-        # The user named it; a checkpoint of it finds it imported.
+        # The user named the class; when a checkpoint of the recipe is read, the class is already
+        # imported.
         import_quantizer(name)
     return recipe
 
 
 def model_args(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments for `timm.create_model`: those of the config that are not null.
+    """Arguments for `timm.create_model`: all arguments in the config that are not null.
 
     Raises:
-        UsageError: they contradict the data.
+        UsageError: the arguments contradict the data.
     """
     args = {key: value for key, value in plain(cfg.model.args).items() if value is not None}
     for name in ("num_classes", "in_chans"):
-        # The data decide, not timm's defaults.
+        # These values come from the data, not from timm's defaults.
         args.setdefault(name, cfg.data[name])
         if args[name] != cfg.data[name] or isinstance(args[name], bool):
             raise UsageError(
@@ -142,10 +156,10 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
 
 
 def import_modules(names: Iterable[str] | None) -> None:
-    """Import `model.imports`: files that register swaps for a model family, or models with timm.
+    """Import `model.imports`: modules that register swaps for a model family, or models in timm.
 
     Raises:
-        UsageError: one of them cannot be imported.
+        UsageError: a module cannot be imported.
     """
     for name in names or ():
         try:
@@ -155,10 +169,11 @@ def import_modules(names: Iterable[str] | None) -> None:
 
 
 def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """The model of a file of the paper's own code; None for another kind of file.
+    """The model in a file of the paper's own code; None for other files.
 
     Raises:
-        UsageError: the file is not as `ckpt_format` says, or bits are set for another kind of file.
+        UsageError: the file does not have the format `ckpt_format`, or bits are set for another
+            kind of file.
     """
     looks_like_ofq = checkpoint.meta is None and is_ofq(checkpoint.state)
     if cfg.ckpt_format == "ofq" or (cfg.ckpt_format == "auto" and looks_like_ofq):
@@ -177,7 +192,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
     Args:
         cfg: config of a command.
-        keep_head: weights of another class count are an error, and do not get a new head.
+        keep_head: a different class count is an error, instead of leading to a new head.
 
     Raises:
         UsageError: a setting or file cannot work.
@@ -213,20 +228,19 @@ def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_h
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert a model in place and set its scales: copied from the start's, else from images.
+    """Convert a model in place and set its scales: copied from the start, or else from images.
 
     Args:
-        start: the float model, and the quantized one that its weights come from.
+        start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
         data: the dataset of the calibration images.
-        init: `full` keeps all weights; `reference` loses and adds the weights that the paper's
-            code loses and adds.
-        processes: number of processes of the run. Each sets the scales from the same images, in
-            batches as large as those of all processes together: scales are equal in all of them,
-            and equal those of one process with that batch size.
+        init: `full` keeps all weights; `reference` drops and adds weights as the paper's code does.
+        processes: number of processes of the run. Each process sets the scales from the same
+            images, in batches of the global size, so that scales are equal in all processes, and
+            equal to the scales of a single process with this batch size.
 
     Returns:
-        Notes for the user, a line each.
+        Notes for the user, one line each.
     """
     as_reference = init == "reference" and recipe.name != "fp"
     reset = invent_biases(start.net) if as_reference else []
@@ -255,7 +269,7 @@ def quantize(
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:
-    """The terms of `cfg.loss`, and its regularizers whose weight is not 0.
+    """Build the terms of `cfg.loss`, and the regularizers whose weight is not 0.
 
     Raises:
         UsageError: a term cannot be built.

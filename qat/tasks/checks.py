@@ -1,4 +1,4 @@
-"""Checks of settings that Lightning would accept, and then train on nothing or fail late."""
+"""Checks of settings that Lightning accepts, but with which it trains on nothing or fails late."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
 HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-# Integers among the settings of Lightning's trainer, with their least values; -1 is "all" or
-# "no limit". Lightning does not check their types.
+# Integer settings of Lightning's trainer, with their least values; -1 is "all" or "no limit".
+# Lightning does not check the types.
 INTEGERS = {
     "max_epochs": 1,
     "accumulate_grad_batches": 1,
@@ -47,17 +47,17 @@ NUMBERS = (
 )
 NOT_ZERO = ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
-# Datasets by the names that configs and checkpoints have for them.
+# Datasets by the names that configs and checkpoints use.
 DATASETS: dict[str, type[ImageData]] = {
     f"qat.data.{name}": kind
     for name, kind in vars(qat.data).items()
     if isinstance(kind, type) and issubclass(kind, ImageData)
 }
-# The choices of `data=` to name first.
+# The choices of `data=` that messages name first.
 COMMON_DATA = ("imagefolder", "hf_parquet")
-# Callbacks that change the length of the training, or need another module: what to use instead.
+# Callbacks that change the length of the training or need another module, and what to use instead.
 UNFIT: dict[type[Callback], str] = {
-    callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
+    callbacks.BackboneFinetuning: "optimizer.layer_decay makes early layers learn more slowly",
     callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
     callbacks.BatchSizeFinder: "set data.batch_size",
     callbacks.GradientAccumulationScheduler: (
@@ -75,7 +75,7 @@ def check_callback(name: str, callback: object) -> None:
     Lightning finds a wrong metric after the first epoch.
 
     Raises:
-        UsageError: it cannot work.
+        UsageError: the callback cannot work.
     """
     if not isinstance(callback, Callback):
         kind = type(callback).__name__
@@ -94,12 +94,12 @@ def check_callback(name: str, callback: object) -> None:
     if monitor.startswith("val") or "/" not in monitor:
         raise UsageError(
             f"callbacks.{name}.monitor={monitor!r}: "
-            f"must be one of those of the validation: {', '.join(VAL_METRICS)}"
+            f"must be a validation metric: {', '.join(VAL_METRICS)}"
         )
 
 
 def _check_mode(name: str, callback: Callback) -> None:
-    """Check that the best loss is the lowest one and the best accuracy the highest one."""
+    """Check that the best loss is the lowest, and the best accuracy the highest."""
     monitor = str(getattr(callback, "monitor", None))
     mode = getattr(callback, "mode", None)
     best = mode
@@ -132,7 +132,7 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     """Check that the model accepts images of the data and returns one number for each class.
 
     Raises:
-        UsageError: it does not, or the data has fewer than two classes.
+        UsageError: the model does not, or the data has fewer than two classes.
     """
     num_classes = data.settings.num_classes
     if num_classes < 2:
@@ -150,10 +150,10 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
 
 
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
-    """Check that the data has the classes of a model in the same order; warn of other names.
+    """Check that the data has the model's classes in the same order; warn if names differ.
 
     Raises:
-        UsageError: the same classes in another order.
+        UsageError: the classes are the same, but in another order.
     """
     model_classes = classes_of(net)
     data_classes = data.named_classes()
@@ -170,7 +170,7 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     if sorted(model_classes) == sorted(data_classes):
         raise UsageError(
             f"{difference}: the same classes in another order; "
-            "must be data with the order that it was trained on"
+            "must be data with the order of its training"
         )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", difference)
@@ -180,11 +180,12 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
     """Check that no setting was changed that the dataset ignores.
 
     Args:
-        data: one of a user's own class is not checked.
+        data: the dataset; it is not checked if its class is the user's own.
         read_elsewhere: names of settings that the command itself reads.
 
     Raises:
-        UsageError: the first of these settings; names the choices of `data=` that read it.
+        UsageError: a setting that the dataset ignores was changed; the message names the choices of
+            `data=` that read it.
     """
     groups = {}
     for group in options("data"):
@@ -206,7 +207,7 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
 
 
 def check_sharding(strategy: object, name: str, part: object) -> None:
-    """Check that a callback or a loss term works where each process has a part of each weight.
+    """Check that a callback or a loss term works if each process has only a part of each weight.
 
     Args:
         strategy: value of `trainer.strategy`.
@@ -214,7 +215,7 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
         part: the callback or the term.
 
     Raises:
-        UsageError: it needs whole weights.
+        UsageError: the part needs whole weights.
     """
     if strategy != SHARDED:
         return
@@ -235,10 +236,10 @@ def check_options(
         loss: the loss of the training.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: two of the settings cannot be combined.
     """
     precision = str(trainer["precision"])
-    # Updates below 1e-3 of a weight are lost in 8 bits of mantissa, so no code would ever change.
+    # Updates below 1e-3 of a weight are lost with an 8-bit mantissa, so no code would ever change.
     if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
             f"trainer.precision={precision!r}: a quantized model needs float weights; "
@@ -262,10 +263,10 @@ def check_options(
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:
-    """Check that images consist of whole patches: timm would ignore the pixels at the edge.
+    """Check that images consist of whole patches, because timm would ignore pixels at the edge.
 
     Raises:
-        UsageError: they do not.
+        UsageError: the patch size does not divide the image size.
     """
     embedding = getattr(net, "patch_embed", None)
     patch_size = getattr(embedding, "patch_size", None)
@@ -283,7 +284,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     """Check settings with which Lightning would train on nothing, or never validate.
 
     Raises:
-        UsageError: the first of these settings.
+        UsageError: a setting would have this effect; the message names the first one.
     """
     for name, least in INTEGERS.items():
         value = settings.get(name)
@@ -298,7 +299,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     max_time = settings.get("max_time")
     if isinstance(max_time, int | float):
         raise UsageError(f"trainer.max_time={max_time}: must be DD:HH:MM:SS")
-    # `00:00:00:00` and `{hours: 0}` have no other digit than 0.
+    # `00:00:00:00` and `{hours: 0}` contain no digit except 0.
     if max_time is not None and not re.search("[1-9]", str(max_time)):
         raise UsageError(
             f"trainer.max_time={str(max_time)!r}: must be above 0, "

@@ -1,4 +1,4 @@
-"""The folder `conf/` for Hydra: its path, its schemas and its resolvers.
+"""The folder `conf/` for Hydra: path, schemas and resolvers.
 
 Resolvers are functions that YAML files call as `${name:arguments}`. Nothing heavy is imported
 here, so that `--help` is fast.
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat.launch import ranks, slurm
 from qat.tasks.settings import COMMANDS
 
-# In a clone this is a link to the folder at the top.
+# In a clone, this is a link to the top-level folder `conf/`.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
 # Arguments of Lightning's trainer that only a training uses.
@@ -36,29 +36,29 @@ TRAINING_ARGUMENTS = (
 
 
 def typed(name: str) -> str:
-    """The command line of a command: `qat train`, or `python train.py`."""
+    """The words with which the user typed a command: `qat train`, or `python train.py`."""
     return f"qat {name}" if Path(sys.argv[0]).name == "qat" else f"python {name}.py"
 
 
 def recorded(cfg: DictConfig) -> str:
-    """The text of `config.yaml`, with interpolations resolved."""
+    """The config as text for `config.yaml`, with interpolations resolved."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     values.pop("sweep_dir", None)
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group, without files that are parts of others (`_NAME.yaml`)."""
+    """The choices of a group, without files that are parts of other files (`_NAME.yaml`)."""
     names = [path.stem for path in (CONF / group).glob("*.yaml")]
     return sorted(name for name in names if not name.startswith("_"))
 
 
 def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
-    """Lines of YAML with their settings and comments.
+    """Read lines of YAML with their settings and comments.
 
     Yields:
-        The line, the dotted name of its setting, and the comment after or above it. Name and
-        comment are empty if there is none.
+        The line, the dotted name of its setting, and the comment after or above it; name and
+        comment may be empty.
     """
     keys_by_indent: dict[int, str] = {}
     comments_above: list[str] = []
@@ -94,7 +94,7 @@ def config_groups(*, _root_: DictConfig) -> str:
 
 
 def _overridden_groups(experiment: str) -> set[str]:
-    """Groups whose choice an experiment, or one that it is based on, overrides."""
+    """Groups whose choice an experiment overrides, or an experiment that it is based on."""
     values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
     groups: set[str] = set()
     for entry in values.get("defaults", []):
@@ -123,14 +123,14 @@ def config_in_words(*, _root_: DictConfig) -> str:
 
 
 def _comments(command: str) -> dict[str, str]:
-    """The comments of all settings: those of the command's own file, else of another file."""
+    """The comments of all settings, from the command's own file, or else from another file."""
     own_file = CONF / f"{command}.yaml"
     comments: dict[str, str] = {}
     for path in (own_file, *sorted(CONF.glob("*/**/*.yaml")), *sorted(CONF.glob("*.yaml"))):
         groups = path.relative_to(CONF).parts[:-1]
         for line, name, comment in yaml_lines(path.read_text(encoding="utf-8")):
             is_group = re.fullmatch(r"\w+:( *#.*)?", line)
-            # The comment on a whole group does not hold for other commands.
+            # The comment on a whole group does not apply to other commands.
             is_of_other_command = is_group and path.parent == CONF and path != own_file
             if name and comment and not is_of_other_command:
                 comments.setdefault(".".join([*groups, name]), comment)
@@ -138,10 +138,10 @@ def _comments(command: str) -> dict[str, str]:
 
 
 def alias(name: str, args: Mapping[str, Any]) -> str:
-    """The name of a model for people.
+    """The name of a model that users know.
 
-    A choice of `model=` with arguments of its own is named if the model has these arguments, and
-    the class of a model of Transformers.
+    A choice of `model=` that sets arguments is named only if the model has these arguments. A model
+    of Transformers is named by its class.
 
     Args:
         name: timm name.
@@ -158,7 +158,7 @@ def alias(name: str, args: Mapping[str, Any]) -> str:
 
 
 def run_name() -> str:
-    """The id of the SLURM job, else date and time, equal in all processes of a run."""
+    """The id of the SLURM job, or else date and time; equal in all processes of a run."""
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id:
         return f"slurm-{job_id}"
@@ -166,9 +166,9 @@ def run_name() -> str:
 
 
 def swin_patch(image_size: int, own_patch: int | None) -> int:
-    """The patch size of a Swin in pixels: its own (4 if None) or less on small images.
+    """The patch size of a Swin in pixels: its own (4 if None), or smaller for small images.
 
-    It is halved until all four stages have patches to merge.
+    The size is halved until all four stages have patches to merge.
     """
     patch = own_patch or 4
     while patch > 1 and image_size // patch < 2 ** (SWIN_STAGES - 1):
@@ -177,10 +177,10 @@ def swin_patch(image_size: int, own_patch: int | None) -> int:
 
 
 def swin_window(image_size: int, patch: int, own_window: int) -> int:
-    """The window of a Swin in patches: its own or the largest one below it that fits.
+    """The window size of a Swin in patches: its own, or the largest smaller size that fits.
 
-    A window fits if it divides the side of the map and is smaller, because shifting needs two
-    windows. The own window is returned if none fits.
+    A window fits if its size divides the side of the map and is smaller, because shifting needs two
+    windows. If no size fits, the model's own window size is returned.
     """
     side = image_size // patch
     for window in (own_window, *range(own_window - 1, 1, -1)):
@@ -194,7 +194,7 @@ def timm_argument(model: str, name: str, value: Any) -> Any:
     import timm
 
     if not timm.is_model(model):
-        return None  # which is an error later
+        return None  # which becomes an error later
     family = sys.modules[timm.model_entrypoint(model).__module__]
     for member in vars(family).values():
         if not inspect.isclass(member) or not member.__module__.startswith("timm.models"):
@@ -205,7 +205,7 @@ def timm_argument(model: str, name: str, value: Any) -> Any:
 
 
 def none_of(*values: object) -> bool:
-    """True if no value is set: recipes use their own checkpoint only then."""
+    """True if no value is set; only then do recipes use their own checkpoint."""
     return not any(values)
 
 
@@ -218,7 +218,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
         table: entries by model, or by model and bit-width: `{deit_t:140,deit_s:{2:140,3:100}}`.
 
     Raises:
-        ValueError: the table has no such entry; OmegaConf's error names the setting.
+        ValueError: the table has no such entry; the error of OmegaConf names the setting.
     """
     entry = table.get(net) if net is not None else None
     if isinstance(entry, Mapping):
@@ -244,13 +244,17 @@ def _register() -> None:
         slurm.slurm_tasks_per_node,
         slurm.slurm_nodes,
     )
+    # OmegaConf 2.4 deprecates the old name; older versions have another function of the new name.
+    register: Any = OmegaConf.register_resolver
+    if "replace" not in inspect.signature(register).parameters:
+        register = OmegaConf.register_new_resolver
     for function in functions:
-        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+        register(function.__name__, function, replace=True)
+    register("run_name", run_name, use_cache=True, replace=True)
     store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
         store.store(name=f"_{name}", node=schema, provider="qat")
-    # Any argument of Lightning's trainer can be set without a plus.
+    # This allows setting any argument of Lightning's trainer without a plus.
     store.store(
         group="trainer",
         name="_lightning",

@@ -1,4 +1,4 @@
-"""`eval.py`: accuracy or predictions of a checkpoint, rebuilt from its file, or of a timm model."""
+"""`eval.py`: accuracy or predictions of a checkpoint, rebuilt from its file, or a timm model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from qat.tasks.predict import find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
     class_results,
+    correct_images,
     measured,
     recipe_fields,
     record_run,
@@ -37,13 +38,13 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Evaluate one model on labelled images, or predict classes of others.
+    """Evaluate one model on labelled images, or predict classes of unlabelled images.
 
-    `split` chooses the images; null means test, or val for data without test. `predict` names
-    images without labels.
+    `split` chooses the images; null means test, or val if the data have no test split. `predict`
+    names images without labels.
 
     Args:
-        cfg: composed from `conf/eval.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: config composed from `conf/eval.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
         Top-1 in percent; None with `predict`.
@@ -90,7 +91,7 @@ def evaluate(cfg: DictConfig) -> float | None:
 
 
 def _announce(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
-    """Log what is evaluated, on what; `paths` are the images of a prediction."""
+    """Log the model and the images of an evaluation; `paths` are the images of a prediction."""
     data = subject.data
     if paths:
         title = "prediction"
@@ -116,8 +117,7 @@ def measure(
         subject: model and data.
         trainer: Lightning's trainer.
         costs: costs of the model.
-        folder: where tables of the classes are written; None = no tables, and no results of
-            classes.
+        folder: folder for tables of the classes; None = no tables and no results of classes.
 
     Returns:
         Keys of `results.json`: accuracies in percent, loss, sizes, and with `folder` the results
@@ -129,6 +129,7 @@ def measure(
     module = QATModule(subject.net, loss, num_classes=num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     results = measured(metrics, costs, num_classes)
+    results |= correct_images(module.correct)
     results |= data.evaluation_facts(module.confusion)
     entries = summary.scores(results)
     entries["loss"] = f"{results['loss']:.4f}"

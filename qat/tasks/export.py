@@ -1,6 +1,7 @@
 """`export.py`: a file to deploy.
 
-It is written under another name, compared with the checkpoint, and renamed only if both agree.
+The file is written under another name, compared with the checkpoint, and renamed only if both
+agree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ from qat.export.onnx_file import (
     write_onnx,
 )
 from qat.export.pte import to_pte, write_pte
-from qat.export.runtimes import EXECUTORCH, milliseconds, open_session, quantize_8bit
+from qat.export.runtimes import (
+    EXECUTORCH,
+    ONNXRUNTIME,
+    OPENVINO,
+    milliseconds,
+    open_session,
+    quantize_8bit,
+    saturates,
+)
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import conversion_of
@@ -53,7 +62,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
-# Results in the log whose keys do not explain themselves.
+# Log texts for results whose keys are not self-explanatory.
 _TITLES = {
     "latency_ms": "ms per image",
     "float_products": "products in float",
@@ -63,16 +72,16 @@ _TITLES = {
 
 
 class _Source(NamedTuple):
-    """The model to export, and images to compare it on.
+    """The model to export, and the images on which it is compared.
 
     Attributes:
         net: the model.
-        name: its timm name.
-        preparation: how its images are prepared.
+        name: timm name of the model.
+        preparation: how images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
         data: config of the data that is stored in the file.
-        classes: names of its classes.
-        description: the images in words.
+        classes: names of the classes.
+        description: description of the images in words.
     """
 
     net: nn.Module
@@ -88,10 +97,10 @@ def export(cfg: DictConfig) -> float:
     """Write one checkpoint to a deployable file.
 
     Args:
-        cfg: composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: config composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Images in percent for which the file and the model predict the same class.
+        Percentage of images for which the file and the model predict the same class.
 
     Raises:
         UsageError: a setting, path or file cannot work, or the written file disagrees with the
@@ -127,7 +136,7 @@ def export(cfg: DictConfig) -> float:
     entries = {"weights": origin(cfg), "checked on": source.description, "file": str(target)}
     summary.announce("export", net, source.name, conversion.recipe, input_size, **entries)
     record_run(cfg)
-    # A file elsewhere, too, may have been written by a run that was killed.
+    # A killed run may also have written a file outside the run directory.
     unfinished = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
     remove_unfinished(target.parent, unfinished)
 
@@ -151,6 +160,8 @@ def export(cfg: DictConfig) -> float:
         results |= _compare_with_float(target, float_net, images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
     _log_results(checked, results, f"{target}, {size:,} bytes")
+    uses = _uses(file_format, settings, checked)
+    _log_uses(uses, results.get("time_of_float") or {})
     write_results(
         cfg,
         model=source.name,
@@ -169,11 +180,12 @@ def export(cfg: DictConfig) -> float:
 def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
     if cfg.format.name != "onnx":
         return OnnxSettings()
-    return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
+    form = cfg.format
+    return OnnxSettings(cfg.dynamic_batch, form.target, form.two_bit, form.cpu, form.precision)
 
 
 def _load_source(cfg: DictConfig) -> _Source:
-    """The model of `ckpt` and images of its data; a model made in Python has no data."""
+    """The model of `ckpt` and images of its data; a model that was built in Python has no data."""
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
     meta = checkpoint.meta
     has_data_setting = "_target_" in cfg.data
@@ -228,14 +240,15 @@ def _compare_with_float(
 ) -> dict[str, Any]:
     """Size and time of a file, compared with files of the same model in float.
 
-    In ONNX another one of these has weights of 8 bits. The weights of these files are random.
+    For ONNX, a file with 8-bit weights is compared too. The weights in these other files are
+    random.
 
     Args:
         path: the file.
         float_net: the same architecture in float.
         image: (1, C, H, W).
         checked: runtimes that run the file.
-        repeats: timed runs; 0 = no times.
+        repeats: number of timed runs; 0 = do not measure times.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float"}
@@ -268,7 +281,7 @@ def _compare_with_float(
 def _time(
     files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of each file in a runtime, in one thread."""
+    """Milliseconds of one image with each file in a runtime, in one thread."""
     sessions = {}
     for name, file in files.items():
         sessions[name] = open_session(file, runtime, threads=1)
@@ -282,12 +295,65 @@ def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
         if key != "time_of_float":
             entries[_TITLES.get(key, key)] = _in_words(value)
     log.info("%s\n%s", checked.to_text(), summary.lines("written", entries))
-    for runtime, share in (results.get("time_of_float") or {}).items():
-        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
+
+
+class _Use(NamedTuple):
+    """A way to run a file.
+
+    Attributes:
+        target: runtime and processor.
+        advice: settings to run it with.
+        runtime: runtime whose time on this machine is that of the target; None = not measured.
+    """
+
+    target: str
+    advice: str
+    runtime: str | None = None
+
+
+def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_Use]:
+    """Targets that the file is for. docs/deployment.md has the measurements."""
+    if file_format == "packed":
+        return [_Use("qat", "qat.load(file), or ckpt=file in a command")]
+    if file_format == "executorch":
+        return [_Use("ExecuTorch", "one image at a time, with XNNPACK", EXECUTORCH)]
+    if settings.target == "tensorrt":
+        return [_Use("TensorRT", "reads scales from the file, needs no calibration; never run")]
+
+    with_vnni = without_vnni = "default settings"
+    openvino = "INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0"
+    if settings.cpu == "any":
+        with_vnni += "; with format.cpu=fast 8-bit weights are faster"
+    else:
+        without_vnni = "wrong; export with format.cpu=any"
+        openvino += "; only with VNNI or on ARM"
+    agreement = checked.agreement.get(OPENVINO)
+    if agreement is None:
+        openvino += "; not checked, as it is not installed"
+    elif agreement.problem:
+        openvino = "do not use"
+    is_without_vnni = saturates()
+    return [
+        _Use(
+            "onnxruntime, with VNNI or on ARM", with_vnni, None if is_without_vnni else ONNXRUNTIME
+        ),
+        _Use("onnxruntime, other CPUs", without_vnni, ONNXRUNTIME if is_without_vnni else None),
+        _Use("OpenVINO", openvino, OPENVINO),
+    ]
+
+
+def _log_uses(uses: list[_Use], time_of_float: dict[str, float]) -> None:
+    entries = {}
+    for use in uses:
+        entries[use.target] = use.advice
+        if use.runtime in time_of_float:
+            share = time_of_float[use.runtime]
+            entries[use.target] += f"; {share:.2f} of float's time (this machine, 1 thread)"
+    log.info("%s", summary.lines("run it in", entries))
 
 
 def _in_words(value: Any) -> str:
-    """A result for people, such as `float 1,794,374, int8 476,290`, if need be by runtime."""
+    """A result as text, such as `float 1,794,374, int8 476,290`, separated by runtime if needed."""
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Optimizer, schedule, callbacks, loggers and Lightning's trainer from a config.
+"""Build optimizer, schedule, callbacks, loggers and Lightning's trainer from a config.
 
-Also here: compiled models, and models that use less memory.
+The module also compiles models and makes models use less memory.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
-    """A function from a model to its optimizer.
+    """A function that builds the optimizer of a model.
 
-    It is tried on a small layer, so that mistakes are found before the training.
+    The function is tried on a small layer, so that mistakes are found before training.
     """
     settings = plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, above=True)
@@ -75,7 +75,7 @@ def global_batch(batch_size: int, trainer: Trainer) -> int:
 
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
-    """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
+    """A function that maps (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
     interval = settings["interval"]
     warmup_epochs = settings.pop("warmup_epochs")
@@ -147,11 +147,11 @@ def _check_averages(callbacks: list[Callback]) -> None:
 
 
 def _rank(callback: Callback) -> int:
-    """Position of a callback; those of equal rank keep their order in the config.
+    """Position of a callback; callbacks of equal rank keep their order in the config.
 
-    First is CGA, which sets the learning rate and restores weights before others log or average
-    them. Last are `last.ckpt`, which stores the state of all others, and the end of a preempted
-    run.
+    CGA is first, because it sets the learning rate and restores weights before other callbacks log
+    or average them. Last are `last.ckpt`, which stores the state of all other callbacks, and the
+    end of a preempted run.
     """
     if isinstance(callback, CGA):
         return 0
@@ -165,10 +165,10 @@ def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
 
     Args:
         cfg: config of a command.
-        resumed_at: step at which the run is resumed; rows of `metrics.csv` before it are kept.
+        resumed_at: step from which the run is resumed; earlier rows of `metrics.csv` are kept.
 
     Raises:
-        UsageError: one of them is not a logger of Lightning.
+        UsageError: one of the loggers is not a Lightning logger.
     """
     disable_telemetry()
     loggers = []
@@ -196,8 +196,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     for key, value in cfg.trainer.items():
         is_object = OmegaConf.is_dict(value) and "_target_" in value
         settings[key] = instantiate(value, f"trainer.{key}") if is_object else plain(value)
-    # Sharded weights gathered for a validation are trained afterwards; a compiled model would need
-    # a second graph for inference mode.
+    # Inference mode is off for two reasons: sharded weights that are gathered for a validation are
+    # trained afterwards, and a compiled model would need a second graph.
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
     num_processes = local_count(settings) * settings.get("num_nodes", 1)
@@ -216,7 +216,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        # Lightning would add its own if this were True without one.
+        # If this were True and there is no such callback, Lightning would add its own.
         "enable_checkpointing": any(isinstance(c, Checkpointing) for c in callbacks),
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
@@ -249,7 +249,7 @@ def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -
 
 
 def _mentioned(settings: Mapping[str, Any], message: str) -> list[str]:
-    """Settings whose name or value is in an error message of Lightning."""
+    """Settings whose name or value occurs in an error message of Lightning."""
     names = []
     for name, value in settings.items():
         if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message:
@@ -260,8 +260,8 @@ def _mentioned(settings: Mapping[str, Any], message: str) -> list[str]:
 def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
     """Store fewer activations for the backward pass.
 
-    With `memory=recompute` no attention probabilities are stored, with
-    `model.grad_checkpointing=true` only the inputs of blocks.
+    With `memory=recompute`, attention probabilities are not stored; with
+    `model.grad_checkpointing=true`, only the inputs of blocks are.
 
     Raises:
         UsageError: the model does not support gradient checkpointing.
@@ -278,7 +278,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
 
 
 def compiles(cfg: DictConfig) -> bool | str:
-    """The way models are compiled: False, True or "graphs".
+    """How models are compiled: False, True or "graphs".
 
     `compile=auto` means True on CUDA, unless the processes share the weights.
 
@@ -303,7 +303,7 @@ def compiles(cfg: DictConfig) -> bool | str:
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
     """Compile student and teacher in place, each as one graph, if `compiles` says so.
 
-    Names in state dicts do not change. One operation is compiled first: if torch cannot, `auto`
+    Names in state dicts do not change. A single operation is compiled first; if torch fails, `auto`
     leaves the models eager.
 
     Raises:
@@ -323,7 +323,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
             raise UsageError(f"compile={setting}: {reason}; must be false") from error
         log.warning("compile=auto: the model is not compiled: %s", reason)
         return
-    # Models of a sweep's earlier jobs count towards the limit of graphs.
+    # Models of earlier jobs in a sweep count towards the limit of graphs.
     torch.compiler.reset()
     compile_in_place(net, recompute=cfg.memory == "recompute", graphs=mode == "graphs")
     if teacher is not None:

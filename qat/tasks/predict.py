@@ -29,10 +29,10 @@ FILE = "predictions.csv"
 
 
 def find_images(source: str) -> list[Path]:
-    """One image, or all images below a folder, sorted by path, without hidden ones.
+    """One image, or all images below a folder that are not hidden, sorted by path.
 
     Raises:
-        UsageError: the file or folder does not exist, or the folder holds no images.
+        UsageError: the file or folder does not exist, or the folder contains no images.
     """
     root = Path(source)
     if root.is_file():
@@ -48,13 +48,13 @@ def find_images(source: str) -> list[Path]:
 
 
 def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
-    """Write the likeliest classes of images to `predictions.csv`; log the first of them.
+    """Write the likeliest classes of images to `predictions.csv`, and log the first rows.
 
-    A row has the path of an image, then class and probability by rank.
+    A row contains the path of an image, then classes and probabilities by rank.
 
     Raises:
         UsageError: the run has more than one device, an image cannot be decoded (with
-            `data.on_error=skip`: none of them can), or a logit is not finite.
+            `data.on_error=skip`, no image can be decoded), or a logit is not finite.
     """
     if trainer.world_size > 1:
         raise UsageError(
@@ -84,7 +84,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
 def _predicted_rows(
     subject: EvaluatedNet, paths: list[Path], trainer: Trainer, num_ranks: int, setting: str
 ) -> list[list[str]]:
-    """Rows of the table, without images that are skipped."""
+    """Rows of the table, without skipped images."""
     settings = subject.data.settings
     loader = DataLoader(
         _Files(paths, settings),
@@ -100,7 +100,7 @@ def _predicted_rows(
             top = logits.softmax(dim=-1).topk(num_ranks)
             probabilities = top.values.cpu().tolist()
             classes = top.indices.cpu().tolist()
-        # Zero times a logit that is not finite is NaN.
+        # Zero times a non-finite logit is NaN.
         check_logits(float((0 * logits).sum()), setting)
         for row, number in enumerate(numbers.tolist()):
             if number < 0:
@@ -113,7 +113,7 @@ def _predicted_rows(
 
 
 class _Files(Dataset[tuple[int, Tensor]]):
-    """Index and image after the evaluation transform; the index is -1 if the image is skipped."""
+    """Dataset of (index, transformed image); the index is -1 if the image is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
         self.paths = paths

@@ -1,7 +1,8 @@
 """`ptq.py`: quantize a trained model without training.
 
-A float model is calibrated, a quantized one is kept (`ptq=keep`). Then weights are fitted and
-scales searched, if the recipe says so, and `quantized.ckpt` is evaluated and written.
+A float model is calibrated; a quantized model keeps its quantizers (`ptq=keep`). Then weights are
+fitted and scales are searched if the recipe requires it, and `quantized.ckpt` is evaluated and
+written.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ FILE = "quantized.ckpt"
 
 
 def ptq(cfg: DictConfig) -> float:
-    """Quantize a model, or search over the scales of one that is quantized already.
+    """Quantize a model, or search over the scales of a model that is already quantized.
 
     Args:
-        cfg: composed from `conf/ptq.yaml`; `cfg.run_dir` is the job's directory.
+        cfg: config composed from `conf/ptq.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
         Top-1 of the quantized model in percent.
@@ -84,7 +85,7 @@ def ptq(cfg: DictConfig) -> float:
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
     if method == "reconstruct":
-        # Fails early if there are too few images.
+        # This fails early if there are too few images.
         split_batches(torch.cat(batches), reconstruct_settings.batch)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     if trainer.world_size > 1 and (changes_weights or search_settings):
@@ -97,7 +98,7 @@ def ptq(cfg: DictConfig) -> float:
         net = convert(copied(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
-        # Fails early on targets that match no scale.
+        # This fails early if a target matches no scale.
         scale_vectors(quantized.net, search_settings.targets)
 
     connect(trainer)
@@ -115,7 +116,8 @@ def ptq(cfg: DictConfig) -> float:
                 figures["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
         since = time.monotonic()
         if changes_weights:
-            # The targets are those of the float model: the quantized one changes its weights.
+            # Compute the targets now, with the float model, because quantization changes its
+            # weights.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
             settings = reconstruct_settings if method == "reconstruct" else None
             figures |= _fit_weights(cfg, quantized.net, teacher, batches, settings, trainer)
@@ -152,7 +154,7 @@ def _save(cfg: DictConfig, quantized: EvaluatedNet, subject: EvaluatedNet) -> No
 def _announce(
     cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer
 ) -> None:
-    """Log what is quantized, and write `conversion.txt`."""
+    """Log the model and its recipe, and write `conversion.txt`."""
     data = quantized.data
     images = f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}"
     entries = {
@@ -175,10 +177,10 @@ def _announce(
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, kind: str) -> dict[str, Any]:
-    """Evaluate a model, and move it to the trainer's device: keys of `results.json`."""
+    """Evaluate a model and move it to the trainer's device; return keys of `results.json`."""
     log.info("evaluating the %s model", kind)
     results = measure(subject, trainer, cost(subject.net, subject.data.input_size))
-    # Lightning moves it to the CPU at the end of a test.
+    # Lightning moves the model to the CPU at the end of a test.
     subject.net.to(trainer.strategy.root_device)
     return results
 
@@ -186,7 +188,7 @@ def _measure(trainer: Trainer, subject: EvaluatedNet, kind: str) -> dict[str, An
 def _measure_float(
     trainer: Trainer, subject: EvaluatedNet, teacher: nn.Module | None
 ) -> dict[str, Any]:
-    """Scores of the teacher, else of the model in float: keys of `results.json`."""
+    """Scores of the teacher, or else of the float model, as keys of `results.json`."""
     target = subject
     if teacher is not None:
         target = dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
@@ -196,7 +198,7 @@ def _measure_float(
 
 
 def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> dict[str, Any]:
-    """Fill the scales; return facts about it for `results.json`."""
+    """Set the scales by calibration; return facts about the calibration for `results.json`."""
     since = time.monotonic()
     report = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - since, 2)
@@ -212,7 +214,7 @@ def _fit_weights(
     settings: ReconstructSettings | None,
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """Compensate, and with `settings` reconstruct; return facts about it for `results.json`."""
+    """Compensate, then with `settings` reconstruct; return facts for `results.json`."""
     since = time.monotonic()
     layers = compensate(net, teacher, batches)
     if settings is None:
@@ -238,9 +240,9 @@ def _search(
     trainer: Trainer,
     teacher: nn.Module | None,
 ) -> dict[str, Any]:
-    """Search over the scales, in place; return facts about it for `results.json`.
+    """Search over the scales in place; return facts about the search for `results.json`.
 
-    Targets are the logits of `teacher`, else of the model in float.
+    Targets are the logits of `teacher`, or else of the float model.
     """
     net = quantized.net.eval()
     data = quantized.data

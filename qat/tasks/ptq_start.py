@@ -1,4 +1,4 @@
-"""Settings, start and calibration images of `ptq.py`, checked before it begins."""
+"""Settings, start and calibration images of `ptq.py`, which are checked before work begins."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ STATES = ("search.ckpt", "reconstruct.ckpt")
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
-    """The recipe of `cfg.ptq`; None with `ptq=keep`, where a model keeps its quantizers.
+    """The recipe of `cfg.ptq`; None with `ptq=keep`, because the model then keeps its quantizers.
 
     Raises:
-        UsageError: an unknown key, or a value that cannot work.
+        UsageError: a key is unknown, or a value cannot work.
     """
     knobs = build.plain(cfg.ptq)
     for name in ("batch", "reconstruct"):
@@ -54,17 +54,17 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     """The settings of `cfg.search`; None without a search.
 
     Raises:
-        UsageError: an unknown key, or a value that cannot work.
+        UsageError: a key is unknown, or a value cannot work.
     """
     settings = build.plain(cfg.search)
     return build.settings_of(SearchSettings, "search", settings) if settings else None
 
 
 def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
-    """The settings of `cfg.ptq.reconstruct`, or their defaults.
+    """The settings of `cfg.ptq.reconstruct`, or the defaults.
 
     Raises:
-        UsageError: an unknown key, or a value that cannot work.
+        UsageError: a key is unknown, or a value cannot work.
     """
     settings = build.plain(cfg.ptq).get("reconstruct") or {}
     return build.settings_of(ReconstructSettings, "ptq.reconstruct", settings)
@@ -74,8 +74,8 @@ def check_run_dir(cfg: DictConfig) -> None:
     """Check that the run directory can be resumed or used.
 
     Raises:
-        UsageError: there is nothing to resume with `resume=true`, or the directory is another
-            run's.
+        UsageError: with `resume=true`, there is nothing to resume; or the directory belongs to
+            another run.
     """
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and _state_file(run_dir) is None:
@@ -99,16 +99,16 @@ def check_run_dir(cfg: DictConfig) -> None:
 
 
 def _state_file(run_dir: Path) -> Path | None:
-    """The state that was written last, if any."""
+    """The file of the state that was written last, if there is one."""
     state_files = [run_dir / name for name in STATES if (run_dir / name).is_file()]
     return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _settings_to_resume(state_file: Path) -> dict[str, Any]:
-    """Settings of the run that wrote a state; those of older versions are in `config.yaml`.
+    """Settings of the run that wrote a state; for older versions, read from `config.yaml`.
 
     Raises:
-        UsageError: they cannot be read.
+        UsageError: the settings cannot be read.
     """
     run = read_state(state_file)["run"]
     if isinstance(run, dict):
@@ -123,13 +123,13 @@ def _settings_to_resume(state_file: Path) -> dict[str, Any]:
 
 
 def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
-    """Check that the recipe can start from a model, and that a resumed run has its method.
+    """Check that the recipe can start from a model, and that a resumed run keeps its method.
 
-    A recipe starts from a float model, `ptq=keep` from a quantized one.
+    A recipe starts from a float model, `ptq=keep` from a quantized model.
 
     Raises:
-        UsageError: it cannot, there is nothing to do or no target, or the run to resume had
-            another method.
+        UsageError: the recipe cannot start from the model, there is nothing to do or no target, or
+            the run to resume had another method.
     """
     state_file = _state_file(Path(cfg.run_dir))
     if cfg.resume and state_file is not None:
@@ -157,7 +157,7 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> No
 def _check_kept(
     file: str, teacher_file: str | None, subject: EvaluatedNet, *, searches: bool
 ) -> None:
-    """Check that a search can follow with `ptq=keep`."""
+    """Check that `ptq=keep` can be followed by a search."""
     if is_frozen(subject.net):
         raise UsageError(
             f"{file}: holds only integer codes; must be the checkpoint that it was exported from"
@@ -193,8 +193,8 @@ def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> n
         sets_mean: True if `data.mean` is set.
 
     Raises:
-        UsageError: the file cannot be read, or holds a quantized model, or one for other classes
-            or images.
+        UsageError: the file cannot be read, or contains a quantized model, or a model for other
+            classes or images.
     """
     if path is None:
         return None
@@ -209,7 +209,7 @@ def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> n
 
 
 def calibration_batches(data: ImageData, batch_size: int) -> list[Tensor]:
-    """Training images in batches of `ptq.batch`, without a last batch that is smaller.
+    """Training images in batches of `ptq.batch`, without a smaller last batch.
 
     Raises:
         UsageError: there are too few images for one batch.

@@ -1,6 +1,6 @@
-"""`report.html` at the end of a run, and of any run directory by `analyze.py run=DIR`.
+"""Write `report.html` at the end of a run, or for any run directory with `analyze.py run=DIR`.
 
-What writes pages is imported in functions, so that a run starts without it.
+Modules that write pages are imported inside functions, so that a run starts without them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 def report_run(
     cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None
 ) -> None:
-    """Write the page of a run that ends, in its first process; an error is only logged.
+    """Write the page at the end of a run, in the first process; an error is only logged.
 
     Args:
         cfg: the job's config.
-        net: a quantized model whose layers are on the page.
-        input_size: (channels, height, width) of its images.
+        net: a quantized model whose layers the page shows.
+        input_size: (channels, height, width) of the model's images.
     """
     if not cfg.report or not is_first() or OmegaConf.select(cfg, "trainer.fast_dev_run"):
         return
@@ -50,10 +50,10 @@ def report_run(
 
 
 def remake(cfg: DictConfig) -> None:
-    """Write the page of the run directory `cfg.run`, also of a run that failed or has not ended.
+    """Write the page of the run directory `cfg.run`, even if the run failed or has not ended.
 
     Raises:
-        UsageError: it is not a run directory, or a file in it is damaged.
+        UsageError: `cfg.run` is not a run directory, or a file in it is damaged.
     """
     if cfg.analysis is not None:
         raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")
@@ -76,7 +76,7 @@ def remake(cfg: DictConfig) -> None:
 
 
 def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
-    """Analyse the layers of the run's model, if there is a checkpoint and no analysis yet."""
+    """Analyse the layers of the run's model if there is a checkpoint but no analysis yet."""
     path = _find_checkpoint(folder)
     if path is None or (folder / "analysis").is_dir():
         return
@@ -106,7 +106,7 @@ def _write(folder: Path) -> None:
 
 
 def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Path) -> None:
-    """Write the analyses that need no images of the run's model into its directory."""
+    """Run the analyses that need no images on the run's model, and write them to its directory."""
     from qat.analysis import NO_IMAGES, StudiedNet, write_outcome
     from qat.analysis.cost import CostAnalysis
     from qat.analysis.weights import WeightAnalysis

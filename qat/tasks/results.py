@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -58,9 +60,10 @@ KEYS = (
 
 
 def record_run(cfg: DictConfig) -> None:
-    """Write `config.yaml` and the command line of a run, which a call from Python does not have.
+    """Write `config.yaml` and the command line of a run; a call from Python has no command line.
 
-    Files that a killed process has not finished are deleted: the directory is this run's by now.
+    Files that a killed process left unfinished are deleted, because the directory now belongs to
+    this run.
     """
     run_dir = Path(cfg.run_dir)
     remove_unfinished(run_dir, WRITTEN)
@@ -80,8 +83,9 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     """Write `results.json` into the run directory, atomically, in the first process of a run.
 
     Args:
-        cfg: the job's config: command, model, quant, data and seed, except those in `values`.
-        values: values of `KEYS`, `error`, and keys that only one command has.
+        cfg: the job's config, for command, model, quant, data and seed, unless they are in
+            `values`.
+        values: values for `KEYS`, for `error`, and for keys that only one command has.
 
     Returns:
         All results; accuracies are in percent, sizes in bytes, times in seconds.
@@ -106,7 +110,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
 
 def _command_line() -> str | None:
-    """The command line that was typed; None for a call from Python."""
+    """The command line as it was typed; None for a call from Python."""
     if not HydraConfig.initialized():
         return None
     hydra_config = HydraConfig.get()
@@ -114,7 +118,7 @@ def _command_line() -> str | None:
 
 
 def _selected(cfg: DictConfig, name: str) -> Any:
-    """A setting; None if it is missing, because a run that is refused has results too."""
+    """A setting; None if it is missing, because a refused run writes results too."""
     return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
@@ -122,7 +126,7 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     """The keys of `results.json` about a recipe.
 
     Returns:
-        `quant`: the name of the recipe's config (`ofq_2bit`, `deploy_w8a8`); `recipe`: its knobs.
+        `quant`: name of the recipe's config (`ofq_2bit`, `deploy_w8a8`); `recipe`: its settings.
     """
     name = recipe.name
     if name != "fp":
@@ -137,11 +141,27 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
 def measured(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
     """The keys of `results.json` that a test loop and `qat.model.cost` fill.
 
-    Without `top5` for five classes or fewer: it would always be 100 %.
+    There is no `top5` for five classes or fewer, because it would always be 100 %.
     """
     keys = ["top1", "top5", "loss"] if classes > 5 else ["top1", "loss"]
     scores = {key: metrics[f"test/{key}"] for key in keys}
     return scores | sizes(costs)
+
+
+def correct_images(correct: Tensor | None) -> dict[str, str | None]:
+    """The key of `results.json` about single test images.
+
+    Args:
+        correct: (N,) booleans, True for an image that is classified correctly; None = unknown.
+
+    Returns:
+        `correct`: a bit for each image in the order of the split, the first one highest in the
+        first byte, padded with zeros, as base64.
+    """
+    if correct is None:
+        return {"correct": None}
+    packed = np.packbits(correct.numpy()).tobytes()
+    return {"correct": base64.b64encode(packed).decode()}
 
 
 def sizes(costs: Cost) -> dict[str, Any]:
@@ -157,7 +177,7 @@ def _device(accelerator: str | None) -> str:
 
 
 def library_versions(*more: str) -> dict[str, str]:
-    """Versions of Python, qat, the libraries that it is based on, and of `more` packages."""
+    """Versions of Python, qat, the libraries that qat is based on, and the packages in `more`."""
     versions = {"python": platform.python_version(), "qat": qat.__version__}
     for name in ("torch", "timm", "lightning", *more):
         versions[name] = importlib.metadata.version(name)
@@ -165,9 +185,9 @@ def library_versions(*more: str) -> dict[str, str]:
 
 
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
-    """The commit of a clone of qat; None for an installed qat, also inside another repository."""
+    """The commit of a clone of qat; None for an installed qat, even inside another repository."""
     command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
-    # Git's own variables, as in a hook, name another repository.
+    # Git's own variables, which are set in hooks, may name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         project = (clone / "pyproject.toml").read_text(encoding="utf-8")
@@ -190,8 +210,8 @@ def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dic
 
     Returns:
         `classes`: name, images, and top-1 in percent of each class (None for a class without
-        images); `confused`: the most frequent wrong predictions, with the number of images and
-        their share in percent of the true class.
+        images); `confused`: the most frequent wrong predictions, with the number of images and the
+        percentage of the true class.
     """
     class_sizes = confusion.sum(1).tolist()
     hits = confusion.diagonal().tolist()
@@ -218,7 +238,7 @@ def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dic
 def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) -> None:
     """Write `classes.csv` and `confusion.csv`.
 
-    The second has a row for each true class and a column for each predicted class.
+    `confusion.csv` has a row for each true class and a column for each predicted class.
     """
     classes = class_results(confusion, names)["classes"]
     write_text(folder / CLASSES, csv_text(classes))

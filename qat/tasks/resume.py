@@ -1,4 +1,4 @@
-"""Resume a stopped run, or begin a new one in a used directory.
+"""Resume a stopped run, or begin a new run in a used directory.
 
 Before a run is resumed, its settings, model, data, teacher and optimizer are compared with its
 checkpoint. Averaged weights are compared in `lit/module.py`, batches of all processes in
@@ -29,7 +29,7 @@ from qat.spec import QuantRecipe
 
 log = logging.getLogger(__name__)
 
-# Settings that do not change a result: paths, logs, and how images are read. All others are
+# Settings that do not change results: paths, logs, and how images are read. All other settings are
 # compared.
 NOT_COMPARED = {
     "run_dir",
@@ -60,7 +60,7 @@ NOT_COMPARED = {
 _FIXED = ("optimizer.", "scheduler.")
 # Prefixes of settings of the model, which is compared with the model in the checkpoint.
 _OF_THE_NET = ("model.args", "model.name", "quant.")
-# Settings that change the number of steps. The schedule keeps the number at the start of the run.
+# Settings that change the number of steps. The schedule keeps the number from the start of the run.
 _STEPS = (
     "trainer.max_epochs",
     "trainer.devices",
@@ -77,10 +77,10 @@ def find_resume(
 ) -> Checkpoint | None:
     """The checkpoint to resume from; None for a new run.
 
-    If `last.ckpt` is missing or cannot be read, the one before it is used, with a warning.
+    If `last.ckpt` is missing or cannot be read, the previous checkpoint is used, with a warning.
 
     Raises:
-        UsageError: `resume=true` without a checkpoint, or the run had another model,
+        UsageError: with `resume=true`, there is no checkpoint; or the run had another model,
             recipe, optimizer or schedule.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
@@ -134,7 +134,7 @@ def _read_first(paths: list[Path]) -> Checkpoint:
 def _check_net(
     checkpoint: Checkpoint, model_name: str, recipe: QuantRecipe, model_args: dict[str, Any]
 ) -> None:
-    """Check that a checkpoint has the model and recipe of the config."""
+    """Check that a checkpoint contains the model and recipe of the config."""
     meta = checkpoint.meta or {}
     hint = "use ckpt=PATH to start from it"
     model = meta.get("model", {})
@@ -143,8 +143,8 @@ def _check_net(
             f"resume: {checkpoint.path} holds {model}, not model {model_name} with {model_args}; "
             f"{hint}"
         )
-    # Knobs that are newer than the file had their defaults. The meaning of rules and how step
-    # sizes are learned stay unchanged.
+    # Settings that are newer than the file had their default values. The meaning of rules, and how
+    # step sizes are learned, do not change.
     newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
     stored_recipe: dict[str, Any] = {"name": "fp"}
     if meta.get("recipe"):
@@ -168,16 +168,16 @@ def compare_settings(
     fixed_prefixes: tuple[str, ...],
     reason: str,
 ) -> None:
-    """Refuse changes of settings that must not change, and warn of all other changes.
+    """Refuse changes to settings that must not change, and warn of all other changes.
 
     Args:
-        stored: settings of the run so far, nested or by name; None = unknown.
+        stored: settings that the run had so far, nested or by name; None = unknown.
         current: settings of the resumed run, see `compared`.
         fixed_prefixes: prefixes of the names of settings that must not change.
         reason: why they must not change, for the message.
 
     Raises:
-        UsageError: one of these settings was changed.
+        UsageError: a setting that must not change was changed.
     """
     if stored is None:
         return
@@ -212,7 +212,7 @@ def compared(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each setting to compare; those of older checkpoints are nested."""
+    """Yield name and value of each setting to compare; settings of older checkpoints are nested."""
     if name in NOT_COMPARED:
         return
     if isinstance(node, dict):
@@ -271,7 +271,7 @@ def _check_classes(path: Path, old_classes: Sequence[str], classes: Sequence[str
 
 
 def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
-    """Check that the teacher of a resumed run has the same weights; its file may have moved.
+    """Check that the teacher of a resumed run has the same weights; the file may have moved.
 
     Args:
         checkpoint: the checkpoint of the run.
@@ -292,10 +292,10 @@ def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
 def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     """Check that the optimizer of a resumed run has the parameter groups of its checkpoint.
 
-    Torch would fail later, or mix the state of two optimizers.
+    Otherwise torch would fail later, or mix the states of two optimizers.
 
     Raises:
-        UsageError: it has others.
+        UsageError: the parameter groups differ.
     """
     old_groups = checkpoint.training.get("groups")
     groups = []
@@ -318,15 +318,15 @@ def _option_names(keys: set[str]) -> list[str]:
 def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     """Files that a new run in a used directory replaces.
 
-    They are deleted once all checks have passed and a `ckpt` among them is in memory.
+    The files are deleted after all checks have passed and a `ckpt` among them has been read.
 
     Raises:
-        UsedError: there are files of another run, which must not be overwritten.
+        UsedError: the directory contains files of another run, which must not be overwritten.
     """
     run_dir = Path(cfg.run_dir)
     used_files = outputs.used_files(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
-    # A run that was killed before its first last.ckpt cannot be resumed.
+    # A run that was killed before its first `last.ckpt` cannot be resumed.
     is_unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     may_replace = cfg.overwrite or (cfg.resume == "auto" and is_unsaved)
     if used_files and not may_replace:

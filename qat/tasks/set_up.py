@@ -1,4 +1,4 @@
-"""The first steps of every command: its settings, those of a model of a hub, kernels and seed."""
+"""The first steps of every command: settings, settings of a hub model, kernels and seed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def set_up(cfg: DictConfig) -> None:
-    """Check the settings of a command, resolve what they imply, and use its kernels and seed.
+    """Check the settings of a command, resolve what they imply, and apply kernels and seed.
 
     Raises:
-        UsageError: an unknown setting, a value of another type, or one that cannot work.
+        UsageError: a setting is unknown, or a value has the wrong type or cannot work.
     """
     check_settings(cfg)
     quiet_libraries()
@@ -48,12 +48,14 @@ def set_up(cfg: DictConfig) -> None:
 
 
 def _resolve_hub_model(cfg: DictConfig) -> None:
-    """Download the model that `model.name` names, if it is one of the hub, and set what it implies.
+    """Download the model if `model.name` is on the hub, and apply the settings that it implies.
 
-    A model of ours becomes `ckpt`; one of timm's sets its architecture, arguments and weights.
+    For one of our models, `ckpt` is set; for a timm model, architecture, arguments and weights are
+    set.
 
     Raises:
-        UsageError: it cannot be fetched, is not a timm model, or another start is set as well.
+        UsageError: the model cannot be fetched or is not a timm model, or another start is set as
+            well.
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:

@@ -1,9 +1,9 @@
 """Settings of the commands: names, types and allowed values.
 
-`conf/` has the defaults that a user reads. Hydra merges it into these schemas (`qat.tasks.conf`),
-and so refuses unknown keys and other types; `check` checks the values when a task begins. Groups
-that build an object (`data`, `quant`, `callbacks` ...) are checked by its class. Nothing heavy is
-imported here, so that `--help` is fast.
+`conf/` contains the defaults that a user reads. Hydra merges them into these schemas
+(`qat.tasks.conf`), and so refuses unknown keys and wrong types; `check` checks the values when a
+task begins. Groups that build an object (`data`, `quant`, `callbacks` ...) are checked by the class
+of the object. Nothing heavy is imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ HIGHEST_SEED = 2**32 - 1  # numpy's
 
 @dataclass
 class Model:
-    """`model.*`; `args` go to `timm.create_model`, `own_window` is for the arguments of a Swin."""
+    """`model.*`; `timm.create_model` gets `args`, which for a Swin depend on `own_window`."""
 
     name: str | None = None
     row: str | None = None
     pretrained: bool = False
-    # Paths are not typed as text: OmegaConf would turn a path 1.10 into "1.1" before the check.
+    # Paths do not have the type str, because OmegaConf would turn a path 1.10 into "1.1" before the
+    # check.
     weights: Any = None
     reset_head: bool = False
     imports: list[str] | None = None
@@ -44,7 +45,7 @@ class Model:
 
 @dataclass
 class SearchTeacher:
-    """`teacher.*` of a search: the model whose logits are its targets."""
+    """`teacher.*` of a search: the model whose logits are the targets."""
 
     ckpt: Any = None
 
@@ -54,7 +55,7 @@ class SearchTeacher:
 
 @dataclass
 class LossTeacher(SearchTeacher):
-    """`teacher.*` of a distilling loss."""
+    """`teacher.*` of a distillation loss."""
 
     model: str | None = None
     pretrained: bool = False
@@ -62,7 +63,7 @@ class LossTeacher(SearchTeacher):
 
 @dataclass
 class Schedule:
-    """`scheduler.*`: epochs may be fractions."""
+    """`scheduler.*`: epochs may be fractional."""
 
     interval: str
     warmup_epochs: float
@@ -72,7 +73,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("scheduler.interval", self.interval, ("epoch", "step"))
-        # Epochs are checked with trainer.max_epochs.
+        # Epochs are checked together with trainer.max_epochs.
         for name in ("warmup_lr", "min_lr"):
             check_number(f"scheduler.{name}", getattr(self, name), 0)
 
@@ -86,7 +87,7 @@ class Shared:
     run_dir: Any
     sweep_dir: str | None = None
     report: bool
-    ckpt: Any = None  # a path; analyze.py also takes a list of them
+    ckpt: Any = None  # a path; analyze.py also accepts a list of paths
     ckpt_format: str = CKPT_FORMATS[0]
     ckpt_bits: int | None = None
     ckpt_act_bits: int | None = None
@@ -226,8 +227,8 @@ def check(cfg: DictConfig) -> None:
     """Check the values of a composed config with the schema of its command.
 
     Raises:
-        UsageError: a value cannot work, or a key that was added with a plus is unknown; names the
-            setting.
+        UsageError: a value cannot work, or a key that was added with a plus is unknown; the message
+            names the setting.
     """
     merged = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
     merged.model.args = {}  # may refer to data that only the checkpoint knows
@@ -244,10 +245,10 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
 
 
 def check_path(setting: str, value: Any) -> None:
-    """Raise `UsageError` on a path that YAML has read as a number, and on an empty one.
+    """Raise `UsageError` on a path that YAML has read as a number, and on an empty path.
 
-    An empty path is a shell variable that is not set: the run would start from other weights.
-    None is allowed.
+    An empty path comes from a shell variable that is not set, and the run would start from other
+    weights. None is allowed.
     """
     if value is None or (isinstance(value, str) and value):
         return

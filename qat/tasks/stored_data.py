@@ -1,4 +1,4 @@
-"""The data config of an evaluation: the user's, or the one that a checkpoint stores.
+"""The data config of an evaluation: the user's config, or the config that a checkpoint stores.
 
 Checkpoints may be untrusted: a stored config builds only datasets of qat, downloads nothing, and
 does not read a whole disk.
@@ -26,16 +26,16 @@ from qat.tasks.checks import DATASETS
 from qat.tasks.set_up import set_preprocessing
 from qat.utils.validate import check_images
 
-# Readers of timm that download the dataset of a name (`qat.data.Timm`).
+# timm readers that download a dataset by its name (`qat.data.Timm`).
 DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
 
 def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
-    """Set `cfg.data` to the user's data config, else to the checkpoint's, else to digits.
+    """Set `cfg.data` to the user's data config, or else the checkpoint's, or else digits.
 
-    A prediction only needs to know how images are prepared: the checkpoint's data may be missing.
-    Images of a model of unknown data are prepared as `qat.transform` says, those of a timm model
-    as ImageNet.
+    A prediction only needs to know how images are prepared, so the checkpoint's data may be
+    missing. If the data of a model are unknown, images are prepared as in `qat.transform`; for a
+    timm model, as for ImageNet.
 
     Raises:
         UsageError: the checkpoint names a dataset that is not part of qat, or data that cannot be
@@ -49,7 +49,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         kind = DATASETS.get(own_settings["_target_"], ImageData)
         reads_model = "model" in cfg.data and "model" not in kind.UNREAD
         if meta and reads_model and cfg.data.model is None:
-            # Photos are cropped and normalised as the model expects.
+            # Crop and normalise photos as the model expects.
             cfg.data.model = meta["model"]["name"]
             if cfg.data.model == CLASSIFIER:  # timm knows nothing of its images
                 image_config = meta.get("pretrained_cfg") or {}
@@ -66,20 +66,22 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         settings["root"] = None
     elif settings.get("root") is not None and "root" not in own_settings:
         _check_stored_root(cfg.ckpt, str(settings["root"]))
-    # The number of workers depends on this machine, not on the one that wrote the file.
+    # The number of workers depends on this machine, not on the machine that wrote the file.
     settings["num_workers"] = None
     with open_dict(cfg):
         cfg.data = OmegaConf.create({**settings, **own_settings})
 
 
 def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool) -> dict[str, Any]:
-    """The data config in a checkpoint's metadata, after checks; empty if it has none.
+    """The data config in a checkpoint's metadata, after checks; empty if there is none.
 
-    A dataset that a file names could run code: only those of qat are built, from plain values.
-    Those that would be downloaded must be set by the user; predictions need none of their images.
+    A dataset that a file names could run code, so only datasets of qat are built, from plain
+    values. Datasets that would be downloaded must be set by the user, unless a command only
+    predicts and needs none of their images.
 
     Raises:
-        UsageError: another dataset, a download, or a name or an interpolation among the values.
+        UsageError: the dataset is not part of qat or would be downloaded, or a value contains a
+            name or an interpolation.
     """
     settings = dict(meta.get("data") or {})
     target = settings.get("_target_")
@@ -109,7 +111,7 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
 
 
 def _check_stored_root(ckpt: str, root: str) -> None:
-    """Raise `UsageError` on a folder above the home directory: to read it would take hours."""
+    """Raise `UsageError` on a folder above the home directory: reading it would take hours."""
     home = Path(os.path.expanduser("~")).resolve()
     folder = Path(root).resolve()
     if folder in {Path(folder.anchor), *home.parents}:

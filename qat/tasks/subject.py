@@ -1,6 +1,6 @@
-"""The model that a command evaluates, with its data and the names of its classes.
+"""The model that a command evaluates, with its data and class names.
 
-Evaluation, post-training quantization, analysis and export start from it.
+Evaluation, post-training quantization, analysis and export start from this model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluatedNet:
-    """A model and what it is evaluated on, built and checked.
+    """A model and its data, built and checked.
 
     Attributes:
         net: the model.
-        name: its timm name.
-        recipe: how it is quantized.
-        data: how its images are prepared; images are only read for an accuracy.
-        classes: names of its classes, or their ids as text.
-        assumed: settings of its images that are not stated, see `summary.assumed_settings`.
+        name: timm name of the model.
+        recipe: recipe with which the model is quantized.
+        data: dataset that prepares images; images are only read to measure an accuracy.
+        classes: names of the classes, or class ids as text.
+        assumed: names of image settings that are assumed, see `summary.assumed_settings`.
     """
 
     net: nn.Module
@@ -50,12 +50,12 @@ class EvaluatedNet:
 
 
 def build_subject(cfg: DictConfig) -> EvaluatedNet:
-    """The model of `ckpt` or `model`, its data and their classes.
+    """The model of `ckpt` or `model`, with its data and classes.
 
-    Sets `cfg.data` to the config of these data.
+    It sets `cfg.data` to the config of these data.
 
     Raises:
-        UsageError: a setting or file cannot work, or they do not fit.
+        UsageError: a setting or file cannot work, or model and data do not fit.
     """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
     own_data = build.plain(cfg.data)
@@ -79,17 +79,17 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
 
 
 def origin(cfg: DictConfig) -> str:
-    """The source of the weights: a path, or a word."""
+    """The source of the weights: a path, or a word such as "random"."""
     pretrained = "timm's pretrained" if cfg.model.pretrained else "random"
     return str(cfg.ckpt or cfg.model.weights or pretrained)
 
 
 def class_names(stored: object, data: ImageData) -> list[str]:
-    """Names of the classes of the data, or their ids as text.
+    """Names of the classes of the data, or class ids as text.
 
     Args:
         stored: names that are stored with the model, if any; used first.
-        data: the data, which may know names.
+        data: the dataset, which may know class names.
     """
     num_classes = data.settings.num_classes
     for names in (stored, data.named_classes()):
@@ -99,7 +99,7 @@ def class_names(stored: object, data: ImageData) -> list[str]:
 
 
 def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
-    """True if a checkpoint was trained on the folder of the data, so on some of its images."""
+    """True if a checkpoint was trained on the folder of the data, and so on some of its images."""
     meta = checkpoint.meta if checkpoint is not None else None
     stored_root = ((meta or {}).get("data") or {}).get("root")
     root = data.settings.root

@@ -1,4 +1,4 @@
-"""Texts of a run for the console: its first lines, its quantized layers, its teacher."""
+"""Texts of a run for the console: first lines, quantized layers, teacher."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from qat.utils.validate import FLOAT_BITS
 log = logging.getLogger(__name__)
 FEW_STEPS = 100  # in all epochs
 IMAGE_SETTINGS = ("crop_pct", "interpolation", "mean", "std")
-SHARE_WIDTH = 8  # letters of a column
+SHARE_WIDTH = 8  # width of a column in characters
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
-    """A title and aligned `key  value` lines."""
+    """A title, and aligned lines of keys and values."""
     width = max(len(key) for key in entries)
     return "\n".join([title, *(f"  {key.ljust(width)}  {value}" for key, value in entries.items())])
 
 
 def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """Name, parameters (with those that are integer codes) and image size of a model."""
+    """Name, number of parameters (and how many are integer codes) and image size of a model."""
     num_params = sum(param.numel() for param in net.parameters())
     for module in net.modules():
         if isinstance(module, FrozenWeight):
@@ -61,7 +61,7 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
 def describe_size(net: nn.Module, size_bytes: int) -> str:
     """Bytes of a model and the kind of its file.
 
-    `best.ckpt` is larger, because it holds all that is needed to resume the training.
+    `best.ckpt` is larger, because it contains everything that is needed to resume training.
     """
     size = scaled(size_bytes, "B")
     if conversion_of(net) is None:
@@ -72,7 +72,7 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, str]:
-    """Accuracies as text, with a note if the model has learned nothing."""
+    """Accuracies as text, with a remark if the model has learned nothing."""
     texts = {}
     for k in (1, 5):
         accuracy = results.get(f"top{k}")
@@ -85,7 +85,7 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe_recipe(recipe: QuantRecipe) -> str:
-    """One line of bits and quantizers."""
+    """Bits and quantizers in one line."""
     if recipe.name == "fp":
         return "fp: float, nothing is quantized"
     rules = f", {count(len(recipe.overrides), 'override')}" if recipe.overrides else ""
@@ -106,14 +106,14 @@ def describe_recipe(recipe: QuantRecipe) -> str:
 
 
 def describe_data(data: ImageData) -> str:
-    """Sizes of the splits."""
+    """Sizes of the splits, as text."""
     counts = ", ".join(f"{len(data.split(split))} {split}" for split in data.splits)
     classes = count(data.settings.num_classes, "class")
     return f"{type(data).__name__.lower()}: {counts} images, {classes}"
 
 
 def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
-    """How images are prepared for a model in evaluation.
+    """How evaluation prepares images for a model, as text.
 
     Args:
         settings: settings of the data.
@@ -132,12 +132,12 @@ def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
 def assumed_settings(
     cfg: DictConfig, own_data: Mapping[str, Any], net: nn.Module, data: ImageData
 ) -> list[str]:
-    """Settings of images that neither the file of a model's weights nor the user states.
+    """Image settings that neither the user nor the file of a model's weights sets.
 
     Args:
         cfg: config of a command.
-        own_data: `cfg.data` before settings of a file are added.
-        net: the model as the file has it.
+        own_data: `cfg.data` before settings from a file are added.
+        net: the model as read from the file.
         data: images for the model.
     """
     if not (cfg.ckpt or cfg.model.weights):
@@ -160,7 +160,7 @@ def announce(
     input_size: tuple[int, int, int],
     **more: str,
 ) -> None:
-    """Log the model and recipe of a command, and more entries."""
+    """Log the model and recipe of a command, and additional entries."""
     entries = {
         "model": describe_model(name, net, input_size),
         "recipe": describe_recipe(recipe),
@@ -169,7 +169,7 @@ def announce(
 
 
 def describe_device(trainer: Trainer) -> str:
-    """Kind and number of the devices."""
+    """Kind and number of devices."""
     return f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}"
 
 
@@ -177,8 +177,8 @@ def conversion(net: nn.Module, folder: Path) -> str:
     """Write `conversion.txt`, the report of a converted model, into a folder.
 
     Returns:
-        A table of the shares of weights and products at each bit-width, and what stays float, with
-        numbers in names as `*`.
+        A table of the shares of weights and products at each bit-width, and the modules that stay
+        float, with `*` for numbers in names.
     """
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
@@ -197,7 +197,7 @@ def conversion(net: nn.Module, folder: Path) -> str:
 
 
 def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
-    """Rows of a table, by bit-width: the share of each column in percent."""
+    """Rows of a table, one per bit-width, with the percentage of each column."""
     rows = {"share of": "  ".join(title.rjust(SHARE_WIDTH) for title in columns)}
     widths: set[int] = set()
     for numbers in columns.values():
@@ -214,9 +214,9 @@ def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
-    """Epochs and training steps; warns if there are few steps.
+    """Epochs and training steps, as text; warn if there are few steps.
 
-    Images that do not fill a batch at the end of an epoch are mentioned.
+    The text mentions images that do not fill a batch at the end of an epoch.
     """
     loader = data.train_dataloader()
     num_images = len(loader.sampler)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ def announce_run(
     trainer: Trainer,
     lr: float,
 ) -> None:
-    """Log model, data, start, settings and outputs of a training; write `conversion.txt`."""
+    """Log model, data, start, settings and outputs of a training run; write `conversion.txt`."""
     optimizer = cfg.optimizer
     assumed = assumed_settings(cfg, cfg.data, start.source or start.net, data)
     training = [
@@ -286,17 +286,17 @@ def announce_run(
 
 
 def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
-    """Warn of a quantized training that starts from random weights."""
+    """Warn if a quantized training starts from random weights."""
     if start.is_random and not is_dry_run:
         log.warning(
-            "random weights: quantized training takes longer than in float, and when it is short, "
-            "it ends less accurate from them; train with quant=fp first, "
+            "random weights: a quantized training step takes longer than one in float; "
+            "train with quant=fp first, "
             "then start from its checkpoint: ckpt=FP_RUN/checkpoints/best.ckpt"
         )
 
 
 def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer) -> float | None:
-    """Evaluate the teacher before the training, which a wrong teacher would waste.
+    """Evaluate the teacher before training, because a wrong teacher would waste the run.
 
     Returns:
         Top-1 of the teacher in percent if it is a float model, else None.

@@ -31,9 +31,10 @@ QUANTIZED = (
     "is already quantized and cannot be the float teacher; "
     "set teacher.ckpt=FILE or teacher.pretrained=true"
 )
-# Arguments of every vision transformer. Others of the student may not fit another model.
+# Arguments that every vision transformer accepts; other arguments of the student may not fit the
+# teacher.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
-# Settings with weights to start from; the first that is set is used.
+# Settings that name weights to start from; the first one that is set is used.
 STARTS = ("ckpt", "model.weights", "model.pretrained")
 TEACHERS = ("teacher.ckpt", "teacher.pretrained", *STARTS)
 
@@ -42,8 +43,8 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     """The teacher of the loss: `teacher.*`, or the float weights that the student starts from.
 
     Raises:
-        UsageError: the loss needs a teacher, and there are no trained weights for it, or they are
-            for other classes.
+        UsageError: the loss needs a teacher, but there are no trained weights for it, or the
+            weights are for other classes.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -56,7 +57,7 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
             log.warning("%s: no loss term uses a teacher, so it is not loaded", sources[0])
         return None
     if len(sources) > 1:
-        raise UsageError(f"{', '.join(sources)}: a teacher comes from only one of them")
+        raise UsageError(f"{', '.join(sources)}: only one of them can set the teacher")
     has_own_model = sources or cfg.teacher.model
     start = Start(_own_teacher(cfg)) if has_own_model else _start_of_student(cfg)
     setting = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
@@ -68,18 +69,18 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
 def fit_teacher(
     start: Start, data: ImageData, setting: str, value: Any, *, sets_mean: bool
 ) -> None:
-    """Make a teacher take images of the data, also with another mean and standard deviation.
+    """Make a teacher accept images of the data, even with a different mean and standard deviation.
 
     Args:
         start: the teacher.
-        data: images of the training.
+        data: the training data.
         setting: the setting that the teacher's weights come from.
         value: value of this setting.
         sets_mean: True if `data.mean` is set.
 
     Raises:
-        UsageError: it has other classes, or the classes in another order, or takes images of
-            another size.
+        UsageError: the teacher has other classes, has the classes in another order, or needs images
+            of another size.
     """
     net = start.net
     origin = f"{setting}={value!r}"
@@ -99,7 +100,7 @@ def fit_teacher(
 
 
 def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
-    """Log a line if the start's weights were trained on images of another mean or std."""
+    """Log a line if the start's weights were trained on images with a different mean or std."""
     setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
     sets_mean = cfg.data.get("mean") is not None
     trained = _trained_with(start, data, setting, sets_mean=sets_mean)
@@ -124,8 +125,9 @@ def _trained_with(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
 
-    They are in a file of ours, and timm states them for its own weights. For other weights timm's
-    are assumed if the data follow timm too. If they are unknown, those of the data are returned.
+    Our files contain them, and timm states them for its own weights. For other weights, timm's
+    values are assumed if the data follow timm too. If the values are unknown, the values of the
+    data are returned.
     """
     net = start.source or start.net
     follows_timm = isinstance(data, EncodedImageData) and not sets_mean
@@ -138,7 +140,7 @@ def _trained_with(
         return _normalization(data)
     config = data_config(net)
     settings = EncodedImageData.complete({
-        # These do not change mean and standard deviation.
+        # These settings do not change mean and standard deviation.
         "image_size": 1,
         "patch_size": None,
         "num_classes": 1,
@@ -148,7 +150,7 @@ def _trained_with(
 
 
 def _own_teacher(cfg: DictConfig) -> nn.Module:
-    """The model of `teacher.*`."""
+    """The model that `teacher.*` describes."""
     name = cfg.teacher.model or cfg.model.name
     args = model_args(cfg)
     if cfg.teacher.model:
@@ -191,11 +193,11 @@ def net_of_file(
         path: a qat checkpoint, which names its model, or plain timm weights.
         name: timm name of the model, for plain timm weights.
         args: arguments of that model, for plain timm weights.
-        model_setting: `teacher.model`, which a qat checkpoint must hold; None = any model.
+        model_setting: `teacher.model`, which a qat checkpoint must contain; None = any model.
 
     Raises:
-        UsageError: the file is missing or unreadable, its weights do not fit, it holds another
-            model, or a quantized model of the OFQ paper's code.
+        UsageError: the file is missing or unreadable, its weights do not fit, or it contains
+            another model or a quantized model of the OFQ paper's code.
     """
     origin = f"teacher.ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")

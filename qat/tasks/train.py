@@ -1,4 +1,4 @@
-"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`."""
+"""`train.py`: build and train a model, evaluate the best checkpoint, and write `results.json`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ from qat.tasks.checks import (
     check_patches,
 )
 from qat.tasks.report import report_run
-from qat.tasks.results import measured, recipe_fields, record_run, write_results
+from qat.tasks.results import (
+    correct_images,
+    measured,
+    recipe_fields,
+    record_run,
+    write_results,
+)
 from qat.tasks.resume import (
     check_data,
     check_optimizer,
@@ -57,10 +63,10 @@ def train(cfg: DictConfig) -> float:
     All settings are checked before the first step that takes time.
 
     Args:
-        cfg: composed from `conf/train.yaml`; `cfg.run_dir` is the directory of the job.
+        cfg: config composed from `conf/train.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Best validation top-1 in percent (of the final weights under `fast_dev_run`).
+        Best validation top-1 in percent (with `fast_dev_run`, of the final weights).
 
     Raises:
         UsageError: a setting, path or file cannot work; raised before the first step.
@@ -84,7 +90,7 @@ def train(cfg: DictConfig) -> float:
     scheduler = fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
-    data.batch_mixup()  # fails early on settings of mixup that cannot work
+    data.batch_mixup()  # this fails early if mixup settings cannot work
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
@@ -98,7 +104,7 @@ def train(cfg: DictConfig) -> float:
         data=build.plain(cfg.data),
         classes=data.named_classes(),
     )
-    # To compare a resumed run with this one.
+    # This entry is stored to compare a resumed run with this run.
     metadata["run"] = {
         "settings": settings,
         "images": data.fingerprints(),
@@ -146,7 +152,7 @@ def _begin_run_dir(cfg: DictConfig, outdated_files: Iterable[Path]) -> None:
 
 
 def _earlier_seconds(trainer: Trainer) -> float:
-    """Seconds that the run took before it was resumed."""
+    """Seconds of the run before it was resumed."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, LastCheckpoint):
             return callback.earlier_seconds
@@ -162,9 +168,10 @@ def _write_results(
     outcome: Mapping[str, Any],
 ) -> None:
     """Write `results.json` and the report, and log one line with the scores."""
-    with torch.compiler.set_stance("force_eager"):  # hooks are not part of a compiled graph
+    with torch.compiler.set_stance("force_eager"):  # hooks do not work in compiled graphs
         costs = cost(module.net, data.input_size)
     figures = measured(metrics, costs, data.settings.num_classes)
+    figures |= correct_images(module.correct)
     figures |= data.evaluation_facts(module.confusion)
     results = write_results(cfg, **recipe_fields(recipe), **figures, **outcome)
     scores = [
@@ -189,7 +196,7 @@ def _start(
     trainer: Trainer,
     optimizer: OptimizerFactory,
 ) -> Start:
-    """The quantized model on its device, new or from the checkpoint of a resumed run."""
+    """The quantized model on its device, either new or from the checkpoint of a resumed run."""
     if resume:
         check_data(resume, data, allow_changed_data=cfg.allow_changed_data)
         note = f"step {resume.step} of this run ({resume.path.name})"
@@ -212,7 +219,7 @@ def _start(
 
 
 def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
-    """Load the weights of the best checkpoint; without one the final weights stay.
+    """Load the weights of the best checkpoint; if there is none, keep the final weights.
 
     Returns:
         Validation top-1 of these weights in percent, and the name of their file, or "final".
@@ -225,7 +232,7 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         name = Path(best.best_model_path).name
         if best.monitor == "val/top1":
             return float(best.best_model_score), name
-    # The loggers have these metrics already, and an average would replace the weights.
+    # The loggers already have these metrics, and averaged weights would replace the loaded weights.
     loggers = trainer.loggers
     trainer.loggers = []
     untyped: Any = trainer  # Lightning does not declare `callbacks`

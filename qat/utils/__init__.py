@@ -1,1 +1,1 @@
-"""Files, shards and checks that every part of the package may use."""
+"""Helpers for files, text and checks that every part of the package may use."""

@@ -1,4 +1,4 @@
-"""Compile C++ sources of this package with the system's compiler, into the user's cache."""
+"""Compile this package's C++ sources with the system's compiler, into the user's cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 _TIMEOUT = 60
-# No option that lets a compiler change a result, such as -ffast-math.
+# Options that let a compiler change results, such as -ffast-math, are not used.
 _FLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -25,19 +25,19 @@ _FLAGS = (
     "-shared",
     "-fPIC",
 )
-# Fastest first: not every compiler knows the processor, or has OpenMP.
+# The fastest options come first; not every compiler knows the processor or has OpenMP.
 _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 
 def load(source: str) -> ctypes.CDLL:
-    """Load a library compiled from C++ source text, compiled once per machine and compiler.
+    """Load a library of C++ source text, which is compiled once per machine and compiler.
 
     Raises:
         OSError: there is no compiler, it failed, or its output cannot be loaded.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        raise OSError("neither $CXX nor c++ is there")
+        raise OSError("neither $CXX nor c++ exists")
     folder = _cache()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -49,7 +49,7 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def _compiled(source: str, compiler: str, library: Path) -> Path:
-    """Compile and rename: another process may compile the same library, and may be killed."""
+    """Compile, then rename: another process may compile the same library, or be killed."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source_path = Path(folder) / "kernels.cpp"
         output_path = Path(folder) / "kernels.so"
@@ -84,7 +84,7 @@ def _key(source: str, compiler: str) -> str:
 
 @functools.cache
 def _features() -> str:
-    """Features of the processor: different machines may share a home directory."""
+    """Features of the processor, because different machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def _features() -> str:
 
 
 def _cache() -> Path | None:
-    """A folder that only this user can write to, since its files are executed; else None."""
+    """A folder that only this user can write to, as its files are executed; None without one."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
     if not folder.is_absolute():  # a user without a home
         return None

@@ -1,8 +1,8 @@
-"""Atomic writing of files, tables and JSON, and checked reading of files of tensors.
+"""Write files, tables and JSON atomically, and read files of tensors with checks.
 
-Files are written under a temporary name, flushed to the disk and renamed. Files of tensors are
-read only if their checksums fit, and with limits on the depth and number of their values and the
-size of their weights; `qat/model/bounds.py` limits the net that such a file describes.
+Files are written under a temporary name, flushed to the disk and renamed. A file of tensors is read
+only if its checksums match, with limits on the depth and number of values and on the size of
+weights; `qat/model/bounds.py` limits the net that such a file describes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from qat.utils.pickles import MOST_VALUES, check_pickles
 from qat.utils.text import is_number, one_line, read_file
 
 _UNFINISHED = ".part"
-# First characters of formulas, in ASCII and full-width.
+# Characters with which formulas begin, in ASCII and full-width.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _FOLDER_MARK = 0x10
 MOST_DEPTH = 32
-# Most numbers in the weights for each byte of the file: codes of two bits.
+# The most numbers in the weights per byte of the file: four 2-bit codes.
 MOST_PER_BYTE = 4
-# Most numbers in the weights besides: constant tensors take no bytes.
+# The most additional numbers in the weights, because constant tensors take no bytes.
 MOST_CONSTANT = 2**26
 
 
@@ -47,11 +47,11 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
     Args:
         path: the file to write.
-        previous: name in the same folder under which the replaced file is kept; there is a
-            complete `path` at every moment.
+        previous: name in the same folder under which the replaced file is kept; a complete file
+            exists at `path` at every moment.
 
     Raises:
-        OSError: with the name of the file that was to be written.
+        OSError: the file cannot be written; the error names `path`.
         UsageError: `path` is a folder.
     """
     target = Path(path)
@@ -72,14 +72,14 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
 
 def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> None:
-    """Raise `UsageError` if a file to be written is an existing folder."""
+    """Raise `UsageError` if the path of a file to write is an existing folder."""
     if os.path.isdir(path or "."):
         raise UsageError(f"{setting}={str(path)!r}: must be a file, not a folder")
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Generator[None]:
-    """Name this file in errors of the disk that name none, or an unfinished one."""
+    """Name this file in disk errors that name no file, or an unfinished file."""
     try:
         yield
     except OSError as error:
@@ -99,7 +99,7 @@ def flush(path: Path) -> None:
 
 
 def _keep(present: Path, previous: Path) -> None:
-    """Give a file a second name, replacing any file of that name; copy it if links fail."""
+    """Give a file a second name, replacing any file of this name; copy it if links fail."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}{_UNFINISHED}")
     link.unlink(missing_ok=True)
     try:
@@ -114,7 +114,7 @@ def remove_unfinished(run_dir: Path, files: Iterable[str]) -> list[Path]:
 
     Args:
         run_dir: a directory that no other process writes to.
-        files: patterns below it of the files that were written; temporary files of other names
+        files: patterns of the files that were written, relative to `run_dir`; other temporary files
             stay.
 
     Returns:
@@ -138,7 +138,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Text of a CSV file with these cells in each line, without formulas and control characters."""
+    """Text of a CSV file with these cells per line, without formulas and control characters."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([csv_cell(cell) for cell in row] for row in rows)
@@ -160,7 +160,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Text of a CSV file with the columns of all rows; missing values are empty cells."""
+    """Text of a CSV file with all columns of all rows; missing values are empty cells."""
     columns: dict[str, None] = {}  # ordered
     for row in rows:
         columns |= dict.fromkeys(row)
@@ -169,13 +169,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file by column, without a last line that was cut by a kill."""
+    """Rows of a CSV file, by column name, without a last line that a kill has cut off."""
     lines = io.StringIO(read_file(path).decode(), newline="")
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def json_text(value: Any) -> str:
-    """JSON text: NaN and infinity become null, values of types that JSON lacks become strings."""
+    """JSON text; NaN and infinity become null, values of types that JSON lacks become strings."""
     return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"
 
 
@@ -190,7 +190,7 @@ def _finite(value: Any) -> Any:
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:
-    """Sorted paths of all files below a folder; links are followed, each folder only once.
+    """Sorted paths of all files below a folder; links are followed, but each folder only once.
 
     Args:
         folder: the folder.
@@ -215,7 +215,7 @@ def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | N
         try:
             torch.save(content, temporary)
         except RuntimeError as error:
-            # Torch does not say why it cannot write; the system's own error does.
+            # Torch does not say why it cannot write, but the operating system's error does.
             with temporary.open("ab") as file:
                 file.write(bytes(2**16))
                 file.flush()
@@ -224,13 +224,13 @@ def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | N
 
 
 def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> Any:
-    """Plain data and tensors of a file whose checksums fit; no code in it is executed.
+    """Plain data and tensors of a file whose checksums match; no code in the file is executed.
 
     Raises:
         OSError: the file is damaged.
-        OverflowError: the file holds too many values.
-        pickle.UnpicklingError: the file holds something else.
-        RuntimeError, EOFError: `torch.save` did not write the file.
+        OverflowError: the file contains too many values.
+        pickle.UnpicklingError: the file contains anything but plain data and tensors. RuntimeError,
+        EOFError: `torch.save` did not write the file.
     """
     damage = damage_of(path)
     if damage is not None:
@@ -240,17 +240,17 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
 
 def damage_of(path: str | os.PathLike[str]) -> str | None:
-    """Damage of an archive that `torch.save` wrote: torch itself does not compare checksums.
+    """Find damage in an archive of `torch.save`, because torch itself does not compare checksums.
 
     Returns:
-        A description; None for an intact archive, and for files that are not archives: these have
-        no checksums.
+        A description of the damage; None for an intact archive, and for files that are not
+        archives, which have no checksums.
     """
     if not zipfile.is_zipfile(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            # Before any of it is read: three megabytes may unpack to three gigabytes.
+            # Check this before anything is read: three megabytes may unpack to three gigabytes.
             if _is_compressed(archive, Path(path).stat().st_size):
                 return "it is compressed, which torch.save never does"
             damaged = archive.testzip() or _first_folder(archive)
@@ -266,7 +266,7 @@ def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
 
 
 def _first_folder(archive: zipfile.ZipFile) -> str | None:
-    """Name of an entry with the mark of a folder.
+    """Name of the first entry that is marked as a folder.
 
     Torch would leave the memory of such an entry uninitialized, and no checksum covers the mark.
     """
@@ -277,7 +277,7 @@ def _first_folder(archive: zipfile.ZipFile) -> str | None:
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the values of tensors, in their order: 64 hexadecimal digits."""
+    """SHA-256 of the values of tensors, in the given order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous().flatten()
@@ -286,11 +286,11 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 
 def check_bounds(value: object) -> None:
-    """Limit nested dicts and lists from a file.
+    """Limit the nested dicts and lists of a file.
 
     Raises:
-        ValueError: they are nested deeper than `MOST_DEPTH`, or hold more than `MOST_VALUES`
-            values, each use counted.
+        ValueError: they are nested deeper than `MOST_DEPTH`, or contain more than `MOST_VALUES`
+            values; shared values count each time.
     """
     level = [value]
     num_values = 0
@@ -310,7 +310,7 @@ def check_bounds(value: object) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
-    """Limit the weights of a file to dense real numbers, as many as it has room for.
+    """Limit the weights of a file to dense real tensors with as many numbers as the file can hold.
 
     Args:
         tensors: the weights by name.
@@ -318,7 +318,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
         size: size of the file in bytes.
 
     Raises:
-        UsageError: a weight is of another kind, or there are too many numbers.
+        UsageError: a weight is not a dense tensor of real numbers, or there are too many numbers.
     """
     for name, tensor in tensors.items():
         kind = _unusable_kind(tensor)
@@ -326,7 +326,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
             raise UsageError(
                 f"{origin}: its weight {name} is {kind}; weights must be dense real numbers"
             )
-    # Not the sizes of their storages: many tensors may share one, or expand a single number.
+    # Sizes of storages would mislead: many tensors may share a storage, or expand a single number.
     numbers = sum(tensor.numel() for tensor in tensors.values())
     if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
         raise UsageError(
@@ -336,7 +336,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
 
 
 def _unusable_kind(tensor: Tensor) -> str | None:
-    """Kind of a tensor that is not dense and real, else None."""
+    """Kind of a tensor that is not dense and real; None for a dense real tensor."""
     if tensor.is_meta:
         return "without values"
     if tensor.layout != torch.strided:

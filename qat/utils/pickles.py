@@ -1,4 +1,4 @@
-"""Follow the pickles of a file of tensors without executing them, to limit what they ask for."""
+"""Follow the pickles of a file of tensors without executing them, to limit what reading costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import IO, Any
 import torch
 
 MOST_VALUES = 10**6
-# Functions that a pickle may call, out of those that torch allows: the results of others may be
-# far larger than the file.
+# Functions that a pickle may call. Torch allows more functions, whose results may be far larger
+# than the file.
 _CALLABLE = (
     "argparse.Namespace",
     "builtins.complex",
@@ -31,20 +31,20 @@ _CALLABLE_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._
 _ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # before the weights in a file of torch < 1.6
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
-# Opcodes that leave their first value on the stack. A list or dict counts as one value: unlike a
-# tuple, it is never hashed.
+# Opcodes that leave their first value on the stack. A list or dict counts as one value because,
+# unlike a tuple, it is never hashed.
 _UNCHANGED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "MEMOIZE", "DUP"}
 
 
 def check_pickles(path: str | os.PathLike[str]) -> None:
-    """Raise an error if reading the pickles of a file could take much more than the file.
+    """Raise an error if reading the pickles could take much more memory or time than the file.
 
     Raises:
-        OverflowError: a pickle holds more than `MOST_VALUES` values.
+        OverflowError: a pickle contains more than `MOST_VALUES` values.
         pickle.UnpicklingError: a pickle is damaged, or calls a function that no checkpoint needs.
     """
     with contextlib.suppress(EOFError), open(path, "rb") as file:
-        # Torch decides by the start: a file may begin as a pickle and end as an archive.
+        # Torch decides by the start of the file, which may begin as a pickle and end as an archive.
         is_archive = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
         file.seek(0)
         if not is_archive:
@@ -65,7 +65,7 @@ class _Slot:
 
     Attributes:
         name: name of a global, or the characters of a text; empty for other values.
-        values: number of values in it, each use counted.
+        values: number of values inside it; shared values count each time.
     """
 
     name: str = ""
@@ -73,7 +73,7 @@ class _Slot:
 
 
 def _check_opcodes(file: IO[bytes]) -> None:
-    """Follow the stack of one pickle up to its end."""
+    """Follow the stack of one pickle to its end."""
     mark = _Slot("mark")
     stack: list[_Slot] = []
     memo: dict[int, _Slot] = {}
@@ -100,7 +100,7 @@ def _check_opcodes(file: IO[bytes]) -> None:
 
 
 def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
-    """Pop the inputs of an opcode from the stack, lowest first, without the mark."""
+    """Pop the inputs of an opcode from the stack, lowest first, except for the mark."""
     inputs = opcode.stack_before
     popped: list[_Slot] = []
     if pickletools.markobject in inputs:

@@ -1,4 +1,4 @@
-"""Run a net, or copy it, to look into it: evaluation mode, no gradients, hooks removed after it."""
+"""Run or copy a net to inspect it, in evaluation mode and without gradients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 
-# True while a net with unset scales may run; else it raises (`qat.model.scales.guard`).
+# True while nets with unset scales may run; otherwise they raise (`qat.model.scales.guard`).
 unset_scales_allowed = ContextVar("unset_scales_allowed", default=False)
 
 
 @contextlib.contextmanager
 def allow_unset_scales() -> Generator[None]:
-    """Let nets with unset scales run in this block: their output is not used as logits."""
+    """Let nets with unset scales run in this block, where outputs are not used as logits."""
     token = unset_scales_allowed.set(True)
     try:
         yield
@@ -33,7 +33,7 @@ def allow_unset_scales() -> Generator[None]:
 def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Zeros (1, C, H, W), with the dtype and device of the net's first floating-point tensor.
 
-    Buffers count, too: a frozen net may have no parameters.
+    Buffers count too, because a frozen net may have no parameters.
     """
     for tensor in itertools.chain(net.parameters(), net.buffers()):
         if tensor.is_floating_point():
@@ -43,9 +43,9 @@ def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
 
 @contextlib.contextmanager
 def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]:
-    """Evaluate the net in this block, without gradients and even if its scales are unset.
+    """Evaluate the net in this block, without gradients, and even if scales are unset.
 
-    After the block every module has its own mode again, and the hooks are removed.
+    After the block, every module is back in its own mode, and the hooks are removed.
     """
     modes = [(module, module.training) for module in net.modules()]
     handles = list(hooks)
@@ -61,10 +61,10 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A deep copy of a net; of a compiled net, a copy of the original.
+    """A deep copy of a net; for a compiled net, a copy of the original net.
 
-    Some nets keep a tensor of their last forward pass (attention biases in TinyViT and LeViT). It
-    is copied without its graph, which cannot be copied.
+    Some nets keep a tensor of their last forward pass (attention biases in TinyViT and LeViT). The
+    tensor is copied without its graph, which cannot be copied.
     """
     net = getattr(net, "_orig_mod", net)
     copies: dict[int, Any] = {}
@@ -80,10 +80,10 @@ def images_of(batch: Any, net: nn.Module) -> Tensor:
 
     Args:
         batch: float images (B, C, H, W), or a tuple or list that starts with them.
-        net: its first parameter has the dtype and the device.
+        net: net whose first parameter sets dtype and device.
 
     Raises:
-        UsageError: the batch is of another kind, holds no image, or has non-finite values.
+        UsageError: the batch has another form, contains no image, or has non-finite values.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(images, Tensor):

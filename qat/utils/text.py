@@ -1,4 +1,4 @@
-"""Untrusted text for terminals and tables, short forms of numbers, and files of limited size."""
+"""Safe text for terminals and tables, short forms of numbers, and files of limited size."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MISSING = "–"
 MOST_READ = 2**30  # bytes of an image, a table, a file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
 # Control characters except line breaks and tabs, marks that change the direction of text, and
-# Python's substitutes for bytes of a file name that are not UTF-8.
+# Python's substitutes for bytes of file names that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Escape, as `\x1b`, characters that move a cursor, change colours or cannot be encoded.
+    r"""Escape (as in `\x1b`) characters that move a cursor, change colours or cannot be encoded.
 
     Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text as `printable` returns it, with line breaks and tabs escaped too."""
+    """Escape a text as `printable` does, and also line breaks and tabs."""
     return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
 
 
@@ -41,8 +41,8 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Three significant digits and a prefix of powers of 1000: `190 kB`."""
-    value = float(f"{value:.3g}")  # 999,600 is 1 M
+    """A number with three significant digits and an SI prefix, such as `190 kB`."""
+    value = float(f"{value:.3g}")  # 999,600 becomes 1 M
     power = 0
     if value >= 1:
         power = min(int(math.log10(value) // 3), len(PREFIXES) - 1)
@@ -50,18 +50,18 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """`1 image`, `2 images`, `2 classes`."""
+    """A number with a singular or plural: `1 image`, `2 images`, `2 classes`."""
     if n == 1:
         return f"{n} {noun}"
     return f"{n} {noun}es" if noun.endswith("s") else f"{n} {noun}s"
 
 
 def unlearned(results: Mapping[str, Any]) -> str:
-    """Note on an accuracy that is hardly better than always naming the most frequent class.
+    """A remark on an accuracy that is hardly better than always predicting the most frequent class.
 
     Returns:
-        The note if the accuracy is at most two standard errors above the share of that class;
-        else, or if one of the numbers is missing, an empty string.
+        The remark if the accuracy is at most two standard errors above the share of this class;
+        otherwise, or if a number is missing, an empty string.
     """
     top1 = results.get("top1")
     images = results.get("images")
@@ -78,7 +78,7 @@ def unlearned(results: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """A duration as text, in seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:
@@ -101,7 +101,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def is_number(text: str) -> bool:
-    """True for a text that Python reads as a number."""
+    """True for a text that Python can parse as a number."""
     try:
         float(text)
     except ValueError:
@@ -110,14 +110,15 @@ def is_number(text: str) -> bool:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """True if a path is a file in a folder, after `..` and links: an index may name any file."""
+    """True if a resolved path is a file in a folder, because an index may name any file."""
     return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
 
 
 def json_object(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """The object in a JSON file.
 
-    It is empty if the file cannot be read, holds something else, or is not in `folder`.
+    The result is empty if the file cannot be read, does not contain an object, or is not in
+    `folder`.
     """
     if folder is not None and not is_inside(path, folder):
         return {}

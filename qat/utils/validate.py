@@ -1,4 +1,4 @@
-"""Checks of settings: each raises `UsageError` in the form `setting=value: must be ...`."""
+"""Checks of settings; each raises `UsageError` in the form `setting=value: must be ...`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from qat.errors import UsageError
 FLOAT_BITS = 32
 LOWEST_BITS = 2
 HIGHEST_BITS = 8
-# Widths of the number formats in which a block of floats shares a scale.
+# Bits of the number formats in which blocks of floats share a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
+# Floats of 8 bits with one scale for a tensor or a row. The scale of activations is learned, or
+# stays as calibrated.
+FP8 = ("fp8", "fp8_held")
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
 # Largest height and width of an image in pixels.
 MOST_SIDE = 2**14
-# A tenth makes an image ten times as large before it is cropped.
+# At 0.1, an image becomes ten times as large before it is cropped.
 LOWEST_CROP = 0.1
-# VOLO has 1.15, a border around the image.
+# VOLO uses 1.15, a border around the image.
 HIGHEST_CROP = 2
 CROP_MODES = ("center", "center_floor", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def unknown(setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """Message about an unknown name, with the allowed names closest to it, else all of them.
+    """Message about an unknown name, with the closest allowed names, or else all allowed names.
 
     Args:
-        setting: the setting, with its group and value as far as they help.
+        setting: the setting, with group and value if they help.
         name: the unknown name.
         allowed: all names that can be used.
         elsewhere: full names of settings in other groups; `name` is compared with their last part.
@@ -75,9 +78,9 @@ def check_number(
         setting: name of the setting, for the message.
         value: value of the setting.
         lowest: lower bound.
-        above: True if `lowest` itself is excluded.
-        below: upper bound that is itself excluded.
-        highest: upper bound that is itself allowed.
+        above: True if `lowest` itself is not allowed.
+        below: upper bound that is not allowed itself.
+        highest: upper bound that is allowed itself.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         is_in_range = lowest <= value < below and value <= min(highest, HIGHEST_NUMBER)
@@ -111,7 +114,7 @@ def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_W
 
 
 def check_bool(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is true or false; to Python, any other text is true."""
+    """Raise `UsageError` unless `value` is a bool; to Python, any non-empty text would be true."""
     if not isinstance(value, bool):
         raise UsageError(f"{setting}={value!r}: must be true or false")
 
@@ -133,7 +136,7 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """Return a glob, or a list of globs, as a tuple.
 
     Raises:
-        UsageError: `value` is neither a non-empty string nor a non-empty list of these.
+        UsageError: `value` is neither a non-empty string nor a non-empty list of such strings.
     """
     globs = [value] if isinstance(value, str) else value
     is_list = isinstance(globs, list | tuple) and len(globs) > 0
@@ -149,7 +152,7 @@ def check_channels(setting: str, values: Any, chans: int | None, lowest: float =
         setting: name of the setting, for the message.
         values: value of the setting.
         chans: number of channels; None = any.
-        lowest: bound of the numbers, itself excluded.
+        lowest: lower bound of the numbers, which is not allowed itself.
     """
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     has_length = is_list and (chans is None or chans == len(values))
@@ -163,12 +166,12 @@ def check_channels(setting: str, values: Any, chans: int | None, lowest: float =
 
 
 def _is_between(value: Any, lowest: float, highest: float) -> bool:
-    """True for a number between two bounds that are themselves excluded."""
+    """True for a number strictly between two bounds."""
     return isinstance(value, int | float) and lowest < value < highest
 
 
 def check_images(origin: str, config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if the preprocessing of images that a file describes cannot work.
+    """Raise `UsageError` if the image preprocessing that a file describes cannot work.
 
     Args:
         origin: the file or argument, for the message.
@@ -201,13 +204,13 @@ def check_images(origin: str, config: Mapping[str, Any]) -> None:
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
 
-    At least 2 bits: at 1 bit the mid-rise grid of StatsQ would have three levels. At most 8 bits:
-    codes have to fit in one byte.
+    The minimum is 2 bits, because at 1 bit the mid-rise grid of StatsQ would have three levels. The
+    maximum is 8 bits, because codes must fit in one byte.
     """
     if quantizer == "float" and bits == FLOAT_BITS:
         return
     check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
-    widths = BLOCK_FLOATS.get(quantizer)
+    widths = (8,) if quantizer in FP8 else BLOCK_FLOATS.get(quantizer)
     if widths is not None and bits not in widths:
         choices = " or ".join(map(str, widths))
         raise UsageError(f"{setting}={bits!r}: must be {choices} with {quantizer}")

@@ -261,7 +261,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
         ),
         (
             RuntimeError("received 0 items of ancdata"),
-            "too many open files; data.num_workers must be fewer",
+            "too many open files; lower data.num_workers",
         ),
         (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files"),
         (
@@ -282,7 +282,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
         ),
         (
             RuntimeError("Connection closed by peer [1.2.3.4]\nmore"),
-            "another process of this run is gone: Connection closed by peer [1.2.3.4] more",
+            "another process of this run has ended: Connection closed by peer [1.2.3.4] more",
         ),
         (RuntimeError("shape mismatch"), None),
     ],

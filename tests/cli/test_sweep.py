@@ -41,7 +41,7 @@ def test_a_sweep_that_was_ended_says_how_far_it_came(swept):
     cwd, _, code, out = swept
     assert code == 3
     assert "2 jobs: 1 done, 1 not finished" in out
-    assert "job 1 (seed=2): no results.json: killed, or still going" in out
+    assert "job 1 (seed=2): no results.json: killed, or still running" in out
     assert (cwd / "sweep" / "sweep.csv").exists()
     assert not (cwd / "sweep" / "2").exists()
 

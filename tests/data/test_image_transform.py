@@ -125,7 +125,7 @@ def test_code_named_in_a_config_is_not_imported(target):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (3, "image of type int: must be a path, Pillow's image, or an array"),
+        (3, "image of type int: must be a path, a Pillow image, or an array"),
         (torch.zeros(3, 8, 8), "image of type Tensor: must be"),
         (np.zeros((8, 8)), r"image of type float64 array \(8, 8\): must be"),
         (np.zeros((3, 8, 8), np.uint8), r"image of type uint8 array \(3, 8, 8\): must be"),

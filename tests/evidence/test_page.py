@@ -1,7 +1,9 @@
 """Numbers, verdicts, pages. Oracles: worked out by hand, scipy's t-test; of the committed pages, what the records give."""
 
+import base64
 import re
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from scipy import stats
@@ -10,8 +12,8 @@ from evidence.claims.arms import Arms
 from evidence.claims.claim import Expectation
 from evidence.claims.records import read_records
 from evidence.pages import drawing, page
-from evidence.pages.comparison import MIXED, Comparison, compare
-from evidence.pages.numbers import spread
+from evidence.pages.comparison import Comparison, compare
+from evidence.pages.numbers import MIXED, spread
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
 from tests.errors import usage_error
@@ -204,15 +206,32 @@ def test_a_whole_page_and_its_pictures(tmp_path):
 
 
 def test_pairs_on_two_types_of_cpu_are_marked(tmp_path):
-    made.claim(tmp_path, expect=[EXPECT])
+    why = "{new.top1} {new.top1 - old.top1}, {new.top1 - mean old.top1:interval}"
+    made.claim(tmp_path, expect=[EXPECT], why=why)
     made.runs(tmp_path, "new", [61.0, 62.0, 63.5])
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0], machine="Some CPU, 4 cores")
     found, claim = made.evidence(tmp_path)
-    assert MIXED not in page.verdicts([claim], found)
+    assert MIXED not in page.verdicts([claim], found) + page.section(claim, found)
     made.record(tmp_path, arm="old", seed=2, metrics={"top1": 62.0}, machine="Another CPU")
     found, claim = made.evidence(tmp_path)
     assert "]\\* |" in page.verdicts([claim], found)
-    assert page.MIXED_NOTE in page.section(claim, found)
+    text = page.section(claim, found)
+    assert "62.17 ± 1.26 +1.17 ± 0.29\\*, +1.17 [-1.96, +4.29]\\*" in text
+    assert page.MIXED_NOTE in text
+
+
+def test_differences_by_image_are_means_over_seeds_that_know_their_images(tmp_path):
+    made.claim(tmp_path, why="{new.top1 - old.top1:images}")
+    right = {"new": [0b11110000, 0b11110000, 0b11111111], "old": [0b11100000, 0b11111100, None]}
+    for arm, all_hits in right.items():
+        for seed, hits in enumerate(all_hits):
+            correct = base64.b64encode(bytes([hits])).decode() if hits is not None else None
+            made.record(tmp_path, arm=arm, seed=seed, metrics={"top1": 50.0}, correct=correct)
+    found, claim = made.evidence(tmp_path)
+    by_image = [0.0, 0.0, 0.0, 50.0, -50.0, -50.0, 0.0, 0.0]
+    assert found.differences_by_image(claim, "new", "old") == by_image
+    low, high = stats.t.interval(0.95, 7, np.mean(by_image), stats.sem(by_image))
+    assert found.filled(claim, claim.why) == f"-6.25 [{low:+.2f}, {high:+.2f}]"
 
 
 def test_a_figure_has_other_colours_on_dark_pages():

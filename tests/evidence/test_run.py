@@ -166,6 +166,8 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
     found = results(run_dir)
     for key in ("top1", "val_top1", "loss"):
         assert record.metrics[key] == found[key]
+    shares = [sum(record.hits) / found["images"], found["top1"] / 100]
+    assert shares[0] == pytest.approx(shares[1])
     *_, total = csv.DictReader((run_dir / "oscillation.csv").open())
     assert record.metrics["oscillating"] == 100 * float(total["oscillating"]) / float(
         total["weights"]

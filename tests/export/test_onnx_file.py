@@ -8,6 +8,7 @@ import os
 import signal
 
 import onnx
+import onnx.reference
 import onnxruntime
 import pytest
 import timm
@@ -18,6 +19,7 @@ import qat
 from qat.export import check, onnx_file
 from qat.export.check import Agreement, Checked, check_onnx, graph_codes
 from qat.export.onnx_file import OnnxSettings, to_onnx
+from qat.export.pte import to_pte
 from qat.export.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
@@ -349,6 +351,126 @@ NO_INTEGERS = {
 def test_what_tensorrt_cannot_have_is_one_line(recipe):
     with usage_error(r"^format.target=tensorrt: \S+_quantizer must have one scale"):
         to_onnx(qat.freeze(made(recipe)), tiny.images(1), OnnxSettings(target="tensorrt"))
+
+
+FP32 = {"target": "tensorrt", "precision": "fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"attention": "standard"}], ids=["float", "standard"])
+def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
+    net = tiny.quantized("fp8", **knobs)
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    activations = [site for site in qat.iter_quantizers(net) if not site.is_weight]
+    assert len(pairs) == sum(not site.quantizer.is_float for site in activations)
+    for node in pairs:
+        _, step, zero = (constants.get(name) for name in node.input)
+        site = tiny.sites(net)[node.name]
+        assert onnx.numpy_helper.to_array(step) == site.quantizer.scale.item()
+        assert zero.data_type == onnx.TensorProto.FLOAT8E4M3FN
+    weights = [
+        t for t in constants.values() if t.data_type == onnx.TensorProto.FLOAT8E4M3FN and t.dims
+    ]
+    assert len(weights) == len(tiny.sites(net)) - len(activations)
+    images = tiny.images(16, 1)
+    checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
+    assert (checked.problem, checked.same_top1) == (None, 16)
+    # Onnx's own evaluator has no fast kernels, and no faults in common with them.
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    (logits,) = evaluator.run(None, {"image": images[:2].numpy()})
+    assert_close(torch.from_numpy(logits), tiny.logits(net, images[:2]), rtol=0, atol=1e-4)
+
+
+HALF = {
+    "fp8": lambda: tiny.quantized("fp8"),
+    "int8": lambda: tiny.quantized("deploy_w8a8", attention="float"),
+    "int8 attention": lambda: tiny.quantized("deploy_w8a8"),
+    "swin": lambda: FAMILIES["swin"].quantized("fp8"),
+}
+
+
+def types_of_values(model):
+    """Types of all values and constants by name, found by onnx's shape inference."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    types = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    missing = {name for node in inferred.node for name in node.output} - types.keys()
+    assert not missing
+    return {name: onnx.TensorProto.DataType.Name(kind) for name, kind in types.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", often("fp8", HALF))
+def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path):
+    net = HALF[name]().eval()
+    images = tiny.images(16, 1) if name != "swin" else FAMILIES["swin"].images(16)
+    model = file(qat.freeze(net), images[:1], tmp_path / "net.onnx", target="tensorrt")
+    types = types_of_values(model)
+    assert {value for value, kind in types.items() if kind == "FLOAT"} == {"image", "logits"}
+    codes = "FLOAT8E4M3FN" if name in {"fp8", "swin"} else "INT8"
+    for node in model.graph.node:
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+            x, scale = (types[value] for value in node.input[:2])
+            assert {x, scale, types[node.output[0]]} == {"FLOAT16", codes}
+        if node.op_type == "LayerNormalization":  # its sums are in float32 by default
+            assert not any(
+                attribute.name == "stash_type" and attribute.i != 1 for attribute in node.attribute
+            )
+    if "attention" not in name:  # so that TensorRT can fuse the attention
+        makers = {value: node for node in model.graph.node for value in node.output}
+        weights = [value for value in types if value.endswith("onnx_codes")]
+        rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert len(weights) == len(rounded)
+        softmax = [node for node in model.graph.node if node.op_type == "Softmax"]
+        assert all(makers[node.input[0]].op_type != "DequantizeLinear" for node in softmax)
+    checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
+    assert checked.problem is None
+    assert 0 < checked.apart < 0.15
+
+
+def test_a_float16_file_with_another_weight_is_a_problem(tmp_path):
+    net = tiny.quantized("fp8")
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
+    weight.raw_data = weight.raw_data[::-1]
+    onnx.save(model, tmp_path / "net.onnx")
+    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
+    assert "of the largest one; must be at most" in checked.problem
+
+
+def test_scales_that_float16_cannot_hold_are_one_line():
+    net = tiny.quantized("fp8")
+    tiny.sites(net)["head.input_quantizer"].quantizer.set_scale(torch.tensor([1e-6]))
+    with usage_error("^format.precision=fp16: head.input_quantizer.onnx_step is 1.0e-06; must be"):
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
+
+
+def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
+    net = tiny.quantized("fp8")
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
+    weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
+    weight.raw_data = bytes(256 * [0x38]) * (len(weight.raw_data) // 256)
+    onnx.save(model, tmp_path / "net.onnx")
+    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
+    assert "codes of blocks.0.mlp.fc2.input_quantizer differ" in checked.problem
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_pte])
+def test_floats_of_8_bits_are_for_tensorrt(write):
+    with usage_error(
+        r"^format=(onnx|executorch): patch_embed.proj.input_quantizer has 8-bit floats"
+    ):
+        write(qat.freeze(tiny.quantized("fp8")), tiny.images(1))
+
+
+def test_one_type_in_a_file_for_tensorrt():
+    deploy = {"weight_quantizer": "lsq", "act_quantizer": "lsq", "act_scales": "tensor"}
+    net = tiny.quantized("fp8", fits_int8=True, overrides={"blocks.0.*": deploy})
+    with usage_error(r"^format.target=tensorrt: head\S+ has 8-bit floats and blocks.0\S+ integers"):
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
 
 
 def test_a_net_converted_in_python(net, tmp_path):

@@ -17,6 +17,15 @@ SHAPES = (6, 5), (2, 4, 3), (2, 3, 4, 5)
 CASES = [(shape, axis) for shape in SHAPES for axis in (*range(-len(shape), len(shape)), None)]
 RANGES = [(-2, 1), (-4, 3), (-8, 7), (-128, 127), (0, 3), (0, 255)]
 
+# Many candidates have the same error on whole numbers, on equal ones and on zeros.
+VALUES = {
+    "normal": lambda x: x,
+    "tiny": lambda x: 1e-6 * x,
+    "whole": lambda x: (3 * x).round(),
+    "equal": lambda x: torch.full_like(x, 0.5),
+    "zero rows": lambda x: x * (torch.arange(33) % 2).view(33, 1),
+}
+
 
 def naive(x, scale, qmin, qmax, axis):
     """LSQ without its gradient scale; the step's floor is straight-through."""
@@ -108,11 +117,11 @@ def test_the_first_step_of_zeros_is_zero():
 
 @pytest.mark.parametrize("quantize", [None, _on_grid])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("size", [1, 1e-6])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("axis", [None, 0, -2, -1])
-@pytest.mark.parametrize("bounds", [(-8, 7), (0, 15)], ids=["signed", "unsigned"])
-def test_the_search_finds_the_bits_of_the_loop(bounds, axis, size, transposed, quantize):
-    x = size * randn(4, 33, 40)
+@pytest.mark.parametrize("bounds", [(-8, 7), (0, 15), (-128, 127)])
+def test_the_search_finds_the_bits_of_the_loop(bounds, axis, values, transposed, quantize):
+    x = VALUES[values](randn(4, 33, 120))
     x = x.transpose(0, -1) if transposed else x
     x = x if bounds[0] else x.abs()
     half = CodeRange(*bounds, axis, half=True)
@@ -131,3 +140,17 @@ def test_the_search_finds_the_bits_of_the_loop(bounds, axis, size, transposed, q
         errors = [error_of(step) for step in start.clamp(min=SCALE_FLOOR) * factors[:, None]]
         found = function(x, *bounds, axis, quantize)
         assert torch.equal(found, start * factors[torch.stack(errors).argmin(0)])
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("bounds", [(-2, 1), (-8, 7)], ids=["2 bits", "4 bits"])
+@pytest.mark.parametrize("function", [F.mse_init_scale, F.half_step_init_scale])
+def test_the_search_rounds_few_candidates(function, bounds, axis):
+    steps = []
+
+    def rounded(x, step, codes):
+        steps.append(step)
+        return lsq_forward(x, step, None, None, codes)
+
+    function(randn(500, 24), *bounds, axis, rounded)
+    assert len(steps) < 8

@@ -64,7 +64,7 @@ def test_a_log_that_is_no_file_is_refused_in_one_line(tmp_path, make):
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / "train.log")
     code, _ = typed("train.py", *TINY, "run_dir=run", cwd=tmp_path)
-    assert code == "error: run_dir='run': train.log is there and must be a file"
+    assert code == "error: run_dir='run': train.log exists and must be a file"
 
 
 def test_a_job_whose_directory_is_in_use_fails_alone(tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ from qat.launch import slurm
 from qat.launch.signals import Preempted
 from tests.conftest import compose, train
 
-WAYS = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
+WAYS = (
+    "start them with: srun python ..., or a single one with: srun --nodes=1 --ntasks=1 python ..."
+)
 JOB = {
     "SLURM_JOB_ID": "17",
     "SLURM_JOB_NAME": "qat",
@@ -233,7 +235,7 @@ def test_a_job_that_never_saves_anything_is_not_started_for_ever(
         (tmp_path / name).touch()
     code, lines = left(caplog, Preempted(signal.SIGUSR1), tmp_path)
     assert (code, len(asked()[0])) == (138, 1 if name is None else 2)
-    why = "3 runs of it have ended before the first checkpoint; the time limit of the job is too short"
+    why = "3 runs of the job have ended before the first checkpoint; the time limit of the job is too short"
     assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
 
 

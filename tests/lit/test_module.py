@@ -170,7 +170,9 @@ def test_accuracies_are_percentages_of_all_images():
     net = quantized("ofq", bits=2)
     answers = logits(net, images(16))
     run = trainer()
-    (found,) = run.test(module(net), batches(5), verbose=False)
+    tested = module(net)
+    (found,) = run.test(tested, batches(5), verbose=False)
+    assert torch.equal(tested.correct, answers.argmax(-1) == CLASSES)
     assert set(found) == {"test/top1", "test/top5", "test/loss"}
     top5 = (answers.topk(5).indices == CLASSES[:, None]).any(-1)
     assert found["test/top1"] == pytest.approx(

@@ -42,7 +42,7 @@ def test_offsets_wrap():
 
 
 def test_unknown_name_lists_what_there_is():
-    names = "affine, dorefa, float, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4, seq, statsq"
+    names = "affine, dorefa, float, fp8, fp8_held, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4"
     with pytest.raises(qat.UsageError, match=f"quantizer='lsqq': must be one of {names}"):
         build("lsqq")
 

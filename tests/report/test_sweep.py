@@ -47,7 +47,7 @@ def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(fo
     assert out.splitlines()[-4:] == [
         "job 1 (quant=ofq_2bit seed=2): holds best.ckpt already",
         "job 4 (quant=ofq_4bit seed=2): the loss is nan",
-        "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still going",
+        "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still running",
         f"in {folder}: sweep.csv",
     ]
     rows = [

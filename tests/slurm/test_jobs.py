@@ -247,9 +247,7 @@ def test_the_command_of_an_installed_package_trains_as_the_script_does(jobs):
 
 def test_without_srun_several_tasks_are_refused(jobs):
     what = "error: SLURM has 2 tasks for this job, and this process is not one of them"
-    ways = (
-        "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
-    )
+    ways = "start them with: srun python ..., or a single one with: srun --nodes=1 --ntasks=1 python ..."
     assert jobs["plain"].ended("FAILED").strip() == f"{what}; {ways}"
 
 

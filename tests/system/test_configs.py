@@ -36,6 +36,7 @@ RECIPES |= {
     "nvfp4_w4a4": ("nvfp4", {}),
     "mxfp4_w4a4": ("mxfp4", {}),
     "mxfp4_w4a8": ("mxfp4", {"act_bits": 8}),
+    "fp8_w8a8": ("fp8", {}),
 }
 # One of each kind, for the tests of every change.
 OFTEN = {

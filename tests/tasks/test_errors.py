@@ -132,7 +132,7 @@ TRAIN = [
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
     ("quant=fp quant.bits=4", r"quant\.bits=4: quant=fp leaves the model in float"),
-    ("quant.weight_quantizer=foo", r"quant\.weight_quantizer=.foo.: must be one of statsq, .*, seq, minmax, mxfp, nvfp4, float"),
+    ("quant.weight_quantizer=foo", r"quant\.weight_quantizer=.foo.: must be one of statsq, .*, seq, minmax, mxfp, nvfp4, fp8, float"),
     ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
     ("+data.colour=3", "unexpected keyword argument 'colour'"),
     ("data=cifar10", r"data\.root=None: must be the folder that holds "),

@@ -31,7 +31,7 @@ SMALL = {
 }
 
 
-RATIO = r"^runs at \d+\.\d\d of float's time in %s \(this machine, 1 thread\)$"
+RATIO = r"^  %s\b.*; \d+\.\d\d of float's time \(this machine, 1 thread\)$"
 
 
 def exported(run_dir, *overrides):
@@ -119,11 +119,57 @@ def test_the_time_is_given_as_a_share_of_floats_where_it_was_measured(deployable
     exported(tmp_path / "timed", f"ckpt={deployable}")
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert all(
-        re.search(RATIO % runtime, said, re.MULTILINE) for runtime in ("onnxruntime", "openvino")
+        re.search(RATIO % runtime, said, re.MULTILINE) for runtime in ("onnxruntime", "OpenVINO")
     )
     caplog.clear()
     assert exported(tmp_path / "not", f"ckpt={deployable}", "latency=0")["time_of_float"] is None
     assert "of float's time" not in "".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_without_vnni", "expected"),
+    [
+        (
+            [],
+            False,
+            {
+                "onnxruntime, with VNNI or on ARM": "with format.cpu=fast .* of float's time",
+                "onnxruntime, other CPUs": "default settings$",
+                "OpenVINO": "INFERENCE_PRECISION_HINT=f32.* of float's time",
+            },
+        ),
+        (
+            ["format.cpu=any"],
+            True,
+            {
+                "onnxruntime, with VNNI or on ARM": "8-bit weights are faster$",
+                "onnxruntime, other CPUs": "default settings; .* of float's time",
+                "OpenVINO": "INFERENCE_PRECISION_HINT=f32",
+            },
+        ),
+        (
+            ["format.cpu=fast"],
+            False,
+            {
+                "onnxruntime, with VNNI or on ARM": "default settings; .* of float's time",
+                "onnxruntime, other CPUs": "wrong; export with format.cpu=any$",
+                "OpenVINO": "only with VNNI or on ARM; .* of float's time",
+            },
+        ),
+        (["format.target=tensorrt"], False, {"TensorRT": "never run$"}),
+        (["format=packed"], False, {"qat": r"qat\.load"}),
+    ],
+)
+def test_a_line_for_each_target_of_a_file(
+    settings, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(qat.tasks.export, "saturates", lambda: is_without_vnni)
+    exported(tmp_path, f"ckpt={deployable}", *settings)
+    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("run it in")]
+    lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines()[1:])
+    assert list(lines) == list(expected)
+    assert all(re.search(pattern, lines[target]) for target, pattern in expected.items()), lines
 
 
 @pytest.mark.slow
@@ -141,7 +187,7 @@ def test_an_executorch_file(deployable, tmp_path, caplog):
     assert set(found["latency_ms"]["executorch"]) == {"float", "this"}
     assert found["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
     assert re.search(
-        RATIO % "executorch",
+        RATIO % "ExecuTorch",
         "\n".join(record.getMessage() for record in caplog.records),
         re.MULTILINE,
     )
@@ -206,6 +252,7 @@ MISTAKES = {
     "ckpt is not set": [],
     "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
     "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
+    "format.precision='bf16': must be one of fp16, fp32": ["format.precision=bf16"],
     "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
     "format.name='tflite': must be one of onnx, packed, executorch": ["format.name=tflite"],
     "dynamic_batch=False: only for format=onnx": ["format=packed", "dynamic_batch=false"],

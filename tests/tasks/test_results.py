@@ -1,14 +1,16 @@
 """`results.json`. Oracle: its keys and values in a strict JSON parser."""
 
+import base64
 import json
 import subprocess
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import qat
 from qat.model.cost import Cost
-from qat.tasks.results import _git_commit, measured, recipe_fields, write_results
+from qat.tasks.results import _git_commit, correct_images, measured, recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
@@ -64,6 +66,12 @@ def test_the_commit_is_never_that_of_the_project_around(tmp_path, monkeypatch, p
         monkeypatch.setenv(variable, str(theirs / ".git"))
         assert _git_commit(own) == commit
         assert _git_commit(theirs / place) is None
+
+
+def test_right_and_wrong_images_are_bits():
+    text = correct_images(torch.tensor([True, False, False, True, True, False, False, True, True]))
+    assert base64.b64decode(text["correct"]) == bytes([0b10011001, 0b10000000])
+    assert correct_images(None) == {"correct": None}
 
 
 def test_of_five_classes_or_fewer_all_are_among_the_five_likeliest():

@@ -1,7 +1,8 @@
-"""Quantizers and matrix products in one autograd Function: backward computes cheap tensors again.
+"""Quantizers and matrix products in one autograd Function: backward recomputes cheap tensors.
 
-Results are equal to separate quantizers and products, bit for bit. On CUDA they are equal within
-rounding, where backward computes a softmax in the kernel of its quantizer or of the attention.
+Results are equal, bit for bit, to those of separate quantizers and matrix products. On CUDA they
+are equal within rounding if backward computes a softmax in the kernel of a quantizer or of the
+attention.
 """
 
 from qat.kernels.fused.attention import attention

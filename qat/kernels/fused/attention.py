@@ -1,4 +1,4 @@
-"""Attention between its projections as one Function, which saves queries, keys and values once."""
+"""Attention, without its projections, as one Function that saves queries, keys and values once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Inputs(NamedTuple):
 
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
-    """Inputs as the positional arguments that autograd sees."""
+    """Turn the inputs into the positional arguments that autograd sees."""
     return inputs.qkv, *inputs.scoring, *flat(inputs.quantizers)
 
 
@@ -71,7 +71,7 @@ def _quantize_qkv(inputs: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
-    """True if one kernel computes all of the attention, so that scores are never in memory."""
+    """True if one kernel computes the whole attention, without writing scores to memory."""
     if inputs.scoring.bias is not None or inputs.scoring.mask is not None:
         return False
     probs = inputs.quantizers.probs
@@ -88,14 +88,15 @@ def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """The following, where `q_*` are quantizers. Backward quantizes again.
+    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes again.
 
     q, k, v = qkv.chunk(3, -1)  # (B, N, h*d)
     q, k, v = heads_of(q_q(q)), heads_of(q_k(k)), heads_of(q_v(v))  # (h, B, N, d)
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
-    One kernel does all of it where it fits; it saves the sums of rows, not the probabilities.
+    Where possible, one kernel computes all of it and saves the sums of rows instead of the
+    probabilities.
     """
 
     @staticmethod
@@ -177,7 +178,7 @@ def _plain_backward(
 ) -> _Gradients:
     """Gradients of quantized queries, keys and values, of the scale of probabilities, of the bias.
 
-    Without saved probabilities, computes them again.
+    If the probabilities were not saved, they are computed again.
     """
     q, k, v = qkv_q
     num_tokens = q.shape[1]

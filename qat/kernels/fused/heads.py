@@ -1,7 +1,7 @@
 """Matrix products of attention, one head at a time, on views: no head is copied.
 
-A batched product needs one distance in memory from each matrix to the next. The images of one head
-have it, all heads of all images do not.
+A batched product needs matrices at equal distances in memory. This is true for the images of one
+head, but not for all heads of all images.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from qat.kernels.library import operator
 
-# On a CPU, products with at least this many elements an image are written in place. Copying them
-# takes 0.4 of the time at 16 tokens of 32 channels, and 1.15 of it at 197 tokens of 64.
+# On a CPU, products with at least this many elements per image are written in place. Copying them
+# instead takes 0.4 times as long for 16 tokens of 32 channels, and 1.15 times as long for 197
+# tokens of 64 channels.
 LARGE = 2048
 
-# Rows of scores are padded to a multiple of this many elements, by kind of device: tensor cores
-# read 16 bytes at once, and take several times as long on unpadded rows.
+# Rows of scores are padded to a multiple of this many elements, depending on the device: tensor
+# cores read 16 bytes at once, and take several times as long on unpadded rows.
 ROWS = {"cuda": 8}
 
 
@@ -33,7 +34,7 @@ def pad(x: Tensor) -> Tensor:
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, h*d) as a view (h, B, N, d)."""
+    """View (B, N, h*d) as (h, B, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
 
 
@@ -45,16 +46,16 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         a: (h, B, n, k), or (B, n, k) for all heads.
         b: (h, B, k, m), or (B, k, m) for all heads.
         out: (h, B, n, m), of any strides.
-        factor: a power of two is part of the product; another number is multiplied afterwards,
-            which rounds as two operations do.
+        factor: a power of two is part of the product; any other factor is applied afterwards, so
+            that rounding is the same as with two operations.
     """
     alpha = exact_part(factor)
     for head, head_out in enumerate(out.unbind(0)):
         left = a[head] if a.ndim > 3 else a
         right = b[head] if b.ndim > 3 else b
         num_elements = head_out.shape[-2] * head_out.shape[-1]
-        # An output that is not contiguous is computed image by image: for small ones these calls
-        # cost more than copying the result.
+        # An output that is not contiguous is computed image by image; for small outputs, these
+        # calls cost more than copying the result.
         if head_out.is_contiguous() or head_out.is_cuda or num_elements >= LARGE:
             torch.baddbmm(head_out, left, right, beta=0, alpha=alpha, out=head_out)
         else:
@@ -68,8 +69,8 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Add the products of all heads to `out`; in half precision the sum is rounded once.
 
-    For that, half precision takes one product over all heads. It copies `a`, and `b` unless its
-    (B, k, h, m) is contiguous.
+    To round once, half precision needs one product over all heads, which copies `a`, and also `b`
+    unless its layout (B, k, h, m) is contiguous.
 
     Args:
         a: (h, B, n, k).
@@ -84,6 +85,6 @@ def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def exact_part(factor: float) -> float:
-    """`factor` if it is a power of two, whose products are not rounded; else 1."""
+    """`factor` if it is a power of two, so that multiplying by it does not round; else 1."""
     mantissa, _ = math.frexp(factor)
     return factor if mantissa == 0.5 else 1.0

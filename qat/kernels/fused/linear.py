@@ -1,6 +1,6 @@
 """LSQ and a Linear as one Function.
 
-Of the activations it saves only its input, or the input of the LayerNorm or GELU before it.
+The only activation that it saves is its input, or the input of the LayerNorm or GELU before it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Inputs(NamedTuple):
 
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
-    """Inputs as the positional arguments that autograd sees."""
+    """Turn the inputs into the positional arguments that autograd sees."""
     return *inputs.source, *inputs.quantizer, inputs.weight, *inputs.weight_params, inputs.bias
 
 
@@ -62,7 +62,8 @@ class _LsqLinear(torch.autograd.Function):
 
         x_q = operators.quantize(inputs.quantizer, source.value, dtype)
         out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
-        # A model may write in place into the output of a Linear; autograd forbids that for a view.
+        # A model may write in place into the output of a Linear, but autograd forbids writing into
+        # a view.
         return torch.ops.aten._unsafe_view(out, (*x_q.shape[:-1], len(inputs.weight)))
 
     @staticmethod
@@ -82,7 +83,7 @@ class _LsqLinear(torch.autograd.Function):
             grad_sum = grad.sum(0)
         grad_after = None
         if has_offset_after and grad_sum is not None:
-            # The offset adds a constant row to the input, as the bias does to the output.
+            # The offset is a constant row added to the input, like the bias is to the output.
             grad_after = (grad_sum.unsqueeze(0) @ weight_q).squeeze(0)
 
         needs_grad = _unflatten(ctx.needs_input_grad)
@@ -123,7 +124,7 @@ def lsq_linear(
     Args:
         x: (..., in), any float dtype.
         operand: quantizer of `x`.
-        weight: (out, in), the float weight, or the quantized one where `params` has no settings.
+        weight: (out, in), the float weight, or the quantized weight if `params` has no settings.
         params: quantizer of `weight`.
         bias: (out,) or None.
 

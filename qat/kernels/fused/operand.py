@@ -1,4 +1,4 @@
-"""Helpers of all fused Functions: when they may run, how inputs are flattened, what is saved."""
+"""Helpers for fused Functions: when they may run, how inputs are flattened, and what is saved."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_saved(ctx: Any) -> list[Any]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the factors of a product: the one of autocast if it is on, else the dtype of `x`."""
+    """Dtype of the factors of a matrix product: that of autocast if it is on, else that of `x`."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -59,7 +59,7 @@ def probs_dtype(x: Tensor) -> torch.dtype:
 
 
 def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Fields of several quantizers, one after the other, as arguments of a Function."""
+    """Concatenate the fields of several quantizers, as arguments of a Function."""
     fields: list[Any] = []
     for part in parts:
         fields.extend(part)
@@ -67,7 +67,7 @@ def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
 
 
 def split_params(args: Any) -> list[LSQParams]:
-    """LSQ quantizers from the fields that `flat` returned."""
+    """Rebuild LSQ quantizers from the fields that `flat` returned."""
     size = len(LSQParams._fields)
     return [LSQParams(*args[i : i + size]) for i in range(0, len(args), size)]
 
@@ -78,12 +78,12 @@ def quantizer_gradient(grads: LsqGradients) -> Any:
 
 
 def gradient_of(kind: type[Any], **gradients: Any) -> Any:
-    """Gradients of some fields of a NamedTuple of inputs, None for the other fields."""
+    """Gradients of the named fields of a NamedTuple of inputs; None for the other fields."""
     return kind(*[gradients.get(name) for name in kind._fields])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of `x` and a `weight` of the same dtype; the bias is cast to it."""
+    """`F.linear` of `x` and a `weight` of the same dtype; the bias is cast to this dtype."""
     if bias is not None:
         bias = bias.to(x.dtype)
     return F.linear(x, weight, bias)

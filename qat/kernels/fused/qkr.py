@@ -34,7 +34,7 @@ from qat.kernels.library import differentiated_once
 
 
 class QkrWeights(NamedTuple):
-    """Float weights of the products.
+    """Float weights of the matrix products.
 
     Attributes:
         matrix: M (h*C, C), float32.
@@ -52,7 +52,7 @@ class QkrWeights(NamedTuple):
 
 
 class QkrOperands(NamedTuple):
-    """Quantizers.
+    """Quantizers of the input and of the intermediate results.
 
     Attributes:
         input: quantizer of x (B, N, C).
@@ -82,7 +82,7 @@ class _Inputs(NamedTuple):
 
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
-    """Inputs as the positional arguments that autograd sees."""
+    """Turn the inputs into the positional arguments that autograd sees."""
     return (
         *inputs.source,
         *inputs.scoring,
@@ -106,17 +106,17 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 def _rows_of_heads(mapped: Tensor, num_heads: int) -> Tensor:
-    """(B, N, h*C) as (B, N*h, C)."""
+    """Reshape (B, N, h*C) to (B, N*h, C)."""
     return mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
 
 
 def _by_head(rows: Tensor, num_heads: int) -> Tensor:
-    """(B, N*h, C) as a view (h, B, N, C)."""
+    """View (B, N*h, C) as (h, B, N, C)."""
     return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3)
 
 
 def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParams:
-    """The quantizer of the folded product; where each row has a scale, padding gets a scale of 1.
+    """The quantizer of the folded product; with a scale per row, padding rows get a scale of 1.
 
     Args:
         product: quantizer of the rows without padding.
@@ -134,7 +134,7 @@ def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) 
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
-    # A product with a power of two is exact, so the terms of a sum may be multiplied one by one.
+    # Multiplying by a power of two is exact, so the terms of a sum may be multiplied one by one.
     factor = exact_part(shape.factor)
     heads_product(queries, keys.transpose(-2, -1), scores, factor)
     per_key = inputs.weights.per_key
@@ -170,7 +170,7 @@ def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
-    """The input times the folded matrix (B, M, h*C), computed in backward."""
+    """The product of input and folded matrix, (B, M, h*C), recomputed in backward."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
     with torch.autocast(padded_x.device.type, enabled=False):
@@ -179,7 +179,7 @@ def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
 
 
 class _Qkr(torch.autograd.Function):
-    """The following, where `q_*` are quantizers. Little is saved: backward quantizes again.
+    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes again.
 
     x_q = q_input(x)  # (B, N, C)
     mapped = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
@@ -285,7 +285,7 @@ def _weights_backward(  # noqa: PLR0913
     grad_scores: Tensor,
     grad_values: Tensor,
 ) -> tuple[QkrWeights, WeightParams, WeightParams]:
-    """Gradients of weights and of their quantizers; that of the input is added to `grad_x_q`."""
+    """Gradients of weights and their quantizers; add the gradient of the input to `grad_x_q`."""
     weights = inputs.weights
     grad_matrix, grad_matrix_scale = _linear_backward(
         grad_mapped, padded_x, grad_x_q, weights.matrix, inputs.matrix_params

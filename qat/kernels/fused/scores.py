@@ -1,4 +1,4 @@
-"""From scores to the output of the heads, and back: common to both forms of attention."""
+"""Forward and backward from scores to the output of the heads, for both forms of attention."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ScoreShape(NamedTuple):
         num_heads: h.
         factor: factor on the scores.
         dtype: dtype of the factors of products.
-        probs_dtype: dtype of the probabilities. None on CUDA, where the kernel of their quantizer
-            computes them in float32 from the scores, again in backward.
+        probs_dtype: dtype of the probabilities. None on CUDA, where the quantizer's kernel computes
+            probabilities in float32 from the scores, and recomputes them in backward.
     """
 
     num_heads: int
@@ -50,15 +50,15 @@ class ScoreShape(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The `Made.kind` of the results of `to_probs`."""
+        """The `Made.kind` that describes results of `to_probs`."""
         return "softmax" if self.probs_dtype else "scores"
 
 
 def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
-    """Sizes and dtypes for an input `x`: under autocast, products are in its dtype.
+    """Sizes and dtypes for an input `x`; under autocast, matrix products use the dtype of autocast.
 
-    On CUDA backward gets scores: they take half the memory of probabilities, which take less time
-    to compute than to read.
+    On CUDA, backward gets scores: they take half the memory of probabilities, and computing
+    probabilities takes less time than reading them.
     """
     from_scores = x.device.type in ROWS
     return ScoreShape(
@@ -75,7 +75,7 @@ def _pad_keys(x: Tensor, padding: int) -> Tensor:
 
 
 def to_probs(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape) -> Tensor:
-    """Probabilities of scaled scores, zero for padded keys.
+    """Probabilities of scaled scores; they are zero for padded keys.
 
     Args:
         scores: (h, B, N, M), the keys padded from N to M; may be overwritten.
@@ -84,7 +84,7 @@ def to_probs(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Sc
         shape: sizes and dtypes.
 
     Returns:
-        (h, B, N, M). If `shape.probs_dtype` is None, the scores before the softmax.
+        (h, B, N, M). The scores before the softmax if `shape.probs_dtype` is None.
     """
     padding = scores.shape[-1] - scores.shape[-2]
     if bias is not None:
@@ -150,7 +150,7 @@ def gather_backward(
 
     grad_scores = grad_probs_q  # overwritten
     if with_bias and grad_probs_q.dtype != torch.float32:
-        # The bias gradient sums the gradients of the scores, so these are not rounded.
+        # The gradient of the bias is a sum of gradients of scores, so these are not rounded first.
         grad_scores = torch.empty_like(probs, dtype=torch.float32)
     grads = operators.gradients(
         quantizer,

@@ -1,7 +1,7 @@
 """Notes on tensors that name the operation and the tensors that they were computed from.
 
-A fused Function whose input has such a note saves the input of that operation, which autograd
-saves anyway, and computes its own input again in backward.
+If the input of a fused Function has such a note, the Function saves the input of the noted
+operation, which autograd saves anyway, and recomputes its own input in backward.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _NOTE = "qat_source"
 
 
 class Source(NamedTuple):
-    """Origin of a tensor.
+    """Operation and tensors that a tensor was computed from.
 
     Attributes:
-        tensors: input, weight and bias of the operation; None for those that it does not have.
+        tensors: input, weight and bias of the operation; None for each that it does not have.
         producer: the operation.
-        version: sum of the version counters of the tensor and the input. Another sum later means
-            that one of the two was written to.
+        version: sum of the version counters of the tensor and the input. If the sum differs later,
+            one of the two tensors was written to.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
@@ -47,14 +47,14 @@ def remember(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Note on `out` what it was computed from; autograd has to save these tensors anyway.
+    """Note on `out` from which tensors it was computed; autograd has to save them anyway.
 
     Args:
         out: result of the operation.
         producer: the operation.
-        x: its input.
-        weight: its weight, or None.
-        bias: its bias, or None.
+        x: input of the operation.
+        weight: weight of the operation, or None.
+        bias: bias of the operation, or None.
 
     Returns:
         `out`.
@@ -68,16 +68,16 @@ def remember(
 
 @operator("(Tensor x) -> ()")
 def check_unwritten(x: Tensor) -> None:
-    """Raise `UsageError` if a graph that is being traced wrote into `x` after `x` got its note."""
+    """Raise `UsageError` if the traced graph wrote into `x` after `x` got its note."""
     if x._version and type(x) not in PLAIN:
         raise UsageError(
-            "compile: a net writes in place into what a LayerNorm or GELU gave; must be false, "
-            "or the net's x.mul_(2) x = x * 2"
+            "compile: a net writes in place into the output of a LayerNorm or GELU; must be false, "
+            "or the net must compute x = x * 2 in place of x.mul_(2)"
         )
 
 
 def _source(x: Tensor) -> Source | None:
-    """The note of `x`; None if it was written to since then, or if its own gradient is watched."""
+    """The note of `x`; None if `x` was written to since, retains its gradient or has hooks."""
     note: Source | None = getattr(x, _NOTE, None)
     if not note:  # an unpickled note is empty
         return None
@@ -104,11 +104,11 @@ class FunctionInput(NamedTuple):
     """The input of a fused Function, and the tensor that it was computed from.
 
     Attributes:
-        result: the tensor to quantize, without gradient; None if that is `origin` itself.
+        result: the tensor to quantize, without gradient; None if it is `origin` itself.
         origin: the tensor that is saved for backward and gets the gradient.
-        norm_weight: weight of the LayerNorm between the two, or None.
+        norm_weight: weight of the LayerNorm if it is this operation, or None.
         norm_bias: bias of the LayerNorm, or None.
-        producer: the operation between the two.
+        producer: the operation from `origin` to `result`.
     """
 
     result: Tensor | None
@@ -131,7 +131,7 @@ def source_gradient(grads: LsqGradients) -> Any:
 
 
 def function_input(x: Tensor) -> FunctionInput:
-    """`x` with its origin, as a fused Function receives it."""
+    """Wrap `x` and its origin for a fused Function."""
     source = _source(x)
     if source is None:
         return FunctionInput(None, x, None, None, Made())

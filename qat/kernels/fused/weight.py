@@ -1,4 +1,4 @@
-"""The quantizer of a weight in a fused Function, which quantizes weights again in backward."""
+"""The quantizer of a weight inside a fused Function, which quantizes weights again in backward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import LSQParams, operators
 
-# Devices on which the quantized weight is saved for backward: a kernel launch costs more there
-# than the memory does.
+# Devices on which the quantized weight is saved for backward: there, another kernel launch costs
+# more than the memory.
 SAVED_ON = {"cuda"}
 
 
@@ -41,8 +41,8 @@ class WeightParams(NamedTuple):
         """Quantize in the forward pass.
 
         Returns:
-            The result of `forward`, and parameters that let backward repeat it: with the scale that
-            StatsQ computed, or with the result itself.
+            The result of `forward`, and parameters with which backward can repeat it: they contain
+            the scale that StatsQ computed, or the result itself.
         """
         scale = self.scale
         if isinstance(self.settings, int) and self.cached is None:

@@ -1,0 +1,136 @@
+"""Write docs/settings.md, `make settings-page`: every setting of `conf/` and its explanation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from qat.data import DataSettings
+from qat.model.ptq_spec import PtqRecipe
+from qat.spec import QuantRecipe
+from qat.tasks.settings import COMMANDS, LossTeacher, Model, Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+PAGE = ROOT / "docs" / "settings.md"
+# Classes whose annotations state the types of a group.
+OWNERS: dict[str, tuple[type, ...]] = {
+    "model": (Model,),
+    "data": (DataSettings,),
+    "quant": (QuantRecipe,),
+    "ptq": (PtqRecipe, QuantRecipe),
+    "scheduler": (Schedule,),
+    "teacher": (LossTeacher,),
+}
+# In the order of the page. Other folders of `conf/` combine settings of these.
+GROUPS = {
+    "model": "the model",
+    "data": "images",
+    "quant": "quantized training",
+    "loss": "losses",
+    "optimizer": "the optimizer",
+    "scheduler": "the learning rate",
+    "trainer": "Lightning's trainer",
+    "callbacks": "callbacks",
+    "logger": "loggers",
+    "ptq": "post-training quantization",
+    "search": "Evol-Q's search",
+    "analysis": "analyses",
+    "format": "exported files",
+}
+INTRO = """# Settings
+
+Set any of these on the command line, as `python train.py quant.bits=3`. `--help` of a command lists
+its own settings with the chosen defaults, and `--cfg job` prints what a command line sets. A value
+in `${...}` follows other settings; `null` means that the default is found when the run starts.
+Groups are chosen by name, as `quant=seq_2bit`: the table of a group has a setting once, from the
+first file that defines it, and other files of the group change only its default.
+
+"""
+_LINE = re.compile(
+    r"(?P<indent> *)(?P<key>[\w.]+):(?: +(?P<value>[^#\s][^#]*?))?(?: +# (?P<note>.*))?$"
+)
+
+
+class Setting(NamedTuple):
+    """A line of a file of settings."""
+
+    name: str
+    value: str
+    meaning: str
+    file: str
+
+    @property
+    def kind(self) -> str:
+        """Type of the setting, or of its default value if its class does not state one."""
+        group, _, name = self.name.rpartition(".")
+        for owner in (*OWNERS.get(group, ()), *(COMMANDS.values() if not group else ())):
+            kind = owner.__annotations__.get(name, "Any")
+            if kind != "Any":
+                return str(kind)
+        if self.value.startswith("${"):
+            return ""
+        value = yaml.safe_load(self.value)
+        return "" if value is None else type(value).__name__
+
+
+def settings(path: Path, prefix: str) -> Iterator[Setting]:
+    """Settings of a file.
+
+    Args:
+        path: the file.
+        prefix: name of its group; empty for a command.
+    """
+    parents: list[tuple[int, str]] = [(-1, prefix)] if prefix else []
+    remark = ""
+    for line in path.read_text().splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            remark = line.strip().removeprefix("# ") if "# " in line else ""
+            continue
+        note = match["note"] or remark
+        remark = ""
+        passes_on_value = not note and (match["value"] or "").startswith("${")
+        if match["key"].startswith(("_", "defaults", "command")) or passes_on_value:
+            continue
+        indent = len(match["indent"])
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        name = ".".join([*(parent for _, parent in parents), match["key"]])
+        if match["value"] is None:
+            parents.append((indent, match["key"]))
+            continue
+        yield Setting(name, match["value"], note, str(path.relative_to(ROOT)))
+
+
+def table(rows: list[Setting]) -> str:
+    """A table of settings."""
+    lines = ["| setting | type | default | meaning | file |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [f"`{row.name}`", row.kind, f"`{row.value}`", row.meaning, f"`{row.file}`"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    text = INTRO
+    for command in COMMANDS:
+        rows = list(settings(CONF / f"{command}.yaml", ""))
+        text += f"## {command}.py\n\n{table(rows)}\n"
+    for group, title in GROUPS.items():
+        rows_by_name: dict[str, Setting] = {}
+        for path in sorted((CONF / group).glob("*.yaml")):
+            for row in settings(path, group):
+                if row.name not in rows_by_name or not rows_by_name[row.name].meaning:
+                    rows_by_name[row.name] = row
+        text += f"## {group}: {title}\n\n{table(list(rows_by_name.values()))}\n"
+    return text.rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,71 @@
+"""E4M3 floats of 8 bits with one scale for a tensor or for each slice of it.
+
+Source: Micikevicius et al., FP8 formats for deep learning, arXiv 2209.05433.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.functional.block_floats import BLOCK_FORMATS, nearest_float
+from qat.functional.lsq import CodeRange, LSQFunction, step_of
+from qat.functional.ste import TINY
+
+E4M3 = BLOCK_FORMATS["mxfp", 8]
+LARGEST = 448
+
+
+class E4M3Range(CodeRange):
+    """The values of E4M3 in place of integers."""
+
+    @property
+    def floor(self) -> float:
+        """The lowest scale."""
+        return TINY
+
+    def rounded(self, clamped: Tensor) -> Tensor:
+        """Nearest values, half to even, of x / s; in units of the scale."""
+        return nearest_float(clamped, E4M3)
+
+
+def fp8_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Scale max(|low|, |high|) / 448 of a range; above 0.
+
+    Args:
+        low: (n,), smallest value of each slice.
+        high: (n,), largest value of each slice.
+
+    Returns:
+        The shape of `low`, float32.
+    """
+    largest = torch.maximum(low.abs(), high.abs())
+    return (largest / LARGEST).clamp(min=2 * TINY)
+
+
+def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) -> Tensor:
+    """Quantize to E4M3(x / s) * s: nearest value, half to even, saturating at 448 s.
+
+    Args:
+        x: any shape and float dtype; computed in float32.
+        scale: s, (x.shape[axis],), or (1,) for axis None, in the unit of `x`.
+        axis: dimension that keeps scales of its own, None = one for the tensor.
+        grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(448 * m), with
+            m elements per scale.
+
+    Returns:
+        The shape and dtype of `x`. The gradient of `x` passes up to 448 s and is zero above; that
+        of `scale` is LSQ's, with the values of E4M3 in place of codes.
+    """
+    values = E4M3Range(-LARGEST, LARGEST, axis)
+    return LSQFunction.apply(x, scale, None, None, None, values, grad_factor)
+
+
+def fp8_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """Codes of `fp8`: sign, exponent and mantissa as bits.
+
+    Returns:
+        The shape of `x`, uint8, the bits of `torch.float8_e4m3fn`.
+    """
+    u = x.detach().float() / step_of(scale.detach(), x.ndim, E4M3Range(-LARGEST, LARGEST, axis))
+    return nearest_float(u, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)

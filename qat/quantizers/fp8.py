@@ -1,0 +1,121 @@
+"""E4M3 floats of 8 bits: `fp8`, and `fp8_held` for activations whose scale is not learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.functional.affine import min_max
+from qat.functional.block_floats import BlockFormat
+from qat.functional.fp8 import E4M3, LARGEST, E4M3Range, fp8, fp8_codes, fp8_scale
+from qat.functional.lsq import CodeRange
+from qat.functional.observers import RangeState, observe
+from qat.functional.ste import view_along
+from qat.quantizers.block_floats import FloatGrid
+from qat.quantizers.lsq import LSQ
+from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.registry import register
+from qat.spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Grid(FloatGrid):
+    """E4M3 values times a scale.
+
+    Attributes:
+        factors: scales, (n,), one for each slice along `axis`.
+        axis: dimension that keeps scales of its own, None = one for the tensor.
+    """
+
+    qmin: int = -126
+    # The last code is NaN.
+    qmax: int = 126
+    form: BlockFormat = E4M3
+    dim: int = 0
+    axis: int | None
+
+    def along(self, x: Tensor) -> Tensor:
+        """Scales, shaped to broadcast against a tensor."""
+        return view_along(self.scales, x.ndim, self.axis)
+
+
+@register("fp8")
+@register("fp8_held")
+def build_fp8(spec: QuantSpec) -> Quantizer:
+    """`Fp8Weight` for weights, `Fp8` for activations."""
+    if spec.role in {"weight", "qk"}:
+        return Fp8Weight(spec)
+    return Fp8(spec)
+
+
+class Fp8Weight(Quantizer):
+    """Scales are max|w| / 448 of each slice along the axis, computed in every forward.
+
+    No value saturates, so every gradient passes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`qat.functional.fp8` with the scales of `x`."""
+        latent = x.detach()
+        # The value is exact, because `x - latent` is zero.
+        return fp8(latent, self._scale_of(latent), self.axis) + (x - latent)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Bits of E4M3, uint8."""
+        return fp8_codes(x, self._scale_of(x), self.axis)
+
+    def _scale_of(self, x: Tensor) -> Tensor:
+        return fp8_scale(*min_max(x, self.axis))
+
+    def grid(self, x: Tensor | None = None) -> Fp8Grid | None:
+        """The grid of `x`; None without `x`."""
+        if x is None:
+            return None
+        return Fp8Grid(axis=self.axis, factors=self._scale_of(x))
+
+
+class Fp8(LSQ):
+    """A scale that starts at max|x| / 448 of the calibration data.
+
+    It is learned like LSQ's step size, or stays there (`fp8_held`).
+    """
+
+    method = "minmax"
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+        self.unit = 0.0
+
+    def allocate(self, shape: torch.Size, device: torch.device) -> None:
+        """Create a NaN scale."""
+        super().allocate(shape, device)
+        self.requires_grad_(self.spec.quantizer != "fp8_held")
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Set the scale from the range of all batches in `state`."""
+        state["range"] = observe(state.get("range"), x, self.axis, self.method)
+        self.fill(state["range"], x)
+
+    def fill(self, state: RangeState, x: Tensor) -> None:
+        """Set the scale from the range of all batches."""
+        self.set_scale(fp8_scale(*state))
+
+    @property
+    def code_range(self) -> CodeRange:
+        """-448 to 448."""
+        return E4M3Range(-LARGEST, LARGEST, self.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`qat.functional.fp8` of `x`."""
+        return fp8(x, self.scale, self.axis, self.grad_factor)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Bits of E4M3, uint8."""
+        return fp8_codes(x, self.scale, self.axis)
+
+    def grid(self, x: Tensor | None = None) -> Fp8Grid:  # type: ignore[override]
+        """Values of E4M3 times the scale."""
+        return Fp8Grid(axis=self.axis, factors=self.scale.detach().float())
