@@ -440,7 +440,7 @@ def check_input(
     try:
         with probing(net, hooks):
             out = net(zero_image(net, input_size))
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
             f"input_size={input_size}: the model does not accept images of this size ({reason}); "
