@@ -266,11 +266,10 @@ class QuantRecipe:
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
-        """The recipe for one module, with the rules of `overrides` whose glob matches its name.
+        """The recipe for one module: rules of `overrides` apply if they match a name of it.
 
-        `aliases` are further names of the module.
         `bits` of a rule also sets `stem_bits`, `head_bits` and, with `rule_bits="both"`,
-        `act_bits`, so that it has the same meaning for all modules.
+        `act_bits`, so that it has the same meaning everywhere.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():

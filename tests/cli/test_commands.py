@@ -416,7 +416,7 @@ def test_lists_its_commands_and_choices(tmp_path):
     )
     code, out = typed("qat", "train", "--help", cwd=tmp_path)
     assert (code, out.splitlines()[0].split(" [")[0]) == (0, "qat train")
-    assert "quant: deploy_w4a4, deploy_w4a8, deploy_w8a8, fp, lsq_2bit" in out
+    assert "quant: deploy_w4a4, deploy_w4a8, deploy_w8a8, fp, fp8_w8a8, lsq_2bit" in out
     assert "_common" not in out
     assert not list(tmp_path.iterdir())
 

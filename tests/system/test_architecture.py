@@ -208,7 +208,7 @@ BUDGETS = {
     "qat/cli": 5200,
     "qat/data": 11200,
     "qat/export": 14300,
-    "qat/functional": 11750,
+    "qat/functional": 12100,
     "qat/kernels": 20500,
     "qat/launch": 3800,
     "qat/lit": 7500,
