@@ -24,6 +24,7 @@ LIBRARIES = {
     "lightning": ("lit", "callbacks", "data", "launch", "cli", "tasks"),
     "timm": ("nn", "data", "lit", "model", "interop.py", "cli", "tasks"),
     "sklearn": ("data",),
+    "transformers": ("transformers.py",),
     "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),
     "triton": ("kernels",),
@@ -219,7 +220,7 @@ BUDGETS = {
     "qat/quantizers": 7560,
     "qat/report": 5100,
     "qat/tasks": 25150,
-    "qat/utils": 5300,
+    "qat/utils": 5310,
     "tests": 280000,
 }
 LAYOUT = {
