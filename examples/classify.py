@@ -45,7 +45,8 @@ def prepare(
         if crop_mode == "border":
             border = tuple(round(255 * value) for value in mean)
         square = Image.new(image.mode, (size, size), border)
-        square.paste(image, (centred(sides[0], size), centred(sides[1], size)))
+        corner = [centred(side, size, crop_mode) for side in sides]
+        square.paste(image, (corner[0], corner[1]))
         image = square
     pixels = np.asarray(image, dtype=np.float32).reshape(size, size, -1) / 255
     pixels = (pixels - np.float32(mean)) / np.float32(std)
@@ -68,7 +69,7 @@ def to_8bit(image: Image.Image) -> Image.Image:
 def resized_sides(image: Image.Image, size: int, crop_mode: str) -> tuple[int, int]:
     """Width and height before cropping: shorter side, both sides or longer side of `size`."""
     width, height = image.size
-    if crop_mode == "center":
+    if crop_mode in {"center", "center_floor"}:
         shorter = min(width, height)
         return int(size * width / shorter), int(size * height / shorter)
     if crop_mode == "border":
@@ -77,10 +78,12 @@ def resized_sides(image: Image.Image, size: int, crop_mode: str) -> tuple[int, i
     return size, size
 
 
-def centred(side: int, size: int) -> int:
+def centred(side: int, size: int, crop_mode: str) -> int:
     """The first coordinate of a side that is centred in `size` pixels."""
     if side < size:
         return (size - side) // 2
+    if crop_mode == "center_floor":
+        return -((side - size) // 2)
     return -round((side - size) / 2)
 
 

@@ -1,17 +1,21 @@
 """Quantized models in Transformers' own files: `save_pretrained` and `from_pretrained`.
 
-Importing this module registers the quantization method `qat` with Transformers.
+Importing this module registers the quantization method `qat` with Transformers. `Callback` brings
+annealing and freezing to its `Trainer`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,6 +24,8 @@ from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME
 from qat.spec import QuantRecipe
 from qat.spec import recipe as preset
+
+_STATE = "qat_callback.pt"  # in a folder of a checkpoint
 
 
 @register_quantization_config(NAME)
@@ -98,3 +104,59 @@ class QatQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Their quantizers are trained with them."""
         return True
+
+
+class Callback(TrainerCallback):
+    """Annealing (`CGA`) or freezing (`IterativeFreezing`) for the `Trainer` of Transformers.
+
+    A resumed run continues with the state of the callback, which is stored in each checkpoint.
+
+    Args:
+        callback: a callback of `qat.callbacks` that acts on weights before optimizer steps.
+    """
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+        self.run = SimpleNamespace(callbacks=[callback], fast_dev_run=False, is_last_batch=False)
+        # Shares of frozen weights are not logged.
+        self.run.log_every_n_steps = math.inf
+        self.module = SimpleNamespace()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the weights, and hook into the optimizer."""
+        optimizer = kwargs["optimizer"]
+        self.module.net = kwargs["model"]
+        self.run.optimizers = [getattr(optimizer, "optimizer", optimizer)]
+        self.run.max_epochs = math.ceil(args.num_train_epochs)
+        self.run.estimated_stepping_batches = state.max_steps
+        self.callback.setup(self.run, self.module, "fit")
+        self.callback.on_fit_start(self.run, self.module)
+        self.callback.on_train_start(self.run, self.module)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step and (folder / _STATE).exists():
+            self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the learning rate."""
+        self._follow(state)
+        self.callback.on_train_batch_start(self.run, self.module, None, 0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the entries that do not change in this step."""
+        self._follow(state)
+        optimizer = self.run.optimizers[0]
+        self.callback.on_before_optimizer_step(self.run, self.module, optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Store the state of the callback beside the model."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(self.callback.state_dict(), folder / _STATE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hooks."""
+        self.callback.teardown(self.run, self.module, "fit")
+
+    def _follow(self, state: Any) -> None:
+        self.run.global_step = state.global_step
+        # `state.epoch` is a fraction that may be rounded down at the end of an epoch.
+        self.run.current_epoch = int(state.epoch + 1e-6)

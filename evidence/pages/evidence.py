@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence.claims.claim import Arm, Claim, load_claims
 from evidence.claims.records import Record, read_records
-from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, spread, with_interval
+from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, formatted, spread, with_interval
 from qat.errors import UsageError
 
 NO_RUNS = "(not run yet)"
@@ -203,6 +203,8 @@ class _Numbers(string.Formatter):
             return str(len(values))
         is_mixed = value.sign and self.evidence.mixes_cpus(self.claim, *value.arms)
         mark = MIXED if is_mixed else ""
+        if format_spec == "mean":
+            return formatted(statistics.mean(values), value.sign + DEFAULT_FORMAT) + mark
         if format_spec in {"interval", "images"}:
             return with_interval(values, value.sign + DEFAULT_FORMAT) + mark
         spec = value.sign + (format_spec or DEFAULT_FORMAT).removeprefix("+")

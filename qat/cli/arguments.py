@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from qat.tasks.conf import options
 
 # Settings whose values are paths, written as in a shell: full names, and last parts of names.
-PATHS = {"predict", "run", "sweep", "file", "run_dir"}
+PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
 # A quoted text, or a whole element that Hydra would read as a number or a bool.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"

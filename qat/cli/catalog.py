@@ -14,9 +14,8 @@ def models() -> list[str]:
     entries = {}
     for name in options("model"):
         values = _values("model", name)
-        remark = _remark("model", name)
-        parts = [values["name"], remark] if remark else [values["name"]]
-        entries[f"model={name}"] = ". ".join(parts)
+        parts = [values["name"], _remark("model", name)]
+        entries[f"model={name}"] = ". ".join(part for part in parts if part not in {"", "???"})
     return [*_table(entries), "model=NAME also accepts any timm model by its name."]
 
 

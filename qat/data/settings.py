@@ -110,9 +110,9 @@ class DataSettings:
         crop_pct: side of the centre crop in evaluation, as a share of the shorter side, before
             scaling to `image_size`; None = the whole image is resized to a square; photos: None =
             from `model`.
-        crop_mode: used if `crop_pct` is set: `center` crops, `squash` first resizes the whole image
-            to a square, `border` first pads the image to a square; None = `center`; photos: None =
-            from `model`.
+        crop_mode: used if `crop_pct` is set: `center` crops, as does `center_floor` with the
+            corner rounded down, as in Transformers; `squash` first resizes the whole image to a
+            square, `border` first pads it to one; None = `center`; photos: None = from `model`.
         interpolation: interpolation in evaluation and with `light`, if `crop_pct` is set; photos:
             None = from `model`.
         image_column: parquet column with encoded images; None = the first usual name that exists.

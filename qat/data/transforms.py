@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import CenterCrop, v2
 
 from qat.data.sampler import isolated_rng
 from qat.data.settings import DataSettings
@@ -77,7 +77,18 @@ def eval_transform(settings: DataSettings) -> Transform:
         crop_mode=settings.crop_mode,
         interpolation=settings.interpolation or "bicubic",
     )
+    if settings.crop_mode == "center_floor":
+        for index, step in enumerate(preprocessing.transforms):
+            if isinstance(step, CenterCrop):
+                preprocessing.transforms[index] = partial(_crop_floor, size=settings.image_size)
     return Transform(v2.Compose([to_pil, preprocessing]))
+
+
+def _crop_floor(image: Image.Image, size: int) -> Image.Image:
+    """Crop a square from the centre; its corner is rounded down, torchvision's to an even pixel."""
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def train_transform(settings: DataSettings) -> Transform:

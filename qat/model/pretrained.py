@@ -27,6 +27,7 @@ from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load
+from qat.nn.hf_constructor import CLASSIFIER, package
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_images, check_number
@@ -34,6 +35,7 @@ from qat.utils.validate import check_images, check_number
 PREFIX = "hf-hub:"  # timm's prefix of `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"  # of models of Transformers
 LIBRARY = "vit-qat"  # `library_name` in the `config.json` of our models
 INSTALL = (
     f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
@@ -107,7 +109,7 @@ def _download(repository: str, origin: str) -> None:
         "a folder that was downloaded elsewhere works too",
     )
     try:
-        huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+        huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS, PROCESSOR])
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
@@ -128,14 +130,68 @@ def _check_config(folder: Path) -> None:
         image_config = {}
     check_images("pretrained_cfg", image_config)
     architecture = str(config.get("architecture"))
-    if is_ours(folder) or not timm.is_model(architecture):
-        return
+    if not is_ours(folder) and timm.is_model(architecture):
+        _check_size(folder, architecture, arguments, image_config.get("input_size"))
+
+
+def _check_size(
+    folder: Path, name: str, arguments: Mapping[str, Any], input_size: Sequence[int] | None = None
+) -> None:
+    """Raise `ValueError` if a model is much larger than the weights in an untrusted folder."""
     shapes = {}
     with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
         names = file.keys()
-        for name in names:
-            shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-    check_net(architecture, arguments, shapes, pretrained_size=image_config.get("input_size"))
+        for name_of_tensor in names:
+            shapes[name_of_tensor] = torch.empty(
+                file.get_slice(name_of_tensor).get_shape(), device="meta"
+            )
+    check_net(name, arguments, shapes, pretrained_size=input_size)
+
+
+def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
+    """A local folder with an image classifier of Transformers, and arguments that build it.
+
+    Args:
+        name: a folder of its `save_pretrained`, or `user/name` of the hub.
+        origin: name of the folder in a message.
+
+    Returns:
+        The folder, with the files of `fetch` and perhaps `preprocessor_config.json`, and arguments
+        of `TransformersClassifier`, without preprocessing.
+
+    Raises:
+        UsageError: see `fetch`; it has no such files, or its config is of another kind of model.
+    """
+    folder = Path(name) if Path(name).is_dir() else fetch(name, origin)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UsageError(f"{origin}: has no {file}")
+    config = json_object(folder / CONFIG)
+    try:
+        _check_config(folder)
+        architecture = _classifier_class(config)
+        arguments = {"architecture": architecture, "config": config}
+        num_classes = len(config.get("id2label") or "01")  # two if it does not say
+        _check_size(folder, CLASSIFIER, {**arguments, "num_classes": num_classes})
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
+    return folder, arguments
+
+
+def _classifier_class(config: Mapping[str, Any]) -> str:
+    """Name of Transformers' class of image classifiers for a config, also for an encoder's."""
+    if config.get("quantization_config"):
+        raise ValueError("it is already quantized; from_pretrained of transformers reads it")
+    model_type = config.get("model_type")
+    names = package().models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    classes = names.get(model_type, ())
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    for name in config.get("architectures") or ():
+        if name in classes:
+            return str(name)
+    if not classes:
+        raise ValueError(f"transformers has no image classifier of model_type {model_type!r}")
+    return str(classes[0])
 
 
 def is_ours(folder: Path) -> bool:

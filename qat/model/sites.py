@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.nn import QkrAttention
+from qat.nn import QkrAttention, hf_models
 from qat.nn.quant_module import QuantModule
 from qat.quantizers import Quantizer
 
@@ -77,6 +77,7 @@ def iter_quantizers(net: nn.Module) -> Iterator[Site]:
 
 
 CONTAINER = "blocks"
+HF_CONTAINERS = (CONTAINER, "layer", "layers")
 DOWNSAMPLE = "downsample"
 ATTENTION = "attn"
 
@@ -85,9 +86,12 @@ def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a model by name, in the order of the modules.
 
     A block is a child of a module that timm calls `blocks` (the outermost of nested ones), or a
-    `downsample` that contains an attention (LeViT).
+    `downsample` that contains an attention (LeViT). In models of Transformers it is a child of a
+    list of one of the names in `HF_CONTAINERS` (the innermost of nested ones).
     """
-    blocks: dict[str, nn.Module] = {}
+    blocks = _blocks_of_transformers(net) if hf_models(net) else {}
+    if blocks:
+        return blocks
     for name, module in net.named_modules():
         parent, _, own_name = name.rpartition(".")
         attends = any(child.startswith(ATTENTION) for child, _ in module.named_children())
@@ -95,6 +99,19 @@ def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
         is_block = parent.rpartition(".")[2] == CONTAINER or is_downsample
         if is_block and not any(name.startswith(f"{outer}.") for outer in blocks):
             blocks[name] = module
+    return blocks
+
+
+def _blocks_of_transformers(net: nn.Module) -> dict[str, nn.Module]:
+    lists = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in HF_CONTAINERS:
+            lists[name] = module
+    blocks: dict[str, nn.Module] = {}
+    for name, module in lists.items():
+        if not any(inner.startswith(f"{name}.") for inner in lists):
+            for number, block in module.named_children():
+                blocks[f"{name}.{number}"] = block
     return blocks
 
 

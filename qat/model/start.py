@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import http.client
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import timm
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
+from qat.nn.hf_constructor import CLASSIFIER, model_class, package
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 RANDOM = "random weights"
@@ -87,7 +90,8 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except failures as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {reason}") from error
+        arguments = {key: value for key, value in kwargs.items() if not isinstance(value, dict)}
+        raise UsageError(f"model.name={model!r} with {arguments}: {reason}") from error
     return net
 
 
@@ -140,6 +144,41 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = 
             f"or do not fit ({reason}); {advice}"
         ) from error
     return Start(net, [f"timm's pretrained weights of {model}"])
+
+
+def from_transformers(
+    kwargs: Mapping[str, Any], folder: str | os.PathLike[str], *, keep_head: bool
+) -> Start:
+    """Build an image classifier of Transformers with the weights of a folder.
+
+    Args:
+        kwargs: arguments of `TransformersClassifier`.
+        folder: a folder of its `save_pretrained`.
+        keep_head: another class count is an error (True), or gets a new head (False).
+
+    Raises:
+        UsageError: the weights cannot be read; see `from_state`.
+    """
+    origin = f"model.name={str(folder)!r}"
+    package().logging.set_verbosity_error()
+    package().logging.disable_progress_bar()
+    cls = model_class(kwargs["architecture"])
+    try:
+        net, loading = cls.from_pretrained(
+            folder,
+            config=cls.config_class.from_dict(dict(kwargs["config"])),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{origin}: its weights cannot be read ({reason})") from error
+    state = {}
+    for name, tensor in net.float().state_dict().items():
+        if name not in loading["missing_keys"]:  # the head of a model that was an encoder
+            state[f"model.{name}"] = tensor
+    return from_state(CLASSIFIER, kwargs, state, origin=origin, keep_head=keep_head)
 
 
 def from_state(

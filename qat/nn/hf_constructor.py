@@ -7,10 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import register_model
-from torch import nn
+from timm.layers import to_2tuple
+from timm.models import load_pretrained, register_model
+from torch import Tensor, nn
 
 from qat.nn.attention_interface import hf_models
+
+CLASSIFIER = "transformers_classifier"  # name of the constructor, for `timm.create_model`
 
 
 def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
@@ -41,15 +44,133 @@ def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -
     Raises:
         ValueError: the package is not installed, or has no such class.
     """
+    cls = model_class(architecture)
+    # The weights are in the file that names the class.
+    settings = {**config, "use_pretrained_backbone": False}
+    model: nn.Module = cls(cls.config_class.from_dict(settings))
+    return model
+
+
+def package() -> Any:
+    """The package `transformers`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
-        transformers = importlib.import_module("transformers")
+        return importlib.import_module("transformers")
     except ImportError as error:
         raise ValueError("it needs the package transformers, which is not installed") from error
+
+
+def model_class(architecture: str) -> Any:
+    """A class of models of the package by its name.
+
+    Raises:
+        ValueError: the package is not installed, or has no such class.
+    """
+    transformers = package()
     cls = getattr(transformers, architecture, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"transformers has no model {architecture!r}")
-    # The weights are in the file that names the class.
-    settings = {**config, "use_pretrained_backbone": False}
-    config_class: Any = cls.config_class  # type: ignore[attr-defined]
-    model: nn.Module = cls(config_class.from_dict(settings))
-    return model
+    return cls
+
+
+class TransformersClassifier(nn.Module):
+    """An image classifier of Transformers with the interface of timm's models.
+
+    Args:
+        architecture: name of a class of the package.
+        config: settings of its config class.
+        num_classes: number of classes.
+        in_chans: number of image channels.
+        images: preprocessing of images, with the keys of timm's `pretrained_cfg`.
+
+    Raises:
+        ValueError: see `transformers_model`; or the model has no classifier.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        config: Mapping[str, Any],
+        num_classes: int,
+        in_chans: int = 3,
+        images: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        labels = config.get("id2label") or {}
+        if len(labels) != num_classes:
+            labels = {str(number): f"LABEL_{number}" for number in range(num_classes)}
+        settings = {
+            **config,
+            "id2label": labels,
+            "label2id": {label: int(number) for number, label in labels.items()},
+            "num_channels": in_chans,
+            "return_dict": True,
+        }
+        self.model: Any = transformers_model(architecture, settings)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        convolutions = []
+        classifiers = []
+        body = f"model.{self.model.base_model_prefix}."
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                convolutions.append(name)
+            is_linear = isinstance(module, nn.Linear) and module.out_features == num_classes
+            if is_linear and not name.startswith(body):
+                classifiers.append(name)
+        if not classifiers:
+            raise ValueError(f"{architecture} has no classifier")
+        self.pretrained_cfg = {
+            "architecture": CLASSIFIER,
+            "num_classes": num_classes,
+            "input_size": (in_chans, *to_2tuple(config.get("image_size", 224))),
+            "first_conv": convolutions[0] if convolutions else "",
+            "classifier": classifiers,
+            **(images or {}),
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        logits: Tensor = self.model(images).logits
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that computes the logits."""
+        return self.get_submodule(self.pretrained_cfg["classifier"][0])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of tokens, positions and tables of biases, as in timm."""
+        names = set()
+        for name, module in self.named_modules():
+            for own_name, _ in module.named_parameters(recurse=False):
+                if own_name not in {"weight", "bias"} or isinstance(module, nn.Embedding):
+                    names.add(f"{name}.{own_name}")
+        return names
+
+
+@register_model
+def transformers_classifier(
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: object = None,  # noqa: ARG001
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: object = None,  # noqa: ARG001
+    **arguments: Any,
+) -> nn.Module:
+    """A `TransformersClassifier`, with random weights or those of `pretrained_cfg_overlay`.
+
+    Args:
+        pretrained: see `timm.create_model`.
+        pretrained_cfg: see `timm.create_model`; not used.
+        pretrained_cfg_overlay: see `timm.create_model`.
+        cache_dir: see `timm.create_model`; not used.
+        arguments: those of `TransformersClassifier`.
+    """
+    net = TransformersClassifier(**arguments)
+    net.pretrained_cfg.update(pretrained_cfg_overlay or {})
+    if pretrained:
+        load_pretrained(net, net.pretrained_cfg, net.num_classes, net.in_chans)
+    return net

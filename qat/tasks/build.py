@@ -7,6 +7,7 @@ import importlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra.utils
@@ -28,8 +29,10 @@ from qat.model.start import (
     from_pretrained,
     from_scratch,
     from_state,
+    from_transformers,
 )
 from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
+from qat.nn.hf_constructor import CLASSIFIER
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
 from qat.tasks.checks import check_unread
@@ -199,6 +202,8 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     args = model_args(cfg)
     if cfg.ckpt:
         return _start_from_ckpt(cfg, name, args, keep_head=keep_head)
+    if cfg.model.weights and name == CLASSIFIER:
+        return from_transformers(args, Path(cfg.model.weights).parent, keep_head=keep_head)
     if cfg.model.weights:
         file = read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights")
         origin = f"model.weights={str(file.path)!r}"

@@ -140,12 +140,15 @@ def _comments(command: str) -> dict[str, str]:
 def alias(name: str, args: Mapping[str, Any]) -> str:
     """The name of a model that users know.
 
-    A choice of `model=` that sets arguments is named only if the model has these arguments.
+    A choice of `model=` that sets arguments is named only if the model has these arguments. A model
+    of Transformers is named by its class.
 
     Args:
         name: timm name.
         args: arguments of the model.
     """
+    if "architecture" in args:
+        return f"{args['architecture']} of Transformers"
     for choice in options("model"):
         values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
         choice_args = values.get("args")

@@ -10,11 +10,20 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
 
 from qat import kernels
+from qat.data.hf_processor import processor_settings
 from qat.errors import UsageError
 from qat.lit.quiet import quiet_libraries
-from qat.model.pretrained import CONFIG, PREFIX, WEIGHTS, fetch, is_ours
+from qat.model.pretrained import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    fetch,
+    is_ours,
+    transformers_folder,
+)
 from qat.model.start import check_model
-from qat.tasks.build import count_classes
+from qat.nn.hf_constructor import CLASSIFIER
+from qat.tasks.build import count_classes, plain
 from qat.tasks.checks import check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
@@ -49,6 +58,9 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
             well.
     """
     name = cfg.model.name or ""
+    if "architecture" in cfg.model.args:
+        _start_from_transformers(cfg, name)
+        return
     if not name.startswith(PREFIX):
         return
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
@@ -84,8 +96,43 @@ def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -
     if is_pretrained:
         cfg.model.weights = str(folder / WEIGHTS)
     pretrained_cfg = config.get("pretrained_cfg") or {}
-    if not isinstance(pretrained_cfg, dict):
-        return
+    if isinstance(pretrained_cfg, dict):
+        set_preprocessing(cfg.data, pretrained_cfg)
+
+
+def _start_from_transformers(cfg: DictConfig, name: str) -> None:
+    if cfg.model.weights:
+        raise UsageError(
+            f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
+            "the folder model.name has the weights"
+        )
+    folder, args = transformers_folder(name, f"model.name={name!r}")
+    own_args = dict(cfg.model.args.items_ex(resolve=False))
+    args["config"] |= plain(own_args.pop("config")) or {}
+    if own_args["architecture"] is None:
+        own_args.pop("architecture")
+    with open_dict(cfg):
+        if cfg.get("predict") is not None and "_target_" not in cfg.data:
+            # Photos of a prediction have no settings of their own.
+            num_classes = len(args["config"].get("id2label") or "01")
+            unset = dict.fromkeys((*_PREPROCESSING, "image_size"))
+            cfg.data.update({**unset, "num_classes": num_classes})
+        if any(key in cfg.data and cfg.data[key] is None for key in _PREPROCESSING):
+            settings = processor_settings(folder)
+            image_size = settings.pop("image_size")
+            args["images"] = settings
+            set_preprocessing(cfg.data, settings)
+            if cfg.data.image_size is None:
+                cfg.data.image_size = image_size
+        cfg.model.args = {**args, **own_args}
+    if cfg.model.pretrained:
+        cfg.model.weights = str(folder / WEIGHTS)
+    cfg.model.pretrained = False
+    cfg.model.name = CLASSIFIER
+
+
+def set_preprocessing(data: DictConfig, settings: Mapping[str, Any]) -> None:
+    """Set how images are prepared, where a data config has null."""
     for key in _PREPROCESSING:
-        if key in cfg.data and cfg.data[key] is None:
-            cfg.data[key] = pretrained_cfg.get(key)
+        if key in data and data[key] is None:
+            data[key] = settings.get(key)

@@ -20,8 +20,11 @@ from qat.errors import UsageError
 from qat.model.checkpoint import Checkpoint
 from qat.model.storage import build_from
 from qat.model.transform import data_config
+from qat.nn.hf_constructor import CLASSIFIER
 from qat.tasks import build
 from qat.tasks.checks import DATASETS
+from qat.tasks.set_up import set_preprocessing
+from qat.utils.validate import check_images
 
 # timm readers that download a dataset by its name (`qat.data.Timm`).
 DOWNLOADED = ("hfds/", "hfids/", "tfds/")
@@ -48,6 +51,10 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         if meta and reads_model and cfg.data.model is None:
             # Crop and normalise photos as the model expects.
             cfg.data.model = meta["model"]["name"]
+            if cfg.data.model == CLASSIFIER:  # timm knows nothing of its images
+                image_config = meta.get("pretrained_cfg") or {}
+                check_images(f"ckpt={str(cfg.ckpt)!r}: pretrained_cfg", image_config)
+                set_preprocessing(cfg.data, image_config)
         return
     is_prediction = cfg.get("predict") is not None
     settings = _stored_settings(meta, cfg.ckpt, is_prediction=is_prediction)

@@ -28,7 +28,7 @@ MOST_SIDE = 2**14
 LOWEST_CROP = 0.1
 # VOLO uses 1.15, a border around the image.
 HIGHEST_CROP = 2
-CROP_MODES = ("center", "squash", "border")
+CROP_MODES = ("center", "center_floor", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 

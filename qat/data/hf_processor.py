@@ -1,0 +1,89 @@
+"""Preprocessing by an image processor of Transformers, in the settings of our datasets."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qat.data.settings import DataSettings
+from qat.data.transforms import eval_transform
+from qat.errors import UsageError
+
+FILE = "preprocessor_config.json"
+# Heights and widths of images on which both are compared.
+_PROBES = ((97, 150), (211, 104))
+
+
+def processor_settings(folder: Path) -> dict[str, Any]:
+    """Settings with which `eval_transform` prepares images as the processor of a folder does.
+
+    Args:
+        folder: holds `preprocessor_config.json`; no code in it is run.
+
+    Returns:
+        `image_size`, `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
+
+    Raises:
+        UsageError: the file cannot be read, or no settings prepare images with random pixels
+            equally.
+    """
+    processors = importlib.import_module("transformers").AutoImageProcessor
+    advice = "set data.mean, data.std, data.crop_pct, data.crop_mode and data.interpolation"
+    try:
+        processor = processors.from_pretrained(
+            folder, backend="pil", trust_remote_code=False, local_files_only=True
+        )
+        settings = _equal_settings(processor)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{folder / FILE}: cannot be used ({reason}); {advice}") from error
+    if settings is None:
+        raise UsageError(
+            f"{folder / FILE}: data.* cannot express how {type(processor).__name__} prepares "
+            f"images; {advice}"
+        )
+    return settings
+
+
+def _equal_settings(processor: Any) -> dict[str, Any] | None:
+    """The settings, None if there are none; it does not matter which rules a processor has."""
+    size = dict(processor.size)
+    edge = size.get("shortest_edge") or size["height"]
+    image_size = edge
+    if getattr(processor, "do_center_crop", False):
+        image_size = dict(processor.crop_size)["height"]
+    generator = np.random.default_rng(0)
+    probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBES]
+    expected = []
+    for pixels in probes:
+        expected.append(processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0])
+    share = image_size / edge
+    # The quotient of the image size and the share is rounded down.
+    shares = (share, math.nextafter(share, 0), getattr(processor, "crop_pct", share))
+    for crop_pct, crop_mode in itertools.product(shares, ("squash", "center_floor")):
+        settings = {
+            "image_size": image_size,
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+            "interpolation": Image.Resampling(processor.resample).name.lower(),
+        }
+        transform = eval_transform(
+            DataSettings(patch_size=None, in_chans=3, num_classes=1, **settings)
+        )
+        # Another order of scaling and normalization changes the last digits.
+        are_equal = [
+            image.shape == target.shape and torch.allclose(image, target, atol=1e-5)
+            for image, target in zip(map(transform, probes), expected, strict=True)
+        ]
+        if all(are_equal):
+            return settings
+    return None
