@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench step-time help setup demo demo-seeds golden-deviations stress models-page settings-page search-cost weights-figures test test-cpus test-fast test-long test-gpu test-slurm system-packages check lint types imports clean test-oldest
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench step-time help setup demo demo-seeds golden-deviations stress models-page transformers-page settings-page search-cost weights-figures test test-cpus test-fast test-long test-gpu test-slurm system-packages check lint types imports clean test-oldest
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -60,6 +60,9 @@ stress: $(READY) ## kill -9 commands at random moments, run them again, compare 
 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
 	@PYTHONPATH=. $(BIN)/python evidence/pages/models_page.py
+
+transformers-page: $(READY) ## write docs/transformers_models.md: what conversion does to each class of Transformers (2 minutes)
+	$(BIN)/python -m evidence.pages.transformers_page
 
 settings-page: $(READY) ## write docs/settings.md: every setting, its type, default and meaning
 	@$(BIN)/python -m evidence.pages.settings_page

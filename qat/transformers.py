@@ -6,6 +6,7 @@ annealing and freezing to its `Trainer`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -60,8 +62,9 @@ class QatConfig(QuantizationConfigMixin):
 class QatQuantizer(HfQuantizer):
     """Converts models of `from_pretrained`.
 
-    A quantized file gets the modules for its tensors, on the meta device; a float model is
-    converted when it has its weights, and has to be calibrated with `qat.initialize_scales`.
+    A quantized file gets the modules for its tensors, of a model with random weights that is
+    converted, as not every model runs on the meta device; a float model is converted when it has
+    its weights, and has to be calibrated with `qat.initialize_scales`.
     """
 
     quantization_config: QatConfig
@@ -70,13 +73,21 @@ class QatQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        recipe = recipe_from(config.recipe)
-        apply_recipe(model, recipe, input_size=config.input_size, signs=config.signs)
+        architecture: Any = type(model)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            twin = architecture(copy.deepcopy(model.config))
+            recipe = recipe_from(config.recipe)
+            apply_recipe(twin, recipe, input_size=config.input_size, signs=config.signs)
+        for module in twin.modules():
+            # Else buffers that no file stores would keep no values.
+            vars(module).pop("_is_hf_initialized", None)
+        vars(model).update(vars(twin.to("meta")))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             model.config.quantization_config = config.to_dict()  # as `qat.convert` notes it
+            nn.Module.to(model, model.config.dtype)  # older versions cast only some tensors
         else:
             convert(model, recipe_from(config.recipe), input_size=config.input_size)
 

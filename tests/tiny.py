@@ -31,7 +31,7 @@ def shake(net):
     with torch.no_grad():
         for parameter in net.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * (1.5 / parameter[0].numel() ** 0.5))

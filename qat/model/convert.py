@@ -28,6 +28,7 @@ from qat.nn import (
     QkrAttention,
     Swap,
     SwapContext,
+    activation_classes,
     find_swap,
     hf_models,
     is_attention,
@@ -145,6 +146,7 @@ def apply_recipe(
         )
     if not isinstance(recipe, QuantRecipe):
         raise UsageError(f"convert: recipe={recipe!r}: must be the result of qat.recipe(...)")
+    interface = AttentionInterface(net)
     if input_size is None:
         input_size = own_input_size(net)
     check_images("convert", {"input_size": input_size})
@@ -157,8 +159,7 @@ def apply_recipe(
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     original_class = type(net)
     original_modules = dict(net._modules)
-    tracer = ActivationTracer()
-    interface = AttentionInterface(net)
+    tracer = ActivationTracer(activation_classes())
     try:
         if signs == "probe":
             # Tensors created in inference mode do not count their changes.
@@ -176,7 +177,7 @@ def apply_recipe(
         _check_dropping(net, recipe)
     except Exception:
         for parent, name, child in reversed(swapped):
-            setattr(parent, name, child)
+            _set_child(parent, name, child)
         net.__class__ = original_class
         net._modules = original_modules
         interface.restore()
@@ -317,10 +318,11 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
 def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
     """Places of the layers that compute the outputs of models of Transformers, by their names."""
-    heads: set[nn.Module] = set()
-    for model in hf_models(net):
-        with probing(model, ()):
-            heads |= last_layers(model, zero_image(model, input_size))
+    models = hf_models(net)
+    if not models:
+        return {}
+    with probing(net, ()):
+        heads = last_layers(net, models, zero_image(net, input_size))
     names = net.named_modules(remove_duplicate=False)
     return {name: "head" for name, module in names if module in heads}
 
@@ -415,8 +417,17 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
         for key, value in vars(old)[kind].items():
             if value is not None and key not in _REPLACED and not hasattr(new, key):
                 vars(new)[kind][key] = value
-    setattr(parent, name, new.train(old.training))
+    _set_child(parent, name, new.train(old.training))
     return new
+
+
+def _set_child(parent: nn.Module, name: str, new: nn.Module) -> None:
+    """Set a child, also in plain lists of the parent, which some models call."""
+    old = getattr(parent, name)
+    setattr(parent, name, new)
+    for value in vars(parent).values():
+        if isinstance(value, list):
+            value[:] = [new if item is old else item for item in value]
 
 
 def _refuse_reparameterization(*_: object, **__: object) -> None:
@@ -478,5 +489,5 @@ def _allocate(
     ]
     for entry in never_called:
         parent, name, old = entry
-        setattr(parent, name, old.train(getattr(parent, name).training))
+        _set_child(parent, name, old.train(getattr(parent, name).training))
         swapped.remove(entry)

@@ -2,7 +2,12 @@
 
 from qat.nn import beit, conv, eva, fqvit, hf_constructor, linear, relpos, swin, swinv2, vit
 from qat.nn.attention import QuantAttention, ScoredAttention
-from qat.nn.attention_interface import AttentionInterface, HeadProducts, hf_models
+from qat.nn.attention_interface import (
+    AttentionInterface,
+    HeadProducts,
+    activation_classes,
+    hf_models,
+)
 from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
 from qat.nn.last_layers import last_layers
@@ -25,6 +30,7 @@ __all__ = [
     "ScoredAttention",
     "Swap",
     "SwapContext",
+    "activation_classes",
     "beit",
     "conv",
     "eva",

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
@@ -26,6 +27,14 @@ from qat.spec import QuantRecipe
 
 NAME = "qat"  # of the function, for `attn_implementation`
 CHILD = "quantized"  # of the attentions
+
+# Activations that compute a formula of their own; their negative tail is small.
+_ACTIVATIONS = (
+    "AccurateGELUActivation",
+    "FastGELUActivation",
+    "NewGELUActivation",
+    "QuickGELUActivation",
+)
 
 # The search that is going on.
 _search: ContextVar[AttentionInterface | None] = ContextVar("_search", default=None)
@@ -124,9 +133,17 @@ def attend(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
     )
     search = _search.get()
-    if search is not None:
+    # Terms of language models, which no quantized attention adds to the scores.
+    is_causal = attention_mask is None and settings.get("is_causal", module.is_causal)
+    if search is not None and not is_causal and settings.get("position_bias") is None:
         search.note(module, result[0])
     return result
+
+
+def activation_classes() -> tuple[type[nn.Module], ...]:
+    """Activations of Transformers that `ActivationTracer` does not know; none if it is not used."""
+    activations = sys.modules.get("transformers.activations")
+    return tuple(getattr(activations, name) for name in _ACTIVATIONS if activations)
 
 
 def hf_models(net: nn.Module) -> list[Any]:
@@ -164,13 +181,8 @@ class AttentionInterface:
         self.callers: dict[nn.Module, None] = {}
         self.projections: set[nn.Module] = set()
         self._outputs: dict[int, Tensor] = {}
-        for model in self.models:
-            if model.main_input_name != "pixel_values":
-                raise UsageError(
-                    f"convert: {type(model).__name__} takes {model.main_input_name}; "
-                    "must be a model of images, which takes pixel_values"
-                )
-        self.implementations = [model.config._attn_implementation for model in self.models]
+        if self.models == [net]:
+            _check_inputs(net)
         self.configs: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
@@ -180,7 +192,9 @@ class AttentionInterface:
             _register()
         for model in self.models:
             self._copy_configs(model)
-        self._use([NAME] * len(self.models))
+            for module in _pretrained(model):
+                if module._can_set_attn_implementation():
+                    module.config._attn_implementation_internal = NAME
         token = _search.set(self)
         hooks = []
         for module in self.net.modules() if self.models else ():
@@ -221,7 +235,9 @@ class AttentionInterface:
                 products = HeadProducts(SwapContext(rules, "block"))
                 attention.add_module(CHILD, products.train(attention.training))
         if not any(CHILD in attention._modules for attention in self.callers):
-            self._use(self.implementations)
+            for module, config in self.configs:
+                implementation = config._attn_implementation_internal
+                module.config._attn_implementation_internal = implementation
         return [names[attention] for attention in self.callers]
 
     def restore(self) -> None:
@@ -252,11 +268,6 @@ class AttentionInterface:
                 "signs": signs,
             }
 
-    def _use(self, implementations: Sequence[str]) -> None:
-        for model, implementation in zip(self.models, implementations, strict=True):
-            if model._can_set_attn_implementation():
-                model.set_attn_implementation(implementation)
-
     def _copy_configs(self, model: Any) -> None:
         """Give a model a config of its own: other models may have been built from the same one."""
         copies: dict[int, Any] = {}
@@ -266,6 +277,31 @@ class AttentionInterface:
             if id(config) in copies:
                 self.configs.append((module, config))
                 module.config = copies[id(config)]
+
+
+def _pretrained(net: nn.Module) -> list[Any]:
+    """All models of Transformers in `net`, also those inside another one."""
+    base = sys.modules["transformers"].PreTrainedModel
+    return [module for module in net.modules() if isinstance(module, base)]
+
+
+def _check_inputs(model: Any) -> None:
+    """Check that a model of Transformers takes images, and nothing else."""
+    inputs = [model.main_input_name]
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind.name == "POSITIONAL_OR_KEYWORD":
+            inputs.append(name)
+    if set(inputs) == {"pixel_values"}:
+        return
+    advice = ""
+    for name, module in model.named_modules():
+        if module in _pretrained(model)[1:] and module.main_input_name == "pixel_values":
+            advice = f"; convert model.{name}"
+            break
+    raise UsageError(
+        f"convert: {type(model).__name__} takes {', '.join(dict.fromkeys(inputs))}; "
+        f"must be a model that takes pixel_values alone{advice}"
+    )
 
 
 def _register() -> None:

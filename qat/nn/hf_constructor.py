@@ -20,9 +20,12 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """Name and arguments with which `timm.create_model` builds a model of Transformers.
 
     Returns:
-        None for any other model.
+        None for any other model, also one whose class is not part of the package.
     """
     if hf_models(net) != [net]:
+        return None
+    transformers = importlib.import_module("transformers")
+    if getattr(transformers, type(net).__name__, None) is not type(net):
         return None
     config: Any = net.config
     settings = json.loads(config.to_json_string(use_diff=False))

@@ -1,41 +1,48 @@
-"""The layers that compute the outputs of a model of Transformers."""
+"""The layers that compute the outputs of models of Transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+# Parts of the names of outputs that other layers are to read.
+_FEATURES = ("hidden_state", "pooler_output", "feature", "attention", "reference_points")
 
-def last_layers(model: Any, image: Tensor) -> frozenset[nn.Module]:
-    """Layers outside of the base model from which an output is computed without another layer.
 
-    These are classifiers, the last layers of box predictors, and projections of embeddings; an
-    encoder has none.
+def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:
+    """Layers from which an output is computed without another layer.
+
+    These are classifiers, the last layers of box and mask predictors, and projections of
+    embeddings; an encoder has none.
 
     Args:
-        model: a model of Transformers.
+        net: the model, or a module around it.
+        models: the models of Transformers in `net`.
         image: (1, C, H, W).
     """
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers: dict[Any, nn.Module] = {}
-    outside = set()
+    outputs: list[Any] = []
 
     def remember(layer: nn.Module, _: object, out: Tensor) -> None:
         layers[out.grad_fn] = layer
 
-    hooks = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        hooks.append(module.register_forward_hook(remember))
-        if not name.startswith(prefix):
-            outside.add(module)
+    def read(_: nn.Module, __: object, out: object) -> None:
+        for name, value in out.items() if isinstance(out, Mapping) else ():
+            if not any(part in name for part in _FEATURES):
+                outputs.extend(tree_leaves(value))
+
+    hooks = [model.register_forward_hook(read) for model in models]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                hooks.append(module.register_forward_hook(remember))
     try:
         with torch.enable_grad():
-            outputs = tree_leaves(dict(model(image.requires_grad_())))
+            net(image.requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,4 +58,4 @@ def last_layers(model: Any, image: Tensor) -> frozenset[nn.Module]:
             found.add(layers[function])
         else:
             functions += [following for following, _ in function.next_functions]
-    return frozenset(found & outside)
+    return frozenset(found)

@@ -56,6 +56,8 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
     finally:
         for module, mode in modes:
             module.training = mode
+            # LeViT and others keep biases that they compute from a parameter.
+            getattr(module, "attention_bias_cache", {}).clear()
         for handle in handles:
             handle.remove()
 

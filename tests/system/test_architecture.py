@@ -24,6 +24,7 @@ LIBRARIES = {
     "lightning": ("lit", "callbacks", "data", "launch", "cli", "tasks"),
     "timm": ("nn", "data", "lit", "model", "interop.py", "cli", "tasks"),
     "sklearn": ("data",),
+    "transformers": ("transformers.py",),
     "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),
     "triton": ("kernels",),
@@ -214,12 +215,12 @@ BUDGETS = {
     "qat/lit": 7500,
     "qat/losses": 1970,
     "qat/model": 25200,
-    "qat/nn": 14000,
+    "qat/nn": 14300,
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5100,
     "qat/tasks": 25500,
-    "qat/utils": 5300,
+    "qat/utils": 5310,
     "tests": 280000,
 }
 LAYOUT = {

@@ -1,0 +1,188 @@
+"""Files of Transformers. Oracles: the model that was saved, and a process without the package."""
+
+import json
+from unittest import mock
+
+import huggingface_hub
+import pytest
+import torch
+
+import qat
+from tests.commands import run_python
+from tests.conftest import ROOT
+from tests.errors import usage_error
+from tests.hf_models import KINDS, REFUSED, are_equal, outputs, transformers
+
+# After a module that skips these tests without the package.
+import qat.transformers  # isort: skip
+from evidence.pages import transformers_page  # isort: skip
+
+AutoModel = transformers.AutoModel
+AutoModelForImageClassification = transformers.AutoModelForImageClassification
+
+VIT = KINDS["ViTForImageClassification"]
+X = VIT.images()
+PAGE = (ROOT / "docs/transformers_models.md").read_text()
+# One whose outputs depend on values, one with buffers that are not stored, one with tied heads.
+SHORT = ["EomtForUniversalSegmentation", "LevitForImageClassification", "DetrForObjectDetection"]
+
+
+@pytest.fixture(scope="module")
+def net():
+    return VIT.quantized(bits=4)
+
+
+@pytest.fixture
+def folder(net, tmp_path):
+    net.save_pretrained(tmp_path / "net")
+    return tmp_path / "net"
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"dtype": torch.float32}])
+def test_from_pretrained_gives_the_model_again(net, folder, options, tmp_path):
+    again = AutoModelForImageClassification.from_pretrained(folder, **options)
+    assert are_equal(outputs(again, X), outputs(net, X))
+    assert qat.conversion_report(again) == qat.conversion_report(net)
+    again.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_another_dtype(net, folder):
+    again = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs = VIT.quantized(bits=4).to(torch.bfloat16)
+    assert are_equal(outputs(again, X.bfloat16()), outputs(theirs, X.bfloat16()))
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_models_that_do_not_run_without_values(name, tmp_path):
+    kind = KINDS[name]
+    model = kind.quantized(bits=4)
+    state = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    again = kind.cls.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert are_equal(outputs(again, kind.images()), outputs(model, kind.images()))
+
+
+def test_a_loaded_model_trains_on(folder):
+    again = AutoModelForImageClassification.from_pretrained(folder).train()
+    again(X, labels=torch.zeros(2).long()).loss.backward()
+    assert again.vit.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert again.is_quantized
+
+
+@pytest.mark.parametrize("recipe", ["seq", qat.recipe("seq", bits=4)])
+def test_a_float_folder_is_converted(recipe, tmp_path):
+    plain = VIT.build()
+    plain.save_pretrained(tmp_path)
+    knobs = {"bits": 4} if isinstance(recipe, str) else {}
+    config = qat.transformers.QatConfig(recipe, **knobs)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=config)
+    with usage_error("scales of .* are not initialised"):
+        again(X)
+    ours = qat.initialize_scales(VIT.converted(bits=4), [X])
+    assert are_equal(outputs(qat.initialize_scales(again, [X]), X), outputs(ours, X))
+    wrong = qat.transformers.QatConfig("seq", input_size=(3, 64, 64))
+    with usage_error(r"input_size=\(3, 64, 64\)"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=wrong)
+
+
+def test_an_upload_is_what_is_saved(net, folder):
+    files = {}
+
+    def create_commit(*_, operations, **__):
+        for operation in operations:
+            with operation.as_file() as file:
+                files[operation.path_in_repo] = file.read()
+
+    api = huggingface_hub.HfApi
+    with (
+        mock.patch.object(api, "create_commit", create_commit),
+        mock.patch.object(api, "create_repo", return_value=mock.Mock(repo_id="me/net")),
+    ):
+        net.push_to_hub("me/net")
+    for name in ("config.json", "model.safetensors"):
+        assert files[name] == (folder / name).read_bytes()
+
+
+def test_a_frozen_model_has_a_file_of_its_own(net, tmp_path):
+    with usage_error("save_pretrained: the model is frozen; qat.save writes"):
+        qat.freeze(net).save_pretrained(tmp_path)
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForImageClassification.from_pretrained(folder)
+    with usage_error("from_pretrained"):
+        qat.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("recipe", {"name": "seq", "act_quantizer": "nope"}, "act_quantizer='nope'"),
+        ("recipe", {"name": "seq", "bits": 99}, "bits=99"),
+        ("input_size", [3, -1, 32], "input_size"),
+    ],
+)
+def test_a_damaged_config(folder, key, value, message):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with usage_error(message):
+        AutoModelForImageClassification.from_pretrained(folder)
+
+
+def test_code_of_a_folder_is_not_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    assert type(AutoModel.from_pretrained(folder, trust_remote_code=False)).__name__ == "ViTModel"
+
+
+def test_images_of_another_size(tmp_path):
+    model = KINDS["Dinov2WithRegistersModel"].quantized(bits=4)
+    with pytest.raises((qat.UsageError, RuntimeError), match="tokens|size"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
+def test_without_the_package_nothing_changes(tmp_path):
+    code = """import sys; sys.modules["transformers"] = None
+import timm, torch, qat
+net = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+qat.convert(net, qat.recipe("seq", bits=4))
+x = torch.randn(2, 3, 32, 32)
+qat.initialize_scales(net, [x]); qat.save(net, "net.ckpt")
+assert torch.equal(qat.load("net.ckpt")(x), net.eval()(x))
+content = torch.load("net.ckpt"); content["qat"]["model"] = {"name": "transformers_model", "kwargs": {"architecture": "ViTModel", "config": {}}}
+torch.save(content, "net.ckpt")
+try: qat.load("net.ckpt")
+except qat.UsageError as error: print(error)
+"""
+    done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "needs the package transformers, which is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["AIMv2", "Data2Vec"])
+def test_the_page_says_what_it_does(name):
+    kind = next(kind for kind in KINDS.values() if kind.title == name)
+    assert transformers_page.row(kind) in PAGE.splitlines()
+
+
+def test_the_page_has_all_classes():
+    rows = [line.split(" | ") for line in PAGE.splitlines() if "| `" in line]
+    assert [row[1].strip("`") for row in rows[: len(KINDS)]] == [*KINDS]
+    with_attention = [row for row in rows[: len(KINDS)] if row[2][0] not in "0n"]
+    assert len(with_attention) >= 15
+    assert "not equal" not in PAGE
+    for name in ("BertModel", "CLIPModel"):
+        assert transformers_page.refusal(REFUSED[name]) in PAGE
+
+
+@pytest.mark.long
+def test_the_whole_page():
+    assert transformers_page.page() == PAGE, "make transformers-page"
