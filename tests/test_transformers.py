@@ -1,6 +1,7 @@
 """Files of Transformers. Oracles: the model that was saved, and a process without the package."""
 
 import json
+import shutil
 from unittest import mock
 
 import huggingface_hub
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import qat
+from qat.callbacks import CGA, IterativeFreezing
 from tests.commands import run_python
 from tests.conftest import ROOT
 from tests.errors import usage_error
@@ -186,3 +188,54 @@ def test_the_page_has_all_classes():
 @pytest.mark.long
 def test_the_whole_page():
     assert transformers_page.page() == PAGE, "make transformers-page"
+
+
+CALLBACKS = {
+    "none": lambda: [],
+    "cga": lambda: [qat.transformers.Callback(CGA(epochs=1, boundary_range=0.1))],
+    "freezing": lambda: [
+        qat.transformers.Callback(IterativeFreezing(threshold=0.02, momentum=0.1))
+    ],
+}
+
+
+def trained(folder, callbacks, *, resume=False):
+    """Tensors of a 2-bit model after two epochs of three steps with the `Trainer`."""
+    transformers.set_seed(0)
+    images = torch.randn(12, *X.shape[1:])
+    model = VIT.quantized(bits=2)
+    arguments = transformers.TrainingArguments(
+        folder,
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.05,
+        save_strategy="epoch",
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(images)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return list(trainer.model.state_dict().values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_trainer_resumes_exactly(name, tmp_path):
+    """Oracle: the uninterrupted run, whose first checkpoint the second run continues."""
+    pytest.importorskip("accelerate")
+    whole = trained(tmp_path, CALLBACKS[name]())
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert are_equal(trained(tmp_path, CALLBACKS[name](), resume=True), whole)
+
+
+@pytest.mark.slow
+def test_annealing_and_freezing_keep_entries(tmp_path):
+    pytest.importorskip("accelerate")
+    free = trained(tmp_path / "free", [])
+    for name in ("cga", "freezing"):
+        weights = trained(tmp_path / name, CALLBACKS[name]())
+        assert not are_equal(weights, free), name
