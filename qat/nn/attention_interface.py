@@ -24,7 +24,7 @@ from qat.nn.swap_registry import SwapContext
 from qat.spec import QuantRecipe
 
 NAME = "qat"  # of the function, for `attn_implementation`
-CHILD = "quantized"  # of the attentions
+CHILD = "quantized"  # a child of each attention
 
 # The search that is going on.
 _search: ContextVar[AttentionInterface | None] = ContextVar("_search", default=None)
@@ -67,15 +67,20 @@ class HeadProducts(nn.Module):
             (B, N, h, e), and the quantized probabilities (B, h, N, M).
         """
         groups = query.shape[1] // key.shape[1]
-        keys = quantized_heads(key, self.k_quantizer).repeat_interleave(groups, dim=1)
-        values = quantized_heads(value, self.v_quantizer).repeat_interleave(groups, dim=1)
+        keys = quantized_heads(key, self.k_quantizer)
+        values = quantized_heads(value, self.v_quantizer)
+        if groups > 1:
+            keys = keys.repeat_interleave(groups, dim=1)
+            values = values.repeat_interleave(groups, dim=1)
         scores = quantized_heads(query, self.q_quantizer) @ keys.transpose(-2, -1) * factor
         if mask is not None and mask.dtype is torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
         probs = self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores)))
-        probs = nn.functional.dropout(probs, dropout, self.training).to(values.dtype)
+        probs = nn.functional.dropout(probs, dropout, self.training)
+        if probs.dtype != values.dtype:
+            probs = probs.to(values.dtype)
         return (probs @ values).transpose(1, 2).contiguous(), probs
 
     def macs(self, query: Tensor, key: Tensor, value: Tensor) -> list[int]:
