@@ -354,6 +354,12 @@ def _trace(
         cause = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"format=onnx: torch cannot export this model: {cause[:300]}") from error
 
+    shape = program.model.graph.inputs[0].shape
+    if dynamic_batch and isinstance(shape[0], int):
+        raise UsageError(
+            "dynamic_batch=True: torch fixes the number of images of this model; must be False"
+        )
+
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False for codes of weights, to be stored as integers; None = the optimizer decides."""
         for value in node.inputs:
