@@ -1,8 +1,9 @@
-"""Compare exported files with their models: logits, and codes of activations."""
+"""Compare exported files with their models: outputs, and codes of activations."""
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.export.runtimes import (
     INPUT,
     ONNXRUNTIME,
     OPENVINO,
-    OUTPUT,
     has_openvino,
-    logits_of,
     open_session,
+    session_outputs,
 )
+from qat.export.write import call_name
 from qat.model.sites import iter_quantizers
+from qat.nn import BOXES, LOGITS, named_outputs
 from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
-# Largest difference of logits that counts as equal.
+# Largest difference of logits, and of boxes in sides of an image, that counts as equal. For other
+# outputs, such as embeddings, it is a share of their largest number, if that is above 1.
 TOLERANCE = 1e-4
 # Number of images with differing logits whose codes are compared.
 EXAMINED = 16
@@ -37,13 +41,15 @@ ROUNDING = 2e-5
 # runtime computes something else.
 UNLIKE = 0.1
 
-# Largest difference of logits, as a share of the largest logit, where codes are not compared.
+# Largest difference of outputs, as a share of the largest number, where codes are not compared.
 SHARE = 0.05
 
-# For each quantizer name, in run order: the coordinates of values on the axis of codes, and the
-# codes; for E4M3, values divided by the scale, and rounded.
+# For each quantizer name (`call_name`), in run order: the coordinates of values on the axis of
+# codes, and the codes; for E4M3, values divided by the scale, and rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
-CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
+# By name.
+Outputs = dict[str, Tensor]
+CodesOf = Callable[[Tensor], tuple[Outputs, Codes]]
 
 
 @dataclass
@@ -52,12 +58,16 @@ class Agreement:
 
     Attributes:
         images: number of compared images.
-        same_top1: number of images on which file and model predict the same class.
-        other_logits: number of images whose logits differ by more than the tolerance.
-        largest: largest difference between logits on all other images.
-        apart: largest difference between logits on any image, as a share of the largest logit.
-        unlike: number of examined images (some images with differing logits) on which the file also
-            differs from its own graph, run operator by operator.
+        same_top1: number of images on which file and model predict the same class, for all matched
+            queries of a detector; 0 for encoders.
+        other_logits: number of images whose outputs differ by more than the tolerance.
+        largest: largest difference between outputs on all other images.
+        apart: largest difference of an output on any image, as a share of its largest number.
+        boxes: largest difference of boxes of matched queries, in sides of an image; None = no
+            boxes.
+        cosine: lowest cosine of an output of an encoder; None for logits.
+        unlike: number of examined images (some images with differing outputs) on which the file
+            also differs from its own graph, run operator by operator.
         problem: why the file must not be used in this runtime; None if it agrees.
     """
 
@@ -66,12 +76,20 @@ class Agreement:
     other_logits: int = 0
     largest: float = 0.0
     apart: float = 0.0
+    boxes: float | None = None
+    cosine: float | None = None
     unlike: int = 0
     problem: str | None = None
 
     def to_text(self) -> str:
         """One line of text for the user."""
-        return f"same class on {self.same_top1} of {self.images} images"
+        if self.cosine is not None:
+            difference = f"{self.apart:.1e} of the largest number"
+            return f"cosine at least {self.cosine:.6f}, apart by up to {difference}"
+        text = f"same class on {self.same_top1} of {self.images} images"
+        if self.boxes is not None:
+            text += f", boxes of matched queries apart by up to {self.boxes:.1e}"
+        return text
 
 
 @dataclass
@@ -116,6 +134,7 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
 
     model = onnx.load(str(path))
     batches = list(batches)
+    names = [output.name for output in model.graph.output]
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
     runtimes = (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,)
     constants = model.graph.initializer
@@ -123,9 +142,10 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     checked = Checked({})
     for runtime in runtimes:
         try:
-            logits = functools.partial(logits_of, open_session(path, runtime), batch=batch)
+            session = open_session(path, runtime)
+            outputs = functools.partial(session_outputs, session, names, batch=batch)
             open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
-            agreement = compare(net, logits, open_codes, batches)
+            agreement = compare(net, outputs, open_codes, batches)
             if is_half:
                 limit_difference(agreement, net, batches, lambda x: x.half().float(), 4)
         except RuntimeError as error:
@@ -134,10 +154,10 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
             agreement = Agreement(problem=f"it fails ({_message(error)})")
         else:
             if agreement.problem:
-                agreement.problem += (
-                    f"; {agreement.to_text()}, "
-                    f"logits apart by up to {agreement.apart:.1%} of the largest one"
-                )
+                agreement.problem += f"; {agreement.to_text()}"
+                if agreement.cosine is None:
+                    difference = f"{agreement.apart:.1%} of the largest number"
+                    agreement.problem += f", outputs apart by up to {difference}"
         checked.agreement[runtime] = agreement
     return checked
 
@@ -175,7 +195,7 @@ def _message(error: RuntimeError) -> str:
 
 def compare(
     net: nn.Module,
-    logits: Callable[[Tensor], Tensor],
+    outputs: Callable[[Tensor], object],
     open_codes: Callable[[], CodesOf] | None,
     batches: Iterable[Tensor],
 ) -> Agreement:
@@ -183,31 +203,37 @@ def compare(
 
     Args:
         net: a quantized model, frozen or not.
-        logits: function that computes the logits of the other form.
-        open_codes: returns a function that maps an image (1, C, H, W) to logits and codes of the
-            other form; None = compare only logits, and report no problem.
+        outputs: function that computes the outputs of the other form, which `named_outputs` takes.
+        open_codes: returns a function that maps an image (1, C, H, W) to outputs and codes of the
+            other form; None = compare only outputs, and report no problem.
         batches: images (B, C, H, W) each.
     """
     images: list[Tensor] = []
-    expected_batches: list[Tensor] = []
-    logits_batches: list[Tensor] = []
+    expected_batches: list[Outputs] = []
+    actual_batches: list[Outputs] = []
     for x in batches:
         with probing(net, ()):
-            expected_batches.append(net(x))
-            logits_batches.append(logits(x))
+            expected_batches.append(named_outputs(net(x)))
+            actual_batches.append(named_outputs(outputs(x)))
         images += x.split(1)
-    expected = torch.cat(expected_batches)
-    actual = torch.cat(logits_batches)
-    differences = (expected - actual).abs().amax(1)
+    expected = _joined(expected_batches)
+    actual = _match_queries(expected, _joined(actual_batches))
+    differences = _differences(expected, actual)
     is_same = differences <= TOLERANCE  # False for NaN
     other_images = (~is_same).nonzero().flatten().tolist()
     agreement = Agreement(
         images=len(images),
-        same_top1=int((expected.argmax(1) == actual.argmax(1)).sum()),
         other_logits=len(other_images),
         largest=max([0.0, *differences[is_same].tolist()]),
-        apart=float(differences.max() / expected.abs().max().clamp_min(TOLERANCE)),
+        apart=max(map(_share, expected.values(), actual.values())),
     )
+    if LOGITS in expected:
+        is_same_class = _classes(expected[LOGITS]) == _classes(actual[LOGITS])
+        agreement.same_top1 = int(is_same_class.all(1).sum())
+    else:
+        agreement.cosine = min(map(_cosine, expected.values(), actual.values()))
+    if BOXES in expected:
+        agreement.boxes = float((expected[BOXES] - actual[BOXES]).abs().max())
     if open_codes is None or not other_images:
         return agreement
 
@@ -215,7 +241,8 @@ def compare(
     examined = other_images[:EXAMINED]
     for i in examined:
         step_by_step = codes_of(images[i])
-        is_like_graph = bool(((actual[i] - step_by_step[0]).abs() <= TOLERANCE).all())
+        image_outputs = {name: output[i : i + 1] for name, output in actual.items()}
+        is_like_graph = float(_differences(image_outputs, step_by_step[0])) <= TOLERANCE
         agreement.unlike += not is_like_graph
         if agreement.problem is None:
             agreement.problem = _first_difference(net_codes(net, images[i]), step_by_step)
@@ -228,13 +255,66 @@ def compare(
     return agreement
 
 
-def _first_difference(expected: tuple[Tensor, Codes], actual: tuple[Tensor, Codes]) -> str | None:
-    """Describe the first difference between codes, or between logits if all codes are equal.
+def _joined(batches: Iterable[Outputs]) -> Outputs:
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for outputs in batches:
+        for name, output in outputs.items():
+            parts[name].append(output)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
+    """Reorder the queries of a detector: each is the one with the nearest box and scores.
+
+    A detector that selects queries by score may return them in another order.
+    """
+    if BOXES not in expected:
+        return actual
+    left, right = (
+        torch.cat([outputs[BOXES], outputs[LOGITS].sigmoid()], -1) for outputs in (expected, actual)
+    )
+    # Products of matrices are not exact enough for distances.
+    distances = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    image_indices = torch.arange(len(left)).unsqueeze(1)
+    queries = distances.argmin(-1)
+    return {name: output[image_indices, queries] for name, output in actual.items()}
+
+
+def _differences(expected: Outputs, actual: Outputs) -> Tensor:
+    """Largest difference of all outputs for each image (B,), in units of `TOLERANCE`."""
+    actual = _match_queries(expected, actual)
+    parts = []
+    for name, output in expected.items():
+        difference = (output - actual[name]).abs().flatten(1).amax(1)
+        if LOGITS not in expected:
+            difference = difference / output.abs().max().clamp_min(1)
+        parts.append(difference)
+    return torch.stack(parts).amax(0)
+
+
+def _share(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference, as a share of the largest number."""
+    return float((expected - actual).abs().max() / expected.abs().max().clamp_min(TOLERANCE))
+
+
+def _cosine(expected: Tensor, actual: Tensor) -> float:
+    """Lowest cosine of an output of an image."""
+    return float(F.cosine_similarity(expected.flatten(1), actual.flatten(1)).min())
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Predicted classes (B, N) of images, queries (B, Q, classes) or pixels (B, classes, H, W)."""
+    classes = logits.argmax(-1 if logits.ndim == 3 else 1)
+    return classes.reshape(len(logits), -1)
+
+
+def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Codes]) -> str | None:
+    """Describe the first difference of codes, or of outputs where all codes are equal.
 
     The result is None if codes differ only on thresholds.
     """
-    expected_logits, expected_codes = expected
-    logits, actual_codes = actual
+    expected_outputs, expected_codes = expected
+    outputs, actual_codes = actual
     for name, (coordinates, codes) in actual_codes.items():
         net_coordinates, codes_of_net = (t.reshape(codes.shape) for t in expected_codes[name])
         differs = codes != codes_of_net
@@ -244,24 +324,26 @@ def _first_difference(expected: tuple[Tensor, Codes], actual: tuple[Tensor, Code
         if distance <= ROUNDING * (1 + codes.abs().max()):
             return None
         return f"codes of {name} differ away from a threshold"
-    difference = float((expected_logits - logits).abs().max())
+    difference = float(_differences(expected_outputs, outputs))
     if difference <= TOLERANCE:
         return None
-    return f"logits differ by {difference:.1e} where no code does; must be at most {TOLERANCE:.0e}"
+    names = " and ".join(outputs)
+    return f"{names} differ by {difference:.1e} where no code does; must be at most {TOLERANCE:.0e}"
 
 
-def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
-    """Logits of a model for an image, and the codes of its activations."""
+def net_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
+    """Outputs of a model for an image, and the codes of its activations."""
     codes: Codes = {}
 
     def record(name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:
         (x, *_) = args
         grid = quantizer.grid(x)
         if isinstance(grid, UniformGrid):
-            codes[name] = (grid.to_code_coordinates(x), quantizer.codes(x).float())
+            call = call_name(name, codes)
+            codes[call] = (grid.to_code_coordinates(x), quantizer.codes(x).float())
         elif isinstance(grid, Fp8Grid):
             values = quantizer.codes(x).view(torch.float8_e4m3fn).float()
-            codes[name] = (x / grid.scales, values)
+            codes[call_name(name, codes)] = (x / grid.scales, values)
 
     hooks = []
     for site in iter_quantizers(net):
@@ -269,12 +351,12 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
             hook = functools.partial(record, site.name)
             hooks.append(site.quantizer.register_forward_pre_hook(hook))
     with probing(net, hooks):
-        logits: Tensor = net(image)
-    return logits, codes
+        outputs = named_outputs(net(image))
+    return outputs, codes
 
 
 def graph_codes(model: Any, runtime: str) -> CodesOf:
-    """Return a function that maps an image to logits and codes of an ONNX model.
+    """Return a function that maps an image to outputs and codes of an ONNX model.
 
     The function runs a copy of the model whose outputs include the inputs and outputs of all
     quantizers.
@@ -285,15 +367,16 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
     copy.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in copy.graph.initializer}
     quantizers = [node for node in copy.graph.node if node.op_type == "QuantizeLinear"]
-    names = [OUTPUT]
+    output_names = [output.name for output in model.graph.output]
+    names = list(output_names)
     for node in quantizers:
         for name in (node.input[0], node.output[0]):
             if name != INPUT and name not in names:
                 names.append(name)
-    copy.graph.output.extend(ValueInfoProto(name=name) for name in names if name != OUTPUT)
+    copy.graph.output.extend(ValueInfoProto(name=name) for name in names[len(output_names) :])
     session = open_session(copy.SerializeToString(), runtime)
 
-    def run(image: Tensor) -> tuple[Tensor, Codes]:
+    def run(image: Tensor) -> tuple[Outputs, Codes]:
         arrays = session(names, image.numpy())
         values = dict(zip(names, map(torch.from_numpy, arrays), strict=True))
         values[INPUT] = image
@@ -305,6 +388,6 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
             if constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN:
                 rounded = rounded.view(torch.float8_e4m3fn)
             codes[node.name] = (coordinates, rounded.float() - added)
-        return values[OUTPUT], codes
+        return {name: values[name] for name in output_names}, codes
 
     return run

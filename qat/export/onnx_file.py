@@ -21,12 +21,13 @@ from qat.errors import UsageError
 from qat.export.check import Checked, check_onnx
 from qat.export.codes import OPSETS, TENSORRT, store_weights
 from qat.export.plan import Planner
-from qat.export.runtimes import INPUT, OUTPUT, quiet
+from qat.export.runtimes import INPUT, quiet
 from qat.export.write import (
     CODES,
     SITE,
     TensorRT,
     Writer,
+    call_name,
     compute_in_half,
     unfused,
     write_in_graph,
@@ -34,8 +35,9 @@ from qat.export.write import (
 from qat.model.convert import check_input, conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
-from qat.model.metadata import describe
+from qat.model.metadata import data_of, describe
 from qat.model.transform import data_config
+from qat.nn import named_outputs
 from qat.utils.files import check_not_folder, replacing
 from qat.utils.probing import copied
 from qat.utils.validate import check_bool, check_choice
@@ -98,8 +100,8 @@ def export_onnx(
 ) -> Checked:
     """Write a quantized model to an ONNX file, compare both, and keep the file if they agree.
 
-    The input is `image` (B, C, H, W), the output `logits` (B, classes), both float32. Docs:
-    docs/deployment.md.
+    The input is `image` (B, C, H, W), the output `logits` (B, classes), both float32. Models of
+    Transformers have the outputs of `qat.nn.named_outputs`. Docs: docs/deployment.md.
 
     Args:
         net: a converted model that is calibrated or trained, or a result of `qat.freeze`; not
@@ -119,9 +121,10 @@ def export_onnx(
         How well model and file agree; `to_text()` returns it as text.
 
     Raises:
-        UsageError: the model is not a classifier or not quantized, its scales are not set, the
-            images do not fit, the target does not support the model, onnx is not installed, or the
-            written file disagrees; it is then kept as `<path>.rejected`.
+        UsageError: the outputs have no names, the model is not quantized, its scales are not set,
+            the images do not fit, the target does not support the model, torch cannot export it,
+            onnx is not installed, or the written file disagrees; it is then kept as
+            `<path>.rejected`.
 
     Examples:
         >>> net = timm.create_model("deit_tiny_patch16_224")  # doctest: +SKIP
@@ -149,15 +152,14 @@ def export_onnx(
         )
     net = copied(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
-    shape = check_input(frozen, input_size)
-    if shape is None or len(shape) != 2:
+    if not check_input(frozen, input_size):
         raise UsageError(
-            f"export_onnx: the model returns {shape or 'several tensors'} for an image; "
-            "must be a classifier, which returns (1, classes)"
+            "export_onnx: the model returns several tensors without names; "
+            "must be a classifier, which returns (1, classes), or a model of Transformers"
         )
     meta = describe(frozen) | {"preprocessing": None}
     is_square = input_size[1] == input_size[2]
-    if is_square:
+    if is_square and (data_of(net) or hasattr(net, "pretrained_cfg")):
         meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
     batches = [images.cpu().float()]
 
@@ -270,7 +272,7 @@ def to_onnx(
         settings: settings of the file.
 
     Returns:
-        The ONNX model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
+        The ONNX model: input `image` (B, C, H, W), outputs of `qat.nn.named_outputs`, float32.
 
     Raises:
         UsageError: the target does not support this model, or torch cannot export it.
@@ -284,6 +286,7 @@ def to_onnx(
     )
 
     net = unfused(net)
+    names = _name_outputs(net, image)
     is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
         stored = store_weights(TENSORRT, net, smallest=8)
@@ -299,7 +302,7 @@ def to_onnx(
         net.onnx = writer
         write_in_graph(net, stored, writer)
         net.register_forward_pre_hook(writer.restart)
-    model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
+    model = _trace(net, image, names, dynamic_batch=settings.dynamic_batch)
     if not is_tensorrt:
         separate_divisions(model)
     simplify(model)
@@ -318,11 +321,24 @@ def to_onnx(
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
     """Write any model in ONNX, for any number of images, with torch's exporter."""
-    return _to_proto(_trace(unfused(net), image, dynamic_batch=True))
+    net = unfused(net)
+    names = _name_outputs(net, image)
+    return _to_proto(_trace(net, image, names, dynamic_batch=True))
 
 
-def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Model:
+def _name_outputs(net: nn.Module, image: Tensor) -> list[str]:
+    """Make a model return its named outputs in a tuple, if not a tensor; return the names."""
+    out = net(image)
+    if not isinstance(out, Tensor):
+        net.register_forward_hook(lambda *results: tuple(named_outputs(results[-1]).values()))
+    return list(named_outputs(out))
+
+
+def _trace(
+    net: nn.Module, image: Tensor, names: list[str], *, dynamic_batch: bool
+) -> onnx_ir.Model:
     from onnxscript import optimizer  # noqa: PLC0415  (an extra)
+    from onnxscript.function_libs.torch_lib.ops.core import aten_all  # noqa: PLC0415  (an extra)
 
     images = image
     dynamic_shapes = None
@@ -338,13 +354,21 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
             opset_version=LOWEST_OPSET,
             dynamic_shapes=dynamic_shapes,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=names,
+            # An assertion, which torch does not translate.
+            custom_translation_table={torch.ops.aten._is_all_true.default: aten_all},
             verbose=False,
             optimize=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"format=onnx: torch cannot export this model: {cause[:300]}") from error
+
+    shape = program.model.graph.inputs[0].shape
+    if dynamic_batch and isinstance(shape[0], int):
+        raise UsageError(
+            "dynamic_batch=True: torch fixes the number of images of this model; must be False"
+        )
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False for codes of weights, which stay integers; None = the optimizer decides."""
@@ -369,8 +393,11 @@ def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:
     import onnx_ir  # noqa: PLC0415  (an extra)
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: PLC0415
 
+    names: set[str] = set()
     for node in model.graph:
-        node.name = node.metadata_props.get(SITE, node.name)
+        if SITE in node.metadata_props:
+            node.name = call_name(node.metadata_props[SITE], names)
+            names.add(node.name)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()

@@ -26,6 +26,7 @@ from qat.functional.ste import view_along
 from qat.model.freeze import DIRECT
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.nn.attention import ScoredAttention
+from qat.nn.attention_interface import HeadProducts
 from qat.nn.fqvit import FqAttention
 from qat.nn.qkr_attention import QkrAttention
 
@@ -109,6 +110,8 @@ class Planner:
         for module in net.modules():
             if isinstance(module, ScoredAttention):
                 _fold_scores(self, module)
+            elif isinstance(module, HeadProducts):
+                _fold_factor(self, module)
             if type(module) in DIRECT:
                 _fold_queries_keys_values(self, module)
             elif isinstance(module, QkrAttention):
@@ -191,6 +194,21 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
     if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
         attention.folded_bias *= scale
     attention.scale = 1.0
+
+
+def _fold_factor(planner: Planner, products: HeadProducts) -> None:
+    """Fold the factor of the scores, an argument here, into the product of queries and keys."""
+    left, right = _score_quantizers(products)
+    if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
+        return
+    names = (left.name, right.name)
+
+    def fold(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, key, value, mask, factor, *others = args
+        planner.steps[names] = torch.tensor(1 / factor)
+        return query, key, value, mask, 1.0, *others
+
+    products.register_forward_pre_hook(fold)
 
 
 def _score_quantizers(attention: Any) -> tuple[object, object]:

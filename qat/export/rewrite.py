@@ -161,13 +161,21 @@ def separate_divisions(model: ir.Model) -> None:
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node in quantizers:
         producer = node.inputs[0].producer()  # type: ignore[union-attr]
-        while producer is not None and producer.op_type in _PASSED:
+        while producer is not None and _is_passed(producer):
             producer = producer.inputs[0].producer()  # type: ignore[union-attr]
         if producer is None or producer.op_type not in {"MaxPool", "Conv", "Gemm"}:
             continue
         unit_step = _store(model.graph, f"{node.name}.one", np.array(1, np.float32))
         node.replace_input_with(0, _insert(model.graph, node, "Div", *node.inputs[:2]))
         node.replace_input_with(1, unit_step)
+
+
+def _is_passed(node: ir.Node) -> bool:
+    """True for `_PASSED`, and for factors and summands of channels, as of a frozen BatchNorm."""
+    if node.op_type in {"Mul", "Add"}:
+        parts = _split(node)
+        return parts is not None and parts[1].ndim == 4
+    return node.op_type in _PASSED
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:

@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.errors import UsageError
+from qat.nn import LOGITS
+
 INPUT = "image"
-OUTPUT = "logits"
+OUTPUT = LOGITS
 ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
 EXECUTORCH = "executorch"
@@ -83,7 +86,13 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
     if any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in constants):
         # It would fuse products with an operator that does not take E4M3.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(
+            content, settings, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"format=onnx: onnxruntime does not open the file ({reason})") from error
     return lambda names, images: session.run(list(names), {INPUT: images})
 
 
@@ -164,22 +173,29 @@ def _open_executorch(content: bytes) -> Session:
     return run
 
 
-def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
+def session_outputs(
+    session: Session, names: Sequence[str], images: Tensor, batch: int | None = None
+) -> dict[str, Tensor]:
     """Run a session on images.
 
     Args:
         session: the session of an opened file.
+        names: names of outputs.
         images: (B, C, H, W).
         batch: number of images that the file takes at a time; None = any number.
-
-    Returns:
-        Logits (B, classes).
     """
-    logits = []
+    parts = []
     for part in images.cpu().float().split(batch or len(images)):
-        (values,) = session([OUTPUT], part.numpy())
-        logits.append(torch.from_numpy(values))
-    return torch.cat(logits)
+        parts.append(session(names, part.numpy()))
+    outputs = {}
+    for name, arrays in zip(names, zip(*parts, strict=True), strict=True):
+        outputs[name] = torch.cat(list(map(torch.from_numpy, arrays)))
+    return outputs
+
+
+def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
+    """Logits (B, classes) of images, see `session_outputs`."""
+    return session_outputs(session, [OUTPUT], images, batch)[OUTPUT]
 
 
 def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:

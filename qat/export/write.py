@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
 SITE = "qat.site"
 # Name of a weight's buffer whose codes are later stored in a narrower type.
 CODES = "onnx_codes"
+
+
+def call_name(site: str, names: Container[str]) -> str:
+    """The name of a quantizer, or NAME#2 and so on if it runs again and `names` has NAME."""
+    name = site
+    number = 1
+    while name in names:
+        number += 1
+        name = f"{site}#{number}"
+    return name
 
 
 def unfused(net: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ from qat.nn import (
     hf_models,
     is_attention,
     last_layers,
+    named_outputs,
     swap_net,
 )
 from qat.quantizers import Quantizer
@@ -439,11 +440,11 @@ def _refuse_reparameterization(*_: object, **__: object) -> None:
 
 def check_input(
     net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()
-) -> torch.Size | None:
+) -> dict[str, Tensor]:
     """Run a model on one image of zeros of `input_size` (channels, height, width).
 
     Returns:
-        Shape of the output; None if it is not a tensor.
+        The outputs by name, see `named_outputs`.
 
     Raises:
         UsageError: the model cannot process such an image.
@@ -457,7 +458,7 @@ def check_input(
             f"input_size={input_size}: the model does not accept images of this size ({reason}); "
             "data.image_size and model.args.img_size must agree"
         ) from error
-    return out.shape if isinstance(out, Tensor) else None
+    return named_outputs(out)
 
 
 def _allocate(

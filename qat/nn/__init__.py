@@ -10,7 +10,7 @@ from qat.nn.attention_interface import (
 )
 from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
-from qat.nn.last_layers import last_layers
+from qat.nn.last_layers import BOXES, LOGITS, last_layers, named_outputs
 from qat.nn.linear import QuantLinear
 from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import QuantModule
@@ -18,6 +18,8 @@ from qat.nn.signs import ActivationTracer
 from qat.nn.swap_registry import Swap, SwapContext, find_swap, is_attention, register_swap, swap_net
 
 __all__ = [
+    "BOXES",
+    "LOGITS",
     "ActivationTracer",
     "AttentionInterface",
     "FqNet",
@@ -41,6 +43,7 @@ __all__ = [
     "is_attention",
     "last_layers",
     "linear",
+    "named_outputs",
     "register_swap",
     "relpos",
     "swap_net",

@@ -26,7 +26,7 @@ from qat.nn.swap_registry import SwapContext
 from qat.spec import QuantRecipe
 
 NAME = "qat"  # of the function, for `attn_implementation`
-CHILD = "quantized"  # of the attentions
+CHILD = "quantized"  # a child of each attention
 
 # Activations that compute a formula of their own; their negative tail is small.
 _ACTIVATIONS = (

@@ -1,4 +1,4 @@
-"""The layers that compute the outputs of models of Transformers."""
+"""Outputs of models by name, and the layers that compute those of models of Transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,27 @@ from torch.utils._pytree import tree_leaves
 
 # Parts of the names of outputs that other layers are to read.
 _FEATURES = ("hidden_state", "pooler_output", "feature", "attention", "reference_points")
+LOGITS = "logits"
+BOXES = "pred_boxes"
+_PREDICTIONS = (LOGITS, BOXES, "pred_masks")
+
+
+def named_outputs(out: object) -> dict[str, Tensor]:
+    """Outputs of a model by name.
+
+    Args:
+        out: a tensor of logits, an output of a model of Transformers, or a result of this function.
+
+    Returns:
+        The predictions if there are logits, else all tensors, such as `last_hidden_state` and
+        `pooler_output` of encoders; empty for other types.
+    """
+    if isinstance(out, Tensor):
+        return {LOGITS: out}
+    if not isinstance(out, Mapping):
+        return {}
+    names = _PREDICTIONS if LOGITS in out else out
+    return {name: out[name] for name in names if isinstance(out.get(name), Tensor)}
 
 
 def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:

@@ -19,6 +19,7 @@ from qat.lit.strategies import SHARDED
 from qat.losses import CompositeLoss
 from qat.model.convert import check_input
 from qat.model.metadata import classes_of
+from qat.nn import LOGITS
 from qat.spec import QuantRecipe
 from qat.tasks.conf import CONF, options
 from qat.utils.validate import check_int, check_number
@@ -137,12 +138,12 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     num_classes = data.settings.num_classes
     if num_classes < 2:
         raise UsageError(f"data.num_classes={num_classes}: must be at least 2")
-    shape = check_input(net, data.input_size)
-    if shape is not None and len(shape) == 2:
+    logits = check_input(net, data.input_size).get(LOGITS)
+    if logits is not None and logits.ndim == 2:
         return
     output = "several tensors"
-    if shape is not None:
-        output = f"(1, {', '.join(map(str, shape[1:]))})"
+    if logits is not None:
+        output = f"(1, {', '.join(map(str, logits.shape[1:]))})"
     raise UsageError(
         f"model.args: the model returns {output} for an image; "
         "must be a classifier, which returns (1, classes)"

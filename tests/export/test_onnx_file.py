@@ -224,9 +224,9 @@ def test_only_standard_operators(two_bit):
     # Both factors of 17 products (head, and eight in each of two blocks); the image; ...
     assert counts["DequantizeLinear"] == 30
     assert [entry for node in model.graph.node for entry in node.metadata_props] == []
-    logits, codes = graph_codes(model, ONNXRUNTIME)(tiny.images(1))
+    outputs, codes = graph_codes(model, ONNXRUNTIME)(tiny.images(1))
     assert set(codes) == {site.name for site in qat.iter_quantizers(frozen) if not site.is_weight}
-    assert_close(logits, frozen(tiny.images(1)), rtol=0, atol=1e-5)
+    assert_close(outputs["logits"], frozen(tiny.images(1)), rtol=0, atol=1e-5)
 
 
 def test_factors_of_scores_and_offsets_of_norms_are_in_other_constants(two_bit):

@@ -208,7 +208,7 @@ BUDGETS = {
     "qat/callbacks": 7700,
     "qat/cli": 5200,
     "qat/data": 11200,
-    "qat/export": 14300,
+    "qat/export": 15500,
     "qat/functional": 12100,
     "qat/kernels": 20500,
     "qat/launch": 3800,

@@ -1,0 +1,145 @@
+"""ONNX files of Transformers' models. Oracle: the model itself, run by torch."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import qat
+from qat.export.check import TOLERANCE, compare
+from qat.export.runtimes import open_session, session_outputs
+from tests.errors import usage_error
+
+transformers = pytest.importorskip("transformers")
+
+WIDTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def classifier():
+    config = transformers.ViTConfig(**WIDTH, num_labels=5)
+    return transformers.ViTForImageClassification(config)
+
+
+def encoder():
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**WIDTH))
+
+
+def detector():
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", out_features=["stage1"]
+    )
+    config = transformers.DetrConfig(
+        backbone_config=backbone,
+        num_queries=5,
+        num_labels=3,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    return transformers.DetrForObjectDetection(config)
+
+
+def images(n):
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n))
+
+
+def quantized(build, recipe="deploy_w8a8"):
+    torch.manual_seed(0)
+    net = qat.convert(build().eval(), qat.recipe(recipe), input_size=(3, 16, 16))
+    return qat.initialize_scales(net, [images(8)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:convert.*stay in float")
+@pytest.mark.parametrize(
+    ("build", "names", "text"),
+    [
+        (classifier, ["logits"], "same class on 3 of 3 images"),
+        (encoder, ["last_hidden_state", "pooler_output"], "cosine at least 1.000000, apart by up "),
+        (detector, ["logits", "pred_boxes"], "same class on 3 of 3 images, boxes of matched "),
+    ],
+)
+def test_outputs_have_names_and_those_of_the_model(build, names, text, tmp_path):
+    net = quantized(build)
+    path = tmp_path / "net.onnx"
+    checked = qat.export_onnx(net, path, images=images(3))
+    assert checked.agreement["onnxruntime"].to_text().startswith(text)
+    assert [output.name for output in onnx.load(path).graph.output] == names
+    outputs = session_outputs(open_session(path), names, images(2))
+    with torch.no_grad():
+        expected = net(images(2))
+    for name in names:
+        assert_close(outputs[name], expected[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_products_of_attention_are_on_integers(tmp_path):
+    qat.export_onnx(quantized(classifier), tmp_path / "net.onnx", images=images(1))
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    assert len(products) == 9  # six layers and two products of the attention; the head
+    for node in products:
+        for name in node.input:
+            while makers[name].op_type in {"Transpose", "Reshape"}:
+                name = makers[name].input[0]
+            assert makers[name].op_type == "DequantizeLinear"
+
+
+@pytest.mark.slow
+def test_an_operator_that_cannot_be_exported_is_named(tmp_path):
+    net = quantized(classifier)
+    net.classifier.register_forward_hook(lambda _, __, out: torch.special.bessel_j0(out))
+    with usage_error("format=onnx: torch cannot export this model: .*bessel_j0"):
+        qat.export_onnx(net, tmp_path / "net.onnx", images=images(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Returns(nn.Module):
+    """Returns these outputs."""
+
+    def __init__(self, **outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, _):
+        return self.outputs
+
+
+def detections():
+    boxes = torch.rand(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    return {"logits": boxes @ torch.ones(4, 3) + torch.eye(3)[0], "pred_boxes": boxes}
+
+
+def test_queries_are_compared_in_any_order():
+    flipped = {name: output.flip(1) for name, output in detections().items()}
+    agreement = compare(Returns(**detections()), lambda _: flipped, None, [images(2)])
+    assert (agreement.same_top1, agreement.other_logits, agreement.boxes) == (2, 0, 0)
+    flipped["pred_boxes"][1, 0, 0] += 0.01
+    flipped["logits"][1, 0, 2] += 9
+    agreement = compare(Returns(**detections()), lambda _: flipped, None, [images(2)])
+    assert (agreement.same_top1, agreement.other_logits) == (1, 1)
+
+
+def test_embeddings_are_equal_within_a_share_of_their_largest_number():
+    embeddings = torch.randn(2, 8)
+    scaled = 100 * embeddings / embeddings.abs().max()
+    nearly = scaled + torch.tensor([[0.5 * 100 * TOLERANCE], [2 * 100 * TOLERANCE]])
+    agreement = compare(
+        Returns(pooler_output=scaled), lambda _: {"pooler_output": nearly}, None, [images(2)]
+    )
+    assert agreement.other_logits == 1
+    assert 0.999 < agreement.cosine < 1
+    assert agreement.apart == pytest.approx(2 * TOLERANCE, rel=0.01)
