@@ -45,6 +45,7 @@ def test_from_pretrained_gives_the_model_again(net, folder, options, tmp_path):
     again = AutoModelForImageClassification.from_pretrained(folder, **options)
     assert are_equal(outputs(again, X), outputs(net, X))
     assert qat.conversion_report(again) == qat.conversion_report(net)
+    assert are_equal(outputs(qat.freeze(again), X), outputs(qat.freeze(net), X))
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()

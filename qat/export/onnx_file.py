@@ -150,7 +150,7 @@ def export_onnx(
             f"images of {tuple(images.shape)}: must be (at least 1, *{input_size}), "
             "all numbers finite"
         )
-    net = copied(net).cpu().float()
+    net = nn.Module.float(copied(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
     if not check_input(frozen, input_size):
         raise UsageError(

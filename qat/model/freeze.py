@@ -67,7 +67,8 @@ def freeze(net: nn.Module) -> nn.Module:
     if is_frozen(net):
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
-    frozen = freeze_structure(copied(net).float())
+    # The method of a model of Transformers refuses quantized models.
+    frozen = freeze_structure(nn.Module.float(copied(net)))
     if hf_models(frozen):
         frozen.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     nonzero = {name for name, tensor in frozen.state_dict().items() if tensor.any()}

@@ -12,8 +12,8 @@ def test_the_page_is_what_the_files_say():
 
 
 def keys(node, prefix=""):
-    """Dotted names of all values that are no mappings."""
-    if not isinstance(node, dict):
+    """Dotted names of all values that are no mappings with entries."""
+    if not isinstance(node, dict) or not node:
         return {prefix.removesuffix(".")}
     return {key for name, value in node.items() for key in keys(value, f"{prefix}{name}.")}
 

@@ -71,7 +71,7 @@ def case(shape, axis, n_offsets, bounds):
     scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[
         : 1 if axis is None else shape[axis]
     ]
-    x = values(step_of(scale, len(shape), axis), shape, *bounds)
+    x = values(step_of(scale, len(shape), grid), shape, *bounds)
     before, after = (
         torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2)
     )
