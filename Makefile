@@ -27,7 +27,7 @@ $(READY): SHELL := bash
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing qat and its libraries into $(VENV): several GB are downloaded, which takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	@set -o pipefail; $(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]" \
+	@set -o pipefail; $(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers,transformers]" \
 	  --config-settings editable_mode=compat | $(LARGE_PACKAGES)
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt openvino # without what it tells its makers
 	touch $@
@@ -147,7 +147,7 @@ test-fast: $(READY) ## tests that take seconds
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt -e ".[dev,export,sweep,loggers]"
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt -e ".[dev,export,sweep,loggers,transformers]"
 	$(OLDEST)/bin/python -m pip install --quiet --no-compile --no-deps -c constraints-oldest.txt openvino
 	touch $@
 
