@@ -268,8 +268,7 @@ class QuantRecipe:
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
         """The recipe for one module: rules of `overrides` apply if they match a name of it.
 
-        `bits` of a rule also sets `stem_bits`, `head_bits` and, with `rule_bits="both"`,
-        `act_bits`, so that it has the same meaning everywhere.
+        `bits` of a rule also sets `stem_bits`, `head_bits` and, under `rule_bits=both`, `act_bits`.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():

@@ -215,7 +215,7 @@ BUDGETS = {
     "qat/lit": 7500,
     "qat/losses": 1970,
     "qat/model": 25200,
-    "qat/nn": 14300,
+    "qat/nn": 14400,
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5100,

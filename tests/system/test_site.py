@@ -19,7 +19,8 @@ NAMED = [
     for line in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
 ]
 # Kilobytes of a page, of README and all pages, and letters of a page of the site, which has the API.
-LARGEST_KB, ALL_KB, LARGEST_PAGE = 12, 140, 60_000
+LARGEST_KB, ALL_KB, LARGEST_PAGE = 13.5, 150, 60_000
+GENERATED = {"accuracy.md", "models.md", "settings.md", "transformers_models.md"}
 
 
 def in_menu(entry):
@@ -40,7 +41,9 @@ def test_every_page_is_in_the_menu_once():
 
 def test_the_pages_are_short():
     sizes = {
-        page.name: page.stat().st_size / 1000 for page in [ROOT / "README.md", *DOCS.glob("*.md")]
+        page.name: page.stat().st_size / 1000
+        for page in [ROOT / "README.md", *DOCS.glob("*.md")]
+        if page.name not in GENERATED
     }
     assert {name: size for name, size in sizes.items() if size > LARGEST_KB} == {}
     assert sum(sizes.values()) <= ALL_KB
