@@ -127,7 +127,7 @@ TRAIN = [
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
     ("callbacks=[default,freeze] callbacks.freeze.threshold=3", rf"callbacks\.freeze\.threshold=3: {NUMBERS} above 0 to below 1"),
     ("callbacks=[default,oscillation] callbacks.oscillation.threshold=1", rf"oscillation\.threshold=1: {NUMBERS} 0 to below 1"),
-    ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
+    ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be a validation metric: .*val/top1, val/top5, val/loss"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
