@@ -148,7 +148,8 @@ def activation_classes() -> tuple[type[nn.Module], ...]:
 
 def hf_models(net: nn.Module) -> list[Any]:
     """The models of Transformers in `net`, without models inside them."""
-    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    # Not of `transformers` itself, which would import all of its classes now.
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if base is None:
         return []
     models: dict[str, nn.Module] = {}
