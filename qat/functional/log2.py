@@ -80,7 +80,7 @@ def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
 def log2_codes(x: Tensor, bits: int) -> Tensor:
     """Integer codes min(max(k, 0), 2^bits - 1) of `fake_quantize_log2`.
 
-    The last code stands for both 2^-(2^bits - 1) and zero.
+    The last code means both 2^-(2^bits - 1) and zero.
     """
     check_bits("bits", bits)
     qmax = 2**bits - 1

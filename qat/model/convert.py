@@ -185,8 +185,14 @@ def apply_recipe(
         raise
     net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
     interface.describe(recipe.to_dict(), size, signs)
-    # timm calls this method. Patterns with `*.` match names in a compiled model, which have a
-    # prefix.
+    _set_methods(net)
+    guard(net)
+    return walk.in_float
+
+
+def _set_methods(net: nn.Module) -> None:
+    """Set methods that timm calls, of a converted model."""
+    # Patterns with `*.` match names in a compiled model, which have a prefix.
     names = no_weight_decay(net)
     patterns = {f"*.{name}" for name in names}
     net.no_weight_decay = functools.partial(set, names | patterns)  # type: ignore[assignment]
@@ -195,8 +201,6 @@ def apply_recipe(
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):
                 setattr(module, method, _refuse_reparameterization)
-    guard(net)
-    return walk.in_float
 
 
 def _warn_of_float(
@@ -427,8 +431,11 @@ def _set_child(parent: nn.Module, name: str, new: nn.Module) -> None:
     old = getattr(parent, name)
     setattr(parent, name, new)
     for value in vars(parent).values():
-        if isinstance(value, list):
-            value[:] = [new if item is old else item for item in value]
+        if not isinstance(value, list):
+            continue
+        for index, item in enumerate(value):
+            if item is old:
+                value[index] = new
 
 
 def _refuse_reparameterization(*_: object, **__: object) -> None:

@@ -211,7 +211,7 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
     if isinstance(quantizer, FrozenWeight):
         if quantizer.spec.quantizer == "affine":
             return [quantizer.stored]
-        # If there are no zero points, the kind of the quantizer determines the shift.
+        # Without zero points, the kind of the quantizer determines the shift.
         return [quantizer.stored, quantizer.shift]
     if site.role == "qk":
         return [owner.q_weight, owner.k_weight]

@@ -163,7 +163,7 @@ def hf_models(net: nn.Module) -> list[Any]:
 class AttentionInterface:
     """The attentions of Transformers in a model that is being converted.
 
-    They are found by running the model, so there is no list of classes.
+    They are found by running the model, not by a list of classes.
 
     Args:
         net: any model, in float.
@@ -301,7 +301,7 @@ def _check_inputs(model: Any) -> None:
             break
     raise UsageError(
         f"convert: {type(model).__name__} takes {', '.join(dict.fromkeys(inputs))}; "
-        f"must be a model that takes pixel_values alone{advice}"
+        f"must be a model that takes only pixel_values{advice}"
     )
 
 

@@ -32,7 +32,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
     channel, the output y of a layer is replaced by g * y + b, where ridge regression fits g and b
     to the output of the same layer in the float net. Gain and bias are folded: the rows of the
     weight and their scales are multiplied by g, so codes do not change, and the bias becomes g *
-    bias + b. If there is no scale per channel (one scale for a whole weight, or floats in blocks),
+    bias + b. Without a scale per channel (one scale for a whole weight, or floats in blocks),
     only b is fitted; if there is no bias, only g.
 
     Args:

@@ -229,8 +229,8 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
     Raises:
         OSError: the file is damaged.
         OverflowError: the file contains too many values.
-        pickle.UnpicklingError: the file contains anything but plain data and tensors. RuntimeError,
-        EOFError: `torch.save` did not write the file.
+        pickle.UnpicklingError: the file contains anything but plain data and tensors.
+        RuntimeError, EOFError: `torch.save` did not write the file.
     """
     damage = damage_of(path)
     if damage is not None:

@@ -131,7 +131,7 @@ TAKES = {
     "Siglip2VisionModel": "takes pixel_values, pixel_attention_mask, spatial_shapes; must be",
     "VideoMAEForVideoClassification": "does not accept images",
     "VJEPA2Model": "takes pixel_values_videos",
-    "BertModel": "takes input_ids; must be a model that takes pixel_values alone$",
+    "BertModel": "takes input_ids; must be a model that takes only pixel_values$",
     "CLIPModel": "takes input_ids; .* alone; convert model.vision_model$",
 }
 
