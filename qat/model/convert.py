@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import warnings
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
-from qat.model.products import MatrixProduct, matmuls
+from qat.model.products import warn_of_float
 from qat.model.scales import guard
 from qat.model.sites import iter_quantizers, no_weight_decay
 from qat.nn import (
@@ -39,10 +37,7 @@ from qat.nn import (
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
-from qat.utils.validate import FLOAT_BITS, check_images
-
-# Warn if more than this share of a model's multiply-accumulates stays in float.
-_MOST_FLOAT = 0.01
+from qat.utils.validate import check_images
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ def convert(
     exempt = apply_recipe(net, recipe, input_size=input_size)
     conversion = conversion_of(net)
     if conversion is not None:
-        _warn_of_float(net, recipe, conversion.input_size, exempt)
+        warn_of_float(net, recipe, conversion.input_size, exempt)
     return net
 
 
@@ -201,47 +196,6 @@ def _set_methods(net: nn.Module) -> None:
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):
                 setattr(module, method, _refuse_reparameterization)
-
-
-def _warn_of_float(
-    net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
-) -> None:
-    """Warn if a large share of the model stays in float although the recipe quantizes it."""
-    products = matmuls(net, input_size)
-    in_float = []
-    for product in products:
-        is_exempt = any(f"{product.module}.".startswith(f"{name}.") for name in exempt)
-        if not is_exempt and _is_float_against(recipe, product):
-            in_float.append(product)
-    total = sum(product.macs for product in products)
-    share = sum(product.macs for product in in_float) / max(total, 1)
-    if share <= _MOST_FLOAT:
-        return
-    modules = dict(net.named_modules())
-    names_by_class = defaultdict(list)
-    for name in dict.fromkeys(product.module for product in in_float):
-        names_by_class[type(modules[name]).__name__].append(name or "(net)")
-    parts = []
-    for class_name, (first, *others) in names_by_class.items():
-        more = f" and {len(others)} more" if others else ""
-        parts.append(f"{first}{more} ({class_name})")
-    warnings.warn(
-        f"convert: {100 * share:.1f} % of the multiply-accumulates stay in float, "
-        f"which the recipe would quantize elsewhere: {', '.join(parts)}",
-        stacklevel=3,
-    )
-
-
-def _is_float_against(recipe: QuantRecipe, product: MatrixProduct) -> bool:
-    """True for a float product of a kind that the recipe quantizes."""
-    if product.bits != (FLOAT_BITS, FLOAT_BITS):
-        return False
-    rules = recipe.at(product.module)
-    if product.of_activations:
-        specs = (rules.act_spec("k", "block"), rules.act_spec("probs", "block"))
-    else:
-        specs = (rules.weight_spec("block"), rules.act_spec("input", "block"))
-    return any(spec.bits != FLOAT_BITS for spec in specs)
 
 
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:

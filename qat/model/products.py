@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from qat.nn import HeadProducts, QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import Quantizer
+from qat.spec import QuantRecipe
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
+
+# Warn if more than this share of a model's multiply-accumulates stays in float.
+_MOST_FLOAT = 0.01
 
 
 @dataclass(frozen=True)
@@ -259,3 +265,44 @@ def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixP
         bits = (FLOAT_BITS, input_bits)
         products.append(MatrixProduct(name, n_mapped, of_activations=False, bits=bits))
     return products
+
+
+def warn_of_float(
+    net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
+) -> None:
+    """Warn if a large share of the model stays in float although the recipe quantizes it."""
+    products = matmuls(net, input_size)
+    in_float = []
+    for product in products:
+        is_exempt = any(f"{product.module}.".startswith(f"{name}.") for name in exempt)
+        if not is_exempt and _is_float_against(recipe, product):
+            in_float.append(product)
+    total = sum(product.macs for product in products)
+    share = sum(product.macs for product in in_float) / max(total, 1)
+    if share <= _MOST_FLOAT:
+        return
+    modules = dict(net.named_modules())
+    names_by_class = defaultdict(list)
+    for name in dict.fromkeys(product.module for product in in_float):
+        names_by_class[type(modules[name]).__name__].append(name or "(net)")
+    parts = []
+    for class_name, (first, *others) in names_by_class.items():
+        more = f" and {len(others)} more" if others else ""
+        parts.append(f"{first}{more} ({class_name})")
+    warnings.warn(
+        f"convert: {100 * share:.1f} % of the multiply-accumulates stay in float, "
+        f"which the recipe would quantize elsewhere: {', '.join(parts)}",
+        stacklevel=3,
+    )
+
+
+def _is_float_against(recipe: QuantRecipe, product: MatrixProduct) -> bool:
+    """True for a float product of a kind that the recipe quantizes."""
+    if product.bits != (FLOAT_BITS, FLOAT_BITS):
+        return False
+    rules = recipe.at(product.module)
+    if product.of_activations:
+        specs = (rules.act_spec("k", "block"), rules.act_spec("probs", "block"))
+    else:
+        specs = (rules.weight_spec("block"), rules.act_spec("input", "block"))
+    return any(spec.bits != FLOAT_BITS for spec in specs)

@@ -132,7 +132,7 @@ TAKES = {
     "VideoMAEForVideoClassification": "does not accept images",
     "VJEPA2Model": "takes pixel_values_videos",
     "BertModel": "takes input_ids; must be a model that takes only pixel_values$",
-    "CLIPModel": "takes input_ids; .* alone; convert model.vision_model$",
+    "CLIPModel": "takes input_ids; .* only pixel_values; convert model.vision_model$",
 }
 
 
