@@ -1,8 +1,8 @@
-"""Checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
+"""Load checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
 
 The state dicts of these checkpoints contain latent weights, LSQ step sizes and offsets under other
-names. They do not contain bits, or without QKR the number of heads; everything else follows from
-shapes.
+names. They contain no bits and, without QKR, no number of heads; everything else follows from the
+shapes of tensors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from qat.model.foreign_weights import grow_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# Tensors in the authors' files that we do not have: an offset after the key or the product only
-# shifts whole softmax rows, and clip_val of StatsQ is always 2.
+# Tensors in the authors' files that our models lack. An offset after the key or the product only
+# shifts whole rows of the softmax, and clip_val of StatsQ is always 2.
 _DEAD = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
-# Patterns of our names, and the authors' names; the first match is used. `read_checkpoint` has
-# already renamed Swin's layers as in timm.
+# Patterns of our names, and the authors' names; the first match counts. `read_checkpoint` has
+# already given Swin's layers timm's names.
 _NAMES = (
     (r"attn\.input_quantizer\.offset_before$", "attn.quant_x_4_qkv.move_b4.bias"),
     (r"attn\.input_quantizer\.offset_after$", "attn.quant_x_4_qkv.move_aft.bias"),
@@ -59,7 +59,7 @@ class OfqNet:
     """A model from a file of the authors' code.
 
     Attributes:
-        net: the quantized model with its scales, in eval mode.
+        net: the quantized model with scales, in eval mode.
         model: timm name of the model.
         note: a line for the user about the file and its bits.
     """
@@ -70,7 +70,7 @@ class OfqNet:
 
 
 def is_ofq(state: Mapping[str, Tensor]) -> bool:
-    """True for weights of a quantized model of the authors' code."""
+    """True if weights come from a quantized model of the authors' code."""
     return any(name.endswith("input_quant_fn.s") for name in state)
 
 
@@ -85,21 +85,21 @@ def load_ofq_checkpoint(
     """Load a checkpoint of the paper's code: DeiT or Swin, of any depth, with or without QKR.
 
     Args:
-        path: a `.pth.tar` of the paper's training script, or a plain state dict. Nothing in the
-            file is executed.
-        model: timm name; None = chosen by the shapes of tensors.
-        bits: bits of the weights in blocks, which tensors do not show; None = from the training
-            arguments in the file.
-        act_bits: bits of the activations; None = from the training arguments in the file, or else
+        path: a `.pth.tar` file of the paper's training script, or a plain state dict. Nothing in
+            the file is executed.
+        model: timm name of the model; None = the shapes of tensors determine it.
+        bits: bits of the weights in blocks, which tensors do not reveal; None = as in the
+            training arguments in the file.
+        act_bits: bits of the activations; None = as in the training arguments in the file, or else
             `bits`.
-        qkr: query-key reparameterization; None = as in the file.
+        qkr: whether the model uses query-key reparameterization; None = the file decides.
 
     Returns:
         The quantized model in eval mode.
 
     Raises:
-        UsageError: the file is not such a checkpoint, a tensor is missing or has another shape, or
-            an argument contradicts the file.
+        UsageError: the file is not such a checkpoint, a tensor is missing or has the wrong shape,
+            or an argument contradicts the file.
     """
     return net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr).net
 
@@ -112,7 +112,7 @@ def net_from_ofq(
     *,
     qkr: bool | None = None,
 ) -> OfqNet:
-    """`load_ofq_checkpoint` for a file that has already been read."""
+    """Do the work of `load_ofq_checkpoint` for a file that has already been read."""
     origin = f"ckpt={str(checkpoint.path)!r}"
     state = checkpoint.state
     if not is_ofq(state):
@@ -127,18 +127,18 @@ def net_from_ofq(
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes match no {family} ({error})") from error
+        raise UsageError(f"{origin}: its shapes do not match any {family} ({error})") from error
     if qkr is not None and qkr != has_qkr:
         layers = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
         raise UsageError(f"qkr={qkr}: {origin} holds {layers}")
     if model is not None and model != name:
         base = _check_model(model, name, kwargs, state, is_swin=is_swin, origin=origin)
         if not has_qkr and not is_swin:
-            # The number of heads does not follow from shapes.
+            # The number of heads cannot be inferred from shapes.
             kwargs["num_heads"] = base.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
     weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
-    # The authors' step size per position is one per column of Swin's (B, H, W, C).
+    # The authors' step sizes per position are one per column of Swin's maps (B, H, W, C).
     map_scales = {"map_scales": "column"} if is_swin else {}
     quant_recipe = recipe(
         "ofq" if has_qkr else "ofq_noqkr",
@@ -153,7 +153,7 @@ def net_from_ofq(
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: its shapes match no {name} ({reason})") from error
+        raise UsageError(f"{origin}: its shapes do not match any {name} ({reason})") from error
     _grow_merging_biases(net, state)
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _fill(net, state, qkr=has_qkr, origin=origin)
@@ -169,10 +169,10 @@ def net_from_ofq(
 def _bits(
     checkpoint: Checkpoint, bits: int | None, act_bits: int | None, origin: str
 ) -> tuple[int, int | None]:
-    """Bits of weights and activations, from the file if it states them.
+    """Bits of weights and activations: those that the file states, or else the arguments.
 
-    Before saving, the authors' script overwrites the student's bits by the bits of a quantized
-    teacher.
+    If there was a quantized teacher, the file's bits are ignored: the authors' script overwrites
+    the student's bits by the teacher's before it saves.
     """
     args = checkpoint.args
     if args is None or args.get("quant_teacher"):
@@ -181,7 +181,7 @@ def _bits(
         if value is not None and args.get(key, value) != value:
             raise UsageError(
                 f"{setting}={value}: {origin} was trained with {args[key]}, "
-                "as its own arguments say"
+                "according to the arguments in the file"
             )
     weight_bits = args.get("wq_bitw", bits)
     if weight_bits is None:
@@ -193,7 +193,7 @@ def _bits(
 
 
 def _grow_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Add biases to patch mergings: the authors' linear layers have biases there, timm's do not."""
+    """Add biases to the linear layers of patch mergings; timm's models have none there."""
     names = []
     for name, _ in net.named_modules():
         if name.endswith("reduction") and f"{name}.bias" in state:
@@ -210,10 +210,10 @@ def _check_model(
     is_swin: bool,
     origin: str,
 ) -> nn.Module:
-    """The model that the user named, on the meta device; family and width must match the file.
+    """Build the model that the user named, on the meta device.
 
     Raises:
-        UsageError: they do not match.
+        UsageError: the family or the width of the model differs from the file.
     """
     with torch.device("meta"):
         base = timm.create_model(model) if timm.is_model(model) else None
@@ -232,7 +232,7 @@ def _check_model(
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """The highest number that the pattern finds in a name, plus one."""
+    """One more than the highest number that the pattern finds in a name."""
     numbers = []
     for name in state:
         if match := re.match(pattern, name):
@@ -241,7 +241,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _side(state: Mapping[str, Tensor]) -> int:
-    """Height and width of images, from the map of offsets, which has one value per pixel."""
+    """Height and width of images, from the map of offsets, which has one number per pixel."""
     return math.isqrt(state["patch_embed.proj.move_b4.bias"].numel())
 
 
@@ -255,7 +255,8 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     if has_qkr:
         num_heads = state[f"{attention}.move_qkx_b4.bias"].numel() // width
     else:
-        # The number of heads does not follow from shapes, but all DeiTs have 64 channels per head.
+        # The number of heads cannot be inferred from shapes, but all DeiTs have 64 channels per
+        # head.
         num_heads = max(width // 64, 1)
     kwargs = {
         "img_size": _side(state),
@@ -302,7 +303,7 @@ def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
 
 
 def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
-    """The authors' name of our tensor `name`, and its third of their tensor; None = all of it."""
+    """The authors' name for our tensor, and which third of their tensor it is; None = all of it."""
     stacked = _STACKED_OFFSET.search(name)
     if stacked:
         prefix = name[: stacked.start()] + "attn."
@@ -317,9 +318,9 @@ def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
 
 
 def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load the authors' tensors. A tensor that the model does not have must have no effect.
+    """Load the authors' tensors; refuse a file with further tensors, unless they have no effect.
 
-    Maps and single numbers are flattened in the authors' files.
+    The authors' files contain maps and single numbers as flat tensors.
     """
     tensors = {}
     used = set()

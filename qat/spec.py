@@ -1,6 +1,6 @@
-"""Quantization settings: a `QuantSpec` for each tensor, a `QuantRecipe` for each model.
+"""Quantization settings: a `QuantSpec` for each tensor, and a `QuantRecipe` for each model.
 
-Both are frozen dataclasses of plain data, which are validated when they are created.
+Both are frozen dataclasses of plain data that check their values when they are created.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qat.utils.validate import (
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
-# Outputs of layers, which post-training quantization may round too.
+# Outputs of layers, which only post-training quantization rounds.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "fp8", "float")
@@ -41,9 +41,9 @@ _CHOICES = {
     "act_scales": ("token", "tensor"),
 }
 
-# Stem and heads have learned 8-bit step sizes in OFQ (section 3 of the paper).
+# In OFQ, stem and heads have learned 8-bit step sizes (section 3 of the paper).
 _OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS)}
-# The range of a weight is computed in every forward pass; the range of an activation is calibrated.
+# Ranges of weights are computed in every forward pass; ranges of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
@@ -67,22 +67,22 @@ class QuantSpec:
         role: kind of tensor, one of `ROLES` or `OUTPUT_ROLES`.
         quantizer: registered name, or `package.module:Class`.
         bits: bits of a code; 32 with the float quantizer.
-        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = chosen from the data when
-            scales are initialised.
-        axis: dimension along which scales differ, None = one scale for the tensor; for
-            `BLOCK_FLOATS` the dimension along which blocks extend.
+        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1]; None = data
+            decide when scales are initialised.
+        axis: dimension along which scales differ; None = one scale for the tensor. For
+            `BLOCK_FLOATS`, the dimension along which blocks extend.
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
-        offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a
+        offset_ndim: number of trailing dimensions along which an offset varies (1 = channels, 2 = a
             map over pixels).
-        map_scales: scales of the input of a linear layer on a feature map (B, H, W, C): `tensor` =
-            one scale, `column` = scales along `axis`.
-        step_init: initial value of a learned step size: as in the LSQ paper (`lsq`), or where the
-            squared error is least (`mse`). Specs that differ only in `step_init` are equal.
-        steps: step sizes are learned `relative` to their initial value, or `absolute`. Specs that
-            differ only in `steps` are equal.
-        observer: how post-training quantization chooses the range. Specs that differ only in
-            `observer` are equal.
-        bias_correction: give every row of a fake-quantized weight the mean and the standard
+        map_scales: scales of an input that is a feature map (B, H, W, C) before a linear layer:
+            `tensor` = one scale, `column` = scales along `axis`.
+        step_init: initial value of a learned step size: `lsq` = as in the LSQ paper; `mse` = the
+            step size with the least squared error. Specs that differ only in `step_init` are equal.
+        steps: how step sizes are learned: `relative` to their initial value, or `absolute`. Specs
+            that differ only in `steps` are equal.
+        observer: method by which post-training quantization chooses the range. Specs that differ
+            only in `observer` are equal.
+        bias_correction: True = every row of a fake-quantized weight keeps the mean and the standard
             deviation of the float row.
     """
 
@@ -115,8 +115,9 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 
-# Sign, axis and offsets of each role of activations in a block (OFQ; axis -2 = token or query
-# position, -1 = channel). An offset after the key would only shift whole softmax rows.
+# For each role of activations in a block: sign, axis and offsets, as in OFQ. Axis -2 is the token
+# or query position, -1 the channel. An offset after the key's quantizer would only shift
+# whole rows of the softmax.
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "input": {"signed": True, "axis": -2, "offsets": "both"},
     "q": {"signed": True, "axis": -2, "offsets": "both"},
@@ -128,15 +129,15 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
 
 
 def summed_axis(role: str) -> int:
-    """Dimension over which a matrix product with the tensor sums.
+    """Dimension of a tensor over which a matrix product sums.
 
-    It is the tokens for values, the input channels for a weight (out, in, ...), and the last
-    dimension for other tensors.
+    For values, this is the dimension of tokens; for a weight (out, in, ...), the input channels;
+    for other tensors, the last dimension.
     """
     return {"v": -2, "weight": 1}.get(role, -1)
 
 
-# Roles that `attention=float` leaves in float.
+# Activations that `attention=float` leaves in float.
 _SCORED = ("q", "k", "v", "probs")
 
 
@@ -145,36 +146,36 @@ class QuantRecipe:
     """Quantization of a whole model: the settings of `quant/*.yaml`.
 
     Attributes:
-        name: the preset from which the recipe was copied; `fp` leaves a model in float.
+        name: the preset that the recipe was made from; `fp` leaves a model in float.
         bits: bits of the weights in blocks, 2 to 8.
         act_bits: bits of the activations in blocks; None = `bits`.
-        attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its linear
-            layers are quantized).
-        qk_bias: treatment of the query bias with QKR: `drop` it as the paper's code does, or `fold`
-            it exactly into a score per key.
+        attention: `qkr` (query-key reparameterization); `standard`; or `float`, which quantizes
+            only the linear layers of an attention.
+        qk_bias: what QKR does with the query bias: `drop` it as the paper's code does, or `fold` it
+            exactly into a number that is added to the scores of each key.
         weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
         stem_bits: bits of the weights and input of the first convolution.
         head_bits: bits of the weights and input of the classifier(s).
-        offsets: learnable offsets before and after activation quantizers.
-        map_scales: scales of the inputs of linear layers on feature maps (B, H, W, C), as in Swin's
-            MLPs: one scale for the `tensor`, which fits any resolution, or one per `column` of the
-            map, as in the paper's code.
-        step_init: initial value of learned step sizes: from a mean magnitude as in the LSQ paper
-            (`lsq`), or where the squared error is least (`mse`).
+        offsets: True = learnable offsets before and after activation quantizers.
+        map_scales: scales of feature maps (B, H, W, C) before linear layers, as in Swin's MLPs: one
+            scale per `tensor`, which works at any resolution, or one per `column` of the map, as in
+            the paper's code.
+        step_init: initial value of learned step sizes: `lsq` = from the mean magnitude, as in the
+            LSQ paper; `mse` = the step size with the least squared error.
         steps: how step sizes are learned: `relative` to their initial value, s0 * exp(t), which
             cannot reach zero; or `absolute`, as in the LSQ paper and OFQ's code.
-        act_scales: step sizes of an activation in a block: one per `token` (query, channel of
-            values), as in OFQ, or one for the `tensor`.
-        fits_int8: True = no code of an activation is above 127, as TensorRT requires: at 8 bits,
-            probabilities get 7 bits, and outputs of GELU are signed.
+        act_scales: step sizes of an activation in a block: one per `token` (per query for
+            attention, per channel for values), as in OFQ, or one per `tensor`.
+        fits_int8: True = no code of an activation exceeds 127, as TensorRT requires. At 8 bits,
+            attention probabilities then have 7 bits, and outputs of GELU have signed codes.
         overrides: `{module name glob: {setting: value}}`; later rules win.
-        rule_bits: what `bits` in a rule of `overrides` sets: `both` weights and activations, or
-            only `weights`; None = the same as `bits` of the recipe, which is `both` unless
-            `act_bits` is set. Recipes in older files do not have this setting, and mean `weights`.
+        rule_bits: what `bits` sets in a rule of `overrides`: the bits of `both` weights and
+            activations, or only of `weights`; None = `weights` if `act_bits` is set, else `both`.
+            For recipes in older files, which lack this setting, it is `weights`.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has a value that is not allowed.
     """
 
     name: str = "custom"
@@ -234,7 +235,7 @@ class QuantRecipe:
                 )
 
     def _settle_rule_bits(self) -> None:
-        """Set `rule_bits` if it is None, before `act_bits` is set."""
+        """Set `rule_bits` if it is None. This must precede setting `act_bits`."""
         if self.rule_bits is None:
             object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
 
@@ -262,18 +263,18 @@ class QuantRecipe:
                     f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
                     f"its settings must be among {', '.join(sorted(knobs))}"
                 )
-            self._under(pattern, self._with_following(rule))
+            self._under(pattern, self._with_implied_bits(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
-        """The recipe for one module: rules of `overrides` apply if they match a name of it.
+        """The recipe for one module: rules of `overrides` apply if they match a name of the module.
 
-        `bits` of a rule also sets `stem_bits`, `head_bits` and, under `rule_bits=both`, `act_bits`.
+        `bits` in a rule also sets `stem_bits`, `head_bits` and, with `rule_bits=both`, `act_bits`.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
             if fnmatch.filter((module_name, *aliases), pattern):
-                knobs |= self._with_following(rule)
+                knobs |= self._with_implied_bits(rule)
         return self._under(module_name, knobs) if knobs else self
 
     def _under(self, where: str, knobs: Mapping[str, Any]) -> QuantRecipe:
@@ -282,8 +283,8 @@ class QuantRecipe:
         except UsageError as error:
             raise UsageError(f"{self.GROUP}.overrides[{where!r}]: {error}") from error
 
-    def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule, extended by the settings that follow from its `bits`."""
+    def _with_implied_bits(self, rule: Mapping[str, Any]) -> dict[str, Any]:
+        """A rule, plus the settings that its `bits` imply; explicit settings win."""
         if "bits" not in rule:
             return dict(rule)
         knobs = {"stem_bits": rule["bits"], "head_bits": rule["bits"]}
@@ -292,7 +293,7 @@ class QuantRecipe:
         return knobs | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
-        """Spec of a weight (out, ...) at `place`, with one scale per output row.
+        """The spec of a weight (out, ...) at `place`, with one scale per output row.
 
         `role` is `weight` or `qk`.
         """
@@ -302,7 +303,7 @@ class QuantRecipe:
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
         axis: int | None = summed_axis(role) if name in BLOCK_FLOATS else 0
-        if name == "dorefa":  # DoReFa has one range for the whole weight
+        if name == "dorefa":  # DoReFa uses one range for the whole weight
             axis = None
         return QuantSpec(
             role,
@@ -315,7 +316,7 @@ class QuantRecipe:
         )
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
-        """Spec of an activation.
+        """The spec of an activation.
 
         Args:
             role: any of `ROLES`, except `weight` and `qk`.
@@ -353,11 +354,11 @@ class QuantRecipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data for checkpoints, which `recipe_from` reads."""
+        """The recipe as plain data for a checkpoint; `recipe_from` reads it."""
         return dataclasses.asdict(self)
 
 
-# Settings that integer kernels support: symmetric codes, one step size per activation, one per
+# Settings that integer kernels support: symmetric codes, one step size per activation and per
 # output of a weight, and no offsets.
 _DEPLOY: dict[str, Any] = {
     "name": "deploy",
@@ -371,7 +372,7 @@ _DEPLOY: dict[str, Any] = {
     "fits_int8": True,
 }
 
-# Floats; around floats in blocks, only quantizers that integer kernels support.
+# Float formats. Around block floats, only quantizers that integer kernels support are used.
 _BLOCK_FLOATS: dict[str, Any] = {
     "attention": "standard",
     "bits": 4,
@@ -421,8 +422,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "seq",
         "step_init": "mse",
         "steps": "relative",
-        # The distribution of attention outputs has a peak at zero, where a grid of half steps has
-        # no value.
+        # Attention outputs are often near zero, where a grid with half steps has no value.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
     "minmax": {
@@ -444,7 +444,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Presets and their bits, by the names that `quant=` uses.
+# Presets and their bits, by the names that users give to `quant=`.
 CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     f"{preset}_{bits}bit": (preset, {"bits": bits})
     for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
@@ -457,7 +457,7 @@ CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     "nvfp4_w4a4": ("nvfp4", {}),
     "fp8_w8a8": ("fp8", {}),
 }
-# Settings, and their names in other tools.
+# Our settings, and what other tools call them.
 ALIASES = {
     "bits": "wbits w_bits weight_bits nbits n_bits",
     "act_bits": "abits a_bits activation_bits",
@@ -465,17 +465,17 @@ ALIASES = {
 
 
 def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
-    """A named recipe with changed settings.
+    """Return a named recipe, with some settings changed.
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
-            deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4, nvfp4 (floats of 4 bits in blocks;
-            `act_bits=8` with mxfp4), fp8 (floats of 8 bits); or a choice of `quant=`, such as
+            deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4 and nvfp4 (blocks of 4-bit floats; mxfp4
+            also allows `act_bits=8`), fp8 (8-bit floats); or a choice of `quant=`, such as
             seq_2bit.
-        knobs: fields of `QuantRecipe`; rules of `overrides` come after the recipe's own rules.
+        knobs: fields of `QuantRecipe` to change; rules of `overrides` follow the recipe's.
 
     Raises:
-        UsageError: the name is unknown, or a value cannot work.
+        UsageError: the name is unknown, or a value is not allowed.
         TypeError: a setting is unknown.
 
     Examples:

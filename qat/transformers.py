@@ -1,7 +1,7 @@
-"""Quantized models in Transformers' own files: `save_pretrained` and `from_pretrained`.
+"""Save and load quantized models by Transformers' own `save_pretrained` and `from_pretrained`.
 
-Importing this module registers the quantization method `qat` with Transformers. `Callback` brings
-annealing and freezing to its `Trainer`.
+Importing this module registers the quantization method `qat` with Transformers. `Callback` adds
+annealing or freezing to Transformers' `Trainer`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from qat.nn.attention_interface import NAME
 from qat.spec import QuantRecipe
 from qat.spec import recipe as preset
 
-_STATE = "qat_callback.pt"  # in a folder of a checkpoint
+_STATE = "qat_callback.pt"  # in each checkpoint folder
 
 
 @register_quantization_config(NAME)
 class QatConfig(QuantizationConfigMixin):
-    """How a model is quantized, as `quantization_config` of its config.
+    """Settings that quantize a model, stored as `quantization_config` in the model's config.
 
     Args:
-        recipe: name of a recipe, a recipe, or its settings.
-        input_size: (channels, height, width) of the images; None = those of the model's config.
+        recipe: a recipe, or the name or the settings of a recipe.
+        input_size: (channels, height, width) of the images; None = the size in the model's config.
         signs: see `qat.model.convert.Conversion`.
-        knobs: further arguments of `qat.recipe`, if `recipe` is a name.
+        knobs: more arguments of `qat.recipe`, allowed if `recipe` is a name.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class QatConfig(QuantizationConfigMixin):
 
 @register_quantizer(NAME)
 class QatQuantizer(HfQuantizer):
-    """Converts models of `from_pretrained`.
+    """Converts the models that `from_pretrained` loads.
 
-    A quantized file gets the modules for its tensors, of a model with random weights that is
-    converted, as not every model runs on the meta device; a float model is converted when it has
-    its weights, and has to be calibrated with `qat.initialize_scales`.
+    To load a quantized file, the model takes over the modules of a second model, which has random
+    weights and is converted first: not every model can run on the meta device. A float model is
+    converted after its weights are loaded; its scales must then be set by `qat.initialize_scales`.
     """
 
     quantization_config: QatConfig
@@ -79,15 +79,15 @@ class QatQuantizer(HfQuantizer):
             recipe = recipe_from(config.recipe)
             apply_recipe(twin, recipe, input_size=config.input_size, signs=config.signs)
         for module in twin.modules():
-            # Else buffers that no file stores would keep no values.
+            # Otherwise, buffers that files do not store would get no values.
             vars(module).pop("_is_hf_initialized", None)
         vars(model).update(vars(twin.to("meta")))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            model.config.quantization_config = config.to_dict()  # as `qat.convert` notes it
-            nn.Module.to(model, model.config.dtype)  # older versions cast only some tensors
+            model.config.quantization_config = config.to_dict()  # as `qat.convert` stores it
+            nn.Module.to(model, model.config.dtype)  # older versions cast only some
         else:
             convert(model, recipe_from(config.recipe), input_size=config.input_size)
 
@@ -102,28 +102,29 @@ class QatQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Their quantizers are trained with them."""
+        """The quantizers of these models are trained along with the weights."""
         return True
 
 
 class Callback(TrainerCallback):
-    """Annealing (`CGA`) or freezing (`IterativeFreezing`) for the `Trainer` of Transformers.
+    """Adds annealing (`CGA`) or freezing (`IterativeFreezing`) to the `Trainer` of Transformers.
 
-    A resumed run continues with the state of the callback, which is stored in each checkpoint.
+    Each checkpoint stores the state of the callback, so a resumed run continues with it.
 
     Args:
-        callback: a callback of `qat.callbacks` that acts on weights before optimizer steps.
+        callback: a callback from `qat.callbacks` that changes or freezes weights before optimizer
+            steps.
     """
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
         self.run = SimpleNamespace(callbacks=[callback], fast_dev_run=False, is_last_batch=False)
-        # Shares of frozen weights are not logged.
+        # The `Trainer` logs no shares of frozen weights.
         self.run.log_every_n_steps = math.inf
         self.module = SimpleNamespace()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the weights, and hook into the optimizer."""
+        """Find the weights, and add hooks to the optimizer."""
         optimizer = kwargs["optimizer"]
         self.module.net = kwargs["model"]
         self.run.optimizers = [getattr(optimizer, "optimizer", optimizer)]
@@ -142,21 +143,21 @@ class Callback(TrainerCallback):
         self.callback.on_train_batch_start(self.run, self.module, None, 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the entries that do not change in this step."""
+        """Choose the entries of weights that this step must not change."""
         self._follow(state)
         optimizer = self.run.optimizers[0]
         self.callback.on_before_optimizer_step(self.run, self.module, optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Store the state of the callback beside the model."""
+        """Store the state of the callback in the checkpoint folder."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         torch.save(self.callback.state_dict(), folder / _STATE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from the optimizer."""
         self.callback.teardown(self.run, self.module, "fit")
 
     def _follow(self, state: Any) -> None:
         self.run.global_step = state.global_step
-        # `state.epoch` is a fraction that may be rounded down at the end of an epoch.
+        # `state.epoch` is a float, which may be slightly too small at the end of an epoch.
         self.run.current_epoch = int(state.epoch + 1e-6)

@@ -1,6 +1,6 @@
 """Base class of analyses, and functions that draw and write results.
 
-An analysis is a class of settings whose `run` computes tables and figures of models.
+An analysis is a dataclass of settings; its `run` method computes tables and figures of models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ImageSet:
     """Labelled images.
 
     Attributes:
-        batches: preprocessed images (B, C, H, W) and class ids (B,), both on one device.
+        batches: preprocessed images (B, C, H, W) and their class ids (B,), on the same device.
         split: dataset split of the images.
     """
 
@@ -63,7 +63,7 @@ class ImageSet:
         """Top-1 accuracy in percent, and mean cross-entropy.
 
         Args:
-            predict: maps images to logits (B, K).
+            predict: function that maps images (B, C, H, W) to logits (B, K).
         """
         sums = []
         for images, target in self.batches:
@@ -86,7 +86,7 @@ class StudiedNet:
 
     Attributes:
         label: name in plots and tables, different for each model.
-        net: the model, in eval mode with scales set; analyses do not change it, bit for bit.
+        net: the model, in eval mode with its scales set; analyses leave it unchanged, bit for bit.
         input_size: (channels, height, width) of the images.
         path: checkpoint file, or None.
     """
@@ -99,13 +99,15 @@ class StudiedNet:
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """One evaluation, see `measure`.
+    """An evaluation of a model for `measure`.
 
     Attributes:
-        key: columns of the table that identify the evaluation, `net` first.
+        key: columns that identify the evaluation in the table; `net` is the first.
         net: the model to evaluate.
-        change: returns a context in which the model is changed; by default, nothing is changed.
-        score: computes numbers from the model; None = `ImageSet.score` (top-1 and cross-entropy).
+        change: returns a context manager that changes the model inside a `with` block; the default
+            changes nothing.
+        score: function that computes numbers from the model; None = `ImageSet.score` (top-1 and
+            cross-entropy).
     """
 
     key: Row
@@ -116,7 +118,7 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with equal keys, for a CSV file and the report."""
+    """Rows with the same keys, for a CSV file and the report."""
 
     name: str
     title: str
@@ -130,7 +132,7 @@ class Drawing:
     Attributes:
         name: file name without extension.
         title: text above the figure.
-        alt: description in words and numbers, for readers who cannot see the figure.
+        alt: description of the figure in words and numbers, for readers who cannot see it.
         figure: matplotlib figure.
     """
 
@@ -145,8 +147,8 @@ class Outcome:
     """Results of an analysis.
 
     Attributes:
-        summary: plain data for `results.json`.
-        tables: tables, each of which becomes a CSV file.
+        summary: dict of plain data that is written to `results.json`.
+        tables: tables; each becomes a CSV file.
         drawings: figures.
     """
 
@@ -156,12 +158,12 @@ class Outcome:
 
 
 class Analysis(ABC):
-    """Base class: a subclass is a frozen dataclass that checks its settings when it is created.
+    """Base class of analyses; a subclass is a frozen dataclass that checks its own settings.
 
     Attributes:
         name: name of the analysis and of its files.
-        split: default dataset split of the images; None = no images. Results on a split that was
-            used for training, calibration or selection say less about new images.
+        split: default dataset split of the images; None = no images. If a split was used for
+            training, calibration or selection, results on it say less about new images.
     """
 
     name: ClassVar[str]
@@ -172,7 +174,7 @@ class Analysis(ABC):
         """Analyse models without changing them.
 
         Args:
-            nets: one model, or several to compare.
+            nets: one model, or several models to compare.
             images: images of the split; `NO_IMAGES` if `split` is None.
 
         Raises:
@@ -181,10 +183,10 @@ class Analysis(ABC):
 
 
 def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
-    """Evaluate every point; no model is changed afterwards.
+    """Evaluate every point, and leave all models unchanged.
 
     Returns:
-        A row for each point with the key and the score, by default `top1` (percent) and `loss`.
+        A row for each point: its key and its scores, by default `top1` (percent) and `loss`.
     """
     log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
     start = time.monotonic()
@@ -215,17 +217,17 @@ def panels(
     height: float = 3.6,
     sharex: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, row by row, in the style of all figures.
+    """Create a figure with panels in the style of all figures; return the axes row by row.
 
-    Each panel has two spines and a pale grid behind the data; text is legible at a width of 720
-    pixels.
+    Each panel has two spines, and a pale grid behind the data. Text remains legible if the figure
+    is 720 pixels wide.
 
     Args:
         rows: number of rows.
         columns: number of columns.
         width: width of the figure in inches.
         height: height of the figure in inches.
-        sharex: panels share an x axis.
+        sharex: True = the panels share an x axis.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
@@ -244,13 +246,14 @@ def save_figure(
 ) -> None:
     """Save a figure so that equal figures become equal files.
 
-    Text stays text, including dollar signs; the file contains no date and no random name.
+    Text is saved as text, not as outlines, and dollar signs do not start formulas. The file
+    contains no date and no random names.
 
     Args:
         file: path or buffer.
         figure: matplotlib figure.
         title: title in the metadata of an SVG file.
-        words: description in the metadata of an SVG file.
+        words: description of the figure in the metadata of an SVG file.
         kind: `svg` or `png`.
     """
     for text in figure.findobj(Text):
@@ -270,12 +273,12 @@ def save_figure(
 def write_outcome(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
 ) -> None:
-    """Write tables as CSV, figures as SVG and PNG, and finally `<name>.json`, a list of all files.
+    """Write tables as CSV, figures as SVG and PNG, and then `<name>.json`, which lists these files.
 
     Args:
         folder: target folder.
         name: name of the analysis.
-        settings: settings of the analysis, plain data.
+        settings: settings of the analysis, as plain data.
         outcome: results of the analysis.
         png: also write figures as PNG, which takes as long as everything else together.
     """

@@ -45,15 +45,15 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 class CostAnalysis(Analysis):
     """Parameters, bytes, multiply-accumulates and bit operations by kind of layer.
 
-    Bytes count weights, which are packed if they are quantized. Totals are also computed for the
-    float model.
+    Bytes are those of the stored model, in which quantized weights are packed. Totals are also
+    computed for the float version of the model.
     """
 
     name: ClassVar[str] = "cost"
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """A table by kind, a table by module, and bars by kind."""
+        """Compute a table by kind of layer, a table by module, and bars by kind."""
         summary = {}
         kind_rows = []
         module_rows = []
@@ -74,7 +74,7 @@ class CostAnalysis(Analysis):
 
 
 def _in_float(studied: StudiedNet) -> Row:
-    """Cost of the model without quantization; empty for float models and unknown origins."""
+    """Cost of the model without quantization; empty if it is in float or cannot be rebuilt."""
     if conversion_of(studied.net) is None:
         return {}
     try:
@@ -100,7 +100,7 @@ def _module_row(cost: ModuleCost, kind: str) -> Row:
 
 
 def module_kinds(net: nn.Module) -> dict[str, str]:
-    """One of `KINDS` for each module, found by timm's model description, class and name."""
+    """Kind (one of `KINDS`) of each module, from timm's config, else its class, else its name."""
     place_of = stem_and_heads(net)
     kind_of_place = {"stem": "patch embedding", "head": "head"}
     kinds = {}
@@ -138,7 +138,7 @@ def _by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]
 
 
 def _bars(rows: Sequence[Row]) -> Drawing:
-    """A stacked bar for each model, of bytes and of bit operations."""
+    """Two stacked bars for each model: bytes, and bit operations."""
     labels = list(dict.fromkeys(row["net"] for row in rows))
     figure, axes = panels(2, height=1.6 + 0.9 * len(labels))
     totals_in_words = []

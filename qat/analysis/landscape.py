@@ -1,4 +1,4 @@
-"""Loss of a model on a plane of weight scales, in which a scale search would move.
+"""Loss of a model on a plane in the space of its weight scales, which a scale search explores.
 
 Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
 """
@@ -50,15 +50,15 @@ class Landscape(Analysis):
     """The settings of `analysis/landscape.yaml`.
 
     Attributes:
-        targets: globs of weights whose scales move in both directions.
-        points: number of points along each direction, odd.
-        radius: largest change of a scale in a direction, as a fraction of the scale.
-        loss: `ce` (cross-entropy of labels) or `infonce` (compared with the logits of the float
-            model).
-        seed: seed of the directions.
+        targets: globs that select the weights whose scales change, in both directions of the plane.
+        points: number of points along each direction; must be odd.
+        radius: largest change of a scale along one direction, as a fraction of the scale.
+        loss: `ce` (cross-entropy with the labels) or `infonce` (infoNCE against the logits of the
+            float model).
+        seed: seed of the two random directions.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has a value that is not allowed.
     """
 
     targets: Sequence[str] = ("*",)
@@ -78,14 +78,14 @@ class Landscape(Analysis):
                 f"analysis.points={self.points}: must be odd, "
                 "so that the unchanged model is the middle point"
             )
-        # From 0.5 on, a scale that changes in both directions could reach zero.
+        # With a radius of 0.5 or more, a scale that changes in both directions could reach zero.
         check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
         targets = check_globs("analysis.targets", self.targets, "attn.*.weight")
         object.__setattr__(self, "targets", targets)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Evaluate every point of the plane of every model."""
+        """Compute the loss at every point of each model's plane."""
         half = self.points // 2
         coordinates = [self.radius * (i - half) / half for i in range(self.points)]
         points = []
@@ -106,7 +106,7 @@ class Landscape(Analysis):
         return Outcome(summary, [table], [_contours(grids, coordinates, LOSSES[self.loss])])
 
     def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
-        """The infoNCE loss against the logits of the float model; None for cross-entropy."""
+        """Function that computes infoNCE with the float model's logits; None for cross-entropy."""
         if self.loss == "ce":
             return None
         with torch.no_grad(), in_float(net):
@@ -125,7 +125,7 @@ class Landscape(Analysis):
 def plane(
     net: nn.Module, targets: Sequence[str], seed: int
 ) -> Callable[[float, float], AbstractContextManager[None]]:
-    """A plane of scales: scale s becomes s (1 + x u + y v) with u and v uniform in [-1, 1].
+    """Return a plane of scales: s becomes s (1 + x u + y v), with u and v uniform in [-1, 1].
 
     Zero points and ranges of codes are not changed.
 
@@ -133,14 +133,14 @@ def plane(
         net: a quantized model.
         targets: globs that are matched with `LAYER.ROLE`, or with any part of it that follows a
             dot.
-        seed: seed of the directions, which do not depend on the device.
+        seed: seed of u and v, which do not depend on the device.
 
     Returns:
-        `move(x, y)`, which returns a context in which the model is at this point of the plane.
-        Afterwards the model is unchanged, bit for bit.
+        A function `move(x, y)`. Inside `with move(x, y):`, the model has the scales of this point;
+        after the block, it is unchanged, bit for bit.
 
     Raises:
-        UsageError: no weight is matched.
+        UsageError: no quantized weight matches `targets`.
     """
     generators = [torch.Generator().manual_seed(2 * seed + direction) for direction in (0, 1)]
     directions = {}
@@ -173,13 +173,13 @@ def plane(
 
 
 def shape_of(losses: Tensor) -> dict[str, float]:
-    """Ruggedness of a grid (n, n) of losses, n odd and at least 3.
+    """Measure how rugged a grid (n, n) of losses is; n is odd and at least 3.
 
     Returns:
         `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences
         along the lines of the grid; `relative_roughness`, roughness / (highest - lowest), about
-        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points below all of their
-        neighbours (up to eight). Claim C10 compares these numbers.
+        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points whose loss is below
+        that of all (up to eight) neighbours. Claim C10 compares these numbers.
     """
     low = float(losses.min())
     high = float(losses.max())
@@ -187,7 +187,7 @@ def shape_of(losses: Tensor) -> dict[str, float]:
     roughness = float(torch.cat([losses, losses.T]).diff(n=2, dim=1).abs().mean())
     padded = F.pad(losses, (1, 1, 1, 1), value=torch.inf)
     windows = padded.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (n, n, 9)
-    windows[..., 4] = torch.inf  # the point itself
+    windows[..., 4] = torch.inf  # exclude the point itself
     return {
         "centre": float(losses[middle, middle]),
         "lowest": low,
@@ -199,7 +199,7 @@ def shape_of(losses: Tensor) -> dict[str, float]:
 
 
 def _contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: str) -> Drawing:
-    """Lines of equal loss, with a colour scale per model, and a cross at the unchanged model."""
+    """Draw lines of equal loss with a colour scale per model; a cross marks the unchanged model."""
     figure, axes = panels(1, len(grids), width=max(3.6 * len(grids), 4.8))
     descriptions = []
     for axis, (label, losses) in zip(axes, grids.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Oscillation of weights during training, from the callback's files. Source: arXiv 2203.11086."""
+"""Oscillation of weights in training, from the callback's files. Source: arXiv 2203.11086."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLIPS = "flips a step"
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Share of oscillating weights and number of flips during a run, and per layer at its end.
+    """Share of oscillating weights and number of flips, over a run and for each layer at the end.
 
     The run must have used `callbacks=[default,oscillation]`.
     """
@@ -38,10 +38,10 @@ class OscillationAnalysis(Analysis):
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Read `metrics.csv` and `oscillation.csv` of the runs into one figure and one table.
+        """Read `metrics.csv` and `oscillation.csv` of each run; make one figure and one table.
 
         Raises:
-            UsageError: a run tracked no oscillations.
+            UsageError: a run did not use the oscillation callback.
         """
         curves: dict[str, dict[str, Curve]] = {}
         layers: list[Row] = []
@@ -50,7 +50,7 @@ class OscillationAnalysis(Analysis):
             if folder.name == "checkpoints":
                 folder = folder.parent
             curves[studied.label] = read_curves(folder / "metrics.csv")
-            path = folder / "oscillation.csv"  # exists once a run has ended
+            path = folder / "oscillation.csv"  # exists only after a run has ended
             rows = csv_rows(path) if path.is_file() else []
             if not (curves[studied.label][SHARE] or rows):
                 raise UsageError(
@@ -70,7 +70,7 @@ class OscillationAnalysis(Analysis):
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Curves of a log; if a resumed run logged a step twice, the later line counts."""
+    """Read the curves of a log. If a resumed run logged a step twice, the later line counts."""
     rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
     shares = _logged(rows, "osc/share")
     flips = _logged(rows, "osc/flips")
@@ -84,7 +84,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
-    """Values of a column by step, in the order of steps."""
+    """Values of a column by optimizer step, in ascending order of steps."""
     values = {}
     for row in rows:
         if row.get(column):
@@ -93,9 +93,9 @@ def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
 
 
 def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
-    """A line over optimizer steps for each run.
+    """Draw a line over optimizer steps for each run.
 
-    All lines but the first are dashed, because runs that share their first steps overlap.
+    All lines except the first are dashed, because runs with the same first steps overlap.
     """
     names = []
     for name in (SHARE, FLIPS):

@@ -39,17 +39,17 @@ def requantized(
     steps_from: str = "own",
     resize: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Fake-quantize a weight with changed settings; with defaults, exactly as its quantizer does.
+    """Fake-quantize a weight with other settings; the defaults repeat what its quantizer does.
 
     Args:
-        quantizer: quantizer with a uniform grid; only read.
-        weight: the latent float weight (out, ...) with which the quantizer is called.
+        quantizer: quantizer with a uniform grid; it is not changed.
+        weight: latent float weight (out, ...) that the model passes to the quantizer.
         bits: 2 to 8; 32 = the float weight; None = the quantizer's own bits.
-        steps_from: `own`: step sizes follow the quantizer's rule (at its own bits, the current step
-            sizes). `mse`: the range of each slice is shrunk to the least squared error (half steps
-            keep their rule).
-        resize: maps these step sizes to the new step sizes. The range of codes does not change, so
-            values beyond it are clamped, as in deployment.
+        steps_from: `own` computes step sizes by the quantizer's rule, and keeps the current step
+            sizes if the bits do not change. `mse` shrinks the range of each slice until the squared
+            error is smallest; grids with half steps still use the quantizer's rule.
+        resize: function that maps these step sizes to the ones to use. The range of codes does not
+            change, so values outside it are clamped, as in deployment.
 
     Returns:
         The fake-quantized weight, with the shape and dtype of `weight`.
@@ -75,7 +75,7 @@ def requantized(
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
-    """2^round(log2 x) of non-negative numbers, exactly; 0 stays 0."""
+    """Exactly 2^round(log2 x), for numbers x that are not negative; 0 stays 0."""
     mantissa, exponent = torch.frexp(x)
     rounded = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded), x)
@@ -87,11 +87,11 @@ class WeightSite:
 
     Attributes:
         name: name of the weight's module.
-        place: `stem`, `block` or `head`.
+        place: part of the model: `stem`, `block` or `head`.
         quantizer: the quantizer that the model calls.
-        rule: the quantizer that `requantized` reads: `quantizer`, or for a float weight a quantizer
-            with symmetric codes.
-        bits: current bits, 32 = float.
+        rule: the quantizer that `requantized` uses. It is `quantizer`, but a quantizer with
+            symmetric codes if the weight is in float.
+        bits: current bits; 32 = float.
         shape: shape of the weight, (out, ...).
     """
 
@@ -106,23 +106,23 @@ class WeightSite:
 def weight_sites(
     net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0
 ) -> tuple[nn.Module, list[WeightSite]]:
-    """The weights of a model, quantized or not.
+    """List the weights of a model, quantized or not.
 
     Weights whose quantizer has no uniform grid are left out, with a warning in the log.
 
     Args:
         net: a float model, or a quantized model whose scales are set; not changed.
         input_size: (channels, height, width) of the images.
-        float_axis: when float weights are quantized, the dimension along which step sizes differ;
-            None = one step size for the tensor.
+        float_axis: dimension along which step sizes differ if a float weight is quantized; None =
+            one step size for the whole tensor.
 
     Returns:
-        The model to evaluate, and its weights. A model without quantizers is replaced by a
-        converted copy that shares its tensors.
+        The model to evaluate, and its weights. For a model without quantizers, this is a converted
+        copy that shares the tensors of `net`.
     """
     if conversion_of(net) is None:
         shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
-        # Unlike this recipe, qat.recipe("fp") adds no quantizers.
+        # qat.recipe("fp") would add no quantizers at all; this recipe adds float ones.
         identities = QuantRecipe(**PRESETS["fp"])
         net = convert(copy.deepcopy(net, shared), identities, input_size=input_size).eval()
     symmetric_spec = QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)
@@ -157,12 +157,12 @@ def weight_sites(
 
 
 def is_float(sites: Sequence[WeightSite]) -> bool:
-    """True if none of these weights is quantized."""
+    """True if all of these weights are in float."""
     return all(site.bits == FLOAT_BITS for site in sites)
 
 
 def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """Weights of blocks, except for weights that a quantized model leaves in float."""
+    """Weights in blocks, without those that a quantized model leaves in float."""
     blocks = [site for site in sites if site.place == "block"]
     if is_float(sites):
         return blocks
@@ -170,7 +170,7 @@ def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
 
 
 def changed(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
-    """A context in which weights are `requantized` with a change; no tensor is modified."""
+    """Requantize weights with a change inside a `with` block; no tensor is modified."""
     forwards: dict[nn.Module, Forward] = {}
     for site in sites:
         forwards[site.quantizer] = functools.partial(requantized, site.rule, **change)

@@ -1,4 +1,4 @@
-"""Accuracy of a model whose weights have other step sizes or bit-widths than in training.
+"""Accuracy of a model if its weights get step sizes or bit-widths other than those in training.
 
 Protocol: KURE, arXiv 2002.07686. Conventions: docs/analysis.md, section Robustness.
 """
@@ -52,7 +52,7 @@ BITS = "bits"
 POWER_OF_TWO = "power_of_two"
 PARTS = (STEPS, BITS, POWER_OF_TWO)
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# For each part: name, title, and label of the x axis.
+# For each part: name, title of the figure, and label of the x axis.
 FIGURES = {
     STEPS: (
         "step_sizes",
@@ -61,7 +61,7 @@ FIGURES = {
     ),
     BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
-FLOAT_AT = 10  # position of float on the axis of bits
+FLOAT_AT = 10  # where the axis of bits shows float
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,19 @@ class Robustness(Analysis):
     """The settings of `analysis/robustness.yaml`.
 
     Attributes:
-        parts: parts of `PARTS` to run; None = all parts that a model allows.
+        parts: parts to run, from `PARTS`; None = all parts that the model allows.
         low: lowest factor of the step sizes.
         high: highest factor.
-        ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added.
-        bits: bit-widths of the weights, 32 = float.
+        ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added to
+            them.
+        bits: bit-widths of the weights to evaluate; 32 = float.
         steps_from: rule for step sizes at other bit-widths, one of `STEPS_FROM`.
-        float_bits: bits to which float models are quantized for `steps` and `power_of_two`; None =
-            these parts are left out.
-        float_scales: float weights get step sizes per `channel` or per `tensor`.
+        float_bits: bits to which a float model is quantized for the parts `steps` and
+            `power_of_two`; None = skip these parts.
+        float_scales: whether float weights get one step size per `channel` or per `tensor`.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has a value that is not allowed.
     """
 
     parts: Sequence[str] | None = None
@@ -108,11 +109,11 @@ class Robustness(Analysis):
         check_choice("analysis.float_scales", self.float_scales, tuple(FLOAT_SCALES))
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Two curves for each model, their numbers, and the accuracy with powers of two.
+        """Compute two curves for each model, and the accuracy with power-of-two step sizes.
 
         Raises:
-            UsageError: a requested part needs quantized weights, and a model has none; or no
-                weight of its blocks has a uniform grid.
+            UsageError: a requested part needs quantized weights and a model has none, or no weight
+                in a model's blocks has a uniform grid.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -131,7 +132,7 @@ class Robustness(Analysis):
         return Outcome(summary, [Table("robustness", title, table)], drawings)
 
     def _points(self, studied: StudiedNet) -> list[EvaluationPoint]:
-        """Points to evaluate: the unchanged model, then the points of each part."""
+        """The points to evaluate: first the unchanged model, then the points of each part."""
         float_axis = FLOAT_SCALES[self.float_scales]
         net, weights = weight_sites(studied.net, studied.input_size, float_axis)
         blocks = in_blocks(weights)
@@ -140,8 +141,7 @@ class Robustness(Analysis):
                 f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid"
             )
         parts = {*(self.parts or PARTS)}
-        # Changes of step sizes start from the quantized weights of the model; a float model is
-        # quantized here first.
+        # Step sizes are changed in a quantized model, so a float model is quantized first.
         sites = [site for site in weights if site.bits != FLOAT_BITS]
         base: dict[str, Any] = {}
         if is_float(weights) and self.float_bits is not None:
@@ -191,7 +191,7 @@ class Robustness(Analysis):
 
 
 def _mean_bits(sites: Sequence[WeightSite]) -> float:
-    """Mean bits of all weights; an int if the mean is whole."""
+    """Mean bits of all weights, as an int if the mean is an integer."""
     total_bits = 0
     n_weights = 0
     for site in sites:
@@ -202,7 +202,7 @@ def _mean_bits(sites: Sequence[WeightSite]) -> float:
 
 
 def _renamed(row: Row) -> Row:
-    """A row with the column names of the table."""
+    """Rename the keys of a row to the column names of the table."""
     return {"top-1 (%)" if name == "top1" else name: value for name, value in row.items()}
 
 
@@ -211,7 +211,7 @@ def _rows_of(part: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Summary of the curves of one model."""
+    """Summarize the curves of one model."""
     summary: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
     steps = _rows_of(STEPS, rows)
     if steps:
@@ -233,7 +233,7 @@ def _summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _draw(part: str, table: Sequence[Row]) -> Drawing:
-    """A curve over ratios or bits for each model."""
+    """Draw a curve over ratios or bits for each model."""
     name, title, xlabel = FIGURES[part]
     figure, (axis,) = panels()
     axis.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
@@ -261,7 +261,7 @@ def _draw(part: str, table: Sequence[Row]) -> Drawing:
 
 
 def _tick(row: Row) -> str:
-    """The ratio or the bits of a row."""
+    """Text for the ratio or the bits of a row."""
     if row["bits"] == FLOAT_BITS:
         return "float"
     return f"{row['ratio'] or row['bits']:g}"

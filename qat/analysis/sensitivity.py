@@ -1,4 +1,4 @@
-"""Sensitivity of each layer to quantization, and bits per layer for a budget of bytes.
+"""Sensitivity of each layer to quantization, and a choice of bits per layer for a model size.
 
 Docs: docs/analysis.md.
 """
@@ -49,10 +49,10 @@ from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6
-# A loss change of fewer standard errors than this may be chance.
+# A loss change that is smaller than this number of standard errors may be chance.
 STANDARD_ERRORS = 2
 
-# Bytes of the weights of a layer, by layer name and bits.
+# Bytes that a layer's weights take, by layer name and bits.
 Sizes = Mapping[str, Mapping[int, int]]
 
 
@@ -61,9 +61,9 @@ class Budget:
     """Bytes that the weights may take.
 
     Attributes:
-        fixed_bytes: size of everything else.
+        fixed_bytes: bytes of everything except these weights.
         room: bytes for the weights.
-        sizes: bytes of each weight for each number of bits.
+        sizes: bytes of each weight at each bit-width.
     """
 
     fixed_bytes: int
@@ -71,15 +71,15 @@ class Budget:
     sizes: Sizes
 
     def size_with(self, bits: Mapping[str, int]) -> int:
-        """Bytes of the model if weights have these bits."""
+        """Bytes of the whole model if its weights have these bits."""
         return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
 
 
 class PairedScore:
-    """Scores of models, with the noise of the loss change from the first model.
+    """Scores models, and estimates the noise of each model's loss change from the first model.
 
-    The noise is `STANDARD_ERRORS` standard errors of the mean difference between the losses of an
-    image under both models; NaN for a single image.
+    The noise is `STANDARD_ERRORS` times the standard error of the mean loss difference, where each
+    image contributes one difference between the two models. It is NaN for a single image.
     """
 
     def __init__(self, images: ImageSet) -> None:
@@ -113,10 +113,11 @@ class Sensitivity(Analysis):
 
     Attributes:
         bits: bit-widths to try for the weights of each layer.
-        budget_mb: model size for which bits are suggested, in 10^6 bytes; None = no suggestion.
+        budget_mb: model size, in 10^6 bytes, for which the analysis suggests bits; None = no
+            suggestion.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has a value that is not allowed.
     """
 
     bits: Sequence[int] = (2, 3, 4, 8)
@@ -135,7 +136,7 @@ class Sensitivity(Analysis):
         """Evaluate each layer in float and at other bits, then all suggested bits together.
 
         Raises:
-            UsageError: the budget is below the smallest size of a net.
+            UsageError: a model exceeds the budget even with the lowest bits everywhere.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -149,7 +150,7 @@ class Sensitivity(Analysis):
         return Outcome(summary, tables, drawings)
 
     def _analyze(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
-        """Rows of the table, one per layer, and the summary of one model."""
+        """Analyse one model; return the rows of the table, one per layer, and the summary."""
         net, sites = weight_sites(studied.net, studied.input_size)
         weights = {site.name: site for site in sites}
         quantizers = _quantizers_by_layer(net, weights)
@@ -224,19 +225,20 @@ class Sensitivity(Analysis):
         return points
 
     def _budget(self, studied: StudiedNet, net: nn.Module, sites: Sequence[WeightSite]) -> Budget:
-        """Bytes for the weights whose bits may be chosen.
+        """The budget of bytes for the weights whose bits may be chosen.
 
         Raises:
-            UsageError: the budget is below the smallest size of the model.
+            UsageError: the model exceeds the budget even with the lowest bits everywhere.
         """
         assert self.budget_mb is not None  # noqa: S101  (narrows a type)
         budget_bytes = round(self.budget_mb * MB)
-        # In training, a rule that sets the bits of a stem or head also sets the bits of the input.
-        free_sites = sites if is_float(sites) else in_blocks(sites)
-        fixed_bytes, sizes = stored_bytes(net, free_sites, self.bits)
+        # Only weights in blocks of a quantized model may change: in training, a rule that sets the
+        # bits of a stem or head also sets the bits of its input.
+        adjustable = sites if is_float(sites) else in_blocks(sites)
+        fixed_bytes, sizes = stored_bytes(net, adjustable, self.bits)
         smallest = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
         if smallest > budget_bytes:
-            # The size is printed to the byte, so that it can be used as the new budget.
+            # Print the size exactly, so that users can set it as the new budget.
             raise UsageError(
                 f"analysis.budget_mb={self.budget_mb}: must be at least {smallest / MB:f}, "
                 f"which {studied.label} takes with the lowest bits everywhere"
@@ -247,7 +249,7 @@ class Sensitivity(Analysis):
 def _quantizers_by_layer(
     net: nn.Module, weights: Mapping[str, WeightSite]
 ) -> dict[str, list[Quantizer]]:
-    """Quantizers that round, by layer; layers with weights are listed even if nothing rounds.
+    """Quantizers that round, by layer. Layers with weights are listed even without any.
 
     Quantizers that belong to no layer are listed under "(net)".
     """
@@ -271,7 +273,7 @@ def _row(label: str, layer: str, weight: WeightSite | None) -> Row:
 
 
 def _loss_changes(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, dict[int, float]]:
-    """Loss changes by layer and bits; 0 at the current bits, which were not tried."""
+    """Loss changes by layer and bits. The current bits were not tried, so their change is 0."""
     changes: dict[str, dict[int, float]] = {}
     for name, layer_sizes in sizes.items():
         changes[name] = {}
@@ -283,17 +285,16 @@ def _loss_changes(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, dict[int, 
 def _log_suggestion(label: str, suggestion: Mapping[str, Any]) -> None:
     log.info(
         "%(net)s within %(budget_mb)g MB: %(size_bytes)d bytes, "
-        "loss %(loss).4f (%(expected_loss).4f as the sum of single changes), "
+        "loss %(loss).4f (%(expected_loss).4f expected from adding up the layers' own changes), "
         "top-1 %(top1).2f %%:\n'%(setting)s'",
         {"net": label, **suggestion},
     )
 
 
 def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
-    """Let these quantizers return their input inside a `with` block.
+    """Let these quantizers return their input unchanged inside a `with` block.
 
-    An integer LayerNorm next to one of these quantizers, which would round with its scale, runs in
-    float.
+    An integer LayerNorm that would use the scale of one of these quantizers runs in float.
     """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
     for module in net.modules():
@@ -321,18 +322,18 @@ def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractC
 
 
 def stored_bytes(
-    net: nn.Module, free: Sequence[WeightSite], widths: Sequence[int]
+    net: nn.Module, adjustable: Sequence[WeightSite], widths: Sequence[int]
 ) -> tuple[int, Sizes]:
-    """Bytes of a model without its free weights, and bytes of each free weight by bits.
+    """Bytes without the weights whose bits may be chosen, and bytes of each of those by bits.
 
     Args:
         net: the model.
-        free: weights whose bits may be chosen.
-        widths: bits to choose from; the current bits are added.
+        adjustable: weights whose bits may be chosen.
+        widths: bit-widths to choose from; the current bits of each weight are added.
     """
     fixed_bytes = size_bytes(net)
     sizes: dict[str, dict[int, int]] = {}
-    for site in free:
+    for site in adjustable:
         n_weights = site.shape.numel()
         fixed_bytes -= packed_bytes(n_weights, site.bits)
         if site.bits == FLOAT_BITS:
@@ -346,15 +347,15 @@ def stored_bytes(
 def greedy_bits(
     sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
 ) -> dict[str, int]:
-    """Choose bits for each layer so that the weights fit a size.
+    """Choose bits for each layer so that all weights together fit into `room` bytes.
 
-    The search starts from the bits of least loss. While the weights are too large, it chooses the
-    reduction that adds the least loss per byte saved.
+    The search starts from the bits with the lowest loss. While the weights are too large, it makes
+    the reduction that adds the least loss per byte saved.
 
     Args:
-        sizes: bytes by layer and bits; the smallest sizes of all layers must fit.
-        rises: increase of the loss, by layer and bits.
-        room: bytes that the weights may take.
+        sizes: bytes by layer and bits; with the lowest bits everywhere, the weights must fit.
+        rises: loss increase by layer and bits.
+        room: bytes that all weights together may take.
     """
     bits = {
         name: min(layer_sizes, key=lambda width: (rises[name][width], layer_sizes[width]))
@@ -375,7 +376,7 @@ def greedy_bits(
 
 
 def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
-    """The command-line override that sets bits of layers, together with a model's existing rules.
+    """The command-line override that sets these bits and repeats the model's existing rules.
 
     Returns:
         `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}`.
@@ -389,7 +390,7 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
             **{name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules},
             **{name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()},
         }
-        if recipe.rule_bits == "both":  # but only the bits of weights were chosen
+        if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
             for name in bits:
                 rules[name]["act_bits"] = recipe.at(name).act_bits
     # In Hydra's grammar, keys have no quotes.
@@ -401,7 +402,7 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
 
 
 def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
-    """Loss changes on a logarithmic scale; changes within noise have no colour."""
+    """Draw loss changes on a logarithmic colour scale; changes within noise get no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
     losses = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)

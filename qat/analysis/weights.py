@@ -1,4 +1,4 @@
-"""Weights on the axis of their codes, and how weights and activations use codes."""
+"""Distribution of weights over their codes, and how many codes weights and activations use."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import FLOAT_BITS
 
-# Layer, role (`weight`, or `qk` for a folded matrix), latent float tensor (out, ...), and quantizer
-# or None.
+# Layer, role (`weight`, or `qk` for the folded matrix of QKR), latent float tensor (out, ...), and
+# its quantizer, if it has one.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MOST_PANELS = 9
 ACTIVATION_IMAGES = 128
-# A weight within this many codes of a threshold counts as near it, as in CGA.
+# A weight counts as near a threshold if it is at most this many codes away, as in CGA.
 BOUNDARY = 0.005
 # Thresholds are drawn for at most this many levels.
 MOST_LEVELS = 20
@@ -54,7 +54,7 @@ class WeightAnalysis(Analysis):
     split: ClassVar[str | None] = "train"
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Tables of weights and of activation quantizers; histograms for each model."""
+        """Compute tables of weights and activation quantizers, and histograms for each model."""
         summary = {}
         weight_table = []
         activation_table = []
@@ -70,7 +70,7 @@ class WeightAnalysis(Analysis):
                 batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
                 for row in activation_rows(studied.net, batch):
                     activation_table.append({"net": label, **row})
-            # Panels for evenly spaced weights.
+            # Only some weights, evenly spaced in the list, get a panel.
             stride = math.ceil(len(rows) / MOST_PANELS)
             panel_weights = list(zip(weights, rows, strict=True))[::stride]
             file = "weights_histograms"
@@ -112,7 +112,7 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
 
 
 def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
-    """Weights of linear layers and convolutions, and folded matrices, in the order of modules."""
+    """Weights of linear layers and convolutions, and folded QKR matrices, in module order."""
     sites: dict[str, list[Site]] = defaultdict(list)
     for site in iter_quantizers(net):
         if site.is_weight:
@@ -127,10 +127,10 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 
 @torch.no_grad()
 def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
-    """The number of unused levels of a quantizer, and the percentage of values at the end codes.
+    """Count the unused levels of a quantizer, and the percentage of values at the end codes.
 
-    For a uniform grid, also the percentage of clipped values, which are more than half a step size
-    beyond the end levels.
+    For a uniform grid, the row also has the percentage of clipped values: values more than half a
+    step size beyond the end levels.
     """
     grid = quantizer.grid(x)
     codes = quantizer.codes(x)
@@ -141,7 +141,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
         codes = grid.in_order(codes)
         low = grid.qmin
         high = grid.qmax
-    # A user's own quantizer may have codes outside the bounds; these count as end codes.
+    # The quantizer of a user may return codes outside its bounds; they count as end codes.
     indices = codes.flatten().long().clamp(low, high) - low
     shares = torch.bincount(indices, minlength=high - low + 1) / indices.numel()
     row: Row = {
@@ -156,7 +156,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
 
 
 def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
-    """Range of values and use of codes of each activation quantizer on images (B, C, H, W).
+    """Measure the value range and the code use of activation quantizers on images (B, C, H, W).
 
     Returns:
         A row for each quantizer, in the order in which they ran.
@@ -208,7 +208,7 @@ def _weighted_mean(rows: Sequence[Row], column: str) -> float:
 
 
 def _histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
-    """A panel for each tensor: the distribution of the float weights on the axis of codes."""
+    """Draw a panel for each tensor: a histogram of its float weights on the axis of codes."""
     columns = min(3, len(weights))
     rows = math.ceil(len(weights) / columns)
     figure, axes = panels(rows, columns, height=0.5 + 1.75 * rows)
@@ -233,7 +233,7 @@ def _histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row
 
 
 def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
-    """One panel; the outermost bins include the weights beyond them."""
+    """Draw one panel; the outermost bins include all weights beyond them."""
     grid = None if quantizer is None else quantizer.grid(weight)
     if grid is None:
         xlabel = "standard deviations"
@@ -261,7 +261,7 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
 
 
 def _draw_levels(axis: Axes, levels: Sequence[int]) -> None:
-    """Levels as dots, and thresholds as dashed lines."""
+    """Draw levels as dots, and thresholds as dashed lines."""
     thresholds = [level - 0.5 for level in levels[1:]]
     transform = axis.get_xaxis_transform()
     axis.vlines(thresholds, 0, 1, GREY, "--", linewidth=0.7, transform=transform)

@@ -27,27 +27,28 @@ from qat.nn import BOXES, LOGITS, named_outputs
 from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
-# Largest difference of logits, and of boxes in sides of an image, that counts as equal. For other
-# outputs, such as embeddings, it is a share of their largest number, if that is above 1.
+# Logits count as equal if they differ by at most this, and so do boxes (in sides of an image). For
+# other outputs, such as embeddings, it is a share of the largest number if that is above 1.
 TOLERANCE = 1e-4
-# Number of images with differing logits whose codes are compared.
+# Codes are compared on at most this many of the images whose logits differ.
 EXAMINED = 16
-# A float32 value that is a sum of a few hundred terms is exact to about this share of the largest
-# value of its tensor. If the value is this close to a threshold, either code may result, and the
-# codes of later layers change with it.
+# The error of a float32 sum of a few hundred terms is about this share of the largest value in the
+# tensor. A value this close to a threshold may get either code, which also changes the codes of
+# later layers.
 ROUNDING = 2e-5
-# Runtimes compute in integers where a graph that runs operator by operator does not, and may round
-# values on thresholds the other way. If results differ on more than this share of the images, the
-# runtime computes something else.
+# Runtimes compute some products in integers that are float products if the graph runs operator by
+# operator, so values on thresholds may be rounded the other way. If this changes the outputs of
+# more than this share of the images, the runtime computes something else.
 UNLIKE = 0.1
 
-# Largest difference of outputs, as a share of the largest number, where codes are not compared.
+# Largest allowed difference of outputs, as a share of the largest number, if codes are not
+# compared.
 SHARE = 0.05
 
-# For each quantizer name (`call_name`), in run order: the coordinates of values on the axis of
-# codes, and the codes; for E4M3, values divided by the scale, and rounded.
+# By quantizer name (`call_name`), in the order in which quantizers run: values in units of codes
+# before rounding, and codes. For E4M3: values divided by the scale, and the same values rounded.
 Codes = dict[str, tuple[Tensor, Tensor]]
-# By name.
+# Output tensors by name.
 Outputs = dict[str, Tensor]
 CodesOf = Callable[[Tensor], tuple[Outputs, Codes]]
 
@@ -60,15 +61,16 @@ class Agreement:
         images: number of compared images.
         same_top1: number of images on which file and model predict the same class, for all matched
             queries of a detector; 0 for encoders.
-        other_logits: number of images whose outputs differ by more than the tolerance.
+        other_logits: number of images whose outputs differ by more than `TOLERANCE`.
         largest: largest difference between outputs on all other images.
-        apart: largest difference of an output on any image, as a share of its largest number.
-        boxes: largest difference of boxes of matched queries, in sides of an image; None = no
-            boxes.
-        cosine: lowest cosine of an output of an encoder; None for logits.
-        unlike: number of examined images (some images with differing outputs) on which the file
-            also differs from its own graph, run operator by operator.
-        problem: why the file must not be used in this runtime; None if it agrees.
+        apart: largest difference of an output on any image, as a share of the output's largest
+            number.
+        boxes: largest difference of a detector's boxes, for matched queries, in sides of an image;
+            None for other models.
+        cosine: lowest cosine similarity of an encoder's outputs; None if there are logits.
+        unlike: number of images on which the file also differs from its own graph, run operator by
+            operator. At most `EXAMINED` of the images in `other_logits` are examined.
+        problem: reason not to use the file in this runtime; None = the file agrees with the model.
     """
 
     images: int = 0
@@ -82,7 +84,7 @@ class Agreement:
     problem: str | None = None
 
     def to_text(self) -> str:
-        """One line of text for the user."""
+        """Describe the comparison in one line for the user."""
         if self.cosine is not None:
             difference = f"{self.apart:.1e} of the largest number"
             return f"cosine at least {self.cosine:.6f}, apart by up to {difference}"
@@ -96,8 +98,8 @@ class Agreement:
 class Checked:
     """Comparison of a file with its model in each runtime.
 
-    Onnxruntime decides whether a file is good. OpenVINO is compared if it is installed and can read
-    the file (not INT2); it makes its own mistakes in files for any number of images
+    Only onnxruntime decides whether a file is accepted. OpenVINO is compared if it is installed; it
+    cannot read INT2, and has faults of its own in files for any number of images
     (docs/deployment.md#openvino).
     """
 
@@ -105,7 +107,7 @@ class Checked:
 
     @property
     def problem(self) -> str | None:
-        """Why the file must not be used; None if it agrees."""
+        """Reason not to use the file; None if it agrees with the model."""
         for runtime, agreement in self.agreement.items():
             if runtime != OPENVINO and agreement.problem:
                 return f"{runtime}: {agreement.problem}"
@@ -118,7 +120,7 @@ class Checked:
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 
     def to_text(self) -> str:
-        """Lines of text for the user."""
+        """Describe the comparison for the user, one line per runtime."""
         lines = []
         for runtime, agreement in self.agreement.items():
             if agreement.images:
@@ -129,7 +131,7 @@ class Checked:
 
 
 def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked:
-    """Compare a file with its model on images (B, C, H, W), in all runtimes that are installed."""
+    """Compare an ONNX file with its model on images (B, C, H, W), in all installed runtimes."""
     import onnx  # noqa: PLC0415  (an extra)
 
     model = onnx.load(str(path))
@@ -147,7 +149,7 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
             open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, outputs, open_codes, batches)
             if is_half:
-                limit_difference(agreement, net, batches, lambda x: x.half().float(), 4)
+                check_difference(agreement, net, batches, lambda x: x.half().float(), 4)
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
@@ -162,21 +164,22 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     return checked
 
 
-def limit_difference(
+def check_difference(
     agreement: Agreement,
     net: nn.Module,
     images: Iterable[Tensor],
     rounding: Callable[[Tensor], Tensor],
     factor: float,
 ) -> None:
-    """Set the problem of a form whose logits differ by more than rounding can explain.
+    """Record a problem if the logits of the exported form differ by more than rounding can explain.
 
     Args:
-        agreement: result of `compare`.
+        agreement: result of `compare`, whose `problem` may be set.
         net: the model.
         images: (B, C, H, W) each.
-        rounding: changes images by rounding, to show how far values on thresholds move logits.
-        factor: how many times this move is allowed, and at least `SHARE`.
+        rounding: function that changes images slightly, to show how much values on thresholds can
+            change the logits.
+        factor: this multiple of the change is allowed; `SHARE` is allowed in any case.
     """
     rounded = compare(net, lambda x: net(rounding(x)), None, images)
     allowed = max(SHARE, factor * rounded.apart)
@@ -188,7 +191,7 @@ def limit_difference(
 
 
 def _message(error: RuntimeError) -> str:
-    """The message of an OpenVINO error in one line, without names of source files."""
+    """The message of an OpenVINO error, in one line and without names of source files."""
     lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
     return " ".join(" ".join(lines).split())[:200]
 
@@ -199,13 +202,14 @@ def compare(
     open_codes: Callable[[], CodesOf] | None,
     batches: Iterable[Tensor],
 ) -> Agreement:
-    """Compare another form of a model with the model.
+    """Compare an exported or rewritten version of a model with the model.
 
     Args:
         net: a quantized model, frozen or not.
-        outputs: function that computes the outputs of the other form, which `named_outputs` takes.
+        outputs: function that computes the outputs of the other version, in a form that
+            `named_outputs` accepts.
         open_codes: returns a function that maps an image (1, C, H, W) to outputs and codes of the
-            other form; None = compare only outputs, and report no problem.
+            other version; None = compare only outputs, and report no problem.
         batches: images (B, C, H, W) each.
     """
     images: list[Tensor] = []
@@ -245,12 +249,13 @@ def compare(
         is_like_graph = float(_differences(image_outputs, step_by_step[0])) <= TOLERANCE
         agreement.unlike += not is_like_graph
         if agreement.problem is None:
-            agreement.problem = _first_difference(net_codes(net, images[i]), step_by_step)
+            expected_codes = outputs_and_codes(net, images[i])
+            agreement.problem = _first_difference(expected_codes, step_by_step)
     is_unlike = agreement.unlike * len(other_images) > UNLIKE * len(images) * len(examined)
     if agreement.problem is None and is_unlike:
         agreement.problem = (
-            f"on {agreement.unlike} of {len(examined)} images its output differs from that of its "
-            "graph run operator by operator"
+            f"on {agreement.unlike} of {len(examined)} images, the output differs from "
+            "that of the file's graph run operator by operator"
         )
     return agreement
 
@@ -264,16 +269,17 @@ def _joined(batches: Iterable[Outputs]) -> Outputs:
 
 
 def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
-    """Reorder the queries of a detector: each is the one with the nearest box and scores.
+    """Reorder a detector's queries to match the expected ones by nearest box and scores.
 
-    A detector that selects queries by score may return them in another order.
+    A detector that selects queries by score may return them in another order. Outputs of other
+    models are returned unchanged.
     """
     if BOXES not in expected:
         return actual
     left, right = (
         torch.cat([outputs[BOXES], outputs[LOGITS].sigmoid()], -1) for outputs in (expected, actual)
     )
-    # Products of matrices are not exact enough for distances.
+    # Distances that are computed by matrix products would not be exact enough.
     distances = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
     image_indices = torch.arange(len(left)).unsqueeze(1)
     queries = distances.argmin(-1)
@@ -281,7 +287,7 @@ def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
 
 
 def _differences(expected: Outputs, actual: Outputs) -> Tensor:
-    """Largest difference of all outputs for each image (B,), in units of `TOLERANCE`."""
+    """Largest difference of all outputs for each image (B,), to compare with `TOLERANCE`."""
     actual = _match_queries(expected, actual)
     parts = []
     for name, output in expected.items():
@@ -293,12 +299,12 @@ def _differences(expected: Outputs, actual: Outputs) -> Tensor:
 
 
 def _share(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference, as a share of the largest number."""
+    """Largest difference, as a share of the largest expected number."""
     return float((expected - actual).abs().max() / expected.abs().max().clamp_min(TOLERANCE))
 
 
 def _cosine(expected: Tensor, actual: Tensor) -> float:
-    """Lowest cosine of an output of an image."""
+    """Lowest cosine similarity between the outputs for an image."""
     return float(F.cosine_similarity(expected.flatten(1), actual.flatten(1)).min())
 
 
@@ -309,9 +315,9 @@ def _classes(logits: Tensor) -> Tensor:
 
 
 def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Codes]) -> str | None:
-    """Describe the first difference of codes, or of outputs where all codes are equal.
+    """Describe the first difference of codes, or the difference of outputs if all codes agree.
 
-    The result is None if codes differ only on thresholds.
+    Returns None if codes first differ on a threshold, or if nothing differs.
     """
     expected_outputs, expected_codes = expected
     outputs, actual_codes = actual
@@ -323,15 +329,15 @@ def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Co
         distance = (coordinates - net_coordinates)[differs].abs().max()
         if distance <= ROUNDING * (1 + codes.abs().max()):
             return None
-        return f"codes of {name} differ away from a threshold"
+        return f"codes of {name} differ for values that are not on a threshold"
     difference = float(_differences(expected_outputs, outputs))
     if difference <= TOLERANCE:
         return None
     names = " and ".join(outputs)
-    return f"{names} differ by {difference:.1e} where no code does; must be at most {TOLERANCE:.0e}"
+    return f"{names} differ by {difference:.1e} with equal codes; must be at most {TOLERANCE:.0e}"
 
 
-def net_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
+def outputs_and_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
     """Outputs of a model for an image, and the codes of its activations."""
     codes: Codes = {}
 
@@ -350,15 +356,15 @@ def net_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
         if not site.is_weight and not site.quantizer.is_float:
             hook = functools.partial(record, site.name)
             hooks.append(site.quantizer.register_forward_pre_hook(hook))
-    with probing(net, hooks):
+    with probing(net, hooks):  # removes the hooks
         outputs = named_outputs(net(image))
     return outputs, codes
 
 
 def graph_codes(model: Any, runtime: str) -> CodesOf:
-    """Return a function that maps an image to outputs and codes of an ONNX model.
+    """Return a function that computes the outputs and codes of an ONNX model for an image.
 
-    The function runs a copy of the model whose outputs include the inputs and outputs of all
+    The function runs a copy of the model that also returns the inputs and outputs of all
     quantizers.
     """
     from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)

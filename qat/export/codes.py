@@ -1,9 +1,10 @@
-"""Tensors of codes while a model is written as a graph; they support only views and products.
+"""Tensors of codes that stand in for a model's tensors while the model is written as a graph.
 
-The model runs twice. In the first run, on an image, a tensor carries scale, shift and offset in the
-shape in which the model views the tensor, and each product determines which of the three can be
-applied outside its sum (`plan.py`). In the second run torch traces the model: a tensor has only
-8-bit codes, and each product writes the operators that were planned for it (`write.py`).
+They support only views and products. The model runs twice. The first run is on an image: a tensor
+carries its scale, shift and offset, which follow every view of the tensor, and each product
+determines which of the three can be applied outside its sum (`plan.py`). In the second run, torch
+traces the model: a tensor has only 8-bit codes, and each product writes the operators that were
+planned for it (`write.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qat.model.sites import iter_quantizers
 from qat.utils.validate import FP8
 
 TENSORRT = "onnx format.target=tensorrt"
-# For each width of a stored type, the lowest opset whose Cast accepts the type.
+# Lowest opset whose Cast accepts the stored type, by the width of the type.
 OPSETS = {2: 25, 4: 21, 8: 13}
 # On x86 processors without VNNI, kernels add two products of uint8 and int8 in 16 bits, which
 # saturate beyond 32,767. Two products fit if the int8 code is at most this large: 2 * 255 * 64 =
@@ -41,9 +42,9 @@ _VIEWS = frozenset({
 
 
 class _OnCodes:
-    """Sends products of codes to the tensor's graph.
+    """Passes products of codes to the tensor's `graph`.
 
-    All other operators, such as norms, get plain numbers, because no runtime can run them on codes.
+    All other operators, such as norms, get plain numbers because no runtime computes them on codes.
     """
 
     graph: Any
@@ -64,12 +65,12 @@ class QuantizedTensor(_OnCodes):
     """Tensor with the value (codes + shift) * scale + after.
 
     Attributes:
-        codes: in the first run, integers in float32; in the second run, int8 or uint8 before `zero`
+        codes: integers in float32 in the first run; int8 or uint8 in the second run, before `zero`
             is subtracted.
-        scale, shift, after: in the shape of `codes`, as views if values repeat; None in the second
-            run. `after` is also None for 0.
+        scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
+            second run. `after` is also None if it is 0.
         name: name of the quantizer.
-        zero: code that represents 0.
+        zero: the 8-bit code that products subtract: the code of 0, or the first code above 0.
         graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """
@@ -96,7 +97,7 @@ class QuantizedTensor(_OnCodes):
         return view
 
     def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
-        """A tensor of codes, or a tuple of such tensors for a view that splits a tensor."""
+        """Apply a view to all tensors; the result is a tuple of tensors if the view splits them."""
         views: list[Any] = []
         for tensor in (self.codes, self.scale, self.shift, self.after):
             views.append(None if tensor is None else view(tensor))
@@ -154,15 +155,15 @@ class StoredWeight(_OnCodes):
     The factors have 8 bits: the codes, or 2 * codes + 1.
 
     Attributes:
-        frozen: the weight.
+        frozen: the frozen weight.
         width: bits of the ONNX type of the stored codes.
-        codes: int8 codes that fit the type, or E4M3 floats, or uint8 codes, 128 higher, if int8
-            could saturate (`LARGEST_INT8`).
-        is_doubled: the factors are 2 * codes + 1.
+        codes: int8 codes that fit the type, or E4M3 floats. If int8 could saturate
+            (`LARGEST_INT8`), uint8 codes that are 128 higher.
+        is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
-        zero_point: (n,) or (1,), the dtype of `codes`; None = 0.
-        constant: (n,), added to each row: half a step size for 8-bit StatsQ, or the offset of bias
-            correction; None = 0.
+        zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
+        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, or the offset
+            of bias correction; None = 0.
         graph: see `QuantizedTensor`; None before a graph is written.
     """
 
@@ -177,7 +178,7 @@ class StoredWeight(_OnCodes):
 
     @property
     def factors(self) -> Tensor:
-        """Factors of products without the zero point: integers in float32, shaped as the weight."""
+        """Factors of products minus the zero point: integers in float32, in the weight's shape."""
         factors = self.codes.float()
         if self.is_doubled:
             factors = factors * 2 + 1
@@ -205,8 +206,8 @@ def store_weights(
     """Call `store_weight` for all weights of a frozen model; return the results by name.
 
     Raises:
-        UsageError: the model has block floating point, for which runtimes have no CPU kernels, or
-            8-bit floats, for another target than TensorRT.
+        UsageError: the model has blocks of floats, for which runtimes have no CPU kernels, or 8-bit
+            floats and the target is not TensorRT.
     """
     for site in iter_quantizers(net):
         if site.quantizer.spec.quantizer in FP8 and form != TENSORRT:
@@ -231,15 +232,15 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
     """Choose the smallest type that stores a weight exactly and that the runtime can read.
 
     The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
-    numbers 2k + 1 instead. These are stored if they fit the type (2 and 3 bits in INT4, 5 to 7 in
-    INT8). If they do not fit (4 bits; 2 bits in INT2), k is stored, and 2k + 1 is computed when the
-    file is opened. 8 bits cannot hold 2k + 1: products use k, and half a step is added. Docs:
-    docs/deployment.md.
+    numbers 2k + 1 instead. If 2k + 1 fits the type (2 and 3 bits in INT4, 5 to 7 bits in INT8), it
+    is stored. If it does not fit (4 bits in INT4, 2 bits in INT2), k is stored, and 2k + 1 is
+    computed when the file is opened. With 8 bits, not even a product could use 2k + 1, so products
+    use k and half a step is added. Docs: docs/deployment.md.
 
     Args:
         weight: the frozen weight.
-        smallest: smallest width that may be used: 2; 4, which OpenVINO reads; or 8, which TensorRT
-            reads.
+        smallest: smallest width of the stored type: 2; 4 for files that OpenVINO reads; 8 for files
+            that TensorRT reads.
         cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all codes as int8.
     """
     if isinstance(weight, FrozenFp8):

@@ -1,8 +1,8 @@
 """Write a quantized model as an ONNX file of standard operators: `qat.export_onnx`.
 
-Every product of quantized tensors becomes a product of 8-bit codes. The constants are planned on an
-image (`plan.py`); operators are written while torch traces the model (`write.py`), and then
-simplified (`rewrite.py`). The file is compared with the model.
+Every product of quantized tensors becomes a product of 8-bit codes. A run on an image computes the
+constants (`plan.py`), operators are written while torch traces the model (`write.py`), and the
+graph is then simplified (`rewrite.py`). Finally, the file is compared with the model.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ if TYPE_CHECKING:
 
     from qat.data.settings import DataSettings
 
-# Gelu needs opset 20. A graph is written in this opset, and the number is raised if a stored type
-# needs a later opset: opsets up to 25 only add types and attributes to operators. From opset 21 on,
-# torch would write GroupNormalization, which onnxruntime runs as nine operators on a CPU.
+# Gelu needs opset 20. All graphs are written in this opset. If a stored type needs a later opset,
+# only the number in the file is raised, because opsets up to 25 only add types and attributes to
+# operators. For opset 21 and later, torch would write GroupNormalization, which onnxruntime runs as
+# nine operators on a CPU.
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
 TWO_BIT = {"int4": 4, "int2": 2}
 CPUS = ("any", "fast")
-# Number of noise images on which a file is compared if no other images are passed.
+# A file is compared on this many images of noise if no images are passed.
 IMAGES = 16
 
 
@@ -64,7 +65,7 @@ class OnnxSettings:
     """Settings of an ONNX file.
 
     Attributes:
-        dynamic_batch: the file takes any number of images.
+        dynamic_batch: True = the file takes any number of images; False = one image at a time.
         target: `cpu` writes products of integers for onnxruntime and OpenVINO, `tensorrt` writes
             QuantizeLinear and DequantizeLinear.
         two_bit: `int4` stores 2-bit weights in INT4, which OpenVINO reads; `int2` stores them in
@@ -98,7 +99,7 @@ def export_onnx(
     cpu: str = "any",
     precision: str = "fp16",
 ) -> Checked:
-    """Write a quantized model to an ONNX file, compare both, and keep the file if they agree.
+    """Write a quantized model to an ONNX file, and keep the file if it agrees with the model.
 
     The input is `image` (B, C, H, W), the output `logits` (B, classes), both float32. Models of
     Transformers have the outputs of `qat.nn.named_outputs`. Docs: docs/deployment.md.
@@ -107,9 +108,9 @@ def export_onnx(
         net: a converted model that is calibrated or trained, or a result of `qat.freeze`; not
             changed.
         path: the file; an existing file is replaced.
-        images: preprocessed images (B, C, H, W) of the model's input size; None = noise, on which
-            the logits of the classes are close to each other.
-        dynamic_batch: the file takes any number of images instead of one at a time.
+        images: preprocessed images (B, C, H, W) of the model's input size; None = noise, which is a
+            weaker check, because the logits of the classes are then close to each other.
+        dynamic_batch: True = the file takes any number of images; False = one image at a time.
         target: `cpu` (products of integers, for onnxruntime and OpenVINO) or `tensorrt`
             (QuantizeLinear and DequantizeLinear around products).
         two_bit: `int4`, or `int2`, which takes half the bytes but cannot be read by OpenVINO.
@@ -118,13 +119,13 @@ def export_onnx(
         precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
 
     Returns:
-        How well model and file agree; `to_text()` returns it as text.
+        The comparison of file and model; its method `to_text()` describes it in words.
 
     Raises:
         UsageError: the outputs have no names, the model is not quantized, its scales are not set,
             the images do not fit, the target does not support the model, torch cannot export it,
-            onnx is not installed, or the written file disagrees; it is then kept as
-            `<path>.rejected`.
+            onnx is not installed, or the written file disagrees with the model; the file is then
+            kept as `<path>.rejected`.
 
     Examples:
         >>> net = timm.create_model("deit_tiny_patch16_224")  # doctest: +SKIP
@@ -147,8 +148,8 @@ def export_onnx(
         images = torch.randn(IMAGES, *input_size, generator=torch.Generator().manual_seed(0))
     if tuple(images.shape[1:]) != input_size or not len(images) or not images.isfinite().all():
         raise UsageError(
-            f"images of {tuple(images.shape)}: must be (at least 1, *{input_size}), "
-            "all numbers finite"
+            f"images of shape {tuple(images.shape)}: must have shape (N, *{input_size}) with N at "
+            "least 1, and only finite numbers"
         )
     net = nn.Module.float(copied(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
@@ -170,15 +171,15 @@ def export_onnx(
 
 
 def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
-    """Write and compare a file under another name, and rename it only if it agrees.
+    """Write a file under a temporary name, compare it, and rename it only if it agrees.
 
     Args:
         target: the file.
-        write: function that writes a file of the given name and compares it with the model.
+        write: function that writes a file at a path and compares the file with the model.
 
     Raises:
-        UsageError: `target` is a folder, or the written file disagrees, which is kept as
-            `<target>.rejected`.
+        UsageError: `target` is a folder, or the written file disagrees with the model; the file is
+            then kept as `<target>.rejected`.
     """
     check_not_folder(target)
     unchecked = target.with_name(f".unchecked.{target.name}")
@@ -207,14 +208,14 @@ def write_onnx(
     images: Sequence[Tensor],
     settings: OnnxSettings,
 ) -> Checked:
-    """Write a file, and compare it with its model.
+    """Write an ONNX file, and compare it with its model.
 
     Args:
         path: the file.
         frozen: the model to write.
         net: the model that was frozen, or `frozen` itself.
-        meta: result of `qat.model.metadata.describe`, and `preprocessing`; None = unknown, for
-            example for images that are not square.
+        meta: result of `qat.model.metadata.describe`, with an additional entry `preprocessing`
+            (None = unknown, for example for images that are not square).
         images: (B, C, H, W) each.
         settings: settings of the file.
     """
@@ -236,7 +237,7 @@ def write_onnx(
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
-    """Preprocessing of images: size, mean, std, interpolation, crop_pct, crop_mode."""
+    """The preprocessing for a file: size, mean, std, interpolation, crop_pct, crop_mode."""
     return {
         "size": settings.image_size,
         "mean": list(settings.mean),
@@ -327,7 +328,7 @@ def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
 
 
 def _name_outputs(net: nn.Module, image: Tensor) -> list[str]:
-    """Make a model return its named outputs in a tuple, if not a tensor; return the names."""
+    """Return the names of a model's outputs; if there are several, make it return a tuple."""
     out = net(image)
     if not isinstance(out, Tensor):
         net.register_forward_hook(lambda *results: tuple(named_outputs(results[-1]).values()))
@@ -355,7 +356,7 @@ def _trace(
             dynamic_shapes=dynamic_shapes,
             input_names=[INPUT],
             output_names=names,
-            # An assertion, which torch does not translate.
+            # Torch has no translation for this operator, which is only part of an assertion.
             custom_translation_table={torch.ops.aten._is_all_true.default: aten_all},
             verbose=False,
             optimize=False,
@@ -371,14 +372,14 @@ def _trace(
         )
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
-        """False for codes of weights, which stay integers; None = the optimizer decides."""
+        """False for codes of weights, which must stay integers; None = the optimizer decides."""
         for value in node.inputs:
             if value and (value.name or "").endswith(CODES):
                 return False
         return None
 
-    # Constants that would grow in the file, such as outer products of two vectors, are computed by
-    # runtimes when they open the file.
+    # Do not fold constants that would make the file larger, such as outer products of two vectors;
+    # runtimes compute them when they open the file.
     optimizer.optimize_ir(
         program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold
     )
@@ -386,9 +387,9 @@ def _trace(
 
 
 def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:
-    """Name quantizers, and remove torch's notes on source code.
+    """Convert a graph to a file's content: name quantizers, and remove source code locations.
 
-    In a small model, the notes take more bytes than the weights.
+    In a small model, these locations, which torch adds, take more bytes than the weights.
     """
     import onnx_ir  # noqa: PLC0415  (an extra)
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: PLC0415

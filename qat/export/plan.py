@@ -1,12 +1,12 @@
 """Constants that turn each product of a model into a product of integer codes.
 
-The constants are computed while the model runs on an image. No scale varies along a summed
-dimension, so
+The constants are computed while the model runs on an image. If no scale varies along a summed
+dimension, then
 
     codes_x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
-where the product and scale_w are one integer kernel of a runtime. Half steps, zero points and
-offsets are part of `row` and `constant`.
+where a runtime computes the inner product and scale_w in one integer kernel. Half steps, zero
+points and offsets are part of `row` and `constant`.
 
 A quantizer divides by a step size. If a product directly precedes the quantizer, the division is
 part of the scale of the product.
@@ -56,17 +56,18 @@ class Plan(nn.Module):
     Attributes:
         on_codes: False = a scale varies along the summed dimension, so the product multiplies
             dequantized numbers and uses only `scale`.
-        blocks: number of parts of the outputs that have separate scales and constants, (...,
-            blocks, 1 or out / blocks); 0 = not split.
-        scale: factor of the sum.
+        blocks: number of equal parts into which the outputs are split, each with its own scales and
+            constants of shape (..., blocks, 1 or out / blocks); 0 = not split.
+        scale: factor of the sum of products.
         columns_scale: second factor of the sum, if one factor would be a whole matrix.
-        row: added to the sum, before the scale.
-        ones: (K, 1), int8; a product with `ones` sums the rows of the left codes in integers.
+        row: summand that is added to the sum before the scale.
+        ones: (K, 1), int8, all 1; a product with `ones` sums the rows of the left codes in
+            integers.
         sums: factor of the sum over a row of the left codes, added before the scale.
         columns: factor of the sum over a column of the right codes, added before the scale.
-        constant: added after the scale; includes the bias of a Linear.
-        later: factor of the constant.
-        left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes.
+        constant: summand that is added after the scale; it includes the bias of a Linear.
+        later: factor of the constant; None = 1.
+        left: (..., 1 or N, K), offset of the left factor, which is multiplied by the right codes.
         left_scale: factor of the product of `left` and the right codes.
         weight_scale: (out,) or (), scale of the codes of a weight.
         weight_zero: zero point for each entry of `weight_scale`; None = 0.
@@ -81,23 +82,24 @@ class Plan(nn.Module):
 
 
 class Planner:
-    """Computes the plans of a model from its quantizers and the shapes of its tensors.
+    """Plans the products of a model from its quantizers and the shapes of its tensors.
 
     Args:
-        net: a frozen model; the factors of scores in its attentions are set to 1.
+        net: a frozen model; it is changed: the factors of scores in its attentions become 1.
         cpu: `any` or `fast`, see `added_code`.
 
     Attributes:
         plans: plans of all products and dequantized codes, in the order in which they run.
-        divided: quantizers whose step size is part of the product before them.
+        divided: quantizers that need not divide by their step size, because the product before them
+            does.
         rows: for each weight, the step sizes that divide its outputs, (N, blocks): one for each
             token and part of the outputs.
         columns: for each weight, the step sizes that divide its outputs, (out,): one for each
-            channel, or 1 if there is one for each token.
-        steps: for the names of the quantizers of two activations, the step sizes that divide the
-            product of the two: (), (N, 1) or (h, 1, d) for probabilities and values, whose product
-            is (B, h, N, d). For queries and keys, this is the inverse of the factor of scores,
-            times the step size of the scores if they are quantized.
+            channel, or 1 for channels whose step sizes are in `rows`.
+        steps: the step sizes that divide a product of two activations, by the names of their two
+            quantizers: (), (N, 1) or (h, 1, d) for probabilities and values, whose product is (B,
+            h, N, d). For queries and keys, this is the inverse of the factor of scores, times the
+            step size of the scores if they are quantized.
     """
 
     def __init__(self, net: nn.Module, cpu: str) -> None:
@@ -121,7 +123,7 @@ class Planner:
             _fold_heads(self, module)
 
     def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
-        """The tensor that a quantizer returns while the model is planned."""
+        """The tensor that a quantizer returns in the first run, in which products are planned."""
         zero = torch.zeros(())
         if grid.zero_point is not None:
             zero = view_along(grid.zero_point, x.ndim, grid.axis)
@@ -133,7 +135,7 @@ class Planner:
         return QuantizedTensor(x, scale, shift, after, grid.name, added, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
-        """(codes + shift) * scale + after."""
+        """Add the plan of dequantizing codes; a weight needs no plan."""
         if isinstance(x, StoredWeight):
             return x.value
         plan = Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after))
@@ -143,7 +145,7 @@ class Planner:
     def product(
         self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None
     ) -> Tensor:
-        """Add the plan of a product."""
+        """Add the plan of a product of two activations, or of an activation and a weight."""
         if isinstance(b, StoredWeight):
             return self._product_with_weight(a, b, bias)
         step = self.steps.get((a.name, b.name), ONE)
@@ -197,7 +199,7 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
 
 
 def _fold_factor(planner: Planner, products: HeadProducts) -> None:
-    """Fold the factor of the scores, an argument here, into the product of queries and keys."""
+    """Fold the factor of the scores, an argument of `products`, into the product of q and k."""
     left, right = _score_quantizers(products)
     if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
@@ -212,7 +214,7 @@ def _fold_factor(planner: Planner, products: HeadProducts) -> None:
 
 
 def _score_quantizers(attention: Any) -> tuple[object, object]:
-    """Quantizers of the factors of the scores."""
+    """Quantizers of the two operands whose product is the scores."""
     if isinstance(attention, FqAttention):
         quantizer = attention.qkv_quantizer if _has_no_norms(attention) else None
         return quantizer, quantizer
@@ -222,7 +224,7 @@ def _score_quantizers(attention: Any) -> tuple[object, object]:
 
 
 def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
-    """Fold the step sizes of queries, keys and values into their common projection."""
+    """Fold the step sizes of queries, keys and values into the layer that computes all three."""
     grids = (attention.q_quantizer, attention.k_quantizer, attention.v_quantizer)
     weight = getattr(attention.qkv, "weight_quantizer", None)
     if not isinstance(getattr(attention.qkv, "input_quantizer", None), FrozenActivation):
@@ -251,7 +253,7 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
-    """Fold the step sizes of keys (for each token and head) and values into the products before."""
+    """Fold the step sizes of keys and values into the products that compute keys and values."""
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
     keys = attention.k_quantizer
@@ -309,7 +311,7 @@ def _is_each_token(grid: FrozenActivation) -> bool:
 
 
 def whole_zero(grid: FrozenActivation) -> int:
-    """The code that products subtract: the code of zero, or else the first code above zero."""
+    """The code that products subtract: the code of 0, or the first code above 0 if 0 has none."""
     zero = 0.0
     if grid.zero_point is not None:
         zero = float(grid.zero_point.float().mean().ceil())
@@ -335,7 +337,7 @@ def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
 
 
 def smallest(t: Tensor | None) -> Any:
-    """Shrink a tensor to size 1 along dimensions in which it is constant; None if it is zero."""
+    """Shrink a tensor to size 1 along dimensions where it is constant. Returns None if it is 0."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):
@@ -372,7 +374,7 @@ def _with_weight(
     factors = stored.factors.double()
     columns = 1 / step.double()
     has_one_scale = scale.numel() == 1
-    # A scale of the whole tensor, or of each output, is part of the weight's scales.
+    # Step sizes for the whole tensor, or for each output, become part of the weight's scales.
     tensor_scale = scale.reshape(()) if has_one_scale else ONE.double()
     weight_sums = factors.sum(1) * stored.scale.double() + factors.shape[1] * sums
     row = shift * weight_sums * tensor_scale * columns
@@ -429,7 +431,7 @@ def _double_or_zero(t: Tensor | None) -> Tensor:
 def _constant_of_linear(
     a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None
 ) -> Tensor | None:
-    """The bias, and the offset after the quantizer of `a` times the weight."""
+    """The bias, plus the weight times the offset after the quantizer of `a`."""
     constant = None if bias is None else bias.double()
     after = smallest(a.after)
     if after is None:
@@ -440,14 +442,14 @@ def _constant_of_linear(
 
 
 def _with_ndim(t: Tensor | None, ndim: int) -> Tensor | None:
-    """Convert a tensor to float32, with leading dimensions of size 1."""
+    """Convert a tensor to float32, and add leading dimensions of size 1."""
     if t is None:
         return None
     return t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
 
 
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
-    """Add an offset that is constant along a summed dimension to the shift."""
+    """Make an offset part of the shift, if the offset is constant along the summed dimension."""
     after = smallest(x.after)
     if after is None or after.shape[dim] > 1:
         return x

@@ -1,8 +1,8 @@
 """Write a quantized model as an ExecuTorch file: `export.py format=executorch`.
 
 ExecuTorch's XNNPACK backend computes linear layers on integer codes. XNNPACK derives the step size
-of each row of inputs from the smallest and largest number of the row. So each row gets two more
-numbers, the ends of the quantizer's 8-bit range, whose weights are zero. XNNPACK then uses the
+of each row of inputs from the smallest and largest number of the row. Therefore, each row gets two
+more numbers: the ends of the quantizer's 8-bit range, with weights of zero. XNNPACK then uses the
 trained step size, and its codes equal the model's codes.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, limit_difference
+from qat.export.check import Checked, check_difference, compare
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import require_int8, unfused
@@ -34,7 +34,7 @@ HIGHEST = 127
 def write_pte(
     path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Tensor]
 ) -> tuple[Checked, dict[str, Any]]:
-    """Write a file, and compare it with its model.
+    """Write an ExecuTorch file, and compare it with its model.
 
     Args:
         path: the file.
@@ -43,8 +43,8 @@ def write_pte(
         images: (B, C, H, W) each.
 
     Returns:
-        How well file and model agree; and a dict with the lists that `to_pte` returns, and
-        `logits_apart`, the largest difference as a share of the largest logit.
+        The comparison of file and model; and the dict that `to_pte` returns, with an additional
+        entry `logits_apart`: the largest difference, as a share of the largest logit.
 
     Raises:
         UsageError: ExecuTorch does not support the model.
@@ -53,9 +53,9 @@ def write_pte(
     path.write_bytes(content)
     logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
     agreement = compare(net, logits, None, images)
-    # The codes inside a file cannot be read. Images that differ only by float rounding show how
-    # much values on thresholds change the logits of this model.
-    limit_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
+    # The codes that a file computes cannot be read. Instead, images that differ only by float
+    # rounding show how much values on thresholds can change the logits of this model.
+    check_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
     report = report | {"logits_apart": round(agreement.apart, 6)}
     return Checked({EXECUTORCH: agreement}), report
 
@@ -63,16 +63,16 @@ def write_pte(
 @quiet()
 @torch.no_grad()
 def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
-    """Write a model for one image at a time.
+    """Write a model that takes one image at a time.
 
     Args:
         net: a result of `qat.freeze`, or a float model.
         image: (1, C, H, W), an image of the model's input size.
 
     Returns:
-        The content of the file, and a dict of what does not run on integers: `float_products`,
-        layers whose inputs are rounded and then multiplied as floats, and `outside_xnnpack`, how
-        often each operator runs in ExecuTorch's own kernels.
+        The content of the file, and a dict that tells what does not run on integers.
+        `float_products` lists layers whose inputs are rounded and then multiplied as floats;
+        `outside_xnnpack` counts, by operator, what runs in ExecuTorch's own kernels.
 
     Raises:
         UsageError: XNNPACK does not support a quantizer, or torch or ExecuTorch cannot export the
@@ -81,7 +81,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     net = unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
-    # An optional dependency, imported only here.
+    # ExecuTorch is an optional dependency.
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
         RemoveNoopExpandCopyPass,
@@ -114,9 +114,9 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
 
 
 def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[str]:
-    """Replace linear layers and quantizers by operators that XNNPACK knows.
+    """Replace linear layers and quantizers by operators that XNNPACK supports.
 
-    Returns the names of layers that stay float, with `*` in place of numbers.
+    Returns the names of layers that compute in float, with `*` in place of numbers.
     """
     on_codes = set()
     for name, weight in stored.items():
@@ -146,7 +146,7 @@ def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
 
 
 def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
-    """Let XNNPACK run a linear layer, with an 8-bit input and a 4- or 8-bit weight."""
+    """Make XNNPACK run a linear layer on integers: an 8-bit input and a 4- or 8-bit weight."""
     operators = torch.ops.quantized_decomposed
     step = float(grid.scale)
     bounds = (LOWEST, HIGHEST)

@@ -17,9 +17,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qat.export.codes import StoredWeight
 from qat.export.write import CODES
 
-# OpenVINO fuses these operators with a factor after them.
+# OpenVINO fuses these operators with a factor that follows them.
 _FUSED_WITH_FACTOR = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
-# Onnxruntime moves QuantizeLinear past these operators, as past MaxPool, or fuses them with Conv.
+# Onnxruntime moves QuantizeLinear before these operators, as before MaxPool, or fuses them with
+# Conv.
 _PASSED = frozenset({
     "Reshape",
     "Transpose",
@@ -34,7 +35,7 @@ _NARROW_TYPES = {4: ml_dtypes.int4, 2: ml_dtypes.int2}
 
 
 def simplify(model: ir.Model) -> None:
-    """Apply the rules that keep a graph's meaning."""
+    """Simplify a graph in place by rules that do not change what it computes."""
     rules = {
         "Add": _fold_into_layer_norm,
         "Reshape": _skip_reshape,
@@ -48,14 +49,14 @@ def simplify(model: ir.Model) -> None:
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
-    """The content of a constant; None for any other value."""
+    """The content of a constant. Returns None for any other value."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
 def _split(node: ir.Node) -> Any:
-    """The variable and the constant input of an operator; None if it does not have one of each."""
+    """The variable and the constant input of an operator, if it has one of each; else None."""
     left, right = node.inputs
     for variable, constant in ((left, right), (right, left)):
         array = _array(constant)
@@ -65,7 +66,10 @@ def _split(node: ir.Node) -> Any:
 
 
 def _single_use(value: ir.Value | None, kind: str) -> Any:
-    """The operator of this kind that computes a value which is used once; else None."""
+    """The operator that computes `value`, if it is of this kind; else None.
+
+    Returns None also if the value is used more than once.
+    """
     node = value and value.producer()
     if not node or node.op_type != kind:
         return None
@@ -75,14 +79,14 @@ def _single_use(value: ir.Value | None, kind: str) -> Any:
 def _insert(
     graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any
 ) -> ir.Value:
-    """Add an operator before another operator, and return the result of the new one."""
+    """Insert an operator before the operator `before`, and return the new operator's result."""
     node = ir.node(kind, inputs, attributes)
     graph.insert_before(before, node)
     return node.outputs[0]
 
 
 def _store(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Add a constant."""
+    """Add a constant to the graph."""
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
@@ -127,11 +131,11 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
-    """Multiply by step sizes along dimension 1 in a tensor with an additional dimension.
+    """Before multiplying by step sizes along dimension 1, insert a dimension before it.
 
-    OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear unless step sizes vary along dimension 2. In
-    files for any number of images, the fused operator uses the first step size for all, unless it
-    is part of a larger operator.
+    OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear, except if step sizes vary along dimension 2.
+    In files for any number of images, the fused operator uses the first step size for all values,
+    unless it is itself part of a larger fused operator.
     """
     clip = _single_use(node.inputs[0], "Clip")
     mul = clip and _single_use(clip.inputs[0], "Mul")
@@ -152,7 +156,7 @@ def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def separate_divisions(model: ir.Model) -> None:
-    """Divide by the step size in a separate operator in quantizers after MaxPool or Conv.
+    """Make quantizers after MaxPool or Conv divide by the step size in a separate operator.
 
     Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
     8-bit MaxPool takes a hundred times as long as the float MaxPool. It also rounds the weights of
@@ -171,7 +175,7 @@ def separate_divisions(model: ir.Model) -> None:
 
 
 def _is_passed(node: ir.Node) -> bool:
-    """True for `_PASSED`, and for factors and summands of channels, as of a frozen BatchNorm."""
+    """True for `_PASSED`, and for Mul or Add by a constant per channel, as in a frozen norm."""
     if node.op_type in {"Mul", "Add"}:
         parts = _split(node)
         return parts is not None and parts[1].ndim == 4
@@ -179,9 +183,9 @@ def _is_passed(node: ir.Node) -> bool:
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
-    """Store the codes of weights in types of their bit-width, and cast them to 8 bits.
+    """Store the codes of weights at their bit-width, and add operators that cast them to 8 bits.
 
-    Runtimes cast once, when they open a file.
+    Runtimes cast only once, when they open a file.
     """
     graph = model.graph
     int8_one = _store(graph, "onnx.int8_one", np.array(1, np.int8))

@@ -29,7 +29,7 @@ ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
 EXECUTORCH = "executorch"
 
-# Function of names of values, and images (B, C, H, W), that returns these values.
+# Function that takes names of values in the graph and images (B, C, H, W), and returns the values.
 Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
 
 
@@ -59,10 +59,10 @@ def open_session(
     Args:
         model: path or contents of the file.
         runtime: `onnxruntime`, `openvino` or `executorch`.
-        threads: number of threads, 0 = one per core. ExecuTorch has one setting for all files,
-            which is 1 here.
-        precision: type of float operators in OpenVINO, whose own default is `bf16` if the processor
-            supports it.
+        threads: number of threads; 0 = one per core. ExecuTorch has only one setting for the whole
+            process, which this function sets to 1.
+        precision: type in which OpenVINO computes float operators; its own default is `bf16` if the
+            processor supports it.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:
@@ -80,11 +80,11 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
     if saturates():
-        # Convert int8 weights of products to uint8.
+        # This setting converts int8 weights of products to uint8.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     constants = onnx.load_from_string(content).graph.initializer
     if any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in constants):
-        # It would fuse products with an operator that does not take E4M3.
+        # Otherwise, onnxruntime fuses products into an operator that does not accept E4M3.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(
@@ -92,13 +92,13 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"format=onnx: onnxruntime does not open the file ({reason})") from error
+        raise UsageError(f"format=onnx: onnxruntime cannot open the file ({reason})") from error
     return lambda names, images: session.run(list(names), {INPUT: images})
 
 
 @functools.cache
 def saturates() -> bool:
-    """True if onnxruntime's sums of uint8 times int8 saturate here (x86 without VNNI)."""
+    """True if onnxruntime's sums of uint8 * int8 saturate on this machine (x86 without VNNI)."""
     import onnxruntime  # noqa: PLC0415  (an extra)
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415  (an extra)
 
@@ -119,11 +119,11 @@ def saturates() -> bool:
 def _openvino_core() -> Any:
     """OpenVINO's core, created once per process.
 
-    Closing it would free the stack that it gave to signal handlers, and the next signal would
-    crash.
+    It is never closed: that would free the stack that OpenVINO provides for signal handlers, and
+    the next signal would crash the process.
     """
-    # absl, which OpenVINO imports, later closes the current stderr, unless it is that of the
-    # process.
+    # OpenVINO imports absl, which later closes the stderr that it finds, unless it is the stderr of
+    # the process.
     with contextlib.redirect_stderr(sys.__stderr__):
         import openvino  # noqa: PLC0415  (an extra)
 
@@ -133,8 +133,8 @@ def _openvino_core() -> Any:
 def _open_openvino(content: bytes, threads: int, precision: str) -> Session:
     config = {
         "INFERENCE_PRECISION_HINT": precision,
-        # On processors with integer products, OpenVINO would quantize activations of weight-only
-        # models to 8 bits.
+        # Keeps OpenVINO from quantizing activations to 8 bits in weight-only models, which it does
+        # on processors with integer products.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": str(threads),
     }
@@ -153,7 +153,7 @@ def _open_executorch(content: bytes) -> Session:
     from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  (an extra)
     from executorch.runtime import Runtime  # noqa: PLC0415  (an extra)
 
-    # ExecuTorch writes what it detects about the processor to the stderr of the process.
+    # Hide what ExecuTorch writes about the processor to the stderr of the process.
     stderr = os.dup(2)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)
@@ -194,12 +194,12 @@ def session_outputs(
 
 
 def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
-    """Logits (B, classes) of images, see `session_outputs`."""
+    """Compute logits (B, classes) of images; see `session_outputs`."""
     return session_outputs(session, [OUTPUT], images, batch)[OUTPUT]
 
 
 def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:
-    """Median time of one image in each session, measured alternately."""
+    """Median time in ms of one image in each session; the sessions run alternately."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     array = image.cpu().float().numpy()
     for _ in range(repeats + 1):
@@ -207,13 +207,13 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
             start = time.perf_counter()
             session([OUTPUT], array)
             times[name].append(1e3 * (time.perf_counter() - start))
-    # The first run allocates memory.
+    # Leave out the first run, which allocates memory.
     return {name: statistics.median(session_times[1:]) for name, session_times in times.items()}
 
 
 @quiet()
 def quantize_8bit(source: Path, target: Path) -> None:
-    """Quantize a float file with onnxruntime: 8-bit weights, and input ranges found at run time."""
+    """Quantize a float file by onnxruntime: 8-bit weights, input ranges measured at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow import)
 
     quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)

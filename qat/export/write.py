@@ -1,4 +1,4 @@
-"""Write the operators of a model's quantizers and products while torch traces the model.
+"""Writers of a model's quantizers and products: they call operators while torch traces the model.
 
 The constants that are added to codes come from `plan.py`.
 """
@@ -24,16 +24,16 @@ from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copied
 from qat.utils.validate import FP8
 
-# Outputs of these quantizers are used in sums and norms, not in products.
+# Sums and norms use the outputs of these quantizers; products do not.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
-# Metadata of an operator: the name of its quantizer.
+# Metadata key of an operator, for the name of its quantizer.
 SITE = "qat.site"
-# Name of a weight's buffer whose codes are later stored in a narrower type.
+# Name of the buffer for a weight's codes, which `narrow_weights` later stores in a narrower type.
 CODES = "onnx_codes"
 
 
 def call_name(site: str, names: Container[str]) -> str:
-    """The name of a quantizer, or NAME#2 and so on if it runs again and `names` has NAME."""
+    """The quantizer's name, or NAME#2, NAME#3... if `names` has it because it ran before."""
     name = site
     number = 1
     while name in names:
@@ -43,9 +43,9 @@ def call_name(site: str, names: Container[str]) -> str:
 
 
 def unfused(net: nn.Module) -> nn.Module:
-    """Copy a model in evaluation mode, and compute float attentions by separate operators.
+    """Copy a model in evaluation mode; float attentions of the copy use separate operators.
 
-    Torch translates timm's fused attention only for tensors of four dimensions.
+    Torch can export timm's fused attention only for tensors of four dimensions.
     """
     net = copied(net).eval()
     for module in net.modules():
@@ -57,7 +57,7 @@ def unfused(net: nn.Module) -> nn.Module:
 def write_in_graph(
     net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT
 ) -> None:
-    """Let quantizers return a graph's tensors of codes, or numbers if no product uses the codes."""
+    """Make quantizers return code tensors of the graph, or numbers if no product uses the codes."""
 
     def activation(grid: Any, x: Tensor) -> Any:
         quantized = graph.activation(grid, x)
@@ -73,7 +73,7 @@ def write_in_graph(
 
 
 def _register_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
-    """Register the buffers of a weight; a matrix is stored transposed, as products need it."""
+    """Register the buffers of a weight. A matrix is stored transposed, as products need it."""
     codes = stored.codes
     if codes.ndim == 2:
         codes = codes.t().contiguous()
@@ -95,9 +95,9 @@ def _register_activation(
     Args:
         grid: the quantizer.
         step: scale of QuantizeLinear, ().
-        added: number that makes codes fit 8 bits, see `added_code`.
-        inverse: factor of the input that replaces a division by scales, because division takes
-            runtimes twice as long; None = 1.
+        added: number that is added to codes so that they fit 8 bits, see `added_code`.
+        inverse: factor of the input that replaces a division by scales, which would take runtimes
+            twice as long; None = 1.
     """
     grid.register_buffer("onnx_step", step)
     grid.register_buffer("onnx_inverse", inverse)
@@ -105,16 +105,16 @@ def _register_activation(
     grid.register_buffer("onnx_zero", added + whole_zero(grid))
     grid.onnx_bounds = None
     if grid.qmax - grid.qmin != 255:
-        # The type of the codes has more values than the grid, so Clip needs the ends of the grid.
+        # The grid has fewer values than the 8-bit type, so Clip needs the ends of the grid.
         grid.onnx_bounds = (grid.qmin * float(step), grid.qmax * float(step))
 
 
 class Writer(nn.Module):
-    """Writes products in the order in which they were planned; buffers become constants.
+    """Writes products in the order in which they were planned; its buffers become constants.
 
     Args:
         net: a frozen model; its activation quantizers get buffers.
-        planner: planner with the plans of this model.
+        planner: planner that has planned this model's products.
     """
 
     one: Tensor
@@ -128,8 +128,8 @@ class Writer(nn.Module):
             if not isinstance(grid, FrozenActivation):
                 continue
             is_divided = grid in planner.divided
-            # QuantizeLinear with a step size per token takes twelve times as long as with one for
-            # the tensor.
+            # QuantizeLinear takes twelve times as long with a step size per token as with one step
+            # size.
             has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
             step = grid.scale.reshape(()) if has_step else torch.ones(())
             inverse = None if has_step or is_divided else 1 / grid.scale
@@ -142,10 +142,10 @@ class Writer(nn.Module):
     def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
         """Map to coordinates of codes, clip, and round to 8 bits.
 
-        QuantizeLinear rounds and then adds its zero point, which here is only the number that makes
-        codes uint8. It is not the zero point of the grid, because odd zero points would change how
-        ties are rounded (half to even). Half of all values are ties if the step sizes before and
-        after differ by a power of two.
+        QuantizeLinear rounds and then adds its zero point, which here only makes the codes fit
+        uint8. The zero point of the grid is added before the rounding, because adding an odd number
+        after it would round ties the other way (half to even). Half of all values are ties if the
+        step sizes of two grids differ by a power of two.
         """
         u = x
         if grid.before is not None:
@@ -158,7 +158,7 @@ class Writer(nn.Module):
         return QuantizedTensor(codes, None, None, None, grid.name, grid.onnx_zero, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
-        """(codes + shift) * scale + after."""
+        """Write the dequantization (codes + shift) * scale + after."""
         if isinstance(x, StoredWeight):
             return self._weight(x)
         plan = self._next()
@@ -174,7 +174,7 @@ class Writer(nn.Module):
         return y
 
     def _weight(self, weight: StoredWeight) -> Tensor:
-        """The numbers of a weight.
+        """Write the dequantization of a weight.
 
         All operators here have constant inputs. With Cast in place of DequantizeLinear, onnxruntime
         computes the weight when it opens the file, so that a convolution keeps its blocked layout.
@@ -194,7 +194,7 @@ class Writer(nn.Module):
         return y.t() if y.ndim == 2 else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
-        """Write a product as its plan says."""
+        """Write a product according to its plan."""
         plan = self._next()
         is_weight = isinstance(b, StoredWeight)
         if not plan.on_codes:
@@ -265,7 +265,7 @@ def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
 
 
 def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise `UsageError` unless integer kernels support all quantizers of a model unchanged."""
+    """Raise `UsageError` unless integer kernels support all quantizers of a model directly."""
     for name, module in net.named_modules():
         is_int8 = True
         if isinstance(module, FrozenActivation):
@@ -275,7 +275,7 @@ def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight
         if not is_int8:
             raise UsageError(
                 f"{setting}: {name} must have one scale, no zero point, half steps or offset, and "
-                "codes within int8, as of quant=deploy_w8a8"
+                "codes within int8, as with quant=deploy_w8a8"
             )
 
 
@@ -287,11 +287,11 @@ def _is_int8(grid: FrozenActivation) -> bool:
 
 
 class TensorRT:
-    """Writes quantizers for compilers that choose integer kernels themselves, and returns numbers.
+    """Writes quantizers for TensorRT, which finds the integer products itself.
 
-    Rules of TensorRT's explicit quantization (its developer guide, "Working with Quantized Types"):
-    int8 or E4M3, zero points of 0, one scale for an activation, one for each output of a weight,
-    and nothing between DequantizeLinear and the product.
+    TensorRT's explicit quantization has these rules (its developer guide, "Working with Quantized
+    Types"): codes are int8 or E4M3, zero points are 0, an activation has one scale, a weight has
+    one scale per output, and nothing is between DequantizeLinear and the product.
 
     Args:
         net: a frozen model; its quantizers get buffers.
@@ -322,12 +322,12 @@ class TensorRT:
                 grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
-        """Fake-quantized numbers."""
+        """Quantize and dequantize an activation."""
         codes = _quantize(x if grid.before is None else x + grid.before, grid)
         return _dequantize(codes, grid.onnx_step, grid.onnx_added)
 
     def number(self, weight: StoredWeight) -> Tensor:
-        """Codes times their scale."""
+        """Dequantize a weight."""
         frozen: Any = weight.frozen
         is_matrix = weight.codes.ndim == 2
         y = _dequantize(frozen.onnx_codes, frozen.onnx_factor, axis=int(is_matrix))
@@ -335,17 +335,18 @@ class TensorRT:
 
 
 def compute_in_half(net: nn.Module) -> None:
-    """Convert the float32 tensors of a model for TensorRT to float16, but image and logits.
+    """Convert a model for TensorRT from float32 to float16, except the image and the logits.
 
     Raises:
-        UsageError: float16 cannot hold the scale of an activation to its full precision.
+        UsageError: the step size of an activation is below the smallest normal float16.
     """
     lowest = torch.finfo(torch.float16).tiny
     for name, buffer in net.named_buffers():
         if name.endswith("onnx_step") and buffer < lowest:
             raise UsageError(
-                f"format.precision=fp16: {name} is {float(buffer):.1e}; must be at least "
-                f"{lowest:.1e}, or format.precision=fp32"
+                f"format.precision=fp16: the step size of {name.removesuffix('.onnx_step')} "
+                f"({float(buffer):.1e}) is below the smallest normal float16 ({lowest:.1e}); "
+                "use format.precision=fp32"
             )
     net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)
     net.register_forward_pre_hook(lambda _, args: (args[0].half(),))
@@ -353,7 +354,7 @@ def compute_in_half(net: nn.Module) -> None:
 
 
 def _quantize(u: Tensor, grid: Any) -> Tensor:
-    """QuantizeLinear with one step size, after Clip to the ends of the grid if it is needed."""
+    """Write QuantizeLinear with one step size, after a Clip to the ends of the grid if needed."""
     if grid.onnx_bounds is not None:
         u = u.clamp(*grid.onnx_bounds)
     codes: Tensor = torch.onnx.ops.symbolic(
@@ -368,7 +369,7 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """DequantizeLinear to the type of the scale, with one scale or one per position on an axis."""
+    """Write DequantizeLinear to the scale's type, with one scale or one per position on an axis."""
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(

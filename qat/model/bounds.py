@@ -1,6 +1,6 @@
-"""Limits on the model that an untrusted file describes, and on images for it.
+"""Size limits for the model that an untrusted file describes, and for its images.
 
-The limits grow with the file's weights, and are checked before memory is allocated.
+The limits depend on the size of the file's weights, and are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 # Highest number allowed among a model's arguments.
 MOST_ARGUMENT = 2**17
-# Limits on the tensors and numbers of a model: a multiple of their number in the file, plus a
-# constant. The last limit is for the numbers of a computed tensor.
+# A model may have this multiple of the tensors and numbers in the file, plus a constant. The last
+# limit is for the numbers of one computed tensor.
 TIMES = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
@@ -34,14 +34,15 @@ _OTHER_ERRORS = (
 
 
 class SizeLimit(TorchDispatchMode):
-    """Raises `ValueError` if the block creates far more or far larger tensors than `weights`.
+    """Limits the tensors that a `with` block may create, compared with `weights`.
 
-    Only the current thread is watched. The sizes of tensors that are not computed from others, such
-    as new parameters, are summed; each computed tensor is checked separately.
+    The block raises `ValueError` if it creates far more or far larger tensors. Only tensors of the
+    current thread are checked. The sizes of tensors that are not computed from other tensors, such
+    as new parameters, are summed; each computed tensor is checked by itself.
 
     Args:
         weights: tensors by name; only their shapes matter.
-        subject: start of the message.
+        subject: first words of the error message.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class SizeLimit(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call an operator of torch and count the tensors that it returns."""
+        """Call a torch operator, and count the tensors that it returns."""
         out = func(*args, **(kwargs or {}))
         sizes = _sizes(out)
         if not sizes:
@@ -70,7 +71,7 @@ class SizeLimit(TorchDispatchMode):
             self.tensors_left -= len(sizes)
             self.numbers_left -= sum(sizes)
         if "scaled_dot_product" in str(func):
-            # Attention computes scores that it does not return.
+            # Attention also computes scores, which it does not return.
             query, key = args[:2]
             sizes.append(query[..., 0].numel() * key.shape[-2])
         is_larger = self.tensors_left < 0 or self.numbers_left < 0
@@ -100,16 +101,16 @@ def check_net(
         kwargs: arguments of `timm.create_model`.
         weights: tensors by name; only their shapes matter.
         image_sizes: (height, width) of images with which the model may be called.
-        pretrained_size: (channels, height, width) of `pretrained_cfg`; timm's own value is not
-            checked, because models for smaller images keep it.
+        pretrained_size: (channels, height, width) in the file's `pretrained_cfg`. It is not checked
+            if it is timm's own value, which models for smaller images keep.
     """
     for argument, value in kwargs.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
                 raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
     net: nn.Module | None = None
-    # Other errors appear again when the model is built for use. Some models cannot be built on the
-    # meta device.
+    # Ignore other errors: they appear again when the model is built for use, and some models cannot
+    # be built on the meta device.
     for device in ("meta", "cpu"):
         with contextlib.suppress(*_OTHER_ERRORS), torch.device(device), SizeLimit(weights):
             net = timm.create_model(name, **kwargs).eval().to("meta")

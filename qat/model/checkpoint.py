@@ -1,4 +1,4 @@
-"""Read checkpoints (ours, timm's and plain state dicts) without executing anything in them."""
+"""Read checkpoints of qat or timm and plain state dicts, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from qat.utils.validate import check_choice
 
 FORMATS = ("auto", "qat", "timm", "ofq")
 NET_PREFIX = "net."
-# Keys under which training scripts store weights, averaged or not.
+# Keys under which training scripts store weights or averaged weights.
 _AVERAGED = ("state_dict_ema", "model_ema")
 _TRAINED = ("state_dict", "model")
 # Prefixes that wrappers put before names.
 _WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
-# Files of `qat export` for other runtimes.
+# Suffixes of files that `qat export` writes for other runtimes.
 _EXPORTED = (".onnx", ".pte")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file read into memory.
+    """Content of a checkpoint file.
 
     Attributes:
         path: the file.
         state: weights by name, without wrapper prefixes.
         meta: metadata that `describe` returned; None for a timm checkpoint or a plain state dict.
-        step: optimizer steps taken, for a training checkpoint.
-        args: arguments of the script that wrote it, as timm's scripts store them.
+        step: number of optimizer steps, for a training checkpoint.
+        args: arguments of the training script that wrote the file, as timm's scripts store them.
         training: for a training checkpoint, `epochs`, the number of completed epochs, and `groups`,
             the settings and sizes of the optimizer's groups.
     """
@@ -58,16 +58,16 @@ class Checkpoint:
 def read_checkpoint(
     path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt"
 ) -> Checkpoint:
-    """Read a file of ours, of timm, or a plain state dict (torch or safetensors).
+    """Read a checkpoint of qat or timm, or a plain state dict (torch or safetensors).
 
-    Nothing in the file is executed. If a training script also stored averaged weights, the averaged
-    weights are read, as in timm.
+    Nothing in the file is executed. If the file also contains averaged weights, those are read, as
+    in timm.
 
     Args:
         path: the file.
         fmt: one of `FORMATS`; `ofq` (the paper's code) is read like `timm`, and `qat.interop`
             builds a model from it.
-        setting: the setting that an error names for the file.
+        setting: name of the setting for the file, for error messages.
 
     Raises:
         UsageError: the file does not exist, is damaged, is not plain data, or has another format.
@@ -123,7 +123,7 @@ def _read_file(path: Path, origin: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        # torch's own message advises turning the check off.
+        # Replace torch's own message, which advises turning the check off.
         reason: object = (
             "damaged, or it holds more than tensors and plain data; save only the state_dict()"
         )
@@ -137,7 +137,7 @@ def _read_file(path: Path, origin: str) -> Any:
 
 
 def _may_be_of_torch(path: Path) -> bool:
-    """True for a file that begins like an archive or a pickle, or cannot be opened."""
+    """True if a file begins like an archive or a pickle, or cannot be opened."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(2) in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
     return True
@@ -152,7 +152,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[str, Tensor]:
-    """Weights of a file under timm's names.
+    """Weights in a file, under timm's names.
 
     Args:
         content: the dictionary in the file.
@@ -180,7 +180,7 @@ def _state_dict(content: Mapping[str, Any], fmt: str) -> Mapping[Any, Any]:
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names have a prefix, with the prefix removed."""
+    """The tensors whose names begin with a prefix; the prefix is removed."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

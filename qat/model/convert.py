@@ -1,4 +1,4 @@
-"""Convert a model in place: swap some of its modules for quantized modules."""
+"""Convert a model in place: replace some of its modules by quantized modules."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from qat.utils.validate import check_images
 
 @dataclass(frozen=True)
 class Conversion:
-    """Record of a conversion, which `net.qat_conversion` and checkpoints of the model store.
+    """How a model was converted, as stored in `net.qat_conversion` and in checkpoints.
 
     Attributes:
         recipe: the recipe.
         input_size: (channels, height, width) of the images for which scales and offsets were
             created.
-        signs: which inputs have unsigned grids: all inputs that come from an activation function
-            (`probe`), or only such inputs in timm's `Mlp` (`mlp`), as in older files.
+        signs: which inputs have unsigned grids: `probe` = all inputs that come from an activation
+            function; `mlp` = only such inputs in timm's `Mlp`, as in older files.
     """
 
     recipe: QuantRecipe
@@ -63,10 +63,10 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 
 
 def own_input_size(net: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images of the first model of timm or Transformers in `net`.
+    """Image size (channels, height, width) of the first timm or Transformers model in `net`.
 
     Raises:
-        UsageError: there is no such model, or its config does not say.
+        UsageError: there is no such model, or its config has no image size.
     """
     for module in net.modules():
         if getattr(module, "pretrained_cfg", None):
@@ -80,35 +80,34 @@ def own_input_size(net: nn.Module) -> tuple[int, int, int]:
             return getattr(config, "num_channels", 3), height, width
     raise UsageError(
         "convert.input_size=None: must be (channels, height, width) of the images; "
-        "the model does not say it, as timm's do"
+        "this model does not record it, as timm's models do"
     )
 
 
 def convert(
     net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int] | None = None
 ) -> nn.Module:
-    """Quantize a model in place. All weights are kept; scales have their final shape and are NaN.
+    """Quantize a model in place. Weights do not change; scales have their final shape and are NaN.
 
     Until scales are set (by `qat.initialize_scales`, from a checkpoint or by hand), calling the
-    model raises `UsageError`. A warning names modules that stay in float, such as an attention of
-    an unknown class, if they have more than 1 % of the multiply-accumulates and the recipe does not
-    leave them in float.
+    model raises `UsageError`. A warning names modules that unexpectedly stay in float, such as an
+    attention of an unknown class, if they run more than 1 % of the multiply-accumulates.
 
     Args:
         net: a float model on any device: a timm model, including models with `features_only=True`,
-            or any module with linear layers. A model on the meta device is filled by
+            or any module with linear layers. A model on the meta device can be filled later by
             `load_state_dict(assign=True)`.
         recipe: result of `qat.recipe(...)`; `fp` leaves the model in float.
-        input_size: (channels, height, width) of the model's images; None = timm's size for the
-            model.
+        input_size: (channels, height, width) of the model's images; None = the size in the model's
+            config.
 
     Returns:
         `net` itself.
 
     Raises:
-        UsageError: the model is converted already, a rule of `overrides` matches no module, QKR is
-            impossible, the model cannot process an image of `input_size`, or tokens that have their
-            own scales are dropped in training. The model is then unchanged.
+        UsageError: the model is already converted, a rule of `overrides` matches no module, QKR is
+            impossible, the model cannot process an image of `input_size`, or training drops tokens
+            although each token has its own scale. The model is then left unchanged.
     """
     exempt = apply_recipe(net, recipe, input_size=input_size)
     conversion = conversion_of(net)
@@ -124,7 +123,7 @@ def apply_recipe(
     input_size: tuple[int, int, int] | None,
     signs: str = "probe",
 ) -> list[str]:
-    """`convert` without the warning, to rebuild a model that was converted before.
+    """Do the work of `convert`, without its warning; also used to rebuild converted models.
 
     Args:
         net: see `convert`.
@@ -133,12 +132,12 @@ def apply_recipe(
         signs: see `Conversion`.
 
     Returns:
-        Names of modules that a swap deliberately leaves in float.
+        Names of modules that stay in float on purpose.
     """
     if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError(
-            "convert: the model is already quantized; build a new one, "
-            "or load a checkpoint into another recipe with ckpt="
+            "convert: the model is already quantized; build a new model. On the command line, "
+            "ckpt=FILE loads a quantized checkpoint into another recipe."
         )
     if not isinstance(recipe, QuantRecipe):
         raise UsageError(f"convert: recipe={recipe!r}: must be the result of qat.recipe(...)")
@@ -158,7 +157,7 @@ def apply_recipe(
     tracer = ActivationTracer(activation_classes())
     try:
         if signs == "probe":
-            # Tensors created in inference mode do not count their changes.
+            # The tracer needs the version counters of tensors, which inference mode does not keep.
             with tracer, interface.searching(), torch.inference_mode(mode=False):
                 check_input(net, size, tracer.hooks(net))
         places = stem_and_heads(net) | _heads(net, size)
@@ -186,13 +185,14 @@ def apply_recipe(
 
 
 def _set_methods(net: nn.Module) -> None:
-    """Set methods that timm calls, of a converted model."""
-    # Patterns with `*.` match names in a compiled model, which have a prefix.
+    """Set the methods of a converted model that timm calls."""
+    # Patterns with `*.` also match names in a compiled model, which have a prefix.
     names = no_weight_decay(net)
     patterns = {f"*.{name}" for name in names}
+    # Each call returns a new set.
     net.no_weight_decay = functools.partial(set, names | patterns)  # type: ignore[assignment]
     for module in net.modules():
-        # timm.utils.reparameterize_model calls these methods.
+        # `timm.utils.reparameterize_model` calls these methods.
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):
                 setattr(module, method, _refuse_reparameterization)
@@ -201,8 +201,8 @@ def _set_methods(net: nn.Module) -> None:
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
     """Check that each rule matches a module with quantizers, or an attention.
 
-    An attention may have no quantizers because of the rule itself. Rules that come with the recipe
-    need no match, because not every model has attentions.
+    A rule for an attention is accepted because it may be the reason why there are no quantizers.
+    Rules that belong to the recipe's preset need no match, because not every model has attentions.
     """
     names = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
     own_rules = PRESETS.get(recipe.name, {}).get("overrides", {})
@@ -218,7 +218,7 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
 
 
 def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
-    """Check that no attention with QKR shares weights: it would get separate weights."""
+    """Check that no attention with QKR shares weights, because QKR would separate them."""
     attentions = []
     for parent, name, old in swapped:
         if isinstance(getattr(parent, name), QkrAttention) and old not in attentions:
@@ -235,16 +235,15 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
-    """Check that no tokens are dropped if each token has its own scale.
+    """Check that training drops no tokens if each token has its own scale.
 
-    Scales belong to positions. Tokens are dropped only in training, which moves later tokens to
-    earlier positions.
+    Scales belong to positions, and dropping a token moves all later tokens to earlier positions.
     """
     rates = []
     for module in net.modules():
         if isinstance(module, PatchDropout | PatchDropoutWithIndices):
             rates.append(module.prob)
-    rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera has its own attribute
+    rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera stores its rate here
     has_token_scales = any(
         site.quantizer.axis == -2 and site.quantizer.n_scales for site in iter_quantizers(net)
     )
@@ -256,10 +255,11 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
 
 
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
-    """Places of the first convolution (`stem`) and the classifiers (`head`), by module name.
+    """Names of the first convolution and the classifiers, with `stem` or `head` as values.
 
-    The names are in timm's config of the model, or of a model inside it. With `features_only=True`,
-    module names may differ from the config; the first convolution is then the stem.
+    The names come from timm's config of the model, or of a model inside it. With
+    `features_only=True`, module names may differ from the config; the stem is then the first
+    convolution.
     """
     modules = dict(net.named_modules())
     places = {"head": "head"}
@@ -276,7 +276,7 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
 
 def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Places of the layers that compute the outputs of models of Transformers, by their names."""
+    """Names of the layers that compute the outputs of Transformers' models, with values `head`."""
     models = hf_models(net)
     if not models:
         return {}
@@ -289,7 +289,7 @@ def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
 def recipe_of(net: nn.Module) -> QuantRecipe | None:
     """The current recipe of a model; None for a float model.
 
-    A head that was replaced after the conversion is in float.
+    If a head was replaced after the conversion, the recipe leaves the new head in float.
     """
     conversion = conversion_of(net)
     if conversion is None:
@@ -310,11 +310,11 @@ class _Walk:
         recipe: the recipe.
         places: see `stem_and_heads`.
         unsigned_inputs: modules whose input comes from an activation function.
-        projections: modules that have the place of `attn.proj` in a model of another library.
+        projections: modules of other libraries' models that do what `attn.proj` does in timm.
         swapped: parent, name and replaced module of each swap.
-        replacements: new modules, by old module and kind of input (`SwapContext.input`), so that a
-            module with several names gets only one replacement.
-        in_float: names of modules that a swap leaves in float.
+        replacements: new modules by old module and kind of input (`SwapContext.input`). A module
+            with several names thus gets only one replacement.
+        in_float: names of modules that a swap leaves in float on purpose.
     """
 
     recipe: QuantRecipe
@@ -327,8 +327,8 @@ class _Walk:
 
 
 def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
-    """Swap the children of a module, then their children; `outer` is the module's own swap."""
-    # `named_children` would skip further names of a module that has several.
+    """Swap the children of a module, and then their children. `outer` is the module's own swap."""
+    # `named_children` would list only the first name of a module that has several names.
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")
@@ -354,12 +354,12 @@ def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
         _walk(inner.module, path, walk, inner)
 
 
-# Children of timm's attentions that ours replace or do not need.
+# Children of timm's attentions that our attentions replace or do not need.
 _REPLACED = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"})
 
 
 def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
-    """Replace a child; hooks and attributes that were added to it move to the new child."""
+    """Replace a child of a module; hooks and attributes that users added move to the new child."""
     old = getattr(parent, name)
     if new is old:
         return new
@@ -381,7 +381,11 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
 
 
 def _set_child(parent: nn.Module, name: str, new: nn.Module) -> None:
-    """Set a child, also in plain lists of the parent, which some models call."""
+    """Replace a child of a module, also in the module's plain Python lists.
+
+    Some models call their children through such lists.
+
+    """
     old = getattr(parent, name)
     setattr(parent, name, new)
     for value in vars(parent).values():
@@ -402,7 +406,7 @@ def _refuse_reparameterization(*_: object, **__: object) -> None:
 def check_input(
     net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()
 ) -> dict[str, Tensor]:
-    """Run a model on one image of zeros of `input_size` (channels, height, width).
+    """Run a model on one image of zeros, of the size `input_size` (channels, height, width).
 
     Returns:
         The outputs by name, see `named_outputs`.
@@ -427,10 +431,10 @@ def _allocate(
     input_size: tuple[int, int, int],
     swapped: list[tuple[nn.Module, str, nn.Module]],
 ) -> None:
-    """Create scales and offsets in a forward pass, because shapes depend on the number of tokens.
+    """Create scales and offsets in a forward pass; their shapes depend on the number of tokens.
 
-    Swaps of modules that the model never calls are undone: the model reads their weights directly,
-    so their quantizers would never get a scale.
+    Swaps of modules that the forward pass does not call are undone. The model reads the weights of
+    such modules directly, so their quantizers would never get a scale.
     """
     groups: dict[Quantizer, int] = {}
 

@@ -27,10 +27,11 @@ class Cost:
     """Cost of a model.
 
     Attributes:
-        n_params: parameters in training; for a frozen model, codes and remaining parameters.
-        size_bytes: weights at their bit-widths (with QKR, of the folded matrix), and the rest in
-            float32.
-        macs: multiply-accumulates of one image.
+        n_params: number of parameters in training; for a frozen model, number of codes and
+            remaining parameters.
+        size_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix), and
+            of the rest in float32.
+        macs: multiply-accumulates for one image.
         bitops: sum over matrix products of macs * bits * bits.
     """
 
@@ -45,14 +46,14 @@ class ModuleCost:
     """Cost of one module and its quantizers, without its children.
 
     Attributes:
-        module: path of the module, empty for the model itself.
-        n_params: parameters in training.
-        code_bytes: bytes of weights at their bit-widths (with QKR, of the folded matrix).
+        module: path of the module; empty for the model itself.
+        n_params: number of parameters in training.
+        code_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix).
         scale_bytes: bytes of float32 scales and zero points of weights and activations, including
             scales that training computes from the weights.
         offset_bytes: bytes of learnable offsets.
         float_bytes: bytes of everything else.
-        products: matrix products for one image.
+        products: the matrix products for one image.
     """
 
     module: str
@@ -70,17 +71,17 @@ class ModuleCost:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image."""
+        """Multiply-accumulates for one image."""
         return sum(product.macs for product in self.products)
 
     @property
     def bitops(self) -> int:
-        """Bit operations of one image."""
+        """Bit operations for one image."""
         return sum(product.bitops for product in self.products)
 
 
 def cost(net: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Measure a model by one forward pass of one image (channels, height, width)."""
+    """Measure the cost of a model in a forward pass of one image (channels, height, width)."""
     return total(module_costs(net, input_size))
 
 
@@ -110,12 +111,12 @@ def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[Modul
 
 
 def size_bytes(net: nn.Module) -> int:
-    """Bytes of a stored model: packed codes, float32 scales of rows, everything else in float32."""
+    """Bytes of a stored model: packed codes; scales of rows and everything else in float32."""
     return sum(_sized(name, sizes).size_bytes for name, sizes in _stored(net).items())
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
-    """Number of weights at each bit-width, without scales and offsets, before freezing."""
+    """Number of weights at each bit-width, without scales and offsets; the model is not frozen."""
     sites = {site.name: site for site in iter_quantizers(net)}
     numbers: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
@@ -131,7 +132,7 @@ def weights_by_bits(net: nn.Module) -> Counter[int]:
 
 
 def macs_by_bits(net: nn.Module, input_size: tuple[int, ...]) -> Counter[int]:
-    """Multiply-accumulates of one image by the bit-width of the wider operand."""
+    """Multiply-accumulates for one image, by the bit-width of the wider operand."""
     numbers: Counter[int] = Counter()
     for product in matmuls(net, input_size):
         numbers[max(product.bits)] += product.macs
@@ -143,7 +144,7 @@ def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
 
 
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
-    """Parameters and bytes of each module, under the field names of `ModuleCost`."""
+    """Number of parameters and bytes of each module, by field name of `ModuleCost`."""
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
     coded_sites = [site for site in sites.values() if _has_codes(site)]
@@ -172,7 +173,7 @@ def _has_codes(site: Site) -> bool:
 
 
 def _weight_sizes(site: Site) -> Counter[str]:
-    """Sizes of a weight stored as codes, and of its scales and offsets that are not tensors yet."""
+    """Sizes of a weight as codes, and of its scales and offsets that are not yet stored tensors."""
     quantizer = site.quantizer
     spec = quantizer.spec
     sizes: Counter[str] = Counter()
@@ -211,7 +212,7 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
     if isinstance(quantizer, FrozenWeight):
         if quantizer.spec.quantizer == "affine":
             return [quantizer.stored]
-        # Without zero points, the kind of the quantizer determines the shift.
+        # Without zero points, the quantizer's class determines the shift, so no file stores it.
         return [quantizer.stored, quantizer.shift]
     if site.role == "qk":
         return [owner.q_weight, owner.k_weight]
@@ -220,7 +221,7 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
 
 def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
     """Ids of tensors that a deployed model does not need."""
-    # A deployed relative step size is one number: the start times the learned factor.
+    # A deployed model stores a relative step size as one number: the start times the factor.
     ids = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
     for site in sites:
         if isinstance(site.quantizer, FrozenActivation):
@@ -229,11 +230,11 @@ def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
 
 
 def _module_and_kind(name: str, sites: Iterable[str]) -> tuple[str, str]:
-    """The module and the field of `ModuleCost` that a tensor counts towards.
+    """The module and the field of `ModuleCost` to which a tensor's bytes are added.
 
     Args:
         name: name of the tensor.
-        sites: names of the quantizers; tensors of a quantizer count towards the module that owns
+        sites: names of the quantizers; the tensors of a quantizer count for the module that owns
             the quantizer.
     """
     quantizer = next((site for site in sites if name.startswith(f"{site}.")), None)

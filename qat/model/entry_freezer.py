@@ -1,4 +1,4 @@
-"""Keep entries of parameters unchanged by an optimizer step."""
+"""Freeze single entries of parameters during an optimizer step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class EntryFreezer:
-    """Zeroes gradients before a step and writes values back after it.
+    """Sets gradients to zero before an optimizer step, and restores the values after it.
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move
     an entry. The values are written back in a hook of the optimizer, so that averages and
@@ -19,7 +19,7 @@ class EntryFreezer:
     because a gradient scaler skips it.
 
     Args:
-        after: function to call after values were written back.
+        after: function that is called after values were written back.
     """
 
     def __init__(self, after: Callable[[], None] = lambda: None) -> None:
@@ -28,7 +28,7 @@ class EntryFreezer:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Hook into the optimizers' steps."""
+        """Register a hook for the steps of each optimizer."""
         self.detach()
         self._handles = [
             optimizer.register_step_post_hook(self._restore) for optimizer in optimizers
@@ -43,15 +43,15 @@ class EntryFreezer:
 
     @torch.no_grad()
     def freeze(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Freeze these entries, and no others, during the next step.
+        """Freeze only these entries during the next step.
 
         Args:
-            entries: parameters, and bool masks of their shape, True = frozen.
+            entries: pairs of a parameter and a bool mask of the same shape; True = frozen.
         """
         self._frozen = []
         for parameter, mask in entries:
             if parameter.grad is not None:
-                # A product with the mask would keep NaN: NaN * 0 is NaN.
+                # Multiplying by the mask would keep NaN, because NaN * 0 is NaN.
                 parameter.grad.masked_fill_(mask, 0.0)
             self._frozen.append((parameter, mask, parameter.detach().clone()))
 

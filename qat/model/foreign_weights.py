@@ -1,4 +1,4 @@
-"""Weights of other libraries: names in timm's style, and biases that timm's models lack."""
+"""Adapt weights from other libraries: names as in timm, and biases that timm's models lack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# Only torchvision's Swin has this table of biases; the OFQ paper's code uses the same names.
+# This table of biases identifies torchvision's Swin, whose names the OFQ paper's code also uses.
 _MARK = "features.1.0.attn.relative_position_bias_table"
 
 
@@ -18,7 +18,7 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     renamed = {}
     for name, tensor in state.items():
-        # timm computes these indices.
+        # timm computes these indices itself.
         if not name.endswith("relative_position_index"):
             renamed[_timm_name(name)] = tensor
     return renamed
@@ -31,7 +31,7 @@ def _timm_name(name: str) -> str:
 
 
 def _stage(match: re.Match[str]) -> str:
-    """The stage of a feature: 1 is the first stage, 2 the patch merging before the second stage."""
+    """Name of a feature: 1 is the first stage, 2 the patch merging before the second, and so on."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."
@@ -48,7 +48,7 @@ _NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 
 def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
-    """Give linear layers a bias of zeros. `net.qat_biases` lists their names, for checkpoints.
+    """Add a bias of zeros to linear layers. Checkpoints store their names, from `net.qat_biases`.
 
     Args:
         net: a timm model, not yet converted.
@@ -69,5 +69,5 @@ def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
 
 
 def grown_biases(net: nn.Module) -> list[str]:
-    """Names of the linear layers of `net` that `grow_biases` gave a bias."""
+    """Names of the linear layers to which `grow_biases` added a bias."""
     return list(getattr(net, "qat_biases", []))

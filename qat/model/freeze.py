@@ -1,4 +1,4 @@
-"""Freezing: integer codes in place of float weights, offsets folded into biases."""
+"""Freeze a model: replace float weights by integer codes, and fold offsets into biases."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ DIRECT = (QuantVitAttention, QuantWindowAttention)
 
 
 def freeze(net: nn.Module) -> nn.Module:
-    """Copy a quantized model, with integer codes in place of float weights, and no parameters.
+    """Return a copy of a quantized model with integer codes in place of float weights.
 
-    A weight becomes codes with a scale per row; StatsQ's code k means (k + 1/2) * step size.
-    Query-key reparameterization keeps only the codes of its folded matrix. An offset c after the
-    quantizer of a linear layer's input becomes part of the layer's bias (W c). So does an offset
-    before the quantizer of values, and of queries and keys if no norm or rotation changes them.
-    Other offsets stay before their quantizer; offsets that are zero are removed.
+    The copy has no trainable parameters for quantized weights. A weight becomes codes with a scale
+    per row; StatsQ's code k means (k + 1/2) * step size. Of query-key reparameterization, only the
+    codes of the folded matrix remain. An offset c after the quantizer of a linear layer's input
+    becomes part of the layer's bias (W c). The same holds for an offset before the quantizer of
+    values, and of queries and keys if no norm or rotation changes them. Other offsets stay where
+    they are; offsets that are zero are removed.
 
     Args:
-        net: a converted model with all scales set; it is not changed.
+        net: a converted model whose scales are all set; it is not changed.
 
     Returns:
         The frozen model, in evaluation mode. `qat.iter_quantizers` finds its quantizers, whose
         `codes()` returns the codes of a weight.
 
     Raises:
-        UsageError: the model is in float or frozen already, a scale was never set, a quantizer has
-            no fixed grid, or the weight of a layer is computed from other tensors (pruning,
+        UsageError: the model is in float or already frozen, a scale was never set, a quantizer has
+            no fixed grid, or a layer's weight is computed from other tensors (pruning,
             parametrizations).
     """
     if conversion_of(net) is None:
@@ -67,7 +68,7 @@ def freeze(net: nn.Module) -> nn.Module:
     if is_frozen(net):
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
-    # The method of a model of Transformers refuses quantized models.
+    # The own method of a Transformers model refuses quantized models.
     frozen = freeze_structure(nn.Module.float(copied(net)))
     if hf_models(frozen):
         frozen.save_pretrained = _refuse_to_save  # type: ignore[assignment]
@@ -81,7 +82,7 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 
 
 def keeps_weights(net: nn.Module) -> bool:
-    """True if the float model can be recovered: no offset is in a bias, and no QKR is folded."""
+    """True if the float weights can be recovered: no offset was folded into a bias, and no QKR."""
     for quantizer in _activations(net):
         if quantizer.before is not None or quantizer.after is not None:
             return False
@@ -92,7 +93,7 @@ def keeps_weights(net: nn.Module) -> bool:
 
 @torch.no_grad()
 def freeze_structure(net: nn.Module) -> nn.Module:
-    """Freeze in place, even if scales are not set, to load a file of codes afterwards."""
+    """Freeze a model in place, even if scales are not set, before a file of codes is loaded."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
         setattr(site.owner, site.name.rpartition(".")[2], _frozen_quantizer(site))
@@ -107,7 +108,7 @@ def freeze_structure(net: nn.Module) -> nn.Module:
 
 
 def prune_offsets(net: nn.Module, names: Collection[str]) -> None:
-    """Remove the offsets that are not in `names`: they are zero, and files do not store zeros."""
+    """Remove the offsets that are not in `names`: files leave out offsets that are zero."""
     for name, module in net.named_modules():
         if not isinstance(module, FrozenActivation):
             continue
@@ -121,7 +122,7 @@ def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
 
 
 def _frozen_quantizer(site: Site) -> Quantizer:
-    """The frozen form of a site's quantizer; a float quantizer is kept."""
+    """The frozen version of a site's quantizer; a float quantizer is returned unchanged."""
     quantizer = site.quantizer
     if quantizer.is_float:
         return quantizer
@@ -182,7 +183,7 @@ def _row_offsets(name: str, offsets: Tensor, axis: int) -> Tensor:
 
 
 def _corrected(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
-    """Bias correction is an affine map of each row; put it into the row's scale and `after`."""
+    """Make bias correction, an affine map of each row, part of the row's scale and `after`."""
     axis = frozen.axis or 0
     dequantized = frozen()
     rows = dequantized.movedim(axis, 0).flatten(1)
@@ -208,15 +209,14 @@ def _drop_float_weights(module: QuantModule) -> None:
             for name in ("q_weight", "k_weight", "q_bias"):
                 setattr(module, name, None)
     elif isinstance(module.weight_quantizer, FrozenWeight):
-        # The weight is empty, not absent, because timm's models read the device and dtype of a
-        # layer's weight.
+        # Keep an empty weight, because timm's models read the device and dtype of a layer's weight.
         empty = module.latent("weight").new_empty(0)
         del module.weight
         module.register_buffer("weight", empty, persistent=False)
 
 
 def _fold_offsets(module: nn.Module) -> None:
-    """Move the offsets next to a linear layer into its bias."""
+    """Fold the offsets before and after a linear layer into the layer's bias."""
     if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, FrozenActivation):
         offset = module.input_quantizer.after
         if offset is not None and offset.shape == (module.in_features,):

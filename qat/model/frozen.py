@@ -15,7 +15,7 @@ from qat.functional.ste import check_fit, code_dtype, view_along
 from qat.quantizers import BlockFloat, FloatGrid, Fp8Grid, Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 
-# Offsets of activations: added before the rounding, and after it.
+# Buffers with the offsets of activations, which are added before and after the rounding.
 OFFSETS = ("before", "after")
 
 
@@ -24,8 +24,8 @@ class Frozen(Quantizer):
 
     Attributes:
         name: path of the quantizer in the model.
-        in_graph: while a graph is written, maps the input of `forward` to the operand of products
-            in the exported graph; None otherwise.
+        in_graph: function that is set only while a graph is written; it maps the input of `forward`
+            to an operand of products in the exported graph.
     """
 
     in_graph: Callable[[Any], Any] | None = None
@@ -37,14 +37,15 @@ class Frozen(Quantizer):
 
 
 class FrozenWeight(Frozen):
-    """A weight, (codes + shift) * scale + after.
+    """A weight with the value (codes + shift) * scale + after.
 
     Attributes:
         stored: codes, int8 or uint8, in the shape of the weight.
-        scale: step size, (n,), one per row or one for all rows.
-        shift: (n,) in codes, multiples of 1/2: 1/2 for StatsQ, minus the zero point for affine
-            grids.
-        after: (n,), added to each row by bias correction or by the quantizer; or None.
+        scale: step sizes, (n,): one per row, or one for all rows.
+        shift: (n,), in units of codes, multiples of 1/2: 1/2 for StatsQ, the negative zero point
+            for affine grids.
+        after: (n,), number added to each row by bias correction or an offset of the quantizer; None
+            = 0.
     """
 
     stored: Tensor
@@ -64,10 +65,10 @@ class FrozenWeight(Frozen):
             self.register_buffer(key, value)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
-        """The float32 weight; `x` is not used."""
+        """The float32 weight. `x` is not used."""
         return self.grid().dequantize(self.stored)
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The dequantized weight."""
         return self() if self.in_graph is None else self.in_graph(None)
 
@@ -76,7 +77,7 @@ class FrozenWeight(Frozen):
         return self.stored
 
     def grid(self, x: Tensor | None = None) -> Grid:
-        """The grid of the float weight that was removed."""
+        """The grid to which the removed float weight was rounded."""
         lowest = -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
         highest = lowest + 2**self.spec.bits - 1
         after = None if self.after is None else view_along(self.after, self.stored.ndim, self.axis)
@@ -94,9 +95,10 @@ class FrozenBlocks(FrozenWeight):
     """A weight stored as blocks of floats.
 
     Attributes:
-        stored: codes, bits of E2M1 or E4M3, uint8, in the shape of the weight.
-        scale: bytes of the scales of blocks, E4M3 or E8M0, uint8; the last dimension counts blocks.
-        per_tensor_scale: factor of E4M3 scales, a float32 scalar; None if scales are powers of two.
+        stored: codes (E2M1 or E4M3 floats as bit patterns), uint8, in the shape of the weight.
+        scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8; the last dimension is the
+            block.
+        per_tensor_scale: factor of E4M3 scales, a float32 scalar; None for E8M0 scales.
     """
 
     in_blocks = True
@@ -113,25 +115,25 @@ class FrozenBlocks(FrozenWeight):
         stored = codes.movedim(-1, quantizer.dim).contiguous()
         super().__init__(quantizer.spec, quantizer.axis, name, (stored, scale, None, None))
         self.register_buffer("per_tensor_scale", tensor_scale)
-        # An empty tensor with the dtype of the model.
+        # An empty tensor that records the dtype of the model.
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.empty = quantizer.grid()
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The dequantized weight, in the dtype of the model."""
         return self().to(self.like.dtype)
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
-        """The grid of the float weight that was removed."""
+        """The grid to which the removed float weight was rounded."""
         factors = self.scale.view(self.scale_dtype).float().movedim(-1, self.empty.dim)
         return dataclasses.replace(self.empty, factors=factors, tensor_scale=self.per_tensor_scale)
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors of torchao's `MXTensor` and `NVFP4Tensor`.
+        """The weight as the tensors that torchao's `MXTensor` and `NVFP4Tensor` consist of.
 
         Returns:
-            `qdata` (two E2M1 codes or one E4M3 code per byte), `scale`, and `per_tensor_scale` if
-            there is one.
+            A dict with `qdata` (two E2M1 codes or one E4M3 code per byte), `scale`, and
+            `per_tensor_scale` if there is one.
         """
         codes = self.stored.movedim(self.empty.dim, -1)
         if self.spec.bits == 4:
@@ -148,29 +150,29 @@ class FrozenFp8(FrozenWeight):
     """A weight of E4M3 floats.
 
     Attributes:
-        stored: codes, bits of E4M3, uint8, in the shape of the weight.
-        scale: (n,), a scale for each row.
+        stored: codes (E4M3 floats as bit patterns), uint8, in the shape of the weight.
+        scale: (n,), one scale per row.
     """
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The weight, in the dtype of the model."""
         return self().to(self.scale.dtype) if self.in_graph is None else self.in_graph(None)
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid:
-        """The grid of the float weight that was removed."""
+        """The grid to which the removed float weight was rounded."""
         return Fp8Grid(axis=self.axis, factors=self.scale)
 
 
 class FrozenActivation(Frozen):
-    """An activation, (clamp(round((x + a) / s + z), qmin, qmax) - z) * s + c.
+    """Rounds an activation to (clamp(round((x + a) / s + z), qmin, qmax) - z) * s + c.
 
     Attributes:
         scale: s, (n,), in the unit of the input.
         zero_point: z, (n,), multiples of 1/2; None = 0.
-        before: a, over trailing dimensions, or None.
-        after: c, over trailing dimensions, or None.
-        bounds: lowest and highest code, int16, (2,). Calibration decides whether the codes of an
-            image are signed, so files store them.
+        before: a, in the shape of the trailing dimensions; None = 0.
+        after: c, in the shape of the trailing dimensions; None = 0.
+        bounds: lowest and highest code, int16, (2,). Files store them because calibration decides
+            whether the codes of an image are signed.
         qmin, qmax: `bounds` as Python numbers.
     """
 
@@ -200,11 +202,11 @@ class FrozenActivation(Frozen):
         return self.grid().dequantize(self._rounded(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes in [qmin, qmax], including the zero point."""
+        """Codes in [qmin, qmax]; the zero point is already added."""
         return self._rounded(x).to(code_dtype(self.qmin, self.qmax))
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The grid that the buffers describe."""
+        """The grid that the buffers define."""
         return UniformGrid(
             qmin=self.qmin,
             qmax=self.qmax,
@@ -234,7 +236,7 @@ def _zero_point(grid: UniformGrid) -> Tensor | None:
 
 
 class FrozenNonuniform(Frozen):
-    """Wraps a quantizer whose values are not evenly spaced, such as powers of two."""
+    """Wraps a quantizer with unevenly spaced values, such as powers of two."""
 
     def __init__(self, quantizer: Quantizer, name: str) -> None:
         super().__init__(quantizer.spec, quantizer.axis, name)
@@ -256,7 +258,7 @@ class FrozenNonuniform(Frozen):
 
 
 class FrozenFp8Activation(FrozenNonuniform):
-    """An activation of E4M3 floats with one scale."""
+    """Rounds an activation to E4M3 floats with one scale."""
 
     before = None
     onnx_bounds = None
@@ -267,5 +269,5 @@ class FrozenFp8Activation(FrozenNonuniform):
 
 
 def is_frozen(net: nn.Module) -> bool:
-    """True for a model that `freeze` returned."""
+    """True if `freeze` returned this model."""
     return any(isinstance(module, Frozen) for module in net.modules())

@@ -1,4 +1,4 @@
-"""Metadata of a checkpoint: how to build the model that the weights belong to."""
+"""Metadata of a checkpoint, which tells how to build the model that the weights belong to."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from qat.utils.validate import check_images
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
-# Keys of timm's `pretrained_cfg` that are stored: which weights they are, and how images are
-# prepared. These keys differ between tags of one model.
+# Stored keys of timm's `pretrained_cfg`: the origin of the weights, and the preparation of images.
+# Their values differ between the pretrained tags of a model.
 IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_MOST_PIXELS = 2**25  # image size, as files store the input size of a model
+_MOST_PIXELS = 2**25  # largest image size that a file may store
 
 
 def is_plain(value: object) -> bool:
-    """True for data that `torch.load(weights_only=True)` reads: None, numbers, text, lists, dicts.
+    """True if `torch.load(weights_only=True)` can read a value: None, numbers, text, lists, dicts.
 
-    Subclasses, such as NumPy's numbers and enumerations, are stored with their class names, which
-    the reader refuses.
+    Instances of subclasses, such as NumPy's numbers and enumerations, are not plain: files store
+    them with the names of their classes, which `torch.load` then refuses.
     """
     kind = type(value)
     if kind is dict:
@@ -41,7 +41,7 @@ def is_plain(value: object) -> bool:
 
 
 def data_of(net: nn.Module) -> dict[str, Any] | None:
-    """Data config that the file of a model recorded; None if unknown."""
+    """Data config from the file that a model was loaded from; None if unknown."""
     return getattr(net, "qat_data", None)
 
 
@@ -62,18 +62,17 @@ def describe(
 
     Args:
         net: a converted or float model.
-        model: timm name; None = the name that timm noted on the model; models of Transformers need
-            none.
-        model_kwargs: arguments of `timm.create_model`; None = the arguments that timm noted on the
+        model: timm name; None = the name that timm stored in the model. Models of Transformers need
+            no name.
+        model_kwargs: arguments of `timm.create_model`; None = the arguments that timm stored in the
             model.
-        data: config of the data that the model was trained on; None = the config that `load` found
-            in the model's file.
-        classes: names of the classes, in the order of the outputs; None = the names that `load`
-            found in the model's file.
+        data: config of the training data; None = the config that `load` found in the model's file.
+        classes: class names in the order of the outputs; None = the names that `load` found in the
+            model's file.
 
     Raises:
-        UsageError: the model does not record how it was built, or not in plain data; data is not
-            a dict, or classes are not a list of names.
+        UsageError: the model does not record how it was built, or the record is not plain data;
+            `data` is not a dict, or `classes` is not a list of names.
     """
     if data is None:
         data = data_of(net)
@@ -111,7 +110,7 @@ def describe(
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
         "pretrained_cfg": image_config,
-        # `reset_classifier` may have changed the class count after timm noted the arguments.
+        # `reset_classifier` may have changed the class count after timm stored the arguments.
         "pool": get_model_args(net).get("global_pool"),
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
@@ -146,7 +145,7 @@ def _check_outputs(net: nn.Module, num_classes: int) -> None:
 
 
 def check_metadata(meta: Any, origin: str) -> None:
-    """Raise `UsageError` if metadata of a file does not have the form that `describe` returns."""
+    """Raise `UsageError` if a file's metadata does not have the form that `describe` returns."""
     try:
         check_bounds(meta)
         _check_types(meta)
@@ -176,4 +175,4 @@ def _check_types(meta: Any) -> None:
         and num_pixels <= _MOST_PIXELS
     )
     if not fits:
-        raise TypeError("has something of another kind")
+        raise TypeError("a value has the wrong type")

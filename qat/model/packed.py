@@ -1,9 +1,9 @@
-"""One small file for a frozen model: codes at their bit-width, float32 numbers, and an index.
+"""Packed files: a frozen model in one small file.
 
-A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model,
-recipe, data, classes), `index` (zlib, base64: JSON), `crc32`. A named tensor for each weight would
-need a hundred bytes of header per tensor, a tenth of a small model. docs/deployment.md describes
-the format.
+A packed file is a safetensors file with two tensors, `codes` (bytes, codes at their bit-width) and
+`floats`, and metadata: `qat` (JSON: model, recipe, data, classes), `index` (zlib, base64: JSON),
+`crc32`. If each weight were a tensor with a name, each would need a hundred bytes of header, which
+is a tenth of a small model. docs/deployment.md describes the format.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpac
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
-# The second format adds blocks of floats, which are separate tensors.
+# The second format adds blocks of floats, which are stored as separate tensors.
 FORMATS = ("packed-1", "packed-2")
-# The index of a file may unpack to this many bytes; without a limit, 2 MB could become 2 GB. The
-# entry of a tensor takes less than 100 bytes.
+# Limit on the bytes to which a file's index unpacks: otherwise 2 MB could become 2 GB. The entry of
+# a tensor takes less than 100 bytes.
 _MOST_INDEX = 2**23
 _DTYPES = {
     str(value).removeprefix("torch."): value
@@ -39,16 +39,16 @@ _DTYPES = {
 
 
 def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> dict[str, int]:
-    """Write a frozen model; after an error, no file is written or replaced.
+    """Write a frozen model to a packed file. If this fails, no file is created or replaced.
 
     Args:
-        net: a model of `qat.freeze`.
+        net: a model that `qat.freeze` returned.
         path: the file.
-        meta: metadata of `qat.model.metadata.describe`.
+        meta: metadata from `qat.model.metadata.describe`.
 
     Returns:
-        Bytes of codes, of scales (with zero points), of offsets, of all other floats, and of the
-        header (index, recipe, classes).
+        A dict with the bytes of codes, of scales (with zero points), of offsets, of all other
+        floats, and of the header (index, recipe, classes).
     """
     packer = _Packer(net)
     for name, tensor in net.state_dict().items():
@@ -137,7 +137,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _content(name: str) -> str:
-    """Key of `_Packer.sizes` for a float tensor."""
+    """The key of `_Packer.sizes` under which a float tensor counts."""
     last_part = name.rpartition(".")[2]
     if "_quantizer." not in name:
         return "offsets" if last_part == "product_offset" else "rest"
@@ -145,7 +145,7 @@ def _content(name: str) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
-    """CRC-32, in eight digits, of codes, floats, other tensors by name, and texts of the header."""
+    """CRC-32 (eight digits) of codes, floats, other tensors by name, and texts of the header."""
     checksum = 0
     for name in ("codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})):
         checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
@@ -157,10 +157,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     """Read a packed file.
 
     Returns:
-        Weights by name, and the metadata of `describe`; None for other safetensors files.
+        Weights by name, and the metadata that `describe` returned; None if it is another
+        safetensors file.
 
     Raises:
-        UsageError: the file is of a newer format.
+        UsageError: a newer version of qat wrote the file.
         ValueError, LookupError, TypeError: the parts of the file do not fit together.
     """
     with safetensors.safe_open(str(path), framework="pt") as file:
@@ -175,15 +176,15 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
     header = (metadata["format"], metadata["qat"], metadata["index"])
-    # Older files have a checksum that covers only tensors.
+    # In older files, the checksum covers only tensors.
     if metadata["crc32"] not in {_checksum(tensors, *header), _checksum(tensors)}:
-        raise ValueError("it is damaged: its checksum does not fit")
+        raise ValueError("it is damaged: its checksum does not match")
     index_text = zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), _MOST_INDEX)
     return _unpacked(json.loads(index_text), tensors), json.loads(metadata["qat"])
 
 
 def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, which are read from the tensors of a file as its index says."""
+    """Read weights by name from the tensors of a file, according to the file's index."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
     if num_constants > MOST_CONSTANT:
         raise ValueError(f"its index lists {num_constants} numbers that are missing")
@@ -219,7 +220,7 @@ class _Cursor:
         self.position = 0
 
     def take(self, size: int) -> Tensor:
-        """The next elements."""
+        """Return the next `size` elements."""
         start = self.position
         self.position += size
         return self.tensor[start : self.position]

@@ -1,4 +1,4 @@
-"""Share models as timm and Hugging Face do: a folder with weights, `config.json` and a card."""
+"""Share models as timm and Hugging Face do: a folder of weights, `config.json` and a card."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_images, check_number
 
-PREFIX = "hf-hub:"  # timm's prefix of `user/name`
+PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-PROCESSOR = "preprocessor_config.json"  # of models of Transformers
+PROCESSOR = "preprocessor_config.json"  # written for Transformers' models
 LIBRARY = "vit-qat"  # `library_name` in the `config.json` of our models
 INSTALL = (
     f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
@@ -47,7 +47,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
-    """Path of the first file of `names` that the local cache has from a repository."""
+    """Path of the first of these files of a repository that is in the local cache, if any."""
     for name in names:
         path = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(path, str):
@@ -56,11 +56,11 @@ def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
 
 
 def require_host(address: str, origin: str, problem: str, advice: str) -> None:
-    """Check that a host responds, because the hub's own client would retry silently for a minute.
+    """Check that a host responds; the client of the hub would retry silently for a minute.
 
     Raises:
-        UsageError: the host does not respond within 4 s: `origin: problem and ... cannot be reached
-            (reason); advice`.
+        UsageError: the host does not respond within 4 s. The message is `origin: problem and
+            address cannot be reached (reason); advice`.
     """
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -69,7 +69,7 @@ def require_host(address: str, origin: str, problem: str, advice: str) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S):
             pass
     except urllib.error.HTTPError:
-        return  # an error code is a response
+        return  # even an error code is a response
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(
             f"{origin}: {problem} and {address} cannot be reached ({error}); {advice}"
@@ -79,18 +79,19 @@ def require_host(address: str, origin: str, problem: str, advice: str) -> None:
 def fetch(repository: str, origin: str) -> Path:
     """Return a local folder with `config.json` and `model.safetensors` of a repository.
 
-    Only these two files are downloaded, if they are not in the local cache.
+    Files that are not in the local cache are downloaded, with the image processor's config if there
+    is one.
 
     Args:
         repository: `user/name`.
         origin: name of the repository in error messages.
 
     Raises:
-        UsageError: `repository` is not of the form `user/name`, the files are not cached and cannot
-            be downloaded, or the config names other files.
+        UsageError: `repository` does not have the form `user/name`, the files are not cached and
+            cannot be downloaded, or the config would load other files.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise UsageError(f"{origin}: must be user/name of a repository of the hub")
+        raise UsageError(f"{origin}: must be user/name, a repository on the hub")
     if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
         _download(repository, origin)
     folder = Path(str(find_cached(repository, (CONFIG,)))).parent
@@ -113,18 +114,18 @@ def _download(repository: str, origin: str) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{origin}: cannot be fetched ({reason}); a private one needs a token (hf auth login)"
+            f"{origin}: cannot be downloaded ({reason}); private ones need a token (hf auth login)"
         ) from error
 
 
 def _check_config(folder: Path) -> None:
-    """Raise `ValueError` if an untrusted config loads further files, or asks for a huge model."""
+    """Raise `ValueError` if an untrusted config would load other files, or a huge model."""
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
-        raise ValueError("its arguments would read something else")
+        raise ValueError("its arguments would load other files")
     if "${" in json.dumps(config):
-        raise ValueError("it holds '${', which would be resolved as a setting")
+        raise ValueError("it contains '${', which would be resolved as a setting")
     image_config = config.get("pretrained_cfg") or {}
     if not isinstance(image_config, dict):
         image_config = {}
@@ -149,18 +150,18 @@ def _check_size(
 
 
 def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
-    """A local folder with an image classifier of Transformers, and arguments that build it.
+    """Return a local folder with an image classifier of Transformers, and arguments to build it.
 
     Args:
-        name: a folder of its `save_pretrained`, or `user/name` of the hub.
-        origin: name of the folder in a message.
+        name: a folder that Transformers' `save_pretrained` wrote, or `user/name` on the hub.
+        origin: name of the folder in error messages.
 
     Returns:
-        The folder, with the files of `fetch` and perhaps `preprocessor_config.json`, and arguments
-        of `TransformersClassifier`, without preprocessing.
+        The folder (see `fetch`), and arguments of `TransformersClassifier`, without preprocessing.
 
     Raises:
-        UsageError: see `fetch`; it has no such files, or its config is of another kind of model.
+        UsageError: see `fetch`; or a file is missing, or the config belongs to another kind of
+            model.
     """
     folder = Path(name) if Path(name).is_dir() else fetch(name, origin)
     for file in (CONFIG, WEIGHTS):
@@ -171,7 +172,7 @@ def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
         _check_config(folder)
         architecture = _classifier_class(config)
         arguments = {"architecture": architecture, "config": config}
-        num_classes = len(config.get("id2label") or "01")  # two if it does not say
+        num_classes = len(config.get("id2label") or "01")  # Transformers' default is two classes
         _check_size(folder, CLASSIFIER, {**arguments, "num_classes": num_classes})
     except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
@@ -179,9 +180,9 @@ def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _classifier_class(config: Mapping[str, Any]) -> str:
-    """Name of Transformers' class of image classifiers for a config, also for an encoder's."""
+    """Name of Transformers' image classifier class for a config, even the config of an encoder."""
     if config.get("quantization_config"):
-        raise ValueError("it is already quantized; from_pretrained of transformers reads it")
+        raise ValueError("it is already quantized; use from_pretrained of transformers")
     model_type = config.get("model_type")
     names = package().models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     classes = names.get(model_type, ())
@@ -195,7 +196,7 @@ def _classifier_class(config: Mapping[str, Any]) -> str:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a folder of `save_pretrained`."""
+    """True if our `save_pretrained` wrote the folder."""
     return json_object(folder / CONFIG).get("library_name") == LIBRARY
 
 
@@ -209,22 +210,22 @@ def save_pretrained(
     license: str = "other",
     source: str = "user/name",
 ) -> Path:
-    """Write a model for others: `model.safetensors`, `config.json` and a model card.
+    """Write a model to share: `model.safetensors`, `config.json` and a model card.
 
-    The weights are packed codes, as `export.py format=packed` writes them. A quantized model is
-    frozen first, so its float weights are not written; use `qat.save` to keep them. No local path
-    is written.
+    The weights are packed codes, as in a file of `export.py format=packed`. A quantized model is
+    first frozen, so the files contain no float weights; `qat.save` writes those. The files contain
+    no local paths.
 
     Args:
-        net: a model of `qat.load`, a converted model with its scales set, or a float timm model.
-        folder: created if it does not exist; files of these names in it are replaced.
-        results: measured accuracy, with the keys of `results.json`: `top1`, `top5` (%), `images`,
-            `split`, `data`.
+        net: a model from `qat.load`, a converted model whose scales are set, or a float timm model.
+        folder: the folder to write to. It is created if necessary; existing files are replaced.
+        results: measured accuracy for the card, with keys as in `results.json`: `top1`, `top5` (%),
+            `images`, `split`, `data`.
         data: see `qat.save`.
         classes: see `qat.save`.
         license: license of the weights, as the hub spells it.
-        source: the argument of `qat.from_pretrained` or `qat.load` that the card shows:
-            `user/name`, or a file.
+        source: `user/name` or a file, which the card's example passes to `qat.from_pretrained` or
+            `qat.load`.
 
     Returns:
         The folder.
@@ -265,7 +266,7 @@ def save_pretrained(
 
 
 def _without_paths(value: Any) -> Any:
-    """Plain data with each path replaced by its last part."""
+    """Copy plain data, and replace each path in it by the path's last part."""
     if isinstance(value, dict):
         return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -342,20 +343,21 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
     Nothing in its files is imported or executed.
 
     Args:
-        source: a folder, or `user/name` of the hub; files in the local cache are used.
+        source: a folder, or `user/name` on the hub, which is downloaded unless it is in the local
+            cache.
         imports: see `qat.load`.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
-        UsageError: there is no such model, it cannot be downloaded (the error comes within 5 s if
-            there is no connection), or `save_pretrained` did not write it.
+        UsageError: there is no such model, it cannot be downloaded (without a connection, the error
+            is raised within 5 s), or `save_pretrained` did not write it.
     """
     origin = f"from_pretrained: {str(source)!r}"
     folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
     if not is_ours(folder):
         raise UsageError(
-            f"{origin}: its {CONFIG} is not of qat.save_pretrained; "
-            "timm.create_model reads those of timm"
+            f"{origin}: qat.save_pretrained did not write its {CONFIG}; "
+            "timm.create_model loads models of timm"
         )
     return load(folder / WEIGHTS, imports=imports)
 
@@ -368,7 +370,7 @@ def push_to_hub(
     Args:
         net: see `save_pretrained`.
         repository: `user/name`; it is created if it does not exist.
-        private: only its owner can see a new repository.
+        private: True = only the owner can see a new repository.
         api: a `huggingface_hub.HfApi`; None = a new one with the token of `hf auth login` or
             HF_TOKEN.
         saving: further arguments of `save_pretrained`.
@@ -377,8 +379,8 @@ def push_to_hub(
         The address of the upload.
 
     Raises:
-        UsageError: `repository` is not of the form `user/name`, there is no token or connection, or
-            the hub refuses.
+        UsageError: `repository` does not have the form `user/name`, there is no token or
+            connection, or the hub rejects the upload.
     """
     origin = f"push_to_hub: {repository!r}"
     if not _REPOSITORY.fullmatch(repository):
@@ -400,5 +402,5 @@ def push_to_hub(
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"{origin}: the hub refuses ({reason})") from error
+            raise UsageError(f"{origin}: the hub rejected the upload ({reason})") from error
     return str(getattr(commit, "commit_url", commit))

@@ -1,4 +1,4 @@
-"""Matrix products of a model: the modules that run them, multiply-accumulates and bit-widths."""
+"""Find the matrix products of a model: their modules, multiply-accumulates and bit-widths."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class MatrixProduct:
     """One matrix product.
 
     Attributes:
-        module: name of the innermost module that ran it.
+        module: name of the innermost module that ran the product.
         macs: multiply-accumulates.
-        of_activations: False if one operand is a parameter.
+        of_activations: True = both operands are activations; False = one is a parameter.
         bits: bit-widths of the two operands.
     """
 
@@ -56,7 +56,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Product of the sizes of all dimensions, for an einsum equation with two operands."""
+    """Multiply the sizes of all dimensions in an einsum equation with two operands."""
     equation, *factors = operands
     if not isinstance(equation, str) or len(factors) != 2:
         return []
@@ -92,12 +92,12 @@ def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
 
 
 def _multi_head_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Scores and weighted sums of `nn.MultiheadAttention`; queries (N, B, E), keys (M, B, E)."""
+    """Two products of `nn.MultiheadAttention`, with queries (N, B, E) and keys (M, B, E)."""
     query, key, *_ = operands
     return [query.numel() * key.shape[0]] * 2
 
 
-# Functions that return multiply-accumulates from the operands and the result of a torch function.
+# For each torch function, a function that computes multiply-accumulates from operands and result.
 _CountMacs = Callable[[tuple[Any, ...], Any], list[int]]
 _MACS_OF_ACTIVATIONS: dict[Any, _CountMacs] = {
     torch.matmul: _matmul_macs,
@@ -123,10 +123,10 @@ _MACS_OF_LAYERS: dict[Any, _CountMacs] = {
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records all matrix products while it is active, whatever function or module computes them.
+    """Records all matrix products while it is active, whatever module or torch function runs them.
 
     Attributes:
-        running: names of the modules that are running, the innermost last.
+        running: names of the modules that are currently running; the innermost is last.
         products: the recorded products, in the order in which they ran.
     """
 
@@ -156,7 +156,8 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _MACS_OF_LAYERS:
             self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
         if func in _MACS_OF_ACTIVATIONS:
-            # The arguments after the first three are a mask, biases and projections.
+            # Only the first three arguments are operands; others are a mask, biases and
+            # projections.
             has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
             counts = _MACS_OF_ACTIVATIONS[func](operands, out)
             self._record(counts, of_activations=not has_parameter)
@@ -168,7 +169,7 @@ class _ProductRecorder(TorchFunctionMode):
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
-    """Matrix products of one forward pass on an image of zeros.
+    """List the matrix products of one forward pass on an image of zeros.
 
     The products of our attentions are computed by a formula; all other products are recorded.
     """
@@ -178,7 +179,7 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
         for name, module in modules.items()
         if isinstance(module, ScoredAttention | HeadProducts)
     }
-    # With QKR, the attention itself quantizes the input of V.
+    # With QKR, the attention quantizes the input of its layer `v`.
     inherited_bits = {}
     for attention in attentions.values():
         if isinstance(attention, QkrAttention):
@@ -233,7 +234,7 @@ def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list
 
 
 def _quantized_products(name: str, attention: Any, scores: int, sums: int) -> list[MatrixProduct]:
-    """Products with `scores` and `sums` multiply-accumulates of q, k, v and probabilities."""
+    """The products q.k (`scores` MACs) and probabilities.v (`sums` MACs) of an attention."""
     joint = getattr(attention, "qkv_quantizer", None)
     q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
     k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
@@ -275,7 +276,7 @@ def warn_of_float(
     in_float = []
     for product in products:
         is_exempt = any(f"{product.module}.".startswith(f"{name}.") for name in exempt)
-        if not is_exempt and _is_float_against(recipe, product):
+        if not is_exempt and _stays_float_unexpectedly(recipe, product):
             in_float.append(product)
     total = sum(product.macs for product in products)
     share = sum(product.macs for product in in_float) / max(total, 1)
@@ -291,13 +292,13 @@ def warn_of_float(
         parts.append(f"{first}{more} ({class_name})")
     warnings.warn(
         f"convert: {100 * share:.1f} % of the multiply-accumulates stay in float, "
-        f"which the recipe would quantize elsewhere: {', '.join(parts)}",
+        f"although the recipe quantizes such products: {', '.join(parts)}",
         stacklevel=3,
     )
 
 
-def _is_float_against(recipe: QuantRecipe, product: MatrixProduct) -> bool:
-    """True for a float product of a kind that the recipe quantizes."""
+def _stays_float_unexpectedly(recipe: QuantRecipe, product: MatrixProduct) -> bool:
+    """True for a float product that the recipe should have quantized."""
     if product.bits != (FLOAT_BITS, FLOAT_BITS):
         return False
     rules = recipe.at(product.module)

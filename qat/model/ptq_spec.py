@@ -1,4 +1,4 @@
-"""`PtqRecipe`: a recipe of post-training quantization, with ranges from calibration images."""
+"""`PtqRecipe`: a recipe for post-training quantization, with ranges from calibration images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
 from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, FP8, check_bits, check_text
 
-# Observers except `ptf`, which is only for sums on the residual stream.
+# Observers without `ptf`, which works only for sums on the residual stream.
 _WITHOUT_PTF = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
@@ -41,7 +41,7 @@ _FOLLOWS = {
     "residual_observer": "act_observer",
 }
 _OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
-# Values that settings must have if floats in blocks are used.
+# Values that these settings must have if a quantizer uses blocks of floats.
 _WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
 _WITH_FP8 = {
     **_WITH_BLOCKS,
@@ -50,7 +50,7 @@ _WITH_FP8 = {
     "weight_scales": "channel",
     "act_scales": "tensor",
 }
-# Training settings of `QuantRecipe` that have no meaning here.
+# Settings of `QuantRecipe` for training, which have no meaning here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
 # image (B, C, H, W); for other roles see `act_spec`.
@@ -66,40 +66,41 @@ class PtqRecipe(QuantRecipe):
     """The settings of `ptq/*.yaml`.
 
     Attributes:
-        name: name of the recipe in results.
+        name: name of the recipe, which results show.
         bits: bits of all weights, including the first convolution and the heads.
         act_bits: bits of all activations; None = `bits`.
         softmax_bits: bits of attention probabilities; None = `act_bits`.
         stem_bits: bits of the weights of the first convolution; None = `bits`.
         head_bits: bits of the weights of the classifier(s); None = `bits`.
         outer_act_bits: bits of the image and of the input of the classifier(s); None = `act_bits`.
-        method: the step after calibration: none (`calibrate`), a gain and a bias per channel
+        method: what follows calibration: nothing (`calibrate`), a gain and a bias per channel
             (`compensate`), or training block by block (`reconstruct`). The last two change weights.
-        placement: `inputs` (inputs of matrix products are quantized, as in training) or `fqvit`
-            (outputs of layers too; FQ-ViT, arXiv 2111.13824).
-        attention: `standard`, or `float` (only the linear layers of an attention are quantized).
-        weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine
-            then), `fp8` (floats of 8 bits) or `float`.
+        placement: `inputs` quantizes the inputs of matrix products, as in training; `fqvit` also
+            quantizes the outputs of layers (FQ-ViT, arXiv 2111.13824).
+        attention: `standard`; or `float`, which quantizes only the linear layers of an attention.
+        weight_quantizer: `affine`; `mxfp` or `nvfp4` (blocks of floats, but stem and heads are
+            affine); `fp8` (8-bit floats); or `float`.
         act_quantizer: one of the values of `weight_quantizer`.
         softmax_quantizer: a value of `weight_quantizer`, or `log2` (powers of two); None =
             `act_quantizer`.
-        weight_observer: how the range of a weight is chosen, one of `OBSERVERS` except `ptf`.
-        act_observer: how the range of an activation is chosen, one of `OBSERVERS` except `ptf`.
-        residual_observer: how the range of sums on the residual stream is chosen (`fqvit`);
-            `ptf` = a power of two per channel; None = `act_observer`.
+        weight_observer: method that chooses the range of a weight, one of `OBSERVERS` except `ptf`.
+        act_observer: method that chooses the range of an activation, one of `OBSERVERS` except
+            `ptf`.
+        residual_observer: method that chooses the range of sums on the residual stream (only with
+            `fqvit`); `ptf` = a power of two per channel; None = `act_observer`.
         weight_signed: True = symmetric signed codes; False = unsigned codes with a zero point.
-        act_signed: True = activations have a symmetric signed grid, except probabilities.
+        act_signed: True = activations except probabilities have a symmetric signed grid.
         weight_scales: `channel` = one scale per output channel, `tensor` = one scale per weight.
-        act_scales: `tensor`, `token` or `channel`: activations have one scale for each of these
-            (attention scores and probabilities: one per head).
-        bias_correction: give each output channel of a quantized weight the mean and the standard
-            deviation of the float weight.
-        layernorm: `float`, or `integer` arithmetic with the scales of the quantizers around the
-            norm (`fqvit` only).
+        act_scales: activations have one scale per `tensor`, per `token` or per `channel`; attention
+            scores and probabilities then have one per head.
+        bias_correction: True = each output channel of a quantized weight keeps the mean and the
+            standard deviation of the float weight.
+        layernorm: `float`; or `integer`, which computes with the scales of the quantizers around
+            the norm (only with `fqvit`).
         overrides: `{module name glob: {setting: value}}`; later rules win.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has a value that is not allowed.
     """
 
     name: str = "ptq"
@@ -153,14 +154,15 @@ class PtqRecipe(QuantRecipe):
         has_scales_around_norms = self.placement == "fqvit" and self.act_quantizer == "affine"
         if self.layernorm == "integer" and not has_scales_around_norms:
             raise UsageError(
-                "ptq.layernorm='integer': needs the scales on both sides of a norm; "
-                "must be with ptq.placement=fqvit"
+                "ptq.layernorm='integer': needs scales on both sides of a norm; "
+                "must be float, or set ptq.placement=fqvit"
             )
         self._check_overrides()
 
     def _check_bits(self, knobs: tuple[str, ...], quantizer: str) -> None:
         for knob in knobs:
-            # With floats in blocks, stem and heads are affine.
+            # With blocks of floats, stem and heads are affine, so check their bits as integers
+            # ("").
             is_affine = knob in _OUTSIDE and quantizer in BLOCK_FLOATS
             check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
 
@@ -175,15 +177,15 @@ class PtqRecipe(QuantRecipe):
                         f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {name}"
                     )
 
-    def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule, extended by the settings that follow from its `bits` and `act_bits`."""
-        knobs = super()._with_following(rule)
+    def _with_implied_bits(self, rule: Mapping[str, Any]) -> dict[str, Any]:
+        """A rule, plus the settings that its `bits` and `act_bits` imply; explicit settings win."""
+        knobs = super()._with_implied_bits(rule)
         if "act_bits" in knobs:
             return {"outer_act_bits": knobs["act_bits"], **knobs}
         return knobs
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
-        """Spec of a weight (out, ...) at `place`."""
+        """The spec of a weight (out, ...) at `place`."""
         name = self._at(place, self.weight_quantizer)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         axis = 0 if self.weight_scales == "channel" else None
@@ -201,7 +203,7 @@ class PtqRecipe(QuantRecipe):
 
     @staticmethod
     def _at(place: str, quantizer: str) -> str:
-        """The quantizer at a place: floats in blocks are used only inside blocks of the model."""
+        """The quantizer at a place: block floats are used only inside the model's blocks."""
         return "affine" if place != "block" and quantizer in BLOCK_FLOATS else quantizer
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
@@ -210,7 +212,7 @@ class PtqRecipe(QuantRecipe):
         Args:
             role: any of `ROLES` or `OUTPUT_ROLES`, except `weight` and `qk`.
             place: one of `PLACES`.
-            signed: not used, because a zero point fits any range.
+            signed: ignored, because a zero point fits any range.
         """
         name = self._at(place, self.act_quantizer)
         bits = self.act_bits if place == "block" else self.outer_act_bits
@@ -241,17 +243,17 @@ class PtqRecipe(QuantRecipe):
 
 
 def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
-    """The recipe of a checkpoint: a `PtqRecipe` if the dict has settings that only it has.
+    """The recipe of a checkpoint: a `PtqRecipe` if the dict has a setting that only that class has.
 
     Args:
         stored: the dict that `to_dict` returned.
 
     Raises:
         TypeError: there is an unknown setting.
-        UsageError: a value cannot work, or a quantizer `package.module:Class` is in a module that
-            is not imported.
+        UsageError: a value is not allowed, or a quantizer `package.module:Class` is in a module
+            that is not imported.
     """
-    # In files without `rule_bits`, rules set only the bits of weights.
+    # Files without `rule_bits` come from versions in which rules set only the bits of weights.
     knobs = {"rule_bits": "weights", **stored}
     knobs.pop("compensation", None)  # in older files
     training_knobs = {field.name for field in dataclasses.fields(QuantRecipe)}
@@ -280,7 +282,7 @@ def check_imported(setting: str, name: str) -> None:
     Names from files are never imported.
     """
     module, _, attribute = name.partition(":")
-    # `getattr` could import further modules.
+    # Do not use `getattr`, which could import further modules.
     names = vars(sys.modules[module]) if module in sys.modules else {}
     if not isinstance(names.get(attribute), type):
         raise UsageError(

@@ -27,13 +27,13 @@ class ReportRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Quantizers of a model, and modules that stay in float.
+    """Report of a model's quantizers, and of modules that stay in float.
 
     Attributes:
-        rows: one per quantizer.
-        stays_float: name and class of each module with parameters but without a weight quantizer,
-            and of each module that multiplies activations in float, such as an attention of an
-            unknown family; for the latter, a remark follows the class.
+        rows: one row per quantizer.
+        stays_float: name and class of each module that has parameters but no weight quantizer, and
+            of each module that multiplies activations in float, such as an attention of an unknown
+            class. In the second case, a remark follows the class.
     """
 
     rows: tuple[ReportRow, ...]
@@ -73,7 +73,7 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """The conversion report of a model; runs the model on an image of zeros.
+    """Make the conversion report of a model, by a run on an image of zeros.
 
     The report of a float model has no rows.
     """

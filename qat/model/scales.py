@@ -1,4 +1,4 @@
-"""Scales of a converted model: set from data, and checked before the model runs."""
+"""Set the scales of a converted model from data, and check them before the model runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_ready(quantizer: Quantizer) -> bool:
 
 
 def assert_ready(net: nn.Module) -> None:
-    """Raise `UsageError` naming the first quantizer without scales; else remove the `guard`."""
+    """Raise `UsageError` for the first quantizer with unset scales; else remove the `guard`."""
     for site in iter_quantizers(net):
         if is_ready(site.quantizer):
             continue
@@ -50,13 +50,13 @@ def assert_ready(net: nn.Module) -> None:
 
 
 def _check_values(net: nn.Module) -> None:
-    """Raise `UsageError` naming the first tensor on the meta device."""
+    """Raise `UsageError` for the first tensor on the meta device."""
     for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
         if tensor.is_meta:
             raise UsageError(
-                f"{name}: is on the meta device; must hold values: "
-                "load_state_dict(state, assign=True) fills what a state dict stores, "
-                "anything else needs a model that was built on a device"
+                f"{name}: is on the meta device, so it has no values; "
+                "load_state_dict(state, assign=True) fills tensors that a state dict stores, "
+                "for other tensors build the model on a device"
             )
 
 
@@ -66,7 +66,7 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
     Args:
         net: a converted or float model.
         origin: name of the model in an error, such as `ckpt='x.pt'`.
-        unset: allow scales that were never set, which are NaN.
+        unset: True = allow scales that were never set, which are NaN.
     """
     scales = set()
     for site in iter_quantizers(net):
@@ -86,8 +86,8 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
 def guard(net: nn.Module) -> None:
     """Make calls of `net` raise an error until all scales are set.
 
-    The first call after all scales are set, or `assert_ready`, removes the guard; loading a state
-    dict without scales restores it. Calls of single quantizers or layers are not checked, nor are
+    `assert_ready`, or the first call with all scales set, removes the guard. Loading a state dict
+    without scales restores it. The guard does not check calls of single quantizers or layers, nor
     compiled or exported graphs.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
@@ -106,7 +106,7 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
         return
     if args and isinstance(args[0], Tensor) and not args[0].is_meta:
         _check_values(net)
-    # Fake tensors, and tensors on the meta device, have no values.
+    # Fake tensors and tensors on the meta device have no values to check.
     with contextlib.suppress(RuntimeError):
         assert_ready(net)
 
@@ -127,14 +127,14 @@ class _Progress:
         self.calibrated = 0
 
     def calibrate(self, state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
-        """Calibrate a quantizer with one input; a forward pre-hook after `state` is bound."""
+        """Calibrate a quantizer with one input. With `state` bound, this is a forward pre-hook."""
         quantizer.calibrate(args[0], state)
         self.calibrated += 1
         now = time.monotonic()
         if now - self.last < LOG_EVERY_S:
             return
         self.last = now
-        # By default, Python prints only levels from this one on.
+        # By default, Python does not print lower levels.
         log.warning(
             "initialize_scales: %.0f s, %d images, %d of %d quantizers",
             now - self.began,
@@ -145,7 +145,7 @@ class _Progress:
 
 
 def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
-    """Images of each batch, at most `max_images` in total; later batches are not read."""
+    """Yield the images of each batch, at most `max_images` in total; later batches are not read."""
     left = max_images
     for batch in batches:
         images = images_of(batch, net)[:left]
@@ -158,17 +158,17 @@ def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> It
 def initialize_scales(
     net: nn.Module, batches: Iterable[Any], *, max_images: int = 256
 ) -> nn.Module:
-    """Set every scale that is still NaN, from the inputs of its quantizer.
+    """Set every scale that is still NaN, from the quantizer's inputs on some images.
 
-    The inputs of a quantizer have passed through the quantizers before it. Scales that a checkpoint
-    has already set do not change. With one batch, the result follows the paper's code; with
-    several, statistics are averaged over batches (min-max: joined).
+    Earlier quantizers in the model already act on these inputs. Scales that a checkpoint has set do
+    not change. With one batch, the result is that of the paper's code; with several batches,
+    statistics are averaged over batches, and minima and maxima are joined.
 
     Args:
-        net: a converted model. It runs in eval mode, and its mode is restored afterwards.
-        batches: images (B, C, H, W) each, or items of a loader, (images, labels); they are moved
-            to the model's device.
-        max_images: the most images to use.
+        net: a converted model. It runs in eval mode; its mode is restored afterwards.
+        batches: images (B, C, H, W), or pairs (images, labels) as from a loader; they are moved to
+            the model's device.
+        max_images: largest number of images to use.
 
     Returns:
         `net` itself.
@@ -194,7 +194,7 @@ def initialize_scales(
                 net(images)
             assert_ready(net)
     except BaseException:
-        # Scales from a few batches would look like scales from all batches.
+        # Otherwise, scales from only a few batches would look like the result of all batches.
         for quantizer, state in zip(pending, unset, strict=True):
             quantizer.load_state_dict(state)
         raise

@@ -21,7 +21,8 @@ class Site:
 
     Attributes:
         name: path of the quantizer in the model, such as `blocks.0.mlp.fc1.weight_quantizer`.
-        role: weight, input, q, k, v, qk (QKR's folded query-key weight), probs or image.
+        role: kind of tensor: weight, input, q, k, v, qk (QKR's folded query-key weight), probs or
+            image.
         owner: the module that holds the quantizer.
         quantizer: `quantizer(x)` fake-quantizes, `quantizer.codes(x)` returns integer codes.
     """
@@ -33,12 +34,12 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """Path of the module that holds the quantizer, empty for the model itself."""
+        """Path of the module that holds the quantizer; empty for the model itself."""
         return self.name.rpartition(".")[0]
 
     @property
     def is_weight(self) -> bool:
-        """True for the quantizer of a weight, False for an activation."""
+        """True if the quantizer rounds a weight, False if it rounds an activation."""
         return self.role in WEIGHT_ROLES
 
     def latent(self) -> Tensor:
@@ -47,10 +48,10 @@ class Site:
         Gradients reach the parameters from which the tensor is computed.
 
         Raises:
-            TypeError: the site is an activation, which has no latent tensor.
+            TypeError: the quantized tensor is an activation, which has no latent tensor.
             UsageError: the model is frozen and has only codes.
         """
-        if self.quantizer.held() is not None:
+        if self.quantizer.stored_weight() is not None:
             raise UsageError(
                 f"{self.name} holds only integer codes; "
                 "the float weights are in the checkpoint that the model was frozen from"
@@ -64,7 +65,7 @@ class Site:
 
 
 def iter_quantizers(net: nn.Module) -> Iterator[Site]:
-    """Every quantizer of a model once, in the order of the modules.
+    """Yield each quantizer of a model once, in the order of the modules.
 
     Quantizers inside another quantizer are left out.
     """
@@ -83,11 +84,12 @@ ATTENTION = "attn"
 
 
 def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by name, in the order of the modules.
+    """Find the blocks of a model, by name, in the order of the modules.
 
-    A block is a child of a module that timm calls `blocks` (the outermost of nested ones), or a
-    `downsample` that contains an attention (LeViT). In models of Transformers it is a child of a
-    list of one of the names in `HF_CONTAINERS` (the innermost of nested ones).
+    In timm's models, a block is a child of a module named `blocks` (of the outermost, if they are
+    nested), or a `downsample` that contains an attention (LeViT). In models of Transformers, a
+    block is a child of a list whose name is in `HF_CONTAINERS` (of the innermost, if they are
+    nested).
     """
     blocks = _blocks_of_transformers(net) if hf_models(net) else {}
     if blocks:
@@ -116,7 +118,7 @@ def _blocks_of_transformers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Step sizes and offsets of all quantizers of a model, in two sets."""
+    """Return the step sizes, and the offsets, of all quantizers of a model, as two sets."""
     scales: set[nn.Parameter] = set()
     offsets: set[nn.Parameter] = set()
     for module in net.modules():
@@ -130,7 +132,7 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
 
 
 def no_weight_decay(net: nn.Module) -> set[str]:
-    """Names of the parameters without weight decay.
+    """Names of the parameters that must not get weight decay.
 
     These are step sizes and offsets of quantizers, biases, norms, and the parameters that timm
     excludes. A converted model returns them from `net.no_weight_decay()`, which
@@ -152,7 +154,7 @@ def no_weight_decay(net: nn.Module) -> set[str]:
 
 
 def _excluded_by_timm(net: nn.Module) -> set[str]:
-    """Names that the model's class excludes, or that the classes inside a timm wrapper exclude."""
+    """Names that the model's class, or a class inside a timm wrapper, excludes."""
     own_method = getattr(type(net), "no_weight_decay", None)
     if own_method is not None:
         return set(own_method(net))

@@ -1,6 +1,6 @@
-"""The weights that a run starts from: random, pretrained by timm, or read from a file.
+"""Build the model that a run starts from, with random weights, timm's weights or a file's.
 
-A file may be a checkpoint of ours with any recipe, a timm checkpoint, or a plain state dict.
+The file may be a checkpoint of qat with any recipe, a timm checkpoint, or a plain state dict.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Start:
 
     Attributes:
         net: a float timm model.
-        notes: lines that tell the user where the weights come from.
-        source: the float or quantized model whose checkpoint the weights come from, if it is ours;
-            its scales may be copied after conversion.
+        notes: lines for the user that tell where the weights come from.
+        source: the model that the weights were copied from, if they come from a checkpoint of qat.
+            Its scales may be copied after the conversion.
     """
 
     net: nn.Module
@@ -49,7 +49,7 @@ class Start:
 
     @property
     def is_random(self) -> bool:
-        """True for a model that starts from random weights."""
+        """True if the weights are random."""
         return RANDOM in self.notes
 
 
@@ -66,7 +66,7 @@ def check_model(setting: str, model: object) -> None:
     """Raise `UsageError` unless timm has a model of this name."""
     if isinstance(model, str) and timm.is_model(model):
         return
-    # Compare prefixes: names end with patch and image sizes.
+    # Compare only prefixes, because names end with patch and image sizes.
     length = len(str(model)) + 1
     prefixes = {name[:length]: name for name in reversed(timm.list_models())}
     closest = difflib.get_close_matches(str(model), prefixes, cutoff=0)
@@ -84,7 +84,7 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         LookupError,
         AttributeError,
     )
-    if not loading:  # when weights are loaded, a RuntimeError means that they do not fit
+    if not loading:  # with weights, a RuntimeError means that they do not fit
         failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
@@ -96,21 +96,21 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
-    """Build a model with timm's pretrained weights, from the local caches or from the network.
+    """Build a model with timm's pretrained weights, from a local cache or the network.
 
     Args:
         model: timm name.
         kwargs: arguments of `timm.create_model`.
-        keep_head: True = a different class count is an error; False = the model then gets a new
-            head.
+        keep_head: what to do if the class count differs: True = raise an error; False = give the
+            model a new head.
 
     Raises:
-        UsageError: the model has no pretrained weights, or they are not cached and their host does
-            not answer within 4 s; with `keep_head`, also if timm would give the model a new,
+        UsageError: the model has no pretrained weights; they are not cached, and the host does not
+            answer within 4 s; or `keep_head` is True, and timm would give the model a new,
             untrained head.
     """
     advice = "use model.weights=FILE or model.pretrained=false"
-    untrained = _create(model, kwargs)  # raises on a wrong name or wrong arguments
+    untrained = _create(model, kwargs)  # raises an error if the name or an argument is wrong
     pretrained_cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     hub_id = pretrained_cfg.get("hf_hub_id")
     url = pretrained_cfg.get("url")
@@ -153,8 +153,9 @@ def from_transformers(
 
     Args:
         kwargs: arguments of `TransformersClassifier`.
-        folder: a folder of its `save_pretrained`.
-        keep_head: another class count is an error (True), or gets a new head (False).
+        folder: a folder that Transformers' `save_pretrained` wrote.
+        keep_head: what to do if the class count differs: True = raise an error; False = give the
+            model a new head.
 
     Raises:
         UsageError: the weights cannot be read; see `from_state`.
@@ -176,7 +177,7 @@ def from_transformers(
         raise UsageError(f"{origin}: its weights cannot be read ({reason})") from error
     state = {}
     for name, tensor in net.float().state_dict().items():
-        if name not in loading["missing_keys"]:  # the head of a model that was an encoder
+        if name not in loading["missing_keys"]:  # an encoder's file has no head
             state[f"model.{name}"] = tensor
     return from_state(CLASSIFIER, kwargs, state, origin=origin, keep_head=keep_head)
 
@@ -202,13 +203,13 @@ def from_state(
         origin: name of the weights in messages, such as `ckpt='x.pt'`.
         keep_head: True = a different class count is an error; False = the model then gets a new
             head.
-        biases: linear layers that get a bias, because they have one in `state` but not in timm's
-            model.
-        hint: end of the message about a different class count.
+        biases: names of linear layers that have a bias in `state` but not in timm's model; they get
+            a bias.
+        hint: text that ends the error message about a different class count.
 
     Raises:
-        UsageError: the class count differs and `keep_head` is on, or the weights belong to another
-            model.
+        UsageError: the class count differs and `keep_head` is True, or the weights belong to
+            another model.
     """
     untrained = _create(model, kwargs)
     added_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
@@ -230,7 +231,7 @@ def from_state(
         file_size = _size(state, cfg["first_conv"])
         model_size = _size(own_state, cfg["first_conv"])
         if file_size and file_size != model_size:
-            reason = f"it has {file_size}; asked for {model_size}"
+            reason = f"the file has {file_size}; the model has {model_size}"
         raise UsageError(f"{origin}: its weights do not fit {model} ({reason})") from error
     if keep_head and wrong_count:
         raise UsageError(f"{origin}: {wrong_count}{hint}")
@@ -245,10 +246,10 @@ def from_state(
 def _with_fitting_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace heads with a different class count by the model's own heads.
+    """Replace heads whose class count differs by the heads of the new model.
 
     Returns:
-        The state, a note for each new head, and how the class counts differ, or "".
+        The new state; a note for each new head; and a description of the difference, or "".
     """
     notes = []
     wrong_count = ""
@@ -268,7 +269,7 @@ def _with_fitting_heads(
 
 
 def _size(state: Mapping[str, Tensor], stem: str) -> str:
-    """Number of blocks and width of the weights' model, in words; "" if it has no blocks."""
+    """Describe the size of the model that the weights belong to; "" if it has no blocks."""
     first = state.get(f"{stem}.weight")
     if first is None:
         return f"weights such as {min(state)}"
@@ -276,7 +277,7 @@ def _size(state: Mapping[str, Tensor], stem: str) -> str:
     for name in state:
         if match := re.match(r".*\bblocks\.\d+", name):
             blocks.add(match[0])
-    return f"{len(blocks)} blocks, {len(first)} wide" if blocks else ""
+    return f"{len(blocks)} blocks of width {len(first)}" if blocks else ""
 
 
 def from_checkpoint(
@@ -287,15 +288,16 @@ def from_checkpoint(
     reset_head: bool,
     keep_head: bool = False,
 ) -> Start:
-    """Start from a file: a checkpoint of ours or of timm, or a plain state dict.
+    """Start from a file: a checkpoint of qat or timm, or a plain state dict.
 
     Args:
         model: timm name of the model to build.
         kwargs: arguments of `timm.create_model`.
         checkpoint: the file.
-        reset_head: give a model of ours a new head if the class count differs.
-        keep_head: the class count must agree whatever the file, because the model is used without
-            training.
+        reset_head: for a checkpoint of qat: True = give the model a new head if the class count
+            differs.
+        keep_head: True = raise an error if the class count differs in any file, because the model
+            will be used without training.
 
     Raises:
         UsageError: see `from_state` and `from_net`.
@@ -322,7 +324,9 @@ def from_net(
     reset_head: bool,
     hint: str = NEW_HEAD,
 ) -> Start:
-    """Start from a model of any recipe; its scales may be copied after conversion.
+    """Start from the weights of a model with any recipe.
+
+    The model becomes the `source` of the result, so that its scales can be copied after conversion.
 
     Raises:
         UsageError: see `from_state`; the class count differs without `reset_head`; or the model is

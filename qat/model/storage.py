@@ -55,13 +55,13 @@ def save(
         path: the file.
         model: see `describe`.
         model_kwargs: see `describe`.
-        data: how `qat.transform` and `eval.py` prepare images, as in `data/*.yaml`: `image_size`,
-            `mean`, `std` ...
+        data: settings with which `qat.transform` and `eval.py` prepare images, as in `data/*.yaml`:
+            `image_size`, `mean`, `std` ...
         classes: names of the classes, in the order of the model's outputs.
 
     Raises:
-        UsageError: see `describe`; weights are computed from other tensors (pruning,
-            parametrizations); or `load` cannot read the written file.
+        UsageError: see `describe`; or weights are computed from other tensors (pruning,
+            parametrizations), or `load` cannot read the written file.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
         raise UsageError(f"save: the net {NOT_PLAIN}")
@@ -71,9 +71,9 @@ def save(
 
 
 def check_loads(path: str | os.PathLike[str]) -> None:
-    """Raise `UsageError` if `load` cannot rebuild a model that was just written.
+    """Raise `UsageError` if `load` cannot rebuild a model from a file that was just written.
 
-    This happens if modules were changed after timm built the model.
+    This happens if modules of the model were replaced after timm built it.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -85,14 +85,15 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """Rebuild a model from a file of `qat.save`, or from `last.ckpt` or `best.ckpt` of a run.
+    """Rebuild a model from a file that `qat.save` or a run (`last.ckpt`, `best.ckpt`) wrote.
 
-    All weights must fit; no data is needed. The model is in eval mode.
+    No data is needed. The model is in eval mode.
 
     Args:
         path: the file.
-        imports: modules to import first, with quantizers `package.module:Class` and models that the
-            file names; reading the file imports nothing.
+        imports: modules to import first. They must contain the models and the quantizers
+            `package.module:Class` that the file names, because reading a file never imports a
+            module.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
@@ -104,7 +105,7 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
 
 
 def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """Build the model of a checkpoint of ours, with its weights.
+    """Build the model of a qat checkpoint, and load the weights.
 
     Args:
         checkpoint: the file.
@@ -112,8 +113,8 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
             size in the file.
 
     Raises:
-        UsageError: the file does not say which model it contains; its weights do not fit or are not
-            finite; or the model, or an image for it, takes much more memory than the weights.
+        UsageError: the file does not state its model; its weights do not fit or are not finite; or
+            the model, or an image for it, takes much more memory than the weights.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta
@@ -135,7 +136,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
         name = meta["model"]["name"]
         raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
     check_finite(net, origin, unset=True)
-    # If scales are missing, the model raises an error when it is called.
+    # If scales are missing, calls of the model will raise an error.
     with contextlib.suppress(UsageError):
         assert_ready(net)
     net.qat_data = meta.get("data")  # type: ignore[assignment]
@@ -149,7 +150,7 @@ def _build_with_limits(
     origin: str,
     image_size: tuple[int, int] | None,
 ) -> nn.Module:
-    """Build the model that untrusted metadata describes, if it is about as large as its weights."""
+    """Build the model that untrusted metadata describes, unless far larger than its weights."""
     try:
         _check_constructor(meta)
         pretrained_cfg = meta.get("pretrained_cfg") or {}
@@ -176,7 +177,7 @@ def _build_with_limits(
 
 
 def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
-    """Height and width of the images of a model's conversion and of its evaluation."""
+    """Sizes (height, width) of the images with which a model is converted and evaluated."""
     sizes = []
     if meta.get("input_size") is not None:
         sizes.append(meta["input_size"][1:])
@@ -187,7 +188,7 @@ def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
 
 
 def _check_constructor(meta: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless timm has the model and its arguments make timm read no other files.
+    """Raise `ValueError` unless timm has the model, and building it reads no other files.
 
     `timm.create_model` would also accept `hub:repository` as a name.
     """
@@ -199,7 +200,7 @@ def _check_constructor(meta: Mapping[str, Any]) -> None:
 
 
 def _build(meta: Mapping[str, Any]) -> nn.Module:
-    """Build the model that metadata of `describe` specifies, with new weights."""
+    """Build the model that metadata from `describe` specifies, with new weights."""
     _check_constructor(meta)
     net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
     pool = meta.get("pool")
@@ -208,7 +209,7 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     _set_image_config(net, meta.get("pretrained_cfg") or {})
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        # Older files do not state how the signs of inputs were found.
+        # Older files do not state how signs were determined; they used timm's `Mlp`.
         signs = "probe" if meta.get("signs") == "probe" else "mlp"
         apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):
@@ -227,12 +228,12 @@ def _set_image_config(net: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def float_twin(net: nn.Module) -> nn.Module:
-    """Build a float model with the same constructor and new weights, in eval mode.
+    """Build the float version of a model, with new weights, in eval mode.
 
     Raises:
         UsageError: the model does not record how timm built it.
         LookupError, TypeError, ValueError, RuntimeError: the model cannot be built from the record.
     """
-    # The random weights are not used, so drawing them must not change later draws on the CPU.
+    # Building the model draws random weights. This must not change later random numbers on the CPU.
     with torch.random.fork_rng(devices=[]):
         return _build({**describe(net), "recipe": None}).eval()

@@ -13,17 +13,17 @@ from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import LSQ, Affine, Quantizer
 
-# Swin's table of biases, and the standard deviation of its initial values.
+# Name of Swin's table of biases, and the standard deviation of its initial values.
 _TABLE = "relative_position_bias_table"
 _TABLE_STD = 0.02
 
 
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The float weights of a model under timm's names, whatever its recipe.
+    """Return the float weights of a model under timm's names, whatever its recipe.
 
-    Quantizers are left out, and QKR's factors are stacked into `qkv`. A query bias that QKR dropped
-    becomes zeros, and so does the key bias, which does not change a softmax. Weights of a frozen
-    model (`qat.model.freeze.keeps_weights`) are dequantized from the codes.
+    The result has no quantizers, and QKR's factors are stacked into `qkv`. A query bias that QKR
+    dropped becomes zeros; so does the key bias, which does not change a softmax. Weights of a
+    frozen model are dequantized from the codes, which `qat.model.freeze.keeps_weights` must allow.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -46,24 +46,24 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if isinstance(weight_quantizer, FrozenWeight):
             state[f"{prefix}weight"] = weight_quantizer()
-    # A layer that has two names in a model is in timm's state dict under both names.
+    # If a layer has two names in a model, timm's state dict contains it under both names.
     for name, child in module._modules.items():
         if child is not None and name not in included:
             _collect(child, f"{prefix}{name}.", state)
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy scales and offsets where quantizer, bits and shapes agree and the scales are set.
+    """Copy scales and offsets between quantizers of the same kind, bits and shapes.
 
-    Learned step sizes without offsets can also be copied from a symmetric affine grid with the same
-    number of codes.
+    Scales that are not set are not copied. LSQ quantizers without offsets can also take step sizes
+    from a symmetric affine grid with the same number of codes.
 
     Args:
         source: a quantized model.
         target: a converted model.
 
     Returns:
-        Names of the sites that were copied, and of the sites that were not and need data.
+        Names of the quantizers whose scales were copied, and of those that still need data.
     """
     donors = {site.name: site for site in iter_quantizers(source)}
     copied = []
@@ -89,7 +89,7 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
 
 
 def forget_attention_weights(net: nn.Module) -> list[str]:
-    """Reinitialise the weights that the paper's code loses in its conversion.
+    """Reinitialise the weights that the paper's code loses when it converts a model.
 
     These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
     biases.
@@ -114,7 +114,7 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
 
 
 def invent_biases(net: nn.Module) -> list[str]:
-    """Give linear layers without a bias outside attentions a random bias, as the paper's code does.
+    """Add random biases where linear layers outside attentions have none, as the paper's code does.
 
     Returns:
         Names of the layers that got a bias.
@@ -127,18 +127,18 @@ def invent_biases(net: nn.Module) -> list[str]:
     grow_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
-        bound = linear.in_features**-0.5  # torch's own initialisation
+        bound = linear.in_features**-0.5  # as torch initialises biases
         nn.init.uniform_(linear.bias, -bound, bound)
     return names
 
 
 def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy the state of a quantizer with equal spec and shapes.
+    """Copy the state of a quantizer if spec and shapes are equal.
 
-    Step sizes may be relative in one quantizer and absolute in the other.
+    Step sizes may be relative in one of the two quantizers, and absolute in the other.
 
     Returns:
-        False if nothing could be copied.
+        True if the state was copied.
     """
     if not is_ready(donor):
         return False
@@ -161,12 +161,12 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
 
 
 def _copy_affine(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy a symmetric grid of post-training quantization into LSQ; False if that is impossible."""
+    """Copy a symmetric affine grid into an LSQ quantizer. Returns False if that is impossible."""
     if not isinstance(donor, Affine) or type(target) is not LSQ:
         return False
     if donor.spec.bits != target.spec.bits or donor.spec.bias_correction:
         return False
-    # The same number of scales along another axis would be different scales.
+    # Scales along another axis mean something else, even if their number is equal.
     has_same_layout = donor.axis == target.axis and donor.scale.shape == target.scale.shape
     if donor.axis is not None and not has_same_layout:
         return False

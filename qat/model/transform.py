@@ -1,4 +1,4 @@
-"""The transform that evaluation uses to turn an image into the input of a model."""
+"""Prepare an image as a model's input, with the transform that evaluation uses."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
-    """The evaluation transform of a model.
+    """Return the evaluation transform of a model.
 
-    It maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. A model from
-    `last.ckpt` or `best.ckpt` (`qat.load`) gets images as `eval.py` prepares them, from the data
-    config in the file; so does a model from `qat.save(net, path, data=...)`. Settings that are not
-    in the file follow timm's `resolve_data_config` for the model's `pretrained_cfg`: crop,
-    interpolation, mean and std of its pretrained weights (their averages over the colours for grey
-    images), at the model's input size.
+    It maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. If the model
+    was loaded (`qat.load`) from `last.ckpt`, `best.ckpt` or a file of `qat.save(net, path,
+    data=...)`, the transform prepares images as `eval.py` does, by the data config in the file.
+    Settings that are not in a file come from timm's `resolve_data_config` for the model's
+    `pretrained_cfg`: crop, interpolation, mean and std of the pretrained weights (averaged over the
+    colours for grey images), at the model's input size.
 
     Raises:
         UsageError: the model has neither a data config nor a `pretrained_cfg`, does not take square
-            images, or the class of its data is neither ours nor imported.
+            images, or its data class is neither part of qat nor imported.
     """
     from qat.data import image_transform  # qat.data imports Lightning
 
@@ -65,7 +65,7 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
         for name in ("mean", "std"):
             average = sum(settings[name]) / len(settings[name])
             settings[name] = [average] * channels
-    # A backbone has no classes, and the preparation of images does not depend on classes.
+    # A backbone has no classes; any number will do, because preparing images does not depend on it.
     num_classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1
     return settings | {
         "image_size": height,
@@ -76,22 +76,21 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
 
 
 def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
-    """Make a model accept images whose mean and standard deviation differ from its training.
+    """Make a model accept images that were normalized by another mean and standard deviation.
 
-    A hook maps such images to the mean and standard deviation of the training images before the
-    first layer.
+    A hook before the first layer converts such images to the normalization of the training images.
 
     Args:
         net: the model.
-        given: mean and standard deviation per channel of the new images.
-        own: mean and standard deviation per channel of the model's training images. If `given` and
-            `own` are equal, the model is not changed.
+        given: mean and standard deviation per channel by which the new images are normalized.
+        own: mean and standard deviation per channel by which the training images were normalized.
+            If `given` and `own` are equal, the model is not changed.
     """
     if given == own:
         return
     statistics = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
     (mean, std), (own_mean, own_std) = statistics
     factor_and_offset = torch.stack([std, mean - own_mean]).div(own_std).float()
-    # Buffers move to other devices with the model; no file stores these buffers.
+    # As buffers, the tensors move to other devices with the model. No file stores them.
     net.register_buffer("to_own", factor_and_offset, persistent=False)
     net.register_forward_pre_hook(lambda net, args: (args[0] * net.to_own[0] + net.to_own[1],))

@@ -57,7 +57,7 @@ class QuantModule(nn.Module):
     def quantized(self, role: str) -> Tensor:
         """The quantized weight with this role."""
         quantizer = getattr(self, f"{role}_quantizer")
-        locked = quantizer.held()
+        locked = quantizer.stored_weight()
         if locked is not None:
             return locked
         if not torch.is_grad_enabled():

@@ -123,8 +123,8 @@ class Quantizer(nn.Module, ABC):
         """Replace the stored scales; `values` has the shape of `scale`."""
         self.scale.copy_(values)  # type: ignore[operator]
 
-    def held(self) -> Tensor | None:
-        """The quantized weight if the quantizer holds one in place of a float weight; else None."""
+    def stored_weight(self) -> Tensor | None:
+        """The quantized weight. Returns None unless it is stored in place of a float weight."""
         return None
 
     @property

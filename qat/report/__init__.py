@@ -1,4 +1,4 @@
-"""Readable results: a page for each run, and a table of several runs.
+"""Reports of results: a page for each run, and a table of several runs.
 
-Import the modules of this package only to write a page or a table.
+Only code that writes a page or a table should import the modules of this package.
 """

@@ -1,4 +1,4 @@
-"""Numbers and figures of a page: curves of a training run, and candidates of a search.
+"""Numbers and figures for a page: curves of a training run, and candidates of a search.
 
 "–" stands for an unknown number.
 """
@@ -19,9 +19,9 @@ from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
-LARGEST_VALUE = 1e100  # for larger numbers, the standard deviation overflows
+LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
 MOST_DOTS = 25  # curves with at most this many points also have dots
-# Titles of curves over training steps, and patterns that match their columns in `metrics.csv`.
+# Titles of curves over training steps, with patterns for their columns in `metrics.csv`.
 CURVES = {
     "Training loss": "train/loss(_step)?",
     "Validation loss": "val/loss",
@@ -33,12 +33,12 @@ CURVES = {
 
 
 def is_drawable(value: object) -> TypeGuard[float]:
-    """True for a finite number that is not larger than `LARGEST_VALUE`."""
+    """True for a finite number of at most `LARGEST_VALUE`."""
     return isinstance(value, int | float) and abs(value) < LARGEST_VALUE
 
 
 def parse_number(value: object) -> float | None:
-    """Convert a number or text to a number, including NaN and infinity; None for other values."""
+    """Convert a number or text to a float, maybe NaN or infinity. Returns None for other values."""
     try:
         return float(str(value))
     except ValueError:
@@ -46,7 +46,7 @@ def parse_number(value: object) -> float | None:
 
 
 def format_value(value: object) -> str:
-    """Format integers with separators, and other numbers with four significant digits."""
+    """Format integers with thousands separators, and other numbers with four significant digits."""
     if value is None:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -57,26 +57,26 @@ def format_value(value: object) -> str:
 
 
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
-    """`W2 A2`; None for a float model."""
+    """Bits of weights and activations, such as `W2 A2`; None for a float model."""
     if not recipe or recipe["name"] == "fp":
         return None
     return f"W{recipe['bits']} A{recipe['act_bits']}"
 
 
 def data_url(svg: bytes) -> str:
-    """An SVG file as the source of an `img`, which isolates ids, links and scripts of the file."""
+    """An SVG file as the source of an `img`, which isolates the file's ids, links and scripts."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def picture(title: str, words: str, figure: Figure) -> dict[str, str]:
-    """A figure of a page: title, description in words, and source."""
+    """A figure for a page: its title, a description in words, and the source of the image."""
     content = io.BytesIO()
     save_figure(content, figure, title, words)
     return {"title": title, "alt": words, "source": data_url(content.getvalue())}
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The curves of `CURVES` for which rows of `metrics.csv` have numbers."""
+    """Draw the curves of `CURVES` for which the rows of `metrics.csv` have numbers."""
     columns: set[str] = set()
     for row in rows:
         columns.update(name for name, value in row.items() if value != "")
@@ -92,7 +92,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Fitness of the candidates that a search accepted; lower is closer to the float model."""
+    """Draw the fitness of accepted candidates of a search; lower is closer to the float model."""
     accepted = [(i, row.get("fitness")) for i, row in enumerate(rows) if row.get("accepted") == 1]
     curve = _curve("Fitness of accepted candidates (lower is better)", accepted, "candidate")
     return [] if curve is None else [curve]
@@ -101,7 +101,7 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
-    """Draw a line through the pairs of numbers that are drawable, if there are any."""
+    """Draw a line through the pairs that are numbers; None if there are none."""
     xs = []
     ys = []
     for x, y in pairs:

@@ -1,4 +1,4 @@
-"""`report.html` of a run: one file with all results of a run, which loads no other file."""
+"""Write `report.html`: one file with all results of a run, which loads no other file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from qat.utils.files import csv_rows, write_text
 from qat.utils.text import duration, is_inside, json_object, printable, read_file, scaled, unlearned
 
 FILE = "report.html"
-# Folder of the analyses that training and calibration run on their own model.
+# Folder of analyses that a training or calibration run makes of its own model.
 ANALYSES = "analysis"
-# Tables of a run's own analyses that the page shows, with the columns to show; the files have more
+# Tables of these analyses that the page shows, each with the columns to show; the files have more
 # columns.
 LAYERS = {
     "weights.csv": (
@@ -40,7 +40,7 @@ LAYERS = {
     "cost_modules.csv": ("module", "kind", "bits of operands", "bytes", "MACs", "bit operations"),
 }
 FACTS = ("finished", "device", "seed", "weights", "git_commit")
-# Columns of the table of results, by key in `results.json`.
+# Column headings of the table of results, by key in `results.json`.
 RESULT_COLUMNS = {
     "top1": "Top-1, %",
     "top5": "Top-5, %",
@@ -49,7 +49,7 @@ RESULT_COLUMNS = {
     "bitops": "Bit operations",
 }
 
-# All text is escaped, including control characters, and an undefined name is an error.
+# Escape all text, including control characters; treat an undefined name as an error.
 ENVIRONMENT = Environment(
     loader=PackageLoader("qat.report"),
     autoescape=True,
@@ -64,7 +64,7 @@ Row = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run directory; missing files are left out.
+    """Write the page of a run directory, from those files that exist.
 
     Returns: The path of the page.
     """
@@ -115,9 +115,9 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's non-empty columns, each with True if the column contains only numbers.
+    """Names of a table's non-empty columns, each with a bool: does it contain only numbers?
 
-    The first column is the name of the row.
+    The first column contains the names of the rows.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     filled: list[tuple[str, bool]] = []
@@ -132,7 +132,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
-    """Rows of a CSV file with parsed numbers; empty if the file does not exist.
+    """Read the rows of a CSV file, and parse numbers; no rows if the file does not exist.
 
     If `names` are given, only these columns are returned. The column with the model's label is left
     out if all rows have the same label.
@@ -154,7 +154,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 
 
 def _float_cost(folder: Path) -> dict[str, float]:
-    """Cost of the float model, from the cost analysis; empty if the analysis does not have it."""
+    """Cost of the float model, from the cost analysis; empty if the analysis did not compute it."""
     summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     for cost in summary.values():
         return cost.get("in_float") or {}
@@ -162,7 +162,7 @@ def _float_cost(folder: Path) -> dict[str, float]:
 
 
 def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Title, value and explanation of the numbers at the top of the page."""
+    """Title, value and explanation of each number at the top of the page."""
     figures = []
     top1 = results.get("top1")
     if top1 is not None:
@@ -193,7 +193,7 @@ def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, s
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
-    """Rows for the float version of a quantized model and for the model, without empty columns."""
+    """Rows for a quantized model and for its float version; empty columns are left out."""
     if not results.get("size_bytes"):
         return []
     bits = bits_of(results.get("recipe"))
@@ -209,10 +209,10 @@ def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
 
 
 def _file_rows(results: Row) -> list[Row]:
-    """Bytes of the parts of an exported file.
+    """Rows with the bytes of each part of an exported file.
 
-    If the file was compared, also its bytes and the bytes of the model's float and int8 files, with
-    the time of one image.
+    If the file was compared with other files, there are also rows for the file and for the model's
+    float and int8 files: bytes, and time of one image.
     """
     kind = "file" if results.get("agrees") else "part"
     latencies = results.get("latency_ms") or {}
@@ -227,7 +227,7 @@ def _file_rows(results: Row) -> list[Row]:
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
-    """Analyses in the run directory (of the command `analyze`) and in `analysis/` (of runs)."""
+    """Analyses in the run directory (from `analyze`) and in its folder `analysis/` (from runs)."""
     analyses = []
     for subfolder in (folder, folder / ANALYSES):
         for path in sorted(subfolder.glob("*.json")):
@@ -238,7 +238,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
 
 
 def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
-    """Pictures, tables and file names of one analysis."""
+    """Figures, tables and file names of one analysis."""
     is_folded = subfolder != folder
     pictures = []
     for figure, file in _listed(index.get("figures"), subfolder, folder):

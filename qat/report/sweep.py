@@ -1,4 +1,4 @@
-"""Results of the jobs below a directory: `sweep.csv`, a table over seeds, and a page."""
+"""Report the results of the jobs below a directory: `sweep.csv`, a table over seeds, and a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
 from qat.utils.text import MISSING, count, is_inside, json_object, one_line, read_file
 
-# Numbers that are averaged over seeds: headings and formats.
+# Numbers that are averaged over seeds, with heading and format.
 MEASURES = {
     "top1": ("top-1 %", ".2f"),
     "top5": ("top-5 %", ".2f"),
@@ -35,13 +35,13 @@ MEASURES = {
 }
 # Prefix of the columns with settings of the command line.
 SETTING = "overrides."
-# Settings that do not make a job a different experiment.
+# Settings that may differ between jobs of the same experiment.
 IGNORED = {"run_dir", "resume", "overwrite", "report"}
-MOST_GROUPS = 40  # in the figure; the names of more would be illegible
+MOST_GROUPS = 40  # more names in the figure would be illegible
 
 
 def gather(folder: Path) -> list[Row]:
-    """A row for each job below a directory, including nested jobs: settings, results and error."""
+    """Read a row for each job below a directory, also nested: settings, results and error."""
     job_folders = {path.parent for path in folder.rglob("results.json")}
     job_folders |= {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     job_folders.discard(folder)
@@ -50,7 +50,7 @@ def gather(folder: Path) -> list[Row]:
 
 
 def _numbers_padded(row: Row) -> list[str]:
-    """A sort key that puts job 2 before job 10."""
+    """Sort key that puts job 2 before job 10."""
     return [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
 
 
@@ -75,7 +75,7 @@ def _job_row(folder: Path, job: str) -> Row:
 
 
 def overrides_of(folder: Path) -> dict[str, str]:
-    """Settings on the command line of a job, by name; empty if they were not recorded.
+    """The settings on a job's command line, by name; empty if they were not recorded.
 
     The run itself writes `command.json` when it starts. Hydra writes its own file at each start,
     even for a job that is refused because results exist.
@@ -83,7 +83,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
     overrides = json_object(folder / "command.json", folder).get("overrides")
     path = folder / ".hydra" / "overrides.yaml"
     if overrides is None and is_inside(path, folder):
-        # A killed job may leave an incomplete file.
+        # The file is incomplete if the job was killed while writing it.
         with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             overrides = yaml.safe_load(read_file(path))
     if not isinstance(overrides, list):
@@ -97,7 +97,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
 
 def _without_quotes(value: str) -> str:
-    """A value of the command line without the quotes around a text."""
+    """A command-line value without surrounding quotes."""
     quoted = re.fullmatch(r"(['\"])(.*)\1", value)
     return re.sub(r"\\(['\"\\])", r"\1", quoted[2]) if quoted else value
 
@@ -115,7 +115,7 @@ def varied_settings(jobs: Sequence[Row]) -> list[str]:
 
 
 def settings_of(job: Row, names: Sequence[str]) -> dict[str, str]:
-    """The named settings of a job; long numbers are shortened to four significant digits."""
+    """The settings of a job that have these names; long numbers get four significant digits."""
     return {name: _shortened(str(job.get(SETTING + name, MISSING))) for name in names}
 
 
@@ -127,7 +127,7 @@ def _shortened(text: str) -> str:
 
 
 def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
-    """Groups of jobs that differ only in their seed, with the settings that vary between groups."""
+    """Group jobs that differ only in their seed; list the settings that vary between groups."""
     names = [name for name in varied_settings(jobs) if name != "seed"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
@@ -145,12 +145,12 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
 
 
 def label(settings: Mapping[str, str]) -> str:
-    """Settings as one line of text."""
+    """Join settings to one line of text."""
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known values of a measure in finished jobs."""
+    """The values of a measure in finished jobs that have one."""
     numbers: list[float] = []
     for job in jobs:
         value = job.get(measure)
@@ -162,7 +162,7 @@ def values(jobs: Sequence[Row], measure: str) -> list[float]:
 def mean(jobs: Sequence[Row], measure: str) -> str:
     """`97.22 ± 0.28`: mean and sample standard deviation (n - 1).
 
-    For a single value, or for equal values, the text is only the mean.
+    For a single value or equal values, the text contains only the mean.
     """
     numbers = values(jobs, measure)
     if not numbers:
@@ -175,7 +175,7 @@ def mean(jobs: Sequence[Row], measure: str) -> str:
 
 
 def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
-    """A row for each group: varied settings, number of finished jobs, means and deviations."""
+    """Make a row for each group: varied settings, number of finished jobs, means and deviations."""
     measured = [name for name in MEASURES if values(jobs, name)]
     rows = []
     for settings, group in grouped(jobs):
@@ -205,9 +205,9 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
 
     Args:
         folder: directory of the sweep.
-        report: write the page too.
-        refused: errors, by job name, of jobs that did not run because their directories contain
-            results.
+        report: True = also write the page.
+        refused: error messages, by job name, of jobs that did not run because their directories
+            already contain results.
 
     Raises:
         UsageError: there are no runs below the folder.
@@ -257,7 +257,7 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
-    """Top-1 of every group with the standard deviation, and a dot for each job."""
+    """Draw the mean top-1 of every group with its standard deviation, and a dot for each job."""
     groups = []
     for settings, group in grouped(jobs):
         if values(group, "top1"):

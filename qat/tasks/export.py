@@ -21,7 +21,7 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, net_codes
+from qat.export.check import Checked, compare, outputs_and_codes
 from qat.export.onnx_file import (
     IMAGES,
     OnnxSettings,
@@ -151,7 +151,7 @@ def export(cfg: DictConfig) -> float:
             return checked
         results["bytes"] = write_packed(frozen, path, meta)
         loaded = load(path)
-        agreement = compare(net, loaded, lambda: partial(net_codes, loaded), images)
+        agreement = compare(net, loaded, lambda: partial(outputs_and_codes, loaded), images)
         return Checked({"qat.load": agreement})
 
     checked = write_checked(target, write)

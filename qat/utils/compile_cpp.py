@@ -1,4 +1,4 @@
-"""Compile this package's C++ sources with the system's compiler, into the user's cache."""
+"""Compile this package's C++ source with the system's compiler, and cache the library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 _TIMEOUT = 60
-# Options that let a compiler change results, such as -ffast-math, are not used.
+# These options do not change results; do not add options such as -ffast-math, which do.
 _FLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -25,15 +25,15 @@ _FLAGS = (
     "-shared",
     "-fPIC",
 )
-# The fastest options come first; not every compiler knows the processor or has OpenMP.
+# Tried in order, fastest first: not every compiler knows the processor or has OpenMP.
 _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 
 def load(source: str) -> ctypes.CDLL:
-    """Load a library of C++ source text, which is compiled once per machine and compiler.
+    """Load a library from C++ source text, which is compiled once per machine and compiler.
 
     Raises:
-        OSError: there is no compiler, it failed, or its output cannot be loaded.
+        OSError: there is no compiler, the compiler failed, or the library cannot be loaded.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -43,13 +43,13 @@ def load(source: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as temporary:
             return ctypes.CDLL(str(_compiled(source, compiler, Path(temporary) / "kernels.so")))
     library = folder / f"kernels-{_key(source, compiler)}.so"
-    with contextlib.suppress(OSError):  # missing or damaged: compiled below
+    with contextlib.suppress(OSError):  # if missing or damaged, it is compiled below
         return ctypes.CDLL(str(library))
     return ctypes.CDLL(str(_compiled(source, compiler, library)))
 
 
 def _compiled(source: str, compiler: str, library: Path) -> Path:
-    """Compile, then rename: another process may compile the same library, or be killed."""
+    """Compile, and then rename: other processes may compile the same library, or be killed."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source_path = Path(folder) / "kernels.cpp"
         output_path = Path(folder) / "kernels.so"
@@ -84,7 +84,7 @@ def _key(source: str, compiler: str) -> str:
 
 @functools.cache
 def _features() -> str:
-    """Features of the processor, because different machines may share a home directory."""
+    """Features of the processor: machines that share a home directory may differ in them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -96,9 +96,9 @@ def _features() -> str:
 
 
 def _cache() -> Path | None:
-    """A folder that only this user can write to, as its files are executed; None without one."""
+    """The cache folder, if only this user can write to it, because its files are executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
-    if not folder.is_absolute():  # a user without a home
+    if not folder.is_absolute():  # the user has no home directory
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,8 +1,8 @@
 """Write files, tables and JSON atomically, and read files of tensors with checks.
 
 Files are written under a temporary name, flushed to the disk and renamed. A file of tensors is read
-only if its checksums match, with limits on the depth and number of values and on the size of
-weights; `qat/model/bounds.py` limits the net that such a file describes.
+only if its checksums match and its values are within limits: their depth, their number and the size
+of weights. `qat/model/bounds.py` limits the model that such a file describes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from qat.utils.pickles import MOST_VALUES, check_pickles
 from qat.utils.text import is_number, one_line, read_file
 
 _UNFINISHED = ".part"
-# Characters with which formulas begin, in ASCII and full-width.
+# Characters that start a formula in spreadsheets, in ASCII and full-width.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _FOLDER_MARK = 0x10
 MOST_DEPTH = 32
-# The most numbers in the weights per byte of the file: four 2-bit codes.
+# A byte of a file can contain at most this many numbers: four 2-bit codes.
 MOST_PER_BYTE = 4
-# The most additional numbers in the weights, because constant tensors take no bytes.
+# Weights may have this many more numbers, because constant tensors take no bytes.
 MOST_CONSTANT = 2**26
 
 
@@ -47,8 +47,8 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
     Args:
         path: the file to write.
-        previous: name in the same folder under which the replaced file is kept; a complete file
-            exists at `path` at every moment.
+        previous: name in the same folder for the old file, which is then not deleted. A complete
+            file exists at `path` at every moment.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
@@ -72,14 +72,14 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
 
 
 def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> None:
-    """Raise `UsageError` if the path of a file to write is an existing folder."""
+    """Raise `UsageError` if the path for a file is that of an existing folder."""
     if os.path.isdir(path or "."):
         raise UsageError(f"{setting}={str(path)!r}: must be a file, not a folder")
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Generator[None]:
-    """Name this file in disk errors that name no file, or an unfinished file."""
+    """Put this path into OS errors that name no file or only a temporary one."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def _named(path: Path) -> Generator[None]:
 
 
 def flush(path: Path) -> None:
-    """Write a file, or the names in a folder, from the system's buffers to the disk."""
+    """Flush a file, or the names in a folder, from the system's buffers to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -99,7 +99,7 @@ def flush(path: Path) -> None:
 
 
 def _keep(present: Path, previous: Path) -> None:
-    """Give a file a second name, replacing any file of this name; copy it if links fail."""
+    """Give a file a second name, and replace any file with that name. Copy it if links fail."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}{_UNFINISHED}")
     link.unlink(missing_ok=True)
     try:
@@ -110,12 +110,12 @@ def _keep(present: Path, previous: Path) -> None:
 
 
 def remove_unfinished(run_dir: Path, files: Iterable[str]) -> list[Path]:
-    """Delete the temporary files of writes that were killed.
+    """Delete the temporary files of processes that were killed while writing.
 
     Args:
         run_dir: a directory that no other process writes to.
-        files: patterns of the files that were written, relative to `run_dir`; other temporary files
-            stay.
+        files: patterns of file names, relative to `run_dir`; temporary files of other names are not
+            deleted.
 
     Returns:
         The deleted paths.
@@ -138,7 +138,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Text of a CSV file with these cells per line, without formulas and control characters."""
+    """Make the text of a CSV file from rows of cells, without formulas and control characters."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([csv_cell(cell) for cell in row] for row in rows)
@@ -146,7 +146,7 @@ def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell of a table; an apostrophe keeps spreadsheets from reading a text as a formula.
+    """Make a cell of a table; an apostrophe keeps spreadsheets from reading text as a formula.
 
     Examples:
         >>> [csv_cell(value) for value in ("=1+1", "-0.5", -0.5, "cat")]
@@ -160,8 +160,8 @@ def csv_cell(value: Any) -> Any:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Text of a CSV file with all columns of all rows; missing values are empty cells."""
-    columns: dict[str, None] = {}  # ordered
+    """Make the text of a CSV file with the columns of all rows; missing values are empty cells."""
+    columns: dict[str, None] = {}  # serves as an ordered set
     for row in rows:
         columns |= dict.fromkeys(row)
     lines = [[row.get(column) for column in columns] for row in rows]
@@ -169,13 +169,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, by column name, without a last line that a kill has cut off."""
+    """Read the rows of a CSV file as dicts; ignore an incomplete last line of a killed process."""
     lines = io.StringIO(read_file(path).decode(), newline="")
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def json_text(value: Any) -> str:
-    """JSON text; NaN and infinity become null, values of types that JSON lacks become strings."""
+    """Convert to JSON; NaN and infinity become null, values that JSON lacks become strings."""
     return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"
 
 
@@ -210,12 +210,12 @@ def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[
 
 
 def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | None = None) -> None:
-    """`torch.save` atomically; see `replacing`."""
+    """Write a file by `torch.save` atomically; see `replacing`."""
     with replacing(path, previous=previous) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:
-            # Torch does not say why it cannot write, but the operating system's error does.
+            # Raise the operating system's error instead, which says why torch cannot write.
             with temporary.open("ab") as file:
                 file.write(bytes(2**16))
                 file.flush()
@@ -224,13 +224,13 @@ def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | N
 
 
 def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> Any:
-    """Plain data and tensors of a file whose checksums match; no code in the file is executed.
+    """Read plain data and tensors from a file; check its checksums, and execute nothing in it.
 
     Raises:
         OSError: the file is damaged.
         OverflowError: the file contains too many values.
-        pickle.UnpicklingError: the file contains anything but plain data and tensors.
-        RuntimeError, EOFError: `torch.save` did not write the file.
+        pickle.UnpicklingError: the file contains something else than plain data and tensors.
+        RuntimeError, EOFError: the file was not written by `torch.save`.
     """
     damage = damage_of(path)
     if damage is not None:
@@ -240,7 +240,7 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
 
 def damage_of(path: str | os.PathLike[str]) -> str | None:
-    """Find damage in an archive of `torch.save`, because torch itself does not compare checksums.
+    """Find damage in an archive of `torch.save`; torch itself does not compare checksums.
 
     Returns:
         A description of the damage; None for an intact archive, and for files that are not
@@ -250,13 +250,13 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            # Check this before anything is read: three megabytes may unpack to three gigabytes.
+            # Check this before anything is read: 3 MB could unpack to 3 GB.
             if _is_compressed(archive, Path(path).stat().st_size):
                 return "it is compressed, which torch.save never does"
             damaged = archive.testzip() or _first_folder(archive)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())
-    return None if damaged is None else f"checksum of {damaged} does not fit"
+    return None if damaged is None else f"the checksum of {damaged} does not match"
 
 
 def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
@@ -268,7 +268,7 @@ def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
 def _first_folder(archive: zipfile.ZipFile) -> str | None:
     """Name of the first entry that is marked as a folder.
 
-    Torch would leave the memory of such an entry uninitialized, and no checksum covers the mark.
+    Torch would leave the memory of such an entry uninitialized, and no checksum covers this mark.
     """
     for entry in archive.infolist():
         if entry.external_attr & _FOLDER_MARK:
@@ -277,7 +277,7 @@ def _first_folder(archive: zipfile.ZipFile) -> str | None:
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the values of tensors, in the given order, as 64 hexadecimal digits."""
+    """SHA-256 of the values of tensors in this order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous().flatten()
@@ -286,7 +286,7 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 
 def check_bounds(value: object) -> None:
-    """Limit the nested dicts and lists of a file.
+    """Check that the nested dicts and lists of a file are within limits.
 
     Raises:
         ValueError: they are nested deeper than `MOST_DEPTH`, or contain more than `MOST_VALUES`
@@ -310,7 +310,7 @@ def check_bounds(value: object) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
-    """Limit the weights of a file to dense real tensors with as many numbers as the file can hold.
+    """Check that weights are dense real tensors, with no more numbers than their file can contain.
 
     Args:
         tensors: the weights by name.
@@ -326,7 +326,8 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
             raise UsageError(
                 f"{origin}: its weight {name} is {kind}; weights must be dense real numbers"
             )
-    # Sizes of storages would mislead: many tensors may share a storage, or expand a single number.
+    # Sizes of storages would mislead, because many tensors may share a storage or expand one
+    # number.
     numbers = sum(tensor.numel() for tensor in tensors.values())
     if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
         raise UsageError(
@@ -336,7 +337,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
 
 
 def _unusable_kind(tensor: Tensor) -> str | None:
-    """Kind of a tensor that is not dense and real; None for a dense real tensor."""
+    """Kind of a tensor that is not dense and real. Returns None for a dense real tensor."""
     if tensor.is_meta:
         return "without values"
     if tensor.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""Follow the pickles of a file of tensors without executing them, to limit what reading costs."""
+"""Check the pickles in a file of tensors without executing them, to limit the cost of reading."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import IO, Any
 import torch
 
 MOST_VALUES = 10**6
-# Functions that a pickle may call. Torch allows more functions, whose results may be far larger
-# than the file.
+# Functions that a pickle may call. Torch also allows functions whose results may be far larger than
+# the file.
 _CALLABLE = (
     "argparse.Namespace",
     "builtins.complex",
@@ -29,22 +29,22 @@ _CALLABLE = (
 )
 _CALLABLE_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._rebuild_")
 _ARCHIVE_START = b"PK\x03\x04"
-_LEGACY_PICKLES = 5  # before the weights in a file of torch < 1.6
+_LEGACY_PICKLES = 5  # pickles before the weights in a file of torch < 1.6
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
-# Opcodes that leave their first value on the stack. A list or dict counts as one value because,
-# unlike a tuple, it is never hashed.
+# Opcodes that leave the list, dict or set to which they add on the stack. A list or dict counts as
+# one value: unlike a tuple, it is never hashed.
 _UNCHANGED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "MEMOIZE", "DUP"}
 
 
 def check_pickles(path: str | os.PathLike[str]) -> None:
-    """Raise an error if reading the pickles could take much more memory or time than the file.
+    """Raise an error if reading a file's pickles could take far more memory or time than its size.
 
     Raises:
         OverflowError: a pickle contains more than `MOST_VALUES` values.
         pickle.UnpicklingError: a pickle is damaged, or calls a function that no checkpoint needs.
     """
     with contextlib.suppress(EOFError), open(path, "rb") as file:
-        # Torch decides by the start of the file, which may begin as a pickle and end as an archive.
+        # Look at the start, as torch does: a file may begin as a pickle and end as an archive.
         is_archive = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
         file.seek(0)
         if not is_archive:
@@ -64,8 +64,8 @@ class _Slot:
     """A value on the stack of a pickle.
 
     Attributes:
-        name: name of a global, or the characters of a text; empty for other values.
-        values: number of values inside it; shared values count each time.
+        name: name of a global, or content of a string; empty for other values.
+        values: number of values inside this value; shared values count each time.
     """
 
     name: str = ""
@@ -73,7 +73,7 @@ class _Slot:
 
 
 def _check_opcodes(file: IO[bytes]) -> None:
-    """Follow the stack of one pickle to its end."""
+    """Track the stack through one pickle."""
     mark = _Slot("mark")
     stack: list[_Slot] = []
     memo: dict[int, _Slot] = {}
@@ -100,7 +100,7 @@ def _check_opcodes(file: IO[bytes]) -> None:
 
 
 def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
-    """Pop the inputs of an opcode from the stack, lowest first, except for the mark."""
+    """Pop the inputs of an opcode from the stack; return them without the mark, lowest first."""
     inputs = opcode.stack_before
     popped: list[_Slot] = []
     if pickletools.markobject in inputs:
@@ -116,7 +116,7 @@ def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> lis
 def _pushed(
     opcode: pickletools.OpcodeInfo, argument: Any, popped: list[_Slot], memo: dict[int, _Slot]
 ) -> _Slot:
-    """The value that an opcode pushes on the stack."""
+    """The value that an opcode pushes onto the stack."""
     if "UNICODE" in opcode.name:
         return _Slot(argument)
     if opcode.name in _UNCHANGED:

@@ -1,4 +1,4 @@
-"""Run or copy a net to inspect it, in evaluation mode and without gradients."""
+"""Run a net in evaluation mode without gradients to inspect it, or copy a net."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 
-# True while nets with unset scales may run; otherwise they raise (`qat.model.scales.guard`).
+# True while nets with unset scales may run; otherwise, they raise an error
+# (`qat.model.scales.guard`).
 unset_scales_allowed = ContextVar("unset_scales_allowed", default=False)
 
 
 @contextlib.contextmanager
 def allow_unset_scales() -> Generator[None]:
-    """Let nets with unset scales run in this block, where outputs are not used as logits."""
+    """Let nets with unset scales run in this block. Do not use their outputs as logits."""
     token = unset_scales_allowed.set(True)
     try:
         yield
@@ -33,7 +34,7 @@ def allow_unset_scales() -> Generator[None]:
 def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Zeros (1, C, H, W), with the dtype and device of the net's first floating-point tensor.
 
-    Buffers count too, because a frozen net may have no parameters.
+    Buffers are included, because a frozen net may have no parameters.
     """
     for tensor in itertools.chain(net.parameters(), net.buffers()):
         if tensor.is_floating_point():
@@ -43,9 +44,9 @@ def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
 
 @contextlib.contextmanager
 def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]:
-    """Evaluate the net in this block, without gradients, and even if scales are unset.
+    """Run a net in eval mode and without gradients in this block, even if scales are unset.
 
-    After the block, every module is back in its own mode, and the hooks are removed.
+    After the block, every module has its old mode again, and the hooks are removed.
     """
     modes = [(module, module.training) for module in net.modules()]
     handles = list(hooks)
@@ -56,17 +57,17 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
     finally:
         for module, mode in modes:
             module.training = mode
-            # LeViT and others keep biases that they compute from a parameter.
+            # LeViT and others cache biases that they compute from a parameter.
             getattr(module, "attention_bias_cache", {}).clear()
         for handle in handles:
             handle.remove()
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A deep copy of a net; for a compiled net, a copy of the original net.
+    """Make a deep copy of a net; of a compiled net, copy the original net.
 
-    Some nets keep a tensor of their last forward pass (attention biases in TinyViT and LeViT). The
-    tensor is copied without its graph, which cannot be copied.
+    Some nets store a tensor of their last forward pass (attention biases in TinyViT and LeViT).
+    Such a tensor is copied without its autograd graph, which cannot be copied.
     """
     net = getattr(net, "_orig_mod", net)
     copies: dict[int, Any] = {}
@@ -78,14 +79,14 @@ def copied(net: nn.Module) -> nn.Module:
 
 
 def images_of(batch: Any, net: nn.Module) -> Tensor:
-    """Calibration images of a batch, with the dtype and device of a net.
+    """The calibration images of a batch, with the dtype and device of a net.
 
     Args:
         batch: float images (B, C, H, W), or a tuple or list that starts with them.
-        net: net whose first parameter sets dtype and device.
+        net: net whose first parameter determines dtype and device.
 
     Raises:
-        UsageError: the batch has another form, contains no image, or has non-finite values.
+        UsageError: the batch has another form, contains no images, or has non-finite values.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(images, Tensor):

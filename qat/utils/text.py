@@ -1,4 +1,4 @@
-"""Safe text for terminals and tables, short forms of numbers, and files of limited size."""
+"""Make text safe for terminals and tables, format numbers, and read files of limited size."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 MISSING = "–"
-MOST_READ = 2**30  # bytes of an image, a table, a file of settings
+MOST_READ = 2**30  # bytes of one image, table or file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
-# Control characters except line breaks and tabs, marks that change the direction of text, and
-# Python's substitutes for bytes of file names that are not UTF-8.
+# Control characters except line breaks and tabs, marks that change the direction of text, and the
+# surrogates that Python uses for undecodable bytes in file names.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Escape (as in `\x1b`) characters that move a cursor, change colours or cannot be encoded.
+    r"""Escape characters that move a cursor, change colours or cannot be encoded, as in `\x1b`.
 
     Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
@@ -29,19 +29,19 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Escape a text as `printable` does, and also line breaks and tabs."""
+    """Escape a text as `printable` does, and also escape line breaks and tabs."""
     return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
 
 
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:
-        code -= 0xDC00  # os.fsdecode adds it to a byte
+        code -= 0xDC00  # `os.fsdecode` adds this number to an undecodable byte
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """A number with three significant digits and an SI prefix, such as `190 kB`."""
+    """Format a number with three significant digits and an SI prefix, such as `190 kB`."""
     value = float(f"{value:.3g}")  # 999,600 becomes 1 M
     power = 0
     if value >= 1:
@@ -50,18 +50,18 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """A number with a singular or plural: `1 image`, `2 images`, `2 classes`."""
+    """Format a number and a noun in singular or plural: `1 image`, `2 images`, `2 classes`."""
     if n == 1:
         return f"{n} {noun}"
     return f"{n} {noun}es" if noun.endswith("s") else f"{n} {noun}s"
 
 
 def unlearned(results: Mapping[str, Any]) -> str:
-    """A remark on an accuracy that is hardly better than always predicting the most frequent class.
+    """Remark on an accuracy that is hardly better than always predicting the most frequent class.
 
     Returns:
-        The remark if the accuracy is at most two standard errors above the share of this class;
-        otherwise, or if a number is missing, an empty string.
+        The remark, if the accuracy is at most two standard errors above the share of this class. If
+        it is higher or a number is missing, an empty string.
     """
     top1 = results.get("top1")
     images = results.get("images")
@@ -78,7 +78,7 @@ def unlearned(results: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration as text, in seconds, minutes or hours."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:
@@ -89,19 +89,19 @@ def duration(seconds: float) -> str:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Content of a file of limited size.
+    """Read a file whose size is limited.
 
     Raises:
         OSError: the file is missing, has more than `MOST_READ` bytes, or is a pipe or a device,
-            which may never end.
+            whose content might never end.
     """
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_READ:
-        raise OSError(f"No such file, or none that ends within {MOST_READ} bytes")
+        raise OSError(f"No such file, or it does not end within {MOST_READ} bytes")
     return Path(path).read_bytes()
 
 
 def is_number(text: str) -> bool:
-    """True for a text that Python can parse as a number."""
+    """True if Python can parse a text as a number."""
     try:
         float(text)
     except ValueError:
@@ -110,12 +110,15 @@ def is_number(text: str) -> bool:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """True if a resolved path is a file in a folder, because an index may name any file."""
+    """True if a path, with links resolved, is a file inside the folder.
+
+    An index that comes from outside could name any file.
+    """
     return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
 
 
 def json_object(path: Path, folder: Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     The result is empty if the file cannot be read, does not contain an object, or is not in
     `folder`.

@@ -1,4 +1,4 @@
-"""Checks of settings; each raises `UsageError` in the form `setting=value: must be ...`."""
+"""Checks of settings. They raise `UsageError` with messages like `setting=value: must be ...`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LOWEST_BITS = 2
 HIGHEST_BITS = 8
 # Bits of the number formats in which blocks of floats share a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
-# Floats of 8 bits with one scale for a tensor or a row. The scale of activations is learned, or
-# stays as calibrated.
+# 8-bit floats with one scale per tensor or row. The scale of an activation is either learned or
+# only calibrated.
 FP8 = ("fp8", "fp8_held")
-# Larger counts overflow in torch, or are typing mistakes.
+# Larger integers overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
 # Largest height and width of an image in pixels.
 MOST_SIDE = 2**14
-# At 0.1, an image becomes ten times as large before it is cropped.
+# With 0.1, an image is enlarged ten times before it is cropped.
 LOWEST_CROP = 0.1
-# VOLO uses 1.15, a border around the image.
+# VOLO uses 1.15, which adds a border around the image.
 HIGHEST_CROP = 2
 CROP_MODES = ("center", "center_floor", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def unknown(setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """Message about an unknown name, with the closest allowed names, or else all allowed names.
+    """Message about an unknown name. It lists the closest allowed names, or else all of them.
 
     Args:
-        setting: the setting, with group and value if they help.
+        setting: the setting as the message shows it, with group and value if they help.
         name: the unknown name.
         allowed: all names that can be used.
-        elsewhere: full names of settings in other groups; `name` is compared with their last part.
+        elsewhere: full names of settings in other groups, whose last parts `name` is compared with.
     """
     choices = sorted(allowed)
     full_names = {full_name.rpartition(".")[2]: full_name for full_name in reversed(elsewhere)}
@@ -114,7 +114,7 @@ def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_W
 
 
 def check_bool(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is a bool; to Python, any non-empty text would be true."""
+    """Raise `UsageError` unless `value` is a bool; a non-empty text would count as true."""
     if not isinstance(value, bool):
         raise UsageError(f"{setting}={value!r}: must be true or false")
 
@@ -133,7 +133,7 @@ def check_list(setting: str, value: object) -> Sequence[Any]:
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
-    """Return a glob, or a list of globs, as a tuple.
+    """Return one glob or a list of globs as a tuple.
 
     Raises:
         UsageError: `value` is neither a non-empty string nor a non-empty list of such strings.
@@ -146,13 +146,13 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
 
 
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
-    """Raise `UsageError` unless `values` has a finite number above `lowest` for each channel.
+    """Raise `UsageError` unless there is a finite number above `lowest` for each channel.
 
     Args:
         setting: name of the setting, for the message.
         values: value of the setting.
-        chans: number of channels; None = any.
-        lowest: lower bound of the numbers, which is not allowed itself.
+        chans: number of channels; None = any number.
+        lowest: lower bound of the numbers; the bound itself is not allowed.
     """
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     has_length = is_list and (chans is None or chans == len(values))
@@ -171,11 +171,11 @@ def _is_between(value: Any, lowest: float, highest: float) -> bool:
 
 
 def check_images(origin: str, config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if the image preprocessing that a file describes cannot work.
+    """Raise `UsageError` if a file describes an impossible preprocessing of images.
 
     Args:
         origin: the file or argument, for the message.
-        config: timm's `pretrained_cfg`, or a data config; missing values are not checked.
+        config: timm's `pretrained_cfg`, or a data config; values that are missing are not checked.
     """
     chans = config.get("in_chans")
     size = config.get("input_size")
@@ -204,7 +204,7 @@ def check_images(origin: str, config: Mapping[str, Any]) -> None:
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
 
-    The minimum is 2 bits, because at 1 bit the mid-rise grid of StatsQ would have three levels. The
+    The minimum is 2 bits, because StatsQ's grid of half steps would have three levels at 1 bit. The
     maximum is 8 bits, because codes must fit in one byte.
     """
     if quantizer == "float" and bits == FLOAT_BITS:

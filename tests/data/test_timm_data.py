@@ -63,7 +63,7 @@ def test_a_file_of_a_folder_that_has_no_end_is_named(tmp_path, kind):
     path = root / "train" / "ant" / "x.png"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     with pytest.raises(
-        qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or none that ends"
+        qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or it does not end"
     ):
         data(root).split("train")
 

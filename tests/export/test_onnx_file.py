@@ -284,7 +284,7 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
     onnx.save(changed, tmp_path / "net.onnx")
     problem = check_onnx(frozen, tmp_path / "net.onnx", [tiny.images(4)]).problem
     assert problem.startswith(
-        "onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold; same class on "
+        "onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ for values that are not on a threshold; same class on "
     )
 
 
@@ -448,7 +448,9 @@ def test_a_float16_file_with_another_weight_is_a_problem(tmp_path):
 def test_scales_that_float16_cannot_hold_are_one_line():
     net = tiny.quantized("fp8")
     tiny.sites(net)["head.input_quantizer"].quantizer.set_scale(torch.tensor([1e-6]))
-    with usage_error("^format.precision=fp16: head.input_quantizer.onnx_step is 1.0e-06; must be"):
+    with usage_error(
+        "^format.precision=fp16: the step size of head.input_quantizer \\(1.0e-06\\) is below"
+    ):
         to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
 
 
@@ -502,7 +504,9 @@ def test_a_net_converted_in_python(net, tmp_path):
     [((1, 8, 8), 0.0), ((2, 1, 16, 8), 0.0), ((0, 1, 8, 8), 0.0), ((2, 1, 8, 8), torch.nan)],
 )
 def test_images_that_do_not_fit(net, tmp_path, shape, value):
-    with usage_error(r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\)"):
+    with usage_error(
+        r"images of shape \(.*\): must have shape \(N, \*\(1, 8, 8\)\) with N at least 1"
+    ):
         qat.export_onnx(net, tmp_path / "net.onnx", images=torch.full(shape, value))
     assert list(tmp_path.iterdir()) == []
 
@@ -577,11 +581,11 @@ def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
     net = net.eval()
     x = tiny.images(10)
     found = check.compare(
-        net, lambda x: net(x) + 1, lambda: lambda image: check.net_codes(net, image), [x]
+        net, lambda x: net(x) + 1, lambda: lambda image: check.outputs_and_codes(net, image), [x]
     )
     assert (
         found.problem
-        == "on 10 of 10 images its output differs from that of its graph run operator by operator"
+        == "on 10 of 10 images, the output differs from that of the file's graph run operator by operator"
     )
     assert (found.same_top1, found.other_logits, found.largest) == (10, 10, 0.0)
 

@@ -271,7 +271,7 @@ def changed(path, change):
     torch.save(content, path)
 
 
-OTHER_KIND = "its description of the model: has something of another kind"
+OTHER_KIND = "its description of the model: a value has the wrong type"
 
 
 def with_weights(**tensors):

@@ -271,7 +271,7 @@ def test_a_float_net_of_timm(tmp_path, cache):
     assert qat.load(
         tmp_path / "run" / "checkpoints" / "last.ckpt"
     ).patch_embed.proj.weight.shape == (24, 3, 8, 8)
-    with usage_error("its config.json is not of qat.save_pretrained"):
+    with usage_error("qat.save_pretrained did not write its config.json"):
         qat.from_pretrained("timm/tiny")
 
 
@@ -281,7 +281,7 @@ def test_a_float_net_of_timm(tmp_path, cache):
     [
         (
             {"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}},
-            "its arguments would read something else",
+            "its arguments would load other files",
         ),
         ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{'"),
         ({"model_args": {"img_size": 100_000}}, "the model is much larger "),

@@ -147,10 +147,16 @@ def test_colour_weights_are_summed_for_grey_images(path):
     [
         (
             timm.create_model("resnet18", num_classes=10).state_dict(),
-            "it has weights such as bn1.bias; asked for 2 blocks, 32 wide",
+            "the file has weights such as bn1.bias; the model has 2 blocks of width 32",
         ),
-        (vit(embed_dim=64).state_dict(), "it has 2 blocks, 64 wide; asked for 2 blocks, 32 wide"),
-        (vit(depth=3).state_dict(), "it has 3 blocks, 32 wide; asked for 2 blocks, 32 wide"),
+        (
+            vit(embed_dim=64).state_dict(),
+            "the file has 2 blocks of width 64; the model has 2 blocks of width 32",
+        ),
+        (
+            vit(depth=3).state_dict(),
+            "the file has 3 blocks of width 32; the model has 2 blocks of width 32",
+        ),
         (vit(DISTILLED).state_dict(), "Error"),
     ],
     ids=["resnet", "wider", "deeper", "distilled"],

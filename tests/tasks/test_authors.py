@@ -93,7 +93,7 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
         (
             "evaluate",
             ["ckpt_bits=3"],
-            "bits=3: ckpt='{}' was trained with 2, as its own arguments say",
+            "bits=3: ckpt='{}' was trained with 2, according to the arguments in the file",
         ),
         (
             "evaluate",

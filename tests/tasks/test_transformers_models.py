@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_used(home, changes, missing, message, tmp_path,
         (["data.image_size=64"], "the model does not accept images of this size"),
         (["model.weights=x.safetensors"], "model.weights='x.safetensors': must be null"),
         (["model.name=nobody/nothing"], "nothing is not in the local cache and"),
-        (["model.name=nowhere"], "must be user/name of a repository of the hub"),
+        (["model.name=nowhere"], "must be user/name, a repository on the hub"),
         (["++model.args.depth=3"], "unexpected keyword argument 'depth'"),
     ],
 )

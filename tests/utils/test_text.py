@@ -58,7 +58,7 @@ def test_only_files_that_end_are_read(tmp_path, kind):
     make[kind]()
     for read in (read_file, csv_rows):
         with pytest.raises(
-            OSError, match="No such file, or none that ends within 1073741824 bytes"
+            OSError, match="No such file, or it does not end within 1073741824 bytes"
         ):
             read(path)
     assert json_object(path) == {}

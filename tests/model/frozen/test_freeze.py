@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import qat
-from qat.export.check import compare, net_codes
+from qat.export.check import compare, outputs_and_codes
 from qat.functional.statsq import statsq_codes, statsq_scale
 from qat.model.frozen import FrozenWeight
 from tests import tiny
@@ -53,7 +53,7 @@ def made(recipe):
 
 def assert_agrees(net, batches):
     frozen = qat.freeze(net)
-    found = compare(net, frozen, lambda: partial(net_codes, frozen), batches)
+    found = compare(net, frozen, lambda: partial(outputs_and_codes, frozen), batches)
     assert (found.problem, found.unlike) == (None, 0)
     assert found.largest < 5e-5
     return found

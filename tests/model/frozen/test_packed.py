@@ -105,7 +105,7 @@ def test_damage_is_one_line(tmp_path):
     with usage_error("format 'packed-9'"):
         qat.load(path)
     path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-    with usage_error("checksum does not fit"):
+    with usage_error("checksum does not match"):
         qat.load(path)
     start = whole.index(b'"index":"') + 20
     path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
