@@ -220,7 +220,7 @@ class QuantRecipe:
             check_bits("quant.head_bits", self.head_bits, outside)
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
-            raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}")
+            raise UsageError(f"quant.offsets=true: must be false with {self.act_quantizer}")
         self._check_overrides()
 
     def _check_unchanged_if_float(self) -> None:

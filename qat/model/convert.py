@@ -384,7 +384,6 @@ def _set_child(parent: nn.Module, name: str, new: nn.Module) -> None:
     """Replace a child of a module, also in the module's plain Python lists.
 
     Some models call their children through such lists.
-
     """
     old = getattr(parent, name)
     setattr(parent, name, new)

@@ -41,12 +41,12 @@ DIRECT = (QuantVitAttention, QuantWindowAttention)
 def freeze(net: nn.Module) -> nn.Module:
     """Return a copy of a quantized model with integer codes in place of float weights.
 
-    The copy has no trainable parameters for quantized weights. A weight becomes codes with a scale
-    per row; StatsQ's code k means (k + 1/2) * step size. Of query-key reparameterization, only the
-    codes of the folded matrix remain. An offset c after the quantizer of a linear layer's input
-    becomes part of the layer's bias (W c). The same holds for an offset before the quantizer of
-    values, and of queries and keys if no norm or rotation changes them. Other offsets stay where
-    they are; offsets that are zero are removed.
+    Parameters of the copy cannot be trained. A weight becomes codes with a scale per row; StatsQ's
+    code k means (k + 1/2) * step size. Of query-key reparameterization, only the codes of the
+    folded matrix remain. An offset c after the quantizer of a linear layer's input becomes part of
+    the layer's bias (W c). The same holds for an offset before the quantizer of values, and of
+    queries and keys if no norm or rotation changes them. Other offsets stay where they are; offsets
+    that are zero are removed.
 
     Args:
         net: a converted model whose scales are all set; it is not changed.
@@ -82,7 +82,7 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 
 
 def keeps_weights(net: nn.Module) -> bool:
-    """True if the float weights can be recovered: no offset was folded into a bias, and no QKR."""
+    """True if the float weights can be recovered: neither offsets nor QKR were folded."""
     for quantizer in _activations(net):
         if quantizer.before is not None or quantizer.after is not None:
             return False

@@ -175,4 +175,4 @@ def _check_types(meta: Any) -> None:
         and num_pixels <= _MOST_PIXELS
     )
     if not fits:
-        raise TypeError("a value has the wrong type")
+        raise TypeError("a value has the wrong type or is out of range")

@@ -213,8 +213,8 @@ def save_pretrained(
     """Write a model to share: `model.safetensors`, `config.json` and a model card.
 
     The weights are packed codes, as in a file of `export.py format=packed`. A quantized model is
-    first frozen, so the files contain no float weights; `qat.save` writes those. The files contain
-    no local paths.
+    frozen first, so its float weights are not in the files; `qat.save` would store them. The files
+    contain no local paths.
 
     Args:
         net: a model from `qat.load`, a converted model whose scales are set, or a float timm model.

@@ -174,7 +174,7 @@ def test_callbacks_that_need_steps(callback, setting):
             {"overrides": {"blocks.0.*": {"bits": 2}}},
             r"quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8",
         ),
-        ("mxfp4", {"offsets": True}, "quant.offsets=True: must be false"),
+        ("mxfp4", {"offsets": True}, "quant.offsets=true: must be false"),
     ],
 )
 def test_recipes_that_cannot_be(preset, knobs, setting):

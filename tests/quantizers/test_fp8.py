@@ -150,7 +150,7 @@ def test_callbacks_that_need_steps(callback, setting):
         ({"bits": 4}, "quant.bits=4: must be 8 with fp8"),
         ({"act_bits": 4}, "quant.act_bits=4: must be 8 with fp8"),
         ({"head_bits": 4}, "quant.head_bits=4: must be 8 with fp8"),
-        ({"offsets": True}, "quant.offsets=True: must be false with fp8"),
+        ({"offsets": True}, "quant.offsets=true: must be false with fp8"),
         ({"weight_quantizer": "fp8_held"}, "quant.weight_quantizer='fp8_held': must be one of "),
     ],
 )
