@@ -124,7 +124,7 @@ def test_report_lists_every_quantizer_and_what_stays_float():
 @pytest.mark.parametrize("recipe", ["ofq", "fp"])
 def test_converting_twice_is_an_error(wrap, recipe):
     net = quantized()
-    with usage_error("the model is already quantized; build a new one"):
+    with usage_error("the model is already quantized; build a new model"):
         convert(wrap(net), recipe)
     qat.assert_ready(net)
 
