@@ -35,12 +35,12 @@ def main() -> int:
     parser.add_argument("what", choices=("run", "one", "page", "check", "quick"))
     parser.add_argument("names", nargs="*", help="claims or arms: C1, C1/statsq_w2; none = all")
     parser.add_argument(
-        "--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10; or $QAT_CIFAR10"
+        "--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10 [$QAT_CIFAR10]"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes at a time"
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes at a time"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of `one`")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run that `one` repeats")
     args = parser.parse_intermixed_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _has_failed(args: argparse.Namespace) -> bool:
-    """Run the command; True if a run failed or a page differs."""
+    """Run the command; return True if a run failed or a page differs."""
     if args.what == "check":
         stale = page.check(ROOT)
         log.info("%s", "\n".join(stale) or "nothing is stale")
@@ -81,7 +81,7 @@ def _cifar10(args: argparse.Namespace) -> str:
 
 
 def _run_quick(workers: int) -> int:
-    """Run a small claim and print its page; returns the number of failed runs."""
+    """Run a small claim and print its page; return the number of failed runs."""
     with tempfile.TemporaryDirectory(prefix="qat-evidence-") as folder:
         arms = Arms(ROOT / "evidence" / "quick", Path(folder) / "records", Path(folder) / "runs")
         num_failed = run_all((), None, workers, arms)

@@ -1,6 +1,7 @@
-"""Largest absolute difference from the papers' own code, by family: `make golden-deviations`.
+"""Print the largest difference from the papers' own code, by family: `make golden-deviations`.
 
-The script runs the comparisons of the golden tests, and records differences instead of failing.
+The script runs the comparisons of the golden tests, and records the absolute differences instead of
+failing.
 """
 
 from __future__ import annotations

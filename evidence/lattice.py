@@ -1,7 +1,7 @@
-"""Distillation of features on the student's grid, in place of `loss.features`.
+"""Distill features on the student's grid: a replacement of `loss.features`.
 
-Import with `model.imports=[evidence.lattice]`. The term is the mean over blocks of
-||Q(F_student) - Q(F_teacher)||^2 / var(F_teacher). F are the inputs of `qkv` and `fc1`; Q is the
+Use it with `model.imports=[evidence.lattice]`. The term is the mean over blocks of
+||Q(F_student) - Q(F_teacher)||^2 / var(F_teacher). F is the input of `qkv` or `fc1`; Q is the
 student's quantizer, whose step size gets no gradient from the teacher's side.
 """
 
@@ -18,7 +18,7 @@ from qat.losses.outputs import FeatureDistillation
 
 
 class Inputs(Outputs):
-    """Inputs of modules, in place of their outputs."""
+    """Records the inputs of modules instead of their outputs."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__([])

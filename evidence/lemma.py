@@ -1,7 +1,8 @@
-"""`python -m evidence.lemma`: error of quantization over the step size, uniform and normal weights.
+"""`python -m evidence.lemma`: quantization error by step size, for uniform and normal weights.
 
-Measured on samples and by the formulas of KURE's supplement (arXiv 2002.07686). Writes
-evidence/pages/figures/kure-lemma.svg and prints evidence/logs/kure-lemma.log.
+The error is measured on samples, and computed by the formulas of KURE's supplement (arXiv
+2002.07686). The script writes evidence/pages/figures/kure-lemma.svg and prints
+evidence/logs/kure-lemma.log.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def uniform_error(step: float, bits: int) -> float:
     """Mean squared error for uniform weights by the paper's formula.
 
     Args:
-        step: step size; levels are its multiples up to `2 ** (bits - 1)` steps from zero.
-        bits: width M of the formula.
+        step: step size; levels are multiples of it, up to `2 ** (bits - 1)` steps from zero.
+        bits: bit-width, M in the formula.
     """
     end = 2 ** (bits - 1) * step
     if end >= UNIFORM_END:
@@ -46,7 +47,7 @@ def uniform_error(step: float, bits: int) -> float:
 
 
 def normal_error(step: float, bits: int) -> float:
-    """Mean squared error for normal weights by the paper's formula; arguments: `uniform_error`."""
+    """Mean squared error for normal weights by the paper's formula (see `uniform_error`)."""
     end = 2 ** (bits - 1) * step
     clipped = (end**2 + 1) * (1 - math.erf(end / math.sqrt(2)))
     tail = math.sqrt(2 / math.pi) * end * math.exp(-(end**2) / 2)
@@ -61,7 +62,7 @@ def measured_error(weights: np.ndarray, step: float, bits: int) -> float:
 
 
 def best_step(error: Callable[[float, int], float], bits: int) -> float:
-    """The step size with the least error by a formula."""
+    """The step size with the least error according to a formula."""
     result = optimize.minimize_scalar(
         lambda step: error(step, bits), bounds=(0.001, 4.0), method="bounded"
     )

@@ -1,11 +1,11 @@
 """Kill commands at random moments, run them again, and compare all files with undisturbed runs.
 
-Run by `make stress`; log `evidence/logs/stress.log`. Training runs use augmentation, repeated
-augmentation, mixup, cutmix, dropout, drop path and averaged weights. A command is killed with
-SIGKILL after a call of `CALLS` that is drawn with a seed; after `torch.save`, half of the file is
+Run it with `make stress`; its log is `evidence/logs/stress.log`. Training runs use augmentation,
+repeated augmentation, mixup, cutmix, dropout, drop path and averaged weights. A command is killed
+with SIGKILL after a random call of a function in `CALLS`; after `torch.save`, half of the file is
 on the disk. All tensors and numbers of checkpoints, the rows of tables, `results.json` and the
 names of files are compared, without measurements (times, throughput). Each run is a fork of this
-process, which has imported everything. Exit code 1 if anything differs.
+process, which has imported everything. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qat.lit import QATModule
 from qat.ptq.search import Evaluator
 
 ROOT = Path(__file__).resolve().parents[1]
-# 19 steps an epoch; `last.ckpt` is written 17 times.
+# An epoch has 19 steps; `last.ckpt` is written 17 times.
 TRAIN = (
     "train.py",
     "model.args.embed_dim=24",
@@ -112,7 +112,7 @@ MEASURED = re.compile(
     r"|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
 )
 SHOWN = 8
-# The name of a function, and the number of its calls after which to kill.
+# The name of a function, and the number of calls after which the process is killed.
 Moment = tuple[str, int]
 
 
@@ -144,7 +144,7 @@ def run(
         folder: folder of all runs.
         name: key of `COMMANDS`.
         run_dir: folder of this run.
-        moment: moment at which the command is killed; None = not at all.
+        moment: moment at which the command is killed; None = never.
 
     Returns:
         Number of calls by name; None if the command was killed.
@@ -270,12 +270,12 @@ def disturbed_run(
 
 
 def main() -> None:
-    """Kill, compare, print a line for each run."""
+    """Kill and repeat commands, compare the results, and print a line for each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--kills", type=int, default=20, help="at least so many, and at least a run of each kind"
+        "--kills", type=int, default=20, help="least number of kills; each kind runs at least once"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`python -m evidence.zoo --root CIFAR10`: write the models in `zoo/`, with a model card each.
+"""`python -m evidence.zoo --root CIFAR10`: write the models in `zoo/`, each with a model card.
 
 The models are checkpoints of runs; `make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` trains a
 missing checkpoint. Results in a card are measured with `eval.py` on the file itself.
@@ -31,10 +31,10 @@ NETS = {
 
 
 def main() -> None:
-    """Write the models that are named."""
+    """Write the named models."""
     parser = argparse.ArgumentParser(prog="python -m evidence.zoo", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all"
+        "names", nargs="*", default=list(NETS), help=f"models: {', '.join(NETS)}; none = all"
     )
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def write_model(name: str, root: str) -> None:
 
 
 def measured(path: Path, root: str, run_dir: Path) -> dict[str, object]:
-    """`results.json` of an evaluation of the file."""
+    """Evaluate a file, and return the content of `results.json`."""
     command = [
         sys.executable,
         ROOT / "eval.py",

@@ -1,4 +1,4 @@
-"""The arms of all claims: the order, files and settings of their runs."""
+"""The arms of all claims (the variants that they compare): order, files and settings of runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Arms:
     Attributes:
         claims: folder of claim files.
         records: folder of records.
-        runs: folder of the files of runs, relative to the repository because commands in records
-            contain it.
+        runs: folder of the files of runs; it is relative to the repository, because commands in
+            records contain it.
     """
 
     claims: Path = ROOT / "evidence" / "claims"
@@ -71,14 +71,14 @@ class Arms:
                     pairs += [(seed, arm) for seed in arm.seeds]
             if not pairs:
                 raise UsageError(
-                    f"{name!r}: must be one of {', '.join(claims)}, or an arm of theirs, CLAIM/ARM"
+                    f"{name!r}: must be one of {', '.join(claims)}, or one of their arms, CLAIM/ARM"
                 )
             for seed, arm in sorted(pairs, key=lambda pair: pair[0]):
                 add(arm, seed)
         return list(runs.values())
 
     def needed(self, arm: Arm, seed: int) -> list[Run]:
-        """Runs that must finish first: with the same seed, or with an arm's first seed."""
+        """Runs that must finish first, with the same seed or else the first seed of their arm."""
         runs = []
         for path in arm.needs():
             source = self[path]
@@ -90,7 +90,7 @@ class Arms:
         return self.runs / arm.claim / f"{arm.name}-seed{seed}"
 
     def weights_file(self, arm: Arm, seed: int) -> Path:
-        """File in which a run's weights are stored for other runs."""
+        """File that stores a run's weights for other runs."""
         path = self.records.parent / "weights" / arm.claim / f"{arm.name}-seed{seed}.pt"
         return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
@@ -125,7 +125,7 @@ class Arms:
         return [(arm, seed) for arm, seed in runs if (arm.path, seed) in selected]
 
     def checkpoint(self, source: str, seed: int) -> Path:
-        """Checkpoint of `CLAIM/arm[@last]`, with this seed or else the arm's first seed."""
+        """Checkpoint of `CLAIM/arm[@last]`, with the given seed or else the arm's first seed."""
         path, _, which = source.partition("@")
         arm = self[path]
         arm_seed = _seed_of(arm, seed)

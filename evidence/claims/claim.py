@@ -13,10 +13,16 @@ from qat.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Further:
-    """A command on the `best` or `last` weights of a finished run.
+class FollowUp:
+    """A further command, run on the `best` or `last` weights of a finished run.
 
-    Its results are part of the record.
+    Its results join the run's record.
+
+    Attributes:
+        command: train, ptq, analyze, eval or peers.
+        use: names of presets.
+        set: overrides that follow the overrides of the presets.
+        weights: best or last.
     """
 
     command: str
@@ -39,11 +45,11 @@ class Arm:
         ckpt: `CLAIM/arm` or `CLAIM/arm@last`, the source of the initial weights; None = random.
         teacher: source of the teacher's weights, in the form of `ckpt`.
         seeds: seeds of the runs.
-        further: commands on the trained weights, by name.
+        further: further commands on the trained weights, by name.
         best_of: arms to choose from; the settings of the arm with the highest validation top-1
             are added after `set`.
-        keep: store the best weights in `evidence/weights`, for other arms.
-        retired: why this version cannot repeat the runs; the records name the commit that can.
+        keep: True = store the best weights in `evidence/weights`, for other arms.
+        retired: why this version of qat cannot repeat the runs; the records name a commit that can.
     """
 
     claim: str
@@ -55,7 +61,7 @@ class Arm:
     ckpt: str | None = None
     teacher: str | None = None
     seeds: Sequence[int] = (0, 1, 2)
-    further: Mapping[str, Further] = field(default_factory=dict)
+    further: Mapping[str, FollowUp] = field(default_factory=dict)
     best_of: Sequence[str] = ()
     keep: bool = False
     retired: str = ""
@@ -82,13 +88,13 @@ class Expectation:
         what: name of the comparison on the page.
         metric: name of the metric.
         arm: an arm of this claim, or `CLAIM/arm`.
-        than: the other arm, or a number.
-        direction: higher, lower, within (not below `than` by more than the margin) or near (not
-            further from `than` than the margin).
+        than: the other arm, or a number, with which `arm` is compared.
+        direction: `higher` or `lower` by more than `margin`; `within`: at most `margin` below the
+            other arm; or `near`: at most `margin` away from the other arm.
         margin: margin in the unit of the metric.
         format: format of the difference on the page.
-        judged: has a verdict and a row in docs/accuracy.md. The first expectation of a claim is
-            always judged.
+        judged: True = the expectation has a verdict and a row in docs/accuracy.md. The first
+            expectation of a claim always has them.
     """
 
     what: str
@@ -109,7 +115,7 @@ class Table:
         rows: arms.
         columns: `{metric: heading}`.
         formats: `{metric: format}`.
-        labels: `{arm: text}`, in place of the arm's own label.
+        labels: `{arm: text}`, used instead of the arm's own label.
         caption: text above the table.
     """
 
@@ -205,7 +211,7 @@ def _arm(content: Mapping[str, Any], name: str, entry: dict[str, Any]) -> Arm:
     claim_id = content["id"]
     entry = {"seeds": content.get("seeds", (0, 1, 2)), **entry}
     further = entry.get("further", {})
-    entry["further"] = {title: Further(**command) for title, command in further.items()}
+    entry["further"] = {title: FollowUp(**command) for title, command in further.items()}
     candidates = entry.get("best_of", ())
     entry["best_of"] = [path if "/" in path else f"{claim_id}/{path}" for path in candidates]
     return Arm(claim_id, name, **entry)

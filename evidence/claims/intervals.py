@@ -15,7 +15,7 @@ _DIGITS = 12
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean by Student's t; None for fewer than two values.
+    """Return the 95 % interval of the mean by Student's t, or None for fewer than two values.
 
     For differences of pairs, this is a paired t-test at 5 %.
     """

@@ -1,4 +1,4 @@
-"""Records of runs: a line of JSON each, in `evidence/records/CLAIM.jsonl`."""
+"""Records of runs, each a line of JSON in `evidence/records/CLAIM.jsonl`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORTEST = 12
 
 @dataclass(frozen=True)
 class Record:
-    """A run. A value that is not finite is None, and counts as not measured.
+    """Results of a run. A non-finite value is stored as None, and counts as not measured.
 
     Attributes:
         claim: id of the claim.
@@ -37,14 +37,15 @@ class Record:
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
         wall_seconds: duration; None if it was not measured.
-        machine: processor, cores, threads. Records until 2026-11-28 have the name of the processor
-            only, which several types share.
+        machine: processor, cores, threads. Records until 2026-11-28 contain only the name of the
+            processor, which several types share.
         device: device of the tensors.
         versions: versions of libraries; None for a library that is not installed.
         git_commit: commit of this repository; None outside a repository.
         date: day of the run, year-month-day.
-        correct: right or wrong by test image, see `qat.tasks.results.correct_images`; None if it
-            was not stored, as in records until 2026-11-28.
+        correct: which test images are classified correctly, see
+            `qat.tasks.results.correct_images`; None if this was not stored, as in records until
+            2026-11-28.
     """
 
     claim: str
@@ -73,8 +74,8 @@ class Record:
     def values(self) -> dict[str, float | None]:
         """The metrics, and `val_end`: mean validation top-1 of the last sixth of 12 or more epochs.
 
-        With 2 bits, top-1 changes by half a point between epochs, and `val_top1` is the value of
-        the best epoch.
+        `val_top1` is the value of the best epoch, but with 2 bits, top-1 changes by half a point
+        between epochs.
         """
         epochs = [top1 for _, top1 in self.curves.get("val_top1", [])]
         last = [top1 for top1 in epochs[-(len(epochs) // 6) :] if top1 is not None]
@@ -85,9 +86,9 @@ class Record:
 
     @property
     def hits(self) -> list[int]:
-        """1 for each test image that is classified correctly, else 0; empty if it is unknown.
+        """1 for each test image that is classified correctly, else 0; empty if `correct` is None.
 
-        Zeros at the end fill up the last eight images.
+        The list is padded with zeros to a multiple of eight.
         """
         packed = np.frombuffer(base64.b64decode(self.correct or ""), np.uint8)
         hits: list[int] = np.unpackbits(packed).tolist()

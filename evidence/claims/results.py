@@ -30,7 +30,7 @@ Curves = dict[str, list[list[float]]]
 def read_figures(
     command: str, results: Mapping[str, Any], run_dir: Path
 ) -> tuple[dict[str, float], Curves, dict[str, Any]]:
-    """Metrics, curves and maps of a finished command.
+    """Read metrics, curves and maps of a finished command.
 
     Args:
         command: train, ptq, analyze, eval or peers.

@@ -32,7 +32,7 @@ PEERS_PYTHON = "outputs/peers/bin/python"
 
 
 class Command(NamedTuple):
-    """A command of a run: train, ptq, analyze, eval or peers, its folder, its overrides."""
+    """A command of a run: name (train, ptq, analyze, eval or peers), folder and overrides."""
 
     name: str
     run_dir: Path
@@ -44,7 +44,7 @@ def run_all(names: Sequence[str], root: str | None, workers: int, arms: Arms) ->
 
     Args:
         names: claims or arms; empty = all.
-        root: folder of CIFAR-10; None = the runs need none.
+        root: folder of CIFAR-10; None = the runs do not need CIFAR-10.
         workers: number of commands at a time, with one thread each.
         arms: all arms.
 
@@ -93,7 +93,7 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         own_metrics, own_curves, own_maps = read_figures(
             command.name, result, ROOT / command.run_dir
         )
-        # Commands w4_NAME, w3_NAME ... are the points of a curve NAME over the bits.
+        # Commands named w4_NAME, w3_NAME ... are points of a curve NAME over the bits.
         width = re.fullmatch(r"w(\d+)_(\w+)", name)
         if width:
             curves.setdefault(width[2], []).append([int(width[1]), own_metrics["top1"]])

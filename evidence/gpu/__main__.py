@@ -25,36 +25,36 @@ def main() -> None:
         "--seconds",
         type=float,
         default=540,
-        help="when to end; the same command continues",
+        help="time after which to end; the same command then continues",
     )
-    parser.add_argument("--models", nargs="+", help="timm's names; default DeiT-T, -S and -B")
+    parser.add_argument("--models", nargs="+", help="timm models; default DeiT-T, -S and -B")
     parser.add_argument(
         "--train",
         type=Path,
         metavar="FOLDER",
-        help="with train*.parquet and test*.parquet of CIFAR-10: train instead",
+        help="train instead, on train*.parquet and test*.parquet of CIFAR-10 in this folder",
     )
-    parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: names of runs")
-    parser.add_argument("--epochs", type=int, default=20, help="with --train: of a quantized run")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: which runs")
+    parser.add_argument("--epochs", type=int, default=20, help="of a quantized training")
     parser.add_argument(
         "--float-epochs",
         type=int,
         default=30,
-        help="with --train: of a float run, which others start from",
+        help="of a float training, from which quantized trainings start",
     )
     parser.add_argument(
-        "--summary", action="store_true", help="print the tables of what is in --out and end"
+        "--summary", action="store_true", help="only print the tables of the rows in --out"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="walk through all of it on the CPU, with tiny nets, without the compiler",
+        help="try all steps on the CPU, with tiny nets, without the compiler",
     )
     args = parser.parse_args()
-    # Processes take turns on the cores.
+    # Several processes share the cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    # The import is here because processes that measure also import this file and need less.
+    # These imports are here because worker processes also import this file, and need less.
     import torch
 
     from evidence.gpu import speed, train

@@ -25,7 +25,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All complete lines."""
+    """Read all complete lines; empty if there is no file."""
     if not path.exists():
         return []
     rows = []
@@ -69,7 +69,10 @@ class Worker:
 
 
 def result_of(call: Future[Row], until: float) -> Row:
-    """The row of a call; the failure `LATE` if it has not ended at `until` of `time.monotonic`."""
+    """The row of a call, or the failure `LATE` if the call has not ended at time `until`.
+
+    `until` is a time on the clock of `time.monotonic`.
+    """
     try:
         return call.result(max(until - time.monotonic(), 0))
     except TimeoutError:
@@ -85,7 +88,7 @@ def end_all() -> None:
 
 
 def failure(error: BaseException) -> Row:
-    """A row with the error in one line and its trace."""
+    """A row with the error as one line, and its traceback."""
     return {
         "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
         "trace": traceback.format_exc()[-1500:],

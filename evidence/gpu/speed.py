@@ -52,7 +52,7 @@ TURN = 60.0
 NEEDED = 60.0
 RESERVE = 60.0
 GIB = 2**30
-# Rows of a profile.
+# Number of kernels and of host functions in a profile.
 LONGEST = 40
 HEAD = [
     "arm",
@@ -67,7 +67,7 @@ HEAD = [
     "GiB",
     "x float",
 ]
-# The step of a variant, in the variant's process.
+# In the process of a variant: its step.
 _ready: dict[Variant, Callable[[], Any]] = {}
 
 
@@ -75,7 +75,7 @@ class Variant(NamedTuple):
     """A step that is timed.
 
     Attributes:
-        model: timm's name.
+        model: timm name of the model.
         batch: number of images.
         arm: a key of `ARMS`.
         mode: `compiled`, `graphs` (as with `compile=graphs`), `compiled + graph` (in a CUDA graph
@@ -107,7 +107,7 @@ def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
 def prepare(variant: Variant, device: str) -> Row:
     """Build a variant and run its first step.
 
-    After a failure for lack of memory, another call uses what is already compiled.
+    If memory runs out, another call continues with what is already compiled.
     """
     _free_memory()
     is_dry_run = device == "cpu"
@@ -149,7 +149,7 @@ def _build_step(variant: Variant, device: str, *, is_dry_run: bool) -> Callable[
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    """A CUDA graph of a step and its optimizer; it keeps the tensors of the step alive."""
+    """Capture a step and its optimizer as a CUDA graph, which keeps the step's tensors alive."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -164,12 +164,12 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
 
 
 def turn(variant: Variant, num_steps: int, device: str) -> Row:
-    """Time a few steps, after one that allocates memory again.
+    """Time a few steps, after an untimed step that allocates memory again.
 
     Returns:
         For one step: `ms` between events on the device; `host_ms`, an upper bound of the host's
-        time (the host waits if the device is some thousand kernels behind); `peak`, bytes in
-        addition to the bytes allocated before.
+        time (the host waits if the device is some thousand kernels behind); `peak`, bytes that the
+        steps allocate in addition to existing tensors.
     """
     step = _ready[variant]
     step()
@@ -195,7 +195,7 @@ def turn(variant: Variant, num_steps: int, device: str) -> Row:
     return {"ms": start.elapsed_time(end) / num_steps, "host_ms": host_ms, "peak": peak}
 
 
-def idleness(variant: Variant, num_steps: int, device: str) -> Row:
+def profile_step(variant: Variant, num_steps: int, device: str) -> Row:
     """Profile a step: busy milliseconds of the device, kernels, the longest kernels and calls."""
     if device == "cpu":
         return {}
@@ -277,7 +277,7 @@ def take_turns(
     if time.monotonic() < until:
         for variant, row in rows.items():
             if "failed" not in row:
-                row |= workers[variant].call(TURN, idleness, variant, num_steps, device)
+                row |= workers[variant].call(TURN, profile_step, variant, num_steps, device)
     for worker in workers.values():
         worker.close()
     end_all()
@@ -297,9 +297,10 @@ def _prepare_all(workers: dict[Variant, Worker], until: float, device: str) -> d
 
 
 def command(args: argparse.Namespace) -> str:
-    """Measure missing rows while there is time; returns the tables of all rows.
+    """Measure missing rows while there is time; return the tables of all rows.
 
-    Existing rows of a group are measured again together with missing rows, to get ratios.
+    Existing rows of a group are measured again together with its missing rows, because ratios
+    compare rows that were timed together.
     """
     until = time.monotonic() + args.seconds - RESERVE
     device = "cpu" if args.dry_run else "cuda"
@@ -364,7 +365,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _cells(row: Row, batch: int, same_mode: Row | None, compiled: Row | None) -> list[str]:
-    """Cells of a row that follow arm and mode, compared with float rows."""
+    """Cells that follow arm and mode in a row; some compare the row with float rows."""
     if not row.get("ms"):
         return [row.get("failed", "not timed")[:100], *[""] * 8]
     ms = statistics.median(row["ms"])

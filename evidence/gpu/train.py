@@ -3,8 +3,8 @@
 The float model is also the teacher of the quantized models. Several processes train on one device
 at the same time. The state of a run is stored after every epoch, so that a killed run resumes
 exactly: order and augmentation depend only on seed and epoch, and nothing else is random. The model
-with the best validation is tested once. The next command repeats a failed run, because other
-processes may have used up the memory.
+with the best validation accuracy is tested once. The next command repeats a failed run, because
+other processes may have used up the memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qat.nn.quant_module import kept_weights
 from qat.spec import PRESETS
 from qat.utils.files import read_torch, write_torch
 
-# Images for validation.
+# Number of validation images.
 VALIDATION = 5000
 CLASSES = 10
 SIZE = 32
@@ -45,7 +45,7 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 BATCH = 512
 EVAL_BATCH = 1000
-# Images for the initial scales.
+# Number of images for the initial scales.
 CALIBRATION = 128
 # Float models are trained from random weights, with shifts; quantized models without shifts and at
 # half the learning rate, as in docs/accuracy.md.
@@ -81,7 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Run(NamedTuple):
-    """A variant and the seed of order and augmentation, and of a float model's weights."""
+    """A variant, and the seed of the order, the augmentation and a float model's weights."""
 
     variant: str
     seed: int
@@ -169,7 +169,7 @@ class Cifar:
         self.device = device
 
     def batches(self, name: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images of a part in order."""
+        """Batches of all images of a part, in order."""
         images, labels = self.parts[name]
         return zip(images.split(size), labels.split(size), strict=True)
 
@@ -310,7 +310,7 @@ def one_epoch(
     schedule: Any,
     batches: Iterable[tuple[int, tuple[Tensor, Tensor]]],
 ) -> float:
-    """Train on numbered batches; returns the mean loss."""
+    """Train on numbered batches, and return the mean loss."""
     term = CrossEntropy() if teacher is None else Distillation(temperature=TEMPERATURE)
     losses = []
     net.train()
@@ -329,7 +329,7 @@ def one_epoch(
 
 @torch.no_grad()
 def accuracy(net: nn.Module, data: Cifar, part: str) -> float:
-    """Top-1 in percent; runs eagerly, which saves a compiled graph."""
+    """Top-1 in percent; the model runs eagerly, which saves compiling a second graph."""
     net.eval()
     eager = torch.compiler.set_stance("force_eager")
     correct = []
@@ -380,7 +380,7 @@ def train_all(selected: list[Run], args: argparse.Namespace, until: float) -> li
 
 
 def command(args: argparse.Namespace) -> str:
-    """Train unfinished runs while there is time; returns the tables of all rows."""
+    """Train unfinished runs while there is time; return the tables of all rows."""
     until = time.monotonic() + args.seconds - GRACE
     prepare(args.train, args.out.parent / "cifar10.pt", dry_run=args.dry_run)
     args.batch = BATCH

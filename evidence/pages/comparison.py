@@ -24,7 +24,7 @@ class Comparison:
 
     Attributes:
         expectation: the expected difference.
-        differences: arm - than, by seed.
+        differences: difference `arm` - `than` for each seed.
         mixed: True if some pairs ran on two types of CPUs.
     """
 
@@ -34,7 +34,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Confirmed if the whole interval is where the difference should be."""
+        """Confirmed if the whole interval is in the expected range, contradicted if none of it is.
+
+        Otherwise inconclusive; without a verdict for fewer than 3 seeds.
+        """
         ends = interval(self.differences)
         if ends is None or len(self.differences) < SEEDS:
             return TOO_FEW
@@ -54,12 +57,12 @@ class Comparison:
 
     @property
     def difference(self) -> str:
-        """Mean and interval."""
+        """Mean and interval, as text."""
         return with_interval(self.differences, f"+{self.expectation.format.removeprefix('+')}")
 
     @property
     def seeds(self) -> str:
-        """Number of pairs, with a mark if they mix types of CPUs."""
+        """Number of pairs as text, with a mark if they mix types of CPUs."""
         return f"{len(self.differences)}{MIXED * self.mixed}"
 
     @property

@@ -69,7 +69,7 @@ class Point:
 
     Attributes:
         x: position on the horizontal axis.
-        values: one for each seed.
+        values: value of the metric for each seed.
         name: label next to the point.
     """
 
@@ -83,8 +83,8 @@ class Point:
         return statistics.mean(self.values)
 
     @property
-    def around(self) -> float:
-        """Half of the 95 % interval; 0 below three seeds."""
+    def half_interval(self) -> float:
+        """Half of the 95 % interval; 0 for fewer than three seeds."""
         if len(self.values) < SEEDS:
             return 0.0
         ends = interval(self.values)
@@ -95,7 +95,7 @@ class Point:
 class Gathered:
     """Content of a figure, by name: lists of `Point`s, or the record of a map.
 
-    Names without runs are left out.
+    Names that have no runs are left out.
     """
 
     series: Mapping[str, Any]
@@ -124,7 +124,7 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
 
 
 def _first_map(records: Sequence[Record], name: str) -> Record | None:
-    """The first record with the map, because a mean over seeds would be smoother than each map."""
+    """The first record with the map; a mean over seeds would be smoother than any single map."""
     for record in records:
         if name in record.maps:
             return record
@@ -241,12 +241,12 @@ def _bars(
     half_intervals = []
     for point in points:
         means.append(point.mean)
-        half_intervals.append(point.around)
+        half_intervals.append(point.half_interval)
     axis.errorbar(xs, means, yerr=half_intervals, **style)
 
 
 def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """Draw means at named or numbered positions, with a dot for every seed next to each."""
+    """Draw means at named or numbered positions, each with a dot for every seed next to it."""
     from qat.analysis.analysis import PALETTE
 
     all_points = itertools.chain.from_iterable(series.values())
@@ -290,7 +290,10 @@ def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """Draw the mean of each arm over its pale seeds; with few points, markers and intervals too."""
+    """Draw the mean of each arm over pale lines of its seeds.
+
+    Curves of few points also have markers and intervals.
+    """
     from qat.analysis.analysis import PALETTE
 
     all_points = itertools.chain.from_iterable(series.values())
@@ -311,7 +314,7 @@ def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 def _maps(figure: Figure, series: Mapping[str, Record]) -> Canvas:
     """Draw filled contours side by side.
 
-    Each has its own scale: on the scale of a higher map, a lower one would look smooth.
+    Each map has its own scale: on the scale of a higher map, a lower one would look smooth.
     """
     import numpy as np
     from matplotlib.ticker import MaxNLocator

@@ -40,7 +40,7 @@ class Evidence:
         owner = owner or claim.id
         if owner not in self.claims or own_name not in self.claims[owner].arms:
             raise UsageError(
-                f"{claim.file}: arm {name!r}: must be one of a claim's, CLAIM/ARM or ARM"
+                f"{claim.file}: arm {name!r}: must be an arm of a claim, CLAIM/ARM or ARM"
             )
         return self.claims[owner].arms[own_name]
 
@@ -82,8 +82,8 @@ class Evidence:
     def differences(self, claim: Claim, first: Metric, second: Metric | float) -> list[float]:
         """Differences of two arms, seed by seed.
 
-        A number is compared with every seed. So is a model that other runs start from and that has
-        only seed 0.
+        A number is compared with every seed. A model that other runs start from, and that has only
+        seed 0, is also compared with every seed.
         """
         left = self.measured(claim, *first)
         if not isinstance(second, tuple):
@@ -98,7 +98,7 @@ class Evidence:
     def differences_by_image(self, claim: Claim, first: str, second: str) -> list[float]:
         """Difference of two arms for each test image, in percent: the mean over common seeds.
 
-        Empty if no seed has both arms' results by image.
+        The list is empty if no seed has results by image for both arms.
         """
         left = {record.seed: record.hits for record in self.records(claim, first)}
         right = {record.seed: record.hits for record in self.records(claim, second)}
@@ -138,12 +138,12 @@ class Evidence:
         return arm.keep and tuple(arm.seeds) == (0,)
 
     def filled(self, claim: Claim, text: str, words: Mapping[str, str] | None = None) -> str:
-        """A claim's text with its numbers.
+        """A claim's text, with its fields replaced by numbers.
 
         Fields are `{arm.metric}`, `{CLAIM/arm.metric}`, `{arm.metric - other.metric:.1f}` (pairs
         of seeds), `{arm.metric - mean other.metric}`, and `{word}` of `words`. `{...:interval}`
-        shows a 95 % interval in place of the deviation, `{...:n}` the number of seeds, and
-        `{...:images}`, for a difference, an interval over test images. `{{` is a brace. A
+        shows a 95 % interval instead of the deviation, `{...:n}` the number of seeds, and
+        `{...:images}`, for a difference, an interval over test images. `{{` becomes a brace. A
         difference of runs on two types of CPUs has a mark.
 
         Raises:
@@ -155,7 +155,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Field:
-    """Content of a field: values by seed, and of a difference the arms and the `+` of its sign."""
+    """Value of a field: one number per seed.
+
+    For a difference, also the two arms, and `sign` = "+" so that a plus sign is printed.
+    """
 
     values: Sequence[float]
     sign: str = ""
@@ -171,7 +174,7 @@ class _Numbers(string.Formatter):
         self.words = words
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """Return a word or a `_Field`."""
+        """Return the word or the `_Field` of a field name, and the name."""
         if field_name in self.words:
             return self.words[field_name], field_name
         terms = [tuple(term.strip().split(".", 1)) for term in field_name.split(" - ")]
@@ -215,7 +218,7 @@ def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
     """Read claim files and records.
 
     Raises:
-        UsageError: a file is not valid, or a record has a claim or an arm that is in no file.
+        UsageError: a file is not valid, or no claim file contains the claim or arm of a record.
     """
     claims = load_claims(claims_dir)
     runs: dict[tuple[str, str], dict[int, Record]] = {}

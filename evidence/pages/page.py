@@ -151,7 +151,7 @@ def section(claim: Claim, evidence: Evidence) -> str:
 
 
 def with_mixed_note(text: str) -> str:
-    """A text with the explanation of the marks that it has."""
+    """Add an explanation of the marks to a text that contains them."""
     return f"{text}\n\n{MIXED_NOTE}" if MIXED in text else text
 
 
@@ -211,7 +211,7 @@ def _tables_and_figures(
 
 
 def time_spent(records: list[Record]) -> str:
-    """Number of runs, and their time; how many have none."""
+    """Number of runs, their total time, and the number of runs without a measured time."""
     seconds = math.fsum(record.wall_seconds or 0.0 for record in records)
     time = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     text = f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
@@ -252,7 +252,7 @@ def generated_files(root: Path, evidence: Evidence) -> dict[str, str]:
 
 
 def write(root: Path) -> None:
-    """Write pages, figures and the results in the README, each whole; nothing after an error."""
+    """Write pages, figures and the results in the README, after all texts were computed."""
     evidence = read_evidence(root / CLAIMS, root / RECORDS)
     files = generated_files(root, evidence)
     folders = [(claim, root / PAGES / "figures") for claim in evidence.claims.values()]
@@ -273,5 +273,5 @@ def check(root: Path) -> list[str]:
     for name, text in generated_files(root, evidence).items():
         path = root / name
         if not path.is_file() or path.read_bytes() != text.encode():
-            stale.append(f"{path}: not what {RECORDS}/ says, {COMMAND} writes it")
+            stale.append(f"{path}: differs from {RECORDS}/; `{COMMAND}` writes it")
     return stale

@@ -44,7 +44,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         Content of `results.json`.
 
     Raises:
-        UsageError: a setting cannot work.
+        UsageError: a setting is invalid.
     """
     start_time = time.monotonic()
     set_up(cfg)
@@ -92,7 +92,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Train with `library=`, `bits=` and overrides of `train.py`, `run_dir=` among them."""
+    """Train with `library=`, `bits=` and overrides of `train.py`, including `run_dir=`."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )

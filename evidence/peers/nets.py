@@ -2,8 +2,9 @@
 
 Weights and inputs of linear layers have `bits`, and 8 bits in the first and the last layer, as in
 qat's own recipes, if the library supports it. Each library has the configuration that suits a
-trained model at few bits: learned step sizes if it has them, with initial values for few levels. No
-library quantizes the matrix products of attention. A library is imported only when it is used.
+trained model at few bits: learned step sizes if the library has them, with initial values for few
+levels. No library quantizes the matrix products of attention. A library is imported only when it is
+used.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ CANDIDATES = 40
 def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Brevitas: learned step sizes, and learned zero points of activations; 4 levels at 2 bits.
 
-    Initial values have the least error.
+    The initial values minimize the squared error.
     """
     from brevitas import nn as qnn
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant import Int8WeightPerChannelFloatMSE, ShiftedUint8ActPerTensorFloatMSE
 
     def layer(cls: type, width: int) -> tuple[type, dict[str, Any]]:
-        # The default is a narrow range of weights: three levels at 2 bits.
+        # By default, weights have a narrow range: three levels at 2 bits.
         weights = {
             "weight_quant": Int8WeightPerChannelFloatMSE,
             "weight_bit_width": width,
@@ -64,7 +65,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """torchao: learned step sizes of weights (a prototype), with their range as initial value.
 
-    Activations have a new range for each token, since torchao cannot learn it.
+    Activations have a new range for each token, since torchao cannot learn their range.
     """
     from torchao.quantization import quantize_
     from torchao.quantization.qat import (
@@ -96,7 +97,7 @@ def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """PyTorch: learned step sizes, and learned zero points of activations.
 
-    Initial values have the least error.
+    The initial values minimize the squared error.
     """
     config: Any = net.pretrained_cfg
     ends = {config["classifier"], config["first_conv"]}
@@ -122,7 +123,7 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 
 def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
-    """Symmetric, with a step size for each channel."""
+    """A symmetric quantizer with a step size for each channel."""
     rows = weight.detach().flatten(1)
     qmin = -(2 ** (bits - 1))
     qmax = 2 ** (bits - 1) - 1
@@ -141,7 +142,7 @@ def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
 
 
 def _learnable_input(x: Tensor, bits: int) -> nn.Module:
-    """Affine, with one step size and one zero point."""
+    """An affine quantizer with one step size and one zero point."""
     quantizer = _LearnableFakeQuantize(
         MovingAverageMinMaxObserver,
         0,
@@ -191,7 +192,7 @@ def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tu
     return steps.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-# The package whose version is recorded, and the function.
+# For each library, the package whose version is recorded, and the function that quantizes.
 PEERS = {
     "brevitas": ("brevitas", brevitas),
     "torchao": ("torchao", torchao),
@@ -204,7 +205,7 @@ def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int
 
     Args:
         library: a key of `PEERS`.
-        net: float model of timm; it is changed.
+        net: float model of timm, which may be changed in place.
         batches: images for the initial step sizes, (B, C, H, W) each.
         bits: width of weights and activations.
 

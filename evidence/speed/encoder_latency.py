@@ -1,6 +1,7 @@
-"""Time of exported encoders of Transformers in onnxruntime, relative to float and to its own int8.
+"""Time exported encoders of Transformers in onnxruntime, relative to their float models.
 
-The models have random weights and run on one image in one thread; the files take turns.
+Each encoder is also compared with onnxruntime's own 8-bit model. The models have random weights and
+run on one image in one thread; the files take turns.
 Run: `python -m evidence.speed.encoder_latency | tee evidence/logs/latency-encoders.log`.
 """
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def write_files(name: str, image: torch.Tensor, folder: Path) -> dict[str, Path]:
-    """Write the float model, onnxruntime's 8-bit form of it, and the quantized model."""
+    """Write the float model, onnxruntime's own 8-bit model of it, and qat's quantized model."""
     paths = {file: folder / f"{file}.onnx" for file in (FLOAT, DYNAMIC, RECIPE)}
     torch.manual_seed(0)
     net = ENCODERS[name]().eval()

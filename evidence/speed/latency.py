@@ -58,12 +58,12 @@ Rows = dict[str, dict[str, str]]
 def main() -> None:
     """Print a table for each model, with a row for each file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nets", nargs="*", default=NETS, help="of timm")
+    parser.add_argument("--nets", nargs="*", default=NETS, help="timm models")
     parser.add_argument(
         "--recipes", nargs="*", default=RECIPES, help="presets of qat.recipe, NAME or NAME_5bit"
     )
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--images", type=int, default=160, help="that each file is timed on")
+    parser.add_argument("--images", type=int, default=160, help="number of images for each file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     print(machine(), flush=True)
@@ -82,7 +82,7 @@ def measure(name: str, files: Mapping[str, Path], args: argparse.Namespace) -> R
     """Time the files of a model with each batch size.
 
     Args:
-        name: timm's name of the model.
+        name: timm name of the model.
         files: ONNX files.
         args: options of the command.
     """
@@ -95,7 +95,7 @@ def measure(name: str, files: Mapping[str, Path], args: argparse.Namespace) -> R
     for batch in args.batches:
         chosen = sessions
         if batch != 1:
-            # Files of ExecuTorch are for one image.
+            # ExecuTorch's files accept only one image at a time.
             chosen = {
                 key: session for key, session in sessions.items() if not key.endswith(EXECUTORCH)
             }
@@ -116,7 +116,7 @@ def open_sessions(name: str, files: Mapping[str, Path], recipes: list[str]) -> d
         for runtime in RUNTIMES:
             sessions[f"{file}/{runtime}"] = open_session(path, runtime, threads=1)
     if has_openvino():
-        # OpenVINO's default for float files on processors with bfloat16.
+        # This is OpenVINO's default for float files on processors with bfloat16.
         sessions[f"{FLOAT_BF16}/{OPENVINO}"] = open_session(
             files[FLOAT], OPENVINO, threads=1, precision="bf16"
         )
@@ -127,7 +127,7 @@ def open_sessions(name: str, files: Mapping[str, Path], recipes: list[str]) -> d
 
 
 def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
-    """Write ONNX files of the float model, of onnxruntime's own 8-bit models, of each recipe."""
+    """Write ONNX files of the float model, onnxruntime's own 8-bit models, and each recipe."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -141,7 +141,7 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
         batches = iter([{INPUT: torch.randn(2, *SIZE).numpy()}])
 
         def get_next(self) -> dict[str, object] | None:
-            """The next batch; None after the last one."""
+            """Return the next batch, or None after the last one."""
             return next(self.batches, None)
 
     image = torch.randn(1, *SIZE)
@@ -169,7 +169,7 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
 
 
 def write_pte_files(name: str, recipes: list[str]) -> dict[str, bytes]:
-    """Content of .pte files of the float model, and of each recipe that XNNPACK supports."""
+    """Contents of .pte files for the float model and for each recipe that XNNPACK supports."""
     image = torch.randn(1, *SIZE)
     nets = {FLOAT: of_timm(name)}
     for recipe in recipes:

@@ -1,8 +1,8 @@
-"""Time of an evaluation during a search over scales, in float forward passes of the same images.
+"""Time an evaluation of a search over scales, relative to a float forward pass of its images.
 
-Run by `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one batch,
-one thread. All evaluations take turns and are timed in CPU seconds, so that a busy machine slows
-all of them alike; the printed ratios are medians over the rounds.
+Run it with `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one
+batch, one thread. All evaluations take turns and are timed in CPU seconds, so that a busy machine
+slows all of them alike; the printed ratios are medians over the rounds.
 
     exact    the search's own evaluation, which caches the layers before the first changed scale;
              mean over all blocks
@@ -79,7 +79,7 @@ def identical(net: nn.Module, twin: nn.Module, images: Tensor) -> bool:
 
 @torch.no_grad()
 def main() -> None:
-    """Time, compare, print."""
+    """Time and compare the evaluations, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=100)

@@ -1,17 +1,17 @@
 """Bytes, kernels and host time of a CUDA training step, counted without a GPU, relative to float.
 
-Run by `make step-count`. The counted step is forward, loss, backward and fused AdamW in bfloat16
-autocast, on fake tensors, which have shapes but no memory, with CUDA's branches. An operation of
-torch counts as a kernel that reads its inputs and writes its outputs once; a view counts as
-nothing. A factor of a product that cuBLAS cannot read in its layout is copied first. Our Triton
-kernels count when they are launched. Fused attention is one operation forward and one backward.
-Caches, and fusion by a compiler, are not modelled.
+Run it with `make step-count`. The counted step is forward, loss, backward and fused AdamW in
+bfloat16 autocast, on fake tensors, which have shapes but no memory, in the code branches for CUDA.
+An operation of torch counts as a kernel that reads its inputs and writes its outputs once; a view
+is not counted. A factor of a product that cuBLAS cannot read in its layout is copied first. Our
+Triton kernels count when they are launched. Fused attention is one operation forward and one
+backward. Caches, and fusion by a compiler, are not modelled.
 
 Memory: tensors that a compiled forward pass saves for backward, with torch's own partitioning.
 
 Host time: CPU time of the same step with the same blocks and tiny tensors on the CPU, in turns with
-the float model. Launches of Triton are not included (10 to 20 us each, as Triton reports);
-torch operations count with the time that they take on tensors of a few numbers.
+the float model. Launches of Triton are not included (10 to 20 us each, as Triton reports). The time
+of torch's operations is their time on tensors of a few numbers.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def is_readable(x: Tensor) -> bool:
 
 
 class Counting(TorchDispatchMode):
-    """Count the bytes and kernels of torch's operations."""
+    """Counts the bytes and kernels of torch's operations."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Counting(TorchDispatchMode):
                     self.count.add([x, x])
         has_out = bool(kwargs) and "out" in kwargs
         if name in {"copy_", "fill_", "zero_"} or (has_out and name == "baddbmm"):
-            inputs = inputs[1:]  # the first is only written
+            inputs = inputs[1:]  # the first input is only written
         outputs = _tensors(out)
         if name.startswith("_fused_adam"):
             parameters, _, first_moments, second_moments = args[:4]
@@ -140,7 +140,7 @@ def _always(value: Any) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def cuda_branches(count: Count | None = None) -> Generator[None]:
-    """Take CUDA's branches with tensors of a CPU; our kernels do not run, but are counted."""
+    """Run the code branches for CUDA on CPU tensors; our kernels are counted, but do not run."""
 
     def launch(
         name: str,
@@ -171,7 +171,7 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
 
 @contextlib.contextmanager
 def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None]:
-    """Replace the tensors of a model by fake tensors, and take CUDA's branches."""
+    """Replace the tensors of a model by fake tensors, and run the code branches for CUDA."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def counts_table(model: str, batch: int, calibration: Tensor) -> str:
-    """Bytes and kernels of a step of each row."""
+    """A table of the bytes and kernels of each row's step."""
     counts = {name: counted(build(model, arm, calibration), batch) for name, arm in ROWS.items()}
     base = counts[FLOAT]
     lines = []
@@ -253,7 +253,7 @@ def counts_table(model: str, batch: int, calibration: Tensor) -> str:
 
 
 def memory_table(models: Sequence[str], calibration: Tensor) -> str:
-    """Bytes that a compiled step saves for backward, for each row and model."""
+    """A table of the bytes that a compiled step saves for backward, by row and model."""
     memory: dict[str, list[int]] = {}
     for name, arm in ROWS.items():
         nets = (build(model, arm, calibration) for model in models)
@@ -268,7 +268,7 @@ def memory_table(models: Sequence[str], calibration: Tensor) -> str:
 
 
 def host_table() -> str:
-    """CPU time of a step of each row with tiny tensors."""
+    """A table of the CPU time of each row's step with tiny tensors."""
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     steps = {}
     for name, arm in ROWS.items():

@@ -54,10 +54,11 @@ HEAD_COMPILED = ["compiled x compiled float", "x eager float", "saved x float", 
 
 
 def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[str]], int]:
-    """Measure eager steps in turns.
+    """Time the eager steps alternately.
 
     Returns:
-        The float step in words, the cells of each row, bytes that the float step saves.
+        A sentence about the float step; the cells of each row; the bytes that the float step saves
+        for backward.
     """
     nets = {name: build(model, arm, images) for name, arm in ROWS.items()}
     steps = {}
@@ -75,9 +76,9 @@ def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[
 
 
 def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any]:
-    """Measure one compiled row in a separate process.
+    """Measure one compiled row. Call this in a separate process for each row.
 
-    More compiled models would share code objects and reach the limit of recompilations.
+    Several compiled rows would share code objects and reach the limit of recompilations.
     """
     register_formulas()
     nets = {}
@@ -99,7 +100,7 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
 
 
 def in_a_process(row: str, options: list[str], saved_float: int) -> list[str]:
-    """The cells of a compiled row."""
+    """Measure a compiled row in a new process, and return its cells."""
     with tempfile.TemporaryDirectory() as cache:
         process = subprocess.run(
             [sys.executable, __file__, *options, "--one", row],

@@ -51,7 +51,7 @@ def build(model: str, arm: Arm, images: Tensor, *, bits: int = 2, **sizes: Any) 
     """Build a timm model with random weights, quantized unless the arm is float.
 
     Args:
-        model: timm's name.
+        model: timm name of the model.
         arm: recipe and settings.
         images: (B, 3, H, W), on the device of the model; the first eight set the scales.
         bits: width of the recipe.
@@ -71,7 +71,7 @@ def build(model: str, arm: Arm, images: Tensor, *, bits: int = 2, **sizes: Any) 
 
 
 def teacher_of(model: str, arm: Arm, images: Tensor, **sizes: Any) -> Teacher | None:
-    """The float model whose logits the step follows; None without a teacher."""
+    """The float teacher whose logits the step trains towards; None if the arm has no teacher."""
     if not arm.teacher:
         return None
     return Teacher(build(model, ARMS[FLOAT], images, **sizes))
@@ -84,14 +84,14 @@ def training_step(
     *,
     half: bool = False,
 ) -> Callable[[], Tensor]:
-    """Forward, loss, backward and fused AdamW.
+    """Build a training step: forward, loss, backward and fused AdamW.
 
-    Gradients take no memory between steps, as in a run.
+    Gradients take no memory between steps, as in a real training.
 
     Args:
         net: model in training mode.
         images: (B, 3, H, W).
-        teacher: returns the logits to follow in place of labels.
+        teacher: function that returns the logits to train towards instead of the labels.
         half: True for a forward pass in bfloat16 autocast.
 
     Returns:
@@ -121,7 +121,7 @@ def training_step(
 def saved_bytes(net: nn.Module, run: Callable[[], object]) -> int:
     """Bytes that autograd saves for backward in a step: each storage once, no parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    # References to the storages, so that no address is used twice.
+    # Keep the storages alive, so that no address is used twice.
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def machine() -> str:
 def processor_type() -> str:
     """Vendor, family, model and vector instructions of the processor, then its name.
 
-    Processors with and without AVX-512, which round differently, have the name "AMD EPYC".
+    The name "AMD EPYC" stands for processors with and without AVX-512, which round differently.
     """
     path = Path("/proc/cpuinfo")
     if not path.is_file():
@@ -99,7 +99,7 @@ def ratio(timing: Timing, base: Timing) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; cells may have any text."""
+    """A table in Markdown; cells may contain any text."""
     lines = [_table_line(cells) for cells in (head, *rows)]
     text = "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:]))
     return re.sub(r"\|  (?=\|)", "| ", text)

@@ -34,7 +34,7 @@ def _near_threshold(quantizer: Quantizer, weight: Tensor, boundary_range: float)
 class BandGate:
     """Passes the gradient of a folded query-key matrix only for entries near a threshold.
 
-    It is a pre-forward hook of the matrix's quantizer.
+    An instance is a pre-forward hook of the matrix's quantizer.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes.
@@ -77,8 +77,8 @@ class CGA(Callback):
             frozen.
 
     Raises:
-        UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is
-            nothing to anneal.
+        UsageError: a setting is invalid. In `setup`: the run is shorter than the epochs of
+            annealing, or there is nothing to anneal.
     """
 
     # CGA reads and restores single entries of weights between steps.
@@ -148,27 +148,30 @@ class CGA(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Switch the gates, and set the learning rate.
+        """Switch the gates and, while annealing, set the learning rate.
 
-        This does not happen at the start of an epoch, because a run that is resumed within an epoch
+        This is not done at the start of an epoch, because a run that is resumed within an epoch
         does not start one.
         """
         for _, gate in self._gates:
             gate.active = self._anneals(trainer.current_epoch)
-        self._set_rate(trainer, trainer.current_epoch)
+        self._set_learning_rate(trainer, trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the learning rate of the next step, before other callbacks log it."""
-        self._set_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
+        """While annealing, set the learning rate of the next step, before other callbacks log it.
+
+        After the last batch, the next step belongs to the next epoch.
+        """
+        self._set_learning_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Zero the gradients of frozen entries, and save their values.
 
-        Here, gradients are complete and not yet clipped.
+        At this point, gradients are complete and not yet clipped.
         """
         if not self._anneals(trainer.current_epoch):
             return
@@ -193,7 +196,7 @@ class CGA(Callback):
     def _anneals(self, epoch: int) -> bool:
         return self._first_epoch <= epoch < self._end_epoch
 
-    def _set_rate(self, trainer: Trainer, epoch: int) -> None:
+    def _set_learning_rate(self, trainer: Trainer, epoch: int) -> None:
         if not self._anneals(epoch):
             return
         for optimizer in trainer.optimizers:
@@ -202,7 +205,7 @@ class CGA(Callback):
 
     def _span(self, trainer: Trainer) -> tuple[float, float]:
         """First epoch of annealing, and the epoch after the last one; infinity = until the end."""
-        total = trainer.max_epochs or 1  # the tasks require it
+        total = trainer.max_epochs or 1  # commands check that `max_epochs` is set
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
         if self.start_epoch is None:

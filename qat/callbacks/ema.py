@@ -1,4 +1,4 @@
-"""A faster version of Lightning's weight averaging, on the device and without waiting for it."""
+"""Lightning's weight averaging, made faster: it runs on the device and does not wait for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         use_buffers: True = average buffers too; False = copy them.
 
     Raises:
-        UsageError: with this value, the average would never change.
+        UsageError: the decay is not from 0 to below 1, or the interval is not an integer of at
+            least 1.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights to the training device, to be updated there in one operation."""
+        """Copy the weights to the training device, where one operation updates all of them."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:

@@ -27,7 +27,7 @@ class FiniteCheck(Callback):
     The number of the first bad step is stored on the device. It is read every n steps and before a
     checkpoint is written; on a CPU, where reading does not have to wait, before each update. If it
     is read late, weights are already damaged, and the error names the first damaged weight.
-    Gradients that a scaler checks (`trainer.precision=16-mixed`) are left to the scaler.
+    With `trainer.precision=16-mixed`, the gradient scaler checks the gradients instead.
 
     Args:
         every_n_steps: optimizer steps between two reads on an accelerator; 1 finds the exact cause,
@@ -47,14 +47,14 @@ class FiniteCheck(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the images with which the module can be found later."""
+        """Store the images, with which the cause can be found later."""
         self._images = batch[0]
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Check the loss on the device."""
-        self._note(trainer, loss.detach())
+        self._record(trainer, loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -63,9 +63,9 @@ class FiniteCheck(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = _gradients(pl_module)
             largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
-            self._note(trainer, largest.to(pl_module.device))
+            self._record(trainer, largest.to(pl_module.device))
         is_due = (trainer.global_step + 1) % self.every_n_steps == 0
-        if is_due or _reading_is_free(pl_module):
+        if is_due or _reads_without_waiting(pl_module):
             self._raise_if_bad(trainer)
 
     def on_save_checkpoint(
@@ -73,14 +73,14 @@ class FiniteCheck(Callback):
     ) -> None:
         """Check all steps so far, and all weights, before a file is written."""
         self._raise_if_bad(trainer)
-        damaged = _damaged(checkpoint["state_dict"])
+        damaged = _first_bad_weight(checkpoint["state_dict"])
         if not trainer.strategy.reduce_boolean_decision(damaged is None, all=True):
             raise _error(
                 f"weights after training step {trainer.global_step - 1} are not finite", damaged
             )
 
-    def _note(self, trainer: Trainer, value: Tensor) -> None:
-        # The check runs on the device, and nothing waits for it.
+    def _record(self, trainer: Trainer, value: Tensor) -> None:
+        # The check runs on the device, and the host does not wait for it.
         step = torch.where(value.isfinite(), _NEVER, trainer.global_step)
         self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
 
@@ -92,16 +92,16 @@ class FiniteCheck(Callback):
         if step != _NEVER:
             raise _error(
                 f"the loss or a gradient of training step {step} is not finite",
-                _first_not_finite(trainer, self._images),
+                _find_cause(trainer, self._images),
             )
 
 
-def _reading_is_free(pl_module: LightningModule) -> bool:
+def _reads_without_waiting(pl_module: LightningModule) -> bool:
     return pl_module.device.type == "cpu"
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:
-    """The parts of gradients in this process, except empty parts."""
+    """The gradients, or the parts of them that this process stores; without empty parts."""
     gradients = []
     for parameter in module.parameters():
         if parameter.grad is not None:
@@ -110,25 +110,28 @@ def _gradients(module: nn.Module) -> list[Tensor]:
 
 
 def _error(problem: str, cause: str | None) -> UsageError:
-    """The same error in every process, with the cause that the first process found."""
+    """The same error in every process.
+
+    A bad weight or image is preferred as the cause, then the lowest rank.
+    """
     causes = [cause]
     if dist.is_initialized() and dist.get_world_size() > 1:
         causes = [None] * dist.get_world_size()
         dist.all_gather_object(causes, cause)
     first = min(
         filter(None, causes),
-        key=lambda text: text.startswith("the output"),  # a weight is the better hint
+        key=lambda text: text.startswith("the output"),  # outputs last
         default="the loss or its gradient (the outputs of the model are finite)",
     )
     return UsageError(
         f"training stopped: {problem}; first: {first}; "
-        "checkpoints were written before it; "
+        "checkpoints were written before this step; "
         "a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     )
 
 
-def _damaged(state: dict[str, Any]) -> str | None:
-    """Name of the first weight of which a value in this process is not finite."""
+def _first_bad_weight(state: dict[str, Any]) -> str | None:
+    """Name of the first weight with a non-finite value in this process; None if all are finite."""
     for name, value in state.items():
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         if is_float and not own_part(value).isfinite().all():
@@ -136,8 +139,12 @@ def _damaged(state: dict[str, Any]) -> str | None:
     return None
 
 
-def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
-    """The cause: images, a weight, or the first module with a non-finite output in a new pass."""
+def _find_cause(trainer: Trainer, images: Tensor) -> str | None:
+    """Find the cause by one more forward pass.
+
+    The cause is the images, a weight, or the first module with a non-finite output; None if all
+    these values are finite.
+    """
     net: Any = trainer.lightning_module.net
     outputs: list[tuple[str, Tensor]] = []
 
@@ -159,7 +166,7 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
         net(images)
     if not images.isfinite().all():
         return "the images of the batch"
-    damaged = _damaged(net.state_dict())
+    damaged = _first_bad_weight(net.state_dict())
     if damaged is not None:
         return damaged
     for label, is_finite in outputs:

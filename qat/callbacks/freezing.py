@@ -1,4 +1,4 @@
-"""Freezing of weights whose codes flip too often. Source: Nagel et al., arXiv 2203.11086."""
+"""Freeze weights whose codes flip too often. Source: Nagel et al., arXiv 2203.11086."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MOST_DRIFT = 0.25
 class IterativeFreezing(Callback):
     """Freezes weights that oscillate more often than a threshold, which falls along a cosine.
 
-    A code always follows from its latent weight. So the latent weight of a frozen entry is moved to
-    the middle of the cell of its integer, kept there in every step (`EntryFreezer`), and moved
-    again when a change of the step size moves the cell away. As in the authors' code, freezing
-    takes effect in the next forward pass. The folded matrix of QKR has no latent weights, and is
-    not frozen.
+    A code is always computed from its latent weight. Therefore, the latent weight of a frozen entry
+    is moved to the middle of its cell (the values that round to its code), kept there in every step
+    (`EntryFreezer`), and moved again when a change of the step size moves the cell away. As in the
+    authors' code, freezing takes effect in the next forward pass. The folded matrix of query-key
+    reparameterization has no latent weights, and is not frozen.
 
     Args:
         threshold: oscillation frequency above which a weight is frozen, at the start of the run;
@@ -46,7 +46,7 @@ class IterativeFreezing(Callback):
         momentum: weight of one step in the frequency and in the mean code.
 
     Raises:
-        UsageError: a setting cannot work. In `setup`: there is nothing to freeze.
+        UsageError: a setting is invalid. In `setup`: there is nothing to freeze.
     """
 
     needs_whole_weights = True

@@ -56,8 +56,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Restore the best checkpoints, and set `patience` to its current setting.
 
-        The run may have moved to another directory. If the best file is missing, its record is
-        dropped.
+        The run may have moved to another directory. If the best file is missing, the entry about it
+        is dropped.
         """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
@@ -83,7 +83,7 @@ class LastCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not continue a run that had stopped early, unless its patience was raised.
 
-        Lightning forgets the stop at every start, and would train another epoch each time.
+        Lightning does not store that a run has stopped, and would train another epoch each time.
         """
         for stopping in trainer.early_stopping_callbacks:
             has_no_patience = stopping.wait_count >= stopping.patience
@@ -121,7 +121,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file that waited for the validation."""
+        """Save now if `save` has waited for the validation."""
         if self._waits:
             self._save(trainer)
 
@@ -176,7 +176,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def saved(self, trainer: Trainer) -> Path | None:
-        """Path of the file, if it was written after the last step."""
+        """Return the path of the file if it was written after the last step, else None."""
         return self._path(trainer) if self._saved_at == trainer.global_step else None
 
     def _path(self, trainer: Trainer) -> Path | None:
@@ -207,5 +207,5 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 class BestCheckpoints(ModelCheckpoint):
     """Several best checkpoints, in addition to `best.ckpt`.
 
-    It is a separate class because Lightning stores one state for each class and score.
+    This is a separate class because Lightning stores one state for each class and score.
     """

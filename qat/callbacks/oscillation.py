@@ -21,7 +21,7 @@ from qat.utils.files import csv_text, write_text
 from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
 
 FILE = "oscillation.csv"
-BOUNDARY = 0.005  # half-width in codes, as in CGA, of the band around thresholds for `osc/band`
+BOUNDARY = 0.005  # half-width of the band around thresholds for `osc/band`, in codes, as in CGA
 
 
 def logs_now(trainer: Trainer) -> bool:
@@ -44,7 +44,7 @@ def log_share(
 
 
 def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
-    """`oscillation_step` with a state of seven bytes per entry.
+    """Call `oscillation_step`, and store its state in seven bytes per entry.
 
     Codes are int16 and directions int8; only the sum of the flips is stored.
 
@@ -84,13 +84,13 @@ class Oscillation(Callback):
 
     Args:
         momentum: weight of one update in the frequency, above 0 to below 1.
-        threshold: a weight oscillates if its frequency is above it.
+        threshold: a weight oscillates if its frequency is above this value.
         every_n_steps: optimizer steps between updates.
         max_bits: weights of more bits are not tracked.
         dirpath: folder of `oscillation.csv`; None = no file.
 
     Raises:
-        UsageError: a setting cannot work. In `setup`: there is nothing to track.
+        UsageError: a setting is invalid. In `setup`: there is nothing to track.
     """
 
     needs_whole_weights = True
@@ -124,7 +124,7 @@ class Oscillation(Callback):
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
-                f"weights of at most {self.max_bits} bits, not counting floats of few bits"
+                f"weights of at most {self.max_bits} bits, not counting low-bit float formats"
             )
 
     def _tracks(self, site: Site) -> bool:

@@ -24,9 +24,8 @@ class Preemption(Checkpoint):
     the same step, at most one step later, without waiting for the device. After a signal during a
     validation, or in the last step before one, the run stops after the validation.
 
-    It is a `Checkpoint` only for its place in the order: Lightning calls checkpoint callbacks after
-    all other callbacks, whose state the file contains. It must come after `LastCheckpoint`, which
-    writes the file.
+    This class is a `Checkpoint` only so that Lightning calls it after all other callbacks, whose
+    state the file contains. It must come after `LastCheckpoint`, which writes the file.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class StepSeed(Callback):
     """Seeds every step (dropout, drop path), so that a resumed run draws the same numbers.
 
-    No generator state needs to be saved.
+    Checkpoints therefore need no generator state.
 
     Args:
         seed: seed of the run.
@@ -45,7 +45,10 @@ class GraphSteps(Callback):
     on_test_batch_start = on_train_batch_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Free the gradients, or copy them if the next batch adds to them."""
+        """Free the gradients, which are in the CUDA graph's memory.
+
+        With gradient accumulation, copy them out of this memory instead.
+        """
         accumulates = trainer.accumulate_grad_batches > 1
         for parameter in pl_module.parameters():
             if parameter.grad is not None:

@@ -20,15 +20,15 @@ PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
 GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
-# Settings that may be new keys of their group.
+# Settings whose keys the config need not have yet, so they get Hydra's `++`.
 OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """Arguments as Hydra needs them.
+    """Translate arguments for Hydra.
 
-    `~` is expanded, paths are quoted where Hydra's grammar needs it, and `model=NAME` is replaced
-    by the settings that it stands for.
+    `~` is expanded, paths are quoted where Hydra's grammar needs quotes, and `model=NAME` is
+    replaced by the settings of this model.
     """
     is_multirun = "-m" in arguments or "--multirun" in arguments
     hydra_arguments = []

@@ -15,6 +15,7 @@ def models() -> list[str]:
     for name in options("model"):
         values = _values("model", name)
         parts = [values["name"], _remark("model", name)]
+        # ??? is Hydra's mark for a missing value.
         entries[f"model={name}"] = ". ".join(part for part in parts if part not in {"", "???"})
     return [*_table(entries), "model=NAME also accepts any timm model by its name."]
 

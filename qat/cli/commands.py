@@ -120,9 +120,9 @@ def run(name: str) -> int:
 
 
 def _hydra_arguments() -> dict[str, Any]:
-    """Arguments of `hydra.main` by its version: 1.4 warns of `version_base`, 1.3 without it."""
+    """Arguments of `hydra.main`: Hydra 1.4 warns if `version_base` is set, 1.3 if it is not."""
     if "execution_whitelist" in inspect.signature(hydra.main).parameters:
-        return {"execution_whitelist": "qat.*"}  # handlers of the log, callbacks of sweeps
+        return {"execution_whitelist": "qat.*"}  # log handlers and sweep callbacks
     return {"version_base": "1.3"}
 
 

@@ -1,4 +1,4 @@
-"""Suggest our settings for settings as other tools name them."""
+"""Suggest our settings to users who type the names of other tools."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def refuse_flags(arguments: Sequence[str]) -> None:
 
 
 def correction(arguments: Sequence[str]) -> str | None:
-    """A line about the first argument that is written as in another tool; else None.
+    """Return a line about the first argument that is written as in another tool, or None.
 
-    It is called if Hydra cannot compose a config.
+    Call this if Hydra cannot compose a config.
     """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
@@ -88,7 +88,7 @@ def _replacement(setting: str, value: str) -> str | None:
 
 
 def _our_name(setting: str) -> str:
-    """Our name of a setting, found by its full name or its name in the group; else ""."""
+    """Our name of a setting, found by its full name or its name in the group; "" if unknown."""
     if setting in OURS:
         return OURS[setting]
     group, _, last_part = setting.rpartition(".")
@@ -97,7 +97,7 @@ def _our_name(setting: str) -> str:
 
 
 def _recipes(group: str, value: str) -> str | None:
-    """Recipes with the bits that a name such as `w4a8` or `int4` contains; None for other names."""
+    """Return recipes with the bits in a name such as `w4a8` or `int4`, or None for other names."""
     bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if bits is None:
         return None

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
 # Settings that are added to a command to resume it.
 RESUMING = {"resume", "run_dir"}
-# Seconds in which another process may report an error that all processes have.
+# Seconds in which the first process may report an error that all processes have.
 OTHERS_WAIT_S = 10
 
 
@@ -132,7 +132,7 @@ def _report_failure(
 def _start(
     cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
 ) -> Callable[[DictConfig], float | None]:
-    """The task of a command.
+    """Find the task of a command.
 
     If the run needs several processes, and no launcher has started them, this process becomes
     torchrun and does not return.
@@ -173,7 +173,7 @@ def _command_line(cfg: DictConfig) -> list[str]:
 
 def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:
     """Write results that contain an error, and the report if the run had begun."""
-    if not ranks.is_first() or not state.takes_error():
+    if not ranks.is_first() or not state.may_record_error():
         return
     from qat.tasks.results import write_results
 

@@ -19,7 +19,7 @@ ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 
 
 def line_of(error: BaseException | None) -> str | None:
-    """The line to print for a known mistake; None for any other error.
+    """Return the line to print for a known mistake, or None for any other error.
 
     Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error.
     """
@@ -75,7 +75,10 @@ def _wrong_file(error: OSError) -> str | None:
 
 
 def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
-    """Describe an error of another library if its text matches a pattern; `{}` becomes the text."""
+    """Return a function that returns `line` for errors that match `pattern`, else None.
+
+    `{}` in the line is replaced by the error's text.
+    """
 
     def describe(error: BaseException) -> str | None:
         text = _one_line(error)

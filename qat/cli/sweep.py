@@ -52,7 +52,10 @@ class SweepCallback(Callback):
         _enter(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Lock a sweep's directory. On `resume`, a search repeats its draws, and so continues."""
+        """Lock the directory of a sweep.
+
+        With `resume`, a search makes the same draws again and so continues.
+        """
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
@@ -83,7 +86,7 @@ class SweepCallback(Callback):
 def _enter(config: DictConfig, folder: str) -> None:
     """Lock the directory of a command.
 
-    Hydra turns errors of its callbacks into warnings, so a mistake ends the process here.
+    Hydra turns errors of its callbacks into warnings, so this function itself ends the process.
     """
     try:
         _check_processes(config)
@@ -97,7 +100,8 @@ def _enter(config: DictConfig, folder: str) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(
-            f"error: run_dir={folder!r}: must be a folder that is or can be made ({error.strerror})"
+            f"error: run_dir={folder!r}: must be a folder that exists or can be created "
+            f"({error.strerror})"
         )
 
 
@@ -112,8 +116,8 @@ def _check_processes(config: DictConfig) -> None:
 def reported(value: float | None) -> float | None:
     """The result of a job for the sweeper.
 
-    For optuna, NaN (the result of a failed job) becomes None, because optuna would end the sweep at
-    NaN.
+    A failed job has the result NaN. For optuna, it is replaced by None, because optuna would end
+    the sweep at NaN.
     """
     if value is None or not math.isnan(value) or not HydraConfig.initialized():
         return value
@@ -122,7 +126,7 @@ def reported(value: float | None) -> float | None:
 
 
 def summarize() -> None:
-    """Print the results of this process's sweep, if there was one, and write the table and page."""
+    """If this process ran a sweep, print its results, and write its table and page."""
     if not _running or not ranks.is_first():
         return
     callback = _running.pop()

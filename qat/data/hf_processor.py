@@ -1,4 +1,4 @@
-"""Preprocessing by an image processor of Transformers, in the settings of our datasets."""
+"""Find the settings of our datasets that match an image processor of Transformers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from qat.data.transforms import eval_transform
 from qat.errors import UsageError
 
 FILE = "preprocessor_config.json"
-# Heights and widths of images on which both are compared.
+# Heights and widths of the images on which a processor and our transform are compared.
 _PROBES = ((97, 150), (211, 104))
 
 
 def processor_settings(folder: Path) -> dict[str, Any]:
-    """Settings with which `eval_transform` prepares images as the processor of a folder does.
+    """Find settings with which `eval_transform` prepares images like the processor of a folder.
 
     Args:
-        folder: holds `preprocessor_config.json`; no code in it is run.
+        folder: folder that contains `preprocessor_config.json`; no code in the folder is run.
 
     Returns:
         `image_size`, `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
 
     Raises:
-        UsageError: the file cannot be read, or no settings prepare images with random pixels
-            equally.
+        UsageError: the file cannot be read, or no settings reproduce the processor's output on
+            images of random pixels.
     """
     processors = importlib.import_module("transformers").AutoImageProcessor
     advice = "set data.mean, data.std, data.crop_pct, data.crop_mode and data.interpolation"
@@ -40,7 +40,7 @@ def processor_settings(folder: Path) -> dict[str, Any]:
         processor = processors.from_pretrained(
             folder, backend="pil", trust_remote_code=False, local_files_only=True
         )
-        settings = _equal_settings(processor)
+        settings = _matching_settings(processor)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{folder / FILE}: cannot be used ({reason}); {advice}") from error
@@ -52,8 +52,11 @@ def processor_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _equal_settings(processor: Any) -> dict[str, Any] | None:
-    """The settings, None if there are none; it does not matter which rules a processor has."""
+def _matching_settings(processor: Any) -> dict[str, Any] | None:
+    """Settings that reproduce the processor's output on test images; None if none do.
+
+    Whatever rules the processor follows, only its output is compared.
+    """
     size = dict(processor.size)
     edge = size.get("shortest_edge") or size["height"]
     image_size = edge
@@ -65,7 +68,7 @@ def _equal_settings(processor: Any) -> dict[str, Any] | None:
     for pixels in probes:
         expected.append(processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0])
     share = image_size / edge
-    # The quotient of the image size and the share is rounded down.
+    # timm rounds image_size / crop_pct down; the next lower share makes up for float rounding.
     shares = (share, math.nextafter(share, 0), getattr(processor, "crop_pct", share))
     for crop_pct, crop_mode in itertools.product(shares, ("squash", "center_floor")):
         settings = {
@@ -79,7 +82,7 @@ def _equal_settings(processor: Any) -> dict[str, Any] | None:
         transform = eval_transform(
             DataSettings(patch_size=None, in_chans=3, num_classes=1, **settings)
         )
-        # Another order of scaling and normalization changes the last digits.
+        # A processor may scale and normalize in another order, which changes the last digits.
         are_equal = [
             image.shape == target.shape and torch.allclose(image, target, atol=1e-5)
             for image, target in zip(map(transform, probes), expected, strict=True)

@@ -27,7 +27,7 @@ from qat.launch.signals import ignore_signals
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-# Settings that occur in files of earlier versions.
+# Settings of earlier versions, which are ignored in old checkpoints.
 REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
 IMAGENET: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
@@ -54,9 +54,10 @@ def data_folder(root: str | None, content: str) -> Path:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Transformed images.
+    """The images of a source, each transformed when it is read.
 
-    Every random draw depends only on (seed, epoch, index, copy), not on order and workers.
+    Every random draw depends only on (seed, epoch, index, copy), not on the order of reading or on
+    the number of workers.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
@@ -71,7 +72,10 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
-        """All images of a batch, whose last step runs on all at once; torch's loaders call this."""
+        """The images of a batch; the last step of the transform runs on the whole batch.
+
+        torch's loaders call this.
+        """
         images: Any = []
         labels = []
         with isolated_rng():
@@ -94,12 +98,12 @@ class ImageData(LightningDataModule, ABC):
         settings: fields of `DataSettings`.
 
     Attributes:
-        tested: the split for evaluation; None = `test`, or `val` if there is no test split.
-        evaluates_whole: if there are no splits, all images are tested, instead of being split for
-            training.
+        tested: the split for evaluation; None = `test`, or `val` if the data has no test split.
+        evaluates_whole: True = if the data has no splits, use all images for testing; False = use
+            them for training, and hold out a part.
 
     Raises:
-        UsageError: a setting is unknown, or has a value that cannot work.
+        UsageError: a setting is unknown or has an invalid value.
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
@@ -115,20 +119,20 @@ class ImageData(LightningDataModule, ABC):
         self._splits: dict[str, ImageSource] = {}
         try:
             train_transform(self.settings)
-        # timm and torchvision may raise any exception; raise it here instead of within an epoch.
+        # timm and torchvision may raise any exception; report it here, not in the first epoch.
         except Exception as error:
             raise UsageError(
                 f"data.rand_augment={self.settings.rand_augment!r}, "
                 f"data.color_jitter={self.settings.color_jitter!r}: "
-                f"must be what timm's augmentation takes ({error})"
+                f"must be values that timm's augmentation accepts ({error})"
             ) from error
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings of this dataset; a subclass may fill in values that are None.
+        """Check the settings of this dataset; a subclass may fill in values that are None.
 
         Raises:
-            UsageError: a setting is unknown or missing, or has a value that cannot work.
+            UsageError: a setting is unknown or missing, or has an invalid value.
         """
         current = {name: value for name, value in settings.items() if name not in REMOVED}
         try:
@@ -138,17 +142,20 @@ class ImageData(LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
-        """Read all images: `train`, `val` and, if it exists, `test`; called once, when needed."""
+        """Read the splits `train`, `val` and, if there is one, `test`.
+
+        The base class calls this once, when it needs the images.
+        """
 
     def named_classes(self) -> list[str] | None:
-        """Class names in the order of class ids; None if unknown. No image is read."""
+        """Return class names in the order of class ids, or None if unknown; read no image."""
         if len(self.CLASSES) != self.settings.num_classes:
             return None
         return list(self.CLASSES)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """Size of the images for a model: (channels, height, width)."""
         return self.settings.in_chans, self.settings.image_size, self.settings.image_size
 
     def split(self, name: str) -> ImageSource:
@@ -186,14 +193,14 @@ class ImageData(LightningDataModule, ABC):
         return "test" if "test" in self.splits else "val"
 
     def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
-        """Facts about `evaluation_split` for comparison with an accuracy.
+        """Split, image count and share of the most frequent class, to judge an accuracy by.
 
         Args:
-            confusion: (K, K), counts of evaluated images, whose rows are true classes; None = all
-                images of the split.
+            confusion: (K, K), number of evaluated images by true class (row) and predicted class
+                (column); None = count all images of the split.
 
         Returns:
-            `split`, `images`, and `majority_share`, the percentage of images of the most frequent
+            `split`, `images`, and `majority_share`, the percentage of images in the most frequent
             class.
         """
         if confusion is None:
@@ -220,7 +227,8 @@ class ImageData(LightningDataModule, ABC):
         absent = np.setdiff1d(np.arange(num_classes), source.labels)
         if split == "train" and len(absent) and is_first():
             log.warning(
-                "data.num_classes=%d: %d without training images, the first is class %d",
+                "data.num_classes=%d: no training images for %d of these classes; "
+                "the first is class %d",
                 num_classes,
                 len(absent),
                 absent[0],
@@ -239,12 +247,12 @@ class ImageData(LightningDataModule, ABC):
         """Loader of training images, shuffled and augmented, without an incomplete last batch.
 
         Raises:
-            UsageError: there are no training images, or fewer than processes.
+            UsageError: there are no training images, or fewer images than processes.
         """
         return self._loader("train", shuffle=True)
 
     def batch_mixup(self) -> BatchMixup | None:
-        """Mixup and CutMix for training batches; None if both are off.
+        """Return mixup and CutMix for training batches, or None if both are off.
 
         Raises:
             UsageError: batches have an odd number of images.
@@ -260,7 +268,7 @@ class ImageData(LightningDataModule, ABC):
         return BatchMixup(self.settings)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mix a training batch on its device; Lightning calls this before every step."""
+        """Mix a training batch on its device; Lightning calls this for every batch."""
         if self.trainer is None or not self.trainer.training:
             return batch
         mixup = self.batch_mixup()
@@ -308,12 +316,12 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer:
             rank = self.trainer.global_rank
             world_size = self.trainer.world_size
-        if len(images) < world_size:  # the other processes would wait for a process without images
+        if len(images) < world_size:  # processes with images would wait for one without
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split"
             )
-        # Without augmentation, copies would be equal.
+        # Without augmentation, all copies of an image would be equal.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         sampler = SeededSampler(
             len(images),
@@ -337,10 +345,10 @@ class ImageData(LightningDataModule, ABC):
         )
 
     def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
-        """Images for the calibration of scales, which depend only on the seed.
+        """Training images for calibration; their choice depends only on the seed.
 
         Args:
-            batch_size: images of a batch; None = `data.batch_size`.
+            batch_size: images per batch; None = `data.batch_size`.
 
         Returns:
             Batches (B, C, H, W) of training images with the evaluation transform.
@@ -364,10 +372,10 @@ class EncodedImageData(ImageData):
     Args:
         settings: fields of `DataSettings`. If `mean`, `std`, `crop_pct`, `crop_mode` or
             `interpolation` is None, the value of `model` is used; if `num_classes` is None, the
-            number of classes in the data.
+            number of classes in the data is used.
 
     Raises:
-        UsageError: a setting has a value that cannot work.
+        UsageError: a setting has an invalid value.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -380,10 +388,10 @@ class EncodedImageData(ImageData):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings; preprocessing that is None is taken from `model`, or else from `IMAGENET`.
+        """Take preprocessing settings that are None from `model`, or else from `IMAGENET`.
 
         Raises:
-            UsageError: a setting is unknown or missing, or has a value that cannot work.
+            UsageError: a setting is unknown or missing, or has an invalid value.
         """
         config = None
         try:
@@ -391,7 +399,7 @@ class EncodedImageData(ImageData):
                 config = timm.get_pretrained_cfg(settings["model"])
         except Exception as error:
             raise UsageError(
-                f"data.model={settings['model']!r}: must be a name of timm's ({error})"
+                f"data.model={settings['model']!r}: must be the name of a timm model ({error})"
             ) from error
         preprocessing = {}
         for name, default in IMAGENET.items():
@@ -404,7 +412,7 @@ class EncodedImageData(ImageData):
         return super().complete({**settings, **preprocessing})
 
     def read(self) -> dict[str, ImageSource]:
-        """All existing splits; if there is no val split, a tenth of train is held out."""
+        """Read all existing splits; if val is missing, hold out a tenth of train."""
         splits: dict[str, ImageSource] = {}
         for split, images in hold_out(self.encoded()).items():
             source = load(images, self.settings.memory_mb)

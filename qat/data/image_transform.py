@@ -23,7 +23,7 @@ AnyImage = Image.Image | NDArray[np.uint8] | str | Path
 
 
 def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[AnyImage], Tensor]:
-    """Build a function from an image of any size to the input of a net, (C, H, W) float32.
+    """Build a function that turns an image of any size into a net's input, (C, H, W) float32.
 
     The function accepts a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of
     uint8; it converts colours to grey, or grey to RGB, to match `in_chans`. It raises `UsageError`
@@ -34,7 +34,7 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
             mapping of settings, which may contain `_target_`. No code is imported for `_target_`.
 
     Raises:
-        UsageError: the settings cannot work, or `_target_` is an unknown dataset.
+        UsageError: a setting has an invalid value, or `_target_` is an unknown dataset.
     """
     if not isinstance(settings, DataSettings):
         settings = data_settings(settings)
@@ -48,7 +48,7 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
-    """Complete settings from the data config of a checkpoint; see `image_transform`."""
+    """Check the data config of a checkpoint, and fill in what it lacks; see `image_transform`."""
     target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)

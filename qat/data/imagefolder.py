@@ -17,7 +17,7 @@ from qat.data.sources import EncodedImages, digest, open_file
 from qat.errors import UsageError
 from qat.utils.files import files_below
 
-# Only the first picture of a GIF is read.
+# Only the first frame of a GIF is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
@@ -55,11 +55,12 @@ class FileImages(EncodedImages):
 
 
 class ImageFolder(EncodedImageData):
-    """`root/{train,val|validation|valid,test}/<class>/*`; class ids by the sorted folders of train.
+    """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
-    Images in `root/<class>/*` are all train, or with `evaluates_whole` all test. If there is no
-    val, a fixed tenth of train is held out. If there is no test, or test has no class folders, val
-    is evaluated. Without train, a net can be evaluated if another split has a folder for every
+    Class ids follow the sorted names of the class folders of train. If `root` contains class
+    folders but no splits, all images are train, or with `evaluates_whole` all are test. If there is
+    no val, a fixed tenth of train is held out. If there is no test, or test has no class folders,
+    val is evaluated. Without train, a net can be evaluated if another split has a folder for every
     class.
     """
 
@@ -69,15 +70,17 @@ class ImageFolder(EncodedImageData):
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or is not such a folder, the classes do not match the
-                settings or the first split, or a split has no images.
+            UsageError: `data.root` is not set, or lacks the folders `train/<class>/*` etc.; the
+                number of classes differs from `data.num_classes`; a split has a class that the
+                first split lacks; or a split has no images.
         """
         folders = self._folders()
         classes = self.classes()
         if len(classes) != self.settings.num_classes:
             raise UsageError(
                 f"data.num_classes={self.settings.num_classes}: "
-                f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}"
+                f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}; "
+                "the two numbers must be equal"
             )
         first_split = next(iter(folders))
         splits: dict[str, EncodedImages] = {}
@@ -89,11 +92,14 @@ class ImageFolder(EncodedImageData):
             if unknown:
                 raise UsageError(
                     f"{folder / unknown[0]}: unknown class; "
-                    f"must be one of {first_split}'s, {', '.join(classes[:10])} ..."
+                    f"must be a class of the {first_split} split: {', '.join(classes[:10])} ..."
                 )
             files = _labelled_files(folder, classes)
             if not files:
-                raise UsageError(f"{folder}: holds no images; must hold {', '.join(EXTENSIONS)}")
+                raise UsageError(
+                    f"{folder}: has no images; must contain files that end in "
+                    f"{', '.join(EXTENSIONS)}"
+                )
             splits[split] = FileImages(files, str(folder), self.settings)
         return splits
 
@@ -119,26 +125,27 @@ class ImageFolder(EncodedImageData):
         return len(self.classes())
 
     def classes(self) -> list[str]:
-        """Sorted names of the folders below train, or if there is no train, the first split."""
+        """Sorted names of the folders below train, or below the first split if train is missing."""
         return class_names(next(iter(self._folders().values())))
 
     def named_classes(self) -> list[str] | None:
-        """Names of the folders below train; None if `data.root` is not set."""
+        """Return the names of the class folders, or None if `data.root` is not set."""
         return self.classes() if self.settings.root else None
 
 
 class ImageNet(ImageFolder):
-    """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids by the sorted wnids.
+    """Images of ImageNet in `root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`.
 
-    The heads of pretrained nets use these ids. Evaluation needs only validation images.
+    A wnid is a WordNet id such as n01440764. Class ids follow the sorted wnids, as in the heads of
+    pretrained nets. Evaluation needs only validation images.
     """
 
     def classes(self) -> list[str]:
         """Sorted wnids.
 
         Raises:
-            UsageError: the name of a folder is not a wnid; other names sort differently, and the
-                class ids of a pretrained head would be wrong.
+            UsageError: the name of a folder is not a wnid. Other names sort differently, so that
+                class ids would not match a pretrained head.
         """
         names = super().classes()
         for name in names:
@@ -146,12 +153,12 @@ class ImageNet(ImageFolder):
                 raise UsageError(
                     f"data.root={self.settings.root!r}: "
                     f"class {name} is not a WordNet id like n01440764; "
-                    "data=imagefolder takes other names"
+                    "data=imagefolder accepts other names"
                 )
         return names
 
     def named_classes(self) -> list[str] | None:
-        """Descriptions of the wnids, from timm; of all 1000 classes if `data.root` is not set."""
+        """Return timm's descriptions of the wnids, or of all 1000 classes if `root` is not set."""
         info = ImageNetInfo()
         all_wnids = info.label_names()
         wnids = super().named_classes()

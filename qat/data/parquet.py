@@ -22,18 +22,18 @@ LABELS = ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
-    """Sorted files below `root` whose names start with `split`.
+    """Sorted parquet files below `root` whose names start with `split`.
 
     Raises:
-        UsageError: the files are in several folders; the files of a second revision would mix
-            validation images into train.
+        UsageError: the files are in several folders. They may belong to two revisions of a dataset,
+            which would mix validation images into train.
     """
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
     folders = {str(path.parent) for path in files}
     if len(folders) > 1:
         raise UsageError(
-            f"data.root={str(root)!r}: must be a folder with {split}*.parquet in one place; "
-            f"has {', '.join(sorted(folders))}"
+            f"data.root={str(root)!r}: must have all {split}*.parquet in one folder; "
+            f"they are in {', '.join(sorted(folders))}"
         )
     return files
 
@@ -43,8 +43,8 @@ class ParquetImages(EncodedImages):
 
     Args:
         files: parquet files with the same columns.
-        settings: `image_column` and `label_column` are used; if they are None, the usual names in
-            `IMAGES` and `LABELS`.
+        settings: `image_column` and `label_column` are used; if one is None, the column has one of
+            the usual names in `IMAGES` or `LABELS`.
 
     Raises:
         UsageError: the files are not parquet files with these columns, or a label is missing.
@@ -79,7 +79,7 @@ class ParquetImages(EncodedImages):
         return open_image(cell["bytes"] if isinstance(cell, dict) else cell)
 
     def name(self, index: int) -> str:
-        """Names of the files, and number of the row, counted over all files."""
+        """Names of the files, and the row number, counted over all files."""
         return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
@@ -89,7 +89,7 @@ class ParquetImages(EncodedImages):
 
 
 def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str]) -> str | None:
-    """Name of the column to read; None if it does not exist."""
+    """Return the name of the column to read, or None if the files lack it."""
     candidates = [setting] if setting else usual_names
     for candidate in candidates:
         if candidate in names:
@@ -98,18 +98,18 @@ def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str
 
 
 class HfParquet(EncodedImageData):
-    """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
+    """Images in `train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
 
-    The encoded images are in memory. If there is no val, a fixed tenth of train is held out. If
-    there is no test, or its labels are not published, val is evaluated.
+    The encoded images are kept in memory. If there is no val, a fixed tenth of train is held out.
+    If there is no test, or the labels of test are not published, val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or contains no such files, or a file has a different
-                form.
+            UsageError: `data.root` is not set or lacks these files, or a file does not have the
+                columns that `ParquetImages` expects.
         """
         root = data_folder(
             self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"
@@ -122,5 +122,5 @@ class HfParquet(EncodedImageData):
         if "test" in splits and np.all(splits["test"].labels == -1):  # not published
             del splits["test"]
         if not splits:
-            raise UsageError(f"data.root={self.settings.root!r}: holds no train*.parquet")
+            raise UsageError(f"data.root={self.settings.root!r}: has no train*.parquet")
         return splits

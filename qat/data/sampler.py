@@ -30,9 +30,9 @@ class SeededSampler(DistributedSampler[Key]):
             = the order of the data, not cut and not padded, so that no image is counted twice.
         rank: number of this process.
         world_size: number of processes.
-        repeats: number of copies of an image. Copies are adjacent in the common order, so that
-            different processes get them; the length of an epoch does not change. Only used if
-            `shuffle` is true. Source: `RepeatAugSampler` of DeiT.
+        repeats: number of copies of an image. Copies are adjacent in the order of all processes, so
+            that each process gets another copy; the length of an epoch does not change. Only used
+            if `shuffle` is true. Source: `RepeatAugSampler` of DeiT.
 
     Attributes:
         skip: number of images of this process to skip at the start of the next iteration, which
@@ -88,11 +88,12 @@ class SeededSampler(DistributedSampler[Key]):
 
 
 class ResumableLoader(DataLoader):
-    """Counts used batches, and continues after them.
+    """Counts the batches that were used, so that a resumed run continues after them.
 
     Lightning stores `state_dict` in a checkpoint, and loads it into the loader of a resumed run. A
     loader without a state would begin the epoch again, and some images would be used twice, others
-    never. Iteration starts lazily, because Lightning creates the iterator before it sets the epoch.
+    never. `__iter__` is a generator, which starts late enough: Lightning creates the iterator
+    before it sets the epoch.
 
     Args:
         args: arguments of `DataLoader`; the sampler must be a `SeededSampler`.
@@ -128,7 +129,7 @@ class ResumableLoader(DataLoader):
         """Skip the batches of `state` in the next epoch; Lightning continues to count from there.
 
         Raises:
-            UsageError: the global batch size differs from that of the checkpoint.
+            UsageError: the global batch size differs from the one in the checkpoint.
         """
         self._skip = state["batches"]
         images = state.get("images")
@@ -136,7 +137,7 @@ class ResumableLoader(DataLoader):
             processes = f"{self.sampler.world_size} processes"
             raise UsageError(
                 f"resume: data.batch_size={self.batch_size} in {processes}: "
-                f"must be {images // self._skip} images a step, as before, to end this epoch"
+                f"must be {images // self._skip} images per step, as before, until this epoch ends"
             )
 
 
@@ -151,8 +152,8 @@ def isolated_rng(*numbers: int) -> Generator[None]:
     """After the block, restore the three global random generators that augmentations use.
 
     Args:
-        numbers: numbers with which to seed the generators first; without numbers, they are not
-            seeded.
+        numbers: numbers with which the generators are seeded before the block; without numbers, the
+            generators keep their states.
     """
     # `torch.manual_seed` would also queue a seed call, with a traceback, for every accelerator.
     generator = torch.default_generator

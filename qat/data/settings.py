@@ -78,8 +78,8 @@ class DataSettings:
             (random resized crop, flip and the settings below).
         hflip: probability of a horizontal flip with `light` and `timm`; use 0 if left and right
             matter.
-        shift: the most pixels by which `light` shifts an image if `crop_pct` is None; None = an
-            eighth of `image_size`, 0 = only flips.
+        shift: the largest shift in pixels with `light`, if `crop_pct` is None; None = an eighth of
+            `image_size`, 0 = only flips.
         scale: lowest and highest area of a random resized crop, as shares of the image's area; for
             `timm`, and for `light` if `crop_pct` is set.
         rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None =
@@ -105,20 +105,21 @@ class DataSettings:
         root: folder with the data.
         on_error: what happens if an image cannot be decoded: `raise` ends the run, `skip` warns and
             uses the next image instead.
-        memory_mb: a split that would take more megabytes after decoding, or has images of different
-            sizes, is decoded when needed.
+        memory_mb: the most megabytes that the decoded images of a split may take in memory. The
+            images of a larger split, and images of different sizes, are decoded when needed.
         crop_pct: side of the centre crop in evaluation, as a share of the shorter side, before
             scaling to `image_size`; None = the whole image is resized to a square; photos: None =
             from `model`.
-        crop_mode: used if `crop_pct` is set: `center` crops, as does `center_floor` with the
-            corner rounded down, as in Transformers; `squash` first resizes the whole image to a
-            square, `border` first pads it to one; None = `center`; photos: None = from `model`.
+        crop_mode: used if `crop_pct` is set. `center` crops the centre; `center_floor` also rounds
+            the corner of the crop down, as in Transformers; `squash` first resizes the whole image
+            to a square; `border` first pads the image to a square; None = `center`; photos: None =
+            from `model`.
         interpolation: interpolation in evaluation and with `light`, if `crop_pct` is set; photos:
             None = from `model`.
         image_column: parquet column with encoded images; None = the first usual name that exists.
         label_column: parquet column with labels; None = the first usual name that exists.
-        model: timm name of the model whose pretrained config supplies values that are None for
-            photos.
+        model: timm name of the model whose pretrained config supplies the values marked `photos`
+            that are None.
     """
 
     image_size: int
@@ -171,8 +172,9 @@ class DataSettings:
     def workers(self, images: int) -> int:
         """Number of loader processes for a number of images.
 
-        It is `num_workers`, or by default the number of cores per process of a run on this machine,
-        at most `MOST_WORKERS`; 0 for few images, which load faster without worker processes.
+        The number is `num_workers` if set. By default, it is 0 for few images, which load faster
+        without worker processes; else the number of cores that each process of the run has on this
+        machine, at most `MOST_WORKERS`.
         """
         if self.num_workers is not None:
             return self.num_workers

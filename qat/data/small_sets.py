@@ -82,7 +82,7 @@ class FashionMnist(ImageData):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or contains no such files, or a file is damaged.
+            UsageError: `data.root` is not set or lacks these files, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         return hold_out({
@@ -104,7 +104,7 @@ class FashionMnist(ImageData):
 
 
 class Cifar10(FashionMnist):
-    """`train*.parquet` and `test*.parquet` below `root`, or else `root/cifar-10-batches-py`.
+    """CIFAR-10 in `train*.parquet` and `test*.parquet` below `root`, or `cifar-10-batches-py`.
 
     A tenth of train is held out as val. torchvision unpickles the batches only if their checksums
     match the published files.
@@ -130,7 +130,7 @@ class Cifar10(FashionMnist):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or contains no such files, or a file is damaged.
+            UsageError: `data.root` is not set or lacks these files, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         train_files = find_parquet(root, "train")

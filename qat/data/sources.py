@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 # PostScript is excluded: Pillow would run such a file in Ghostscript, whatever its name.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-SKIP = "data.on_error=skip leaves out what cannot be decoded"
+SKIP = "data.on_error=skip skips images that cannot be decoded"
 
 
 class ImageError(UsageError):
     """An image cannot be decoded.
 
-    A loader's worker process sends an exception as text with a traceback, whose last line is the
-    message.
+    A loader's worker process sends the exception as text with a traceback; the constructor extracts
+    the message from its last line.
     """
 
     def __init__(self, message: str) -> None:
@@ -58,8 +58,8 @@ class ImageArrays:
     Attributes:
         images: (N, H, W, C), uint8.
         labels: (N,), class ids.
-        file_fingerprint: fingerprint of the files from which the images were decoded; None without
-            files.
+        file_fingerprint: fingerprint of the files from which the images were decoded; None if the
+            images do not come from files.
     """
 
     images: NDArray[np.uint8]
@@ -99,14 +99,14 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     image white.
 
     Raises:
-        ValueError: pixels have 32 bits, for which no range is defined.
+        ValueError: pixels have 32 bits, and no value is defined as white.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
         if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 2**16 - 1:
             raise ValueError(
                 f"it has 32 bits per pixel (mode {image.mode}) and no defined white level; "
-                "save it with 8 or 16"
+                "save it with 8 or 16 bits"
             )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     pixels = np.asarray(image.convert("L" if chans == 1 else "RGB"))
@@ -138,12 +138,12 @@ def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray
         return to_pixels(open_it(), chans)
     except Exception as error:  # on damaged files, Pillow's readers may raise any exception
         reason = " ".join(str(error).split())
-        reason = re.sub(r" <[^>]*>", "", reason)  # the text of an object with its address in memory
+        reason = re.sub(r" <[^>]*>", "", reason)  # object reprs with memory addresses
         raise ImageError(f"{name} cannot be decoded ({reason})") from error
 
 
 class EncodedImages(ABC):
-    """Encoded images by index, all stored images or a selection; decoded at every access.
+    """Encoded images by index, either all stored images or a selection; decoded at every access.
 
     Args:
         labels: (N,), class ids.
@@ -158,13 +158,12 @@ class EncodedImages(ABC):
 
     def __init__(self, labels: NDArray[np.int64], origin: str, settings: DataSettings) -> None:
         if not len(labels):
-            raise UsageError(f"{origin}: holds no images")
+            raise UsageError(f"{origin}: has no images")
         self.labels = labels
         self.origin = origin
         self.rows = np.arange(len(labels))
         self.on_error = settings.on_error
-        # One entry per row, in shared memory, so that all worker processes together warn once of an
-        # image.
+        # One entry per row, in shared memory, so that only one worker process warns of an image.
         self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         self.chans = 1 if settings.in_chans == 1 else 3
 
@@ -223,7 +222,7 @@ ImageSource = ImageArrays | EncodedImages
 def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
     """Decode all images into memory if they have the same size and fit in `memory_mb`."""
     images: list[NDArray[np.uint8]] = []
-    labels = np.empty_like(encoded.labels)  # differs from these labels if images are skipped
+    labels = np.empty_like(encoded.labels)  # a skipped image also gets the label of the next image
     for index in range(len(encoded)):
         image, labels[index] = encoded[index]
         is_too_large = image.nbytes * len(encoded) > memory_mb * 1e6

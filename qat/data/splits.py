@@ -26,7 +26,7 @@ SAMPLE = 64
 def stratified_split(
     labels: NDArray[np.int64], held_out: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split images with equal class shares; the same labels always result in the same split.
+    """Split images so that both parts have the same class shares; equal labels give equal splits.
 
     Args:
         labels: (N,), class ids.
@@ -38,8 +38,8 @@ def stratified_split(
     Raises:
         UsageError: a class has too few images.
     """
-    # The import is here because with pandas it takes half a second, and most photo datasets have
-    # their own splits.
+    # The import is here because it takes half a second (it loads pandas), and most photo datasets
+    # have their own splits.
     from sklearn.model_selection import train_test_split
 
     indices = np.arange(len(labels))
@@ -55,7 +55,7 @@ def stratified_split(
 
 
 def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a `val` split if there is none, by moving a fixed tenth of `train` into it.
+    """If there is no `val` split, create it by moving a fixed tenth of `train` into it.
 
     A warning names any split that is a copy of another split, or a link to it.
 
@@ -65,7 +65,7 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
     for name, other_name in itertools.combinations(splits, 2):
         if is_first() and _are_same(splits[name], splits[other_name]):
             log.warning(
-                "data: %s and %s are the same images; "
+                "data: %s and %s contain the same images; "
                 "accuracy on %s does not show how the model does on new images",
                 name,
                 other_name,
@@ -85,5 +85,5 @@ def _are_same(images: ImageSource, other: ImageSource) -> bool:
     sample = range(0, len(images), len(images) // SAMPLE or 1)
     try:
         return all(np.array_equal(images[i][0], other[i][0]) for i in sample)
-    except ImageError:  # the error comes again when a run needs the image
+    except ImageError:  # the error is raised again when a run needs the image
         return False

@@ -48,7 +48,7 @@ class TimmSettings(DataSettings):
             value = getattr(self, column)
             if value is not None and not str(self.name).startswith("hfds/"):
                 raise UsageError(
-                    f"data.{column}={value!r}: data=timm reads it only with data.name=hfds/NAME"
+                    f"data.{column}={value!r}: with data=timm, works only for data.name=hfds/NAME"
                 )
         if self.train_split is self.val_split is self.test_split is None:
             raise UsageError(
@@ -58,7 +58,7 @@ class TimmSettings(DataSettings):
 
 
 class TimmImages(EncodedImages):
-    """One split, as timm reads it.
+    """One split of a dataset that timm reads.
 
     Args:
         settings: `name`, `root`, `download` and the columns are used.
@@ -76,7 +76,7 @@ class TimmImages(EncodedImages):
             # Worker processes would share one open file and its position.
             options = {"cache_tarfiles": False}
         else:
-            data_folder(settings.root, "the dataset that timm reads, or give a tar file")
+            data_folder(settings.root, "the dataset, or the path of a tar file")
         try:
             root = settings.root and str(settings.root)
             dataset = timm.data.create_dataset(
@@ -96,7 +96,7 @@ class TimmImages(EncodedImages):
             ) from error
         super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
         self.reader = reader
-        # Used to compare with other splits; unknown for datasets that have a name.
+        # Paths, to find files that two splits share; unknown for datasets that have a name.
         self.files: set[str] = set()
         if not settings.name:
             self.files = set(reader.filenames(absolute=True))
@@ -163,7 +163,7 @@ class Timm(EncodedImageData):
                 if images.files & other.files:
                     raise UsageError(
                         f"{setting}: must differ from the {other_split} split; "
-                        "null for no such split"
+                        f"set it to null if there is no {split} split"
                     )
             if splits:
                 first_split = next(iter(splits))
@@ -172,7 +172,7 @@ class Timm(EncodedImageData):
         return splits
 
     def named_classes(self) -> list[str] | None:
-        """Class names from the reader; None if the reader has no names, or nothing can be read."""
+        """Return the reader's class names, or None if it has none or no dataset is set."""
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
@@ -192,7 +192,7 @@ def _use_ids_of(first: TimmImages, images: TimmImages, setting: str, first_split
     unknown = sorted(images.classes.keys() - first.classes.keys())
     if unknown:
         raise UsageError(
-            f"{setting}: class {unknown[0]!r} must be one of the {first_split} split's"
+            f"{setting}: class {unknown[0]!r} must be a class of the {first_split} split"
         )
     names = {class_id: name for name, class_id in images.classes.items()}
     images.labels = np.array([first.classes[names[label]] for label in images.labels.tolist()])

@@ -85,7 +85,7 @@ def eval_transform(settings: DataSettings) -> Transform:
 
 
 def _crop_floor(image: Image.Image, size: int) -> Image.Image:
-    """Crop a square from the centre; its corner is rounded down, torchvision's to an even pixel."""
+    """Crop a square from the centre, with its corner rounded down; torchvision rounds to even."""
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -143,7 +143,7 @@ def _limit_levels(augmentation: Any) -> None:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Reduce the bits of a channel to at least 1, because Pillow refuses 0, timm's lowest level."""
+    """Keep at least 1 bit per channel, because Pillow refuses 0 bits, timm's lowest level."""
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
@@ -157,7 +157,8 @@ def _timm_transform(settings: DataSettings, **options: Any) -> Any:
 class BatchMixup:
     """Blends each image of a batch, and its class, with the opposite image (first with last).
 
-    The loss smooths labels: cross-entropy smooths probabilities like timm smooths one-hot classes.
+    Labels are not smoothed here but in the loss: its cross-entropy smooths probabilities as timm
+    smooths one-hot classes.
 
     Args:
         settings: `mixup*`, `cutmix`, `num_classes` and `seed` are used.
@@ -201,7 +202,7 @@ class BatchMixup:
                 "data.mixup, data.cutmix: images are mixed in pairs; "
                 f"the number of images in a batch must be even, got {len(images)}"
             )
-        # In timm, the probabilities have the dtype of the images.
+        # timm gives the probabilities the dtype of the images, so mix in float32 at least.
         mixing_dtype = torch.promote_types(images.dtype, torch.float32)
         with isolated_rng(self.seed, step, rank, STREAM):
             mixed, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)

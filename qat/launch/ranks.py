@@ -23,8 +23,8 @@ COPYING = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill by torchrun, in which a run finishes its step or validation
 # and saves.
 SAVE_S = 600
-# Environment variables: the id of the process with which a rank ends, and the lock file that this
-# process holds for its ranks.
+# Environment variables: the id of the process that started the ranks, with which they end, and the
+# lock file that this process has locked for them.
 LAUNCHER = "QAT_LAUNCHER"
 LOCK_FILE = "QAT_LOCK"
 
@@ -86,13 +86,16 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
     if count > HIGHEST_COUNT:
         raise UsageError(
             f"trainer.devices={trainer.get('devices')!r}: "
-            f"must be up to {HIGHEST_COUNT} processes on a machine"
+            f"must be at most {HIGHEST_COUNT} processes per machine"
         )
     return count if count > 1 else 0
 
 
 def local_count(trainer: Mapping[str, Any]) -> int:
-    """Number of processes on this machine by `trainer.devices`; 1 if Lightning will refuse it."""
+    """Number of processes that `trainer.devices` asks for on this machine.
+
+    The number is 1 if Lightning will reject the setting.
+    """
     devices = trainer.get("devices", 1)
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
@@ -113,7 +116,7 @@ def local_count(trainer: Mapping[str, Any]) -> int:
 
 
 def broadcast_value(value: str) -> str:
-    """The first value of the first process, equal in all ranks of torchrun, even after restarts."""
+    """Return the first process's value in all ranks of torchrun; a restart keeps the old value."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return value
     from torch.distributed import TCPStore
@@ -138,7 +141,7 @@ def become_torchrun(count: int, command: Sequence[str]) -> NoReturn:
         command: script and arguments of each rank.
     """
     os.environ[LAUNCHER] = str(os.getpid())
-    # If each process used as many threads as there are cores, all processes would be slow.
+    # If each process used one thread per core of the machine, all processes would be slow.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     script = str(Path(__file__).with_name("torchrun.py"))
     options = [

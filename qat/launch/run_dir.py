@@ -33,8 +33,8 @@ CONFIG = "config.yaml"
 # notice late that the previous run's node is gone.
 PATIENCE_S = 120
 TICK_S = 0.5
-# Files that a training writes, except train.log, because a run that looks for files has already
-# opened its own.
+# Files that a training writes, except train.log: a run has already opened its own train.log when it
+# looks for files of earlier runs.
 TRAINING = (
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
@@ -88,7 +88,7 @@ def locked(run_dir: str) -> Generator[None]:
     """Lock a directory during a block; it is unlocked afterwards even if it was locked before.
 
     Raises:
-        UsedError: another run writes into it.
+        UsedError: another run writes into the directory.
     """
     lock(run_dir)
     try:
@@ -105,7 +105,7 @@ def lock(run_dir: str) -> None:
 
     Raises:
         UsageError: the name is empty, for example because a shell variable is not set.
-        UsedError: another run writes into it.
+        UsedError: another run writes into the directory.
     """
     check_text("run_dir", run_dir)
     folder = Path(run_dir).resolve()
@@ -120,7 +120,7 @@ def lock(run_dir: str) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Unless the previous run has just removed this file.
+            # The previous run may just have removed this file.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
@@ -146,7 +146,7 @@ def _in_use(run_dir: str, path: Path) -> UsedError:
     holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     return UsedError(
         f"run_dir={str(run_dir)!r}: is in use by {holder}; "
-        "must be another directory, or wait for it to end"
+        "must be another directory, or wait until that process ends"
     )
 
 
@@ -165,7 +165,7 @@ def lock_for_ranks(run_dir: str) -> None:
     """Lock a directory until the program that replaces this one ends; ranks do not lock it again.
 
     Raises:
-        UsedError: another run writes into it.
+        UsedError: another run writes into the directory.
     """
     lock(run_dir)
     folder = Path(run_dir).resolve()
@@ -196,7 +196,7 @@ def training_files(run_dir: Path) -> list[Path]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """True if there are results that are not the error of a run."""
+    """True if there is a results file that does not record an error."""
     return (run_dir / RESULTS).exists() and not json_object(run_dir / RESULTS).get("error")
 
 
@@ -206,7 +206,7 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
     Args:
         run_dir: the directory, which the same command may write into again.
         command: name of the command.
-        weights: origin of the evaluated weights; None = do not compare it with earlier results.
+        weights: origin of the evaluated weights; None = do not compare with earlier results.
 
     Raises:
         UsedError: the directory contains checkpoints or results of another command, or results of
@@ -249,7 +249,7 @@ class RunDirState:
         """True if the run has now written its settings, which happens after they are checked."""
         return _stamp(self.run_dir / CONFIG) != self._config
 
-    def takes_error(self) -> bool:
+    def may_record_error(self) -> bool:
         """True if the error of the run may be written as its results.
 
         The error must not replace files of another run, or be written next to them.
@@ -258,7 +258,7 @@ class RunDirState:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, which changes if another file replaces it."""
+    """Return inode and time of a file, which change if it is replaced, or None if it is missing."""
     if not path.exists():
         return None
     status = path.stat()

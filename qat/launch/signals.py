@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*REQUEUE_SIGNALS, signal.SIGTERM, signal.SIGINT)
 # Seconds within which a rank may get the same Ctrl-C twice, from the terminal and from torchrun.
 ECHO_S = 1.0
 # Seconds that a loader process outlives a SIGTERM, because the training process needs it until the
@@ -53,7 +53,7 @@ class Preempted(BaseException):
     @property
     def wants_requeue(self) -> bool:
         """True if the run is meant to resume as soon as it can."""
-        return self.signal in LEAVING
+        return self.signal in REQUEUE_SIGNALS
 
 
 @dataclass
@@ -62,10 +62,9 @@ class _Arrivals:
 
     Attributes:
         number: the highest signal that arrived, so that SIGTERM outranks SIGUSR1; 0 = none.
-        is_deferred: signals are only recorded.
+        is_deferred: True = signals are only recorded.
         interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
-        process: id of the process that handles signals; copies of it, made by loaders, ignore
-            signals.
+        process: id of the process that handles signals; its forks (loader processes) ignore them.
     """
 
     number: int = 0
@@ -100,16 +99,16 @@ def listen() -> None:
     for number in SIGNALS:
         # Ctrl-C stays ignored if a script runs in the background.
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _note)
+            signal.signal(number, _handle)
 
 
 def defer(*, on: bool) -> None:
-    """Only record signals, or raise `Preempted` at the next signal."""
+    """If `on`, only record signals from now on; else the next signal raises `Preempted`."""
     _arrivals.is_deferred = on
 
 
 def arrived() -> int:
-    """Number of the signal that has arrived, 0 = none."""
+    """Number of the signal that has arrived; 0 = none."""
     return _arrivals.number
 
 
@@ -120,7 +119,7 @@ def forget() -> None:
     _arrivals.interrupted_at = None
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _arrivals.process:
         return
     if number == signal.SIGINT:
@@ -131,7 +130,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         _arrivals.interrupted_at = first_time or current_time
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
-        # Raise no second exception while the first is being handled.
+        # Do not raise a second exception while the first is being handled.
         _arrivals.is_deferred = True
         raise Preempted(number)
 
@@ -140,7 +139,7 @@ def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """End this process with one line; unfinished files do not appear, existing files stay."""
     if os.environ.get("RANK", "0") == "0":
         # Bypass Python's streams, because the interrupted code may be writing to them.
-        os.write(2, b"stopped by Ctrl-C at once; what was saved before is as it was\n")
+        os.write(2, b"stopped by Ctrl-C at once; files that were saved before are unchanged\n")
     os._exit(128 + number)
 
 
@@ -152,6 +151,6 @@ def ignore_signals(worker: int) -> None:
     Args:
         worker: number of the loader process, passed by torch.
     """
-    for number in (*LEAVING, signal.SIGINT):
+    for number in (*REQUEUE_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVE_S))

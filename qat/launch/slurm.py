@@ -29,7 +29,7 @@ INTERACTIVE = ("bash", "interactive")
 
 
 def job_id() -> str | None:
-    """Number of this process's job, such as `3_0` in an array; None outside SLURM."""
+    """Return the number of this process's job, such as `3_0` in an array, or None outside SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:
@@ -44,12 +44,12 @@ def is_launched() -> bool:
 
 
 def slurm_tasks_per_node() -> int:
-    """Processes per node, 1 outside SLURM; `${slurm_tasks_per_node:}` in a config file."""
+    """Processes per node (1 outside SLURM), for `${slurm_tasks_per_node:}` in config files."""
     return env_number("SLURM_NTASKS_PER_NODE")
 
 
 def slurm_nodes() -> int:
-    """Nodes of the job, 1 outside SLURM; `${slurm_nodes:}` in a config file."""
+    """Nodes of the job (1 outside SLURM), for `${slurm_nodes:}` in config files."""
     return env_number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 
@@ -94,7 +94,7 @@ def _check_single_process() -> None:
 
 
 def environments() -> list[Any]:
-    """Plugins that tell Lightning the place of this process in the run.
+    """Plugins that tell Lightning which rank of the run this process is.
 
     By default, Lightning assumes that srun started every process of a job.
     """
@@ -138,7 +138,7 @@ def write_owner(run_dir: Path) -> None:
 
 
 def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
-    """Log that a signal ended the run, and requeue the job if the signal means that.
+    """Log that a signal ended the run, and requeue the job if the signal asks for it.
 
     Args:
         stop: the exception with the signal, and the step after which the run stopped.
@@ -172,7 +172,7 @@ def _describe(stop: Preempted) -> str:
 
 
 def _requeue(run_dir: Path) -> str | None:
-    """Requeue this job, and return the reason of a failure; SLURM ends srun immediately."""
+    """Requeue this job, upon which SLURM ends srun; return the reason if this fails, else None."""
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
     if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
         return (

@@ -25,7 +25,7 @@ def _handle_ctrl_c() -> None:
 
 
 def _end_with_launcher() -> None:
-    """End this rank when torchrun is killed, even if it already was."""
+    """End this rank when torchrun is killed, even if torchrun is already gone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     with contextlib.suppress(AttributeError, OSError):  # Linux only
@@ -50,7 +50,7 @@ def _allow_open_files() -> None:
 def _shorten_spinning() -> None:
     """Let threads of GNU's OpenMP sleep after waiting 0.1 ms for other threads.
 
-    The default, a loop of 300,000 turns, occupies a core that the slowest thread may need.
+    The default, a loop of 300,000 iterations, occupies a core that the slowest thread may need.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = "10000"

@@ -15,7 +15,7 @@ from qat.errors import UsageError
 
 
 class PercentAccuracy(MulticlassAccuracy):
-    """torchmetrics' accuracy times 100, the unit of published results."""
+    """torchmetrics' accuracy in percent, as in published results."""
 
     def compute(self) -> Tensor:
         """Accuracy in percent."""
@@ -34,8 +34,8 @@ def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
 class MeanLoss(MeanMetric):
     """Mean over images, computed from the means of batches; NaN if the mean of a batch is NaN.
 
-    torchmetrics' own update leaves out batches with NaN or, with its check off, ignores weights. It
-    also copies each weight to the device, which waits for the previous step.
+    torchmetrics' own `update` leaves out batches with NaN or, with its check off, ignores weights.
+    It also copies each weight to the device, and so waits for the previous step.
     """
 
     def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
@@ -51,7 +51,7 @@ class MeanLoss(MeanMetric):
 
 def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of a batch, (); NaN if any logit is not finite."""
-    # The second term also becomes NaN for logits on which the loss does not depend.
+    # The second term is 0, or NaN if a logit on which the loss does not depend is not finite.
     return F.cross_entropy(logits, target) + (0 * logits).sum()
 
 
@@ -64,7 +64,7 @@ def check_logits(loss: float, subject: str) -> None:
     """
     if math.isnan(loss):
         raise UsageError(
-            f"{subject}: the model's logits hold NaN or infinity; must be finite "
+            f"{subject}: the model's logits contain NaN or infinity; must be finite "
             "(trainer.precision=32-true has the widest range)"
         )
 

@@ -1,4 +1,7 @@
-"""Compile functions of image batches, with one graph per mode, for the largest batch."""
+"""Compile functions of image batches: one graph per mode, for the largest batch.
+
+Smaller batches run eagerly.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def _formulas_hash() -> str:
 def register_formulas() -> None:
     """Let torch compile forward passes of operators as formulas, which fuse with their neighbours.
 
-    This costs compilation time; `ROUNDING` preserves the bits.
+    Compilation takes longer; with `ROUNDING`, results stay bit-identical.
     """
     decompositions.update(operators.FORMULAS)
     fast_random_decomps().update(operators.FORMULAS)  # a copy that torch may have made earlier
@@ -69,7 +72,7 @@ def compile_options() -> dict[str, bool]:
 
     Rows are not padded, because operators would copy padded rows. With `trainer.deterministic`, the
     compiler does not choose kernels by measured speed. Before torch 2.15, a reduction that is fused
-    with a reduction of another order may not write a gradient (pytorch #193061).
+    with a reduction of another order may leave a gradient unwritten (pytorch #193061).
     """
     options = {
         **ROUNDING,
@@ -82,7 +85,7 @@ def compile_options() -> dict[str, bool]:
     return {name: value for name, value in options.items() if name in supported}
 
 
-@functools.cache  # one line for each reason
+@functools.cache  # so that each reason appears in the log only once
 def _warn_of_skipped_graph(reason: str) -> None:
     log.warning("compile=graphs: part of the training step runs without CUDA graphs: %s", reason)
 
@@ -98,7 +101,7 @@ def _replace_stack(record: logging.LogRecord) -> bool:
 
 
 class CompiledCall:
-    """Calls a function of images (B, ...) as one compiled graph, and eagerly for smaller batches.
+    """Runs a function of images (B, ...) as one compiled graph, and eagerly for smaller batches.
 
     One graph for all sizes would be slower for every batch; a graph for each size would take
     minutes to compile, only for the short batch at the end of a dataset. Eager and compiled results
@@ -152,5 +155,5 @@ class CompiledCall:
 
 
 def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
-    """Compile a net, see `CompiledCall`; parameter names stay, and copies are not compiled."""
+    """Compile a net (see `CompiledCall`); parameter names stay, and copies are not compiled."""
     net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)

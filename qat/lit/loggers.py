@@ -56,6 +56,7 @@ class CSVLog(CSVLogger):
 
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, resumed_at: int) -> None:
+        """Keep the rows before `resumed_at`; a new run deletes an older file."""
         super().__init__(log_dir)
         self._last_row = ""
         path = Path(self.metrics_file_path)
@@ -67,7 +68,7 @@ class _Writer(ExperimentWriter):
         except Exception as error:
             raise UsageError(
                 f"{path}: must be the table that this run wrote; "
-                f"the run also resumes if it is deleted ({error})"
+                f"if you delete it, the run resumes without its earlier rows ({error})"
             ) from error
         if rows:
             self._write(rows)
@@ -126,7 +127,7 @@ def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
 def closing(loggers: Iterable[Logger]) -> Generator[None]:
     """End W&B's runs after this block, as failed if the block raises.
 
-    W&B itself would end them with the process, in a multirun long after the job.
+    W&B itself would end them with the process, which in a multirun is long after the job.
     """
     try:
         yield

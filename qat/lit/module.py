@@ -129,7 +129,7 @@ class QATModule(LightningModule):
             self.teacher.to(self.device, next(self.net.parameters()).dtype)
 
     def on_train_start(self) -> None:
-        """Set the learning rate by the schedule, in which a resumed run begins in the middle."""
+        """Set the learning rate by the schedule; a resumed run begins in the middle of it."""
         self._num_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._num_groups = _num_groups(self.trainer)
         self._frozen = [p for p in self.net.parameters() if not p.requires_grad]
@@ -179,7 +179,7 @@ class QATModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse weights that a callback unfreezes during the run.
 
-        Schedule and weight decay apply only to weights that are trained from the start.
+        The schedule and weight decay apply only to weights that are trained from the start.
 
         Raises:
             UsageError: a parameter that was frozen now requires gradients, or there is a new
@@ -189,8 +189,8 @@ class QATModule(LightningModule):
         if is_unfrozen or _num_groups(self.trainer) != self._num_groups:
             raise UsageError(
                 "callbacks: weights were unfrozen during the run, "
-                "where neither schedule nor weight decay apply to them; "
-                "must be frozen to the end, and trained in a second run with ckpt=FILE"
+                "but the schedule and weight decay do not apply to them; "
+                "they must stay frozen to the end, and be trained in a second run with ckpt=FILE"
             )
 
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
@@ -218,7 +218,7 @@ class QATModule(LightningModule):
             self.test_confusion.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        """Keep the images' results, and the confusion matrix of all connected processes.
+        """Store which images are classified correctly, and the confusion matrix of all processes.
 
         Raises:
             UsageError: a logit is not finite.
@@ -254,7 +254,7 @@ class QATModule(LightningModule):
         epochs = self.trainer.max_epochs or 1
         if epochs < 0:
             raise UsageError(
-                "trainer.max_epochs=-1: must be at least 1: schedules need a number of epochs"
+                "trainer.max_epochs=-1: must be at least 1, as schedules need a number of epochs"
             )
         schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
         return {
@@ -263,7 +263,7 @@ class QATModule(LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Update timm's schedule, which depends on the next epoch or step."""
+        """Update timm's schedule, which expects the number of the next epoch or step."""
         if scheduler.t_in_epochs:
             scheduler.step(self.current_epoch + 1)
         else:
@@ -280,12 +280,12 @@ class QATModule(LightningModule):
         self._average_batch_norms()
 
     def on_validation_start(self) -> None:
-        """Keep quantized weights, because they do not change during a validation or test."""
+        """Quantize weights only once, because they do not change during a validation or test."""
         # Sharded weights are gathered for every use, which torch does not count as a change.
         keep_weights(self.net, keep=not sharded_modules(self.net))
 
     def on_validation_end(self) -> None:
-        """Stop keeping quantized weights, because training weights replace averaged weights now."""
+        """Discard the quantized weights, because training weights replace averaged weights now."""
         keep_weights(self.net, keep=False)
 
     on_test_start = on_validation_start
@@ -299,7 +299,7 @@ class QATModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
-        self._average_batch_norms()  # before the file is written, as it refers to these tensors
+        self._average_batch_norms()  # now, because the checkpoint refers to these tensors
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -361,6 +361,6 @@ def steps_per_epoch(trainer: Trainer) -> int:
         raise UsageError(
             f"trainer.val_check_interval={interval}: "
             f"must be at most the {batches} batches of an epoch; "
-            "more with trainer.check_val_every_n_epoch=null"
+            "for a longer interval, set trainer.check_val_every_n_epoch=null"
         )
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)

@@ -80,11 +80,11 @@ def sharded_modules(net: nn.Module) -> list[FSDPModule]:
 
 
 class ShardedStrategy(DDPStrategy):
-    """Lightning's DDP with sharded weights in place of DDP's wrapper; evaluation uses whole nets.
+    """Lightning's DDP, but with sharded weights instead of DDP's wrapper.
 
-    Lightning's own sharding strategies refuse CPUs (`fsdp`), or bypass the trainer's `CheckpointIO`
-    (`ModelParallelStrategy`). Here the checkpoint equals that of a single process: the first
-    process gathers all whole tensors on the CPU, one by one.
+    Evaluation uses whole nets. Lightning's own sharding strategies refuse CPUs (`fsdp`), or bypass
+    the trainer's `CheckpointIO` (`ModelParallelStrategy`). With this strategy, checkpoints equal
+    those of a single process: the first process gathers all whole tensors on the CPU, one by one.
     """
 
     def configure_ddp(self) -> None:
@@ -113,11 +113,17 @@ class ShardedStrategy(DDPStrategy):
         self._shard_optimizer_states()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole state of the module in the first process, else empty; all of them must call it."""
+        """The whole state in the first process, empty in the others.
+
+        All processes must call this.
+        """
         return self._gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole state in the first process, empty in the others; all processes must call it."""
+        """The optimizer's whole state in the first process, empty in the others.
+
+        All processes must call this.
+        """
         return self._gathered(super().optimizer_state(optimizer))
 
     def load_model_state_dict(
@@ -125,7 +131,7 @@ class ShardedStrategy(DDPStrategy):
         checkpoint: Mapping[str, Any],
         strict: bool = True,  # noqa: FBT001, FBT002  (Lightning's signature)
     ) -> None:
-        """Load into a net that is whole or already sharded."""
+        """Load the state of a checkpoint; the net may be whole or already sharded."""
         module = cast(LightningModule, self.lightning_module)
         current_state = module.state_dict()
         state = {}
@@ -182,17 +188,17 @@ class ShardedStrategy(DDPStrategy):
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of this process, which may be empty."""
+    """The part of a tensor that this process stores, which may be empty."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor in each process; all processes must call it, in the same order."""
+    """The whole tensor in each process; all processes must call this in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Shard a tensor, known to every process, like `other` of the same shape; nothing is sent.
+    """Shard a tensor like `other`; every process must have the whole tensor, as nothing is sent.
 
     Returns:
         A `DTensor` on the device of `other`; `tensor` itself if `other` is not sharded or has

@@ -60,9 +60,9 @@ class Outputs:
 
 
 class Teacher:
-    """A net in eval mode, outside optimizer and checkpoint.
+    """A frozen net in eval mode, which neither the optimizer nor checkpoints contain.
 
-    It is not a module, so that a module with a teacher does not register the teacher's weights.
+    This class is not a module, so that a module with a teacher does not register its weights.
 
     Args:
         net: the float net; its parameters are frozen.
@@ -108,7 +108,7 @@ class Teacher:
 
     @torch.no_grad()
     def with_features(self, images: Tensor, which: str | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, K) of images (B, C, H, W), and outputs of `all` blocks, the `last` or none."""
+        """Logits (B, K) of images (B, C, H, W), and outputs of `all`, the `last` or no blocks."""
         if which not in self._outputs:
             self._outputs[which] = Outputs.of_blocks(self.net, which)
         with self._outputs[which].of_pass() as features:

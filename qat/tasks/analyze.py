@@ -32,7 +32,7 @@ def analyze(cfg: DictConfig) -> None:
         cfg: config composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
 
     Raises:
-        UsageError: a setting, path or file cannot work.
+        UsageError: a setting, path or file cannot be used.
     """
     set_up(cfg)
     if cfg.run is not None:
@@ -49,7 +49,7 @@ def analyze(cfg: DictConfig) -> None:
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_alike(subjects, origins)
-    cfg.data = jobs[0].data  # the config of the data in use, to be recorded
+    cfg.data = jobs[0].data  # so that the data in use are recorded
     device = _device(cfg)
     labels = make_labels(cfg.labels, origins)
     nets = []
@@ -73,7 +73,7 @@ def analyze(cfg: DictConfig) -> None:
     log.info(summary.lines("qat: analysis", entries))
 
     outcome = analysis.run(nets, images)
-    # Nothing can fail from here on, so files of an older run may be replaced.
+    # From here on nothing can fail, so files of an older run may be replaced.
     record_run(cfg)
     write_outcome(run_dir, analysis.name, build.plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
@@ -92,7 +92,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 def _device(cfg: DictConfig) -> torch.device:
-    """The device of an analysis, which must be a single one."""
+    """The single device of an analysis; raise `UsageError` if several are set."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(
@@ -115,10 +115,10 @@ def _load_images(
 
 
 def build_analysis(settings: DictConfig | None) -> Analysis:
-    """The analysis of `analysis.*`.
+    """Build the analysis of `analysis.*`.
 
     Raises:
-        UsageError: the analysis is not set, or one of its settings cannot work.
+        UsageError: the analysis is not set, or one of its settings is invalid.
     """
     if settings is None:
         choices = ", ".join(options("analysis"))
@@ -142,7 +142,7 @@ def _check_alike(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> No
             if value != first[name]:
                 raise UsageError(
                     f"ckpt={path!r}: its data have {name} {value}, "
-                    f"those of {origins[0]!r} {first[name]}; set data=... for both"
+                    f"but the data of {origins[0]!r} have {first[name]}; set data=... for both"
                 )
 
 
@@ -163,8 +163,7 @@ def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[
         labels = list(own_labels)
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
             raise UsageError(
-                f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), "
-                "all different"
+                f"labels={labels}: must be {len(paths)} different names, one for each checkpoint"
             )
         return labels
     all_parts = []
@@ -176,4 +175,4 @@ def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[
         labels = ["/".join(parts[-num_parts:]) for parts in all_parts]
         if len(set(labels)) == len(labels):
             return labels
-    raise UsageError(f"ckpt={list(paths)}: their names do not differ; set labels")
+    raise UsageError(f"ckpt={list(paths)}: must differ; to use a file twice, set labels")

@@ -74,8 +74,8 @@ def instantiate(node: DictConfig, setting: str) -> Any:
 def _whitelist(node: DictConfig) -> dict[str, Any]:
     """An argument for Hydra 1.4 and newer: the packages of all `_target_`s of a config node.
 
-    The user may name any class. Of the names in a checkpoint `stored_data.py` lets only those of
-    qat's datasets pass. Hydra itself refuses functions that run commands.
+    The user may name any class. From a checkpoint, `stored_data.py` accepts only the names of qat's
+    datasets. Hydra itself refuses functions that run commands.
     """
     if not hasattr(hydra.utils, "execution_whitelist"):
         return {}
@@ -87,7 +87,7 @@ def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
     """Build a dataclass from a group of settings.
 
     Raises:
-        UsageError: the group is not a mapping, a key is not a field, or a value cannot work.
+        UsageError: the group is not a mapping, a key is not a field, or a value is invalid.
     """
     if not isinstance(settings, Mapping):
         raise UsageError(f"{group}={settings!r}: must be a group of settings")
@@ -99,7 +99,7 @@ def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
 
 
 def build_data(cfg: DictConfig) -> ImageData:
-    """The dataset of `cfg.data`.
+    """Build the dataset of `cfg.data`.
 
     Raises:
         UsageError: the class is not an `ImageData`, or ignores a setting that was changed.
@@ -114,7 +114,7 @@ def build_data(cfg: DictConfig) -> ImageData:
     return data
 
 
-def count_classes(cfg: DictConfig) -> None:
+def fill_in_num_classes(cfg: DictConfig) -> None:
     """If `data.num_classes` is null, set it to the number that the dataset finds.
 
     Models are built from the config, so call this before building a model.
@@ -124,15 +124,14 @@ def count_classes(cfg: DictConfig) -> None:
 
 
 def build_recipe(cfg: DictConfig) -> QuantRecipe:
-    """The recipe of `cfg.quant`.
+    """Build the recipe of `cfg.quant`.
 
     Raises:
-        UsageError: the recipe has an unknown key, or a value that cannot work.
+        UsageError: the recipe has an unknown key or an invalid value.
     """
     recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
-        # The user named the class; when a checkpoint of the recipe is read, the class is already
-        # imported.
+        # The user named the class, so it may be imported. Checkpoints import nothing.
         import_quantizer(name)
     return recipe
 
@@ -169,7 +168,7 @@ def import_modules(names: Iterable[str] | None) -> None:
 
 
 def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """The model in a file of the paper's own code; None for other files.
+    """Return the model in a file of the paper's own code, or None for other files.
 
     Raises:
         UsageError: the file does not have the format `ckpt_format`, or bits are set for another
@@ -181,8 +180,8 @@ def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
             raise UsageError(
-                f"{setting}={cfg[setting]!r}: only for files of the paper's code "
-                "(ckpt_format=ofq), others state their bits"
+                f"{setting}={cfg[setting]!r}: works only with files of the paper's code "
+                "(ckpt_format=ofq); other files state their bits"
             )
     return None
 
@@ -192,10 +191,10 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
     Args:
         cfg: config of a command.
-        keep_head: a different class count is an error, instead of leading to a new head.
+        keep_head: True = a different class count is an error; False = the model gets a new head.
 
     Raises:
-        UsageError: a setting or file cannot work.
+        UsageError: a setting or file cannot be used.
     """
     import_modules(cfg.model.imports)
     name = cfg.model.name
@@ -228,7 +227,7 @@ def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_h
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert a model in place and set its scales: copied from the start, or else from images.
+    """Convert a model in place; copy its scales from the start, or else compute them from images.
 
     Args:
         start: the float model, and the quantized model that its weights come from, if there is one.

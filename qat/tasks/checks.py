@@ -1,4 +1,4 @@
-"""Checks of settings that Lightning accepts, but with which it trains on nothing or fails late."""
+"""Checks of settings that Lightning accepts, though it would train on nothing or fail late."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ UNFIT: dict[type[Callback], str] = {
 
 
 def check_callback(name: str, callback: object) -> None:
-    """Check that a callback can work with a run, and that the metric it monitors exists.
+    """Check that a callback can be used in a run, and that the metric it monitors exists.
 
-    Lightning finds a wrong metric after the first epoch.
+    Lightning would only notice a wrong metric after the first epoch.
 
     Raises:
-        UsageError: the callback cannot work.
+        UsageError: the callback cannot be used.
     """
     if not isinstance(callback, Callback):
         kind = type(callback).__name__
@@ -124,7 +124,7 @@ def _check_file_names(name: str, callback: Callback) -> None:
     if save_top_k in {0, 1} or not filename or "{" in filename or has_version:
         return
     raise UsageError(
-        f"callbacks.{name}.save_top_k={save_top_k}: must be 1 where all files are {filename}.ckpt; "
+        f"callbacks.{name}.save_top_k={save_top_k}: must be 1, as all files are {filename}.ckpt; "
         "callbacks=[default,best_k] keeps several"
     )
 
@@ -133,7 +133,7 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     """Check that the model accepts images of the data and returns one number for each class.
 
     Raises:
-        UsageError: the model does not, or the data has fewer than two classes.
+        UsageError: the model does not do this, or the data has fewer than two classes.
     """
     num_classes = data.settings.num_classes
     if num_classes < 2:
@@ -165,20 +165,19 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     pairs = enumerate(zip(model_classes, data_classes, strict=True))
     number = next(number for number, (expected, actual) in pairs if expected != actual)
     difference = (
-        f"{origin}: its class {number} is {model_classes[number]!r}, "
-        f"that of the data {data_classes[number]!r}"
+        f"{origin}: class {number} of the model is {model_classes[number]!r}, "
+        f"class {number} of the data is {data_classes[number]!r}"
     )
     if sorted(model_classes) == sorted(data_classes):
         raise UsageError(
-            f"{difference}: the same classes in another order; "
-            "must be data with the order of its training"
+            f"{difference}: the same classes in another order; must be data in the model's order"
         )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", difference)
 
 
 def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
-    """Check that no setting was changed that the dataset ignores.
+    """Check that the user changed no setting that the dataset ignores.
 
     Args:
         data: the dataset; it is not checked if its class is the user's own.
@@ -202,8 +201,8 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
         first = next(group for group in COMMON_DATA if group in readers)
         other_readers = ", ".join(group for group in readers if group != first)
         raise UsageError(
-            f"data.{name}={value!r}: data={own} reads no data.{name}; "
-            f"data={first} does, as do {other_readers}"
+            f"data.{name}={value!r}: data={own} ignores data.{name}; "
+            f"data={first} uses it, as do {other_readers}"
         )
 
 

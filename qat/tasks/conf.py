@@ -138,7 +138,7 @@ def _comments(command: str) -> dict[str, str]:
 
 
 def alias(name: str, args: Mapping[str, Any]) -> str:
-    """The name of a model that users know.
+    """The name by which users know a model.
 
     A choice of `model=` that sets arguments is named only if the model has these arguments. A model
     of Transformers is named by its class.
@@ -190,11 +190,11 @@ def swin_window(image_size: int, patch: int, own_window: int) -> int:
 
 
 def timm_argument(model: str, name: str, value: Any) -> Any:
-    """The value of an argument of `timm.create_model`; None if the model does not accept it."""
+    """Return `value` if `timm.create_model` accepts the argument for this model, else None."""
     import timm
 
     if not timm.is_model(model):
-        return None  # which becomes an error later
+        return None  # an unknown model becomes an error later
     family = sys.modules[timm.model_entrypoint(model).__module__]
     for member in vars(family).values():
         if not inspect.isclass(member) or not member.__module__.startswith("timm.models"):
@@ -205,7 +205,7 @@ def timm_argument(model: str, name: str, value: Any) -> Any:
 
 
 def none_of(*values: object) -> bool:
-    """True if no value is set; only then do recipes use their own checkpoint."""
+    """True if no value is set. Configs use it to fall back on pretrained weights."""
     return not any(values)
 
 

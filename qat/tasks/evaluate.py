@@ -1,4 +1,4 @@
-"""`eval.py`: accuracy or predictions of a checkpoint, rebuilt from its file, or a timm model."""
+"""`eval.py`: measure the accuracy of a checkpoint or timm model, or predict classes with it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         Top-1 in percent; None with `predict`.
 
     Raises:
-        UsageError: a setting, path or file cannot work.
+        UsageError: a setting, path or file cannot be used.
     """
     began = time.monotonic()
     set_up(cfg)
@@ -111,17 +111,17 @@ def _announce(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer
 def measure(
     subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path | None = None
 ) -> dict[str, Any]:
-    """Run the test split of a model's data, and log its scores.
+    """Evaluate a model on `evaluation_split` of its data, and log its scores.
 
     Args:
         subject: model and data.
         trainer: Lightning's trainer.
         costs: costs of the model.
-        folder: folder for tables of the classes; None = no tables and no results of classes.
+        folder: folder for tables of the classes; None = no tables, and no results by class.
 
     Returns:
         Keys of `results.json`: accuracies in percent, loss, sizes, and with `folder` the results
-        of the classes.
+        by class.
     """
     data = subject.data
     num_classes = data.settings.num_classes

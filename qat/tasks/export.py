@@ -1,6 +1,6 @@
 """`export.py`: a file to deploy.
 
-The file is written under another name, compared with the checkpoint, and renamed only if both
+The file is written under another name, compared with the checkpoint, and renamed only if the two
 agree.
 """
 
@@ -103,8 +103,8 @@ def export(cfg: DictConfig) -> float:
         Percentage of images for which the file and the model predict the same class.
 
     Raises:
-        UsageError: a setting, path or file cannot work, or the written file disagrees with the
-            model; it is then kept as `<file>.rejected`.
+        UsageError: a setting, path or file cannot be used, or the written file disagrees with the
+            model; the file is then kept as `<file>.rejected`.
     """
     began = time.monotonic()
     set_up(cfg)
@@ -124,7 +124,7 @@ def export(cfg: DictConfig) -> float:
     conversion = conversion_of(net)
     if conversion is None:
         raise UsageError(
-            f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, "
+            f"ckpt={origin(cfg)!r}: contains a float model; must be a quantized model "
             "of train.py or ptq.py"
         )
     input_size = conversion.input_size
@@ -198,7 +198,7 @@ def _load_source(cfg: DictConfig) -> _Source:
             images=[],
             data=None,
             classes=None,
-            description=f"{IMAGES} images of noise; data=... has others",
+            description=f"{IMAGES} images of noise; set data=... to use real ones",
         )
     subject = build_subject(cfg)
     data = subject.data
@@ -218,7 +218,10 @@ def _load_source(cfg: DictConfig) -> _Source:
 
 def _target(cfg: DictConfig) -> Path:
     if cfg.format.name != "onnx" and not cfg.dynamic_batch:
-        raise UsageError("dynamic_batch=False: only for format=onnx")
+        raise UsageError(
+            "dynamic_batch=false: works only with format=onnx; "
+            f"must be true with format={cfg.format.name}"
+        )
     outputs.check_own(Path(cfg.run_dir), cfg.command)
     target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
     suffix = Path(NAMES[cfg.format.name]).suffix
@@ -302,8 +305,9 @@ class _Use(NamedTuple):
 
     Attributes:
         target: runtime and processor.
-        advice: settings to run it with.
-        runtime: runtime whose time on this machine is that of the target; None = not measured.
+        advice: settings to run the file with.
+        runtime: runtime whose measured time on this machine is the time of the target; None = not
+            measured.
     """
 
     target: str
@@ -312,20 +316,21 @@ class _Use(NamedTuple):
 
 
 def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_Use]:
-    """Targets that the file is for. docs/deployment.md has the measurements."""
+    """Ways to run the file; docs/deployment.md has the measurements behind the advice."""
     if file_format == "packed":
         return [_Use("qat", "qat.load(file), or ckpt=file in a command")]
     if file_format == "executorch":
         return [_Use("ExecuTorch", "one image at a time, with XNNPACK", EXECUTORCH)]
     if settings.target == "tensorrt":
-        return [_Use("TensorRT", "reads scales from the file, needs no calibration; never run")]
+        advice = "reads scales from the file, needs no calibration; qat has not tested it"
+        return [_Use("TensorRT", advice)]
 
     with_vnni = without_vnni = "default settings"
     openvino = "INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0"
     if settings.cpu == "any":
         with_vnni += "; with format.cpu=fast 8-bit weights are faster"
     else:
-        without_vnni = "wrong; export with format.cpu=any"
+        without_vnni = "wrong results; export with format.cpu=any"
         openvino += "; only with VNNI or on ARM"
     agreement = checked.agreement.get(OPENVINO)
     if agreement is None:

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
-    """A function that builds the optimizer of a model.
+    """Return a function that builds the optimizer of a model.
 
     The function is tried on a small layer, so that mistakes are found before training.
     """
@@ -75,7 +75,7 @@ def global_batch(batch_size: int, trainer: Trainer) -> int:
 
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
-    """A function that maps (optimizer, epochs, steps per epoch) to (schedule, interval)."""
+    """Return a function that maps (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
     interval = settings["interval"]
     warmup_epochs = settings.pop("warmup_epochs")
@@ -91,7 +91,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
         if interval == "epoch" and epochs % 1:
             raise UsageError(
                 f"scheduler.{name}_epochs={epochs}: must be an integer with "
-                "scheduler.interval=epoch; step takes fractions"
+                "scheduler.interval=epoch; scheduler.interval=step accepts fractions"
             )
     if cfg.trainer.fast_dev_run:
         warmup_epochs = 0
@@ -113,7 +113,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
-    """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
+    """Build the callbacks of `cfg.callbacks`; checkpoints go to `run_dir/checkpoints/`."""
     callbacks: list[Callback] = []
     for name, callback_cfg in (cfg.callbacks or {}).items():
         if callback_cfg is None:  # callbacks.best=null
@@ -137,21 +137,22 @@ def _check_averages(callbacks: list[Callback]) -> None:
         return
     if not any(isinstance(callback, Checkpointing) for callback in callbacks):
         raise UsageError(
-            "callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]"
+            "callbacks: no callback saves the averaged weights; add default: "
+            "callbacks=[default,ema]"
         )
     if any(getattr(callback, "save_weights_only", False) for callback in callbacks):
         raise UsageError(
-            "callbacks: save_weights_only=true writes the weights in training, not their average; "
-            "must be false with an average"
+            "callbacks: save_weights_only=true would save the training weights, not their average; "
+            "must be false with ema"
         )
 
 
 def _rank(callback: Callback) -> int:
     """Position of a callback; callbacks of equal rank keep their order in the config.
 
-    CGA is first, because it sets the learning rate and restores weights before other callbacks log
-    or average them. Last are `last.ckpt`, which stores the state of all other callbacks, and the
-    end of a preempted run.
+    CGA comes first, so that it sets the learning rate and restores weights before other callbacks
+    log or average them. `LastCheckpoint`, which stores the state of all other callbacks, and
+    `Preemption` come last.
     """
     if isinstance(callback, CGA):
         return 0
@@ -161,7 +162,7 @@ def _rank(callback: Callback) -> int:
 
 
 def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
-    """The loggers of `cfg.logger`.
+    """Build the loggers of `cfg.logger`.
 
     Args:
         cfg: config of a command.
@@ -187,7 +188,7 @@ def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """Lightning's trainer with the settings of `cfg.trainer`.
+    """Build Lightning's trainer with the settings of `cfg.trainer`.
 
     Raises:
         UsageError: Lightning refuses one of the settings, or the machine lacks the accelerator.
@@ -196,7 +197,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     for key, value in cfg.trainer.items():
         is_object = OmegaConf.is_dict(value) and "_target_" in value
         settings[key] = instantiate(value, f"trainer.{key}") if is_object else plain(value)
-    # Inference mode is off for two reasons: sharded weights that are gathered for a validation are
+    # Inference mode is off in two cases: sharded weights that are gathered for a validation are
     # trained afterwards, and a compiled model would need a second graph.
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
@@ -216,7 +217,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        # If this were True and there is no such callback, Lightning would add its own.
+        # If this were True without such a callback, Lightning would add its own.
         "enable_checkpointing": any(isinstance(c, Checkpointing) for c in callbacks),
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
@@ -261,7 +262,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
     """Store fewer activations for the backward pass.
 
     With `memory=recompute`, attention probabilities are not stored; with
-    `model.grad_checkpointing=true`, only the inputs of blocks are.
+    `model.grad_checkpointing=true`, only the inputs of blocks are stored.
 
     Raises:
         UsageError: the model does not support gradient checkpointing.

@@ -42,7 +42,8 @@ def find_images(source: str) -> list[Path]:
     paths = [Path(path) for path in files_below(root, hidden=False) if is_image(path)]
     if not paths:
         raise UsageError(
-            f"predict={source!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}"
+            f"predict={source!r}: the folder has no images; "
+            f"must contain files that end in {', '.join(EXTENSIONS)}"
         )
     return sorted(paths)
 
@@ -100,7 +101,7 @@ def _predicted_rows(
             top = logits.softmax(dim=-1).topk(num_ranks)
             probabilities = top.values.cpu().tolist()
             classes = top.indices.cpu().tolist()
-        # Zero times a non-finite logit is NaN.
+        # The sum is 0, or NaN if a logit is not finite.
         check_logits(float((0 * logits).sum()), setting)
         for row, number in enumerate(numbers.tolist()):
             if number < 0:

@@ -67,7 +67,7 @@ def ptq(cfg: DictConfig) -> float:
         Top-1 of the quantized model in percent.
 
     Raises:
-        UsageError: a setting, path or file cannot work.
+        UsageError: a setting, path or file cannot be used.
     """
     began = time.monotonic()
     set_up(cfg)
@@ -85,7 +85,7 @@ def ptq(cfg: DictConfig) -> float:
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
     if method == "reconstruct":
-        # This fails early if there are too few images.
+        # Fail early if there are too few images.
         split_batches(torch.cat(batches), reconstruct_settings.batch)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     if trainer.world_size > 1 and (changes_weights or search_settings):
@@ -98,7 +98,7 @@ def ptq(cfg: DictConfig) -> float:
         net = convert(copied(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
-        # This fails early if a target matches no scale.
+        # Fail early if a target matches no scale.
         scale_vectors(quantized.net, search_settings.targets)
 
     connect(trainer)
@@ -173,7 +173,7 @@ def _announce(
         data.input_size,
         **entries,
     )
-    log.info(summary.conversion(quantized.net, Path(cfg.run_dir)))
+    log.info(summary.write_conversion(quantized.net, Path(cfg.run_dir)))
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, kind: str) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _fit_weights(
     settings: ReconstructSettings | None,
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """Compensate, then with `settings` reconstruct; return facts for `results.json`."""
+    """Compensate the weights, and with `settings` reconstruct them; return `results.json` facts."""
     since = time.monotonic()
     layers = compensate(net, teacher, batches)
     if settings is None:

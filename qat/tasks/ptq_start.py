@@ -32,10 +32,10 @@ STATES = ("search.ckpt", "reconstruct.ckpt")
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
-    """The recipe of `cfg.ptq`; None with `ptq=keep`, because the model then keeps its quantizers.
+    """Return the recipe of `cfg.ptq`, or None for `ptq=keep`: the model keeps its quantizers.
 
     Raises:
-        UsageError: a key is unknown, or a value cannot work.
+        UsageError: a key is unknown, or a value is invalid.
     """
     knobs = build.plain(cfg.ptq)
     for name in ("batch", "reconstruct"):
@@ -45,26 +45,26 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     for key in knobs:
         if key != "name":
             raise UsageError(
-                f"ptq.{key}: ptq=keep leaves the model unchanged and takes only ptq.batch"
+                f"ptq.{key}: ptq=keep leaves the model unchanged and accepts only ptq.batch"
             )
     return None
 
 
 def build_search(cfg: DictConfig) -> SearchSettings | None:
-    """The settings of `cfg.search`; None without a search.
+    """Return the settings of `cfg.search`, or None without a search.
 
     Raises:
-        UsageError: a key is unknown, or a value cannot work.
+        UsageError: a key is unknown, or a value is invalid.
     """
     settings = build.plain(cfg.search)
     return build.settings_of(SearchSettings, "search", settings) if settings else None
 
 
 def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
-    """The settings of `cfg.ptq.reconstruct`, or the defaults.
+    """Return the settings of `cfg.ptq.reconstruct`, or the defaults.
 
     Raises:
-        UsageError: a key is unknown, or a value cannot work.
+        UsageError: a key is unknown, or a value is invalid.
     """
     settings = build.plain(cfg.ptq).get("reconstruct") or {}
     return build.settings_of(ReconstructSettings, "ptq.reconstruct", settings)
@@ -99,13 +99,13 @@ def check_run_dir(cfg: DictConfig) -> None:
 
 
 def _state_file(run_dir: Path) -> Path | None:
-    """The file of the state that was written last, if there is one."""
+    """Return the most recently written state file, or None if no such file exists."""
     state_files = [run_dir / name for name in STATES if (run_dir / name).is_file()]
     return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _settings_to_resume(state_file: Path) -> dict[str, Any]:
-    """Settings of the run that wrote a state; for older versions, read from `config.yaml`.
+    """Settings of the run that wrote a state file; with older versions, those in `config.yaml`.
 
     Raises:
         UsageError: the settings cannot be read.
@@ -128,8 +128,8 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> No
     A recipe starts from a float model, `ptq=keep` from a quantized model.
 
     Raises:
-        UsageError: the recipe cannot start from the model, there is nothing to do or no target, or
-            the run to resume had another method.
+        UsageError: the recipe cannot start from the model; with `ptq=keep`, there is no search or
+            no target for one; or the run to resume had another method.
     """
     state_file = _state_file(Path(cfg.run_dir))
     if cfg.resume and state_file is not None:
@@ -145,11 +145,11 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> No
     if conversion_of(subject.net) is not None:
         raise UsageError(
             f"{file}: is quantized already ({_recipe_name(subject)}); must be a float model; "
-            "ptq=keep search=evolution takes a quantized one"
+            "ptq=keep search=evolution accepts a quantized one"
         )
     if teacher_file is not None:
         raise UsageError(
-            f"teacher.ckpt={teacher_file!r}: only with ptq=keep; "
+            f"teacher.ckpt={teacher_file!r}: works only with ptq=keep; "
             "otherwise the targets are the logits of the float model itself"
         )
 
@@ -160,7 +160,7 @@ def _check_kept(
     """Check that `ptq=keep` can be followed by a search."""
     if is_frozen(subject.net):
         raise UsageError(
-            f"{file}: holds only integer codes; must be the checkpoint that it was exported from"
+            f"{file}: holds only integer codes; must be the checkpoint from which it was exported"
         )
     if conversion_of(subject.net) is None:
         raise UsageError(
@@ -175,7 +175,7 @@ def _check_kept(
         how_quantized = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
         raise UsageError(
             f"{file}: was {how_quantized} quantized ({_recipe_name(subject)}), "
-            "so it has no float logits to follow; set teacher.ckpt=FILE"
+            "so it has no float logits as targets; set teacher.ckpt=FILE"
         )
     assert_ready(subject.net)
 
@@ -185,7 +185,7 @@ def _recipe_name(subject: EvaluatedNet) -> str:
 
 
 def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> nn.Module | None:
-    """The float model of `teacher.ckpt`; None if the targets are the model's own logits.
+    """Return the float model of `teacher.ckpt`, or None if the targets are the model's own logits.
 
     Args:
         path: value of `teacher.ckpt`.

@@ -71,7 +71,7 @@ def remake(cfg: DictConfig) -> None:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(
-            f"run={cfg.run!r}: must hold files as a run writes them; one is damaged ({reason})"
+            f"run={cfg.run!r}: must contain intact files of a run; one is damaged ({reason})"
         ) from error
 
 

@@ -83,8 +83,8 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     """Write `results.json` into the run directory, atomically, in the first process of a run.
 
     Args:
-        cfg: the job's config, for command, model, quant, data and seed, unless they are in
-            `values`.
+        cfg: the job's config, from which command, model, quant, data and seed are taken unless
+            `values` contains them.
         values: values for `KEYS`, for `error`, and for keys that only one command has.
 
     Returns:
@@ -110,7 +110,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
 
 def _command_line() -> str | None:
-    """The command line as it was typed; None for a call from Python."""
+    """Return the command line as it was typed, or None for a call from Python."""
     if not HydraConfig.initialized():
         return None
     hydra_config = HydraConfig.get()
@@ -118,7 +118,7 @@ def _command_line() -> str | None:
 
 
 def _selected(cfg: DictConfig, name: str) -> Any:
-    """A setting; None if it is missing, because a refused run writes results too."""
+    """Return a setting, or None if it is missing: a refused run also writes results."""
     return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
@@ -155,8 +155,8 @@ def correct_images(correct: Tensor | None) -> dict[str, str | None]:
         correct: (N,) booleans, True for an image that is classified correctly; None = unknown.
 
     Returns:
-        `correct`: a bit for each image in the order of the split, the first one highest in the
-        first byte, padded with zeros, as base64.
+        `correct`: base64 of bytes with one bit per image, in the order of the split, from the
+        highest bit of the first byte on, padded with zeros.
     """
     if correct is None:
         return {"correct": None}
@@ -185,7 +185,7 @@ def library_versions(*more: str) -> dict[str, str]:
 
 
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
-    """The commit of a clone of qat; None for an installed qat, even inside another repository."""
+    """Return the commit of a clone of qat, or None for an installed qat, wherever it is."""
     command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
     # Git's own variables, which are set in hooks, may name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}

@@ -29,8 +29,8 @@ from qat.spec import QuantRecipe
 
 log = logging.getLogger(__name__)
 
-# Settings that do not change results: paths, logs, and how images are read. All other settings are
-# compared.
+# Settings that do not change results: paths, logs, and how images are read. `compared` returns all
+# other settings.
 NOT_COMPARED = {
     "run_dir",
     "sweep_dir",
@@ -75,7 +75,7 @@ _UNSET = "not set"
 def find_resume(
     cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
 ) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run.
+    """Return the checkpoint to resume from, or None for a new run.
 
     If `last.ckpt` is missing or cannot be read, the previous checkpoint is used, with a warning.
 
@@ -105,8 +105,8 @@ def find_resume(
     epochs = checkpoint.training["epochs"]
     if epochs > cfg.trainer.max_epochs:
         raise UsageError(
-            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} has {epochs} epochs; "
-            f"must be an integer of at least {epochs}"
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} was already trained "
+            f"for {epochs} epochs; must be at least {epochs}"
         )
     reason = (
         "a resumed run keeps its optimizer and schedule; "
@@ -143,8 +143,8 @@ def _check_net(
             f"resume: {checkpoint.path} holds {model}, not model {model_name} with {model_args}; "
             f"{hint}"
         )
-    # Settings that are newer than the file had their default values. The meaning of rules, and how
-    # step sizes are learned, do not change.
+    # A setting that is newer than the file had its default value. The meaning of rules, and how
+    # step sizes are learned, are assumed to be unchanged.
     newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
     stored_recipe: dict[str, Any] = {"name": "fp"}
     if meta.get("recipe"):
@@ -191,7 +191,7 @@ def compare_settings(
     for name in changed:
         if name.startswith(fixed_prefixes):
             value = current.get(name, _UNSET)
-            refused.append(f"{name}={value!r} (it had {old.get(name, _UNSET)!r})")
+            refused.append(f"{name}={value!r} (the run had {old.get(name, _UNSET)!r})")
     if refused:
         raise UsageError(f"{', '.join(refused)}: {reason}")
     if not is_first():
@@ -203,7 +203,7 @@ def compare_settings(
 
 
 def compared(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that change a run's result, by name, as plain data for its checkpoints."""
+    """The settings that affect a run's result, by name, as plain data for its checkpoints."""
     settings = {}
     for name, value in _flat(OmegaConf.to_container(cfg, resolve=True)):
         is_plain = value is None or type(value) in {bool, int, float, str, list}
@@ -284,7 +284,7 @@ def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
     if old_digest and digest and old_digest != digest:
         raise UsageError(
             f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, "
-            "or the start where that is the teacher); "
+            "or the start if it is the teacher); "
             "use ckpt=PATH in another run_dir to start a new run"
         )
 
@@ -305,7 +305,7 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) ->
         old_groups = [(_option_names(set(keys)), count) for keys, count in old_groups]
     if old_groups != groups:
         raise UsageError(
-            f"resume: {checkpoint.path} has another optimizer, or one of other parameters; "
+            f"resume: {checkpoint.path} has another optimizer or other parameter groups; "
             "use ckpt=PATH to start from it"
         )
 

@@ -1,4 +1,4 @@
-"""The first steps of every command: settings, settings of a hub model, kernels and seed."""
+"""The first steps of every command: check settings, fetch a hub model, set kernels and seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qat.model.pretrained import (
 )
 from qat.model.start import check_model
 from qat.nn.hf_constructor import CLASSIFIER
-from qat.tasks.build import count_classes, plain
+from qat.tasks.build import fill_in_num_classes, plain
 from qat.tasks.checks import check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
@@ -32,15 +32,15 @@ _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def set_up(cfg: DictConfig) -> None:
-    """Check the settings of a command, resolve what they imply, and apply kernels and seed.
+    """Check the settings of a command, set what they imply, and apply kernels and seed.
 
     Raises:
-        UsageError: a setting is unknown, or a value has the wrong type or cannot work.
+        UsageError: a setting is unknown, or a value is invalid or has the wrong type.
     """
     check_settings(cfg)
     quiet_libraries()
     _resolve_hub_model(cfg)
-    count_classes(cfg)
+    fill_in_num_classes(cfg)
     kernels.use(cfg.get("kernels", "auto"))
     if "trainer" in cfg:
         check_trainer(cfg.trainer)
@@ -132,7 +132,7 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
 
 
 def set_preprocessing(data: DictConfig, settings: Mapping[str, Any]) -> None:
-    """Set how images are prepared, where a data config has null."""
+    """Fill in the preprocessing settings that are null in a data config."""
     for key in _PREPROCESSING:
         if key in data and data[key] is None:
             data[key] = settings.get(key)

@@ -18,12 +18,12 @@ from qat.utils.validate import check_bits, check_choice, check_int, check_number
 
 SPLITS = ("train", "val", "test")
 CKPT_FORMATS = ("auto", "qat", "timm", "ofq")
-HIGHEST_SEED = 2**32 - 1  # numpy's
+HIGHEST_SEED = 2**32 - 1  # the highest seed that numpy accepts
 
 
 @dataclass
 class Model:
-    """`model.*`; `timm.create_model` gets `args`, which for a Swin depend on `own_window`."""
+    """`model.*`; `timm.create_model` gets `args`, which a Swin partly derives from `own_window`."""
 
     name: str | None = None
     row: str | None = None
@@ -137,7 +137,8 @@ class Shared:
             check_bits(name, bits)
             if not self.ckpt:
                 raise UsageError(
-                    f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); "
+                    f"{name}={bits!r}: works only with files of the paper's code "
+                    "(ckpt_format=ofq); "
                     "set ckpt=FILE"
                 )
 
@@ -227,7 +228,7 @@ def check(cfg: DictConfig) -> None:
     """Check the values of a composed config with the schema of its command.
 
     Raises:
-        UsageError: a value cannot work, or a key that was added with a plus is unknown; the message
+        UsageError: a value is invalid, or a key that was added with a plus is unknown; the message
             names the setting.
     """
     merged = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
@@ -245,9 +246,9 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
 
 
 def check_path(setting: str, value: Any) -> None:
-    """Raise `UsageError` on a path that YAML has read as a number, and on an empty path.
+    """Raise `UsageError` for a path that YAML has read as a number, and for an empty path.
 
-    An empty path comes from a shell variable that is not set, and the run would start from other
+    An empty path comes from a shell variable that is not set; the run would then start from other
     weights. None is allowed.
     """
     if value is None or (isinstance(value, str) and value):

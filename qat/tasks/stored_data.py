@@ -31,11 +31,11 @@ DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
 
 def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
-    """Set `cfg.data` to the user's data config, or else the checkpoint's, or else digits.
+    """Set `cfg.data` to the user's data config, or else the checkpoint's, or else to digits.
 
-    A prediction only needs to know how images are prepared, so the checkpoint's data may be
-    missing. If the data of a model are unknown, images are prepared as in `qat.transform`; for a
-    timm model, as for ImageNet.
+    A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
+    may be missing. If the data of a model are unknown, a prediction prepares images as
+    `qat.transform` does; for a timm model, as for ImageNet.
 
     Raises:
         UsageError: the checkpoint names a dataset that is not part of qat, or data that cannot be
@@ -51,7 +51,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         if meta and reads_model and cfg.data.model is None:
             # Crop and normalise photos as the model expects.
             cfg.data.model = meta["model"]["name"]
-            if cfg.data.model == CLASSIFIER:  # timm knows nothing of its images
+            if cfg.data.model == CLASSIFIER:  # timm does not know this model
                 image_config = meta.get("pretrained_cfg") or {}
                 check_images(f"ckpt={str(cfg.ckpt)!r}: pretrained_cfg", image_config)
                 set_preprocessing(cfg.data, image_config)
@@ -73,7 +73,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
 
 
 def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool) -> dict[str, Any]:
-    """The data config in a checkpoint's metadata, after checks; empty if there is none.
+    """Check the data config in a checkpoint's metadata, and return it, or {} if it is missing.
 
     A dataset that a file names could run code, so only datasets of qat are built, from plain
     values. Datasets that would be downloaded must be set by the user, unless a command only
@@ -111,7 +111,7 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
 
 
 def _check_stored_root(ckpt: str, root: str) -> None:
-    """Raise `UsageError` on a folder above the home directory: reading it would take hours."""
+    """Raise `UsageError` for a folder above the home directory: reading it would take hours."""
     home = Path(os.path.expanduser("~")).resolve()
     folder = Path(root).resolve()
     if folder in {Path(folder.anchor), *home.parents}:

@@ -50,12 +50,12 @@ class EvaluatedNet:
 
 
 def build_subject(cfg: DictConfig) -> EvaluatedNet:
-    """The model of `ckpt` or `model`, with its data and classes.
+    """Build the model of `ckpt` or `model`, with its data and classes.
 
-    It sets `cfg.data` to the config of these data.
+    `cfg.data` is set to the config of these data.
 
     Raises:
-        UsageError: a setting or file cannot work, or model and data do not fit.
+        UsageError: a setting or file cannot be used, or the data do not suit the model.
     """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
     own_data = build.plain(cfg.data)
@@ -99,7 +99,7 @@ def class_names(stored: object, data: ImageData) -> list[str]:
 
 
 def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
-    """True if a checkpoint was trained on the folder of the data, and so on some of its images."""
+    """True if a checkpoint was trained on the data's folder, so it has seen some of its images."""
     meta = checkpoint.meta if checkpoint is not None else None
     stored_root = ((meta or {}).get("data") or {}).get("root")
     root = data.settings.root
@@ -124,7 +124,7 @@ def _load_net(
         stored_name = checkpoint.meta["model"]["name"]
         if name not in {None, stored_name}:
             raise UsageError(
-                f"model.name={name!r}: ckpt={cfg.ckpt!r} holds {stored_name}; leave model out"
+                f"model.name={name!r}: ckpt={cfg.ckpt!r} contains {stored_name}; leave model out"
             )
         return build_from(checkpoint, data.input_size[1:]), stored_name
     ofq_net = build.authors_net(cfg, checkpoint)
@@ -142,7 +142,8 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
     num_classes = getattr(net, "num_classes", settings.num_classes)
     if num_classes != settings.num_classes:
         raise UsageError(
-            f"data.num_classes={settings.num_classes}: the model has {num_classes} classes"
+            f"data.num_classes={settings.num_classes}: the model has {num_classes} classes; "
+            f"must be {num_classes}, or choose another model"
         )
     conversion = conversion_of(net)
     if conversion is not None and conversion.input_size != data.input_size:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def lines(title: str, entries: dict[str, str]) -> str:
 
 
 def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """Name, number of parameters (and how many are integer codes) and image size of a model."""
+    """Name, number of parameters (integer codes included) and image size of a model, as text."""
     num_params = sum(param.numel() for param in net.parameters())
     for module in net.modules():
         if isinstance(module, FrozenWeight):
@@ -59,7 +59,7 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
 
 
 def describe_size(net: nn.Module, size_bytes: int) -> str:
-    """Bytes of a model and the kind of its file.
+    """Size of a model, and which file has this size, as text.
 
     `best.ckpt` is larger, because it contains everything that is needed to resume training.
     """
@@ -134,9 +134,11 @@ def assumed_settings(
 ) -> list[str]:
     """Image settings that neither the user nor the file of a model's weights sets.
 
+    The list is empty if no file is read, or if the file contains its own data config.
+
     Args:
         cfg: config of a command.
-        own_data: `cfg.data` before settings from a file are added.
+        own_data: `cfg.data` before settings from a file were added.
         net: the model as read from the file.
         data: images for the model.
     """
@@ -146,10 +148,20 @@ def assumed_settings(
     if "_target_" in stored:
         return []
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    set_names = {name.partition("=")[0].lstrip("+").removeprefix("data.") for name in overrides}
+    names_set_by_user = _data_settings(overrides)
     if isinstance(data, EncodedImageData):
-        set_names |= {name for name in IMAGE_SETTINGS if own_data.get(name) is not None}
-    return [name for name in IMAGE_SETTINGS if name not in stored and name not in set_names]
+        names_set_by_user |= {name for name in IMAGE_SETTINGS if own_data.get(name) is not None}
+    known_names = names_set_by_user | stored.keys()
+    return [name for name in IMAGE_SETTINGS if name not in known_names]
+
+
+def _data_settings(overrides: Iterable[str]) -> set[str]:
+    """Names of the settings in overrides such as `+data.mean=[0.5]`, without `data.`."""
+    names = set()
+    for override in overrides:
+        setting = override.partition("=")[0].lstrip("+")
+        names.add(setting.removeprefix("data."))
+    return names
 
 
 def announce(
@@ -173,12 +185,12 @@ def describe_device(trainer: Trainer) -> str:
     return f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}"
 
 
-def conversion(net: nn.Module, folder: Path) -> str:
+def write_conversion(net: nn.Module, folder: Path) -> str:
     """Write `conversion.txt`, the report of a converted model, into a folder.
 
     Returns:
-        A table of the shares of weights and products at each bit-width, and the modules that stay
-        float, with `*` for numbers in names.
+        A text for the log: a table of the shares of weights and products at each bit-width, and the
+        modules that stay float, with `*` for numbers in names.
     """
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
@@ -197,7 +209,7 @@ def conversion(net: nn.Module, folder: Path) -> str:
 
 
 def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
-    """Rows of a table, one per bit-width, with the percentage of each column."""
+    """Rows of a table, one per bit-width, with a percentage in each column."""
     rows = {"share of": "  ".join(title.rjust(SHARE_WIDTH) for title in columns)}
     widths: set[int] = set()
     for numbers in columns.values():
@@ -216,7 +228,8 @@ def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
     """Epochs and training steps, as text; warn if there are few steps.
 
-    The text mentions images that do not fill a batch at the end of an epoch.
+    The text also mentions images that are left out at the end of an epoch, because they do not fill
+    a batch.
     """
     loader = data.train_dataloader()
     num_images = len(loader.sampler)  # type: ignore[arg-type]
@@ -236,8 +249,8 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
     is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < FEW_STEPS
     if is_short and batch_size > 1:
         log.warning(
-            "data.batch_size=%d: %s in all, which hardly train a model; "
-            "smaller batches make more steps, as does trainer.max_epochs",
+            "data.batch_size=%d: %s in all, too few to train a model well; "
+            "smaller batches or a higher trainer.max_epochs make more steps",
             batch_size,
             count(steps * epochs, "training step"),
         )
@@ -276,12 +289,12 @@ def announce_run(
     is_dry_run = cfg.trainer.fast_dev_run
     if not (is_dry_run or trainer.checkpoint_callbacks):
         log.warning(
-            "callbacks: none of them writes checkpoints, so this model will not be saved; "
-            "callbacks=[default,...] does"
+            "callbacks: no callback writes checkpoints, so this model will not be saved; "
+            "add default: callbacks=[default,...]"
         )
     if recipe.name == "fp":
         return
-    log.info(conversion(start.net, Path(cfg.run_dir)))
+    log.info(write_conversion(start.net, Path(cfg.run_dir)))
     warn_of_random_weights(start, is_dry_run=bool(is_dry_run))
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 QUANTIZED = (
     "is already quantized and cannot be the float teacher; "
-    "set teacher.ckpt=FILE or teacher.pretrained=true"
+    "set teacher.ckpt to a float checkpoint, or use teacher.pretrained=true"
 )
 # Arguments that every vision transformer accepts; other arguments of the student may not fit the
 # teacher.
@@ -40,11 +40,13 @@ TEACHERS = ("teacher.ckpt", "teacher.pretrained", *STARTS)
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
-    """The teacher of the loss: `teacher.*`, or the float weights that the student starts from.
+    """Build the teacher of the loss from `teacher.*`, or from the student's float starting weights.
+
+    Return None if no loss term uses a teacher.
 
     Raises:
-        UsageError: the loss needs a teacher, but there are no trained weights for it, or the
-            weights are for other classes.
+        UsageError: the loss needs a teacher, but there are no trained weights for one, or they are
+            for other classes.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -79,16 +81,16 @@ def fit_teacher(
         sets_mean: True if `data.mean` is set.
 
     Raises:
-        UsageError: the teacher has other classes, has the classes in another order, or needs images
-            of another size.
+        UsageError: the teacher has other classes, has the same classes in another order, or needs
+            images of another size.
     """
     net = start.net
     origin = f"{setting}={value!r}"
     num_classes = getattr(net, "num_classes", data.settings.num_classes)
     if num_classes != data.settings.num_classes:
         raise UsageError(
-            f"{origin} is the teacher: has {num_classes} classes, "
-            f"the data {data.settings.num_classes}"
+            f"{origin} is the teacher: it has {num_classes} classes, "
+            f"but the data have {data.settings.num_classes}"
         )
     check_classes(net, data, origin)
     try:
@@ -100,7 +102,7 @@ def fit_teacher(
 
 
 def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
-    """Log a line if the start's weights were trained on images with a different mean or std."""
+    """Warn if the start's weights were trained on images with another normalization."""
     setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
     sets_mean = cfg.data.get("mean") is not None
     trained = _trained_with(start, data, setting, sets_mean=sets_mean)
@@ -125,8 +127,8 @@ def _trained_with(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
 
-    Our files contain them, and timm states them for its own weights. For other weights, timm's
-    values are assumed if the data follow timm too. If the values are unknown, the values of the
+    Our files contain these values, and timm states them for its own weights. For other weights,
+    timm's values are assumed if the data use them too. If the values are unknown, the values of the
     data are returned.
     """
     net = start.source or start.net
@@ -187,13 +189,14 @@ def _start_of_student(cfg: DictConfig) -> Start:
 def net_of_file(
     path: str, name: str, args: dict[str, Any], model_setting: str | None = None
 ) -> nn.Module:
-    """The model of `teacher.ckpt`.
+    """Build the model of `teacher.ckpt`.
 
     Args:
         path: a qat checkpoint, which names its model, or plain timm weights.
         name: timm name of the model, for plain timm weights.
         args: arguments of that model, for plain timm weights.
-        model_setting: `teacher.model`, which a qat checkpoint must contain; None = any model.
+        model_setting: value of `teacher.model`, the model that a qat checkpoint must contain; None
+            = any model.
 
     Raises:
         UsageError: the file is missing or unreadable, its weights do not fit, or it contains
@@ -208,7 +211,7 @@ def net_of_file(
     stored_name = str(checkpoint.meta.get("model", {}).get("name"))
     if model_setting is not None and _family(model_setting) != _family(stored_name):
         raise UsageError(
-            f"teacher.model={model_setting!r}: must be null; {origin} holds {stored_name}"
+            f"teacher.model={model_setting!r}: must be null; {origin} contains {stored_name}"
         )
     net = build_from(checkpoint)
     check_finite(net, origin)

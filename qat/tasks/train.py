@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> float:
         Best validation top-1 in percent (with `fast_dev_run`, of the final weights).
 
     Raises:
-        UsageError: a setting, path or file cannot work; raised before the first step.
+        UsageError: a setting, path or file cannot be used; raised before the first step.
     """
     began = time.monotonic()
     set_up(cfg)
@@ -90,7 +90,7 @@ def train(cfg: DictConfig) -> float:
     scheduler = fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
-    data.batch_mixup()  # this fails early if mixup settings cannot work
+    data.batch_mixup()  # fails early if a mixup setting is invalid
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
@@ -104,7 +104,7 @@ def train(cfg: DictConfig) -> float:
         data=build.plain(cfg.data),
         classes=data.named_classes(),
     )
-    # This entry is stored to compare a resumed run with this run.
+    # This entry is stored so that a resumed run can be compared with this run.
     metadata["run"] = {
         "settings": settings,
         "images": data.fingerprints(),
@@ -219,7 +219,7 @@ def _start(
 
 
 def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
-    """Load the weights of the best checkpoint; if there is none, keep the final weights.
+    """Load the weights of the best checkpoint, or keep the final weights if none was saved.
 
     Returns:
         Validation top-1 of these weights in percent, and the name of their file, or "final".
@@ -243,7 +243,7 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
 
 
 def _best_checkpoint(trainer: Trainer) -> Any:
-    """The first checkpoint callback that monitors a metric and has a best score, or None."""
+    """Return the first checkpoint callback that has a best score of a metric, or None."""
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
             continue

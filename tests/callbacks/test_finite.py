@@ -140,7 +140,7 @@ def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
         patch.setitem(globals(), "FiniteCheck", Watch)
         message = stopped(module, callback, **settings)
     what = "training stopped: the loss or a gradient of training step 3 is not finite"
-    expected = rf"{what}; first: {first}; checkpoints were written before it; a lower "
+    expected = rf"{what}; first: {first}; checkpoints were written before this step; a lower "
     assert re.match(expected, message)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
 
@@ -211,7 +211,7 @@ def checkpoints(run_dir):
 def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(
     tmp_path, monkeypatch, refused, is_late
 ):
-    monkeypatch.setattr(finite, "_reading_is_free", lambda module: not is_late)
+    monkeypatch.setattr(finite, "_reads_without_waiting", lambda module: not is_late)
     run = tmp_path / "run"
     message = poisoned(refused, run, Poison(3, damage))
     assert (

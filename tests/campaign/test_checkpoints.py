@@ -65,12 +65,12 @@ def test_a_run_does_not_go_on_from_one_that_is_wrong(tmp_path, tracked, name):
 @pytest.mark.long
 def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, tracked):
     """Torch would take the moments of AdamW for those of SGD."""
-    assert "optimizer.opt='sgd' (it had 'adamw')" in refused(
+    assert "optimizer.opt='sgd' (the run had 'adamw')" in refused(
         "train", tiny(tracked, *GOES_ON, "optimizer=sgd")
     )
     moved = shutil.copytree(tracked, tmp_path / "run")
     (moved / "config.yaml").unlink()  # the checkpoint says so as well
-    assert "optimizer.opt='sgd' (it had 'adamw')" in refused(
+    assert "optimizer.opt='sgd' (the run had 'adamw')" in refused(
         "train", tiny(moved, *GOES_ON, "optimizer=sgd")
     )
     path = moved / "checkpoints" / "last.ckpt"
@@ -80,4 +80,4 @@ def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, tracked)
     ]  # as in a file of an older version, of which the optimizer's state is left
     torch.save(content, path)
     line = refused("train", tiny(moved, *GOES_ON, "optimizer=sgd"))
-    assert "last.ckpt has another optimizer, or one of other parameters; use ckpt=PATH" in line
+    assert "last.ckpt has another optimizer or other parameter groups; use ckpt=PATH" in line

@@ -196,7 +196,7 @@ LINES = [
     ("run_dir=", "run_dir='': must be a non-empty string"),
     (
         "run_dir=file/run",
-        "run_dir='file/run': must be a folder that is or can be made (Not a directory)",
+        "run_dir='file/run': must be a folder that exists or can be created (Not a directory)",
     ),
 ]
 

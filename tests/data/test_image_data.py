@@ -163,7 +163,15 @@ def test_images_with_another_number_of_channels_are_refused():
 
 @pytest.mark.parametrize(
     ("classes", "lines"),
-    [(10, []), (12, ["data.num_classes=12: 2 without training images, the first is class 10"])],
+    [
+        (10, []),
+        (
+            12,
+            [
+                "data.num_classes=12: no training images for 2 of these classes; the first is class 10"
+            ],
+        ),
+    ],
 )
 def test_classes_without_training_images_are_named(caplog, classes, lines):
     data = Digits(**{**DIGITS, "num_classes": classes})

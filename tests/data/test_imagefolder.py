@@ -81,7 +81,7 @@ def test_a_split_that_is_another_one_is_named(tmp_path, caplog, way, split, memo
     source = data(root, memory_mb=memory_mb)
     assert len(source.split("train")) + len(source.split("val")) >= 40
     lines_said = [line.partition(";")[0] for line in caplog.messages]
-    line = f"data: train and {split} are the same images"
+    line = f"data: train and {split} contain the same images"
     assert lines_said == ([line] if way in {"link", "links", "hard links", "copies"} else [])
 
 
@@ -191,7 +191,7 @@ def test_a_folder_of_another_kind_is_named(tmp_path):
 def test_a_split_without_images_is_named(tmp_path):
     root = write_folder(tmp_path, (("train", 20),))
     (root / "val").mkdir()
-    assert lines(root).startswith(f"{root}/val: holds no images; must hold .jpg")
+    assert lines(root).startswith(f"{root}/val: has no images; must contain files that end in .jpg")
 
 
 @pytest.mark.parametrize("split", ["val", "valid", "test"])

@@ -175,7 +175,7 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, kind):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_split_without_rows_is_refused(tmp_path, split):
     write(tmp_path, (("train", 20), (split, 0)))
-    with pytest.raises(qat.UsageError, match=rf"{split}\.parquet: holds no images$"):
+    with pytest.raises(qat.UsageError, match=rf"{split}\.parquet: has no images$"):
         data(tmp_path).split("train")
 
 
@@ -187,6 +187,6 @@ def test_a_copy_of_train_is_named(tmp_path, caplog):
     data(tmp_path).split("train")
     pairs = [("train", "val"), ("train", "test"), ("val", "test")]
     assert caplog.messages == [
-        f"data: {a} and {b} are the same images; accuracy on {b} does not show how the model does on new images"
+        f"data: {a} and {b} contain the same images; accuracy on {b} does not show how the model does on new images"
         for a, b in pairs
     ]

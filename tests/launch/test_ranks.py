@@ -58,7 +58,7 @@ def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, ex
         ({"num_nodes": 2}, r"^trainer\.num_nodes=2: must be 1; .* srun or torchrun"),
         (
             {"devices": 100000},
-            r"^trainer\.devices=100000: must be up to 1024 processes on a machine",
+            r"^trainer\.devices=100000: must be at most 1024 processes per machine",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from qat.launch import signals
-from qat.launch.signals import LEAVING, SIGNALS, Preempted
+from qat.launch.signals import REQUEUE_SIGNALS, SIGNALS, Preempted
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_outside_training_a_signal_counts_at_once(number):
     with signals.listening(), pytest.raises(Preempted) as stop:
         send(number)
     assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, None, None)
-    assert stop.value.wants_requeue == (number in LEAVING)
+    assert stop.value.wants_requeue == (number in REQUEUE_SIGNALS)
 
 
 def test_cleaning_up_after_it_is_not_interrupted():
@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch, capfd, seconds, code):
     process.start()
     process.join(10)
     assert process.exitcode == code
-    line = "stopped by Ctrl-C at once; what was saved before is as it was\n"
+    line = "stopped by Ctrl-C at once; files that were saved before are unchanged\n"
     assert capfd.readouterr().err == ("" if code == 7 else line)
 
 

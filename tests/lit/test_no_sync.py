@@ -104,7 +104,7 @@ class Watched(Callback):
     [("ofq", "save", "auto"), ("ofq_noqkr", "recompute", "auto"), ("ofq", "save", "off")],
 )
 def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
-    monkeypatch.setattr(finite, "_reading_is_free", lambda module: False)  # as on a GPU
+    monkeypatch.setattr(finite, "_reads_without_waiting", lambda module: False)  # as on a GPU
     student = set_execution(net(preset, name=DISTILLED), memory=memory)
     watched = Watched()
     qat.kernels.use(kernels)

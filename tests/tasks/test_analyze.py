@@ -110,12 +110,12 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
 
 MISTAKES = {
     "analysis=robustness analysis.low=0 ckpt={four}": "analysis.low=0: must be a number above 0",
-    "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: their names do not differ; set labels",
-    "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be as many as there are checkpoints (2), all different",
+    "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: must differ; to use a file twice, set labels",
+    "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",
-    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]; set data=... for both",
-    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': its data have class FashionMnist, those of '{four}' Digits; ",
+    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': its data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
+    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': its data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
     "analysis=oscillation ckpt={four}": "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",

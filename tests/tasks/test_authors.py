@@ -113,7 +113,7 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
         (
             "train",
             [*NET, "loss=kd"],
-            "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt=FILE",
+            "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt to",
         ),
         (
             "train",

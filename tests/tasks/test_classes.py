@@ -88,7 +88,7 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     other = ("data=timm", "data.val_split=val", *data[1:])
     train(tiny(tmp_path / "run", *data, "quant=fp"))
     best = f"ckpt={tmp_path}/run/checkpoints/best.ckpt"
-    said = f"ckpt={best[5:]!r}: its class 0 is 'class10', that of the data 'class2': the same classes in another order"
+    said = f"ckpt={best[5:]!r}: class 0 of the model is 'class10', class 0 of the data is 'class2': the same classes in another order"
     assert said in refused("evaluate", compose("eval", best, *other, f"run_dir={tmp_path}/eval"))
     assert said in refused("train", tiny(tmp_path / "more", best, *other, "quant=fp"))
     assert f"teacher.{said}" in refused(
@@ -98,6 +98,6 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     (root / "val" / "class2").rename(root / "val" / "two")
     evaluate(compose("eval", best, *data, f"run_dir={tmp_path}/eval"))
     assert (
-        "its class 1 is 'class2', that of the data 'two': names differ; assuming the same classes"
+        "class 1 of the model is 'class2', class 1 of the data is 'two': names differ; assuming the same classes"
         in caplog.text
     )

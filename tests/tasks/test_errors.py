@@ -95,7 +95,7 @@ TRAIN = [
     ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that holds "),
     *(
-        (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} reads no data\.{setting}; data={reader} does, as do {others}$")
+        (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} ignores data\.{setting}; data={reader} uses it, as do {others}$")
         for own, setting, more, reader, others in [
             ("digits", "root", "", "imagefolder", "cifar10, fashion_mnist, hf_parquet, imagenet, timm"),
             ("digits", "image_column", "", "hf_parquet", "cifar10, timm"),
@@ -105,8 +105,8 @@ TRAIN = [
             ("imagefolder", "image_column", " data=imagefolder data.root={files} data.num_classes=2", "hf_parquet", "cifar10, timm"),
         ]
     ),
-    *((f"data.{setting}", rf"data=digits reads no data\.{setting.split('=')[0]}; ") for setting in ("memory_mb=0", "on_error=skip")),
-    ("data=timm data.root={files} data.label_column=x", r"data\.label_column='x': data=timm reads it only with data\.name=hfds/NAME"),
+    *((f"data.{setting}", rf"data=digits ignores data\.{setting.split('=')[0]}; ") for setting in ("memory_mb=0", "on_error=skip")),
+    ("data=timm data.root={files} data.label_column=x", r"data\.label_column='x': with data=timm, works only for data\.name=hfds/NAME"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; closest: .*vit_tiny_patch16_224"),
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
     ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
@@ -143,8 +143,8 @@ TRAIN = [
     ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: Identity is not a subclass of"),
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
     ("callbacks.best.mode=min", r"callbacks\.best\.mode='min': the best val/top1 is the highest; must be max"),
-    ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1 where all files are best\.ckpt; .*best_k"),
-    ("callbacks=ema", r"callbacks: none of them saves the averaged weights; must be callbacks=\[default,ema\]"),
+    ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1, as all files are best\.ckpt; .*best_k"),
+    ("callbacks=ema", r"callbacks: no callback saves the averaged weights; add default: callbacks=\[default,ema\]"),
     ("callbacks=[default,ema] +callbacks.best.save_weights_only=true", "callbacks: save_weights_only=true .* must be false"),
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
@@ -165,7 +165,7 @@ TRAIN = [
     ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*must be a file of torch\.save or safetensors"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
     ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN or infinity"),
-    ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' holds vit_tiny_patch16_224"),
+    ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' contains vit_tiny_patch16_224"),
     ("run_dir={run}", r"run_dir='.*' holds best\.ckpt already; choose another run_dir or set overwrite=true"),
     ("run_dir={run} resume=true", r"resume: .*last\.ckpt has another recipe \(quant: act_bits, .*use ckpt=PATH"),
 ]  # fmt: skip
@@ -175,11 +175,11 @@ EVAL = [
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
     ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
-    ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
+    ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' contains vit_tiny_patch16_224"),
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
-    ("ckpt={best} data.root=x", r"data\.root='x': data=digits reads no data\.root; data=imagefolder does"),
-    ("ckpt={best} data=digits data.on_error=skip", r"data\.on_error='skip': data=digits reads no data\.on_error; "),
-    ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
+    ("ckpt={best} data.root=x", r"data\.root='x': data=digits ignores data\.root; data=imagefolder uses it"),
+    ("ckpt={best} data=digits data.on_error=skip", r"data\.on_error='skip': data=digits ignores data\.on_error; "),
+    ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes; must be 10, or choose another model"),
 ]  # fmt: skip
 
 
@@ -232,9 +232,7 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
 
 
 def test_a_validation_that_no_epoch_reaches(tmp_path, refused):
-    line = (
-        r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; more with "
-    )
+    line = r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; for a longer "
     assert re.search(
         line, refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
     )

@@ -179,7 +179,7 @@ def test_logits_that_are_not_finite_are_an_error(
             "eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}/eval", to.format(photo=photo)
         ),
     )
-    assert ": the model's logits hold NaN or infinity; must be finite" in message
+    assert ": the model's logits contain NaN or infinity; must be finite" in message
 
 
 @pytest.mark.sample(1)

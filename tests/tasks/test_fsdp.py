@@ -103,7 +103,7 @@ def run(folder, *overrides, **what):
 def runs(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            finite, "_reading_is_free", lambda module: False
+            finite, "_reads_without_waiting", lambda module: False
         )  # as on an accelerator, where nobody waits for a flag
         run(root / "whole", *TWO)
     with pytest.raises(KilledError):

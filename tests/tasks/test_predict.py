@@ -147,7 +147,7 @@ def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, re
     ("where", "message"),
     [
         ("nowhere", "predict='nowhere': no such file or folder"),
-        (".", "predict='.': the folder holds no images; must hold .jpg, .jpeg"),
+        (".", "predict='.': the folder has no images; must contain files that end in .jpg, .jpeg"),
     ],
 )
 def test_wrong_paths_are_refused_before_a_net_is_read(

@@ -149,12 +149,12 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         (
             "lsq",
             KEEP,
-            "was trained quantized (lsq), so it has no float logits to follow; set teacher.ckpt=FILE",
+            "was trained quantized (lsq), so it has no float logits as targets; set teacher.ckpt=FILE",
         ),
         (
             "lsq",
             (*KEEP, "+ptq.bits=8"),
-            "ptq.bits: ptq=keep leaves the model unchanged and takes only ptq.batch",
+            "ptq.bits: ptq=keep leaves the model unchanged and accepts only ptq.batch",
         ),
         (
             "lsq",
@@ -165,7 +165,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         (
             "lsq",
             (*SEARCH, *SMALL),
-            "must be a float model; ptq=keep search=evolution takes a quantized one",
+            "must be a float model; ptq=keep search=evolution accepts a quantized one",
         ),
         (
             "float",

@@ -43,7 +43,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
         ),
     )
     assert (
-        "was fitted quantized (compensate), so it has no float logits to follow; set teacher.ckpt=FILE"
+        "was fitted quantized (compensate), so it has no float logits as targets; set teacher.ckpt=FILE"
         in line
     )
 
@@ -80,7 +80,7 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
     with pytest.raises(
         qat.UsageError,
-        match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method",
+        match=r"ptq\.method='compensate' \(the run had 'reconstruct'\): a resumed run keeps its method",
     ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 

@@ -150,7 +150,7 @@ def test_a_damaged_file_in_a_directory_is_one_line(tmp_path, refused, file, text
     (run / "config.yaml").touch()
     (run / file).write_text(text)
     line = refused("analyze", compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
-    assert "must hold files as a run writes them" in line or file in line
+    assert "must contain intact files of a run" in line or file in line
 
 
 def test_a_disk_that_cannot_be_written_is_not_a_damaged_file(tmp_path, refused, monkeypatch):

@@ -457,11 +457,11 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
     [
         (
             ["optimizer.lr=0.1"],
-            r"^optimizer\.lr=0\.1 \(it had 0\.001\): a resumed run keeps its optimizer and schedule; ",
+            r"^optimizer\.lr=0\.1 \(the run had 0\.001\): a resumed run keeps its optimizer and schedule; ",
         ),
         (
             ["trainer.max_epochs=2"],
-            r"^trainer\.max_epochs=2: .*last\.ckpt has 3 epochs; must be an integer of at least 3$",
+            r"^trainer\.max_epochs=2: .*last\.ckpt was already trained for 3 epochs; must be at least 3$",
         ),
     ],
     ids=["rate", "epochs"],

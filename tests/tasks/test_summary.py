@@ -28,7 +28,7 @@ from tests.tiny import SIZE, converted, quantized, vit
 )
 def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_products):
     net = converted(preset, **knobs)
-    title, *table = summary.conversion(net, tmp_path).splitlines()
+    title, *table = summary.write_conversion(net, tmp_path).splitlines()
     assert title == "quantized"
     assert table[0].split() == ["share", "of", "weights", "products"]
     assert len({len(row) for row in table[: 1 + len(widths)]}) == 1
