@@ -1,6 +1,9 @@
 """Composed configs, small runs that several tests share, and data files in the formats that commands read."""
 
+import collections
+import copy
 import csv
+import functools
 import gc
 import io
 import json
@@ -14,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from PIL import Image
 
 # Nets here are too small for threads to help, and threads that wait for a busy core cost more than all else.
@@ -37,8 +43,29 @@ def compose(config, *overrides):
     from qat.tasks import conf  # noqa: F401  (registers schemas and functions of conf/)
 
     quiet = ["report=false"] if config in {"train", "eval", "ptq", "analyze"} else []
+    overrides = [*quiet, *(str(o) for o in overrides)]
+    files = [typed for typed in overrides if names_a_file(typed)]
+    values = [typed for typed in overrides if typed not in files]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(config, overrides=[*quiet, *(str(o) for o in overrides)])
+        try:
+            cfg = copy.deepcopy(composed(config, *files))
+            parsed = OverridesParser.create().parse_overrides(values)
+            ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
+        except HydraException:
+            return hydra.compose(config, overrides=overrides)  # raises what a command does
+    return cfg
+
+
+def names_a_file(override):
+    """Whether it chooses a file of conf/, as quant=ofq_2bit does, or how Hydra itself works."""
+    key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+    return key.startswith("hydra") or (ROOT / "conf" / key).is_dir()
+
+
+@functools.cache
+def composed(config, *files):
+    """Reading the files of a config takes a quarter of a second; values change it in no time."""
+    return hydra.compose(config, overrides=list(files))
 
 
 def tiny(run_dir, *overrides):
@@ -146,6 +173,20 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What takes a minute comes first, or one process would be at it while the others have nothing left."""
+    """Mark all but n cases of a test with `sample(n)` as long, and put what takes a minute first.
+
+    Otherwise one process would be at it while the others have nothing left.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("long"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for several in cases.values():
+        number = several[0].get_closest_marker("sample").args[0]
+        chosen = {i * len(several) // number for i in range(number)}
+        for i, item in enumerate(several):
+            if i not in chosen:
+                item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: "[README.md]" not in item.name)

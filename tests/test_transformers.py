@@ -57,6 +57,7 @@ def test_another_dtype(net, folder):
     assert are_equal(outputs(again, X.bfloat16()), outputs(theirs, X.bfloat16()))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", SHORT)
 def test_models_that_do_not_run_without_values(name, tmp_path):
     kind = KINDS[name]
@@ -91,6 +92,7 @@ def test_a_float_folder_is_converted(recipe, tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=wrong)
 
 
+@pytest.mark.long
 def test_an_upload_is_what_is_saved(net, folder):
     files = {}
 
@@ -152,6 +154,7 @@ def test_images_of_another_size(tmp_path):
         model(torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.long
 def test_without_the_package_nothing_changes(tmp_path):
     code = """import sys; sys.modules["transformers"] = None
 import timm, torch, qat
@@ -170,6 +173,7 @@ except qat.UsageError as error: print(error)
     assert "needs the package transformers, which is not installed" in done.stdout
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["AIMv2", "Data2Vec"])
 def test_the_page_says_what_it_does(name):
     kind = next(kind for kind in KINDS.values() if kind.title == name)
@@ -231,3 +235,12 @@ def test_a_trainer_resumes_exactly(name, tmp_path):
     whole = trained(tmp_path, CALLBACKS[name]())
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert are_equal(trained(tmp_path, CALLBACKS[name](), resume=True), whole)
+
+
+@pytest.mark.slow
+def test_annealing_and_freezing_keep_entries(tmp_path):
+    pytest.importorskip("accelerate")
+    free = trained(tmp_path / "free", [])
+    for name in ("cga", "freezing"):
+        weights = trained(tmp_path / name, CALLBACKS[name]())
+        assert not are_equal(weights, free), name

@@ -172,9 +172,13 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
 @contextlib.contextmanager
 def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None]:
     """Replace the tensors of a model by fake tensors, and take CUDA's branches."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        net._apply(mode.from_tensor)
+        try:
+            net._apply(mode.from_tensor)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(before)
         yield
 
 

@@ -56,11 +56,13 @@ def assert_sums(net, size):
     assert sum(fields) == sum(part.size_bytes for part in parts) == cost(net, size).size_bytes
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_add_up(kind):
     assert_sums(net_of(kind), SIZE)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", families())
 def test_modules_of_every_family_add_up(family):
     chosen = FAMILIES[family]

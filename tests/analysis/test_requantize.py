@@ -41,6 +41,7 @@ def test_without_a_change_it_is_the_quantizer_and_32_bits_are_the_float_weight(k
         assert requantized(quantizer, weight, bits=32) is weight
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "change", [{"resize": times(0.8)}, {"bits": 5}, {"bits": 2, "steps_from": "mse"}], ids=str

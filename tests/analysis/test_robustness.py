@@ -26,6 +26,7 @@ def run(net, images=None, **settings):
     return outcome.tables[0].rows, outcome.summary["net"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["ofq2", "lsq2", "minmax", "ptq3"])
 @torch.no_grad()
 def test_accuracies_are_those_of_the_changed_weights(kind):
@@ -90,6 +91,7 @@ def test_a_float_net_has_widths_alone():
     assert found["widths"]["float"] == found["top1"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
 @torch.no_grad()
 def test_a_float_net_is_quantized_where_that_is_wanted(scales):

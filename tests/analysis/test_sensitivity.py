@@ -75,6 +75,7 @@ def overrides(setting):
     return group, OmegaConf.to_container(OmegaConf.create(parsed.value()))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["ofq2", "minmax", "corrected", "ptq4"])
 def test_changes_are_those_of_nets_without_quantizers_and_of_nets_converted_with_other_bits(kind):
     net, images = net_of(kind), image_set()
@@ -148,6 +149,7 @@ def test_weights_of_a_float_net_have_the_step_sizes_of_least_error():
     assert is_as_before(net, before)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("n_images", [1, 16])
 def test_changes_within_noise_have_no_colour(caplog, n_images):
     caplog.set_level("INFO")
@@ -230,6 +232,7 @@ def test_the_reduction_that_adds_least_loss_per_byte_comes_first(room, expected)
     assert greedy_bits(sizes, rises, room) == expected
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["ofq2", "ptq4"])
 def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
     caplog.set_level("INFO")

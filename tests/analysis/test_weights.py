@@ -78,6 +78,7 @@ def test_numbers_by_hand(weight, quantizer, expected):
     assert ("SNR (dB)" in row) == (quantizer is not None)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_every_kind_of_net(kind):

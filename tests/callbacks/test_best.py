@@ -36,6 +36,7 @@ def killed(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.long
 def test_the_record_goes_on_in_a_directory_that_was_moved(tmp_path, killed):
     moved = shutil.copytree(killed, tmp_path / "moved")
     run(moved, "resume=true")

@@ -162,6 +162,7 @@ def test_a_skipped_step_of_a_scaler():
             assert not (changed & ~near(steps.before[t][name])).any()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("interval", "first", "epochs"), [("step", 1, None), ("epoch", 1, 2)])
 def test_the_rate_is_its_own(interval, first, epochs):
     def schedule(optimizer, epochs, steps):

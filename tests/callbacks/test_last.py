@@ -14,6 +14,7 @@ def test_interval(every):
         LastCheckpoint(every_n_steps=every)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("every", "steps"),
     [

@@ -42,6 +42,7 @@ def exact(looks, name, momentum):
     return state
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
 def test_frequencies_are_those_of_the_exact_tracker(preset, every):

@@ -147,6 +147,7 @@ def _one_of_two(folder):
     )
 
 
+@pytest.mark.long
 def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
     found = in_processes(2, _one_of_two, tmp_path)
     assert all(one.startswith("Preempted") for one in found), found

@@ -62,6 +62,7 @@ def test_a_run_does_not_go_on_from_one_that_is_wrong(tmp_path, tracked, name):
         task(tiny(run, *GOES_ON))
 
 
+@pytest.mark.long
 def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, tracked):
     """Torch would take the moments of AdamW for those of SGD."""
     assert "optimizer.opt='sgd' (it had 'adamw')" in refused(

@@ -201,6 +201,7 @@ LINES = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("argument", "line"), LINES, ids=[argument for argument, _ in LINES])
 def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argument, line):
     (tmp_path / "file").touch()
@@ -235,6 +236,7 @@ def test_an_argument_that_is_right_needs_no_correction():
     assert corrections.correction(given) is None
 
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     code, out, err = command(
         "train.py", *TINY, "quant.bits=9", "run_dir=~/my run", cwd=tmp_path, HOME=str(tmp_path)
@@ -244,6 +246,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     assert results(tmp_path / "my run")["error"] == "quant.bits=9: must be an integer from 2 to 8"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("wish", [["debug=fast"], []])
 def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, wish):
     if not wish:
@@ -348,6 +351,7 @@ def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
     assert "${" not in recorded
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", settings.COMMANDS)
 def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_path, name):
     code, out = typed(f"{name}.py", "--help", cwd=tmp_path)
@@ -383,6 +387,7 @@ def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_pa
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "groups", "line"),
     [
@@ -404,6 +409,7 @@ def test_names_are_listed_with_what_they_are(tmp_path, name, groups, line):
     assert any(re.fullmatch(line, one) for one in lines), out
 
 
+@pytest.mark.long
 def test_lists_its_commands_and_choices(tmp_path):
     code, out = typed("qat", cwd=tmp_path)
     assert code == 0

@@ -71,6 +71,7 @@ def test_training_leaves_out_the_last_incomplete_batch():
     assert len(loader) == 3
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("augment", ["none", "light", "timm"])
 def test_worker_processes_change_neither_order_nor_augmentation(augment):
     def epoch(workers):

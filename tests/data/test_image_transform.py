@@ -65,6 +65,7 @@ def png():
     return encoded(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name", ["digits", "cifar10", "fashion_mnist", "imagefolder", "imagenet", "hf_parquet"]
 )

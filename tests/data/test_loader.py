@@ -28,6 +28,7 @@ def epoch(made, number):
     return [batch.tolist() for batch in made]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
 @pytest.mark.parametrize("repeats", [1, 3])

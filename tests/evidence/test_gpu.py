@@ -15,7 +15,7 @@ from tests.commands import run_python
 ABSENT = ("hydra", "omegaconf", "lightning", "pytorch_lightning")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dry_runs_without_hydra_and_lightning(tmp_path):
     code = f"import runpy, sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
     for arguments in ([], ["--train", str(tmp_path)]):

@@ -45,6 +45,7 @@ def test_recorded_commands_say_how_step_sizes_are_learned():
     assert [command for command in commands if "quant.steps=" not in command] == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", HEADLINE)
 def test_the_headline_has_a_name_that_trains_the_same(name):
     arms = Arms()

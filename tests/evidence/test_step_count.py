@@ -69,6 +69,7 @@ def test_a_step_of_each_row_moves_more_than_the_float_step():
     assert {torch.Tensor, torch.nn.Parameter} == PLAIN
 
 
+@pytest.mark.long
 def test_a_compiled_step_keeps_less_than_the_float_step():
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     arms = ("float", "linears", "ofq without qkr")

@@ -96,7 +96,7 @@ def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     assert_agrees(made((RECIPES | DEPLOY)[name]), tmp_path / "net.onnx", tiny.images(32, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tmp_path):
     net = FAMILIES["levit"].quantized("deploy_w8a8").eval()
     net(FAMILIES["levit"].images(4))
@@ -104,7 +104,7 @@ def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tm
     assert checked.problem is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fused_attention_of_five_axes(tmp_path):
     net = timm.create_model(
         "hiera_tiny_224",
@@ -120,7 +120,7 @@ def test_fused_attention_of_five_axes(tmp_path):
     assert_agrees(deployed(net, images), tmp_path / "net.onnx", images)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
     torch.manual_seed(0)
     net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 8, 8), stem_width=8)
@@ -148,7 +148,7 @@ def test_families(name, attention, bits, tmp_path):
     assert_agrees(net, tmp_path / "net.onnx", FAMILIES[name].images(6, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", often("two_bits", PTQ))
 def test_post_training_quantization(name, tmp_path):
     family, knobs = FAMILIES[PTQ[name][0]], PTQ[name][1]
@@ -158,6 +158,7 @@ def test_post_training_quantization(name, tmp_path):
     assert_agrees(net.eval(), tmp_path / "net.onnx", family.images(8, 1), dynamic_batch=False)
 
 
+@pytest.mark.long
 def test_a_zero_point_has_the_shape_of_its_scale():
     """Of a weight with one of each, of whose outputs each channel is divided by a step size."""
     net = tiny.vit()
@@ -176,7 +177,7 @@ def test_a_zero_point_has_the_shape_of_its_scale():
     assert all(shapes[scale] == shapes[zero] for _, scale, zero in inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
     torch.manual_seed(0)
     net = timm.create_model(
@@ -211,6 +212,7 @@ def two_bit(tmp_path_factory):
     return frozen, file(frozen, tiny.images(1), path), path
 
 
+@pytest.mark.long
 def test_only_standard_operators(two_bit):
     frozen, model, _ = two_bit
     assert [
@@ -299,7 +301,7 @@ def test_torch_exports_frozen_nets(name, attention, dynamic):
         assert torch.equal(program.module()(family.images(n)), frozen(family.images(n)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", often("deploy_w4a4", DEPLOY))
 def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(DEPLOY[name])
@@ -356,6 +358,7 @@ def test_what_tensorrt_cannot_have_is_one_line(recipe):
 FP32 = {"target": "tensorrt", "precision": "fp32"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"attention": "standard"}], ids=["float", "standard"])
 def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
@@ -402,7 +405,7 @@ def types_of_values(model):
     return {name: onnx.TensorProto.DataType.Name(kind) for name, kind in types.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", often("fp8", HALF))
 def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path):
     net = HALF[name]().eval()
@@ -431,6 +434,7 @@ def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path)
     assert 0 < checked.apart < 0.15
 
 
+@pytest.mark.long
 def test_a_float16_file_with_another_weight_is_a_problem(tmp_path):
     net = tiny.quantized("fp8")
     model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
@@ -448,6 +452,7 @@ def test_scales_that_float16_cannot_hold_are_one_line():
         to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(target="tensorrt"))
 
 
+@pytest.mark.long
 def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
     net = tiny.quantized("fp8")
     model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
@@ -510,6 +515,7 @@ def test_images_that_are_not_square(tmp_path):
     assert {"qat", "qat.preprocessing"} & keys == {"qat"}
 
 
+@pytest.mark.long
 def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
     monkeypatch.setattr(
         onnx_file, "check_onnx", lambda *_: Checked({ONNXRUNTIME: Agreement(problem="it is blue")})
@@ -538,6 +544,7 @@ def test_mistakes(net, given, said, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_an_error_of_openvino_is_reported_and_rejects_no_file(net, tmp_path, monkeypatch):
     def broken(model, runtime, **given):
         if runtime == OPENVINO:

@@ -61,6 +61,7 @@ def quantized(build, recipe="deploy_w8a8"):
     return qat.initialize_scales(net, [images(8)])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:convert.*stay in float")
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_outputs_have_names_and_those_of_the_model(build, names, text, tmp_path)
         assert_close(outputs[name], expected[name], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_products_of_attention_are_on_integers(tmp_path):
     qat.export_onnx(quantized(classifier), tmp_path / "net.onnx", images=images(1))
     graph = onnx.load(tmp_path / "net.onnx").graph
@@ -98,7 +99,7 @@ def test_products_of_attention_are_on_integers(tmp_path):
             assert makers[name].op_type == "DequantizeLinear"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_operator_that_cannot_be_exported_is_named(tmp_path):
     net = quantized(classifier)
     net.classifier.register_forward_hook(lambda _, __, out: torch.special.bessel_j0(out))

@@ -155,6 +155,7 @@ def test_a_kernel_is_looked_up_once_for_what_it_depends_on(monkeypatch):
     assert launches[4] == mock.call(x.data_ptr(), None, 3, 2, 1)
 
 
+@pytest.mark.long
 def test_machine_code():
     """Compiled ahead of time for a Hopper GPU, which need not be there; in a process that does not interpret.
 

@@ -72,6 +72,7 @@ def scores_in_memory(monkeypatch):
     monkeypatch.setattr(attention, "fits", lambda *_: False)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("scores_in_memory")
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)

@@ -102,6 +102,7 @@ def test_deit(tmp_path, bits, act_bits, shape):
     assert_close(logits(net, x), authors.deit_logits(state, x, bits, act_bits), rtol=0, atol=1e-4)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("bits", "shape"), [(2, {}), (4, {"qkr": False, "depths": (1, 2), "classes": 7})]
 )

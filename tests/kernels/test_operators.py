@@ -47,6 +47,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_operators_are_what_torch_wants_them_to_be(name):
     torch.library.opcheck(getattr(torch.ops.qat, name.partition(" ")[0]), SAMPLES[name])
@@ -70,6 +71,7 @@ def step(net, function, images):
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr", "seq", "lsq", "deploy_w4a8"])
 def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe):
@@ -81,6 +83,7 @@ def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe):
     assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
 
 
+@pytest.mark.long
 def test_a_traced_step_goes_back_through_norms_and_gelus_in_the_pass_of_the_quantizer():
     net, images = deit()
     kinds = []
@@ -129,6 +132,7 @@ def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeyp
     way(net, images)
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "trace",

@@ -44,6 +44,7 @@ def locked_elsewhere(folder):
         process.join()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "arguments",
     [("train.py", "overwrite=true"), ("train.py", "-m", "seed=1,2"), ("eval.py", "ckpt=x.ckpt")],

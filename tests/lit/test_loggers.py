@@ -155,6 +155,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("read", [of_tensorboard, of_mlflow])
 def test_every_number_of_the_csv_file_is_there(read, run):
     expected, found = logged(run), read(run)

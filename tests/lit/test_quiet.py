@@ -29,6 +29,7 @@ assert not [name for name in sys.modules if name.startswith(("qat.report", "qat.
 """
 
 
+@pytest.mark.long
 def test_imports_change_no_global_state():
     names = ("MLFLOW", "WANDB", "TORCH", "PYTHONWARNINGS")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}

@@ -64,6 +64,7 @@ def refused(path, *said):
         assert part in message
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax", "fp"])
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
 def test_round_trip(preset, name, path):
@@ -83,6 +84,7 @@ def test_missing_scales_survive_as_missing(path):
         qat.assert_ready(qat.load(path))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "pool"),
     [
@@ -114,6 +116,7 @@ def test_what_cannot_be_rebuilt_is_written_and_said(path, tmp_path):
     assert read_checkpoint(path).state.keys() == net.state_dict().keys()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["ofq", "lsq", "minmax"])
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
 def test_a_new_head_of_a_quantized_net_is_in_float(path, preset, name):
@@ -227,6 +230,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.long
 def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
     qat.save(quantized(), path)
     whole, good = path.read_bytes(), read_checkpoint(path)
@@ -279,6 +283,7 @@ def with_arguments(**arguments):
     return {"model": {"name": VIT, "kwargs": KWARGS | arguments}}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -321,6 +326,7 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
     refused(path, "does not say which model it holds; set model=")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
@@ -390,6 +396,7 @@ LARGE = {"in_chans": 1, "image_size": 8000}
 DEEP = {"nested": nested(150)}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -459,6 +466,7 @@ def test_the_limits_of_a_file_are_not_those_of_other_threads(path):
             vit(embed_dim=1024, depth=4)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("part", ["pretrained_cfg", "data"])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -578,6 +586,7 @@ def test_a_compiled_block_leaves_no_trace(path, tmp_path):
     assert shared.state_dict().keys() == qat.freeze(quantized()).state_dict().keys()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, ModelEmaV3])
 def test_a_wrapper_is_refused_and_what_it_holds_is_saved(path, wrap):
     net = wrap(quantized())
@@ -621,6 +630,7 @@ def test_checkpoints_of_timms_trainer(path):
     assert torch.equal(read_checkpoint(path).state["head.bias"], averaged["head.bias"])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "pos_embed", "running_mean"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("make", [quantized, converted, vit])

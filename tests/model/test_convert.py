@@ -166,6 +166,7 @@ def test_other_models_are_told_the_size_of_their_images():
         qat.convert(nn.Sequential(nn.Linear(4, 4)), qat.recipe("lsq"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", ["ofq", "lsq", "deploy_w8a8"])
 def test_a_net_on_the_meta_device_is_filled_by_a_state_dict(recipe):
     with torch.device("meta"):
@@ -414,6 +415,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", WRAPPED)
 def test_first_and_last_layers_of_a_net_are_found_in_what_stands_around_it(way):
     def bits(net):
@@ -468,6 +470,7 @@ DROPPING = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("model", "changes"), DROPPING, ids=[name for name, _ in DROPPING])
 def test_dropped_tokens_have_no_scales_of_their_own(model, changes):
     size = (1, changes["img_size"], changes["img_size"])
@@ -562,6 +565,7 @@ def test_torchs_encoder_layer_does_not_go_around_its_quantizers():
     assert_close(logits(net), net(images()).detach())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["hiera", "vit", "swinv2"])
 def test_a_net_that_is_read_back_is_not_warned_of_again(name, tmp_path, recwarn):
     net = FAMILIES[name].converted("lsq")

@@ -105,6 +105,7 @@ def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
     assert "| Accuracy | not measured |" in (folder / "README.md").read_text()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "public"),
     [
@@ -274,6 +275,7 @@ def test_a_float_net_of_timm(tmp_path, cache):
         qat.from_pretrained("timm/tiny")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("asks", "said"),
     [

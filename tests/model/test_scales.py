@@ -213,6 +213,7 @@ def test_a_net_with_scales_runs_and_is_checked_no_more(way):
     assert hooks(copy.deepcopy(net)) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "around",
     [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy],

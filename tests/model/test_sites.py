@@ -71,6 +71,7 @@ def test_latents_are_the_float_weights():
     assert torch.equal(qk.latent(), F.fold_qk(qk.owner.q_weight, qk.owner.k_weight, 2))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_codes_are_whole_numbers_within_the_bits(preset):
     net = quantized(preset, bits=3)

@@ -47,6 +47,7 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
 @pytest.mark.parametrize("preset", ["fp", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
@@ -77,6 +78,7 @@ def test_four_bits_to_two(path):
     assert torch.equal(two.head.weight_quantizer.scale, four.head.weight_quantizer.scale)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("qk_bias", ["fold", "drop"])
 def test_reparameterized_to_standard_and_back(path, qk_bias):
     qkr = quantized(qk_bias=qk_bias)

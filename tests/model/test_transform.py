@@ -106,6 +106,7 @@ def test_the_data_of_a_run_are_kept_by_load_and_save(tmp_path):
     assert torch.equal(qat.transform(saved(tmp_path, loaded))(image), qat.transform(loaded)(image))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_without_data_it_is_timms_own(tmp_path, name, quantized):

@@ -36,6 +36,7 @@ def test_each_weight_is_quantized_once(net, monkeypatch):
     assert all(m.kept_weights is None for m in net.modules() if isinstance(m, QuantModule))
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 def test_what_has_changed_is_quantized_anew(net):
     keep_weights(net, keep=True)

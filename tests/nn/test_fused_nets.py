@@ -54,6 +54,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
 def test_nets_are_the_same(family, kind, unfused):
@@ -96,6 +97,7 @@ def deit(knobs, depth, x, recipe="ofq", memory="save"):
     return qat.set_execution(net, memory=memory).train()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", ["ofq", "lsq", "seq"])
 @pytest.mark.parametrize(
     ("attention", "memory", "most"),

@@ -10,6 +10,7 @@ from tests.hf_models import KINDS, are_equal, outputs, transformers
 VIT = KINDS["ViTForImageClassification"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "LevitForImageClassification"])
 def test_files_give_the_model_again(name, tmp_path):
     kind = KINDS[name]

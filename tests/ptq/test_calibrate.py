@@ -105,6 +105,7 @@ def test_symmetric_codes_have_no_zero_point():
     assert not by_name["blocks.0.attn.probs_quantizer"].quantizer.spec.signed
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "knobs",
     [

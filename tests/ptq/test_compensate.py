@@ -60,6 +60,7 @@ def test_codes_of_weights_stay_and_nothing_is_added(knobs):
             assert ((place - place.floor() - 0.5).abs() < NEAR).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [6, 4, 3])
 def test_the_logits_come_closer(bits):
     net, reference = pair(bits=bits, act_bits=bits)
@@ -90,6 +91,7 @@ def test_files_of_before_load(tmp_path):
     assert torch.equal(tiny.logits(qat.load(tmp_path / "older.ckpt"), ALL), tiny.logits(net, ALL))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("said", [{}, {"compensation": "matrix"}], ids=["of others", "of before"])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_files_with_matrices_after_blocks_are_refused(suffix, said, tmp_path):

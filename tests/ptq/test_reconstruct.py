@@ -82,6 +82,7 @@ def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
     assert [line.split(",")[0] for line in lines] == ["unit", *UNITS]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "units"), [("deit_distilled", 5), ("swin", 7)])
 def test_other_families(name, units):
     reference = FAMILIES[name].build()

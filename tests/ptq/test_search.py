@@ -72,6 +72,7 @@ def integer_norms():
     return net.eval()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("build", "knobs"),
     [
@@ -118,6 +119,7 @@ def test_deviates_from_reference_draws_depend_on_the_seed_alone():
     assert changed(found[0][0], found[2][1]) != set()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("preset", "knobs", "targets", "expected"),
     [
@@ -347,6 +349,7 @@ SEARCHED = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", SEARCHED)
 def test_scales_of_every_attention_change_for_the_better(name, caplog):
     family = FAMILIES[name]

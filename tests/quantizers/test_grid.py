@@ -12,6 +12,7 @@ from tests.analysis.common import KINDS, net_of
 from tests.quantizers.common import allocated, build
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_codes_and_values_are_those_of_the_quantizer(kind):

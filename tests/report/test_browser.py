@@ -26,6 +26,7 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [500, 1280])
 def test_pictures_load_columns_sort_and_nothing_sticks_out(tmp_path, width):
     page = write_report(write_run(tmp_path / "run"))

@@ -88,6 +88,7 @@ def test_text_is_never_markup(tmp_path):
     assert found.text.count("document.title='hacked'") > 10
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "missing",
     [
@@ -130,6 +131,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("results", "shown", "absent"),
     [
@@ -257,6 +259,7 @@ def test_control_characters_are_shown_not_written(tmp_path):
     assert r"a\x1b[31m\u202e\x07" in read(write_report(tmp_path)).text
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name", ["metrics.csv", "config.yaml", "results.json", "command.json", "analysis/weights.csv"]
 )

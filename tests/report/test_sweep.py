@@ -195,6 +195,7 @@ def test_a_table_of_several_runs(folder, capsys):
     )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("file", "text"),
     [

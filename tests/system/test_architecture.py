@@ -161,6 +161,7 @@ HEAVY = {
 }
 
 
+@pytest.mark.long
 def test_help_is_answered_without_the_heavy_libraries():
     done = run_python("-X", "importtime", "train.py", "--help")
     assert done.returncode == 0

@@ -139,6 +139,7 @@ def test_float16_with_a_gradient_scaler_trains():
     assert all(p.isfinite().all() for p in learner.net.parameters())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float64, BF16])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_net_of_another_dtype_runs_whether_watched_or_not(preset, dtype):

@@ -50,6 +50,7 @@ def test_without_rounding_the_maps_are_timms(kind):
     assert_maps(maps(net, family.images()), expected, 3e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_from_conversion_to_a_packed_file(kind, tmp_path):
     net, family = backbone(kind)

@@ -121,6 +121,7 @@ class Quantizers(torch.nn.Module):
         return [quantizer(x) for quantizer, x in zip(self.all, given, strict=True)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["ofq", "seq"])
 def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
@@ -304,6 +305,7 @@ def test_the_largest_batch_has_the_graph(backend):
         dynamo.config.error_on_recompile = False
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_compiled_teacher_says_the_same(backend, head):
     backend("eager")

@@ -67,6 +67,7 @@ def whole(config, *overrides):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("group", "choice"), [(g, c) for g in sorted(CHOOSERS) for c in choices(g)]
 )
@@ -77,6 +78,7 @@ def test_every_choice_of_many_composes(group, choice):
     whole("ptq" if choice.startswith("evolq_") else "train", f"{group}={choice}", *needs_a_model)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("config", "groups"),
     [
@@ -94,6 +96,7 @@ def test_every_choice_composes(config, groups):
         whole(config, *(column[n % len(column)] for column in columns))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
@@ -129,6 +132,7 @@ def test_every_recipe_fits_every_model(model, quant):
     assert roles == (expected[recipe.attention] & present) | pooled
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", choices("quant"))
 def test_a_quant_file_has_all_knobs_and_is_the_recipe_of_its_name(name):
     knobs = OmegaConf.to_container(
@@ -185,6 +189,7 @@ def accepted(function, *, without=()):
     return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - set(without)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", choices("trainer"))
 def test_trainer_keys_are_lightnings(name):
     assert set(compose("train", f"trainer={name}", "run_dir=a").trainer) <= accepted(
@@ -192,6 +197,7 @@ def test_trainer_keys_are_lightnings(name):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", choices("data"))
 def test_data_files_have_all_settings(name):
     cfg = compose("train", f"data={name}", "run_dir=a").data
@@ -200,12 +206,14 @@ def test_data_files_have_all_settings(name):
     }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", choices("loss"))
 def test_every_loss_trains(tmp_path, float_run, name):
     run = train(tmp_path / "run", f"loss={name}", f"ckpt={float_run}/checkpoints/last.ckpt")
     assert results(run)["top1"] is not None
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("debug", choices("debug"))
 def test_debug_configs_run(tmp_path, debug):
     run = train(tmp_path / "run", f"debug={debug}")

@@ -237,6 +237,7 @@ def exported(folder, run, *overrides):
     return results(folder)
 
 
+@pytest.mark.long
 def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_steps):
     net = qat.load(half_steps / "checkpoints" / "last.ckpt", imports=["ext_half"])
     assert any(

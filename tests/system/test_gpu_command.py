@@ -2,6 +2,8 @@
 
 import textwrap
 
+import pytest
+
 from tests.commands import run_python
 
 BLOCKED = """
@@ -18,6 +20,7 @@ BLOCKED = """
 """
 
 
+@pytest.mark.long
 def test_it_runs_without_hydra_and_lightning():
     done = run_python("-c", textwrap.dedent(BLOCKED), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,6 +51,7 @@ def batch_script(preset):
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_a_preset_asks_for(preset):
     options, lines = batch_script(preset)

@@ -30,6 +30,7 @@ def quantized(family, **knobs):
     return qat.initialize_scales(converted(family, **knobs), [family.images(4, seed=1)])
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
 )
@@ -52,6 +53,7 @@ def test_without_rounding_the_generic_path_changes_nothing(name):
     assert_close(ours, plain, rtol=0, atol=3e-6 * plain.abs().max().item())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", families())
 def test_one_step_of_training(name, tmp_path):
     family = FAMILIES[name]
@@ -68,6 +70,7 @@ def test_one_step_of_training(name, tmp_path):
     assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), x), logits(net, x))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", families())
 def test_eight_bits_are_close_and_two_are_not(name):
     family = FAMILIES[name]
@@ -80,6 +83,7 @@ def test_eight_bits_are_close_and_two_are_not(name):
     assert 1 - two > 4 * (1 - eight)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
 )
@@ -106,6 +110,7 @@ def test_every_attention_of_a_known_family_is_quantized(name):
     assert {isinstance(m, QkrAttention) for m in found} == {ATTENTIONS[name].qkr}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "classes"),
     [
@@ -128,7 +133,7 @@ def test_report_names_attentions_that_stay_float(name, classes):
     assert all(f"  {module}  {cls}" in report.to_text() for module, cls in report.stays_float)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_is_what_the_code_does():
     committed = (ROOT / "docs/models.md").read_text()
     assert committed == models_page.page(), "make models-page"

@@ -62,6 +62,7 @@ def test_the_card_is_of_the_file(name, net):
     assert f'qat.load("zoo/{name}.safetensors")' in card
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("cifar10_w2a2", 1), *[pytest.param(name, 6, marks=pytest.mark.long) for name in BITS]],
@@ -77,6 +78,7 @@ def test_computes_the_same_on_integers(net, blocks, tmp_path):
         assert net(x).std() > 0.5  # a trained net is sure of something, even of noise
 
 
+@pytest.mark.sample(1)
 def test_photos(tmp_path, name):
     for i in range(3):
         write_image(tmp_path / "photos" / f"{i}.png", 40 + i, 50, seed=i)

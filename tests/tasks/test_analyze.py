@@ -123,6 +123,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
     tmp_path, run_4bit, float_run, refused, typed

@@ -46,6 +46,7 @@ def train(run_dir, *overrides):
     return run_dir
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "how", [(), ("ckpt_format=ofq",), ("ckpt_format=ofq", "model=deit_t_distilled")]
 )
@@ -85,6 +86,7 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [

@@ -53,6 +53,7 @@ def assert_scores(results, net, data, split="test"):
     assert results["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("typed", "split"), [((), "test"), (("split=train",), "train"), (("split=val",), "val")]
 )
@@ -97,6 +98,7 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
     assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("root", ["/", "//", "/usr/..", "{home}/..", "link"])
 def test_a_file_does_not_name_all_folders_of_a_machine(tmp_path, refused, monkeypatch, root):
     monkeypatch.setenv("HOME", str(tmp_path / "users/me"))
@@ -158,6 +160,7 @@ def test_a_timm_model_from_a_weight_file(tmp_path):
     assert found["weights"] == f"{tmp_path}/w.pt"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("to", ["split=test", "predict={photo}"])
 @pytest.mark.parametrize("bias", [torch.inf, -torch.inf, torch.nan])
 def test_logits_that_are_not_finite_are_an_error(
@@ -179,6 +182,7 @@ def test_logits_that_are_not_finite_are_an_error(
     assert ": the model's logits hold NaN or infinity; must be finite" in message
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["eval", "ptq"])
 @pytest.mark.parametrize("setting", ["ckpt", "model.weights"])
 def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refused, float_run):

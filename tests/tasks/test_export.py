@@ -114,6 +114,7 @@ def deployable(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_the_time_is_given_as_a_share_of_floats_where_it_was_measured(deployable, tmp_path, caplog):
     caplog.set_level("INFO")
     exported(tmp_path / "timed", f"ckpt={deployable}")
@@ -126,6 +127,7 @@ def test_the_time_is_given_as_a_share_of_floats_where_it_was_measured(deployable
     assert "of float's time" not in "".join(record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("settings", "is_without_vnni", "expected"),
     [
@@ -286,6 +288,7 @@ def test_a_file_that_is_there_stays(onnx_file, run_2bit):
     assert path.read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(tmp_path, caplog):
     caplog.set_level("INFO")
     net = qat.convert(
@@ -306,6 +309,7 @@ def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(t
     )
 
 
+@pytest.mark.long
 def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
     def broken(model, runtime, **given):
         if runtime == OPENVINO:

@@ -147,6 +147,7 @@ def overwritten_gradients():
     ]
 
 
+@pytest.mark.long
 def test_gradients_that_stay_in_the_memory_of_a_graph_are_overwritten():
     """In a process of its own: after other tests, torch may copy gradients."""
     code = "from tests.tasks import test_graphs as t; print(t.overwritten_gradients())"
@@ -165,6 +166,7 @@ def test_validation_and_test_begin_steps(graphs):
     assert graphs.steps == 14
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "settings",
     [

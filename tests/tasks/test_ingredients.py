@@ -198,6 +198,7 @@ def test_mixup_reaches_the_step(watched):
         assert not torch.equal(mixed, images)
 
 
+@pytest.mark.long
 def test_two_batches_by_heart(watched):
     run_dir, steps = watched(
         "debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01"

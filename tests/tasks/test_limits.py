@@ -57,6 +57,7 @@ def ten(tmp_path_factory):
     return run(tmp_path_factory.mktemp("ten") / "run", *EPOCHS, "trainer.max_steps=10")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch, *EPOCHS, "trainer.max_steps=10")
@@ -66,6 +67,7 @@ def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
     assert metrics(run_dir) == metrics(ten)
 
 
+@pytest.mark.long
 def test_a_later_limit_of_steps_loses_no_image(tmp_path, ten, whole, caplog):
     caplog.set_level("INFO")
     run_dir = run(tmp_path / "run", *EPOCHS, "trainer.max_steps=6")

@@ -173,6 +173,7 @@ def test_known_classes():
     assert names(Cifar10, 3, ["a", "b"]) == ["0", "1", "2"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [b"\xff.png", b"\x1b[31m.png"])
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_names_that_are_no_text_can_be_shown_and_logged(tmp_path, run_4bit, name, is_damaged):

@@ -286,6 +286,7 @@ def kill_behind_four(self, trainer, pl_module, loss):
         raise KilledError
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     settings = (*TEN_STEPS, "trainer.limit_train_batches=1.0", "checkpoint.every_n_steps=1")
     whole, part = run(tmp_path / "whole", *settings, "data.batch_size=120"), tmp_path / "part"

@@ -132,6 +132,7 @@ def size():
     return ("++model.args.embed_dim=48", "++model.args.depth=2")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", [name for name in choices("ptq") if name != "keep"])
 def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     cfg = compose("ptq", f"ptq={name}", "run_dir=a")
@@ -143,6 +144,7 @@ def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     assert recipe_fields(build_ptq_recipe(cfg))["quant"] == name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -169,6 +171,7 @@ def test_other_recipes_and_models(tmp_path, overrides):
     assert found["weights"] == "random"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -198,6 +201,7 @@ def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message)
     assert not (tmp_path / "run" / "quantized.ckpt").exists()
 
 
+@pytest.mark.long
 def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantized_run):
     for path, name in ((last(run_4bit), "ofq"), (quantized_run / "quantized.ckpt", "fqvit")):
         line = refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={path}"))

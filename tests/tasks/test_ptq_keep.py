@@ -136,6 +136,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     assert found["quant"] == "omse_w3a8"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("start", "overrides", "message"),
     [

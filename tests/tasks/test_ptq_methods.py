@@ -20,6 +20,7 @@ def quantize(run_dir, float_run, *overrides):
     return results(run_dir)
 
 
+@pytest.mark.long
 def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run, refused):
     found = quantize(tmp_path / "q", float_run, "ptq=compensate_w4a4")
     assert found["compensation"]["layers"] == 6  # of one block
@@ -47,6 +48,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
     )
 
 
+@pytest.mark.long
 def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run, caplog):
     overrides = (
         "ptq=reconstruct_w3a3",

@@ -77,6 +77,7 @@ def rates(name, world_size):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.golden
 @pytest.mark.parametrize("case", golden.cases(golden.OFQ, r"lr_.*"))
 def test_learning_rates_of_both_stages(case):
@@ -88,6 +89,7 @@ def test_learning_rates_of_both_stages(case):
         )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("stage", ["", "_cga"])
 def test_settings_are_the_published_ones(row, stage):
@@ -158,6 +160,7 @@ def test_a_net_without_a_published_row_is_refused_by_name():
         _ = compose("train", "experiment=ofq_w2a2", "model=vit_b", "run_dir=a").model.name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["deit", "swin"])
 def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplog):
     from qat.tasks.train import train

@@ -43,6 +43,7 @@ def test_a_training_run_has_a_page(tmp_path):
     assert (run / "report.html").stat().st_size < 600_000
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["ptq", "analyze"])
 def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
     from qat.tasks.analyze import analyze
@@ -107,6 +108,7 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bit, is_finished):
     run = tmp_path / "run"
@@ -121,6 +123,7 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
     assert ("The run has not ended." in page(run).text) != is_finished
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["fp", "lsq"])
 def test_a_model_saved_in_python_without_data_has_a_page(tmp_path, preset):
     run = tmp_path / "run"

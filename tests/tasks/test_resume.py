@@ -137,6 +137,7 @@ def test_a_kill_right_after_a_save_loses_no_row(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.long
 def test_time_before_the_interruption_counts(tmp_path, monkeypatch):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     content = last(run_dir)
@@ -210,6 +211,7 @@ def test_another_run_is_not_continued(overrides, message, full):
         run(full, *(["resume=true", *overrides]))
 
 
+@pytest.mark.long
 def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     path = run_dir / "checkpoints" / "last.ckpt"
@@ -250,6 +252,7 @@ def resumed(run_dir):
     return find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
     folder = shutil.copytree(full / "checkpoints", tmp_path / "checkpoints")
@@ -267,6 +270,7 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
         resumed(tmp_path)
 
 
+@pytest.mark.long
 def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     before = {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()}
@@ -297,6 +301,7 @@ def said(run_dir, caplog, *overrides):
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
@@ -339,6 +344,7 @@ def test_every_setting_that_changes_is_named(overrides, lines, full, caplog):
     assert said(full, caplog, *overrides) == [f"resume: {line}" for line in lines]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "ckpt"])
 def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
     """The file keeps its name; with its old weights, also under another name, the run continues."""
@@ -408,6 +414,7 @@ def rename_a_class(folder):
     (folder / "val" / "dog").rename(folder / "val" / "ant")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -479,6 +486,7 @@ def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     assert last(run_dir)["global_step"] == 4
 
 
+@pytest.mark.long
 def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     folder = run_dir / "checkpoints"

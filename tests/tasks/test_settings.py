@@ -26,6 +26,7 @@ def typed_fields(kind, below=""):
             yield f"{below}{name}"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_configs_are_valid_and_typed(command):
     check(compose(command, "run_dir=a"))

@@ -179,6 +179,7 @@ SOMEBODYS = (
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SOMEBODYS)
 def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
     run = tmp_path / "run"
@@ -198,6 +199,7 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         assert (run / name).read_text() == '{"top1": 77}'
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
 def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(
     tmp_path, refused, monkeypatch, again
@@ -254,6 +256,7 @@ def epochs_and_scores(run):
     ]
 
 
+@pytest.mark.long
 def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     chosen = (
         "callbacks=[default,early_stop,best_k]",
@@ -414,6 +417,7 @@ class Photos(EncodedImageData):
         return {}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     caplog.set_level("INFO")

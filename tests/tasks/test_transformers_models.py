@@ -125,6 +125,7 @@ def test_a_trained_file_stands_by_itself(home, trained, tmp_path):
     assert results(tmp_path / "b")["top1"] == expected
 
 
+@pytest.mark.long
 def test_export_and_analysis(home, trained, tmp_path):
     export(
         compose(
@@ -141,6 +142,7 @@ def test_export_and_analysis(home, trained, tmp_path):
     analyze(compose("analyze", f"ckpt={trained}", "analysis=cost", f"run_dir={tmp_path / 'c'}"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("choice", ["fqvit_w4a8", "reconstruct_w3a3"])
 def test_ptq_from_the_folder(home, choice, tmp_path):
     start = ("model=hf", f"model.name={home / 'vit'}", *photos(home), f"run_dir={tmp_path}")

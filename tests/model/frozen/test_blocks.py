@@ -28,6 +28,7 @@ def made(name):
     return tiny.quantized(preset, **knobs)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MADE)
 def test_files_give_the_logits_of_the_net(name, tmp_path):
     net = made(name)
@@ -44,6 +45,7 @@ def test_files_give_the_logits_of_the_net(name, tmp_path):
     assert all(torch.equal(again[key], value) for key, value in frozen.state_dict().items())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2"])
 def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family, tmp_path):
     """NVFP4's scale of a tensor would carry another order of sums in the stem into every block."""

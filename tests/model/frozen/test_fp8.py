@@ -11,6 +11,7 @@ from tests.nets import FAMILIES
 from tests.quantizers.test_fp8 import KNOBS
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", KNOBS)
 def test_files_give_the_logits_of_the_net(name, tmp_path):
     net = tiny.quantized("fp8", **KNOBS[name])

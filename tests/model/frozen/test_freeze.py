@@ -59,6 +59,7 @@ def assert_agrees(net, batches):
     return found
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_logits_are_those_of_the_net(name):
     net = made(RECIPES[name])
@@ -68,6 +69,7 @@ def test_logits_are_those_of_the_net(name):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["train", "ptq"])
 @pytest.mark.parametrize("name", families())
