@@ -12,9 +12,10 @@ from torch.testing import assert_close
 import qat
 from qat.model.transfer import timm_state_dict
 from qat.nn import attention
+from tests.errors import usage_error
 from tests.nets import ATTENTIONS
 from tests.nn.shown import WIDTH, attend, heads, merged, swapped
-from tests.tiny import randn, shake, sites
+from tests.tiny import identical, randn, shake, sites
 
 TOKENS = 10
 FOLD = qat.recipe("ofq", qk_bias="fold")
@@ -60,7 +61,7 @@ def test_weights_go_back_under_timms_names(make, qk_bias, lost):
     expected["attn.qkv.bias" if make is vit else "attn.q_bias"][lost] = 0
     kept = timm_state_dict(swapped(make(), qat.recipe("ofq", qk_bias=qk_bias), TOKENS))
     assert set(kept) == set(expected)
-    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert identical(kept, expected)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
 )
 def test_reparameterization_is_refused(cls, settings):
     message = "^quant.attention='qkr': .* must be one of standard, float"
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
 
 

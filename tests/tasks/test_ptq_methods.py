@@ -9,7 +9,9 @@ from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import _settings_to_resume
 from qat.utils.files import write_torch
 from tests.conftest import compose, evaluate, results
+from tests.errors import usage_error
 from tests.tasks.test_evaluate import last
+from tests.tiny import identical
 
 SMALL = ("data.calibration_images=64", "ptq.batch=32")
 STEPS = ("ptq.reconstruct.steps=3", "ptq.reconstruct.batch=16")
@@ -72,15 +74,14 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert again["top1"] == found["top1"]
     assert 3600 < again["wall_seconds"] < 4200
     after = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert identical(before, after)
     assert [m for m in caplog.messages if m.startswith("resume: ")] == []
     # The states hold the settings: nothing depends on this file.
     (tmp_path / "q/config.yaml").write_text("ptq: [")
     quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
-    with pytest.raises(
-        qat.UsageError,
-        match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method",
+    with usage_error(
+        r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method",
     ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 
@@ -90,7 +91,7 @@ def test_a_state_without_settings_beside_a_damaged_config(tmp_path, text):
     write_torch(tmp_path / "search.ckpt", {"settings": {}, "inputs": "", "rows": [], "state": {}})
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(qat.UsageError, match=r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
+    with usage_error(r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
         _settings_to_resume(tmp_path / "search.ckpt")
     (tmp_path / "config.yaml").write_text("ptq: {method: calibrate}")
     assert _settings_to_resume(tmp_path / "search.ckpt") == {"ptq": {"method": "calibrate"}}
@@ -113,5 +114,5 @@ def test_what_cannot_work_is_one_line(tmp_path, float_run):
         ),
         (("ptq=compensate_w4a4", "resume=true"), r"has no search\.ckpt and no reconstruct\.ckpt"),
     ):
-        with pytest.raises(qat.UsageError, match=line):
+        with usage_error(line):
             quantize(tmp_path / "q", float_run, *overrides)
