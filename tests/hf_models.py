@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-import qat
-from tests.tiny import randn, shake
+from tests.nets import Convertible
+from tests.tiny import identical, shake
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,13 +21,8 @@ _PLAIN = {
 _VIT = {**_PLAIN, "image_size": 32, "patch_size": 8}
 _LABELS = {"num_labels": 5}
 _SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-_RESNET = {
-    "model_type": "resnet",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16, 16, 32],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-}
+_STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+_RESNET = {"model_type": "resnet", "embedding_size": 8, "layer_type": "basic", **_STAGES}
 _DETR = {
     "backbone_config": {**_RESNET, "out_features": ["stage4"]},
     "d_model": 32,
@@ -39,14 +34,8 @@ _DETR = {
     "decoder_ffn_dim": 64,
     "num_queries": 6,
 }
-_RT_BACKBONE = {
-    "model_type": "rt_detr_resnet",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16, 16, 32],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-    "out_features": ["stage2", "stage3", "stage4"],
-}
+_THREE_STAGES = {"out_features": ["stage2", "stage3", "stage4"]}
+_RT_BACKBONE = {**_RESNET, "model_type": "rt_detr_resnet", **_THREE_STAGES}
 _RT_DETR = {
     "backbone_config": _RT_BACKBONE,
     "encoder_hidden_dim": 32,
@@ -87,7 +76,7 @@ _FOUR_SWIN = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Convertible):
     """A class of Transformers.
 
     Attributes:
@@ -101,6 +90,8 @@ class Kind:
     architecture: str
     settings: dict = field(default_factory=dict)
     size: int = 32
+
+    preset = "seq"
 
     @property
     def cls(self):
@@ -116,24 +107,6 @@ class Kind:
         torch.manual_seed(0)
         return shake(self.cls(self.config(**changes))).eval()
 
-    def images(self, n=2, seed=0):
-        """Random images."""
-        return randn(n, 3, self.size, self.size, seed=seed)
-
-    @property
-    def input_size(self):
-        """What `convert` wants to know."""
-        return (3, self.size, self.size)
-
-    def converted(self, preset="seq", **knobs):
-        """A quantized model, scales NaN."""
-        recipe = qat.recipe(preset, **knobs)
-        return qat.convert(self.build(), recipe, input_size=self.input_size)
-
-    def quantized(self, **knobs):
-        """A quantized model with scales from data."""
-        return qat.initialize_scales(self.converted(**knobs), [self.images(seed=1)])
-
 
 def outputs(model, x, **options):
     """All tensors that a model returns, in eval mode."""
@@ -145,7 +118,7 @@ def outputs(model, x, **options):
 
 def are_equal(ours, theirs):
     """True if tensors are equal to the bit."""
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    return len(ours) == len(theirs) > 0 and identical(ours, theirs)
 
 
 KINDS = {
@@ -219,7 +192,7 @@ KINDS = {
             {
                 **_DETR,
                 **_LABELS,
-                "backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]},
+                "backbone_config": {**_RESNET, **_THREE_STAGES},
                 "num_feature_levels": 3,
                 "decoder_layers": 2,
             },
@@ -249,7 +222,7 @@ KINDS = {
                     "stage_light_block": [False, False, True, True],
                     "stage_kernel_size": [3, 3, 3, 3],
                     "stage_numb_of_layers": [1, 1, 1, 1],
-                    "out_features": ["stage2", "stage3", "stage4"],
+                    **_THREE_STAGES,
                 },
             },
             64,
@@ -316,8 +289,7 @@ KINDS = {
             "SegformerForSemanticSegmentation",
             {
                 **_LABELS,
-                "hidden_sizes": [8, 16, 16, 32],
-                "depths": [1, 1, 1, 1],
+                **_STAGES,
                 "num_attention_heads": [1, 2, 2, 2],
                 "decoder_hidden_size": 16,
             },
@@ -331,8 +303,7 @@ KINDS = {
             {
                 **_LABELS,
                 "image_size": 32,
-                "hidden_sizes": [8, 16, 16, 32],
-                "depths": [1, 1, 1, 1],
+                **_STAGES,
                 "num_attention_heads": [1, 2, 2, 2],
                 "mlp_ratios": [2, 2, 2, 2],
             },
@@ -362,8 +333,7 @@ KINDS = {
             {
                 **_LABELS,
                 "image_size": 32,
-                "hidden_sizes": [8, 16, 16, 32],
-                "depths": [1, 1, 1, 1],
+                **_STAGES,
             },
         ),
         Kind(

@@ -13,8 +13,34 @@ _VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 
 
+class Convertible:
+    """A small model by `build()`, for square images of `size` pixels."""
+
+    preset = "ofq"
+
+    def images(self, n=2, seed=0):
+        """Random images with both signs."""
+        return randn(n, 3, self.size, self.size, seed=seed)
+
+    @property
+    def input_size(self):
+        """What `convert` wants to know."""
+        return (3, self.size, self.size)
+
+    def converted(self, recipe=None, **knobs):
+        """A quantized net, scales NaN: by a recipe, or by the preset of this name."""
+        recipe = recipe or self.preset
+        if isinstance(recipe, str):
+            recipe = qat.recipe(recipe, **knobs)
+        return qat.convert(self.build(), recipe, input_size=self.input_size)
+
+    def quantized(self, recipe=None, **knobs):
+        """A quantized net with scales from data."""
+        return qat.initialize_scales(self.converted(recipe, **knobs), [self.images(4)])
+
+
 @dataclass(frozen=True)
-class Family:
+class Family(Convertible):
     """A family of timm.
 
     Attributes:
@@ -42,25 +68,6 @@ class Family:
     def attention(self):
         """The best form of attention that holds."""
         return "qkr" if self.qkr else "standard"
-
-    def images(self, n=2, seed=0):
-        """Random images with both signs."""
-        return randn(n, 3, self.size, self.size, seed=seed)
-
-    @property
-    def input_size(self):
-        """What `convert` wants to know."""
-        return (3, self.size, self.size)
-
-    def converted(self, recipe="ofq", **knobs):
-        """A quantized net, scales NaN: by a recipe, or by the preset of this name."""
-        if isinstance(recipe, str):
-            recipe = qat.recipe(recipe, **knobs)
-        return qat.convert(self.build(), recipe, input_size=self.input_size)
-
-    def quantized(self, recipe="ofq", **knobs):
-        """A quantized net with scales from data."""
-        return qat.initialize_scales(self.converted(recipe, **knobs), [self.images(4)])
 
 
 def _vit(title, name, size=32, qkr=True, **changes):

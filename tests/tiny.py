@@ -20,6 +20,26 @@ VIT = "vit_tiny_patch16_224"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
 
+def identical(ours, theirs):
+    """True if two state dicts, or two sequences of tensors, are equal to the bit."""
+    if isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            return False
+        ours = [ours[name] for name in theirs]
+        theirs = theirs.values()
+    ours, theirs = list(ours), list(theirs)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def moved_by_a_step(net, x):
+    """Names of parameters that one step of AdamW moves; all gradients have to be finite."""
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0).step()
+    return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+
 def randn(*shape, seed=0):
     """Normal numbers, a function of the seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

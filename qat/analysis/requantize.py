@@ -68,7 +68,7 @@ def requantized(
         grid = dataclasses.replace(grid, step=step, zero_point=zero)
     if resize is not None:
         grid = dataclasses.replace(grid, step=resize(grid.step))
-    y = grid.dequantize(grid.to_code_coordinates(weight).round().clamp(grid.qmin, grid.qmax))
+    y = grid.dequantize(grid.codes(weight))
     if quantizer.spec.bias_correction:
         y = correct_mean_and_std(y, weight.float(), grid.axis or 0)
     return y.to(weight.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.functional.statsq import statsq_coordinate, statsq_scale
+from qat.functional.ste import nearest_codes
 from qat.utils.validate import check_bits, check_number
 
 
@@ -29,7 +30,7 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
             floor(z) + 1/2 can be near.
     """
     check_boundary("boundary", boundary)
-    codes = z.round().clamp(qmin, qmax)
+    codes = nearest_codes(z, qmin, qmax)
     floor = z.floor()
     fraction = z - floor
     is_inner = (floor >= codes.amin()) & (floor < codes.amax())

@@ -19,6 +19,7 @@ from qat.functional.affine import slices_along
 from qat.functional.ste import (
     check_fit,
     code_dtype,
+    dequantize_nearest_,
     group_size,
     in_dtype,
     mean_abs,
@@ -63,6 +64,7 @@ class CodeRange(NamedTuple):
 
     def rounded(self, clamped: Tensor) -> Tensor:
         """Nearest grid values, in steps, to x / s clamped to `ends`; ties round to even."""
+        # As in the paper, clamping precedes rounding: `lsq_backward` needs the clamped values.
         if self.half:
             return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5
         return clamped.round()
@@ -370,11 +372,8 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
 def _rounded_in_place(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
     """`lsq_forward` without offsets, for any step above zero; it allocates only one tensor."""
     step = view_along(scale, x.ndim, codes.axis)
-    u = x / step
-    if not codes.half:
-        return u.round_().clamp_(codes.qmin, codes.qmax).mul_(step)
-    u.clamp_(*codes.ends).sub_(0.5).round_().clamp_(max=codes.qmax)
-    return u.add_(0.5).mul_(step)
+    zero = -0.5 if codes.half else None
+    return dequantize_nearest_(x / step, step, zero, codes.qmin, codes.qmax)
 
 
 def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:

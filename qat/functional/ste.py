@@ -23,6 +23,26 @@ def round_ste(x: Tensor) -> Tensor:
     return x.round().detach() + (x - x.detach())
 
 
+def nearest_codes(u: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Codes nearest to the coordinates `u`: rounded half to even, then clamped to [qmin, qmax]."""
+    return u.round().clamp(qmin, qmax)
+
+
+def dequantize_nearest_(
+    u: Tensor, step: Tensor, zero: Tensor | float | None, qmin: int, qmax: int
+) -> Tensor:
+    """(`nearest_codes`(u + z) - z) * s in place, with the zero point z; None = 0.
+
+    Working in one buffer is several times faster, above all in searches.
+    """
+    if zero is not None:
+        u.add_(zero)
+    u.round_().clamp_(qmin, qmax)
+    if zero is not None:
+        u.sub_(zero)
+    return u.mul_(step)
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, for the result of an autograd Function.
 

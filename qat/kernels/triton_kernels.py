@@ -66,7 +66,10 @@ def _rounded(u: tensor) -> tensor:
 
 @triton.jit
 def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
-    """The code nearest to clamped `u`; with half codes, the highest is half a step below `high`."""
+    """`CodeRange.rounded` in Triton: the code nearest to clamped `u`.
+
+    With half codes, the highest code is half a step below `high`.
+    """
     if HALF:
         k = _rounded(u - 0.5)
         return tl.where(k > high - 1.0, high - 1.0, k) + 0.5

@@ -220,7 +220,7 @@ class FrozenActivation(Frozen):
     def _rounded(self, x: Tensor) -> Tensor:
         """Codes as float32."""
         check_fit(x, self.scale, self.axis, self.before)
-        return self.grid().to_code_coordinates(x).round().clamp(self.qmin, self.qmax)
+        return self.grid().codes(x)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

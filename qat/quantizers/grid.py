@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.functional.confidence import in_band
-from qat.functional.ste import TINY, view_along
+from qat.functional.ste import TINY, nearest_codes, view_along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,12 @@ class Grid(ABC):
     def to_code_coordinates(self, x: Tensor) -> Tensor:
         """Coordinates of `x` on the axis of codes, float32, not clamped.
 
-        Rounded (half to even) and clamped, they are the codes.
+        `codes` rounds and clamps them.
         """
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of `x`, whole numbers in [qmin, qmax] stored as float32."""
+        return nearest_codes(self.to_code_coordinates(x), self.qmin, self.qmax)
 
     @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:

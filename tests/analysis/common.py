@@ -11,6 +11,7 @@ from qat.ptq import calibrate
 from qat.quantizers import LSQ, Affine
 from qat.spec import QuantSpec
 from tests import tiny
+from tests.tiny import identical
 
 # Weights with a stored scale and a zero point, as no recipe of ours has them.
 STORED = "qat.quantizers.affine:MinMax"
@@ -80,7 +81,7 @@ def state(net):
 
 def is_as_before(net, before):
     """True if no tensor has changed and no module has a function of its own in the place of its forward."""
-    same = all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    same = identical(before, net.state_dict())
     return same and not any("forward" in module.__dict__ for module in net.modules())
 
 

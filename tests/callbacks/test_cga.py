@@ -13,7 +13,8 @@ from qat.callbacks import CGA, IterativeFreezing
 from qat.callbacks.cga import BandGate
 from qat.lit import cosine_schedule
 from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net
-from tests.tasks.test_resume import killed_at, last, metrics, run
+from tests.errors import usage_error
+from tests.tasks.test_resume import assert_same_run, killed_at, last, metrics, run
 from tests.tiny import sites
 
 MASKED = ("attn.proj", "mlp.fc1", "mlp.fc2")
@@ -224,7 +225,7 @@ def test_which_epochs(settings, epochs):
     ],
 )
 def test_impossible_settings(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         CGA(**settings)
 
 
@@ -251,7 +252,7 @@ def test_impossible_settings(settings, message):
 )
 def test_runs_that_it_cannot_anneal(start, callbacks, message):
     learner = module(net(start))
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         fit(learner, *callbacks)
 
 
@@ -293,15 +294,10 @@ def annealed(tmp_path_factory):
 def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, annealed):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch, *SETTINGS)
     run(run_dir, "resume=true", *SETTINGS)
-    ours, theirs = last(run_dir), last(annealed)
-    assert ours["global_step"] == theirs["global_step"] == 27
-    assert "averaging_state" in theirs
-    assert differing(ours["state_dict"], theirs["state_dict"]) == []
-    states = [content["optimizer_states"][0]["state"] for content in (ours, theirs)]
-    assert all(differing(states[0][i], states[1][i]) == [] for i in states[1])
+    assert_same_run(run_dir, annealed)
     assert metrics(run_dir) == metrics(annealed)
     assert any("cga/trainable" in row for row in metrics(annealed))
-    (tracked, expected) = (content["callbacks"]["Oscillation"] for content in (ours, theirs))
+    tracked, expected = (last(folder)["callbacks"]["Oscillation"] for folder in (run_dir, annealed))
     for name, state in expected["weights"].items():
         assert differing(tracked["weights"][name], state) == []
     tables = [(folder / "oscillation.csv").read_text() for folder in (run_dir, annealed)]

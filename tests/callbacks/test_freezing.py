@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-import qat
 from qat import functional as F
 from qat.callbacks import IterativeFreezing
 from tests.callbacks.fitting import QUIET, Steps, batches, differing, fit, module, net
-from tests.tiny import sites
+from tests.errors import usage_error
+from tests.tiny import identical, sites
 
 LAYERS = [
     f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "attn.v", "mlp.fc1", "mlp.fc2")
@@ -119,13 +119,11 @@ def test_resumed_equals_uninterrupted(tmp_path):
     resumed.fit(half, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert differing(whole.net.state_dict(), half.net.state_dict()) == []
     for name, state in first._frozen.items():
-        assert all(torch.equal(a, b) for a, b in zip(state, second._frozen[name], strict=True))
-        assert all(
-            torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True)
-        )
+        assert identical(state, second._frozen[name])
+        assert identical(first._codes[name], second._codes[name])
 
 
 def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"^callbacks\.freeze: "):
+    with usage_error(r"^callbacks\.freeze: "):
         fit(learner, IterativeFreezing())

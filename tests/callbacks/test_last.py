@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-import qat
 from qat.callbacks import LastCheckpoint
 from tests.conftest import tiny
+from tests.errors import usage_error
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_interval(every):
-    with pytest.raises(qat.UsageError, match=rf"^checkpoint\.every_n_steps={every!r}: must be "):
+    with usage_error(rf"^checkpoint\.every_n_steps={every!r}: must be "):
         LastCheckpoint(every_n_steps=every)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-import qat
 from qat import functional as F
 from qat.callbacks import Oscillation
 from qat.callbacks.oscillation import track
 from tests.callbacks.fitting import fit, module, net
+from tests.errors import usage_error
 from tests.tiny import sites, vit
 
 
@@ -76,9 +76,8 @@ def test_tracked_are_weights_of_few_bits():
 
 @pytest.mark.parametrize("bits", [1, 32])
 def test_floats_have_no_codes_to_track(bits):
-    with pytest.raises(
-        qat.UsageError,
-        match=f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8",
+    with usage_error(
+        f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8",
     ):
         Oscillation(max_bits=bits)
 
@@ -132,8 +131,7 @@ def test_the_table(tmp_path):
 @pytest.mark.parametrize("start", ["fp", "8 bit"])
 def test_nothing_to_track(start):
     learner = module(vit()) if start == "fp" else module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(
-        qat.UsageError,
-        match=r"callbacks\.oscillation\.max_bits=4: this model has no quantized weights of at most 4 bits",
+    with usage_error(
+        r"callbacks\.oscillation\.max_bits=4: this model has no quantized weights of at most 4 bits",
     ):
         fit(learner, Oscillation())

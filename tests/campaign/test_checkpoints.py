@@ -10,6 +10,7 @@ from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train as task
 from tests.campaign.checkpoints import STOPPED, UNREADABLE, WRONG, cut_safetensors
 from tests.conftest import compose, tiny, train
+from tests.errors import usage_error
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_a_run_does_not_go_on_from_one_that_is_wrong(tmp_path, tracked, name):
     for other in (run / "checkpoints").glob("*.prev.ckpt"):
         other.unlink()
     (STOPPED | UNREADABLE)[name](run / "checkpoints" / "last.ckpt")
-    with pytest.raises(UsageError, match=r"resume"):
+    with usage_error(r"resume"):
         task(tiny(run, *GOES_ON))
 
 

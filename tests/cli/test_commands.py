@@ -20,12 +20,12 @@ from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import arguments, commands, corrections, job, mistakes, sweep
-from qat.errors import UsageError
 from qat.launch import ranks
 from qat.tasks import settings
 from qat.tasks.conf import options
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
+from tests.errors import usage_error
 
 PARSER = OverridesParser.create()
 SEND = (
@@ -251,7 +251,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
 def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, wish):
     if not wish:
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(UsageError, match=r"^quant\.bits=9"):
+    with usage_error(r"^quant\.bits=9"):
         typed("train.py", *TINY, "quant.bits=9", *wish, "run_dir=run", cwd=tmp_path)
 
 

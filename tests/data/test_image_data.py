@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import qat
 from qat.data import Digits, ImageArrays, ImageData
 from tests.data.files import DIGITS
+from tests.errors import usage_error
 
 
 class Numbered(ImageData):
@@ -54,14 +54,14 @@ def test_without_a_test_split_validation_is_evaluated():
     data = Numbered(**DIGITS)
     assert data.evaluation_split == "val"
     assert numbers(data.test_dataloader()) == list(range(7))
-    with pytest.raises(qat.UsageError, match=r"^data\.root=None: has no split 'test'"):
+    with usage_error(r"^data\.root=None: has no split 'test'"):
         data.split("test")
 
 
 def test_every_process_needs_an_image():
     data = Numbered(**DIGITS)
     data.share_images(SimpleNamespace(global_rank=0, world_size=8))
-    with pytest.raises(qat.UsageError, match=r"^trainer\.devices: 8 .* the 7 images of the val"):
+    with usage_error(r"^trainer\.devices: 8 .* the 7 images of the val"):
         data.val_dataloader()
 
 
@@ -150,14 +150,14 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
 def test_a_label_that_is_no_class_is_refused(first, classes, label):
     data = Numbered(**{**DIGITS, "num_classes": classes})
     data.first_label = first
-    with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: .*train.* {label}$"):
+    with usage_error(rf"^data\.num_classes={classes}: .*train.* {label}$"):
         data.train_dataloader()
 
 
 def test_images_with_another_number_of_channels_are_refused():
     data = Numbered(**DIGITS)
     data.shape = (8, 8, 3)
-    with pytest.raises(qat.UsageError, match=r"^data\.in_chans=1: must be 3"):
+    with usage_error(r"^data\.in_chans=1: must be 3"):
         data.train_dataloader()
 
 

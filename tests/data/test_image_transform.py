@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import qat
 from qat.data import (
     DataSettings,
     FashionMnist,
@@ -20,6 +19,7 @@ from qat.data import (
 from qat.tasks import build
 from tests.conftest import compose, encoded
 from tests.data.files import DIGITS, GREY, SETTINGS, write_fashion_mnist, write_folder
+from tests.errors import usage_error
 
 COLOURS = {**SETTINGS, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 # Of augmentation nothing may come through.
@@ -119,7 +119,7 @@ def test_a_dataset_from_outside_is_known_once_it_is_imported():
     ],
 )
 def test_code_named_in_a_config_is_not_imported(target):
-    with pytest.raises(qat.UsageError, match=rf"^data\._target_='{target}': must be "):
+    with usage_error(rf"^data\._target_='{target}': must be "):
         image_transform({"_target_": target, **DIGITS})
 
 
@@ -140,7 +140,7 @@ def test_code_named_in_a_config_is_not_imported(target):
     ],
 )
 def test_what_is_no_image_is_refused(image, message):
-    with pytest.raises(qat.UsageError, match=f"^{message}") as caught:
+    with usage_error(f"^{message}") as caught:
         image_transform(COLOURS)(image)
     assert "\n" not in str(caught.value)
 
@@ -158,5 +158,5 @@ def test_what_is_no_image_is_refused(image, message):
     ids=["unknown", "channels", "model"],
 )
 def test_settings_that_cannot_work_are_named(changes, line):
-    with pytest.raises(qat.UsageError, match=f"^{line}"):
+    with usage_error(f"^{line}"):
         image_transform({**COLOURS, **changes})

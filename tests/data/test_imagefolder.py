@@ -16,6 +16,7 @@ from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import compose, evaluate
 from tests.data.files import SETTINGS, write_folder, write_image
+from tests.errors import usage_error
 
 ALL = (("train", 20), ("val", 4), ("test", 6))
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -155,7 +156,7 @@ def test_a_class_that_the_first_split_does_not_have_is_refused(tmp_path, source)
     write_image(
         write_folder(tmp_path, ((source, 20), ("test", 4))) / "test" / "cat" / "a.png", 12, 12
     )
-    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}/test/cat: .*{source}.* ant, bee"):
+    with usage_error(rf"^{tmp_path}/test/cat: .*{source}.* ant, bee"):
         data(tmp_path).test_dataloader()
 
 
@@ -205,7 +206,7 @@ def test_one_split_without_train_is_enough_for_evaluation(tmp_path, split):
         assert torch.equal(images, expected)
         assert torch.equal(labels, ids)
     for use in (alone.train_dataloader, alone.calibration_batches):
-        with pytest.raises(qat.UsageError, match=r"^data\.root='.*': has no split 'train'"):
+        with usage_error(r"^data\.root='.*': has no split 'train'"):
             use()
 
 
@@ -249,5 +250,5 @@ def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
     assert found.split("val").name(0).startswith(f"{root}/val/{WNIDS[0]}/")
     assert found.named_classes()[1].startswith("goldfish")
     write_image(root / "val" / "tench" / "a.png", 12, 12)
-    with pytest.raises(qat.UsageError, match=rf"^data\.root='{root}': class tench .*n01440764"):
+    with usage_error(rf"^data\.root='{root}': class tench .*n01440764"):
         ImageNet(**UNSET, root=str(root)).val_dataloader()

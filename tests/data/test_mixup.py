@@ -9,12 +9,12 @@ from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch.testing import assert_close
 
-import qat
 from qat.data import BatchMixup, DataSettings, Digits
 from qat.data.sampler import isolated_rng
 from qat.data.transforms import STREAM
 from qat.losses import CrossEntropy, StepContext
 from tests.data.files import DIGITS
+from tests.errors import usage_error
 
 
 def mixing(**changes):
@@ -108,9 +108,8 @@ def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
 @pytest.mark.parametrize("alpha", ["mixup", "cutmix"])
 def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
     data = Digits(**DIGITS, batch_size=25, **{alpha: 1.0})
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^data\.batch_size=25: must be even",
+    with usage_error(
+        r"^data\.batch_size=25: must be even",
     ):
         data.batch_mixup()
     assert sum(len(target) for _, target in data.test_dataloader()) == 360
@@ -118,5 +117,5 @@ def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
     (whole,) = Digits(
         **DIGITS, batch_size=1258, **{alpha: 1.0}
     ).train_dataloader()  # one more than there are
-    with pytest.raises(qat.UsageError, match=r"^data\.mixup, data\.cutmix: .* 1257$"):
+    with usage_error(r"^data\.mixup, data\.cutmix: .* 1257$"):
         mixing()(*whole, epoch=0, step=0)

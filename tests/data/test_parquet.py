@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import qat
 from qat.data import Cifar10, HfParquet, ImageArrays
 from qat.data.parquet import ParquetImages, find_parquet
 from tests.conftest import encoded, write_cifar, write_parquet
 from tests.data.files import SETTINGS
+from tests.errors import usage_error
 
 PARTS = (
     ("train-00000-of-00002", 12),
@@ -83,7 +83,7 @@ def test_columns_can_be_named(tmp_path):
     made = write(tmp_path, column="photo", label_column="kind")
     columns = {"image_column": "photo", "label_column": "kind"}
     assert same(data(tmp_path, **columns).split("val"), made["validation-00000-of-00001"])
-    with pytest.raises(qat.UsageError, match=r"data\.image_column .* photo, kind$"):
+    with usage_error(r"data\.image_column .* photo, kind$"):
         data(tmp_path).split("val")
 
 
@@ -104,9 +104,7 @@ def test_a_damaged_image_is_named(tmp_path, content):
     for name, contents in (("train", made), ("validation", [*made[:2], content, *made[3:]])):
         cells = [one if one is content else encoded(one) for one in contents]
         write_parquet(tmp_path / f"{name}.parquet", cells, [0, 1] * 3)
-    with pytest.raises(
-        qat.UsageError, match=rf"^{tmp_path}: validation\.parquet .*: image 2 cannot be decoded \("
-    ):
+    with usage_error(rf"^{tmp_path}: validation\.parquet .*: image 2 cannot be decoded \("):
         data(tmp_path).split("val")
 
 
@@ -129,14 +127,14 @@ def test_two_sets_of_one_split_are_refused(tmp_path):
     for place in ("a", "b"):
         write_parquet(tmp_path / place / "train-00000-of-00001.parquet", [], [])
     line = rf"^data\.root='{tmp_path}': .* {tmp_path}/a, {tmp_path}/b$"
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         data(tmp_path).train_dataloader()
 
 
 def test_the_folder_has_to_be_there(tmp_path):
     os.mkfifo(tmp_path / "train.parquet")  # is never opened, for it would never end
     for root in (None, "/no/such", "", 5, str(tmp_path)):
-        with pytest.raises(qat.UsageError, match=rf"^data\.root={root!r}: .*train\*\.parquet"):
+        with usage_error(rf"^data\.root={root!r}: .*train\*\.parquet"):
             HfParquet(**SETTINGS, root=root).train_dataloader()
 
 
@@ -152,9 +150,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, kind):
         "data lost": content[:4] + bytes(200) + content[204:],
     }
     path.write_bytes(changed[kind])
-    with pytest.raises(
-        qat.UsageError, match=rf"^{tmp_path}: train\.parquet .*: cannot be read as parquet"
-    ):
+    with usage_error(rf"^{tmp_path}: train\.parquet .*: cannot be read as parquet"):
         data(tmp_path).train_dataloader()
 
 
@@ -168,14 +164,14 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, kind):
         pa.table({"image": pa.array([b"", b""]), "label": pa.array(labels)}),
         tmp_path / "train.parquet",
     )
-    with pytest.raises(qat.UsageError, match=rf"train\.parquet: .*{kind}"):
+    with usage_error(rf"train\.parquet: .*{kind}"):
         data(tmp_path).train_dataloader()
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_split_without_rows_is_refused(tmp_path, split):
     write(tmp_path, (("train", 20), (split, 0)))
-    with pytest.raises(qat.UsageError, match=rf"{split}\.parquet: has no images$"):
+    with usage_error(rf"{split}\.parquet: has no images$"):
         data(tmp_path).split("train")
 
 

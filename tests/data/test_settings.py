@@ -7,6 +7,7 @@ import pytest
 import qat
 from qat.data import DataSettings, Digits
 from tests.data.files import DIGITS
+from tests.errors import usage_error
 
 WRONG = [
     ("augment", "bad"),
@@ -59,14 +60,14 @@ def test_bad_settings_name_themselves(name, value):
     + [{"color_jitter": [0.1]}, {"color_jitter": {"hue": 0.1}}],
 )
 def test_what_timms_augmentation_does_not_take_is_refused_before_the_run(wrong):
-    with pytest.raises(qat.UsageError, match=r"^data\.rand_augment=.*, data\.color_jitter=.*: "):
+    with usage_error(r"^data\.rand_augment=.*, data\.color_jitter=.*: "):
         Digits(**DIGITS, augment="timm", **({"rand_augment": None} | wrong))
 
 
 def test_unknown_and_missing_settings_are_named():
-    with pytest.raises(qat.UsageError, match="^data: .* 'colour'"):
+    with usage_error("^data: .* 'colour'"):
         Digits(**DIGITS, colour=3)
-    with pytest.raises(qat.UsageError, match="^data: .* missing .* 'image_size'"):
+    with usage_error("^data: .* missing .* 'image_size'"):
         Digits(**{name: value for name, value in DIGITS.items() if name != "image_size"})
 
 

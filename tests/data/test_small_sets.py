@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-import qat
 from qat.data import Cifar10, FashionMnist
 from qat.data.splits import stratified_split
 from tests.conftest import write_cifar
 from tests.data.files import GREY, SETTINGS, rows, write_cifar_batches, write_fashion_mnist
+from tests.errors import usage_error
 
 COLOURS = {**SETTINGS, "num_classes": 4, "image_size": 32}
 
@@ -73,7 +73,7 @@ def test_nothing_is_unpickled_unless_the_sums_are_the_published_ones(
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(b"anything")
     monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("unpickled"))
     line = rf"^data\.root='{tmp_path}': .*cifar-10-batches-py \(Dataset not found or corrupted"
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         Cifar10(**COLOURS, root=str(tmp_path)).train_dataloader()
 
 
@@ -98,14 +98,14 @@ def test_missing_and_damaged_files_are_one_line(tmp_path, content):
     path = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     path.unlink() if content is None else path.write_bytes(content)
     line = rf"^data\.root='{tmp_path}': [^\n]*FashionMNIST/raw/[^\n]* \([^\n]*\)$"
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         FashionMnist(**{**COLOURS, **GREY}, root=str(tmp_path)).train_dataloader()
 
 
 @pytest.mark.parametrize("dataset", [Cifar10, FashionMnist])
 def test_the_folder_has_to_be_there(dataset):
     for root in (None, "/no/such"):
-        with pytest.raises(qat.UsageError, match=rf"^data\.root={root!r}: must be the folder "):
+        with usage_error(rf"^data\.root={root!r}: must be the folder "):
             dataset(**COLOURS, root=root).train_dataloader()
 
 

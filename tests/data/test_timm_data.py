@@ -10,11 +10,11 @@ import pytest
 import timm.data
 import torch
 
-import qat
 from qat.data import ImageFolder, Timm
 from tests.conftest import encoded
 from tests.data.files import GREY, write_fashion_mnist, write_folder, write_image
 from tests.data.files import SETTINGS as SMALL
+from tests.errors import usage_error
 
 SETTINGS = {**SMALL, "crop_pct": 1.0, "interpolation": "bicubic"}
 SPLITS = (("train", 20), ("validation", 4))
@@ -62,9 +62,7 @@ def test_a_file_of_a_folder_that_has_no_end_is_named(tmp_path, kind):
     root = write_folder(tmp_path, SPLITS, size=10)
     path = root / "train" / "ant" / "x.png"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(
-        qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or it does not end"
-    ):
+    with usage_error(r"image \d+ cannot be decoded \(No such file, or it does not end"):
         data(root).split("train")
 
 
@@ -165,9 +163,8 @@ def test_a_split_has_the_classes_of_train_with_their_ids(tmp_path, name):
     write_folder(tmp_path, (("validation", 4),), classes=("bee",))
     assert data(tmp_path, name=name).split("val").labels.tolist() == [1] * 4
     write_folder(tmp_path, (("validation", 4),), classes=("Ant",))
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^data\.val_split='validation': class 'Ant' ",
+    with usage_error(
+        r"^data\.val_split='validation': class 'Ant' ",
     ):
         data(tmp_path, name=name).split("val")
 
@@ -183,9 +180,8 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
         "val is test": {"test_split": "validation"},
     }.get(case, {})
     one, other = ("test", "val") if case == "val is test" else ("val", "train")
-    with pytest.raises(
-        qat.UsageError,
-        match=rf"^data\.{one}_split='\w+': must differ from the {other} split",
+    with usage_error(
+        rf"^data\.{one}_split='\w+': must differ from the {other} split",
     ):
         data(root, **changes).train_dataloader()
 
@@ -209,5 +205,5 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, changes, line):
     write_folder(tmp_path, (("train", 20),))
-    with pytest.raises(qat.UsageError, match=rf"^{line}"):
+    with usage_error(rf"^{line}"):
         data(tmp_path, **changes).split("train")

@@ -11,6 +11,7 @@ import torch
 from evidence.gpu import rows, speed, train
 from qat.utils.files import read_torch
 from tests.commands import run_python
+from tests.tiny import identical
 
 ABSENT = ("hydra", "omegaconf", "lightning", "pytorch_lightning")
 
@@ -66,7 +67,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
                 train.train(run, parts, math.inf)
         assert train.train(run, parts, math.inf) == row
         nets = [read_torch(run.file(args.out, "best")) for args in (whole, parts)]
-        assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+        assert identical(nets[0], nets[1])
 
 
 def test_runs_end_in_time_and_one_that_failed_is_recorded(tmp_path, monkeypatch):

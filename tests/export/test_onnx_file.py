@@ -434,17 +434,6 @@ def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path)
     assert 0 < checked.apart < 0.15
 
 
-@pytest.mark.long
-def test_a_float16_file_with_another_weight_is_a_problem(tmp_path):
-    net = tiny.quantized("fp8")
-    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
-    weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
-    weight.raw_data = weight.raw_data[::-1]
-    onnx.save(model, tmp_path / "net.onnx")
-    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
-    assert "of the largest one; must be at most" in checked.problem
-
-
 def test_scales_that_float16_cannot_hold_are_one_line():
     net = tiny.quantized("fp8")
     tiny.sites(net)["head.input_quantizer"].quantizer.set_scale(torch.tensor([1e-6]))
@@ -455,14 +444,21 @@ def test_scales_that_float16_cannot_hold_are_one_line():
 
 
 @pytest.mark.long
-def test_a_file_whose_codes_of_e4m3_differ_is_a_problem(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "change", "problem"),
+    [
+        ({"target": "tensorrt"}, reversed, "of the largest one; must be at most"),
+        (FP32, lambda codes: [0x38] * len(codes), "codes of blocks.0.mlp.fc2.input_quantizer"),
+    ],
+    ids=["float16", "float32"],
+)
+def test_a_file_with_another_weight_is_a_problem(settings, change, problem, tmp_path):
     net = tiny.quantized("fp8")
-    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
+    model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **settings)
     weight = next(t for t in model.graph.initializer if "mlp.fc1" in t.name and t.dims)
-    weight.raw_data = bytes(256 * [0x38]) * (len(weight.raw_data) // 256)
+    weight.raw_data = bytes(change(weight.raw_data))
     onnx.save(model, tmp_path / "net.onnx")
-    checked = check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)])
-    assert "codes of blocks.0.mlp.fc2.input_quantizer differ" in checked.problem
+    assert problem in check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)]).problem
 
 
 @pytest.mark.parametrize("write", [to_onnx, to_pte])

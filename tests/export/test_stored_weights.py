@@ -97,3 +97,14 @@ def test_codes_that_could_saturate_are_unsigned(bits, cpu, dtype):
     assert form.codes.dtype == dtype
     assert form.zero_point is None or form.zero_point.dtype == dtype
     assert torch.equal(form.value, weight())
+
+
+@pytest.mark.parametrize("code", [64, -64, 65, -65, 127])
+def test_codes_are_int8_if_two_products_with_uint8_fit_16_bits(code):
+    weight = weights(qat.recipe("lsq", bits=8))["blocks.0.mlp.fc2.weight_quantizer"]
+    weight.stored = torch.zeros_like(weight.stored)
+    weight.stored[0, 0] = code
+    fits = 2 * 255 * abs(code) < 2**15
+    form = store_weight(weight, cpu="any")
+    assert (form.codes.dtype == torch.int8) == fits
+    assert_close(form.value, weight())

@@ -3,8 +3,8 @@
 import pytest
 from torch.testing import assert_close
 
-import qat
 from qat import functional as F
+from tests.errors import usage_error
 from tests.tiny import randn
 
 HEADS, HEAD_DIM, WIDTH = 3, 4, 10
@@ -26,7 +26,5 @@ def test_scores_through_the_fold_and_its_bias():
 
 @pytest.mark.parametrize(("heads", "rows"), [(5, 12), (3, 9)])
 def test_rows_have_to_divide_into_heads(heads, rows):
-    with pytest.raises(
-        qat.UsageError, match=rf"^num_heads={heads}: wq \(12, 10\) and wk \({rows}, 10\)"
-    ):
+    with usage_error(rf"^num_heads={heads}: wq \(12, 10\) and wk \({rows}, 10\)"):
         F.fold_qk(WQ, WK[:rows], heads)

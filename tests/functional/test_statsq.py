@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat import functional as F
+from tests.errors import usage_error
 from tests.tiny import randn
 
 BITS = [2, 3, 4, 8]
@@ -51,5 +51,5 @@ def test_low_precision_input_is_quantized_in_float32(bits, dtype):
 @pytest.mark.parametrize("function", [F.statsq, F.statsq_codes])
 @pytest.mark.parametrize("bits", [1, 9, 2.5, True])
 def test_bits_that_cannot_be_represented(function, bits):
-    with pytest.raises(qat.UsageError, match=rf"^bits={bits}: "):
+    with usage_error(rf"^bits={bits}: "):
         function(randn(2, 2), bits)

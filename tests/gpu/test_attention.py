@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from qat.kernels import CodeRange, LSQParams, attention
 from qat.kernels.fused import Scoring
 from qat.kernels.fused import attention as whole
+from tests.tiny import identical
 
 NAMES = ("attention_forward", "attention_backward")
 SIZES = [(1, 1, 16), (7, 3, 24), (37, 1, 64), (37, 3, 20), (197, 3, 16), (256, 1, 8)]
@@ -106,7 +107,7 @@ def test_rows_may_lie_apart(kernels_on):
         *given, scale, settings = tensors(torch.float32)
         apart = both(*given, scale, settings)
         close = both(*(x.contiguous() for x in given), scale, settings)
-    assert all(torch.equal(one, other) for one, other in zip(apart, close, strict=True))
+    assert identical(apart, close)
 
 
 @pytest.mark.parametrize("axis", [-2, None])
@@ -137,7 +138,7 @@ def test_a_compiled_graph_holds_the_operators(kernels_on, monkeypatch):
         traced = results(*given, 2, monkeypatch, in_tiles=True)
     assert {f"qat.{name}.default" for name in NAMES} <= set(graphs)
     assert not any("softmax" in name or "heads_product" in name for name in graphs)
-    assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
+    assert identical(eager, traced)
 
 
 PER_TOKEN = CodeRange(0, 3, -2)

@@ -23,6 +23,7 @@ from qat.kernels import CodeRange, gpu, operators, reference, tiles
 from qat.lit.compiled import compile_options, register_formulas
 from tests.gpu.kernel_cases import CASES, case, same
 from tests.kernels import calls
+from tests.tiny import identical
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +75,7 @@ def test_in_a_cuda_graph(device):
     graph.replay()
     torch.cuda.synchronize()
     eager = run()
-    assert all(torch.equal(a, b) for a, b in zip(found[:5], eager[:5], strict=True))
+    assert identical(found[:5], eager[:5])
     assert same(found.dequantized, levels)
     assert same(found.x, expected.x)
 
@@ -94,7 +95,7 @@ def test_the_same_bits_in_every_run(device):
     run, _ = both_passes(device, (64, 197, 192))
     first = [tensor.clone() for tensor in run()[:5]]
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(run()[:5], first, strict=True))
+        assert identical(run()[:5], first)
 
 
 @pytest.mark.parametrize(

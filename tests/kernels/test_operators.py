@@ -11,9 +11,10 @@ import qat
 import qat.kernels.fused  # noqa: F401  (registers operators)
 from qat import kernels
 from qat.kernels import Producer
+from tests.errors import usage_error
 from tests.kernels.calls import ITSELF
 from tests.nets import FAMILIES
-from tests.tiny import randn
+from tests.tiny import identical, randn
 
 X = randn(2, 5, 6)
 OFFSET = randn(6, seed=1)
@@ -80,7 +81,7 @@ def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe):
     torch._dynamo.reset()
     traced = step(net, torch.compile(net, fullgraph=True, backend="aot_eager"), images)
     assert len(eager) == len(traced)
-    assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
+    assert identical(eager, traced)
 
 
 @pytest.mark.long
@@ -126,7 +127,7 @@ def jacobian(net, images):
 @pytest.mark.parametrize("attention", ["qkr", "standard"])
 def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeypatch):
     net, images = deit(n=2, attention=attention)
-    with pytest.raises(qat.UsageError, match="kernels=off"):
+    with usage_error("kernels=off"):
         way(net.eval(), images)
     monkeypatch.setattr(kernels, "_choice", "off")
     way(net, images)
@@ -178,4 +179,4 @@ def test_a_graph_does_not_go_through_what_was_written_into(in_place):
         ):
             compiled(x)
         return
-    assert all(torch.equal(a, b) for a, b in zip(step(net, compiled, x), expected, strict=True))
+    assert identical(step(net, compiled, x), expected)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from qat.errors import UsageError
 from qat.launch import ranks
+from tests.errors import usage_error
 
 PLACES = (
     "RANK",
@@ -63,7 +63,7 @@ def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, ex
     ],
 )
 def test_what_cannot_be_started_is_refused(trainer, line):
-    with pytest.raises(UsageError, match=line):
+    with usage_error(line):
         count(**{"devices": 2, **trainer})
 
 

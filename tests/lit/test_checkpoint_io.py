@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-import qat
 from qat.lit.strategies import AtomicCheckpointIO
+from tests.errors import usage_error
 
 
 @pytest.mark.parametrize("weights_only", [None, False])
@@ -32,7 +32,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(qat.UsageError, match=r"last\.ckpt cannot be written \(.*intact"):
+    with usage_error(r"last\.ckpt cannot be written \(.*intact"):
         AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

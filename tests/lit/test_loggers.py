@@ -9,12 +9,12 @@ from unittest.mock import Mock
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.lit.loggers import CSVLog, closing
 from qat.utils import files
 from qat.utils.files import csv_rows
 from tests.conftest import column, results, train
+from tests.errors import usage_error
 
 ROWS = [
     {"a": 1.5, "step": 0},
@@ -63,7 +63,7 @@ def test_a_resumed_run_drops_the_rows_that_come_again(resumed_at, kept, tmp_path
 )
 def test_another_table_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(UsageError, match=r"metrics\.csv: must be the table that this run wrote"):
+    with usage_error(r"metrics\.csv: must be the table that this run wrote"):
         log(tmp_path, ROWS, resumed_at=6)
     assert (tmp_path / "metrics.csv").read_bytes() == content
 

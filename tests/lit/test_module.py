@@ -16,6 +16,7 @@ from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
 from qat.model.metadata import describe, is_plain
 from qat.quantizers import LSQ
 from tests.callbacks.fitting import QUIET, Steps, batches
+from tests.errors import usage_error
 from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
 
 CLASSES = torch.arange(16) % 10
@@ -74,7 +75,7 @@ class Unfreeze(Callback):
 
 @pytest.mark.parametrize("group", [True, False])
 def test_weights_that_are_unfrozen_during_the_run_are_refused(group):
-    with pytest.raises(qat.UsageError, match="^callbacks: weights were unfrozen during the run"):
+    with usage_error("^callbacks: weights were unfrozen during the run"):
         trainer(max_epochs=2, callbacks=[Unfreeze(group=group)]).fit(module(vit()), batches(8))
     trainer(max_epochs=1, callbacks=[Unfreeze(group=group)]).fit(module(vit()), batches(8))
 
@@ -138,7 +139,7 @@ def test_rates_follow_the_schedule(interval):
     assert [rates[0] for rates in seen.rates] == pytest.approx(
         by_step if interval == "step" else by_epoch
     )
-    with pytest.raises(qat.UsageError, match="max_epochs=-1"):
+    with usage_error("max_epochs=-1"):
         trainer(max_epochs=None, max_steps=2).fit(module(vit(), scheduler=schedule), batches(8))
 
 

@@ -11,7 +11,8 @@ from torch import nn
 import qat
 from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
 from tests.callbacks.fitting import fit, module
-from tests.tiny import DISTILLED, SIZE, vit
+from tests.errors import usage_error
+from tests.tiny import DISTILLED, SIZE, identical, vit
 
 WEIGHTS = {
     "patch_embed.proj.weight",
@@ -96,7 +97,7 @@ def test_decay_and_rates_of_the_groups():
     ],
 )
 def test_bad_settings_name_themselves(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         build_optimizer(nn.Linear(2, 2), **{"lr": 0.1, "weight_decay": 0.0, **settings})
 
 
@@ -144,7 +145,7 @@ def test_a_schedule_shorter_than_its_unit_is_one_unit():
 
 
 def test_layer_decay_needs_layers_that_timm_numbers():
-    with pytest.raises(qat.UsageError, match=r"^optimizer\.layer_decay=0\.5: .* Linear"):
+    with usage_error(r"^optimizer\.layer_decay=0\.5: .* Linear"):
         parameter_groups(nn.Linear(2, 2), weight_decay=0.0, layer_decay=0.5)
 
 
@@ -218,10 +219,7 @@ def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name
     for seed in range(3, 6):
         step_with_gradients(writer, old, seed)
         step_with_gradients(optimizer, net, seed)
-    assert all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(net.parameters(), old.parameters(), strict=True)
-    )
+    assert identical(net.parameters(), old.parameters())
     assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 

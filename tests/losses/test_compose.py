@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import qat
 from qat.losses import CompositeLoss, CrossEntropy, FeatureDistillation, LossTerm, StepContext
+from tests.errors import usage_error
 
 
 class Square(LossTerm):
@@ -45,7 +45,7 @@ def test_total_is_the_weighted_sum_and_parts_are_unweighted():
 def test_terms_that_read_other_blocks_are_refused():
     last, again = FeatureDistillation(blocks="last"), FeatureDistillation(blocks="last")
     assert CompositeLoss({"ce": CrossEntropy(), "last": last, "again": again}).blocks == "last"
-    with pytest.raises(qat.UsageError, match=r"^loss\.terms: blocks are \['all', 'last'\]; "):
+    with usage_error(r"^loss\.terms: blocks are \['all', 'last'\]; "):
         CompositeLoss({"last": last, "every": FeatureDistillation(blocks="all")})
 
 
@@ -62,7 +62,7 @@ def test_terms_that_read_other_blocks_are_refused():
     ids=["none", "class", "training", "values", "a.b", "empty", "number"],
 )
 def test_terms_that_cannot_be(terms, setting):
-    with pytest.raises(qat.UsageError, match=f"^{setting}: "):
+    with usage_error(f"^{setting}: "):
         CompositeLoss(terms)
 
 

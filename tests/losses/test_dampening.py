@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat.losses import Dampening, LossTerm
 from tests.callbacks.fitting import fit, module
+from tests.errors import usage_error
 from tests.losses.common import step
 from tests.tiny import quantized, sites, vit
 
@@ -54,7 +54,7 @@ def test_the_gradient_pulls_to_the_level(preset):
 
 
 def test_a_net_without_such_weights():
-    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: "):
+    with usage_error("Dampening: max_bits=4: "):
         Dampening()(step(vit()))
 
 

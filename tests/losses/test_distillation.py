@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import qat
 from qat.losses import CrossEntropy, Distillation, StepContext
+from tests.errors import usage_error
 
 CLS, DIST, TEACHER = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 3, 1, 1, 2])
@@ -51,7 +51,7 @@ def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gra
 
 @pytest.mark.parametrize(("setting", "value"), [("temperature", 0), ("hard_weight", -1)])
 def test_settings_outside_the_range_are_refused(setting, value):
-    with pytest.raises(qat.UsageError, match=rf"^loss\.{setting}={value}: "):
+    with usage_error(rf"^loss\.{setting}={value}: "):
         Distillation(**{setting: value})
 
 

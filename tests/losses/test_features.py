@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import qat
 from qat import functional as F
 from qat.lit import QATModule, Teacher
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
 from tests import tiny
+from tests.errors import usage_error
 
 
 def blocks_of(net, images):
@@ -103,5 +103,5 @@ def test_a_teacher_of_another_shape_is_refused(teacher):
         features=(torch.zeros(2, 5, 8),),
         teacher_features=teacher,
     )
-    with pytest.raises(qat.UsageError, match=r"^loss\.features: .*\[\(5, 8\)\]"):
+    with usage_error(r"^loss\.features: .*\[\(5, 8\)\]"):
         FeatureDistillation(1.0)(step)

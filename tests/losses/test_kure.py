@@ -8,11 +8,11 @@ import timm
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat.functional import kure_loss, kurtosis
 from qat.losses import Kure
 from qat.losses.weights import latent_weights
 from tests.conftest import tiny, train
+from tests.errors import usage_error
 from tests.losses.common import step
 from tests.tiny import quantized, vit
 
@@ -102,5 +102,5 @@ def test_convolutions_of_a_net_are_found_but_the_first():
 
 
 def test_nothing_to_act_on():
-    with pytest.raises(qat.UsageError, match="^loss.kure: "):
+    with usage_error("^loss.kure: "):
         Kure().prepare(torch.nn.Sequential(torch.nn.LayerNorm(3)))

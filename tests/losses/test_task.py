@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import qat
 from qat.losses import CrossEntropy, StepContext
+from tests.errors import usage_error
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LOG_P = LOGITS - LOGITS.exp().sum(-1, keepdim=True).log()
@@ -46,5 +46,5 @@ def test_half_precision_logits_give_a_float32_loss():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_smoothing_outside_the_range_is_refused(smoothing):
-    with pytest.raises(qat.UsageError, match=rf"^loss\.label_smoothing={smoothing}: "):
+    with usage_error(rf"^loss\.label_smoothing={smoothing}: "):
         CrossEntropy(label_smoothing=smoothing)

@@ -2,12 +2,11 @@
 
 import pytest
 import timm
-import torch
 from torch import nn
 
 from qat.model.cost import cost, matmuls
 from tests.nets import ATTENTIONS
-from tests.tiny import SIZE, convert, vit, with_scales
+from tests.tiny import SIZE, convert, identical, vit, with_scales
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
 PATCH = 2 * 2
@@ -123,7 +122,7 @@ def test_measuring_changes_nothing(training):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cost(model, SIZE)
     assert model.training == training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert identical(before, model.state_dict())
     assert not any(m._forward_hooks for m in model.modules())
 
 

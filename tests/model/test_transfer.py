@@ -15,6 +15,7 @@ import qat
 from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_checkpoint, from_pretrained, from_scratch
 from qat.model.transfer import copy_scales
+from tests.callbacks.fitting import differing
 from tests.errors import usage_error
 from tests.tiny import (
     DISTILLED,
@@ -43,17 +44,13 @@ def start(path, model=VIT, *, reset_head=False, **changes):
     )
 
 
-def same_state(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
 @pytest.mark.parametrize("preset", ["fp", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
     qat.save(quantized(preset, name), path)
     made = start(path, name)
-    assert same_state(made.net.state_dict(), vit(name).state_dict())
+    assert not differing(made.net.state_dict(), vit(name).state_dict())
     assert made.notes == [f"weights of ckpt={str(path)!r}"]
     assert list(qat.iter_quantizers(made.net)) == []
 
@@ -230,7 +227,7 @@ def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
     made = from_pretrained("deit_tiny_patch16_224", {"depth": 1})
     assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
-    assert same_state(made.net.state_dict(), net.state_dict())
+    assert not differing(made.net.state_dict(), net.state_dict())
 
 
 def test_learned_steps_take_the_grids_of_post_training_quantization():

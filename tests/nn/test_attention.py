@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import qat
 from qat.model.transfer import timm_state_dict
 from qat.nn import attention
+from tests.errors import usage_error
 from tests.nets import ATTENTIONS
 from tests.nn.shown import WIDTH, attend, heads, merged, swapped
 from tests.tiny import randn, shake, sites
@@ -95,7 +96,7 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
 )
 def test_reparameterization_is_refused(cls, settings):
     message = "^quant.attention='qkr': .* must be one of standard, float"
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
 
 

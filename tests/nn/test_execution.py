@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.nn.quant_module import QuantModule, keep_weights, kept_weights
-from tests.tiny import images, quantized, sites
+from tests.tiny import identical, images, quantized, sites
 
 
 @pytest.fixture(params=["ofq", "ofq_noqkr", "lsq", "minmax"])
@@ -57,7 +57,7 @@ def test_gradients_are_the_same(net):
 
     expected = gradients()
     keep_weights(net, keep=True)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    assert identical(gradients(), expected)
 
 
 def test_evaluation_in_inference_mode_leaves_nothing_to_training():

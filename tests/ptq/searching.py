@@ -9,6 +9,7 @@ import qat
 from qat.functional import logit_fitness
 from qat.ptq.search import logits_of
 from tests import tiny
+from tests.callbacks.fitting import differing
 
 # Weights with a stored scale and a zero point, quantizers where training has them.
 WEIGHTS = "qat.quantizers.affine:MinMax"
@@ -49,7 +50,5 @@ def state(net):
 
 
 def changed(before, net):
-    """Names of tensors that differ."""
-    return {
-        name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])
-    }
+    """Names of tensors that are not what they were."""
+    return set(differing(before, net.state_dict()))

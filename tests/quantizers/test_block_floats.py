@@ -5,28 +5,18 @@ import torch
 
 import qat
 from qat import kernels
-from qat.callbacks.cga import CGA
-from qat.callbacks.freezing import IterativeFreezing
-from qat.callbacks.oscillation import Oscillation
 from qat.functional.block_floats import BLOCK_FORMATS, block_float, block_float_codes
 from qat.lit import compiled
-from qat.losses import Dampening, Kure
 from qat.ptq.scale_vectors import scale_vectors
-from qat.quantizers import FloatGrid, build_quantizer
+from qat.quantizers import build_quantizer
 from qat.spec import QuantSpec
 from tests import tiny
-from tests.callbacks.fitting import fit, module
-from tests.losses.common import step
+from tests.errors import usage_error
 from tests.quantizers.common import build
-from tests.tiny import randn
+from tests.quantizers.test_float_formats import BLOCKS, ptq
+from tests.tiny import identical, randn
 
 FORMATS = pytest.mark.parametrize(("name", "bits"), list(BLOCK_FORMATS))
-RECIPES = {
-    "nvfp4": ("nvfp4", {}),
-    "mxfp4": ("mxfp4", {}),
-    "mxfp4_a8": ("mxfp4", {"act_bits": 8}),
-    "qkr": ("nvfp4", {"attention": "qkr"}),
-}
 
 
 def specs(net, *prefixes):
@@ -55,17 +45,9 @@ def test_blocks_lie_along_an_axis(name, bits, axis, shape):
 
 
 @FORMATS
-def test_the_grid(name, bits):
+def test_units_and_thresholds_of_the_grid(name, bits):
     quantizer, x = build(name, bits=bits, axis=-1), randn(4, 40)
-    grid, codes = quantizer.grid(x), quantizer.codes(x)
-    assert isinstance(grid, FloatGrid)
-    assert grid.qmax == -grid.qmin == {4: 7, 8: 126}[bits]
-    assert torch.equal(grid.dequantize(codes), quantizer(x))
-    place = grid.in_order(codes)
-    assert torch.equal(place, grid.to_code_coordinates(x).round().clamp(grid.qmin, grid.qmax))
-    torch.testing.assert_close(grid.to_code_coordinates(quantizer(x)), place)
-    low, high = grid.ends()
-    assert low <= quantizer(x).min() < quantizer(x).max() <= high
+    grid = quantizer.grid(x)
     units = quantizer(x) / grid.unit.repeat_interleave(grid.form.block, -1)[:, :40]
     torch.testing.assert_close(units, units.round())
     assert 0.5 < grid.near_threshold(x, 0.4).float().mean() < 1
@@ -85,9 +67,9 @@ def test_the_default_dtype_and_device_do_not_matter(name, bits):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", BLOCKS)
 def test_what_is_quantized(recipe):
-    preset, knobs = RECIPES[recipe]
+    preset, knobs = BLOCKS[recipe]
     net = tiny.quantized(preset, **knobs)
     assert kinds(specs(net, "patch", "head").values()) == {("lsq", 8)}
     name = "nvfp4" if preset == "nvfp4" else "mxfp"
@@ -106,17 +88,6 @@ def test_what_is_quantized(recipe):
         assert torch.equal(y, block_float(x, form))
     if recipe != "qkr":  # a head's 16 are one block, not half of one
         assert seen["blocks.0.attn.q_quantizer"][0].shape == (8, 2, 17, 16)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_training_step(recipe):
-    preset, knobs = RECIPES[recipe]
-    net = tiny.quantized(preset, **knobs).train()
-    net(tiny.images()).logsumexp(1).sum().backward()
-    gradients = {name: p.grad for name, p in net.named_parameters() if "qk_bias" not in name}
-    assert all(g is not None and g.isfinite().all() for g in gradients.values())
-    gradient = gradients["blocks.0.mlp.fc1.weight"]
-    assert gradient.count_nonzero() > 0.9 * gradient.numel()
 
 
 @pytest.mark.long
@@ -141,64 +112,17 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
     )
     torch._dynamo.reset()
     *expected, expected_of_x = run(each, block_float)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert identical(found, expected)
     torch.testing.assert_close(of_x, expected_of_x)  # a sum of three
 
 
-def test_regularizers():
-    net = tiny.quantized("nvfp4")
-    Kure()(step(net)).backward()
-    inside = [s for n, s in tiny.sites(net).items() if s.is_weight and n.startswith("blocks")]
-    assert all(site.owner.weight.grad.any() for site in inside)
-    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: "):
-        Dampening()(step(net))
-
-
-@pytest.mark.parametrize(
-    ("callback", "setting"),
-    [(IterativeFreezing, "freeze"), (CGA, "cga"), (Oscillation, "oscillation.max_bits=4")],
-)
-def test_callbacks_that_need_steps(callback, setting):
-    with pytest.raises(qat.UsageError, match=f"^callbacks.{setting}: this model has no "):
-        fit(module(tiny.quantized("mxfp4")), callback())
-
-
-@pytest.mark.parametrize(
-    ("preset", "knobs", "setting"),
-    [
-        ("nvfp4", {"bits": 8}, "quant.bits=8: must be 4"),
-        ("nvfp4", {"act_bits": 8}, "quant.act_bits=8: must be 4"),
-        ("mxfp4", {"bits": 3}, "quant.bits=3: must be 4 or 8"),
-        (
-            "mxfp4",
-            {"overrides": {"blocks.0.*": {"bits": 2}}},
-            r"quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8",
-        ),
-        ("mxfp4", {"offsets": True}, "quant.offsets=true: must be false"),
-    ],
-)
-def test_recipes_that_cannot_be(preset, knobs, setting):
-    with pytest.raises(qat.UsageError, match=f"^{setting} with"):
-        qat.recipe(preset, **knobs)
-
-
 def test_bits_that_have_no_format():
-    with pytest.raises(qat.UsageError, match="bits=2: must be 4 or 8 with mxfp"):
+    with usage_error("bits=2: must be 4 or 8 with mxfp"):
         build_quantizer(QuantSpec("input", "mxfp", 2))
 
 
-PTQ = {
-    "weight_quantizer": "nvfp4",
-    "act_quantizer": "nvfp4",
-    "placement": "inputs",
-    "bits": 4,
-    "act_bits": 4,
-}
-OUTSIDE = {"stem_bits": 8, "head_bits": 8, "outer_act_bits": 8}
-
-
 def test_post_training():
-    net = qat.convert(tiny.vit(), qat.PtqRecipe(**PTQ, **OUTSIDE), input_size=tiny.SIZE)
+    net = tiny.convert(tiny.vit(), ptq("nvfp4"))
     qat.ptq.calibrate(net, [tiny.images()])
     assert kinds(specs(net, "patch", "head").values()) == {("affine", 8)}
     trained, ours = (
@@ -210,20 +134,5 @@ def test_post_training():
     )
     assert ours == trained
     assert torch.equal(tiny.logits(qat.freeze(net)), tiny.logits(net))
-    with pytest.raises(qat.UsageError, match=r"^search.targets=\['attn.qkv.weight'\]: "):
+    with usage_error(r"^search.targets=\['attn.qkv.weight'\]: "):
         scale_vectors(net, ["attn.qkv.weight"])
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "wanted"),
-    [
-        ("bias_correction", True, False),
-        ("method", "compensate", "calibrate"),
-        ("method", "reconstruct", "calibrate"),
-        ("placement", "fqvit", "inputs"),
-        ("bits", 8, 4),
-    ],
-)
-def test_post_training_that_cannot_be(setting, value, wanted):
-    with pytest.raises(qat.UsageError, match=f"^ptq.{setting}={value!r}: must be {wanted} "):
-        qat.PtqRecipe(**{**PTQ, **OUTSIDE, setting: value})

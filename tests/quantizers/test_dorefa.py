@@ -8,6 +8,7 @@ import qat
 from qat.functional.dorefa import dorefa, squash
 from qat.losses.weights import Dampening
 from tests import tiny
+from tests.errors import usage_error
 from tests.losses.common import step
 from tests.quantizers.common import allocated
 
@@ -47,10 +48,10 @@ def test_a_net_is_saved_and_has_its_size(tmp_path):
 
 def test_losses_in_the_unit_of_the_weights_refuse_it():
     net = qat.convert(tiny.vit(), RECIPE, input_size=tiny.SIZE)
-    with pytest.raises(qat.UsageError, match="max_bits=4: "):
+    with usage_error("max_bits=4: "):
         Dampening()(step(net))
 
 
 def test_activations_have_no_such_quantizer():
-    with pytest.raises(qat.UsageError, match=r"^quant\.act_quantizer='dorefa': must be one of "):
+    with usage_error(r"^quant\.act_quantizer='dorefa': must be one of "):
         qat.recipe("lsq", act_quantizer="dorefa")

@@ -2,9 +2,9 @@
 
 import pytest
 
-import qat
 from qat.quantizers import LSQ, Float, Shifted, build_quantizer, register, registry
 from qat.spec import QuantSpec
+from tests.errors import usage_error
 from tests.quantizers.common import build
 
 SOURCE = """
@@ -43,7 +43,7 @@ def test_offsets_wrap():
 
 def test_unknown_name_lists_what_there_is():
     names = "affine, dorefa, float, fp8, fp8_held, log2, lsq, minmax, minmax_dynamic, mxfp, nvfp4"
-    with pytest.raises(qat.UsageError, match=f"quantizer='lsqq': must be one of {names}"):
+    with usage_error(f"quantizer='lsqq': must be one of {names}"):
         build("lsqq")
 
 
@@ -70,5 +70,5 @@ def test_a_name_is_given_once():
     ],
 )
 def test_paths_that_lead_nowhere(plugin, name, said):
-    with pytest.raises(qat.UsageError, match=f"quantizer='{name}'.*{said}"):
+    with usage_error(f"quantizer='{name}'.*{said}"):
         build(name)

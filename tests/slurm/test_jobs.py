@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, compose, results
+from tests.tasks.test_resume import assert_same_checkpoint, assert_same_results, last
 
 log = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
@@ -190,24 +191,9 @@ def sweep(scheduler, folder, jobs):
     return array, folder / "sweep"
 
 
-def last(run_dir):
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-
-
 def assert_same(run_dir, other_dir):
-    one, other = last(run_dir), last(other_dir)
-    assert one["global_step"] == other["global_step"] == 18
-    assert [
-        n
-        for n, value in other["state_dict"].items()
-        if not torch.equal(one["state_dict"][n], value)
-    ] == []
-    moments = [state["optimizer_states"][0]["state"] for state in (one, other)]
-    assert moments[1]
-    for index, state in moments[1].items():
-        assert all(torch.equal(moments[0][index][key], value) for key, value in state.items())
-    kept = ("top1", "top5", "loss", "val_top1", "weights")
-    assert [results(run_dir)[key] for key in kept] == [results(other_dir)[key] for key in kept]
+    assert assert_same_checkpoint(run_dir, other_dir)["global_step"] == 18
+    assert_same_results(run_dir, other_dir)
 
 
 def named(run_dir):

@@ -12,7 +12,7 @@ from qat.tasks.train import train
 from tests.conftest import tiny
 from tests.errors import usage_error
 from tests.nets import FAMILIES
-from tests.tiny import float_recipe, sites
+from tests.tiny import float_recipe, identical, sites
 
 # Name of a family, and what is asked of timm; by the class that timm wraps the net in.
 BACKBONES = {
@@ -69,10 +69,10 @@ def test_from_conversion_to_a_packed_file(kind, tmp_path):
 
     expected = maps(net, x)
     qat.save(net, tmp_path / "net.ckpt")
-    assert all(map(torch.equal, maps(qat.load(tmp_path / "net.ckpt"), x), expected))
+    assert identical(maps(qat.load(tmp_path / "net.ckpt"), x), expected)
     frozen = qat.freeze(net)
     read = qat.from_pretrained(qat.save_pretrained(net, tmp_path / "shared"))
-    assert all(map(torch.equal, maps(read, x), maps(frozen, x)))
+    assert identical(maps(read, x), maps(frozen, x))
     assert_maps(maps(frozen, x), expected, 2e-5)
 
 
@@ -87,7 +87,7 @@ def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
     qat.convert(wrapped, qat.recipe("ofq", bits=4), input_size=family.input_size)
     state, names = net.state_dict(), wrapped.model.state_dict()
     wrapped.model.load_state_dict({name: state[name] for name in names if name in state})
-    assert all(map(torch.equal, maps(wrapped, x), found))
+    assert identical(maps(wrapped, x), found)
 
 
 def test_a_net_around_it_is_converted_as_a_whole():

@@ -1,13 +1,12 @@
 """Each part of a recipe is switched alone from the command line. Oracle: which quantizers are left, and what a step of training moves."""
 
 import pytest
-import torch
 
 import qat
 from qat.tasks import build
 from tests.conftest import compose
 from tests.nets import ATTENTIONS
-from tests.tiny import convert, images, sites, vit, with_scales
+from tests.tiny import convert, images, moved_by_a_step, sites, vit, with_scales
 
 # Overrides, and per role of the net what quantizes it inside the blocks; roles that are left out are the same as without the switch.
 SWITCHES = {
@@ -48,15 +47,6 @@ def net(*overrides):
     return with_scales(convert(vit(), build.build_recipe(cfg)))
 
 
-def moves(model, x):
-    """Names of parameters that one optimizer step moves; all gradients have to be finite."""
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.train()(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0).step()
-    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-
-
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_one_switch_changes_one_thing(switch):
     overrides, changed = SWITCHES[switch]
@@ -70,7 +60,7 @@ def test_one_switch_changes_one_thing(switch):
     assert inside == {role: name for role, name in expected.items() if name is not None}
     for site in qat.iter_quantizers(model):
         assert site.quantizer.spec.quantizer != "float" or site.quantizer.spec.bits == 32
-    assert moves(model, images()) == {n for n, _ in model.named_parameters()}
+    assert moved_by_a_step(model, images()) == {n for n, _ in model.named_parameters()}
 
 
 FAMILIES = {
@@ -100,4 +90,4 @@ def test_mixed_precision_by_name(name):
     assert found[f"{second}.mlp.fc2.weight_quantizer"] == ("statsq", 3)
     assert found[f"{second}.mlp.fc1.weight_quantizer"] == ("statsq", 2)
     assert found.get(f"{second}.attn.v_quantizer", ("float", 32)) == ("float", 32)
-    assert moves(model, family.images(4))
+    assert moved_by_a_step(model, family.images(4))

@@ -29,6 +29,7 @@ from tests.tiny import (
     DISTILLED,
     convert,
     converted,
+    identical,
     images,
     logits,
     quantized,
@@ -106,7 +107,7 @@ def test_deviates_from_reference_sign_of_images_is_found_at_initialisation():
     expected = logits(net, images().abs())
     state = {k: v.clone() for k, v in net.state_dict().items()}
     logits(net, -images().abs())
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert identical(state, net.state_dict())
     assert torch.equal(logits(net, images().abs()), expected)
     assert sites(net)["patch_embed.proj.input_quantizer"].quantizer.codes(images()).min() == 0
 

@@ -12,7 +12,7 @@ from qat.model.transfer import timm_state_dict
 from qat.nn import QkrAttention, ScoredAttention
 from tests.conftest import ROOT
 from tests.nets import ATTENTIONS, FAMILIES, GENERIC, families
-from tests.tiny import float_recipe, logits
+from tests.tiny import float_recipe, logits, moved_by_a_step
 
 KINDS = {
     name: ("qkr", "standard", "float") if family.qkr else ("standard", "float")
@@ -57,14 +57,11 @@ def test_without_rounding_the_generic_path_changes_nothing(name):
 @pytest.mark.parametrize("name", families())
 def test_one_step_of_training(name, tmp_path):
     family = FAMILIES[name]
-    net = quantized(family, bits=4).train()
-    before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    net(family.images(4)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-    torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0).step()
+    net = quantized(family, bits=4)
+    moved = moved_by_a_step(net, family.images(4))
     # Not all: in nets as small as these a window of one token or a dead unit leaves a weight without gradient.
-    moved = [not torch.equal(p, before[n]) for n, p in net.named_parameters() if p.ndim > 1]
-    assert sum(moved) > 0.8 * len(moved)
+    weights = [name for name, p in net.named_parameters() if p.ndim > 1]
+    assert len(moved.intersection(weights)) > 0.8 * len(weights)
     qat.save(net, tmp_path / "net.ckpt")
     x = family.images()
     assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), x), logits(net, x))

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from qat.cli import mistakes
 from qat.model import pretrained
 from tests.campaign.checkpoints import Payload
-from tests.conftest import compose, results, tiny
+from tests.conftest import compose, contents, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
 NOTHING_TO_DO = "must be above 0"
@@ -210,10 +210,6 @@ def overrides(typed, places):
     for name, path in places.items():
         typed = typed.replace(f"{{{name}}}", path)
     return typed.split()
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.sample(40)

@@ -19,6 +19,7 @@ from qat.export import check
 from qat.export.runtimes import OPENVINO, logits_of, open_session
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
+from tests.errors import usage_error
 
 SMALL = {
     "img_size": 8,
@@ -197,9 +198,8 @@ def test_an_executorch_file(deployable, tmp_path, caplog):
 
 def test_executorch_that_is_not_installed_is_one_line(deployable, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        qat.UsageError,
-        match=r"^format=executorch: executorch is not installed; pip install -e '.\[executorch\]'$",
+    with usage_error(
+        r"^format=executorch: executorch is not installed; pip install -e '.\[executorch\]'$",
     ):
         exported(tmp_path, f"ckpt={deployable}", "format=executorch")
     assert list(tmp_path.glob("net*")) == []
@@ -241,9 +241,8 @@ def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, mo
         qat.tasks.export, "write_packed", lambda net, path, meta: broken(path, net, meta)
     )
     (tmp_path / "net.safetensors").write_text("the older one")
-    with pytest.raises(
-        qat.UsageError,
-        match=r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected",
+    with usage_error(
+        r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected",
     ):
         exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed", "overwrite=true")
     assert (tmp_path / "net.safetensors").read_text() == "the older one"
@@ -270,23 +269,21 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_line(line, run_2bit, tmp_path):
     ckpt = [] if line.startswith("ckpt") else [f"ckpt={last(run_2bit)}"]
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         exported(tmp_path, *ckpt, *MISTAKES[line])
     assert list(tmp_path.glob("net*")) == []
 
 
 def test_a_float_net_is_refused(tmp_path):
     run = train(tmp_path / "fp", "quant=fp")
-    with pytest.raises(qat.UsageError, match="contains a float model; must be a quantized model"):
+    with usage_error("contains a float model; must be a quantized model"):
         exported(tmp_path, f"ckpt={last(run)}")
 
 
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):
     path, _ = onnx_file
     before = path.read_bytes()
-    with pytest.raises(
-        qat.UsageError, match="net.onnx exists already; set overwrite=true to replace it"
-    ):
+    with usage_error("net.onnx exists already; set overwrite=true to replace it"):
         exported(path.parent, f"ckpt={last(run_2bit)}")
     assert path.read_bytes() == before
 

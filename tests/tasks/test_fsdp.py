@@ -17,6 +17,7 @@ from qat.tasks import fit
 from qat.tasks.train import train
 from qat.utils.files import read_torch
 from tests.conftest import compose
+from tests.errors import usage_error
 from tests.processes import in_processes
 from tests.tasks.test_processes import KilledError, farthest, leaves
 
@@ -200,7 +201,7 @@ ALLOWED = "needs whole weights; must be ddp$"
     ],
 )
 def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
-    with pytest.raises(UsageError, match=rf"^trainer\.strategy='fsdp': {line}"):
+    with usage_error(rf"^trainer\.strategy='fsdp': {line}"):
         train(
             compose(
                 "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", *settings
@@ -220,7 +221,7 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
-    with pytest.raises(UsageError, match=line):
+    with usage_error(line):
         train(
             compose(
                 "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting

@@ -16,6 +16,7 @@ from tests.callbacks.fitting import batches, differing, module, net
 from tests.callbacks.fitting import fit as fit_lightning
 from tests.commands import run_python
 from tests.conftest import compose
+from tests.errors import usage_error
 from tests.tasks.test_resume import assert_same_run, killed_at, run
 
 
@@ -68,7 +69,7 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 def test_graphs_are_refused_without_cuda(accelerator):
     line = f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator='{accelerator}' has none; must be one of true, false, auto"
-    with pytest.raises(qat.UsageError, match=f"^{re.escape(line)}$"):
+    with usage_error(f"^{re.escape(line)}$"):
         fit.build_callbacks(
             compose("train", "compile=graphs", f"trainer.accelerator={accelerator}", "run_dir=a")
         )

@@ -1,17 +1,16 @@
 """What recipes of vision transformers are made of, switched on by config. Oracles: hand computation over the steps of the same run."""
 
-import csv
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 
-import qat
 from qat.callbacks import EMAWeightAveraging
 from qat.model.checkpoint import read_checkpoint
 from qat.tasks import fit
-from tests.conftest import evaluate, results, train
+from tests.conftest import column, evaluate, results, train
+from tests.errors import usage_error
 
 SGD = (
     "optimizer=sgd",
@@ -57,14 +56,6 @@ def load(run_dir, name="last.ckpt"):
     return torch.load(run_dir / "checkpoints" / name, weights_only=True)
 
 
-def column(run_dir, name):
-    return [
-        float(row[name])
-        for row in csv.DictReader((run_dir / "metrics.csv").open())
-        if row.get(name)
-    ]
-
-
 def test_averaged_weights(watched):
     run_dir, steps = watched(
         "callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.limit_train_batches=4"
@@ -100,9 +91,8 @@ def test_averages_end_with_the_training_and_are_not_dropped_on_resume(tmp_path):
     train(tmp_path / "run", "callbacks=[default,ema]", "callbacks.ema.decay=0", *noisy)
     found = evaluate(tmp_path / "best", f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "split=val")
     assert results(tmp_path / "run")["val_top1"] == pytest.approx(found["top1"])
-    with pytest.raises(
-        qat.UsageError,
-        match=r"resume: the run averages its weights; resume with callbacks=\[default,ema\]",
+    with usage_error(
+        r"resume: the run averages its weights; resume with callbacks=\[default,ema\]",
     ):
         train(tmp_path / "run", "resume=true", *noisy[:2], "trainer.max_epochs=4", "optimizer.lr=1")
 

@@ -3,13 +3,12 @@
 import shutil
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 
 from qat.tasks import fit
 from tests.conftest import results
-from tests.tasks.test_resume import killed_at, last, metrics, run
+from tests.tasks.test_resume import assert_same_checkpoint, killed_at, last, metrics, run
 
 EPOCHS = (
     "trainer.limit_train_batches=4",
@@ -36,15 +35,6 @@ def with_callback(callback, monkeypatch, run_dir, *settings):
         return run(run_dir, *settings)
 
 
-def assert_same(run_dir, whole):
-    ours, theirs = last(run_dir), last(whole)
-    assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
-    for key in ("state_dict", "current_model_state"):
-        assert [
-            name for name in theirs[key] if not torch.equal(ours[key][name], theirs[key][name])
-        ] == []
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Three epochs of four steps."""
@@ -63,7 +53,7 @@ def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch, *EPOCHS, "trainer.max_steps=10")
     run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=auto")
     assert last(run_dir)["global_step"] == 10
-    assert_same(run_dir, ten)
+    assert_same_checkpoint(run_dir, ten, "current_model_state")
     assert metrics(run_dir) == metrics(ten)
 
 
@@ -74,15 +64,15 @@ def test_a_later_limit_of_steps_loses_no_image(tmp_path, ten, whole, caplog):
     assert caplog.messages.count("trainer.max_steps=6 is reached") == 1
     assert last(run_dir)["global_step"] == 6
     run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=true")
-    assert_same(run_dir, ten)
+    assert_same_checkpoint(run_dir, ten, "current_model_state")
     run(run_dir, *EPOCHS, "resume=true")
-    assert_same(run_dir, whole)
+    assert_same_checkpoint(run_dir, whole, "current_model_state")
 
 
 def test_a_run_at_its_limit_of_steps_stays_there(tmp_path, ten):
     again = shutil.copytree(ten, tmp_path / "run")
     run(again, *EPOCHS, "trainer.max_steps=10", "resume=true")
-    assert_same(again, ten)
+    assert_same_checkpoint(again, ten, "current_model_state")
     kept = ("top1", "val_top1", "weights")
     assert [results(again)[key] for key in kept] == [results(ten)[key] for key in kept]
 
@@ -94,7 +84,7 @@ def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
     )
     assert last(run_dir)["global_step"] == 6
     run(run_dir, *EPOCHS, "resume=true")
-    assert_same(run_dir, whole)
+    assert_same_checkpoint(run_dir, whole, "current_model_state")
 
 
 def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
@@ -106,7 +96,7 @@ def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
         run_dir = run(tmp_path / "run", *settings, "+trainer.max_time=00:00:00:30")
     assert last(run_dir)["global_step"] == 1
     run(run_dir, *settings, "resume=true")
-    assert_same(run_dir, run(tmp_path / "whole", *settings))
+    assert_same_checkpoint(run_dir, run(tmp_path / "whole", *settings), "current_model_state")
 
 
 def test_the_last_step_is_validated(ten):

@@ -8,7 +8,9 @@ import torch
 import qat
 from qat.model.checkpoint import read_checkpoint
 from qat.tasks import fit
+from tests.callbacks.fitting import differing
 from tests.conftest import compose, train
+from tests.errors import usage_error
 from tests.tiny import images, quantized
 
 
@@ -21,10 +23,7 @@ def test_checkpointing_computes_the_same(tmp_path):
     settings = ("model.args.drop_path_rate=0.3", "++model.args.depth=2")
     plain = train(tmp_path / "plain", *settings)
     saved = train(tmp_path / "saved", "model.grad_checkpointing=true", *settings)
-    theirs = weights(plain)
-    assert [
-        name for name, value in weights(saved).items() if not torch.equal(value, theirs[name])
-    ] == []
+    assert differing(weights(saved), weights(plain)) == []
 
 
 def test_checkpointing_switches_the_net():
@@ -56,7 +55,7 @@ def test_no_compiler(asked, monkeypatch, caplog):
             f"compile=auto: the model is not compiled: {why}"
         ]
         return
-    with pytest.raises(qat.UsageError, match=re.escape(f"compile={asked}: {why}; must be false")):
+    with usage_error(re.escape(f"compile={asked}: {why}; must be false")):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
 
 

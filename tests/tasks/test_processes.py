@@ -15,6 +15,7 @@ from qat.tasks.train import train
 from qat.utils.files import csv_rows
 from tests.conftest import compose, results
 from tests.processes import in_processes
+from tests.tiny import identical
 
 NET = (
     "model.args.embed_dim=24",
@@ -156,7 +157,7 @@ def test_two_processes_equal_one(tmp_path, quant, seed):
         note(two, "end", 1)["net"],
         note(one, "end")["net"],
     )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert identical(first, second)
     assert farthest(first, alone) <= 1e-5
     assert (
         farthest(note(one, "end")["steps"][0]["net"], alone) > 1e-3
@@ -185,7 +186,7 @@ def test_what_callbacks_know_is_the_same_in_all_processes(tmp_path):
         )
         assert first.keys() == second.keys() == alone.keys()
         assert any("/states/" in name for name in first)
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert identical(first, second)
         assert farthest(first, alone) <= 1e-5
 
 

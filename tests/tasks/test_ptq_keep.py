@@ -13,6 +13,7 @@ from qat.ptq.search import SearchSettings
 from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import calibration_batches
 from qat.tasks.subject import build_subject
+from tests.callbacks.fitting import differing
 from tests.conftest import compose, evaluate, results, train
 from tests.ptq.searching import whole_fitness
 from tests.tasks.test_evaluate import last
@@ -53,8 +54,7 @@ def changed(one, two):
         }
         for path in (one, two)
     )
-    assert one.keys() == two.keys()
-    return {name for name in one if not torch.equal(one[name], two[name])}
+    return set(differing(one, two))
 
 
 def fitnesses(folder):

@@ -9,6 +9,7 @@ from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import _settings_to_resume
 from qat.utils.files import write_torch
 from tests.conftest import compose, evaluate, results
+from tests.errors import usage_error
 from tests.tasks.test_evaluate import last
 
 SMALL = ("data.calibration_images=64", "ptq.batch=32")
@@ -78,9 +79,8 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     (tmp_path / "q/config.yaml").write_text("ptq: [")
     quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
-    with pytest.raises(
-        qat.UsageError,
-        match=r"ptq\.method='compensate' \(the run had 'reconstruct'\): a resumed run keeps its method",
+    with usage_error(
+        r"ptq\.method='compensate' \(the run had 'reconstruct'\): a resumed run keeps its method",
     ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 
@@ -90,7 +90,7 @@ def test_a_state_without_settings_beside_a_damaged_config(tmp_path, text):
     write_torch(tmp_path / "search.ckpt", {"settings": {}, "inputs": "", "rows": [], "state": {}})
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(qat.UsageError, match=r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
+    with usage_error(r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
         _settings_to_resume(tmp_path / "search.ckpt")
     (tmp_path / "config.yaml").write_text("ptq: {method: calibrate}")
     assert _settings_to_resume(tmp_path / "search.ckpt") == {"ptq": {"method": "calibrate"}}
@@ -113,5 +113,5 @@ def test_what_cannot_work_is_one_line(tmp_path, float_run):
         ),
         (("ptq=compensate_w4a4", "resume=true"), r"has no search\.ckpt and no reconstruct\.ckpt"),
     ):
-        with pytest.raises(qat.UsageError, match=line):
+        with usage_error(line):
             quantize(tmp_path / "q", float_run, *overrides)

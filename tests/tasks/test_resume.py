@@ -13,7 +13,9 @@ import qat
 from qat.lit.strategies import AtomicCheckpointIO
 from qat.tasks import build, fit
 from qat.tasks.resume import find_resume
+from tests.callbacks.fitting import differing
 from tests.conftest import compose, results, train
+from tests.errors import usage_error
 
 # Nine steps an epoch, three epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
 # numbers in loader and step; the averaged weights are state of a callback.
@@ -75,23 +77,29 @@ def metrics(run_dir):
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def assert_same_run(run_dir, full):
+def assert_same_checkpoint(run_dir, full, *averages):
+    """Weights, averages and moments of two runs are equal; gives the checkpoint of the second."""
     ours, theirs = last(run_dir), last(full)
-    assert ours["global_step"] == theirs["global_step"] == 27
-    for key in ("state_dict", "current_model_state", "averaging_state"):
-        assert [n for n in theirs[key] if not torch.equal(ours[key][n], theirs[key][n])] == []
-    assert any(
-        not torch.equal(theirs["state_dict"][n], value)
-        for n, value in theirs["current_model_state"].items()
-    )
+    assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
+    for key in ("state_dict", *averages):
+        assert differing(ours[key], theirs[key]) == []
     moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs)]
+    assert moments[1]
     for index, state in moments[1].items():
-        assert all(
-            torch.equal(moments[0][index][key], state[key])
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        )
+        assert differing(moments[0][index], state) == []
+    return theirs
+
+
+def assert_same_results(run_dir, full):
     kept = ("top1", "top5", "loss", "val_top1", "weights")
     assert [results(run_dir)[k] for k in kept] == [results(full)[k] for k in kept]
+
+
+def assert_same_run(run_dir, full):
+    theirs = assert_same_checkpoint(run_dir, full, "current_model_state", "averaging_state")
+    assert theirs["global_step"] == 27
+    assert differing(theirs["state_dict"], theirs["current_model_state"])
+    assert_same_results(run_dir, full)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +215,7 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
     ],
 )
 def test_another_run_is_not_continued(overrides, message, full):
-    with pytest.raises(qat.UsageError, match=message):
+    with usage_error(message):
         run(full, *(["resume=true", *overrides]))
 
 
@@ -218,16 +226,15 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
     content = torch.load(path, weights_only=True)
     assert content["qat"]["recipe"].pop("step_init") == "lsq"
     torch.save(content, path)
-    with pytest.raises(qat.UsageError, match=r"has another recipe \(quant: step_init\)"):
+    with usage_error(r"has another recipe \(quant: step_init\)"):
         run(run_dir, "resume=true", "quant.step_init=mse")
     run(run_dir, "resume=true")
     assert_same_run(run_dir, full)
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(
-        qat.UsageError,
-        match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start",
+    with usage_error(
+        r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start",
     ):
         run(tmp_path / "run", "resume=true")
 
@@ -266,7 +273,7 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
     if damage == "gone":
         assert resumed(tmp_path) is None
         return
-    with pytest.raises(qat.UsageError, match=r"resume='.*last.prev.ckpt': [^\n]+$"):
+    with usage_error(r"resume='.*last.prev.ckpt': [^\n]+$"):
         resumed(tmp_path)
 
 
@@ -356,9 +363,7 @@ def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
     net = qat.load(own)
     torch.nn.init.zeros_(net.head.weight)
     qat.save(net, own)
-    with pytest.raises(
-        qat.UsageError, match=r"^resume: .*last\.ckpt was trained with other weights of the teacher"
-    ):
+    with usage_error(r"^resume: .*last\.ckpt was trained with other weights of the teacher"):
         train(*first, f"{setting}={own}", "resume=true")
     train(*first, f"{setting}={other}", "resume=true")
 
@@ -443,7 +448,7 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
         run_dir, folder, "resume=true", "data.memory_mb=0"
     )  # elsewhere, and read in another way: the same images
     change(folder)
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         photo_run(run_dir, folder, "resume=true")
     if "class" in line:
         return
@@ -468,7 +473,7 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
 )
 def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
     before = (full / "config.yaml").read_bytes()
-    with pytest.raises(qat.UsageError, match=line):
+    with usage_error(line):
         run(full, "resume=true", *changes)
     assert (full / "config.yaml").read_bytes() == before
 
@@ -493,9 +498,8 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
     for path in folder.glob("last*"):
         path.unlink()
     shutil.copy(full / "checkpoints" / "best.ckpt", folder / "best.ckpt")
-    with pytest.raises(
-        qat.UsageError,
-        match=r"holds best.ckpt already; choose another run_dir or set overwrite=true",
+    with usage_error(
+        r"holds best.ckpt already; choose another run_dir or set overwrite=true",
     ):
         run(run_dir, "resume=false")
     run(run_dir, "resume=auto")
@@ -504,8 +508,6 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
 
 def test_a_dry_run_leaves_a_run_alone(full):
     before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
-    with pytest.raises(
-        qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "
-    ):
+    with usage_error(r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "):
         run(full, "resume=auto", "overwrite=true", "trainer.fast_dev_run=true")
     assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before

@@ -68,8 +68,6 @@ def test_lightnings_arguments_go_by_their_names():
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        ("+colour=3", "colour: unknown; must be one of allow_changed_data, callbacks, "),
-        ("+model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
         ("ckpt=''", "ckpt='': must be a path; null = none"),
         ("teacher.ckpt=''", "teacher.ckpt='': must be a path; null = none"),
         *(
@@ -81,7 +79,6 @@ def test_lightnings_arguments_go_by_their_names():
             "ckpt_bits=4",
             "ckpt_bits=4: works only with files of the paper's code (ckpt_format=ofq); set ckpt=FILE",
         ),
-        ("resume=yes", "resume='yes': must be one of false, true, auto"),
     ],
 )
 def test_what_cannot_work_is_named(typed, line):

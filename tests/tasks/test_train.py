@@ -20,7 +20,8 @@ from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_scratch
 from qat.tasks import build
 from qat.tasks.teacher import build_teacher
-from tests.conftest import evaluate, results, tiny, train, write_cifar
+from tests.conftest import column, evaluate, results, tiny, train, write_cifar
+from tests.tiny import identical
 
 KEYS = [
     *(
@@ -47,14 +48,6 @@ STILL, STANDSTILL = ("optimizer.lr=1e-30", "scheduler.min_lr=0"), 1e-29
 
 def state(run_dir, name="last.ckpt"):
     return read_checkpoint(run_dir / "checkpoints" / name).state
-
-
-def column(run_dir, name):
-    return [
-        float(row[name])
-        for row in csv.DictReader((run_dir / "metrics.csv").open())
-        if row.get(name)
-    ]
 
 
 def plain_weights(path, classes=10):
@@ -132,7 +125,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
     again = train(tmp_path / "again", "trainer.max_epochs=3", "seed=3", "data.num_workers=1")
     other = train(tmp_path / "other", "trainer.max_epochs=3", "seed=4")
     first, second, third = state(run_2bit), state(again), state(other)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert identical(first, second)
     assert not torch.equal(first["head.weight"], third["head.weight"])
 
 

@@ -22,7 +22,7 @@ from qat.kernels.fused import (
 from qat.kernels.fused import weight as of_weight
 from tests import tiny
 from tests.kernels.fused import simple
-from tests.tiny import kept_bytes
+from tests.tiny import identical, kept_bytes
 
 B, N, H, D = 4, 7, 2, 6
 C = H * D
@@ -94,6 +94,17 @@ def test_linear(params, bias, offsets):
     compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
 
 
+@pytest.mark.parametrize("name", ["lsq", "half steps", "a step a tensor"])
+def test_steps_of_a_frozen_weight_learn(name):
+    x, o, w, params, b = linear_parts(params=WEIGHTS[name])
+    parts = x, o, w.detach(), params, b
+    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
+    x, weights, params, operands = qkr_parts(params=(learned(H * C), learned(C)))
+    weights = weights._replace(matrix=weights.matrix.detach(), v=weights.v.detach())
+    parts, scoring = (x, weights, params, operands), Scoring(None, None, H, 0.07, save_probs=True)
+    compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts))
+
+
 @pytest.mark.parametrize(
     "params", [STATSQ, WEIGHTS["lsq"], WeightParams(None)], ids=["statsq", "lsq", "none"]
 )
@@ -103,7 +114,7 @@ def test_backward_with_the_quantized_weight_at_hand_gives_the_same_bits(params, 
         monkeypatch.setattr(of_weight, "SAVED_ON", kept)
         parts = linear_parts(params=params)
         found.append(torch.autograd.grad(lsq_linear(*parts).square().sum(), leaves(*parts)))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert identical(*found)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_what_can_be_made_again_is_not_kept(how):
     tensors = leaves(inputs, o, w, b)
     assert torch.equal(with_note, without)
     grads = (torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without))
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert identical(*grads)
 
 
 def test_a_tensor_written_into_is_kept_itself():
