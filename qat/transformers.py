@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.model.convert import apply_recipe, convert
+from qat.model.convert import SIGNS, apply_recipe, convert
 from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME
 from qat.spec import QuantRecipe
@@ -44,7 +44,7 @@ class QatConfig(QuantizationConfigMixin):
         recipe: str | QuantRecipe | Mapping[str, Any],
         *,
         input_size: tuple[int, int, int] | None = None,
-        signs: str = "probe",
+        signs: str = SIGNS,
         **knobs: Any,
     ) -> None:
         self.quant_method = NAME  # type: ignore[assignment]

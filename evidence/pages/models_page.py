@@ -32,7 +32,8 @@ if more than 1 % of the multiply-accumulates stay float against the recipe, and 
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a
   feature map has one scale (`quant.map_scales=column`: one per column).
 - A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`,
-  `deploy_w4a8`); others are signed.
+  `deploy_w4a8`); others are signed. A convolution after SiLU or Hardswish has signed inputs: it has
+  no offset that could fit their negative tails.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|

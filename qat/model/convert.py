@@ -39,6 +39,8 @@ from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import check_images
 
+SIGNS = "tails"
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -48,13 +50,15 @@ class Conversion:
         recipe: the recipe.
         input_size: (channels, height, width) of the images for which scales and offsets were
             created.
-        signs: which inputs have unsigned grids: all inputs that come from an activation function
-            (`probe`), or only such inputs in timm's `Mlp` (`mlp`), as in older files.
+        signs: which inputs have unsigned grids: those that come from an activation function
+            (`tails`: not those of convolutions after SiLU or Hardswish, whose negative tails are
+            too long; `probe`, in older files: all), or only such inputs in timm's `Mlp` (`mlp`, in
+            still older files).
     """
 
     recipe: QuantRecipe
     input_size: tuple[int, int, int]
-    signs: str = "probe"
+    signs: str = SIGNS
 
 
 def conversion_of(net: nn.Module) -> Conversion | None:
@@ -122,7 +126,7 @@ def apply_recipe(
     recipe: QuantRecipe,
     *,
     input_size: tuple[int, int, int] | None,
-    signs: str = "probe",
+    signs: str = SIGNS,
 ) -> list[str]:
     """`convert` without the warning, to rebuild a model that was converted before.
 
@@ -155,9 +159,9 @@ def apply_recipe(
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     original_class = type(net)
     original_modules = dict(net._modules)
-    tracer = ActivationTracer(activation_classes())
+    tracer = ActivationTracer(activation_classes(), keeps_tails=signs == SIGNS)
     try:
-        if signs == "probe":
+        if signs != "mlp":
             # Tensors created in inference mode do not count their changes.
             with tracer, interface.searching(), torch.inference_mode(mode=False):
                 check_input(net, size, tracer.hooks(net))
@@ -332,7 +336,8 @@ def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")
-        if input_kind == "float":
+        # The low-rank factors of PEFT's LoRA train in float, next to a quantized layer.
+        if input_kind == "float" or child_name.startswith("lora_"):
             walk.in_float.append(path)
             continue
         if child is None or isinstance(child, Quantizer):

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 from qat.errors import UsageError
 from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
-from qat.model.convert import apply_recipe
+from qat.model.convert import SIGNS, apply_recipe
 from qat.model.foreign_weights import grow_biases
 from qat.model.freeze import NOT_PLAIN, freeze_structure, prune_offsets
 from qat.model.frozen import is_frozen
@@ -209,7 +209,7 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         # Older files do not state how the signs of inputs were found.
-        signs = "probe" if meta.get("signs") == "probe" else "mlp"
+        signs = meta["signs"] if meta.get("signs") in {"probe", SIGNS} else "mlp"
         apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):
             freeze_structure(net)
