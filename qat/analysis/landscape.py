@@ -79,7 +79,7 @@ class Landscape(Analysis):
                 "so that the unchanged model is the middle point"
             )
         # From 0.5 on, a scale that changes in both directions could reach zero.
-        check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
+        check_number("analysis.radius", self.radius, 0, exclusive_lowest=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
         targets = check_globs("analysis.targets", self.targets, "attn.*.weight")
         object.__setattr__(self, "targets", targets)

@@ -99,8 +99,8 @@ class Robustness(Analysis):
             check_choice("analysis.parts", part, PARTS)
         for bits in check_list("analysis.bits", self.bits):
             check_bits("analysis.bits", bits, "float")
-        check_number("analysis.low", self.low, 0, above=True)
-        check_number("analysis.high", self.high, self.low, above=True)
+        check_number("analysis.low", self.low, 0, exclusive_lowest=True)
+        check_number("analysis.high", self.high, self.low, exclusive_lowest=True)
         check_int("analysis.ratios", self.ratios, 2)
         check_choice("analysis.steps_from", self.steps_from, STEPS_FROM)
         if self.float_bits is not None:

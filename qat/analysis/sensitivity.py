@@ -129,7 +129,7 @@ class Sensitivity(Analysis):
         for width in check_list("analysis.bits", self.bits):
             check_bits("analysis.bits", width)
         if self.budget_mb is not None:
-            check_number("analysis.budget_mb", self.budget_mb, 0, above=True)
+            check_number("analysis.budget_mb", self.budget_mb, 0, exclusive_lowest=True)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Evaluate each layer in float and at other bits, then all suggested bits together.

@@ -93,7 +93,7 @@ class CGA(Callback):
         qk: str = "reference",
     ) -> None:
         check_boundary("callbacks.cga.boundary_range", boundary_range)
-        check_number("callbacks.cga.lr", lr, 0, above=True)
+        check_number("callbacks.cga.lr", lr, 0, exclusive_lowest=True)
         check_choice("callbacks.cga.qk", qk, QK_POLICIES)
         if epochs is not None:
             check_int("callbacks.cga.epochs", epochs, 1)

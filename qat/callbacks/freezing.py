@@ -58,7 +58,9 @@ class IterativeFreezing(Callback):
         self.final_threshold = final_threshold
         self.momentum = momentum
         for name in ("threshold", "final_threshold", "momentum"):
-            check_number(f"callbacks.freeze.{name}", getattr(self, name), 0, above=True, below=1)
+            check_number(
+                f"callbacks.freeze.{name}", getattr(self, name), 0, exclusive_lowest=True, below=1
+            )
         self._num_steps = math.inf
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}

@@ -103,7 +103,7 @@ class Oscillation(Callback):
         max_bits: int = 4,
         dirpath: str | None = None,
     ) -> None:
-        check_number("callbacks.oscillation.momentum", momentum, 0, above=True, below=1)
+        check_number("callbacks.oscillation.momentum", momentum, 0, exclusive_lowest=True, below=1)
         check_number("callbacks.oscillation.threshold", threshold, 0, below=1)
         check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
         check_int("callbacks.oscillation.max_bits", max_bits, LOWEST_BITS, HIGHEST_BITS)

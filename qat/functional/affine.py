@@ -23,7 +23,7 @@ def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of every slice along `axis`.
 
     Returns:
-        Two float32 tensors, (x.shape[axis],) each, or (1,) for None.
+        Two float32 tensors, (x.shape[axis],) each, or (1,) each if `axis` is None.
     """
     low, high = slices_along(x, axis).aminmax(dim=1)
     return low, high
@@ -33,7 +33,7 @@ def slices_along(x: Tensor, axis: int | None) -> Tensor:
     """Reshape a tensor so that each row contains the values that share a scale.
 
     Returns:
-        (x.shape[axis], m), or (1, m) for None; float32 without gradient.
+        (x.shape[axis], m), or (1, m) if `axis` is None; float32 without gradient.
     """
     x = x.detach().float()
     if axis is None:
@@ -45,8 +45,8 @@ def symmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Te
     """Scale and zero point of a range around 0.
 
     Returns:
-        Scale max(|low|, |high|) / ((qmax - qmin) / 2), at least float32 eps, and zero point 0; the
-        shape of `low`.
+        The scale max(|low|, |high|) / ((qmax - qmin) / 2), at least float32 eps, and the zero point
+        0. Both have the shape of `low`.
     """
     largest = torch.maximum(low.abs(), high.abs())
     scale = (largest / ((qmax - qmin) / 2)).clamp(min=_EPS)
@@ -57,8 +57,8 @@ def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[T
     """Scale and zero point that map a range to all codes.
 
     Returns:
-        Scale (high - low) / (qmax - qmin), at least float32 eps, and zero point
-        qmin - round(low / scale), clamped to the codes; the shape of `low`.
+        The scale (high - low) / (qmax - qmin), at least float32 eps, and the zero point
+        qmin - round(low / scale), clamped to the codes. Both have the shape of `low`.
     """
     scale = ((high - low) / (qmax - qmin)).clamp(min=_EPS)
     zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax)
@@ -71,8 +71,8 @@ def affine_from_range(
     """Scale and zero point of a range: symmetric for signed codes, asymmetric for unsigned.
 
     Returns:
-        Scale (at least float32 eps) and zero point (a whole number stored as float32), the shape of
-        `low`.
+        Scale (at least float32 eps) and zero point (a whole number stored as float32). Both have
+        the shape of `low`.
     """
     qmin, qmax = code_range(bits, signed=signed)
     if signed:
@@ -83,10 +83,10 @@ def affine_from_range(
 def affine_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """Integer codes of `fake_quantize_affine`, in [qmin, qmax] and including the zero point.
+    """Integer codes of `fake_quantize_affine`, in [qmin, qmax], with the zero point added.
 
     Returns:
-        The shape of `x`, in the smallest integer dtype that holds the codes.
+        Codes in the shape of `x`, in the smallest integer dtype for [qmin, qmax].
     """
     step = view_along(scale.detach(), x.ndim, axis)
     zero = view_along(zero_point, x.ndim, axis)
@@ -97,9 +97,10 @@ def affine_codes(
 def fake_quantize_affine(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """(clamp(round(x / s + z), qmin, qmax) - z) * s.
+    """Fake-quantize to (clamp(round(x / s + z), qmin, qmax) - z) * s.
 
-    The gradient passes straight through the rounding; codes outside the range have no gradient.
+    The gradient passes straight through the rounding. Elements whose code is outside the range get
+    a gradient of zero.
 
     Args:
         x: any shape and float dtype; computed in float32.
@@ -107,7 +108,7 @@ def fake_quantize_affine(
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which scales differ; None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
 
     Returns:
         The shape and dtype of `x`.
@@ -134,8 +135,8 @@ def fake_quantize_affine_(
 ) -> Tensor:
     """`fake_quantize_affine` in place, without autograd: one buffer for all operations.
 
-    It runs the operations of `fake_quantize_affine` in the same order, so finite values agree to
-    the last bit, except for the sign of zeros. An infinite value gets the outermost code.
+    The operations run in the same order as in `fake_quantize_affine`, so finite values are
+    bit-identical, except for the sign of zeros. An infinite value gets the outermost code.
 
     Args:
         x: any shape and float dtype; overwritten.
@@ -143,7 +144,7 @@ def fake_quantize_affine_(
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which scales differ; None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
 
     Returns:
         `x`.
@@ -156,17 +157,18 @@ def fake_quantize_affine_(
 
 
 def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
-    """(q - mean q) std w / (std q + 1e-8) + mean w in every slice along `axis`.
+    """Give every slice of `quantized` along `axis` the mean and standard deviation of `w`.
 
-    Standard deviations are unbiased. The result leaves the integer grid: it is an affine map of the
-    grid per output channel. A slice of one element becomes w.
+    The result is (q - mean q) std w / (std q + 1e-8) + mean w, with unbiased standard deviations.
+    Its values are not on the integer grid, but on an affine map of the grid for each output
+    channel. A slice of one element becomes w.
 
     Source: Banner et al., arXiv 1810.05723, as used by Evol-Q (arXiv 2308.10814).
 
     Args:
         quantized: the fake-quantized weight, any shape.
         w: the float weight, the same shape.
-        axis: output channels.
+        axis: dimension of the output channels.
 
     Returns:
         The shape and dtype of `quantized`.
@@ -179,6 +181,6 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     ratio = view_along(std_w / (std_q + 1e-8), w.ndim, axis)
     mean_q = view_along(rows_q.mean(-1), w.ndim, axis)
     mean_w = view_along(rows_w.mean(-1), w.ndim, axis)
-    # Adding and subtracting mean q rounds as the reference code does, so losses agree to the bit.
+    # Adding and subtracting mean q rounds as the reference code does, so losses are bit-identical.
     corrected = (quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w
     return corrected.to(quantized.dtype)

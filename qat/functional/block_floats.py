@@ -27,16 +27,16 @@ _E2M1 = [*_E2M1_SIZES, *(-size for size in _E2M1_SIZES)]
 
 
 class BlockFormat(NamedTuple):
-    """A float format without infinities, and the scales of its blocks.
+    """A float format without infinities, and the kind of scale that each block has.
 
     Attributes:
-        bits: bits of a code: sign, exponent, mantissa.
-        mantissa: bits of the mantissa.
+        bits: number of bits of a code, including sign, exponent and mantissa.
+        mantissa: number of bits of the mantissa.
         lowest: exponent of the smallest normal value.
         highest: the largest value.
-        block: values that share a scale.
-        two_level: the scale of a block is an E4M3 value times one number of the tensor; else it is
-            a power of two.
+        block: number of values that share a scale.
+        two_level: True = the scale of a block is an E4M3 value times one number for the whole
+            tensor; False = the scale is a power of two.
     """
 
     bits: int
@@ -62,7 +62,9 @@ def _power_below(x: Tensor) -> Tensor:
 
 
 def nearest_float(u: Tensor, form: BlockFormat) -> Tensor:
-    """The nearest value of a format, half to even, saturating at the largest; NaN stays NaN.
+    """Round to the nearest value of a format, ties to even; larger values saturate.
+
+    NaN stays NaN.
 
     Args:
         u: any shape, float32.
@@ -84,10 +86,10 @@ def _largest_magnitude(x: Tensor) -> Tensor:
 
 
 def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
-    """The number t = max|x| / (6 * 448) of a two-level format.
+    """The number t = max|x| / (6 * 448) that scales the whole tensor in a two-level format.
 
     Returns:
-        Scalar, float32; None for other formats.
+        Scalar, float32. None for a format with one level.
     """
     if not form.two_level:
         return None
@@ -96,7 +98,7 @@ def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
 
 
 def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
-    """Scales of blocks (..., k, 1): with t, E4M3 values in units of t, else powers of two."""
+    """Scales of blocks, (..., k, 1): E4M3 values in units of t; without t, powers of two."""
     largest = blocks.abs().amax(-1, keepdim=True)
     if t is not None:
         divisor = torch.where(t == 0, torch.inf, t)
@@ -118,9 +120,9 @@ class _ScaledBlocks(NamedTuple):
     """Blocks of a tensor in units of their scales.
 
     Attributes:
-        values: (..., k, n), the values divided by their scales; 0 where a scale is 0.
-        scales: (..., k, 1).
-        factors: (..., k, 1), see `_factors`.
+        values: (..., k, n), the values divided by the scale of their block; 0 where a scale is 0.
+        scales: (..., k, 1), the scales of the blocks.
+        factors: (..., k, 1), the result of `_factors`.
     """
 
     values: Tensor
@@ -140,22 +142,23 @@ def _scale_blocks(x: Tensor, form: BlockFormat, t: Tensor | None) -> _ScaledBloc
 def round_blocks(
     x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None
 ) -> Tensor:
-    """Round each block with scale s to s * nearest(x / s), or return the gradient of this.
+    """Round each block with scale s to s * nearest(x / s), or compute the gradient of the rounding.
 
     Without t, the scale is a power of two, s = 2^(floor(log2(max|block|)) - e), where e is the
-    exponent of the largest value of the format; with t, it is s = E4M3(max|block| / 6 / t) * t. A
-    block becomes zero if all its values are zero or if s is too small for a normal number, and NaN
-    if it contains a NaN.
+    exponent of the largest value of the format. With t, the scale is s = E4M3(max|block| / 6 / t)
+    * t. A block becomes zero if all its values are zero or if s is too small for a normal number. A
+    block that contains a NaN becomes NaN.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
         form: one of `BLOCK_FORMATS`.
         t: `tensor_scale` of `x`.
-        grad: None, or the gradient of the rounded values.
+        grad: gradient of the rounded values, to compute the gradient of `x`; None = round.
 
     Returns:
-        The shape and dtype of `x`: rounded values, or with `grad` the gradient of `x`, which is
-        `grad`, and zero where |x / s| is above the largest value.
+        A tensor in the shape and dtype of `x`. Without `grad`, it contains the rounded values. With
+        `grad`, it contains the gradient of `x`: `grad`, or zero where |x / s| is above the largest
+        value of the format.
     """
     scaled = _scale_blocks(x, form, t)
     if grad is None:
@@ -169,7 +172,7 @@ def round_blocks(
 
 
 class BlockFloatFunction(torch.autograd.Function):
-    """`round_blocks`; saves the input and t for backward."""
+    """`round_blocks` with its gradient; the input and t are saved for backward."""
 
     generate_vmap_rule = True
 
@@ -200,12 +203,13 @@ def block_float(x: Tensor, form: BlockFormat) -> Tensor:
         form: one of `BLOCK_FORMATS`.
 
     Returns:
-        The shape and dtype of `x`. The gradient passes, and is zero for values that saturate.
+        The shape and dtype of `x`. The gradient passes unchanged, except that it is zero for values
+        that saturate.
     """
     return BlockFloatFunction.apply(x, tensor_scale(x, form), form)
 
 
-def float_place(u: Tensor, form: BlockFormat) -> Tensor:
+def sorted_index(u: Tensor, form: BlockFormat) -> Tensor:
     """Index of `u` among the sorted values of a format: zero has index 0, the next value index 1.
 
     Args:
@@ -228,11 +232,11 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     Returns:
         Codes, uint8, in the shape of `x`; NaN has code 0 and a scale of NaN.
         Factors, float32, (..., ceil(n / block)): scales of blocks, divided by t if there is a t.
-        The number t, or None.
+        The number t; None for a format with one level.
     """
     t = tensor_scale(x, form)
     scaled = _scale_blocks(x, form, t)
-    index = float_place(nearest_float(scaled.values, form), form).nan_to_num()
+    index = sorted_index(nearest_float(scaled.values, form), form).nan_to_num()
     sign_bit = index.signbit() * 2 ** (form.bits - 1)
     codes = (index.abs() + sign_bit).to(torch.uint8)
     codes = codes.flatten(-2)[..., : x.shape[-1]]
@@ -241,7 +245,7 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
 
 
 def float_values(codes: Tensor, form: BlockFormat) -> Tensor:
-    """The values of codes in units of their scale, float32."""
+    """The values that codes stand for, in units of the scale of their block; float32."""
     if form.bits == _E4M3.bits:
         return codes.view(torch.float8_e4m3fn).float()
     values = torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)

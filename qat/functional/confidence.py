@@ -12,8 +12,8 @@ from qat.utils.validate import check_bits, check_number
 
 
 def check_boundary(setting: str, boundary: object) -> None:
-    """Raise `UsageError` unless `boundary` is a band half-width in codes, 0 < boundary < 0.5."""
-    check_number(setting, boundary, 0, above=True, below=0.5)
+    """Raise `UsageError` unless `boundary`, half the width of a band, is between 0 and 0.5."""
+    check_number(setting, boundary, 0, exclusive_lowest=True, below=0.5)
 
 
 def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
@@ -22,10 +22,11 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
     The integer i is at least the lowest code that occurs, and less than the highest.
 
     Args:
-        z: coordinates whose rounding is the code, float32.
+        z: coordinates on the axis of codes, float32; a rounded coordinate is the code.
         qmin: lowest code.
         qmax: highest code.
-        boundary: below 0.5, so that at most one threshold is near: floor(z) + 1/2.
+        boundary: half-width of the band in codes. It is below 0.5, so that only the threshold
+            floor(z) + 1/2 can be near.
     """
     check_boundary("boundary", boundary)
     codes = z.round().clamp(qmin, qmax)
@@ -36,7 +37,7 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
 
 
 def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
-    """Weights that CGA trains, which are within `boundary` of a threshold of StatsQ.
+    """Mask of the weights that CGA trains: those within `boundary` of a threshold of StatsQ.
 
     With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 on the current scale s, an entry is near if
     |z - i - 1/2| <= boundary for an integer i, lowest <= i < highest, where lowest and highest are

@@ -46,13 +46,14 @@ def distillation_loss(
 
     Args:
         student_cls: (B, K) logits of the class head.
-        student_dist: (B, K) logits of the distillation head; `student_cls` if there is one head.
+        student_dist: (B, K) logits of the distillation head; for a student with one head, pass
+            `student_cls`.
         teacher_cls: (B, K) logits of the teacher.
         target: (B,) class ids or (B, K) probabilities.
         label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's
             probabilities are not smoothed.
-        hard_weight: factor on the first part; at 0, labels are not read.
-        temperature: T of the second part, above 0 (`soft_cross_entropy`).
+        hard_weight: factor on the cross-entropy to the labels; at 0, labels are not read.
+        temperature: T of the cross-entropy to the teacher (see `soft_cross_entropy`), above 0.
 
     Returns:
         Scalar, float32.
@@ -73,8 +74,8 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
 
     Args:
         student: features (B, ...), such as outputs of the blocks of a net.
-        teacher: features of the teacher, as many as of the student and of the same shapes;
-            detached.
+        teacher: features of the teacher, in the same number and shapes as those of the student; no
+            gradient flows into them.
 
     Returns:
         Scalar, float32.

@@ -44,7 +44,7 @@ class Draw(NamedTuple):
 
 
 def noise_radius(bits: int) -> float:
-    """Radius of the absolute noise for weights of `bits` bits: 1e-4 for 8, else 1e-3.
+    """Radius of the absolute noise: 1e-4 for 8-bit weights, else 1e-3.
 
     The values come from the reference code; the paper swaps them.
     """
@@ -64,12 +64,12 @@ def draw(
 
     Args:
         seed: seed of the run.
-        place: (pass, block, cycle), each from 0.
-        length: n, entries of a candidate.
+        place: (pass, block, cycle) for which the numbers are drawn, each counted from 0.
+        length: n, the number of entries of a candidate.
         radius: radius of the noise, a number or (n,), in the unit of a scale; for relative
             noise, a fraction.
-        size: P, members of the population.
-        tournament: S, members that compete.
+        size: P, the number of members of the population.
+        tournament: S, the number of members that compete.
     """
     entropy = [n & 0xFFFFFFFF for n in (seed, *place)]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
@@ -80,25 +80,25 @@ def draw(
 
 
 def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> Population:
-    """`size` copies of the incumbent (n,) with its loss."""
+    """A population of `size` copies of the scales (n,), all with this loss."""
     rows = scales.detach().cpu().double().reshape(1, -1).repeat(size, 1)
     return Population(rows, torch.full((size,), loss, dtype=torch.float64))
 
 
 def best(population: Population) -> tuple[Tensor, float]:
-    """Candidate (n,) with the lowest loss, and its loss; among equal losses, the oldest."""
+    """The candidate (n,) with the lowest loss, and this loss; of equal ones, the oldest."""
     index = int(population.losses.argmin())
     return population.scales[index], float(population.losses[index])
 
 
 def select_parent(population: Population, members: Tensor) -> Tensor:
-    """Candidate (n,) with the lowest loss among `members` (S,); among equal losses, the first."""
+    """The candidate (n,) with the lowest loss among `members` (S,); of equal ones, the first."""
     winner = members[population.losses[members].argmin()]
     return population.scales[winner]
 
 
 def mutate(parent: Tensor, noise: Tensor, *, relative: bool = False) -> Tensor:
-    """|parent + noise|, or |parent (1 + noise)| for relative noise; (n,) each."""
+    """Mutate scales (n,) to |parent + noise|, or with relative noise to |parent (1 + noise)|."""
     if relative:
         return (parent * (1 + noise)).abs()
     return (parent + noise).abs()
@@ -111,12 +111,12 @@ def evolved_child(population: Population, drawn: Draw, *, relative: bool = False
 
 
 def insert(population: Population, child: Tensor, loss: float) -> Population:
-    """Append the child, sort by loss (stable, so older candidates come first), drop the last.
+    """Insert a child, and drop the candidate with the highest loss; of equal ones, the newest.
 
     Args:
         population: P members.
-        child: (n,).
-        loss: fitness of the child, finite.
+        child: scales (n,) of the new candidate.
+        loss: loss of the child, finite.
     """
     size = len(population.losses)
     losses = torch.cat([population.losses, population.losses.new_tensor([loss])])

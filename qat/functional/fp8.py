@@ -17,7 +17,7 @@ LARGEST = 448
 
 
 class E4M3Range(CodeRange):
-    """The values of E4M3 in place of integers."""
+    """A range of LSQ whose codes are the values of E4M3 instead of integers."""
 
     @property
     def floor(self) -> float:
@@ -25,12 +25,12 @@ class E4M3Range(CodeRange):
         return TINY
 
     def rounded(self, clamped: Tensor) -> Tensor:
-        """Nearest values, half to even, of x / s; in units of the scale."""
+        """The value of E4M3 nearest to each x / s, ties to even; in units of the scale."""
         return nearest_float(clamped, E4M3)
 
 
 def fp8_scale(low: Tensor, high: Tensor) -> Tensor:
-    """Scale max(|low|, |high|) / 448 of a range; above 0.
+    """The scale max(|low|, |high|) / 448 of a range, which is always above 0.
 
     Args:
         low: (n,), smallest value of each slice.
@@ -44,18 +44,18 @@ def fp8_scale(low: Tensor, high: Tensor) -> Tensor:
 
 
 def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) -> Tensor:
-    """Quantize to E4M3(x / s) * s: nearest value, half to even, saturating at 448 s.
+    """Quantize to E4M3(x / s) * s; E4M3 rounds to the nearest value and saturates at 448.
 
     Args:
         x: any shape and float dtype; computed in float32.
         scale: s, (x.shape[axis],), or (1,) for axis None, in the unit of `x`.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(448 * m), with
             m elements per scale.
 
     Returns:
-        The shape and dtype of `x`. The gradient of `x` passes up to 448 s and is zero above; that
-        of `scale` is LSQ's, with the values of E4M3 in place of codes.
+        The shape and dtype of `x`. The gradient of `x` passes where |x| is at most 448 s, and is
+        zero elsewhere. The gradient of `scale` is LSQ's, with values of E4M3 instead of codes.
     """
     values = E4M3Range(-LARGEST, LARGEST, axis)
     return LSQFunction.apply(x, scale, None, None, None, values, grad_factor)
@@ -65,7 +65,7 @@ def fp8_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     """Codes of `fp8`: sign, exponent and mantissa as bits.
 
     Returns:
-        The shape of `x`, uint8, the bits of `torch.float8_e4m3fn`.
+        uint8 in the shape of `x`: the bytes of `torch.float8_e4m3fn` values.
     """
     u = x.detach().float() / step_of(scale.detach(), x.ndim, E4M3Range(-LARGEST, LARGEST, axis))
     return nearest_float(u, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -18,9 +18,10 @@ TEMPERATURE = 3.0
 
 
 def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """2 T mean_i of -log softmax(S_i)[i], S = cosines between the rows of q and of k, divided by T.
+    """InfoNCE: the mean of -log softmax(S_i)[i] over the rows i, times 2 T.
 
-    All rows of `k` in the batch are candidates, so a batch must not be split.
+    S contains the cosines between the rows of `q` and of `k`, divided by T. All rows of `k` in the
+    batch are candidates, so do not split a batch.
 
     Args:
         q: (N, D) quantized logits.
@@ -55,11 +56,12 @@ def _cosine(q: Tensor, k: Tensor) -> Tensor:
 
 
 def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
-    """A function (q, k) -> scalar, float32, of quantized and float logits (N, D); lower is better.
+    """Return a function that compares quantized logits q with float logits k, (N, D) each.
 
-    `infonce`: `info_nce`. `mse`: mean of (q - k)^2 over all entries. `kl`: mean over the rows of
-    KL(softmax k || softmax q). `cosine`: 1 - mean cosine of q_i and k_i. The last three are 0 for
-    equal logits and may be averaged over parts of a batch.
+    The function maps (q, k) to a float32 scalar; lower is better. `infonce`: `info_nce`. `mse`:
+    mean of (q - k)^2 over all entries. `kl`: mean over the rows of KL(softmax k || softmax q).
+    `cosine`: 1 - mean cosine of q_i and k_i. The last three are 0 for equal logits and may be
+    averaged over parts of a batch.
 
     Args:
         kind: one of `FITNESSES`.

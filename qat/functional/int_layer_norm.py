@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Multipliers are 8-bit integers, shifted right by up to 31 bits.
+# Multipliers are 8-bit integers; products are shifted right by up to 31 bits.
 _PLACES = 7
 _MAX_SHIFT = 31
 
@@ -24,7 +24,7 @@ def integer_layer_norm(
     Args:
         x: (..., C), values that are multiples of `in_scale`.
         in_scale: (C,), the smallest scale times powers of two (`ptf`).
-        out_scale: (C,) or one element: step of the result, which is not clipped.
+        out_scale: (C,) or one element, the step size of the result. The result is not clipped.
         weight: (C,).
         bias: (C,).
 

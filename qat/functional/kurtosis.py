@@ -1,4 +1,4 @@
-"""Kurtosis of weights, and KURE, a regularizer that pulls it to a target.
+"""Kurtosis of weights, and KURE, a regularizer that pulls the kurtosis to a target.
 
 Source: Shkolnik et al., arXiv 2002.07686; the unbiased standard deviation follows the paper's code.
 """
@@ -19,7 +19,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# With at most this many values, float64 costs no time, and rounding errors would not average out.
+# Number of values up to which float64 costs no time. The rounding errors of so few float32 values
+# would not average out.
 FEW = 2**14
 
 
@@ -33,13 +34,14 @@ def _kurtosis_dtype(w: Tensor) -> torch.dtype:
 
 
 def kurtosis(w: Tensor) -> Tensor:
-    """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1.
+    """Mean of ((w - mean w) / std w)^4 over all elements, where std divides by n - 1.
 
-    For many elements it is 1.8 for a uniform distribution, 3 for a normal and 6 for a Laplace one.
+    With many elements, the kurtosis of a uniform distribution is 1.8, of a normal one 3, and of a
+    Laplace distribution 6.
 
     Args:
-        w: any shape and float dtype; computed in float32, or in float64 if there are few values or
-            `w` is float64, under autocast too.
+        w: any shape and float dtype. The kurtosis is computed in float32, or in float64 if `w` is
+            float64 or has few values, also under autocast.
 
     Returns:
         Scalar. For a constant tensor or a single element, 0 with a gradient of 0.
@@ -63,7 +65,7 @@ def kurtosis(w: Tensor) -> Tensor:
 
 
 def kurtoses(weights: Iterable[Tensor]) -> Tensor:
-    """`kurtosis` of each of several tensors: (L,).
+    """`kurtosis` of each of L tensors, (L,).
 
     Raises:
         ValueError: `weights` is empty.
@@ -107,5 +109,5 @@ def check_kure(
     Raises:
         UsageError: the target is not a number above 1, or the reduction is not in `REDUCTIONS`.
     """
-    check_number(target_setting, target, 1, above=True)
+    check_number(target_setting, target, 1, exclusive_lowest=True)
     check_choice(reduction_setting, reduction, REDUCTIONS)

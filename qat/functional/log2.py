@@ -37,7 +37,7 @@ def _power(exponent: Tensor, bits: int) -> Tensor:
 
 
 class _Log2(torch.autograd.Function):
-    """`fake_quantize_log2`, straight-through for the rounding of the logarithm."""
+    """`fake_quantize_log2`; the gradient passes straight through the rounding of the logarithm."""
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
@@ -61,7 +61,7 @@ class _Log2(torch.autograd.Function):
 
 
 def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
-    """2^-k with k = round(-log2 x), half to even; 1 for k < 0, 0 for k >= 2^bits.
+    """Fake-quantize to 2^-k with k = round(-log2 x); to 1 for k < 0, and to 0 for k >= 2^bits.
 
     Args:
         x: any shape and float dtype, no negative values; computed in float32.
@@ -91,7 +91,8 @@ def log2_codes(x: Tensor, bits: int) -> Tensor:
 def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
     """An integer proportional to exp(x * scale), for integers x <= 0.
 
-    exp(x * scale) is 2^-shift times the exp of a remainder, which a polynomial approximates.
+    exp(x * scale) is 2^-shift times the exponential of a remainder; a polynomial approximates this
+    exponential.
     """
     ln2 = (-_LN2 / scale).floor()
     x = torch.maximum(x, _PLACES * ln2)
@@ -107,14 +108,14 @@ def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
 def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     """Log-int-softmax: softmax in integer arithmetic over the last dimension, as powers of two.
 
-    With e the integer exponential of x / scale - max and r = round(sum e / e), the result is 2^-k,
-    or zero for k >= 2^bits, where 2^k is the power of two nearest to r (the larger of two equally
-    near ones). There is no gradient.
+    Let e be the integer exponential of x / scale - max, and r = round(sum e / e). The result is
+    2^-k, where 2^k is the power of two nearest to r (the larger of two equally near powers). For
+    k >= 2^bits, the result is zero. There is no gradient.
 
     Args:
         x: (..., N) scores, multiples of `scale`.
-        scale: one element, the step of the scores; a step above 1.6 is divided by a power of two so
-            that it is between 1/128 and 1/64.
+        scale: one element, the step size of the scores. A step size above 1.6 is divided by the
+            power of two that brings it between 1/128 and 1/64.
         bits: 2 to 8.
 
     Returns:

@@ -1,6 +1,6 @@
 """LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210).
 
-`lsq_forward` and `lsq_backward` are the formula. `qat.kernels` computes the same results in fewer
+`lsq_forward` and `lsq_backward` are the formulas. `qat.kernels` computes the same results in fewer
 passes over memory.
 """
 
@@ -26,12 +26,12 @@ from qat.functional.ste import (
     view_along,
 )
 
-# The smallest step; a smaller scale is raised to it.
+# The smallest step size; smaller scales are raised to this value.
 SCALE_FLOOR = 1e-5
-# Candidate steps relative to LSQ's initial step, in eighths of a power of two: at 2 bits, finer
-# candidates lower the error by less than 1 %.
+# Candidate step sizes relative to LSQ's initial step size, eight for each power of two. At 2 bits,
+# finer candidates lower the error by less than 1 %.
 MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
-# To search the sorted values for the ends of a code takes the time to quantize as many values.
+# Searching sorted values for the upper end of a code takes as long as quantizing this many values.
 SORTED_VALUES_PER_CODE = 20
 
 
@@ -41,9 +41,9 @@ class CodeRange(NamedTuple):
     Attributes:
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which steps differ; None = one for the tensor.
-        half: code k stands for (k + 1/2) steps, so there are as many values below zero as above,
-            and zero is not a value.
+        axis: dimension along which steps differ; None = one step for the tensor.
+        half: True = code k stands for (k + 1/2) steps, so as many values are below zero as above,
+            and zero is not one of the values.
     """
 
     qmin: int
@@ -71,8 +71,8 @@ class CodeRange(NamedTuple):
         """`ends`, or the bounds that a sign selects.
 
         Args:
-            sign: None, or a one-element tensor: above 0 selects these codes, else as many codes
-                from 0 up. It is read without waiting for the device.
+            sign: None, or a one-element tensor: if above 0, the bounds are qmin and qmax;
+                otherwise 0 and qmax - qmin. It is read without waiting for the device.
         """
         if sign is None:
             return self.ends
@@ -85,17 +85,17 @@ Quantize = Callable[[Tensor, Tensor, CodeRange], Tensor]
 
 
 class LsqGradients(NamedTuple):
-    """Results of `lsq_backward`.
+    """Results of `lsq_backward`; each gradient has the shape of the tensor that it belongs to.
 
     Attributes:
-        x: gradient of the input, in its shape, float32.
-        scale: gradient of the scale, in its shape, without LSQ's factor 1/sqrt(qmax * m).
-        before: gradient of the offset before the quantizer, in its shape; None without an offset.
-        after: gradient of the offset after the quantizer, in its shape, if requested.
-        dequantized: the result of `lsq_forward`, if requested.
-        norm_weight: gradient of the weight of a LayerNorm before the quantizer, if the kernel
-            computes it.
-        norm_bias: gradient of the bias of the LayerNorm, if the kernel computes it.
+        x: gradient of the input, float32.
+        scale: gradient of the scale, without LSQ's factor 1/sqrt(qmax * m).
+        before: gradient of the offset before the quantizer; None without such an offset.
+        after: gradient of the offset after the quantizer; None unless requested.
+        dequantized: the result of `lsq_forward`; None unless requested.
+        norm_weight: gradient of the weight of the LayerNorm before the quantizer; None without such
+            a norm.
+        norm_bias: gradient of the bias of this LayerNorm; None without such a norm.
     """
 
     x: Tensor
@@ -128,16 +128,17 @@ def lsq_forward(
     *,
     sign: Tensor | None = None,
 ) -> Tensor:
-    """round(clamp((x + a) / s, qmin, qmax)) * s + c.
+    """Fake-quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c.
 
-    With half steps, (k + 1/2) * s + c for k = round((x + a) / s - 1/2), clamped to [qmin, qmax].
+    With half steps, the result is (k + 1/2) * s + c for k = round((x + a) / s - 1/2), clamped to
+    [qmin, qmax].
 
     Args:
         x: any shape and float dtype.
         scale: s, (x.shape[axis],), or (1,) for axis None.
-        before: a, over the trailing dimensions of `x`, or None.
-        after: c, over the trailing dimensions of `x`, or None.
-        codes: the codes and their axis.
+        before: the offset a, over the trailing dimensions of `x`; None = 0.
+        after: the offset c, over the trailing dimensions of `x`; None = 0.
+        codes: the codes, and the axis along which steps differ.
         sign: see `CodeRange.bounds`.
 
     Returns:
@@ -165,25 +166,26 @@ def lsq_backward(
 ) -> LsqGradients:
     """Gradients of `lsq_forward`, straight through the rounding, with u = (x + a) / s.
 
-    The gradient of `x` is `grad` where u is in the closed range, else 0. The gradient of the scale
-    is the sum over a group of grad * (code - u), or of grad * code outside of the range; with half
-    steps, code + 1/2 replaces code.
+    The gradient of `x` is `grad` where u is in the closed range, else 0. The gradient of a scale is
+    a sum over all elements with this scale: of grad * (code - u) inside the range, and of grad *
+    code outside. With half steps, code + 1/2 replaces code.
 
     Args:
         grad: gradient of the result, the shape of `x`.
         x: input of the forward pass.
-        scale: s of the forward pass.
-        before: a of the forward pass.
+        scale: scale s of the forward pass.
+        before: offset a of the forward pass, or None.
         codes: codes of the forward pass.
-        sign: sign of the forward pass.
-        after_shape: shape of the offset after the quantizer, to request its gradient.
+        sign: sign of the forward pass, or None.
+        after_shape: shape of the offset after the quantizer; None = do not compute the gradient of
+            this offset.
     """
     low, high = codes.bounds(sign)
     u = _add_offset(x, before) / step_of(scale, x.ndim, codes)
     grad_y = grad.float()
     # Where u is NaN, the gradient passes, just as NaN passes in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
-    # Inside the range, clamped u is u; where u overflows, 0 * inf would be NaN.
+    # Inside the range, `clamped` equals u. Where u overflows, `grad_x * u` would be 0 * inf = NaN.
     clamped = u.clamp(low, high)  # type: ignore[arg-type]
     return LsqGradients(
         x=grad_x,
@@ -217,7 +219,7 @@ def gradient_scale(
 
 
 class LSQFunction(torch.autograd.Function):
-    """`lsq`; saves its inputs for backward, but no mask and no codes."""
+    """`lsq` with its gradient; the inputs are saved for backward, but no mask and no codes."""
 
     generate_vmap_rule = True
 
@@ -282,14 +284,15 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
         scale: (x.shape[axis],), or (1,) for axis None, in the unit of `x`; s = max(scale, 1e-5).
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which scales differ; None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(qmax * m), with
             m elements per scale; with half steps, (qmax + 1) replaces qmax.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
-        sign: None, or a one-element tensor: at most 0 selects codes from 0 to qmax - qmin.
-        half: code k stands for (k + 1/2) * s, and x / s is clamped to [qmin, qmax + 1] (SEQ of
-            ParetoQ, arXiv 2502.02631).
+        sign: None, or a one-element tensor: a value of at most 0 selects the codes from 0 to
+            qmax - qmin.
+        half: True = code k stands for (k + 1/2) * s, and x / s is clamped to [qmin, qmax + 1] (SEQ
+            of ParetoQ, arXiv 2502.02631).
 
     Returns:
         The shape and dtype of `x`. The gradient of `x` passes inside the closed range and is zero
@@ -305,7 +308,7 @@ def lsq_codes(
     """Integer codes of `lsq`, in [qmin, qmax].
 
     Returns:
-        The shape of `x`, int8 if the codes fit, else int16.
+        Codes in the shape of `x`, int8 if the codes fit, else int16.
     """
     codes = CodeRange(qmin, qmax, axis, half)
     u = x.detach().float() / step_of(scale.detach(), x.ndim, codes)
@@ -333,9 +336,12 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
 def step_and_slope(
     start: Tensor, growth: Tensor, change: Tensor, unit: float
 ) -> tuple[Tensor, Tensor]:
-    """`relative_step`, bit for bit, and its derivative with respect to t; `growth` = exp(t)."""
-    # The tensors are small: an operation on two tensors takes a third of the time of one on a
-    # tensor and a number or a bool.
+    """Return `relative_step`, bit for bit, and the derivative of this step with respect to t.
+
+    `growth` is exp(t).
+    """
+    # The tensors are small: an operation on two tensors takes a third of the time of an operation
+    # on a tensor and a number or a bool.
     grown = start * growth
     missing = start.clamp(min=unit) - start
     increase = change.relu()
@@ -344,12 +350,12 @@ def step_and_slope(
 
 
 def least_unit(qmax: int) -> float:
-    """Unit of `relative_step` for activations: 1/64 of LSQ's initial step for N(0, 1)."""
+    """Unit of `relative_step` for activations: 1/64 of LSQ's initial step for N(0, 1) values."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64
 
 
 def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    """Initial step size from data: 2 * mean|x| / sqrt(qmax), twice that if qmin = 0.
+    """Initial step size from data: 2 * mean|x| / sqrt(qmax), or twice this if qmin = 0.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
@@ -374,8 +380,8 @@ def _rounded_in_place(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
 def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
     """Mark the steps (candidates, n) that may have the least squared error of their slice.
 
-    Sums over sorted values lead to the errors, up to rounding. On other devices than the CPU, and
-    for more codes than is worth it, every step is marked.
+    The errors are computed from sums over sorted values, up to rounding. Every step is marked on
+    devices other than the CPU, and if there are so many codes that sorting would save no time.
     """
     rows = slices_along(x, codes.axis).contiguous()
     num_values = rows.shape[1]
@@ -388,7 +394,7 @@ def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
     squares = rows.double().square().sum(1, keepdim=True)
     step = steps.T.double().contiguous()
     highest = codes.qmax + codes.half / 2
-    # Sums over the values of x * q and q * q, for the value q of their code in steps.
+    # Sums of x * q and of q * q over the values x, where q is the quantized x in steps.
     products = highest * sums[:, -1:]
     square_codes = torch.full_like(step, highest**2 * num_values)
     for code in range(codes.qmin, codes.qmax):
@@ -398,7 +404,7 @@ def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
         # torch multiplies integers by a Python number in float32.
         square_codes -= 2 * end * counts.double()
     error = (squares - 2 * step * products + step**2 * square_codes).clamp(min=0)
-    # Bounds of the rounding errors of float32, and of the sums above.
+    # Upper bound of the rounding errors of float32 and of the sums above.
     margin = 2e-5 * error + 1e-6 * (error * squares).sqrt() + 1e-9 * squares
     return ~(error - margin > (error + margin).amin(1, keepdim=True)).T
 
@@ -406,18 +412,18 @@ def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
 def _least_error(x: Tensor, start: Tensor, codes: CodeRange, quantize: Quantize | None) -> Tensor:
     """The step with the least squared error among 57 candidates around `start` (n,).
 
-    Among equally good steps, it is the smallest.
+    Of equally good steps, the smallest is returned.
     """
     factors = torch.tensor(MSE_FACTORS, device=x.device)
     steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
-    # The rounding of sums depends on the layout, and kernels refuse steps below the smallest step.
+    # The rounding of sums depends on the layout, and kernels raise all steps to `SCALE_FLOOR`.
     if quantize is None or not x.is_contiguous() or (steps < SCALE_FLOOR).any():
         quantize = _rounded_in_place
     possible = _possible_steps(x, steps, codes)
     errors = torch.where(possible, 0.0, torch.inf)
-    # Any candidate times a start of zero is zero.
+    # With a start of zero, the result is zero, whichever candidate is the best.
     undecided = possible & (possible.sum(0) > 1) & (start > 0)
     for i in undecided.any(1).nonzero().flatten():
         squared_error = quantize(x, steps[i], codes).sub_(x).square_()
@@ -437,13 +443,13 @@ def mse_init_scale(
         x: any shape and float dtype.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which steps differ; None = one for the tensor.
-        quantize: a faster form of `lsq_forward` without offsets, with the same results in a new
-            tensor.
+        axis: dimension along which steps differ; None = one step for the tensor.
+        quantize: a faster function that returns the results of `lsq_forward` without offsets, in a
+            new tensor; None = use the formula.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; among equally good
-        steps, the smallest.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. Of equally good steps,
+        the smallest is returned.
     """
     start = lsq_init_scale(x, qmin, qmax, axis)
     return _least_error(x.detach().float(), start, CodeRange(qmin, qmax, axis), quantize)
@@ -460,8 +466,8 @@ def half_step_init_scale(
     See `mse_init_scale` for the arguments.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; among equally good
-        steps, the smallest.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. Of equally good steps,
+        the smallest is returned.
     """
     x = x.detach().float()
     start = 2 * mean_abs(x, axis).float() / (qmax + 1)

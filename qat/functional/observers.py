@@ -1,8 +1,8 @@
 """Affine scales from data.
 
-A range is collected over batches; some methods then try candidates on the last batch.
+All batches extend a range. Some methods then try candidates on the last batch.
 
-Source: FQ-ViT (arXiv 2111.13824), in the form of Evol-Q's code (arXiv 2308.10814).
+Source: FQ-ViT (arXiv 2111.13824), as implemented in Evol-Q's code (arXiv 2308.10814).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 # Both ends of a range are multiplied by 1, 0.99, ... 0.11.
 SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
-# The largest factor belongs to the scale of the whole tensor.
+# Factors on the scale of the whole tensor.
 PTF_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
@@ -48,11 +48,12 @@ def affine_error(
         scale: (x.shape[axis],), or (1,) for axis None.
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         bounds: lowest and highest code.
-        axis: dimension along which scales differ; None = one for the tensor.
-        per: dimension along which errors are kept apart; None = one error for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
+        per: dimension along which each slice has an error of its own; None = one error for the
+            tensor.
 
     Returns:
-        (x.shape[per],), or (1,) for None; float32.
+        (x.shape[per],), or (1,) if `per` is None; float32.
     """
     x = x.detach().float()
     error = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis).sub_(x).square_()
@@ -69,7 +70,7 @@ def _shrunk(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the shrunk range with the smallest error.
 
-    There is one factor per slice along `per`; among equal errors, the widest range is taken.
+    There is one factor per slice along `per`. Of equally good ranges, the widest is used.
     """
     factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
     low, high = ends
@@ -85,15 +86,17 @@ def _shrunk(
 def omse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the ranges of all slices by one common factor; asymmetric for signed codes too.
+    """Shrink the ranges of all slices by one common factor.
+
+    The range is asymmetric for signed codes too.
 
     Args:
         x: data on which the error is measured, any shape.
         low: (x.shape[axis],) or (1,), lower end of the range to shrink.
         high: (x.shape[axis],) or (1,), upper end of the range to shrink.
         bits: 2 to 8.
-        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; the formula stays asymmetric.
-        axis: dimension along which scales differ; None = one for the tensor.
+        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1].
+        axis: dimension along which scales differ; None = one scale for the tensor.
 
     Returns:
         Scale and zero point, float32, the shape of `low`.
@@ -104,9 +107,9 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of each slice by its own factor; the error is at most that of min-max.
+    """Shrink the range of each slice by a factor of its own, so its error is at most min-max's.
 
-    Symmetric for signed codes. See `omse_scale`.
+    The range is symmetric for signed codes. See `omse_scale` for the arguments.
     """
     rule = symmetric_scale if signed else asymmetric_scale
     return _shrunk(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
@@ -117,8 +120,8 @@ def ptf_scale(
 ) -> tuple[Tensor, Tensor]:
     """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice.
 
-    Among equally good factors, the smallest is taken. There is one zero point for the whole tensor,
-    and the formula is asymmetric for signed codes too. See `omse_scale`.
+    Of equally good factors, the smallest is used. There is one zero point for the whole tensor, and
+    the range is asymmetric for signed codes too. See `omse_scale` for the arguments.
     """
     bounds = code_range(bits, signed=signed)
     lowest = low.amin(0, keepdim=True)
@@ -138,23 +141,23 @@ OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
 # Weight of a batch in a moving average.
 MOMENTUM = 0.01
-# Methods that average the ends of the ranges; the other methods keep the outermost ends.
+# Methods that average the ends of the ranges of batches; the others use the outermost ends.
 _MOVING = ("ema", "percentile")
 # Methods that try candidates on a batch; the other methods need only the range.
 SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
 # torch.quantile computes ranks in float32, which holds integers exactly only up to 2^24; older
 # versions refuse longer rows.
 LONGEST_ROW = 16_000_000
-# Share of the width of a one-sided range that codes may miss.
+# Share of a one-sided range that the codes may fail to cover.
 _NEGLIGIBLE = 1 / 16
 
 
 class RangeState(NamedTuple):
-    """Range of the batches so far, float32, per slice along the axis; NaN in data stays NaN.
+    """Range of the batches so far for each slice along the axis; a NaN in the data makes it NaN.
 
     Attributes:
-        low: (x.shape[axis],), or (1,) for axis None.
-        high: (x.shape[axis],), or (1,) for axis None.
+        low: lower ends, (x.shape[axis],), or (1,) for axis None; float32.
+        high: upper ends, (x.shape[axis],), or (1,) for axis None; float32.
     """
 
     low: Tensor
@@ -162,7 +165,7 @@ class RangeState(NamedTuple):
 
 
 def quantiles(rows: Tensor, *qs: float) -> Tensor:
-    """Quantiles of every row with linear interpolation: `torch.quantile` for any length.
+    """Quantiles of every row, with linear interpolation, as `torch.quantile`, but for any length.
 
     Args:
         rows: (n, m) float32.
@@ -186,18 +189,18 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
 def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) -> RangeState:
     """Extend a range by one batch.
 
-    `ema` averages the ends of the batches' ranges (the first batch counts in full), `percentile`
-    averages their quantiles 0.99999 and 0.00001; the other methods keep the smallest and largest
-    value of all batches.
+    `ema` averages the ends of the batches' ranges, and the first batch counts in full. `percentile`
+    averages the quantiles 0.99999 and 0.00001 of the batches. The other methods use the smallest
+    and the largest value of all batches.
 
     Args:
         state: range of the batches before this one; None at the first batch.
         x: any shape and float dtype.
-        axis: dimension along which scales differ; None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
         method: one of `OBSERVERS`.
 
     Raises:
-        UsageError: unknown method.
+        UsageError: `method` is unknown.
     """
     check_choice("method", method, OBSERVERS)
     if method == "percentile":
@@ -217,8 +220,8 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
 def reaching_zero(state: RangeState) -> RangeState:
     """Extend a one-sided range to zero if its distance from zero is over 1/16 of its width.
 
-    The zero point must be one of the codes: for a range without zero, the codes would end before
-    the far end of the range, by the distance from zero.
+    The zero point must be one of the codes. For a range without zero, the codes would therefore
+    miss the far end of the range, by as much as the near end is away from zero.
     """
     negligible = _NEGLIGIBLE * (state.high - state.low)
     zero = torch.zeros_like(state.low)
@@ -237,8 +240,8 @@ def affine_from_state(
         state: result of `observe`, with the same axis and method.
         x: the last batch, on which `omse`, `mse` and `ptf` measure their errors.
         bits: 2 to 8.
-        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].
-        axis: dimension along which scales differ; None = one for the tensor.
+        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1].
+        axis: dimension along which scales differ; None = one scale for the tensor.
         method: one of `OBSERVERS`.
     """
     check_choice("method", method, OBSERVERS)
@@ -262,19 +265,19 @@ def affine_scale(
     Args:
         x: any shape and float dtype.
         bits: 2 to 8.
-        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1].
-        axis: dimension along which scales differ; None = one for the tensor.
+        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1].
+        axis: dimension along which scales differ; None = one scale for the tensor.
         method: `minmax`: smallest and largest value. `percentile`: quantiles 0.99999 and 0.00001.
-            `omse`: both ends of all ranges are multiplied by the factor of 1, 0.99, ... 0.11 with
-            the smallest squared error. `mse`: one such factor per slice. `ptf`: one scale times
-            1/8, 1/4, 1/2 or 1 per slice.
+            `omse`: both ends of all ranges are multiplied by whichever of the factors 1, 0.99, ...
+            0.11 has the smallest squared error. `mse`: one such factor per slice. `ptf`: one scale
+            times 1/8, 1/4, 1/2 or 1 per slice.
 
     Returns:
-        Scale (at least float32 eps; for `ptf`, an eighth of it) and zero point (a whole number
-        stored as float32), (x.shape[axis],) each, or (1,) for None.
+        Scale (at least float32 eps; for `ptf`, at least eps / 8) and zero point (a whole number
+        stored as float32), (x.shape[axis],) each, or (1,) each if `axis` is None.
 
     Raises:
-        UsageError: unknown method.
+        UsageError: `method` is unknown.
     """
     check_choice("method", method, METHODS)
     state = observe(None, x, axis, method)

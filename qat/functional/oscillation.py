@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 class OscillationState(NamedTuple):
-    """Running statistics of the codes of one tensor; float32, the shape of the codes.
+    """Running statistics of the codes of one tensor, as float32 tensors in the shape of the codes.
 
     Attributes:
         codes: the latest codes.
         direction: direction of the last change: 1 = down, -1 = up, 0 = no change yet.
-        frequency: exponential mean of "the code turned back in this update", in [0, 1].
+        frequency: exponential mean over the updates, where an update counts 1 if the code turned
+            back, else 0; in [0, 1].
         flips: number of updates in which the code turned back.
     """
 
@@ -59,11 +60,12 @@ def oscillation_step(
 
 
 class FreezingState(NamedTuple):
-    """Frozen entries and codes of iterative freezing; the shape of the codes.
+    """State of iterative freezing; all tensors have the shape of the codes.
 
     Attributes:
         frozen: bool, True for frozen entries.
-        codes: integers of frozen entries from the next update on, float32; unused elsewhere.
+        codes: codes of the frozen entries from the next update on, float32; the other entries are
+            unused.
         mean: exponential mean of the codes, float32.
     """
 
@@ -77,15 +79,16 @@ def freezing_step(
 ) -> FreezingState | None:
     """Freeze entries that oscillate too often, at the rounded mean of their codes.
 
-    It uses the mean from before this update. The frequency of a frozen entry can only fall; while
-    it is above the threshold, the integer is computed again from the mean, as in the authors' code.
+    The mean does not yet include this update. The frequency of a frozen entry can only fall; while
+    the frequency is above the threshold, the frozen code is computed again from the mean, as in the
+    authors' code.
 
     Args:
-        state: the result of the last update; None before the first.
-        codes: integers of this update, frozen entries replaced (`with_frozen`).
+        state: the result of the last update; None at the first update.
+        codes: codes of this update, in which `with_frozen` has replaced the frozen entries.
         frequency: frequencies of `oscillation_step` in this update.
-        threshold: highest frequency of an entry that stays free; at 0 or below, nothing is tracked
-            or frozen.
+        threshold: highest frequency at which an entry is not frozen; at 0 or below, nothing is
+            tracked or frozen.
         momentum: weight of the new codes in the mean.
     """
     if threshold <= 0:
@@ -106,13 +109,13 @@ def freezing_step(
 
 
 def with_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
-    """`codes` in float32, frozen entries replaced by their integers."""
+    """Return `codes` in float32, with the frozen codes in place of frozen entries."""
     if state is None:
         return codes.float()
     return torch.where(state.frozen, state.codes, codes.float())
 
 
 def cosine_between(first: float, last: float, progress: float) -> float:
-    """Half a cosine wave from `first`, at `progress` 0, to `last`, at 1."""
+    """Value at `progress` of half a cosine wave from `first` (progress 0) to `last` (1)."""
     progress = min(max(progress, 0.0), 1.0)
     return last + (first - last) / 2 * (1 + math.cos(math.pi * progress))

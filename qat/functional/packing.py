@@ -29,12 +29,12 @@ def _to_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def _from_bits(stream: Tensor, bits: int) -> Tensor:
-    """The inverse of `_to_bits`, as unsigned values."""
+    """The unsigned values whose bits are the stream; the inverse of `_to_bits`."""
     return (stream.view(-1, bits) << torch.arange(bits, device=stream.device)).sum(1)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes; element i occupies bits [i * bits, (i + 1) * bits) of the stream.
+    """Pack codes into a stream of bits; element i occupies bits [i * bits, (i + 1) * bits).
 
     The last byte is padded with zeros.
 
@@ -47,7 +47,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         (ceil(n * bits / 8),), uint8.
 
     Raises:
-        ValueError: a code does not fit `bits` bits.
+        ValueError: a code does not fit in `bits` bits.
     """
     check_bits("bits", bits)
     if not _fits(codes, bits):
@@ -68,10 +68,10 @@ def unpack_codes(
         packed: (ceil(n * bits / 8),), uint8.
         bits: 2 to 8.
         shape: shape of the codes.
-        signed: the highest bit is the sign.
+        signed: True = the highest bit is the sign.
 
     Returns:
-        `shape`, int8 if signed, else uint8.
+        Codes of this shape, int8 if signed, else uint8.
 
     Raises:
         ValueError: the number of bytes does not match the shape.
@@ -92,7 +92,7 @@ def unpack_codes(
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack two 4-bit codes per byte, the first one in the lower half.
+    """Pack two 4-bit codes per byte, the first code in the lower half.
 
     Args:
         codes: (..., n), uint8.

@@ -13,7 +13,7 @@ from qat.functional.ste import without_autocast
 
 
 def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
-    """M_h = Wq_h^T Wk_h for every head, stacked.
+    """Fold the query and key weights of every head into M_h = Wq_h^T Wk_h, and stack the results.
 
     Args:
         wq: (h*d, C), rows grouped by head.
@@ -21,15 +21,15 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
         num_heads: h.
 
     Returns:
-        (h*C, C), float32, under autocast too; row head*C + i is row i of the product for this head.
+        (h*C, C), float32 also under autocast; row head*C + i is row i of the product for this head.
 
     Raises:
         UsageError: the shapes differ, or `num_heads` does not divide the rows.
     """
     if wq.shape != wk.shape or wq.shape[0] % num_heads:
         raise UsageError(
-            f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree "
-            "and divide into heads"
+            f"num_heads={num_heads}: wq is {tuple(wq.shape)} and wk {tuple(wk.shape)}; must be the "
+            "same shape, with a number of rows that num_heads divides"
         )
     with without_autocast(wq):
         q = wq.float().unflatten(0, (num_heads, -1))
@@ -38,7 +38,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
 
 
 def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
-    """c_h = Wk_h^T b_q,h: the query bias adds c_h . x to the score of a key x.
+    """Fold the query bias into c_h = Wk_h^T b_q,h, which adds c_h . x to the scores of key x.
 
     Args:
         wk: (h*d, C), rows grouped by head.

@@ -1,7 +1,7 @@
 """StatsQ weight quantizer.
 
-`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same
-result in one pass over memory.
+`statsq_forward` is the formula. The gradient of StatsQ is the identity. `qat.kernels` computes the
+same results in one pass over memory.
 
 Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
 """
@@ -29,8 +29,8 @@ def statsq_scale(w: Tensor) -> Tensor:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw).
 
     Returns:
-        (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. Zero for an
-        all-zero row.
+        (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. The scale of
+        an all-zero row is zero.
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
@@ -44,7 +44,7 @@ def statsq_scale(w: Tensor) -> Tensor:
 
 
 def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
-    """Scale s of StatsQ with the outermost level at c_b times the RMS of a row.
+    """Scale s of StatsQ whose outermost level is `GAUSSIAN_RANGE[bits]` times the RMS of a row.
 
     Levels reach from -s (n - 1/2) / n to s (n - 1/2) / n, n = 2^(bits-1).
 
@@ -55,7 +55,8 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
         bits: 2 to 8.
 
     Returns:
-        The shape of `statsq_scale(w)`, float32, without gradient. Zero for an all-zero row.
+        The shape of `statsq_scale(w)`, float32, without gradient. The scale of an all-zero row is
+        zero.
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq_rms: w has {w.ndim} dimensions, expected 2, 3 or 4")
@@ -82,7 +83,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     Args:
         w: any shape.
-        scale: s, broadcasts against `w`.
+        scale: scale s, which broadcasts against `w`.
         bits: 2 to 8.
     """
     n = 2 ** (bits - 1)
@@ -111,7 +112,7 @@ class StatsQFunction(torch.autograd.Function):
 
 
 def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """StatsQ on a given scale that broadcasts against `w`; see `statsq`."""
+    """`statsq` with a given scale, which broadcasts against `w`."""
     return StatsQFunction.apply(w, scale, bits)
 
 
@@ -124,14 +125,14 @@ def statsq(w: Tensor, bits: int) -> Tensor:
 
     Returns:
         The shape and dtype of `w`. An all-zero row becomes zeros. The gradient is the identity
-        everywhere, outside the clip range too; the scale is detached.
+        everywhere, also outside the range of the levels; no gradient flows through the scale.
     """
     check_bits("bits", bits)
     return statsq_with_scale(w, statsq_scale(w), bits)
 
 
 def statsq_codes_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Integer codes of `statsq_with_scale`; see `statsq_codes`."""
+    """Integer codes of `statsq_with_scale`, in the range and dtype of `statsq_codes`."""
     n = 2 ** (bits - 1)
     codes = statsq_coordinate(w.detach(), scale, bits).round()
     return codes.to(code_dtype(-n, n - 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.errors import UsageError
 
-# Avoids 0/0 in an all-zero row without changing any other scale.
+# The smallest divisor: it avoids 0/0 in an all-zero row, and no other scale is smaller.
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -34,7 +34,7 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Reshape a 1-D scale to broadcast along `axis` of `ndim` dimensions; for None, to a scalar."""
+    """Reshape a scale (n,) to broadcast along `axis` of `ndim` dimensions; to a scalar if None."""
     if axis is None:
         return scale.reshape(())
     shape = [1] * ndim
@@ -55,9 +55,9 @@ def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None 
             fits = fits and (n == 1 or n == m)  # noqa: PLR1714 (of symbols, too)
     if not fits:
         raise UsageError(
-            f"input of a quantizer {tuple(x.shape)}: does not fit scales or offsets for each "
-            "position; images must have the input_size of the conversion, "
-            "or the recipe act_scales=tensor, offsets=false"
+            f"input of a quantizer {tuple(x.shape)}: does not fit the scales or offsets, which are "
+            "stored per position; must be images of the input_size of the conversion, "
+            "or a recipe with act_scales=tensor and offsets=false"
         )
 
 
@@ -69,10 +69,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
-    """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
+    """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) if `axis` is None.
 
     Trailing dimensions are summed before leading dimensions: inductor vectorises `sum(-1).sum(0)`,
-    but not `sum((0, 2))`. It uses `reshape` because batched gradients do not support `flatten`.
+    but not `sum((0, 2))`. The code uses `reshape` because batched gradients do not support
+    `flatten`.
     """
     if axis is None:
         return x.sum().reshape(1)
@@ -92,12 +93,12 @@ def group_size(x: Tensor, axis: int | None) -> int:
 
 
 def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean magnitude, in `dtype`, per slice along `axis`: (x.shape[axis],), or (1,) for None."""
+    """Mean magnitude of each slice along `axis`, in `dtype`: (x.shape[axis],), or (1,) if None."""
     return sum_along(x.to(dtype).abs(), axis) / group_size(x, axis)
 
 
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:
-    """Smallest integer dtype that holds the codes."""
+    """The smallest of int8, int16 and int32 that can represent the codes from qmin to qmax."""
     if qmin >= -128 and qmax <= 127:
         return torch.int8
     if qmin >= -(2**15) and qmax < 2**15:

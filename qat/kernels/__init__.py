@@ -1,8 +1,8 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
 These are C++ kernels on a CPU, Triton kernels on CUDA, and the tensor operations of
-`qat.functional` elsewhere. All return the same bits in the forward pass; sums in gradients differ
-by rounding.
+`qat.functional` elsewhere. Results of the forward pass are bit-identical on all of them; sums in
+gradients differ by rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qat.functional.statsq import StatsQFunction
 from qat.functional.statsq import statsq_scale as formula_of_scale
 from qat.kernels import gpu, operators
 from qat.kernels.library import differentiated_once
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import PLAIN, LSQParams
 
 CHOICES = ("auto", "triton", "off")
@@ -31,11 +31,11 @@ def use(choice: str) -> None:
     """Choose kernels for this process.
 
     Args:
-        choice: `auto`; `triton` = auto, but an error without the kernels for CUDA; `off` = tensor
-            operations of torch.
+        choice: `auto` = the fastest for each device; `triton` = as auto, but with an error if the
+            kernels for CUDA are not available; `off` = tensor operations of torch.
 
     Raises:
-        UsageError: `choice` is unknown, or `triton` without Triton or CUDA.
+        UsageError: `choice` is unknown, or is `triton` where Triton or CUDA is not available.
     """
     global _choice  # noqa: PLW0603  (like torch's number of threads)
     if choice not in CHOICES:
@@ -48,16 +48,16 @@ def use(choice: str) -> None:
 
 
 def are_off() -> bool:
-    """True if quantizers are tensor operations of torch.
+    """True if quantizers use plain torch operations instead of kernels.
 
-    Tensor operations can be differentiated any number of times, and traced by `torch.jit`.
+    Torch operations can be differentiated any number of times, and traced by `torch.jit`.
 
     Raises:
         UsageError: inside a transform of `torch.func`, which kernels do not support.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError(
-            "torch.func: kernels do not support its transforms; must be with kernels=off "
+            "torch.func: kernels do not support transforms such as vmap and jvp; set kernels=off "
             "(in Python, qat.kernels.use('off'))"
         )
     return _choice == "off" or torch.jit.is_tracing()
@@ -86,7 +86,7 @@ def lsq(x: Tensor, q: LSQParams) -> Tensor:
 
 
 def statsq_scale(w: Tensor) -> Tensor:
-    """`qat.functional.statsq_scale`, with the same bits as in `operators.statsq`."""
+    """`qat.functional.statsq_scale`, bit-identical to the scale of `operators.statsq`."""
     if not w.is_cuda or are_off():
         return formula_of_scale(w)
     _, scale = operators.statsq(w.detach(), 2, w.dtype)
@@ -126,7 +126,7 @@ class _RelativeStep(torch.autograd.Function):
 
 
 def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
-    """`qat.functional.relative_step` of a learned change, as one autograd node that saves ds/dt."""
+    """`qat.functional.relative_step` as one autograd node, which saves the derivative ds/dt."""
     if are_off() or type(change) not in PLAIN:
         return formula_of_step(start, change, unit)
     return _RelativeStep.apply(start, change, unit)
@@ -151,4 +151,4 @@ def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
     return _BlockFloat.apply(x, tensor_scale(x, form), form)
 
 
-__all__ = ["CodeRange", "LSQParams", "Made", "operators"]
+__all__ = ["CodeRange", "LSQParams", "Producer", "operators"]

@@ -1,4 +1,4 @@
-"""Attention with quantized probabilities on CUDA, which never writes scores to memory."""
+"""Attention with quantized probabilities on CUDA; its kernels never write scores to memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qat.kernels.library import operator
 from qat.kernels.rows import PLAIN
 from qat.kernels.tiles import DTYPES, spaced
 
-# The most tokens, and the most bytes in a head's row: a tile contains all keys of an image, which
-# must fit in the shared memory of a small device.
+# The largest number of tokens, and of bytes in the row of a head: a tile contains all keys of an
+# image, and must fit in the shared memory of a small device.
 LARGEST = 256
-# The most images: CUDA's limit for the third dimension of a grid.
+# The largest number of images: CUDA's limit for the third dimension of a grid.
 MOST = 2**16 - 1
 
 
@@ -47,7 +47,7 @@ def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: to
     if (codes.axis, scale.numel()) not in ((None, 1), (-2, num_tokens)):
         return False
     head_dim = width // (3 * num_heads)
-    # Rows of other sizes would be loaded element by element, which takes more memory.
+    # Rows of other sizes would be loaded element by element, and this takes more memory.
     if head_dim % 8 or width % 16:
         return False
     if num_tokens > LARGEST or _tile_side(head_dim) * dtype.itemsize > LARGEST:
@@ -56,12 +56,12 @@ def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: to
 
 
 def _tile_side(size: int) -> int:
-    """Side of a tile for this many elements: a power of two, at least 16 for matrix products."""
+    """Side of a tile for `size` elements: a power of two, at least 16 for matrix products."""
     return max(1 << (size - 1).bit_length(), 16)
 
 
 class _Settings(NamedTuple):
-    """Arguments of the operators that are not tensors: codes of the probabilities, h, factor."""
+    """Arguments of the operators besides tensors: codes of the probabilities, h and the factor."""
 
     qmin: int
     qmax: int
@@ -83,12 +83,12 @@ def _launch(
 
     Args:
         name: name of the kernel.
-        block: rows of a tile in half precision; a tile in float32 has half as many, because float32
-            fills twice the registers.
+        block: number of rows of a tile in half precision. A tile in float32 has half as many rows,
+            because float32 fills twice the registers.
         qkv: queries, keys and values.
         scale: scale of the probabilities.
-        others: tensors of the kernel after the scale.
-        settings: codes, h and factor.
+        others: tensor arguments of the kernel after the scale.
+        settings: codes of the probabilities, h and the factor on the scores.
     """
     q = qkv[0]
     if type(q) not in PLAIN:  # tracing only needs shapes
@@ -131,12 +131,12 @@ def attention_forward(
     Args:
         q: (B, N, h*d), N at most 256.
         k: (B, N, h*d).
-        v: (B, N, h*d); all three in float32, bfloat16 or float16.
+        v: (B, N, h*d), like `q` and `k` in float32, bfloat16 or float16.
         scale: (N,) or (1,).
         args: the fields of `CodeRange` for the probabilities, then h, then the factor.
 
     Returns:
-        (B, N, h*d), and the base-2 logarithms of the sums of rows, (B, h, N), float32.
+        The output (B, N, h*d), and the base-2 logarithms of the sums of rows, (B, h, N), float32.
     """
     settings = _Settings(*args)
     num_images, num_tokens, _ = q.shape
@@ -161,19 +161,22 @@ def attention_backward(
         args: the fields of `CodeRange` for the probabilities, then h, then the factor.
 
     Returns:
-        Gradients of `q`, `k` and `v`, and the sum of `lsq_backward` for the scale.
+        Gradients of `q`, `k` and `v`, and of the scale, without LSQ's factor.
     """
     settings = _Settings(*args)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
+    # For each row, `dots` is the term that the gradients of the scores subtract from the gradients
+    # of the probabilities, and `step_grads` is the gradient of the step size.
     dots = torch.empty_like(sums, memory_format=torch.contiguous_format)
-    errors = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    step_grads = torch.empty_like(sums, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
-    row_outputs = (grad, sums, grad_q, dots, errors)
-    _launch("attention_queries", 32, (q, k, v), scale, row_outputs, settings)
-    _launch("attention_keys", 64, (q, k, v), scale, (grad, sums, dots, grad_k, grad_v), settings)
-    return grad_q, grad_k, grad_v, errors.view(-1, scale.numel()).sum(0)
+    query_tensors = (grad, sums, grad_q, dots, step_grads)
+    key_tensors = (grad, sums, dots, grad_k, grad_v)
+    _launch("attention_queries", 32, (q, k, v), scale, query_tensors, settings)
+    _launch("attention_keys", 64, (q, k, v), scale, key_tensors, settings)
+    return grad_q, grad_k, grad_v, step_grads.view(-1, scale.numel()).sum(0)
 
 
 _ARGUMENTS = (

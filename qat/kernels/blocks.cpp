@@ -1,5 +1,5 @@
-// Computes functional/block_floats.py in one pass over memory, with the same bits. The text of cpu.cpp precedes
-// this file when it is compiled.
+// Computes functional/block_floats.py in one pass over memory; results are bit-identical. The text of cpu.cpp
+// precedes this file when it is compiled.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +21,8 @@ inline float float_of(uint32_t bits) {
 
 inline float power_below(float x) { return float_of(bits_of(x) & 0x7F800000u); }
 
-// The nearest value of a format. spacing: distance of values between 1 and 2; lowest: the smallest normal value.
+// The nearest value of a format. spacing: distance between neighbouring values from 1 to 2; lowest: the smallest
+// normal value.
 // Adding and subtracting a large number removes the digits that the format does not have.
 inline float nearest(float u, float spacing, float lowest, float highest) {
     float size = fabsf(u);
@@ -32,7 +33,7 @@ inline float nearest(float u, float spacing, float lowest, float highest) {
     return float_of(bits_of((size + large) - large) | (bits_of(u) & 0x80000000u));
 }
 
-// The largest magnitude. Non-negative floats are in the order of their bits, with NaN above infinity.
+// The largest magnitude. Non-negative floats have the order of their bits as integers, with NaN above infinity.
 inline float largest_of(const float* x, size_t n) {
     int32_t most = 0;
 #pragma omp simd reduction(max : most)
@@ -102,7 +103,8 @@ void round_rows(const float* x, const float* g, float* y, size_t rows, size_t le
 
 extern "C" {
 
-// y: the nearest values; with gradients g of these values, the gradients of x. block: 16 or 32.
+// y: the nearest values, or if g is not null the gradients of x. g: gradients of the nearest values, or null.
+// block: 16 or 32.
 void round_blocks(const float* x, const float* g, float* y, size_t rows, size_t length, size_t block, float spacing, float lowest, float highest,
                   const float* t, int threads) {
     (block == 16 ? round_rows<16> : round_rows<32>)(x, g, y, rows, length, spacing, lowest, highest, t, threads);

@@ -1,6 +1,6 @@
-// Computes reference.py in one pass over memory. Forward results have the same bits: there is no contraction, division rounds to nearest,
-// rounding is half to even, and comparisons let NaN pass unchanged. `omp simd` is allowed where two arguments are the same memory,
-// because each element is read before it is written.
+// Computes reference.py in one pass over memory. Forward results are bit-identical: products and sums are not fused, division rounds to
+// nearest, rounding is half to even, and comparisons let NaN pass unchanged. `omp simd` is allowed where two arguments are the same
+// memory, because each element is read before it is written.
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
@@ -38,8 +38,8 @@ inline float quantized(float x, float s, float low, float high) {
     return rounded<HALF>(clamped(x / s, low, high), high) * s;
 }
 
-// The gradient of a value that is in the range or is NaN. The comparison uses the clamped value: from a comparison with the bounds,
-// compilers make branches, which take four times as long.
+// The gradient passes where the value is in the range or is NaN; elsewhere it is zero. The comparison uses the clamped value, because
+// compilers turn a comparison with the bounds into branches, which take four times as long.
 inline float passed(float upstream, float u, float code) { return code == u || !(u == u) ? upstream : 0.0f; }
 
 struct Part {
@@ -51,24 +51,24 @@ inline Part part_of(size_t rows, int thread, int threads) {
     return {rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-// The part of the forward result that backward writes: nothing, the result without an offset after the quantizer, or the result with
-// it. From a test for each element, compilers make branches, which take nine times as long.
+// The forward result that backward writes: none, the result without an offset after the quantizer, or the result with this offset.
+// Compilers turn a test for each element into branches, which take nine times as long.
 enum Levels { NONE, BARE, SHIFTED };
 
 template <bool BEFORE, Levels LEVELS, bool HALF>
 inline float backward_row(const float* g, const float* x, const float* a, const float* c, float* dx, float* y, size_t length, float s, float low,
                           float high) {
-    float error = 0;
-#pragma omp simd reduction(+ : error)
+    float step_grad = 0;
+#pragma omp simd reduction(+ : step_grad)
     for (size_t i = 0; i < length; i++) {
         const float u = (BEFORE ? x[i] + a[i] : x[i]) / s, code = clamped(u, low, high);
         const float upstream = g[i], inner = passed(upstream, u, code), level = rounded<HALF>(code, high);  // dx may be g
         dx[i] = inner;
-        error += upstream * level - inner * code;
+        step_grad += upstream * level - inner * code;
         if (LEVELS == BARE) y[i] = level * s;
         if (LEVELS == SHIFTED) y[i] = level * s + c[i];
     }
-    return error;
+    return step_grad;
 }
 
 template <Levels LEVELS, bool HALF>
@@ -79,13 +79,13 @@ inline float backward_row(const float* g, const float* x, const float* a, const 
 
 template <bool BEFORE, bool HALF>
 inline void backward_columns(const float* g, const float* x, const float* a, float* dx, size_t length, const float* s, float low, float high,
-                             float* error) {
+                             float* step_grad) {
 #pragma omp simd
     for (size_t i = 0; i < length; i++) {
         const float u = (BEFORE ? x[i] + a[i] : x[i]) / at_least_floor(s[i]), code = clamped(u, low, high);
         const float upstream = g[i], inner = passed(upstream, u, code);  // dx may be g
         dx[i] = inner;
-        error[i] += upstream * rounded<HALF>(code, high) - inner * code;
+        step_grad[i] += upstream * rounded<HALF>(code, high) - inner * code;
     }
 }
 
@@ -131,13 +131,13 @@ void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t leng
     }
 }
 
-// errors: one number per row, or with by_column one per column and thread; zero at first.
+// step_grads: gradients of the step sizes, one number per row, or with by_column one per column and thread; zero at first.
 // sum_dx, sum_g: column sums of dx and g, one row per thread and zero at first, or null.
-// levels: where the forward result is written, or null; not with by_column.
-// softmax: true if x is the result of a softmax and dx the gradient of its scores; needs whole rows, and not with by_column.
+// levels: where the forward result is written, or null; always null with by_column.
+// softmax: true if x is the result of a softmax and dx the gradient of the scores; needs whole rows, and is false with by_column.
 template <bool HALF>
 void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
-              const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,
+              const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* step_grads,
               float* sum_dx, float* sum_g, const float* after, float* levels, int softmax, float factor, int threads) {
     choose_bounds(sign, low, high);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -148,14 +148,14 @@ void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, 
             float* out = dx + r * dx_stride;
             if (sum_g) add(sum_g + thread * length, grad, length);  // out may be grad
             if (by_column) {
-                float* error = errors + thread * length;
-                before ? backward_columns<true, HALF>(grad, in, before, out, length, scale, low, high, error)
-                       : backward_columns<false, HALF>(grad, in, before, out, length, scale, low, high, error);
+                float* step_grad = step_grads + thread * length;
+                before ? backward_columns<true, HALF>(grad, in, before, out, length, scale, low, high, step_grad)
+                       : backward_columns<false, HALF>(grad, in, before, out, length, scale, low, high, step_grad);
             } else {
                 const float s = at_least_floor(scale[r % steps]);
                 float* y = levels ? levels + r * length : nullptr;
                 const auto row = !y ? backward_row<NONE, HALF> : after ? backward_row<SHIFTED, HALF> : backward_row<BARE, HALF>;
-                errors[r] = row(grad, in, before, after, out, y, length, s, low, high);
+                step_grads[r] = row(grad, in, before, after, out, y, length, s, low, high);
             }
             if (sum_dx) add(sum_dx + thread * length, out, length);
             if (softmax) through_softmax(out, in, length, factor);
@@ -174,10 +174,10 @@ void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t 
 
 void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
                   const float* scale, size_t steps, int by_column, const float* before, float low, float high, int half, const float* sign,
-                  float* errors, float* sum_dx, float* sum_g, const float* after, float* levels, int softmax, float factor,
+                  float* step_grads, float* sum_dx, float* sum_g, const float* after, float* levels, int softmax, float factor,
                   int threads) {
     (half ? backward<true> : backward<false>)(g, g_stride, x, x_stride, dx, dx_stride, rows, length, scale, steps, by_column, before, low, high,
-                                              sign, errors, sum_dx, sum_g, after, levels, softmax, factor, threads);
+                                              sign, step_grads, sum_dx, sum_g, after, levels, softmax, factor, threads);
 }
 
 void statsq_forward(const float* w, float* y, size_t rows, size_t length, const float* scale, int bits, float top_clip, int threads) {

@@ -1,7 +1,7 @@
-"""Kernels for CPUs: float32 tensors in one pass over memory, in C++.
+"""Kernels for CPUs, in C++: they process float32 tensors in one pass over memory.
 
-Functions have the same arguments and results as their namesakes in `gpu`; they return None for
-tensors with other layouts.
+Functions have the same arguments and results as the functions of the same name in `gpu`. They
+return None for tensors whose layout the kernels do not support.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qat.functional.lsq import CodeRange
 from qat.functional.statsq import TOP_CLIP
 from qat.kernels import reference
 from qat.kernels.library import works
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
 from qat.utils import compile_cpp
 
@@ -26,7 +26,7 @@ _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_size_t
 _FLOAT = ctypes.c_float
 _INT = ctypes.c_int
-# Types of the arguments in cpu.cpp and blocks.cpp; the last one is the number of threads.
+# Types of the arguments in cpu.cpp and blocks.cpp; the last argument is the number of threads.
 _SIGNATURES = {
     "lsq_forward": [
         *(_POINTER, _SIZE, _POINTER, _SIZE, _SIZE),  # x, its stride, y, rows, length
@@ -40,9 +40,9 @@ _SIGNATURES = {
         *(_POINTER, _SIZE, _SIZE, _SIZE),  # gradient of x, its stride, rows, length
         *(_POINTER, _SIZE, _INT),  # scale, steps, by_column
         *(_POINTER, _FLOAT, _FLOAT, _INT, _POINTER),  # offset before, low, high, half, sign
-        *(_POINTER, _POINTER, _POINTER),  # sums for the scale and for both offsets
+        *(_POINTER, _POINTER, _POINTER),  # gradients of the scale and of both offsets
         *(_POINTER, _POINTER),  # offset after, result of the forward pass
-        *(_INT, _FLOAT),  # is_softmax, its factor
+        *(_INT, _FLOAT),  # is_softmax, factor on the scores
         _INT,
     ],
     "statsq_forward": [
@@ -61,7 +61,7 @@ _SIGNATURES = {
 
 @functools.cache
 def _library() -> Any:
-    """The functions of cpu.cpp and blocks.cpp."""
+    """The compiled functions of cpu.cpp and blocks.cpp."""
     folder = Path(__file__).parent
     source = (folder / "cpu.cpp").read_text() + (folder / "blocks.cpp").read_text()
     library = compile_cpp.load(source)
@@ -90,7 +90,7 @@ def _run(name: str, *args: Any) -> None:
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
-    """`reference.lsq_forward`, rounded to a dtype."""
+    """`reference.lsq_forward`, rounded to the dtype in `args`."""
     x = x.float()
     q, dtype = params_of(args)
     layout = rows_of(x, q) if _fits(x, *q[:4]) else None
@@ -124,14 +124,14 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     dequantized: torch.dtype | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    producer: Made,
+    producer: Producer,
     *,
     with_after: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`reference.lsq_backward`; the gradient of `x` is written to `out`.
 
-    Rows of `out` need not be adjacent in memory. The result is None also if a LayerNorm or GELU
-    precedes the quantizer.
+    Rows of `out` need not be adjacent in memory. The function also returns None if a LayerNorm or
+    a GELU precedes the quantizer.
     """
     grad = grad.float()
     x = x.float()
@@ -153,7 +153,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         return None
 
     threads = torch.get_num_threads()
-    errors = x.new_zeros(threads, length) if layout.by_column else x.new_empty(layout.rows)
+    step_grads = x.new_zeros(threads, length) if layout.by_column else x.new_empty(layout.rows)
     has_before = q.before is not None
     has_after = with_after and q.after is not None
     sums = x.new_zeros(has_before + has_after, threads, length)
@@ -175,7 +175,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         *q.codes.ends,
         q.codes.half,
         q.sign,
-        errors,
+        step_grads,
         sums[0] if has_before else None,
         sums[-1] if has_after else None,
         q.after,
@@ -187,7 +187,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         out.copy_(grad_x)
     if y is not None:
         y = y.to(dequantized)
-    grad_scale = errors.sum(0) if layout.by_column else errors.view(-1, layout.steps).sum(0)
+    grad_scale = step_grads.sum(0) if layout.by_column else step_grads.view(-1, layout.steps).sum(0)
     return grad_scale, sums.sum(1).flatten(), y
 
 

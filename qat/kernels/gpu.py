@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: one pass over memory, without waiting for the device.
 
-Functions have the same arguments and results as the operators of the same name; they return None
-for tensors with other layouts or dtypes.
+Functions have the same arguments and results as the operators of the same name. They return None
+for tensors whose layout or dtype the kernels do not support.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import reference
 from qat.kernels.library import works
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import Layout, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
 from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_of
 
-# Operations before a quantizer that need a whole row in a tile, and the longest such row.
+# Operations before a quantizer that need a whole row in a tile, and the largest length of the row.
 WHOLE = ("norm", "scores")
 LONGEST = 4096
-# Number of programs in a backward pass, each of which writes a row of sums; four per multiprocessor
-# of a large device.
+# Number of programs in a backward pass: four per multiprocessor of a large device. Each program
+# writes a row of sums.
 PROGRAMS = 528
 # Without floating-point fusion, `r * s + c` rounds twice, like two separate operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
-# Compiled kernels, by everything that they depend on: Triton's own lookup takes four times as long
-# as a launch.
+# Compiled kernels, by everything that a kernel depends on: Triton's own lookup takes four times as
+# long as a launch.
 _COMPILED: dict[Any, Any] = {}
 
 
 @functools.cache
 def available() -> bool:
-    """True if Triton and a device are present and agree with `reference`.
+    """True if Triton and a device are present, and the kernels agree with `reference`.
 
     The first call compiles the kernels and waits for the device.
     """
@@ -55,7 +55,7 @@ def _launch(
     *numbers: float,
     **constants: Any,
 ) -> None:
-    """Run a kernel on tensors (the first is not None), numbers and constants."""
+    """Run a kernel on tensors, numbers and constants; the first tensor must not be None."""
     device = tensors[0].get_device()  # -1 under Triton's interpreter
     pointers = [x if x is None else x.data_ptr() for x in tensors]
     kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
@@ -80,7 +80,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
-    """`reference.lsq_forward`, rounded when it is written, with the arguments of the operator."""
+    """`reference.lsq_forward`, rounded to the dtype in `args` when it is written."""
     q, dtype = params_of(args)
     layout = rows_of(x, q) if dtype in DTYPES and fit(DTYPES, x, *q[:4]) else None
     if layout is None:
@@ -113,9 +113,9 @@ def _backward_layout(  # noqa: PLR0913, PLR0917
     dequantized: torch.dtype | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    producer: Made,
+    producer: Producer,
 ) -> Layout | None:
-    """Rows of `x`; None if the kernel does not support these tensors."""
+    """The rows of `x`. Returns None if the kernel does not support these tensors."""
     if producer.kind in {"tanh", "softmax"} or dequantized not in {None, *DTYPES}:
         return None
     if not fit(DTYPES, grad, x, *q[:4], out, weight, bias):
@@ -136,7 +136,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     dequantized: torch.dtype | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    producer: Made,
+    producer: Producer,
     *,
     with_after: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -152,10 +152,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
         weight: weight of a LayerNorm, or None.
         bias: bias of a LayerNorm, or None.
         producer: the operation before the quantizer.
-        with_after: compute the gradient of the offset after the quantizer.
+        with_after: True = compute the gradient of the offset after the quantizer.
 
     Returns:
-        The results of the operator.
+        The results of `operators.lsq_backward`, with None for a result of the forward pass that
+        was not requested.
     """
     layout = _backward_layout(grad, x, q, out, dequantized, weight, bias, producer)
     out_stride = None if layout is None else row_stride(out, layout.length)
@@ -165,14 +166,14 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     is_whole = producer.kind in WHOLE
     block, (down, across) = tiles_of(layout, LONGEST if is_whole else None)
     grad, grad_stride = spaced(grad, length)
-    # A program processes a strip of rows, but only one tile of probabilities, which need no sums
-    # over rows.
+    # A program processes a strip of rows. Probabilities need no sums over rows, so there a strip is
+    # a single tile.
     tiles_per_strip = 1 if producer.kind == "scores" else -(-down * across // PROGRAMS)
     strip = block["BLOCK_R"] * tiles_per_strip
     strips = -(-rows // strip)
 
-    errors_shape = (strips, length) if by_column else (rows // steps, steps, across)
-    errors = _floats(x, *errors_shape)
+    step_grads_shape = (strips, length) if by_column else (rows // steps, steps, across)
+    step_grads = _floats(x, *step_grads_shape)
     after = q.after if with_after else None
     requested = tuple(t is not None for t in (q.before, after, weight, bias))
     sums = _floats(x, sum(requested), strips, length)
@@ -182,7 +183,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     _launch(
         "lsq_backward",
         (strips, across),
-        (grad, x, out, *q[:4], y, errors, sums, weight, bias),
+        (grad, x, out, *q[:4], y, step_grads, sums, weight, bias),
         float(low),
         float(high),
         rows,
@@ -201,14 +202,14 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
         num_warps=8,
         **block,
     )
-    grad_scale = errors.sum(0) if by_column else errors.sum((0, 2))
+    grad_scale = step_grads.sum(0) if by_column else step_grads.sum((0, 2))
     return grad_scale, sums.sum(1).flatten(), y
 
 
 def step_and_slope(
     start: Tensor, growth: Tensor, change: Tensor, unit: float
 ) -> tuple[Tensor, Tensor] | None:
-    """`qat.functional.lsq.step_and_slope`, nine operations, in one launch."""
+    """The nine operations of `qat.functional.lsq.step_and_slope` in one launch."""
     if not fit((torch.float32,), start, growth, change):
         return None
     if not all(x.is_contiguous() for x in (start, growth, change)):
@@ -231,7 +232,7 @@ def statsq_forward(
 ) -> Tensor | None:
     """`reference.statsq_forward` with a scale per row, rounded to `dtype` when it is written.
 
-    With `find`, the kernel computes the scales first and writes them to `scale`.
+    With `find`, the kernel first computes the scales and writes them to `scale`.
     """
     layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
     if layout is None:
@@ -252,7 +253,7 @@ def statsq_forward(
 
 
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """StatsQ of a matrix, and the scale, in one launch."""
+    """StatsQ of a matrix and its scale (rows, 1), in one launch."""
     scale = _floats(w, len(w), 1)
     out = statsq_forward(w, scale, bits, dtype, find=True)
     return None if out is None else (out, scale)

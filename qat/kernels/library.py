@@ -17,8 +17,8 @@ from qat.kernels.rows import PLAIN
 log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
-# True while `make_fx` traces, because it records only what goes through the dispatcher, not what
-# C++ code computes.
+# The dispatch mode that is active while `make_fx` traces. `make_fx` records only what goes through
+# the dispatcher, not what C++ code computes.
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -26,10 +26,10 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as an operator of the same name.
 
     No result may be a view of an argument or of another result. Tracing calls the function with
-    tensors that have no memory; it must then compute only shapes.
+    tensors that have no memory, and the function must then compute only shapes.
 
     Args:
-        schema: arguments and results, as `torch.library` writes them.
+        schema: arguments and results, in the notation of `torch.library`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
                 raise UsageError(
-                    "vmap: kernels do not support batched gradients; must be with kernels=off "
+                    "vmap: kernels do not support batched gradients; set kernels=off "
                     "(in Python, qat.kernels.use('off'))"
                 )
             return function(*args)
@@ -61,17 +61,17 @@ def differentiated_once() -> None:
     """Raise `UsageError` in a backward pass that is itself being differentiated."""
     if torch.is_grad_enabled():
         raise UsageError(
-            "create_graph=True: kernels can only be differentiated once; must be with kernels=off "
+            "create_graph=True: kernels can only be differentiated once; set kernels=off "
             "(in Python, qat.kernels.use('off'))"
         )
 
 
 def works(language: str, agrees: Callable[[], bool]) -> bool:
-    """True if the kernels compile and agree with the formulas; else log the reason."""
+    """True if the kernels compile and agree with the formulas; if False, log the reason."""
     try:
         is_equal = agrees()
         reason = "its kernels disagree with the formulas"
-    except Exception as error:  # of a driver, compiler or linker, which formulas do not need
+    except Exception as error:  # a driver, compiler or linker may fail; formulas need none of them
         is_equal = False
         reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")
     if not is_equal:

@@ -2,7 +2,7 @@
 
 On other devices, and for tensors that no kernel supports, operators compute the formula. The fields
 of a quantizer are separate arguments of an operator: scale, offset before, offset after, sign, and
-the four fields of `CodeRange`. Operators write to `out`.
+the four fields of `CodeRange`. Operators with an argument `out` write to it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from qat.functional.statsq import statsq_scale
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.library import operator
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import PLAIN, LSQParams, params_of
 
 _LSQ = (
     "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
     "int qmin, int qmax, int? axis, bool half"
 )
-# The formula of each operator, for compilers that round like the operators: a formula fuses with
-# its neighbours.
+# The formula of each operator, for compilers that round like the operators: they can fuse a formula
+# with the operations around it.
 FORMULAS: dict[Any, Callable[..., Any]] = {}
 
 
 def _kernels_for(x: Tensor) -> Any:
-    """The module with kernels for the device of `x`; None also for a tensor without memory."""
+    """The module with kernels for the device of `x`.
+
+    Returns None if there is no such module, and for a tensor without memory.
+    """
     if type(x) not in PLAIN:
         return None
     if x.is_cpu and cpu.available():
@@ -44,7 +47,7 @@ def _kernels_for(x: Tensor) -> Any:
 
 
 def _with_kernels(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a formula as an operator that prefers a kernel of the same name."""
+    """Register a formula as an operator that uses the kernel of the same name where possible."""
 
     def register(formula: Callable[..., Any]) -> Callable[..., Any]:
         name = formula.__name__
@@ -67,7 +70,7 @@ def _with_kernels(schema: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 @_with_kernels(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor")
 def lsq_forward(x: Tensor, *args: Any) -> Tensor:
-    """`reference.lsq_forward`, rounded to a dtype."""
+    """`reference.lsq_forward`, rounded to the dtype in `args`."""
     q, dtype = params_of(args)
     y = reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign)
     return in_dtype(y, dtype)
@@ -81,12 +84,12 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
 
 @_with_kernels("(Tensor w, int bits, ScalarType dtype) -> (Tensor, Tensor)")
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`qat.functional.statsq`, rounded to a dtype, and its scale."""
+    """`qat.functional.statsq`, rounded to `dtype`, and the scale."""
     scale = statsq_scale(w)
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-# A compiler would sum the scale in another order.
+# In the formula, a compiler would add up the scale in another order.
 del FORMULAS[torch.ops.qat.statsq.default]
 step_and_slope = _with_kernels(
     "(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)"
@@ -94,7 +97,7 @@ step_and_slope = _with_kernels(
 
 
 def _joined(*sums: Tensor | None) -> Tensor:
-    """Join the sums that are not None into one tensor, which `split` takes apart."""
+    """Join the sums that are not None into one tensor (n,); `split` is the inverse."""
     return torch.cat([t.flatten().float() for t in sums if t is not None])
 
 
@@ -118,16 +121,17 @@ def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     "Tensor? weight, Tensor? bias, str kind, float number) -> (Tensor, Tensor, Tensor)"
 )
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.lsq_backward`, and the backward of the operation `Made(kind, number)` before it.
+    """`reference.lsq_backward`, and the backward of the operation before the quantizer.
 
-    The gradient of `x` is written to `out`.
+    This operation is `Producer(kind, number)`. The gradient of `x` is written to `out`.
 
     Returns:
-        The gradient of the scale; the requested gradients of the offsets and of a LayerNorm's
-        weight and bias, in one tensor; the result of the forward pass, empty if not requested.
+        The gradient of the scale, without LSQ's factor. The requested gradients of the offsets and
+        of a LayerNorm's weight and bias, joined into one tensor (see `split`). The result of the
+        forward pass; empty if not requested.
     """
     q, with_after, out, dequantized, *norm = params_of(args[:13])
-    producer = Made(*args[13:])
+    producer = Producer(*args[13:])
     kernels = _kernels_for(x)
     if kernels is not None:
         results = kernels.lsq_backward(
@@ -138,7 +142,7 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
             return _without_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
         quantizer_input, *saved = producer.forward(x, *norm)
-        scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Made())
+        scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Producer())
         grad_x, *norm_grads = producer.backward(out, x, *norm, *saved)
         if grad_x is not out:
             out.copy_(grad_x)
@@ -162,18 +166,18 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 def _without_none(
     scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `lsq_backward`, with an empty tensor for None, which operators cannot return."""
+    """Results of `lsq_backward`, with an empty tensor for None: operators cannot return None."""
     return scale, sums, like.new_empty(0) if y is None else y
 
 
-def _dtype_on_the_way(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype to which a quantized `x` is rounded first: that of `x`, unless it is float32."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 
 def quantize(q: LSQParams, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Fake-quantize `x` for a product in `dtype`: round to the dtype of `x`, then to `dtype`."""
-    return lsq_forward(x, *q[:4], *q.codes, _dtype_on_the_way(x, dtype)).to(dtype)
+    return lsq_forward(x, *q[:4], *q.codes, _intermediate_dtype(x, dtype)).to(dtype)
 
 
 def gradients(  # noqa: PLR0913  (callers request what one pass over memory computes)
@@ -186,7 +190,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
     in_place: bool = False,
     dequantized: torch.dtype | None = None,
     norm: tuple[Tensor | None, ...] = (None, None),
-    producer: Made = Made(),  # noqa: B008  (a tuple)
+    producer: Producer = Producer(),  # noqa: B008  (a tuple)
     counted: Tensor | None = None,
 ) -> LsqGradients:
     """Gradients of `quantize` and of the operation before it.
@@ -195,9 +199,9 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
         q: the quantizer.
         grad: gradient of the quantized tensor.
         x: input of the operation before the quantizer.
-        out: where the gradient of `x` is written; None = to a new tensor in the dtype of `x`.
-        with_after: compute the gradient of the offset after the quantizer.
-        in_place: write the gradient of `x` to `grad` if both have the same dtype.
+        out: where the gradient of `x` is written; None = a new tensor in the dtype of `x`.
+        with_after: True = compute the gradient of the offset after the quantizer.
+        in_place: True = write the gradient of `x` to `grad` if both have the same dtype.
         dequantized: dtype of the result of `quantize` to return as well; None = do not return it.
         norm: weight and bias of a LayerNorm before the quantizer.
         producer: the operation before the quantizer.
@@ -209,7 +213,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with_after = with_after and q.after is not None
-    dtype = None if dequantized is None else _dtype_on_the_way(x, dequantized)
+    dtype = None if dequantized is None else _intermediate_dtype(x, dequantized)
     grad_scale, sums, y = lsq_backward(
         grad, x, *q[:4], *q.codes, with_after, out, dtype, *norm, *producer
     )
@@ -223,9 +227,9 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
 
 @_with_kernels("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
 def round_blocks(x: Tensor, *args: Any) -> Tensor:
-    """`reference.round_blocks` with a contiguous result."""
+    """`reference.round_blocks`; the result is contiguous."""
     return reference.round_blocks(x, *args).contiguous()
 
 
-# A compiler would need a second pass to make the result contiguous.
+# Without the copy to contiguous memory, for which a compiler would need a second pass.
 FORMULAS[torch.ops.qat.round_blocks.default] = reference.round_blocks

@@ -1,4 +1,4 @@
-"""The formulas that all kernels must compute, and a test of kernels against them."""
+"""The formulas that all kernels must compute, and a comparison of kernels with the formulas."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qat.functional.block_floats import BLOCK_FORMATS, BlockFormat
 from qat.functional.block_floats import round_blocks as formula_of_blocks
 from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import LSQParams
 
 __all__ = ["agrees", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forward"]
 
 
 def block_format(t: Tensor | None, bits: int) -> BlockFormat:
-    """The format of `bits` bits, with a scale `t` of the whole tensor or without one."""
+    """The format of `bits` bits: a two-level format if the whole tensor has a scale `t`."""
     return BLOCK_FORMATS["mxfp" if t is None else "nvfp4", bits]
 
 
@@ -32,9 +32,9 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
 def agrees(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
 ) -> bool:
-    """True if LSQ kernels return the bits of the formulas, and sums that agree within rounding.
+    """True if LSQ kernels agree with the formulas bit for bit, and their sums within rounding.
 
-    The inputs are inside and outside of the range, and halfway between codes.
+    The inputs include values inside and outside of the range, and values halfway between codes.
 
     Args:
         forward: `lsq_forward` of `cpu` or `gpu`.
@@ -48,7 +48,7 @@ def agrees(
     for codes in grids:
         q = LSQParams(scale, offset, offset, None, codes)
         grad_x = torch.empty_like(x)
-        results = backward(x, x, q, grad_x, torch.float32, None, None, Made(), with_after=False)
+        results = backward(x, x, q, grad_x, torch.float32, None, None, Producer(), with_after=False)
         if results is None:
             return False
         grad_scale, _, dequantized = results

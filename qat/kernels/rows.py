@@ -1,4 +1,4 @@
-"""Tensors as rows in memory, the form that kernels expect."""
+"""Tensors viewed as rows in memory, as kernels expect them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PLAIN: set[type] = {Tensor, torch.nn.Parameter}
 
 
 class LSQParams(NamedTuple):
-    """An LSQ quantizer with its offsets, in the form that kernels expect; see `qat.functional.lsq`.
+    """An LSQ quantizer and its offsets, as kernels expect them; see `qat.functional.lsq`.
 
     Attributes:
-        scale: (n,).
+        scale: step sizes (n,).
         before: offset added before quantization, over the last dimensions, or None.
         after: offset added after quantization, over the last dimensions, or None.
         sign: see `CodeRange.bounds`.
-        codes: codes and axis.
-        grad_factor: factor on the gradient of the scale.
+        codes: codes, and the axis along which step sizes differ.
+        grad_factor: factor on the gradient of the scale, besides LSQ's own.
     """
 
     scale: Tensor
@@ -41,12 +41,12 @@ def params_of(args: Any) -> tuple[Any, ...]:
 
 
 class Layout(NamedTuple):
-    """A tensor as rows of equal length.
+    """The layout of a tensor that consists of rows of equal length.
 
     Attributes:
         rows: number of rows.
-        length: elements of a row.
-        stride: elements from the start of one row to the start of the next one.
+        length: number of elements of a row.
+        stride: number of elements from the start of one row to the start of the next one.
         steps: number of step sizes. Row r has step size r % steps, or, with `by_column`, element i
             of each row has step size i.
         by_column: see `steps`.
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def row_stride(x: Tensor, length: int) -> int | None:
-    """Elements from one row of `length` to the next; None if rows are not at equal distances."""
+    """Elements from one row of `length` to the next. Returns None if the distances differ."""
     if x.is_contiguous():
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:
@@ -75,14 +75,17 @@ def row_stride(x: Tensor, length: int) -> int | None:
 
 
 def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
-    """True if all tensors that are not None have memory, an allowed dtype and the same device."""
+    """True if all tensors have memory, an allowed dtype and the same device; skip None."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
     return all(type(x) in PLAIN and x.dtype in dtypes and x.device == device for x in present)
 
 
 def _row_length(x: Tensor, axis: int | None, columns: list[Tensor]) -> int:
-    """Length of the rows of `x` that share a step size; of all rows if the axis is the last."""
+    """Number of consecutive elements that share a step size.
+
+    If the axis is the last dimension, this is the size of that dimension.
+    """
     if axis == x.ndim - 1:
         return x.shape[-1]
     if axis is not None:
@@ -129,7 +132,7 @@ def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
 def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
     """Rows of a contiguous `w` along its first dimension, one for each entry of `scale`.
 
-    The result is None if the tensors have other layouts or shapes.
+    Returns None if the tensors have other layouts or shapes.
     """
     if not w.is_contiguous() or not scale.ndim == w.ndim > 1:
         return None

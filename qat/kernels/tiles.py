@@ -10,23 +10,26 @@ from torch import Tensor
 from qat.kernels.rows import Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements of a program's tile.
+# Number of elements in the tile of a program.
 TILE = 2048
-# The most columns of a tile, and the fewest columns of a tile that is narrower than a row.
+# The largest number of columns of a tile, and the smallest if the tile is narrower than a row.
 WIDEST = 1024
 NARROW = 64
 
 
 @functools.cache
 def device_type() -> str:
-    """`cuda`, or `cpu` under Triton's interpreter, as in tests. The function needs Triton."""
+    """`cuda`, or `cpu` under Triton's interpreter, as in tests. Call this only with Triton."""
     import triton
 
     return "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 
 def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
-    """`x`, or a copy if its rows are unevenly spaced, and the elements from one row to the next."""
+    """`x` and the number of elements from one row to the next.
+
+    If rows are unevenly spaced, `x` is copied.
+    """
     stride = row_stride(x, length)
     if stride is None:
         return x.contiguous(), length
@@ -38,11 +41,11 @@ def tiles_of(layout: Layout, whole: int | None = None) -> tuple[dict[str, int], 
 
     Args:
         layout: the rows to cut.
-        whole: the most columns if a tile must be as wide as a row; None = as many as possible
-            without a half-empty tile.
+        whole: the largest number of columns, if a tile must be as wide as a row; None = as many
+            columns as possible without a half-empty tile.
 
     Returns:
-        Rows and columns of a tile, by the names of the kernels' arguments; the number of tiles down
+        Rows and columns of a tile, by the names of the kernels' arguments. The number of tiles down
         and across.
     """
     columns = 1 << (layout.length - 1).bit_length()

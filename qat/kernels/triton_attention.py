@@ -1,14 +1,14 @@
 """Attention with quantized probabilities: programs keep scores in registers.
 
 A program processes a tile of queries or keys of one head and image; the grid of programs is (tiles,
-heads, images). Every pass computes a probability by the same operations, from the base-2 logarithm
-of the sum of its row, so that all passes see the same codes. `factor` includes the factor that
-turns a power of e into a power of 2; a probability in steps is the probability times the reciprocal
-of the step size. Matrix products are accumulated in float32.
+heads, images). Forward and backward compute a probability by the same operations, from the base-2
+logarithm of the sum of its row, so the codes are the same in all passes. `factor` includes the
+factor that turns a power of e into a power of 2. A probability in steps is the probability times
+the reciprocal of the step size. Matrix products are accumulated in float32.
 
 The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
-row to the next. A head has SIZE elements of each row, which fit in a tile of BLOCK_D columns. See
-`triton_kernels` for the rest.
+row to the next. A head has SIZE elements of each row; they fit in a tile of BLOCK_D columns.
+`triton_kernels` describes the conventions of all kernels.
 """
 
 import triton
@@ -29,7 +29,7 @@ from qat.kernels.triton_kernels import (
 def _read(
     x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr, BLOCK_D: constexpr
 ) -> tensor:
-    """Rows of the program's head and image, zero outside of the tensor."""
+    """Read rows of the program's head and image; elements outside of the tensor are zero."""
     column = tl.arange(0, BLOCK_D)
     offsets = _offsets(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
     return tl.load(x + offsets, mask=_inside(row, column, rows, SIZE), other=0.0)
@@ -49,7 +49,7 @@ def _write(
 
 @triton.jit
 def _score_row(row: tensor, rows: tensor) -> tensor:
-    """Index of a row of the program's head and image in a contiguous (images, heads, rows)."""
+    """Index of a row of the program's head and image in a tensor (images, heads, rows)."""
     return (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * rows + row
 
 
@@ -76,7 +76,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     sums: tensor,
     out: tensor,
     dots: tensor,
-    errors: tensor,
+    step_grads: tensor,
     high: tensor,
     factor: tensor,
     grad_factor: tensor,
@@ -89,12 +89,12 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """A tile of queries and all keys: forward, or, with the gradient `grad` of `out`, backward.
+    """Process a tile of queries and all keys: forward, or backward if `grad` is not None.
 
-    The result, or in backward the gradient of `q`, is written to `out`. `sums` contains the base-2
-    logarithm of the sum of each row, which forward writes and backward reads. Backward also writes
-    one number per row to `dots`, the term subtracted from gradients of the probabilities of the
-    row, and one to `errors`, the contribution of the row to the gradient of its step size.
+    Forward writes the result to `out`, and the base-2 logarithm of the sum of each row to `sums`.
+    Backward gets the gradient of the result as `grad`, reads `sums`, and writes the gradient of `q`
+    to `out`. It also writes two numbers per row: to `dots`, the term subtracted from the gradients
+    of the row's probabilities, and to `step_grads`, the row's gradient of the step size.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -119,11 +119,11 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     else:
         grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
         grad_probs_q = _product(grad_tile, tl.trans(v_tile))
-        grad_probs, grad_step, _ = _lsq_gradients(
+        grad_probs, step_grad_terms, _ = _lsq_gradients(
             grad_probs_q, probs_in_steps, None, high, HALF=False
         )
         dot = tl.sum(grad_probs * probs, 1)
-        tl.store(errors + score_row, tl.sum(grad_step, 1), mask=inside)
+        tl.store(step_grads + score_row, tl.sum(step_grad_terms, 1), mask=inside)
         tl.store(dots + score_row, dot, mask=inside)
         grad_scores = (grad_probs - dot[:, None]) * probs
         grad_q = _product(grad_scores.to(k_tile.dtype), k_tile) * grad_factor
@@ -153,9 +153,9 @@ def attention_keys(  # noqa: PLR0913
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """Backward for a tile of keys and values, over all queries.
+    """Compute the backward pass of a tile of keys and values, over all queries.
 
-    Tiles of scores are (keys, queries).
+    Tiles of scores have the shape (keys, queries).
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k_tile = _read(k, m, rows, k_stride, SIZE, BLOCK_D)

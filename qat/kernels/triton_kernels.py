@@ -3,11 +3,11 @@
 Kernels compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
 to which they are written.
 
-Forward results have the bits of `reference`: division rounds to nearest, rounding is half to even,
-every comparison lets NaN through, and `gpu` launches without contraction of products and sums. Each
-program writes its own sums, which are added afterwards, in the same order in every run and without
-atomic operations. Triton evaluates the annotations, so they are not strings. A pointer has the name
-of the tensor that it points to.
+Forward results are bit-identical to `reference`: division rounds to nearest, rounding is half to
+even, every comparison lets NaN through, and `gpu` launches kernels without fusing products and
+sums. Each program writes its own sums, without atomic operations; these are added up afterwards, in
+the same order in every run. Triton evaluates the annotations, so they are not strings. A pointer
+has the name of the tensor that it points to.
 """
 
 import triton
@@ -16,8 +16,8 @@ from triton.language import constexpr, tensor
 
 # Adding and then subtracting this number rounds any value below 2^22, half to even.
 MAGIC = constexpr(1.5 * 2.0**23)
-# Quotients of at least this size are not corrected: they are outside the range of all codes, or
-# infinite.
+# Quotients of at least this size are not corrected, because they are outside the range of all codes
+# or infinite.
 FAR = constexpr(2.0**22)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
@@ -29,7 +29,7 @@ DENSITY = constexpr(0.3989422804014327)
 
 @triton.jit
 def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
-    """The bounds, moved to codes from 0 on if `sign` says that the input has no negative values."""
+    """The bounds; moved to start at 0 if `sign` says that the input has no negative values."""
     if sign is not None:
         is_signed = tl.load(sign).to(tl.float32) > 0.0
         high = tl.where(is_signed, high, high - low)
@@ -48,8 +48,8 @@ def _clamped(u: tensor, low: tensor, high: tensor) -> tensor:
 def _quotient(x: tensor, step: tensor) -> tensor:
     """`x / step`, rounded to nearest: x times the reciprocal, corrected by the remainder.
 
-    Unlike a division it has no branches. With a reciprocal that is rounded to nearest, one
-    correction is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    Unlike a division, this has no branches. If the reciprocal is rounded to nearest, one correction
+    is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
     """
     inverse = tl.div_rn(1.0, step)
     u = x * inverse
@@ -66,7 +66,7 @@ def _rounded(u: tensor) -> tensor:
 
 @triton.jit
 def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
-    """The code nearest to clamped `u`; half codes end half a step below the end of the range."""
+    """The code nearest to clamped `u`; with half codes, the highest is half a step below `high`."""
     if HALF:
         k = _rounded(u - 0.5)
         return tl.where(k > high - 1.0, high - 1.0, k) + 0.5
@@ -119,10 +119,11 @@ def _produce(  # noqa: PLR0913, PLR0917
     PRODUCER: constexpr,
     DTYPE: constexpr,
 ) -> tuple[tensor, tensor, tensor]:
-    """The input of the quantizer, computed from x by PRODUCER, and what `_produce_backward` needs.
+    """Compute the input of the quantizer from x by PRODUCER, and tensors for `_produce_backward`.
 
-    What it needs are, for a LayerNorm, normalised rows and the reciprocals of their deviations; for
-    a GELU, the normal distribution function of x; for a softmax, the probabilities.
+    The tensors for backward are the normalised rows of a LayerNorm and the reciprocals of the
+    rows' standard deviations, the normal distribution function of x for a GELU, or the
+    probabilities of a softmax.
     """
     out = x
     unit = x
@@ -176,7 +177,7 @@ def _lsq_gradients(
 ) -> tuple[tensor, tensor, tensor]:
     """Gradient of the input, terms of the gradient of the step size, and codes, for u = x / step.
 
-    Terms are 0 where `grad` is 0.
+    The terms are 0 where `grad` is 0, so padding adds nothing to their sum.
     """
     clamped = _clamped(u, low, high)
     is_out = u > high if low is None else (u < low) | (u > high)
@@ -197,7 +198,7 @@ def _store_column_sums(
 def _store_requested_sums(
     sums: tensor, tiles: tensor, column: tensor, length: tensor, REQUESTED: constexpr
 ) -> None:
-    """Write the column sums of the REQUESTED tiles; each tile has a row per program."""
+    """Write the column sums of the REQUESTED tiles; for each tile, `sums` has a row per program."""
     row = tl.program_id(0)
     for i in tl.static_range(4):
         if REQUESTED[i]:
@@ -254,7 +255,7 @@ def lsq_backward(  # noqa: PLR0913
     after: tensor,
     sign: tensor,
     y: tensor,
-    errors: tensor,
+    step_grads: tensor,
     sums: tensor,
     weight: tensor,
     bias: tensor,
@@ -276,18 +277,21 @@ def lsq_backward(  # noqa: PLR0913
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.lsq_backward`; a program has a strip of `strip` rows, a multiple of BLOCK_R.
+    """`reference.lsq_backward`; a program processes `strip` rows, a multiple of BLOCK_R.
 
-    The sums for the step sizes are written to `errors`, (rows, programs across), or (strips,
-    length) if there is a step size per column. The REQUESTED sums of columns are written to `sums`,
-    (number of requests, strips, length): for the offset before, the offset after, and the weight
-    and the bias of a LayerNorm. The result of the forward pass is written to `y` unless it is None.
+    Gradients of the step sizes are written to `step_grads`: one term per row and program across, or
+    (strips, length) if there is a step size per column. The REQUESTED sums of columns are written
+    to `sums`, (number of requests, strips, length): for the offset before, the offset after, and
+    the weight and the bias of a LayerNorm. The result of the forward pass is written to `y` unless
+    `y` is None.
 
-    If PRODUCER computed the input of the quantizer from `x`, `grad_x` is the gradient of `x`:
-    "norm" = LayerNorm and "scores" = softmax, both with whole rows in a tile, or "none" = GELU.
+    PRODUCER is the operation that computed the input of the quantizer from `x`: "norm" = LayerNorm
+    and "scores" = softmax, both with whole rows in a tile, or "none" = GELU. `grad_x` is always the
+    gradient of `x`.
 
-    Length and strides of rows are in UNITs. Triton detects multiples of 16 by itself; 8 elements of
-    half precision are the 16 bytes that one instruction reads.
+    Length and strides of rows are in UNITs, so that the compiler knows them to be multiples of
+    UNIT. Triton detects multiples of 16 by itself, but 8 elements of half precision are already the
+    16 bytes that one instruction reads.
     """
     low, high = _bounds(low, high, sign)
     length = length * UNIT
@@ -295,14 +299,14 @@ def lsq_backward(  # noqa: PLR0913
     x_stride = x_stride * UNIT
     grad_x_stride = grad_x_stride * UNIT
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Load before the loop; inside it, the program would wait for each load.
+    # Load these before the loop: inside the loop, the program would wait for each load.
     offset_before = None if before is None else _columns(before, column, length)
     offset_after = None if after is None else _columns(after, column, length)
     weights = None if weight is None else _columns(weight, column, length)
     biases = None if bias is None else _columns(bias, column, length)
     column_step = _step_size(scale, column, (column < length) & BY_COLUMN)[None, :]
     zero = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    sum_errors = zero
+    sum_step_grads = zero
     sum_before = zero
     sum_after = zero
     sum_weight = zero
@@ -316,7 +320,7 @@ def lsq_backward(  # noqa: PLR0913
             x_tile, weights, biases, column, length, number, PRODUCER, x.dtype.element_ty
         )
         u = _quotient(_plus(produced, offset_before), step)
-        grad_produced, error, codes = _lsq_gradients(grad_tile, u, low, high, HALF)
+        grad_produced, step_grad, codes = _lsq_gradients(grad_tile, u, low, high, HALF)
         sum_before = sum_before + grad_produced
         sum_after = sum_after + grad_tile
         sum_weight = sum_weight + grad_produced * unit
@@ -328,12 +332,12 @@ def lsq_backward(  # noqa: PLR0913
             dequantized = _plus(codes * step, offset_after)
             tl.store(y + _offsets(row, column, length), dequantized, mask=inside)
         if BY_COLUMN:
-            sum_errors += error
+            sum_step_grads += step_grad
         else:
             offsets = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-            tl.store(errors + offsets, tl.sum(error, 1), mask=row < rows)
+            tl.store(step_grads + offsets, tl.sum(step_grad, 1), mask=row < rows)
     if BY_COLUMN:
-        _store_column_sums(errors, sum_errors, column, length, tl.program_id(0))
+        _store_column_sums(step_grads, sum_step_grads, column, length, tl.program_id(0))
     # The gradient of a LayerNorm's bias equals the gradient of an offset before the quantizer.
     tiles = (sum_before, sum_after, sum_weight, sum_before)
     _store_requested_sums(sums, tiles, column, length, REQUESTED)
@@ -375,7 +379,7 @@ def statsq_forward(  # noqa: PLR0913
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, it first writes `scale`."""
+    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, first compute and write `scale`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if FIND:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)

@@ -156,8 +156,10 @@ class QATModule(LightningModule):
             prog_bar=True,
             batch_size=len(images),
         )
-        watched = {f"train/{name}": value for name, value in self.loss.watched().items()}
-        self.log_dict(watched, on_step=True, on_epoch=False)
+        logged_values = {
+            f"train/{name}": value for name, value in self.loss.logged_values().items()
+        }
+        self.log_dict(logged_values, on_step=True, on_epoch=False)
         losses = {"loss": total.detach()}
         losses |= {f"loss_{term}": value for term, value in terms.items()}
         for name, value in losses.items():

@@ -80,7 +80,7 @@ def parameter_groups(
 
 def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     """Layer number of each parameter, by name, as in timm: 0 = embedding, highest = head."""
-    check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
+    check_number("optimizer.layer_decay", layer_decay, 0, exclusive_lowest=True, highest=1)
     if not hasattr(net, "group_matcher"):
         raise UsageError(
             f"optimizer.layer_decay={layer_decay}: "
@@ -131,8 +131,8 @@ def build_optimizer(
     Raises:
         UsageError: the optimizer is unknown, or a learning rate is not positive.
     """
-    check_number("optimizer.lr", lr, 0, above=True)
-    check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
+    check_number("optimizer.lr", lr, 0, exclusive_lowest=True)
+    check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, exclusive_lowest=True)
     check_number("optimizer.weight_decay", weight_decay, 0)
     names = [str(name) for name in timm.optim.list_optimizers()]
     if str(opt).lower() not in names:

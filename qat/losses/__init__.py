@@ -1,4 +1,4 @@
-"""Loss terms, which the config composes."""
+"""Loss terms, from which the config composes a loss."""
 
 from qat.losses.compose import CompositeLoss, LossTerm, StepContext
 from qat.losses.outputs import CrossEntropy, Distillation, FeatureDistillation

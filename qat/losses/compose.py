@@ -21,13 +21,13 @@ class StepContext:
     """Inputs and outputs of one training step, from which loss terms are computed.
 
     Attributes:
-        logits: (B, K), or a pair (class head, distillation head) of a distilled net in training.
+        logits: (B, K), or for a distilled net in training a pair (class head, distillation head).
         target: (B,) class ids or (B, K) probabilities.
-        teacher_logits: (B, K), None without a teacher.
+        teacher_logits: (B, K); None without a teacher.
         net: the net in training, for terms on its weights.
         progress: completed share of the optimizer steps of the run, 0 to 1.
-        features: output of each block of the net, if a term reads it.
-        teacher_features: output of each block of the teacher, if a term reads it.
+        features: outputs of the net's blocks; empty unless a term reads them.
+        teacher_features: outputs of the teacher's blocks; empty unless a term reads them.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ class StepContext:
 
     @property
     def prediction(self) -> Tensor:
-        """Logits (B, K) that the net would return in evaluation: the mean of its heads."""
+        """Logits (B, K) that the net would return in evaluation: the mean of its two heads."""
         class_logits, distillation_logits = self.heads
         if class_logits is distillation_logits:
             return class_logits
@@ -62,9 +62,9 @@ class LossTerm(nn.Module, ABC):
 
     Attributes:
         needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
-        blocks: which blocks' outputs the term reads, `all` or `last`; None = it reads no outputs.
+        blocks: the blocks whose outputs the term reads, `all` or `last`; None = no blocks.
         needs_whole_weights: True if the term reads weights outside the forward pass of the net.
-        watched: additional values of the last step to log, by name; detached scalars.
+        logged_values: values of the last step to log besides the loss, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -75,30 +75,30 @@ class LossTerm(nn.Module, ABC):
         check_number(f"loss term {type(self).__name__}: weight", weight, 0)
         self.weight = weight
         self.blocks: str | None = None
-        self.watched: dict[str, Tensor] = {}
+        self.logged_values: dict[str, Tensor] = {}
 
     def prepare(self, net: nn.Module) -> None:
-        """Check, once before the first step, that the net has the tensors which the term reads.
+        """Check once, before the first step, that the net has the tensors that the term reads.
 
         Raises:
-            UsageError: the net does not have them.
+            UsageError: the net does not have these tensors.
         """
 
     @abstractmethod
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, not yet weighted."""
+        """The value of the term, a scalar, not yet multiplied by its weight."""
 
 
 class CompositeLoss(nn.Module):
     """Sum of weight * term.
 
     Args:
-        terms: terms by the name under which their value is logged.
+        terms: terms by name; the value of each term is logged under its name.
 
     Attributes:
         needs_teacher: True if a term reads outputs of a teacher.
-        blocks: which blocks' outputs a term compares with the teacher's, `all` or `last`; None = no
-            term reads outputs of blocks.
+        blocks: the blocks whose outputs terms compare with the teacher's, `all` or `last`; None =
+            no blocks.
 
     Raises:
         UsageError: there are no terms, a term is not a `LossTerm`, or terms read different blocks.
@@ -134,12 +134,12 @@ class CompositeLoss(nn.Module):
         for term in self.terms.values():
             term.prepare(net)
 
-    def watched(self) -> dict[str, Tensor]:
-        """Additional values of the last step to log, from all terms."""
-        watched: dict[str, Tensor] = {}
+    def logged_values(self) -> dict[str, Tensor]:
+        """Values of the last step to log besides the loss, from all terms."""
+        values: dict[str, Tensor] = {}
         for term in self.terms.values():
-            watched.update(term.watched)
-        return watched
+            values.update(term.logged_values)
+        return values
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and the unweighted, detached value of each term by name."""

@@ -20,7 +20,7 @@ class CrossEntropy(LossTerm):
     """Cross-entropy of the prediction, in float32; targets are class ids or probabilities.
 
     Args:
-        label_smoothing: mass moved from the target to all classes, in [0, 1).
+        label_smoothing: probability mass moved from the target to all classes, in [0, 1).
         weight: factor in the sum.
     """
 
@@ -30,7 +30,7 @@ class CrossEntropy(LossTerm):
         self.label_smoothing = label_smoothing
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar."""
+        """The loss, a scalar."""
         return F.cross_entropy(
             step.prediction.float(), step.target, label_smoothing=self.label_smoothing
         )
@@ -43,11 +43,11 @@ class Distillation(LossTerm):
     OFQ weights both parts equally.
 
     Args:
-        label_smoothing: mass moved from the target of the hard part to all classes, in [0, 1).
+        label_smoothing: probability mass moved from the labels to all classes, in [0, 1).
         weight: factor in the sum.
         hard_weight: factor on the hard part, 0 or more. At 0 the net only follows the teacher, and
             the class head of a net with a distillation head learns nothing.
-        temperature: T of the soft part (`soft_cross_entropy`), above 0; 1 in OFQ.
+        temperature: T of the soft part (see `soft_cross_entropy`), above 0; 1 in OFQ.
     """
 
     needs_teacher = True
@@ -62,13 +62,13 @@ class Distillation(LossTerm):
         super().__init__(weight)
         check_number("loss.label_smoothing", label_smoothing, 0, below=1)
         check_number("loss.hard_weight", hard_weight, 0)
-        check_number("loss.temperature", temperature, 0, above=True)
+        check_number("loss.temperature", temperature, 0, exclusive_lowest=True)
         self.label_smoothing = label_smoothing
         self.hard_weight = hard_weight
         self.temperature = temperature
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar."""
+        """The loss, a scalar."""
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         class_logits, distillation_logits = step.heads
@@ -84,12 +84,13 @@ class Distillation(LossTerm):
 
 
 class FeatureDistillation(LossTerm):
-    """Distance between outputs of the net's blocks and of the teacher's; see `feature_distance`.
+    """`feature_distance` between outputs of the net's blocks and of the teacher's blocks.
 
     Args:
         weight: factor in the sum.
-        blocks: `all`, each compared with the same block of the teacher, or only the `last`.
-        schedule: `constant`, or `cosine`: the factor falls to 0 at the end of the run.
+        blocks: `all` = compare each block with the same block of the teacher; `last` = only the
+            last block.
+        schedule: `constant`; or `cosine` = the factor falls to 0 at the end of the run.
     """
 
     needs_teacher = True
@@ -105,13 +106,17 @@ class FeatureDistillation(LossTerm):
         self.schedule = schedule
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, multiplied by the schedule."""
+        """The loss, a scalar, multiplied by the schedule.
+
+        Raises:
+            UsageError: the blocks of net and teacher return other shapes.
+        """
         shapes = [tuple(feature.shape[1:]) for feature in step.features]
         teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]
         if not shapes or shapes != teacher_shapes:
             raise UsageError(
-                f"loss.features: blocks of the model return {shapes}, those of the teacher "
-                f"{teacher_shapes}; must be the same shapes"
+                f"loss.features: the blocks of the model return {shapes}, the blocks of the "
+                f"teacher {teacher_shapes}; must be the same shapes"
             )
         factor = 1.0
         if self.schedule == "cosine":

@@ -23,8 +23,8 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     """Float weights of Linears and convolutions, except for stem and heads (as in KURE's paper).
 
     Args:
-        net: the net; if it is quantized, the result holds only its quantized weights and the folded
-            matrix of query-key reparameterization.
+        net: the net. If it is quantized, the result contains only weights that are quantized, and
+            the folded matrices of query-key reparameterization.
 
     Returns:
         The weights in the order of the modules; a weight that layers share appears once.
@@ -43,7 +43,8 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     unique_weights = {id(weight): weight for layer, weight in weights if layer not in excluded}
     if not unique_weights:
         raise UsageError(
-            "loss.kure: this model has no linear layers or convolutions besides stem and heads"
+            "loss.kure: this model has no linear layers or convolutions besides stem and heads; "
+            "must be 0"
         )
     return list(unique_weights.values())
 
@@ -55,7 +56,7 @@ class Kure(LossTerm):
 
     Args:
         weight: factor in the sum; 1.0 in all published runs.
-        target: kurtosis, above 1.
+        target: target of the kurtosis, above 1.
         reduction: `mean`, `sum` or `max` over the layers.
     """
 
@@ -75,10 +76,10 @@ class Kure(LossTerm):
         latent_weights(net)
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar."""
+        """The loss, a scalar."""
         values = kurtoses(latent_weights(step.net))
         detached = values.detach()
-        self.watched = {
+        self.logged_values = {
             "kurtosis_mean": detached.mean(),
             "kurtosis_min": detached.min(),
             "kurtosis_max": detached.max(),
@@ -89,13 +90,13 @@ class Kure(LossTerm):
 class Dampening(LossTerm):
     """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, with w_q detached.
 
-    The factor grows from 0 along a cosine. A weight between two levels is pulled to the nearer one;
-    a weight on a level or outside the outermost levels is not pulled. With QKR, the folded matrix
-    is treated like any weight, and the gradient reaches both of its factors.
+    The factor grows from 0 along a cosine. A weight between two levels is pulled to the nearer
+    level; a weight on a level, or outside the outermost levels, is not pulled. With QKR, the folded
+    matrix is treated like any weight, and the gradient reaches both of its factors.
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
-        max_bits: weights of more bits are skipped.
+        max_bits: largest number of bits; weights with more bits are skipped.
     """
 
     needs_whole_weights = True
@@ -106,7 +107,7 @@ class Dampening(LossTerm):
         self.max_bits = max_bits
 
     def forward(self, step: StepContext) -> Tensor:
-        """Scalar, multiplied by the schedule.
+        """The loss, a scalar, multiplied by the schedule.
 
         Raises:
             UsageError: the net has no weights of at most `max_bits` bits on evenly spaced values.
@@ -119,12 +120,12 @@ class Dampening(LossTerm):
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid):
                 clipped = weight.clamp(*grid.ends(weight.ndim))
-                # Detached: the step size gets no gradient.
+                # `detach`, because the step size gets no gradient.
                 quantized = site.quantizer(weight).detach()
                 distances.append((quantized - clipped).square().sum())
         if not distances:
             raise UsageError(
-                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so "
-                "few bits on a uniform grid"
+                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of at "
+                "most so many bits on a uniform grid"
             )
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()

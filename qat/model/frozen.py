@@ -67,7 +67,7 @@ class FrozenWeight(Frozen):
         """The float32 weight; `x` is not used."""
         return self.grid().dequantize(self.stored)
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The dequantized weight."""
         return self() if self.in_graph is None else self.in_graph(None)
 
@@ -117,7 +117,7 @@ class FrozenBlocks(FrozenWeight):
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.empty = quantizer.grid()
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The dequantized weight, in the dtype of the model."""
         return self().to(self.like.dtype)
 
@@ -152,7 +152,7 @@ class FrozenFp8(FrozenWeight):
         scale: (n,), a scale for each row.
     """
 
-    def held(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         """The weight, in the dtype of the model."""
         return self().to(self.scale.dtype) if self.in_graph is None else self.in_graph(None)
 

@@ -50,7 +50,7 @@ class Site:
             TypeError: the site is an activation, which has no latent tensor.
             UsageError: the model is frozen and has only codes.
         """
-        if self.quantizer.held() is not None:
+        if self.quantizer.stored_weight() is not None:
             raise UsageError(
                 f"{self.name} holds only integer codes; "
                 "the float weights are in the checkpoint that the model was frozen from"

@@ -1,4 +1,4 @@
-"""Quantized attention without query-key reparameterization, and code that both forms share.
+"""Quantized standard attention, and code that it shares with query-key reparameterization (QKR).
 
 Source: OFQ, arXiv 2302.02210.
 """
@@ -22,7 +22,7 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
 
 
 def separate_bias(attention: Any) -> Tensor | None:
-    """Bias (3*h*d,) of modules with separate `q_bias` and `v_bias`, or None; 0 for keys."""
+    """Bias (3*h*d,) of a module with `q_bias` and `v_bias`, 0 for keys. None without biases."""
     q_bias = attention.q_bias
     v_bias = attention.v_bias
     if q_bias is None or v_bias is None:
@@ -31,7 +31,7 @@ def separate_bias(attention: Any) -> Tensor | None:
 
 
 def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
-    """Quantize (B, h, N, d) as (B, N, h*d), or without reshaping if blocks of d share scales.
+    """Quantize (B, h, N, d) in the shape (B, N, h*d), or unchanged if blocks along d share scales.
 
     A score sums over d, so blocks must not extend across heads.
     """
@@ -41,14 +41,14 @@ def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
 
 
 class ScoredAttention(nn.Module):
-    """The part of attention after the scores, common to both of its forms.
+    """The part of attention after the scores, which standard attention and QKR share.
 
     Args:
         attention: the timm module, whose settings and output layers are used.
         context: recipe and place of the attention.
 
     Attributes:
-        keep_probs: see `Scoring`.
+        save_probs: True = save the probabilities for backward; see `Scoring`.
     """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
@@ -67,14 +67,14 @@ class ScoredAttention(nn.Module):
         self.gate = getattr(attention, "gate", None)
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
-        self.keep_probs = True
+        self.save_probs = True
 
-    def gather(self, scores: Tensor, v: Tensor) -> Tensor:
-        """Quantized probabilities times quantized values.
+    def weigh_values(self, scores: Tensor, v: Tensor) -> Tensor:
+        """The sum of the quantized values, weighted by the quantized probabilities.
 
         Args:
             scores: (B, h, N, M), scaled, biased and masked.
-            v: (B, M, h*d), not yet quantized; fewer heads if groups of heads share values.
+            v: (B, M, h*d), not yet quantized; with fewer heads if groups of heads share values.
 
         Returns:
             (B, N, h*d).
@@ -85,15 +85,15 @@ class ScoredAttention(nn.Module):
         return (probs @ values).transpose(1, 2).flatten(2)
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """`gather` and `project`: (B, N, C_out)."""
-        return self.project(self.gather(scores, v), x)
+        """Apply `weigh_values`, then `project`; returns (B, N, C_out)."""
+        return self.project(self.weigh_values(scores, v), x)
 
     def project(self, out: Tensor, x: Tensor) -> Tensor:
         """Apply norm, gate and projection to the output of the heads.
 
         Args:
             out: (B, N, h*d).
-            x: (B, N, C), the input of the attention; only a gate reads it.
+            x: (B, N, C), the input of the attention, which only a gate reads.
 
         Returns:
             (B, N, C_out).
@@ -104,7 +104,7 @@ class ScoredAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def shared(self, t: Tensor) -> Tensor:
-        """Expand (B, h/groups, M, d) to (B, h, M, d): the heads of a group share keys or values."""
+        """Expand (B, h/groups, M, d) to (B, h, M, d); the heads of a group share keys or values."""
         return t if self.groups == 1 else t.repeat_interleave(self.groups, dim=1)
 
     def n_scores(self, x: Tensor) -> int:
@@ -119,8 +119,8 @@ class QuantAttention(ScoredAttention):
 
     Attributes:
         qkv: timm's Linear; None in a family with separate Linears for q, k and v.
-        q_bias: (h*d,) in families with biases separate from `qkv`, else None.
-        v_bias: (h*d,), bias of the values, like `q_bias`.
+        q_bias: (h*d,), bias of the queries in a family whose biases are not part of `qkv`, or None.
+        v_bias: (h*d,), bias of the values in such a family, or None.
     """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
@@ -134,7 +134,7 @@ class QuantAttention(ScoredAttention):
         self.v_bias = getattr(attention, "v_bias", None)
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values (B, N, h*d) of x (B, N, C), including separate biases."""
+        """Queries, keys and values (B, N, h*d) of x (B, N, C), with separate biases added."""
         qkv = self.qkv(x)
         bias = separate_bias(self)
         if bias is not None:
@@ -153,7 +153,7 @@ class QuantAttention(ScoredAttention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d).
 
-        Queries and keys have one step size per token, which the heads share.
+        Queries and keys have one step size per token; all heads share these step sizes.
         """
         q_q = quantized_heads(q, self.q_quantizer)
         k_q = self.shared(quantized_heads(k, self.k_quantizer))
@@ -162,7 +162,7 @@ class QuantAttention(ScoredAttention):
     def fused(
         self, qkv: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | None:
-        """`gather(scores(q, k) * factor + bias + mask, v)` in one autograd Function.
+        """Compute `weigh_values(scores(q, k) * factor + bias + mask, v)` in one Function.
 
         Args:
             qkv: (B, N, 3*h*d).
@@ -182,7 +182,7 @@ class QuantAttention(ScoredAttention):
         probs = operand_of(self.probs_quantizer)
         if q is None or k is None or v is None or probs is None:
             return None
-        scoring = Scoring(bias, mask, self.num_heads, factor, self.keep_probs)
+        scoring = Scoring(bias, mask, self.num_heads, factor, self.save_probs)
         return attention(qkv, (q, k, v, probs), scoring)
 
 
@@ -190,14 +190,14 @@ MEMORY = ("save", "recompute")
 
 
 def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
-    """Choose between time and memory, without a change of results.
+    """Trade memory for time in backward; results stay the same.
 
     Args:
-        net: a converted model; others stay unchanged.
-        memory: `save` saves for backward what takes long to compute. `recompute` needs less memory
+        net: a converted model; other models stay unchanged.
+        memory: `save` = save the tensors that take long to compute. `recompute` = use less memory
             and up to 15 % more time: backward recomputes the probabilities of quantized attentions,
-            and products with the folded matrices of reparameterized attentions. In compiled models,
-            the compiler decides which other tensors to save.
+            and the products with the folded matrices of reparameterized attentions. In compiled
+            models, the compiler decides which other tensors to save.
 
     Returns:
         `net` itself.
@@ -208,5 +208,5 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
     check_choice("memory", memory, MEMORY)
     for module in net.modules():
         if isinstance(module, ScoredAttention):
-            module.keep_probs = memory == "save"
+            module.save_probs = memory == "save"
     return net

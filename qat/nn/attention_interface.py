@@ -1,7 +1,8 @@
-"""Quantized attention of Transformers' models: scores and weighted sums go through its interface.
+"""Quantized attention of Transformers' models, through the library's attention interface.
 
-An attention of Transformers computes queries, keys and values itself and calls the function that
-the model's `attn_implementation` names. Ours quantizes the four operands.
+An attention of Transformers computes queries, keys and values itself, and calls the function that
+the model's `attn_implementation` names. The function of this module quantizes queries, keys, values
+and probabilities.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from qat.nn.attention import quantized_heads
 from qat.nn.swap_registry import SwapContext
 from qat.spec import QuantRecipe
 
-NAME = "qat"  # of the function, for `attn_implementation`
-CHILD = "quantized"  # a child of each attention
+NAME = "qat"  # name of the function, for `attn_implementation`
+CHILD = "quantized"  # name of the child of each attention that contains the quantizers
 
-# Activations that compute a formula of their own; their negative tail is small.
+# Activations with a small negative tail that do not call torch's functions.
 _ACTIVATIONS = (
     "AccurateGELUActivation",
     "FastGELUActivation",
@@ -36,15 +37,15 @@ _ACTIVATIONS = (
     "QuickGELUActivation",
 )
 
-# The search that is going on.
+# The search for attentions that is in progress.
 _search: ContextVar[AttentionInterface | None] = ContextVar("_search", default=None)
 
 
 class HeadProducts(nn.Module):
-    """Quantized scores and weighted sums of queries, keys and values of each head.
+    """The two products of attention for each head: quantized scores, and sums of quantized values.
 
     Args:
-        context: recipe and place.
+        context: recipe and place of the attention.
     """
 
     def __init__(self, context: SwapContext) -> None:
@@ -63,15 +64,16 @@ class HeadProducts(nn.Module):
         factor: float = 1.0,
         dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Quantized probabilities times quantized values.
+        """The sum of the quantized values, weighted by the quantized probabilities.
 
         Args:
             query: (B, h, N, d).
-            key: (B, h/g, M, d); g heads share theirs.
+            key: (B, h/g, M, d); each group of g heads shares a head of keys.
             value: (B, h/g, M, e).
-            mask: scores are added to it, or kept where a boolean one is True; None = no mask.
+            mask: a float mask is added to the scores; a boolean mask is True where a score counts;
+                None = no mask.
             factor: factor on the scores.
-            dropout: rate of dropped probabilities.
+            dropout: share of probabilities that are dropped in training.
 
         Returns:
             (B, N, h, e), and the quantized probabilities (B, h, N, M).
@@ -94,7 +96,7 @@ class HeadProducts(nn.Module):
         return (probs @ values).transpose(1, 2).contiguous(), probs
 
     def macs(self, query: Tensor, key: Tensor, value: Tensor) -> list[int]:
-        """Multiply-accumulates of both products."""
+        """Multiply-accumulates of the scores, and of the sums of values."""
         n_scores = query[..., 0].numel() * key.shape[-2]
         return [n_scores * query.shape[-1], n_scores * value.shape[-1]]
 
@@ -109,20 +111,22 @@ def attend(
     dropout: float = 0.0,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in the signature of Transformers' interface; in float without `HeadProducts`.
+    """Compute an attention, with the signature of Transformers' interface.
+
+    If the attention has no `HeadProducts`, it is computed in float.
 
     Args:
-        module: the attention that calls.
+        module: the attention that calls this function.
         query: (B, h, N, d).
         key: (B, h/g, M, d).
         value: (B, h/g, M, e).
         attention_mask: see `HeadProducts.forward`.
         scaling: factor on the scores; None = 1 / sqrt(d).
-        dropout: rate of dropped probabilities.
+        dropout: share of probabilities that are dropped in training.
         settings: further settings, which no quantized attention reads.
 
     Returns:
-        (B, N, h, e), and the probabilities, or None in float.
+        (B, N, h, e), and the probabilities, which may be None in float.
     """
     products = module._modules.get(CHILD)
     if isinstance(products, HeadProducts):
@@ -133,27 +137,31 @@ def attend(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
     )
     search = _search.get()
-    # Terms of language models, which no quantized attention adds to the scores.
+    # Quantized attention adds no causal mask and no position bias, which language models use.
     is_causal = attention_mask is None and settings.get("is_causal", module.is_causal)
     if search is not None and not is_causal and settings.get("position_bias") is None:
-        search.note(module, result[0])
+        search.record_call(module, result[0])
     return result
 
 
 def activation_classes() -> tuple[type[nn.Module], ...]:
-    """Activations of Transformers that `ActivationTracer` does not know; none if it is not used."""
+    """Activation classes of Transformers that `ActivationTracer` does not know.
+
+    The result is empty if no model of Transformers was imported.
+    """
     activations = sys.modules.get("transformers.activations")
     return tuple(getattr(activations, name) for name in _ACTIVATIONS if activations)
 
 
 def hf_models(net: nn.Module) -> list[Any]:
-    """The models of Transformers in `net`, without models inside them."""
-    # Not of `transformers` itself, which would import all of its classes now.
+    """The outermost models of Transformers in `net`; models inside these are left out."""
+    # Do not get the class from `transformers` itself, which would import all of its classes now.
     base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if base is None:
         return []
     models: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
+        # "" is the root, which contains everything.
         is_inside = any(not outer or name.startswith(f"{outer}.") for outer in models)
         if isinstance(module, base) and not is_inside:
             models[name] = module
@@ -163,17 +171,17 @@ def hf_models(net: nn.Module) -> list[Any]:
 class AttentionInterface:
     """The attentions of Transformers in a model that is being converted.
 
-    They are found by running the model, not by a list of classes.
+    To find them, run the model inside `searching`; there is no list of classes.
 
     Args:
         net: any model, in float.
 
     Attributes:
-        callers: attentions that have called `attend`.
+        callers: attentions that have called `attend`, in the order of their first calls.
         projections: layers whose input is the output of an attention.
 
     Raises:
-        UsageError: a model of Transformers in it is not one of images.
+        UsageError: `net` is a model of Transformers that takes anything but images.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -188,7 +196,7 @@ class AttentionInterface:
 
     @contextlib.contextmanager
     def searching(self) -> Generator[None]:
-        """Find the attentions in this block, where the model has to run."""
+        """Find the attentions that run in this block; run the whole model inside."""
         if self.models:
             _register()
         for model in self.models:
@@ -209,8 +217,8 @@ class AttentionInterface:
             for hook in hooks:
                 hook.remove()
 
-    def note(self, attention: nn.Module, out: Tensor) -> None:
-        """Note an attention that has called `attend`, and its output."""
+    def record_call(self, attention: nn.Module, out: Tensor) -> None:
+        """Record an attention that has called `attend`, and the output of the call."""
         self.callers[attention] = None
         self._outputs[out.untyped_storage()._cdata] = out
 
@@ -219,7 +227,7 @@ class AttentionInterface:
             self.projections.add(layer)
 
     def add_products(self, recipe: QuantRecipe) -> list[str]:
-        """Add the quantizers of the attentions; return the attentions' names.
+        """Add quantizers to the attentions, and return the names of the attentions.
 
         Raises:
             UsageError: the recipe has query-key reparameterization.
@@ -242,14 +250,14 @@ class AttentionInterface:
         return [names[attention] for attention in self.callers]
 
     def restore(self) -> None:
-        """Take the quantizers away, after an error."""
+        """Remove the quantizers and restore the configs, after an error."""
         for attention in self.callers:
             attention._modules.pop(CHILD, None)
         for module, config in self.configs:
             module.config = config
 
     def describe(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
-        """Note a conversion in the config of the model, which `save_pretrained` writes.
+        """Write a conversion to the config of the model, which `save_pretrained` saves.
 
         Args:
             recipe: settings of the recipe.
@@ -270,7 +278,7 @@ class AttentionInterface:
             }
 
     def _copy_configs(self, model: Any) -> None:
-        """Give a model a config of its own: other models may have been built from the same one."""
+        """Give a model a copy of its config, because other models may share the config."""
         copies: dict[int, Any] = {}
         copy.deepcopy(model.config, copies)
         for module in model.modules():
@@ -281,13 +289,13 @@ class AttentionInterface:
 
 
 def _pretrained(net: nn.Module) -> list[Any]:
-    """All models of Transformers in `net`, also those inside another one."""
+    """All models of Transformers in `net`, including models inside other models."""
     base = sys.modules["transformers"].PreTrainedModel
     return [module for module in net.modules() if isinstance(module, base)]
 
 
 def _check_inputs(model: Any) -> None:
-    """Check that a model of Transformers takes images, and nothing else."""
+    """Raise `UsageError` if a model of Transformers needs other inputs than images."""
     inputs = [model.main_input_name]
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.default is parameter.empty and parameter.kind.name == "POSITIONAL_OR_KEYWORD":

@@ -10,7 +10,7 @@ from torch import nn
 from qat.errors import UsageError
 from qat.nn.attention import QuantAttention
 from qat.nn.qkr_attention import QkrAttention
-from qat.nn.quant_module import is_watched
+from qat.nn.quant_module import is_hooked
 from qat.nn.swap_registry import Swap, SwapContext, is_plain, register_swap
 
 
@@ -25,13 +25,13 @@ def register_attention(
     """Register the swaps of an attention class.
 
     Args:
-        cls: class of timm.
-        standard: builds its quantized form from the module and a `SwapContext`.
-        qkr: builds its form with query-key reparameterization, which is not possible with norms of
-            queries or keys; or the reason why there is no such form, a text that continues "this
-            model".
-        inputs: input ranges of the children of the standard form.
-        also_float: use the standard form for float attention too, because timm's class uses the
+        cls: an attention class of timm.
+        standard: class of the quantized attention without query-key reparameterization.
+        qkr: builds the quantized attention with query-key reparameterization, which is not possible
+            with norms of queries or keys; or the reason why `cls` cannot have it, as a text that
+            continues "this model".
+        inputs: input ranges of the children of `standard`, by name.
+        also_float: True = use `standard` for float attention too, because timm's class uses the
             weight of a quantized Linear without calling the Linear.
     """
 
@@ -53,7 +53,7 @@ def register_attention(
 
 
 def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
-    """The reason why a module cannot be reparameterized; None if it can."""
+    """The reason why a module cannot be reparameterized. Returns None if it can."""
     has_norms = False
     for name in ("q_norm", "k_norm"):
         if not isinstance(getattr(module, name, None), nn.Identity | None):
@@ -61,9 +61,9 @@ def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
     if isinstance(qkr, str) or has_norms:
         property_of_model = qkr if isinstance(qkr, str) else "normalises queries and keys"
         return f"this model {property_of_model}, so Wq^T Wk is not its score"
-    if is_plain(module.qkv) and not is_watched(module.qkv):
+    if is_plain(module.qkv) and not is_hooked(module.qkv):
         return None
     return (
-        f"its qkv is a {type(module.qkv).__name__} with more than a weight and a bias, "
-        "or with hooks, and would be taken apart"
+        f"its qkv, which would be split, is a {type(module.qkv).__name__} with hooks, or with more "
+        "than a weight and a bias"
     )

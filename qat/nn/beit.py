@@ -1,4 +1,4 @@
-"""Quantized BEiT: biases separate from `qkv`, relative position bias with a class token.
+"""Quantized BEiT attention, which has biases separate from `qkv` and a relative position bias.
 
 Source: arXiv 2106.08254.
 """
@@ -15,7 +15,7 @@ from qat.nn.score_terms import RelativeBias
 
 
 class _BeitBias(RelativeBias):
-    """Relative position bias: from the attention's own table, a shared table, both or neither."""
+    """Relative position bias from the attention's own table, a shared table, both or neither."""
 
     def biased(self, scores: Tensor, shared: Tensor | None) -> Tensor:
         """Add the biases to scores (B, h, N, N)."""
@@ -25,7 +25,7 @@ class _BeitBias(RelativeBias):
 
 
 class QuantBeitAttention(_BeitBias, QuantAttention):
-    """Standard attention."""
+    """Quantized BEiT attention without query-key reparameterization (`attention=standard`)."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
@@ -35,7 +35,10 @@ class QuantBeitAttention(_BeitBias, QuantAttention):
 
 
 class QkrBeitAttention(_BeitBias, QkrAttention):
-    """Query-key reparameterization; timm's `v_bias` is the bias of `v`."""
+    """Quantized BEiT attention with query-key reparameterization (`attention=qkr`).
+
+    timm's `v_bias` becomes the bias of the child `v`.
+    """
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
@@ -44,7 +47,7 @@ class QkrBeitAttention(_BeitBias, QkrAttention):
         return self.attend(scores, self.v(x_q), x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of timm's module: `qkv` without a bias, the two biases, and the table."""
+        """Tensors of timm's module: the weight of `qkv`, the two biases, and the bias table."""
         state = {"qkv.weight": super().timm_weights()["qkv.weight"]}
         if self.v.bias is not None:
             state["q_bias"] = self._query_bias().detach()

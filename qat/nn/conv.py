@@ -44,15 +44,15 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         """Map (B, I, H, W) to (B, O, H', W')."""
         x_q = self.input_quantizer(x)
         weight_q = self.quantized("weight")
-        # Evaluation sums in the same order as frozen and exported models: with one scale for a
-        # whole tensor, a difference in its last bit affects all codes.
+        # Evaluation sums in the same order as frozen and exported models. With one scale for a
+        # whole tensor, a difference in the last bit of the scale affects all codes.
         if torch.is_grad_enabled() and self.is_patchwise:
             return self._by_patches(x_q, weight_q)
         return self._conv_forward(x_q, weight_q, self.bias)
 
     @property
     def is_patchwise(self) -> bool:
-        """True if outputs read no pixel twice, as in patch embedding, and x has a learned scale."""
+        """True if no two outputs read the same pixel, and the input quantizer is learned."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}
@@ -61,8 +61,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute the convolution as one matrix product.
 
-        The quantizer of the image learns from the gradient of the image, which takes several times
-        as long with a convolution.
+        The quantizer of the image learns from the gradient of the image. To compute this gradient
+        takes several times as long with a convolution.
         """
         height, width = self.kernel_size
         rows = x.shape[2] // height

@@ -21,8 +21,9 @@ from qat.nn.vit import masked
 class QuantRopeAttention(QuantAttention):
     """Attention whose queries and keys are rotated by position, then quantized.
 
-    `qkv` is one Linear or three. Keys and values may have fewer heads than queries (grouped
-    queries): each head of keys or values is quantized once, then shared by its group.
+    `qkv` may be one Linear, or three Linears. Keys and values may have fewer heads than queries
+    (grouped queries): each head of keys or values is quantized once, and a group of query heads
+    shares it.
     """
 
     def __init__(self, attention: EvaAttention | AttentionRope, context: SwapContext) -> None:
@@ -44,9 +45,9 @@ class QuantRopeAttention(QuantAttention):
 
         Args:
             x: (B, N, C).
-            rope: (N - prefix, 2*d) or broadcastable, in timm's form; None = no rotation.
+            rope: (N - prefix, 2*d) or broadcastable, timm's embedding; None = no rotation.
             attn_mask: boolean or additive, broadcastable to (B, h, N, N).
-            is_causal: mask later tokens.
+            is_causal: True = mask later tokens.
         """
         q, k, v = self.projected(x)
         q, k = self.heads(q, k)
@@ -54,7 +55,7 @@ class QuantRopeAttention(QuantAttention):
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, N, h*d), and keys and values."""
+        """Queries (B, N, h*d), and keys and values, which may have fewer heads."""
         if self.qkv is not None:
             return super().projected(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)

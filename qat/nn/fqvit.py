@@ -1,6 +1,6 @@
 """Placement `fqvit`: quantizers also after layers, on scores and on the residual stream.
 
-The outputs of norms, heads and GELUs are quantized by the input quantizer of the next Linear.
+The input quantizer of the next Linear quantizes the outputs of norms, attention heads and GELUs.
 Source: FQ-ViT, arXiv 2111.13824.
 """
 
@@ -35,8 +35,8 @@ class IntegerLayerNorm(nn.LayerNorm):
     """LayerNorm in integer arithmetic between two quantizers.
 
     Attributes:
-        between: the quantizers before and after the norm, affine or frozen; they belong to other
-            modules.
+        between: the quantizers before and after the norm, which are children of other modules;
+            affine or frozen.
     """
 
     between: tuple[Affine, Affine]
@@ -55,15 +55,15 @@ class IntegerLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def wanted_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
-    """The norm itself, or its integer form if the recipe has `layernorm=integer`."""
+def norm_for(norm: nn.Module, context: SwapContext) -> nn.Module:
+    """The norm itself, or an `IntegerLayerNorm` if the recipe has `layernorm=integer`."""
     if context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm):
         return shallow_cast(IntegerLayerNorm, norm)
     return norm
 
 
 class FqAttention(ScoredAttention):
-    """Attention with one quantizer after `qkv`, one for the scores and one after `proj`."""
+    """Attention with one quantizer after `qkv`, one on the scores and one after `proj`."""
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -74,12 +74,12 @@ class FqAttention(ScoredAttention):
         self.output_quantizer = context.act("output")
 
     def quantized_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized queries and keys (B, h, N, d), and values (B, N, h*d)."""
+        """Quantized queries and keys (B, h, N, d), and quantized values (B, N, h*d)."""
         q, k, v = self.qkv_quantizer(self.qkv(x)).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Quantize the output of the base class."""
+        """Compute the attention as the base class does, and quantize the output."""
         return self.output_quantizer(super().attend(scores, v, x))
 
 
@@ -105,7 +105,7 @@ class FqVitAttention(FqAttention):
 
 
 class FqBlock(Block):
-    """`Block` with quantizers after its MLP and after both sums; built by `shallow_cast`."""
+    """A `Block` with quantizers after the MLP and both residual sums; build by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -125,7 +125,10 @@ class FqBlock(Block):
 
 
 class _FqOutput(nn.Module):
-    """Mixin that quantizes the output of the class named after it; built by `shallow_cast`."""
+    """Mixin that quantizes the output of the base class that is listed after it.
+
+    Build subclasses by `shallow_cast`.
+    """
 
     output_quantizer: nn.Module
 
@@ -148,7 +151,7 @@ class FqHead(_FqOutput, QuantLinear):
 
 
 class FqNet(VisionTransformer):
-    """The model itself: quantizers after the joined tokens, the position embedding and the sum."""
+    """A ViT with quantizers of the joined tokens, of the position embedding, and of their sum."""
 
     def add_quantizers(self, context: SwapContext) -> None:
         """Add the quantizers that belong to the model itself."""
@@ -189,8 +192,8 @@ class FqNet(VisionTransformer):
                 )
             spec_before = before.spec  # type: ignore[attr-defined]
             spec_after = after.spec  # type: ignore[attr-defined]
-            # The norm sums over the channels of a token, so the scales before the norm must be
-            # equal, or be one scale times powers of two.
+            # The norm sums over the channels of a token, so the scales before the norm must all be
+            # equal, or one scale times powers of two.
             has_token_scales = TOKENS in {spec_before.axis, spec_after.axis}
             can_sum = spec_before.axis is None or spec_before.observer == "ptf"
             if has_token_scales or not can_sum:
@@ -204,7 +207,7 @@ class FqNet(VisionTransformer):
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
         """Name and module of each norm, and the quantizers before and after the norm.
 
-        A quantizer that is not known is None.
+        A quantizer is None if it is not known.
         """
         before: object = None
         if isinstance(self.norm_pre, nn.Identity):
@@ -223,17 +226,17 @@ class FqNet(VisionTransformer):
 
 
 def _input_quantizer(layer: object) -> object:
-    """The input quantizer of a layer; None if the layer has no input quantizer."""
+    """The input quantizer of a layer. Returns None if the layer has no input quantizer."""
     return getattr(layer, "input_quantizer", None)
 
 
 def _is_affine(quantizer: object) -> bool:
-    """True for an affine quantizer or its frozen form."""
+    """True for an affine quantizer, also if it is frozen."""
     return isinstance(quantizer, Affine) or getattr(quantizer, "zero_point", None) is not None
 
 
 class FqDistilledNet(FqNet, VisionTransformerDistilled):
-    """The model with a distillation token and two heads."""
+    """`FqNet` with a distillation token and two heads."""
 
 
 @register_swap(VisionTransformer, "fqvit_net")
@@ -246,15 +249,15 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
     """
     if module.dynamic_img_size:
         raise UsageError(
-            "ptq.placement='fqvit': this model takes images of any size, and positions are "
-            "quantized; here it must be inputs"
+            "ptq.placement='fqvit': this model takes images of any size, but quantized positions "
+            "need one size; here it must be inputs"
         )
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]
     if not ends_in_token:
         return Swap(module)
-    return Swap(module, children={"norm": wanted_norm(module.norm, context)})
+    return Swap(module, children={"norm": norm_for(module.norm, context)})
 
 
 @register_swap(nn.Linear, "fqvit")
@@ -275,7 +278,7 @@ class FqWindowAttention(RelativeBias, FqAttention):
         self.biased_quantizer = context.act("scores")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B*windows, N, C) to the same shape; mask (windows, N, N) of a cyclic shift."""
+        """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
         q, k, v = self.quantized_qkv(x)
         scores = self.scores_quantizer(q @ k.transpose(-2, -1) * self.scale)
         table = self.table_quantizer(self.relative_position_bias_table)
@@ -285,7 +288,7 @@ class FqWindowAttention(RelativeBias, FqAttention):
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """Block with quantizers after its MLP and after both sums; built by `shallow_cast`."""
+    """A Swin block with quantizers after the MLP and both sums; build by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -314,8 +317,8 @@ def swap_attention(module: Any, context: SwapContext) -> Swap:
 def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Swap:
     """Add quantizers to a block of ViT or Swin."""
     block: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
-    block.norm1 = wanted_norm(module.norm1, context)
-    block.norm2 = wanted_norm(module.norm2, context)
+    block.norm1 = norm_for(module.norm1, context)
+    block.norm2 = norm_for(module.norm2, context)
     block.residual1_quantizer = context.act("residual")
     block.mlp_quantizer = context.act("output")
     block.residual2_quantizer = context.act("residual")

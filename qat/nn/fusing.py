@@ -1,4 +1,7 @@
-"""Parameters of quantizers for fused Functions; None if a quantizer must run separately."""
+"""Get the quantizer parameters that fused autograd Functions need.
+
+The getters return None if a quantizer must run on its own.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,33 @@ from torch import nn
 
 from qat.kernels import LSQParams
 from qat.kernels.fused import WeightParams
-from qat.nn.quant_module import QuantModule, is_watched
+from qat.nn.quant_module import QuantModule, is_hooked
 from qat.quantizers import Quantizer
 
 
 def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
-    """Parameters of the quantizer for a Function; None if there are none, or if it is watched."""
-    if not isinstance(quantizer, Quantizer) or is_watched(quantizer):
+    """The quantizer's parameters for a fused Function.
+
+    Returns None if it has none, or if hooks or a replaced `forward` observe the quantizer.
+    """
+    if not isinstance(quantizer, Quantizer) or is_hooked(quantizer):
         return None
-    if is_watched(getattr(quantizer, "quantizer", quantizer)):
+    if is_hooked(getattr(quantizer, "quantizer", quantizer)):
         return None
     return quantizer.operand()
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
-    """Parameters of an activation quantizer."""
+    """Parameters of an activation quantizer. Returns None if it must run on its own."""
     params = _params_of(quantizer)
     return params if isinstance(params, LSQParams) else None
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
-    """Quantizer parameters of the weight with this role, and the quantized weight if it is kept."""
+    """Quantizer parameters of the weight with this role, including a cached quantized weight.
+
+    Returns None if the quantizer must run on its own.
+    """
     params = _params_of(getattr(module, f"{role}_quantizer"))
     if isinstance(params, LSQParams):
         if params.before is not None:
@@ -38,7 +47,7 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
 
 
 def is_off(module: nn.Module) -> bool:
-    """True for a dropout or an identity that changes nothing and is not watched."""
-    if not isinstance(module, nn.Dropout | nn.Identity) or is_watched(module):
+    """True for a dropout or an identity that changes nothing and is not hooked."""
+    if not isinstance(module, nn.Dropout | nn.Identity) or is_hooked(module):
         return False
     return not (module.training and getattr(module, "p", False))

@@ -1,4 +1,4 @@
-"""Models of Transformers, built from a class and a config as `timm.create_model` builds its own."""
+"""Build models of Transformers from a class and a config, through `timm.create_model`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """Name and arguments with which `timm.create_model` builds a model of Transformers.
 
     Returns:
-        None for any other model, also one whose class is not part of the package.
+        The name and the arguments. None for any other model, and for a model whose class is not
+        part of Transformers.
     """
     if hf_models(net) != [net]:
         return None
@@ -35,7 +36,7 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
 
 @register_model
 def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -> nn.Module:
-    """A model of Transformers with random weights; no code of a repository is run.
+    """Build a model of Transformers with random weights. No code from a model repository is run.
 
     Args:
         architecture: name of a class of the package.
@@ -45,26 +46,28 @@ def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -
         ValueError: the package is not installed, or has no such class.
     """
     cls = model_class(architecture)
-    # The weights are in the file that names the class.
+    # The caller loads all weights, so do not download those of a backbone.
     settings = {**config, "use_pretrained_backbone": False}
     model: nn.Module = cls(cls.config_class.from_dict(settings))
     return model
 
 
 def package() -> Any:
-    """The package `transformers`.
+    """Import the package `transformers`.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the package is not installed.
     """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ValueError("it needs the package transformers, which is not installed") from error
+        raise ValueError(
+            "the model needs the package transformers, which is not installed"
+        ) from error
 
 
 def model_class(architecture: str) -> Any:
-    """A class of models of the package by its name.
+    """The model class of Transformers with this name.
 
     Raises:
         ValueError: the package is not installed, or has no such class.
@@ -87,7 +90,8 @@ class TransformersClassifier(nn.Module):
         images: preprocessing of images, with the keys of timm's `pretrained_cfg`.
 
     Raises:
-        ValueError: see `transformers_model`; or the model has no classifier.
+        ValueError: the package is not installed, or has no such class; or the model has no
+            classifier.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ class TransformersClassifier(nn.Module):
         return self.get_submodule(self.pretrained_cfg["classifier"][0])
 
     def no_weight_decay(self) -> set[str]:
-        """Names of tokens, positions and tables of biases, as in timm."""
+        """Names of tokens, positions and bias tables, which get no weight decay, as in timm."""
         names = set()
         for name, module in self.named_modules():
             for own_name, _ in module.named_parameters(recurse=False):
@@ -160,14 +164,14 @@ def transformers_classifier(
     cache_dir: object = None,  # noqa: ARG001
     **arguments: Any,
 ) -> nn.Module:
-    """A `TransformersClassifier`, with random weights or those of `pretrained_cfg_overlay`.
+    """Build a `TransformersClassifier`, with random or, on request, pretrained weights.
 
     Args:
         pretrained: see `timm.create_model`.
         pretrained_cfg: see `timm.create_model`; not used.
         pretrained_cfg_overlay: see `timm.create_model`.
         cache_dir: see `timm.create_model`; not used.
-        arguments: those of `TransformersClassifier`.
+        arguments: arguments of `TransformersClassifier`.
     """
     net = TransformersClassifier(**arguments)
     net.pretrained_cfg.update(pretrained_cfg_overlay or {})

@@ -1,4 +1,4 @@
-"""Outputs of models by name, and the layers that compute those of models of Transformers."""
+"""Outputs of models by name, and the last layers of models of Transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# Parts of the names of outputs that other layers are to read.
+# Parts of the names of outputs that are features, to be read by other layers.
 _FEATURES = ("hidden_state", "pooler_output", "feature", "attention", "reference_points")
 LOGITS = "logits"
 BOXES = "pred_boxes"
@@ -24,7 +24,7 @@ def named_outputs(out: object) -> dict[str, Tensor]:
 
     Returns:
         The predictions if there are logits, else all tensors, such as `last_hidden_state` and
-        `pooler_output` of encoders; empty for other types.
+        `pooler_output` of encoders. The result is empty if `out` has another type.
     """
     if isinstance(out, Tensor):
         return {LOGITS: out}
@@ -35,10 +35,10 @@ def named_outputs(out: object) -> dict[str, Tensor]:
 
 
 def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:
-    """Layers from which an output is computed without another layer.
+    """Layers whose output reaches a model output without passing another layer.
 
     These are classifiers, the last layers of box and mask predictors, and projections of
-    embeddings; an encoder has none.
+    embeddings. An encoder has no such layers.
 
     Args:
         net: the model, or a module around it.
@@ -48,7 +48,7 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
     layers: dict[Any, nn.Module] = {}
     outputs: list[Any] = []
 
-    def remember(layer: nn.Module, _: object, out: Tensor) -> None:
+    def record_layer(layer: nn.Module, _: object, out: Tensor) -> None:
         layers[out.grad_fn] = layer
 
     def read(_: nn.Module, __: object, out: object) -> None:
@@ -60,7 +60,7 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
     for model in models:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                hooks.append(module.register_forward_hook(remember))
+                hooks.append(module.register_forward_hook(record_layer))
     try:
         with torch.enable_grad():
             net(image.requires_grad_())

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.kernels import LSQParams, Made
-from qat.kernels.fused import WeightParams, can_fuse, lsq_linear, remember
+from qat.kernels import LSQParams, Producer
+from qat.kernels.fused import WeightParams, attach_source, can_fuse, lsq_linear
 from qat.nn.fusing import operand_of, weight_params
-from qat.nn.quant_module import QuantModule, is_watched, shallow_cast
+from qat.nn.quant_module import QuantModule, is_hooked, shallow_cast
 from qat.nn.signs import NEARLY_POSITIVE
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
@@ -21,7 +21,7 @@ class QuantLinear(nn.Linear, QuantModule):
 
     Args:
         linear: the module to replace.
-        input_quantizer: quantizer of x (..., in), or `nn.Identity` if x is quantized already.
+        input_quantizer: quantizer of x (..., in), or `nn.Identity` if x is already quantized.
         weight_quantizer: quantizer of W (out, in).
     """
 
@@ -43,7 +43,7 @@ class QuantLinear(nn.Linear, QuantModule):
         return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
 
     def _fused(self, x: Tensor, operand: LSQParams) -> Tensor:
-        """Compute the plain path as one autograd Function, which saves less for backward."""
+        """Compute `forward` as one fused Function, which saves fewer tensors for backward."""
         params = weight_params(self, "weight")
         if params is None:
             return lsq_linear(x, operand, self.quantized("weight"), WeightParams(None), self.bias)
@@ -58,8 +58,11 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 
 @register_swap(timm_layers.Mlp, "linear")
-def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`; after an activation, the input of `fc2` is unsigned, as older files need."""
+def swap_mlp(module: nn.Module, context: SwapContext) -> Swap:
+    """Keep an `Mlp`, and mark the input of `fc2` as unsigned if it follows an activation function.
+
+    Older files need this.
+    """
     follows_activation = isinstance(module.norm, nn.Identity)
     if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
         return Swap(module, {"fc2": "unsigned"})
@@ -68,46 +71,46 @@ def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
 
 @register_swap(nn.TransformerEncoderLayer, "linear")
 def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
-    """Keep torch from its fast path, which would read the weights of quantized layers directly."""
+    """Keep torch off its fast path, which would read the weights of quantized layers directly."""
     layer = shallow_cast(nn.TransformerEncoderLayer, module)
     layer.activation_relu_or_gelu = 0
     return Swap(layer)
 
 
-def _can_remember(module: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """True if a quantized Linear may save the input `x` of a module in place of its output."""
+def _can_attach_source(module: nn.Module, x: Tensor, out: Tensor) -> bool:
+    """True if a quantized Linear may save the input `x` of a module instead of the output."""
     needs_grad = torch.is_grad_enabled() and out.requires_grad
     # A hook may request gradients of the output later.
-    return can_fuse(x) and needs_grad and out.dtype == x.dtype and not is_watched(module)
+    return can_fuse(x) and needs_grad and out.dtype == x.dtype and not is_hooked(module)
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` that marks its output: a quantized Linear saves only the norm's input."""
+    """`nn.LayerNorm` that lets a quantized Linear save the norm's input instead of its output."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape."""
         out = super().forward(x)
-        if _can_remember(self, x, out) and len(self.normalized_shape) == 1:
-            return remember(out, Made("norm", self.eps), x, self.weight, self.bias)
+        if _can_attach_source(self, x, out) and len(self.normalized_shape) == 1:
+            return attach_source(out, Producer("norm", self.eps), x, self.weight, self.bias)
         return out
 
 
 class GELU(nn.GELU):
-    """`nn.GELU` that marks its output: a quantized Linear saves only the input of the GELU."""
+    """`nn.GELU` that lets a quantized Linear save the input of the GELU instead of its output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
+        """Map any shape to the same shape."""
         out = super().forward(x)
-        if _can_remember(self, x, out):
-            return remember(out, Made(self.approximate), x)
+        if _can_attach_source(self, x, out):
+            return attach_source(out, Producer(self.approximate), x)
         return out
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that returns the same tensor if it drops nothing, also in compiled graphs."""
+    """`nn.Dropout` that returns its input itself if it drops nothing, also in compiled graphs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
+        """Map any shape to the same shape."""
         if self.training and self.p:
             return super().forward(x)
         return x
@@ -122,7 +125,7 @@ def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG0
 @register_swap(nn.LayerNorm, "linear")
 @register_swap(timm_layers.LayerNorm, "linear")
 def swap_norm(module: nn.Module, context: SwapContext) -> Swap:
-    """Replace a norm, except under post-training quantization or with timm's fast norm."""
+    """Replace a norm by `LayerNorm`, except with placement `fqvit` or with timm's fast norm."""
     if context.recipe.placement == "fqvit" or getattr(module, "_fast_norm", False):
         return Swap(module)
     return Swap(shallow_cast(LayerNorm, module))
@@ -132,7 +135,7 @@ def swap_norm(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(timm_layers.GELU, "linear")
 @register_swap(timm_layers.GELUTanh, "linear")
 def swap_gelu(module: nn.Module, context: SwapContext) -> Swap:
-    """Replace a GELU, except under post-training quantization."""
+    """Replace a GELU by the `GELU` of this module, except with placement `fqvit`."""
     if context.recipe.placement == "fqvit":
         return Swap(module)
     gelu = shallow_cast(GELU, module)

@@ -13,19 +13,20 @@ from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, can_fuse, qkr_at
 from qat.nn.attention import ScoredAttention, separate_bias
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
-from qat.nn.quant_module import QuantModule, is_watched
+from qat.nn.quant_module import QuantModule, is_hooked
 from qat.nn.swap_registry import SwapContext
 
 
 def _parameter_like(source: Tensor, values: Tensor) -> nn.Parameter:
-    """A copy of `values` as a parameter, which is frozen if `source` is."""
+    """A copy of `values` as a parameter; it is frozen if `source` is frozen."""
     return nn.Parameter(values.clone(), requires_grad=source.requires_grad)
 
 
 class QkrAttention(ScoredAttention, QuantModule):
-    """Query-key reparameterization: score[n, m] = Xq[n] . Q(M_h Xq[m]), M_h = Wq_h^T Wk_h.
+    """Attention with query-key reparameterization (QKR).
 
-    M is quantized too. The quantizer of the product M_h Xq[m] has the role `k`.
+    Scores are Xq[n] . Q(M_h Xq[m]), with the quantized input Xq and M_h = Wq_h^T Wk_h. M is also
+    quantized. The quantizer Q of the product has the role `k`.
 
     Args:
         attention: the timm module, with its weights in `qkv`.
@@ -34,12 +35,12 @@ class QkrAttention(ScoredAttention, QuantModule):
     Attributes:
         q_weight: Wq (h*d, C), rows grouped by head.
         k_weight: Wk (h*d, C), rows grouped by head.
-        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops the query bias, which
-            changes the result. The key bias is always dropped, because it does not change a
-            softmax.
-        folded_bias: (h, C), the query bias in a frozen model.
-        product_offset: (h*C,) learned offset before the product's quantizer, a bias of the folded
-            linear map.
+        q_bias: (h*d,), the query bias; None unless the recipe has `qk_bias=fold`. The paper's code
+            drops the query bias, and this changes the result. The key bias is always dropped,
+            because it does not change a softmax.
+        folded_bias: (h, C), the folded query bias in a frozen model, or None.
+        product_offset: (h*C,), learned offset before the quantizer of the product, or None; it is a
+            bias of the folded linear map.
     """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
@@ -85,7 +86,10 @@ class QkrAttention(ScoredAttention, QuantModule):
         return scores + F.linear(xq, _in_dtype_of(xq, per_key)).transpose(1, 2).unsqueeze(2)
 
     def per_key_weight(self) -> Tensor | None:
-        """The folded query bias (h, C), which adds to the scores of each key; None without bias."""
+        """The folded query bias (h, C), which is added to the scores of each key.
+
+        Returns None without a query bias.
+        """
         if self.folded_bias is not None or self.q_bias is None:
             return self.folded_bias
         return fold_q_bias(self.k_weight, self.q_bias, self.num_heads)
@@ -97,7 +101,7 @@ class QkrAttention(ScoredAttention, QuantModule):
     def fused(
         self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | None:
-        """Compute `gather(scores(xq) * factor + bias + mask, v(xq))` in one Function.
+        """Compute `weigh_values(scores(xq) * factor + bias + mask, v(xq))` in one Function.
 
         Args:
             x: (B, N, C), not yet quantized.
@@ -109,7 +113,7 @@ class QkrAttention(ScoredAttention, QuantModule):
             (B, N, h*d); None if a module in between must run separately.
         """
         v = self.v
-        if not isinstance(v, QuantLinear) or is_watched(v) or not is_off(v.input_quantizer):
+        if not isinstance(v, QuantLinear) or is_hooked(v) or not is_off(v.input_quantizer):
             return None
         if not is_off(self.attn_drop) or not can_fuse(x):
             return None
@@ -124,11 +128,11 @@ class QkrAttention(ScoredAttention, QuantModule):
         if matrix is None or torch.is_grad_enabled():
             matrix = self.latent("qk")
         weights = QkrWeights(matrix, v.weight, v.bias, self.product_offset, self.per_key_weight())
-        scoring = Scoring(bias, mask, self.num_heads, factor, self.keep_probs)
+        scoring = Scoring(bias, mask, self.num_heads, factor, self.save_probs)
         return qkr_attention(x, weights, (matrix_params, v_params), operands, scoring)
 
     def _operands(self) -> QkrOperands | None:
-        """Parameters of the activation quantizers; None if one of them must run separately."""
+        """Parameters of the activation quantizers. Returns None if one must run on its own."""
         x = operand_of(self.input_quantizer)
         product = operand_of(self.k_quantizer)
         values = operand_of(self.v_quantizer)
@@ -138,9 +142,9 @@ class QkrAttention(ScoredAttention, QuantModule):
         return QkrOperands(input=x, product=product, values=values, probs=probs)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Detached tensors of timm's module, without the tensors of `proj` and other children.
+        """Tensors of timm's module, detached, without the tensors of `proj` and other children.
 
-        A dropped query bias is returned as zeros, and so is the key bias.
+        The key bias and a dropped query bias are zero.
         """
         weight = torch.cat([self.q_weight, self.k_weight, self.v.weight])
         state = {"qkv.weight": weight.detach()}

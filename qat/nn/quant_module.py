@@ -1,4 +1,4 @@
-"""Base class of modules that own quantizers, and how they keep quantized weights."""
+"""Base class of modules that own quantizers, with a cache for quantized weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def shallow_cast(cls: type[M], module: nn.Module) -> M:
-    """A module of class `cls` with the parameters, buffers, children and settings of `module`.
+    """A module of class `cls` that shares parameters, buffers, children and settings of `module`.
 
     Nothing is copied.
     """
@@ -24,8 +24,11 @@ def shallow_cast(cls: type[M], module: nn.Module) -> M:
     return cast
 
 
-def is_watched(module: nn.Module) -> bool:
-    """True if the module has hooks or a replaced `forward`, as in calibration and analyses."""
+def is_hooked(module: nn.Module) -> bool:
+    """True if the module has hooks or a replaced `forward`, as in calibration and analyses.
+
+    Such a module must run on its own: a fused Function would skip hooks and `forward`.
+    """
     hooks = (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -38,12 +41,12 @@ def is_watched(module: nn.Module) -> bool:
 class QuantModule(nn.Module):
     """A module with quantizers among its attributes."""
 
-    # For each role, a key of everything that the quantized weight depends on, and the weight. None
-    # = each forward pass quantizes again. `keep_weights` sets it.
+    # The cache. For each role: a key of everything that the quantized weight depends on, and the
+    # weight. None = each forward pass quantizes again. `keep_weights` turns the cache on and off.
     kept_weights: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
-        """The float weight with this role, which the quantizer `<role>_quantizer` gets.
+        """The float weight with this role: the input of the quantizer `<role>_quantizer`.
 
         Raises:
             KeyError: the module quantizes no weight with this role.
@@ -57,7 +60,7 @@ class QuantModule(nn.Module):
     def quantized(self, role: str) -> Tensor:
         """The quantized weight with this role."""
         quantizer = getattr(self, f"{role}_quantizer")
-        locked = quantizer.held()
+        locked = quantizer.stored_weight()
         if locked is not None:
             return locked
         if not torch.is_grad_enabled():
@@ -67,12 +70,13 @@ class QuantModule(nn.Module):
         return quantizer(self.latent(role))
 
     def kept_weight(self, role: str) -> Tensor | None:
-        """The quantized weight without gradient; None unless `keep_weights` is on.
+        """The cached quantized weight, without gradient.
 
-        The weight is quantized again if it changed since the last call.
+        A weight that changed since the last call is quantized again. Returns None unless
+        `keep_weights` has turned the cache on.
         """
         quantizer = getattr(self, f"{role}_quantizer")
-        if torch.compiler.is_compiling() or self.kept_weights is None or is_watched(quantizer):
+        if torch.compiler.is_compiling() or self.kept_weights is None or is_hooked(quantizer):
             return None
         sources = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
         if any(t.is_inference() for t in sources):  # inference tensors do not count their changes
@@ -92,8 +96,9 @@ class QuantModule(nn.Module):
 def keep_weights(net: nn.Module, *, keep: bool) -> None:
     """Keep quantized weights from one forward pass to the next, or free them and stop keeping them.
 
-    A weight is quantized again if torch counts a change. Changes through `.data`, by a fused
-    optimizer or by a collective operation are not counted: call this function again after them.
+    A weight is quantized again if torch's version counter has changed. The counter misses changes
+    through `.data`, by a fused optimizer or by a collective operation: call this function again
+    after such changes.
 
     Args:
         net: the model.
@@ -106,7 +111,7 @@ def keep_weights(net: nn.Module, *, keep: bool) -> None:
 
 @contextlib.contextmanager
 def kept_weights(net: nn.Module) -> Generator[None]:
-    """Keep quantized weights inside the block, in which they must not change."""
+    """Keep quantized weights inside the block. Do not change the weights there."""
     keep_weights(net, keep=True)
     try:
         yield

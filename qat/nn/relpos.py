@@ -1,6 +1,6 @@
 """Quantized attention of `vit_relpos_*`, with a bias by relative positions.
 
-The bias belongs to the block or is shared by all blocks.
+Each block has a bias of its own, or all blocks share one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
-    """Add the block's own bias to scores (B, h, N, N), or else the shared bias if there is one."""
+    """Add the block's own bias to scores (B, h, N, N); without it, the shared bias, if any."""
     if rel_pos is not None:
         return rel_pos(scores, shared_rel_pos=shared)
     return scores if shared is None else scores + shared
 
 
 class QuantRelPosAttention(QuantAttention):
-    """Standard attention."""
+    """Quantized `vit_relpos` attention without query-key reparameterization.
+
+    It is used with `attention=standard`.
+    """
 
     def __init__(self, attention: RelPosAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -37,7 +40,7 @@ class QuantRelPosAttention(QuantAttention):
 
 
 class QkrRelPosAttention(QkrAttention):
-    """Query-key reparameterization."""
+    """Quantized `vit_relpos` attention with query-key reparameterization (`attention=qkr`)."""
 
     def __init__(self, attention: RelPosAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -55,5 +58,5 @@ register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)
 
 @register_swap(RelPosMlp, "linear")
 def keep_bias_float(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep the small network of the bias in float: its output is one table for all images."""
+    """Keep the small network of the bias in float: it computes the same table for all images."""
     return Swap(module, {"mlp": "float"})

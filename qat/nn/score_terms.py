@@ -10,14 +10,14 @@ from qat.nn.swap_registry import SwapContext
 
 
 class RelativeBias(nn.Module):
-    """timm's float table of biases, one per head and relative position.
+    """timm's float table of biases, one for each head and relative position.
 
-    A mixin: name it before the attention class.
+    This is a mixin: list it before the attention class.
 
     Attributes:
         relative_position_bias_table: (relative positions, h).
-        relative_position_index: (N, N) rows of the table; timm computes it, checkpoints do not
-            store it.
+        relative_position_index: (N, N), the row of the table for each query and key. timm computes
+            this buffer, and checkpoints do not store it.
     """
 
     relative_position_bias_table: nn.Parameter
@@ -40,7 +40,7 @@ def add_window_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         scores: (B*windows, h, N, N).
-        mask: (windows, N, N), 0 or -100; None without a shift.
+        mask: (windows, N, N), with 0 or -100 for each score; None without a shift.
     """
     if mask is None:
         return scores

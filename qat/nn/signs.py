@@ -41,7 +41,7 @@ _COPIES = {
 
 
 class ActivationTracer(TorchFunctionMode):
-    """Follows outputs of activation functions through views and copies.
+    """Follows the outputs of activation functions through views and copies, while a model runs.
 
     A tensor that is changed in place is no longer followed.
 
@@ -62,7 +62,7 @@ class ActivationTracer(TorchFunctionMode):
         self.outputs: dict[int, tuple[Tensor, int, bool]] = {}
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
-        """Watch the activations and layers of a model."""
+        """Register hooks on the activations and layers of a model; the caller removes them."""
         for module in net.modules():
             if isinstance(module, self.classes):
                 yield module.register_forward_hook(self._after_activation)

@@ -1,7 +1,7 @@
-"""Table of replacements for modules, by class *object* and intent.
+"""Table of swaps (functions that replace a module) by class *object* and intent.
 
-Names would be ambiguous: timm has two unrelated classes named `Attention`. To add a family, write
-one file with `@register_swap(TheirClass, intent)`.
+Class names would be ambiguous: timm has two unrelated classes named `Attention`. To add a family of
+models, write one file with `@register_swap(TheirClass, intent)`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class SwapContext:
     """Recipe and position of the module to replace.
 
     Attributes:
-        recipe: the recipe at this module, overrides applied.
-        place: `stem`, `block` or `head`.
-        input: range of the module's input: `signed`, `unsigned` (after an activation without
-            negative tail), or `quantized` already. With `float`, a parent keeps a child and all
-            modules inside the child unchanged.
+        recipe: the recipe at this module, with overrides applied.
+        place: part of the model that contains the module: `stem`, `block` or `head`.
+        input: range of the module's input: `signed`, `unsigned` (after an activation with at most a
+            small negative tail), or `quantized` (already). With `float`, the module and all modules
+            inside it stay unchanged.
     """
 
     recipe: QuantRecipe
@@ -60,7 +60,7 @@ class SwapContext:
         return build_quantizer(dataclasses.replace(spec, offsets="none"))
 
     def input_quantizer(self, role: str = "input") -> nn.Module:
-        """A quantizer of the module's input; an identity if the input is quantized already."""
+        """A quantizer of the module's input; an identity if the input is already quantized."""
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
     def planes(self) -> Quantizer:
@@ -87,7 +87,7 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-# The first argument is a module of the class that the function is registered for.
+# A swap gets a module of the class that it is registered for, and the context.
 SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 
@@ -97,10 +97,10 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 
     Args:
         cls: a class of timm or torch.
-        intent: `linear`, `conv`, `attention`, `qkr_attention`; `float_attention` for classes that
-            use the weights of their Linears without calling them; `fqvit`, which is tried first if
-            post-training quantization also quantizes after layers; `fqvit_net` for the model
-            itself.
+        intent: `linear`, `conv`, `attention` or `qkr_attention`; `float_attention` for classes that
+            use the weights of their Linears without calling the Linears; `fqvit` for swaps that are
+            tried first with placement `fqvit`; `fqvit_net` for the model itself with this
+            placement.
     """
 
     def add(function: SwapFunction) -> SwapFunction:
@@ -111,7 +111,7 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 
 
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
-    """The swap for a module; None if the module stays unchanged.
+    """The swap for a module. Returns None if the module stays unchanged.
 
     Linears and convolutions with more than a weight and a bias stay unchanged (`is_plain`). An
     attention class that has no swap for the recipe's intent stays float, except for its Linears.
@@ -129,9 +129,9 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """True for a Linear or convolution of a known class with nothing but a weight and a bias.
+    """True for a Linear or convolution of a registered class with only a weight and a bias.
 
-    A pruned, normalised or adapted layer has more parameters, buffers or children.
+    A pruned, normalised or adapted layer has further parameters, buffers or children.
     """
     is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
     has_extras = bool(layer._buffers or layer._modules)
@@ -139,7 +139,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True for a module whose class is an attention class with a swap, before it is swapped."""
+    """True for a module whose class is registered as an attention; False once it is swapped."""
     return any((type(module), intent) in _SWAPS for intent in _ATTENTION_INTENTS.values())
 
 
@@ -147,8 +147,8 @@ def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     """Swap the model itself as the recipe's placement requires; the model stays the same object.
 
     Raises:
-        UsageError: the recipe has integer norms, and no swap knows the quantizers around the norms
-            of this model.
+        UsageError: the recipe has integer norms, but this model has no swap that connects norms
+            with the quantizers around them.
     """
     swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
     if swap is not None:

@@ -1,6 +1,6 @@
 """Quantized Swin: window attention, and MLPs whose input is a feature map.
 
-Padding and the cyclic shift come before the attention, in timm's block; scales are per position
+timm's block pads and shifts the map before the attention, so there is one scale for each position
 inside a window. Source: OFQ, arXiv 2302.02210.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.kernels.fused import can_fuse, unflattened
 from qat.nn.attention import QuantAttention
 from qat.nn.attention_swaps import register_attention
-from qat.nn.linear import hint_mlp
+from qat.nn.linear import swap_mlp
 from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import shallow_cast
 from qat.nn.score_terms import RelativeBias, add_window_mask
@@ -22,42 +22,42 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 class QuantWindowAttention(RelativeBias, QuantAttention):
-    """Standard window attention."""
+    """Quantized window attention without query-key reparameterization (`attention=standard`)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B*windows, N, C) to the same shape; mask (windows, N, N) of a cyclic shift."""
+        """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
         qkv = self.qkv(x)
         out = self.fused(qkv, self.scale, self.position_bias(), mask)
         if out is None:
             q, k, v = qkv.chunk(3, dim=-1)
             scores = self.scores(*self.heads(q, k)) * self.scale + self.position_bias()
-            out = self.gather(add_window_mask(scores, mask), v)
+            out = self.weigh_values(add_window_mask(scores, mask), v)
         return self.project(out, x)
 
 
 class QkrWindowAttention(RelativeBias, QkrAttention):
-    """Query-key reparameterization inside each window."""
+    """Quantized window attention with query-key reparameterization (`attention=qkr`)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B*windows, N, C) to the same shape; mask (windows, N, N) of a cyclic shift."""
+        """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
         out = self.fused(x, self.scale, self.position_bias(), mask)
         if out is None:
             x_q = self.input_quantizer(x)
             scores = self.scores(x_q) * self.scale + self.position_bias()
-            out = self.gather(add_window_mask(scores, mask), self.v(x_q))
+            out = self.weigh_values(add_window_mask(scores, mask), self.v(x_q))
         return self.project(out, x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of the base class, and the table."""
+        """Tensors of the base class, and the table of biases."""
         table = self.relative_position_bias_table.detach()
         return super().timm_weights() | {"relative_position_bias_table": table}
 
 
 class MapMlp(timm_layers.Mlp):
-    """timm's `Mlp` that views tokens (B, H*W, C) as a map (B, H, W, C); built by `shallow_cast`.
+    """timm's `Mlp` on tokens (B, H*W, C) viewed as a map (B, H, W, C); build by `shallow_cast`.
 
     Attributes:
-        columns: W; 0 = one row of any length, if nothing depends on the shape of the map.
+        columns: W; 0 = view the tokens as one row, because nothing depends on the shape of the map.
     """
 
     columns: int
@@ -69,7 +69,7 @@ class MapMlp(timm_layers.Mlp):
         return super().forward(x_map).flatten(1, 2)
 
 
-register_swap(MapMlp, "linear")(hint_mlp)
+register_swap(MapMlp, "linear")(swap_mlp)
 
 
 register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
@@ -77,8 +77,8 @@ register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 
 @register_swap(SwinTransformerBlock, "linear")
 @register_swap(SwinTransformerV2Block, "linear")
-def see_map(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
-    """Keep the block, but give `mlp` the shape of the map, which timm passes as flat tokens."""
+def swap_block(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
+    """Keep the block, but let `mlp` see the feature map, which timm passes as flat tokens."""
     mlp = shallow_cast(MapMlp, module.mlp)
     mlp.columns = 0
     if context.recipe.map_scales == "column":

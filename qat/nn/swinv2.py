@@ -18,7 +18,7 @@ from qat.nn.attention_swaps import register_attention
 from qat.nn.score_terms import add_window_mask
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
-# Swin v2, section 3.2: the learned temperature is at least 0.01, the bias between 0 and 16.
+# Swin v2, section 3.2: the learned temperature is at least 0.01, and the bias between 0 and 16.
 _LOWEST_TEMPERATURE = 0.01
 _HIGHEST_BIAS = 16
 
@@ -26,7 +26,7 @@ _HIGHEST_BIAS = 16
 class QuantCosineAttention(QuantAttention):
     """Window attention on normalised queries and keys, which are quantized after the norm.
 
-    `cpb_mlp` stays float: its output is a table, the same for all images.
+    `cpb_mlp` stays float: it computes the same table for all images.
     """
 
     relative_coords_table: Tensor
@@ -40,7 +40,7 @@ class QuantCosineAttention(QuantAttention):
             self.register_buffer(name, getattr(attention, name), persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B*windows, N, C) to the same shape; mask (windows, N, N) of a cyclic shift."""
+        """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
         q, k, v = self.projected(x)
         q, k = self.heads(q, k)
         scores = self.scores(F.normalize(q, dim=-1), F.normalize(k, dim=-1))
@@ -48,7 +48,7 @@ class QuantCosineAttention(QuantAttention):
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
 
     def _position_bias(self) -> Tensor:
-        """The bias (h, N, N) of scaled scores."""
+        """The bias (h, N, N) to add to scaled scores."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         return _HIGHEST_BIAS * torch.sigmoid(table[self.relative_position_index].permute(2, 0, 1))
 

@@ -23,7 +23,7 @@ def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tens
 
 
 class QuantVitAttention(QuantAttention):
-    """Standard attention."""
+    """Quantized ViT attention without query-key reparameterization (`attention=standard`)."""
 
     def forward(  # timm's signature
         self,
@@ -38,12 +38,12 @@ class QuantVitAttention(QuantAttention):
         if out is None:
             q, k, v = qkv.chunk(3, dim=-1)
             scores = self.scores(*self.heads(q, k)) * self.scale
-            out = self.gather(masked(scores, attn_mask, is_causal=is_causal), v)
+            out = self.weigh_values(masked(scores, attn_mask, is_causal=is_causal), v)
         return self.project(out, x)
 
 
 class QkrVitAttention(QkrAttention):
-    """Query-key reparameterization."""
+    """Quantized ViT attention with query-key reparameterization (`attention=qkr`)."""
 
     def forward(  # timm's signature
         self,
@@ -57,7 +57,7 @@ class QkrVitAttention(QkrAttention):
         if out is None:
             x_q = self.input_quantizer(x)
             scores = masked(self.scores(x_q) * self.scale, attn_mask, is_causal=is_causal)
-            out = self.gather(scores, self.v(x_q))
+            out = self.weigh_values(scores, self.v(x_q))
         return self.project(out, x)
 
 
@@ -67,8 +67,8 @@ register_attention(timm_layers.Attention, QuantVitAttention, QkrVitAttention)
 class QuantAttentionPool(QuantAttention):
     """SigLIP's head (arXiv 2303.15343), in which learned queries attend to the tokens.
 
-    The queries are parameters, not tokens, so query-key reparameterization has nothing to fold:
-    every recipe but `float` quantizes it as standard attention.
+    The queries are parameters, not tokens, so query-key reparameterization has nothing to fold. The
+    head is therefore quantized as standard attention, except with `attention=float`.
     """
 
     def __init__(self, attention: AttentionPoolLatent, context: SwapContext) -> None:
@@ -87,7 +87,7 @@ class QuantAttentionPool(QuantAttention):
         q = self.q(self.latent.expand(x.shape[0], -1, -1))
         k, v = self.kv(x).chunk(2, dim=-1)
         scores = maybe_add_mask(self.scores(*self.heads(q, k)) * self.scale, attn_mask)
-        out = self.proj_drop(self.proj(self.gather(scores, v)))
+        out = self.proj_drop(self.proj(self.weigh_values(scores, v)))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
         if self.pool == "token":
@@ -104,5 +104,5 @@ class QuantAttentionPool(QuantAttention):
 @register_swap(AttentionPoolLatent, "attention")
 @register_swap(AttentionPoolLatent, "qkr_attention")
 def swap_pool(module: AttentionPoolLatent, context: SwapContext) -> Swap:
-    """Quantize as standard attention, whatever form the blocks have."""
+    """Quantize the pooling head in the standard form, even if the blocks use QKR."""
     return Swap(QuantAttentionPool(module, context))

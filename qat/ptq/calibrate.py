@@ -1,4 +1,4 @@
-"""Calibrate a net converted with a `PtqRecipe`: find ranges in a float run, then set scales.
+"""Calibrate a net that was converted with a `PtqRecipe`: find ranges in a float run, set scales.
 
 Source: FQ-ViT, arXiv 2111.13824.
 """
@@ -40,7 +40,7 @@ class Calibration:
 
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
-    """Make the net compute in float inside the block, including its integer norms."""
+    """Make the net compute in float inside this block; its integer norms too."""
     forwards: dict[nn.Module, Forward] = {}
     for module in net.modules():
         if isinstance(module, IntegerLayerNorm):
@@ -55,9 +55,9 @@ def in_float(net: nn.Module) -> Generator[None]:
 def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point.
 
-    Ranges do not depend on the rounding of other quantizers. A range covers all batches; the
-    methods omse, mse and ptf then try candidates on the last batch, which runs once more. Equal
-    batches lead to bitwise equal scales.
+    The net runs in float, so ranges do not depend on the rounding of other quantizers. A range
+    covers all batches. The methods omse, mse and ptf then try candidates on the last batch, which
+    runs once more. Equal batches lead to bit-identical scales.
 
     Args:
         net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored
@@ -113,7 +113,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 def _fill(
     net: nn.Module, activations: list[Any], states: dict[Any, RangeState], images: Tensor
 ) -> None:
-    """Set the scales of activations, from ranges or by trying candidates on the last batch."""
+    """Set the scales of activations from ranges; some methods try candidates on the last batch."""
 
     def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         quantizer.fill(states[quantizer], args[0])

@@ -1,7 +1,7 @@
 """Compensate the rounding error of each channel in closed form, on calibration images.
 
-Sources: the ridge regression is from Quantization without Tears (arXiv 2411.13918), and its
-channel-wise form from QwT-v2 (arXiv 2505.20932).
+Sources: the ridge regression is from Quantization without Tears (arXiv 2411.13918), and the
+channel-wise regression from QwT-v2 (arXiv 2505.20932).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qat.model.sites import Site
 from qat.ptq.runner import Runner, check_finite, find_units
 from qat.utils.probing import images_of, probing
 
-# Strength of the pull towards "no change", relative to the mean square of the regressor.
+# Strength of the pull towards a gain of 1, relative to the variance of the output.
 RIDGE = 1e-3
-# Gains are positive, because scales are.
+# The lowest and the highest gain. Gains are positive, because scales must stay positive.
 _GAINS = (0.1, 10.0)
 _SETTING = "ptq.method='compensate'"
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
     """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
-    Quantized Linears and convolutions are fitted in the order in which they run. Per output
-    channel, the output y of a layer is replaced by g * y + b, where ridge regression fits g and b
-    to the output of the same layer in the float net. Gain and bias are folded: the rows of the
-    weight and their scales are multiplied by g, so codes do not change, and the bias becomes g *
-    bias + b. Without a scale per channel (one scale for a whole weight, or floats in blocks),
-    only b is fitted; if there is no bias, only g.
+    Quantized Linears and convolutions are fitted in the order in which they run. The output y of
+    each channel becomes g * y + b; ridge regression fits g and b to the output of the same layer in
+    the float net. Gain and bias are folded into the layer: the rows of the weight and the scales
+    are multiplied by g, so codes do not change, and the bias becomes g * bias + b. If there is not
+    one scale per channel (one scale for a whole weight, or floats in blocks), only b is fitted. If
+    the layer has no bias, only g is fitted.
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
@@ -64,7 +64,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
                     num_fitted += 1
     if skipped:
         log.info(
-            "not compensated, because the float model has no module for them: %s",
+            "layers that are not compensated, because the float model runs no module for them: %s",
             ", ".join(skipped),
         )
     log.info("compensated %d layers", num_fitted)
@@ -104,9 +104,9 @@ def _fit_channels(
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """The g that minimises E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for constant channels.
+    """The gain g that minimises E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant channel.
 
-    A channel is constant if its variance is within the rounding error of E y^2.
+    A channel counts as constant if its variance is within the rounding error of E y^2.
     """
     floor = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=floor)
@@ -114,7 +114,10 @@ def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
 
 
 def _fold(site: Site, gain: Tensor, bias: Tensor) -> None:
-    """Multiply a layer and its scales by gains (out,), and add a bias (out,)."""
+    """Multiply a layer and its scales by gains (out,), and add a bias (out,).
+
+    Scales change only if there is one per channel; the bias only if the layer has one.
+    """
     layer: Any = site.owner
     factor = gain.to(layer.weight)
     layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))

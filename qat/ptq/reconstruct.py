@@ -1,10 +1,10 @@
 """Train a calibrated net block by block to reproduce the outputs of the float net.
 
-Weights, biases and all step sizes are trained. Weights get the straight-through gradients of LSQ
-(arXiv 1902.08153), not AdaRound's.
+Weights, biases and all step sizes are trained. Weights are trained with LSQ's straight-through
+gradients (arXiv 1902.08153), not with AdaRound.
 
-Sources: BRECQ (arXiv 2102.05426: blocks in order, learned step sizes of activations), QDrop
-(arXiv 2203.05740: float inputs are mixed in).
+Sources: BRECQ (arXiv 2102.05426) for the order of the blocks and the learned step sizes of
+activations; QDrop (arXiv 2203.05740) for the elements of the float net in the inputs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ReconstructSettings:
     """Settings of `ptq.reconstruct.*`.
 
     Attributes:
-        steps: training steps of each block, with Adam.
-        batch: images of a training step.
+        steps: number of training steps of each block, with Adam.
+        batch: number of images in a training step.
         lr: initial learning rate of weights and biases.
         scale_lr: initial learning rate of the logarithm of step sizes. Both learning rates fall to
             zero along a cosine.
@@ -67,7 +67,7 @@ class ReconstructSettings:
 
 
 def split_batches(images: Tensor, batch: int) -> list[Tensor]:
-    """Split images (N, C, H, W) into full batches; remaining images are dropped.
+    """Split images (N, C, H, W) into batches of `batch` images; the remaining images are dropped.
 
     Raises:
         UsageError: there are too few images for one batch.
@@ -83,7 +83,7 @@ def split_batches(images: Tensor, batch: int) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _frozen(*nets: nn.Module) -> Generator[None]:
-    """Switch gradients off for all parameters of the nets; the block may switch some on."""
+    """Switch gradients off for all parameters of the nets; code inside may switch some on again."""
     flags = [(p, p.requires_grad) for net in nets for p in net.parameters()]
     try:
         for parameter, _ in flags:
@@ -107,9 +107,9 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Fit all units (blocks, and quantized layers outside blocks) in place, one after the other.
 
-    Units are fitted in the order in which they run. A training step depends only on the seed, the
-    unit and the number of the step, so a killed run resumes after the last finished unit and ends
-    with the same weights on the same machine.
+    Units are fitted in the order in which they run. The random numbers of a training step depend
+    only on the seed, the unit and the number of the step. A killed run therefore resumes after the
+    last finished unit, and ends with the same weights on the same machine.
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
@@ -119,12 +119,12 @@ def reconstruct(
         run_dir: folder of `reconstruct.ckpt` and `reconstruct.csv`, written after each unit; None =
             write no files.
         resume: resume from `reconstruct.ckpt`, if the file exists.
-        run: see `Progress`.
-        context: context of every forward of a training step, such as autocast.
+        run: settings of the whole run; see `Progress`.
+        context: returns a context manager for each forward of a training step, such as autocast.
 
     Returns:
-        `units` (number of units), `steps` (training steps per unit), `images` (number of images),
-        `seconds` (duration, including runs before a resume).
+        A dict: `units` (number of units), `steps` (training steps per unit), `images` (number of
+        images), `seconds` (duration, including runs before a resume).
 
     Raises:
         UsageError: there is no unit to reconstruct, the reference is quantized, there are too few
@@ -195,9 +195,9 @@ def _fit(
         float_runner: runner of the float net.
         unit: name of the unit.
         layers: sites of the quantized weights of the unit.
-        index: index of the unit, which selects random numbers.
+        index: index of the unit, on which the random numbers depend.
         settings: settings of the training.
-        context: context of every forward.
+        context: returns a context manager for each forward.
     """
     goals = _goals(float_runner, unit)
     variance = _variance([target for _, target in goals])
@@ -208,7 +208,7 @@ def _fit(
             scaled.append(site.quantizer)
 
     def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
-        """Squared error of the output relative to its variance, for batch `i`.
+        """Squared error of the output for batch `i`, relative to the variance in the float net.
 
         With a generator, random elements of the input are replaced by elements from the float net.
         """
@@ -236,7 +236,7 @@ def _fit(
         return torch.Generator(device).manual_seed(seed % 2**64)
 
     def loss_at(step: int) -> Tensor:
-        """Loss of a training step; its batch and mixed elements depend on seed, unit and step."""
+        """Loss of a training step, whose batch and random numbers depend on seed, unit and step."""
         epoch, position = divmod(step, len(goals))
         order = torch.randperm(len(goals), generator=generator(epoch, 1))
         i = int(order[position])
@@ -248,22 +248,22 @@ def _fit(
         after = mean_loss()
     if not math.isfinite(after):
         raise UsageError(
-            f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or "
-            "scale_lr"
+            f"{_SETTING}: the loss of {unit} is {after} after training; use a smaller "
+            "ptq.reconstruct.lr or ptq.reconstruct.scale_lr"
         )
     return before, after
 
 
 def _goals(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of the unit in the float net, for each batch."""
+    """The input and the output of the unit in the float net, for each batch."""
     goals = []
     with float_runner.at(unit):
         for i in range(len(float_runner.batches)):
             args, output = float_runner.output(unit, i)
             if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 raise UsageError(
-                    f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or "
-                    "calibrate"
+                    f"{_SETTING}: {unit} does not map a tensor to a tensor; here it must be "
+                    "compensate or calibrate"
                 )
             check_finite(args[0], unit, _SETTING)
             check_finite(output, unit, _SETTING)
@@ -277,7 +277,7 @@ def _train(
     settings: ReconstructSettings,
     loss_at: Callable[[int], Tensor],
 ) -> None:
-    """Run all training steps; a step size is its start times exp(learned change)."""
+    """Run all training steps. A step size is its initial value times exp(learned change)."""
     starts = [quantizer.scale.clone() for quantizer in scaled]
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)
@@ -321,7 +321,7 @@ def _train(
 
 
 def _variance(tensors: Sequence[Tensor]) -> float:
-    """Variance of the values of all tensors; 1 if the values are equal."""
+    """Variance of the values of all tensors; 1 if all values are equal."""
     count = sum(tensor.numel() for tensor in tensors)
     total = sum(float(tensor.double().sum()) for tensor in tensors)
     total_square = sum(float(tensor.double().square().sum()) for tensor in tensors)

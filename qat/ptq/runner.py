@@ -1,8 +1,9 @@
 """Run only the part of a net from a given module onwards, with cached results of earlier modules.
 
-The module gets the arguments of an earlier forward. Modules before it return their cached outputs;
-blocks before it return their input, because caching the output of every block would take too much
-memory. This way the net's own forward continues from the module, for any family of nets.
+The given module gets the arguments that it got in an earlier forward. Modules before it return
+their cached outputs. Blocks before it return their input, because caching the output of every block
+would take too much memory. In this way, the net's own forward continues from the given module, for
+any family of nets.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
-# The smallest scale, here and in calibration, because values are divided by scales.
+# The smallest scale, also in calibration; scales must not be zero, because they are divisors.
 LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class StopForward(Exception):
 
 @contextlib.contextmanager
 def patched(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
-    """Replace `forward` of modules inside the block; hooks still run."""
+    """Replace `forward` of the given modules while this block runs; hooks still run."""
     originals = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -66,7 +67,7 @@ class RunOrder:
         before: maps each module that runs, in the order of first calls, to the outermost modules
             that have returned before its first call.
         position: index of the first call of each module.
-        once: modules that run once.
+        once: modules that run only once in a forward.
         keeps_shape: modules whose output has the shape of their input.
     """
 
@@ -110,12 +111,12 @@ class Runner:
 
     Args:
         net: the net, in eval mode.
-        entries: the modules to run from: for each name, the module itself or modules inside it.
-            Outputs inside the module are cached too, up to the first of these modules.
+        entries: for each module to run from, the module itself or modules inside it. Outputs inside
+            the module are cached too, up to the first of these modules, its entry.
         batches: images (B, C, H, W) each, on the device of the net.
-        limit: bytes of the cache, which covers at least one module, and as many modules before it
-            as fit.
-        to_the_end: the output of the net is needed, not only the output of the module.
+        limit: size of the cache in bytes. It always covers one module, and as many modules before
+            this module as fit.
+        to_the_end: True if callers need the output of the net, not only of the chosen module.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Runner:
                 self.entries[name] = min(entries[name], key=self._position)
         self._batch_index = 0
         self.forget()
-        # For each module, the bytes per image of its cached tensors, by the address of their
-        # storage.
+        # For each module, the bytes per image of the tensors that are cached for it, by the address
+        # of the tensor's storage.
         self._sizes: dict[str, dict[int, float]] = {}
         # Modules from which the net cannot continue; for these, the whole net runs.
         self._run_whole: set[str] = set()
@@ -150,13 +151,13 @@ class Runner:
         self._check(to_the_end=to_the_end)
 
     def _position(self, name: str) -> int:
-        """Position of a module in the run order; after all others if it does not run."""
+        """Position of a module in the run order; a module that does not run comes last."""
         return self.order.position.get(name, len(self.order.position))
 
     def _check(self, *, to_the_end: bool) -> None:
-        """Find the modules from which the net does not reproduce its output, bit for bit.
+        """Find the modules from which the net does not reproduce its output bit for bit.
 
-        The output differs if the net reads outputs of earlier modules again later.
+        The output differs if the net reads outputs of earlier modules again after the module.
         """
         all_batches = self.batches
         limit = self.limit
@@ -175,7 +176,9 @@ class Runner:
                 with self.at(name):
                     if not all(map(torch.equal, result(name), expected[name])):
                         log.warning(
-                            "%s cannot run on its own input; the whole model runs instead", name
+                            "%s does not give the same output when the model starts there; the "
+                            "whole model runs instead",
+                            name,
                         )
                         self._run_whole.add(name)
                 self._sizes[name] = self._measure_cache(name)
@@ -196,13 +199,16 @@ class Runner:
         return sizes
 
     def forget(self) -> None:
-        """Empty the cache after a change to modules whose outputs are cached."""
+        """Empty the cache. Call this after a change to modules whose outputs are cached."""
         self._inputs: dict[str, list[Any]] = {}
         self._outputs: dict[str, list[Any]] = {}
 
     @contextlib.contextmanager
     def at(self, name: str) -> Generator[None]:
-        """Inside the block, `self(i)` begins at this module; modules before it must not change."""
+        """Let `self(i)` begin at this module while the block runs.
+
+        Do not change modules before it inside the block.
+        """
         if name in self._run_whole:
             yield
             return
@@ -224,7 +230,7 @@ class Runner:
         return self.net(self.batches[i])
 
     def output(self, module: str, i: int) -> tuple[tuple[Any, ...], Any]:
-        """Positional arguments and output of a module for batch `i`; the forward stops there."""
+        """Positional arguments and output of a module for batch `i`; the forward then stops."""
         results: list[tuple[tuple[Any, ...], Any]] = []
 
         def save_result(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -240,7 +246,7 @@ class Runner:
         return results[0]
 
     def _modules_before(self, name: str) -> list[str]:
-        """Outermost modules that return before the entry of `name` runs and that run once."""
+        """Outermost modules that run only once, and return before the entry of `name` runs."""
         before = self.order.before[self.entries[name]]
         return [module for module in before if module in self.order.once]
 
@@ -261,7 +267,7 @@ class Runner:
         return lambda *args, **kwargs: outputs[self._batch_index]
 
     def _modules_to_cache(self, name: str) -> list[str]:
-        """The module `name`, and as many modules before it as fit in the limit."""
+        """The module `name`, and as many modules before it as fit in the cache."""
         num_images = sum(len(batch) for batch in self.batches)
         candidates = [module for module in self.entries if module not in self._run_whole]
         chosen: list[str] = []
@@ -274,7 +280,7 @@ class Runner:
         return chosen
 
     def _fill_cache(self, name: str) -> None:
-        """Run all batches up to the entry of `name`, and cache what `name` needs from before it."""
+        """Run all batches up to the entry of `name`, and cache the tensors that `name` needs."""
         chosen = self._modules_to_cache(name)
         self._inputs = {module: [] for module in chosen}
         self._outputs = {}
@@ -308,7 +314,7 @@ class Runner:
 def find_units(
     net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], setting: str
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
-    """Units to fit one by one: blocks, and quantized layers outside blocks.
+    """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
     Args:
         net: a converted net whose scales are set.
@@ -317,8 +323,8 @@ def find_units(
         setting: the setting that needs the units, for messages.
 
     Returns:
-        A dict from units to the sites of their quantized weights, both in the order in which they
-        run; a runner of `net`; a runner of `reference`.
+        A dict that maps the name of each unit to the sites of its quantized weights, all in the
+        order in which they run. A runner of `net`. A runner of `reference`.
 
     Raises:
         UsageError: the net has no blocks with quantized weights, or the reference is quantized.

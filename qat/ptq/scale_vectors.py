@@ -1,4 +1,4 @@
-"""Vectors of stored scales, which the search changes block by block."""
+"""Stored scales as vectors, which the search changes block by block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat.ptq.runner import LOWEST_SCALE
 
 
 class ScaleVector:
-    """Stored scales of several sites as one vector, including quantizers that have offsets."""
+    """Stored scales of several sites as one vector; the quantizers may have offsets."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
@@ -33,7 +33,7 @@ class ScaleVector:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Set all scales (n,), in the dtype of the net; a scale is at least float32 eps."""
+        """Set all scales to `values` (n,), in the dtype of the net, but at least to float32 eps."""
         parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
             scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
@@ -49,7 +49,7 @@ class ScaleVector:
 
 
 def _name_in_block(site: Site, block: str) -> str:
-    """Name of a site that globs are matched against, such as `attn.qkv.weight`."""
+    """The name of a site that globs are compared with, such as `attn.qkv.weight`."""
     return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
 
 
@@ -59,10 +59,10 @@ def scale_vectors(
     """Scale vectors of blocks with matching scales, by block name, first block first.
 
     Args:
-        net: quantized.
+        net: a quantized net.
         targets: globs, see `SearchSettings.targets`.
-        position: position of each quantizer in the run order, by name; it sets the order in a
-            vector.
+        position: position of each quantizer in the run order, by name; it determines the order of
+            the scales in a vector.
 
     Raises:
         UsageError: the net has no blocks, or the globs match no stored scale of a block.

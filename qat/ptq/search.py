@@ -51,21 +51,22 @@ class SearchSettings:
 
     Attributes:
         passes: number of passes over all blocks, last block first.
-        cycles: candidates per visit of a block.
-        population: members of the population.
-        tournament: members that compete to be a parent.
+        cycles: number of candidates in one visit of a block.
+        population: number of members of the population.
+        tournament: number of members that compete to be a parent.
         radius: radius of the noise; None = 1e-4 for 8 bits, else 1e-3.
-        relative: `radius` is a fraction of each scale, instead of a number in the unit of a scale.
-        fitness: `infonce`, `mse`, `kl` or `cosine` of quantized and float logits.
+        relative: True = `radius` is a fraction of each scale; False = a number in the unit of a
+            scale.
+        fitness: `infonce`, `mse`, `kl` or `cosine`, which compare quantized with float logits.
         temperature: temperature of `infonce`.
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,
             `attn.qk`, `mlp.fc1.weight`, `mlp.fc1.input`.
-        micro_batch: images that pass through the net at once.
-        cache_gib: memory for cached inputs of blocks, in GiB; if not all blocks fit, fewer are
-            cached at a time.
-        seed: seed of all draws.
-        reference_selection: select scales on validation images instead of calibration images, as
-            the reference does.
+        micro_batch: number of images that pass through the net at once.
+        cache_gib: memory for cached inputs of blocks, in GiB; if not all blocks fit, the inputs of
+            fewer blocks are cached at a time.
+        seed: seed of all random numbers.
+        reference_selection: True = select scales on validation images instead of calibration
+            images, as the reference code does.
 
     Raises:
         UsageError: a value is not allowed.
@@ -92,10 +93,10 @@ class SearchSettings:
         for name in ("relative", "reference_selection"):
             check_bool(f"search.{name}", getattr(self, name))
         check_int("search.seed", self.seed, 0)
-        check_number("search.temperature", self.temperature, 0, above=True)
+        check_number("search.temperature", self.temperature, 0, exclusive_lowest=True)
         check_number("search.cache_gib", self.cache_gib, 0)
         if self.radius is not None:
-            check_number("search.radius", self.radius, 0, above=True)
+            check_number("search.radius", self.radius, 0, exclusive_lowest=True)
         targets = check_globs("search.targets", self.targets, "attn.qkv.weight")
         object.__setattr__(self, "targets", targets)
 
@@ -105,10 +106,11 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-        selected_on: images on which scales were selected: `calibration` or `validation`; with
-            `validation`, the accuracy on validation images is no estimate for other images.
+        selected_on: images on which scales were selected: `calibration` or `validation`. With
+            `validation`, the accuracy on validation images does not estimate that on other images.
         fitness_before: fitness of the unchanged model.
-        fitness: fitness at the end of the search; not of scales selected on validation images.
+        fitness: fitness at the end of the search, also if other scales were selected on validation
+            images.
         evaluations: number of candidates.
         accepted: number of candidates that became the incumbent.
         seconds: duration, including runs before a resume.
@@ -135,8 +137,8 @@ def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     parts = [net(part.to(device)) for part in images.split(micro_batch)]
     if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
         raise UsageError(
-            "search: the model must return logits (N, classes), which the fitness is computed "
-            "from; calibrate takes models with any output"
+            "search: the model must return logits (N, classes), from which the fitness is "
+            "computed; calibration without a search takes models with any output"
         )
     return torch.cat(parts)
 
@@ -147,14 +149,14 @@ class Evaluator:
     Args:
         net: a quantized net in eval mode.
         batches: calibration images (N, C, H, W) each. The fitness is computed on whole batches,
-            because the images of a batch are each other's negatives.
+            because `infonce` compares each image with the other images of its batch.
         targets: float logits (N, classes) of each batch.
         settings: settings of the search.
 
     Attributes:
         vectors: scales of each block, first block first.
-        runner: runner of the net; call `runner.forget()` after a change of scales, before the next
-            block.
+        runner: runner of the net. Call `runner.forget()` if scales changed in a block whose outputs
+            are cached.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Evaluator:
         self.runner = Runner(net, entries, micro_batches, limit, to_the_end=True)
 
     def _entries(self, block: str) -> list[str]:
-        """Modules inside a block up to which outputs may be cached."""
+        """Modules of a block before which outputs may be cached."""
         sites = self.vectors[block].sites
         if all(site.is_weight for site in sites):
             return [site.name for site in sites]
@@ -190,13 +192,13 @@ class Evaluator:
         return [block]
 
     def write(self, scales: Mapping[str, Tensor]) -> None:
-        """Set the scales (n,) of blocks."""
+        """Set the scales of the named blocks, (n,) each."""
         for name, values in scales.items():
             self.vectors[name].write(values)
 
     @torch.no_grad()
     def fitness(self, block: str) -> float:
-        """Mean fitness of all batches with the current scales; the net runs from `block` on."""
+        """Mean fitness over all batches with the current scales; the net runs from `block` on."""
         position = self.runner.order.position
         # Weights are quantized once, not for every micro-batch.
         fixed_weights: dict[nn.Module, Forward] = {}
@@ -225,7 +227,9 @@ def evolve(
     draw_cycle: Callable[[int], Draw],
     settings: SearchSettings,
 ) -> tuple[Tensor, float]:
-    """One visit: in each cycle, the winner of a tournament is mutated, and the worst member leaves.
+    """Search the scales of one block, in one visit.
+
+    In each cycle, the winner of a tournament is mutated, and the worst member is dropped.
 
     Source: Evol-Q's code.
 
@@ -255,7 +259,9 @@ def _check_arguments(
             "mse, kl, cosine"
         )
     if settings.reference_selection and validate is None:
-        raise UsageError("search.reference_selection=True: validation images are needed for it")
+        raise UsageError(
+            "search.reference_selection=true: needs validation images; here it must be false"
+        )
 
 
 @torch.no_grad()
@@ -281,12 +287,13 @@ def search(
         run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = write no
             files.
         resume: resume from `search.ckpt`, if the file exists.
-        run: see `Progress`.
-        validate: returns the current accuracy of the net on validation images; called after each
-            visit under `reference_selection`.
+        run: settings of the whole run; see `Progress`.
+        validate: returns the current accuracy of the net on validation images. With
+            `reference_selection`, it is called after each visit of a block.
 
     Raises:
-        UsageError: there is no scale to search, or a fitness is not finite.
+        UsageError: there is no scale to search, a fitness is not finite, or a setting does not fit
+            the arguments.
     """
     _check_arguments(batches, settings, validate)
     assert_ready(net)
@@ -335,9 +342,9 @@ def search(
 
 
 def _select(evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[str, Any]) -> None:
-    """Store the current scales: always in the first pass, later if the accuracy is the best so far.
+    """Store the current scales: always in the first pass, then if the accuracy is the best so far.
 
-    The reference code uses this rule.
+    The reference code has the same rule.
     """
     if pass_index == 0 or accuracy > state["best"]["accuracy"]:
         scales = {name: vector.read() for name, vector in evaluator.vectors.items()}
@@ -349,7 +356,7 @@ def _start(evaluator: Evaluator, last_block: str, progress: Progress) -> dict[st
     started = time.perf_counter()
     fitness = evaluator.fitness(last_block)
     seconds = time.perf_counter() - started
-    _check_fitness(fitness, "the unchanged model")
+    _check_fitness(fitness, "the unchanged model", "check the calibration images and ckpt")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     state: dict[str, Any] = {
         "visits": 0,
@@ -365,10 +372,10 @@ def _start(evaluator: Evaluator, last_block: str, progress: Progress) -> dict[st
     return state
 
 
-def _check_fitness(fitness: float, candidate: str) -> None:
+def _check_fitness(fitness: float, candidate: str, advice: str) -> None:
     if not math.isfinite(fitness):
         raise UsageError(
-            f"search: the fitness of {candidate} is {fitness}; its logits are not finite numbers"
+            f"search=evolution: the model's logits became NaN or infinite for {candidate}; {advice}"
         )
 
 
@@ -388,7 +395,7 @@ def _visit(
         visit: (pass, block), each from 0.
         settings: settings of the search.
         state: state of the search, which is updated.
-        progress: gets a row for each candidate.
+        progress: progress of the search, which gets a row for each candidate.
     """
     started = time.perf_counter()
     pass_index, _ = visit
@@ -402,7 +409,8 @@ def _visit(
         evaluation_started = time.perf_counter()
         vector.write(scales)
         fitness = evaluator.fitness(name)
-        _check_fitness(fitness, f"candidate {cycle} of block {name} in pass {pass_index}")
+        candidate = f"candidate {cycle} of {name} in pass {pass_index}"
+        _check_fitness(fitness, candidate, "use a smaller search.radius")
         accepted = fitness < lowest
         lowest = min(fitness, lowest)
         state["evaluations"] += 1

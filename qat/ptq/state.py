@@ -1,4 +1,4 @@
-"""Files of a search or a reconstruction: a table of progress, and a checkpoint to resume from."""
+"""Files that a search or a reconstruction writes: a table, and a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qat.utils.files import csv_lines, digest_of, read_torch, write_text, write_
 
 
 class Progress:
-    """Progress of a job with several parts, in NAME.ckpt and NAME.csv.
+    """Progress of a job with several parts, stored in NAME.ckpt and NAME.csv.
 
     Args:
-        folder: the run directory; None = nothing is written.
-        group: group of the settings, such as `ptq.reconstruct`; its last part is NAME.
+        folder: the run directory; None = write no files.
+        group: group of the settings, such as `ptq.reconstruct`; NAME is its last part.
         columns: names of the columns of the table.
         settings: settings of the job, a dataclass.
-        tensors: all inputs of the job.
-        run: settings of the whole run, stored for `read_state`.
+        tensors: all inputs of the job, to recognise them in a resumed run.
+        run: settings of the whole run, stored so that `read_state` returns them.
 
     Attributes:
         rows: rows of the table so far.
@@ -46,10 +46,13 @@ class Progress:
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """The state of the last `save`; also reads the table. None if there is no file.
+        """Read the checkpoint and the table, and return the state of the last `save`.
+
+        Returns:
+            The state; None if there is no checkpoint.
 
         Raises:
-            UsageError: the file has other settings or inputs, or cannot be read.
+            UsageError: the checkpoint has other settings or inputs, or cannot be read.
         """
         if self.folder is None:
             return None
@@ -93,7 +96,7 @@ def read_state(path: Path) -> dict[str, Any]:
         content = read_torch(path)
         kinds = {"settings": dict, "inputs": str, "rows": list, "state": dict}
         if not all(isinstance(content[key], kind) for key, kind in kinds.items()):
-            raise TypeError("holds values of other types")
+            raise TypeError("contains values of other types")
         return {"run": None, **content}
     except Exception as error:
         raise UsageError(f"resume: {path} cannot be read; delete it to start over") from error

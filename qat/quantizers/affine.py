@@ -1,4 +1,4 @@
-"""Affine quantizers: activation ranges calibrated by `qat.ptq` or by min-max, and weight ranges."""
+"""Affine quantizers of activations and weights, with ranges that `qat.ptq` or min-max finds."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from qat.spec import QuantSpec
 
 @register("affine")
 class Affine(Quantizer):
-    """Codes with a zero point on a fixed range, which `qat.ptq.calibrate` sets.
+    """Quantizer with a zero point on a fixed range, which `qat.ptq.calibrate` sets.
 
     Attributes:
         scale: (n,) buffer, in the unit of the input; NaN until calibrated.
-        zero_point: (n,) buffer, in codes, a whole number stored as float.
+        zero_point: (n,) buffer, in codes; whole numbers stored as floats, NaN until calibrated.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -63,8 +63,8 @@ class Affine(Quantizer):
         """
         if self.spec.role != "weight":
             raise UsageError(
-                f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), "
-                "not by initialize_scales"
+                f"initialize_scales: scales of role {self.spec.role!r} are found from a float run; "
+                "call qat.ptq.calibrate(net, batches)"
             )
         self.fill(observe(None, x, self.axis, self.method), x)
 
@@ -78,7 +78,7 @@ class Affine(Quantizer):
 
         Args:
             state: range of all batches.
-            x: the last batch, read only by methods that try candidates on it.
+            x: the last batch; only methods that try candidates read it.
         """
         scale, zero_point = affine_from_state(
             reaching_zero(state),
@@ -95,18 +95,18 @@ class Affine(Quantizer):
         self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the fixed range, with the bias correction of the spec."""
+        """`fake_quantize_affine` on the fixed range, and then the bias correction of the spec."""
         y = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
         if self.spec.bias_correction:
             return correct_mean_and_std(y, x, self.axis or 0)
         return y
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of `x`, including the zero point."""
+        """Integer codes of `x`, with the zero point added."""
         return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The grid of the fixed range, without the bias correction (`spec.bias_correction`)."""
+        """The grid of the fixed range; it does not include the bias correction of the spec."""
         return UniformGrid(
             qmin=self.qmin,
             qmax=self.qmax,
@@ -118,9 +118,9 @@ class Affine(Quantizer):
 
 @register("minmax")
 class MinMax(Affine):
-    """Quantizer with the fixed range of the calibration data.
+    """Quantizer of activations on the range of the calibration data.
 
-    Activations are asymmetric, whatever the sign of the spec, because a zero point suits both the
+    The codes are asymmetric, whatever the sign of the spec, because a zero point suits both the
     tail of GELU and signed inputs.
     """
 
@@ -129,7 +129,7 @@ class MinMax(Affine):
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Extend the range in `state` by a batch and to zero, because the zero point is a code."""
+        """Extend the range in `state` by a batch, and to zero, because the zero point is a code."""
         low, high = min_max(x, self.axis)
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))
@@ -139,7 +139,7 @@ class MinMax(Affine):
 
 @register("minmax_dynamic")
 class DynamicMinMax(Quantizer):
-    """Quantizer of weights with a symmetric range that each forward recomputes."""
+    """Quantizer of weights on a symmetric range, which each forward computes from the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the range of `x`."""
@@ -150,7 +150,7 @@ class DynamicMinMax(Quantizer):
         return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
-        """The grid of `x`; None without `x`."""
+        """The grid of `x`. Returns None without `x`."""
         if x is None:
             return None
         step, zero_point = self._range(x)
@@ -163,5 +163,5 @@ class DynamicMinMax(Quantizer):
         )
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for `x`, (n,) each."""
+        """Scale and zero point of the range of `x`, (n,) each."""
         return affine_scale(x, self.spec.bits, signed=True, axis=self.axis)

@@ -1,4 +1,4 @@
-"""Floats in blocks: `mxfp` of 4 or 8 bits, and `nvfp4`.
+"""Floats in blocks that share a scale: `mxfp` of 4 or 8 bits, and `nvfp4`.
 
 There are no parameters: each forward computes the scales of the blocks from the tensor.
 """
@@ -16,8 +16,8 @@ from qat.functional.block_floats import (
     BLOCK_FORMATS,
     BlockFormat,
     block_float_codes,
-    float_place,
     float_values,
+    sorted_index,
 )
 from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
@@ -27,16 +27,17 @@ from qat.spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class FloatGrid(Grid):
-    """Values of a format times the scale of their block.
+    """Values of a float format times the scale of their block.
 
-    Codes are bits: sign, exponent, mantissa; -qmax to qmax are the indices of the sorted values.
+    A code consists of sign, exponent and mantissa bits. The range from -qmax to qmax counts the
+    values in sorted order.
 
     Attributes:
         form: the format.
         dim: dimension that is split into blocks.
-        factors: (..., blocks, ...), scales of blocks, divided by t if there is a t; None = computed
-            for every tensor.
-        tensor_scale: t, or None.
+        factors: (..., blocks, ...), scales of the blocks, divided by `tensor_scale` if there is
+            one; None = each tensor has other scales.
+        tensor_scale: the number t of a two-level format; None for a format with one level.
     """
 
     form: BlockFormat
@@ -46,7 +47,7 @@ class FloatGrid(Grid):
 
     def in_order(self, codes: Tensor) -> Tensor:
         """Index of each code among the sorted values; zero has index 0."""
-        return float_place(float_values(codes, self.form), self.form)
+        return sorted_index(float_values(codes, self.form), self.form)
 
     @property
     def scales(self) -> Tensor:
@@ -57,7 +58,7 @@ class FloatGrid(Grid):
         """
         if self.factors is None:
             raise ValueError(
-                "FloatGrid: its scales are those of a tensor; must be made by quantizer.grid(x)"
+                "FloatGrid: the scales depend on the tensor; must be built by quantizer.grid(x)"
             )
         if self.tensor_scale is None:
             return self.factors
@@ -79,13 +80,13 @@ class FloatGrid(Grid):
         return -highest, highest
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """Index among the sorted values of the format, fractional between values; 0 for zero."""
+        """Index of `x` among the sorted values, with fractions between values; 0 for zero."""
         scales = self.along(x)
         divisors = torch.where(scales == 0, torch.inf, scales)
-        return float_place(self.shift(x) / divisors, self.form)
+        return sorted_index(self.shift(x) / divisors, self.form)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The value of a code times its scale."""
+        """The values of the codes, times the scale of their block."""
         y = float_values(codes, self.form) * self.along(codes)
         if self.after is None:
             return y
@@ -112,7 +113,7 @@ class BlockFloat(Quantizer):
         return kernels.block_floats(x.movedim(self.dim, -1), self.form).movedim(-1, self.dim)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Bits of E2M1 (0 to 15) or E4M3, uint8."""
+        """Bit patterns of E2M1 (0 to 15) or E4M3, uint8."""
         codes, _, _ = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
         return codes.movedim(-1, self.dim)
 
@@ -127,7 +128,7 @@ class BlockFloat(Quantizer):
         return dataclasses.replace(grid, factors=factors.movedim(-1, self.dim), tensor_scale=t)
 
     def scale_bytes(self, shape: torch.Size) -> int:
-        """Bytes of the scales of a tensor: 1 per block; with two levels, 4 more for the tensor."""
+        """Bytes of the scales of a tensor: 1 per block, and 4 more in a two-level format."""
         row_length = shape[self.dim]
         num_rows = shape.numel() // row_length
         blocks_per_row = -(-row_length // self.form.block)

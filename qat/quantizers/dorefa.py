@@ -16,7 +16,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGrid(UniformGrid):
-    """Evenly spaced values of `squash(x)`, which are not on the scale of the weights."""
+    """Grid of `squash(x)`, whose values are evenly spaced but not in the unit of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
         """Input of the rounding: `squash(x)`."""
@@ -25,10 +25,10 @@ class SquashedGrid(UniformGrid):
 
 @register("dorefa")
 class DoReFa(Quantizer):
-    """2^bits values from -1 to 1 at odd multiples of half a step, on one range for the tensor.
+    """Quantizer with 2^bits values from -1 to 1, at odd multiples of half a step.
 
-    The gradient passes through tanh and the division by the largest magnitude, and straight
-    through the rounding.
+    The whole tensor has one range. The gradient passes through tanh and the division by the largest
+    magnitude, and straight through the rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class DoReFa(Quantizer):
         return codes.to(code_dtype(self.spec.qmin, self.spec.qmax))
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The same grid for every tensor."""
+        """The grid, which is the same for every tensor."""
         return SquashedGrid(
             qmin=self.spec.qmin, qmax=self.spec.qmax, step=self._step(x).reshape(1), zero_point=-0.5
         )

@@ -27,7 +27,7 @@ class Fp8Grid(FloatGrid):
 
     Attributes:
         factors: scales, (n,), one for each slice along `axis`.
-        axis: dimension that keeps scales of its own, None = one for the tensor.
+        axis: dimension along which scales differ; None = one scale for the tensor.
     """
 
     qmin: int = -126
@@ -45,16 +45,16 @@ class Fp8Grid(FloatGrid):
 @register("fp8")
 @register("fp8_held")
 def build_fp8(spec: QuantSpec) -> Quantizer:
-    """`Fp8Weight` for weights, `Fp8` for activations."""
+    """Build `Fp8Weight` for a weight, `Fp8` for an activation."""
     if spec.role in {"weight", "qk"}:
         return Fp8Weight(spec)
     return Fp8(spec)
 
 
 class Fp8Weight(Quantizer):
-    """Scales are max|w| / 448 of each slice along the axis, computed in every forward.
+    """Quantizer of weights with the scale max|w| / 448 for each slice along the axis.
 
-    No value saturates, so every gradient passes.
+    Each forward computes the scales. No value saturates, so every gradient passes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,23 +64,23 @@ class Fp8Weight(Quantizer):
         return fp8(latent, self._scale_of(latent), self.axis) + (x - latent)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Bits of E4M3, uint8."""
+        """Bit patterns of E4M3, uint8."""
         return fp8_codes(x, self._scale_of(x), self.axis)
 
     def _scale_of(self, x: Tensor) -> Tensor:
         return fp8_scale(*min_max(x, self.axis))
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid | None:
-        """The grid of `x`; None without `x`."""
+        """The grid of `x`. Returns None without `x`."""
         if x is None:
             return None
         return Fp8Grid(axis=self.axis, factors=self._scale_of(x))
 
 
 class Fp8(LSQ):
-    """A scale that starts at max|x| / 448 of the calibration data.
+    """Quantizer of activations whose scale starts at max|x| / 448 of the calibration data.
 
-    It is learned like LSQ's step size, or stays there (`fp8_held`).
+    The scale is learned like LSQ's step size, or stays at its start (`fp8_held`).
     """
 
     method = "minmax"
@@ -105,7 +105,7 @@ class Fp8(LSQ):
 
     @property
     def code_range(self) -> CodeRange:
-        """-448 to 448."""
+        """The values of E4M3, from -448 to 448."""
         return E4M3Range(-LARGEST, LARGEST, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Fp8(LSQ):
         return fp8(x, self.scale, self.axis, self.grad_factor)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Bits of E4M3, uint8."""
+        """Bit patterns of E4M3, uint8."""
         return fp8_codes(x, self.scale, self.axis)
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid:  # type: ignore[override]

@@ -1,6 +1,6 @@
-"""Codes and values of a quantizer, for packing, export, reports and callbacks.
+"""Codes of a quantizer and the values that they stand for; see `Quantizer.grid`.
 
-See `Quantizer.grid`.
+Packing, export, reports and callbacks read them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from qat.functional.ste import TINY, view_along
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(ABC):
-    """Codes and their values, without gradient.
+    """Codes of a quantizer and the values that they stand for, without gradient.
 
     Attributes:
         qmin: lowest code.
         qmax: highest code.
-        before: offset before the quantizer, broadcasts against the tensor; None = 0.
-        after: offset after the quantizer; None = 0.
+        before: offset before the quantizer, which broadcasts against the tensor; None = 0.
+        after: offset after the quantizer, in the shape of `before`; None = 0.
     """
 
     qmin: int
@@ -40,7 +40,7 @@ class Grid(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Values of codes, float32, the shape of the tensor."""
+        """The values that codes stand for, float32; codes have the shape of the tensor."""
 
     def in_order(self, codes: Tensor) -> Tensor:
         """Codes, renumbered from qmin to qmax in the order of their values."""
@@ -49,7 +49,7 @@ class Grid(ABC):
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:
-        """Number such that all values, without the offset `after`, are integer multiples of it.
+        """A step of which all values (without `after`) are integer multiples.
 
         It broadcasts against scales (n,).
         """
@@ -88,7 +88,7 @@ class UniformGrid(Grid):
         step: s, float32 in the unit of the tensor: (n,), one for each slice along `axis`, or (1,).
         zero_point: z, in codes: (n,), or a number if the quantizer fixes it (0, or -1/2 for half
             steps).
-        axis: dimension along which steps differ; None = one for the tensor.
+        axis: dimension along which steps differ; None = one step for the tensor.
     """
 
     step: Tensor
@@ -120,7 +120,7 @@ class UniformGrid(Grid):
         return self.step
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """(x + a) / s + z; z where the step is zero, as for a row of zeros with StatsQ."""
+        """(x + a) / s + z. Where the step is zero, as for a row of zeros with StatsQ, this is z."""
         step, zero = self.along(x.ndim)
         u = self.shift(x) / step.clamp(min=TINY)
         if self._has_zero_point:

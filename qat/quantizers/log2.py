@@ -18,15 +18,15 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class PowersOfTwo(Grid):
-    """Code k stands for 2^-k, the last code also for zero."""
+    """Grid on which code k has the value 2^-k; the last code may also mean zero."""
 
     @property
     def unit(self) -> float:
-        """The smallest power."""
+        """The smallest power of two that has a code."""
         return 2.0**-self.qmax
 
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
-        """The smallest power, and 1."""
+        """The smallest power of two that has a code, and 1."""
         return torch.tensor(self.unit), torch.ones(())
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LSQ as a module.
+"""LSQ, the quantizer with learned step sizes, as a module.
 
 Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ, for the dimensions along which steps differ).
 Deviations: docs/deviations.md#lsq.
@@ -37,7 +37,8 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec)
 
 
-# A larger tensor does not fit in a cache, so one pass over it is faster than one per operation.
+# A tensor with more values does not fit in a cache, so one pass over the tensor is faster than one
+# pass for each operation.
 MANY_VALUES = 2**20
 
 
@@ -45,13 +46,13 @@ def _on_grid(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
     return kernels.lsq(x, LSQParams(scale, None, None, None, codes, 1.0))
 
 
-def fast_form(x: Tensor) -> Quantize | None:
-    """Kernel with which the search for a step quantizes `x`; None = use the formula."""
+def search_kernel(x: Tensor) -> Quantize | None:
+    """The kernel with which the search for a step size quantizes `x`; None = use the formula."""
     return _on_grid if x.device.type == "cpu" and x.numel() >= MANY_VALUES else None
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """Mean of all values so far; `state` holds the mean as `mean` and the count as `n`."""
+    """The mean of all values so far. `state` stores the mean as `mean` and the count as `n`."""
     count = state.get("n", 0) + 1
     mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
     state["n"] = count
@@ -103,7 +104,7 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
-        """Set the steps (n,); relative steps start again from them.
+        """Set the steps to `values` (n,); relative steps start again from these values.
 
         The start of a relative step is at least 1/64 of `unit`.
         """
@@ -115,24 +116,24 @@ class LSQ(Quantizer):
         self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Set the step to the mean `initial_scale` of the batches in `state`."""
+        """Add a batch to `state`, and set the step to the mean `initial_scale` of all batches."""
         step = self.initial_scale(x, self.spec.qmin, self.spec.qmax)
         self.set_scale(running_mean(state, step))
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Initial step (n,) for codes in [qmin, qmax], by the spec's rule."""
+        """Initial step (n,) for codes in [qmin, qmax], by the rule `spec.step_init`."""
         if self.spec.step_init == "lsq":
             return lsq_init_scale(x, qmin, qmax, self.axis)
-        return mse_init_scale(x, qmin, qmax, self.axis, fast_form(x))
+        return mse_init_scale(x, qmin, qmax, self.axis, search_kernel(x))
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis of the spec, before `sign` is applied."""
+        """Codes and axis of the spec; `sign` may select other codes in a forward."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
     def sign(self) -> Tensor | None:
-        """None if the spec fixes the sign; else one number, above 0 for a signed grid."""
+        """One number, above 0 for a signed grid. Returns None if the spec fixes the sign."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class LSQ(Quantizer):
         return kernels.lsq(x, self._params()._replace(before=before, after=after))
 
     def operand(self) -> LSQParams | None:
-        """Step and codes; None before `allocate`, or if the codes depend on a sign."""
+        """Step and codes. Returns None before `allocate`, or if the codes depend on a sign."""
         params = self._params()
         if params.scale is None or params.sign is not None:
             return None
@@ -156,7 +157,7 @@ class LSQ(Quantizer):
         return LSQParams(self.scale, None, None, self.sign, self.code_range, self.grad_factor)
 
     def codes(self, x: Tensor) -> Tensor:
-        """`lsq_codes` on the learned step."""
+        """`lsq_codes` with the learned step."""
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
@@ -173,14 +174,14 @@ class LSQ(Quantizer):
 
 
 class AutoSignLSQ(LSQ):
-    """LSQ for images: signed if the calibration data are.
+    """LSQ for images, with signed codes if the calibration data have negative values.
 
     Attributes:
-        signed: 1.0 or 0.0, NaN until initialised. A buffer, so that it is in every checkpoint and
-            that a forward reads it without waiting for the device.
+        signed: 1.0 or 0.0, NaN until initialised. It is a buffer, so every checkpoint contains it,
+            and a forward reads it without waiting for the device.
     """
 
-    # Threshold of the reference code: images with a value below it are signed.
+    # Threshold of the reference code: codes are signed if an image has a value below it.
     NEGATIVE = -1e-5
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -197,7 +198,7 @@ class AutoSignLSQ(LSQ):
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Find the sign from the smallest value of all batches, and set the step.
 
-        For either sign the factor of LSQ's step is 2 (the reference's rule for images).
+        For either sign, the factor in LSQ's initial step is 2, as in the reference code for images.
         """
         lowest = x.detach().amin().float()
         if "lowest" in state:
@@ -208,7 +209,7 @@ class AutoSignLSQ(LSQ):
         self.signed.fill_(float(signed))
 
     def _steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
-        """Mean step over the batches for each sign, because a later batch may change the sign."""
+        """The mean step over the batches for either sign, as a later batch may change the sign."""
         steps = {}
         if self.spec.step_init == "lsq":
             # With bounds -1 and 1, `lsq_init_scale` is twice the mean magnitude.
@@ -223,12 +224,12 @@ class AutoSignLSQ(LSQ):
 
     @property
     def code_range(self) -> CodeRange:
-        """The signed codes."""
+        """The signed codes and the axis; `sign` selects the unsigned codes."""
         return CodeRange(*self.bounds[True], self.axis)
 
     @property
     def sign(self) -> Tensor:
-        """`signed`."""
+        """The buffer `signed`."""
         return self.signed
 
     def codes(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Interface of quantizers: allocate state, calibrate it from data, fake-quantize, get codes."""
+"""Interface of quantizers: allocate scales, calibrate them, fake-quantize, and return codes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Quantizer(nn.Module, ABC):
 
     A subclass implements `forward` and `codes`; with scales also `allocate` and `calibrate`.
     Without `grid`, tensors can be neither frozen nor exported, and reports say less about them.
-    Scales exist in their final shape, filled with NaN, from conversion on: the parameter set never
-    changes afterwards, and a quantizer that was not initialised returns NaN instead of plausible
-    numbers (`qat.model.scales.guard` raises an error).
+    From conversion on, scales exist in their final shape, filled with NaN. The set of parameters
+    therefore never changes, and a quantizer that was not initialised returns NaN instead of
+    plausible numbers (`qat.model.scales.guard` raises an error).
 
     Args:
         spec: how the tensor is quantized.
@@ -60,7 +60,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`: the values move to the grid; shape and dtype stay."""
+        """Fake-quantize `x`: move the values to the grid; shape and dtype stay unchanged."""
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
@@ -71,25 +71,26 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of `x`, same shape."""
+        """Integer codes of `x`, in the shape of `x`."""
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
-        """Codes and their values.
+        """Codes and the values that they stand for.
 
         Args:
-            x: the tensor, needed by quantizers that compute their steps in every forward.
+            x: the tensor to quantize; quantizers that compute their steps in every forward need it.
 
         Returns:
-            None if the quantizer has no codes, does not describe its codes, or needs `x` but gets
-            None.
+            The grid. None if the quantizer has no codes, if it does not describe its codes, or if
+            it needs `x` but gets None.
         """
         return None
 
     def operand(self) -> LSQParams | WeightParams | None:
-        """Parameters with which a matrix product and the quantizer become one autograd Function.
+        """Parameters with which one autograd Function computes the quantizer and a matrix product.
 
         Returns:
-            None if the quantizer has to run before the product; results are equal.
+            The parameters. None if the quantizer must run on its own, before the product; the
+            results are the same.
         """
         return None
 
@@ -99,11 +100,11 @@ class Quantizer(nn.Module, ABC):
         return self.spec.bits == FLOAT_BITS
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create the state for inputs of `shape` (any batch size), scales filled with NaN.
+        """Create the scales for inputs of `shape` (any batch size), filled with NaN.
 
         There is one scale for the tensor if a negative axis selects the batch dimension, because a
-        scale per image of a batch is meaningless. A feature map (B, H, W, C) has one scale too,
-        unless the spec asks for a scale per column.
+        scale per image of a batch would be meaningless. A feature map (B, H, W, C) also has one
+        scale, unless the spec asks for a scale per column.
         """
         axis = self.spec.axis
         meets_batch = axis is not None and axis < 0 and axis + len(shape) == 0
@@ -112,7 +113,7 @@ class Quantizer(nn.Module, ABC):
             self.axis = None
 
     def share_scale(self) -> None:
-        """Use one scale, for a tensor whose length varies; call this before `allocate`."""
+        """Use one scale, as for a tensor whose length varies. Call this before `allocate`."""
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
@@ -123,8 +124,8 @@ class Quantizer(nn.Module, ABC):
         """Replace the stored scales; `values` has the shape of `scale`."""
         self.scale.copy_(values)  # type: ignore[operator]
 
-    def held(self) -> Tensor | None:
-        """The quantized weight if the quantizer holds one in place of a float weight; else None."""
+    def stored_weight(self) -> Tensor | None:
+        """The quantized weight. Returns None unless it is stored in place of a float weight."""
         return None
 
     @property
@@ -146,7 +147,7 @@ class Quantizer(nn.Module, ABC):
         return torch.full((self.n_groups(shape),), torch.nan, device=device)
 
     def extra_repr(self) -> str:
-        """The spec, with the axis that is in use."""
+        """The spec as text, with the axis that is in use."""
         spec = self.spec
         sign = {True: "signed", False: "unsigned", None: "sign from data"}[spec.signed]
         return f"{spec.quantizer}, bits={spec.bits}, {sign}, axis={self.axis}, role={spec.role}"
@@ -160,7 +161,7 @@ class Float(Quantizer):
         return x
 
     def codes(self, x: Tensor) -> Tensor:
-        """A float tensor has no codes.
+        """Raise an error: a float tensor has no codes.
 
         Raises:
             TypeError: always.

@@ -1,4 +1,4 @@
-"""Quantizer modules by name: registered names of this package, or `package.module:Class`."""
+"""Quantizer modules by name: a name registered in this package, or `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def register(
 def import_quantizer(path: str) -> type[Quantizer]:
     """Import the class `package.module:Class`.
 
-    Call it only for names that a user typed, never for names from a file: importing runs code.
+    Call this only for names that a user typed, never for names from a file: importing runs code.
 
     Raises:
         UsageError: the class does not exist, or is not a subclass of `Quantizer` with all methods.
@@ -55,10 +55,10 @@ def import_quantizer(path: str) -> type[Quantizer]:
 
 
 def build_quantizer(spec: QuantSpec) -> Quantizer:
-    """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
+    """Build the quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
 
-    A name from a file is compared with the classes already imported before it enters a spec
-    (`qat.model.ptq_spec.recipe_from`).
+    A name from a file enters a spec only if its class is imported already (see
+    `qat.model.ptq_spec.recipe_from`).
 
     Raises:
         UsageError: the name is neither registered nor importable.

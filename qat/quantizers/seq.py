@@ -1,4 +1,4 @@
-"""Half steps of a learned size: the grid of StatsQ with the step of LSQ.
+"""SEQ: the grid of StatsQ, in half steps, with the learned step size of LSQ.
 
 Source: SEQ of ParetoQ, arXiv 2502.02631. Deviations: docs/deviations.md#seq.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange, half_step_init_scale, lsq_codes
 from qat.functional.ste import mean_abs
 from qat.quantizers.grid import UniformGrid
-from qat.quantizers.lsq import LSQ, build_lsq, fast_form
+from qat.quantizers.lsq import LSQ, build_lsq, search_kernel
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -20,9 +20,9 @@ from qat.spec import QuantSpec
 
 @register("seq")
 def build_seq(spec: QuantSpec) -> Quantizer:
-    """SEQ for signed tensors, else LSQ.
+    """Build `SEQ` for a signed tensor, else LSQ.
 
-    LSQ's unsigned grid includes zero, and half of the values of an unsigned tensor are zero.
+    Half of the values of an unsigned tensor are zero, and only LSQ's unsigned grid includes zero.
     """
     if spec.signed:
         return SEQ(spec)
@@ -30,7 +30,7 @@ def build_seq(spec: QuantSpec) -> Quantizer:
 
 
 class SEQ(LSQ):
-    """LSQ with values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1), half of which are negative."""
+    """LSQ with the values (k + 1/2) s for k in [-n, n - 1], n = 2^(b-1); half are negative."""
 
     # Without this line `Quantizer.__init_subclass__` would reset `operand`: `codes` are overridden.
     operand = LSQ.operand
@@ -38,16 +38,16 @@ class SEQ(LSQ):
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """2 * mean|x| / n, or the nearby step with the least squared error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
-            return half_step_init_scale(x, qmin, qmax, self.axis, fast_form(x))
+            return half_step_init_scale(x, qmin, qmax, self.axis, search_kernel(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis."""
+        """Codes and axis of the spec, in half steps."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes k."""
+        """The codes k."""
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:

@@ -14,14 +14,14 @@ from qat.quantizers.quantizer import Quantizer
 
 
 class Shifted(Quantizer):
-    """q(x + a) + c with two independent offsets, which fit a symmetric grid to asymmetric inputs.
+    """Computes q(x + a) + c with two offsets, which fit a symmetric grid to asymmetric inputs.
 
     Attributes:
         quantizer: the quantizer q.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
             the input; zero at first.
-        offset_after: c, the shape of a, zero at first; None where an offset would have no effect
-            (`spec.offsets = "before"`).
+        offset_after: c, in the shape of a, zero at first; None if the spec has `offsets="before"`,
+            because this offset would have no effect.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -53,7 +53,7 @@ class Shifted(Quantizer):
         return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
     def operand(self) -> LSQParams | None:
-        """Operand of the inner quantizer with the offsets; None if pixels differ in offsets."""
+        """Operand of the inner quantizer, with offsets. Returns None for offsets per position."""
         operand = self.quantizer.operand()
         if not isinstance(operand, LSQParams) or self.spec.offset_ndim != 1:
             return None
@@ -94,5 +94,5 @@ class Shifted(Quantizer):
         return self.quantizer.n_scales
 
     def extra_repr(self) -> str:
-        """Text of the offsets; the inner quantizer prints its own settings."""
+        """The offsets as text; the inner quantizer prints its own settings."""
         return f"offsets={self.spec.offsets}"

@@ -1,7 +1,7 @@
 """StatsQ as a module, without parameters: each forward computes the scale from the tensor.
 
-Sources: OFQ, arXiv 2302.02210; `StatsQRMS`, whose range depends on the bits: QuEST,
-arXiv 2502.05003. Deviations: docs/deviations.md#statsq.
+Sources: OFQ, arXiv 2302.02210; for `StatsQRMS`, QuEST, arXiv 2502.05003. Deviations:
+docs/deviations.md#statsq.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qat.spec import QuantSpec
 @register("statsq")
 @register("statsq_rms")
 def build_statsq(spec: QuantSpec) -> Quantizer:
-    """`StatsQ` or `StatsQRMS` for a weight, `ActStatsQ` for an activation."""
+    """Build `StatsQ` or `StatsQRMS` for a weight, `ActStatsQ` for an activation."""
     if spec.role not in {"weight", "qk"}:
         return ActStatsQ(dataclasses.replace(spec, signed=True))
     if spec.quantizer == "statsq_rms":
@@ -39,7 +39,7 @@ class StatsQ(Quantizer):
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def operand(self) -> WeightParams:
-        """The number of bits; everything else is computed from the weight."""
+        """The number of bits; fused Functions compute the scale from the weight."""
         return WeightParams(self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ class StatsQ(Quantizer):
         return statsq_codes_with_scale(x, self.scale_of(x), self.spec.bits)
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """Scale of `x`; broadcasts against `x`."""
+        """The scale of `x`, which broadcasts against `x`."""
         return kernels.statsq_scale(x)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
         """The grid of `x`, in half steps: code k stands for (k + 1/2) s / 2^(b-1).
 
         Returns:
-            None without `x`.
+            The grid; None without `x`.
         """
         if x is None:
             return None
@@ -79,7 +79,7 @@ class ActStatsQ(StatsQ):
     """
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """Scale of `x`, twice the mean magnitude; broadcasts against `x`."""
+        """The scale of `x`, twice the mean magnitude, which broadcasts against `x`."""
         return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
 
     def _axis_of(self, x: Tensor) -> int | None:
@@ -87,9 +87,9 @@ class ActStatsQ(StatsQ):
 
 
 class StatsQRMS(StatsQ):
-    """StatsQ of weights (out, ...) whose range follows the root mean square of each output row.
+    """StatsQ of weights (out, ...) with a range from the root mean square of each output row.
 
-    The range has the least squared error for normal weights at the bits of the spec.
+    For normally distributed weights, this range has the least squared error at the spec's bits.
     """
 
     # Without this line `Quantizer.__init_subclass__` would reset `grid`: `forward` is overridden.

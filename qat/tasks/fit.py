@@ -52,7 +52,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     The function is tried on a small layer, so that mistakes are found before training.
     """
     settings = plain(cfg.optimizer)
-    check_number("optimizer.lr", settings["lr"], 0, above=True)
+    check_number("optimizer.lr", settings["lr"], 0, exclusive_lowest=True)
     settings["lr"] = scaled_lr(
         settings["lr"],
         global_batch=global_batch(cfg.data.batch_size, trainer),

@@ -68,7 +68,7 @@ def check_number(
     value: object,
     lowest: float,
     *,
-    above: bool = False,
+    exclusive_lowest: bool = False,
     below: float = math.inf,
     highest: float = math.inf,
 ) -> None:
@@ -78,13 +78,13 @@ def check_number(
         setting: name of the setting, for the message.
         value: value of the setting.
         lowest: lower bound.
-        above: True if `lowest` itself is not allowed.
+        exclusive_lowest: True if `lowest` itself is not allowed.
         below: upper bound that is not allowed itself.
         highest: upper bound that is allowed itself.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         is_in_range = lowest <= value < below and value <= min(highest, HIGHEST_NUMBER)
-        is_excluded = above and value == lowest
+        is_excluded = exclusive_lowest and value == lowest
         if is_in_range and not is_excluded:
             return
 
@@ -93,7 +93,7 @@ def check_number(
         upper_bound = f" to below {below:g}"
     elif highest < math.inf:
         upper_bound = f" to {highest:g}"
-    if above:
+    if exclusive_lowest:
         bounds = f"above {lowest:g}{upper_bound}"
     elif upper_bound:
         bounds = f"from {lowest:g}{upper_bound}"

@@ -10,9 +10,9 @@ from qat.functional.block_floats import (
     BLOCK_FORMATS,
     block_float,
     block_float_codes,
-    float_place,
     float_values,
     nearest_float,
+    sorted_index,
 )
 from qat.functional.packing import pack_pairs
 from tests.tiny import randn
@@ -39,7 +39,7 @@ def test_all_16_codes_of_e2m1():
     assert values.tolist() == E2M1 + [-v for v in E2M1]
     assert values[8].signbit()
     assert torch.equal(nearest_float(values, MXFP4), values)
-    assert float_place(values, MXFP4).tolist() == [*range(8), *range(0, -8, -1)]
+    assert sorted_index(values, MXFP4).tolist() == [*range(8), *range(0, -8, -1)]
 
 
 def test_all_values_of_e4m3():
@@ -48,7 +48,7 @@ def test_all_values_of_e4m3():
     finite = ~values.isnan()
     assert torch.equal(float_values(codes, MXFP8)[finite], values[finite])
     assert torch.equal(nearest_float(values, MXFP8)[finite], values[finite])
-    assert float_place(values, MXFP8)[:127].tolist() == list(range(127))
+    assert sorted_index(values, MXFP8)[:127].tolist() == list(range(127))
     x = torch.cat([randn(5000) * 100, randn(5000) / 100]).clamp(-448, 448)
     assert torch.equal(nearest_float(x, MXFP8), x.to(torch.float8_e4m3fn).float())
 

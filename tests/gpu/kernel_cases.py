@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qat.functional.lsq import step_and_slope, step_of
 from qat.functional.statsq import statsq_scale
 from qat.functional.ste import sum_along
-from qat.kernels import CodeRange, Made, gpu, library, operators, reference
+from qat.kernels import CodeRange, Producer, gpu, library, operators, reference
 from tests.kernels import calls
 
-SCORES = Made("scores", 0.3)
+SCORES = Producer("scores", 0.3)
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
           "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
 # Shape, axis, and the number of dimensions that offsets vary over.
@@ -144,7 +144,7 @@ def probs(module, shape, axis, dtype=torch.float32, hidden=0):
     expected, grad_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
     how = {"module": module, "dequantized": torch.float32}
-    how["producer"] = SCORES if module is gpu else Made("softmax", 0.3)
+    how["producer"] = SCORES if module is gpu else Producer("softmax", 0.3)
     given = scores if module is gpu else p
     ours = calls.lsq_backward(grad, given, scale, None, grid, out=torch.empty_like(grad), **how)
     levels = calls.lsq_backward(grad, given, scale, None, grid, out=grad, **how).dequantized
@@ -361,7 +361,7 @@ def checked(_):
     return [] if found == expected else found
 
 
-MADE = {"norm": Made("norm", 1e-5), "gelu": Made("none")}
+MADE = {"norm": Producer("norm", 1e-5), "gelu": Producer("none")}
 # Cases of every device.
 SHARED = {
     **{f"{form}, {bounds}": (plain, *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import triton
 
-from qat.kernels import Made, attention, gpu, tiles, triton_attention, triton_kernels
+from qat.kernels import Producer, attention, gpu, tiles, triton_attention, triton_kernels
 from tests.gpu.kernel_cases import FORMS, case
 from tests.kernels import calls
 
@@ -45,7 +45,7 @@ def through(made, x, dtype):
 
 def probabilities(dtype):
     grad, scores = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
-    how = {"out": grad, "dequantized": dtype, "producer": Made("scores", 0.3)}
+    how = {"out": grad, "dequantized": dtype, "producer": Producer("scores", 0.3)}
     calls.gpu_backward(grad, scores, torch.ones(3), None, gpu.CodeRange(0, 3, -2), **how)
 
 
@@ -71,9 +71,11 @@ LAUNCHES = {
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
     "weights": lambda: weights(torch.float32),
     "scales of weights": lambda: gpu.statsq(torch.ones(3, 8), 2, torch.float32),
-    "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
+    "norm, bfloat16": lambda: through(
+        Producer("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16
+    ),
     "gelu, bfloat16": lambda: through(
-        Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
+        Producer("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
     ),
     "probabilities": lambda: probabilities(torch.float32),
     "attention": lambda: attentions(torch.float32),

@@ -5,9 +5,9 @@ import functools
 import torch
 
 from qat.functional.lsq import LsqGradients
-from qat.kernels import LSQParams, Made, gpu, operators, reference
+from qat.kernels import LSQParams, Producer, gpu, operators, reference
 
-ITSELF = Made()
+ITSELF = Producer()
 
 
 def lsq_forward(

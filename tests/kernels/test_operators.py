@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import qat
 import qat.kernels.fused  # noqa: F401  (registers operators)
 from qat import kernels
-from qat.kernels import Made
+from qat.kernels import Producer
 from tests.kernels.calls import ITSELF
 from tests.nets import FAMILIES
 from tests.tiny import randn
@@ -34,10 +34,10 @@ SAMPLES = {
     "lsq_forward": (X, *LSQ, torch.float32),
     "lsq_backward": backward(LSQ, None),
     "lsq_backward levels": backward(HALF, torch.bfloat16),
-    "lsq_backward norm": backward(LSQ, norm=(OFFSET, 2 * OFFSET), made=Made("norm", 1e-5)),
-    "lsq_backward gelu": backward(HALF, made=Made("none")),
-    "lsq_backward scores": backward(HALF, made=Made("scores", 0.5)),
-    "lsq_backward softmax": backward(HALF, made=Made("softmax", 0.5), x=X.softmax(-1)),
+    "lsq_backward norm": backward(LSQ, norm=(OFFSET, 2 * OFFSET), made=Producer("norm", 1e-5)),
+    "lsq_backward gelu": backward(HALF, made=Producer("none")),
+    "lsq_backward scores": backward(HALF, made=Producer("scores", 0.5)),
+    "lsq_backward softmax": backward(HALF, made=Producer("softmax", 0.5), x=X.softmax(-1)),
     "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
     "statsq": (randn(5, 6), 2, torch.bfloat16),
     "step_and_slope": (STEPS, OFFSET.exp(), OFFSET, 0.5),

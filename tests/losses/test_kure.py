@@ -26,8 +26,8 @@ def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
     assert_close(term(step(net)), kure_loss(weights, 2.5, reduction))
     expected = torch.stack([kurtosis(w) for w in weights]).detach()
     watched = {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")}
-    assert_close(term.watched, watched)
-    assert not any(value.requires_grad for value in term.watched.values())
+    assert_close(term.logged_values, watched)
+    assert not any(value.requires_grad for value in term.logged_values.values())
 
 
 def test_deviates_from_reference_both_factors_of_the_product_are_pulled():

@@ -126,7 +126,7 @@ def test_a_net_that_is_not_calibrated_says_so():
     assert not is_ready(net.blocks[0].residual1_quantizer)
     with usage_error(r"are not initialised; call qat.ptq.calibrate\(net"):
         logits(net)
-    with usage_error("are found by qat.ptq.calibrate"):
+    with usage_error(r"are found from a float run; call qat\.ptq\.calibrate"):
         with_scales(net)
 
 

@@ -108,7 +108,9 @@ def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
     net, images = Again(), tiny.images(3)
     runs = runner(net, [images])
     assert caplog.messages == [
-        f"blocks.{i} cannot run on its own input; the whole model runs instead" for i in (2, 1)
+        f"blocks.{i} does not give the same output when the model starts there; "
+        "the whole model runs instead"
+        for i in (2, 1)
     ]
     with runs.at("blocks.2"):
         assert torch.equal(runs(0), net(images))

@@ -204,13 +204,13 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
         return output * float("nan") if touched else output
 
     handle = net.blocks[0].attn.qkv.register_forward_hook(overflow)
-    with usage_error(r"candidate 0 of block blocks\.0 in pass 0 is nan"):
+    with usage_error(r"NaN or infinite for candidate 0 of blocks\.0 in pass 0; use a smaller"):
         run(net, targets, passes=1)
     handle.remove()
     assert not {name for name in changed(before, net) if name.startswith("blocks.0")}
     with torch.no_grad():
         net.head.bias[0] = float("nan")
-    with usage_error("fitness of the unchanged model is nan"):
+    with usage_error("logits became NaN or infinite for the unchanged model; check"):
         run(net, targets, passes=1)
 
 

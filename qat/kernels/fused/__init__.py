@@ -1,8 +1,8 @@
-"""Quantizers and matrix products in one autograd Function: backward recomputes cheap tensors.
+"""Quantizers and matrix products in one `torch.autograd.Function`, called a fused Function.
 
-Results are equal, bit for bit, to those of separate quantizers and matrix products. On CUDA they
-are equal within rounding if backward computes a softmax in the kernel of a quantizer or of the
-attention.
+Backward recomputes cheap tensors instead of saving them. Results are bit-identical to those of
+separate quantizers and matrix products. On CUDA, they are equal within rounding where backward
+computes a softmax in the kernel of a quantizer or of the attention.
 """
 
 from qat.kernels.fused.attention import attention
@@ -10,7 +10,7 @@ from qat.kernels.fused.linear import lsq_linear
 from qat.kernels.fused.operand import can_fuse, probs_dtype
 from qat.kernels.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.kernels.fused.scores import Scoring
-from qat.kernels.fused.source import remember, unflattened
+from qat.kernels.fused.source import attach_source, unflattened
 from qat.kernels.fused.weight import WeightParams
 
 __all__ = [
@@ -23,6 +23,6 @@ __all__ = [
     "lsq_linear",
     "probs_dtype",
     "qkr_attention",
-    "remember",
+    "attach_source",
     "unflattened",
 ]

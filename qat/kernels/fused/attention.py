@@ -1,4 +1,4 @@
-"""Attention, without its projections, as one Function that saves queries, keys and values once."""
+"""Attention without its projections as one Function, which saves queries, keys and values once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from qat.kernels.fused.operand import (
 from qat.kernels.fused.scores import (
     ScoreShape,
     Scoring,
-    gather,
-    gather_backward,
     shape_for,
     to_probs,
+    weigh_values,
+    weigh_values_backward,
 )
 from qat.kernels.library import differentiated_once
 
@@ -60,7 +60,7 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 def _quantize_qkv(inputs: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized queries, keys and values, (B, N, h*d) each."""
+    """The quantized queries, keys and values, (B, N, h*d) each."""
     q, k, v = inputs.qkv.chunk(3, -1)
     quantizers = inputs.quantizers
     return (
@@ -88,14 +88,14 @@ def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes again.
+    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes q, k, v again.
 
     q, k, v = qkv.chunk(3, -1)  # (B, N, h*d)
     q, k, v = heads_of(q_q(q)), heads_of(q_k(k)), heads_of(q_v(v))  # (h, B, N, d)
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
-    Where possible, one kernel computes all of it and saves the sums of rows instead of the
+    Where possible, one kernel computes all of this, and the sums of rows are saved instead of the
     probabilities.
     """
 
@@ -117,8 +117,8 @@ class _Attention(torch.autograd.Function):
         del q, k
         probs = to_probs(scores, scoring.bias, scoring.mask, shape)
         del scores
-        save(ctx, *args, shape, probs if scoring.keep_probs else None)
-        return gather(probs, pad(v), probs_params, shape)
+        save(ctx, *args, shape, probs if scoring.save_probs else None)
+        return weigh_values(probs, pad(v), probs_params, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,7 +176,7 @@ def _plain_backward(
     inputs: _Inputs,
     shape: ScoreShape,
 ) -> _Gradients:
-    """Gradients of quantized queries, keys and values, of the scale of probabilities, of the bias.
+    """Gradients of quantized queries, keys and values, of the scale of probabilities, and the bias.
 
     If the probabilities were not saved, they are computed again.
     """
@@ -187,7 +187,7 @@ def _plain_backward(
     if probs is None:
         scoring = inputs.scoring
         probs = to_probs(_scores(q, k, shape), scoring.bias, scoring.mask, shape)
-    grad_scores, grad_v, grad_scale, grad_bias = gather_backward(
+    grad_scores, grad_v, grad_scale, grad_bias = weigh_values_backward(
         grad,
         probs,
         v,
@@ -205,12 +205,12 @@ def _plain_backward(
 
 
 def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) -> Tensor:
-    """q(softmax(factor * q(Q) q(K)^T + bias + mask)) q(V).
+    """Compute q(softmax(factor * q(Q) q(K)^T + bias + mask)) q(V), where q(...) quantizes.
 
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values, each grouped by head.
         operands: quantizers of queries, keys, values (B, N, h*d) and probabilities (..., N, N).
-        scoring: see `Scoring`.
+        scoring: operations between scores and probabilities.
 
     Returns:
         (B, N, h*d).

@@ -1,7 +1,7 @@
-"""Matrix products of attention, one head at a time, on views: no head is copied.
+"""Matrix products of attention, one head at a time, on views, so that no head is copied.
 
-A batched product needs matrices at equal distances in memory. This is true for the images of one
-head, but not for all heads of all images.
+A batched product needs matrices at equal distances in memory. The images of one head are at equal
+distances, but all heads of all images are not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch.nn import functional as F
 
 from qat.kernels.library import operator
 
-# On a CPU, products with at least this many elements per image are written in place. Copying them
+# On a CPU, products with at least this many elements per image are written in place. To copy them
 # instead takes 0.4 times as long for 16 tokens of 32 channels, and 1.15 times as long for 197
 # tokens of 64 channels.
 LARGE = 2048
 
-# Rows of scores are padded to a multiple of this many elements, depending on the device: tensor
-# cores read 16 bytes at once, and take several times as long on unpadded rows.
+# Rows of scores are padded to a multiple of this many elements, on these devices: tensor cores read
+# 16 bytes at once, and take several times as long on unpadded rows.
 ROWS = {"cuda": 8}
 
 
 def pad(x: Tensor) -> Tensor:
-    """`x` (B, N, C) with zeros after its N keys, up to a multiple of `ROWS` keys."""
+    """Pad `x` (B, N, C) with zeros to a multiple of `ROWS` keys."""
     multiple = ROWS.get(x.device.type, 1)
     padding = -x.shape[1] % multiple
     if padding == 0:
@@ -43,19 +43,19 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
     """Write factor * (a @ b) of each head and image to `out`.
 
     Args:
-        a: (h, B, n, k), or (B, n, k) for all heads.
-        b: (h, B, k, m), or (B, k, m) for all heads.
-        out: (h, B, n, m), of any strides.
-        factor: a power of two is part of the product; any other factor is applied afterwards, so
-            that rounding is the same as with two operations.
+        a: (h, B, n, k), or (B, n, k) if all heads have the same matrix.
+        b: (h, B, k, m), or (B, k, m) if all heads have the same matrix.
+        out: (h, B, n, m), with any strides.
+        factor: a power of two is part of the matrix product. Any other factor is multiplied
+            afterwards, so that results are rounded as with two operations.
     """
     alpha = exact_part(factor)
     for head, head_out in enumerate(out.unbind(0)):
         left = a[head] if a.ndim > 3 else a
         right = b[head] if b.ndim > 3 else b
         num_elements = head_out.shape[-2] * head_out.shape[-1]
-        # An output that is not contiguous is computed image by image; for small outputs, these
-        # calls cost more than copying the result.
+        # torch computes an output that is not contiguous image by image. For small outputs, these
+        # calls cost more than a copy of the result.
         if head_out.is_contiguous() or head_out.is_cuda or num_elements >= LARGE:
             torch.baddbmm(head_out, left, right, beta=0, alpha=alpha, out=head_out)
         else:
@@ -67,10 +67,10 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 
 @operator("(Tensor a, Tensor b, Tensor(a!) out) -> ()")
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Add the products of all heads to `out`; in half precision the sum is rounded once.
+    """Add the products of all heads to `out`; in half precision, the sum is rounded once.
 
-    To round once, half precision needs one product over all heads, which copies `a`, and also `b`
-    unless its layout (B, k, h, m) is contiguous.
+    To round once, half precision needs one product over all heads. This copies `a`, and also `b`
+    unless `b` is contiguous as (B, k, h, m).
 
     Args:
         a: (h, B, n, k).

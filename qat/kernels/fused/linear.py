@@ -1,6 +1,7 @@
 """LSQ and a Linear as one Function.
 
-The only activation that it saves is its input, or the input of the LayerNorm or GELU before it.
+The only activation that is saved for backward is the Function's input, or the input of a LayerNorm
+or GELU before the Function.
 """
 
 from __future__ import annotations
@@ -62,8 +63,7 @@ class _LsqLinear(torch.autograd.Function):
 
         x_q = operators.quantize(inputs.quantizer, source.value, dtype)
         out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
-        # A model may write in place into the output of a Linear, but autograd forbids writing into
-        # a view.
+        # A model may write into the output of a Linear in place; autograd forbids this for a view.
         return torch.ops.aten._unsafe_view(out, (*x_q.shape[:-1], len(inputs.weight)))
 
     @staticmethod
@@ -83,7 +83,7 @@ class _LsqLinear(torch.autograd.Function):
             grad_sum = grad.sum(0)
         grad_after = None
         if has_offset_after and grad_sum is not None:
-            # The offset is a constant row added to the input, like the bias is to the output.
+            # The offset is a constant row that is added to the input, as the bias is to the output.
             grad_after = (grad_sum.unsqueeze(0) @ weight_q).squeeze(0)
 
         needs_grad = _unflatten(ctx.needs_input_grad)
@@ -119,17 +119,17 @@ class _LsqLinear(torch.autograd.Function):
 def lsq_linear(
     x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None
 ) -> Tensor:
-    """q(x) @ q(W)^T + b.
+    """Compute q(x) @ q(W)^T + b, where q(...) quantizes.
 
     Args:
         x: (..., in), any float dtype.
         operand: quantizer of `x`.
-        weight: (out, in), the float weight, or the quantized weight if `params` has no settings.
+        weight: (out, in), the float weight; if `params.settings` is None, the quantized weight.
         params: quantizer of `weight`.
         bias: (out,) or None.
 
     Returns:
-        (..., out), in the dtype of `x`, or the dtype of autocast if it is on.
+        (..., out), in the dtype of `x`; under autocast, in the dtype of autocast.
     """
     inputs = _Inputs(function_input(x), operand, weight, params, bias)
     return _LsqLinear.apply(*_flatten(inputs))

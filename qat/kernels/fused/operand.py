@@ -1,4 +1,4 @@
-"""Helpers for fused Functions: when they may run, how inputs are flattened, and what is saved."""
+"""Helpers for fused Functions: whether one may run, how to flatten inputs, and what to save."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qat.kernels.rows import PLAIN
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False if kernels are off, `x` has no values, or torch functions are intercepted."""
+    """True unless kernels are off, `x` has no values, or a mode intercepts torch functions."""
     is_plain = type(x) in PLAIN and not x.is_meta
     return not kernels.are_off() and is_plain and torch._C._len_torch_function_stack() == 0
 
 
 def save(ctx: Any, *args: Any) -> None:
-    """Save tensors and other objects for `load_saved`, which backward calls."""
+    """Save tensors and other objects for backward, which gets them from `load_saved`."""
     tensors: list[Tensor | None] = []
     others: list[Any] = []
     for arg in args:
@@ -34,7 +34,7 @@ def save(ctx: Any, *args: Any) -> None:
 
 
 def load_saved(ctx: Any) -> list[Any]:
-    """The arguments of `save`. Call it once: checkpointing frees the tensors afterwards."""
+    """The arguments of `save`. Call this only once: checkpointing frees the tensors afterwards."""
     args = []
     for tensor, other in zip(ctx.saved_tensors, ctx.saved_others, strict=True):
         args.append(other if tensor is None else tensor)
@@ -42,7 +42,7 @@ def load_saved(ctx: Any) -> list[Any]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the factors of a matrix product: that of autocast if it is on, else that of `x`."""
+    """Dtype of the factors of a matrix product: under autocast, its dtype, else that of `x`."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -52,14 +52,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def probs_dtype(x: Tensor) -> torch.dtype:
     """Dtype of probabilities: float32 under autocast, else the dtype of `x`.
 
-    On CPUs autocast leaves a softmax in half precision.
+    Left to itself, autocast computes a softmax in half precision on CPUs.
     """
     is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return torch.float32 if is_cast else x.dtype
 
 
 def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Concatenate the fields of several quantizers, as arguments of a Function."""
+    """Concatenate the fields of several quantizers, to pass them as arguments to a Function."""
     fields: list[Any] = []
     for part in parts:
         fields.extend(part)
@@ -73,12 +73,12 @@ def split_params(args: Any) -> list[LSQParams]:
 
 
 def quantizer_gradient(grads: LsqGradients) -> Any:
-    """Gradients of a quantizer as a Function returns them."""
+    """Gradients of a quantizer, in the order in which a Function returns them."""
     return gradient_of(LSQParams, scale=grads.scale, before=grads.before, after=grads.after)
 
 
 def gradient_of(kind: type[Any], **gradients: Any) -> Any:
-    """Gradients of the named fields of a NamedTuple of inputs; None for the other fields."""
+    """A NamedTuple of inputs with gradients in the named fields, and None in the other fields."""
     return kind(*[gradients.get(name) for name in kind._fields])
 
 

@@ -23,10 +23,10 @@ from qat.kernels.fused.operand import (
 from qat.kernels.fused.scores import (
     ScoreShape,
     Scoring,
-    gather,
-    gather_backward,
     shape_for,
     to_probs,
+    weigh_values,
+    weigh_values_backward,
 )
 from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
@@ -40,8 +40,8 @@ class QkrWeights(NamedTuple):
         matrix: M (h*C, C), float32.
         v: Wv (h*d, C).
         v_bias: (h*d,) or None.
-        offset: (h*C,), added before the quantizer of the folded product, or None.
-        per_key: c (h, C), float32, which adds c_h . q(x[m]) to the scores of key m, or None.
+        offset: (h*C,), added to the folded product before its quantizer, or None.
+        per_key: c (h, C), float32, or None; it adds c_h . q(x[m]) to the scores of key m.
     """
 
     matrix: Tensor
@@ -116,7 +116,9 @@ def _by_head(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParams:
-    """The quantizer of the folded product; with a scale per row, padding rows get a scale of 1.
+    """The quantizer of the folded product of padded rows.
+
+    If there is a scale for each row, the scales of the padding rows are 1.
 
     Args:
         product: quantizer of the rows without padding.
@@ -130,11 +132,18 @@ def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParam
 
 
 def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
-    """`to_probs` (h, B, N, M) of the quantized input (B, M, C) and keys (h, B, M, C)."""
+    """Attention probabilities (h, B, N, M), by `to_probs`.
+
+    Args:
+        padded_x: (B, M, C), the quantized input, padded from N to M tokens.
+        keys: (h, B, M, C), the quantized folded product.
+        inputs: inputs of the Function.
+        shape: sizes and dtypes.
+    """
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
-    # Multiplying by a power of two is exact, so the terms of a sum may be multiplied one by one.
+    # A product with a power of two is exact, so the terms of a sum may be multiplied one by one.
     factor = exact_part(shape.factor)
     heads_product(queries, keys.transpose(-2, -1), scores, factor)
     per_key = inputs.weights.per_key
@@ -154,7 +163,7 @@ def _linear_backward(
     Args:
         grad_y: gradient of the output (B*M, out).
         x_q: quantized input (B, M, C).
-        grad_x_q: (B, M, C), written to.
+        grad_x_q: (B, M, C), to which the gradient of the input is added.
         weight: (out, C).
         params: quantizer of the weight.
     """
@@ -170,7 +179,7 @@ def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
-    """The product of input and folded matrix, (B, M, h*C), recomputed in backward."""
+    """The product of the input with the folded matrix, (B, M, h*C), as backward recomputes it."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
     with torch.autocast(padded_x.device.type, enabled=False):
@@ -179,7 +188,7 @@ def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
 
 
 class _Qkr(torch.autograd.Function):
-    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes again.
+    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes x again.
 
     x_q = q_input(x)  # (B, N, C)
     mapped = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
@@ -213,10 +222,10 @@ class _Qkr(torch.autograd.Function):
 
         source = inputs.source._replace(result=None)
         saved = inputs._replace(source=source, matrix_params=matrix_params, v_params=v_params)
-        mapped_and_probs = (mapped, probs) if scoring.keep_probs else (None, None)
+        mapped_and_probs = (mapped, probs) if scoring.save_probs else (None, None)
         save(ctx, *_flatten(saved), shape, values, *mapped_and_probs)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
-        return gather(probs, values_q, quantizers.probs, shape)
+        return weigh_values(probs, values_q, quantizers.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,7 +247,7 @@ class _Qkr(torch.autograd.Function):
             probs = _attend(padded_x, keys, inputs, shape)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
 
-        grad_scores, grad_values_q, grad_probs_scale, grad_bias = gather_backward(
+        grad_scores, grad_values_q, grad_probs_scale, grad_bias = weigh_values_backward(
             grad.to(shape.dtype),
             probs,
             values_q,
@@ -285,7 +294,7 @@ def _weights_backward(  # noqa: PLR0913
     grad_scores: Tensor,
     grad_values: Tensor,
 ) -> tuple[QkrWeights, WeightParams, WeightParams]:
-    """Gradients of weights and their quantizers; add the gradient of the input to `grad_x_q`."""
+    """Gradients of weights and their quantizers; the input's gradient is added to `grad_x_q`."""
     weights = inputs.weights
     grad_matrix, grad_matrix_scale = _linear_backward(
         grad_mapped, padded_x, grad_x_q, weights.matrix, inputs.matrix_params
@@ -327,14 +336,16 @@ def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
 def qkr_attention(
     x: Tensor, weights: QkrWeights, params: Params, operands: QkrOperands, scoring: Scoring
 ) -> Tensor:
-    """q(softmax(factor * q(x) . (q(M_h q(x)) + c_h) + bias + mask)) q(V), M and Wv quantized.
+    """Compute q(softmax(factor * q(x) . (q(M_h q(x)) + c_h) + bias + mask)) q(V).
+
+    Here q(...) quantizes; M and Wv are quantized too.
 
     Args:
         x: (B, N, C).
-        weights: see `QkrWeights`.
+        weights: float weights of the matrix products.
         params: quantizers of M (h*C, C) and of Wv.
-        operands: see `QkrOperands`.
-        scoring: see `Scoring`.
+        operands: quantizers of the input and of the intermediate results.
+        scoring: operations between scores and probabilities.
 
     Returns:
         (B, N, h*d).

@@ -1,4 +1,7 @@
-"""Forward and backward from scores to the output of the heads, for both forms of attention."""
+"""Forward and backward from scores to the output of the heads.
+
+Standard attention and attention with query-key reparameterization share this code.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.kernels import LSQParams, Made, operators
+from qat.kernels import LSQParams, Producer, operators
 from qat.kernels.fused.heads import ROWS, heads_of, heads_product
 from qat.kernels.fused.operand import probs_dtype, product_dtype
 
@@ -17,19 +20,19 @@ class Scoring(NamedTuple):
     """Operations between scores and probabilities.
 
     Attributes:
-        bias: (h, N, N), added for every image, or None.
+        bias: (h, N, N), added to the scores of every image, or None.
         mask: (W, N, N) without gradient, added to the W windows of each image, or None.
         num_heads: h.
-        factor: factor on the scores, before bias and mask.
-        keep_probs: save for backward the probabilities, and the product with the folded matrix;
-            else backward computes them again.
+        factor: factor on the scores, before bias and mask are added.
+        save_probs: True = save the probabilities, and the product with the folded matrix, for
+            backward; False = recompute both there.
     """
 
     bias: Tensor | None
     mask: Tensor | None
     num_heads: int
     factor: float
-    keep_probs: bool
+    save_probs: bool
 
 
 class ScoreShape(NamedTuple):
@@ -38,9 +41,9 @@ class ScoreShape(NamedTuple):
     Attributes:
         num_heads: h.
         factor: factor on the scores.
-        dtype: dtype of the factors of products.
-        probs_dtype: dtype of the probabilities. None on CUDA, where the quantizer's kernel computes
-            probabilities in float32 from the scores, and recomputes them in backward.
+        dtype: dtype of the factors of matrix products.
+        probs_dtype: dtype of the probabilities. It is None on CUDA, where the quantizer's kernel
+            computes the probabilities in float32 from the scores, in backward once more.
     """
 
     num_heads: int
@@ -50,15 +53,15 @@ class ScoreShape(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The `Made.kind` that describes results of `to_probs`."""
+        """`Producer.kind` of the results of `to_probs`."""
         return "softmax" if self.probs_dtype else "scores"
 
 
 def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
     """Sizes and dtypes for an input `x`; under autocast, matrix products use the dtype of autocast.
 
-    On CUDA, backward gets scores: they take half the memory of probabilities, and computing
-    probabilities takes less time than reading them.
+    On CUDA, scores are saved for backward instead of probabilities: they take half the memory, and
+    to compute probabilities takes less time than to read them.
     """
     from_scores = x.device.type in ROWS
     return ScoreShape(
@@ -70,21 +73,21 @@ def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
 
 
 def _pad_keys(x: Tensor, padding: int) -> Tensor:
-    """`x` (..., N) with zeros after its N keys."""
+    """Pad `x` (..., N) with zeros for `padding` further keys."""
     return F.pad(x, (0, padding)) if padding else x
 
 
 def to_probs(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape) -> Tensor:
-    """Probabilities of scaled scores; they are zero for padded keys.
+    """Probabilities of scaled scores; the probabilities of padding keys are zero.
 
     Args:
         scores: (h, B, N, M), the keys padded from N to M; may be overwritten.
-        bias: (h, N, N), added for every image, or None.
+        bias: (h, N, N), added to the scores of every image, or None.
         mask: (W, N, N), added to the W windows of each image, or None.
         shape: sizes and dtypes.
 
     Returns:
-        (h, B, N, M). The scores before the softmax if `shape.probs_dtype` is None.
+        Probabilities (h, B, N, M); if `shape.probs_dtype` is None, the scores before the softmax.
     """
     padding = scores.shape[-1] - scores.shape[-2]
     if bias is not None:
@@ -99,8 +102,8 @@ def to_probs(scores: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Sc
     return scores.softmax(-1, dtype=shape.probs_dtype)
 
 
-def gather(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: ScoreShape) -> Tensor:
-    """Quantized probabilities times values.
+def weigh_values(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: ScoreShape) -> Tensor:
+    """The sum of the values, weighted by the quantized probabilities.
 
     Args:
         probs: (h, B, N, M), result of `to_probs`.
@@ -111,14 +114,14 @@ def gather(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: ScoreShap
     Returns:
         (B, N, h*d).
     """
-    probs, *_ = Made(shape.kind).forward(probs, None, None)
+    probs, *_ = Producer(shape.kind).forward(probs, None, None)
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
     probs_q = operators.quantize(quantizer, probs, shape.dtype)
     heads_product(probs_q, heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
     return out
 
 
-def gather_backward(
+def weigh_values_backward(
     grad: Tensor,
     probs: Tensor,
     values: Tensor,
@@ -127,7 +130,7 @@ def gather_backward(
     *,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `gather(softmax(factor * scores + bias), values)`.
+    """Gradients of `weigh_values(softmax(factor * scores + bias), values)`.
 
     Args:
         grad: gradient of the result (B, N, h*d).
@@ -135,11 +138,12 @@ def gather_backward(
         values: (B, M, h*d), quantized and padded.
         quantizer: quantizer of the probabilities.
         shape: sizes and dtypes.
-        with_bias: compute the gradient of the bias.
+        with_bias: True = compute the gradient of the bias.
 
     Returns:
-        Gradients of the unscaled scores (h, B, N, M), in the dtype of products, of the quantized
-        values (B, M, h*d), of the scale of the probabilities, and of the bias, (h, N, N) or None.
+        Gradients of the unscaled scores (h, B, N, M), in the dtype of matrix products; of the
+        quantized values (B, M, h*d); of the scale of the probabilities; of the bias (h, N, N), or
+        None.
     """
     num_tokens = probs.shape[-2]
     head_grads = heads_of(grad, shape.num_heads)
@@ -150,7 +154,7 @@ def gather_backward(
 
     grad_scores = grad_probs_q  # overwritten
     if with_bias and grad_probs_q.dtype != torch.float32:
-        # The gradient of the bias is a sum of gradients of scores, so these are not rounded first.
+        # The gradient of the bias is a sum of gradients of scores; do not round them before.
         grad_scores = torch.empty_like(probs, dtype=torch.float32)
     grads = operators.gradients(
         quantizer,
@@ -158,7 +162,7 @@ def gather_backward(
         probs,
         out=grad_scores,
         dequantized=shape.dtype,
-        producer=Made(shape.kind, 1.0 if with_bias else shape.factor),
+        producer=Producer(shape.kind, 1.0 if with_bias else shape.factor),
         counted=probs[..., :num_tokens],
     )
     probs_q = grads.dequantized

@@ -1,7 +1,7 @@
-"""Notes on tensors that name the operation and the tensors that they were computed from.
+"""Record on a tensor the operation and the tensors that it was computed from.
 
-If the input of a fused Function has such a note, the Function saves the input of the noted
-operation, which autograd saves anyway, and recomputes its own input in backward.
+If the input of a fused Function has such a record, called its source, the Function saves the input
+of the recorded operation, which autograd saves anyway. In backward, it recomputes its own input.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from qat.errors import UsageError
 from qat.functional.lsq import LsqGradients
 from qat.kernels.fused.operand import gradient_of
 from qat.kernels.library import operator
-from qat.kernels.made import Made
+from qat.kernels.producer import Producer
 from qat.kernels.rows import PLAIN
 
-_NOTE = "qat_source"
+# Name of the attribute of a tensor that contains its source.
+_ATTRIBUTE = "qat_source"
 
 
 class Source(NamedTuple):
-    """Operation and tensors that a tensor was computed from.
+    """The operation and the tensors that a tensor was computed from.
 
     Attributes:
-        tensors: input, weight and bias of the operation; None for each that it does not have.
+        tensors: input, weight and bias of the operation; None instead of a missing weight or bias.
         producer: the operation.
-        version: sum of the version counters of the tensor and the input. If the sum differs later,
-            one of the two tensors was written to.
+        version: sum of the version counters of the tensor and of the input. If the sum differs
+            later, one of the two tensors was written to.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
-    producer: Made
+    producer: Producer
     version: int
 
     def __reduce__(self) -> tuple[type[torch.Size], tuple[()]]:
@@ -40,14 +41,16 @@ class Source(NamedTuple):
         return torch.Size, ()
 
 
-def remember(
+def attach_source(
     out: Tensor,
-    producer: Made,
+    producer: Producer,
     x: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Note on `out` from which tensors it was computed; autograd has to save them anyway.
+    """Attach to `out` a record of the tensors that it was computed from.
+
+    Autograd saves these tensors anyway.
 
     Args:
         out: result of the operation.
@@ -62,60 +65,64 @@ def remember(
     version = 0
     if not torch.compiler.is_compiling():  # version counters would break the graph
         version = out._version + x._version
-    setattr(out, _NOTE, Source((x, weight, bias), producer, version))
+    setattr(out, _ATTRIBUTE, Source((x, weight, bias), producer, version))
     return out
 
 
 @operator("(Tensor x) -> ()")
 def check_unwritten(x: Tensor) -> None:
-    """Raise `UsageError` if the traced graph wrote into `x` after `x` got its note."""
+    """Raise `UsageError` if the traced graph wrote into `x` after its source was attached."""
     if x._version and type(x) not in PLAIN:
         raise UsageError(
-            "compile: a net writes in place into the output of a LayerNorm or GELU; must be false, "
-            "or the net must compute x = x * 2 in place of x.mul_(2)"
+            "compile=true: the model writes in place into the output of a LayerNorm or GELU; must "
+            "be false, unless the model is changed to compute x = x * 2 instead of x.mul_(2)"
         )
 
 
 def _source(x: Tensor) -> Source | None:
-    """The note of `x`; None if `x` was written to since, retains its gradient or has hooks."""
-    note: Source | None = getattr(x, _NOTE, None)
-    if not note:  # an unpickled note is empty
+    """The source of `x`.
+
+    Returns None if `x` has no source, retains its gradient or has hooks, or if `x` or the input of
+    the operation was written to since.
+    """
+    source: Source | None = getattr(x, _ATTRIBUTE, None)
+    if not source:  # an unpickled source is empty
         return None
     if torch.compiler.is_compiling():
         check_unwritten(x)
-        return note
-    was_written = note.version != x._version + note.tensors[0]._version
+        return source
+    was_written = source.version != x._version + source.tensors[0]._version
     if was_written or x.retains_grad or x._backward_hooks:
         return None
-    return note
+    return source
 
 
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
-    """`x.unflatten(dim, sizes)` with the note of `x`; `dim` must not be the last dimension."""
+    """`x.unflatten(dim, sizes)` with the source of `x`; `dim` must not be the last dimension."""
     out = x.unflatten(dim, sizes)
-    note = _source(x)
-    if note is None:
+    source = _source(x)
+    if source is None:
         return out
-    origin, weight, bias = note.tensors
-    return remember(out, note.producer, origin.unflatten(dim, sizes), weight, bias)
+    origin, weight, bias = source.tensors
+    return attach_source(out, source.producer, origin.unflatten(dim, sizes), weight, bias)
 
 
 class FunctionInput(NamedTuple):
     """The input of a fused Function, and the tensor that it was computed from.
 
     Attributes:
-        result: the tensor to quantize, without gradient; None if it is `origin` itself.
+        result: the tensor to quantize, without gradient; None if `origin` is to be quantized.
         origin: the tensor that is saved for backward and gets the gradient.
-        norm_weight: weight of the LayerNorm if it is this operation, or None.
-        norm_bias: bias of the LayerNorm, or None.
-        producer: the operation from `origin` to `result`.
+        norm_weight: weight of the LayerNorm that computed `result` from `origin`, or None.
+        norm_bias: bias of this LayerNorm, or None.
+        producer: the operation that computed `result` from `origin`.
     """
 
     result: Tensor | None
     origin: Tensor
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-    producer: Made
+    producer: Producer
 
     @property
     def value(self) -> Tensor:
@@ -124,16 +131,16 @@ class FunctionInput(NamedTuple):
 
 
 def source_gradient(grads: LsqGradients) -> Any:
-    """Gradients of a `FunctionInput` as a Function returns them."""
+    """Gradients of a `FunctionInput`, in the order in which a Function returns them."""
     return gradient_of(
         FunctionInput, origin=grads.x, norm_weight=grads.norm_weight, norm_bias=grads.norm_bias
     )
 
 
 def function_input(x: Tensor) -> FunctionInput:
-    """Wrap `x` and its origin for a fused Function."""
+    """Wrap `x`, and the tensor that `x` was computed from, for a fused Function."""
     source = _source(x)
     if source is None:
-        return FunctionInput(None, x, None, None, Made())
+        return FunctionInput(None, x, None, None, Producer())
     origin, weight, bias = source.tensors
     return FunctionInput(x.detach(), origin, weight, bias, source.producer)

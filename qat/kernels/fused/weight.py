@@ -1,4 +1,4 @@
-"""The quantizer of a weight inside a fused Function, which quantizes weights again in backward."""
+"""The quantizer of a weight inside a fused Function; backward quantizes the weight again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import LSQParams, operators
 
-# Devices on which the quantized weight is saved for backward: there, another kernel launch costs
-# more than the memory.
+# Devices on which the quantized weight is saved for backward instead: there, another kernel launch
+# costs more than the memory.
 SAVED_ON = {"cuda"}
 
 
 class WeightParams(NamedTuple):
-    """StatsQ or LSQ of a weight (out, in), or neither if the weight is quantized already.
+    """The quantizer of a weight (out, in): StatsQ, LSQ, or none if the weight is already quantized.
 
     Attributes:
-        settings: bits of StatsQ; codes and gradient factor of LSQ, see `LSQParams`; None if the
-            weight is quantized already.
-        scale: step size of LSQ, (out,) or (1,); scale of StatsQ, None until `begin` computes it.
+        settings: for StatsQ, the number of bits; for LSQ, codes and gradient factor (see
+            `LSQParams`); None if the weight is already quantized.
+        scale: for LSQ, the step size, (out,) or (1,); for StatsQ, the scale, which is None until
+            `begin` computes it.
         cached: the quantized weight without gradient, or None.
     """
 
@@ -31,7 +32,7 @@ class WeightParams(NamedTuple):
 
     @property
     def lsq(self) -> LSQParams | None:
-        """The quantizer if it is LSQ, which learns its step size; else None."""
+        """The parameters of LSQ, which learns its step size. Returns None for other quantizers."""
         if not isinstance(self.settings, tuple) or self.scale is None:
             return None
         codes, grad_factor = self.settings
@@ -41,8 +42,8 @@ class WeightParams(NamedTuple):
         """Quantize in the forward pass.
 
         Returns:
-            The result of `forward`, and parameters with which backward can repeat it: they contain
-            the scale that StatsQ computed, or the result itself.
+            The result of `forward`, and parameters with which backward computes this result again:
+            they contain the scale that StatsQ computed, or the result itself.
         """
         scale = self.scale
         if isinstance(self.settings, int) and self.cached is None:

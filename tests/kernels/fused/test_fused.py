@@ -7,17 +7,17 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qat.kernels import CodeRange, LSQParams, Made
+from qat.kernels import CodeRange, LSQParams, Producer
 from qat.kernels.fused import (
     QkrOperands,
     QkrWeights,
     Scoring,
     WeightParams,
+    attach_source,
     attention,
     heads,
     lsq_linear,
     qkr_attention,
-    remember,
 )
 from qat.kernels.fused import weight as of_weight
 from tests import tiny
@@ -107,7 +107,9 @@ def test_backward_with_the_quantized_weight_at_hand_gives_the_same_bits(params, 
 
 
 @pytest.mark.parametrize(
-    "how", [Made("norm", 1e-5), Made("none"), Made("tanh")], ids=["norm", "gelu", "gelu of tanh"]
+    "how",
+    [Producer("norm", 1e-5), Producer("none"), Producer("tanh")],
+    ids=["norm", "gelu", "gelu of tanh"],
 )
 def test_what_can_be_made_again_is_not_kept(how):
     x, o, w, params, b = linear_parts()
@@ -119,7 +121,7 @@ def test_what_can_be_made_again_is_not_kept(how):
             made = F.layer_norm(x, (C,), gamma, beta)
         else:
             made = F.gelu(x, approximate=how.kind)
-        return lsq_linear(remember(made, how, *inputs) if note else made, o, w, params, b)
+        return lsq_linear(attach_source(made, how, *inputs) if note else made, o, w, params, b)
 
     parameters = leaves(o, w, b, gamma, beta)
     bytes_with, with_note = kept_bytes(lambda: run(note=True), parameters)
@@ -133,7 +135,7 @@ def test_what_can_be_made_again_is_not_kept(how):
 
 def test_a_tensor_written_into_is_kept_itself():
     x, o, w, params, b = linear_parts()
-    made = remember(F.gelu(x), Made("none"), x)
+    made = attach_source(F.gelu(x), Producer("none"), x)
     made.mul_(2)
     compare(
         lsq_linear(made, o, w, params, b),
@@ -146,7 +148,7 @@ def test_an_input_written_into_is_an_error():
     """As it is where the Linear is float: neither LayerNorm nor GELU can be made again."""
     x, o, w, params, b = linear_parts()
     x = x * 1
-    made = remember(F.gelu(x), Made("none"), x)
+    made = attach_source(F.gelu(x), Producer("none"), x)
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         lsq_linear(made, o, w, params, b).sum().backward()
@@ -199,7 +201,7 @@ def test_products_see_rows_of_eight(monkeypatch):
             lambda a, b, out, f: seen.append((a.shape[-1], out.shape)) or product(a, b, out, f),
         )
     qkv, operands = attention_parts()
-    attention(qkv, operands, Scoring(None, None, H, 0.3, keep_probs=False)).sum().backward()
+    attention(qkv, operands, Scoring(None, None, H, 0.3, save_probs=False)).sum().backward()
     assert seen == [
         (D, (H, B, N, 8)),  # scores, twice; the gradient of the probabilities
         (8, (H, B, N, D)),  # what leaves the heads
@@ -260,7 +262,7 @@ def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not(keep):
 @pytest.mark.parametrize("ready", [True, False])
 def test_qkr_with_learned_steps_of_weights(ready):
     parts = qkr_parts(per_key=True, params=(learned(H * C), learned(C, half=True)))
-    scoring = Scoring(None, None, H, 0.07, keep_probs=True)
+    scoring = Scoring(None, None, H, 0.07, save_probs=True)
     plain = simple.qkr_attention(*parts, scoring)
     x, weights, params, operands = parts
     if ready:

@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Made(NamedTuple):
+class Producer(NamedTuple):
     """The operation that computed the input of a quantizer from another tensor x.
 
     Attributes:
         kind: `norm` = LayerNorm over the last dimension; `none` or `tanh` = GELU with this
             approximation; `scores` = softmax over the last dimension in float32; `softmax` = x is
             the result of a softmax, and gradients are with respect to the scores; empty = no
-            operation, the input is x itself.
-        number: eps of the LayerNorm; factor on the scores before the softmax.
+            operation, so the quantizer's input is x itself.
+        number: eps of a LayerNorm; for both kinds of softmax, the factor on the scores.
     """
 
     kind: str = ""
@@ -29,7 +29,7 @@ class Made(NamedTuple):
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """The quantizer's input, with the bits of torch's modules, and tensors for `backward`."""
+        """The quantizer's input, bit-identical to torch's modules, and tensors for `backward`."""
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
         if self.kind == "scores":
@@ -42,11 +42,11 @@ class Made(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x (for both kinds of softmax, of the scores), weight and bias.
+        """Gradients of x, weight and bias; for both kinds of softmax, of the scores instead of x.
 
         Args:
             grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.
-            x: the input that `forward` got.
+            x: the input of `forward`.
             weight: weight of the LayerNorm, or None.
             bias: bias of the LayerNorm, or None.
             saved: the results of `forward` after the first one.
