@@ -44,7 +44,7 @@ class QatConfig(QuantizationConfigMixin):
         recipe: str | QuantRecipe | Mapping[str, Any],
         *,
         input_size: tuple[int, int, int] | None = None,
-        signs: str = "probe",
+        signs: str = "tails",
         **knobs: Any,
     ) -> None:
         self.quant_method = NAME  # type: ignore[assignment]

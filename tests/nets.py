@@ -99,6 +99,14 @@ ATTENTIONS = {
     ),
     "dinov3": _vit("DINOv3 (`vit_*_dinov3`)", "vit_small_patch16_dinov3", qkr=False),
     "pe": _vit("Perception Encoder (`vit_pe_*`)", "vit_pe_core_tiny_patch16_384", qkr=False),
+    "qwen3": _vit("Qwen3's encoder (`qwen3_vit_*`)", "qwen3_vit_88m", qkr=False),
+    "deepseek": _vit(
+        "DeepSeek's encoder (`deepseek_vit_*`)",
+        "deepseek_vit_412m",
+        qkr=False,
+        patch_size=16,
+        depth=1,
+    ),
     "beit": _vit("BEiT (`beit_*`, `beitv2_*`)", "beit_base_patch16_224"),
     "swin": Family("Swin (`swin_*`)", "swin_tiny_patch4_window7_224", {"img_size": 32, **_SWIN}),
     "swinv2": Family(

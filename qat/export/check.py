@@ -269,20 +269,24 @@ def _joined(batches: Iterable[Outputs]) -> Outputs:
 
 
 def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
-    """Reorder a detector's queries to match the expected ones by nearest box and scores.
+    """Reorder a detector's queries, one to one, so that boxes and scores are nearest to the expected.
 
     A detector that selects queries by score may return them in another order. Outputs of other
     models are returned unchanged.
     """
     if BOXES not in expected:
         return actual
+    from scipy.optimize import linear_sum_assignment
+
     left, right = (
         torch.cat([outputs[BOXES], outputs[LOGITS].sigmoid()], -1) for outputs in (expected, actual)
     )
     # Distances that are computed by matrix products would not be exact enough.
     distances = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    # `linear_sum_assignment` takes no NaN.
+    costs = distances.nan_to_num(nan=1e6).cpu()
+    queries = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs])
     image_indices = torch.arange(len(left)).unsqueeze(1)
-    queries = distances.argmin(-1)
     return {name: output[image_indices, queries] for name, output in actual.items()}
 
 

@@ -49,7 +49,8 @@ class Conversion:
         input_size: (channels, height, width) of the images for which scales and offsets were
             created.
         signs: which inputs have unsigned grids: `probe` = all inputs that come from an activation
-            function; `mlp` = only such inputs in timm's `Mlp`, as in older files.
+            function; `tails` = those but inputs of convolutions after SiLU or Hardswish; `mlp` =
+            only such inputs in timm's `Mlp`, as in older files.
     """
 
     recipe: QuantRecipe
@@ -121,7 +122,7 @@ def apply_recipe(
     recipe: QuantRecipe,
     *,
     input_size: tuple[int, int, int] | None,
-    signs: str = "probe",
+    signs: str | None = None,
 ) -> list[str]:
     """Do the work of `convert`, without its warning; also used to rebuild converted models.
 
@@ -129,7 +130,7 @@ def apply_recipe(
         net: see `convert`.
         recipe: see `convert`.
         input_size: see `convert`.
-        signs: see `Conversion`.
+        signs: see `Conversion`; None = `tails` for models of Transformers, `probe` for others.
 
     Returns:
         Names of modules that stay in float on purpose.
@@ -154,9 +155,11 @@ def apply_recipe(
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     original_class = type(net)
     original_modules = dict(net._modules)
-    tracer = ActivationTracer(activation_classes())
+    if signs is None:
+        signs = "tails" if hf_models(net) else "probe"
+    tracer = ActivationTracer(activation_classes(), keeps_tails=signs == "tails")
     try:
-        if signs == "probe":
+        if signs != "mlp":
             # The tracer needs the version counters of tensors, which inference mode does not keep.
             with tracer, interface.searching(), torch.inference_mode(mode=False):
                 check_input(net, size, tracer.hooks(net))
@@ -332,7 +335,8 @@ def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")
-        if input_kind == "float":
+        # The low-rank factors of PEFT's LoRA train in float, next to a quantized layer.
+        if input_kind == "float" or child_name.startswith("lora_"):
             walk.in_float.append(path)
             continue
         if child is None or isinstance(child, Quantizer):

@@ -210,7 +210,7 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         # Older files do not state how signs were determined; they used timm's `Mlp`.
-        signs = "probe" if meta.get("signs") == "probe" else "mlp"
+        signs = meta["signs"] if meta.get("signs") in {"probe", "tails"} else "mlp"
         apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):
             freeze_structure(net)

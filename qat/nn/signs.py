@@ -24,6 +24,8 @@ NEARLY_POSITIVE = (
     timm_layers.QuickGELU,
 )
 _FUNCTIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
+# Activations whose negative tail only a learned offset can fit: inputs of convolutions have none.
+_LONG_TAILS = (nn.SiLU, nn.Hardswish)
 # Functions that may copy a tensor, but keep its values.
 _COPIES = {
     F.dropout,
@@ -45,14 +47,19 @@ class ActivationTracer(TorchFunctionMode):
 
     Args:
         classes: further classes of activations with a small negative tail.
+        keeps_tails: True = inputs of convolutions after SiLU or Hardswish are signed.
     """
 
-    def __init__(self, classes: Sequence[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self, classes: Sequence[type[nn.Module]] = (), *, keeps_tails: bool = True
+    ) -> None:
         super().__init__()
         self.classes = (*NEARLY_POSITIVE, *classes)
+        self.keeps_tails = keeps_tails
         self.layers: dict[nn.Module, bool] = {}
-        # For each storage, a tensor that keeps the storage alive, and the version of its values.
-        self.outputs: dict[int, tuple[Tensor, int]] = {}
+        # For each storage, a tensor that keeps the storage alive, the version of its values, and
+        # whether the activation has a long tail.
+        self.outputs: dict[int, tuple[Tensor, int, bool]] = {}
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         """Register hooks on the activations and layers of a model; the caller removes them."""
@@ -66,16 +73,25 @@ class ActivationTracer(TorchFunctionMode):
         """Layers that received only outputs of activation functions."""
         return frozenset(layer for layer, is_output in self.layers.items() if is_output)
 
-    def _after_activation(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
-        self.outputs[out.untyped_storage()._cdata] = (out, out._version)
+    def _after_activation(self, module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
+        self._record(out, has_tail=isinstance(module, _LONG_TAILS))
+
+    def _record(self, out: Tensor, *, has_tail: bool) -> None:
+        self.outputs[out.untyped_storage()._cdata] = (out, out._version, has_tail)
 
     def _before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        is_output = bool(args) and self._is_output(args[0])
-        self.layers[layer] = is_output and self.layers.get(layer, True)
+        output = self._output(args)
+        is_unsigned = output is not None
+        if output is not None and self.keeps_tails and isinstance(layer, nn.Conv2d):
+            is_unsigned = not output[2]
+        self.layers[layer] = is_unsigned and self.layers.get(layer, True)
 
-    def _is_output(self, x: Tensor) -> bool:
-        output = self.outputs.get(x.untyped_storage()._cdata)
-        return output is not None and x._version == output[1]
+    def _output(self, args: tuple[Any, ...]) -> tuple[Tensor, int, bool] | None:
+        """The entry of the first argument, if it is an output of an activation function."""
+        output = self.outputs.get(args[0].untyped_storage()._cdata) if args else None
+        if output is None or args[0]._version != output[1]:
+            return None
+        return output
 
     def __torch_function__(
         self,
@@ -85,7 +101,9 @@ class ActivationTracer(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        is_copy = func in _COPIES and bool(args) and self._is_output(args[0])
-        if is_copy or func in _FUNCTIONS:
-            self.outputs[out.untyped_storage()._cdata] = (out, out._version)
+        copied = self._output(args) if func in _COPIES else None
+        if func in _FUNCTIONS:
+            self._record(out, has_tail=func in {F.silu, F.hardswish})
+        elif copied is not None:
+            self._record(out, has_tail=copied[2])
         return out

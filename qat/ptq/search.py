@@ -39,7 +39,7 @@ from qat.utils.validate import check_bool, check_choice, check_globs, check_int,
 
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
 # Attention weights; the name of an attention may have a suffix (LeViT: attn_downsample).
-TARGETS = ("attn*.*.weight", "attn*.qk")
+TARGETS = ("attn*.*.weight", "attention.*.weight", "self_attn.*.weight", "attn*.qk")
 log = logging.getLogger(__name__)
 
 

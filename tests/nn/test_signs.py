@@ -73,6 +73,26 @@ def test_values_are_followed_to_the_layer(function, unsigned):
     assert unsigned_layers(net) == ({"last"} if unsigned else set())
 
 
+@pytest.mark.parametrize("signs", ["tails", "probe"])
+@pytest.mark.parametrize(
+    ("function", "has_tail"),
+    [
+        (nn.SiLU(), True),
+        (nn.Sequential(nn.Hardswish(), nn.Dropout()), True),
+        (lambda x: F.silu(x, inplace=True).clone(), True),
+        (nn.ReLU(), False),
+        (nn.GELU(), False),
+        (lambda x: F.relu(F.silu(x), inplace=True), False),
+    ],
+)
+def test_convolutions_keep_long_negative_tails(function, has_tail, signs):
+    """Their inputs have no offset that could fit a tail to an unsigned grid."""
+    net = Between(function)
+    net.first, net.last = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 4, 1)
+    apply_recipe(net, qat.recipe("lsq"), input_size=(1, 4, 4), signs=signs)
+    assert (unsigned_layers(net) == set()) == (has_tail and signs == "tails")
+
+
 def test_values_are_followed_in_inference_mode():
     family = FAMILIES["siglip"]
     with torch.inference_mode():
@@ -86,17 +106,19 @@ def test_a_layer_with_inputs_of_both_kinds_is_signed():
     assert unsigned_layers(qat.convert(net, qat.recipe("lsq"), input_size=(1, 4, 4))) == set()
 
 
-def test_older_files_keep_their_grids(tmp_path):
-    path, family = tmp_path / "net.ckpt", FAMILIES["pvt_v2"]
+@pytest.mark.parametrize(("name", "signs"), [("pvt_v2", "mlp"), ("mobilevit", "tails")])
+def test_older_files_keep_their_grids(name, signs, tmp_path):
+    path, family = tmp_path / "net.ckpt", FAMILIES[name]
     net = family.build()
-    apply_recipe(net, qat.recipe("lsq"), input_size=family.input_size, signs="mlp")
+    apply_recipe(net, qat.recipe("lsq"), input_size=family.input_size, signs=signs)
     qat.initialize_scales(net, [family.images()])
     qat.save(net, path)
     content = torch.load(path, weights_only=True)
-    del content["qat"]["signs"]
+    if signs == "mlp":
+        del content["qat"]["signs"]
     torch.save(content, path)
     for _ in range(2):
         loaded = qat.load(path)
-        assert conversion_of(loaded).signs == "mlp"
+        assert conversion_of(loaded).signs == signs
         assert torch.equal(logits(loaded, family.images()), logits(net, family.images()))
         qat.save(loaded, path)

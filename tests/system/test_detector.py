@@ -140,13 +140,13 @@ def test_a_detector_at_four_bits_is_nearly_as_precise_as_in_float(tmp_path):
     others = [scene(10**6 + seed) for seed in range(256)]
     start = fit(build(), scenes, tmp_path, 2 * STEPS, 2 * LR)
     control = fit(copy.deepcopy(start), scenes, tmp_path, STEPS, LR)
-    recipe = qat.recipe("seq", bits=4, act_scales="tensor", offsets=False)
+    recipe = qat.recipe("lsq", bits=4, act_scales="tensor", step_init="mse")
     model = qat.convert(copy.deepcopy(start), recipe, input_size=(3, SIZE, SIZE))
     qat.initialize_scales(model, [collate(scenes[:64])["pixel_values"]])
     fit(model, scenes, tmp_path, STEPS, LR)
     in_float = mean_average_precision(control, others)
     assert in_float > 60
-    # Measured with seed 0: 73.8 in float, 71.3 at 4 bits.
+    # Measured with seed 0: 73.8 in float, 71.7 at 4 bits.
     assert mean_average_precision(model, others) > in_float - 4
     images = collate(others[:8])["pixel_values"]
     path = tmp_path / "net.onnx"

@@ -106,7 +106,7 @@ def test_a_net_with_statsq_weights_has_scales_of_activations(
     start = (*KEEP, f"ckpt={last(run_4bit)}", f"teacher.ckpt={last(float_run)}")
     line = refused("ptq", compose("ptq", *start, f"run_dir={tmp_path}/refused"))
     assert (
-        "search.targets=['attn*.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, "
+        "search.targets=['attn*.*.weight', 'attention.*.weight', 'self_attn.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, "
         in line
     )
     found = quantize(tmp_path / "run", *start, ACTIVATIONS)

@@ -142,16 +142,30 @@ def test_export_and_analysis(home, trained, tmp_path):
     analyze(compose("analyze", f"ckpt={trained}", "analysis=cost", f"run_dir={tmp_path / 'c'}"))
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("choice", ["fqvit_w4a8", "reconstruct_w3a3"])
-def test_ptq_from_the_folder(home, choice, tmp_path):
-    start = ("model=hf", f"model.name={home / 'vit'}", *photos(home), f"run_dir={tmp_path}")
-    few = ("data.calibration_images=16", "ptq.batch=8")
-    if choice.startswith("reconstruct"):
-        few += ("ptq.reconstruct.steps=2", "ptq.reconstruct.batch=8")
-    ptq(compose("ptq", f"ptq={choice}", *start, *few))
-    net = qat.load(tmp_path / "quantized.ckpt")
-    assert list(find_blocks(net)) == ["model.vit.layers.0"]
+SHORT_PTQ = {
+    "fqvit_w4a8": (),
+    "evolq_w4a8": ("search.passes=1", "search.cycles=1", "search.micro_batch=8"),
+    "compensate_w4a4": (),
+    "reconstruct_w4a4": ("ptq.reconstruct.steps=2", "ptq.reconstruct.batch=8"),
+}
+PTQ_MODELS = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer"}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", PTQ_MODELS)
+@pytest.mark.parametrize("choice", SHORT_PTQ)
+def test_ptq_from_a_folder(home, name, choice, tmp_path):
+    cls = getattr(transformers, f"{name}ForImageClassification")
+    save_model(tmp_path / "model", cls, **SMALL, **LABELS)
+    start = ("model=hf", f"model.name={tmp_path / 'model'}", *photos(home))
+    few = ("data.calibration_images=16", "ptq.batch=8", f"run_dir={tmp_path / 'run'}")
+    ptq(compose("ptq", f"ptq={choice}", *start, *few, *SHORT_PTQ[choice]))
+    net = qat.load(tmp_path / "run" / "quantized.ckpt")
+    assert list(find_blocks(net)) == [f"model.{PTQ_MODELS[name]}.0"]
+    roles = {site.role for site in qat.iter_quantizers(net)}
+    assert {"q", "k", "v", "probs", "weight"} <= roles
+    search = results(tmp_path / "run").get("search")
+    assert (search is None) == (choice != "evolq_w4a8")
 
 
 def test_the_float_model_computes_what_transformers_does(home):
