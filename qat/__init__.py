@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qat.model.sites import Site as Site
     from qat.model.sites import iter_quantizers as iter_quantizers
     from qat.model.sites import no_weight_decay as no_weight_decay
+    from qat.model.start import load_float as load_float
     from qat.model.storage import load as load
     from qat.model.storage import save as save
     from qat.model.transform import transform as transform
@@ -47,6 +48,7 @@ _NAMES = {
     "qat.model.ptq_spec": ("PtqRecipe",),
     "qat.model.report": ("conversion_report",),
     "qat.model.scales": ("assert_ready", "initialize_scales"),
+    "qat.model.start": ("load_float",),
     "qat.model.sites": ("Site", "iter_quantizers", "no_weight_decay"),
     "qat.model.transform": ("transform",),
     "qat.nn.attention": ("set_execution",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,7 +95,7 @@ class ImageData(LightningDataModule, ABC):
     """Base of all datasets; a subclass implements `read`.
 
     Args:
-        settings: fields of `DataSettings`.
+        settings: fields of `DataSettings`; `DEFAULTS` has values of a dataset that may be left out.
 
     Attributes:
         tested: the split for evaluation; None = `test`, or `val` if the data has no test split.
@@ -107,13 +107,14 @@ class ImageData(LightningDataModule, ABC):
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     # Settings that the dataset never reads.
     UNREAD: ClassVar[Sequence[str]] = ()
     SETTINGS: ClassVar[type[DataSettings]] = DataSettings
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.settings = self.complete(settings)
+        self.settings = self.complete({**self.DEFAULTS, **settings})
         self.tested: str | None = None
         self.evaluates_whole = False
         self._splits: dict[str, ImageSource] = {}
@@ -152,6 +153,14 @@ class ImageData(LightningDataModule, ABC):
         if len(self.CLASSES) != self.settings.num_classes:
             return None
         return list(self.CLASSES)
+
+    def config(self) -> dict[str, Any]:
+        """Class and settings as plain data, as checkpoints store them."""
+        kind = type(self)
+        package = kind.__module__
+        if package.startswith("qat.data."):
+            package = "qat.data"
+        return {"_target_": f"{package}.{kind.__qualname__}", **asdict(self.settings)}
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -370,16 +379,24 @@ class EncodedImageData(ImageData):
     """Base of datasets of image files of any size, which are preprocessed for a pretrained model.
 
     Args:
-        settings: fields of `DataSettings`. If `mean`, `std`, `crop_pct`, `crop_mode` or
-            `interpolation` is None, the value of `model` is used; if `num_classes` is None, the
-            number of classes in the data is used.
+        settings: fields of `DataSettings`, by default for colour images of 224 x 224 pixels. If
+            `mean`, `std`, `crop_pct`, `crop_mode` or `interpolation` is None, the value of `model`
+            is used; if `num_classes` is None, the number of classes in the data.
 
     Raises:
         UsageError: a setting has an invalid value.
     """
 
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "image_size": 224,
+        "patch_size": None,
+        "in_chans": 3,
+        "mean": None,
+        "std": None,
+    }
+
     def __init__(self, **settings: Any) -> None:
-        counts_classes = settings.get("num_classes", 1) is None
+        counts_classes = settings.get("num_classes") is None
         if counts_classes:
             settings["num_classes"] = 1
         super().__init__(**settings)

@@ -24,6 +24,14 @@ class Digits(ImageData):
     """
 
     CLASSES = "0123456789"
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "image_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 10,
+        "mean": (0.3051,),
+        "std": (0.3759,),
+    }
     UNREAD: ClassVar[Sequence[str]] = (
         "root",
         "on_error",
@@ -68,6 +76,14 @@ class FashionMnist(ImageData):
         "Bag",
         "Ankle boot",
     )
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "image_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 10,
+        "mean": (0.2860,),
+        "std": (0.3530,),
+    }
     UNREAD: ClassVar[Sequence[str]] = (
         "on_error",
         "memory_mb",
@@ -122,6 +138,14 @@ class Cifar10(FashionMnist):
         "ship",
         "truck",
     )
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "image_size": 32,
+        "patch_size": 4,
+        "in_chans": 3,
+        "num_classes": 10,
+        "mean": (0.4911, 0.4820, 0.4466),
+        "std": (0.2453, 0.2428, 0.2606),
+    }
     UNREAD: ClassVar[Sequence[str]] = ("memory_mb", "model")
     DATASET = datasets.CIFAR10
     LAYOUT = "train*.parquet and test*.parquet, or cifar-10-batches-py"

@@ -269,7 +269,7 @@ def _joined(batches: Iterable[Outputs]) -> Outputs:
 
 
 def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
-    """Reorder a detector's queries, one to one, so that boxes and scores are nearest to the expected.
+    """Reorder a detector's queries, one to one, to be nearest to the expected boxes and scores.
 
     A detector that selects queries by score may return them in another order. Outputs of other
     models are returned unchanged.

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qat.lit.optim import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from qat.lit.optim import (
+    build_optimizer,
+    cosine_schedule,
+    parameter_groups,
+    scaled_lr,
+    scheduler_factory,
+)
 from qat.lit.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -17,6 +23,7 @@ __all__ = [
     "cosine_schedule",
     "parameter_groups",
     "scaled_lr",
+    "scheduler_factory",
 ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,19 +12,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.accuracy import MeanLoss, accuracy_metrics, check_logits, mean_cross_entropy
+from qat.lit.optim import SchedulerFactory, build_optimizer, scheduler_factory
 from qat.lit.strategies import sharded_modules, whole
 from qat.lit.teacher import Outputs, Teacher
-from qat.losses import CompositeLoss, StepContext
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm, StepContext
 from qat.model.checkpoint import Checkpoint
-from qat.model.metadata import META_KEY
+from qat.model.metadata import META_KEY, describe
 from qat.model.sites import iter_quantizers
 from qat.model.storage import build_from
 from qat.nn.quant_module import keep_weights
@@ -34,7 +36,6 @@ MEANS_KEY = "epoch_means"
 # The most classes of a confusion matrix; with more, it would be larger than a net.
 MOST_CONFUSED = 2000
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 
 
 class QATModule(LightningModule):
@@ -101,6 +102,57 @@ class QATModule(LightningModule):
         self._test_hits: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
         self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
+
+    @classmethod
+    def for_data(
+        cls,
+        net: nn.Module,
+        data: ImageData,
+        *,
+        teacher: nn.Module | None = None,
+        loss: Mapping[str, LossTerm] | None = None,
+        warmup_epochs: float = 0.0,
+        **optimizer: Any,
+    ) -> QATModule:
+        """Build a module that trains a net on a dataset, by default as `train.py` does.
+
+        The learning rate follows a cosine. Checkpoints describe the net and the dataset, so that
+        `qat.load` and all commands read them.
+
+        Args:
+            net: a float net, or a converted net with scales.
+            data: the dataset.
+            teacher: a net that this net learns from; it is frozen.
+            loss: terms by name; None = cross-entropy, with a teacher also distillation.
+            warmup_epochs: first epochs, in which the learning rate rises.
+            optimizer: arguments of `build_optimizer`; by default AdamW, with lr 1e-3 and weight
+                decay 0.05.
+
+        Raises:
+            UsageError: the net has another number of classes than the data, a term needs a teacher,
+                or the net does not record how timm built it.
+        """
+        num_classes = data.settings.num_classes
+        outputs = getattr(net, "num_classes", num_classes)
+        if outputs != num_classes:
+            raise UsageError(
+                f"data.num_classes={num_classes}: must be {outputs}, the classes of the model"
+            )
+        if loss is None:
+            loss = {"ce": CrossEntropy()} if teacher is None else {"kd": Distillation()}
+        terms = CompositeLoss(loss)
+        if terms.needs_teacher and teacher is None:
+            raise UsageError("loss with distillation: no teacher; must be teacher=MODEL")
+        settings = {"lr": 1e-3, "weight_decay": 0.05, **optimizer}
+        return cls(
+            net,
+            terms,
+            num_classes=num_classes,
+            optimizer=partial(build_optimizer, **settings),
+            scheduler=scheduler_factory(warmup_epochs=warmup_epochs),
+            teacher=None if teacher is None else Teacher(teacher),
+            describe=describe(net, data=data.config(), classes=data.named_classes()),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""

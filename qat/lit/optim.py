@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import timm.optim
 import torch
 from timm.models import group_parameters
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from qat.errors import UsageError
 from qat.model.sites import no_weight_decay, quantizer_parameters
 from qat.utils.validate import check_int, check_number, unknown
 
+SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 GROUPS = ("decay", "no_decay", "scales")
 # timm's names of torch's optimizers that have a fused form.
 _FUSED = {"adam", "adamw"}
@@ -159,6 +162,43 @@ def build_optimizer(
     # clips gradients without unscaling them.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
+
+
+def scheduler_factory(
+    *,
+    interval: str = "step",
+    warmup_epochs: float = 0.0,
+    cooldown_epochs: float = 0.0,
+    **settings: Any,
+) -> SchedulerFactory:
+    """A function that builds a cosine schedule whose parts are measured in epochs.
+
+    Args:
+        interval: `epoch` or `step`, how often the learning rate changes.
+        warmup_epochs: length of the warm-up.
+        cooldown_epochs: last epochs, at the lowest learning rate.
+        settings: `min_lr` and `warmup_lr` of `cosine_schedule`.
+
+    Returns:
+        A function of the optimizer, the number of epochs and the steps per epoch, which returns the
+        schedule and its interval, and raises `UsageError` if the warm-up takes all epochs.
+    """
+
+    def build_schedule(
+        optimizer: torch.optim.Optimizer, epochs: int, steps: int
+    ) -> tuple[Scheduler, str]:
+        check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=epochs - cooldown_epochs)
+        periods_per_epoch = 1 if interval == "epoch" else steps
+        schedule = cosine_schedule(
+            optimizer,
+            periods=int((epochs - cooldown_epochs) * periods_per_epoch),
+            warmup=int(warmup_epochs * periods_per_epoch),
+            interval=interval,
+            **settings,
+        )
+        return schedule, interval
+
+    return build_schedule
 
 
 def cosine_schedule(

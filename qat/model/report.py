@@ -10,6 +10,7 @@ from torch import nn
 from qat.model.convert import conversion_of
 from qat.model.products import matmuls
 from qat.model.sites import iter_quantizers
+from qat.utils.tables import text_table
 from qat.utils.validate import FLOAT_BITS
 
 
@@ -43,18 +44,13 @@ class ConversionReport:
         return self.to_text()
 
     def to_text(self) -> str:
-        """The report as a plain table."""
-        table: list[tuple[str, ...]] = [ReportRow._fields]
-        for row in self.rows:
-            table.append(tuple(map(str, row)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for cells in table:
-            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-            lines.append("  ".join(padded).rstrip())
-        lines += ["", "stays float:"]
-        lines += [f"  {name}  {class_name}" for name, class_name in self.stays_float]
-        return "\n".join(lines)
+        """The report as a table of quantizers and a table of modules that stay in float."""
+        tables = []
+        if self.rows:
+            tables.append(text_table(ReportRow._fields, self.rows))
+        if self.stays_float:
+            tables.append(text_table(("stays float", "class"), self.stays_float))
+        return "\n\n".join(tables)
 
 
 def float_products(net: nn.Module) -> tuple[str, ...]:

@@ -19,9 +19,10 @@ import timm
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.checkpoint import Checkpoint
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.foreign_weights import grow_biases, grown_biases
 from qat.model.freeze import keeps_weights
+from qat.model.metadata import describe
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from
@@ -313,6 +314,27 @@ def from_checkpoint(
         reset_head=reset_head and not keep_head,
         hint="" if keep_head else NEW_HEAD,
     )
+
+
+def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) -> nn.Module:
+    """Build the float model of a file of ours, whatever its recipe, to train or convert it.
+
+    Args:
+        path: a file of `qat.save` or of a run.
+        num_classes: give the model a new head for so many classes, unless it has as many; None =
+            keep the head.
+
+    Raises:
+        UsageError: the file is not ours, or its float weights cannot be recovered.
+    """
+    checkpoint = read_checkpoint(path)
+    source = build_from(checkpoint)
+    model = describe(source)["model"]
+    kwargs = dict(model["kwargs"])
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    origin = f"ckpt={str(path)!r}"
+    return from_net(model["name"], kwargs, source, origin=origin, reset_head=True).net
 
 
 def from_net(

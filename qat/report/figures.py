@@ -12,14 +12,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.analysis import PALETTE, panels, save_figure
+from qat.analysis.analysis import HEAT, PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
 LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
+MOST_CLASSES = 60  # of a heat map; the names of more would be illegible
+LONGEST_LABEL = 20  # characters of the name of a class
 MOST_DOTS = 25  # curves with at most this many points also have dots
 # Titles of curves over training steps, with patterns for their columns in `metrics.csv`.
 CURVES = {
@@ -96,6 +99,40 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     accepted = [(i, row.get("fitness")) for i, row in enumerate(rows) if row.get("accepted") == 1]
     curve = _curve("Fitness of accepted candidates (lower is better)", accepted, "candidate")
     return [] if curve is None else [curve]
+
+
+def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A heat map of `confusion.csv`: predictions of each true class, in percent of its images.
+
+    With more than `MOST_CLASSES` classes there is no map.
+    """
+    names = [str(next(iter(row.values()))) for row in rows]
+    if not 2 <= len(names) <= MOST_CLASSES:
+        return []
+    shares = []
+    for row in rows:
+        counts = list(row.values())[1:]
+        if len(counts) != len(names) or not all(map(is_drawable, counts)):
+            return []
+        shares.append([100 * count / max(sum(counts), 1) for count in counts])
+    side = 2.2 + 0.16 * len(names)
+    figure, (axis,) = panels(width=side + 0.8, height=side)
+    axis.grid(visible=False)
+    # A few mistakes are visible next to a hundred right predictions.
+    image = axis.imshow(shares, cmap=HEAT, norm=PowerNorm(0.5, vmin=0, vmax=100))
+    labels = [name[:LONGEST_LABEL] for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), labels, fontsize=7)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    figure.colorbar(image, ax=axis, label="% of the images of a class", shrink=0.8)
+    hits = [share[number] for number, share in enumerate(shares)]
+    lowest = hits.index(min(hits))
+    words = (
+        f"Rows are true classes, columns predicted ones. Lowest: {names[lowest]}, "
+        f"{hits[lowest]:.1f} % right. All counts are in confusion.csv."
+    )
+    return [picture("Predictions of each class", words, figure)]
 
 
 def _curve(

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qat.report.figures import (
     bits_of,
+    confusion_map,
     data_url,
     format_value,
     parse_number,
@@ -87,6 +88,7 @@ def write_report(folder: Path) -> Path:
         "note": unlearned(results),
         "figures": _figures(results, float_cost),
         "rows": _file_rows(results) if command == "export" else _model_rows(results, float_cost),
+        "confusion": confusion_map(_table(folder / "confusion.csv", folder)),
         "curves": training_curves(_table(folder / "metrics.csv", folder)),
         "search": search_figure(_table(folder / "search.csv", folder)),
         "oscillation": _table(folder / "oscillation.csv", folder),

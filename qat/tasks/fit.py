@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm.scheduler.scheduler
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
@@ -36,7 +35,7 @@ from qat.launch.slurm import environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog, disable_telemetry
-from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
+from qat.lit.optim import build_optimizer, scaled_lr, scheduler_factory
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
@@ -96,20 +95,9 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     if cfg.trainer.fast_dev_run:
         warmup_epochs = 0
         cooldown_epochs = 0
-
-    def build_scheduler(
-        optimizer: torch.optim.Optimizer, epochs: int, steps: int
-    ) -> tuple[timm.scheduler.scheduler.Scheduler, str]:
-        periods_per_epoch = 1 if interval == "epoch" else steps
-        schedule = cosine_schedule(
-            optimizer,
-            periods=int((epochs - cooldown_epochs) * periods_per_epoch),
-            warmup=int(warmup_epochs * periods_per_epoch),
-            **settings,
-        )
-        return schedule, interval
-
-    return build_scheduler
+    return scheduler_factory(
+        warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs, **settings
+    )
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -30,13 +30,13 @@ from qat.spec import QuantRecipe
 from qat.tasks import fit
 from qat.tasks.conf import alias, typed
 from qat.utils.files import write_text
+from qat.utils.tables import text_table
 from qat.utils.text import count, scaled, unlearned
 from qat.utils.validate import FLOAT_BITS
 
 log = logging.getLogger(__name__)
 FEW_STEPS = 100  # in all epochs
 IMAGE_SETTINGS = ("crop_pct", "interpolation", "mean", "std")
-SHARE_WIDTH = 8  # width of a column in characters
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
@@ -199,18 +199,20 @@ def write_conversion(net: nn.Module, folder: Path) -> str:
         floats[f"{re.sub(r'[0-9]+', '*', name)} ({kind})"] += 1
     settings = conversion_of(net)
     assert settings is not None  # noqa: S101  (narrows a type)
-    entries = shares_by_bits({
+    table = shares_by_bits({
         "weights": weights_by_bits(net),
         "products": macs_by_bits(net, settings.input_size),
     })
-    entries["stays float"] = ", ".join(f"{name} x{n}" for name, n in floats.items())
-    entries["layer by layer"] = "conversion.txt"
-    return lines("quantized", entries)
+    entries = {
+        "stays float": ", ".join(f"{name} x{n}" for name, n in floats.items()),
+        "layer by layer": "conversion.txt",
+    }
+    return lines(f"quantized\n{table}", entries)
 
 
-def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
-    """Rows of a table, one per bit-width, with a percentage in each column."""
-    rows = {"share of": "  ".join(title.rjust(SHARE_WIDTH) for title in columns)}
+def shares_by_bits(columns: Mapping[str, Counter[int]]) -> str:
+    """A table with a row per bit-width and the percentage of each column."""
+    rows = []
     widths: set[int] = set()
     for numbers in columns.values():
         widths |= {bits for bits, number in numbers.items() if number}
@@ -219,10 +221,10 @@ def shares_by_bits(columns: Mapping[str, Counter[int]]) -> dict[str, str]:
         for numbers in columns.values():
             share = 100 * numbers[bits] / numbers.total()
             text = "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
-            cells.append(text.rjust(SHARE_WIDTH))
+            cells.append(text)
         name = "float" if bits == FLOAT_BITS else f"{bits} bit"
-        rows[name] = "  ".join(cells)
-    return rows
+        rows.append([name, *cells])
+    return text_table(["share of", *columns], rows)
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:

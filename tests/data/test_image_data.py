@@ -2,14 +2,16 @@
 
 from types import SimpleNamespace
 
+import hydra.utils
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from qat.data import Digits, ImageArrays, ImageData
-from tests.data.files import DIGITS
+from qat.data import Digits, ImageArrays, ImageData, ImageFolder
+from qat.model.metadata import is_plain
+from tests.data.files import DIGITS, write_folder
 from tests.errors import usage_error
 
 
@@ -48,6 +50,23 @@ def test_evaluation_batches_are_the_normalised_images_in_order():
     assert labels.tolist() == list(range(7))
     expected = (torch.arange(7.0) / 255 - 0.25) / 0.5
     assert_close(images, expected[:, None, None, None].expand(7, 1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", [Digits, Numbered])
+def test_a_config_builds_the_same_dataset(kind):
+    config = kind(**DIGITS, batch_size=3).config()
+    again = hydra.utils.instantiate(config)
+    assert type(again) is kind
+    assert again.config() == config
+    assert is_plain(config)
+
+
+def test_of_photos_only_the_folder_is_needed(tmp_path):
+    root = write_folder(tmp_path, (("train", 20), ("test", 6)), classes=("a", "b", "c"))
+    data = ImageFolder(root=str(root))
+    assert (data.settings.num_classes, data.input_size) == (3, (3, 224, 224))
+    assert data.config()["_target_"] == "qat.data.ImageFolder"
+    assert data.config()["mean"] == (0.485, 0.456, 0.406)
 
 
 def test_without_a_test_split_validation_is_evaluated():

@@ -5,9 +5,18 @@ import math
 import pytest
 
 import qat
-from qat.data import DataSettings, Digits
+from qat.data import Cifar10, DataSettings, Digits, FashionMnist, ImageData
+from tests.conftest import compose
 from tests.data.files import DIGITS
 from tests.errors import usage_error
+
+
+class Unread(ImageData):
+    """A dataset without defaults."""
+
+    def read(self):
+        return {}
+
 
 WRONG = [
     ("augment", "bad"),
@@ -68,7 +77,18 @@ def test_unknown_and_missing_settings_are_named():
     with usage_error("^data: .* 'colour'"):
         Digits(**DIGITS, colour=3)
     with usage_error("^data: .* missing .* 'image_size'"):
-        Digits(**{name: value for name, value in DIGITS.items() if name != "image_size"})
+        Unread(**{name: value for name, value in DIGITS.items() if name != "image_size"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Digits, "digits"), (FashionMnist, "fashion_mnist"), (Cifar10, "cifar10")]
+)
+def test_what_may_be_left_out_is_that_of_the_command(kind, name):
+    config = compose("train", f"data={name}").data
+    assert kind.DEFAULTS.keys() == DIGITS.keys()
+    for key, value in kind.DEFAULTS.items():
+        expected = config[key]
+        assert value == (expected if isinstance(expected, int) else tuple(expected)), key
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,30 @@ def test_of_an_analysis_all_tables_and_of_long_ones_the_first_rows(tmp_path):
     assert len(found.all("tr")) == 201
 
 
+CONFUSION = "true \\ predicted,cat,dog\ncat,3,1\ndog,0,4\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_drawn"),
+    [
+        (CONFUSION, True),
+        (CONFUSION.replace("cat", "<b>"), True),
+        (CONFUSION.replace("dog,0,4", "dog,0,0"), True),
+        (CONFUSION.replace("3", "three"), False),
+        ("true,cat\ncat,1\n", False),
+        (CONFUSION.partition("dog,0")[0], False),
+    ],
+)
+def test_confusions_are_a_heat_map(tmp_path, text, is_drawn):
+    folder = write_run(tmp_path / "run")
+    (folder / "confusion.csv").write_text(text)
+    found = read(write_report(folder))
+    words = [image["alt"] for image in found.all("img") if "true classes" in image["alt"]]
+    assert bool(words) is is_drawn
+    if text == CONFUSION:
+        assert "Lowest: cat, 75.0 % right." in words[0]
+
+
 def test_numbers_and_columns():
     values = (
         190236,

@@ -89,6 +89,8 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
         "0/report.html"
     ]
     assert len(found.all("img")) == 1
+    page = (folder / "report.html").read_text()
+    assert page.index("<img") < page.index("<table")
 
 
 def test_of_a_refused_job_the_results_keep_the_settings_they_came_from(folder):

@@ -1,20 +1,19 @@
 """examples/quickstart.ipynb, run as Jupyter runs it, on fewer images. Oracle: files that come out, what the cells show."""
 
-import json
 import re
 
 import nbformat
 import pytest
 
+import qat
 from tests.notebook import NOTEBOOK, executed
 
 # Of the digits every tenth, and one epoch.
 BRIEF = """
 EPOCHS = 1
-import sklearn.datasets
-every = sklearn.datasets.load_digits()
+every = load_digits()
 every.images, every.target = every.images[:180], every.target[:180]
-sklearn.datasets.load_digits = lambda: every
+load_digits = lambda: every
 """
 
 
@@ -33,15 +32,12 @@ def test_every_cell_does_what_it_says(tmp_path):
     assert "error:" not in text, text[-3000:]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     runs = tmp_path / "examples" / "outputs" / "quickstart"
-    results = {
-        name: json.loads((runs / name / "results.json").read_text())
-        for name in ("float", "4bit", "predictions", "onnx")
-    }
-    assert (results["4bit"]["recipe"]["bits"], results["4bit"]["recipe"]["act_bits"]) == (4, 4)
-    assert results["4bit"]["size_bytes"] < results["float"]["size_bytes"] / 5
-    assert (runs / "4bit" / "report.html").exists()
-    assert re.search(r"onnxruntime, .*; [\d.]+ of float's time", text)
-    assert len(re.findall(r"^ *[\d.]+ ?%  digit_\d$", text, re.MULTILINE)) == 3 + 5
+    net = qat.load(runs / "4bit" / "best.ckpt")
+    assert {site.quantizer.spec.bits for site in qat.iter_quantizers(net)} == {4, 8}
+    assert not list(qat.iter_quantizers(qat.load(runs / "float" / "best.ckpt")))
+    assert (runs / "net.onnx").stat().st_size < 4 * sum(p.numel() for p in net.parameters()) / 5
+    assert "onnxruntime: same class on" in text
+    assert len(re.findall(r"^ *[\d.]+ %  digit_\d$", text, re.MULTILINE)) == 5
 
 
 def test_what_is_kept_of_a_run_is_whole_and_small():

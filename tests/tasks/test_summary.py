@@ -30,9 +30,9 @@ def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_prod
     net = converted(preset, **knobs)
     title, *table = summary.write_conversion(net, tmp_path).splitlines()
     assert title == "quantized"
-    assert table[0].split() == ["share", "of", "weights", "products"]
-    assert len({len(row) for row in table[: 1 + len(widths)]}) == 1
-    shares = {row[2:16].strip(): re.findall(r"[\d.]+", row[16:]) for row in table[1:-2]}
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if "│" in line]
+    assert rows[0] == ["share of", "weights", "products"]
+    shares = {name: re.findall(r"[\d.]+", " ".join(cells)) for name, *cells in rows[1:]}
     assert list(shares) == widths
 
     # Blocks have `bits`, everything else 8 bits or none; QKR drops biases, 0.5 % of all weights.
@@ -53,9 +53,9 @@ def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_prod
 
 def test_shares_too_small_to_print():
     columns = {"weights": Counter({2: 9999, 32: 1}), "products": Counter({2: 5})}
-    rows = summary.shares_by_bits(columns)
-    assert rows["2 bit"].split() == ["100.0", "%", "100.0", "%"]
-    assert rows["float"].split() == ["<", "0.1", "%", "0.0", "%"]
+    table = summary.shares_by_bits(columns)
+    assert "│ 2 bit    │ 100.0 % │  100.0 % │" in table
+    assert "│ float    │ < 0.1 % │    0.0 % │" in table
 
 
 IMAGENET_MEAN = "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"

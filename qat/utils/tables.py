@@ -1,0 +1,43 @@
+"""Tables for terminals and text files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qat.utils.text import MISSING, one_line
+
+MOST_COLUMNS = 1000  # characters of a line
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as text, as wide as its cells.
+
+    The first column names the row; other columns that start with digits are aligned to the right.
+    """
+    table = Table(box=box.ROUNDED)
+    texts = []
+    for row in rows:
+        texts.append([_cell(value) for value in row])
+    for number, name in enumerate(header):
+        is_numeric = number > 0 and all(re.match(rf"[\d<{MISSING}]", row[number]) for row in texts)
+        table.add_column(name, justify="right" if is_numeric else "left", no_wrap=True)
+    for row in texts:
+        table.add_row(*map(Text, row))
+    # In a notebook, rich would also display the table.
+    console = Console(
+        width=MOST_COLUMNS, color_system=None, file=io.StringIO(), force_jupyter=False
+    )
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _cell(value: object) -> str:
+    return MISSING if value is None else one_line(str(value))
