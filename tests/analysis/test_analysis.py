@@ -65,7 +65,7 @@ def test_rows_come_in_the_order_of_the_points(monkeypatch, caplog):
     assert rows[1]["loss"] == images.score(net)["loss"]
     assert rows[0].keys() == {"net", "shift", "top1", "loss"}
     assert "3 evaluations of 16 test images" in caplog.text
-    assert "2 of 3 evaluations, about 0.0 s left" in caplog.text
+    assert "2 of 3 evaluations, about " in caplog.text
 
 
 def test_a_point_that_fails_leaves_the_net():

@@ -26,5 +26,5 @@ def test_scores_through_the_fold_and_its_bias():
 
 @pytest.mark.parametrize(("heads", "rows"), [(5, 12), (3, 9)])
 def test_rows_have_to_divide_into_heads(heads, rows):
-    with usage_error(rf"^num_heads={heads}: wq \(12, 10\) and wk \({rows}, 10\)"):
+    with usage_error(rf"^num_heads={heads}: wq is \(12, 10\) and wk \({rows}, 10\)"):
         F.fold_qk(WQ, WK[:rows], heads)

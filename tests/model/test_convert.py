@@ -374,7 +374,7 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
         setattr(parent, name, MORE[way](getattr(parent, name)))
     own = {name for name, _ in net.named_parameters()}
     if recipe == "ofq":
-        with usage_error(r"^quant\.attention='qkr': its qkv is a \w+ "):
+        with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a \w+ "):
             convert(net, recipe)
         assert {name for name, _ in net.named_parameters()} == own
         return
@@ -401,7 +401,7 @@ class Beside(nn.Module):
 def test_an_adapter_around_a_layer_is_kept_or_refused():
     net = vit()
     net.blocks[1].attn.qkv = Beside(net.blocks[1].attn.qkv)
-    with usage_error(r"^quant\.attention='qkr': its qkv is a Beside "):
+    with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a Beside "):
         convert(net)
     assert {f"blocks.1.attn.qkv.{layer}.weight_quantizer" for layer in ("base", "more")} <= sites(
         convert(net, "ofq_noqkr")
@@ -448,7 +448,7 @@ def test_an_attention_whose_forward_was_replaced_stays_as_it_is():
 def test_reparameterization_loses_no_hook():
     net = vit()
     net.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: 2 * out)
-    with usage_error(r"^quant\.attention='qkr': its qkv is a \w+ .*hooks"):
+    with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a \w+ .*hooks"):
         convert(net, "ofq")
 
 

@@ -285,7 +285,7 @@ def broken(home, folder, changes, missing):
         ({"quantization_config": {"quant_method": "qat"}}, None, "it is already quantized"),
         ({"hidden_size": 4096}, None, "the model is much larger than the weights"),
         ({"hidden_size": 64}, None, "its weights cannot be read"),
-        ({"hidden_act": "${oc.env:HOME}"}, None, "it holds '${'"),
+        ({"hidden_act": "${oc.env:HOME}"}, None, "it contains '${'"),
         ({}, "model.safetensors", "has no model.safetensors"),
         ({}, "preprocessor_config.json", "preprocessor_config.json: cannot be used"),
     ],
