@@ -227,7 +227,11 @@ def flat():
             {"targets": ["nope"]},
             r"search.targets=\['nope'\]: must match a scale of a block; stored scales are those of attn.k, ",
         ),
-        (quantized, {"reference_selection": True}, "reference_selection=true: needs validation images"),
+        (
+            quantized,
+            {"reference_selection": True},
+            "reference_selection=true: needs validation images",
+        ),
         (
             lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"),
             {},
