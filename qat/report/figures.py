@@ -106,13 +106,14 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     With more than `MOST_CLASSES` classes there is no map.
     """
-    names = [str(next(iter(row.values()))) for row in rows]
-    if not 2 <= len(names) <= MOST_CLASSES:
+    # Values were parsed, so that a class named "0" would be 0.0; names of columns are still texts.
+    names = list(rows[0])[1:] if rows else []
+    if len(names) != len(rows) or not 2 <= len(names) <= MOST_CLASSES:
         return []
     shares = []
     for row in rows:
         counts = list(row.values())[1:]
-        if len(counts) != len(names) or not all(map(is_drawable, counts)):
+        if not all(map(is_drawable, counts)):
             return []
         shares.append([100 * count / max(sum(counts), 1) for count in counts])
     side = 2.2 + 0.16 * len(names)
