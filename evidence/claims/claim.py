@@ -19,7 +19,7 @@ class FollowUp:
     Its results join the run's record.
 
     Attributes:
-        command: train, ptq, analyze, eval or peers.
+        command: train, ptq, analyze, eval, peers or real.
         use: names of presets.
         set: overrides that follow the overrides of the presets.
         weights: best or last.
@@ -39,7 +39,7 @@ class Arm:
         claim: id of the claim whose file defines the arm.
         name: key of the arm in that file.
         label: name of the arm on the page.
-        command: train, ptq, analyze, eval or peers.
+        command: train, ptq, analyze, eval, peers or real.
         use: names of presets.
         set: overrides that follow the overrides of the presets.
         ckpt: `CLAIM/arm` or `CLAIM/arm@last`, the source of the initial weights; None = random.

@@ -15,6 +15,7 @@ from qat.utils.files import csv_rows
 
 # Entries of results.json that are metrics.
 METRICS = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
+REAL_METRICS = ("top1_float_probe", "cosine", "quantize_seconds")
 SEARCH_METRICS = ("fitness_before", "fitness")
 # For each curve, the columns of metrics.csv for x and y, and the factor on y.
 CURVES = {
@@ -33,7 +34,7 @@ def read_figures(
     """Read metrics, curves and maps of a finished command.
 
     Args:
-        command: train, ptq, analyze, eval or peers.
+        command: train, ptq, analyze, eval, peers or real.
         results: content of `results.json`.
         run_dir: folder of the command's files.
     """
@@ -45,6 +46,9 @@ def read_figures(
     if command == "analyze":
         (summary,) = [value for value in results["summary"].values() if isinstance(value, dict)]
         return dict(_numbers(summary)), _robustness(run_dir), _landscape(run_dir)
+    if command == "real":
+        metrics |= {key: results[key] for key in REAL_METRICS if key in results}
+        return metrics, results.get("curves", {}), {}
     search = results.get("search") or {}
     metrics |= {key: search[key] for key in SEARCH_METRICS if key in search}
     return metrics, {}, {}

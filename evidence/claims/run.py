@@ -28,11 +28,15 @@ from evidence.speed.timing import processor_type
 
 log = logging.getLogger("qat.evidence")
 
-PEERS_PYTHON = "outputs/peers/bin/python"
+# Programs of the commands that are modules of `evidence`.
+PROGRAMS = {
+    "peers": ["outputs/peers/bin/python", "-m", "evidence.peers"],
+    "real": ["python", "-m", "evidence.real"],
+}
 
 
 class Command(NamedTuple):
-    """A command of a run: name (train, ptq, analyze, eval or peers), folder and overrides."""
+    """A command of a run: name (see `Arm.command`), folder and overrides."""
 
     name: str
     run_dir: Path
@@ -136,9 +140,7 @@ def command_line(
     command: str, run_dir: Path, settings: Sequence[str], root: str | None
 ) -> list[str]:
     """Command line of a run, as a user types it."""
-    program = ["python", f"{command}.py"]
-    if command == "peers":
-        program = [PEERS_PYTHON, "-m", "evidence.peers"]
+    program = PROGRAMS.get(command, ["python", f"{command}.py"])
     data_root = [f"data.root={root}"] if root else []
     return [*program, f"run_dir={run_dir}", *data_root, *settings]
 
@@ -160,7 +162,7 @@ def execute(
         if command != "peers":
             program = sys.executable
             arguments.append("report=false")
-        if command in {"train", "ptq"}:
+        if command in {"train", "ptq", "real"}:
             arguments.append("resume=auto")
         path.parent.mkdir(parents=True, exist_ok=True)
         log_file = path.parent.parent / f"{path.parent.name}.log"

@@ -12,7 +12,7 @@ import torch
 import qat
 from evidence.claims.arms import ROOT, Arms, preset
 from evidence.claims.records import add_record, read_records
-from evidence.claims.run import command_line, run_all, run_one
+from evidence.claims.run import PROGRAMS, command_line, run_all, run_one
 from tests.commands import typed
 from tests.conftest import compose, results
 from tests.errors import usage_error
@@ -120,7 +120,8 @@ def test_what_a_run_starts_from_is_made_again_where_it_is_lost(tmp_path):
 def test_every_run_of_the_repository_composes():
     arms = Arms()
     for arm, seed in arms.ordered():
-        if not (arm.command == "peers" or arm.retired or arm.best_of) and seed == arm.seeds[0]:
+        is_module = arm.command in PROGRAMS
+        if not (is_module or arm.retired or arm.best_of) and seed == arm.seeds[0]:
             assert compose(
                 arm.command,
                 *command_line(

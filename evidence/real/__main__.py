@@ -1,0 +1,225 @@
+"""`python -m evidence.real run_dir=... data.root=CIFAR10 ptq=...`: quantize a trained encoder.
+
+Settings are those of `ptq.py`. The encoder of `evidence.real.weights` gets images of CIFAR-10 at
+112 x 112 pixels, 65 tokens. It has no classifier, so its features are judged by a linear probe.
+`float=encoder` measures the largest activations of the float encoder instead, and `float=small`
+those of the small model of the other claims.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from typing import Any, NamedTuple
+
+import hydra
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import qat
+from evidence.claims.arms import ROOT
+from evidence.real.weights import build
+from qat.data import Cifar10
+from qat.ptq.compensate import compensate
+from qat.ptq.reconstruct import reconstruct
+from qat.ptq.search import logits_of, search
+from qat.tasks.conf import CONF
+from qat.tasks.ptq_start import build_ptq_recipe, build_reconstruct, build_search
+from qat.tasks.results import correct_images, recipe_fields, write_results
+from qat.tasks.set_up import set_up
+
+log = logging.getLogger("qat.evidence.real")
+FOLDER = ROOT / "outputs" / "real"
+SMALL_NET = ROOT / "evidence/weights/START/float-seed0.pt"
+FIT_IMAGES = 5_000
+TEST_IMAGES = 2_000
+PROFILED_IMAGES = 100
+IMAGES = (
+    "data=cifar10",
+    "data.image_size=112",
+    "data.patch_size=14",
+    "data.mean=[0.485,0.456,0.406]",
+    "data.std=[0.229,0.224,0.225]",
+    "data.batch_size=50",
+    "data.num_workers=0",
+)
+# Strengths of the probe's regularization; chosen on float features.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Features(NamedTuple):
+    """Features (N, 384) and labels (N,) of the images that fit the probe, and of test images."""
+
+    fit: NDArray[np.float32]
+    fit_labels: NDArray[np.int64]
+    test: NDArray[np.float32]
+    test_labels: NDArray[np.int64]
+
+
+def main(arguments: list[str]) -> None:
+    """Quantize and measure, with overrides of `ptq.py`; with `float=...`, measure activations."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
+    overrides = [argument for argument in arguments if not argument.startswith("float=")]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("ptq", overrides=[*IMAGES, *overrides])
+    set_up(cfg)
+    settings = {name: value for name, value in cfg.data.items() if name != "_target_"}
+    data = Cifar10(**settings)
+    encoder = build(FOLDER, data.settings.image_size)
+    if "float=encoder" in arguments:
+        measure_activations(cfg, "vit_small_patch14", encoder, data)
+    elif "float=small" in arguments:
+        small_data = Cifar10(root=cfg.data.root, patch_size=8, num_workers=0)
+        measure_activations(cfg, "small", qat.load(SMALL_NET).eval(), small_data)
+    else:
+        quantize(cfg, encoder, data)
+
+
+def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
+    """Quantize the encoder, judge its features, and write `results.json`."""
+    start = time.monotonic()
+    float_features = _float_features(encoder, data)
+    batches = data.calibration_batches(cfg.ptq.batch)
+    recipe = build_ptq_recipe(cfg)
+    if recipe is None:
+        raise qat.UsageError("ptq=keep: must be a recipe for a float model")
+    net = qat.convert(copy.deepcopy(encoder), recipe, input_size=data.input_size).eval()
+    qat.ptq.calibrate(net, batches)
+    if recipe.method in {"compensate", "reconstruct"}:
+        compensate(net, encoder, batches)
+    if recipe.method == "reconstruct":
+        images = torch.cat(batches)
+        resume = bool(cfg.resume)
+        reconstruct(
+            net, encoder, images, build_reconstruct(cfg), run_dir=cfg.run_dir, resume=resume
+        )
+    search_settings = build_search(cfg)
+    if search_settings is not None:
+        with torch.no_grad():
+            targets = [logits_of(encoder, batch, search_settings.micro_batch) for batch in batches]
+        search(net, batches, targets, search_settings, run_dir=cfg.run_dir, resume=bool(cfg.resume))
+    quantize_seconds = time.monotonic() - start
+    features = _features(net, data)
+    float_probe = _fit_probe(float_features)
+    own_probe = _fit_probe(features, float_probe[-1].C)
+    cosine = F.cosine_similarity(torch.tensor(features.test), torch.tensor(float_features.test))
+    is_correct = own_probe.predict(features.test) == features.test_labels
+    write_results(
+        cfg,
+        command="real",
+        model="vit_small_patch14",
+        **recipe_fields(recipe),
+        split="test",
+        images=TEST_IMAGES,
+        top1=_accuracy(own_probe, features),
+        top1_fp=_accuracy(float_probe, float_features),
+        top1_float_probe=_accuracy(float_probe, features),
+        cosine=cosine.mean().item(),
+        **correct_images(torch.tensor(is_correct)),
+        quantize_seconds=round(quantize_seconds, 1),
+        wall_seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def measure_activations(cfg: DictConfig, name: str, net: nn.Module, data: Cifar10) -> None:
+    """Measure the inputs of modules in all blocks of a float model, and write `results.json`."""
+    curves = {}
+    for layer, by_block in _largest(net, data).items():
+        curves[layer] = list(enumerate(by_block))
+    write_results(
+        cfg, command="real", model=name, quant="fp", images=PROFILED_IMAGES, curves=curves
+    )
+
+
+def _float_features(encoder: nn.Module, data: Cifar10) -> Features:
+    """Features of the float encoder, which are computed once and then read from a file."""
+    path = FOLDER / "float-features.npz"
+    if not path.exists():
+        features = _features(encoder, data)
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, **features._asdict())
+        unfinished.rename(path)
+    with np.load(path) as arrays:
+        return Features(*(arrays[name] for name in Features._fields))
+
+
+@torch.no_grad()
+def _features(net: nn.Module, data: Cifar10) -> Features:
+    parts: list[NDArray[Any]] = []
+    for split, count in (("train", FIT_IMAGES), ("test", TEST_IMAGES)):
+        outputs = []
+        labels = []
+        for images, batch_labels in data.sample(split, count):
+            outputs.append(net(images))
+            labels.append(batch_labels)
+        parts.append(torch.cat(outputs).numpy())
+        parts.append(torch.cat(labels).numpy())
+        log.info("features of %d images of %s", count, split)
+    return Features(*parts)
+
+
+def _fit_probe(features: Features, strength: float | None = None) -> Pipeline:
+    """Logistic regression on normalized features.
+
+    Args:
+        features: features and labels.
+        strength: inverse of the regularization's weight; None = the best of `STRENGTHS` on a fifth
+            of the fitted images, which are left out for this choice.
+    """
+    if strength is None:
+        num_chosen = len(features.fit) // 5
+        accuracies = {}
+        for candidate in STRENGTHS:
+            probe = _probe(candidate)
+            probe.fit(features.fit[num_chosen:], features.fit_labels[num_chosen:])
+            left_out = features.fit[:num_chosen]
+            accuracies[candidate] = probe.score(left_out, features.fit_labels[:num_chosen])
+        strength = max(accuracies, key=accuracies.__getitem__)
+        log.info("regularization of the probe: %s", accuracies)
+    return _probe(strength).fit(features.fit, features.fit_labels)
+
+
+def _probe(strength: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+
+
+def _accuracy(probe: Pipeline, features: Features) -> float:
+    """Top-1 on the test images, in percent."""
+    return 100 * float(probe.score(features.test, features.test_labels))
+
+
+@torch.no_grad()
+def _largest(net: Any, data: Cifar10) -> dict[str, list[float]]:
+    """Largest magnitude over root mean square, by block, of the inputs of three modules."""
+    largest: dict[str, list[float]] = {"block": [], "qkv": [], "fc2": []}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            largest[name].append((x.abs().max() / x.square().mean().sqrt()).item())
+
+        return hook
+
+    for block in net.blocks:
+        block.register_forward_pre_hook(record("block"))
+        block.attn.qkv.register_forward_pre_hook(record("qkv"))
+        block.mlp.fc2.register_forward_pre_hook(record("fc2"))
+    loader: DataLoader[Any] = data.sample("test", PROFILED_IMAGES)
+    net(torch.cat([images for images, _ in loader]))
+    return largest
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
