@@ -24,7 +24,7 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.quant_module import kept_weights
+from qat.nn.quant_module import cached_weights
 from qat.utils.files import csv_text, json_text, replacing, write_text
 from qat.utils.probing import probing
 from qat.utils.text import duration
@@ -194,7 +194,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     rows = []
     for n_evaluated, point in enumerate(points, 1):
         score = point.score or images.score
-        with probing(point.net, ()), point.change(), kept_weights(point.net):
+        with probing(point.net, ()), point.change(), cached_weights(point.net):
             rows.append(point.key | score(point.net))
         present = time.monotonic()
         if present - last_line > SECONDS_BETWEEN_LINES:

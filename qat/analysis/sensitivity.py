@@ -298,7 +298,9 @@ def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractCo
     """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
     for module in net.modules():
-        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(module.between):
+        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(
+            module.outer_quantizers
+        ):
             forwards[module] = module.in_float
     return patched(forwards)
 

@@ -65,7 +65,7 @@ class IterativeFreezing(Callback):
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}
         self._frozen: dict[str, FreezingState] = {}
-        self._freezer = EntryFreezer(after=self._center)
+        self._freezer = EntryFreezer(on_restore=self._center)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the weights to freeze."""

@@ -98,9 +98,9 @@ def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
     x = torch.maximum(x, _PLACES * ln2)
     shift = (x / ln2).floor()
     remainder = x - ln2 * shift
-    linear = (_B / _A / scale).floor()
-    constant = (_C / _A / scale.square()).floor()
-    polynomial = remainder * (remainder + linear) + constant
+    linear_term = (_B / _A / scale).floor()
+    constant_term = (_C / _A / scale.square()).floor()
+    polynomial = remainder * (remainder + linear_term) + constant_term
     return (polynomial * torch.exp2(_PLACES - shift)).floor().clamp(min=0)
 
 
@@ -130,7 +130,7 @@ def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     exponentials = _integer_exp(scores_in_steps - row_max, scale)
     total = exponentials.sum(-1, keepdim=True)
     ratio = (total / exponentials).round()
-    floor = ratio.log2().floor()
-    is_nearer_to_next = ratio >= 1.5 * torch.exp2(floor)
-    exponent = torch.where(is_nearer_to_next, floor + 1, floor)
+    floor_exponent = ratio.log2().floor()
+    is_nearer_to_next = ratio >= 1.5 * torch.exp2(floor_exponent)
+    exponent = torch.where(is_nearer_to_next, floor_exponent + 1, floor_exponent)
     return _power(exponent, bits).to(x.dtype)

@@ -162,11 +162,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     if layout.by_column and dequantized is not None:
         return None
 
-    threads = torch.get_num_threads()
-    step_grads = x.new_zeros(threads, length) if layout.by_column else x.new_empty(layout.rows)
+    num_threads = torch.get_num_threads()
+    step_grads = x.new_zeros(num_threads, length) if layout.by_column else x.new_empty(layout.rows)
     has_before = q.before is not None
     has_after = with_after and q.after is not None
-    sums = x.new_zeros(has_before + has_after, threads, length)
+    sums = x.new_zeros(has_before + has_after, num_threads, length)
     y = None if dequantized is None else x.new_empty(x.shape)
     _run(
         "lsq_backward",

@@ -143,11 +143,12 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
             return _replace_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
         quantizer_input, *saved = producer.forward(x, *norm)
-        scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Producer())
+        args = (*args[:11], None, None, *Producer())
+        grad_scale, sums, y = lsq_backward(grad, quantizer_input, *args)
         grad_x, *norm_grads = producer.backward(out, x, *norm, *saved)
         if grad_x is not out:
             out.copy_(grad_x)
-        return scale, _concatenate(sums, *norm_grads), y
+        return grad_scale, _concatenate(sums, *norm_grads), y
     y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
     grads = reference.lsq_backward(
         grad,
@@ -165,10 +166,10 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 
 
 def _replace_none(
-    scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
+    grad_scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results of `lsq_backward`, with an empty tensor for None: operators cannot return None."""
-    return scale, sums, like.new_empty(0) if y is None else y
+    return grad_scale, sums, like.new_empty(0) if y is None else y
 
 
 def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -3,8 +3,8 @@
 A program processes a tile of queries or keys of one head and image; the grid of programs is (tiles,
 heads, images). Forward and backward compute a probability by the same operations, from the base-2
 logarithm of the sum of its row, so the codes are the same in all passes. `factor` includes the
-factor that turns a power of e into a power of 2. A probability in steps is the probability times
-the reciprocal of the step size. Matrix products are accumulated in float32.
+factor that turns a power of e into a power of 2. `probs_in_steps` are probabilities times the
+reciprocal of the step size. Matrix products are accumulated in float32.
 
 The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
 row to the next. A head has SIZE elements of each row; they fit in a tile of BLOCK_D columns.
@@ -61,7 +61,7 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 @triton.jit
 def _probs(scores: tensor, total: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
-    """Probabilities of scores, and these probabilities in steps."""
+    """Probabilities of scores, and these probabilities divided by the step size."""
     probs = tl.exp2(scores - total)
     return probs, probs * inverse_step
 

@@ -42,7 +42,9 @@ INSTALL = (
     "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
 )
 TIMEOUT_S = 4
-_PATH = re.compile(r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL)
+_PATH_PREFIX = re.compile(
+    r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -119,13 +121,13 @@ def _download(repository: str, origin: str) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    """Raise `ValueError` if an untrusted config would load other files, or a huge model."""
+    """Raise `ValueError` if an untrusted config would load other files or build a huge model."""
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
-        raise ValueError("its arguments would load other files")
+        raise ValueError("the arguments would load other files")
     if "${" in json.dumps(config):
-        raise ValueError("it contains '${', which would be resolved as a setting")
+        raise ValueError("the config contains '${', which would be resolved as a setting")
     image_config = config.get("pretrained_cfg") or {}
     if not isinstance(image_config, dict):
         image_config = {}
@@ -142,9 +144,9 @@ def _check_size(
     shapes = {}
     with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
         names = file.keys()
-        for name_of_tensor in names:
-            shapes[name_of_tensor] = torch.empty(
-                file.get_slice(name_of_tensor).get_shape(), device="meta"
+        for tensor_name in names:
+            shapes[tensor_name] = torch.empty(
+                file.get_slice(tensor_name).get_shape(), device="meta"
             )
     check_net(name, arguments, shapes, pretrained_size=input_size)
 
@@ -182,7 +184,7 @@ def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
 def _classifier_class(config: Mapping[str, Any]) -> str:
     """Name of Transformers' image classifier class for a config, even the config of an encoder."""
     if config.get("quantization_config"):
-        raise ValueError("it is already quantized; use from_pretrained of transformers")
+        raise ValueError("the model is already quantized; use from_pretrained of transformers")
     model_type = config.get("model_type")
     names = package().models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     classes = names.get(model_type, ())
@@ -247,7 +249,7 @@ def save_pretrained(
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
         meta["data"].pop("root", None)
-        meta["data"] = _without_paths(meta["data"])
+        meta["data"] = _strip_paths(meta["data"])
     write_packed(frozen, folder / WEIGHTS, meta)
     check_loads(folder / WEIGHTS)
     config = {
@@ -258,43 +260,43 @@ def save_pretrained(
         "label_names": meta["classes"],
         **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
         "size_bytes": (folder / WEIGHTS).stat().st_size,
-        "results": _without_paths(measured),
+        "results": _strip_paths(measured),
     }
     write_text(folder / CONFIG, json_text(config))
-    write_text(folder / "README.md", _card(net, config, license, source))
+    write_text(folder / "README.md", _model_card(net, config, license, source))
     return folder
 
 
-def _without_paths(value: Any) -> Any:
+def _strip_paths(value: Any) -> Any:
     """Copy plain data, and replace each path in it by the path's last part."""
     if isinstance(value, dict):
-        return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
+        return {_strip_paths(key): _strip_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(entry) for entry in value]
+        return [_strip_paths(entry) for entry in value]
     if isinstance(value, str):
-        return _PATH.sub("", value)
+        return _PATH_PREFIX.sub("", value)
     return value
 
 
-def _words(text: object) -> str:
+def _escape_markdown(text: object) -> str:
     """Make untrusted text safe for Markdown: remove markup, HTML and line breaks."""
     line = " ".join(str(text).split())
     return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
 
-def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
+def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
     """The model card: architecture, recipe, accuracy, size, and how to load the model."""
     conversion = conversion_of(net)
     recipe = "float"
     if conversion is not None:
         bits = f"weights {conversion.recipe.bits} bit, activations {conversion.recipe.act_bits} bit"
-        recipe = f"`{_words(conversion.recipe.name)}`: {bits}"
-    results = [f"{key} {_words(value)}" for key, value in config["results"].items()]
+        recipe = f"`{_escape_markdown(conversion.recipe.name)}`: {bits}"
+    results = [f"{key} {_escape_markdown(value)}" for key, value in config["results"].items()]
     dataset = (config["data"] or {}).get("_target_", "not stated")
     rows = {
-        "Architecture": f"`{_words(config['architecture'])}` of timm",
+        "Architecture": f"`{_escape_markdown(config['architecture'])}` of timm",
         "Recipe": recipe,
-        "Data": _words(dataset),
+        "Data": _escape_markdown(dataset),
         "Accuracy": ", ".join(results) or "not measured",
         "Packed file": f"{config['size_bytes']:,} bytes",
     }
@@ -317,7 +319,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
 {data.to_yaml()}
 ---
 
-# {_words(config["architecture"])}, quantized
+# {_escape_markdown(config["architecture"])}, quantized
 
 | | |
 |---|---|
@@ -373,7 +375,7 @@ def push_to_hub(
         private: True = only the owner can see a new repository.
         api: a `huggingface_hub.HfApi`; None = a new one with the token of `hf auth login` or
             HF_TOKEN.
-        saving: further arguments of `save_pretrained`.
+        saving: additional arguments of `save_pretrained`.
 
     Returns:
         The address of the upload.

@@ -69,7 +69,7 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """Make the conversion report of a model, by a run on an image of zeros.
+    """Conversion report of a model, which runs once on an image of zeros.
 
     The report of a float model has no rows.
     """

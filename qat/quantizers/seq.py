@@ -52,6 +52,6 @@ class SEQ(LSQ):
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Values at odd multiples of half the learned step."""
+        """Values at odd multiples of half the learned step size."""
         grid = self._grid(self.spec.qmin, self.spec.qmax)
         return dataclasses.replace(grid, zero_point=-0.5)

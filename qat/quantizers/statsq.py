@@ -75,7 +75,7 @@ class StatsQ(Quantizer):
 class ActStatsQ(StatsQ):
     """StatsQ of activations, from the statistics of each batch along the axis of the spec.
 
-    It is always signed, because StatsQ's grid is symmetric.
+    The codes are always signed, because StatsQ's grid is symmetric.
     """
 
     def scale_of(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from qat.model.start import (
     from_state,
     from_transformers,
 )
-from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
+from qat.model.transfer import add_random_biases, copy_scales, reset_attention_weights
 from qat.nn.hf_constructor import CLASSIFIER
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
@@ -242,12 +242,12 @@ def quantize(
         Notes for the user, one line each.
     """
     as_reference = init == "reference" and recipe.name != "fp"
-    reset = invent_biases(start.net) if as_reference else []
+    reset = add_random_biases(start.net) if as_reference else []
     convert(start.net, recipe, input_size=data.input_size)
     if recipe.name == "fp":
         return []
     if as_reference:
-        reset += forget_attention_weights(start.net)
+        reset += reset_attention_weights(start.net)
     notes = [f"re-initialised, as in the paper's code: {', '.join(reset)}"] if reset else []
     copied: list[str] = []
     missing: list[str] = []

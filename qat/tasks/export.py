@@ -21,7 +21,7 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, outputs_and_codes
+from qat.export.check import CheckResult, compare, outputs_and_codes
 from qat.export.onnx_file import (
     IMAGES,
     OnnxSettings,
@@ -36,10 +36,10 @@ from qat.export.runtimes import (
     EXECUTORCH,
     ONNXRUNTIME,
     OPENVINO,
+    int8_sums_saturate,
     milliseconds,
     open_session,
     quantize_8bit,
-    saturates,
 )
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
@@ -142,7 +142,7 @@ def export(cfg: DictConfig) -> float:
 
     results: dict[str, Any] = {}
 
-    def write(path: Path) -> Checked:
+    def write(path: Path) -> CheckResult:
         if file_format == "onnx":
             return write_onnx(path, frozen, net, meta, images, settings)
         if file_format == "executorch":
@@ -152,7 +152,7 @@ def export(cfg: DictConfig) -> float:
         results["bytes"] = write_packed(frozen, path, meta)
         loaded = load(path)
         agreement = compare(net, loaded, lambda: partial(outputs_and_codes, loaded), images)
-        return Checked({"qat.load": agreement})
+        return CheckResult({"qat.load": agreement})
 
     checked = write_checked(target, write)
     if file_format != "packed":
@@ -239,7 +239,7 @@ def _target(cfg: DictConfig) -> Path:
 
 
 def _compare_with_float(
-    path: Path, float_net: nn.Module, image: torch.Tensor, checked: Checked, repeats: int
+    path: Path, float_net: nn.Module, image: torch.Tensor, checked: CheckResult, repeats: int
 ) -> dict[str, Any]:
     """Size and time of a file, compared with files of the same model in float.
 
@@ -292,7 +292,7 @@ def _time(
     return {name: round(time_ms, 3) for name, time_ms in times.items()}
 
 
-def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
+def _log_results(checked: CheckResult, results: dict[str, Any], file: str) -> None:
     entries = {"file": file}
     for key, value in results.items():
         if key != "time_of_float":
@@ -315,7 +315,7 @@ class _Use(NamedTuple):
     runtime: str | None = None
 
 
-def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_Use]:
+def _uses(file_format: str, settings: OnnxSettings, checked: CheckResult) -> list[_Use]:
     """Ways to run the file; docs/deployment.md has the measurements behind the advice."""
     if file_format == "packed":
         return [_Use("qat", "qat.load(file), or ckpt=file in a command")]
@@ -337,7 +337,7 @@ def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_U
         openvino += "; not checked, as it is not installed"
     elif agreement.problem:
         openvino = "do not use"
-    is_without_vnni = saturates()
+    is_without_vnni = int8_sums_saturate()
     return [
         _Use(
             "onnxruntime, with VNNI or on ARM", with_vnni, None if is_without_vnni else ONNXRUNTIME

@@ -123,7 +123,7 @@ def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side)
     assert found == {
         name
         for name, m in net.named_modules()
-        if isinstance(m, IntegerLayerNorm) and sites[side] in m.between
+        if isinstance(m, IntegerLayerNorm) and sites[side] in m.outer_quantizers
     }
     assert len(found) == ("weight" not in side)
     with in_float(net):

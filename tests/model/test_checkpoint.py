@@ -271,7 +271,7 @@ def changed(path, change):
     torch.save(content, path)
 
 
-OTHER_KIND = "its description of the model: a value has the wrong type"
+OTHER_KIND = "was not written by qat (a value has the wrong type"
 
 
 def with_weights(**tensors):
@@ -289,7 +289,7 @@ def with_arguments(**arguments):
     [
         ({"format_version": "2"}, OTHER_KIND),
         ({"data": {"model": 7}}, OTHER_KIND),
-        ({"data": {"in_chans": [3], "mean": [0.5]}}, "its data.mean=[0.5]: must be"),
+        ({"data": {"in_chans": [3], "mean": [0.5]}}, "data.mean=[0.5]: must be"),
         ({"format_version": 2}, "(format 2)"),
         (with_weights(**{"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
         (lambda c: c["state_dict"].pop("head.bias"), "head.bias"),
@@ -305,14 +305,14 @@ def test_a_file_that_does_not_fit(path, change, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([1, 2], "holds a list, expected a dictionary of tensors"),
-        ({}, "holds no weights"),
+        ([1, 2], "contains a list; must contain a dictionary of tensors"),
+        ({}, "must contain weights; has none"),
         (
             {
                 "state_dict": {1: torch.zeros(1)},
                 "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}],
             },
-            "holds no weights",
+            "must contain weights; has none",
         ),
     ],
 )
@@ -323,7 +323,7 @@ def test_content_without_weights(path, content, said):
 
 def test_a_plain_state_dict_does_not_say_what_it_is(path):
     torch.save(vit().state_dict(), path)
-    refused(path, "does not say which model it holds; set model=")
+    refused(path, "does not name its model; set model=")
 
 
 @pytest.mark.sample(1)
@@ -344,7 +344,7 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 )
 def test_a_description_that_cannot_be_followed(path, meta, said):
     changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
-    refused(path, "cannot build the model it describes", said)
+    refused(path, "cannot build the model that the file describes", said)
 
 
 @pytest.mark.parametrize("knob", ["weight_quantizer", "act_quantizer", "overrides"])
@@ -422,8 +422,8 @@ DEEP = {"nested": nested(150)}
             "an image of (1, 8000, 8000) takes",
         ),
         ({"input_size": [1, 10**6, 10**6]}, OTHER_KIND),
-        ({"data": DEEP}, "its description of the model: is nested more than 32 deep"),
-        ({"classes": shared(30)}, "its description of the model: holds more than 1000000 values"),
+        ({"data": DEEP}, "was not written by qat (is nested more than 32 deep"),
+        ({"classes": shared(30)}, "was not written by qat (holds more than 1000000 values"),
         ({"classes": "0123456789"}, OTHER_KIND),
         ({"classes": {"0": "a"}}, OTHER_KIND),
         ({"classes": [*"012345678", 9]}, OTHER_KIND),
@@ -648,4 +648,4 @@ def test_numbers_that_are_not_finite_are_refused(path, monkeypatch, make, name, 
 
     monkeypatch.setattr(qat.model.storage, "_build", with_statistics)
     kind = "buffer" if name == "running_mean" else "weight"
-    refused(path, f"its {kind} {name} holds NaN or infinity")
+    refused(path, f"{kind} {name} is NaN or infinite")

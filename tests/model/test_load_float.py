@@ -37,8 +37,8 @@ def test_a_head_for_another_number_of_classes_is_new(path, num_classes):
 
 def test_needs_float_weights(path):
     torch.save(vit().state_dict(), path)
-    with pytest.raises(qat.UsageError, match="does not say which model it holds"):
+    with pytest.raises(qat.UsageError, match="does not name its model"):
         qat.load_float(path)
     qat.save(qat.freeze(quantized("ofq")), path)
-    with pytest.raises(qat.UsageError, match="holds only integer codes"):
+    with pytest.raises(qat.UsageError, match="contains only integer codes"):
         qat.load_float(path)

@@ -18,7 +18,7 @@ from qat.data import Digits
 from qat.data.sampler import SeededSampler
 from qat.lit import Teacher
 from qat.losses import Distillation, Kure, StepContext
-from qat.model.transfer import forget_attention_weights, invent_biases
+from qat.model.transfer import add_random_biases, reset_attention_weights
 from qat.nn import QkrAttention
 from qat.quantizers import build_quantizer
 from tests.callbacks.fitting import Steps, fit, module, moved
@@ -206,7 +206,7 @@ def test_deviates_from_reference_attention_weights_are_lost_only_on_request(pres
     # `model.init=reference` does what the reference's conversion does: proj, and qkv without QKR, are drawn anew; nothing else is.
     net = converted(preset)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    lost = forget_attention_weights(net)
+    lost = reset_attention_weights(net)
     changed = {
         name
         for name, p in net.named_parameters()
@@ -271,7 +271,7 @@ def test_deviates_from_reference_position_biases_are_kept(preset):
     assert len(tables) == 4
     for name in tables:
         assert torch.equal(net.get_parameter(name), plain.get_parameter(name))
-    assert set(tables) <= set(forget_attention_weights(net))
+    assert set(tables) <= set(reset_attention_weights(net))
     for name in tables:
         assert not torch.equal(net.get_parameter(name), plain.get_parameter(name))
 
@@ -282,7 +282,7 @@ def test_deviates_from_reference_a_merging_gets_a_bias_only_on_request():
     name = "layers.1.downsample.reduction"
     assert swin.converted().get_submodule(name).bias is None
     net = swin.build()
-    assert invent_biases(net) == [name]
+    assert add_random_biases(net) == [name]
     net = qat.convert(net, qat.recipe("ofq"), input_size=swin.input_size)
     assert 0 < net.get_submodule(name).bias.abs().max() <= 64**-0.5
 

@@ -119,7 +119,7 @@ MISTAKES = {
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
     "analysis=oscillation ckpt={four}": "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",
-    "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer holds only integer codes; ",
+    "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer contains only integer codes; ",
 }  # fmt: skip
 
 

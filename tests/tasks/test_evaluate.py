@@ -269,7 +269,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, mo
     )
     assert not (tmp_path / "made").exists()
     assert (
-        "its data.mean=[{"
+        "data.mean=[{"
         if "mean" in data and type(data["mean"][0]) is dict
         else "choose it with data=..."
     ) in message

@@ -167,7 +167,7 @@ def test_a_line_for_each_target_of_a_file(
     settings, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(qat.tasks.export, "saturates", lambda: is_without_vnni)
+    monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: is_without_vnni)
     exported(tmp_path, f"ckpt={deployable}", *settings)
     (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("run it in")]
     lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines()[1:])

@@ -84,7 +84,7 @@ def test_rows_of_an_odd_length(tmp_path):
     frozen = qat.freeze(net)
     assert torch.equal(frozen(tiny.randn(2, 3, 8, 8)), net(tiny.randn(2, 3, 8, 8)))
     weight = frozen[1].weight_quantizer
-    parts = weight.packed()
+    parts = weight.pack()
     assert (parts["qdata"].shape, parts["scale"].shape) == ((19, 11), (19, 2))
     assert torch.equal(unpack_pairs(parts["qdata"], 21), weight.codes())
 
@@ -107,7 +107,7 @@ def test_torchao_opens_a_weight(name, tmp_path):
         theirs = mx.MXTensor(
             parts["qdata"], parts["scale"], kind, 32, torch.float32, preference, None, False
         )
-    ours = net.blocks[0].mlp.fc2.quantized("weight")
+    ours = net.blocks[0].mlp.fc2.quantized_weight("weight")
     assert theirs.shape == ours.shape
     assert torch.equal(theirs.dequantize(torch.float32), ours)
 

@@ -155,7 +155,7 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
         ),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
-        ([], "more data than its index lists"),
+        ([], "more data than the index lists"),
         ([["n" * 2**24, [1], "c", 0.0, "float32"]], "Unterminated string"),
     ],
     ids=[
@@ -199,7 +199,7 @@ def test_a_net_starts_from_the_numbers_that_codes_stand_for(name, tmp_path):
 def test_nothing_goes_on_from_folded_weights(name, tmp_path):
     written(qat.freeze(made(RECIPES[name])), tmp_path / "net.safetensors")
     net = qat.load(tmp_path / "net.safetensors")
-    with usage_error("^ckpt='net': holds only integer codes"):
+    with usage_error("^ckpt='net': contains only integer codes"):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
-    with usage_error("weight_quantizer holds only integer codes"):
+    with usage_error("weight_quantizer contains only integer codes"):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
