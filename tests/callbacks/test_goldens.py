@@ -218,7 +218,7 @@ def test_tracker(case):
     x, momentum, threshold = (ofq(case, k) for k in ("x_int", "momentum", "threshold"))
     state = frozen = None
     for t, raw in enumerate(x):
-        codes = F.with_frozen(frozen, raw)
+        codes = F.replace_frozen(frozen, raw)
         assert torch.equal(codes, ofq(case, "out")[t])
         state = F.oscillation_step(state, codes, float(momentum))
         frozen = F.freezing_step(frozen, codes, state.frequency, float(threshold), float(momentum))

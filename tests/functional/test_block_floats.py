@@ -31,7 +31,7 @@ def same(a, b):
 def scale_of_each(factors, t, form):
     """The scale of each element of whole blocks."""
     scales = factors if t is None else factors * t
-    return scales.repeat_interleave(form.block, -1)
+    return scales.repeat_interleave(form.block_size, -1)
 
 
 def test_all_16_codes_of_e2m1():
@@ -86,10 +86,10 @@ def test_codes_and_scales_give_the_values_and_a_short_block_is_a_block(form, len
     x = randn(3, length) * torch.tensor([[1e-3], [1.0], [30.0]])
     codes, factors, t = block_float_codes(x, form)
     assert (codes.dtype, codes.shape) == (torch.uint8, x.shape)
-    assert factors.shape == (3, -(-length // form.block))
+    assert factors.shape == (3, -(-length // form.block_size))
     scales = scale_of_each(factors, t, form)[:, :length]
     assert torch.equal(float_values(codes, form) * scales, block_float(x, form))
-    rest = length % form.block
+    rest = length % form.block_size
     if rest and t is None:
         assert torch.equal(block_float(x, form)[:, -rest:], block_float(x[:, -rest:], form))
 
@@ -97,11 +97,11 @@ def test_codes_and_scales_give_the_values_and_a_short_block_is_a_block(form, len
 @FORMATS
 def test_zeros_and_scales_that_underflow_give_zeros(form):
     tiny = 2.0**-127 if not form.two_level else 2.0**-20
-    x = torch.zeros(2, form.block * 2)
+    x = torch.zeros(2, form.block_size * 2)
     x[1] = tiny
     x[0, -1] = 1.0 if form.two_level else 0.0
     y, codes = block_float(x, form), block_float_codes(x, form)[0]
-    assert not y[:, : form.block].any()
+    assert not y[:, : form.block_size].any()
     assert not y[1].any()
     assert not codes[1].any()
     assert not block_float(torch.zeros(3, 5), form).any()
@@ -109,10 +109,10 @@ def test_zeros_and_scales_that_underflow_give_zeros(form):
 
 @FORMATS
 def test_nan_and_infinity(form):
-    x = torch.ones(2, form.block * 2)
+    x = torch.ones(2, form.block_size * 2)
     x[0, 0] = NAN
     y = block_float(x, form)
-    assert y[0, : form.block].isnan().all()
+    assert y[0, : form.block_size].isnan().all()
     assert y.isnan().all() == form.two_level
     assert block_float_codes(x, form)[1][0, 0].isnan()
     x[0, 0] = -INF
@@ -121,18 +121,18 @@ def test_nan_and_infinity(form):
         assert y.isnan().all()
         return
     assert y[0, 0] == -INF
-    assert not y[0, 1 : form.block].any()
+    assert not y[0, 1 : form.block_size].any()
     assert y[1].eq(1).all()
 
 
 @FORMATS
 def test_the_gradient_passes_but_where_a_value_saturates(form):
-    x = randn(8, 3 * form.block).requires_grad_()
+    x = randn(8, 3 * form.block_size).requires_grad_()
     y = block_float(x, form)
     grad = randn(*x.shape)
     y.backward(grad)
     _, factors, t = block_float_codes(x.detach(), form)
-    beyond = x.detach().abs() / scale_of_each(factors, t, form) > form.highest
+    beyond = x.detach().abs() / scale_of_each(factors, t, form) > form.max_value
     assert 0 < beyond.sum() < 0.1 * x.numel()
     assert torch.equal(x.grad, torch.where(beyond, 0.0, grad))
 

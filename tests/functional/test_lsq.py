@@ -10,7 +10,7 @@ from qat import functional as F
 from qat.functional.lsq import MSE_FACTORS, SCALE_FLOOR, CodeRange, lsq_forward
 from qat.functional.observers import affine_error
 from qat.functional.ste import sum_along
-from qat.quantizers.lsq import _on_grid
+from qat.quantizers.lsq import _fake_quantize
 from tests.tiny import randn
 
 SHAPES = (6, 5), (2, 4, 3), (2, 3, 4, 5)
@@ -115,7 +115,7 @@ def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))
 
 
-@pytest.mark.parametrize("quantize", [None, _on_grid])
+@pytest.mark.parametrize("quantize", [None, _fake_quantize])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("axis", [None, 0, -2, -1])

@@ -60,8 +60,8 @@ def test_quantile_of_long_rows(q, monkeypatch):
     rows = randn(3, 1001)
     expected = np.quantile(rows.double().numpy(), q, axis=1)
     # torch.quantile has ranks in float32, 1e-4 of the way to the next value; ours are in float64.
-    for longest, tolerance in ((observers.LONGEST_ROW, 1e-4), (1000, 1e-6)):
-        monkeypatch.setattr(observers, "LONGEST_ROW", longest)
+    for longest, tolerance in ((observers.MAX_QUANTILE_VALUES, 1e-4), (1000, 1e-6)):
+        monkeypatch.setattr(observers, "MAX_QUANTILE_VALUES", longest)
         assert_close(
             observers.quantiles(rows, q, 0.5)[0].double(),
             torch.from_numpy(expected),

@@ -28,14 +28,14 @@ def test_nan_until_initialised(quantizer, offsets):
 def test_one_scale_per_slice(quantizer, axis, n):
     made = allocated(quantizer, randn(2, 3, 4), axis=axis)
     assert made.scale.shape == (n,)
-    assert made.n_scales == made.n_groups(torch.Size((7, 3, 4))) == n
+    assert made.num_stored_scales == made.num_scales(torch.Size((7, 3, 4))) == n
 
 
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
 def test_a_negative_axis_that_meets_the_batch_becomes_a_tensor_scale(quantizer):
     made = allocated(quantizer, randn(8, 4), axis=-2)
     assert made.axis is None
-    assert made.n_scales == 1
+    assert made.num_stored_scales == 1
     made.calibrate(randn(8, 4), {})
     assert made(randn(5, 4)).shape == (5, 4)
 

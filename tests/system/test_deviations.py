@@ -197,8 +197,8 @@ def test_deviates_from_reference_an_axis_never_means_the_batch():
     spec = qat.recipe("ofq").act_spec("input", "block")
     quantizer = build_quantizer(spec)
     quantizer.allocate(torch.Size((4, 32)), torch.device("cpu"))
-    assert quantizer.n_scales == 1
-    assert sites(net)["head.input_quantizer"].quantizer.n_scales == 1
+    assert quantizer.num_stored_scales == 1
+    assert sites(net)["head.input_quantizer"].quantizer.num_stored_scales == 1
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
@@ -418,7 +418,7 @@ def test_deviates_from_reference_maps_have_one_scale(map_scales, scales):
     net = ATTENTIONS["swin"].quantized(bits=2, map_scales=map_scales)
     mlp = net.layers[0].blocks[0].mlp
     for layer in (mlp.fc1, mlp.fc2):
-        assert layer.input_quantizer.n_scales == scales
+        assert layer.input_quantizer.num_stored_scales == scales
     x = randn(1, 64, 16)
     # Two columns change places: the result follows only if they share a scale.
     swapped = torch.arange(64).view(8, 8)[:, [1, 0, *range(2, 8)]].flatten()

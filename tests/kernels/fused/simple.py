@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qat.functional.lsq import lsq
 from qat.functional.statsq import statsq
 from qat.kernels import LSQParams
-from qat.kernels.fused.heads import heads_of
+from qat.kernels.fused.heads import split_heads
 from qat.kernels.fused.operand import probs_dtype
 from qat.kernels.fused.scores import ScoreShape, Scoring, to_probs
 from qat.kernels.fused.weight import WeightParams
@@ -55,7 +55,7 @@ def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) 
 def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
     """See `qat.kernels.fused.attention`."""
     q, k, v = (
-        heads_of(quantize(o, x), scoring.num_heads)
+        split_heads(quantize(o, x), scoring.num_heads)
         for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)
     )
     return _gather(q @ k.transpose(-2, -1) * scoring.factor, v, operands[3], scoring)
@@ -78,4 +78,4 @@ def qkr_attention(
     v = quantize(
         operands.values, F.linear(xq, quantize_weight(params[1], weights.v), weights.v_bias)
     )
-    return _gather(scores * scoring.factor, heads_of(v, num_heads), operands.probs, scoring)
+    return _gather(scores * scoring.factor, split_heads(v, num_heads), operands.probs, scoring)

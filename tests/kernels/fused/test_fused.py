@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from qat.kernels import CodeRange, LSQParams, Producer
 from qat.kernels.fused import (
-    QkrOperands,
+    QkrQuantizers,
     QkrWeights,
     Scoring,
     WeightParams,
@@ -185,7 +185,7 @@ def extras(kind):
 @pytest.fixture(params=[1, 8], ids=["rows as they are", "rows of eight"])
 def rows(request, monkeypatch):
     """What rows of scores are a multiple of."""
-    monkeypatch.setitem(heads.ROWS, "cpu", request.param)
+    monkeypatch.setitem(heads.ROW_MULTIPLES, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("rows")
@@ -202,7 +202,7 @@ def test_attention(factor, kind, keep):
 
 def test_products_see_rows_of_eight(monkeypatch):
     seen = []
-    monkeypatch.setitem(heads.ROWS, "cpu", 8)
+    monkeypatch.setitem(heads.ROW_MULTIPLES, "cpu", 8)
     product = heads.heads_product
     for module in ("attention", "scores"):
         found = sys.modules[f"qat.kernels.fused.{module}"]
@@ -235,7 +235,7 @@ def qkr_parts(per_key=False, params=TWO_WIDTHS):
         randn(H * C, seed=65),
         randn(H, C, seed=67) if per_key else None,
     )
-    operands = QkrOperands(
+    operands = QkrQuantizers(
         operand(N, TOKEN, 2),
         operand(N * H, TOKEN, 0, 5, 3.0),
         operand(C, CHANNEL, 2, 10),
