@@ -95,7 +95,8 @@ def test_freeze_holds_queries_and_keys():
         assert not steps.gradients[0][name].any()
 
 
-def test_product_gates_the_gradient_of_the_folded_matrix():
+def test_deviates_from_reference_queries_and_keys_can_anneal():
+    # There the gate of queries and keys gates nothing.
     # dWq_h = Wk_h G_h^T and dWk_h = Wq_h G_h (spec section 4) with G masked by the band of M; G from a run that gates nothing.
     start = net()
     attention = sites(start)["blocks.0.attn.qk_quantizer"].owner
@@ -250,7 +251,10 @@ def test_impossible_settings(settings, message):
         ),
     ],
 )
-def test_runs_that_it_cannot_anneal(start, callbacks, message):
+def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do(
+    start, callbacks, message
+):
+    # There a net without such weights is trained without masks.
     learner = module(net(start))
     with usage_error(message):
         fit(learner, *callbacks)

@@ -204,7 +204,8 @@ FILLED = {
 
 
 @pytest.mark.parametrize("way", FILLED)
-def test_a_net_with_scales_runs_and_is_checked_no_more(way):
+def test_deviates_from_reference_scales_exist_from_conversion_on(way):
+    # There they are None until a first batch, so that a strict load into a fresh net fails.
     source, net = quantized(), converted()
     assert refuses(net)
     FILLED[way](source, net)
