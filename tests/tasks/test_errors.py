@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 
 from qat.cli import mistakes
 from qat.model import pretrained
-from tests.campaign.checkpoints import Payload
 from tests.conftest import compose, contents, results, tiny
+from tests.payload import Payload
 
 WHOLE = "must be an integer (?:of at least|from)"
 NOTHING_TO_DO = "must be above 0"

@@ -297,6 +297,25 @@ def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
     assert_same_run(run_dir, full)
 
 
+SPOILED = {
+    "no loops": lambda content: content.pop("loops"),
+    "no optimizer": lambda content: content.pop("optimizer_states"),
+    "fewer groups": lambda content: content["optimizer_states"][0]["param_groups"].pop(),
+}
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_run_does_not_go_on_from_a_file_that_lacks_something(name, tmp_path, full):
+    run_dir = shutil.copytree(full, tmp_path / "run")
+    content = last(run_dir)
+    SPOILED[name](content)
+    torch.save(content, run_dir / "checkpoints" / "last.ckpt")
+    (run_dir / "checkpoints" / "last.prev.ckpt").unlink()
+    with usage_error("^resume"):
+        run(run_dir, "resume=true", "trainer.max_epochs=4")
+
+
 IN_STEPS = "; the learning rate follows the original schedule"
 
 
@@ -465,11 +484,15 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
             r"^optimizer\.lr=0\.1 \(the run had 0\.001\): a resumed run keeps its optimizer and schedule; ",
         ),
         (
+            ["optimizer=sgd"],
+            r"^optimizer\.opt='sgd' \(the run had 'adamw'\)",
+        ),
+        (
             ["trainer.max_epochs=2"],
             r"^trainer\.max_epochs=2: .*last\.ckpt was already trained for 3 epochs; must be at least 3$",
         ),
     ],
-    ids=["rate", "epochs"],
+    ids=["rate", "optimizer", "epochs"],
 )
 def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
     before = (full / "config.yaml").read_bytes()
