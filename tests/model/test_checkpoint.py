@@ -203,11 +203,6 @@ def test_another_kind_of_file_is_not_called_damaged(tmp_path, name, said):
     refused(tmp_path / name, said)
 
 
-def test_missing_file(tmp_path):
-    refused(tmp_path / "nowhere.ckpt", "no such file")
-    refused(tmp_path, "must be a file, not a folder")
-
-
 @pytest.mark.parametrize("content", [b"", b"this is no checkpoint\n" * 50, 0.1, 0.5, 0.999])
 def test_a_file_of_something_else_or_a_truncated_one(path, content):
     qat.save(quantized(), path)
@@ -604,14 +599,6 @@ def test_a_wrapper_is_refused_and_what_it_holds_is_saved(path, wrap):
         qat.save(net, path)
     qat.save(net.module, path)
     assert torch.equal(logits(qat.load(path)), logits(net.module))
-
-
-@pytest.mark.long
-def test_compiled_in_place_saves_the_same_names(path):
-    net = quantized()
-    net.compile(backend="eager")
-    qat.save(net, path)
-    assert torch.equal(logits(qat.load(path)), logits(net))
 
 
 def test_training_checkpoint(path):

@@ -1,7 +1,6 @@
 """A run that was stopped goes on as if nothing had happened. Oracle: the same run, uninterrupted."""
 
 import csv
-import resource
 import shutil
 
 import pytest
@@ -232,13 +231,6 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
     assert_same_run(run_dir, full)
 
 
-def test_nothing_to_resume(tmp_path):
-    with usage_error(
-        r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start",
-    ):
-        run(tmp_path / "run", "resume=true")
-
-
 def write(path, content):
     path.write_bytes(content)
 
@@ -275,26 +267,6 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
         return
     with usage_error(r"resume='.*last.prev.ckpt': [^\n]+$"):
         resumed(tmp_path)
-
-
-@pytest.mark.long
-def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
-    before = {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.ckpt"]) // 2, limit[1]))
-    try:
-        line = refused("train", compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    path = run_dir / "checkpoints" / "last.ckpt"
-    assert (
-        line
-        == f"error: {path} cannot be written (File too large); the previous checkpoint is intact"
-    )
-    assert {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == before
-    run(run_dir, "resume=auto")
-    assert_same_run(run_dir, full)
 
 
 SPOILED = {
