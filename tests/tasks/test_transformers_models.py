@@ -15,8 +15,6 @@ from qat.data import image_transform
 from qat.data.hf_processor import processor_settings
 from qat.model.sites import find_blocks
 from qat.tasks import build, fit
-from qat.tasks.analyze import analyze
-from qat.tasks.export import export
 from qat.tasks.ptq import ptq
 from qat.tasks.set_up import set_up
 from qat.tasks.train import train
@@ -131,23 +129,6 @@ def test_a_trained_file_stands_by_itself(home, trained, tmp_path):
     evaluate(tmp_path / "b", f"ckpt={trained}", *photos(home))
     assert "crop_mode: squash" in (tmp_path / "b" / "config.yaml").read_text()
     assert results(tmp_path / "b")["top1"] == expected
-
-
-@pytest.mark.long
-def test_export_and_analysis(home, trained, tmp_path):
-    export(
-        compose(
-            "export",
-            f"ckpt={trained}",
-            f"run_dir={tmp_path / 'x'}",
-            "latency=0",
-            "images=4",
-            "report=false",
-        )
-    )
-    found = results(tmp_path / "x")
-    assert found["agreement"] == 100
-    analyze(compose("analyze", f"ckpt={trained}", "analysis=cost", f"run_dir={tmp_path / 'c'}"))
 
 
 SHORT_PTQ = {
