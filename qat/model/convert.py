@@ -424,9 +424,10 @@ def check_input(
             out = net(zero_image(net, input_size))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
+        own_size = "the size in the model's config" if hf_models(net) else "model.args.img_size"
         raise UsageError(
             f"input_size={input_size}: the model does not accept images of this size ({reason}); "
-            "data.image_size and model.args.img_size must agree"
+            f"data.image_size and {own_size} must agree"
         ) from error
     return named_outputs(out)
 

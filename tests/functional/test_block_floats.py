@@ -62,24 +62,6 @@ def test_ties_go_to_the_even_code(low, high):
     assert nearest_float(-around, NVFP4).tolist() == [-low, -even, -high]
 
 
-def test_powers_of_two_are_below_the_largest():
-    """Max 7 of a block: s = 2^(2 - 2); 8: 2^(3 - 2). What is above 6 s saturates."""
-    x = torch.tensor([7.0, 5.1, 2.5, -0.25, *[0.0] * 28, 8.0, 5.0, -0.5])
-    _, scales, t = block_float_codes(x, MXFP4)
-    assert (scales.tolist(), t) == ([1.0, 2.0], None)
-    assert block_float(x, MXFP4).tolist() == [6.0, 6.0, 2.0, -0.0, *[0.0] * 28, 8.0, 4.0, -0.0]
-    assert block_float(torch.tensor([480.0, 3.0]), MXFP8).tolist() == [448.0, 3.0]
-
-
-def test_two_levels_of_scales():
-    x = torch.cat([torch.full((16,), 2688.0), torch.full((16,), 6.6), torch.tensor([1.0])])
-    codes, factors, t = block_float_codes(x, NVFP4)
-    assert t.item() == 1.0
-    assert factors.tolist() == [448.0, 1.125, 0.171875]  # E4M3 of 448, 1.1 and 1/6
-    assert codes.tolist() == [7] * 33
-    assert block_float(x, NVFP4)[[0, 16, 32]].tolist() == [2688.0, 6.75, 1.03125]
-
-
 @FORMATS
 @pytest.mark.parametrize("length", [1, 15, 16, 32, 33, 75])
 def test_codes_and_scales_give_the_values_and_a_short_block_is_a_block(form, length):

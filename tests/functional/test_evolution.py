@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from qat.functional import evolution
 from qat.functional.evolution import Population
-
-SCALES = torch.tensor([0.1, 0.2, 0.3])
 
 
 def population(*losses):
@@ -18,19 +15,6 @@ def population(*losses):
 
 def names(state):
     return state.scales[:, 0].tolist()
-
-
-def search(seed, cycles, state, block=0):
-    """`cycles` of a search for the origin, from a cycle on."""
-    for cycle in cycles:
-        drawn = evolution.draw(seed, (0, block, cycle), state.scales.shape[1], 0.05)
-        child = evolution.evolve_child(state, drawn)
-        state = evolution.insert_child(state, child, child.square().sum().item())
-    return state
-
-
-def start():
-    return evolution.initial_population(SCALES, SCALES.square().sum().item())
 
 
 @pytest.mark.parametrize(
@@ -50,13 +34,6 @@ def test_deviates_from_reference_equal_losses():
     after = evolution.insert_child(state, torch.full((2,), 9.0), 1.0)
     assert names(after) == [0, 1, 2]
     assert evolution.best_candidate(after)[0].tolist() == [0, 0]
-
-
-def test_a_search_goes_on_from_its_population_alone(tmp_path):
-    whole = search(7, range(12), start())
-    torch.save(search(7, range(5), start())._asdict(), tmp_path / "state.pt")
-    half = Population(**torch.load(tmp_path / "state.pt", weights_only=True))
-    assert_close(tuple(search(7, range(5, 12), half)), tuple(whole), rtol=0, atol=0)
 
 
 def test_draws_are_functions_of_seed_and_place():

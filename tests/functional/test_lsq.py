@@ -103,14 +103,6 @@ def test_backward_keeps_input_and_scale_only():
     assert sorted(kept) == sorted([x.nbytes, scale.nbytes])
 
 
-@pytest.mark.parametrize(("shape", "axis"), CASES)
-@pytest.mark.parametrize(("qmin", "qmax", "factor"), [(-8, 7, 2), (0, 3, 4)])
-def test_first_step(shape, axis, qmin, qmax, factor):
-    x, _ = case(shape, axis)
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
-    assert_close(F.lsq_init_scale(x, qmin, qmax, axis), factor * rows.abs().mean(1) / qmax**0.5)
-
-
 def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))
 
