@@ -23,7 +23,7 @@ from qat.model.pretrained import (
 )
 from qat.model.start import check_model
 from qat.nn.hf_constructor import CLASSIFIER
-from qat.tasks.build import fill_in_num_classes, plain
+from qat.tasks.build import fill_in_num_classes, to_plain
 from qat.tasks.checks import check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
@@ -54,8 +54,8 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     set.
 
     Raises:
-        UsageError: the model cannot be fetched or is not a timm model, or another start is set as
-            well.
+        UsageError: the model cannot be fetched or is not a timm model, or another setting also
+            chooses the initial weights.
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
@@ -108,15 +108,15 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
         )
     folder, args = transformers_folder(name, f"model.name={name!r}")
     own_args = dict(cfg.model.args.items_ex(resolve=False))
-    args["config"] |= plain(own_args.pop("config")) or {}
+    args["config"] |= to_plain(own_args.pop("config")) or {}
     if own_args["architecture"] is None:
         own_args.pop("architecture")
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
             # Photos of a prediction have no settings of their own.
             num_classes = len(args["config"].get("id2label") or "01")
-            unset = dict.fromkeys((*_PREPROCESSING, "image_size"))
-            cfg.data.update({**unset, "num_classes": num_classes})
+            null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
+            cfg.data.update({**null_settings, "num_classes": num_classes})
         if any(key in cfg.data and cfg.data[key] is None for key in _PREPROCESSING):
             settings = processor_settings(folder)
             image_size = settings.pop("image_size")

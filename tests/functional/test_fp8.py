@@ -107,7 +107,7 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula():
         y.backward(randn(5, 77, seed=1))
         return y.detach(), *(leaf.grad for leaf in leaves)
 
-    compiled.register_formulas()
+    compiled.register_decompositions()
     torch._dynamo.reset()
     found = run(torch.compile(fp8, fullgraph=True, options=compiled.compile_options()))
     torch._dynamo.reset()

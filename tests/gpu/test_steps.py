@@ -108,10 +108,13 @@ def course(device, *, graphs, terms, scaled, accumulated):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = Run(
-        device, terms=terms, anneals=True, call=lambda net: CompiledCall(net, net, graphs=graphs)
+        device,
+        terms=terms,
+        anneals=True,
+        call=lambda net: CompiledCall(net, net, cuda_graphs=graphs),
     )
     if run.teacher is not None:
-        run.teacher.compile(graphs=graphs)
+        run.teacher.compile(cuda_graphs=graphs)
     average = torch.optim.swa_utils.AveragedModel(
         run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
     )

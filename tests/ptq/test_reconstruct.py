@@ -88,7 +88,7 @@ def test_inputs_that_are_not_finite():
     net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.pos_embed[0, 0, 0] = torch.inf
-    with usage_error(r"the activations of blocks\.0 hold NaN or infinity"):
+    with usage_error(r"the activations of blocks\.0 are NaN or infinite"):
         reconstruct(net, reference, IMAGES, SETTINGS)
     with usage_error("the reference is quantized"):
         reconstruct(net, net, IMAGES, SETTINGS)
@@ -114,7 +114,7 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
     reference = FAMILIES["siglip"].build(depth=1)
     images = FAMILIES["siglip"].images(8)
     net = calibrated(reference, images)
-    fit, units = module._fit, []
+    fit, units = module._fit_unit, []
 
     def inputs(unit, run):
         seen = []
@@ -133,6 +133,6 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
         units.append(unit)
         return found
 
-    monkeypatch.setattr(module, "_fit", compared)
+    monkeypatch.setattr(module, "_fit_unit", compared)
     reconstruct(net, reference, images, ReconstructSettings(steps=1, batch=8))
     assert "attn_pool.proj" in units

@@ -499,7 +499,7 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
         path.unlink()
     shutil.copy(full / "checkpoints" / "best.ckpt", folder / "best.ckpt")
     with usage_error(
-        r"holds best.ckpt already; choose another run_dir or set overwrite=true",
+        r"contains best.ckpt already; choose another run_dir or set overwrite=true",
     ):
         run(run_dir, "resume=false")
     run(run_dir, "resume=auto")

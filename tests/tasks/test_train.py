@@ -155,7 +155,7 @@ def test_a_used_run_dir_is_refused_and_stays_as_it_is(tmp_path, refused):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     message = refused("train", tiny(run))
     assert (
-        f"run_dir='{run}' holds best.ckpt already; choose another run_dir or set overwrite=true"
+        f"run_dir='{run}' contains best.ckpt already; choose another run_dir or set overwrite=true"
         in message
     )
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
@@ -185,7 +185,7 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         message = refused("train", tiny(run, *mistake))
         assert (
             mistake
-            or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true"
+            or f"contains {(run / name).name} already; choose another run_dir or set overwrite=true"
             in message
         )
         assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
