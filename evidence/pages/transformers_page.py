@@ -32,6 +32,8 @@ model of each class with random weights. A class that is not listed is converted
 - **Files**: whether `save_pretrained` and `from_pretrained`, and `qat.save` and `qat.load`, give
   the outputs of the model to the bit.
 - Query-key reparameterization (`quant.attention=qkr`) is for timm's models only.
+- In double precision on a CPU, torch's sdpa misreads masks in float32, so EoMT in float is wrong
+  there; `attn_implementation="eager"` and quantized attention are right.
 
 | model | class | attention | stays float | heads | files |
 |---|---|---|---|---|---|

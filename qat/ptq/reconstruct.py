@@ -206,7 +206,7 @@ def _fit_unit(
     module = runner.net.get_submodule(unit)
     scale_quantizers: list[Any] = []
     for site in iter_quantizers(runner.net):
-        if site.name.startswith(f"{unit}.") and site.quantizer.n_scales:
+        if site.name.startswith(f"{unit}.") and site.quantizer.num_stored_scales:
             scale_quantizers.append(site.quantizer)
 
     def batch_loss(i: int, generator: torch.Generator | None = None) -> Tensor:
