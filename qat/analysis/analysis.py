@@ -289,9 +289,7 @@ def write_outcome(
         for file_type in kinds:
             with replace_atomically(folder / f"{drawing.name}.{file_type}") as temporary:
                 save_figure(temporary, drawing.figure, drawing.title, drawing.alt, file_type)
-    tables = []
-    for table in outcome.tables:
-        tables.append({"file": f"{table.name}.csv", "title": table.title})
+    tables = [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables]
     figures = []
     for drawing in outcome.drawings:
         file = f"{drawing.name}.svg"

@@ -66,11 +66,10 @@ def _matching_settings(processor: Any) -> dict[str, Any] | None:
         image_size = dict(processor.crop_size)["height"]
     generator = np.random.default_rng(0)
     probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBE_SIZES]
-    expected_images = []
-    for pixels in probes:
-        expected_images.append(
-            processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-        )
+    expected_images = [
+        processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        for pixels in probes
+    ]
     fraction = image_size / shorter_side
     # timm rounds image_size / crop_pct down; the next smaller float compensates for rounding.
     fractions = (fraction, math.nextafter(fraction, 0), getattr(processor, "crop_pct", fraction))

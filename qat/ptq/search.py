@@ -316,8 +316,8 @@ def search(
             if name == order[0]:
                 evaluator.runner.clear_cache()
             fitness_before = state["fitness"]
-            search_index = (pass_index, blocks.index(name))
-            _search_block(evaluator, name, search_index, settings, state, progress)
+            indices = (pass_index, blocks.index(name))
+            _search_block(evaluator, name, indices, settings, state, progress)
             if settings.reference_selection and validate is not None:
                 _select_on_validation(evaluator, pass_index, validate(), state)
             progress.save(state)
@@ -384,7 +384,7 @@ def _check_fitness(fitness: float, candidate: str, advice: str) -> None:
 def _search_block(
     evaluator: Evaluator,
     name: str,
-    search_index: tuple[int, int],
+    indices: tuple[int, int],
     settings: SearchSettings,
     state: dict[str, Any],
     progress: Progress,
@@ -394,13 +394,13 @@ def _search_block(
     Args:
         evaluator: computes the fitness of the net.
         name: name of the block.
-        search_index: (pass, block), each counted from 0.
+        indices: (pass, block), each counted from 0.
         settings: settings of the search.
         state: state of the search, which is updated.
         progress: progress of the search, which gets a row for each candidate.
     """
     start_time = time.perf_counter()
-    pass_index, _ = search_index
+    pass_index, _ = indices
     vector = evaluator.vectors[name]
     initial_scales = vector.read()
     radius = vector.radius(settings.radius)
@@ -424,7 +424,7 @@ def _search_block(
     def draw_cycle(cycle: int) -> Draw:
         return draw(
             settings.seed,
-            (*search_index, cycle),
+            (*indices, cycle),
             len(radius),
             radius,
             size=settings.population,

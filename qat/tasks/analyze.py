@@ -108,10 +108,8 @@ def _single_device(cfg: DictConfig) -> torch.device:
 def _load_images(
     data: ImageData, split: str, num_images: int | None, device: torch.device
 ) -> ImageSet:
-    batches = []
-    for images, labels in data.sample(split, num_images):
-        batches.append((images.to(device), labels.to(device)))
-    return ImageSet(batches, split)
+    sample = data.sample(split, num_images)
+    return ImageSet([(images.to(device), labels.to(device)) for images, labels in sample], split)
 
 
 def build_analysis(settings: DictConfig | None) -> Analysis:

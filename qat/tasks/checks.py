@@ -78,14 +78,13 @@ def check_callback(name: str, callback: object) -> None:
     Raises:
         UsageError: the callback cannot be used.
     """
+    kind = type(callback).__name__
     if not isinstance(callback, Callback):
-        kind = type(callback).__name__
         raise UsageError(
             f"callbacks.{name}: {kind} is not a subclass of lightning.pytorch.Callback"
         )
     for unfit, instead in UNFIT.items():
         if isinstance(callback, unfit):
-            kind = type(callback).__name__
             raise UsageError(f"callbacks.{name}: a run cannot have {kind}; {instead}")
     _check_mode(name, callback)
     _check_file_names(name, callback)
@@ -193,12 +192,11 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
         node: Any = OmegaConf.load(CONF / "data" / f"{group}.yaml")
         groups[group] = DATASETS[node["_target_"]]
     own_group = next((group for group, kind in groups.items() if kind is type(data)), None)
-    unread_names = (
-        [] if own_group is None else [name for name in data.UNREAD if name not in read_elsewhere]
-    )
-    for name in unread_names:
+    if own_group is None:
+        return
+    for name in data.UNREAD:
         value = getattr(data.settings, name)
-        if value == getattr(DataSettings, name):
+        if name in read_elsewhere or value == getattr(DataSettings, name):
             continue
         readers = [group for group, kind in groups.items() if name not in kind.UNREAD]
         first_reader = next(group for group in COMMON_DATA if group in readers)

@@ -267,15 +267,13 @@ def _compare_with_float(
         for runtime, agreement in checked.agreement.items():
             if repeats and agreement.images:
                 times[runtime] = _measure_times(files, runtime, image, repeats)
-    has_agreement = {}
-    for runtime, agreement in checked.agreement.items():
-        has_agreement[runtime] = agreement.problem is None
+    agreements = checked.agreement.items()
     time_of_float = {}
     for runtime, runtime_times in times.items():
         time_of_float[runtime] = round(runtime_times["this"] / runtime_times["float"], 3)
     return {
         "bytes": sizes,
-        "agrees": has_agreement,
+        "agrees": {runtime: agreement.problem is None for runtime, agreement in agreements},
         "latency_ms": times or None,
         "time_of_float": time_of_float or None,
     }
@@ -285,9 +283,7 @@ def _measure_times(
     files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
 ) -> dict[str, float]:
     """Milliseconds of one image with each file in a runtime, in one thread."""
-    sessions = {}
-    for name, file in files.items():
-        sessions[name] = open_session(file, runtime, threads=1)
+    sessions = {name: open_session(file, runtime, threads=1) for name, file in files.items()}
     times = milliseconds(sessions, image, repeats)
     return {name: round(time_ms, 3) for name, time_ms in times.items()}
 

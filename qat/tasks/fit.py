@@ -167,9 +167,9 @@ def build_loggers(cfg: DictConfig, *, resume_step: int = 0) -> list[Logger]:
             loggers.append(instantiate(logger_cfg, f"logger.{name}"))
     for logger in loggers:
         if not isinstance(logger, Logger):
-            kind = type(logger).__name__
             raise UsageError(
-                f"logger: {kind} is not a subclass of lightning.pytorch.loggers.Logger"
+                f"logger: {type(logger).__name__} is not a subclass of "
+                "lightning.pytorch.loggers.Logger"
             )
         if isinstance(logger, CSVLog):
             logger.resume_step = resume_step

@@ -93,88 +93,77 @@ def ptq(cfg: DictConfig) -> float:
             f"trainer.devices={trainer.world_size}: must be 1 with a search or "
             "ptq.method=compensate, reconstruct"
         )
-    quantized_subject = subject
+    quantized_net = subject
     if recipe is not None:
         net = convert(copy_net(subject.net), recipe, input_size=subject.data.input_size)
-        quantized_subject = dataclasses.replace(subject, net=net, recipe=recipe)
+        quantized_net = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
         # Fail early if a target matches no scale.
-        scale_vectors(quantized_subject.net, search_settings.targets)
+        scale_vectors(quantized_net.net, search_settings.targets)
 
     connect(trainer)
     if is_first():
         record_run(cfg)
-        _announce(cfg, quantized_subject, batches, trainer)
+        _announce(cfg, quantized_net, batches, trainer)
     with end_wandb_runs(trainer.loggers):
-        measurements = _measure_float(trainer, subject, teacher)
-        measurements["calibration"] = None
+        facts = _measure_float(trainer, subject, teacher)
+        facts["calibration"] = None
         if recipe is None:
-            measurements["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
+            facts["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
         else:
-            measurements["calibration"] = _calibrate(quantized_subject, batches, trainer)
+            facts["calibration"] = _calibrate(quantized_net, batches, trainer)
             if changes_weights or search_settings:
-                measurements["top1_calibrated"] = _measure(
-                    trainer, quantized_subject, "calibrated"
-                )["top1"]
+                facts["top1_calibrated"] = _measure(trainer, quantized_net, "calibrated")["top1"]
         fit_start_time = time.monotonic()
         if changes_weights:
             # Compute the targets now, with the float model, because quantization changes its
             # weights.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
             settings = reconstruct_settings if method == "reconstruct" else None
-            measurements |= _fit_weights(
-                cfg, quantized_subject.net, teacher, batches, settings, trainer
-            )
+            facts |= _fit_weights(cfg, quantized_net.net, teacher, batches, settings, trainer)
         if search_settings is not None:
-            measurements["search"] = _search(
-                cfg, search_settings, quantized_subject, batches, trainer, teacher
+            facts["search"] = _search(
+                cfg, search_settings, quantized_net, batches, trainer, teacher
             )
-        start_time -= _seconds_before_resume(measurements, fit_start_time)
+        start_time -= _seconds_before_resume(facts, fit_start_time)
         if not cfg.trainer.fast_dev_run and is_first():
-            _save(cfg, quantized_subject, subject)
-        results = _measure(trainer, quantized_subject, "quantized")
+            _save(cfg, quantized_net, subject)
+        results = _measure(trainer, quantized_net, "quantized")
 
-    measurements |= {
-        "weights": origin(cfg),
-        "wall_seconds": round(time.monotonic() - start_time, 1),
-    }
+    facts |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - start_time, 1)}
     write_results(
-        cfg,
-        model=subject.name,
-        **recipe_fields(quantized_subject.recipe),
-        **results,
-        **measurements,
+        cfg, model=subject.name, **recipe_fields(quantized_net.recipe), **results, **facts
     )
     log.info(
         "%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s",
         results["split"],
-        measurements["top1_fp"],
+        facts["top1_fp"],
         results["top1"],
         cfg.run_dir,
     )
-    report_run(cfg, quantized_subject.net, subject.data.input_size)
+    report_run(cfg, quantized_net.net, subject.data.input_size)
     return float(results["top1"])
 
 
-def _save(cfg: DictConfig, quantized_subject: EvaluatedNet, subject: EvaluatedNet) -> None:
+def _save(cfg: DictConfig, quantized_net: EvaluatedNet, subject: EvaluatedNet) -> None:
     save(
-        quantized_subject.net,
+        quantized_net.net,
         Path(cfg.run_dir) / QUANTIZED_FILE,
         model=subject.name,
         data=build.to_plain(cfg.data),
-        classes=classes_of(quantized_subject.net) or subject.data.named_classes(),
+        classes=classes_of(quantized_net.net) or subject.data.named_classes(),
     )
 
 
 def _announce(
-    cfg: DictConfig, quantized_subject: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+    cfg: DictConfig, quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
 ) -> None:
     """Log the model and its recipe, and write `conversion.txt`."""
-    data = quantized_subject.data
+    data = quantized_net.data
     images = f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}"
     entries = {
         "data": summary.describe_data(data),
-        "images": summary.describe_images(data.settings, quantized_subject.assumed),
+        "images": summary.describe_images(data.settings, quantized_net.assumed),
         "calibration": images,
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
@@ -182,13 +171,13 @@ def _announce(
     }
     summary.announce(
         "post-training quantization",
-        quantized_subject.net,
-        quantized_subject.name,
-        quantized_subject.recipe,
+        quantized_net.net,
+        quantized_net.name,
+        quantized_net.recipe,
         data.input_size,
         **entries,
     )
-    log.info(summary.write_conversion(quantized_subject.net, Path(cfg.run_dir)))
+    log.info(summary.write_conversion(quantized_net.net, Path(cfg.run_dir)))
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, description: str) -> dict[str, Any]:
@@ -213,16 +202,16 @@ def _measure_float(
 
 
 def _calibrate(
-    quantized_subject: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+    quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
 ) -> dict[str, Any]:
     """Set the scales by calibration; return facts about the calibration for `results.json`."""
     fit_start_time = time.monotonic()
-    report = calibrate(quantized_subject.net.to(trainer.strategy.root_device), batches)
+    report = calibrate(quantized_net.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - fit_start_time, 2)
     log.info("calibrated %d scales on %d images in %.1f s", report.scales, report.images, seconds)
     return dataclasses.asdict(report) | {
         "seconds": seconds,
-        "seed": quantized_subject.data.settings.seed,
+        "seed": quantized_net.data.settings.seed,
     }
 
 
@@ -260,7 +249,7 @@ def _fit_weights(
 def _search(
     cfg: DictConfig,
     settings: SearchSettings,
-    quantized_subject: EvaluatedNet,
+    quantized_net: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
     teacher: nn.Module | None,
@@ -269,8 +258,8 @@ def _search(
 
     The targets are the logits of `teacher`, or else of the float model.
     """
-    net = quantized_subject.net.eval()
-    data = quantized_subject.data
+    net = quantized_net.net.eval()
+    data = quantized_net.data
     device = trainer.strategy.root_device
     target = net if teacher is None else teacher.to(device).eval()
     with in_float(target):
@@ -298,10 +287,10 @@ def _search(
     return dataclasses.asdict(result)
 
 
-def _seconds_before_resume(measurements: dict[str, Any], fit_start_time: float) -> float:
+def _seconds_before_resume(facts: dict[str, Any], fit_start_time: float) -> float:
     """Seconds of reconstruction and search before the run was resumed."""
     seconds = 0.0
     for key in ("reconstruction", "search"):
-        if key in measurements:
-            seconds += measurements[key]["seconds"]
+        if key in facts:
+            seconds += facts[key]["seconds"]
     return max(0.0, seconds - (time.monotonic() - fit_start_time))

@@ -125,9 +125,8 @@ def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
         scaling = f"{crop}, {settings.interpolation or 'bicubic'}"
     mean = " ".join(f"{number:.3g}" for number in settings.mean)
     std = " ".join(f"{number:.3g}" for number in settings.std)
-    assumed_text = f"; assumed: {', '.join(assumed)}" if assumed else ""
-    side = settings.image_size
-    return f"{side} x {side}, {scaling}, mean {mean}, std {std}{assumed_text}"
+    note = f"; assumed: {', '.join(assumed)}" if assumed else ""
+    return f"{settings.image_size} x {settings.image_size}, {scaling}, mean {mean}, std {std}{note}"
 
 
 def assumed_settings(
