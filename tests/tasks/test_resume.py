@@ -208,7 +208,7 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
         (["quant=fp"], r"resume: .*last.ckpt has another recipe"),
         (
             ["model.args.depth=2"],
-            r"resume: .*last.ckpt holds .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
+            r"resume: .*last.ckpt contains .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
         ),
         (["resume=maybe"], r"resume='maybe': must be one of false, true, auto"),
     ],
