@@ -20,7 +20,7 @@ from qat.utils.validate import (
     check_bool,
     check_choice,
     check_text,
-    unknown,
+    unknown_message,
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
@@ -490,7 +490,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
         if knob in our_names:
             raise TypeError(f"recipe: {knob}={value!r}: must be {our_names[knob]}={value!r}")
         if knob not in knob_names:
-            raise TypeError(f"recipe: {unknown(knob, knob, knob_names)}")
+            raise TypeError(f"recipe: {unknown_message(knob, knob, knob_names)}")
     check_choice("recipe", name, (*PRESETS, *CHOICES))
     preset, preset_bits = CHOICES.get(str(name), (str(name), {}))
     own_rules = PRESETS[preset].get("overrides", {})

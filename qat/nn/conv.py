@@ -77,8 +77,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 @register_swap(nn.Conv2d, "conv")
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
     """Quantize a convolution; the input of the first convolution is the image."""
-    if context.place == "stem":
-        input_quantizer = context.input_quantizer("image")
-    else:
-        input_quantizer = context.conv_input_quantizer()
+    is_first = context.place == "stem"
+    input_quantizer = (
+        context.input_quantizer("image") if is_first else context.conv_input_quantizer()
+    )
     return Swap(QuantConv2d(module, input_quantizer, context.weight()))

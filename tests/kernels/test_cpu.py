@@ -94,7 +94,7 @@ def test_what_is_compiled_is_kept(cache, monkeypatch):
     assert compile_cpp.load(SOURCE).answer() == 42
     (library,) = cache.iterdir()
     assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    monkeypatch.setattr(compile_cpp, "_compiled", pytest.fail)
+    monkeypatch.setattr(compile_cpp, "_compile", pytest.fail)
     assert compile_cpp.load(SOURCE).answer() == 42
 
 

@@ -134,7 +134,7 @@ def test_a_net_that_is_not_calibrated_says_so():
     ("net", "batches", "message"),
     [
         (converted, [], "must have at least one batch of images"),
-        (converted, [images() * torch.nan], "calibration images hold NaN or infinity"),
+        (converted, [images() * torch.nan], "calibration images contain NaN or infinity"),
         (vit, [images()], "no affine quantizer; convert it with a qat.PtqRecipe first"),
         (quantized, [images()], "no affine quantizer"),
     ],

@@ -111,7 +111,7 @@ def test_activations_that_are_not_finite_are_refused(fit):
     net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.blocks[1].mlp.fc1.bias[0] = torch.inf
-    with usage_error(r"the activations of blocks\.1 hold NaN or infinity"):
+    with usage_error(r"the activations of blocks\.1 are NaN or infinite"):
         fit(net, reference, IMAGES)
     with usage_error("the reference is quantized"):
         fit(net, net, IMAGES)

@@ -103,7 +103,7 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
     reference = FAMILIES["siglip"].build(depth=1)
     images = FAMILIES["siglip"].images(8)
     net = calibrated(reference, images)
-    fit, units = module._fit, []
+    fit, units = module._fit_unit, []
 
     def inputs(unit, run):
         seen = []
@@ -122,6 +122,6 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
         units.append(unit)
         return found
 
-    monkeypatch.setattr(module, "_fit", compared)
+    monkeypatch.setattr(module, "_fit_unit", compared)
     reconstruct(net, reference, images, ReconstructSettings(steps=1, batch=8))
     assert "attn_pool.proj" in units

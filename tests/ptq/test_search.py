@@ -97,7 +97,7 @@ def test_a_fitness_is_that_of_whole_forwards_bit_for_bit(build, knobs):
         vector.write(scales * (1 + 0.1 * noise))
         seen.add(evaluator.fitness(block))
         assert evaluator.fitness(block) == whole_fitness(net, batches(), targets, settings(**knobs))
-        evaluator.runner.forget()
+        evaluator.runner.clear_cache()
     assert len(seen) == 2
 
 
@@ -230,7 +230,7 @@ def flat():
         (
             quantized,
             {"reference_selection": True},
-            "reference_selection=true: needs validation images",
+            "reference_selection=true: must be false without validation images",
         ),
         (
             lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"),

@@ -104,7 +104,7 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
 
     x, grads = randn(5, length), [randn(5, length, seed=i) for i in range(3)]
     x[0, 3], x[-1] = 0.0, 0.0
-    compiled.register_formulas()
+    compiled.register_decompositions()
     torch._dynamo.reset()
     *found, of_x = run(
         torch.compile(each, fullgraph=True, options=compiled.compile_options()),

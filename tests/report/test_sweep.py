@@ -41,11 +41,11 @@ def folder(tmp_path):
 
 
 def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(folder, capsys):
-    publish(folder, report=False, refused={"1": "holds best.ckpt already"})
+    publish(folder, report=False, refused={"1": "contains best.ckpt already"})
     out = capsys.readouterr().out
     assert out.startswith("6 jobs: 4 done, 1 failed, 1 not finished\n")
     assert out.splitlines()[-4:] == [
-        "job 1 (quant=ofq_2bit seed=2): holds best.ckpt already",
+        "job 1 (quant=ofq_2bit seed=2): contains best.ckpt already",
         "job 4 (quant=ofq_4bit seed=2): the loss is nan",
         "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still running",
         f"in {folder}: sweep.csv",

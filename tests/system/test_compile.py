@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import qat.lit.compiled
 from qat import kernels
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import CompiledCall, compile_in_place, register_formulas, source_hash
+from qat.lit.compiled import CompiledCall, compile_in_place, register_decompositions, source_hash
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
 from qat.spec import QuantSpec
@@ -80,7 +80,7 @@ def test_compiled_forward_and_backward(name, backend):
         of_family(name, b) if name in ATTENTIONS else (quantized(name, bits=b), images(64))
         for b in (2, 3)
     )
-    register_formulas()
+    register_decompositions()
     out, gradient = step(net.train(), x)
     compiled_out, compiled_gradient = step(torch.compile(net, fullgraph=True, backend=backend), x)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -122,7 +122,7 @@ class Quantizers(torch.nn.Module):
 @pytest.mark.parametrize("preset", ["ofq", "seq"])
 def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
     made = Quantizers(preset)
-    register_formulas()
+    register_decompositions()
     with inductor.patch(qat.lit.compiled.compile_options()), torch.no_grad():
         expected, found = made(made.given), torch.compile(made, fullgraph=True)(made.given)
     assert len(found) > 6
@@ -143,7 +143,7 @@ def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
         (tmp_path / path).write_text(text)
         found.add(source_hash(package))
     assert len(found) == 3
-    register_formulas()
+    register_decompositions()
     assert compiler.cache_key_tag.endswith(source_hash(qat.functional, kernels))
 
 

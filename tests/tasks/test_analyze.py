@@ -114,11 +114,11 @@ MISTAKES = {
     "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",
-    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': its data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
-    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': its data have class FashionMnist, but the data of '{four}' have Digits; ",
+    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': the data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
+    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': the data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
-    "analysis=oscillation ckpt={four}": "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",
+    "analysis=oscillation ckpt={four}": "ckpt='{four}': this run did not track oscillation; train with callbacks=[default,oscillation]",
     "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer contains only integer codes; ",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from qat.tasks.results import CLASSES, CONFUSION, class_results, write_class_tables
+from qat.tasks.results import CLASSES, CONFUSION, class_fields, write_class_tables
 from tests.conftest import compose, results, tiny
 from tests.data.files import write_folder
 
@@ -17,7 +17,7 @@ def rows(path):
 
 
 def test_a_matrix_by_hand():
-    found = class_results(MATRIX, NAMES)
+    found = class_fields(MATRIX, NAMES)
     assert [list(one.values()) for one in found["classes"]] == [
         ["cat", 10, 80.0],
         ["dog", 10, 50.0],

@@ -73,7 +73,7 @@ TRAIN = [
     ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
     *((f"+trainer.max_time={v}", rf"trainer\.max_time={v}: must be DD:HH:MM:SS") for v in ("5", "3.5")),
     *((f"+trainer.max_time={v}", r"trainer\.max_time=.*: must be above 0") for v in ("00:00:00:00", "{hours:0}")),
-    ("data.scale=0.5", r"data\.scale=0\.5: must be two shares of the image's area"),
+    ("data.scale=0.5", r"data\.scale=0\.5: must be two fractions of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
     ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it \(callbacks, logger, run_dir\)"),
@@ -89,7 +89,7 @@ TRAIN = [
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
-    ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that holds "),
+    ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that contains "),
     *(
         (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} ignores data\.{setting}; data={reader} uses it, as do {others}$")
         for own, setting, more, reader, others in [
@@ -155,12 +155,12 @@ TRAIN = [
     ("ckpt={run}", r"ckpt='.*': must be a file, not a folder"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
     ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' contains vit_tiny_patch16_224"),
-    ("run_dir={run}", r"run_dir='.*' holds best\.ckpt already; choose another run_dir or set overwrite=true"),
+    ("run_dir={run}", r"run_dir='.*' contains best\.ckpt already; choose another run_dir or set overwrite=true"),
 ]  # fmt: skip
 
 EVAL = [
     ("", r"ckpt is not set: must be a checkpoint; or set model="),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not name its model; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': the weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' contains vit_tiny_patch16_224"),
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
@@ -200,7 +200,7 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     try:
         cfg = tiny(tmp_path / "run", *overrides(typed, places))
     except HydraException as error:
-        message = mistakes.line_of(error)
+        message = mistakes.error_line(error)
     else:
         message = refused("train", cfg)
     assert re.search(line, message), message

@@ -93,7 +93,7 @@ def test_nets_and_callbacks_of_a_run(asked, expected, graphs, monkeypatch):
 @pytest.mark.parametrize("copies", [True, False])
 def test_what_a_call_gives_stays_as_it_is_a_copy(copies, graphs):
     linear = nn.Linear(3, 2)
-    call = CompiledCall(linear, linear, graphs=copies)
+    call = CompiledCall(linear, linear, cuda_graphs=copies)
     found = []
     for x in (torch.ones(4, 3), torch.zeros(4, 3)):
         graphs.begin()
@@ -115,7 +115,7 @@ def gradients(*callbacks, compiled=False, **settings):
     """Of each step: two epochs of 16 images, and a validation of each."""
     learner, grads = module(net()), Grads()
     if compiled:
-        compile_in_place(learner.net, graphs=True)
+        compile_in_place(learner.net, cuda_graphs=True)
     fit_lightning(learner, grads, *callbacks, data=batches(), **settings)
     return grads.seen
 
@@ -133,7 +133,7 @@ def test_gradients_of_a_step(accumulated, graphs):
 
 def test_validation_and_test_begin_steps(graphs):
     learner = module(net())
-    compile_in_place(learner.net, graphs=True)
+    compile_in_place(learner.net, cuda_graphs=True)
     trainer = fit_lightning(learner, GraphSteps(), data=None, num_sanity_val_steps=0)
     assert graphs.steps == 8
     trainer.validate(learner, batches(), verbose=False)
@@ -161,7 +161,7 @@ def test_a_resumed_run_is_the_eager_run(settings, tmp_path, monkeypatch, graphs,
     settings = [one.format(float=float_run / "checkpoints" / "last.ckpt") for one in settings]
     eager = run(tmp_path / "eager", *settings)
     assert not graphs.steps
-    monkeypatch.setattr(fit, "compiles", lambda _: "graphs")
+    monkeypatch.setattr(fit, "compile_mode", lambda _: "graphs")
     ours = killed_at(5, tmp_path / "ours", monkeypatch, *settings)
     run(ours, "resume=auto", *settings)
     assert graphs.steps > 27
@@ -184,7 +184,7 @@ def test_a_resumed_run_is_the_eager_run(settings, tmp_path, monkeypatch, graphs,
 )
 def test_why_a_step_has_no_graph_is_one_line_once(said, reason, graphs, caplog):
     linear = nn.Linear(2, 2)
-    CompiledCall(linear, linear, graphs=True)
+    CompiledCall(linear, linear, cuda_graphs=True)
     theirs = logging.getLogger("torch._inductor.cudagraph_utils.__cudagraphs")
     for _ in range(2):
         theirs.warning(said)

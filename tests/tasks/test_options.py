@@ -94,4 +94,4 @@ def test_a_compiler_saves_memory_if_asked(memory, monkeypatch):
 )
 def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fit.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) == expected
+    assert fit.compile_mode(compose("train", "trainer=gpu", *settings, "run_dir=a")) == expected

@@ -226,12 +226,13 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
     shutil.copytree(quantized_run, run)
     before = (run / "quantized.ckpt").read_bytes()
     arguments = (f"run_dir={run}", f"ckpt={last(float_run)}", *SMALL)
-    assert "holds quantized.ckpt already; choose another run_dir or set overwrite=true" in refused(
-        "ptq", compose("ptq", *arguments)
+    assert (
+        "contains quantized.ckpt already; choose another run_dir or set overwrite=true"
+        in refused("ptq", compose("ptq", *arguments))
     )
     assert (run / "quantized.ckpt").read_bytes() == before
     (run / "results.json").unlink()
-    assert "holds quantized.ckpt already" in refused("export", compose("export", *arguments[:2]))
+    assert "contains quantized.ckpt already" in refused("export", compose("export", *arguments[:2]))
     quantize(run, *arguments[1:], "overwrite=true")
     assert (run / "quantized.ckpt").read_bytes() != before
 

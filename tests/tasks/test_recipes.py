@@ -153,7 +153,7 @@ def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained)
 def test_a_net_without_a_published_row_is_refused_by_name():
     with pytest.raises(
         OmegaConfBaseException,
-        match="no published row of this model at 2 bits; model must be one of deit_t, deit_s, swin_t",
+        match="no published settings for this model at 2 bits; model must be one of deit_t, deit_s, swin_t",
     ):
         _ = compose("train", "experiment=ofq_w2a2", "model=vit_b", "run_dir=a").model.name
 

@@ -208,7 +208,7 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
         (["quant=fp"], r"resume: .*last.ckpt has another recipe"),
         (
             ["model.args.depth=2"],
-            r"resume: .*last.ckpt holds .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
+            r"resume: .*last.ckpt contains .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
         ),
         (["resume=maybe"], r"resume='maybe': must be one of false, true, auto"),
     ],
@@ -494,7 +494,7 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
         path.unlink()
     shutil.copy(full / "checkpoints" / "best.ckpt", folder / "best.ckpt")
     with usage_error(
-        r"holds best.ckpt already; choose another run_dir or set overwrite=true",
+        r"contains best.ckpt already; choose another run_dir or set overwrite=true",
     ):
         run(run_dir, "resume=false")
     run(run_dir, "resume=auto")

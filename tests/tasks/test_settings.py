@@ -9,7 +9,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from lightning.pytorch import Trainer
 
-from qat.cli.mistakes import line_of
+from qat.cli.mistakes import error_line
 from qat.errors import UsageError
 from qat.tasks.settings import COMMANDS, check
 from tests.conftest import compose
@@ -39,13 +39,13 @@ def test_the_configs_are_valid_and_typed(command):
                 "run_dir=a",
                 f"++{setting}={'x' if setting in {'model.imports', 'labels'} else '[[1]]'}",
             )
-        assert re.search(rf"\b{re.escape(setting)}\b", line_of(caught.value)), setting
+        assert re.search(rf"\b{re.escape(setting)}\b", error_line(caught.value)), setting
 
 
 def test_a_search_follows_a_file_alone():
     with pytest.raises(ConfigCompositionException) as caught:
         compose("ptq", "run_dir=a", "teacher.pretrained=true")
-    assert line_of(caught.value).startswith("teacher.pretrained: unknown")
+    assert error_line(caught.value).startswith("teacher.pretrained: unknown")
 
 
 def test_values_get_their_type():

@@ -11,7 +11,7 @@ import qat
 from qat.data import Digits, ImageFolder
 from qat.model.cost import cost, matmuls
 from qat.tasks import build, summary
-from qat.tasks.conf import alias
+from qat.tasks.conf import display_name
 from tests.conftest import compose
 from tests.tasks.test_evaluate import DIGITS
 from tests.tiny import SIZE, converted, quantized, vit
@@ -193,10 +193,10 @@ def test_a_net_of_digits_has_its_alias():
         "global_pool": "avg",
         "class_token": False,
     }
-    assert alias("vit_tiny_patch16_224", demo) == "vit_tiny_demo (vit_tiny_patch16_224)"
+    assert display_name("vit_tiny_patch16_224", demo) == "vit_tiny_demo (vit_tiny_patch16_224)"
     assert (
-        alias("vit_tiny_patch16_224", demo | {"depth": 6})
-        == alias("vit_tiny_patch16_224", {})
+        display_name("vit_tiny_patch16_224", demo | {"depth": 6})
+        == display_name("vit_tiny_patch16_224", {})
         == "vit_tiny_patch16_224"
     )
 
@@ -207,6 +207,11 @@ def test_a_net_of_digits_has_its_alias():
 )
 def test_scores_say_where_nothing_may_be_learned(top1, images, share, says):
     # Two standard errors of 40 % of 60 images: 2 * sqrt(40 * 60 / 60) = 12.65.
-    found = summary.scores({"top1": top1, "top5": None, "images": images, "majority_share": share})
+    found = summary.score_texts({
+        "top1": top1,
+        "top5": None,
+        "images": images,
+        "majority_share": share,
+    })
     note = "not clearly better than always predicting the most frequent class, which gives 40.00 %"
     assert found == {"top-1": f"{top1:.2f} %"} | ({"note": note} if says else {})

@@ -173,7 +173,7 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         message = refused("train", tiny(run, *mistake))
         assert (
             mistake
-            or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true"
+            or f"contains {(run / name).name} already; choose another run_dir or set overwrite=true"
             in message
         )
         assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
