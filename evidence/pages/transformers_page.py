@@ -33,6 +33,8 @@ of each class with random weights. A class that is not listed is converted too.
 - **Files**: whether a model has the same outputs, bit for bit, after `save_pretrained` and
   `from_pretrained`, and after `qat.save` and `qat.load`.
 - [Query-key reparameterization](glossary.md#qkr) (`quant.attention=qkr`) is for timm's models only.
+- In double precision on a CPU, torch's `sdpa` misreads masks in float32. EoMT in float is wrong
+  there; with `attn_implementation="eager"` or quantized attention it is right.
 
 | model | class | attention | stays float | heads | files |
 |---|---|---|---|---|---|

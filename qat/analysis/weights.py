@@ -138,7 +138,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
         low = quantizer.spec.qmin
         high = quantizer.spec.qmax
     else:
-        codes = grid.in_order(codes)
+        codes = grid.to_sorted_index(codes)
         low = grid.qmin
         high = grid.qmax
     # The quantizer of a user may return codes outside its bounds; they count as end codes.

@@ -16,7 +16,7 @@ from qat.functional.oscillation import (
     OscillationState,
     cosine_between,
     freezing_step,
-    with_frozen,
+    replace_frozen,
 )
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
@@ -100,7 +100,7 @@ class IterativeFreezing(Callback):
             state = self._frozen.get(site.name)
             if state is not None:  # on the CPU after loading a checkpoint
                 state = FreezingState(*(tensor.to(weight.device) for tensor in state))
-            codes = with_frozen(state, site.quantizer.codes(weight))
+            codes = replace_frozen(state, site.quantizer.codes(weight))
             oscillation = track(self._codes.get(site.name), codes, self.momentum)
             self._codes[site.name] = oscillation
             state = freezing_step(state, codes, oscillation.frequency, threshold, self.momentum)

@@ -59,8 +59,9 @@ def register_formulas() -> None:
 
     Compilation takes longer; with `ROUNDING`, results stay bit-identical.
     """
-    decompositions.update(operators.FORMULAS)
-    fast_random_decomps().update(operators.FORMULAS)  # a copy that torch may have made earlier
+    decompositions.update(operators.DECOMPOSITIONS)
+    # Torch may have made a copy earlier.
+    fast_random_decomps().update(operators.DECOMPOSITIONS)
     # Torch finds compiled graphs in its caches by the names of operators, so different formulas
     # need a different key.
     if not compiler.cache_key_tag.endswith(_formulas_hash()):

@@ -13,7 +13,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.sites import no_weight_decay, quantizer_parameters
+from qat.model.sites import find_blocks, no_weight_decay, quantizer_parameters
+from qat.nn import hf_models
 from qat.utils.validate import check_int, check_number, unknown
 
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
@@ -46,7 +47,7 @@ def parameter_groups(
         by its `lr_scale`.
 
     Raises:
-        UsageError: `layer_decay` is not in (0, 1], or timm does not number the layers of the net.
+        UsageError: `layer_decay` is not in (0, 1], or the layers of the net cannot be numbered.
     """
     layers = {} if layer_decay is None else _numbered_layers(net, layer_decay)
     last_layer = max(layers.values(), default=0)
@@ -84,12 +85,33 @@ def parameter_groups(
 def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     """Layer number of each parameter, by name, as in timm: 0 = embedding, highest = head."""
     check_number("optimizer.layer_decay", layer_decay, 0, exclusive_lowest=True, highest=1)
+    models = hf_models(net)
+    blocks = find_blocks(net) if models else {}
+    if blocks:
+        return _layers_of_transformers(net, models[0], list(blocks))
     if not hasattr(net, "group_matcher"):
+        name = type(models[0] if models else net).__name__
         raise UsageError(
-            f"optimizer.layer_decay={layer_decay}: "
-            f"timm does not number the layers of {type(net).__name__}; must be null"
+            f"optimizer.layer_decay={layer_decay}: the layers of {name} cannot be numbered; "
+            "must be null"
         )
     return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+
+
+def _layers_of_transformers(net: nn.Module, model: nn.Module, blocks: list[str]) -> dict[str, int]:
+    """Layer number of each parameter; parameters between two blocks belong to the first of them."""
+    body: set[nn.Parameter] = set()
+    for child in model.children():
+        if net.get_submodule(blocks[0]) in child.modules():
+            body.update(child.parameters())
+    layers = {}
+    number = 0
+    for name, parameter in net.named_parameters():
+        while any(name.startswith(f"{block}.") for block in blocks[number:]):
+            number += 1
+        is_head = number > 0 and parameter not in body
+        layers[name] = len(blocks) + 1 if is_head else number
+    return layers
 
 
 def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
+from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_from_kurtoses, kurtoses
 from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
 from qat.model.convert import stem_and_heads
@@ -84,7 +84,7 @@ class Kure(LossTerm):
             "kurtosis_min": detached.min(),
             "kurtosis_max": detached.max(),
         }
-        return kure_of(values, self.target, self.reduction)
+        return kure_from_kurtoses(values, self.target, self.reduction)
 
 
 class Dampening(LossTerm):

@@ -23,7 +23,7 @@ TIMES = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
 SPARE_COMPUTED = 2**28
-_OTHER_ERRORS = (
+OTHER_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -112,7 +112,7 @@ def check_net(
     # Ignore other errors: they appear again when the model is built for use, and some models cannot
     # be built on the meta device.
     for device in ("meta", "cpu"):
-        with contextlib.suppress(*_OTHER_ERRORS), torch.device(device), SizeLimit(weights):
+        with contextlib.suppress(*OTHER_ERRORS), torch.device(device), SizeLimit(weights):
             net = timm.create_model(name, **kwargs).eval().to("meta")
             break
     if net is None:
@@ -124,7 +124,7 @@ def check_net(
         channels = kwargs.get("config", {}).get("num_channels", 3)
         size = (kwargs.get("in_chans", channels), *image_size)
         limit = SizeLimit(weights, f"an image of {size} takes much more memory than")
-        with contextlib.suppress(*_OTHER_ERRORS), torch.device("meta"), torch.no_grad():
+        with contextlib.suppress(*OTHER_ERRORS), torch.device("meta"), torch.no_grad():
             image = torch.zeros(1, *size)
             with limit:
                 net(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import http.client
 import json
 import os
@@ -20,17 +21,17 @@ import torch
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.bounds import check_net
+from qat.model.bounds import OTHER_ERRORS, check_net
 from qat.model.convert import conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load
-from qat.nn.hf_constructor import CLASSIFIER, package
+from qat.nn.hf_constructor import CLASSIFIER, model_config, package, transformers_model
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
-from qat.utils.validate import check_images, check_number
+from qat.utils.validate import check_choice, check_images, check_number
 
 PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
@@ -149,19 +150,23 @@ def _check_size(
     check_net(name, arguments, shapes, pretrained_size=input_size)
 
 
-def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
+def transformers_folder(
+    name: str, origin: str, architecture: str | None, changes: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
     """Return a local folder with an image classifier of Transformers, and arguments to build it.
 
     Args:
         name: a folder that Transformers' `save_pretrained` wrote, or `user/name` on the hub.
         origin: name of the folder in error messages.
+        architecture: name of the model class; None = the class that the config names.
+        changes: settings that replace those of the config, also in nested configs.
 
     Returns:
         The folder (see `fetch`), and arguments of `TransformersClassifier`, without preprocessing.
 
     Raises:
-        UsageError: see `fetch`; or a file is missing, or the config belongs to another kind of
-            model.
+        UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
+            or has no such setting.
     """
     folder = Path(name) if Path(name).is_dir() else fetch(name, origin)
     for file in (CONFIG, WEIGHTS):
@@ -170,16 +175,49 @@ def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
     config = json_object(folder / CONFIG)
     try:
         _check_config(folder)
-        architecture = _classifier_class(config)
+        architecture = _classifier_class(config, architecture)
+        known = model_config(architecture, config).to_dict()
         arguments = {"architecture": architecture, "config": config}
         num_classes = len(config.get("id2label") or "01")  # Transformers' default is two classes
         _check_size(folder, CLASSIFIER, {**arguments, "num_classes": num_classes})
     except (ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
-    return folder, arguments
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{origin}: {CONFIG} cannot be used ({reason})") from error
+    if not changes:
+        return folder, arguments
+    changed = _changed_config(config, changes, known, "model.args.config")
+    try:
+        with torch.device("meta"):
+            transformers_model(architecture, changed)
+    except (*OTHER_ERRORS, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"model.args.config={dict(changes)!r}: {reason}") from error
+    return folder, {**arguments, "config": changed}
 
 
-def _classifier_class(config: Mapping[str, Any]) -> str:
+def _changed_config(
+    config: Mapping[str, Any], changes: Mapping[str, Any], known: Mapping[str, Any], setting: str
+) -> dict[str, Any]:
+    """A config with changed settings; `known` has all settings of the config's class."""
+    changed = dict(config)
+    for key, value in changes.items():
+        if key not in known:
+            closest = ", ".join(difflib.get_close_matches(key, known))
+            advice = f"; closest: {closest}" if closest else ""
+            raise UsageError(
+                f"{setting}.{key}={value!r}: unknown setting of model_type "
+                f"{known['model_type']!r}{advice}"
+            )
+        changed[key] = value
+        is_config = isinstance(known[key], dict) and "model_type" in known[key]
+        if is_config and isinstance(value, Mapping):
+            inner_config = config.get(key) or {}
+            inner_setting = f"{setting}.{key}"
+            changed[key] = _changed_config(inner_config, value, known[key], inner_setting)
+    return changed
+
+
+def _classifier_class(config: Mapping[str, Any], architecture: str | None) -> str:
     """Name of Transformers' image classifier class for a config, even the config of an encoder."""
     if config.get("quantization_config"):
         raise ValueError("it is already quantized; use from_pretrained of transformers")
@@ -187,11 +225,14 @@ def _classifier_class(config: Mapping[str, Any]) -> str:
     names = package().models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     classes = names.get(model_type, ())
     classes = [classes] if isinstance(classes, str) else list(classes)
+    if not classes:
+        raise ValueError(f"transformers has no image classifier of model_type {model_type!r}")
+    if architecture is not None:
+        check_choice("model.args.architecture", architecture, tuple(classes))
+        return architecture
     for name in config.get("architectures") or ():
         if name in classes:
             return str(name)
-    if not classes:
-        raise ValueError(f"transformers has no image classifier of model_type {model_type!r}")
     return str(classes[0])
 
 

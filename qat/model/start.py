@@ -27,7 +27,7 @@ from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
-from qat.nn.hf_constructor import CLASSIFIER, model_class, package
+from qat.nn.hf_constructor import CLASSIFIER, model_class, model_config, package
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 RANDOM = "random weights"
@@ -168,14 +168,24 @@ def from_transformers(
     try:
         net, loading = cls.from_pretrained(
             folder,
-            config=cls.config_class.from_dict(dict(kwargs["config"])),
+            config=model_config(kwargs["architecture"], kwargs["config"]),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{origin}: its weights cannot be read ({reason})") from error
+    misfit = f"{origin}: its weights do not fit the config"
+    for name, file_shape, shape in sorted(loading["mismatched_keys"]):
+        shapes = f"{list(file_shape)}; the model has {list(shape)}"
+        raise UsageError(f"{misfit} ({name} has the shape {shapes})")
+    patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
+    for name in sorted(loading["unexpected_keys"]):
+        # An encoder of the file that the model lacks has other names than the model's blocks.
+        if re.sub(r"\d+", "#", name) in patterns:
+            raise UsageError(f"{misfit} (the model has no {name})")
     state = {}
     for name, tensor in net.float().state_dict().items():
         if name not in loading["missing_keys"]:  # an encoder's file has no head
@@ -260,7 +270,7 @@ def _with_fitting_heads(
         num_stored = 0 if weight is None else weight.shape[0]
         if num_stored == num_classes:
             continue
-        wrong_count = wrong_count or f"has {num_stored} classes, the data {num_classes}"
+        wrong_count = wrong_count or f"has {num_stored or 'no'} classes, the data {num_classes}"
         suffix = f" (the file has {num_stored})" if num_stored else ""
         notes.append(f"new {name} for {num_classes} classes{suffix}")
         for key in (f"{name}.weight", f"{name}.bias"):

@@ -73,7 +73,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     activations: list[Any] = []
     for site in iter_quantizers(net):
         quantizer = site.quantizer
-        if type(quantizer) not in {Affine, Fp8} or not quantizer.n_scales:
+        if type(quantizer) not in {Affine, Fp8} or not quantizer.num_stored_scales:
             continue
         if site.is_weight:
             weights.append((quantizer, site))
@@ -105,8 +105,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
         raise UsageError("calibrate: must have at least one batch of images")
     _fill(net, activations, states, images)
     assert_ready(net)
-    scales = sum(quantizer.n_scales for quantizer, _ in weights)
-    scales += sum(quantizer.n_scales for quantizer in activations)
+    scales = sum(quantizer.num_stored_scales for quantizer, _ in weights)
+    scales += sum(quantizer.num_stored_scales for quantizer in activations)
     return Calibration(num_images, num_batches, scales)
 
 
@@ -116,7 +116,7 @@ def _fill(
     """Set the scales of activations from ranges; some methods try candidates on the last batch."""
 
     def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
-        quantizer.fill(states[quantizer], args[0])
+        quantizer.set_from_range(states[quantizer], args[0])
 
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
     if searching:
@@ -125,4 +125,4 @@ def _fill(
             net(images)
     for quantizer, state in states.items():
         if quantizer.method not in SEARCHES:
-            quantizer.fill(state, images)
+            quantizer.set_from_range(state, images)

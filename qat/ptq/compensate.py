@@ -98,7 +98,7 @@ def _fit_channels(
     variance = mean_square - mean_y.square()
     covariance = mean_product - mean_y * mean_target
     gain = _ridge_gain(variance, covariance, mean_square)
-    if site.quantizer.n_scales != len(gain):
+    if site.quantizer.num_stored_scales != len(gain):
         gain = torch.ones_like(gain)
     return gain, mean_target - gain * mean_y
 
@@ -121,7 +121,7 @@ def _fold(site: Site, gain: Tensor, bias: Tensor) -> None:
     layer: Any = site.owner
     factor = gain.to(layer.weight)
     layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
-    if site.quantizer.n_scales == len(factor):
+    if site.quantizer.num_stored_scales == len(factor):
         site.quantizer.set_scale(site.quantizer.scale * factor)  # type: ignore[operator]
     if layer.bias is not None:
         layer.bias.mul_(factor).add_(bias.to(factor))

@@ -204,7 +204,7 @@ def _fit(
     module = runner.net.get_submodule(unit)
     scaled: list[Any] = []
     for site in iter_quantizers(runner.net):
-        if site.name.startswith(f"{unit}.") and site.quantizer.n_scales:
+        if site.name.startswith(f"{unit}.") and site.quantizer.num_stored_scales:
             scaled.append(site.quantizer)
 
     def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:

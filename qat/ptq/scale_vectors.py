@@ -34,7 +34,7 @@ class ScaleVector:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set all scales to `values` (n,), in the dtype of the net, but at least to float32 eps."""
-        parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
+        parts = values.split([quantizer.num_stored_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
             scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
             quantizer.set_scale(scale.view_as(quantizer.scale))
@@ -44,7 +44,7 @@ class ScaleVector:
         radii = []
         for quantizer in self.quantizers:
             radius = noise_radius(quantizer.spec.bits) if fixed is None else fixed
-            radii.append(torch.full((quantizer.n_scales,), radius, dtype=torch.float64))
+            radii.append(torch.full((quantizer.num_stored_scales,), radius, dtype=torch.float64))
         return torch.cat(radii)
 
 
@@ -75,7 +75,7 @@ def scale_vectors(
     for block in blocks:
         chosen = []
         for site in iter_quantizers(net):
-            if not site.quantizer.n_scales or not site.name.startswith(f"{block}."):
+            if not site.quantizer.num_stored_scales or not site.name.startswith(f"{block}."):
                 continue
             name = _name_in_block(site, block)
             stored_names.add(name)

@@ -22,11 +22,11 @@ from qat.functional.evolution import (
     POPULATION,
     TOURNAMENT,
     Draw,
-    best,
+    best_candidate,
     draw,
-    evolved_child,
+    evolve_child,
     initial_population,
-    insert,
+    insert_child,
 )
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.scales import assert_ready
@@ -245,9 +245,9 @@ def evolve(
     """
     population = initial_population(start, fitness, settings.population)
     for cycle in range(settings.cycles):
-        child = evolved_child(population, draw_cycle(cycle), relative=settings.relative)
-        population = insert(population, child, evaluate(cycle, child))
-    return best(population)
+        child = evolve_child(population, draw_cycle(cycle), relative=settings.relative)
+        population = insert_child(population, child, evaluate(cycle, child))
+    return best_candidate(population)
 
 
 def _check_arguments(

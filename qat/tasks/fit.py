@@ -40,6 +40,7 @@ from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, stra
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
+from qat.tasks.conf import alias
 from qat.utils.validate import check_int, check_number, unknown
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,10 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
         return
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
-    except (AttributeError, TypeError, AssertionError) as error:
+    except (AttributeError, TypeError, ValueError, AssertionError) as error:
+        name = alias(cfg.model.name, cfg.model.args)
         raise UsageError(
-            f"model.grad_checkpointing=true: {cfg.model.name} does not support it; must be false"
+            f"model.grad_checkpointing=true: {name} does not support it; must be false"
         ) from error
 
 

@@ -27,7 +27,9 @@ from qat.tasks.build import fill_in_num_classes, plain
 from qat.tasks.checks import check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
+from qat.utils.validate import check_number, unknown
 
+_HF_ARGS = ("architecture", "config", "drop_path_rate", "in_chans", "num_classes")
 _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
@@ -106,11 +108,21 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
             f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
             "the folder model.name has the weights"
         )
-    folder, args = transformers_folder(name, f"model.name={name!r}")
+    if cfg.model.init != "full":
+        raise UsageError(f"model.init={cfg.model.init!r}: must be full with model=hf")
     own_args = dict(cfg.model.args.items_ex(resolve=False))
-    args["config"] |= plain(own_args.pop("config")) or {}
-    if own_args["architecture"] is None:
-        own_args.pop("architecture")
+    for key, value in own_args.items():
+        if key not in _HF_ARGS and value is not None:
+            raise UsageError(unknown(f"model.args.{key}={value!r}", key, _HF_ARGS))
+    changes = plain(own_args.pop("config")) or {}
+    if not isinstance(changes, dict):
+        raise UsageError(f"model.args.config={changes!r}: must be a group of settings")
+    drop_path_rate = own_args.pop("drop_path_rate", None)
+    if drop_path_rate is not None:
+        check_number("model.args.drop_path_rate", drop_path_rate, 0, below=1)
+        changes["drop_path_rate"] = drop_path_rate
+    architecture = own_args.pop("architecture")
+    folder, args = transformers_folder(name, f"model.name={name!r}", architecture, changes)
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
             # Photos of a prediction have no settings of their own.
@@ -120,8 +132,11 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
         if any(key in cfg.data and cfg.data[key] is None for key in _PREPROCESSING):
             settings = processor_settings(folder)
             image_size = settings.pop("image_size")
-            args["images"] = settings
             set_preprocessing(cfg.data, settings)
+            for key in settings:
+                if key in cfg.data:
+                    settings[key] = plain(cfg.data[key])
+            args["images"] = settings
             if cfg.data.image_size is None:
                 cfg.data.image_size = image_size
         cfg.model.args = {**args, **own_args}

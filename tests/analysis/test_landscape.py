@@ -125,17 +125,6 @@ def test_infonce_is_to_the_nets_own_float_logits():
     assert len({row["infonce"] for row in rows}) > 1
 
 
-def test_several_nets():
-    nets = [studied(net_of("ptq4"), "one"), studied(net_of("lsq4"), "two")]
-    outcome = Landscape(points=3).run(nets, image_set(n=8))
-    assert [row["net"] for row in outcome.tables[0].rows] == ["one"] * 9 + ["two"] * 9
-    assert set(outcome.summary) == {"one", "two"}
-    assert [
-        axis.get_title(loc="left").partition("\n")[0]
-        for axis in outcome.drawings[0].figure.axes[:2]
-    ] == ["one", "two"]
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("loss", "mse"), ("points", 4), ("points", 1), ("radius", 0.5), ("targets", [])],

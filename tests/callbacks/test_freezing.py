@@ -48,7 +48,7 @@ def replay(callback, used, name):
     state = frozen = None
     history = []
     for t, looks in enumerate(used):
-        codes = F.with_frozen(frozen, looks[name])
+        codes = F.replace_frozen(frozen, looks[name])
         state = F.oscillation_step(state, codes, callback.momentum)
         frozen = F.freezing_step(
             frozen, codes, state.frequency, callback.threshold_at(t), callback.momentum

@@ -91,7 +91,8 @@ def test_codes_of_eight_bits_without_a_sign_are_tracked():
     assert state.flips.item() == expected.flips.sum().item() == 5
 
 
-def test_what_is_logged():
+def test_deviates_from_reference_oscillations_are_measured():
+    # There the tracker is never made in a training run.
     seen, callback = Seen(), Oscillation(momentum=0.05, threshold=0.06)
     fit(module(net(), lr=0.03), callback, seen, max_epochs=3, log_every_n_steps=12)
     assert [bool(values) for values in seen.logged] == [False] * 11 + [True]

@@ -10,7 +10,6 @@ from PIL import Image
 
 from qat.data import (
     DataSettings,
-    FashionMnist,
     ImageArrays,
     ImageData,
     ImageFolder,
@@ -18,7 +17,7 @@ from qat.data import (
 )
 from qat.tasks import build
 from tests.conftest import compose, encoded
-from tests.data.files import DIGITS, GREY, SETTINGS, write_fashion_mnist, write_folder
+from tests.data.files import DIGITS, GREY, SETTINGS, write_folder
 from tests.errors import usage_error
 
 COLOURS = {**SETTINGS, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
@@ -48,17 +47,6 @@ def test_files_of_an_image_folder(tmp_path, size, crop, changes, memory_mb):
     expected = validation(data)
     for read in (Path, str, Image.open, lambda path: np.asarray(Image.open(path))):
         assert torch.equal(torch.stack([transform(read(path)) for path in paths]), expected)
-
-
-@pytest.mark.parametrize("chans", [1, 3])
-def test_arrays_of_fashion_mnist(tmp_path, chans):
-    images, _ = write_fashion_mnist(tmp_path)["t10k"]
-    settings = {**COLOURS, **(GREY if chans == 1 else {}), "num_classes": 4, "image_size": 20}
-    data = FashionMnist(**settings, **RECIPE, root=str(tmp_path))
-    ((expected, _),) = data.test_dataloader()
-    assert torch.equal(
-        torch.stack([image_transform(data.settings)(image) for image in images]), expected
-    )
 
 
 def png():

@@ -8,7 +8,6 @@ from qat.ptq import reconstruct as module
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct
 from tests import tiny
 from tests.callbacks.fitting import differing
-from tests.errors import usage_error
 from tests.nets import FAMILIES
 from tests.ptq.fitting import calibrated, error, pair
 from tests.ptq.searching import changed, state
@@ -82,16 +81,6 @@ def test_other_families(name, units):
     before = error(net, reference, images)
     assert reconstruct(net, reference, images, SETTINGS)["units"] == units
     assert error(net, reference, images) < before
-
-
-def test_inputs_that_are_not_finite():
-    net, reference = pair(method="reconstruct")
-    with torch.no_grad():
-        reference.pos_embed[0, 0, 0] = torch.inf
-    with usage_error(r"the activations of blocks\.0 hold NaN or infinity"):
-        reconstruct(net, reference, IMAGES, SETTINGS)
-    with usage_error("the reference is quantized"):
-        reconstruct(net, net, IMAGES, SETTINGS)
 
 
 def test_a_backbone():

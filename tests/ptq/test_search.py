@@ -187,7 +187,7 @@ def test_deviates_from_reference_each_scale_has_a_floor_and_the_noise_of_its_bit
     wide.spec = dataclasses.replace(wide.spec, bits=8)
     assert (
         vector.radius(None).tolist()
-        == [1e-4] * wide.n_scales + [1e-3] * vector.quantizers[1].n_scales
+        == [1e-4] * wide.num_stored_scales + [1e-3] * vector.quantizers[1].num_stored_scales
     )
     vector.write(torch.zeros(len(vector.read())))
     assert (vector.read() >= torch.finfo(torch.float32).eps).all()

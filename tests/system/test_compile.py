@@ -21,10 +21,6 @@ from torch.testing import assert_close
 
 import qat.lit.compiled
 from qat import kernels
-from qat.functional.log2 import fake_quantize_log2
-from qat.functional.lsq import CodeRange
-from qat.functional.statsq import statsq_scale
-from qat.kernels import LSQParams
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.lit.compiled import CompiledCall, compile_in_place, register_formulas, source_hash
 from qat.losses import CompositeLoss, Distillation
@@ -189,32 +185,6 @@ def test_forward_and_backward_round_as_eager_code_does_and_lose_no_gradient(monk
         CompiledCall(net, net)(torch.ones(2, 3)).sum().backward()
     assert made == [(False, True, mixes_orders), (True, True, mixes_orders)]
     assert inductor.triton.mix_order_reduction  # for the user's own graphs
-
-
-@pytest.mark.parametrize("quantizer", ["statsq", "lsq", "seq", "log2"])
-def test_gradients_pass_a_compiled_quantizer(quantizer):
-    # In torch 2.11 none does behind a conversion to the dtype that is there already.
-    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.01
-    step = torch.tensor([0.2], requires_grad=True)
-    calls = {
-        "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
-        "lsq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None))),
-        "seq": lambda w: kernels.lsq(
-            w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))
-        ),
-        "log2": lambda w: fake_quantize_log2(w, 4),
-    }
-    found = []
-    for call in (
-        calls[quantizer],
-        torch.compile(calls[quantizer], fullgraph=True, backend="aot_eager"),
-    ):
-        w, step.grad = x.clone().requires_grad_(), None
-        (call(w) * x).sum().backward()
-        found.append((w.grad, step.grad))
-    assert found[0][0].abs().sum() > 0
-    assert torch.equal(found[0][0], found[1][0])
-    assert_close(found[0][1], found[1][1])
 
 
 @pytest.fixture

@@ -250,7 +250,14 @@ def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
 @pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
 @pytest.mark.parametrize(
     "where",
-    ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"],
+    [
+        "through our imports",
+        "a function of ours",
+        "in a field",
+        "in a list",
+        "without a dataset",
+        "a term",
+    ],
 )
 def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -262,6 +269,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, mo
         "without a dataset": {**DIGITS, "mean": [code]},
         "in a field": {"_target_": "qat.data.Digits", **DIGITS, "root": code},
         "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
+        "a term": {"_target_": "qat.data.Digits", **DIGITS, "root": "${oc.env:HOME}"},
     }[where]
     path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
     message = refused(

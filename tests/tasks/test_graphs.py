@@ -14,7 +14,6 @@ from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.tasks import fit
 from tests.callbacks.fitting import batches, differing, module, net
 from tests.callbacks.fitting import fit as fit_lightning
-from tests.commands import run_python
 from tests.conftest import compose
 from tests.errors import usage_error
 from tests.tasks.test_resume import assert_same_run, killed_at, run
@@ -130,30 +129,6 @@ def test_gradients_of_a_step(accumulated, graphs):
     for a, b in zip(ours, expected, strict=True):
         assert differing(a, b) == []
     assert graphs.steps == 8  # two epochs of four batches
-
-
-def overwritten_gradients():
-    """Whether gradients of each step differ from the eager run: with `GraphSteps`, and without its copies."""
-    settings = {"accumulate_grad_batches": 2}
-    expected = gradients(**settings)
-    memory = Graphs()
-    torch.compile = memory.compile
-    torch.compiler.cudagraph_mark_step_begin = memory.begin
-    copied = gradients(GraphSteps(), compiled=True, **settings)
-    GraphSteps.on_train_batch_end = lambda *_: None
-    kept = gradients(GraphSteps(), compiled=True, **settings)
-    return [
-        [bool(differing(a, b)) for a, b in zip(ours, expected, strict=True)]
-        for ours in (copied, kept)
-    ]
-
-
-@pytest.mark.long
-def test_gradients_that_stay_in_the_memory_of_a_graph_are_overwritten():
-    """In a process of its own: after other tests, torch may copy gradients."""
-    code = "from tests.tasks import test_graphs as t; print(t.overwritten_gradients())"
-    done = run_python("-c", code)
-    assert done.stdout.splitlines()[-1:] == [str([[False] * 4, [True] * 4])], done.stderr
 
 
 def test_validation_and_test_begin_steps(graphs):
