@@ -140,7 +140,7 @@ SHORT_PTQ = {
 PTQ_MODELS = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer"}
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", PTQ_MODELS)
 @pytest.mark.parametrize("choice", SHORT_PTQ)
 def test_ptq_from_a_folder(home, name, choice, tmp_path):
