@@ -15,6 +15,7 @@ from PIL import Image
 from qat.data.settings import DataSettings
 from qat.data.transforms import eval_transform
 from qat.errors import UsageError
+from qat.utils.validate import MOST_SIDE, check_int
 
 FILE = "preprocessor_config.json"
 # Heights and widths of the images on which a processor and our transform are compared.
@@ -58,10 +59,11 @@ def _matching_settings(processor: Any) -> dict[str, Any] | None:
     Whatever rules the processor follows, only its output is compared.
     """
     size = dict(processor.size)
-    edge = size.get("shortest_edge") or size["height"]
-    image_size = edge
-    if getattr(processor, "do_center_crop", False):
-        image_size = dict(processor.crop_size)["height"]
+    crop_size = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    edge: Any = size.get("shortest_edge") or size.get("height")
+    for side in (edge, *size.values(), *crop_size.values()):
+        check_int(f"size={size} crop_size={crop_size}, side", side, 1, MOST_SIDE)
+    image_size = crop_size["height"] if crop_size else edge
     generator = np.random.default_rng(0)
     probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBES]
     expected = []
