@@ -38,8 +38,11 @@ EXAMINED = 16
 ROUNDING = 2e-5
 # Runtimes compute some products in integers that are float products if the graph runs operator by
 # operator, so values on thresholds may be rounded the other way. If this changes the outputs of
-# more than this share of the images, the runtime computes something else.
+# more than this share of the images, and by more than `FACTOR` times as much as a change of the
+# image by the factor `SLIGHTLY` does, the runtime computes something else.
 UNLIKE = 0.1
+FACTOR = 2
+SLIGHTLY = 1 + 1e-6
 
 # Largest allowed difference of outputs, as a share of the largest number, if codes are not
 # compared.
@@ -69,7 +72,8 @@ class Agreement:
             None for other models.
         cosine: lowest cosine similarity of an encoder's outputs; None if there are logits.
         unlike: number of images on which the file also differs from its own graph, run operator by
-            operator. At most `EXAMINED` of the images in `other_logits` are examined.
+            operator, by more than rounding explains. At most `EXAMINED` of the images in
+            `other_logits` are examined.
         problem: reason not to use the file in this runtime; None = the file agrees with the model.
     """
 
@@ -246,7 +250,8 @@ def compare(
     for i in examined:
         step_by_step = codes_of(images[i])
         image_outputs = {name: output[i : i + 1] for name, output in actual.items()}
-        is_like_graph = float(_differences(image_outputs, step_by_step[0])) <= TOLERANCE
+        allowed = max(TOLERANCE, FACTOR * _effect_of_rounding(net, images[i]))
+        is_like_graph = float(_differences(image_outputs, step_by_step[0])) <= allowed
         agreement.unlike += not is_like_graph
         if agreement.problem is None:
             expected_codes = outputs_and_codes(net, images[i])
@@ -258,6 +263,13 @@ def compare(
             "that of the file's graph run operator by operator"
         )
     return agreement
+
+
+def _effect_of_rounding(net: nn.Module, image: Tensor) -> float:
+    """Difference of a model's outputs between an image and the slightly changed image."""
+    with probing(net, ()):
+        outputs = named_outputs(net(image))
+        return float(_differences(outputs, named_outputs(net(image * SLIGHTLY))))
 
 
 def _joined(batches: Iterable[Outputs]) -> Outputs:

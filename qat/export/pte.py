@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import Checked, check_difference, compare
+from qat.export.check import FACTOR, SLIGHTLY, Checked, check_difference, compare
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import require_int8, unfused
@@ -55,7 +55,7 @@ def write_pte(
     agreement = compare(net, logits, None, images)
     # The codes that a file computes cannot be read. Instead, images that differ only by float
     # rounding show how much values on thresholds can change the logits of this model.
-    check_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
+    check_difference(agreement, net, images, lambda x: x * SLIGHTLY, FACTOR)
     report = report | {"logits_apart": round(agreement.apart, 6)}
     return Checked({EXECUTORCH: agreement}), report
 

@@ -213,7 +213,7 @@ BUDGETS = {
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
-    "qat/data": 11300,
+    "qat/data": 11350,
     "qat/export": 15500,
     "qat/functional": 12100,
     "qat/kernels": 20500,
