@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.errors import UsageError
 from qat.model.convert import apply_recipe, convert
 from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME
@@ -51,8 +52,12 @@ class QatConfig(QuantizationConfigMixin):
         knobs.pop("quant_method", None)
         if isinstance(recipe, str):
             recipe = preset(recipe, **knobs)
+        elif knobs:
+            raise UsageError(f"QatConfig: {knobs}: must be part of the recipe")
         elif isinstance(recipe, Mapping):
             recipe = recipe_from(recipe)
+        if not isinstance(recipe, QuantRecipe):
+            raise UsageError(f"QatConfig: recipe={recipe!r}: must be the result of qat.recipe(...)")
         self.recipe = recipe.to_dict()
         self.input_size: Any = input_size
         self.signs = signs

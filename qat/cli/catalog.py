@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from qat.tasks.conf import CONF, options
+from qat.tasks.conf import CONF, options, values_of
 
 
 def model_lines() -> list[str]:
@@ -42,7 +40,7 @@ def _table(entries: dict[str, str]) -> list[str]:
 
 def _load_values(group: str, name: str) -> dict[str, Any]:
     """Values of a choice, including values of the choices that it is based on."""
-    own_values: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    own_values = dict(values_of(group, name))
     values: dict[str, Any] = {}
     for base in own_values.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":

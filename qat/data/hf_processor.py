@@ -15,6 +15,7 @@ from PIL import Image
 from qat.data.settings import DataSettings
 from qat.data.transforms import eval_transform
 from qat.errors import UsageError
+from qat.utils.validate import MAX_IMAGE_SIDE, check_int
 
 PROCESSOR_FILE = "preprocessor_config.json"
 # Heights and widths of the images on which a processor and our transform are compared.
@@ -59,11 +60,12 @@ def _matching_settings(processor: Any) -> dict[str, Any] | None:
 
     Only outputs are compared, so that the rules of the processor do not matter.
     """
-    size_settings = dict(processor.size)
-    shorter_side = size_settings.get("shortest_edge") or size_settings["height"]
-    image_size = shorter_side
-    if getattr(processor, "do_center_crop", False):
-        image_size = dict(processor.crop_size)["height"]
+    size = dict(processor.size)
+    crop_size = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    shorter_side: Any = size.get("shortest_edge") or size.get("height")
+    for side in (shorter_side, *size.values(), *crop_size.values()):
+        check_int(f"size={size} crop_size={crop_size}, side", side, 1, MAX_IMAGE_SIDE)
+    image_size = crop_size["height"] if crop_size else shorter_side
     generator = np.random.default_rng(0)
     probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBE_SIZES]
     expected_images = [

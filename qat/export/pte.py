@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import CheckResult, check_difference, compare
+from qat.export.check import (
+    MAX_ROUNDING_RATIO,
+    SLIGHT_FACTOR,
+    CheckResult,
+    check_difference,
+    compare,
+)
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
 from qat.export.write import copy_unfused, require_int8
@@ -55,7 +61,7 @@ def write_pte(
     agreement = compare(net, logits, None, images)
     # The codes that a file computes cannot be read. Instead, images that differ only by float
     # rounding show how much values on thresholds can change the logits of this model.
-    check_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
+    check_difference(agreement, net, images, lambda x: x * SLIGHT_FACTOR, MAX_ROUNDING_RATIO)
     report = report | {"logits_apart": round(agreement.relative_error, 6)}
     return CheckResult({EXECUTORCH: agreement}), report
 

@@ -88,7 +88,7 @@ def _layer_numbers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     models = hf_models(net)
     blocks = find_blocks(net) if models else {}
     if blocks:
-        return _layers_of_transformers(net, models[0], list(blocks))
+        return _layers_of_transformers(net, list(blocks))
     if not hasattr(net, "group_matcher"):
         name = type(models[0] if models else net).__name__
         raise UsageError(
@@ -98,18 +98,17 @@ def _layer_numbers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
 
-def _layers_of_transformers(net: nn.Module, model: nn.Module, blocks: list[str]) -> dict[str, int]:
+def _layers_of_transformers(net: nn.Module, blocks: list[str]) -> dict[str, int]:
     """Layer number of each parameter; parameters between two blocks belong to the first of them."""
-    body: set[nn.Parameter] = set()
-    for child in model.children():
-        if net.get_submodule(blocks[0]) in child.modules():
-            body.update(child.parameters())
+    # In a `TransformersClassifier`, the head is next to the encoder, as `model.vit` and
+    # `model.classifier`.
+    encoder = ".".join(blocks[0].split(".")[:2])
     layers = {}
     number = 0
-    for name, parameter in net.named_parameters():
+    for name, _ in net.named_parameters():
         while any(name.startswith(f"{block}.") for block in blocks[number:]):
             number += 1
-        is_head = number > 0 and parameter not in body
+        is_head = number > 0 and not name.startswith(f"{encoder}.")
         layers[name] = len(blocks) + 1 if is_head else number
     return layers
 

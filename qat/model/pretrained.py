@@ -28,7 +28,7 @@ from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load
-from qat.nn.hf_constructor import CLASSIFIER, model_config, package, transformers_model
+from qat.nn.hf_constructor import model_config, package, transformers_model
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_choice, check_images, check_number
@@ -175,26 +175,26 @@ def transformers_folder(
         if not (folder / file).is_file():
             raise UsageError(f"{origin}: has no {file}")
     config = json_object(folder / CONFIG)
+    arguments: dict[str, Any] = {}
     try:
+        if not config:
+            raise ValueError("it must be a JSON object")
         _check_config(folder)
-        architecture = _classifier_class(config, architecture)
-        known = model_config(architecture, config).to_dict()
-        arguments = {"architecture": architecture, "config": config}
-        num_classes = len(config.get("id2label") or "01")  # Transformers' default is two classes
-        _check_size(folder, CLASSIFIER, {**arguments, "num_classes": num_classes})
-    except (ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: {CONFIG} cannot be used ({reason})") from error
-    if not changes:
-        return folder, arguments
-    changed = _changed_config(config, changes, known, "model.args.config")
-    try:
+        arguments["architecture"] = _classifier_class(config, architecture)
+        arguments["config"] = config
+        known = model_config(arguments["architecture"], config).to_dict()
+        _check_size(folder, transformers_model.__name__, arguments)
+        arguments["config"] = _changed_config(config, changes, known, "model.args.config")
         with torch.device("meta"):
-            transformers_model(architecture, changed)
-    except (*OTHER_ERRORS, ValueError) as error:
+            transformers_model(**arguments)
+    except UsageError:
+        raise
+    except (*OTHER_ERRORS, ValueError, safetensors.SafetensorError) as error:
+        file = WEIGHTS if isinstance(error, safetensors.SafetensorError) else CONFIG
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"model.args.config={dict(changes)!r}: {reason}") from error
-    return folder, {**arguments, "config": changed}
+        changed = f" with {dict(changes)}" if changes else ""
+        raise UsageError(f"{origin}: {file}{changed} cannot be used ({reason})") from error
+    return folder, arguments
 
 
 def _changed_config(
@@ -204,18 +204,16 @@ def _changed_config(
     changed = dict(config)
     for key, value in changes.items():
         if key not in known:
-            closest = ", ".join(difflib.get_close_matches(key, known))
-            advice = f"; closest: {closest}" if closest else ""
+            closest = ", ".join(difflib.get_close_matches(key, known)) or "none"
             raise UsageError(
                 f"{setting}.{key}={value!r}: unknown setting of model_type "
-                f"{known['model_type']!r}{advice}"
+                f"{known['model_type']!r}; closest: {closest}"
             )
         changed[key] = value
         is_config = isinstance(known[key], dict) and "model_type" in known[key]
         if is_config and isinstance(value, Mapping):
-            inner_config = config.get(key) or {}
-            inner_setting = f"{setting}.{key}"
-            changed[key] = _changed_config(inner_config, value, known[key], inner_setting)
+            inner = config.get(key) or {}
+            changed[key] = _changed_config(inner, value, known[key], f"{setting}.{key}")
     return changed
 
 

@@ -166,11 +166,11 @@ class TransformersClassifier(nn.Module):
         """
         # Older versions have only the `gradient_` names, and newer ones warn of them.
         has_new_names = hasattr(self.model, "activation_checkpointing_enable")
-        method = "activation_checkpointing_" if has_new_names else "gradient_checkpointing_"
+        prefix = "activation" if has_new_names else "gradient"
         if enable:
-            getattr(self.model, f"{method}enable")({"use_reentrant": False})
+            getattr(self.model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
         else:
-            getattr(self.model, f"{method}disable")()
+            getattr(self.model, f"{prefix}_checkpointing_disable")()
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits."""

@@ -246,7 +246,7 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
             links[name] = f"{name}/{FILE}"
     context = {
         "kind": "sweep",
-        "subject": f"over {', '.join(names)}" if names else folder.resolve().name,
+        "subject": f"Comparison of {', '.join(names)}" if names else folder.resolve().name,
         "summary": summary,
         "groups": group_rows(jobs),
         "pictures": [_figure(jobs)] if finished_values(jobs, "top1") else [],
@@ -281,5 +281,5 @@ def _figure(jobs: Sequence[Row]) -> dict[str, str]:
     axis.margins(y=0.2)
     axis.invert_yaxis()
     means = "; ".join(f"{name}: {format_mean(group, 'top1')} %" for name, group in groups)
-    description = f"{means}. Small: single jobs. Large: mean and sample standard deviation."
+    description = f"{means}. Small dots: jobs. Large dots: mean ± sample standard deviation."
     return picture("Top-1, %", description, figure)

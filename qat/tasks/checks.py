@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
-from omegaconf import OmegaConf
 from torch import nn
 
 import qat.data
@@ -21,7 +20,7 @@ from qat.model.convert import check_input
 from qat.model.metadata import classes_of
 from qat.nn import LOGITS
 from qat.spec import QuantRecipe
-from qat.tasks.conf import CONF, options
+from qat.tasks.conf import options, values_of
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
@@ -189,8 +188,7 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
     """
     groups = {}
     for group in options("data"):
-        node: Any = OmegaConf.load(CONF / "data" / f"{group}.yaml")
-        groups[group] = DATASETS[node["_target_"]]
+        groups[group] = DATASETS[values_of("data", group)["_target_"]]
     own_group = next((group for group, kind in groups.items() if kind is type(data)), None)
     if own_group is None:
         return

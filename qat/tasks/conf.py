@@ -7,10 +7,12 @@ here, so that `--help` is fast.
 from __future__ import annotations
 
 import datetime
+import functools
 import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,13 @@ def options(group: str) -> list[str]:
     """The choices of a group, without files that are parts of other files (`_NAME.yaml`)."""
     names = [path.stem for path in (CONF / group).glob("*.yaml")]
     return sorted(name for name in names if not name.startswith("_"))
+
+
+@functools.cache
+def values_of(group: str, choice: str) -> Mapping[str, Any]:
+    """The values in the file of a choice; a process reads each file once."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"))
+    return types.MappingProxyType(values)
 
 
 def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
@@ -95,9 +104,8 @@ def config_groups(*, _root_: DictConfig) -> str:
 
 def _overridden_groups(experiment: str) -> set[str]:
     """Groups whose choice an experiment overrides, or an experiment that it is based on."""
-    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
     groups: set[str] = set()
-    for entry in values.get("defaults", []):
+    for entry in values_of("experiment", experiment).get("defaults", []):
         if isinstance(entry, dict):
             groups |= {key.removeprefix("override /") for key in entry}
         elif isinstance(entry, str) and entry != "_self_":
@@ -150,7 +158,7 @@ def display_name(name: str, args: Mapping[str, Any]) -> str:
     if "architecture" in args:
         return f"{args['architecture']} of Transformers"
     for choice in options("model"):
-        values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
+        values = values_of("model", choice)
         choice_args = values.get("args")
         if values["name"] == name and choice_args and choice_args.items() <= args.items():
             return f"{choice} ({name})"

@@ -21,7 +21,6 @@ from qat.tasks import build, fit, summary
 from qat.tasks.predict import find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
-    class_fields,
     correct_field,
     recipe_fields,
     record_run,
@@ -136,7 +135,5 @@ def measure(
     entries["size"] = summary.describe_size(subject.net, costs.size_bytes)
     log.info(summary.aligned_lines(f"{data.evaluation_split} split", entries))
     if module.confusion is not None and folder is not None:
-        if is_first():
-            write_class_tables(folder, module.confusion, subject.classes)
-        results |= class_fields(module.confusion, subject.classes)
+        results |= write_class_tables(folder, module.confusion, subject.classes)
     return results

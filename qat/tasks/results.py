@@ -235,13 +235,20 @@ def class_fields(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict
     return {"classes": classes, "confused": confused_pairs}
 
 
-def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) -> None:
-    """Write `classes.csv` and `confusion.csv`.
+def write_class_tables(
+    folder: Path, confusion: Tensor, names: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Write `classes.csv` and `confusion.csv`; the first process of a run writes them.
 
     `confusion.csv` has a row for each true class and a column for each predicted class.
+
+    Returns:
+        The keys of `results.json` about classes.
     """
-    classes = class_fields(confusion, names)["classes"]
-    write_text(folder / CLASSES, csv_text(classes))
-    header = ["true \\ predicted", *names]
-    rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
-    write_text(folder / CONFUSION, csv_lines([header, *rows]))
+    results = class_fields(confusion, names)
+    if is_first():
+        write_text(folder / CLASSES, csv_text(results["classes"]))
+        header = ["true \\ predicted", *names]
+        rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+        write_text(folder / CONFUSION, csv_lines([header, *rows]))
+    return results

@@ -133,10 +133,9 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
             settings = processor_settings(folder)
             image_size = settings.pop("image_size")
             set_preprocessing(cfg.data, settings)
-            for key in settings:
-                if key in cfg.data:
-                    settings[key] = to_plain(cfg.data[key])
-            args["images"] = settings
+            args["images"] = {}
+            for key, value in settings.items():
+                args["images"][key] = to_plain(cfg.data.get(key, value))
             if cfg.data.image_size is None:
                 cfg.data.image_size = image_size
         cfg.model.args = {**args, **own_args}

@@ -39,6 +39,7 @@ from qat.tasks.results import (
     recipe_fields,
     record_run,
     score_fields,
+    write_class_tables,
     write_results,
 )
 from qat.tasks.resume import (
@@ -50,6 +51,7 @@ from qat.tasks.resume import (
     outputs_to_replace,
 )
 from qat.tasks.set_up import set_up
+from qat.tasks.subject import class_names
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
 from qat.utils.files import hash_tensors
@@ -177,6 +179,9 @@ def _write_results(
     measurements = score_fields(metrics, costs, data.settings.num_classes)
     measurements |= correct_field(module.correct)
     measurements |= data.evaluation_facts(module.confusion)
+    if module.confusion is not None:
+        names = class_names(None, data)
+        measurements |= write_class_tables(Path(cfg.run_dir), module.confusion, names)
     results = write_results(cfg, **recipe_fields(recipe), **measurements, **outcome)
     score_texts = [
         f"{key} {text}".removeprefix("note ") for key, text in summary.score_texts(results).items()

@@ -269,7 +269,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def annealed(tmp_path_factory):
-    """A run that anneals in two of its three epochs."""
+    """A run that anneals in the second of its two epochs."""
     return run(tmp_path_factory.mktemp("annealed") / "run", *SETTINGS)
 
 

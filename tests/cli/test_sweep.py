@@ -11,7 +11,8 @@ from qat.report.sweep import overrides_of
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
 
-QUICK = (*TINY, "report=false")
+FEW = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+QUICK = (*TINY, *FEW, "report=false")
 END = "+callbacks.end._target_=tests.cli.test_sweep.Ends"
 
 

@@ -573,3 +573,22 @@ def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
         == "on 10 of 10 images, the output differs from that of the file's graph run operator by operator"
     )
     assert (found.same_top1, found.num_differing, found.max_error) == (10, 10, 0.0)
+
+
+def test_values_on_thresholds_are_not_a_problem(net):
+    """A runtime may round all of them the other way: what counts is how much the model changes."""
+    net = net.eval()
+    (image_quantizer,) = [
+        site.quantizer
+        for site in qat.iter_quantizers(net)
+        if site.name.startswith("patch_embed") and not site.is_weight
+    ]
+    codes = tiny.images(10).div(image_quantizer.scale.detach()).round()
+    x = (codes + 0.5) * image_quantizer.scale.detach()
+
+    def graph(image):
+        return check.outputs_and_codes(net, image)
+
+    found = check.compare(net, lambda x: net(x * (1 - 1e-6)), lambda: graph, [x])
+    assert found.num_differing > 5
+    assert (found.problem, found.num_unexplained) == (None, 0)

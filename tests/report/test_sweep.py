@@ -79,7 +79,7 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
     publish(folder, report=True)
     found = read(folder / "report.html")
     for text in (
-        "sweep: over quant, seed",
+        "sweep: Comparison of quant, seed",
         "93.00 ± 3.61",
         "the loss is nan",
         "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %",

@@ -30,7 +30,8 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["robustness", "weights", "cost", "landscape"])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", ["cost", "robustness", "landscape", "weights"])
 def test_what_a_run_leaves_behind(tmp_path, run_4bit, name):
     more = {"robustness": SMALL, "landscape": ("analysis.points=3",)}.get(name, ())
     found = analyze(tmp_path, f"ckpt={last(run_4bit)}", f"analysis={name}", "images=40", *more)

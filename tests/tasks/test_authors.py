@@ -114,6 +114,7 @@ def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, mess
     assert message.format(path) in line
 
 
+@pytest.mark.long
 def test_a_search_over_their_steps_needs_no_word_about_the_net(tmp_path, path, theirs):
     net = timm.create_model(
         DISTILLED, img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=1

@@ -61,6 +61,7 @@ def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
     page = (tmp_path / "report.html").read_text()
     assert "Most often confused" in page
     assert "Accuracy of each class" in page
+    assert rows(run_4bit / CONFUSION) == rows(tmp_path / CONFUSION)
 
 
 def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog):

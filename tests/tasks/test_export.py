@@ -118,6 +118,7 @@ def deployable(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "is_without_vnni", "expected"),
     [
+        (["format=packed"], False, {"qat": r"qat\.load"}),
         (
             [],
             False,
@@ -146,7 +147,6 @@ def deployable(tmp_path_factory):
             },
         ),
         (["format.target=tensorrt"], False, {"TensorRT": "qat has not tested it$"}),
-        (["format=packed"], False, {"qat": r"qat\.load"}),
     ],
 )
 def test_a_line_for_each_target_of_a_file(
@@ -258,10 +258,9 @@ def test_mistakes_are_one_line(line, run_2bit, tmp_path):
     assert list(tmp_path.glob("net*")) == []
 
 
-def test_a_float_net_is_refused(tmp_path):
-    run = train(tmp_path / "fp", "quant=fp")
+def test_a_float_net_is_refused(tmp_path, float_run):
     with usage_error("contains a float model; must be a quantized model"):
-        exported(tmp_path, f"ckpt={last(run)}")
+        exported(tmp_path, f"ckpt={last(float_run)}")
 
 
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):

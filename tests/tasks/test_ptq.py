@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
         "++model.args.depth=2",
         "data.augment=none",
         "optimizer.lr=2e-3",
-        "trainer.max_epochs=8",
+        "trainer.max_epochs=2",
     )
     return train(
         tmp_path_factory.mktemp("trained") / "run",
@@ -118,6 +118,7 @@ def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(
     assert identical(*seen)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("quant", ["ofq_4bit", "fp"])
 def test_training_starts_from_the_file(tmp_path, quantized_run, trained, quant):
     start = build.build_start(

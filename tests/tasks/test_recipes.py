@@ -77,16 +77,20 @@ def rates(name, world_size):
     return found
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2)
 @pytest.mark.golden
-@pytest.mark.parametrize("case", golden.cases(golden.OFQ, r"lr_.*"))
-def test_learning_rates_of_both_stages(case):
+@pytest.mark.parametrize(
+    ("case", "row"),
+    [
+        (case, row)
+        for case in golden.cases(golden.OFQ, r"lr_.*")
+        for row in SCHEDULES[case.removeprefix("lr_")]
+    ],
+)
+def test_learning_rates_of_both_stages(case, row):
     expected = golden.ofq(case, "lr_per_epoch").double().tolist()
-    kind = case.removeprefix("lr_")
-    for row in SCHEDULES[kind]:
-        assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(
-            expected, rel=1e-6
-        )
+    count = GPUS[case.removeprefix("lr_")]
+    assert rates(row, count) + rates(f"{row}_cga", count) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.sample(6)

@@ -44,7 +44,7 @@ def test_a_training_run_has_a_page(tmp_path):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("command", ["ptq", "analyze"])
+@pytest.mark.parametrize("command", ["analyze", "ptq"])
 def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
     from qat.tasks.analyze import analyze
     from qat.tasks.ptq import ptq

@@ -60,7 +60,7 @@ def plain_weights(path, classes=10):
 
 @pytest.fixture(scope="module")
 def run_2bit(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("two") / "run", "trainer.max_epochs=3", "seed=3")
+    return train(tmp_path_factory.mktemp("two") / "run", "trainer.max_epochs=2", "seed=3")
 
 
 def test_outputs(run_2bit):
@@ -121,8 +121,8 @@ def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
 
 
 def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
-    again = train(tmp_path / "again", "trainer.max_epochs=3", "seed=3", "data.num_workers=1")
-    other = train(tmp_path / "other", "trainer.max_epochs=3", "seed=4")
+    again = train(tmp_path / "again", "trainer.max_epochs=2", "seed=3", "data.num_workers=1")
+    other = train(tmp_path / "other", "trainer.max_epochs=2", "seed=4")
     first, second, third = state(run_2bit), state(again), state(other)
     assert identical(first, second)
     assert not torch.equal(first["head.weight"], third["head.weight"])
@@ -199,6 +199,7 @@ def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(
     assert "error" not in results(run)
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -371,7 +372,7 @@ class Photos(EncodedImageData):
         return {}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     caplog.set_level("INFO")

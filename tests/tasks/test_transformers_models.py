@@ -140,7 +140,7 @@ SHORT_PTQ = {
 PTQ_MODELS = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer"}
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", PTQ_MODELS)
 @pytest.mark.parametrize("choice", SHORT_PTQ)
 def test_ptq_from_a_folder(home, name, choice, tmp_path):
@@ -280,11 +280,17 @@ def test_images_are_prepared_as_by_the_processor(processor, crop_mode, tmp_path)
         ({**SQUASH, "size": {"height": 48, "width": 32}}, "data.* cannot express"),
         ({**SQUASH, "resample": 4}, "interpolation='box'"),
         ({"image_processor_type": "NewImageProcessor"}, "cannot be used"),
+        (
+            {**SQUASH, "size": {"longest_edge": 48}},
+            "'longest_edge': 48} .*=None: must be an integer",
+        ),
+        ({**SQUASH, "size": {"height": 10**6, "width": 48}}, "must be an integer from 1 to 16384"),
+        ({**CLIP, "crop_size": 10**6}, "must be an integer from 1 to 16384"),
     ],
 )
 def test_a_processor_that_cannot_be_expressed(processor, message, tmp_path):
     write_processor(tmp_path, **processor)
-    with usage_error(message.replace("*", r"\*")):
+    with usage_error(message.replace("data.*", r"data.\*")):
         processor_settings(tmp_path)
 
 
@@ -310,9 +316,16 @@ def broken(home, folder, changes, missing):
         ),
         ({"quantization_config": {"quant_method": "qat"}}, None, "the model is already quantized"),
         ({"hidden_size": 4096}, None, "the model is much larger than the weights"),
-        ({"hidden_size": 64}, None, "the model has [1, 1, 64]"),
+        (
+            {"hidden_size": 64},
+            None,
+            "classifier.weight has the shape [3, 32]; the model has [3, 64]",
+        ),
         ({"num_hidden_layers": 2}, None, "weights do not fit"),
         ({"hidden_dropout_prob": "high"}, None, "expected float, got str"),
+        ({"hidden_act": "nope"}, None, "config.json cannot be used ('nope')"),
+        ({"patch_size": 0}, None, "config.json cannot be used (integer division"),
+        ({"architectures": 3}, None, "config.json cannot be used ('int' object"),
         ({"hidden_act": "${oc.env:HOME}"}, None, "the config contains '${'"),
         ({}, "model.safetensors", "has no model.safetensors"),
         ({}, "preprocessor_config.json", "preprocessor_config.json: cannot be used"),
@@ -324,6 +337,23 @@ def test_a_folder_that_cannot_be_used(home, changes, missing, message, tmp_path,
     assert message in line
     assert str(folder) in line
     assert len(line) < 600
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"{", "config.json cannot be used (it must be a JSON object)"),
+        ("config.json", b"[1]", "config.json cannot be used (it must be a JSON object)"),
+        ("model.safetensors", b"", "model.safetensors cannot be used"),
+        ("model.safetensors", None, "model.safetensors cannot be used"),
+    ],
+)
+def test_a_damaged_file(home, file, content, message, tmp_path, refused):
+    folder = broken(home, tmp_path / "model", {}, None)
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    line = refused("train", settings(home, tmp_path / "run", f"model.name={folder}"))
+    assert message in line
 
 
 def test_blocks_of_the_file_are_not_dropped(home, tmp_path, refused):
@@ -354,7 +384,7 @@ def test_blocks_of_the_file_are_not_dropped(home, tmp_path, refused):
             ["++model.args.config.qkv_bia=true"],
             "config.qkv_bia=True: unknown .*; closest: qkv_bias",
         ),
-        (["++model.args.config.hidden_act=nope"], "model.args.config={'hidden_act': 'nope'}: "),
+        (["++model.args.config.hidden_act=nope"], "config.json with {'hidden_act': 'nope'} cannot"),
         (["model.init=reference"], "model.init='reference': must be full"),
     ],
 )
