@@ -20,7 +20,7 @@ from qat.utils.validate import (
     check_bool,
     check_choice,
     check_text,
-    unknown,
+    unknown_message,
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
@@ -490,7 +490,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
         if knob in ours:
             raise TypeError(f"recipe: {knob}={value!r}: must be {ours[knob]}={value!r}")
         if knob not in known:
-            raise TypeError(f"recipe: {unknown(knob, knob, known)}")
+            raise TypeError(f"recipe: {unknown_message(knob, knob, known)}")
     check_choice("recipe", name, (*PRESETS, *CHOICES))
     preset, widths = CHOICES.get(str(name), (str(name), {}))
     own_rules = PRESETS[preset].get("overrides", {})

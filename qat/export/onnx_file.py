@@ -38,8 +38,8 @@ from qat.model.frozen import is_frozen
 from qat.model.metadata import data_of, describe
 from qat.model.transform import data_config
 from qat.nn import named_outputs
-from qat.utils.files import check_not_folder, replacing
-from qat.utils.probing import copied
+from qat.utils.files import check_not_folder, replace_atomically
+from qat.utils.probing import copy_net
 from qat.utils.validate import check_bool, check_choice
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def export_onnx(
             f"images of shape {tuple(images.shape)}: must have shape (N, *{input_size}) with N at "
             "least 1, and only finite numbers"
         )
-    net = nn.Module.float(copied(net).cpu())
+    net = nn.Module.float(copy_net(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
     if not check_input(frozen, input_size):
         raise UsageError(
@@ -231,7 +231,7 @@ def write_onnx(
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     onnx.helper.set_model_props(model, texts)
     model.producer_name = "qat"
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         onnx.save(model, str(temporary))
     return check_onnx(net, path, images)
 

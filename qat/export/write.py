@@ -21,7 +21,7 @@ from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenFp8Activation, FrozenWeight
 from qat.model.sites import iter_quantizers
 from qat.spec import OUTPUT_ROLES
-from qat.utils.probing import copied
+from qat.utils.probing import copy_net
 from qat.utils.validate import FP8
 
 # Sums and norms use the outputs of these quantizers; products do not.
@@ -47,7 +47,7 @@ def unfused(net: nn.Module) -> nn.Module:
 
     Torch can export timm's fused attention only for tensors of four dimensions.
     """
-    net = copied(net).eval()
+    net = copy_net(net).eval()
     for module in net.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]

@@ -129,7 +129,8 @@ def fake_quantize_affine(
     # The mask needs the codes before they are clamped, so `nearest_codes` does not fit.
     rounded = u.detach().round()
     # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Clamping
-    # `round_ste(u)` fails as well: where u overflows, it computes inf - inf.
+    # `round_ste(u)` fails as well: where u overflows, `round_ste` computes
+    # inf - inf.
     is_inside = (rounded >= qmin) & (rounded <= qmax)
     codes = torch.where(is_inside, round_ste(u), rounded.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)

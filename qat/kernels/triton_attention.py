@@ -16,11 +16,11 @@ import triton.language as tl
 from triton.language import constexpr, tensor
 
 from qat.kernels.triton_kernels import (
-    _clamped,
-    _inside,
+    _clamp,
+    _is_inside,
     _lsq_gradients,
     _offsets,
-    _rounded,
+    _round,
     _step_size,
 )
 
@@ -32,7 +32,7 @@ def _read(
     """Read rows of the program's head and image; elements outside of the tensor are zero."""
     column = tl.arange(0, BLOCK_D)
     offsets = _offsets(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
-    return tl.load(x + offsets, mask=_inside(row, column, rows, SIZE), other=0.0)
+    return tl.load(x + offsets, mask=_is_inside(row, column, rows, SIZE), other=0.0)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _write(
     offsets = _offsets(
         tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, tl.num_programs(1) * SIZE
     )
-    tl.store(x + offsets, tile, mask=_inside(row, column, rows, SIZE))
+    tl.store(x + offsets, tile, mask=_is_inside(row, column, rows, SIZE))
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     probs, probs_in_steps = _probs(scores, total[:, None], tl.div_rn(1.0, step))
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
     if grad is None:
-        probs_q = _rounded(_clamped(probs_in_steps, None, high)) * step
+        probs_q = _round(_clamp(probs_in_steps, None, high)) * step
         _write(out, _product(probs_q.to(v_tile.dtype), v_tile), n, rows, SIZE, BLOCK_D)
     else:
         grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)

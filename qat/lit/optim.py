@@ -15,7 +15,7 @@ from torch import nn
 from qat.errors import UsageError
 from qat.model.sites import find_blocks, no_weight_decay, quantizer_parameters
 from qat.nn import hf_models
-from qat.utils.validate import check_int, check_number, unknown
+from qat.utils.validate import check_int, check_number, unknown_message
 
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 GROUPS = ("decay", "no_decay", "scales")
@@ -49,8 +49,8 @@ def parameter_groups(
     Raises:
         UsageError: `layer_decay` is not in (0, 1], or the layers of the net cannot be numbered.
     """
-    layers = {} if layer_decay is None else _numbered_layers(net, layer_decay)
-    last_layer = max(layers.values(), default=0)
+    layer_numbers = {} if layer_decay is None else _layer_numbers(net, layer_decay)
+    last_layer = max(layer_numbers.values(), default=0)
     scales, _ = quantizer_parameters(net)
     without_decay = no_weight_decay(net)
     groups: dict[tuple[str, int], list[nn.Parameter]] = {}
@@ -65,7 +65,7 @@ def parameter_groups(
             kind = "scales"
         elif name in without_decay:
             kind = "no_decay"
-        groups[kind, layers.get(name, last_layer)].append(parameter)
+        groups[kind, layer_numbers.get(name, last_layer)].append(parameter)
 
     group_settings = []
     for (kind, layer), parameters in groups.items():
@@ -82,7 +82,7 @@ def parameter_groups(
     return group_settings
 
 
-def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
+def _layer_numbers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     """Layer number of each parameter, by name, as in timm: 0 = embedding, highest = head."""
     check_number("optimizer.layer_decay", layer_decay, 0, exclusive_lowest=True, highest=1)
     models = hf_models(net)
@@ -160,7 +160,7 @@ def build_optimizer(
     check_number("optimizer.weight_decay", weight_decay, 0)
     names = [str(name) for name in timm.optim.list_optimizers()]
     if str(opt).lower() not in names:
-        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), names))
+        raise UsageError(unknown_message(f"optimizer.opt={opt!r}", str(opt), names))
     groups = parameter_groups(
         net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay
     )
@@ -192,10 +192,10 @@ def scheduler_factory(
     cooldown_epochs: float = 0.0,
     **settings: Any,
 ) -> SchedulerFactory:
-    """A function that builds a cosine schedule whose parts are measured in epochs.
+    """Make a function that builds a cosine schedule whose parts are measured in epochs.
 
     Args:
-        interval: `epoch` or `step`, how often the learning rate changes.
+        interval: `epoch` or `step`, after which the learning rate changes.
         warmup_epochs: length of the warm-up.
         cooldown_epochs: last epochs, at the lowest learning rate.
         settings: `min_lr` and `warmup_lr` of `cosine_schedule`.

@@ -248,7 +248,8 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
             rates.append(module.prob)
     rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera stores its rate here
     has_token_scales = any(
-        site.quantizer.axis == -2 and site.quantizer.n_scales for site in iter_quantizers(net)
+        site.quantizer.axis == -2 and site.quantizer.num_stored_scales
+        for site in iter_quantizers(net)
     )
     if rate and has_token_scales and recipe.GROUP == "quant":
         raise UsageError(
@@ -444,8 +445,8 @@ def _allocate(
 
     def allocate(module: Any, args: tuple[Tensor, ...]) -> None:
         shape = args[0].shape
-        n_groups = module.n_groups(shape)
-        if groups.setdefault(module, n_groups) != n_groups:
+        num_scales = module.num_scales(shape)
+        if groups.setdefault(module, num_scales) != num_scales:
             module.share_scale()
         module.allocate(shape, args[0].device)
 

@@ -201,8 +201,8 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
         return quantizer.scale_bytes(weight.shape)
     if quantizer.spec.bias_correction:
         # Bias correction needs a scale and a zero point for each row.
-        return FLOAT_BYTES * 2 * (rows - quantizer.n_scales)
-    return 0 if quantizer.n_scales else FLOAT_BYTES * rows
+        return FLOAT_BYTES * 2 * (rows - quantizer.num_stored_scales)
+    return 0 if quantizer.num_stored_scales else FLOAT_BYTES * rows
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:

@@ -28,7 +28,7 @@ from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
 from qat.quantizers import BlockFloat, Fp8Grid, Quantizer, UniformGrid
-from qat.utils.probing import copied
+from qat.utils.probing import copy_net
 
 NOT_PLAIN = (
     "is pruned or parametrized; must have plain weights: "
@@ -69,7 +69,7 @@ def freeze(net: nn.Module) -> nn.Module:
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
     # The own method of a Transformers model refuses quantized models.
-    frozen = freeze_structure(nn.Module.float(copied(net)))
+    frozen = freeze_structure(nn.Module.float(copy_net(net)))
     if hf_models(frozen):
         frozen.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     nonzero = {name for name, tensor in frozen.state_dict().items() if tensor.any()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpack_pairs
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
-from qat.utils.files import MOST_CONSTANT, replacing
+from qat.utils.files import MAX_CONSTANT_NUMBERS, replace_atomically
 
 # The second format adds blocks of floats, which are stored as separate tensors.
 FORMATS = ("packed-1", "packed-2")
@@ -61,7 +61,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         "index": base64.b64encode(zlib.compress(index.encode(), 9)).decode(),
     }
     metadata["crc32"] = _checksum(tensors, *metadata.values())
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     header = Path(path).stat().st_size - sum(packer.sizes.values())
     return {**packer.sizes, "header": header}
@@ -186,7 +186,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
 def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read weights by name from the tensors of a file, according to the file's index."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
-    if num_constants > MOST_CONSTANT:
+    if num_constants > MAX_CONSTANT_NUMBERS:
         raise ValueError(f"its index lists {num_constants} numbers that are missing")
     state = {}
     codes = _Cursor(tensors["codes"])

@@ -83,7 +83,7 @@ def conversion_report(net: nn.Module) -> ConversionReport:
             quantizer=spec.quantizer,
             bits=spec.bits,
             axis=site.quantizer.axis,
-            scales=site.quantizer.n_scales,
+            scales=site.quantizer.num_stored_scales,
             offsets=spec.offsets,
         )
         rows.append(row)

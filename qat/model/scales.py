@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
 from qat.quantizers import Affine, Quantizer
-from qat.utils.probing import images_of, probing, unset_scales_allowed
+from qat.utils.probing import calibration_images, probing, unset_scales_allowed
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> It
     """Yield the images of each batch, at most `max_images` in total; later batches are not read."""
     left = max_images
     for batch in batches:
-        images = images_of(batch, net)[:left]
+        images = calibration_images(batch, net)[:left]
         left -= len(images)
         yield images
         if not left:

@@ -144,7 +144,7 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
         return False
     if _copy_affine(donor, target):
         return True
-    if donor.spec != target.spec or donor.n_scales != target.n_scales:
+    if donor.spec != target.spec or donor.num_stored_scales != target.num_stored_scales:
         return False
     donor_state = donor.state_dict()
     target_state = target.state_dict()

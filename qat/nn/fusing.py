@@ -22,7 +22,7 @@ def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
         return None
     if is_hooked(getattr(quantizer, "quantizer", quantizer)):
         return None
-    return quantizer.operand()
+    return quantizer.fused_params()
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:

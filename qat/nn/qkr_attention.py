@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, can_fuse, qkr_attention
+from qat.kernels.fused import QkrQuantizers, QkrWeights, Scoring, can_fuse, qkr_attention
 from qat.nn.attention import ScoredAttention, separate_bias
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
@@ -131,7 +131,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         scoring = Scoring(bias, mask, self.num_heads, factor, self.save_probs)
         return qkr_attention(x, weights, (matrix_params, v_params), operands, scoring)
 
-    def _operands(self) -> QkrOperands | None:
+    def _operands(self) -> QkrQuantizers | None:
         """Parameters of the activation quantizers. Returns None if one must run on its own."""
         x = operand_of(self.input_quantizer)
         product = operand_of(self.k_quantizer)
@@ -139,7 +139,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         probs = operand_of(self.probs_quantizer)
         if x is None or product is None or values is None or probs is None:
             return None
-        return QkrOperands(input=x, product=product, values=values, probs=probs)
+        return QkrQuantizers(input=x, product=product, values=values, probs=probs)
 
     def timm_weights(self) -> dict[str, Tensor]:
         """Tensors of timm's module, detached, without the tensors of `proj` and other children.

@@ -112,7 +112,7 @@ def test_swin(tmp_path, bits, shape):
     expected = authors.swin_logits(state, images(32), bits, bits)
     assert_close(logits(net, images(32)), expected, rtol=0, atol=1e-4)
     assert_close(net.layers[1].downsample.reduction.bias, state["features.2.reduction.bias"])
-    assert net.layers[0].blocks[0].mlp.fc1.input_quantizer.n_scales == 8, "one per column"
+    assert net.layers[0].blocks[0].mlp.fc1.input_quantizer.num_stored_scales == 8, "one per column"
     qat.save(net, tmp_path / "ours.ckpt")
     again = qat.load(tmp_path / "ours.ckpt")
     assert torch.equal(logits(again, images(32)), logits(net, images(32)))

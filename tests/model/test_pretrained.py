@@ -218,6 +218,7 @@ def test_a_repository_of_ours(tmp_path, net, cache):
         assert (code, f"{other} and model=hf-hub:me/net are set" in out) == (1, True)
 
 
+@pytest.mark.long
 def test_a_float_net_of_timm(tmp_path, cache):
     folder = cache("timm/tiny")
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}

@@ -94,22 +94,11 @@ def test_cost_counts_codes(tmp_path):
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
 
 
-def test_damage_is_one_line(tmp_path):
+def test_a_file_of_another_version_is_one_line(tmp_path):
     path = tmp_path / "net.safetensors"
     written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with usage_error(r"net.safetensors'.*damaged|not a checkpoint"):
-        qat.load(path)
-    path.write_bytes(whole.replace(b'"format":"packed-1"', b'"format":"packed-9"'))
+    path.write_bytes(path.read_bytes().replace(b'"format":"packed-1"', b'"format":"packed-9"'))
     with usage_error("format 'packed-9'"):
-        qat.load(path)
-    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-    with usage_error("checksum does not match"):
-        qat.load(path)
-    start = whole.index(b'"index":"') + 20
-    path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
-    with usage_error("not a checkpoint that can be read safely"):
         qat.load(path)
 
 
