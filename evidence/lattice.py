@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.lit.teacher import Outputs
+from qat.lit.teacher import OutputRecorder
 from qat.losses.compose import StepContext
 from qat.losses.outputs import FeatureDistillation
 
 
-class Inputs(Outputs):
+class Inputs(OutputRecorder):
     """Records the inputs of modules instead of their outputs."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -49,9 +49,9 @@ def _forward(self: FeatureDistillation, step: StepContext) -> Tensor:
     return total / len(step.features)
 
 
-def _inputs_of_blocks(cls: type[Outputs], net: nn.Module, which: str = "all") -> Inputs:
+def _inputs_of_blocks(cls: type[OutputRecorder], net: nn.Module, which: str = "all") -> Inputs:
     return Inputs(_layers(net))
 
 
-Outputs.of_blocks = classmethod(_inputs_of_blocks)  # type: ignore[method-assign, assignment]
+OutputRecorder.for_blocks = classmethod(_inputs_of_blocks)  # type: ignore[method-assign, assignment]
 FeatureDistillation.forward = _forward  # type: ignore[method-assign]

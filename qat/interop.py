@@ -24,13 +24,13 @@ from qat.errors import UsageError
 from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
-from qat.model.foreign_weights import grow_biases
+from qat.model.foreign_weights import add_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# Tensors in the authors' files that our models lack. An offset after the key or the product only
-# shifts whole rows of the softmax, and clip_val of StatsQ is always 2.
-_DEAD = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
+# Tensors that the authors' files have and our models do not. An offset after the key or the product
+# only shifts whole rows of the softmax, and clip_val of StatsQ is always 2.
+_UNUSED_OFFSETS = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
 # Patterns of our names, and the authors' names; the first match counts. `read_checkpoint` has
 # already given Swin's layers timm's names.
@@ -123,19 +123,19 @@ def net_from_ofq(
     is_swin = any(name.endswith("relative_position_bias_table") for name in state)
     family = "Swin" if is_swin else "DeiT"
     try:
-        name, kwargs, has_qkr = _swin(state) if is_swin else _deit(state)
+        name, kwargs, has_qkr = _swin_arguments(state) if is_swin else _deit_arguments(state)
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
     except (IndexError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{origin}: its shapes do not match any {family} ({error})") from error
+        raise UsageError(f"{origin}: the shapes do not match any {family} ({error})") from error
     if qkr is not None and qkr != has_qkr:
-        layers = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
-        raise UsageError(f"qkr={qkr}: {origin} holds {layers}")
+        layers = "attn.q and attn.k" if has_qkr else "attn.qkv"
+        raise UsageError(f"qkr={qkr}: must be {has_qkr}; {origin} contains {layers}")
     if model is not None and model != name:
-        base = _check_model(model, name, kwargs, state, is_swin=is_swin, origin=origin)
+        named_model = _check_model(model, name, kwargs, state, is_swin=is_swin, origin=origin)
         if not has_qkr and not is_swin:
             # The number of heads cannot be inferred from shapes.
-            kwargs["num_heads"] = base.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
+            kwargs["num_heads"] = named_model.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
     weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
     # The authors' step sizes per position are one per column of Swin's maps (B, H, W, C).
@@ -153,16 +153,16 @@ def net_from_ofq(
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: its shapes do not match any {name} ({reason})") from error
-    _grow_merging_biases(net, state)
+        raise UsageError(f"{origin}: the shapes do not match any {name} ({reason})") from error
+    _add_merging_biases(net, state)
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
-    _fill(net, state, qkr=has_qkr, origin=origin)
+    _load_tensors(net, state, qkr=has_qkr, origin=origin)
     check_finite(net, origin, unset=True)
     bits_text = f"W{quant_recipe.bits}A{quant_recipe.act_bits}"
     note = f"weights, step sizes and offsets of {origin}, read as {quant_recipe.name} {bits_text}"
-    num_dead = sum(bool(_DEAD.search(tensor_name)) for tensor_name in state)
-    if num_dead:
-        note += f"; {num_dead} offsets that change no output are left out"
+    num_unused = sum(bool(_UNUSED_OFFSETS.search(tensor_name)) for tensor_name in state)
+    if num_unused:
+        note += f"; {num_unused} offsets that change no output are left out"
     return OfqNet(net.eval(), name, note)
 
 
@@ -186,19 +186,19 @@ def _bits(
     weight_bits = args.get("wq_bitw", bits)
     if weight_bits is None:
         raise UsageError(
-            f"bits=None: {origin} does not state its bits, and its tensors do not show them; "
+            f"bits=None: {origin} does not state the bits, and tensors do not show them; "
             "set bits= (ckpt_bits= in a command)"
         )
     return weight_bits, args.get("aq_bitw", act_bits)
 
 
-def _grow_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _add_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Add biases to the linear layers of patch mergings; timm's models have none there."""
     names = []
     for name, _ in net.named_modules():
         if name.endswith("reduction") and f"{name}.bias" in state:
             names.append(name)
-    grow_biases(net, names)
+    add_biases(net, names)
 
 
 def _check_model(
@@ -216,23 +216,23 @@ def _check_model(
         UsageError: the family or the width of the model differs from the file.
     """
     with torch.device("meta"):
-        base = timm.create_model(model) if timm.is_model(model) else None
+        named_model = timm.create_model(model) if timm.is_model(model) else None
     family = SwinTransformer if is_swin else VisionTransformer
     is_distilled = "dist_token" in state
     if (
-        not isinstance(base, family)
-        or base.embed_dim != kwargs["embed_dim"]
-        or hasattr(base, "dist_token") != is_distilled
+        not isinstance(named_model, family)
+        or named_model.embed_dim != kwargs["embed_dim"]
+        or hasattr(named_model, "dist_token") != is_distilled
     ):
         raise UsageError(
             f"model={model!r}: the weights of {origin} do not fit it; "
             f"they look like {likely_name!r}"
         )
-    return base
+    return named_model
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the highest number that the pattern finds in a name."""
+def _count_modules(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Number of numbered modules: one more than the highest number that `pattern` finds."""
     numbers = []
     for name in state:
         if match := re.match(pattern, name):
@@ -240,12 +240,12 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max(numbers, default=-1)
 
 
-def _side(state: Mapping[str, Tensor]) -> int:
+def _image_side(state: Mapping[str, Tensor]) -> int:
     """Height and width of images, from the map of offsets, which has one number per pixel."""
     return math.isqrt(state["patch_embed.proj.move_b4.bias"].numel())
 
 
-def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
+def _deit_arguments(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     """Timm name, arguments of `timm.create_model`, and whether the model has QKR."""
     width = state["cls_token"].shape[-1]
     attention = "blocks.0.attn"
@@ -259,12 +259,12 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
         # head.
         num_heads = max(width // 64, 1)
     kwargs = {
-        "img_size": _side(state),
+        "img_size": _image_side(state),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "in_chans": state["patch_embed.proj.weight"].shape[1],
         "num_classes": state["head.weight"].shape[0],
         "embed_dim": width,
-        "depth": _count(state, r"blocks\.(\d+)\."),
+        "depth": _count_modules(state, r"blocks\.(\d+)\."),
         "num_heads": num_heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
     }
@@ -273,18 +273,18 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     return f"deit_{size}{distilled}_patch16_224", kwargs, has_qkr
 
 
-def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
+def _swin_arguments(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     """Timm name, arguments of `timm.create_model`, and whether the model has QKR."""
     stem = state["patch_embed.proj.weight"]
     width = stem.shape[0]
     first_block = "layers.0.blocks.0"
     depths = []
     tables = []
-    for stage in range(_count(state, r"layers\.(\d+)\.")):
-        depths.append(_count(state, rf"layers\.{stage}\.blocks\.(\d+)\.attn\."))
+    for stage in range(_count_modules(state, r"layers\.(\d+)\.")):
+        depths.append(_count_modules(state, rf"layers\.{stage}\.blocks\.(\d+)\.attn\."))
         tables.append(state[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"])
     kwargs = {
-        "img_size": _side(state),
+        "img_size": _image_side(state),
         "patch_size": stem.shape[-1],
         "in_chans": stem.shape[1],
         "num_classes": state["head.fc.weight"].shape[0],
@@ -302,8 +302,11 @@ def _swin(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
     return f"swin_{size}_patch4_window7_224", kwargs, has_qkr
 
 
-def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
-    """The authors' name for our tensor, and which third of their tensor it is; None = all of it."""
+def _authors_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
+    """The authors' name for our tensor, and which third of the authors' tensor ours is.
+
+    The third is None if ours is the whole tensor.
+    """
     stacked = _STACKED_OFFSET.search(name)
     if stacked:
         prefix = name[: stacked.start()] + "attn."
@@ -317,28 +320,28 @@ def _their_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
     return name, None
 
 
-def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load the authors' tensors; refuse a file with further tensors, unless they have no effect.
+def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
+    """Load the authors' tensors; raise an error for any other tensor that would have an effect.
 
     The authors' files contain maps and single numbers as flat tensors.
     """
     tensors = {}
-    used = set()
-    for name, own in net.state_dict().items():
-        their_name, third = _their_name(name, qkr=qkr)
-        if their_name not in state:
-            raise UsageError(f"{origin}: tensor {their_name} is missing")
-        tensor = state[their_name]
-        shape = own.shape if third is None else torch.Size((3 * own.numel(),))
+    used_names = set()
+    for name, our_tensor in net.state_dict().items():
+        authors_name, third = _authors_name(name, qkr=qkr)
+        if authors_name not in state:
+            raise UsageError(f"{origin}: tensor {authors_name} is missing")
+        tensor = state[authors_name]
+        shape = our_tensor.shape if third is None else torch.Size((3 * our_tensor.numel(),))
         if tensor.numel() != shape.numel() or (tensor.ndim > 1 and tensor.shape != shape):
             raise UsageError(
-                f"{origin}: {their_name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+                f"{origin}: {authors_name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
         tensor = tensor.reshape(shape)
         tensors[name] = tensor if third is None else tensor.chunk(3)[third]
-        used.add(their_name)
-    for name in state.keys() - used:
+        used_names.add(authors_name)
+    for name in state.keys() - used_names:
         is_clip_of_two = name.endswith("clip_val") and bool((state[name] == 2).all())
-        if not is_clip_of_two and not _DEAD.search(name):
+        if not is_clip_of_two and not _UNUSED_OFFSETS.search(name):
             raise UsageError(f"{origin}: nothing in the model corresponds to {name}")
     net.load_state_dict(tensors)

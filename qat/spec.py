@@ -20,7 +20,7 @@ from qat.utils.validate import (
     check_bool,
     check_choice,
     check_text,
-    unknown,
+    unknown_message,
 )
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
@@ -42,7 +42,7 @@ _CHOICES = {
 }
 
 # In OFQ, stem and heads have learned 8-bit step sizes (section 3 of the paper).
-_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS)}
+_OUTER_QUANTIZERS = dict.fromkeys(("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS), "lsq")
 # Ranges of weights are computed in every forward pass; ranges of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
@@ -138,7 +138,7 @@ def summed_axis(role: str) -> int:
 
 
 # Activations that `attention=float` leaves in float.
-_SCORED = ("q", "k", "v", "probs")
+_ATTN_ROLES = ("q", "k", "v", "probs")
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ class QuantRecipe:
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
         for quantizer in (self.weight_quantizer, self.act_quantizer):
-            outside = quantizer if quantizer in FP8 else all_float
-            check_bits("quant.stem_bits", self.stem_bits, outside)
-            check_bits("quant.head_bits", self.head_bits, outside)
+            outer_quantizer = quantizer if quantizer in FP8 else all_float
+            check_bits("quant.stem_bits", self.stem_bits, outer_quantizer)
+            check_bits("quant.head_bits", self.head_bits, outer_quantizer)
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
             raise UsageError(f"quant.offsets=true: must be false with {self.act_quantizer}")
@@ -261,9 +261,9 @@ class QuantRecipe:
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(
                     f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
-                    f"its settings must be among {', '.join(sorted(knobs))}"
+                    f"the settings must be among {', '.join(sorted(knobs))}"
                 )
-            self._under(pattern, self._with_implied_bits(rule))
+            self._with_knobs(pattern, self._with_implied_bits(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
@@ -275,9 +275,9 @@ class QuantRecipe:
         for pattern, rule in self.overrides.items():
             if fnmatch.filter((module_name, *aliases), pattern):
                 knobs |= self._with_implied_bits(rule)
-        return self._under(module_name, knobs) if knobs else self
+        return self._with_knobs(module_name, knobs) if knobs else self
 
-    def _under(self, where: str, knobs: Mapping[str, Any]) -> QuantRecipe:
+    def _with_knobs(self, where: str, knobs: Mapping[str, Any]) -> QuantRecipe:
         try:
             return dataclasses.replace(self, overrides={}, **knobs)
         except UsageError as error:
@@ -299,7 +299,7 @@ class QuantRecipe:
         """
         name = self.weight_quantizer
         if place != "block":
-            name = _OUTSIDE_BLOCKS.get(name, name)
+            name = _OUTER_QUANTIZERS.get(name, name)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
         axis: int | None = summed_axis(role) if name in BLOCK_FLOATS else 0
@@ -330,7 +330,7 @@ class QuantRecipe:
         if place == "head" or self.act_scales == "tensor":
             layout["axis"] = None
         bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
-        name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
+        name = "float" if self.attention == "float" and role in _ATTN_ROLES else self.act_quantizer
         if place != "block" and name in BLOCK_FLOATS:
             name = "lsq"
         if name in BLOCK_FLOATS:
@@ -484,17 +484,17 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
         >>> recipe("seq_2bit") == recipe("seq", bits=2)
         True
     """
-    known = [knob.name for knob in dataclasses.fields(QuantRecipe)]
-    ours = {other: knob for knob, others in ALIASES.items() for other in others.split()}
+    knob_names = [knob.name for knob in dataclasses.fields(QuantRecipe)]
+    our_names = {other: knob for knob, others in ALIASES.items() for other in others.split()}
     for knob, value in knobs.items():
-        if knob in ours:
-            raise TypeError(f"recipe: {knob}={value!r}: must be {ours[knob]}={value!r}")
-        if knob not in known:
-            raise TypeError(f"recipe: {unknown(knob, knob, known)}")
+        if knob in our_names:
+            raise TypeError(f"recipe: {knob}={value!r}: must be {our_names[knob]}={value!r}")
+        if knob not in knob_names:
+            raise TypeError(f"recipe: {unknown_message(knob, knob, knob_names)}")
     check_choice("recipe", name, (*PRESETS, *CHOICES))
-    preset, widths = CHOICES.get(str(name), (str(name), {}))
+    preset, preset_bits = CHOICES.get(str(name), (str(name), {}))
     own_rules = PRESETS[preset].get("overrides", {})
     rules = knobs.get("overrides")
     if isinstance(rules, Mapping | None):
         knobs["overrides"] = {**own_rules, **(rules or {})}
-    return QuantRecipe(**{"name": preset, **PRESETS[preset], **widths, **knobs})
+    return QuantRecipe(**{"name": preset, **PRESETS[preset], **preset_bits, **knobs})

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.errors import UsageError
 from qat.model.convert import apply_recipe, convert
 from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME
@@ -51,8 +52,12 @@ class QatConfig(QuantizationConfigMixin):
         knobs.pop("quant_method", None)
         if isinstance(recipe, str):
             recipe = preset(recipe, **knobs)
+        elif knobs:
+            raise UsageError(f"QatConfig: {knobs}: must be part of the recipe")
         elif isinstance(recipe, Mapping):
             recipe = recipe_from(recipe)
+        if not isinstance(recipe, QuantRecipe):
+            raise UsageError(f"QatConfig: recipe={recipe!r}: must be the result of qat.recipe(...)")
         self.recipe = recipe.to_dict()
         self.input_size: Any = input_size
         self.signs = signs
@@ -118,35 +123,41 @@ class Callback(TrainerCallback):
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
-        self.run = SimpleNamespace(callbacks=[callback], fast_dev_run=False, is_last_batch=False)
-        # The `Trainer` logs no shares of frozen weights.
-        self.run.log_every_n_steps = math.inf
-        self.module = SimpleNamespace()
+        # Stand-ins with the attributes that callbacks read from Lightning's trainer and module.
+        self._lightning_trainer = SimpleNamespace(
+            callbacks=[callback], fast_dev_run=False, is_last_batch=False
+        )
+        # Transformers' `Trainer` does not log the fraction of frozen weights, so no step counts as
+        # a logging step.
+        self._lightning_trainer.log_every_n_steps = math.inf
+        self._lightning_module = SimpleNamespace()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the weights, and add hooks to the optimizer."""
+        """Set up the callback as Lightning would, and restore its state."""
         optimizer = kwargs["optimizer"]
-        self.module.net = kwargs["model"]
-        self.run.optimizers = [getattr(optimizer, "optimizer", optimizer)]
-        self.run.max_epochs = math.ceil(args.num_train_epochs)
-        self.run.estimated_stepping_batches = state.max_steps
-        self.callback.setup(self.run, self.module, "fit")
-        self.callback.on_fit_start(self.run, self.module)
-        self.callback.on_train_start(self.run, self.module)
+        self._lightning_module.net = kwargs["model"]
+        self._lightning_trainer.optimizers = [getattr(optimizer, "optimizer", optimizer)]
+        self._lightning_trainer.max_epochs = math.ceil(args.num_train_epochs)
+        self._lightning_trainer.estimated_stepping_batches = state.max_steps
+        self.callback.setup(self._lightning_trainer, self._lightning_module, "fit")
+        self.callback.on_fit_start(self._lightning_trainer, self._lightning_module)
+        self.callback.on_train_start(self._lightning_trainer, self._lightning_module)
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.global_step and (folder / _STATE).exists():
             self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the learning rate."""
-        self._follow(state)
-        self.callback.on_train_batch_start(self.run, self.module, None, 0)
+        self._update_progress(state)
+        self.callback.on_train_batch_start(self._lightning_trainer, self._lightning_module, None, 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the entries of weights that this step must not change."""
-        self._follow(state)
-        optimizer = self.run.optimizers[0]
-        self.callback.on_before_optimizer_step(self.run, self.module, optimizer)
+        self._update_progress(state)
+        optimizer = self._lightning_trainer.optimizers[0]
+        self.callback.on_before_optimizer_step(
+            self._lightning_trainer, self._lightning_module, optimizer
+        )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the state of the callback in the checkpoint folder."""
@@ -155,9 +166,9 @@ class Callback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks from the optimizer."""
-        self.callback.teardown(self.run, self.module, "fit")
+        self.callback.teardown(self._lightning_trainer, self._lightning_module, "fit")
 
-    def _follow(self, state: Any) -> None:
-        self.run.global_step = state.global_step
+    def _update_progress(self, state: Any) -> None:
+        self._lightning_trainer.global_step = state.global_step
         # `state.epoch` is a float, which may be slightly too small at the end of an epoch.
-        self.run.current_epoch = int(state.epoch + 1e-6)
+        self._lightning_trainer.current_epoch = int(state.epoch + 1e-6)

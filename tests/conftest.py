@@ -121,6 +121,14 @@ def run_4bit(tmp_path_factory, float_run):
     )
 
 
+@pytest.fixture(scope="session")
+def full(tmp_path_factory):
+    """The uninterrupted run of the tests that interrupt it."""
+    from tests.tasks.test_resume import run
+
+    return run(tmp_path_factory.mktemp("full") / "run")
+
+
 @pytest.fixture
 def refused(caplog):
     """Run a command that has to fail on a known mistake; gives the line it prints."""

@@ -140,6 +140,19 @@ def test_a_damaged_config(folder, key, value, message):
         AutoModelForImageClassification.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "knobs", "message"),
+    [
+        (None, {}, "recipe=None: must be the result of qat.recipe"),
+        ([1], {}, "must be the result of qat.recipe"),
+        (qat.recipe("seq", bits=4), {"bits": 2}, "{.bits.: 2}: must be part of the recipe"),
+    ],
+)
+def test_settings_that_cannot_be_used(recipe, knobs, message):
+    with usage_error(message):
+        qat.transformers.QatConfig(recipe, **knobs)
+
+
 def test_code_of_a_folder_is_not_run(folder):
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "evil.Evil"}

@@ -134,9 +134,9 @@ def _build_step(variant: Variant, device: str, *, is_dry_run: bool) -> Callable[
     teacher = teacher_of(variant.model, arm, images, **sizes)
     uses_graphs = variant.mode == "graphs"
     if variant.mode != "eager" and not is_dry_run:
-        compile_in_place(net, graphs=uses_graphs)
+        compile_in_place(net, cuda_graphs=uses_graphs)
         if teacher is not None:
-            teacher.compile(graphs=uses_graphs)
+            teacher.compile(cuda_graphs=uses_graphs)
     step = training_step(net, images, teacher, half=True)
     if not uses_graphs:
         return step

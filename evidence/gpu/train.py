@@ -33,7 +33,7 @@ from qat.lit.compiled import compile_in_place
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CrossEntropy, Distillation, StepContext
-from qat.nn.quant_module import kept_weights
+from qat.nn.quant_module import cached_weights
 from qat.spec import PRESETS
 from qat.utils.files import read_torch, write_torch
 
@@ -333,7 +333,7 @@ def accuracy(net: nn.Module, data: Cifar, part: str) -> float:
     net.eval()
     eager = torch.compiler.set_stance("force_eager")
     correct = []
-    with eager, kept_weights(net), torch.autocast(data.device.type, torch.bfloat16):
+    with eager, cached_weights(net), torch.autocast(data.device.type, torch.bfloat16):
         for images, target in data.batches(part, EVAL_BATCH):
             correct.append((net(images).argmax(1) == target).sum())
     return 100 * torch.stack(correct).sum().item() / len(data.parts[part][1])

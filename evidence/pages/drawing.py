@@ -319,14 +319,14 @@ def _maps(figure: Figure, series: Mapping[str, Record]) -> Canvas:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    from qat.analysis.analysis import HEAT, panels
+    from qat.analysis.analysis import SEQUENTIAL_COLORMAP, panels
 
     width = _PANEL_INCHES * len(series)
     canvas, axes = panels(1, len(series), width=width, height=0.85 * _PANEL_INCHES)
     for axis, (name, record) in zip(axes, series.items(), strict=True):
         plane = record.maps[figure.curve]
         points = plane["x"], plane["y"], np.array(plane["z"], dtype=float)
-        filled = axis.contourf(*points, levels=LEVELS, cmap=HEAT)
+        filled = axis.contourf(*points, levels=LEVELS, cmap=SEQUENTIAL_COLORMAP)
         axis.contour(*points, levels=LEVELS, colors="black", linewidths=0.4)
         axis.set_title(textwrap.fill(name, _TITLE_LETTERS), fontsize=9, loc="left")
         axis.set_xlabel(figure.x, fontsize=9)

@@ -14,25 +14,29 @@ from tests.nets import FAMILIES, Family
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 INTRO = """# Models
 
-What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its
-attention products stay float unless it uses one of the attention classes below. `qat.convert` warns
-if more than 1 % of the multiply-accumulates stay float against the recipe, and names the modules.
+Results of `qat.convert` for each family of timm. A family that is not listed is converted too; its
+attention keeps products in float unless it uses one of the attention classes below. `qat.convert`
+warns if more than 1 % of the [multiply-accumulates](glossary.md#mac-bit-operations) stay in float
+against the [recipe](glossary.md#recipe), and names the modules.
 
-- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions;
-  in an attention that does not stay float, queries, keys, values and probabilities too.
-- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is
-  possible. It quantizes the product of the query and key weights, and the product of that with the
-  input, in place of queries and keys; never in a pooling head. Where it is not possible, use
-  `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
-- **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and
-  factors of residual branches stay float, so a block or an attention with such parameters is
-  listed. "products of activations": the linear layers of this attention are quantized, its matrix
-  products are not. `Linear` is part of a small network that computes relative positions, whose
-  output depends on no image. `conversion.txt` of a run lists all modules by name.
-- A convolution inside a model has one scale for its input and no offsets; a linear layer on a
-  feature map has one scale (`quant.map_scales=column`: one per column).
-- A layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs (not in `deploy_w8a8`,
-  `deploy_w4a8`); others are signed.
+- **Quantized in every model**: the image, and weights and inputs of all linear layers and
+  convolutions. Where attention is quantized: also queries, keys, values and probabilities.
+- **QKR** says whether [query-key reparameterization](glossary.md#qkr) is possible
+  (`quant.attention=qkr`, the default of `ofq_*`). It quantizes two products in place of queries and
+  keys: query weights times key weights, and that times the input. A pooling head never has it.
+  Where it is not possible, use `quant.attention=standard` or `float`, for the whole model or with
+  `quant.overrides` for some blocks.
+- **Stays float** lists classes of modules. Norms, tokens, position embeddings and factors of
+  residual branches stay in float in every model, so a block or an attention that has such
+  parameters is listed. "Products of activations" means that the linear layers of this attention are
+  quantized and its matrix products are not. `Linear` is part of a small network that computes
+  relative positions; its output does not depend on the image. `conversion.txt` of a run lists all
+  modules by name.
+- **Scales**: a convolution inside a model has one scale for its input and no
+  [offsets](glossary.md#offset). A linear layer on a feature map has one scale
+  (`quant.map_scales=column`: one per column).
+- **Signs**: a layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs, except in
+  `deploy_w8a8` and `deploy_w4a8`. All other inputs are signed.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|

@@ -186,7 +186,7 @@ def _retired_arms(claim: Claim) -> Iterator[str]:
             retired[arm.retired].append(f"`{arm.name}`")
     for why, names in retired.items():
         yield (
-            "Made by an older version, whose commit their records name: "
+            "Runs of an older version, whose commit is in their records: "
             f"{', '.join(names)} ({why})."
         )
 
@@ -198,7 +198,7 @@ def _tables_and_figures(
         yield table.caption
         yield results(claim, table, evidence)
     if secondary:
-        yield "Further differences, not judged:"
+        yield "Further differences, which get no verdict:"
         rows = []
         for entry in secondary:
             rows.append([entry.expectation.what, entry.difference, entry.expected, entry.seeds])
@@ -216,7 +216,7 @@ def time_spent(records: list[Record]) -> str:
     time = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     text = f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
     num_unknown = sum(record.wall_seconds is None for record in records)
-    return f"{text}, without {num_unknown} of unknown time" if num_unknown else text
+    return f"{text}, not counting {num_unknown} of unknown time" if num_unknown else text
 
 
 def results(claim: Claim, table: Table, evidence: Evidence) -> str:

@@ -44,11 +44,11 @@ GROUPS = {
 }
 INTRO = """# Settings
 
-Set any of these on the command line, as `python train.py quant.bits=3`. `--help` of a command lists
-its own settings with the chosen defaults, and `--cfg job` prints what a command line sets. A value
-in `${...}` follows other settings; `null` means that the default is found when the run starts.
-Groups are chosen by name, as `quant=seq_2bit`: the table of a group has a setting once, from the
-first file that defines it, and other files of the group change only its default.
+Set any of these on the command line, as in `python train.py quant.bits=3`. `--help` of a command
+lists its own settings with the chosen defaults; `--cfg job` prints the settings of a command line.
+A default of `${...}` is taken from other settings, `null` is found when the run starts. Groups are
+chosen by name, as in `quant=seq_2bit`. The table of a group lists each setting once, from the first
+file that defines it; other files of the group change only its default.
 
 """
 _LINE = re.compile(

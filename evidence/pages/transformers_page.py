@@ -19,19 +19,22 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "transformers_models.md"
 RECIPE = qat.recipe("seq", bits=4, head_bits=7)
 INTRO = """# Models of Transformers
 
-What `qat.convert` quantizes in vision models of Hugging Face's Transformers, measured on a tiny
-model of each class with random weights. A class that is not listed is converted too.
+Results of `qat.convert` for vision models of Hugging Face's Transformers, measured on a tiny model
+of each class with random weights. A class that is not listed is converted too.
 
-- **Quantized** in every model: the image, weights and inputs of linear layers and convolutions.
-- **Attention**: the number of attentions whose queries, keys, values and probabilities are
-  quantized, of those that compute products. They are those that go through Transformers' attention
-  interface (`attn_implementation`); the products of others stay float, and `qat.convert` warns.
-- **Stays float**: share of the multiply-accumulates, and the modules' classes. The share is that
-  of the tiny model; in larger models, the share of attention is smaller.
-- **Heads** have `head_bits`: the layers that compute an output other than features.
-- **Files**: whether `save_pretrained` and `from_pretrained`, and `qat.save` and `qat.load`, give
-  the outputs of the model to the bit.
-- Query-key reparameterization (`quant.attention=qkr`) is for timm's models only.
+- **Quantized in every model**: the image, and weights and inputs of linear layers and convolutions.
+- **Attention**: how many of the attentions that compute products have quantized queries, keys,
+  values and probabilities. Those that use Transformers' attention interface
+  (`attn_implementation`) do. The products of others stay in float, and `qat.convert` warns.
+- **Stays float**: share of the [multiply-accumulates](glossary.md#mac-bit-operations) that stay in
+  float, and the classes of their modules. The share is that of the tiny model; attention has a
+  smaller share in larger models.
+- **Heads** are the layers that compute an output other than features. They have `head_bits`.
+- **Files**: whether a model has the same outputs, bit for bit, after `save_pretrained` and
+  `from_pretrained`, and after `qat.save` and `qat.load`.
+- [Query-key reparameterization](glossary.md#qkr) (`quant.attention=qkr`) is for timm's models only.
+- In double precision on a CPU, torch's `sdpa` misreads masks in float32. EoMT in float is wrong
+  there; with `attn_implementation="eager"` or quantized attention it is right.
 
 | model | class | attention | stays float | heads | files |
 |---|---|---|---|---|---|

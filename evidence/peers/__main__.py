@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 
 from evidence.peers.nets import PEERS, quantized
 from qat.lit import QATModule
-from qat.lit.loggers import closing
+from qat.lit.loggers import end_wandb_runs
 from qat.tasks import build, fit
 from qat.tasks.conf import CONF
-from qat.tasks.results import correct_images, library_versions, write_results
+from qat.tasks.results import correct_field, library_versions, write_results
 from qat.tasks.set_up import set_up
 from qat.tasks.summary import announce_teacher
 from qat.tasks.teacher import build_teacher
@@ -65,7 +65,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     )
     data.share_images(trainer)
     top1_fp = announce_teacher(teacher, data, trainer)
-    with closing(trainer.loggers):
+    with end_wandb_runs(trainer.loggers):
         trainer.fit(module, datamodule=data)
         (best,) = (
             callback
@@ -81,7 +81,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         split=data.evaluation_split,
         weights="best.ckpt",
         **{key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")},
-        **correct_images(module.correct),
+        **correct_field(module.correct),
         val_top1=float(best.best_model_score),  # type: ignore[arg-type]
         top1_fp=top1_fp,
         wall_seconds=round(time.monotonic() - start_time, 1),

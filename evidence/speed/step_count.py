@@ -38,7 +38,7 @@ from evidence.speed.steps import ARMS, FLOAT, TINY, Arm, build, training_step
 from evidence.speed.timing import environment, ratio, table, take_turns
 from qat.kernels import attention, gpu, operators, tiles
 from qat.kernels.fused import heads, weight
-from qat.kernels.rows import PLAIN
+from qat.kernels.rows import PLAIN_CLASSES
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {
@@ -156,17 +156,17 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
     with (
         mock.patch.object(operators, "_kernels_for", _always(gpu)),
         mock.patch.object(attention, "_runs_on", _always(value=True)),
-        mock.patch.dict(heads.ROWS, cpu=heads.ROWS["cuda"]),
+        mock.patch.dict(heads.ROW_MULTIPLES, cpu=heads.ROW_MULTIPLES["cuda"]),
         mock.patch.object(weight, "SAVED_ON", {"cpu"}),
         mock.patch.object(tiles, "device_type", _always("cpu")),
         mock.patch.object(gpu, "_launch", launch),
-        mock.patch.object(heads, "LARGE", 0),
+        mock.patch.object(heads, "MIN_IN_PLACE", 0),
     ):
-        PLAIN.add(FakeTensor)
+        PLAIN_CLASSES.add(FakeTensor)
         try:
             yield
         finally:
-            PLAIN.discard(FakeTensor)
+            PLAIN_CLASSES.discard(FakeTensor)
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def bytes_for_backward(net: nn.Module, batch: int, side: int = 224) -> int:
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    decompositions = {**select_decomp_table(), **operators.FORMULAS}
+    decompositions = {**select_decomp_table(), **operators.DECOMPOSITIONS}
     compiler = aot_autograd(
         fw_compiler=record,
         bw_compiler=record,

@@ -37,7 +37,7 @@ from evidence.speed.steps import (
     training_step,
 )
 from evidence.speed.timing import environment, ratio, table, take_turns
-from qat.lit.compiled import register_formulas
+from qat.lit.compiled import register_decompositions
 
 COMPILED_FLOAT = "compiled float"
 # Only attention saves tensors that can be recomputed.
@@ -80,7 +80,7 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
 
     Several compiled rows would share code objects and reach the limit of recompilations.
     """
-    register_formulas()
+    register_decompositions()
     nets = {}
     steps = {}
     for name, arm in {FLOAT: ROWS[FLOAT], COMPILED_FLOAT: ROWS[FLOAT], row: ROWS[row]}.items():

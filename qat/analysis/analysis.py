@@ -24,10 +24,10 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.quant_module import kept_weights
-from qat.utils.files import csv_text, json_text, replacing, write_text
+from qat.nn.quant_module import cached_weights
+from qat.utils.files import csv_text, json_text, replace_atomically, write_text
 from qat.utils.probing import probing
-from qat.utils.text import duration
+from qat.utils.text import format_duration
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
@@ -35,8 +35,8 @@ SECONDS_BETWEEN_LINES = 30.0
 # without yellow, which is too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#767676"
-HEAT = "Blues"  # from white to dark blue; darker means more, also in greyscale
-WIDTH = 7.2  # inches
+SEQUENTIAL_COLORMAP = "Blues"  # from white to dark blue; darker means more, also in greyscale
+FIGURE_WIDTH = 7.2  # inches
 DPI = 150
 Row = dict[str, Any]
 
@@ -162,8 +162,8 @@ class Analysis(ABC):
 
     Attributes:
         name: name of the analysis and of its files.
-        split: default dataset split of the images; None = no images. If a split was used for
-            training, calibration or selection, results on it say less about new images.
+        split: default dataset split of the images; None = no images. Results on a split that was
+            used for training, calibration or selection say less about new images.
     """
 
     name: ClassVar[str]
@@ -190,21 +190,21 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     """
     log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
     start = time.monotonic()
-    last_line = start
+    last_log_time = start
     rows = []
     for n_evaluated, point in enumerate(points, 1):
         score = point.score or images.score
-        with probing(point.net, ()), point.change(), kept_weights(point.net):
+        with probing(point.net, ()), point.change(), cached_weights(point.net):
             rows.append(point.key | score(point.net))
-        present = time.monotonic()
-        if present - last_line > SECONDS_BETWEEN_LINES:
-            last_line = present
-            seconds_left = (present - start) / n_evaluated * (len(points) - n_evaluated)
+        now = time.monotonic()
+        if now - last_log_time > SECONDS_BETWEEN_LINES:
+            last_log_time = now
+            seconds_left = (now - start) / n_evaluated * (len(points) - n_evaluated)
             log.info(
                 "%d of %d evaluations, about %s left",
                 n_evaluated,
                 len(points),
-                duration(seconds_left),
+                format_duration(seconds_left),
             )
     return rows
 
@@ -213,14 +213,14 @@ def panels(
     rows: int = 1,
     columns: int = 1,
     *,
-    width: float = WIDTH,
+    width: float = FIGURE_WIDTH,
     height: float = 3.6,
     sharex: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with panels in the style of all figures; return the axes row by row.
+    """Create a figure with panels in the style of all figures of qat.
 
     Each panel has two spines, and a pale grid behind the data. Text remains legible if the figure
-    is 720 pixels wide.
+    is 720 pixels wide. Returns the figure and the axes of the panels, row by row.
 
     Args:
         rows: number of rows.
@@ -230,19 +230,19 @@ def panels(
         sharex: True = the panels share an x axis.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
-    for axis in grid:
+    axes = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#E6E6E6", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, length=3)
         axis.xaxis.label.set_size(9)
         axis.yaxis.label.set_size(9)
-    return figure, grid
+    return figure, axes
 
 
 def save_figure(
-    file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg"
+    file: Path | io.BytesIO, figure: Figure, title: str, description: str, file_type: str = "svg"
 ) -> None:
     """Save a figure so that equal figures become equal files.
 
@@ -253,8 +253,8 @@ def save_figure(
         file: path or buffer.
         figure: matplotlib figure.
         title: title in the metadata of an SVG file.
-        words: description of the figure in the metadata of an SVG file.
-        kind: `svg` or `png`.
+        description: description of the figure in the metadata of an SVG file.
+        file_type: `svg` or `png`.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -264,10 +264,10 @@ def save_figure(
         "path.simplify_threshold": 0.5,
     }
     metadata = None
-    if kind == "svg":
-        metadata = {"Date": None, "Title": title, "Description": words}
+    if file_type == "svg":
+        metadata = {"Date": None, "Title": title, "Description": description}
     with mpl.rc_context(settings):
-        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+        figure.savefig(file, format=file_type, dpi=DPI, metadata=metadata, bbox_inches="tight")
 
 
 def write_outcome(
@@ -280,18 +280,16 @@ def write_outcome(
         name: name of the analysis.
         settings: settings of the analysis, as plain data.
         outcome: results of the analysis.
-        png: also write figures as PNG, which takes as long as everything else together.
+        png: True = also write figures as PNG, which takes as long as everything else together.
     """
     for table in outcome.tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.rows))
     kinds = ("svg", "png") if png else ("svg",)
     for drawing in outcome.drawings:
-        for kind in kinds:
-            with replacing(folder / f"{drawing.name}.{kind}") as temporary:
-                save_figure(temporary, drawing.figure, drawing.title, drawing.alt, kind)
-    tables = []
-    for table in outcome.tables:
-        tables.append({"file": f"{table.name}.csv", "title": table.title})
+        for file_type in kinds:
+            with replace_atomically(folder / f"{drawing.name}.{file_type}") as temporary:
+                save_figure(temporary, drawing.figure, drawing.title, drawing.alt, file_type)
+    tables = [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables]
     figures = []
     for drawing in outcome.drawings:
         file = f"{drawing.name}.svg"

@@ -25,7 +25,7 @@ from qat.errors import UsageError
 from qat.model.convert import conversion_of, stem_and_heads
 from qat.model.cost import ModuleCost, module_costs, total
 from qat.model.storage import float_twin
-from qat.utils.text import scaled
+from qat.utils.text import format_si
 
 # Kinds in the order of the bars; each kind has the same colour in every figure.
 KINDS = (
@@ -37,7 +37,7 @@ KINDS = (
     "norms",
     "other",
 )
-UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
+COLUMN_UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -57,31 +57,31 @@ class CostAnalysis(Analysis):
         summary = {}
         kind_rows = []
         module_rows = []
-        for studied in nets:
-            costs = module_costs(studied.net, studied.input_size)
-            kinds = module_kinds(studied.net)
-            summary[studied.label] = dataclasses.asdict(total(costs)) | _in_float(studied)
-            for row in _by_kind(costs, kinds):
-                kind_rows.append({"net": studied.label} | row)
+        for studied_net in nets:
+            costs = module_costs(studied_net.net, studied_net.input_size)
+            kinds = module_kinds(studied_net.net)
+            summary[studied_net.label] = dataclasses.asdict(total(costs)) | _float_cost(studied_net)
+            for row in _rows_by_kind(costs, kinds):
+                kind_rows.append({"net": studied_net.label} | row)
             for cost in costs:
                 kind = kinds[cost.module]
-                module_rows.append({"net": studied.label} | _module_row(cost, kind))
+                module_rows.append({"net": studied_net.label} | _module_row(cost, kind))
         tables = [
             Table("cost", "Cost by kind of layer", kind_rows),
             Table("cost_modules", "Cost by module", module_rows),
         ]
-        return Outcome(summary, tables, [_bars(kind_rows)])
+        return Outcome(summary, tables, [_draw_bars(kind_rows)])
 
 
-def _in_float(studied: StudiedNet) -> Row:
-    """Cost of the model without quantization; empty if it is in float or cannot be rebuilt."""
-    if conversion_of(studied.net) is None:
+def _float_cost(studied_net: StudiedNet) -> Row:
+    """Cost of the model without quantization; empty if the model is float or cannot be rebuilt."""
+    if conversion_of(studied_net.net) is None:
         return {}
     try:
-        twin = float_twin(studied.net)
+        float_net = float_twin(studied_net.net)
     except UsageError:
         return {}
-    return {"in_float": dataclasses.asdict(total(module_costs(twin, studied.input_size)))}
+    return {"in_float": dataclasses.asdict(total(module_costs(float_net, studied_net.input_size)))}
 
 
 def _module_row(cost: ModuleCost, kind: str) -> Row:
@@ -100,26 +100,26 @@ def _module_row(cost: ModuleCost, kind: str) -> Row:
 
 
 def module_kinds(net: nn.Module) -> dict[str, str]:
-    """Kind (one of `KINDS`) of each module, from timm's config, else its class, else its name."""
+    """Kind (one of `KINDS`) of each module, from timm's config, else from its class or its name."""
     place_of = stem_and_heads(net)
     kind_of_place = {"stem": "patch embedding", "head": "head"}
     kinds = {}
     for name, module in net.named_modules():
-        words = name.lower().split(".")
+        name_parts = name.lower().split(".")
         if name in place_of:
             kinds[name] = kind_of_place[place_of[name]]
-        elif isinstance(module, _NORMS) or "norm" in words[-1]:
+        elif isinstance(module, _NORMS) or "norm" in name_parts[-1]:
             kinds[name] = "norms"
-        elif any("attn" in word for word in words):
+        elif any("attn" in part for part in name_parts):
             kinds[name] = "attention weights"
-        elif any("mlp" in word for word in words):
+        elif any("mlp" in part for part in name_parts):
             kinds[name] = "MLP"
         else:
             kinds[name] = "other"
     return kinds
 
 
-def _by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]:
+def _rows_by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]:
     """A row for each kind whose cost is not zero."""
     columns = ("parameters in training", "bytes", "MACs", "bit operations")
     rows = {kind: dict.fromkeys(columns, 0) for kind in KINDS}
@@ -137,12 +137,12 @@ def _by_kind(costs: Sequence[ModuleCost], kinds: Mapping[str, str]) -> list[Row]
     return [{"kind": kind, **row} for kind, row in rows.items() if any(row.values())]
 
 
-def _bars(rows: Sequence[Row]) -> Drawing:
-    """Two stacked bars for each model: bytes, and bit operations."""
+def _draw_bars(rows: Sequence[Row]) -> Drawing:
+    """Draw two stacked bars for each model: bytes, and bit operations."""
     labels = list(dict.fromkeys(row["net"] for row in rows))
     figure, axes = panels(2, height=1.6 + 0.9 * len(labels))
     totals_in_words = []
-    for axis, (column, unit) in zip(axes, UNITS.items(), strict=True):
+    for axis, (column, unit) in zip(axes, COLUMN_UNITS.items(), strict=True):
         lengths = dict.fromkeys(labels, 0)
         for row in rows:
             if row[column]:
@@ -156,8 +156,8 @@ def _bars(rows: Sequence[Row]) -> Drawing:
                 )
             lengths[row["net"]] += row[column]
         for y, (label, length) in enumerate(lengths.items()):
-            axis.text(length / 1e6, y, f" {scaled(length)}", va="center", fontsize=8)
-            totals_in_words.append(f"{label}: {scaled(length)} {unit}")
+            axis.text(length / 1e6, y, f" {format_si(length)}", va="center", fontsize=8)
+            totals_in_words.append(f"{label}: {format_si(length)} {unit}")
         axis.set_xlabel(f"{unit}, millions")
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)

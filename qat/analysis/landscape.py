@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.analysis.analysis import (
-    HEAT,
     PALETTE,
+    SEQUENTIAL_COLORMAP,
     Analysis,
     Drawing,
     EvaluationPoint,
@@ -32,17 +32,17 @@ from qat.analysis.analysis import (
     measure,
     panels,
 )
-from qat.analysis.requantize import requantized
+from qat.analysis.requantize import requantize
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
-from qat.ptq.runner import Forward, patched
+from qat.ptq.runner import Forward, patch_forwards
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
 LOSSES = {"ce": "Cross-entropy", "infonce": "infoNCE to the float logits"}
-LEVELS = 12
+CONTOUR_LEVELS = 12
 
 
 @dataclass(frozen=True)
@@ -86,27 +86,30 @@ class Landscape(Analysis):
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Compute the loss at every point of each model's plane."""
-        half = self.points // 2
-        coordinates = [self.radius * (i - half) / half for i in range(self.points)]
+        middle_index = self.points // 2
+        coordinates = [self.radius * (i - middle_index) / middle_index for i in range(self.points)]
         points = []
-        for studied in nets:
-            move = plane(studied.net, self.targets, self.seed)
-            score = self._score(studied.net, images)
+        for studied_net in nets:
+            move = random_plane(studied_net.net, self.targets, self.seed)
+            score = self._score_function(studied_net.net, images)
             for y, x in itertools.product(coordinates, coordinates):
-                key = {"net": studied.label, "x": x, "y": y}
+                key = {"net": studied_net.label, "x": x, "y": y}
                 change = functools.partial(move, x, y)
-                points.append(EvaluationPoint(key, studied.net, change, score))
+                points.append(EvaluationPoint(key, studied_net.net, change, score))
         rows = measure(points, images)
         column = "loss" if self.loss == "ce" else self.loss
         losses = torch.tensor([row[column] for row in rows], dtype=torch.float64)
-        labels = [studied.label for studied in nets]
+        labels = [studied_net.label for studied_net in nets]
         grids = dict(zip(labels, losses.view(-1, self.points, self.points), strict=True))
-        summary = {label: shape_of(grid) for label, grid in grids.items()}
+        summary = {label: measure_ruggedness(grid) for label, grid in grids.items()}
         table = Table("landscape", "Loss on the plane", rows)
-        return Outcome(summary, [table], [_contours(grids, coordinates, LOSSES[self.loss])])
+        return Outcome(summary, [table], [_draw_contours(grids, coordinates, LOSSES[self.loss])])
 
-    def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
-        """Function that computes infoNCE with the float model's logits; None for cross-entropy."""
+    def _score_function(self, net: nn.Module, images: ImageSet) -> Score | None:
+        """Return a function that computes infoNCE with the float model's logits.
+
+        For cross-entropy, return None: `measure` computes it by default.
+        """
         if self.loss == "ce":
             return None
         with torch.no_grad(), in_float(net):
@@ -114,25 +117,26 @@ class Landscape(Analysis):
 
         def score(net: nn.Module) -> dict[str, float]:
             losses = []
-            for (batch, _), expected in zip(images.batches, float_logits, strict=True):
+            for (batch, _), reference_logits in zip(images.batches, float_logits, strict=True):
                 logits = net(batch)
-                losses.append(info_nce(logits, expected) * len(logits))
+                losses.append(info_nce(logits, reference_logits) * len(logits))
             return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
 
         return score
 
 
-def plane(
+def random_plane(
     net: nn.Module, targets: Sequence[str], seed: int
 ) -> Callable[[float, float], AbstractContextManager[None]]:
-    """Return a plane of scales: s becomes s (1 + x u + y v), with u and v uniform in [-1, 1].
+    """Choose a random plane through the model in the space of its weight scales.
 
-    Zero points and ranges of codes are not changed.
+    At the point (x, y), a scale s becomes s (1 + x u + y v), with random u and v, uniform in
+    [-1, 1], for each scale. Zero points and ranges of codes are not changed.
 
     Args:
         net: a quantized model.
-        targets: globs that are matched with `LAYER.ROLE`, or with any part of it that follows a
-            dot.
+        targets: globs that are matched with `LAYER.ROLE`, or with any part of this name that
+            follows a dot.
         seed: seed of u and v, which do not depend on the device.
 
     Returns:
@@ -166,51 +170,53 @@ def plane(
         forwards: dict[nn.Module, Forward] = {}
         for quantizer, (u, v) in directions.items():
             factors = 1 + (x * u + y * v)
-            forwards[quantizer] = functools.partial(requantized, quantizer, resize=factors.mul)
-        return patched(forwards)
+            forwards[quantizer] = functools.partial(requantize, quantizer, resize=factors.mul)
+        return patch_forwards(forwards)
 
     return move
 
 
-def shape_of(losses: Tensor) -> dict[str, float]:
+def measure_ruggedness(losses: Tensor) -> dict[str, float]:
     """Measure how rugged a grid (n, n) of losses is; n is odd and at least 3.
 
     Returns:
         `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences
         along the lines of the grid; `relative_roughness`, roughness / (highest - lowest), about
         4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points whose loss is below
-        that of all (up to eight) neighbours. Claim C10 compares these numbers.
+        that of all (up to eight) neighbours. Claim C10 in docs/accuracy.md compares these numbers.
     """
-    low = float(losses.min())
-    high = float(losses.max())
+    lowest = float(losses.min())
+    highest = float(losses.max())
     middle = len(losses) // 2
     roughness = float(torch.cat([losses, losses.T]).diff(n=2, dim=1).abs().mean())
-    padded = F.pad(losses, (1, 1, 1, 1), value=torch.inf)
-    windows = padded.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (n, n, 9)
+    padded_losses = F.pad(losses, (1, 1, 1, 1), value=torch.inf)
+    windows = padded_losses.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (n, n, 9)
     windows[..., 4] = torch.inf  # exclude the point itself
     return {
         "centre": float(losses[middle, middle]),
-        "lowest": low,
-        "highest": high,
+        "lowest": lowest,
+        "highest": highest,
         "roughness": roughness,
-        "relative_roughness": roughness / (high - low) if high > low else 0.0,
+        "relative_roughness": roughness / (highest - lowest) if highest > lowest else 0.0,
         "local_minima": int((losses < windows.amin(-1)).sum()),
     }
 
 
-def _contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: str) -> Drawing:
+def _draw_contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: str) -> Drawing:
     """Draw lines of equal loss with a colour scale per model; a cross marks the unchanged model."""
     figure, axes = panels(1, len(grids), width=max(3.6 * len(grids), 4.8))
     descriptions = []
     for axis, (label, losses) in zip(axes, grids.items(), strict=True):
         centre = float(losses[len(coordinates) // 2, len(coordinates) // 2])
-        rises = (losses - centre).numpy()
-        areas = axis.contourf(coordinates, coordinates, rises, levels=LEVELS, cmap=HEAT)
+        loss_changes = (losses - centre).numpy()
+        filled_contours = axis.contourf(
+            coordinates, coordinates, loss_changes, levels=CONTOUR_LEVELS, cmap=SEQUENTIAL_COLORMAP
+        )
         axis.contour(
             coordinates,
             coordinates,
-            rises,
-            levels=LEVELS,
+            loss_changes,
+            levels=CONTOUR_LEVELS,
             colors="black",
             linewidths=0.4,
             linestyles="solid",
@@ -220,10 +226,11 @@ def _contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], loss: s
         axis.grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
-        colorbar = figure.colorbar(areas, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
+        colorbar = figure.colorbar(filled_contours, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
         colorbar.ax.tick_params(labelsize=7)
         descriptions.append(
-            f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}"
+            f"{label}: {centre:.4f} in the middle, "
+            f"from {loss_changes.min():+.4f} to {loss_changes.max():+.4f}"
         )
     title = f"{loss} above that of the unchanged model (+), scales changed by a fraction"
     return Drawing("landscape", title, "; ".join(descriptions), figure)

@@ -23,13 +23,13 @@ from qat.errors import UsageError
 from qat.utils.files import csv_rows
 
 Curve = Mapping[int, float]  # by optimizer step
-SHARE = "oscillating weights, %"
+OSCILLATING = "oscillating weights, %"
 FLIPS = "flips a step"
 
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Share of oscillating weights and number of flips, over a run and for each layer at the end.
+    """Percentage of oscillating weights and number of flips, over a run and by layer at its end.
 
     The run must have used `callbacks=[default,oscillation]`.
     """
@@ -45,45 +45,46 @@ class OscillationAnalysis(Analysis):
         """
         curves: dict[str, dict[str, Curve]] = {}
         layers: list[Row] = []
-        for studied in nets:
-            folder = (studied.path or Path("-")).resolve().parent
+        for studied_net in nets:
+            # The run directory of a model without a file is the current directory.
+            folder = (studied_net.path or Path("-")).resolve().parent
             if folder.name == "checkpoints":
                 folder = folder.parent
-            curves[studied.label] = read_curves(folder / "metrics.csv")
+            curves[studied_net.label] = read_curves(folder / "metrics.csv")
             path = folder / "oscillation.csv"  # exists only after a run has ended
             rows = csv_rows(path) if path.is_file() else []
-            if not (curves[studied.label][SHARE] or rows):
+            if not (curves[studied_net.label][OSCILLATING] or rows):
                 raise UsageError(
-                    f"ckpt={str(studied.path)!r}: its run did not track oscillation; "
+                    f"ckpt={str(studied_net.path)!r}: this run did not track oscillation; "
                     "train with callbacks=[default,oscillation]"
                 )
             for row in rows:
-                layers.append({"net": studied.label, **row})
+                layers.append({"net": studied_net.label, **row})
         summary: dict[str, dict[str, float]] = {label: {} for label in curves}
         for label, curves_of_run in curves.items():
             for name, curve in curves_of_run.items():
                 if curve:
                     summary[label][name] = [*curve.values()][-1]
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
-        drawings = [_draw(curves)] if any(summary.values()) else []
+        drawings = [_draw_curves(curves)] if any(summary.values()) else []
         return Outcome(summary, tables, drawings)
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
     """Read the curves of a log. If a resumed run logged a step twice, the later line counts."""
     rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
-    shares = _logged(rows, "osc/share")
-    flips = _logged(rows, "osc/flips")
+    fractions = _column_by_step(rows, "osc/share")
+    flips = _column_by_step(rows, "osc/flips")
     flips_per_step = {}
     for (earlier_step, earlier), (step, later) in itertools.pairwise(flips.items()):
         flips_per_step[step] = (later - earlier) / (step - earlier_step)
     return {
-        SHARE: {step: 100 * share for step, share in shares.items()},
+        OSCILLATING: {step: 100 * fraction for step, fraction in fractions.items()},
         FLIPS: flips_per_step,
     }
 
 
-def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
+def _column_by_step(rows: Sequence[Row], column: str) -> dict[int, float]:
     """Values of a column by optimizer step, in ascending order of steps."""
     values = {}
     for row in rows:
@@ -92,13 +93,13 @@ def _logged(rows: Sequence[Row], column: str) -> dict[int, float]:
     return dict(sorted(values.items()))
 
 
-def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
+def _draw_curves(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     """Draw a line over optimizer steps for each run.
 
     All lines except the first are dashed, because runs with the same first steps overlap.
     """
     names = []
-    for name in (SHARE, FLIPS):
+    for name in (OSCILLATING, FLIPS):
         if any(curves_of_run[name] for curves_of_run in curves.values()):
             names.append(name)
     figure, axes = panels(len(names), height=0.7 + 1.7 * len(names), sharex=True)

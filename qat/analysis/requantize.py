@@ -21,17 +21,17 @@ from qat.functional.affine import correct_mean_and_std
 from qat.functional.observers import affine_scale
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
-from qat.ptq.runner import Forward, patched
+from qat.ptq.runner import Forward, patch_forwards
 from qat.quantizers import Quantizer, UniformGrid, build_quantizer
 from qat.spec import PRESETS, QuantRecipe, QuantSpec
-from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS
+from qat.utils.validate import FLOAT_BITS, MAX_BITS
 
 log = logging.getLogger(__name__)
 STEPS_FROM = ("own", "mse")
 
 
 @torch.no_grad()
-def requantized(
+def requantize(
     quantizer: Quantizer,
     weight: Tensor,
     *,
@@ -48,8 +48,8 @@ def requantized(
         steps_from: `own` computes step sizes by the quantizer's rule, and keeps the current step
             sizes if the bits do not change. `mse` shrinks the range of each slice until the squared
             error is smallest; grids with half steps still use the quantizer's rule.
-        resize: function that maps these step sizes to the ones to use. The range of codes does not
-            change, so values outside it are clamped, as in deployment.
+        resize: function that maps these step sizes to the step sizes to use. The range of codes
+            does not change, so values outside the range are clamped, as in deployment.
 
     Returns:
         The fake-quantized weight, with the shape and dtype of `weight`.
@@ -62,23 +62,23 @@ def requantized(
         quantizer.calibrate(weight, {})
     grid = cast(UniformGrid, quantizer.grid(weight))
     if steps_from == "mse" and not grid.is_half_step:
-        step, zero = affine_scale(
+        step, zero_point = affine_scale(
             weight, quantizer.spec.bits, signed=grid.qmin < 0, axis=grid.axis, method="mse"
         )
-        grid = dataclasses.replace(grid, step=step, zero_point=zero)
+        grid = dataclasses.replace(grid, step=step, zero_point=zero_point)
     if resize is not None:
         grid = dataclasses.replace(grid, step=resize(grid.step))
-    y = grid.dequantize(grid.codes(weight))
+    dequantized = grid.dequantize(grid.codes(weight))
     if quantizer.spec.bias_correction:
-        y = correct_mean_and_std(y, weight.float(), grid.axis or 0)
-    return y.to(weight.dtype)
+        dequantized = correct_mean_and_std(dequantized, weight.float(), grid.axis or 0)
+    return dequantized.to(weight.dtype)
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
     """Exactly 2^round(log2 x), for numbers x that are not negative; 0 stays 0."""
     mantissa, exponent = torch.frexp(x)
-    rounded = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
-    return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded), x)
+    rounded_exponent = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
+    return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded_exponent), x)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class WeightSite:
         name: name of the weight's module.
         place: part of the model: `stem`, `block` or `head`.
         quantizer: the quantizer that the model calls.
-        rule: the quantizer that `requantized` uses. It is `quantizer`, but a quantizer with
-            symmetric codes if the weight is in float.
+        rule: the quantizer that `requantize` uses. Equal to `quantizer`, except for a float
+            weight, where it is a quantizer with symmetric codes.
         bits: current bits; 32 = float.
         shape: shape of the weight, (out, ...).
     """
@@ -121,12 +121,14 @@ def weight_sites(
         copy that shares the tensors of `net`.
     """
     if conversion_of(net) is None:
-        shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
+        shared_tensors = {id(t): t for t in (*net.parameters(), *net.buffers())}
         # qat.recipe("fp") would add no quantizers at all; this recipe adds float ones.
-        identities = QuantRecipe(**PRESETS["fp"])
-        net = convert(copy.deepcopy(net, shared), identities, input_size=input_size).eval()
-    symmetric_spec = QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)
-    symmetric = build_quantizer(symmetric_spec)
+        identity_recipe = QuantRecipe(**PRESETS["fp"])
+        net = convert(
+            copy.deepcopy(net, shared_tensors), identity_recipe, input_size=input_size
+        ).eval()
+    symmetric_spec = QuantSpec("weight", "minmax_dynamic", MAX_BITS, axis=float_axis)
+    symmetric_quantizer = build_quantizer(symmetric_spec)
     place_of = stem_and_heads(net)
     weights = []
     for site in iter_quantizers(net):
@@ -136,11 +138,11 @@ def weight_sites(
         rule = site.quantizer
         bits = rule.spec.bits
         if rule.is_float:
-            rule = symmetric
+            rule = symmetric_quantizer
             bits = FLOAT_BITS
         elif not isinstance(rule.grid(weight), UniformGrid):
             log.warning(
-                "%s: its quantizer has no uniform grid; this weight is left unchanged", site.name
+                "%s: this quantizer has no uniform grid; the weight is left unchanged", site.name
             )
             continue
         weights.append(
@@ -156,22 +158,22 @@ def weight_sites(
     return net, weights
 
 
-def is_float(sites: Sequence[WeightSite]) -> bool:
+def all_float(sites: Sequence[WeightSite]) -> bool:
     """True if all of these weights are in float."""
     return all(site.bits == FLOAT_BITS for site in sites)
 
 
-def in_blocks(sites: Sequence[WeightSite]) -> list[WeightSite]:
+def block_weights(sites: Sequence[WeightSite]) -> list[WeightSite]:
     """Weights in blocks, without those that a quantized model leaves in float."""
     blocks = [site for site in sites if site.place == "block"]
-    if is_float(sites):
+    if all_float(sites):
         return blocks
     return [site for site in blocks if site.bits != FLOAT_BITS]
 
 
-def changed(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
+def requantize_weights(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
     """Requantize weights with a change inside a `with` block; no tensor is modified."""
     forwards: dict[nn.Module, Forward] = {}
     for site in sites:
-        forwards[site.quantizer] = functools.partial(requantized, site.rule, **change)
-    return patched(forwards)
+        forwards[site.quantizer] = functools.partial(requantize, site.rule, **change)
+    return patch_forwards(forwards)

@@ -31,10 +31,10 @@ from qat.analysis.analysis import (
 from qat.analysis.requantize import (
     STEPS_FROM,
     WeightSite,
-    changed,
-    in_blocks,
-    is_float,
+    all_float,
+    block_weights,
     nearest_power_of_two,
+    requantize_weights,
     weight_sites,
 )
 from qat.errors import UsageError
@@ -57,11 +57,11 @@ FIGURES = {
     STEPS: (
         "step_sizes",
         "Accuracy when all step sizes of the weights change",
-        "step size, as a multiple of its own",
+        "factor on the step sizes",
     ),
     BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
-FLOAT_AT = 10  # where the axis of bits shows float
+FLOAT_POSITION = 10  # position of float weights (32 bits) on the axis of bits
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Robustness(Analysis):
     Attributes:
         parts: parts to run, from `PARTS`; None = all parts that the model allows.
         low: lowest factor of the step sizes.
-        high: highest factor.
+        high: highest factor of the step sizes.
         ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added to
             them.
         bits: bit-widths of the weights to evaluate; 32 = float.
@@ -117,45 +117,46 @@ class Robustness(Analysis):
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
-        points_by_model = [self._points(studied) for studied in nets]
-        for studied, points in zip(nets, points_by_model, strict=True):
+        points_by_model = [self._points(studied_net) for studied_net in nets]
+        for studied_net, points in zip(nets, points_by_model, strict=True):
             rows = measure(points, images)
-            summary[studied.label] = _summary(rows)
+            summary[studied_net.label] = _summarize(rows)
             for row in rows:
-                table.append(_renamed(row))
+                table.append(_rename_columns(row))
         drawings = []
         for part in FIGURES:
             rows = _rows_of(part, table)
             if rows:
-                drawings.append(_draw(part, rows))
+                drawings.append(_draw_curves(part, rows))
         title = "Accuracy with other step sizes and bit-widths of the weights"
         return Outcome(summary, [Table("robustness", title, table)], drawings)
 
-    def _points(self, studied: StudiedNet) -> list[EvaluationPoint]:
+    def _points(self, studied_net: StudiedNet) -> list[EvaluationPoint]:
         """The points to evaluate: first the unchanged model, then the points of each part."""
         float_axis = FLOAT_SCALES[self.float_scales]
-        net, weights = weight_sites(studied.net, studied.input_size, float_axis)
-        blocks = in_blocks(weights)
+        net, weights = weight_sites(studied_net.net, studied_net.input_size, float_axis)
+        blocks = block_weights(weights)
         if not blocks:
             raise UsageError(
-                f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid"
+                f"analysis=robustness: {studied_net.label} "
+                "has no weights in blocks on a uniform grid"
             )
         parts = {*(self.parts or PARTS)}
         # Step sizes are changed in a quantized model, so a float model is quantized first.
         sites = [site for site in weights if site.bits != FLOAT_BITS]
-        base: dict[str, Any] = {}
-        if is_float(weights) and self.float_bits is not None:
+        float_change: dict[str, Any] = {}
+        if all_float(weights) and self.float_bits is not None:
             sites = blocks
-            base = {"bits": self.float_bits, "steps_from": self.steps_from}
+            float_change = {"bits": self.float_bits, "steps_from": self.steps_from}
         elif not sites:
             if self.parts is not None and parts != {BITS}:
                 raise UsageError(
-                    f"analysis.parts={self.parts}: {studied.label} has no quantized weights; "
+                    f"analysis.parts={self.parts}: {studied_net.label} has no quantized weights; "
                     "set analysis.float_bits, e.g. to 4"
                 )
             parts = {BITS}
 
-        def point(
+        def make_point(
             part: str,
             changed_sites: Sequence[WeightSite] = (),
             *,
@@ -163,23 +164,27 @@ class Robustness(Analysis):
             width: float | None = None,
             **change: Any,
         ) -> EvaluationPoint:
-            key = {"net": studied.label, "part": part, "ratio": ratio, "bits": width}
-            return EvaluationPoint(key, net, functools.partial(changed, changed_sites, **change))
+            key = {"net": studied_net.label, "part": part, "ratio": ratio, "bits": width}
+            return EvaluationPoint(
+                key, net, functools.partial(requantize_weights, changed_sites, **change)
+            )
 
-        points = [point("clean", width=_mean_bits(blocks))]
+        points = [make_point("clean", width=_mean_bits(blocks))]
         if STEPS in parts:
             for ratio in self._all_ratios():
                 resize = functools.partial(operator.mul, ratio)
-                points.append(point(STEPS, sites, ratio=ratio, **base, resize=resize))
+                points.append(make_point(STEPS, sites, ratio=ratio, **float_change, resize=resize))
         if BITS in parts:
             for bits in sorted(self.bits):
                 # Weights that already have this number of bits keep their trained step sizes.
                 other_sites = [site for site in blocks if site.bits != bits]
                 points.append(
-                    point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)
+                    make_point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)
                 )
         if POWER_OF_TWO in parts:
-            points.append(point(POWER_OF_TWO, sites, **base, resize=nearest_power_of_two))
+            points.append(
+                make_point(POWER_OF_TWO, sites, **float_change, resize=nearest_power_of_two)
+            )
         return points
 
     def _all_ratios(self) -> list[float]:
@@ -201,7 +206,7 @@ def _mean_bits(sites: Sequence[WeightSite]) -> float:
     return bits if bits % 1 else int(bits)
 
 
-def _renamed(row: Row) -> Row:
+def _rename_columns(row: Row) -> Row:
     """Rename the keys of a row to the column names of the table."""
     return {"top-1 (%)" if name == "top1" else name: value for name, value in row.items()}
 
@@ -210,29 +215,29 @@ def _rows_of(part: str, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["part"] == part]
 
 
-def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+def _summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Summarize the curves of one model."""
     summary: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
-    steps = _rows_of(STEPS, rows)
-    if steps:
-        worst = min(steps, key=operator.itemgetter("top1"))
-        top1_at = {row["ratio"]: row["top1"] for row in steps}
+    step_rows = _rows_of(STEPS, rows)
+    if step_rows:
+        worst_row = min(step_rows, key=operator.itemgetter("top1"))
+        top1_at = {row["ratio"]: row["top1"] for row in step_rows}
         summary[STEPS] = {
             "at_1": top1_at[1],
-            "lowest": worst["top1"],
-            "lowest_at": worst["ratio"],
+            "lowest": worst_row["top1"],
+            "lowest_at": worst_row["ratio"],
             "mean": statistics.fmean(top1_at.values()),
         }
-    widths = _rows_of(BITS, rows)
-    if widths:
-        summary["widths"] = {_tick(row): row["top1"] for row in widths}
-    powers = _rows_of(POWER_OF_TWO, rows)
-    if powers:
-        summary[POWER_OF_TWO] = powers[0]["top1"]
+    bit_rows = _rows_of(BITS, rows)
+    if bit_rows:
+        summary["widths"] = {_tick_label(row): row["top1"] for row in bit_rows}
+    power_rows = _rows_of(POWER_OF_TWO, rows)
+    if power_rows:
+        summary[POWER_OF_TWO] = power_rows[0]["top1"]
     return summary
 
 
-def _draw(part: str, table: Sequence[Row]) -> Drawing:
+def _draw_curves(part: str, table: Sequence[Row]) -> Drawing:
     """Draw a curve over ratios or bits for each model."""
     name, title, xlabel = FIGURES[part]
     figure, (axis,) = panels()
@@ -242,7 +247,7 @@ def _draw(part: str, table: Sequence[Row]) -> Drawing:
         rows_of_net[row["net"]].append(row)
     curves = []
     for i, (label, rows) in enumerate(rows_of_net.items()):
-        xs = [row["ratio"] or min(row["bits"], FLOAT_AT) for row in rows]
+        xs = [row["ratio"] or min(row["bits"], FLOAT_POSITION) for row in rows]
         axis.plot(
             xs,
             [row["top-1 (%)"] for row in rows],
@@ -252,15 +257,15 @@ def _draw(part: str, table: Sequence[Row]) -> Drawing:
             linewidth=1.4,
             label=label,
         )
-        values = ", ".join(f"{row['top-1 (%)']:.1f} % at {_tick(row)}" for row in rows)
+        values = ", ".join(f"{row['top-1 (%)']:.1f} % at {_tick_label(row)}" for row in rows)
         curves.append(f"{label}: {values}")
         if part == BITS:
-            axis.set_xticks(xs, list(map(_tick, rows)))
+            axis.set_xticks(xs, list(map(_tick_label, rows)))
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return Drawing(name, title, f"{title}. {'; '.join(curves)}.", figure)
 
 
-def _tick(row: Row) -> str:
+def _tick_label(row: Row) -> str:
     """Text for the ratio or the bits of a row."""
     if row["bits"] == FLOAT_BITS:
         return "float"

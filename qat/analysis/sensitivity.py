@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.analysis.analysis import (
+    FIGURE_WIDTH,
     GREY,
-    WIDTH,
     Analysis,
     Drawing,
     EvaluationPoint,
@@ -35,16 +35,16 @@ from qat.analysis.analysis import (
     measure,
     panels,
 )
-from qat.analysis.requantize import WeightSite, in_blocks, is_float, requantized, weight_sites
+from qat.analysis.requantize import WeightSite, all_float, block_weights, requantize, weight_sites
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes
 from qat.model.convert import Conversion, conversion_of
 from qat.model.cost import FLOAT_BYTES, size_bytes
 from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.ptq.runner import Forward, patched
+from qat.ptq.runner import Forward, patch_forwards
 from qat.quantizers import Quantizer
-from qat.utils.text import count
+from qat.utils.text import format_count
 from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
@@ -62,16 +62,16 @@ class Budget:
 
     Attributes:
         fixed_bytes: bytes of everything except these weights.
-        room: bytes for the weights.
+        weight_bytes: bytes that the weights may take.
         sizes: bytes of each weight at each bit-width.
     """
 
     fixed_bytes: int
-    room: int
+    weight_bytes: int
     sizes: Sizes
 
     def size_with(self, bits: Mapping[str, int]) -> int:
-        """Bytes of the whole model if its weights have these bits."""
+        """Size of the model in bytes if its weights have the given bit-widths."""
         return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
 
 
@@ -79,12 +79,12 @@ class PairedScore:
     """Scores models, and estimates the noise of each model's loss change from the first model.
 
     The noise is `STANDARD_ERRORS` times the standard error of the mean loss difference, where each
-    image contributes one difference between the two models. It is NaN for a single image.
+    image contributes one difference between the two models. The noise is NaN for a single image.
     """
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
-        self.first_losses: Tensor | None = None
+        self.losses_of_first_model: Tensor | None = None
 
     def __call__(self, net: nn.Module) -> dict[str, float]:
         """Top-1, mean loss and noise of a model."""
@@ -98,11 +98,11 @@ class PairedScore:
 
         score = self.images.score(predict)
         losses = torch.cat(batches).double()
-        if self.first_losses is None:
-            self.first_losses = losses
+        if self.losses_of_first_model is None:
+            self.losses_of_first_model = losses
         noise = math.nan
         if len(losses) > 1:
-            deviation = float((losses - self.first_losses).std())
+            deviation = float((losses - self.losses_of_first_model).std())
             noise = STANDARD_ERRORS * deviation / math.sqrt(len(losses))
         return {**score, "noise": noise}
 
@@ -141,63 +141,68 @@ class Sensitivity(Analysis):
         summary: dict[str, Any] = {}
         table: list[Row] = []
         drawings: list[Drawing] = []
-        for number, studied in enumerate(nets, start=1):
-            rows, summary[studied.label] = self._analyze(studied, images)
+        for number, studied_net in enumerate(nets, start=1):
+            rows, summary[studied_net.label] = self._analyze(studied_net, images)
             table += rows
             name = f"sensitivity-{number}" if len(nets) > 1 else "sensitivity"
-            drawings.append(_heat_map(name, studied.label, rows))
+            drawings.append(_draw_heat_map(name, studied_net.label, rows))
         tables = [Table("sensitivity", "Layers and what their quantization costs", table)]
         return Outcome(summary, tables, drawings)
 
-    def _analyze(self, studied: StudiedNet, images: ImageSet) -> tuple[list[Row], dict[str, Any]]:
+    def _analyze(
+        self, studied_net: StudiedNet, images: ImageSet
+    ) -> tuple[list[Row], dict[str, Any]]:
         """Analyse one model; return the rows of the table, one per layer, and the summary."""
-        net, sites = weight_sites(studied.net, studied.input_size)
+        net, sites = weight_sites(studied_net.net, studied_net.input_size)
         weights = {site.name: site for site in sites}
         quantizers = _quantizers_by_layer(net, weights)
-        budget = None if self.budget_mb is None else self._budget(studied, net, sites)
+        budget = None if self.budget_mb is None else self._make_budget(studied_net, net, sites)
 
         points = self._points(net, sites, quantizers, PairedScore(images))
-        unchanged, *changed = measure(points, images)
-        unchanged.pop("noise")
-        rows = {name: _row(studied.label, name, weights.get(name)) for name in quantizers}
-        for result in changed:
+        unchanged_result, *changed_results = measure(points, images)
+        unchanged_result.pop("noise")
+        rows = {name: _layer_row(studied_net.label, name, weights.get(name)) for name in quantizers}
+        for result in changed_results:
             row = rows[result["layer"]]
             change = result["change"]
-            row[f"{change}: loss change"] = result["loss"] - unchanged["loss"]
+            row[f"{change}: loss change"] = result["loss"] - unchanged_result["loss"]
             row[f"{change}: loss noise"] = result["noise"]
-            row[f"{change}: top-1 change (points)"] = result["top1"] - unchanged["top1"]
+            row[f"{change}: top-1 change (points)"] = result["top1"] - unchanged_result["top1"]
 
-        summary: dict[str, Any] = {"as_is": unchanged}
-        if changed:
-            noise = statistics.median(result["noise"] for result in changed)
+        summary: dict[str, Any] = {"as_is": unchanged_result}
+        if changed_results:
+            noise = statistics.median(result["noise"] for result in changed_results)
             summary["noise"] = {"images": images.n_images, "loss_change": noise}
             limit = f"below {noise:.2g} (two standard errors, median)"
             log.info(
                 "%s: on %s, loss changes %s may be chance",
-                studied.label,
-                count(images.n_images, "image"),
+                studied_net.label,
+                format_count(images.n_images, "image"),
                 "of any size" if math.isnan(noise) else limit,
             )
-        left_in_float = [result for result in changed if result["change"] == "in float"]
-        if left_in_float:
-            best = min(left_in_float, key=lambda result: result["loss"])
-            loss_change = best["loss"] - unchanged["loss"]
-            summary["most_sensitive"] = {"layer": best["layer"], "loss_change": loss_change}
+        float_results = [result for result in changed_results if result["change"] == "in float"]
+        if float_results:
+            most_sensitive = min(float_results, key=lambda result: result["loss"])
+            loss_change = most_sensitive["loss"] - unchanged_result["loss"]
+            summary["most_sensitive"] = {
+                "layer": most_sensitive["layer"],
+                "loss_change": loss_change,
+            }
         if budget is not None:
             loss_changes = _loss_changes(rows, budget.sizes)
-            bits = greedy_bits(budget.sizes, loss_changes, budget.room)
-            point = EvaluationPoint({}, net, functools.partial(with_bits, sites, bits))
+            bits = greedy_bits(budget.sizes, loss_changes, budget.weight_bytes)
+            point = EvaluationPoint({}, net, functools.partial(change_bits, sites, bits))
             (result,) = measure([point], images)
             added_losses = [loss_changes[name][width] for name, width in bits.items()]
             summary["suggestion"] = {
                 "budget_mb": self.budget_mb,
                 "size_bytes": budget.size_with(bits),
-                "expected_loss": unchanged["loss"] + sum(added_losses),
+                "expected_loss": unchanged_result["loss"] + sum(added_losses),
                 **result,
                 "bits_of_layers": bits,
-                "setting": as_setting(conversion_of(studied.net), bits),
+                "setting": override_setting(conversion_of(studied_net.net), bits),
             }
-            _log_suggestion(studied.label, summary["suggestion"])
+            _log_suggestion(studied_net.label, summary["suggestion"])
             for name, row in rows.items():
                 row[f"bits for {self.budget_mb:g} MB"] = bits.get(name)
         return list(rows.values()), summary
@@ -215,16 +220,18 @@ class Sensitivity(Analysis):
         for name, layer_quantizers in quantizers.items():
             if layer_quantizers:
                 labels = {"layer": name, "change": "in float"}
-                change = functools.partial(left_in_float, net, layer_quantizers)
+                change = functools.partial(bypass_quantizers, net, layer_quantizers)
                 points.append(EvaluationPoint(labels, net, change, score))
             for bits in self.bits:
                 if name in weights and bits != weights[name].bits:
                     labels = {"layer": name, "change": f"{bits} bits"}
-                    change = functools.partial(with_bits, sites, {name: bits})
+                    change = functools.partial(change_bits, sites, {name: bits})
                     points.append(EvaluationPoint(labels, net, change, score))
         return points
 
-    def _budget(self, studied: StudiedNet, net: nn.Module, sites: Sequence[WeightSite]) -> Budget:
+    def _make_budget(
+        self, studied_net: StudiedNet, net: nn.Module, sites: Sequence[WeightSite]
+    ) -> Budget:
         """The budget of bytes for the weights whose bits may be chosen.
 
         Raises:
@@ -234,14 +241,14 @@ class Sensitivity(Analysis):
         budget_bytes = round(self.budget_mb * MB)
         # Only weights in blocks of a quantized model may change: in training, a rule that sets the
         # bits of a stem or head also sets the bits of its input.
-        adjustable = sites if is_float(sites) else in_blocks(sites)
-        fixed_bytes, sizes = stored_bytes(net, adjustable, self.bits)
-        smallest = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
-        if smallest > budget_bytes:
+        adjustable = sites if all_float(sites) else block_weights(sites)
+        fixed_bytes, sizes = sizes_by_bits(net, adjustable, self.bits)
+        min_bytes = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
+        if min_bytes > budget_bytes:
             # Print the size exactly, so that users can set it as the new budget.
             raise UsageError(
-                f"analysis.budget_mb={self.budget_mb}: must be at least {smallest / MB:f}, "
-                f"which {studied.label} takes with the lowest bits everywhere"
+                f"analysis.budget_mb={self.budget_mb}: must be at least {min_bytes / MB:f}, "
+                f"which {studied_net.label} takes with the lowest bits everywhere"
             )
         return Budget(fixed_bytes, budget_bytes - fixed_bytes, sizes)
 
@@ -257,13 +264,13 @@ def _quantizers_by_layer(
     for site in iter_quantizers(net):
         if site.quantizer.is_float and site.layer not in weights:
             continue
-        of_layer = quantizers.setdefault(site.layer or "(net)", [])
+        layer_quantizers = quantizers.setdefault(site.layer or "(net)", [])
         if not site.quantizer.is_float:
-            of_layer.append(site.quantizer)
+            layer_quantizers.append(site.quantizer)
     return quantizers
 
 
-def _row(label: str, layer: str, weight: WeightSite | None) -> Row:
+def _layer_row(label: str, layer: str, weight: WeightSite | None) -> Row:
     return {
         "net": label,
         "layer": layer,
@@ -291,40 +298,46 @@ def _log_suggestion(label: str, suggestion: Mapping[str, Any]) -> None:
     )
 
 
-def left_in_float(net: nn.Module, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
+def bypass_quantizers(
+    net: nn.Module, quantizers: Sequence[Quantizer]
+) -> AbstractContextManager[None]:
     """Let these quantizers return their input unchanged inside a `with` block.
 
     An integer LayerNorm that would use the scale of one of these quantizers runs in float.
     """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
     for module in net.modules():
-        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(module.between):
+        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(
+            module.outer_quantizers
+        ):
             forwards[module] = module.in_float
-    return patched(forwards)
+    return patch_forwards(forwards)
 
 
-def with_bits(sites: Sequence[WeightSite], bits: Mapping[str, int]) -> AbstractContextManager[None]:
+def change_bits(
+    sites: Sequence[WeightSite], bits: Mapping[str, int]
+) -> AbstractContextManager[None]:
     """Give weights other bits inside a `with` block.
 
     Args:
         sites: weights to change; weights of a float model get the step sizes with the least error.
         bits: new bits, by name of the weight.
     """
-    steps_from = "mse" if is_float(sites) else "own"
+    steps_from = "mse" if all_float(sites) else "own"
     forwards: dict[nn.Module, Forward] = {}
     for site in sites:
         width = bits.get(site.name, site.bits)
         if width != site.bits:
             forwards[site.quantizer] = functools.partial(
-                requantized, site.rule, bits=width, steps_from=steps_from
+                requantize, site.rule, bits=width, steps_from=steps_from
             )
-    return patched(forwards)
+    return patch_forwards(forwards)
 
 
-def stored_bytes(
+def sizes_by_bits(
     net: nn.Module, adjustable: Sequence[WeightSite], widths: Sequence[int]
 ) -> tuple[int, Sizes]:
-    """Bytes without the weights whose bits may be chosen, and bytes of each of those by bits.
+    """Bytes of the other tensors, and the size of each adjustable weight at each bit-width.
 
     Args:
         net: the model.
@@ -345,37 +358,37 @@ def stored_bytes(
 
 
 def greedy_bits(
-    sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: int
+    sizes: Sizes, loss_increases: Mapping[str, Mapping[int, float]], max_bytes: int
 ) -> dict[str, int]:
-    """Choose bits for each layer so that all weights together fit into `room` bytes.
+    """Choose bits for each layer so that all weights together fit into `max_bytes` bytes.
 
     The search starts from the bits with the lowest loss. While the weights are too large, it makes
     the reduction that adds the least loss per byte saved.
 
     Args:
         sizes: bytes by layer and bits; with the lowest bits everywhere, the weights must fit.
-        rises: loss increase by layer and bits.
-        room: bytes that all weights together may take.
+        loss_increases: loss increase by layer and bits.
+        max_bytes: bytes that all weights together may take.
     """
     bits = {
-        name: min(layer_sizes, key=lambda width: (rises[name][width], layer_sizes[width]))
+        name: min(layer_sizes, key=lambda width: (loss_increases[name][width], layer_sizes[width]))
         for name, layer_sizes in sizes.items()
     }
-    while sum(sizes[name][width] for name, width in bits.items()) > room:
-        reductions = []
+    while sum(sizes[name][width] for name, width in bits.items()) > max_bytes:
+        candidates = []
         for name, layer_sizes in sizes.items():
-            current = bits[name]
+            current_bits = bits[name]
             for width, size in layer_sizes.items():
-                saved_bytes = layer_sizes[current] - size
+                saved_bytes = layer_sizes[current_bits] - size
                 if saved_bytes > 0:
-                    added_loss = rises[name][width] - rises[name][current]
-                    reductions.append((added_loss / saved_bytes, name, width))
-        _, name, width = min(reductions)
+                    added_loss = loss_increases[name][width] - loss_increases[name][current_bits]
+                    candidates.append((added_loss / saved_bytes, name, width))
+        _, name, width = min(candidates)
         bits[name] = width
     return bits
 
 
-def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
+def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
     """The command-line override that sets these bits and repeats the model's existing rules.
 
     Returns:
@@ -401,7 +414,7 @@ def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
     return f"{group}.overrides={{{','.join(entries)}}}"
 
 
-def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
+def _draw_heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
     """Draw loss changes on a logarithmic colour scale; changes within noise get no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
@@ -411,7 +424,7 @@ def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
             losses[y, x] = row[key]
     limit = float(losses.nan_to_num().abs().max()) or 1.0
     norm = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
-    figure, (axis,) = panels(width=0.7 * WIDTH, height=1.1 + 0.19 * len(rows))
+    figure, (axis,) = panels(width=0.7 * FIGURE_WIDTH, height=1.1 + 0.19 * len(rows))
     image = axis.imshow(losses.numpy(), aspect="auto", cmap="PuOr_r", norm=norm)
     for (y, row), (x, key) in itertools.product(enumerate(rows), enumerate(keys)):
         value = row.get(key)
@@ -428,17 +441,17 @@ def _heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
     ticks = [-limit, 0, limit]
     figure.colorbar(image, ax=axis, label="loss change", shrink=0.8, ticks=ticks, format="%.2g")
 
-    highest = []
+    worst_layers = []
     for column, changes in zip(columns, losses.T, strict=True):
         if not (changes > 0).any():
-            highest.append(f"{column}: no layer adds more than noise")
+            worst_layers.append(f"{column}: no layer adds more than noise")
             continue
-        number = int(changes.nan_to_num(-math.inf).argmax())
-        layer = rows[number]["layer"]
-        highest.append(f"{column}: {layer} adds most ({float(changes[number]):+.4f})")
+        index = int(changes.nan_to_num(-math.inf).argmax())
+        layer = rows[index]["layer"]
+        worst_layers.append(f"{column}: {layer} adds most ({float(changes[index]):+.4f})")
     title = (
         f"Loss of {label} when one layer is left in float, or has weights of other bits; "
         "grey: within noise (two standard errors)"
     )
-    summary = f"Heat map of {len(rows)} layers. {'; '.join(highest)}."
+    summary = f"Heat map of {len(rows)} layers. {'; '.join(worst_layers)}."
     return Drawing(name, title, summary, figure)

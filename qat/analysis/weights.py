@@ -35,12 +35,13 @@ from qat.utils.validate import FLOAT_BITS
 # its quantizer, if it has one.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
-MOST_PANELS = 9
+MAX_PANELS = 9
 ACTIVATION_IMAGES = 128
 # A weight counts as near a threshold if it is at most this many codes away, as in CGA.
 BOUNDARY = 0.005
-# Thresholds are drawn for at most this many levels.
-MOST_LEVELS = 20
+# Maximum number of levels for which thresholds are drawn; a grid with more levels is drawn without
+# thresholds.
+MAX_LEVELS = 20
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,26 @@ class WeightAnalysis(Analysis):
         weight_table = []
         activation_table = []
         drawings = []
-        for number, studied in enumerate(nets, start=1):
-            label = studied.label
-            weights = list(latent_weights(studied.net))
+        for number, studied_net in enumerate(nets, start=1):
+            label = studied_net.label
+            weights = list(latent_weights(studied_net.net))
             rows = [weight_row(*weight) for weight in weights]
-            summary[label] = _summary(rows)
+            summary[label] = _summarize(rows)
             for row in rows:
                 weight_table.append({"net": label, **row})
             if images.batches:
                 batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
-                for row in activation_rows(studied.net, batch):
+                for row in activation_rows(studied_net.net, batch):
                     activation_table.append({"net": label, **row})
             # Only some weights, evenly spaced in the list, get a panel.
-            stride = math.ceil(len(rows) / MOST_PANELS)
+            stride = math.ceil(len(rows) / MAX_PANELS)
             panel_weights = list(zip(weights, rows, strict=True))[::stride]
             file = "weights_histograms"
             title = "Weights before rounding"
             if len(nets) > 1:
                 file = f"{file}_{number}"
                 title = f"Weights of {label} before rounding"
-            drawings.append(_histograms(file, title, panel_weights))
+            drawings.append(_draw_histograms(file, title, panel_weights))
         tables = [
             Table("weights", "Weights and their codes", weight_table),
             Table("weights_activations", "Activation quantizers", activation_table),
@@ -101,10 +102,10 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
     if quantizer is None:
         return row
     grid = quantizer.grid(weight)
-    rounded = weight if grid is None else grid.shift(weight)
-    error = rounded - quantizer(weight).float()
-    row |= use_of_codes(quantizer, weight)
-    row["SNR (dB)"] = 10 * float((rounded.square().sum() / error.square().sum()).log10())
+    unrounded = weight if grid is None else grid.shift(weight)
+    error = unrounded - quantizer(weight).float()
+    row |= code_use(quantizer, weight)
+    row["SNR (dB)"] = 10 * float((unrounded.square().sum() / error.square().sum()).log10())
     if grid is not None:
         is_near = grid.near_threshold(weight, BOUNDARY)
         row["near a threshold, %"] = 100 * float(is_near.float().mean())
@@ -126,8 +127,8 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 
 
 @torch.no_grad()
-def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
-    """Count the unused levels of a quantizer, and the percentage of values at the end codes.
+def code_use(quantizer: Quantizer, x: Tensor) -> Row:
+    """Number of unused levels of a quantizer, and percentage of values at the end codes.
 
     For a uniform grid, the row also has the percentage of clipped values: values more than half a
     step size beyond the end levels.
@@ -138,19 +139,19 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
         low = quantizer.spec.qmin
         high = quantizer.spec.qmax
     else:
-        codes = grid.in_order(codes)
+        codes = grid.to_sorted_index(codes)
         low = grid.qmin
         high = grid.qmax
     # The quantizer of a user may return codes outside its bounds; they count as end codes.
     indices = codes.flatten().long().clamp(low, high) - low
-    shares = torch.bincount(indices, minlength=high - low + 1) / indices.numel()
+    fractions = torch.bincount(indices, minlength=high - low + 1) / indices.numel()
     row: Row = {
-        "unused levels": int((shares == 0).sum()),
-        "at the end codes, %": 100 * float(shares[0] + shares[-1]),
+        "unused levels": int((fractions == 0).sum()),
+        "at the end codes, %": 100 * float(fractions[0] + fractions[-1]),
     }
     if grid is not None:
-        z = grid.to_code_coordinates(x)
-        is_clipped = (z < low - 0.5) | (z > high + 0.5)
+        coordinates = grid.to_code_coordinates(x)
+        is_clipped = (coordinates < low - 0.5) | (coordinates > high + 0.5)
         row["clipped, %"] = 100 * float(is_clipped.float().mean())
     return row
 
@@ -173,7 +174,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
             "values from": float(x.min()),
             "values to": float(x.max()),
         }
-        rows[site.name] = row | use_of_codes(site.quantizer, x)
+        rows[site.name] = row | code_use(site.quantizer, x)
 
     hooks = []
     for site in iter_quantizers(net):
@@ -185,29 +186,29 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
     return list(rows.values())
 
 
-def _summary(rows: Sequence[Row]) -> Row:
-    quantized = [row for row in rows if row["bits"] < FLOAT_BITS]
+def _summarize(rows: Sequence[Row]) -> Row:
+    quantized_rows = [row for row in rows if row["bits"] < FLOAT_BITS]
     return {
         "weights": sum(row["weights"] for row in rows),
-        "quantized_weights": sum(row["weights"] for row in quantized),
+        "quantized_weights": sum(row["weights"] for row in quantized_rows),
         "kurtosis_highest": max(row["kurtosis"] for row in rows),
-        "clipped_percent": _weighted_mean(quantized, "clipped, %"),
-        "near_threshold_percent": _weighted_mean(quantized, "near a threshold, %"),
+        "clipped_percent": _weighted_mean(quantized_rows, "clipped, %"),
+        "near_threshold_percent": _weighted_mean(quantized_rows, "near a threshold, %"),
     }
 
 
 def _weighted_mean(rows: Sequence[Row], column: str) -> float:
     """Mean of a column over all weights in the rows that have the column."""
-    total = 0
+    weighted_sum = 0
     n_weights = 0
     for row in rows:
         if column in row:
-            total += row[column] * row["weights"]
+            weighted_sum += row[column] * row["weights"]
             n_weights += row["weights"]
-    return total / max(n_weights, 1)
+    return weighted_sum / max(n_weights, 1)
 
 
-def _histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
+def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
     """Draw a panel for each tensor: a histogram of its float weights on the axis of codes."""
     columns = min(3, len(weights))
     rows = math.ceil(len(weights) / columns)
@@ -215,16 +216,16 @@ def _histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row
     descriptions = []
     for axis, ((layer, role, weight, quantizer), row) in zip(axes, weights, strict=False):
         name = layer if role == "weight" else f"{layer} ({role})"
-        numbers = f"kurtosis {row['kurtosis']:.2f}"
+        statistics = f"kurtosis {row['kurtosis']:.2f}"
         if quantizer is not None:
-            numbers += f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB"
-        descriptions.append(f"{name}: {numbers}")
-        axis.set_title(f"{name[-34:]}\n{numbers}", fontsize=7, loc="left")
+            statistics += f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB"
+        descriptions.append(f"{name}: {statistics}")
+        axis.set_title(f"{name[-34:]}\n{statistics}", fontsize=7, loc="left")
         axis.grid(visible=False)
-        _histogram(axis, weight.float(), quantizer)
+        _draw_histogram(axis, weight.float(), quantizer)
     for axis in axes[len(weights) :]:
         axis.remove()
-    figure.supylabel("share of weights, %", fontsize=9)
+    figure.supylabel("weights, %", fontsize=9)
     caption = (
         "Histograms of float weights; with codes, dots are the levels and dashed lines the "
         "thresholds"
@@ -232,7 +233,7 @@ def _histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row
     return Drawing(file, title, f"{caption}. {'; '.join(descriptions)}.", figure)
 
 
-def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
+def _draw_histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
     """Draw one panel; the outermost bins include all weights beyond them."""
     grid = None if quantizer is None else quantizer.grid(weight)
     if grid is None:
@@ -246,7 +247,7 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
         low = grid.qmin - 1.5
         high = grid.qmax + 1.5
         levels = range(grid.qmin, grid.qmax + 1)
-        if len(levels) <= MOST_LEVELS:
+        if len(levels) <= MAX_LEVELS:
             _draw_levels(axis, levels)
         else:
             # Most of the 256 codes may be unused, so only the range of the weights is drawn.

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.freezing import IterativeFreezing
-from qat.callbacks.oscillation import log_share
+from qat.callbacks.oscillation import log_fraction
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -23,10 +23,10 @@ from qat.utils.validate import check_choice, check_int, check_number
 
 QK_POLICIES = ("reference", "product", "freeze")
 # The paper's recipes anneal for 30 of 340 epochs.
-_DEFAULT_SHARE = 0.1
+_DEFAULT_FRACTION = 0.1
 
 
-def _near_threshold(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
+def _near_threshold_mask(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
     grid = cast(UniformGrid, quantizer.grid(weight.detach()))
     return grid.near_threshold(weight, boundary_range)
 
@@ -52,18 +52,18 @@ class BandGate:
         if not self.active:
             return None
         (matrix,) = args
-        in_band = _near_threshold(module, matrix, self.boundary_range)
+        in_band = _near_threshold_mask(module, matrix, self.boundary_range)
         return (torch.where(in_band, matrix, matrix.detach()),)
 
 
 class CGA(Callback):
     """Freezes weights on half steps (StatsQ, SEQ) that are far from a threshold during annealing.
 
-    The frozen entries are chosen again in each step. They get no gradient and are restored after
-    the step (`EntryFreezer`), so that neither weight decay nor momentum changes them; their moments
-    continue to decay. The choice depends only on the weights, so all processes agree, nothing is
-    stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets, stem and heads are
-    trained as before.
+    The frozen entries are chosen again in each step. Frozen entries get no gradient and are
+    restored after the step (`EntryFreezer`), so that neither weight decay nor momentum changes
+    them; their moments continue to decay. The choice depends only on the weights, so all processes
+    agree, nothing is stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets,
+    stem and heads are trained as before.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes, 0 < value < 0.5.
@@ -110,13 +110,13 @@ class CGA(Callback):
         self._qk_weights: list[Tensor] = []
         self._gates: list[tuple[Site, BandGate]] = []
         self._freezer = EntryFreezer()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hook_handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Determine the epochs of annealing and the weights."""
+        """Determine the epochs of annealing and the weights to anneal."""
         if stage != "fit":
             return
-        self._first_epoch, self._end_epoch = self._span(trainer)
+        self._first_epoch, self._end_epoch = self._annealing_epochs(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError(
                 "callbacks.cga: callbacks.freeze freezes the same weights; use one of the two"
@@ -141,7 +141,7 @@ class CGA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
         self._freezer.attach(trainer.optimizers)
-        self._handles = [
+        self._hook_handles = [
             site.quantizer.register_forward_pre_hook(gate) for site, gate in self._gates
         ]
 
@@ -150,11 +150,11 @@ class CGA(Callback):
     ) -> None:
         """Switch the gates and, while annealing, set the learning rate.
 
-        This is not done at the start of an epoch, because a run that is resumed within an epoch
-        does not start one.
+        The gates are not switched at the start of an epoch, because a run that is resumed within an
+        epoch does not start one.
         """
         for _, gate in self._gates:
-            gate.active = self._anneals(trainer.current_epoch)
+            gate.active = self._is_annealing(trainer.current_epoch)
         self._set_learning_rate(trainer, trainer.current_epoch)
 
     def on_train_batch_end(
@@ -173,53 +173,53 @@ class CGA(Callback):
 
         At this point, gradients are complete and not yet clipped.
         """
-        if not self._anneals(trainer.current_epoch):
+        if not self._is_annealing(trainer.current_epoch):
             return
         trainable_masks = []
-        frozen = []
+        weights_and_masks = []
         for site in self._sites:
-            trainable = _near_threshold(site.quantizer, site.latent(), self.boundary_range)
+            trainable = _near_threshold_mask(site.quantizer, site.latent(), self.boundary_range)
             trainable_masks.append(trainable)
-            frozen.append((site.latent(), ~trainable))
+            weights_and_masks.append((site.latent(), ~trainable))
         for weight in self._qk_weights:
-            frozen.append((weight, torch.ones_like(weight, dtype=torch.bool)))
-        self._freezer.freeze(frozen)
-        log_share(trainer, pl_module, "cga/trainable", trainable_masks)
+            weights_and_masks.append((weight, torch.ones_like(weight, dtype=torch.bool)))
+        self._freezer.freeze(weights_and_masks)
+        log_fraction(trainer, pl_module, "cga/trainable", trainable_masks)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
         self._freezer.detach()
-        for handle in self._handles:
+        for handle in self._hook_handles:
             handle.remove()
-        self._handles = []
+        self._hook_handles = []
 
-    def _anneals(self, epoch: int) -> bool:
+    def _is_annealing(self, epoch: int) -> bool:
         return self._first_epoch <= epoch < self._end_epoch
 
     def _set_learning_rate(self, trainer: Trainer, epoch: int) -> None:
-        if not self._anneals(epoch):
+        if not self._is_annealing(epoch):
             return
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
-    def _span(self, trainer: Trainer) -> tuple[float, float]:
+    def _annealing_epochs(self, trainer: Trainer) -> tuple[float, float]:
         """First epoch of annealing, and the epoch after the last one; infinity = until the end."""
-        total = trainer.max_epochs or 1  # commands check that `max_epochs` is set
+        num_epochs = trainer.max_epochs or 1  # commands check that `max_epochs` is set
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
         if self.start_epoch is None:
-            length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
-            if length > total:
+            num_annealing_epochs = self.epochs or math.ceil(num_epochs * _DEFAULT_FRACTION)
+            if num_annealing_epochs > num_epochs:
                 raise UsageError(
-                    f"callbacks.cga.epochs={length}: "
-                    f"must be an integer from 1 to trainer.max_epochs={total}"
+                    f"callbacks.cga.epochs={num_annealing_epochs}: "
+                    f"must be an integer from 1 to trainer.max_epochs={num_epochs}"
                 )
-            return total - length, math.inf
-        if self.start_epoch >= total:
+            return num_epochs - num_annealing_epochs, math.inf
+        if self.start_epoch >= num_epochs:
             raise UsageError(
                 f"callbacks.cga.start_epoch={self.start_epoch}: "
-                f"must be from 0 to below trainer.max_epochs={total}"
+                f"must be from 0 to below trainer.max_epochs={num_epochs}"
             )
         if self.epochs is None:
             return self.start_epoch, math.inf

@@ -1,4 +1,4 @@
-"""Lightning's weight averaging, made faster: it runs on the device and does not wait for it."""
+"""Lightning's weight averaging, made faster: averages are updated on the training device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     """Exponential moving average of the weights, for validation and checkpoints.
 
     Lightning's own callback copies the module before the module is moved, so that each step copies
-    all weights from the device. It also updates weights one by one, and reads from the device
-    whether a step is the first.
+    all weights from the device. Lightning also updates weights one by one, and reads from the
+    device whether a step is the first.
 
     Args:
         decay: weight of the old average in an update, 0 to below 1.

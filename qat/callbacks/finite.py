@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.lit.strategies import own_part
+from qat.lit.strategies import local_part
 from qat.utils.probing import probing
 from qat.utils.validate import check_int
 
-_NEVER = 2**62
+_NO_BAD_STEP = 2**62  # above every step number, so that the minimum over steps is the first bad one
 
 
 class FiniteCheck(Callback):
@@ -24,9 +24,10 @@ class FiniteCheck(Callback):
 
     Non-finite means NaN or infinite.
 
-    The number of the first bad step is stored on the device. It is read every n steps and before a
-    checkpoint is written; on a CPU, where reading does not have to wait, before each update. If it
-    is read late, weights are already damaged, and the error names the first damaged weight.
+    The number of the first bad step is stored on the device. The callback reads the number every n
+    steps and before a checkpoint is written; on a CPU, where reading does not have to wait, before
+    each update. If the number is read late, weights are already damaged, and the error names the
+    first damaged weight.
     With `trainer.precision=16-mixed`, the gradient scaler checks the gradients instead.
 
     Args:
@@ -41,20 +42,21 @@ class FiniteCheck(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         check_int("callbacks.finite.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
-        self._first_bad: Tensor | None = None  # (), int64; `_NEVER` if all steps were finite
+        # (), int64; `_NO_BAD_STEP` if all steps were finite, None before the first check
+        self._first_bad_step: Tensor | None = None
         self._images: Any = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the images, with which the cause can be found later."""
+        """Store the images, so that the cause can be found later."""
         self._images = batch[0]
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Check the loss on the device."""
-        self._record(trainer, loss.detach())
+        self._record_if_bad(trainer, loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -62,8 +64,8 @@ class FiniteCheck(Callback):
         """Check the complete, not yet clipped gradients; read the result if it is due."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = _gradients(pl_module)
-            largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
-            self._record(trainer, largest.to(pl_module.device))
+            max_norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+            self._record_if_bad(trainer, max_norm.to(pl_module.device))
         is_due = (trainer.global_step + 1) % self.every_n_steps == 0
         if is_due or _reads_without_waiting(pl_module):
             self._raise_if_bad(trainer)
@@ -73,24 +75,26 @@ class FiniteCheck(Callback):
     ) -> None:
         """Check all steps so far, and all weights, before a file is written."""
         self._raise_if_bad(trainer)
-        damaged = _first_bad_weight(checkpoint["state_dict"])
-        if not trainer.strategy.reduce_boolean_decision(damaged is None, all=True):
-            raise _error(
-                f"weights after training step {trainer.global_step - 1} are not finite", damaged
+        bad_weight = _first_bad_weight(checkpoint["state_dict"])
+        if not trainer.strategy.reduce_boolean_decision(bad_weight is None, all=True):
+            raise _training_error(
+                f"weights after training step {trainer.global_step - 1} are not finite", bad_weight
             )
 
-    def _record(self, trainer: Trainer, value: Tensor) -> None:
+    def _record_if_bad(self, trainer: Trainer, value: Tensor) -> None:
         # The check runs on the device, and the host does not wait for it.
-        step = torch.where(value.isfinite(), _NEVER, trainer.global_step)
-        self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
+        step = torch.where(value.isfinite(), _NO_BAD_STEP, trainer.global_step)
+        if self._first_bad_step is not None:
+            step = torch.minimum(self._first_bad_step, step)
+        self._first_bad_step = step
 
     def _raise_if_bad(self, trainer: Trainer) -> None:
-        if self._first_bad is None:
+        if self._first_bad_step is None:
             return
-        step = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
-        self._first_bad = None
-        if step != _NEVER:
-            raise _error(
+        step = int(trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
+        self._first_bad_step = None
+        if step != _NO_BAD_STEP:
+            raise _training_error(
                 f"the loss or a gradient of training step {step} is not finite",
                 _find_cause(trainer, self._images),
             )
@@ -101,30 +105,31 @@ def _reads_without_waiting(pl_module: LightningModule) -> bool:
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:
-    """The gradients, or the parts of them that this process stores; without empty parts."""
+    """The gradients, or the parts of gradients that this process stores; without empty parts."""
     gradients = []
     for parameter in module.parameters():
         if parameter.grad is not None:
-            gradients.append(own_part(parameter.grad))
+            gradients.append(local_part(parameter.grad))
     return [gradient for gradient in gradients if gradient.numel()]
 
 
-def _error(problem: str, cause: str | None) -> UsageError:
-    """The same error in every process.
+def _training_error(problem: str, cause: str | None) -> UsageError:
+    """Make an error that is the same in every process.
 
-    A bad weight or image is preferred as the cause, then the lowest rank.
+    The error names the cause found by the lowest rank that found a bad weight or image, or else
+    the cause found by the lowest rank.
     """
     causes = [cause]
     if dist.is_initialized() and dist.get_world_size() > 1:
         causes = [None] * dist.get_world_size()
         dist.all_gather_object(causes, cause)
-    first = min(
+    first_cause = min(
         filter(None, causes),
         key=lambda text: text.startswith("the output"),  # outputs last
         default="the loss or its gradient (the outputs of the model are finite)",
     )
     return UsageError(
-        f"training stopped: {problem}; first: {first}; "
+        f"training stopped: {problem}; first: {first_cause}; "
         "checkpoints were written before this step; "
         "a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     )
@@ -134,13 +139,13 @@ def _first_bad_weight(state: dict[str, Any]) -> str | None:
     """Name of the first weight with a non-finite value in this process; None if all are finite."""
     for name, value in state.items():
         is_float = isinstance(value, Tensor) and value.is_floating_point()
-        if is_float and not own_part(value).isfinite().all():
+        if is_float and not local_part(value).isfinite().all():
             return name.removeprefix("net.")
     return None
 
 
 def _find_cause(trainer: Trainer, images: Tensor) -> str | None:
-    """Find the cause by one more forward pass.
+    """Find the cause by another forward pass.
 
     The cause is the images, a weight, or the first module with a non-finite output; None if all
     these values are finite.
@@ -166,9 +171,9 @@ def _find_cause(trainer: Trainer, images: Tensor) -> str | None:
         net(images)
     if not images.isfinite().all():
         return "the images of the batch"
-    damaged = _first_bad_weight(net.state_dict())
-    if damaged is not None:
-        return damaged
+    bad_weight = _first_bad_weight(net.state_dict())
+    if bad_weight is not None:
+        return bad_weight
     for label, is_finite in outputs:
         if not is_finite:
             return label

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.oscillation import log_share, track
+from qat.callbacks.oscillation import log_fraction, track_codes
 from qat.errors import UsageError
 from qat.functional.oscillation import (
     FreezingState,
     OscillationState,
     cosine_between,
     freezing_step,
-    with_frozen,
+    replace_frozen,
 )
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
@@ -24,9 +24,9 @@ from qat.quantizers import SquashedGrid, UniformGrid
 from qat.utils.validate import check_number
 
 MAX_BITS = 4  # weights of more bits are not frozen
-# Largest distance of a frozen latent weight from the middle of its cell, in codes; the cell ends at
-# 0.5.
-_MOST_DRIFT = 0.25
+# Maximum distance of a frozen latent weight from the middle of its cell, in codes; the cell ends at
+# a distance of 0.5.
+_MAX_DRIFT = 0.25
 
 
 class IterativeFreezing(Callback):
@@ -63,9 +63,9 @@ class IterativeFreezing(Callback):
             )
         self._num_steps = math.inf
         self._sites: list[Site] = []
-        self._codes: dict[str, OscillationState] = {}
-        self._frozen: dict[str, FreezingState] = {}
-        self._freezer = EntryFreezer(after=self._center)
+        self._oscillation_states: dict[str, OscillationState] = {}
+        self._freezing_states: dict[str, FreezingState] = {}
+        self._freezer = EntryFreezer(on_restore=self._move_to_cell_centers)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the weights to freeze."""
@@ -94,47 +94,47 @@ class IterativeFreezing(Callback):
     ) -> None:
         """Freeze entries by the codes of the last forward pass; keep frozen entries unchanged."""
         threshold = self.threshold_at(trainer.global_step)
-        frozen: list[tuple[Tensor, Tensor]] = []
+        weights_and_masks: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
             weight = site.latent()
-            state = self._frozen.get(site.name)
+            state = self._freezing_states.get(site.name)
             if state is not None:  # on the CPU after loading a checkpoint
                 state = FreezingState(*(tensor.to(weight.device) for tensor in state))
-            codes = with_frozen(state, site.quantizer.codes(weight))
-            oscillation = track(self._codes.get(site.name), codes, self.momentum)
-            self._codes[site.name] = oscillation
+            codes = replace_frozen(state, site.quantizer.codes(weight))
+            oscillation = track_codes(self._oscillation_states.get(site.name), codes, self.momentum)
+            self._oscillation_states[site.name] = oscillation
             state = freezing_step(state, codes, oscillation.frequency, threshold, self.momentum)
             if state is not None:
-                self._frozen[site.name] = state._replace(codes=state.codes.to(torch.int8))
-                frozen.append((weight, state.frozen))
-        self._freezer.freeze(frozen)
-        log_share(trainer, pl_module, "freeze/frozen", [mask for _, mask in frozen])
+                self._freezing_states[site.name] = state._replace(codes=state.codes.to(torch.int8))
+                weights_and_masks.append((weight, state.frozen))
+        self._freezer.freeze(weights_and_masks)
+        log_fraction(trainer, pl_module, "freeze/frozen", [mask for _, mask in weights_and_masks])
 
     @torch.no_grad()
-    def _center(self) -> None:
+    def _move_to_cell_centers(self) -> None:
         """Move frozen latent weights back to the middle of their cells."""
         for site in self._sites:
             weight = site.latent()
-            state = self._frozen[site.name]
+            state = self._freezing_states[site.name]
             grid = cast(UniformGrid, site.quantizer.grid(weight))
             drift = (grid.to_code_coordinates(weight) - state.codes).abs()
-            has_drifted = state.frozen & (drift > _MOST_DRIFT)
+            has_drifted = state.frozen & (drift > _MAX_DRIFT)
             center = grid.dequantize(state.codes).to(weight.dtype)
             weight.copy_(torch.where(has_drifted, center, weight))
 
     def state_dict(self) -> dict[str, Any]:
         """Codes, frequencies and frozen integers of every weight: 13 bytes for each entry."""
         return {
-            "codes": {name: state._asdict() for name, state in self._codes.items()},
-            "frozen": {name: state._asdict() for name, state in self._frozen.items()},
+            "codes": {name: state._asdict() for name, state in self._oscillation_states.items()},
+            "frozen": {name: state._asdict() for name, state in self._freezing_states.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore codes, frequencies and frozen integers."""
-        self._codes = {
+        self._oscillation_states = {
             name: OscillationState(**state) for name, state in state_dict["codes"].items()
         }
-        self._frozen = {
+        self._freezing_states = {
             name: FreezingState(**state) for name, state in state_dict["frozen"].items()
         }
 

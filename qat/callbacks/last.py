@@ -16,9 +16,9 @@ from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
-NAME = "last.ckpt"
-# Reasons of an early end after which a resumed run continues to train.
-_CONTINUES = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
+FILE_NAME = "last.ckpt"
+# Stop reasons after which a resumed run continues to train.
+_CONTINUING_REASONS = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
 class LastCheckpoint(Checkpoint):
@@ -28,7 +28,8 @@ class LastCheckpoint(Checkpoint):
     multiple of the interval, not at the final weights.
 
     Args:
-        every_n_steps: save also after every n optimizer steps; None = only at the end of epochs.
+        every_n_steps: optimizer steps between two saves, in addition to those at the end of every
+            epoch; None = save only at the end of epochs.
         dirpath: folder; None = no file is written.
 
     Attributes:
@@ -45,11 +46,11 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
         self.earlier_seconds = 0.0
-        self._began: float | None = None  # on the monotonic clock
-        self._step = 0  # optimizer steps before the current batch
-        self._stops = False  # `should_stop` before the current batch
-        self._saved_at = -1  # step of the file
-        self._waits = False  # for the end of a validation, before saving
+        self._start_time: float | None = None  # on the monotonic clock
+        self._step_before_batch = 0  # optimizer steps before the current batch
+        self._should_stop_before_batch = False  # `should_stop` before the current batch
+        self._saved_step = -1  # optimizer step at which the file was last written
+        self._waits_for_validation = False  # True while a save waits for the end of a validation
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -66,15 +67,15 @@ class LastCheckpoint(Checkpoint):
             state = states.pop(callback.state_key, None)
             if not state:
                 continue
-            moved = _moved(state, Path(callback.dirpath or ""))
-            best_path = moved["best_model_path"]
+            moved_state = _move_state(state, Path(callback.dirpath or ""))
+            best_path = moved_state["best_model_path"]
             if best_path and not Path(best_path).is_file():
                 log.warning(
                     "resume: %s is missing; the best epoch is chosen from the epochs that follow",
                     best_path,
                 )
                 continue
-            states[callback.state_key] = {**moved, "dirpath": callback.dirpath}
+            states[callback.state_key] = {**moved_state, "dirpath": callback.dirpath}
         for stopping in trainer.early_stopping_callbacks:
             state = states.get(stopping.state_key)
             if state:
@@ -87,21 +88,23 @@ class LastCheckpoint(Checkpoint):
         """
         for stopping in trainer.early_stopping_callbacks:
             has_no_patience = stopping.wait_count >= stopping.patience
-            trainer.should_stop |= has_no_patience or stopping.stopping_reason not in _CONTINUES
-        self._began = None
-        self._saved_at = -1
-        self._waits = False
+            trainer.should_stop |= (
+                has_no_patience or stopping.stopping_reason not in _CONTINUING_REASONS
+            )
+        self._start_time = None
+        self._saved_step = -1
+        self._waits_for_validation = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Store the step and `should_stop` for comparison after the batch."""
-        self._step = trainer.global_step
-        self._stops = trainer.should_stop
+        self._step_before_batch = trainer.global_step
+        self._should_stop_before_batch = trainer.should_stop
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,8 +115,8 @@ class LastCheckpoint(Checkpoint):
         the same reason, `max_time`, which Lightning checks after every batch, does not stop the run
         there.
         """
-        if trainer.global_step == self._step:
-            trainer.should_stop = self._stops
+        if trainer.global_step == self._step_before_batch:
+            trainer.should_stop = self._should_stop_before_batch
             return
         if self.every_n_steps is None or trainer.is_last_batch:
             return
@@ -122,7 +125,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save now if `save` has waited for the validation."""
-        if self._waits:
+        if self._waits_for_validation:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,19 +136,20 @@ class LastCheckpoint(Checkpoint):
         """
         log_before_saving(trainer, epoch=True)
         epochs: Any = trainer.fit_loop.epoch_progress
-        is_cut = not trainer.is_last_batch
+        is_cut_short = not trainer.is_last_batch
         for progress in (epochs.current, epochs.total):
-            progress.processed -= is_cut
+            progress.processed -= is_cut_short
         self._save(trainer)
         for progress in (epochs.current, epochs.total):
-            progress.processed += is_cut
+            progress.processed += is_cut_short
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Call `on_train_end` of all callbacks in a run that was killed after its last step.
+        """After resuming a run that was killed after its last step, end it as a complete run.
 
-        Lightning would not call it, and tables and averaged weights would be missing.
+        Lightning would not call `on_train_end` of the callbacks, and tables and averaged weights
+        would be missing.
         """
-        if self._began is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._start_time is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # The file was written before the end of its epoch.
         progress = trainer.fit_loop.epoch_progress.current
@@ -156,7 +160,7 @@ class LastCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
-        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        seconds = 0.0 if self._start_time is None else time.monotonic() - self._start_time
         return {"seconds": self.earlier_seconds + seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,44 +172,44 @@ class LastCheckpoint(Checkpoint):
 
         A run that resumes from a file written before the validation would skip the validation.
         """
-        loops = trainer.fit_loop
-        if loops.epoch_loop._should_check_val_fx(loops._data_fetcher):  # type: ignore[arg-type]
-            self._waits = True
-        elif self._saved_at != trainer.global_step:
+        fit_loop = trainer.fit_loop
+        if fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher):  # type: ignore[arg-type]
+            self._waits_for_validation = True
+        elif self._saved_step != trainer.global_step:
             log_before_saving(trainer, epoch=False)
             self._save(trainer)
 
-    def saved(self, trainer: Trainer) -> Path | None:
+    def final_file(self, trainer: Trainer) -> Path | None:
         """Return the path of the file if it was written after the last step, else None."""
-        return self._path(trainer) if self._saved_at == trainer.global_step else None
+        return self._path(trainer) if self._saved_step == trainer.global_step else None
 
     def _path(self, trainer: Trainer) -> Path | None:
         if trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return None
-        return Path(self.dirpath) / NAME
+        return Path(self.dirpath) / FILE_NAME
 
     def _save(self, trainer: Trainer) -> None:
-        self._waits = False
+        self._waits_for_validation = False
         path = self._path(trainer)
         if path is not None:
             trainer.save_checkpoint(path)
-            self._saved_at = trainer.global_step
+            self._saved_step = trainer.global_step
 
 
-def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """State of a ModelCheckpoint after all its files moved to another folder."""
-    moved = dict(state)
+def _move_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Replace the folder of all files in the state of a ModelCheckpoint."""
+    moved_state = dict(state)
     for key, path in state.items():
         if key.endswith("_path"):
-            moved[key] = str(folder / Path(path).name) if path else ""
-    moved["best_k_models"] = {
+            moved_state[key] = str(folder / Path(path).name) if path else ""
+    moved_state["best_k_models"] = {
         str(folder / Path(path).name): score for path, score in state["best_k_models"].items()
     }
-    return moved
+    return moved_state
 
 
 class BestCheckpoints(ModelCheckpoint):
     """Several best checkpoints, in addition to `best.ckpt`.
 
-    This is a separate class because Lightning stores one state for each class and score.
+    This class is separate because Lightning stores one state for each class and score.
     """

@@ -18,38 +18,38 @@ from qat.functional.oscillation import OscillationState, oscillation_step
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import FloatGrid
 from qat.utils.files import csv_text, write_text
-from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
+from qat.utils.validate import MAX_BITS, MIN_BITS, check_int, check_number
 
 FILE = "oscillation.csv"
 BOUNDARY = 0.005  # half-width of the band around thresholds for `osc/band`, in codes, as in CGA
 
 
-def logs_now(trainer: Trainer) -> bool:
+def is_logging_step(trainer: Trainer) -> bool:
     """True if the metrics of the current step are logged."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return interval > 0 and (trainer.global_step + 1) % interval == 0
 
 
-def log_share(
+def log_fraction(
     trainer: Trainer, pl_module: LightningModule, name: str, masks: Sequence[Tensor]
 ) -> None:
-    """Log the share of true entries in several masks, without waiting for the device.
+    """Log the fraction of true entries over several masks, without waiting for the device.
 
-    It does nothing in steps that are not logged.
+    Do nothing in steps that are not logged.
     """
-    if masks and logs_now(trainer):
+    if masks and is_logging_step(trainer):
         num_true = torch.stack([mask.sum() for mask in masks]).sum()
-        share = num_true / sum(mask.numel() for mask in masks)
-        pl_module.log(name, share, on_step=True, on_epoch=False)
+        fraction = num_true / sum(mask.numel() for mask in masks)
+        pl_module.log(name, fraction, on_step=True, on_epoch=False)
 
 
-def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
+def track_codes(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
     """Call `oscillation_step`, and store its state in seven bytes per entry.
 
     Codes are int16 and directions int8; only the sum of the flips is stored.
 
     Args:
-        state: result of the previous update, on any device; None before the first.
+        state: result of the previous update, on any device; None before the first update.
         codes: codes of the weights, at most 8 bits.
         momentum: weight of this update in the frequency.
     """
@@ -78,9 +78,9 @@ class _Sums(NamedTuple):
 class Oscillation(Callback):
     """Tracks the codes of weights before every n-th optimizer step, in 7 bytes per entry.
 
-    It logs `osc/share`, the share of oscillating weights, `osc/band`, the share near a threshold,
-    `osc/frequency`, the mean frequency, and `osc/flips`, the flips so far. At the end of the run it
-    writes a table with a row for each layer.
+    The callback logs `osc/share`, the fraction of oscillating weights, `osc/band`, the fraction
+    near a threshold, `osc/frequency`, the mean frequency, and `osc/flips`, the flips so far. At the
+    end of the run, the callback writes a table with a row for each layer.
 
     Args:
         momentum: weight of one update in the frequency, above 0 to below 1.
@@ -106,7 +106,7 @@ class Oscillation(Callback):
         check_number("callbacks.oscillation.momentum", momentum, 0, exclusive_lowest=True, below=1)
         check_number("callbacks.oscillation.threshold", threshold, 0, below=1)
         check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
-        check_int("callbacks.oscillation.max_bits", max_bits, LOWEST_BITS, HIGHEST_BITS)
+        check_int("callbacks.oscillation.max_bits", max_bits, MIN_BITS, MAX_BITS)
         self.momentum = momentum
         self.threshold = threshold
         self.every_n_steps = every_n_steps
@@ -120,14 +120,14 @@ class Oscillation(Callback):
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
-        self._sites = [site for site in sites if self._tracks(site)]
+        self._sites = [site for site in sites if self._can_track(site)]
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
                 f"weights of at most {self.max_bits} bits, not counting low-bit float formats"
             )
 
-    def _tracks(self, site: Site) -> bool:
+    def _can_track(self, site: Site) -> bool:
         if not site.is_weight or site.quantizer.spec.bits > self.max_bits:
             return False
         return not isinstance(site.quantizer.grid(site.latent()), FloatGrid)
@@ -140,9 +140,12 @@ class Oscillation(Callback):
         if trainer.global_step % self.every_n_steps == 0:
             for site in self._sites:
                 codes = site.quantizer.codes(site.latent())
-                self._states[site.name] = track(self._states.get(site.name), codes, self.momentum)
-        if logs_now(trainer) and self._states:
-            totals = _Sums(*torch.stack([self._sums(site) for site in self._tracked()]).sum(0))
+                self._states[site.name] = track_codes(
+                    self._states.get(site.name), codes, self.momentum
+                )
+        if is_logging_step(trainer) and self._states:
+            sums = torch.stack([self._sum_entries(site) for site in self._tracked_sites()])
+            totals = _Sums(*sums.sum(0))
             values = {
                 "osc/share": totals.oscillating / totals.entries,
                 "osc/frequency": totals.frequency / totals.entries,
@@ -151,11 +154,11 @@ class Oscillation(Callback):
             }
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
-    def _tracked(self) -> list[Site]:
+    def _tracked_sites(self) -> list[Site]:
         return [site for site in self._sites if site.name in self._states]
 
     @torch.no_grad()
-    def _sums(self, site: Site) -> Tensor:
+    def _sum_entries(self, site: Site) -> Tensor:
         """Values of `_Sums` for a weight, (5,) float32."""
         weight = site.latent().detach()
         state = self._states[site.name]
@@ -177,8 +180,8 @@ class Oscillation(Callback):
         """Write the table, with the totals in the last row."""
         if self.dirpath is None or not self._states or not trainer.is_global_zero:
             return
-        sites = self._tracked()
-        table = torch.stack([self._sums(site) for site in sites]).cpu().double()
+        sites = self._tracked_sites()
+        table = torch.stack([self._sum_entries(site) for site in sites]).cpu().double()
         labels: list[dict[str, Any]] = []
         for site in sites:
             bits = site.quantizer.spec.bits

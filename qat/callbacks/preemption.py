@@ -25,13 +25,13 @@ class Preemption(Checkpoint):
     validation, or in the last step before one, the run stops after the validation.
 
     This class is a `Checkpoint` only so that Lightning calls it after all other callbacks, whose
-    state the file contains. It must come after `LastCheckpoint`, which writes the file.
+    state the file contains. This class must come after `LastCheckpoint`, which writes the file.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._group: Any = None
-        self._exchange_running: tuple[dist.Work, Tensor] | None = None
+        self._running_exchange: tuple[dist.Work, Tensor] | None = None
         self._signal = 0
         self._checked_step = 0
 
@@ -39,13 +39,13 @@ class Preemption(Checkpoint):
         """From now on, delay the reaction to signals until the end of a step."""
         signals.defer(on=True)
         # Replace Lightning's new handlers, which would requeue the job from their own file.
-        signals.listen()
-        self._exchange_running = None
+        signals.install_handlers()
+        self._running_exchange = None
         self._signal = 0
         self._checked_step = trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-            _end_exchange_of_lightning(trainer)
+            _disable_exchange_of_lightning(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,73 +56,73 @@ class Preemption(Checkpoint):
         self._checked_step = trainer.global_step
         self._signal = self._exchange()
         if self._signal and not trainer.is_last_batch:
-            last = _writer(trainer)
-            if last is not None:
-                last.save(trainer)
+            last_checkpoint = _find_last_checkpoint(trainer)
+            if last_checkpoint is not None:
+                last_checkpoint.save(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop before the next step, after the metrics of the last step were logged."""
-        self._stop(trainer)
+        self._raise_if_signal(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after an epoch that `LastCheckpoint` has saved and whose metrics were logged."""
-        self._stop_if_any(trainer)
+        self._stop_if_any_signal(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop before the evaluation; from now on, a signal raises `Preempted` immediately."""
-        self._stop_if_any(trainer)
+        self._stop_if_any_signal(trainer)
         signals.defer(on=False)
 
-    def _stop_if_any(self, trainer: Trainer) -> None:
+    def _stop_if_any_signal(self, trainer: Trainer) -> None:
         """Stop if a signal has arrived in any process; the processes wait for each other."""
         if not self._signal:
             self._signal = max(self._exchange(), self._exchange(wait=True))
-        self._stop(trainer)
+        self._raise_if_signal(trainer)
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _raise_if_signal(self, trainer: Trainer) -> None:
         if not self._signal:
             return
-        signals.forget()
+        signals.forget_signals()
         signals.defer(on=True)  # so that later signals do not interrupt the end of the run
-        last = _writer(trainer)
-        saved = None if last is None else last.saved(trainer)
-        raise Preempted(self._signal, trainer.global_step, saved)
+        last_checkpoint = _find_last_checkpoint(trainer)
+        final_file = None if last_checkpoint is None else last_checkpoint.final_file(trainer)
+        raise Preempted(self._signal, trainer.global_step, final_file)
 
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange, and return the highest signal of all processes, or 0.
 
         The returned signal is from the previous exchange, or with `wait` from this one.
         """
-        arrived = signals.arrived()
+        received_signal = signals.received_signal()
         if self._group is None:
-            return arrived
-        previous_result = self._result()
-        flag = torch.tensor([arrived])
+            return received_signal
+        previous_result = self._end_exchange()
+        flag = torch.tensor([received_signal])
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._exchange_running = (work, flag)
-        return self._result() if wait else previous_result
+        self._running_exchange = (work, flag)
+        return self._end_exchange() if wait else previous_result
 
-    def _result(self) -> int:
-        """Result of the running exchange; 0 if no exchange is running."""
-        if self._exchange_running is None:
+    def _end_exchange(self) -> int:
+        """Wait for the result of the running exchange; return 0 if no exchange is running."""
+        if self._running_exchange is None:
             return 0
-        work, flag = self._exchange_running
-        self._exchange_running = None
+        work, flag = self._running_exchange
+        self._running_exchange = None
         work.wait()
         return int(flag.item())  # on the host
 
 
-def _writer(trainer: Trainer) -> LastCheckpoint | None:
+def _find_last_checkpoint(trainer: Trainer) -> LastCheckpoint | None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LastCheckpoint):
             return callback
     return None
 
 
-def _end_exchange_of_lightning(trainer: Trainer) -> None:
-    """Switch off Lightning's own exchange of SIGTERM, which waits for the device in each step."""
+def _disable_exchange_of_lightning(trainer: Trainer) -> None:
+    """Disable Lightning's own exchange of SIGTERM, which waits for the device in each step."""
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

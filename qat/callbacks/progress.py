@@ -106,7 +106,7 @@ class EpochLog(Callback):
         if epoch % (trainer.check_val_every_n_epoch or 1) == 0:
             formats["val/top1"] = "val accuracy {:.2f} %"
         values = [text.format(metrics[key]) for key, text in formats.items() if key in metrics]
-        group = trainer.optimizers[0].param_groups[0]
+        param_group = trainer.optimizers[0].param_groups[0]
         seconds = time.monotonic() - self._start
         seconds_per_epoch = seconds / (epoch - self._first_epoch)
         seconds_left = round(seconds_per_epoch * max(last_epoch - epoch, 0))
@@ -115,7 +115,7 @@ class EpochLog(Callback):
             epoch,
             last_epoch,
             "  ".join(values),
-            group["lr"] / group.get("lr_scale", 1.0),
+            param_group["lr"] / param_group.get("lr_scale", 1.0),
             self._images / seconds,
             datetime.timedelta(seconds=seconds_left),
         )

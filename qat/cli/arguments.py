@@ -20,11 +20,11 @@ PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
 GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
-# Settings whose keys the config need not have yet, so they get Hydra's `++`.
-OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
+# Settings that may be missing from the config; Hydra adds them with `++`.
+ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 
 
-def prepared(arguments: Sequence[str]) -> list[str]:
+def to_hydra(arguments: Sequence[str]) -> list[str]:
     """Translate arguments for Hydra.
 
     `~` is expanded, paths are quoted where Hydra's grammar needs quotes, and `model=NAME` is
@@ -35,32 +35,32 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+")
-        if OPEN.fullmatch(name):
+        if ADDABLE.fullmatch(name):
             key = f"++{name}"
         if value == "~" or value.startswith("~/"):
             value = os.path.expanduser("~") + value[1:]
         if name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS:
-            value = _quoted_path(value, is_multirun=is_multirun)
+            value = _quote_path(value, is_multirun=is_multirun)
         if name == "model":
-            hydra_arguments += _named_model(value)
+            hydra_arguments += _model_settings(value)
         else:
             hydra_arguments.append(f"{key}{equals}{value}")
     return hydra_arguments
 
 
-def _quoted_path(value: str, *, is_multirun: bool) -> str:
-    """A path, quoted if Hydra's grammar would refuse it or read it as a number."""
+def _quote_path(value: str, *, is_multirun: bool) -> str:
+    """Quote a path if Hydra's grammar would refuse the path or read it as a number."""
     is_sweep = is_multirun and SWEEP.search(value)
     needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
     if needs_quotes:
-        value = _quoted(value)
+        value = _quote(value)
     if SWEEP_OF_NUMBERS.search(value):
         return value
     return ELEMENT.sub(lambda match: match[1] or f"'{match[0]}'", value)
 
 
-def _quoted(value: str) -> str:
-    """A value in single quotes, with backslashes doubled before a quote and at the end."""
+def _quote(value: str) -> str:
+    """Put a value in single quotes; double the backslashes before a quote and at the end."""
 
     def escape(match: re.Match[str]) -> str:
         backslashes, quote = match.groups()
@@ -70,7 +70,7 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _named_model(name: str) -> list[str]:
+def _model_settings(name: str) -> list[str]:
     """Settings for `model=NAME`; NAME is a config of ours, a hub repository or a timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]

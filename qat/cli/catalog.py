@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from qat.tasks.conf import CONF, options
+from qat.tasks.conf import CONF, options, values_of
 
 
-def models() -> list[str]:
+def model_lines() -> list[str]:
     """Lines that `qat models` prints."""
     entries = {}
     for name in options("model"):
-        values = _values("model", name)
+        values = _load_values("model", name)
         parts = [values["name"], _remark("model", name)]
         # ??? is Hydra's mark for a missing value.
         entries[f"model={name}"] = ". ".join(part for part in parts if part not in {"", "???"})
     return [*_table(entries), "model=NAME also accepts any timm model by its name."]
 
 
-def recipes() -> list[str]:
+def recipe_lines() -> list[str]:
     """Lines that `qat recipes` prints."""
     entries = {}
     for name in options("quant"):
-        values = _values("quant", name)
-        entries[f"quant={name}"] = f"{_bits(values)}, attention {values['attention']}"
+        values = _load_values("quant", name)
+        entries[f"quant={name}"] = f"{_format_all_bits(values)}, attention {values['attention']}"
     for name in options("ptq"):
-        values = _values("ptq", name)
+        values = _load_values("ptq", name)
         if "bits" in values:
-            entries[f"ptq={name}"] = f"{_bits(values)}, method {values['method']}"
+            entries[f"ptq={name}"] = f"{_format_all_bits(values)}, method {values['method']}"
         else:
             entries[f"ptq={name}"] = _remark("ptq", name)
     return [*_table(entries), 'In Python, qat.recipe("seq_2bit") is quant=seq_2bit.']
@@ -40,14 +38,14 @@ def _table(entries: dict[str, str]) -> list[str]:
     return [f"{name:<{width}}  {text}" for name, text in entries.items()]
 
 
-def _values(group: str, name: str) -> dict[str, Any]:
+def _load_values(group: str, name: str) -> dict[str, Any]:
     """Values of a choice, including values of the choices that it is based on."""
-    own: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    own_values = dict(values_of(group, name))
     values: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
+    for base in own_values.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
-            values |= _values(group, base)
-    return values | own
+            values |= _load_values(group, base)
+    return values | own_values
 
 
 def _remark(group: str, name: str) -> str:
@@ -56,11 +54,11 @@ def _remark(group: str, name: str) -> str:
     return first_line[2:] if first_line.startswith("# ") else ""
 
 
-def _bits(values: dict[str, Any]) -> str:
+def _format_all_bits(values: dict[str, Any]) -> str:
     act_bits = values["act_bits"] or values["bits"]
-    weights = _width(values["bits"], values["weight_quantizer"])
-    return f"weights {weights}, activations {_width(act_bits, values['act_quantizer'])}"
+    weights = _format_bits(values["bits"], values["weight_quantizer"])
+    return f"weights {weights}, activations {_format_bits(act_bits, values['act_quantizer'])}"
 
 
-def _width(bits: int, quantizer: str) -> str:
+def _format_bits(bits: int, quantizer: str) -> str:
     return quantizer if quantizer == "float" else f"{bits} bit {quantizer}"

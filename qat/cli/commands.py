@@ -24,12 +24,12 @@ from omegaconf import DictConfig
 
 import qat
 from qat.cli import catalog, sweep
-from qat.cli.arguments import prepared
-from qat.cli.corrections import correction, refuse_flags
+from qat.cli.arguments import to_hydra
+from qat.cli.corrections import refuse_flags, suggest_correction
 from qat.cli.job import FULL_ERROR, run_task
-from qat.cli.mistakes import line_of
+from qat.cli.mistakes import error_line
 from qat.tasks import settings
-from qat.tasks.conf import CONF, typed
+from qat.tasks.conf import CONF, command_words
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def main() -> int:
             sys.stdout.write(f"  qat {command:<9}{description}\n")
         sys.stdout.write("qat COMMAND --help lists groups and settings.\n")
     elif name in {"models", "recipes"}:
-        lines = catalog.models() if name == "models" else catalog.recipes()
+        lines = catalog.model_lines() if name == "models" else catalog.recipe_lines()
         sys.stdout.write("\n".join(lines) + "\n")
     elif name in {"version", "--version"}:
         versions = [f"vit-qat {qat.__version__}"]
@@ -102,19 +102,19 @@ def run(name: str) -> int:
     command = [*_program(name), *arguments]
     try:
         refuse_flags(arguments)
-        sys.argv[1:] = prepared(arguments)
+        sys.argv[1:] = to_hydra(arguments)
         try:
             hydra.main(config_path=str(CONF), config_name=name, **_hydra_arguments())(job)()
         finally:
             sweep.summarize()
     except Exception as error:
-        line = None if has_begun else correction(arguments)
-        line = line or line_of(error)
-        if line is None and not has_begun:
-            line = " ".join(str(error).split())
-        if line is None or with_traceback:
+        message = None if has_begun else suggest_correction(arguments)
+        message = message or error_line(error)
+        if message is None and not has_begun:
+            message = " ".join(str(error).split())
+        if message is None or with_traceback:
             raise
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {message}\n")
         return 1
     return 1 if sweep.failures else 0
 
@@ -136,8 +136,8 @@ def _program(name: str) -> list[str]:
         is_on_path = shutil.which("qat") == script
         return ["qat" if is_on_path else script, name]
     words = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
-    is_of_python = [*words, *arguments] == sys.orig_argv
-    return words if is_of_python else typed(name).split()
+    is_python_command = [*words, *arguments] == sys.orig_argv
+    return words if is_python_command else command_words(name).split()
 
 
 class TerminalHandler(logging.StreamHandler):

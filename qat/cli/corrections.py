@@ -13,7 +13,7 @@ from qat.spec import ALIASES
 from qat.tasks.conf import options
 
 # Our settings, and their names in other tools, at the top level or in the group of the setting.
-NAMES = {
+OTHER_NAMES = {
     "ckpt": "checkpoint checkpoint_path resume_from load_from",
     "run_dir": "output output_dir out_dir save_dir work_dir",
     "data.root": "path dir folder data_path data_dir data_root",
@@ -30,31 +30,33 @@ NAMES = {
     "trainer.max_epochs": "epochs num_epochs n_epochs max_epochs",
     "trainer.precision": "precision dtype",
 }
-OURS = {name: setting for setting, names in NAMES.items() for name in names.split()}
-OFF = {"logger": "~logger", "callbacks": "~callbacks", "quant": "quant=fp"}
-NOTHING = {"null", "none", "false", "off"}
-WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
+OUR_NAMES = {name: setting for setting, names in OTHER_NAMES.items() for name in names.split()}
+SWITCH_OFF = {"logger": "~logger", "callbacks": "~callbacks", "quant": "quant=fp"}
+OFF_VALUES = {"null", "none", "false", "off"}
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
 def refuse_flags(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` on `--name value`, because settings are typed as `name=value`."""
+    """Raise `UsageError` for `--name value`, because settings are typed as `name=value`."""
     flags = get_args_parser().parse_known_args(arguments)[1]
     if not flags:
         return
     flag = flags[0]
-    following = arguments[arguments.index(flag) + 1 :]
+    later_arguments = arguments[arguments.index(flag) + 1 :]
     name, _, value = flag.lstrip("-").replace("-", "_").partition("=")
-    has_value = following and not following[0].startswith("-") and "=" not in following[0]
+    has_value = (
+        later_arguments and not later_arguments[0].startswith("-") and "=" not in later_arguments[0]
+    )
     if value == "" and has_value:
-        value = following[0]
+        value = later_arguments[0]
         flag = f"{flag} {value}"
-    raise UsageError(f"{flag}: must be {OURS.get(name, name)}={value or 'VALUE'}")
+    raise UsageError(f"{flag}: must be {OUR_NAMES.get(name, name)}={value or 'VALUE'}")
 
 
-def correction(arguments: Sequence[str]) -> str | None:
-    """Return a line about the first argument that is written as in another tool, or None.
+def suggest_correction(arguments: Sequence[str]) -> str | None:
+    """Message about the first argument that is written as in another tool, or None.
 
-    Call this if Hydra cannot compose a config.
+    Call this function if Hydra cannot compose a config.
     """
     for argument in arguments:
         setting, equals, value = argument.partition("=")
@@ -67,36 +69,36 @@ def correction(arguments: Sequence[str]) -> str | None:
 
 
 def _replacement(setting: str, value: str) -> str | None:
-    if setting in OFF and value.lower() in NOTHING:
-        return OFF[setting]
+    if setting in SWITCH_OFF and value.lower() in OFF_VALUES:
+        return SWITCH_OFF[setting]
     if value in options(setting):
         return None
     if setting == "data" and (os.path.isdir(os.path.expanduser(value)) or "/" in value):
         return f"data=imagefolder data.root={value}"
-    if setting == "model" and value.endswith(WEIGHTS):
+    if setting == "model" and value.endswith(WEIGHT_SUFFIXES):
         return f"ckpt={value}"
-    if setting == "teacher" and value.endswith(WEIGHTS):
+    if setting == "teacher" and value.endswith(WEIGHT_SUFFIXES):
         return f"teacher.ckpt={value}"
     if setting == "optimizer":
         from timm.optim import list_optimizers
 
         return f"optimizer.opt={value}" if value in list_optimizers() else None
     if setting in {"quant", "ptq"}:
-        return _recipes(setting, value)
+        return _suggest_recipes(setting, value)
     name = _our_name(setting)
     return f"{name}={value}" if name and name != setting else None
 
 
 def _our_name(setting: str) -> str:
     """Our name of a setting, found by its full name or its name in the group; "" if unknown."""
-    if setting in OURS:
-        return OURS[setting]
+    if setting in OUR_NAMES:
+        return OUR_NAMES[setting]
     group, _, last_part = setting.rpartition(".")
-    name = OURS.get(last_part, "")
+    name = OUR_NAMES.get(last_part, "")
     return name if name.partition(".")[0] == group else ""
 
 
-def _recipes(group: str, value: str) -> str | None:
+def _suggest_recipes(group: str, value: str) -> str | None:
     """Return recipes with the bits in a name such as `w4a8` or `int4`, or None for other names."""
     bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if bits is None:

@@ -19,22 +19,22 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.cli import sweep
-from qat.cli.arguments import prepared
-from qat.cli.mistakes import line_of
+from qat.cli.arguments import to_hydra
+from qat.cli.mistakes import error_line
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals, slurm
 from qat.launch.signals import Preempted
 from qat.tasks import settings
-from qat.tasks.conf import typed
+from qat.tasks.conf import command_words
 from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
 # Settings that are added to a command to resume it.
-RESUMING = {"resume", "run_dir"}
-# Seconds in which the first process may report an error that all processes have.
-OTHERS_WAIT_S = 10
+RESUME_SETTINGS = {"resume", "run_dir"}
+# Seconds that other processes wait, so that the first process reports an error that all have.
+FIRST_REPORTS_S = 10
 
 
 def run_task(
@@ -63,19 +63,19 @@ def run_task(
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        task = _start(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
-        with run_dir.locked(cfg.run_dir), signals.listening():
-            return sweep.reported(task(cfg))
+        task = _find_task(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+        with run_dir.hold_lock(cfg.run_dir), signals.handle_signals():
+            return sweep.sweep_result(task(cfg))
     except Preempted as stop:
         sys.exit(_end_stopped_run(cfg, stop, state, command))
     except Exception as error:
-        line = line_of(error)
-        if with_traceback or (line is None and not in_sweep):
+        message_line = error_line(error)
+        if with_traceback or (message_line is None and not in_sweep):
             raise
-        _report_failure(cfg, error, line, state)
+        _report_failure(cfg, error, message_line, state)
     if not in_sweep:
         sys.exit(1)
-    return sweep.reported(math.nan)
+    return sweep.sweep_result(math.nan)
 
 
 def _end_stopped_run(
@@ -86,7 +86,7 @@ def _end_stopped_run(
     if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
         # If the results contain an error, the same command may start the run again.
         _write_error(cfg, f"stopped by {stop.name}", state)
-    hint = "the same command repeats it"
+    hint = "the same command repeats the run"
     # The directory of a run that has not begun may contain files of another run.
     if "resume" in cfg and (state.has_begun() or cfg.resume or cfg.sweep_dir):
         hint = _resume_hint(command, cfg.sweep_dir or cfg.run_dir)
@@ -94,48 +94,48 @@ def _end_stopped_run(
 
 
 def _resume_hint(command: Sequence[str], folder: str) -> str:
-    """How to resume a run: a command to paste, or a description if a launcher started the run."""
+    """Tell how to resume a run: a command to paste, or words if a launcher started the run."""
     settings_to_add = ["resume=auto", f"run_dir={folder}"]
     if not command or slurm.is_launched():
         return f"the same command resumes with {' '.join(settings_to_add)}"
     words = []
     for word in command:
         name = word.partition("=")[0].lstrip("+")
-        if name not in RESUMING:
+        if name not in RESUME_SETTINGS:
             words.append(word)
     return f"to resume: {shlex.join([*words, *settings_to_add])}"
 
 
 def _report_failure(
-    cfg: DictConfig, error: Exception, line: str | None, state: run_dir.RunDirState
+    cfg: DictConfig, error: Exception, message_line: str | None, state: run_dir.RunDirState
 ) -> None:
     """Log an error, and write it to the run directory.
 
     Args:
         cfg: the composed config.
         error: the error that ended the task.
-        line: the line to print, see `line_of`; None for an unknown error.
+        message_line: the line to print, see `error_line`; None for an unknown error.
         state: the run directory as it was before the task.
     """
-    message = line or " ".join(f"{type(error).__name__}: {error}".split())
+    message = message_line or " ".join(f"{type(error).__name__}: {error}".split())
     sweep.failures.append(message)
     label = "error"
     if not ranks.is_first():
         # If the first process fails with the same error, the launcher ends this process meanwhile.
-        time.sleep(OTHERS_WAIT_S)
+        time.sleep(FIRST_REPORTS_S)
         label = f"error in process {ranks.rank()}"
-    log.error("%s: %s", label, message, exc_info=error if line is None else None)
+    log.error("%s: %s", label, message, exc_info=error if message_line is None else None)
     if not isinstance(error, run_dir.UsedError):
         _write_error(cfg, message, state)
 
 
-def _start(
+def _find_task(
     cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
 ) -> Callable[[DictConfig], float | None]:
     """Find the task of a command.
 
     If the run needs several processes, and no launcher has started them, this process becomes
-    torchrun and does not return.
+    torchrun, and the function does not return.
 
     Raises:
         UsageError: the run cannot get the processes that it requests.
@@ -145,16 +145,16 @@ def _start(
     slurm.check_processes(trainer)
     # These commands refuse several devices themselves.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
-    count = 0
+    num_processes = 0
     if not has_one_process:
-        count = ranks.processes_to_start(trainer)
-    if count:
+        num_processes = ranks.processes_to_start(trainer)
+    if num_processes:
         if in_sweep:
-            raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
+            raise UsageError(sweep.SEVERAL_PROCESSES.format(trainer["devices"]))
         settings.check(cfg)
         run_dir.lock_for_ranks(cfg.run_dir)
         os.environ[FULL_ERROR] = str(int(with_traceback))
-        ranks.become_torchrun(count, _command_line(cfg))
+        ranks.become_torchrun(num_processes, _command_line(cfg))
     if "resume" in cfg:
         cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
     if cfg.get("sweep") is not None:
@@ -165,10 +165,10 @@ def _start(
 
 def _command_line(cfg: DictConfig) -> list[str]:
     """The command line that starts this run in other processes, with its run directory."""
-    is_console_script = typed("").startswith("qat")
+    is_console_script = command_words("").startswith("qat")
     command = [cfg.command] if is_console_script else []
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
-    return [sys.argv[0], *command, *arguments, *prepared([f"run_dir={cfg.run_dir}"])]
+    return [sys.argv[0], *command, *arguments, *to_hydra([f"run_dir={cfg.run_dir}"])]
 
 
 def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:

@@ -13,12 +13,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from qat.errors import UsageError
 from qat.tasks.conf import options, yaml_lines
-from qat.utils.validate import unknown
+from qat.utils.validate import unknown_message
 
 ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 
 
-def line_of(error: BaseException | None) -> str | None:
+def error_line(error: BaseException | None) -> str | None:
     """Return the line to print for a known mistake, or None for any other error.
 
     Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error.
@@ -43,7 +43,7 @@ def _unknown_choice(error: MissingConfigException) -> str | None:
     if error.missing_cfg_file is None:
         return None
     group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-    line = unknown(f"{group}={name}", name, options(group))
+    line = unknown_message(f"{group}={name}", name, options(group))
     return line + ANY_MODEL if group == "model" else line
 
 
@@ -56,7 +56,7 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
     for _, name, _ in yaml_lines(OmegaConf.to_yaml(group._get_root())):
         if not name.startswith(("hydra", "callbacks", "default_")):
             names.append(name)
-    return unknown(str(error.full_key or error.key), str(error.key), siblings, names)
+    return unknown_message(str(error.full_key or error.key), str(error.key), siblings, names)
 
 
 def _wrong_value(error: OmegaConfBaseException) -> str:
@@ -74,7 +74,7 @@ def _wrong_file(error: OSError) -> str | None:
     return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
 
 
-def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
+def _line_if_matching(pattern: str, line: str) -> Callable[[BaseException], str | None]:
     """Return a function that returns `line` for errors that match `pattern`, else None.
 
     `{}` in the line is replaced by the error's text.
@@ -87,8 +87,8 @@ def _message(pattern: str, line: str) -> Callable[[BaseException], str | None]:
     return describe
 
 
-# Types of errors, and functions that return the line for an error of this type, or None if it is
-# unknown.
+# Types of errors, and functions that return the line for an error of this type, or None if the
+# error is unknown.
 _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     (UsageError, _one_line),
     (MissingConfigException, _unknown_choice),
@@ -96,7 +96,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     (OmegaConfBaseException, _wrong_value),
     (
         (OSError, RuntimeError),
-        _message(
+        _line_if_matching(
             r"[Tt]oo many open files|received 0 items of ancdata",
             "too many open files; lower data.num_workers, or raise the limit (ulimit -n)",
         ),
@@ -104,7 +104,7 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     (OSError, _wrong_file),
     (
         RuntimeError,
-        _message(
+        _line_if_matching(
             r"^DataLoader worker \(pid",
             "{}; memory may be short: lower data.num_workers or data.batch_size, "
             "or raise --shm-size of Docker",
@@ -112,11 +112,11 @@ _KNOWN_MISTAKES: tuple[tuple[Any, Callable[[Any], str | None]], ...] = (
     ),
     (
         RuntimeError,
-        _message(
+        _line_if_matching(
             r"[Cc]onnection (closed|reset) by peer|remote process exited"
             r"|Broken pipe|failed to recv",
             "another process of this run has ended: {}",
         ),
     ),
-    (RuntimeError, _message(r"^Early stopping conditioned on", "{}")),
+    (RuntimeError, _line_if_matching(r"^Early stopping conditioned on", "{}")),
 )

@@ -27,14 +27,14 @@ from qat.utils.text import printable, read_file
 log = logging.getLogger(__name__)
 
 # Error of a job that requests several processes on this machine.
-SEVERAL = (
+SEVERAL_PROCESSES = (
     "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
     "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts one process per GPU"
 )
-# File in a job's folder with the error of the job; it contains `KILLED` until the job ends.
-ERROR = Path(".hydra") / "error.txt"
-KILLED = "it was killed, or is still running"
-_running: list[SweepCallback] = []
+# File in a job's folder with the error of the job; it contains `KILLED_MESSAGE` until the job ends.
+ERROR_FILE = Path(".hydra") / "error.txt"
+KILLED_MESSAGE = "the job was killed, or is still running"
+_running_sweeps: list[SweepCallback] = []
 # Messages of failed jobs, from this process or read from files of other processes.
 failures: list[str] = []
 
@@ -45,23 +45,23 @@ class SweepCallback(Callback):
     def __init__(self) -> None:
         self.folder = ""  # directory of the sweep
         self.report = True
-        self._num_failures = 0  # before the current job
+        self._num_failures = 0  # failures before the current job
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a directory that another run writes to, before Hydra writes there."""
-        _enter(config, config.hydra.run.dir)
+        _lock_directory(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Lock the directory of a sweep.
 
-        With `resume`, a search makes the same draws again and so continues.
+        With `resume`, a search draws the same settings again, and so continues.
         """
-        _enter(config, config.hydra.sweep.dir)
+        _lock_directory(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
         # Not all sweepers save this file.
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
-        _running.append(self)
+        _running_sweeps.append(self)
         if "optuna" in config.hydra.sweeper._target_:
             # alembic logs its plugins.
             logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -70,7 +70,7 @@ class SweepCallback(Callback):
         """Record that the job has not ended."""
         self._num_failures = len(failures)
         if self.folder and ranks.is_first():
-            _record_error(Path(config.hydra.runtime.output_dir), KILLED)
+            _record_error(Path(config.hydra.runtime.output_dir), KILLED_MESSAGE)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
         """Record the error of the job, or that the job has no error."""
@@ -83,7 +83,7 @@ class SweepCallback(Callback):
             _record_error(Path(config.hydra.runtime.output_dir), message)
 
 
-def _enter(config: DictConfig, folder: str) -> None:
+def _lock_directory(config: DictConfig, folder: str) -> None:
     """Lock the directory of a command.
 
     Hydra turns errors of its callbacks into warnings, so this function itself ends the process.
@@ -110,13 +110,13 @@ def _check_processes(config: DictConfig) -> None:
     is_local = "submitit" not in config.hydra.launcher._target_
     trainer = config.get("trainer") or {}
     if config.hydra.mode == RunMode.MULTIRUN and is_local and ranks.processes_to_start(trainer):
-        raise UsageError(SEVERAL.format(trainer["devices"]))
+        raise UsageError(SEVERAL_PROCESSES.format(trainer["devices"]))
 
 
-def reported(value: float | None) -> float | None:
-    """The result of a job for the sweeper.
+def sweep_result(value: float | None) -> float | None:
+    """Convert the result of a job for the sweeper.
 
-    A failed job has the result NaN. For optuna, it is replaced by None, because optuna would end
+    A failed job has the result NaN. For optuna, NaN is replaced by None, because optuna would end
     the sweep at NaN.
     """
     if value is None or not math.isnan(value) or not HydraConfig.initialized():
@@ -127,12 +127,12 @@ def reported(value: float | None) -> float | None:
 
 def summarize() -> None:
     """If this process ran a sweep, print its results, and write its table and page."""
-    if not _running or not ranks.is_first():
+    if not _running_sweeps or not ranks.is_first():
         return
-    callback = _running.pop()
+    callback = _running_sweeps.pop()
     folder = Path(callback.folder)
     errors = {}
-    for path in folder.rglob(str(ERROR)):
+    for path in folder.rglob(str(ERROR_FILE)):
         if path.is_file():
             job = str(path.parents[1].relative_to(folder))
             errors[job] = read_file(path).decode()
@@ -161,8 +161,8 @@ def gather_sweep(cfg: DictConfig) -> None:
 
 def _record_error(folder: Path, error: str) -> None:
     """Write the error of a job to its folder; an empty text removes the file."""
-    path = folder / ERROR
-    # If the disk is full, the job itself reports it.
+    path = folder / ERROR_FILE
+    # If the disk is full, the job itself reports that.
     with contextlib.suppress(OSError):
         if error:
             path.write_text(printable(" ".join(error.split())), encoding="utf-8")

@@ -15,10 +15,11 @@ from PIL import Image
 from qat.data.settings import DataSettings
 from qat.data.transforms import eval_transform
 from qat.errors import UsageError
+from qat.utils.validate import MAX_IMAGE_SIDE, check_int
 
-FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 # Heights and widths of the images on which a processor and our transform are compared.
-_PROBES = ((97, 150), (211, 104))
+_PROBE_SIZES = ((97, 150), (211, 104))
 
 
 def processor_settings(folder: Path) -> dict[str, Any]:
@@ -34,43 +35,47 @@ def processor_settings(folder: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, or no settings reproduce the processor's output on
             images of random pixels.
     """
-    processors = importlib.import_module("transformers").AutoImageProcessor
+    auto_processor = importlib.import_module("transformers").AutoImageProcessor
     advice = "set data.mean, data.std, data.crop_pct, data.crop_mode and data.interpolation"
     try:
-        processor = processors.from_pretrained(
+        processor = auto_processor.from_pretrained(
             folder, backend="pil", trust_remote_code=False, local_files_only=True
         )
         settings = _matching_settings(processor)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{folder / FILE}: cannot be used ({reason}); {advice}") from error
+        raise UsageError(
+            f"{folder / PROCESSOR_FILE}: cannot be used ({reason}); {advice}"
+        ) from error
     if settings is None:
         raise UsageError(
-            f"{folder / FILE}: data.* cannot express how {type(processor).__name__} prepares "
-            f"images; {advice}"
+            f"{folder / PROCESSOR_FILE}: data.* cannot express how {type(processor).__name__} "
+            f"prepares images; {advice}"
         )
     return settings
 
 
 def _matching_settings(processor: Any) -> dict[str, Any] | None:
-    """Settings that reproduce the processor's output on test images; None if none do.
+    """Settings that reproduce the processor's output on test images; None if no settings do.
 
-    Whatever rules the processor follows, only its output is compared.
+    Only outputs are compared, so that the rules of the processor do not matter.
     """
     size = dict(processor.size)
-    edge = size.get("shortest_edge") or size["height"]
-    image_size = edge
-    if getattr(processor, "do_center_crop", False):
-        image_size = dict(processor.crop_size)["height"]
+    crop_size = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    shorter_side: Any = size.get("shortest_edge") or size.get("height")
+    for side in (shorter_side, *size.values(), *crop_size.values()):
+        check_int(f"size={size} crop_size={crop_size}, side", side, 1, MAX_IMAGE_SIDE)
+    image_size = crop_size["height"] if crop_size else shorter_side
     generator = np.random.default_rng(0)
-    probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBES]
-    expected = []
-    for pixels in probes:
-        expected.append(processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0])
-    share = image_size / edge
-    # timm rounds image_size / crop_pct down; the next lower share makes up for float rounding.
-    shares = (share, math.nextafter(share, 0), getattr(processor, "crop_pct", share))
-    for crop_pct, crop_mode in itertools.product(shares, ("squash", "center_floor")):
+    probes = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in _PROBE_SIZES]
+    expected_images = [
+        processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        for pixels in probes
+    ]
+    fraction = image_size / shorter_side
+    # timm rounds image_size / crop_pct down; the next smaller float compensates for rounding.
+    fractions = (fraction, math.nextafter(fraction, 0), getattr(processor, "crop_pct", fraction))
+    for crop_pct, crop_mode in itertools.product(fractions, ("squash", "center_floor")):
         settings = {
             "image_size": image_size,
             "mean": list(processor.image_mean),
@@ -85,7 +90,7 @@ def _matching_settings(processor: Any) -> dict[str, Any] | None:
         # A processor may scale and normalize in another order, which changes the last digits.
         are_equal = [
             image.shape == target.shape and torch.allclose(image, target, atol=1e-5)
-            for image, target in zip(map(transform, probes), expected, strict=True)
+            for image, target in zip(map(transform, probes), expected_images, strict=True)
         ]
         if all(are_equal):
             return settings

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.sampler import Key, ResumableLoader, SeededSampler, isolated_rng, seed_rng
+from qat.data.sampler import ImageKey, ResumableLoader, SeededSampler, isolated_rng, seed_rng
 from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, ImageArrays, ImageSource, load
 from qat.data.splits import hold_out
@@ -28,8 +28,15 @@ from qat.launch.signals import ignore_signals
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 # Settings of earlier versions, which are ignored in old checkpoints.
-REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
-IMAGENET: dict[str, Any] = {
+REMOVED_SETTINGS = {
+    "cache",
+    "in_memory",
+    "class_weights",
+    "erase_mode",
+    "erase_count",
+    "mixup_mode",
+}
+IMAGENET_PREPROCESSING: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
     "crop_pct": 0.9,
@@ -49,7 +56,7 @@ def data_folder(root: str | None, content: str) -> Path:
         UsageError: the setting is empty, or the path is not a folder.
     """
     if not root or not Path(str(root)).is_dir():
-        raise UsageError(f"data.root={root!r}: must be the folder that holds {content}")
+        raise UsageError(f"data.root={root!r}: must be the folder that contains {content}")
     return Path(str(root))
 
 
@@ -68,13 +75,13 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
+    def __getitem__(self, key: ImageKey | int) -> tuple[Tensor, int]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: Sequence[ImageKey | int]) -> list[tuple[Tensor, int]]:
         """The images of a batch; the last step of the transform runs on the whole batch.
 
-        torch's loaders call this.
+        torch's loaders call this method.
         """
         images: Any = []
         labels = []
@@ -98,7 +105,8 @@ class ImageData(LightningDataModule, ABC):
         settings: fields of `DataSettings`; `DEFAULTS` has values of a dataset that may be left out.
 
     Attributes:
-        tested: the split for evaluation; None = `test`, or `val` if the data has no test split.
+        requested_split: the split for evaluation; None = `test`, or `val` if the data has no test
+            split.
         evaluates_whole: True = if the data has no splits, use all images for testing; False = use
             them for training, and hold out a part.
 
@@ -115,7 +123,7 @@ class ImageData(LightningDataModule, ABC):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = self.complete({**self.DEFAULTS, **settings})
-        self.tested: str | None = None
+        self.requested_split: str | None = None
         self.evaluates_whole = False
         self._splits: dict[str, ImageSource] = {}
         try:
@@ -135,9 +143,11 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.
         """
-        current = {name: value for name, value in settings.items() if name not in REMOVED}
+        current_settings = {
+            name: value for name, value in settings.items() if name not in REMOVED_SETTINGS
+        }
         try:
-            return cls.SETTINGS(**current)
+            return cls.SETTINGS(**current_settings)
         except TypeError as error:
             raise UsageError(f"data: {error}") from error
 
@@ -145,7 +155,7 @@ class ImageData(LightningDataModule, ABC):
     def read(self) -> Mapping[str, ImageSource]:
         """Read the splits `train`, `val` and, if there is one, `test`.
 
-        The base class calls this once, when it needs the images.
+        The base class calls this method once, when it needs the images.
         """
 
     def named_classes(self) -> list[str] | None:
@@ -156,11 +166,11 @@ class ImageData(LightningDataModule, ABC):
 
     def config(self) -> dict[str, Any]:
         """Class and settings as plain data, as checkpoints store them."""
-        kind = type(self)
-        package = kind.__module__
+        dataset_class = type(self)
+        package = dataset_class.__module__
         if package.startswith("qat.data."):
             package = "qat.data"
-        return {"_target_": f"{package}.{kind.__qualname__}", **asdict(self.settings)}
+        return {"_target_": f"{package}.{dataset_class.__qualname__}", **asdict(self.settings)}
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -186,7 +196,7 @@ class ImageData(LightningDataModule, ABC):
         if not self._splits:
             splits = self.read()
             for name, source in splits.items():
-                self._check(name, source)
+                self._check_split(name, source)
             self._splits = dict(splits)
         return tuple(name for name in SPLITS if name in self._splits)
 
@@ -196,13 +206,13 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def evaluation_split(self) -> str:
-        """`tested` if it is set; else `test`, or `val` if there is no test split."""
-        if self.tested:
-            return self.tested
+        """`requested_split` if it is set; else `test`, or `val` if there is no test split."""
+        if self.requested_split:
+            return self.requested_split
         return "test" if "test" in self.splits else "val"
 
     def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
-        """Split, image count and share of the most frequent class, to judge an accuracy by.
+        """Split, number of images and percentage of the most frequent class, to judge an accuracy.
 
         Args:
             confusion: (K, K), number of evaluated images by true class (row) and predicted class
@@ -217,30 +227,30 @@ class ImageData(LightningDataModule, ABC):
             counts = np.bincount(labels)
         else:
             counts = confusion.sum(1).numpy()
-        share = 100 * float(counts.max()) / counts.sum()
+        majority_percent = 100 * float(counts.max()) / counts.sum()
         return {
             "split": self.evaluation_split,
             "images": int(counts.sum()),
-            "majority_share": round(float(share), 4),
+            "majority_share": round(float(majority_percent), 4),
         }
 
-    def _check(self, split: str, source: ImageSource) -> None:
+    def _check_split(self, split: str, source: ImageSource) -> None:
         """Check labels and channels of a split, and warn of classes without training images."""
         num_classes = self.settings.num_classes
-        wrong = source.labels[(source.labels < 0) | (source.labels >= num_classes)]
-        if len(wrong):
+        invalid_labels = source.labels[(source.labels < 0) | (source.labels >= num_classes)]
+        if len(invalid_labels):
             raise UsageError(
                 f"data.num_classes={num_classes}: labels must be from 0 to {num_classes - 1}; "
-                f"the {split} split has {wrong.max()}"
+                f"the {split} split has {invalid_labels.max()}"
             )
-        absent = np.setdiff1d(np.arange(num_classes), source.labels)
-        if split == "train" and len(absent) and is_first():
+        missing_classes = np.setdiff1d(np.arange(num_classes), source.labels)
+        if split == "train" and len(missing_classes) and is_first():
             log.warning(
                 "data.num_classes=%d: no training images for %d of these classes; "
                 "the first is class %d",
                 num_classes,
-                len(absent),
-                absent[0],
+                len(missing_classes),
+                missing_classes[0],
             )
         if source.chans != self.settings.in_chans:
             raise UsageError(
@@ -249,7 +259,7 @@ class ImageData(LightningDataModule, ABC):
             )
 
     def share_images(self, trainer: Trainer) -> None:
-        """From now on, give each process of a trainer its own share of the images."""
+        """From now on, divide the images among the processes of a trainer."""
         self.trainer = trainer
 
     def train_dataloader(self) -> DataLoader:
@@ -277,7 +287,7 @@ class ImageData(LightningDataModule, ABC):
         return BatchMixup(self.settings)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mix a training batch on its device; Lightning calls this for every batch."""
+        """Mix a training batch on its device; Lightning calls this method for every batch."""
         if self.trainer is None or not self.trainer.training:
             return batch
         mixup = self.batch_mixup()
@@ -297,7 +307,7 @@ class ImageData(LightningDataModule, ABC):
         """Loader of `evaluation_split`, in order and not augmented."""
         return self._loader(self.evaluation_split, shuffle=False)
 
-    def _transformed(self, split: str, *, augmented: bool = False) -> TransformedImages:
+    def _transformed_images(self, split: str, *, augmented: bool = False) -> TransformedImages:
         transform = train_transform if augmented else eval_transform
         return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
@@ -306,26 +316,28 @@ class ImageData(LightningDataModule, ABC):
 
         Args:
             split: name of the split.
-            count: number of images; all images if it is None or more than there are.
+            count: number of images; None, or more than the split has = all images.
         """
-        images = self._transformed(split)
-        total = len(images)
-        count = min(count or total, total)
-        chosen = [i * total // count for i in range(count)]
+        images = self._transformed_images(split)
+        num_images = len(images)
+        count = min(count or num_images, num_images)
+        sampled_indices = [i * num_images // count for i in range(count)]
         return DataLoader(
-            Subset(images, chosen),
+            Subset(images, sampled_indices),
             batch_size=self.settings.batch_size,
             num_workers=self.settings.workers(count),
         )
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
-        images = self._transformed(split, augmented=shuffle)
+        images = self._transformed_images(split, augmented=shuffle)
         rank = 0
         world_size = 1
         if self.trainer:
             rank = self.trainer.global_rank
             world_size = self.trainer.world_size
-        if len(images) < world_size:  # processes with images would wait for one without
+        if (
+            len(images) < world_size
+        ):  # processes with images would wait for a process without images
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split"
@@ -365,12 +377,12 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: there are no training images.
         """
-        images = self._transformed("train")
+        images = self._transformed_images("train")
         generator = torch.Generator().manual_seed(self.settings.seed)
         order = torch.randperm(len(images), generator=generator)
-        chosen = order[: self.settings.calibration_images]
+        sampled_indices = order[: self.settings.calibration_images]
         batches = []
-        for indices in chosen.split(batch_size or self.settings.batch_size):
+        for indices in sampled_indices.split(batch_size or self.settings.batch_size):
             batches.append(torch.stack([images[int(index)][0] for index in indices]))
         return batches
 
@@ -405,7 +417,7 @@ class EncodedImageData(ImageData):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """Take preprocessing settings that are None from `model`, or else from `IMAGENET`.
+        """Take preprocessing settings that are None from `model`, or else ImageNet's.
 
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.
@@ -419,7 +431,7 @@ class EncodedImageData(ImageData):
                 f"data.model={settings['model']!r}: must be the name of a timm model ({error})"
             ) from error
         preprocessing = {}
-        for name, default in IMAGENET.items():
+        for name, default in IMAGENET_PREPROCESSING.items():
             if settings.get(name) is None:
                 preprocessing[name] = getattr(config, name, None) or default
         if settings.get("in_chans") == 1:

@@ -26,8 +26,8 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
     """Build a function that turns an image of any size into a net's input, (C, H, W) float32.
 
     The function accepts a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of
-    uint8; it converts colours to grey, or grey to RGB, to match `in_chans`. It raises `UsageError`
-    for other arguments, and for a file that cannot be decoded.
+    uint8; it converts colours to grey, or grey to RGB, to match `in_chans`. The function raises
+    `UsageError` for other arguments, and for a file that cannot be decoded.
 
     Args:
         settings: settings of a dataset (`data.settings`), or the data config of a checkpoint: a
@@ -44,11 +44,11 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
         )
     transform = eval_transform(settings)
     chans = settings.in_chans
-    return lambda image: transform(_pixels(image, chans))
+    return lambda image: transform(_decode_pixels(image, chans))
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
-    """Check the data config of a checkpoint, and fill in what it lacks; see `image_transform`."""
+    """Check the data config of a checkpoint, and add missing settings; see `image_transform`."""
     target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
@@ -60,24 +60,24 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
     return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 
 
-def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
+def _decode_pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
     """The pixels of an image, (H, W, chans)."""
     if isinstance(image, str | Path):
         return decode(functools.partial(open_file, image), chans, str(image))
-    kind = type(image).__name__
+    description = type(image).__name__
     if isinstance(image, np.ndarray):
-        kind = f"{image.dtype} array {image.shape}"
-        if _is_image(image):
+        description = f"{image.dtype} array {image.shape}"
+        if _is_image_array(image):
             image = to_pil(np.atleast_3d(image))
     if not isinstance(image, Image.Image):
         raise UsageError(
-            f"image of type {kind}: "
+            f"image of type {description}: "
             "must be a path, a Pillow image, or an array (H, W[, 1 or 3]) of uint8"
         )
-    return decode(lambda: image, chans, f"image of type {kind}")
+    return decode(lambda: image, chans, f"image of type {description}")
 
 
-def _is_image(array: NDArray[Any]) -> bool:
+def _is_image_array(array: NDArray[Any]) -> bool:
     """True for a uint8 array (H, W), (H, W, 1) or (H, W, 3)."""
     has_channels = array.ndim == 3 and array.shape[2] in {1, 3}
     return array.dtype == np.uint8 and (array.ndim == 2 or has_channels)

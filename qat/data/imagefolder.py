@@ -49,8 +49,8 @@ class FileImages(EncodedImages):
 
     def fingerprint(self) -> str:
         """Hash of labels and relative paths, which does not depend on the contents of files."""
-        start = len(os.fsencode(self.origin))
-        relative_paths = [path[start:] for path in self.paths[self.rows].tolist()]
+        prefix_length = len(os.fsencode(self.origin))
+        relative_paths = [path[prefix_length:] for path in self.paths[self.rows].tolist()]
         return digest(self.labels, b"\0".join(relative_paths))
 
 
@@ -113,7 +113,7 @@ class ImageFolder(EncodedImageData):
                 folders[split] = existing[0]
         if folders:
             return folders
-        if _are_classes(root):
+        if _has_class_folders(root):
             return {"test" if self.evaluates_whole else "train": root}
         raise UsageError(
             f"data.root={str(root)!r}: has no folder train; training requires {LAYOUT}; "
@@ -178,16 +178,16 @@ def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
     files = []
     for class_id, name in enumerate(classes):
         for path in files_below(folder / name):
-            if is_image(path):
+            if is_image_file(path):
                 files.append((path, class_id))
     return files
 
 
-def _are_classes(root: Path) -> bool:
+def _has_class_folders(root: Path) -> bool:
     """True if there are folders and each folder contains an image."""
     names = class_names(root)
     for name in names:
-        if not any(is_image(path) for path in files_below(root / name)):
+        if not any(is_image_file(path) for path in files_below(root / name)):
             return False
     return bool(names)
 
@@ -198,6 +198,6 @@ def class_names(folder: Path) -> list[str]:
     return sorted(name for name in folders if not name.startswith("."))
 
 
-def is_image(path: str) -> bool:
+def is_image_file(path: str) -> bool:
     """True if the file name belongs to an image that is not hidden."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")

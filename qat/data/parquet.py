@@ -17,15 +17,15 @@ from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 
 # Usual names of columns.
-IMAGES = ("img", "image")
-LABELS = ("label", "labels", "fine_label")
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
     """Sorted parquet files below `root` whose names start with `split`.
 
     Raises:
-        UsageError: the files are in several folders. They may belong to two revisions of a dataset,
+        UsageError: the files are in several folders. The folders may be two revisions of a dataset,
             which would mix validation images into train.
     """
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
@@ -44,7 +44,7 @@ class ParquetImages(EncodedImages):
     Args:
         files: parquet files with the same columns.
         settings: `image_column` and `label_column` are used; if one is None, the column has one of
-            the usual names in `IMAGES` or `LABELS`.
+            the usual names in `IMAGE_COLUMNS` or `LABEL_COLUMNS`.
 
     Raises:
         UsageError: the files are not parquet files with these columns, or a label is missing.
@@ -56,8 +56,8 @@ class ParquetImages(EncodedImages):
         try:
             dataset = pq.ParquetDataset(files)
             names = dataset.schema.names
-            image_column = _column(settings.image_column, IMAGES, names)
-            label_column = _column(settings.label_column, LABELS, names)
+            image_column = _find_column(settings.image_column, IMAGE_COLUMNS, names)
+            label_column = _find_column(settings.label_column, LABEL_COLUMNS, names)
             if image_column is None or label_column is None:
                 raise UsageError(
                     f"{origin}: data.image_column and data.label_column "
@@ -88,7 +88,9 @@ class ParquetImages(EncodedImages):
         return digest(self.labels, files.encode(), self.row_bytes())
 
 
-def _column(setting: str | None, usual_names: Sequence[str], names: Sequence[str]) -> str | None:
+def _find_column(
+    setting: str | None, usual_names: Sequence[str], names: Sequence[str]
+) -> str | None:
     """Return the name of the column to read, or None if the files lack it."""
     candidates = [setting] if setting else usual_names
     for candidate in candidates:

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from qat.errors import UsageError
 
 # (epoch, index), or with repeats (epoch, index, copy).
-Key = tuple[int, ...]
+ImageKey = tuple[int, ...]
 
 
-class SeededSampler(DistributedSampler[Key]):
+class SeededSampler(DistributedSampler[ImageKey]):
     """Yields (epoch, index) for one process, or with repeats (epoch, index, copy).
 
-    It is a subclass of torch's distributed sampler only because Lightning would divide the images
-    of any other sampler among the processes again.
+    This class is a subclass of torch's distributed sampler only because Lightning would divide the
+    images of any other sampler among the processes again.
 
     Args:
         length: number of images.
@@ -59,14 +59,14 @@ class SeededSampler(DistributedSampler[Key]):
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; Lightning calls this at the start of each epoch."""
+        """Set the epoch; Lightning calls this method at the start of each epoch."""
         self.epoch = epoch
 
-    def _own_keys(self) -> list[Key]:
+    def _own_keys(self) -> list[ImageKey]:
         """Keys of the images of this process."""
         if not self.shuffle:
             return [(self.epoch, index) for index in range(self.rank, self.length, self.world_size)]
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
         cut_length = self.length - self.length % self.world_size
         positions = torch.arange(self.rank, cut_length, self.world_size)
@@ -76,7 +76,7 @@ class SeededSampler(DistributedSampler[Key]):
         copies = (positions % self.repeats).tolist()
         return [(self.epoch, index, copy) for index, copy in zip(indices, copies, strict=True)]
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[ImageKey]:
         skip = self.skip
         self.skip = 0
         return iter(self._own_keys()[skip:])
@@ -105,25 +105,25 @@ class ResumableLoader(DataLoader):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._num_used = 0  # used batches of this epoch
-        self._skip = 0  # batches to skip at the start of the next iteration
+        self._num_to_skip = 0  # batches to skip at the start of the next iteration
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._num_used = self._skip
-        self._skip = 0
+        self._num_used = self._num_to_skip
+        self._num_to_skip = 0
         self.sampler.skip = self._num_used * (self.batch_size or 1)
         for batch in super().__iter__():
             self._num_used += 1
             yield batch
 
     @property
-    def _global_batch(self) -> int:
+    def _global_batch_size(self) -> int:
         # Lightning's own sampler for `overfit_batches` has no world size.
         world_size = getattr(self.sampler, "world_size", 1)
         return (self.batch_size or 1) * world_size
 
     def state_dict(self) -> dict[str, int]:
         """Used batches of this epoch, and the number of their images in all processes together."""
-        return {"batches": self._num_used, "images": self._num_used * self._global_batch}
+        return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip the batches of `state` in the next epoch; Lightning continues to count from there.
@@ -131,17 +131,18 @@ class ResumableLoader(DataLoader):
         Raises:
             UsageError: the global batch size differs from the one in the checkpoint.
         """
-        self._skip = state["batches"]
+        self._num_to_skip = state["batches"]
         images = state.get("images")
-        if images is not None and images != self._skip * self._global_batch:
+        if images is not None and images != self._num_to_skip * self._global_batch_size:
             processes = f"{self.sampler.world_size} processes"
             raise UsageError(
                 f"resume: data.batch_size={self.batch_size} in {processes}: "
-                f"must be {images // self._skip} images per step, as before, until this epoch ends"
+                f"must be {images // self._num_to_skip} images per step, as before, "
+                "until this epoch ends"
             )
 
 
-def mix(*numbers: int) -> int:
+def combine_seeds(*numbers: int) -> int:
     """Mix several numbers into one 63-bit seed; similar numbers result in unrelated seeds."""
     sequence = np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -172,7 +173,7 @@ def isolated_rng(*numbers: int) -> Generator[None]:
 
 def seed_rng(*numbers: int) -> None:
     """Seed the three global random generators that augmentations use."""
-    seed = mix(*numbers)
+    seed = combine_seeds(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -184,7 +185,7 @@ def seed_step(*numbers: int) -> None:
     `torch.manual_seed` is avoided, as it queues a seed call for every accelerator, which costs half
     a millisecond per step. CUDA is seeded separately if it is available.
     """
-    seed = mix(*numbers)
+    seed = combine_seeds(*numbers)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(seed)

@@ -12,17 +12,17 @@ from typing import Any
 from qat.errors import UsageError
 from qat.utils.validate import (
     CROP_MODES,
-    HIGHEST_CROP,
     INTERPOLATIONS,
-    LOWEST_CROP,
-    MOST_SIDE,
+    MAX_CROP,
+    MAX_IMAGE_SIDE,
+    MIN_CROP,
     check_channels,
     check_choice,
     check_int,
     check_number,
 )
 
-_share = partial(check_number, lowest=0, highest=1)
+_check_fraction = partial(check_number, lowest=0, highest=1)
 # The check of each setting, with bounds. Upper bounds catch typing mistakes that would require more
 # processes or pixels than a machine can handle.
 CHECKS: dict[str, tuple[Any, ...]] = {
@@ -31,8 +31,8 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "augment": (check_choice, ("none", "light", "timm")),
     "train_interpolation": (check_choice, ("random", "nearest", "bilinear", "bicubic")),
     "interpolation": (check_choice, INTERPOLATIONS),
-    "image_size": (check_int, 1, MOST_SIDE),
-    "patch_size": (check_int, 1, MOST_SIDE),
+    "image_size": (check_int, 1, MAX_IMAGE_SIDE),
+    "patch_size": (check_int, 1, MAX_IMAGE_SIDE),
     "in_chans": (check_int, 1),
     "num_classes": (check_int, 1),
     "batch_size": (check_int, 1),
@@ -45,16 +45,16 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "memory_mb": (check_number, 0),
     "mixup": (check_number, 0),
     "cutmix": (check_number, 0),
-    "hflip": (_share,),
-    "random_erasing": (_share,),
-    "mixup_prob": (_share,),
-    "mixup_switch_prob": (_share,),
-    "crop_pct": (partial(check_number, lowest=LOWEST_CROP, highest=HIGHEST_CROP),),
+    "hflip": (_check_fraction,),
+    "random_erasing": (_check_fraction,),
+    "mixup_prob": (_check_fraction,),
+    "mixup_switch_prob": (_check_fraction,),
+    "crop_pct": (partial(check_number, lowest=MIN_CROP, highest=MAX_CROP),),
 }
 MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
 # Below this number, images are loaded without worker processes.
-FEW_IMAGES = 1000
-MOST_WORKERS = 8
+MIN_IMAGES_FOR_WORKERS = 1000
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class DataSettings:
             (random resized crop, flip and the settings below).
         hflip: probability of a horizontal flip with `light` and `timm`; use 0 if left and right
             matter.
-        shift: the largest shift in pixels with `light`, if `crop_pct` is None; None = an eighth of
+        shift: maximum shift in pixels with `light`, if `crop_pct` is None; None = an eighth of
             `image_size`, 0 = only flips.
-        scale: lowest and highest area of a random resized crop, as shares of the image's area; for
-            `timm`, and for `light` if `crop_pct` is set.
+        scale: lowest and highest area of a random resized crop, as fractions of the image's area;
+            for `timm`, and for `light` if `crop_pct` is set.
         rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None =
             off; `timm` only.
         color_jitter: range of factors of brightness, contrast and saturation: one number, a list of
@@ -90,8 +90,9 @@ class DataSettings:
         random_erasing: probability that a rectangle is filled with noise; `timm` only.
         train_interpolation: interpolation of the random resized crop; `random` = bilinear or
             bicubic, chosen at random; `timm` only.
-        repeats: how often an image appears in an epoch, each time augmented differently. The length
-            of an epoch does not change: with `repeats` = n, it contains one n-th of the images.
+        repeats: number of times that an image appears in an epoch, each time augmented differently.
+            The length of an epoch does not change: with `repeats` = n, an epoch contains one n-th
+            of the images.
             Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT uses 3.
         mixup: alpha of mixup (arXiv 1710.09412), which blends pairs of images in a batch and their
             classes; 0 = off.
@@ -103,11 +104,11 @@ class DataSettings:
         calibration_images: number of images from which scales are initialised.
         seed: seed of order, augmentation and calibration images.
         root: folder with the data.
-        on_error: what happens if an image cannot be decoded: `raise` ends the run, `skip` warns and
-            uses the next image instead.
-        memory_mb: the most megabytes that the decoded images of a split may take in memory. The
-            images of a larger split, and images of different sizes, are decoded when needed.
-        crop_pct: side of the centre crop in evaluation, as a share of the shorter side, before
+        on_error: reaction to an image that cannot be decoded: `raise` ends the run, `skip` warns
+            and uses the next image instead.
+        memory_mb: maximum size in megabytes of the decoded images of a split in memory. The images
+            of a larger split, and images of different sizes, are decoded when needed.
+        crop_pct: side of the centre crop in evaluation, as a fraction of the shorter side, before
             scaling to `image_size`; None = the whole image is resized to a square; photos: None =
             from `model`.
         crop_mode: used if `crop_pct` is set. `center` crops the centre; `center_floor` also rounds
@@ -161,10 +162,10 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None or name not in MAY_BE_NONE:
                 check(f"data.{name}", value, *bounds)
-        if not _are_shares(self.scale):
+        if not _is_area_range(self.scale):
             raise UsageError(
                 f"data.scale={self.scale!r}: "
-                "must be two shares of the image's area [lowest, highest], above 0 to 1"
+                "must be two fractions of the image's area [lowest, highest], above 0 to 1"
             )
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):
             check_channels(f"data.{name}", getattr(self, name), self.in_chans, lowest)
@@ -172,19 +173,19 @@ class DataSettings:
     def workers(self, images: int) -> int:
         """Number of loader processes for a number of images.
 
-        The number is `num_workers` if set. By default, it is 0 for few images, which load faster
+        The number is `num_workers` if set. The default is 0 for few images, which load faster
         without worker processes; else the number of cores that each process of the run has on this
-        machine, at most `MOST_WORKERS`.
+        machine, at most `MAX_WORKERS`.
         """
         if self.num_workers is not None:
             return self.num_workers
-        if images < FEW_IMAGES:
+        if images < MIN_IMAGES_FOR_WORKERS:
             return 0
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))  # without the cores of srun's other tasks
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(cores // local_processes or 1, MOST_WORKERS)
+        return min(cores // local_processes or 1, MAX_WORKERS)
 
     @property
     def mixes(self) -> bool:
@@ -192,11 +193,11 @@ class DataSettings:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def _are_shares(scale: Any) -> bool:
+def _is_area_range(scale: Any) -> bool:
     """True for a pair [lowest, highest] with 0 < lowest <= highest <= 1."""
     if not isinstance(scale, Sequence) or len(scale) != 2:
         return False
-    if not all(isinstance(share, int | float) for share in scale):
+    if not all(isinstance(fraction, int | float) for fraction in scale):
         return False
     lowest, highest = scale
     return 0 < lowest <= highest <= 1

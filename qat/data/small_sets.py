@@ -112,7 +112,7 @@ class FashionMnist(ImageData):
         except Exception as error:  # on damaged files, torchvision may raise any exception
             reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({reason})"
+                f"data.root={str(root)!r}: must contain complete {self.LAYOUT} ({reason})"
             ) from error
         images = [Image.fromarray(image) for image in np.asarray(dataset.data)]
         pixels = [to_pixels(image, self.settings.in_chans) for image in images]

@@ -27,9 +27,9 @@ from qat.utils.text import read_file
 
 log = logging.getLogger(__name__)
 
-# PostScript is excluded: Pillow would run such a file in Ghostscript, whatever its name.
+# PostScript is excluded: Pillow would run such a file in Ghostscript, even under another name.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-SKIP = "data.on_error=skip skips images that cannot be decoded"
+SKIP_ADVICE = "data.on_error=skip skips images that cannot be decoded"
 
 
 class ImageError(UsageError):
@@ -45,10 +45,10 @@ class ImageError(UsageError):
 
 def digest(labels: NDArray[np.int64], *contents: bytes | memoryview) -> str:
     """Hash of labels (N,) and of bytes that identify the images, as 32 hexadecimal digits."""
-    result = hashlib.blake2b(np.ascontiguousarray(labels, "<i8").data, digest_size=16)
+    hasher = hashlib.blake2b(np.ascontiguousarray(labels, "<i8").data, digest_size=16)
     for content in contents:
-        result.update(content)
-    return result.hexdigest()
+        hasher.update(content)
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
         values = np.asarray(image)
         if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 2**16 - 1:
             raise ValueError(
-                f"it has 32 bits per pixel (mode {image.mode}) and no defined white level; "
-                "save it with 8 or 16 bits"
+                f"32 bits per pixel (mode {image.mode}) and no defined white level; "
+                "save the image with 8 or 16 bits"
             )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     pixels = np.asarray(image.convert("L" if chans == 1 else "RGB"))
@@ -123,11 +123,11 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
-def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray[np.uint8]:
+def decode(open_image_file: Callable[[], Image.Image], chans: int, name: str) -> NDArray[np.uint8]:
     """Open and decode an image as (H, W, C), grey if `chans` is 1, else RGB.
 
     Args:
-        open_it: function that opens the image.
+        open_image_file: function that opens the image.
         chans: 1 or 3.
         name: name of the image, for messages.
 
@@ -135,7 +135,7 @@ def decode(open_it: Callable[[], Image.Image], chans: int, name: str) -> NDArray
         ImageError: the image cannot be opened or decoded.
     """
     try:
-        return to_pixels(open_it(), chans)
+        return to_pixels(open_image_file(), chans)
     except Exception as error:  # on damaged files, Pillow's readers may raise any exception
         reason = " ".join(str(error).split())
         reason = re.sub(r" <[^>]*>", "", reason)  # object reprs with memory addresses
@@ -164,7 +164,7 @@ class EncodedImages(ABC):
         self.rows = np.arange(len(labels))
         self.on_error = settings.on_error
         # One entry per row, in shared memory, so that only one worker process warns of an image.
-        self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._has_warned = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         self.chans = 1 if settings.in_chans == 1 else 3
 
     def take(self, indices: NDArray[np.int64]) -> Self:
@@ -206,11 +206,11 @@ class EncodedImages(ABC):
                 image = decode(partial(self.open, position), self.chans, name)
             except ImageError as error:
                 if self.on_error == "raise":
-                    raise ImageError(f"{error}; {SKIP}") from error
+                    raise ImageError(f"{error}; {SKIP_ADVICE}") from error
                 row = self.rows[position]
-                if not self._failed[row]:
+                if not self._has_warned[row]:
                     log.warning("data.on_error=skip: %s; the next image is used instead", error)
-                    self._failed[row] = True
+                    self._has_warned[row] = True
             else:
                 return image, int(self.labels[position])
         raise ImageError(f"data.on_error=skip: {self.origin}: no image can be decoded")
@@ -220,9 +220,13 @@ ImageSource = ImageArrays | EncodedImages
 
 
 def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
-    """Decode all images into memory if they have the same size and fit in `memory_mb`."""
+    """Decode all images into memory if they have the same size and fit in `memory_mb`.
+
+    Returns `encoded` itself if not.
+    """
     images: list[NDArray[np.uint8]] = []
-    labels = np.empty_like(encoded.labels)  # a skipped image also gets the label of the next image
+    # `encoded[i]` may return the next image instead of a damaged one, so use the label it returns.
+    labels = np.empty_like(encoded.labels)
     for index in range(len(encoded)):
         image, labels[index] = encoded[index]
         is_too_large = image.nbytes * len(encoded) > memory_mb * 1e6
@@ -236,5 +240,5 @@ def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resize an image (H, W, C) to (size, size, C), bicubic, without keeping the aspect ratio."""
     if image.shape[:2] == (size, size):
         return image
-    resized = to_pil(image).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(resized).reshape(size, size, image.shape[2])
+    resized_image = to_pil(image).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized_image).reshape(size, size, image.shape[2])

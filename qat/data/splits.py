@@ -18,19 +18,21 @@ log = logging.getLogger(__name__)
 
 # This seed is fixed, so that different runs and seeds are compared on the same images.
 SPLIT_SEED = 0
-VAL_SHARE = 0.1
+VAL_FRACTION = 0.1
 # Number of images whose pixels are compared to recognize duplicate splits.
-SAMPLE = 64
+SAMPLE_SIZE = 64
 
 
 def stratified_split(
-    labels: NDArray[np.int64], held_out: float
+    labels: NDArray[np.int64], held_out_fraction: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split images so that both parts have the same class shares; equal labels give equal splits.
+    """Split images so that both parts have the same class distribution.
+
+    Equal labels result in equal splits.
 
     Args:
         labels: (N,), class ids.
-        held_out: share of held-out images.
+        held_out_fraction: fraction of held-out images.
 
     Returns:
         Sorted indices of the remaining images, and of the held-out images.
@@ -45,11 +47,12 @@ def stratified_split(
     indices = np.arange(len(labels))
     try:
         remaining, held_out_indices = train_test_split(
-            indices, test_size=held_out, random_state=SPLIT_SEED, stratify=labels
+            indices, test_size=held_out_fraction, random_state=SPLIT_SEED, stratify=labels
         )
     except ValueError as error:
         raise UsageError(
-            f"data: {held_out:.0%} of {len(labels)} train images cannot be held out ({error})"
+            f"data: {held_out_fraction:.0%} of {len(labels)} train images cannot be held out "
+            f"({error})"
         ) from error
     return np.sort(remaining), np.sort(held_out_indices)
 
@@ -63,7 +66,7 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
         splits: `ImageArrays` or encoded images, by name.
     """
     for name, other_name in itertools.combinations(splits, 2):
-        if is_first() and _are_same(splits[name], splits[other_name]):
+        if is_first() and _are_equal(splits[name], splits[other_name]):
             log.warning(
                 "data: %s and %s contain the same images; "
                 "accuracy on %s does not show how the model does on new images",
@@ -74,16 +77,16 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
     if "train" not in splits or "val" in splits:
         return dict(splits)
     train = splits["train"]
-    train_indices, val_indices = stratified_split(train.labels, VAL_SHARE)
+    train_indices, val_indices = stratified_split(train.labels, VAL_FRACTION)
     return {**splits, "train": train.take(train_indices), "val": train.take(val_indices)}
 
 
-def _are_same(images: ImageSource, other: ImageSource) -> bool:
+def _are_equal(images: ImageSource, other_images: ImageSource) -> bool:
     """True if labels, and the pixels of a sample of images, are equal and in the same order."""
-    if not np.array_equal(images.labels, other.labels):
+    if not np.array_equal(images.labels, other_images.labels):
         return False
-    sample = range(0, len(images), len(images) // SAMPLE or 1)
+    sample = range(0, len(images), len(images) // SAMPLE_SIZE or 1)
     try:
-        return all(np.array_equal(images[i][0], other[i][0]) for i in sample)
+        return all(np.array_equal(images[i][0], other_images[i][0]) for i in sample)
     except ImageError:  # the error is raised again when a run needs the image
         return False

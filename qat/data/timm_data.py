@@ -15,7 +15,7 @@ from qat.data.image_data import SPLITS, EncodedImageData, data_folder
 from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_file, open_image
 from qat.errors import UsageError
-from qat.utils.text import MOST_READ
+from qat.utils.text import MAX_FILE_BYTES
 from qat.utils.validate import check_bool
 
 
@@ -83,7 +83,7 @@ class TimmImages(EncodedImages):
                 settings.name, root=root, split=split, download=settings.download, **options
             )
             reader = getattr(dataset, "reader", dataset)
-            targets = _targets(reader)
+            targets = _read_labels(reader)
             # torchvision's own loader would open all of Pillow's formats.
             if hasattr(reader, "loader"):
                 reader.loader = open_file
@@ -103,7 +103,7 @@ class TimmImages(EncodedImages):
         self.classes: dict[str, int] = getattr(reader, "class_to_idx", {})
 
     def open(self, index: int) -> Image.Image:
-        """Open one image; files are limited to `MOST_READ` bytes."""
+        """Open one image; files are limited to `MAX_FILE_BYTES` bytes."""
         row = int(self.rows[index])
         samples = getattr(self.reader, "samples", None)
         if samples is not None:
@@ -114,7 +114,7 @@ class TimmImages(EncodedImages):
         if isinstance(image_or_file, Image.Image):
             return image_or_file
         with image_or_file:
-            return open_image(image_or_file.read(MOST_READ))
+            return open_image(image_or_file.read(MAX_FILE_BYTES))
 
     def name(self, index: int) -> str:
         """Name of the split, and number of the image."""
@@ -125,7 +125,7 @@ class TimmImages(EncodedImages):
         return digest(self.labels, self.origin.encode(), self.row_bytes())
 
 
-def _targets(reader: Any) -> Any:
+def _read_labels(reader: Any) -> Any:
     """Labels of all images of a timm reader or a dataset."""
     if hasattr(reader, "iter_targets"):
         return list(reader.iter_targets())
@@ -148,10 +148,10 @@ class Timm(EncodedImageData):
             UsageError: a split cannot be read, shares files with another split, or has a class that
                 the first split does not have.
         """
-        return self._images
+        return self._images_by_split
 
     @cached_property
-    def _images(self) -> dict[str, TimmImages]:
+    def _images_by_split(self) -> dict[str, TimmImages]:
         splits: dict[str, TimmImages] = {}
         for split in SPLITS:
             name = getattr(self.settings, f"{split}_split")
@@ -159,15 +159,15 @@ class Timm(EncodedImageData):
                 continue
             setting = f"data.{split}_split={name!r}"
             images = TimmImages(self.settings, name)
-            for other_split, other in splits.items():
-                if images.files & other.files:
+            for other_split, other_images in splits.items():
+                if images.files & other_images.files:
                     raise UsageError(
                         f"{setting}: must differ from the {other_split} split; "
                         f"set it to null if there is no {split} split"
                     )
             if splits:
                 first_split = next(iter(splits))
-                _use_ids_of(splits[first_split], images, setting, first_split)
+                _renumber_labels(splits[first_split], images, setting, first_split)
             splits[split] = images
         return splits
 
@@ -175,24 +175,28 @@ class Timm(EncodedImageData):
         """Return the reader's class names, or None if it has none or no dataset is set."""
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
-        classes = next(iter(self._images.values())).classes
+        classes = next(iter(self._images_by_split.values())).classes
         if len(classes) != self.settings.num_classes:
             return None
         return sorted(classes, key=classes.__getitem__)
 
 
-def _use_ids_of(first: TimmImages, images: TimmImages, setting: str, first_split: str) -> None:
+def _renumber_labels(
+    first_images: TimmImages, images: TimmImages, setting: str, first_split: str
+) -> None:
     """Replace the class ids of a split by the class ids of the first split.
 
     Raises:
         UsageError: the split has a class that the first split does not have.
     """
-    if images.classes == first.classes:
+    if images.classes == first_images.classes:
         return
-    unknown = sorted(images.classes.keys() - first.classes.keys())
+    unknown = sorted(images.classes.keys() - first_images.classes.keys())
     if unknown:
         raise UsageError(
             f"{setting}: class {unknown[0]!r} must be a class of the {first_split} split"
         )
     names = {class_id: name for name, class_id in images.classes.items()}
-    images.labels = np.array([first.classes[names[label]] for label in images.labels.tolist()])
+    images.labels = np.array([
+        first_images.classes[names[label]] for label in images.labels.tolist()
+    ])

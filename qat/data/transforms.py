@@ -27,7 +27,7 @@ from qat.data.sources import resize_square, to_pil
 from qat.errors import UsageError
 
 # Keeps the random draws of mixing apart from the draws of augmentation by (seed, epoch, index).
-STREAM = 0x6D6978
+MIXING_STREAM = 0x6D6978
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Transform:
 
     def __call__(self, image: NDArray[np.uint8]) -> Tensor:
         """Transform one image."""
-        transformed = self.apply(image)
-        return transformed if self.finish is None else self.finish(transformed)
+        tensor = self.apply(image)
+        return tensor if self.finish is None else self.finish(tensor)
 
 
 def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
 
 
-def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
+def _make_normalisation(settings: DataSettings) -> Callable[[Tensor], Tensor]:
     return v2.Compose([
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(settings.mean), list(settings.std), inplace=True),
@@ -70,7 +70,7 @@ def eval_transform(settings: DataSettings) -> Transform:
     """
     if settings.crop_pct is None:
         apply = v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor])
-        return Transform(apply, finish=_normalise(settings))
+        return Transform(apply, finish=_make_normalisation(settings))
     preprocessing = _timm_transform(
         settings,
         crop_pct=settings.crop_pct,
@@ -96,7 +96,7 @@ def train_transform(settings: DataSettings) -> Transform:
     if settings.augment == "none":
         return eval_transform(settings)
     if settings.augment == "light" and settings.crop_pct is None:
-        return _shifts_and_flips(settings)
+        return _light_augmentation(settings)
     options: dict[str, Any] = {
         "color_jitter": None,
         "interpolation": settings.interpolation or "bicubic",
@@ -119,7 +119,7 @@ def train_transform(settings: DataSettings) -> Transform:
     return Transform(v2.Compose(steps), is_random=True)
 
 
-def _shifts_and_flips(settings: DataSettings) -> Transform:
+def _light_augmentation(settings: DataSettings) -> Transform:
     """Augmentation `light` for images that are resized to a square."""
     shift = settings.shift
     if shift is None:
@@ -128,7 +128,7 @@ def _shifts_and_flips(settings: DataSettings) -> Transform:
     if shift:
         steps.append(v2.RandomCrop(settings.image_size, padding=shift))
     steps.append(v2.RandomHorizontalFlip(settings.hflip))
-    return Transform(v2.Compose(steps), is_random=True, finish=_normalise(settings))
+    return Transform(v2.Compose(steps), is_random=True, finish=_make_normalisation(settings))
 
 
 def _limit_levels(augmentation: Any) -> None:
@@ -204,6 +204,6 @@ class BatchMixup:
             )
         # timm gives the probabilities the dtype of the images, so mix in float32 at least.
         mixing_dtype = torch.promote_types(images.dtype, torch.float32)
-        with isolated_rng(self.seed, step, rank, STREAM):
-            mixed, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)
-        return mixed.to(images.dtype), probabilities
+        with isolated_rng(self.seed, step, rank, MIXING_STREAM):
+            mixed_images, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)
+        return mixed_images.to(images.dtype), probabilities

@@ -28,22 +28,23 @@ from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
 # Logits count as equal if they differ by at most this, and so do boxes (in sides of an image). For
-# other outputs, such as embeddings, it is a share of the largest number if that is above 1.
+# other outputs, such as embeddings, the limit is relative to the largest value, if that is above 1.
 TOLERANCE = 1e-4
-# Codes are compared on at most this many of the images whose logits differ.
-EXAMINED = 16
-# The error of a float32 sum of a few hundred terms is about this share of the largest value in the
-# tensor. A value this close to a threshold may get either code, which also changes the codes of
-# later layers.
-ROUNDING = 2e-5
+# Maximum number of images whose codes are compared; only images whose logits differ are examined.
+MAX_EXAMINED = 16
+# The error of a float32 sum of a few hundred terms, relative to the largest value in the tensor. A
+# value this close to a threshold may get either code, which also changes the codes of later layers.
+ROUNDING_ERROR = 2e-5
 # Runtimes compute some products in integers that are float products if the graph runs operator by
 # operator, so values on thresholds may be rounded the other way. If this changes the outputs of
-# more than this share of the images, the runtime computes something else.
-UNLIKE = 0.1
+# more than this fraction of the images, and by more than `MAX_ROUNDING_RATIO` times as much as a
+# change of the image by the factor `SLIGHT_FACTOR` does, the runtime computes something else.
+MAX_UNEXPLAINED = 0.1
+MAX_ROUNDING_RATIO = 2
+SLIGHT_FACTOR = 1 + 1e-6
 
-# Largest allowed difference of outputs, as a share of the largest number, if codes are not
-# compared.
-SHARE = 0.05
+# Maximum difference of outputs, relative to the largest value, if codes are not compared.
+MAX_RELATIVE_ERROR = 0.05
 
 # By quantizer name (`call_name`), in the order in which quantizers run: values in units of codes
 # before rounding, and codes. For E4M3: values divided by the scale, and the same values rounded.
@@ -61,32 +62,33 @@ class Agreement:
         images: number of compared images.
         same_top1: number of images on which file and model predict the same class, for all matched
             queries of a detector; 0 for encoders.
-        other_logits: number of images whose outputs differ by more than `TOLERANCE`.
-        largest: largest difference between outputs on all other images.
-        apart: largest difference of an output on any image, as a share of the output's largest
-            number.
-        boxes: largest difference of a detector's boxes, for matched queries, in sides of an image;
+        num_differing: number of images whose outputs differ by more than `TOLERANCE`.
+        max_error: maximum difference between outputs on all other images.
+        relative_error: maximum difference of an output on any image, relative to the largest value
+            of the output.
+        boxes: maximum difference of a detector's boxes, for matched queries, in sides of an image;
             None for other models.
         cosine: lowest cosine similarity of an encoder's outputs; None if there are logits.
-        unlike: number of images on which the file also differs from its own graph, run operator by
-            operator. At most `EXAMINED` of the images in `other_logits` are examined.
+        num_unexplained: number of images on which the file also differs from its own graph, run
+            operator by operator, by more than rounding explains. Only `MAX_EXAMINED` of the images
+            in `num_differing` are examined.
         problem: reason not to use the file in this runtime; None = the file agrees with the model.
     """
 
     images: int = 0
     same_top1: int = 0
-    other_logits: int = 0
-    largest: float = 0.0
-    apart: float = 0.0
+    num_differing: int = 0
+    max_error: float = 0.0
+    relative_error: float = 0.0
     boxes: float | None = None
     cosine: float | None = None
-    unlike: int = 0
+    num_unexplained: int = 0
     problem: str | None = None
 
     def to_text(self) -> str:
         """Describe the comparison in one line for the user."""
         if self.cosine is not None:
-            difference = f"{self.apart:.1e} of the largest number"
+            difference = f"{self.relative_error:.1e} of the largest number"
             return f"cosine at least {self.cosine:.6f}, apart by up to {difference}"
         text = f"same class on {self.same_top1} of {self.images} images"
         if self.boxes is not None:
@@ -95,7 +97,7 @@ class Agreement:
 
 
 @dataclass
-class Checked:
+class CheckResult:
     """Comparison of a file with its model in each runtime.
 
     Only onnxruntime decides whether a file is accepted. OpenVINO is compared if it is installed; it
@@ -115,7 +117,7 @@ class Checked:
 
     @property
     def top1(self) -> float:
-        """Percentage of images with the same predicted class, in the runtime where it is lowest."""
+        """Percentage of images with the same predicted class: the lowest of all runtimes."""
         agreements = [agreement for agreement in self.agreement.values() if agreement.images]
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 
@@ -130,22 +132,22 @@ class Checked:
         return "\n".join(lines)
 
 
-def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked:
+def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> CheckResult:
     """Compare an ONNX file with its model on images (B, C, H, W), in all installed runtimes."""
     import onnx  # noqa: PLC0415  (an extra)
 
     model = onnx.load(str(path))
     batches = list(batches)
     names = [output.name for output in model.graph.output]
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+    batch_size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
     runtimes = (ONNXRUNTIME, OPENVINO) if has_openvino() else (ONNXRUNTIME,)
     constants = model.graph.initializer
     is_half = any(constant.data_type == onnx.TensorProto.FLOAT16 for constant in constants)
-    checked = Checked({})
+    result = CheckResult({})
     for runtime in runtimes:
         try:
             session = open_session(path, runtime)
-            outputs = functools.partial(session_outputs, session, names, batch=batch)
+            outputs = functools.partial(session_outputs, session, names, batch=batch_size)
             open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, outputs, open_codes, batches)
             if is_half:
@@ -158,10 +160,10 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
             if agreement.problem:
                 agreement.problem += f"; {agreement.to_text()}"
                 if agreement.cosine is None:
-                    difference = f"{agreement.apart:.1%} of the largest number"
+                    difference = f"{agreement.relative_error:.1%} of the largest number"
                     agreement.problem += f", outputs apart by up to {difference}"
-        checked.agreement[runtime] = agreement
-    return checked
+        result.agreement[runtime] = agreement
+    return result
 
 
 def check_difference(
@@ -179,13 +181,13 @@ def check_difference(
         images: (B, C, H, W) each.
         rounding: function that changes images slightly, to show how much values on thresholds can
             change the logits.
-        factor: this multiple of the change is allowed; `SHARE` is allowed in any case.
+        factor: this multiple of the change is allowed; `MAX_RELATIVE_ERROR` is allowed in any case.
     """
     rounded = compare(net, lambda x: net(rounding(x)), None, images)
-    allowed = max(SHARE, factor * rounded.apart)
-    if not agreement.apart <= allowed:  # also for NaN
+    allowed = max(MAX_RELATIVE_ERROR, factor * rounded.relative_error)
+    if not agreement.relative_error <= allowed:  # also for NaN
         agreement.problem = (
-            f"logits differ by {agreement.apart:.1%} of the largest one; "
+            f"logits differ by {agreement.relative_error:.1%} of the largest one; "
             f"must be at most {allowed:.1%}"
         )
 
@@ -220,47 +222,57 @@ def compare(
             expected_batches.append(named_outputs(net(x)))
             actual_batches.append(named_outputs(outputs(x)))
         images += x.split(1)
-    expected = _joined(expected_batches)
-    actual = _match_queries(expected, _joined(actual_batches))
+    expected = _concatenate(expected_batches)
+    actual = _match_queries(expected, _concatenate(actual_batches))
     differences = _differences(expected, actual)
     is_same = differences <= TOLERANCE  # False for NaN
-    other_images = (~is_same).nonzero().flatten().tolist()
+    differing_images = (~is_same).nonzero().flatten().tolist()
     agreement = Agreement(
         images=len(images),
-        other_logits=len(other_images),
-        largest=max([0.0, *differences[is_same].tolist()]),
-        apart=max(map(_share, expected.values(), actual.values())),
+        num_differing=len(differing_images),
+        max_error=max([0.0, *differences[is_same].tolist()]),
+        relative_error=max(map(_relative_error, expected.values(), actual.values())),
     )
     if LOGITS in expected:
         is_same_class = _classes(expected[LOGITS]) == _classes(actual[LOGITS])
         agreement.same_top1 = int(is_same_class.all(1).sum())
     else:
-        agreement.cosine = min(map(_cosine, expected.values(), actual.values()))
+        agreement.cosine = min(map(_min_cosine, expected.values(), actual.values()))
     if BOXES in expected:
         agreement.boxes = float((expected[BOXES] - actual[BOXES]).abs().max())
-    if open_codes is None or not other_images:
+    if open_codes is None or not differing_images:
         return agreement
 
     codes_of = open_codes()
-    examined = other_images[:EXAMINED]
-    for i in examined:
-        step_by_step = codes_of(images[i])
+    examined_images = differing_images[:MAX_EXAMINED]
+    for i in examined_images:
+        graph_result = codes_of(images[i])
         image_outputs = {name: output[i : i + 1] for name, output in actual.items()}
-        is_like_graph = float(_differences(image_outputs, step_by_step[0])) <= TOLERANCE
-        agreement.unlike += not is_like_graph
+        allowed = max(TOLERANCE, MAX_ROUNDING_RATIO * _effect_of_rounding(net, images[i]))
+        equals_graph = float(_differences(image_outputs, graph_result[0])) <= allowed
+        agreement.num_unexplained += not equals_graph
         if agreement.problem is None:
             expected_codes = outputs_and_codes(net, images[i])
-            agreement.problem = _first_difference(expected_codes, step_by_step)
-    is_unlike = agreement.unlike * len(other_images) > UNLIKE * len(images) * len(examined)
-    if agreement.problem is None and is_unlike:
+            agreement.problem = _first_difference(expected_codes, graph_result)
+    # Extrapolate from the examined images to all images whose outputs differ.
+    extrapolated = agreement.num_unexplained * len(differing_images)
+    is_unexplained = extrapolated > MAX_UNEXPLAINED * len(images) * len(examined_images)
+    if agreement.problem is None and is_unexplained:
         agreement.problem = (
-            f"on {agreement.unlike} of {len(examined)} images, the output differs from "
-            "that of the file's graph run operator by operator"
+            f"on {agreement.num_unexplained} of {len(examined_images)} images, the output differs "
+            "from that of the file's graph run operator by operator"
         )
     return agreement
 
 
-def _joined(batches: Iterable[Outputs]) -> Outputs:
+def _effect_of_rounding(net: nn.Module, image: Tensor) -> float:
+    """Difference of a model's outputs between an image and the slightly changed image."""
+    with probing(net, ()):
+        outputs = named_outputs(net(image))
+        return float(_differences(outputs, named_outputs(net(image * SLIGHT_FACTOR))))
+
+
+def _concatenate(batches: Iterable[Outputs]) -> Outputs:
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for outputs in batches:
         for name, output in outputs.items():
@@ -291,7 +303,7 @@ def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
 
 
 def _differences(expected: Outputs, actual: Outputs) -> Tensor:
-    """Largest difference of all outputs for each image (B,), to compare with `TOLERANCE`."""
+    """Maximum difference of all outputs for each image (B,), to compare with `TOLERANCE`."""
     actual = _match_queries(expected, actual)
     parts = []
     for name, output in expected.items():
@@ -302,12 +314,12 @@ def _differences(expected: Outputs, actual: Outputs) -> Tensor:
     return torch.stack(parts).amax(0)
 
 
-def _share(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference, as a share of the largest expected number."""
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    """Maximum difference, relative to the largest expected value."""
     return float((expected - actual).abs().max() / expected.abs().max().clamp_min(TOLERANCE))
 
 
-def _cosine(expected: Tensor, actual: Tensor) -> float:
+def _min_cosine(expected: Tensor, actual: Tensor) -> float:
     """Lowest cosine similarity between the outputs for an image."""
     return float(F.cosine_similarity(expected.flatten(1), actual.flatten(1)).min())
 
@@ -326,12 +338,12 @@ def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Co
     expected_outputs, expected_codes = expected
     outputs, actual_codes = actual
     for name, (coordinates, codes) in actual_codes.items():
-        net_coordinates, codes_of_net = (t.reshape(codes.shape) for t in expected_codes[name])
-        differs = codes != codes_of_net
-        if not differs.any():
+        net_coordinates, net_codes = (t.reshape(codes.shape) for t in expected_codes[name])
+        is_different = codes != net_codes
+        if not is_different.any():
             continue
-        distance = (coordinates - net_coordinates)[differs].abs().max()
-        if distance <= ROUNDING * (1 + codes.abs().max()):
+        distance = (coordinates - net_coordinates)[is_different].abs().max()
+        if distance <= ROUNDING_ERROR * (1 + codes.abs().max()):
             return None
         return f"codes of {name} differ for values that are not on a threshold"
     difference = float(_differences(expected_outputs, outputs))
@@ -392,12 +404,13 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
         values[INPUT] = image
         codes = {}
         for node in quantizers:
-            step, added = (float(numpy_helper.to_array(constants[name])) for name in node.input[1:])
+            parameters = [numpy_helper.to_array(constants[name]) for name in node.input[1:]]
+            step, zero_point = map(float, parameters)
             coordinates = values[node.input[0]] / step
-            rounded = values[node.output[0]]
+            code_values = values[node.output[0]]
             if constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN:
-                rounded = rounded.view(torch.float8_e4m3fn)
-            codes[node.name] = (coordinates, rounded.float() - added)
+                code_values = code_values.view(torch.float8_e4m3fn)
+            codes[node.name] = (coordinates, code_values.float() - zero_point)
         return {name: values[name] for name in output_names}, codes
 
     return run

@@ -23,12 +23,12 @@ from qat.model.sites import iter_quantizers
 from qat.utils.validate import FP8
 
 TENSORRT = "onnx format.target=tensorrt"
-# Lowest opset whose Cast accepts the stored type, by the width of the type.
+# Minimum opset whose Cast accepts the stored type, by the width of the type.
 OPSETS = {2: 25, 4: 21, 8: 13}
 # On x86 processors without VNNI, kernels add two products of uint8 and int8 in 16 bits, which
-# saturate beyond 32,767. Two products fit if the int8 code is at most this large: 2 * 255 * 64 =
+# saturate beyond 32,767. Two products fit if the int8 code is at most MAX_INT8_CODE: 2 * 255 * 64 =
 # 32,640. Kernels for uint8 times uint8 do not saturate.
-LARGEST_INT8 = 64
+MAX_INT8_CODE = 64
 _VIEWS = frozenset({
     "transpose",
     "permute",
@@ -41,7 +41,7 @@ _VIEWS = frozenset({
 })
 
 
-class _OnCodes:
+class _CodeTensor:
     """Passes products of codes to the tensor's `graph`.
 
     All other operators, such as norms, get plain numbers because no runtime computes them on codes.
@@ -54,14 +54,14 @@ class _OnCodes:
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = _HANDLED.get(func)
+        handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        return func(*[number(argument) for argument in args], **kwargs)
+        return func(*[dequantize(argument) for argument in args], **kwargs)
 
 
 @dataclass(frozen=True)
-class QuantizedTensor(_OnCodes):
+class QuantizedTensor(_CodeTensor):
     """Tensor with the value (codes + shift) * scale + after.
 
     Attributes:
@@ -92,11 +92,11 @@ class QuantizedTensor(_OnCodes):
             raise AttributeError(f"{name} is not supported on codes: must be a view or a product")
 
         def view(*args: Any, **kwargs: Any) -> Any:
-            return self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
+            return self._apply_view(lambda t: getattr(t, name)(*args, **kwargs))
 
         return view
 
-    def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
+    def _apply_view(self, view: Callable[[Tensor], Any]) -> Any:
         """Apply a view to all tensors; the result is a tuple of tensors if the view splits them."""
         views: list[Any] = []
         for tensor in (self.codes, self.scale, self.shift, self.after):
@@ -117,28 +117,28 @@ class QuantizedTensor(_OnCodes):
         return _matmul(self, other)
 
 
-def number(t: Any) -> Any:
+def dequantize(t: Any) -> Any:
     """The numbers that codes represent; a plain tensor is returned unchanged."""
-    return t.graph.number(t) if isinstance(t, _OnCodes) else t
+    return t.graph.dequantize(t) if isinstance(t, _CodeTensor) else t
 
 
 def _matmul(a: Any, b: Any) -> Any:
     if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
         return a.graph.product(a, b)
-    return torch.matmul(number(a), number(b))
+    return torch.matmul(dequantize(a), dequantize(b))
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if isinstance(x, QuantizedTensor) and isinstance(weight, StoredWeight):
         return x.graph.product(x, weight, bias)
-    return F.linear(number(x), number(weight), bias)
+    return F.linear(dequantize(x), dequantize(weight), bias)
 
 
 def _dropout(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
-_HANDLED: dict[Any, Callable[..., Any]] = {
+_HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.dropout: _dropout,
     torch.matmul: _matmul,
@@ -149,7 +149,7 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class StoredWeight(_OnCodes):
+class StoredWeight(_CodeTensor):
     """A frozen weight as (factors - zero_point) * scale + constant.
 
     The factors have 8 bits: the codes, or 2 * codes + 1.
@@ -158,7 +158,7 @@ class StoredWeight(_OnCodes):
         frozen: the frozen weight.
         width: bits of the ONNX type of the stored codes.
         codes: int8 codes that fit the type, or E4M3 floats. If int8 could saturate
-            (`LARGEST_INT8`), uint8 codes that are 128 higher.
+            (`MAX_INT8_CODE`), uint8 codes that are 128 higher.
         is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
@@ -183,25 +183,25 @@ class StoredWeight(_OnCodes):
         if self.is_doubled:
             factors = factors * 2 + 1
         if self.zero_point is not None:
-            factors = factors - _rows(self.zero_point.float(), factors)
+            factors = factors - _one_per_row(self.zero_point.float(), factors)
         return factors
 
     @property
     def value(self) -> Tensor:
         """The float32 weight."""
-        value = self.factors * _rows(self.scale, self.codes)
+        value = self.factors * _one_per_row(self.scale, self.codes)
         if self.constant is not None:
-            value = value + _rows(self.constant, value)
+            value = value + _one_per_row(self.constant, value)
         return value
 
 
-def _rows(t: Tensor, like: Tensor) -> Tensor:
+def _one_per_row(t: Tensor, like: Tensor) -> Tensor:
     """View a number for each row (n,) as (n, 1, ...), to broadcast with a weight."""
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def store_weights(
-    form: str, net: nn.Module, smallest: int, cpu: str = "fast"
+    form: str, net: nn.Module, min_width: int, cpu: str = "fast"
 ) -> dict[str, StoredWeight]:
     """Call `store_weight` for all weights of a frozen model; return the results by name.
 
@@ -224,11 +224,11 @@ def store_weights(
     stored = {}
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
-            stored[name] = store_weight(module, smallest, cpu)
+            stored[name] = store_weight(module, min_width, cpu)
     return stored
 
 
-def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> StoredWeight:
+def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") -> StoredWeight:
     """Choose the smallest type that stores a weight exactly and that the runtime can read.
 
     The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
@@ -239,9 +239,9 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
 
     Args:
         weight: the frozen weight.
-        smallest: smallest width of the stored type: 2; 4 for files that OpenVINO reads; 8 for files
+        min_width: minimum width of the stored type: 2; 4 for files that OpenVINO reads; 8 for files
             that TensorRT reads.
-        cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all codes as int8.
+        cpu: `any` stores codes beyond `MAX_INT8_CODE` as uint8; `fast` stores all codes as int8.
     """
     if isinstance(weight, FrozenFp8):
         return StoredWeight(
@@ -254,7 +254,7 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
             constant=None,
         )
     bits = weight.spec.bits
-    width = next(width for width in OPSETS if width >= max(bits, smallest))
+    width = next(width for width in OPSETS if width >= max(bits, min_width))
     # Move unsigned codes to the range of signed codes.
     middle = 0 if weight.stored.dtype == torch.int8 else 2 ** (bits - 1)
     codes = weight.stored.to(torch.int16) - middle
@@ -263,8 +263,8 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
     zero_point = None
     constant = weight.after
     is_doubled = False
-    is_whole = not bool((shift % 1 != 0).any())
-    if is_whole:
+    is_integer = not bool((shift % 1 != 0).any())
+    if is_integer:
         if bool(shift.any()):
             zero_point = (-shift).to(torch.int8)
     elif bits < 8 and bool((shift == 0.5).all()):
@@ -277,7 +277,7 @@ def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> 
         constant = offset if constant is None else constant + offset
 
     dtype = torch.int8
-    can_saturate = width == 8 and bool((codes.abs() > LARGEST_INT8).any())
+    can_saturate = width == 8 and bool((codes.abs() > MAX_INT8_CODE).any())
     if cpu == "any" and can_saturate:
         dtype = torch.uint8
         codes = codes + 128

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.check import Checked, check_onnx
+from qat.export.check import CheckResult, check_onnx
 from qat.export.codes import OPSETS, TENSORRT, store_weights
 from qat.export.plan import Planner
 from qat.export.runtimes import INPUT, quiet
@@ -29,7 +29,7 @@ from qat.export.write import (
     Writer,
     call_name,
     compute_in_half,
-    unfused,
+    copy_unfused,
     write_in_graph,
 )
 from qat.model.convert import check_input, conversion_of
@@ -38,8 +38,8 @@ from qat.model.frozen import is_frozen
 from qat.model.metadata import data_of, describe
 from qat.model.transform import data_config
 from qat.nn import named_outputs
-from qat.utils.files import check_not_folder, replacing
-from qat.utils.probing import copied
+from qat.utils.files import check_not_folder, replace_atomically
+from qat.utils.probing import copy_net
 from qat.utils.validate import check_bool, check_choice
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 # only the number in the file is raised, because opsets up to 25 only add types and attributes to
 # operators. For opset 21 and later, torch would write GroupNormalization, which onnxruntime runs as
 # nine operators on a CPU.
-LOWEST_OPSET = 20
-LARGEST_CONSTANT = 4096
-TWO_BIT = {"int4": 4, "int2": 2}
+MIN_OPSET = 20
+MAX_CONSTANT_ELEMENTS = 4096  # larger constants are not folded
+TWO_BIT_WIDTHS = {"int4": 4, "int2": 2}
 CPUS = ("any", "fast")
 # A file is compared on this many images of noise if no images are passed.
 IMAGES = 16
@@ -83,7 +83,7 @@ class OnnxSettings:
     def __post_init__(self) -> None:
         check_bool("dynamic_batch", self.dynamic_batch)
         check_choice("format.target", self.target, ("cpu", "tensorrt"))
-        check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
+        check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT_WIDTHS))
         check_choice("format.cpu", self.cpu, CPUS)
         check_choice("format.precision", self.precision, ("fp16", "fp32"))
 
@@ -98,7 +98,7 @@ def export_onnx(
     two_bit: str = "int4",
     cpu: str = "any",
     precision: str = "fp16",
-) -> Checked:
+) -> CheckResult:
     """Write a quantized model to an ONNX file, and keep the file if it agrees with the model.
 
     The input is `image` (B, C, H, W), the output `logits` (B, classes), both float32. Models of
@@ -151,7 +151,7 @@ def export_onnx(
             f"images of shape {tuple(images.shape)}: must have shape (N, *{input_size}) with N at "
             "least 1, and only finite numbers"
         )
-    net = nn.Module.float(copied(net).cpu())
+    net = nn.Module.float(copy_net(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
     if not check_input(frozen, input_size):
         raise UsageError(
@@ -164,13 +164,13 @@ def export_onnx(
         meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
     batches = [images.cpu().float()]
 
-    def write(unchecked: Path) -> Checked:
+    def write(unchecked: Path) -> CheckResult:
         return write_onnx(unchecked, frozen, net, meta, batches, settings)
 
     return write_checked(Path(path), write)
 
 
-def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
+def write_checked(target: Path, write: Callable[[Path], CheckResult]) -> CheckResult:
     """Write a file under a temporary name, compare it, and rename it only if it agrees.
 
     Args:
@@ -182,22 +182,22 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
             then kept as `<target>.rejected`.
     """
     check_not_folder(target)
-    unchecked = target.with_name(f".unchecked.{target.name}")
-    rejected = target.with_name(f"{target.name}.rejected")
-    unchecked.parent.mkdir(parents=True, exist_ok=True)
+    unchecked_path = target.with_name(f".unchecked.{target.name}")
+    rejected_path = target.with_name(f"{target.name}.rejected")
+    unchecked_path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        checked = write(unchecked)
-        if checked.problem is not None:
-            unchecked.replace(rejected)
+        result = write(unchecked_path)
+        if result.problem is not None:
+            unchecked_path.replace(rejected_path)
             raise UsageError(
                 f"file={str(target)!r}: the written file does not agree with the checkpoint "
-                f"({checked.problem}); kept as {rejected}"
+                f"({result.problem}); kept as {rejected_path}"
             )
-        rejected.unlink(missing_ok=True)
-        unchecked.replace(target)
+        rejected_path.unlink(missing_ok=True)
+        unchecked_path.replace(target)
     finally:
-        unchecked.unlink(missing_ok=True)
-    return checked
+        unchecked_path.unlink(missing_ok=True)
+    return result
 
 
 def write_onnx(
@@ -207,7 +207,7 @@ def write_onnx(
     meta: Mapping[str, Any],
     images: Sequence[Tensor],
     settings: OnnxSettings,
-) -> Checked:
+) -> CheckResult:
     """Write an ONNX file, and compare it with its model.
 
     Args:
@@ -231,7 +231,7 @@ def write_onnx(
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     onnx.helper.set_model_props(model, texts)
     model.producer_name = "qat"
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         onnx.save(model, str(temporary))
     return check_onnx(net, path, images)
 
@@ -286,16 +286,16 @@ def to_onnx(
         simplify,
     )
 
-    net = unfused(net)
+    net = copy_unfused(net)
     names = _name_outputs(net, image)
     is_tensorrt = settings.target == "tensorrt"
     if is_tensorrt:
-        stored = store_weights(TENSORRT, net, smallest=8)
+        stored = store_weights(TENSORRT, net, min_width=8)
         write_in_graph(net, stored, TensorRT(net, stored))
         if settings.precision == "fp16":
             compute_in_half(net)
     else:
-        stored = store_weights("onnx", net, TWO_BIT[settings.two_bit], settings.cpu)
+        stored = store_weights("onnx", net, TWO_BIT_WIDTHS[settings.two_bit], settings.cpu)
         planner = Planner(net, settings.cpu)
         write_in_graph(net, stored, planner)
         net(image)
@@ -308,12 +308,12 @@ def to_onnx(
         separate_divisions(model)
     simplify(model)
     narrow_weights(model, stored)
-    opset = max([LOWEST_OPSET, *(OPSETS[weight.width] for weight in stored.values())])
+    opset = max([MIN_OPSET, *(OPSETS[weight.width] for weight in stored.values())])
     model.opset_imports[""] = opset
     proto = _to_proto(model)
     opset_id = onnx.helper.make_opsetid("", opset)
-    lowest_version = onnx.helper.find_min_ir_version_for([opset_id])
-    proto.ir_version = max(proto.ir_version, lowest_version)
+    min_version = onnx.helper.find_min_ir_version_for([opset_id])
+    proto.ir_version = max(proto.ir_version, min_version)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -322,7 +322,7 @@ def to_onnx(
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
     """Write any model in ONNX, for any number of images, with torch's exporter."""
-    net = unfused(net)
+    net = copy_unfused(net)
     names = _name_outputs(net, image)
     return _to_proto(_trace(net, image, names, dynamic_batch=True))
 
@@ -352,7 +352,7 @@ def _trace(
             net,
             (images,),
             dynamo=True,
-            opset_version=LOWEST_OPSET,
+            opset_version=MIN_OPSET,
             dynamic_shapes=dynamic_shapes,
             input_names=[INPUT],
             output_names=names,
@@ -381,7 +381,7 @@ def _trace(
     # Do not fold constants that would make the file larger, such as outer products of two vectors;
     # runtimes compute them when they open the file.
     optimizer.optimize_ir(
-        program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold
+        program.model, output_size_limit=MAX_CONSTANT_ELEMENTS, should_fold=should_fold
     )
     return program.model
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.export.codes import LARGEST_INT8, QuantizedTensor, StoredWeight, number
+from qat.export.codes import MAX_INT8_CODE, QuantizedTensor, StoredWeight, dequantize
 from qat.functional.ste import view_along
-from qat.model.freeze import DIRECT
+from qat.model.freeze import DIRECT_ATTENTIONS
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.nn.attention import ScoredAttention
 from qat.nn.attention_interface import HeadProducts
 from qat.nn.fqvit import FqAttention
 from qat.nn.qkr_attention import QkrAttention
 
-_RIGHT = frozenset({"k", "v"})
+_RIGHT_ROLES = frozenset({"k", "v"})
 ONE = torch.ones(())
 _CONSTANTS = (
     "scale",
@@ -86,12 +86,12 @@ class Planner:
 
     Args:
         net: a frozen model; it is changed: the factors of scores in its attentions become 1.
-        cpu: `any` or `fast`, see `added_code`.
+        cpu: `any` or `fast`, see `code_offset`.
 
     Attributes:
         plans: plans of all products and dequantized codes, in the order in which they run.
-        divided: quantizers that need not divide by their step size, because the product before them
-            does.
+        predivided: quantizers that need not divide by their step size, because the product before
+            them does.
         rows: for each weight, the step sizes that divide its outputs, (N, blocks): one for each
             token and part of the outputs.
         columns: for each weight, the step sizes that divide its outputs, (out,): one for each
@@ -105,7 +105,7 @@ class Planner:
     def __init__(self, net: nn.Module, cpu: str) -> None:
         self.cpu = cpu
         self.plans: list[Plan] = []
-        self.divided: set[nn.Module] = set()
+        self.predivided: set[nn.Module] = set()
         self.rows: dict[nn.Module, Tensor] = {}
         self.columns: dict[nn.Module, Tensor] = {}
         self.steps: dict[tuple[str, str], Tensor] = {}
@@ -114,7 +114,7 @@ class Planner:
                 _fold_scores(self, module)
             elif isinstance(module, HeadProducts):
                 _fold_factor(self, module)
-            if type(module) in DIRECT:
+            if type(module) in DIRECT_ATTENTIONS:
                 _fold_queries_keys_values(self, module)
             elif isinstance(module, QkrAttention):
                 _fold_reparameterized(self, module)
@@ -127,18 +127,22 @@ class Planner:
         zero = torch.zeros(())
         if grid.zero_point is not None:
             zero = view_along(grid.zero_point, x.ndim, grid.axis)
-        first_code = whole_zero(grid)
+        first_code = integer_zero_point(grid)
         scale = view_along(grid.scale, x.ndim, grid.axis).float().expand(x.shape)
         shift = (first_code - zero).float().expand(x.shape)
         after = None if grid.after is None else grid.after.float().expand(x.shape)
-        added = added_code(grid, self.cpu) + first_code
-        return QuantizedTensor(x, scale, shift, after, grid.name, added, self)
+        zero_code = code_offset(grid, self.cpu) + first_code
+        return QuantizedTensor(x, scale, shift, after, grid.name, zero_code, self)
 
-    def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
-        """Add the plan of dequantizing codes; a weight needs no plan."""
+    def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
+        """Add the plan of a dequantization; a weight needs no plan."""
         if isinstance(x, StoredWeight):
             return x.value
-        plan = Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after))
+        plan = Plan(
+            scale=squeeze_constant_dims(x.scale),
+            row=squeeze_constant_dims(x.shift),
+            constant=squeeze_constant_dims(x.after),
+        )
         self.plans.append(plan)
         return x.codes
 
@@ -149,10 +153,10 @@ class Planner:
         if isinstance(b, StoredWeight):
             return self._product_with_weight(a, b, bias)
         step = self.steps.get((a.name, b.name), ONE)
-        a = _offset_in_shift(a, -1)
-        b = _offset_in_shift(b, -2)
-        if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None:
-            self.plans.append(_with_activation(a, b, step))
+        a = _fold_offset_into_shift(a, -1)
+        b = _fold_offset_into_shift(b, -2)
+        if _is_constant_along(a, -1) and _is_constant_along(b, -2) and b.after is None:
+            self.plans.append(_plan_activation_product(a, b, step))
         else:
             self._product_of_numbers(a, b, step)
         return torch.matmul(a.codes, b.codes)
@@ -162,8 +166,8 @@ class Planner:
     ) -> Tensor:
         rows = self.rows.get(b.frozen)
         step = self.columns.get(b.frozen, ONE)
-        if _is_outside(a, -1):
-            self.plans.append(_with_weight(a, b, bias, rows, step))
+        if _is_constant_along(a, -1):
+            self.plans.append(_plan_weight_product(a, b, bias, rows, step))
         else:
             if rows is not None:
                 step = (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
@@ -175,8 +179,8 @@ class Planner:
     ) -> None:
         scale = None if step is ONE else 1 / step
         self.plans.append(Plan(on_codes=False, scale=scale))
-        number(a)
-        number(b)
+        dequantize(a)
+        dequantize(b)
 
 
 def _fold_scores(planner: Planner, attention: Any) -> None:
@@ -191,7 +195,7 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
     scores_grid = getattr(attention, "scores_quantizer", None)
     if _has_no_offset(scores_grid) and scores_grid.scale.numel() == 1:
         step = step * scores_grid.scale.reshape(())
-        planner.divided.add(scores_grid)
+        planner.predivided.add(scores_grid)
     planner.steps[left.name, right.name] = step
     if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
         attention.folded_bias *= scale
@@ -237,7 +241,7 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
     columns = []
     token_scales: list[Tensor | None] = []
     for grid in grids:
-        if _is_each_token(grid):
+        if _has_token_scales(grid):
             columns.append(torch.ones(size))
             token_scales.append(grid.scale)
         else:
@@ -249,7 +253,7 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
         ones = torch.ones(num_tokens)
         rows = [ones if scale is None else scale for scale in token_scales]
         planner.rows[weight] = torch.stack(rows, 1)
-    planner.divided.update(grids)
+    planner.predivided.update(grids)
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
@@ -260,19 +264,19 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
     matrix = attention.qk_quantizer
     if isinstance(matrix, FrozenWeight) and _has_no_offset(keys):
         size = len(matrix.stored)
-        if _is_each_token(keys):
+        if _has_token_scales(keys):
             planner.columns[matrix] = torch.ones(size)
             planner.rows[matrix] = keys.scale.reshape(-1, attention.num_heads)
         else:
             planner.columns[matrix] = keys.scale.expand(size)
-        planner.divided.add(keys)
+        planner.predivided.add(keys)
     values = attention.v_quantizer
     weight = getattr(attention.v, "weight_quantizer", None)
     if not isinstance(weight, FrozenWeight) or not _has_no_offset(values):
         return
-    if not _is_each_token(values):
+    if not _has_token_scales(values):
         planner.columns[weight] = values.scale.expand(attention.v.out_features)
-        planner.divided.add(values)
+        planner.predivided.add(values)
 
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
@@ -281,19 +285,19 @@ def _fold_heads(planner: Planner, attention: Any) -> None:
     values = attention.v_quantizer
     grid = getattr(attention.proj, "input_quantizer", None)
     has_norm = not isinstance(attention.norm, nn.Identity)
-    if has_norm or attention.gate is not None or attention.groups != 1:
+    if has_norm or attention.gate is not None or attention.heads_per_group != 1:
         return
     if not (isinstance(probs, FrozenActivation) and isinstance(values, FrozenActivation)):
         return
     if not _has_no_offset(grid):
         return
     step = grid.scale
-    if _is_each_token(grid):
+    if _has_token_scales(grid):
         step = step.unsqueeze(-1)
     elif step.numel() > 1:
         step = step.reshape(attention.num_heads, 1, -1)
     planner.steps[probs.name, values.name] = step
-    planner.divided.add(grid)
+    planner.predivided.add(grid)
 
 
 def _has_no_norms(attention: nn.Module) -> bool:
@@ -306,11 +310,11 @@ def _has_no_offset(grid: object) -> TypeGuard[FrozenActivation]:
     return isinstance(grid, FrozenActivation) and grid.before is None
 
 
-def _is_each_token(grid: FrozenActivation) -> bool:
+def _has_token_scales(grid: FrozenActivation) -> bool:
     return grid.scale.numel() > 1 and grid.axis == -2
 
 
-def whole_zero(grid: FrozenActivation) -> int:
+def integer_zero_point(grid: FrozenActivation) -> int:
     """The code that products subtract: the code of 0, or the first code above 0 if 0 has none."""
     zero = 0.0
     if grid.zero_point is not None:
@@ -318,7 +322,7 @@ def whole_zero(grid: FrozenActivation) -> int:
     return int(min(max(zero, grid.qmin), grid.qmax))
 
 
-def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
+def code_offset(grid: FrozenActivation, cpu: str) -> Tensor:
     """The number to add to codes so that they fit 8 bits: (), in the 8-bit type.
 
     Runtimes are fastest at uint8 times int8, so the right factor of a product is int8 unless the
@@ -326,18 +330,18 @@ def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
 
     Args:
         grid: the quantizer of the codes.
-        cpu: `any` chooses uint8 for the right factor if codes are beyond `LARGEST_INT8`; `fast`
+        cpu: `any` chooses uint8 for the right factor if codes are beyond `MAX_INT8_CODE`; `fast`
             always chooses int8.
     """
-    added = -128 if grid.qmax > 127 else 0
-    is_small = max(-(grid.qmin + added), grid.qmax + added) <= LARGEST_INT8
-    if grid.spec.role in _RIGHT and (is_small or cpu == "fast"):
-        return torch.tensor(added, dtype=torch.int8)
+    offset = -128 if grid.qmax > 127 else 0
+    is_small = max(-(grid.qmin + offset), grid.qmax + offset) <= MAX_INT8_CODE
+    if grid.spec.role in _RIGHT_ROLES and (is_small or cpu == "fast"):
+        return torch.tensor(offset, dtype=torch.int8)
     return torch.tensor(max(-grid.qmin, 0), dtype=torch.uint8)
 
 
-def smallest(t: Tensor | None) -> Any:
-    """Shrink a tensor to size 1 along dimensions where it is constant. Returns None if it is 0."""
+def squeeze_constant_dims(t: Tensor | None) -> Any:
+    """Shrink a tensor to size 1 along dimensions where it is constant. Returns None for zeros."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):
@@ -347,12 +351,14 @@ def smallest(t: Tensor | None) -> Any:
     return t.contiguous()
 
 
-def _is_outside(x: QuantizedTensor, dim: int) -> bool:
+def _is_constant_along(x: QuantizedTensor, dim: int) -> bool:
     """True if scale and shift do not vary along a summed dimension."""
-    return all(t is None or t.shape[dim] == 1 for t in (smallest(x.scale), smallest(x.shift)))
+    scale = squeeze_constant_dims(x.scale)
+    shift = squeeze_constant_dims(x.shift)
+    return all(t is None or t.shape[dim] == 1 for t in (scale, shift))
 
 
-def _with_weight(
+def _plan_weight_product(
     a: QuantizedTensor,
     stored: StoredWeight,
     bias: Tensor | None,
@@ -368,9 +374,9 @@ def _with_weight(
         rows: divisors of the outputs for each token and part of the outputs, see `Planner.rows`.
         step: divisors of the outputs for each channel, see `Planner.columns`.
     """
-    scale = _double_or_zero(smallest(a.scale))
-    shift = _double_or_zero(smallest(a.shift))
-    sums = _double_or_zero(stored.constant)
+    scale = _to_double(squeeze_constant_dims(a.scale))
+    shift = _to_double(squeeze_constant_dims(a.shift))
+    sums = _to_double(stored.constant)
     factors = stored.factors.double()
     columns = 1 / step.double()
     has_one_scale = scale.numel() == 1
@@ -415,16 +421,16 @@ def _with_weight(
         blocks=blocks,
         weight_scale=weight_scale,
         weight_zero=weight_zero,
-        row=_with_ndim(row, ndim) if row.any() else None,
+        row=_add_leading_dims(row, ndim) if row.any() else None,
         ones=ones,
-        sums=None if ones is None else _with_ndim(sums, ndim),
-        scale=_with_ndim(outer_scale, ndim_split),
-        constant=_with_ndim(constant, ndim_split),
-        later=_with_ndim(later, ndim_split),
+        sums=None if ones is None else _add_leading_dims(sums, ndim),
+        scale=_add_leading_dims(outer_scale, ndim_split),
+        constant=_add_leading_dims(constant, ndim_split),
+        later=_add_leading_dims(later, ndim_split),
     )
 
 
-def _double_or_zero(t: Tensor | None) -> Tensor:
+def _to_double(t: Tensor | None) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if t is None else t.double()
 
 
@@ -433,7 +439,7 @@ def _constant_of_linear(
 ) -> Tensor | None:
     """The bias, plus the weight times the offset after the quantizer of `a`."""
     constant = None if bias is None else bias.double()
-    after = smallest(a.after)
+    after = squeeze_constant_dims(a.after)
     if after is None:
         return constant
     in_features = stored.factors.shape[1]
@@ -441,28 +447,28 @@ def _constant_of_linear(
     return offset if constant is None else constant + offset
 
 
-def _with_ndim(t: Tensor | None, ndim: int) -> Tensor | None:
+def _add_leading_dims(t: Tensor | None, ndim: int) -> Tensor | None:
     """Convert a tensor to float32, and add leading dimensions of size 1."""
     if t is None:
         return None
     return t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
 
 
-def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
+def _fold_offset_into_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
     """Make an offset part of the shift, if the offset is constant along the summed dimension."""
-    after = smallest(x.after)
+    after = squeeze_constant_dims(x.after)
     if after is None or after.shape[dim] > 1:
         return x
     return dataclasses.replace(x, shift=x.shift + after / x.scale, after=None)
 
 
-def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
+def _plan_activation_product(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
     """Plan of the product ((A + da) sa + ca) ((B + db) sb), divided by a step size."""
-    sa = smallest(a.scale)
-    da = smallest(a.shift)
-    ca = smallest(a.after)
-    sb = smallest(b.scale)
-    db = smallest(b.shift)
+    sa = squeeze_constant_dims(a.scale)
+    da = squeeze_constant_dims(a.shift)
+    ca = squeeze_constant_dims(a.after)
+    sb = squeeze_constant_dims(b.scale)
+    db = squeeze_constant_dims(b.shift)
     row = None
     constant = None
     ones = None

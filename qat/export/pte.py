@@ -20,20 +20,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import Checked, check_difference, compare
+from qat.export.check import (
+    MAX_ROUNDING_RATIO,
+    SLIGHT_FACTOR,
+    CheckResult,
+    check_difference,
+    compare,
+)
 from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
-from qat.export.write import require_int8, unfused
+from qat.export.write import copy_unfused, require_int8
 from qat.model.frozen import FrozenActivation
 from qat.nn.linear import QuantLinear
 
-LOWEST = -128
-HIGHEST = 127
+INT8_MIN = -128
+INT8_MAX = 127
 
 
 def write_pte(
     path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Tensor]
-) -> tuple[Checked, dict[str, Any]]:
+) -> tuple[CheckResult, dict[str, Any]]:
     """Write an ExecuTorch file, and compare it with its model.
 
     Args:
@@ -44,7 +50,7 @@ def write_pte(
 
     Returns:
         The comparison of file and model; and the dict that `to_pte` returns, with an additional
-        entry `logits_apart`: the largest difference, as a share of the largest logit.
+        entry `logits_apart`: the maximum difference, relative to the largest logit.
 
     Raises:
         UsageError: ExecuTorch does not support the model.
@@ -55,9 +61,9 @@ def write_pte(
     agreement = compare(net, logits, None, images)
     # The codes that a file computes cannot be read. Instead, images that differ only by float
     # rounding show how much values on thresholds can change the logits of this model.
-    check_difference(agreement, net, images, lambda x: x * (1 + 1e-6), 2)
-    report = report | {"logits_apart": round(agreement.apart, 6)}
-    return Checked({EXECUTORCH: agreement}), report
+    check_difference(agreement, net, images, lambda x: x * SLIGHT_FACTOR, MAX_ROUNDING_RATIO)
+    report = report | {"logits_apart": round(agreement.relative_error, 6)}
+    return CheckResult({EXECUTORCH: agreement}), report
 
 
 @quiet()
@@ -78,7 +84,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
         UsageError: XNNPACK does not support a quantizer, or torch or ExecuTorch cannot export the
             model.
     """
-    net = unfused(net).cpu()
+    net = copy_unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
     # ExecuTorch is an optional dependency.
@@ -93,17 +99,17 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     try:
         net(image)
         program = torch.export.export(net, (image,))
-        lowered = to_edge_transform_and_lower(
+        lowered_program = to_edge_transform_and_lower(
             program, [RemoveNoopExpandCopyPass()], [XnnpackPartitioner()]
         )
-        content = lowered.to_executorch().buffer
+        content = lowered_program.to_executorch().buffer
     except Exception as error:
         cause = " ".join(str(error).split())
         raise UsageError(
             f"format=executorch: ExecuTorch cannot export this model: {cause[:300]}"
         ) from error
     outside_xnnpack: Counter[str] = Counter()
-    for node in lowered.exported_program().graph.nodes:
+    for node in lowered_program.exported_program().graph.nodes:
         name = str(node.target)
         if node.op == "call_function" and name.startswith("aten."):
             outside_xnnpack[name.split(".")[1]] += 1
@@ -118,18 +124,18 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
 
     Returns the names of layers that compute in float, with `*` in place of numbers.
     """
-    on_codes = set()
+    integer_quantizers = set()
     for name, weight in stored.items():
         layer = net.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, QuantLinear) and isinstance(layer.input_quantizer, FrozenActivation):
             _multiply_codes(layer, layer.input_quantizer, weight)
-            on_codes.add(layer.input_quantizer)
+            integer_quantizers.add(layer.input_quantizer)
         else:
             weight.frozen.stored = weight.value
             weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
     float_layers: dict[str, None] = {}  # in order, without repetitions
     for grid in net.modules():
-        if isinstance(grid, FrozenActivation) and grid not in on_codes:
+        if isinstance(grid, FrozenActivation) and grid not in integer_quantizers:
             grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)
             name = re.sub(r"\.\d+(?=\.)", ".*", grid.name)
             float_layers[name.rpartition(".")[0]] = None
@@ -140,7 +146,7 @@ def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
     """Round `x` to the grid of a quantizer."""
     operators = torch.ops.quantized_decomposed
     x = x.clamp(qmin * step, qmax * step)
-    grid = (step, 0, LOWEST, HIGHEST, torch.int8)
+    grid = (step, 0, INT8_MIN, INT8_MAX, torch.int8)
     codes = operators.quantize_per_tensor(x, *grid)
     return operators.dequantize_per_tensor(codes, *grid)
 
@@ -149,7 +155,7 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
     """Make XNNPACK run a linear layer on integers: an 8-bit input and a 4- or 8-bit weight."""
     operators = torch.ops.quantized_decomposed
     step = float(grid.scale)
-    bounds = (LOWEST, HIGHEST)
+    bounds = (INT8_MIN, INT8_MAX)
     if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7:
         bounds = (-8, 7)
     frozen = weight.frozen
@@ -161,12 +167,12 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
 
     def forward(x: Tensor) -> Tensor:
         if layer.ends is None:  # on the first call, before torch traces the layer
-            layer.ends = torch.tensor([LOWEST * step, HIGHEST * step]).repeat(*x.shape[:-1], 1)
+            layer.ends = torch.tensor([INT8_MIN * step, INT8_MAX * step]).repeat(*x.shape[:-1], 1)
         x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
         row_grid = (
             *operators.choose_qparams_per_token_asymmetric(x, torch.int8),
-            LOWEST,
-            HIGHEST,
+            INT8_MIN,
+            INT8_MAX,
             torch.int8,
         )
         codes = operators.quantize_per_token(x, *row_grid)

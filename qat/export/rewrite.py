@@ -21,7 +21,7 @@ from qat.export.write import CODES
 _FUSED_WITH_FACTOR = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
 # Onnxruntime moves QuantizeLinear before these operators, as before MaxPool, or fuses them with
 # Conv.
-_PASSED = frozenset({
+_PASSED_OPERATORS = frozenset({
     "Reshape",
     "Transpose",
     "Squeeze",
@@ -48,18 +48,18 @@ def simplify(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
+def _constant_array(value: ir.Value | None) -> np.ndarray | None:
     """The content of a constant. Returns None for any other value."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
-def _split(node: ir.Node) -> Any:
+def _split_constant(node: ir.Node) -> Any:
     """The variable and the constant input of an operator, if it has one of each; else None."""
     left, right = node.inputs
     for variable, constant in ((left, right), (right, left)):
-        array = _array(constant)
+        array = _constant_array(constant)
         if array is not None:
             return variable, array
     return None
@@ -94,14 +94,14 @@ def _store(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     """Replace LayerNormalization(x, g, b) + c by LayerNormalization(x, g, b + c)."""
-    parts = _split(node)
+    parts = _split_constant(node)
     if parts is None:
         return
     normalized, offset = parts
     norm = _single_use(normalized, "LayerNormalization")
     if norm is None or len(norm.inputs) < 3:
         return
-    bias = _array(norm.inputs[2])
+    bias = _constant_array(norm.inputs[2])
     if bias is None or offset.size not in {1, bias.size}:
         return
     norm.replace_input_with(2, _store(graph, f"{norm.name}.bias", bias + offset.reshape(-1)))
@@ -111,7 +111,7 @@ def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
 def _skip_reshape(graph: ir.Graph, node: ir.Node) -> None:
     """Skip a Reshape before another Reshape, unless the second copies sizes from the first."""
     first = _single_use(node.inputs[0], "Reshape")
-    shape = _array(node.inputs[1])
+    shape = _constant_array(node.inputs[1])
     if first and shape is not None and (shape != 0).all():
         node.replace_input_with(0, first.inputs[0])
 
@@ -124,10 +124,10 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
     if node.attributes.get_int("keepdims", 1) or len(node.inputs) < 2:
         return
     node.attributes["keepdims"] = ir.AttrInt64("keepdims", 1)
-    squeezed = ir.node("Squeeze", [node.outputs[0], node.inputs[1]])
-    node.outputs[0].replace_all_uses_with(squeezed.outputs[0])
-    squeezed.replace_input_with(0, node.outputs[0])
-    graph.insert_after(node, squeezed)
+    squeeze_node = ir.node("Squeeze", [node.outputs[0], node.inputs[1]])
+    node.outputs[0].replace_all_uses_with(squeeze_node.outputs[0])
+    squeeze_node.replace_input_with(0, node.outputs[0])
+    graph.insert_after(node, squeeze_node)
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
@@ -139,7 +139,7 @@ def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
     """
     clip = _single_use(node.inputs[0], "Clip")
     mul = clip and _single_use(clip.inputs[0], "Mul")
-    parts = mul and _split(mul)
+    parts = mul and _split_constant(mul)
     if not parts:
         return
     x, step = parts
@@ -175,11 +175,11 @@ def separate_divisions(model: ir.Model) -> None:
 
 
 def _is_passed(node: ir.Node) -> bool:
-    """True for `_PASSED`, and for Mul or Add by a constant per channel, as in a frozen norm."""
+    """True for `_PASSED_OPERATORS`, and for Mul or Add by a number per channel, as in a norm."""
     if node.op_type in {"Mul", "Add"}:
-        parts = _split(node)
+        parts = _split_constant(node)
         return parts is not None and parts[1].ndim == 4
-    return node.op_type in _PASSED
+    return node.op_type in _PASSED_OPERATORS
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
@@ -190,16 +190,19 @@ def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
     graph = model.graph
     int8_one = _store(graph, "onnx.int8_one", np.array(1, np.int8))
     for value in list(graph.initializers.values()):
-        site, _, name = (value.name or "").rpartition(".")
-        if name != CODES or site not in stored or stored[site].width not in _NARROW_TYPES:
+        weight_name, _, name = (value.name or "").rpartition(".")
+        if name != CODES or weight_name not in stored:
             continue
-        first = graph[0]
+        width = stored[weight_name].width
+        if width not in _NARROW_TYPES:
+            continue
+        first_node = graph[0]
         codes = value.const_value.numpy()  # type: ignore[union-attr]
-        narrow = codes.astype(_NARROW_TYPES[stored[site].width])
-        narrow_value = _store(graph, f"{value.name}.stored", narrow)
-        factors = _insert(graph, first, "Cast", narrow_value, to=ir.DataType.INT8)
-        if stored[site].is_doubled:
-            doubled = _insert(graph, first, "Add", factors, factors)
-            factors = _insert(graph, first, "Add", doubled, int8_one)
+        narrow_codes = codes.astype(_NARROW_TYPES[width])
+        narrow_value = _store(graph, f"{value.name}.stored", narrow_codes)
+        factors = _insert(graph, first_node, "Cast", narrow_value, to=ir.DataType.INT8)
+        if stored[weight_name].is_doubled:
+            doubled = _insert(graph, first_node, "Add", factors, factors)
+            factors = _insert(graph, first_node, "Add", doubled, int8_one)
         value.replace_all_uses_with(factors)
     RemoveUnusedNodesPass()(model)

@@ -36,14 +36,14 @@ Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Suppress logs, warnings and output of the exporters and quantizers of other libraries."""
-    before = logging.root.manager.disable
+    previous_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)
 
 
 def has_openvino() -> bool:
@@ -79,7 +79,7 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
-    if saturates():
+    if int8_sums_saturate():
         # This setting converts int8 weights of products to uint8.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     constants = onnx.load_from_string(content).graph.initializer
@@ -97,7 +97,7 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
 
 
 @functools.cache
-def saturates() -> bool:
+def int8_sums_saturate() -> bool:
     """True if onnxruntime's sums of uint8 * int8 saturate on this machine (x86 without VNNI)."""
     import onnxruntime  # noqa: PLC0415  (an extra)
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415  (an extra)
@@ -119,8 +119,8 @@ def saturates() -> bool:
 def _openvino_core() -> Any:
     """OpenVINO's core, created once per process.
 
-    It is never closed: that would free the stack that OpenVINO provides for signal handlers, and
-    the next signal would crash the process.
+    The core is never closed, because closing would free the stack that OpenVINO provides for signal
+    handlers, and the next signal would crash the process.
     """
     # OpenVINO imports absl, which later closes the stderr that it finds, unless it is the stderr of
     # the process.

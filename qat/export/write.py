@@ -15,39 +15,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.codes import QuantizedTensor, StoredWeight, number
-from qat.export.plan import Planner, added_code, whole_zero
+from qat.export.codes import QuantizedTensor, StoredWeight, dequantize
+from qat.export.plan import Planner, code_offset, integer_zero_point
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenFp8Activation, FrozenWeight
 from qat.model.sites import iter_quantizers
 from qat.spec import OUTPUT_ROLES
-from qat.utils.probing import copied
+from qat.utils.probing import copy_net
 from qat.utils.validate import FP8
 
 # Sums and norms use the outputs of these quantizers; products do not.
-_NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
+_FLOAT_ROLES = frozenset(OUTPUT_ROLES) - {"qkv"}
 # Metadata key of an operator, for the name of its quantizer.
 SITE = "qat.site"
 # Name of the buffer for a weight's codes, which `narrow_weights` later stores in a narrower type.
 CODES = "onnx_codes"
 
 
-def call_name(site: str, names: Container[str]) -> str:
-    """The quantizer's name, or NAME#2, NAME#3... if `names` has it because it ran before."""
-    name = site
-    number = 1
-    while name in names:
-        number += 1
-        name = f"{site}#{number}"
+def call_name(quantizer_name: str, used_names: Container[str]) -> str:
+    """The quantizer's name; NAME#2, NAME#3 ... for its later calls in the same forward."""
+    name = quantizer_name
+    call_index = 1
+    while name in used_names:
+        call_index += 1
+        name = f"{quantizer_name}#{call_index}"
     return name
 
 
-def unfused(net: nn.Module) -> nn.Module:
+def copy_unfused(net: nn.Module) -> nn.Module:
     """Copy a model in evaluation mode; float attentions of the copy use separate operators.
 
     Torch can export timm's fused attention only for tensors of four dimensions.
     """
-    net = copied(net).eval()
+    net = copy_net(net).eval()
     for module in net.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
@@ -61,7 +61,7 @@ def write_in_graph(
 
     def activation(grid: Any, x: Tensor) -> Any:
         quantized = graph.activation(grid, x)
-        return number(quantized) if grid.spec.role in _NUMBERS else quantized
+        return dequantize(quantized) if grid.spec.role in _FLOAT_ROLES else quantized
 
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
@@ -88,25 +88,25 @@ def _register_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
 
 
 def _register_activation(
-    grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None
+    quantizer: Any, step: Tensor, offset: Tensor, input_factor: Tensor | None = None
 ) -> None:
     """Register the buffers of an activation quantizer.
 
     Args:
-        grid: the quantizer.
+        quantizer: the quantizer.
         step: scale of QuantizeLinear, ().
-        added: number that is added to codes so that they fit 8 bits, see `added_code`.
-        inverse: factor of the input that replaces a division by scales, which would take runtimes
-            twice as long; None = 1.
+        offset: number that is added to codes so that they fit 8 bits, see `code_offset`.
+        input_factor: factor of the input that replaces a division by scales, which would take
+            runtimes twice as long; None = 1.
     """
-    grid.register_buffer("onnx_step", step)
-    grid.register_buffer("onnx_inverse", inverse)
-    grid.register_buffer("onnx_added", added)
-    grid.register_buffer("onnx_zero", added + whole_zero(grid))
-    grid.onnx_bounds = None
-    if grid.qmax - grid.qmin != 255:
+    quantizer.register_buffer("onnx_step", step)
+    quantizer.register_buffer("onnx_inverse", input_factor)
+    quantizer.register_buffer("onnx_added", offset)
+    quantizer.register_buffer("onnx_zero", offset + integer_zero_point(quantizer))
+    quantizer.onnx_bounds = None
+    if quantizer.qmax - quantizer.qmin != 255:
         # The grid has fewer values than the 8-bit type, so Clip needs the ends of the grid.
-        grid.onnx_bounds = (grid.qmin * float(step), grid.qmax * float(step))
+        quantizer.onnx_bounds = (quantizer.qmin * float(step), quantizer.qmax * float(step))
 
 
 class Writer(nn.Module):
@@ -124,16 +124,17 @@ class Writer(nn.Module):
         self.plans = nn.ModuleList(planner.plans)
         self.position = 0
         self.register_buffer("one", torch.ones(()))
-        for grid in net.modules():
-            if not isinstance(grid, FrozenActivation):
+        for quantizer in net.modules():
+            if not isinstance(quantizer, FrozenActivation):
                 continue
-            is_divided = grid in planner.divided
+            is_predivided = quantizer in planner.predivided
             # QuantizeLinear takes twelve times as long with a step size per token as with one step
             # size.
-            has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
-            step = grid.scale.reshape(()) if has_step else torch.ones(())
-            inverse = None if has_step or is_divided else 1 / grid.scale
-            _register_activation(grid, step, added_code(grid, planner.cpu), inverse)
+            has_one_scale = quantizer.scale.numel() == 1 and quantizer.zero_point is None
+            has_step = has_one_scale and not is_predivided
+            step = quantizer.scale.reshape(()) if has_step else torch.ones(())
+            input_factor = None if has_step or is_predivided else 1 / quantizer.scale
+            _register_activation(quantizer, step, code_offset(quantizer, planner.cpu), input_factor)
 
     def restart(self, *_: Any) -> None:
         """Return to the first plan before the model runs again."""
@@ -157,15 +158,15 @@ class Writer(nn.Module):
         codes = _quantize(u, grid)
         return QuantizedTensor(codes, None, None, None, grid.name, grid.onnx_zero, self)
 
-    def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
-        """Write the dequantization (codes + shift) * scale + after."""
+    def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
+        """Write the dequantization (codes + row) * scale + constant; see `Plan`."""
         if isinstance(x, StoredWeight):
-            return self._weight(x)
-        plan = self._next()
+            return self._dequantize_weight(x)
+        plan = self._next_plan()
         if plan.row is None and plan.scale.numel() == 1:
-            y = self._dequantized(x, plan.scale.squeeze())
+            y = self._dequantize_codes(x, plan.scale.squeeze())
         else:
-            y = self._dequantized(x)
+            y = self._dequantize_codes(x)
             if plan.row is not None:
                 y = y + plan.row
             y = y * plan.scale
@@ -173,7 +174,7 @@ class Writer(nn.Module):
             y = y + plan.constant
         return y
 
-    def _weight(self, weight: StoredWeight) -> Tensor:
+    def _dequantize_weight(self, weight: StoredWeight) -> Tensor:
         """Write the dequantization of a weight.
 
         All operators here have constant inputs. With Cast in place of DequantizeLinear, onnxruntime
@@ -187,27 +188,27 @@ class Writer(nn.Module):
             "Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape
         )
         if frozen.onnx_zero is not None:
-            y = y - _for_outputs(frozen.onnx_zero, y)
-        y = y * _for_outputs(frozen.onnx_factor, y)
+            y = y - _broadcast_over_outputs(frozen.onnx_zero, y)
+        y = y * _broadcast_over_outputs(frozen.onnx_factor, y)
         if frozen.onnx_constant is not None:
-            y = y + _for_outputs(frozen.onnx_constant, y)
+            y = y + _broadcast_over_outputs(frozen.onnx_constant, y)
         return y.t() if y.ndim == 2 else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
         """Write a product according to its plan."""
-        plan = self._next()
+        plan = self._next_plan()
         is_weight = isinstance(b, StoredWeight)
         if not plan.on_codes:
-            left = number(a)
-            right = number(b)
+            left = dequantize(a)
+            right = dequantize(b)
             y = F.linear(left, right, bias) if is_weight else torch.matmul(left, right)
             return y if plan.scale is None else y * plan.scale
         # Runtimes would merge a product of matrices and an added vector into one float operator.
         is_flat = is_weight and a.ndim == 2
         if is_flat:
             a = a.unsqueeze(1)
-        left = self._dequantized(a)
-        right = self._weight_codes(b, plan) if is_weight else self._dequantized(b)
+        left = self._dequantize_codes(a)
+        right = self._weight_codes(b, plan) if is_weight else self._dequantize_codes(b)
         y = self._product_of_codes(plan, left, right)
         return y.squeeze(1) if is_flat else y
 
@@ -240,7 +241,7 @@ class Writer(nn.Module):
             y = y.flatten(-2)
         return y
 
-    def _next(self) -> Any:
+    def _next_plan(self) -> Any:
         plan = self.plans[self.position]
         self.position += 1
         return plan
@@ -249,11 +250,11 @@ class Writer(nn.Module):
         frozen: Any = weight.frozen
         return _dequantize(frozen.onnx_codes, plan.weight_scale, plan.weight_zero)
 
-    def _dequantized(self, x: QuantizedTensor, scale: Tensor | None = None) -> Tensor:
+    def _dequantize_codes(self, x: QuantizedTensor, scale: Tensor | None = None) -> Tensor:
         return _dequantize(x.codes, self.one if scale is None else scale, x.zero)
 
 
-def _for_outputs(t: Tensor, weight: Tensor) -> Tensor:
+def _broadcast_over_outputs(t: Tensor, weight: Tensor) -> Tensor:
     """View one number, or one number per output, so that it broadcasts with a weight.
 
     Outputs are the last dimension of a matrix, which is stored transposed, and the first dimension
@@ -303,30 +304,30 @@ class TensorRT:
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
-        kinds = {}
+        examples = {}
         for site in iter_quantizers(net):
             if not site.quantizer.is_float:
-                kinds[site.quantizer.spec.quantizer in FP8] = site.name
-        if len(kinds) == 2:
+                examples[site.quantizer.spec.quantizer in FP8] = site.name
+        if len(examples) == 2:
             raise UsageError(
-                f"format.target=tensorrt: {kinds[True]} has 8-bit floats and {kinds[False]} "
+                f"format.target=tensorrt: {examples[True]} has 8-bit floats and {examples[False]} "
                 "integers; must be floats or integers in the whole model"
             )
-        for grid in net.modules():
-            if isinstance(grid, FrozenActivation):
-                added = torch.zeros((), dtype=torch.int8)
-                _register_activation(grid, grid.scale.reshape(()), added)
-            elif isinstance(grid, FrozenFp8Activation):
-                step: Any = grid.quantizer.scale
-                grid.register_buffer("onnx_step", step.detach().reshape(()))
-                grid.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
+        for quantizer in net.modules():
+            if isinstance(quantizer, FrozenActivation):
+                offset = torch.zeros((), dtype=torch.int8)
+                _register_activation(quantizer, quantizer.scale.reshape(()), offset)
+            elif isinstance(quantizer, FrozenFp8Activation):
+                step: Any = quantizer.quantizer.scale
+                quantizer.register_buffer("onnx_step", step.detach().reshape(()))
+                quantizer.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
 
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Quantize and dequantize an activation."""
         codes = _quantize(x if grid.before is None else x + grid.before, grid)
         return _dequantize(codes, grid.onnx_step, grid.onnx_added)
 
-    def number(self, weight: StoredWeight) -> Tensor:
+    def dequantize(self, weight: StoredWeight) -> Tensor:
         """Dequantize a weight."""
         frozen: Any = weight.frozen
         is_matrix = weight.codes.ndim == 2
@@ -340,12 +341,12 @@ def compute_in_half(net: nn.Module) -> None:
     Raises:
         UsageError: the step size of an activation is below the smallest normal float16.
     """
-    lowest = torch.finfo(torch.float16).tiny
+    min_normal = torch.finfo(torch.float16).tiny
     for name, buffer in net.named_buffers():
-        if name.endswith("onnx_step") and buffer < lowest:
+        if name.endswith("onnx_step") and buffer < min_normal:
             raise UsageError(
                 f"format.precision=fp16: the step size of {name.removesuffix('.onnx_step')} "
-                f"({float(buffer):.1e}) is below the smallest normal float16 ({lowest:.1e}); "
+                f"({float(buffer):.1e}) is below the smallest normal float16 ({min_normal:.1e}); "
                 "use format.precision=fp32"
             )
     net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)

@@ -23,10 +23,10 @@ from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
 from qat.functional.lsq import (
     half_step_init_scale,
-    least_unit,
     lsq,
     lsq_codes,
     lsq_init_scale,
+    min_reliable_step,
     mse_init_scale,
     relative_step,
 )
@@ -36,7 +36,7 @@ from qat.functional.oscillation import (
     OscillationState,
     freezing_step,
     oscillation_step,
-    with_frozen,
+    replace_frozen,
 )
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import (
@@ -83,7 +83,7 @@ __all__ = [
     "lsq",
     "lsq_codes",
     "half_step_init_scale",
-    "least_unit",
+    "min_reliable_step",
     "relative_step",
     "lsq_init_scale",
     "mse_init_scale",
@@ -101,5 +101,5 @@ __all__ = [
     "statsq_scale",
     "statsq_with_scale",
     "view_along",
-    "with_frozen",
+    "replace_frozen",
 ]

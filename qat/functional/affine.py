@@ -127,11 +127,12 @@ def fake_quantize_affine(
         return dequantize_nearest_(x.float() / step, step, zero, qmin, qmax).to(x.dtype)
     u = x.float() / step + zero
     # The mask needs the codes before they are clamped, so `nearest_codes` does not fit.
-    rounded = u.detach().round()
+    unclamped_codes = u.detach().round()
     # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Clamping
-    # `round_ste(u)` fails as well: where u overflows, it computes inf - inf.
-    is_inside = (rounded >= qmin) & (rounded <= qmax)
-    codes = torch.where(is_inside, round_ste(u), rounded.clamp(qmin, qmax))
+    # `round_ste(u)` fails as well: where u overflows, `round_ste` computes
+    # inf - inf.
+    is_inside = (unclamped_codes >= qmin) & (unclamped_codes <= qmax)
+    codes = torch.where(is_inside, round_ste(u), unclamped_codes.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)
 
 

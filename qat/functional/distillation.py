@@ -83,8 +83,8 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
     eps = torch.finfo(torch.float32).eps
     distances = []
     for student_feature, teacher_feature in zip(student, teacher, strict=True):
-        goal = teacher_feature.detach().float().flatten(1)
-        error = (student_feature.float().flatten(1) - goal).square().mean(1)
-        variance = goal.var(1, correction=0).clamp(min=eps)
+        target = teacher_feature.detach().float().flatten(1)
+        error = (student_feature.float().flatten(1) - target).square().mean(1)
+        variance = target.var(1, correction=0).clamp(min=eps)
         distances.append((error / variance).mean())
     return torch.stack(distances).mean()

@@ -53,7 +53,7 @@ def noise_radius(bits: int) -> float:
 
 def draw(
     seed: int,
-    place: tuple[int, int, int],
+    cycle_index: tuple[int, int, int],
     length: int,
     radius: float | Tensor,
     *,
@@ -64,16 +64,16 @@ def draw(
 
     Args:
         seed: seed of the run.
-        place: (pass, block, cycle) for which the numbers are drawn, each counted from 0.
+        cycle_index: (pass, block, cycle) for which the numbers are drawn, each counted from 0.
         length: n, the number of entries of a candidate.
         radius: radius of the noise, a number or (n,), in the unit of a scale; for relative
-            noise, a fraction.
+            noise, a fraction of the scale.
         size: P, the number of members of the population.
         tournament: S, the number of members that compete.
     """
-    entropy = [n & 0xFFFFFFFF for n in (seed, *place)]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    entropy = [n & 0xFFFFFFFF for n in (seed, *cycle_index)]
+    seed_value = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed_value >> np.uint64(1)))
     members = torch.randint(size, (tournament,), generator=generator)
     uniform = torch.rand(length, generator=generator, dtype=torch.float64)
     return Draw(members, (2 * uniform - 1) * radius)
@@ -85,14 +85,20 @@ def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> P
     return Population(rows, torch.full((size,), loss, dtype=torch.float64))
 
 
-def best(population: Population) -> tuple[Tensor, float]:
-    """The candidate (n,) with the lowest loss, and this loss; of equal ones, the oldest."""
+def best_candidate(population: Population) -> tuple[Tensor, float]:
+    """The candidate (n,) with the lowest loss, and this loss.
+
+    If several losses are equal, return the oldest candidate.
+    """
     index = int(population.losses.argmin())
     return population.scales[index], float(population.losses[index])
 
 
 def select_parent(population: Population, members: Tensor) -> Tensor:
-    """The candidate (n,) with the lowest loss among `members` (S,); of equal ones, the first."""
+    """The candidate (n,) with the lowest loss among `members` (S,).
+
+    If several losses are equal, return the first candidate.
+    """
     winner = members[population.losses[members].argmin()]
     return population.scales[winner]
 
@@ -104,14 +110,16 @@ def mutate(parent: Tensor, noise: Tensor, *, relative: bool = False) -> Tensor:
     return (parent + noise).abs()
 
 
-def evolved_child(population: Population, drawn: Draw, *, relative: bool = False) -> Tensor:
+def evolve_child(population: Population, drawn: Draw, *, relative: bool = False) -> Tensor:
     """Candidate (n,) of an evolutionary search: the winner of a tournament, mutated."""
     parent = select_parent(population, drawn.members)
     return mutate(parent, drawn.noise, relative=relative)
 
 
-def insert(population: Population, child: Tensor, loss: float) -> Population:
-    """Insert a child, and drop the candidate with the highest loss; of equal ones, the newest.
+def insert_child(population: Population, child: Tensor, loss: float) -> Population:
+    """Insert a child, and drop the candidate with the highest loss.
+
+    If several losses are equal, drop the newest candidate.
 
     Args:
         population: P members.

@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.functional.block_floats import BLOCK_FORMATS, nearest_float
-from qat.functional.lsq import CodeRange, LSQFunction, step_of
+from qat.functional.block_floats import BLOCK_FORMATS, E4M3_MAX, nearest_float
+from qat.functional.lsq import CodeRange, LSQFunction, broadcast_step
 from qat.functional.ste import TINY
 
 E4M3 = BLOCK_FORMATS["mxfp", 8]
-LARGEST = 448
 
 
 class E4M3Range(CodeRange):
@@ -21,11 +20,11 @@ class E4M3Range(CodeRange):
 
     @property
     def floor(self) -> float:
-        """The lowest scale."""
+        """Minimum scale."""
         return TINY
 
-    def rounded(self, clamped: Tensor) -> Tensor:
-        """The value of E4M3 nearest to each x / s, ties to even; in units of the scale."""
+    def nearest(self, clamped: Tensor) -> Tensor:
+        """The value of E4M3 nearest to each x / s; ties round to even."""
         return nearest_float(clamped, E4M3)
 
 
@@ -40,7 +39,7 @@ def fp8_scale(low: Tensor, high: Tensor) -> Tensor:
         The shape of `low`, float32.
     """
     largest = torch.maximum(low.abs(), high.abs())
-    return (largest / LARGEST).clamp(min=2 * TINY)
+    return (largest / E4M3_MAX).clamp(min=2 * TINY)
 
 
 def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) -> Tensor:
@@ -57,8 +56,8 @@ def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) ->
         The shape and dtype of `x`. The gradient of `x` passes where |x| is at most 448 s, and is
         zero elsewhere. The gradient of `scale` is LSQ's, with values of E4M3 instead of codes.
     """
-    values = E4M3Range(-LARGEST, LARGEST, axis)
-    return LSQFunction.apply(x, scale, None, None, None, values, grad_factor)
+    value_range = E4M3Range(-E4M3_MAX, E4M3_MAX, axis)
+    return LSQFunction.apply(x, scale, None, None, None, value_range, grad_factor)
 
 
 def fp8_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
@@ -67,5 +66,6 @@ def fp8_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     Returns:
         uint8 in the shape of `x`: the bytes of `torch.float8_e4m3fn` values.
     """
-    u = x.detach().float() / step_of(scale.detach(), x.ndim, E4M3Range(-LARGEST, LARGEST, axis))
+    value_range = E4M3Range(-E4M3_MAX, E4M3_MAX, axis)
+    u = x.detach().float() / broadcast_step(scale.detach(), x.ndim, value_range)
     return nearest_float(u, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Multipliers are 8-bit integers; products are shifted right by up to 31 bits.
-_PLACES = 7
+# Multipliers are 8-bit integers from 2^7 on; products are shifted right by up to 31 bits.
+_MULTIPLIER_EXPONENT = 7
 _MAX_SHIFT = 31
 
 
@@ -32,19 +32,19 @@ def integer_layer_norm(
         (..., C) float32, multiples of `out_scale`. A constant row becomes the bias.
     """
     smallest = in_scale.min()
-    powers = (in_scale / smallest).round()
-    codes = (x.float() / in_scale).round() * powers
+    channel_powers = (in_scale / smallest).round()
+    codes = (x.float() / in_scale).round() * channel_powers
     mean = codes.mean(-1, keepdim=True) * smallest
     count = x.shape[-1]
     sum_of_squares = codes.square().sum(-1, keepdim=True)
     squared_sum = codes.sum(-1, keepdim=True).square()
-    spread = (count * sum_of_squares - squared_sum).clamp(min=0).sqrt()
-    std = smallest / count * spread
+    count_times_std = (count * sum_of_squares - squared_sum).clamp(min=0).sqrt()
+    std = smallest / count * count_times_std
     inverse_std = torch.where(std > 0, smallest / std, 0.0)
     factor = inverse_std * weight / out_scale
-    shifts = (_PLACES - factor.abs().log2().floor()).clamp(0, _MAX_SHIFT)
+    shifts = (_MULTIPLIER_EXPONENT - factor.abs().log2().floor()).clamp(0, _MAX_SHIFT)
     power = torch.exp2(shifts)
-    multiplier = (factor.abs() * power).floor().clamp(0, 2 ** (_PLACES + 1) - 1)
+    multiplier = (factor.abs() * power).floor().clamp(0, 2 ** (_MULTIPLIER_EXPONENT + 1) - 1)
     relative_mean = torch.where(std > 0, mean / std, 0.0)
     offset = ((bias - relative_mean * weight) / out_scale * power).round()
     scaled_codes = factor.sign() * multiplier * codes

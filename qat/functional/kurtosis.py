@@ -19,16 +19,16 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# Number of values up to which float64 costs no time. The rounding errors of so few float32 values
-# would not average out.
-FEW = 2**14
+# Maximum number of values for which float64 costs no time. The rounding errors of so few float32
+# values would not average out.
+MAX_FLOAT64_VALUES = 2**14
 
 
 def _kurtosis_dtype(w: Tensor) -> torch.dtype:
     if w.dtype == torch.float64:
         return torch.float64
     # MPS has no float64.
-    if w.numel() <= FEW and w.device.type != "mps":
+    if w.numel() <= MAX_FLOAT64_VALUES and w.device.type != "mps":
         return torch.float64
     return torch.float32
 
@@ -46,21 +46,21 @@ def kurtosis(w: Tensor) -> Tensor:
     Returns:
         Scalar. For a constant tensor or a single element, 0 with a gradient of 0.
     """
-    x = w.to(_kurtosis_dtype(w))
-    low, high = x.detach().aminmax()
+    values = w.to(_kurtosis_dtype(w))
+    low, high = values.detach().aminmax()
     # The deviations of a constant tensor are rounding errors, but its range is exactly zero. The
     # comparison is false for NaN, so NaN stays NaN.
     width = high - low
-    is_constant = width < torch.finfo(x.dtype).tiny
-    inverse = torch.where(is_constant, 0.0, 1 / width)
+    is_constant = width < torch.finfo(values.dtype).tiny
+    inverse_width = torch.where(is_constant, 0.0, 1 / width)
     # Kurtosis does not depend on the scale: deviations below 1 keep fourth powers inside float32.
-    deviation = (x - x.mean()) * inverse
+    deviation = (values - values.mean()) * inverse_width
     # The mean has a rounding error, which is large for weights far from zero, so subtract the mean
     # again.
-    square = (deviation - deviation.mean()).square()
-    variance = square.sum() / max(w.numel() - 1, 1)
+    squared_deviation = (deviation - deviation.mean()).square()
+    variance = squared_deviation.sum() / max(w.numel() - 1, 1)
     variance = torch.where(variance == 0, 1.0, variance)
-    result = square.square().mean() / variance.square()
+    result = squared_deviation.square().mean() / variance.square()
     return result.to(torch.promote_types(w.dtype, torch.float32))
 
 
@@ -76,7 +76,9 @@ def kurtoses(weights: Iterable[Tensor]) -> Tensor:
     return torch.stack([kurtosis(w) for w in tensors])
 
 
-def kure_of(values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "mean") -> Tensor:
+def kure_from_kurtoses(
+    values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "mean"
+) -> Tensor:
     """`kure_loss`, computed from kurtoses (L,)."""
     check_kure("target", target, "reduction", reduction)
     return _REDUCTIONS[reduction]((values - target).square())
@@ -98,7 +100,7 @@ def kure_loss(
     """
     if isinstance(weights, Tensor):
         weights = [weights]
-    return kure_of(kurtoses(weights), target, reduction)
+    return kure_from_kurtoses(kurtoses(weights), target, reduction)
 
 
 def check_kure(

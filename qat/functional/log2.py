@@ -21,8 +21,8 @@ _C = 1.0
 _LN2 = 0.6931
 # Binary places of the integer exponential.
 _PLACES = 30
-# At scales above sqrt(_C / _A) = 1.67 the integer exponential of 0 would be 0.
-_COARSE = 1.6
+# Maximum scale of scores; above sqrt(_C / _A) = 1.67, the integer exponential of 0 would be 0.
+_MAX_SCALE = 1.6
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
     x = torch.maximum(x, _PLACES * ln2)
     shift = (x / ln2).floor()
     remainder = x - ln2 * shift
-    linear = (_B / _A / scale).floor()
-    constant = (_C / _A / scale.square()).floor()
-    polynomial = remainder * (remainder + linear) + constant
+    linear_term = (_B / _A / scale).floor()
+    constant_term = (_C / _A / scale.square()).floor()
+    polynomial = remainder * (remainder + linear_term) + constant_term
     return (polynomial * torch.exp2(_PLACES - shift)).floor().clamp(min=0)
 
 
@@ -124,13 +124,13 @@ def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     check_bits("bits", bits)
     scale = scale.float()
     power = torch.exp2(scale.log2().ceil() + 6)
-    scale = torch.where(scale > _COARSE, scale / power, scale)
-    steps = x.float() / scale
-    largest = steps.amax(-1, keepdim=True)
-    exponentials = _integer_exp(steps - largest, scale)
+    scale = torch.where(scale > _MAX_SCALE, scale / power, scale)
+    scores_in_steps = x.float() / scale
+    row_max = scores_in_steps.amax(-1, keepdim=True)
+    exponentials = _integer_exp(scores_in_steps - row_max, scale)
     total = exponentials.sum(-1, keepdim=True)
     ratio = (total / exponentials).round()
-    floor = ratio.log2().floor()
-    is_nearer_to_next = ratio >= 1.5 * torch.exp2(floor)
-    exponent = torch.where(is_nearer_to_next, floor + 1, floor)
+    floor_exponent = ratio.log2().floor()
+    is_nearer_to_next = ratio >= 1.5 * torch.exp2(floor_exponent)
+    exponent = torch.where(is_nearer_to_next, floor_exponent + 1, floor_exponent)
     return _power(exponent, bits).to(x.dtype)

@@ -1,7 +1,7 @@
 """LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210).
 
-`lsq_forward` and `lsq_backward` are the formulas. `qat.kernels` computes the same results in fewer
-passes over memory.
+`lsq_forward` and `lsq_backward` are the reference implementation. `qat.kernels` computes the same
+results in fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qat.functional.ste import (
     view_along,
 )
 
-# The smallest step size; smaller scales are raised to this value.
+# Minimum step size; smaller scales are raised to this value.
 SCALE_FLOOR = 1e-5
 # Candidate step sizes relative to LSQ's initial step size, eight for each power of two. At 2 bits,
 # finer candidates lower the error by less than 1 %.
@@ -37,13 +37,13 @@ SORTED_VALUES_PER_CODE = 20
 
 
 class CodeRange(NamedTuple):
-    """The codes of LSQ, and the dimension along which steps differ.
+    """The codes of LSQ, and the dimension along which step sizes differ.
 
     Attributes:
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which steps differ; None = one step for the tensor.
-        half: True = code k stands for (k + 1/2) steps, so as many values are below zero as above,
+        axis: dimension along which step sizes differ; None = one step size for the tensor.
+        half: True = code k stands for (k + 1/2) * s, so as many values are below zero as above,
             and zero is not one of the values.
     """
 
@@ -59,11 +59,11 @@ class CodeRange(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """The lowest step."""
+        """Minimum step size."""
         return SCALE_FLOOR
 
-    def rounded(self, clamped: Tensor) -> Tensor:
-        """Nearest grid values, in steps, to x / s clamped to `ends`; ties round to even."""
+    def nearest(self, clamped: Tensor) -> Tensor:
+        """Values of the grid nearest to x / s, which is clamped to `ends`; ties round to even."""
         # As in the paper, clamping precedes rounding: `lsq_backward` needs the clamped values.
         if self.half:
             return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5
@@ -82,7 +82,7 @@ class CodeRange(NamedTuple):
         return lowest, lowest + (self.qmax - self.qmin)
 
 
-# A function that maps a tensor, its steps and its codes to values on the grid.
+# A function that maps a tensor, its step sizes and its codes to values on the grid.
 Quantize = Callable[[Tensor, Tensor, CodeRange], Tensor]
 
 
@@ -109,8 +109,8 @@ class LsqGradients(NamedTuple):
     norm_bias: Tensor | None = None
 
 
-def step_of(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
-    """The step max(scale, floor), shaped to broadcast along the axis; NaN if the scale is unset."""
+def broadcast_step(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
+    """The step size max(scale, floor), which broadcasts along the axis; NaN if scales are unset."""
     return view_along(scale.float().clamp(min=codes.floor), ndim, codes.axis)
 
 
@@ -140,7 +140,7 @@ def lsq_forward(
         scale: s, (x.shape[axis],), or (1,) for axis None.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
-        codes: the codes, and the axis along which steps differ.
+        codes: the codes, and the axis along which step sizes differ.
         sign: see `CodeRange.bounds`.
 
     Returns:
@@ -148,9 +148,9 @@ def lsq_forward(
     """
     check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
-    step = step_of(scale, x.ndim, codes)
+    step = broadcast_step(scale, x.ndim, codes)
     u = _add_offset(x, before) / step
-    y = codes.rounded(u.clamp(low, high)) * step  # type: ignore[arg-type]
+    y = codes.nearest(u.clamp(low, high)) * step  # type: ignore[arg-type]
     if after is None:
         return y
     return y + after.float()
@@ -183,7 +183,7 @@ def lsq_backward(
             this offset.
     """
     low, high = codes.bounds(sign)
-    u = _add_offset(x, before) / step_of(scale, x.ndim, codes)
+    u = _add_offset(x, before) / broadcast_step(scale, x.ndim, codes)
     grad_y = grad.float()
     # Where u is NaN, the gradient passes, just as NaN passes in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
@@ -191,7 +191,7 @@ def lsq_backward(
     clamped = u.clamp(low, high)  # type: ignore[arg-type]
     return LsqGradients(
         x=grad_x,
-        scale=sum_along(grad_y * codes.rounded(clamped) - grad_x * clamped, codes.axis),
+        scale=sum_along(grad_y * codes.nearest(clamped) - grad_x * clamped, codes.axis),
         before=None if before is None else _sum_leading(grad_x, before.ndim),
         after=None if after_shape is None else _sum_leading(grad_y, len(after_shape)),
     )
@@ -209,9 +209,9 @@ def _sum_leading(x: Tensor, num_trailing: int) -> Tensor:
 def gradient_scale(
     x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None
 ) -> float | Tensor:
-    """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(q * m).
+    """LSQ's factor on the gradient of a step size: `grad_factor` / sqrt(q * m).
 
-    Here m is the number of elements of `x` per step, and q the upper bound of `codes`.
+    Here m is the number of elements of `x` per step size, and q the upper bound of `codes`.
     """
     _, highest = codes.bounds(sign)
     m = max(group_size(x, codes.axis), 1)
@@ -279,7 +279,7 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
     sign: Tensor | None = None,
     half: bool = False,
 ) -> Tensor:
-    """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step s.
+    """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step size s.
 
     Args:
         x: any shape and float dtype; computed in float32.
@@ -313,46 +313,49 @@ def lsq_codes(
         Codes in the shape of `x`, int8 if the codes fit, else int16.
     """
     codes = CodeRange(qmin, qmax, axis, half)
-    u = x.detach().float() / step_of(scale.detach(), x.ndim, codes)
-    rounded = codes.rounded(u.clamp(*codes.ends))
+    u = x.detach().float() / broadcast_step(scale.detach(), x.ndim, codes)
+    nearest = codes.nearest(u.clamp(*codes.ends))
     if half:
-        rounded = rounded - 0.5
-    return rounded.to(code_dtype(qmin, qmax))
+        nearest = nearest - 0.5
+    return nearest.to(code_dtype(qmin, qmax))
 
 
-def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
+def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
     """Step size s0 * exp(t), positive for every learned t.
 
-    A start s0 below the unit u says little about the step that is needed, so (u - s0) * max(t, 0)
-    is added to such a step.
+    An initial step size s0 below u says little about the step size that is needed, so
+    (u - s0) * max(t, 0) is added. Such a step size can then grow faster.
 
     Args:
         start: s0, (n,), in the unit of the quantized tensor.
         change: t, (n,); 0 at first.
-        unit: u, at least 0.
+        min_reliable: u, the smallest initial step size that is reliable; at least 0.
     """
     # All versions of torch agree that the gradient of `relu` at 0 is 0.
-    return start * change.exp() + (unit - start).clamp(min=0) * change.relu()
+    return start * change.exp() + (min_reliable - start).clamp(min=0) * change.relu()
 
 
 def step_and_slope(
-    start: Tensor, growth: Tensor, change: Tensor, unit: float
+    start: Tensor, growth: Tensor, change: Tensor, min_reliable: float
 ) -> tuple[Tensor, Tensor]:
-    """Return `relative_step`, bit for bit, and the derivative of this step with respect to t.
+    """Return `relative_step`, bit for bit, and the derivative of this step size with respect to t.
 
     `growth` is exp(t).
     """
     # The tensors are small: an operation on two tensors takes a third of the time of an operation
     # on a tensor and a number or a bool.
-    grown = start * growth
-    missing = start.clamp(min=unit) - start
-    increase = change.relu()
+    scaled_start = start * growth
+    shortfall = start.clamp(min=min_reliable) - start
+    positive_change = change.relu()
     # The derivative of `relu` at 0 is 0, as in torch.
-    return grown + missing * increase, grown + missing * increase.sign()
+    return (
+        scaled_start + shortfall * positive_change,
+        scaled_start + shortfall * positive_change.sign(),
+    )
 
 
-def least_unit(qmax: int) -> float:
-    """Unit of `relative_step` for activations: 1/64 of LSQ's initial step for N(0, 1) values."""
+def min_reliable_step(qmax: int) -> float:
+    """`min_reliable` for activations: 1/64 of LSQ's initial step size for N(0, 1) values."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64
 
 
@@ -369,65 +372,68 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     return (factor * mean_abs(x.detach(), axis, dtype) / math.sqrt(qmax)).float()
 
 
-def _rounded_in_place(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
-    """`lsq_forward` without offsets, for any step above zero; it allocates only one tensor."""
+def _fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    """`lsq_forward` without offsets, for any step size above zero; allocates only one tensor."""
     step = view_along(scale, x.ndim, codes.axis)
     zero = -0.5 if codes.half else None
     return dequantize_nearest_(x / step, step, zero, codes.qmin, codes.qmax)
 
 
-def _possible_steps(x: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
-    """Mark the steps (candidates, n) that may have the least squared error of their slice.
+def _mark_possible_steps(x: Tensor, candidates: Tensor, codes: CodeRange) -> Tensor:
+    """Mark the step sizes (candidates, n) that may have the least squared error of their slice.
 
-    The errors are computed from sums over sorted values, up to rounding. Every step is marked on
-    devices other than the CPU, and if there are so many codes that sorting would save no time.
+    The errors are computed from sums over sorted values, up to rounding. Every step size is
+    marked on devices other than the CPU, and if there are too many codes for sorting to save time.
     """
     rows = slices_along(x, codes.axis).contiguous()
     num_values = rows.shape[1]
-    num_ends = codes.qmax - codes.qmin
-    if x.device.type != "cpu" or num_values < SORTED_VALUES_PER_CODE * num_ends:
-        return torch.ones_like(steps, dtype=torch.bool)
+    num_thresholds = codes.qmax - codes.qmin
+    if x.device.type != "cpu" or num_values < SORTED_VALUES_PER_CODE * num_thresholds:
+        return torch.ones_like(candidates, dtype=torch.bool)
     # NumPy sorts 20 times faster than torch.
-    ordered = torch.from_numpy(np.sort(rows.numpy()))
-    sums = pad(ordered.cumsum(1, dtype=torch.float64), (1, 0))
-    squares = rows.double().square().sum(1, keepdim=True)
-    step = steps.T.double().contiguous()
+    sorted_rows = torch.from_numpy(np.sort(rows.numpy()))
+    prefix_sums = pad(sorted_rows.cumsum(1, dtype=torch.float64), (1, 0))
+    sum_of_squares = rows.double().square().sum(1, keepdim=True)
+    step_sizes = candidates.T.double().contiguous()
     highest = codes.qmax + codes.half / 2
-    # Sums of x * q and of q * q over the values x, where q is the quantized x in steps.
-    products = highest * sums[:, -1:]
-    square_codes = torch.full_like(step, highest**2 * num_values)
+    # Sums of x * q and of q * q over the values x, where q * s is the quantized x. First take the
+    # highest code for all values; then lower it for the values below each threshold.
+    sum_xq = highest * prefix_sums[:, -1:]
+    sum_qq = torch.full_like(step_sizes, highest**2 * num_values)
     for code in range(codes.qmin, codes.qmax):
-        end = code + 0.5 + codes.half / 2
-        counts = torch.searchsorted(ordered, (end * step).float())
-        products = products - sums.gather(1, counts)
+        threshold = code + 0.5 + codes.half / 2
+        num_below = torch.searchsorted(sorted_rows, (threshold * step_sizes).float())
+        sum_xq = sum_xq - prefix_sums.gather(1, num_below)
         # torch multiplies integers by a Python number in float32.
-        square_codes -= 2 * end * counts.double()
-    error = (squares - 2 * step * products + step**2 * square_codes).clamp(min=0)
+        sum_qq -= 2 * threshold * num_below.double()
+    error = (sum_of_squares - 2 * step_sizes * sum_xq + step_sizes**2 * sum_qq).clamp(min=0)
     # Upper bound of the rounding errors of float32 and of the sums above.
-    margin = 2e-5 * error + 1e-6 * (error * squares).sqrt() + 1e-9 * squares
+    margin = 2e-5 * error + 1e-6 * (error * sum_of_squares).sqrt() + 1e-9 * sum_of_squares
     return ~(error - margin > (error + margin).amin(1, keepdim=True)).T
 
 
-def _least_error(x: Tensor, start: Tensor, codes: CodeRange, quantize: Quantize | None) -> Tensor:
-    """The step with the least squared error among 57 candidates around `start` (n,).
+def _search_step(
+    x: Tensor, initial_step: Tensor, codes: CodeRange, quantize: Quantize | None
+) -> Tensor:
+    """The step size with the least squared error among 57 candidates around `initial_step` (n,).
 
-    Of equally good steps, the smallest is returned.
+    If several step sizes are equally good, the smallest is returned.
     """
     factors = torch.tensor(MSE_FACTORS, device=x.device)
-    steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
+    steps = initial_step.clamp(min=SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
-    # The rounding of sums depends on the layout, and kernels raise all steps to `SCALE_FLOOR`.
+    # The rounding of sums depends on the layout, and kernels raise step sizes to `SCALE_FLOOR`.
     if quantize is None or not x.is_contiguous() or (steps < SCALE_FLOOR).any():
-        quantize = _rounded_in_place
-    possible = _possible_steps(x, steps, codes)
-    errors = torch.where(possible, 0.0, torch.inf)
-    # With a start of zero, the result is zero, whichever candidate is the best.
-    undecided = possible & (possible.sum(0) > 1) & (start > 0)
-    for i in undecided.any(1).nonzero().flatten():
+        quantize = _fake_quantize
+    is_possible = _mark_possible_steps(x, steps, codes)
+    errors = torch.where(is_possible, 0.0, torch.inf)
+    # If the initial step size is zero, the result is zero, whichever candidate is the best.
+    needs_error = is_possible & (is_possible.sum(0) > 1) & (initial_step > 0)
+    for i in needs_error.any(1).nonzero().flatten():
         squared_error = quantize(x, steps[i], codes).sub_(x).square_()
-        errors[i] = torch.where(possible[i], sum_along(squared_error, codes.axis), torch.inf)
-    return start * factors[errors.argmin(0)]
+        errors[i] = torch.where(is_possible[i], sum_along(squared_error, codes.axis), torch.inf)
+    return initial_step * factors[errors.argmin(0)]
 
 
 @torch.no_grad()
@@ -442,16 +448,16 @@ def mse_init_scale(
         x: any shape and float dtype.
         qmin: lowest code.
         qmax: highest code.
-        axis: dimension along which steps differ; None = one step for the tensor.
+        axis: dimension along which step sizes differ; None = one step size for the tensor.
         quantize: a faster function that returns the results of `lsq_forward` without offsets, in a
-            new tensor; None = use the formula.
+            new tensor; None = use the reference implementation.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. Of equally good steps,
-        the smallest is returned.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. If several step
+        sizes are equally good, the smallest is returned.
     """
-    start = lsq_init_scale(x, qmin, qmax, axis)
-    return _least_error(x.detach().float(), start, CodeRange(qmin, qmax, axis), quantize)
+    initial_step = lsq_init_scale(x, qmin, qmax, axis)
+    return _search_step(x.detach().float(), initial_step, CodeRange(qmin, qmax, axis), quantize)
 
 
 @torch.no_grad()
@@ -465,9 +471,9 @@ def half_step_init_scale(
     See `mse_init_scale` for the arguments.
 
     Returns:
-        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. Of equally good steps,
-        the smallest is returned.
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. If several step
+        sizes are equally good, the smallest is returned.
     """
     x = x.detach().float()
-    start = 2 * mean_abs(x, axis).float() / (qmax + 1)
-    return _least_error(x, start, CodeRange(qmin, qmax, axis, half=True), quantize)
+    initial_step = 2 * mean_abs(x, axis).float() / (qmax + 1)
+    return _search_step(x, initial_step, CodeRange(qmin, qmax, axis, half=True), quantize)

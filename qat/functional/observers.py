@@ -25,7 +25,7 @@ from qat.functional.affine import (
 from qat.functional.ste import group_size, sum_along
 from qat.utils.validate import check_choice
 
-Rule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+ScaleRule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 # Both ends of a range are multiplied by 1, 0.99, ... 0.11.
 SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
@@ -39,7 +39,7 @@ def affine_error(
     zero_point: Tensor,
     bounds: tuple[int, int],
     axis: int | None,
-    per: int | None,
+    error_axis: int | None,
 ) -> Tensor:
     """Mean squared error of fake quantization.
 
@@ -49,35 +49,36 @@ def affine_error(
         zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         bounds: lowest and highest code.
         axis: dimension along which scales differ; None = one scale for the tensor.
-        per: dimension along which each slice has an error of its own; None = one error for the
-            tensor.
+        error_axis: dimension along which each slice has an error of its own; None = one error for
+            the tensor.
 
     Returns:
-        (x.shape[per],), or (1,) if `per` is None; float32.
+        (x.shape[error_axis],), or (1,) if `error_axis` is None; float32.
     """
     x = x.detach().float()
-    error = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis).sub_(x).square_()
-    return sum_along(error, per) / group_size(x, per)
+    quantized = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis)
+    return sum_along(quantized.sub_(x).square_(), error_axis) / group_size(x, error_axis)
 
 
-def _shrunk(
+def _shrink_range(
     x: Tensor,
     ends: tuple[Tensor, Tensor],
     bounds: tuple[int, int],
-    rule: Rule,
+    rule: ScaleRule,
     axis: int | None,
-    per: int | None,
+    error_axis: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the shrunk range with the smallest error.
 
-    There is one factor per slice along `per`. Of equally good ranges, the widest is used.
+    There is one factor per slice along `error_axis`. If several ranges are equally good, the widest
+    is used.
     """
     factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
     low, high = ends
     errors = []
     for factor in factors:
         scale, zero_point = rule(low * factor, high * factor, *bounds)
-        errors.append(affine_error(x, scale, zero_point, bounds, axis, per))
+        errors.append(affine_error(x, scale, zero_point, bounds, axis, error_axis))
     # Among equal errors, argmin takes the first.
     best_factor = factors[torch.stack(errors).argmin(0)]
     return rule(low * best_factor, high * best_factor, *bounds)
@@ -101,7 +102,9 @@ def omse_scale(
     Returns:
         Scale and zero point, float32, the shape of `low`.
     """
-    return _shrunk(x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None)
+    return _shrink_range(
+        x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None
+    )
 
 
 def mse_scale(
@@ -112,7 +115,7 @@ def mse_scale(
     The range is symmetric for signed codes. See `omse_scale` for the arguments.
     """
     rule = symmetric_scale if signed else asymmetric_scale
-    return _shrunk(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
+    return _shrink_range(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
 
 
 def ptf_scale(
@@ -120,8 +123,8 @@ def ptf_scale(
 ) -> tuple[Tensor, Tensor]:
     """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice.
 
-    Of equally good factors, the smallest is used. There is one zero point for the whole tensor, and
-    the range is asymmetric for signed codes too. See `omse_scale` for the arguments.
+    If several factors are equally good, the smallest is used. There is one zero point for the whole
+    tensor, and the range is asymmetric for signed codes too. See `omse_scale` for the arguments.
     """
     bounds = code_range(bits, signed=signed)
     lowest = low.amin(0, keepdim=True)
@@ -142,14 +145,14 @@ PERCENTILE = 0.99999
 # Weight of a batch in a moving average.
 MOMENTUM = 0.01
 # Methods that average the ends of the ranges of batches; the others use the outermost ends.
-_MOVING = ("ema", "percentile")
+_AVERAGING_METHODS = ("ema", "percentile")
 # Methods that try candidates on a batch; the other methods need only the range.
 SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
-# torch.quantile computes ranks in float32, which holds integers exactly only up to 2^24; older
-# versions refuse longer rows.
-LONGEST_ROW = 16_000_000
-# Share of a one-sided range that the codes may fail to cover.
-_NEGLIGIBLE = 1 / 16
+# Maximum length of a row. torch.quantile computes ranks in float32, which holds integers exactly
+# only up to 2^24; older versions refuse longer rows.
+MAX_QUANTILE_VALUES = 16_000_000
+# Fraction of a one-sided range that the codes may fail to cover.
+_NEGLIGIBLE_GAP = 1 / 16
 
 
 class RangeState(NamedTuple):
@@ -174,16 +177,16 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
     Returns:
         (len(qs), n); NaN for a row with a NaN.
     """
-    last = rows.shape[1] - 1
-    if last < LONGEST_ROW:
+    last_rank = rows.shape[1] - 1
+    if last_rank < MAX_QUANTILE_VALUES:
         return torch.quantile(rows, rows.new_tensor(qs), dim=1)
     # Sort, as torch.quantile does: kthvalue takes quadratic time for rows that are already sorted.
-    ordered = rows.sort(dim=1).values
+    sorted_rows = rows.sort(dim=1).values
     results = []
     for q in qs:
-        rank = min(int(q * last), last - 1)
-        results.append(ordered[:, rank].lerp(ordered[:, rank + 1], q * last - rank))
-    return torch.where(ordered[:, -1].isnan(), torch.nan, torch.stack(results))
+        rank = min(int(q * last_rank), last_rank - 1)
+        results.append(sorted_rows[:, rank].lerp(sorted_rows[:, rank + 1], q * last_rank - rank))
+    return torch.where(sorted_rows[:, -1].isnan(), torch.nan, torch.stack(results))
 
 
 def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) -> RangeState:
@@ -209,7 +212,7 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
         low, high = min_max(x, axis)
     if state is None:
         return RangeState(low, high)
-    if method not in _MOVING:
+    if method not in _AVERAGING_METHODS:
         return RangeState(torch.minimum(state.low, low), torch.maximum(state.high, high))
     return RangeState(
         low=state.low + MOMENTUM * (low - state.low),
@@ -217,13 +220,13 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) 
     )
 
 
-def reaching_zero(state: RangeState) -> RangeState:
+def extend_to_zero(state: RangeState) -> RangeState:
     """Extend a one-sided range to zero if its distance from zero is over 1/16 of its width.
 
     The zero point must be one of the codes. For a range without zero, the codes would therefore
     miss the far end of the range, by as much as the near end is away from zero.
     """
-    negligible = _NEGLIGIBLE * (state.high - state.low)
+    negligible = _NEGLIGIBLE_GAP * (state.high - state.low)
     zero = torch.zeros_like(state.low)
     return RangeState(
         low=torch.where(state.low > negligible, zero, state.low),

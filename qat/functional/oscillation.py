@@ -50,12 +50,12 @@ def oscillation_step(
             flips=torch.zeros_like(codes),
         )
     direction = (state.codes - codes).sign()
-    turned_back = (direction * state.direction == -1).float()
+    is_reversal = (direction * state.direction == -1).float()
     return OscillationState(
         codes=codes,
         direction=torch.where(direction == 0, state.direction, direction),
-        frequency=momentum * turned_back + (1 - momentum) * state.frequency,
-        flips=state.flips + turned_back,
+        frequency=momentum * is_reversal + (1 - momentum) * state.frequency,
+        flips=state.flips + is_reversal,
     )
 
 
@@ -85,9 +85,9 @@ def freezing_step(
 
     Args:
         state: the result of the last update; None at the first update.
-        codes: codes of this update, in which `with_frozen` has replaced the frozen entries.
+        codes: codes of this update, in which `replace_frozen` has replaced the frozen entries.
         frequency: frequencies of `oscillation_step` in this update.
-        threshold: highest frequency at which an entry is not frozen; at 0 or below, nothing is
+        threshold: maximum frequency at which an entry is not frozen; at 0 or below, nothing is
             tracked or frozen.
         momentum: weight of the new codes in the mean.
     """
@@ -108,7 +108,7 @@ def freezing_step(
     )
 
 
-def with_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
+def replace_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
     """Return `codes` in float32, with the frozen codes in place of frozen entries."""
     if state is None:
         return codes.float()

@@ -1,7 +1,7 @@
 """StatsQ weight quantizer.
 
-`statsq_forward` is the formula. The gradient of StatsQ is the identity. `qat.kernels` computes the
-same results in one pass over memory.
+`statsq_forward` is the reference implementation. The gradient of StatsQ is the identity.
+`qat.kernels` computes the same results in one pass over memory.
 
 Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
 """

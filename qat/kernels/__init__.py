@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.block_floats import BlockFloatFunction, BlockFormat, block_float, tensor_scale
+from qat.functional.block_floats import (
+    BlockFloatFunction,
+    BlockFormat,
+    block_float,
+    compute_tensor_scale,
+)
 from qat.functional.lsq import CodeRange, LSQFunction
-from qat.functional.lsq import relative_step as formula_of_step
+from qat.functional.lsq import relative_step as reference_step
 from qat.functional.statsq import StatsQFunction
-from qat.functional.statsq import statsq_scale as formula_of_scale
+from qat.functional.statsq import statsq_scale as reference_scale
 from qat.kernels import gpu, operators
-from qat.kernels.library import differentiated_once
+from qat.kernels.library import check_not_double_backward
 from qat.kernels.producer import Producer
-from qat.kernels.rows import PLAIN, LSQParams
+from qat.kernels.rows import PLAIN_CLASSES, LSQParams
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -72,7 +77,7 @@ class _LSQ(LSQFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiated_once()
+        check_not_double_backward()
         x, scale, before, after, sign = ctx.saved_tensors
         params = LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor)
         grads = operators.gradients(params, grad, x)
@@ -88,7 +93,7 @@ def lsq(x: Tensor, q: LSQParams) -> Tensor:
 def statsq_scale(w: Tensor) -> Tensor:
     """`qat.functional.statsq_scale`, bit-identical to the scale of `operators.statsq`."""
     if not w.is_cuda or are_off():
-        return formula_of_scale(w)
+        return reference_scale(w)
     _, scale = operators.statsq(w.detach(), 2, w.dtype)
     return scale
 
@@ -107,12 +112,12 @@ def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 class _RelativeStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
+    def forward(ctx: Any, start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
         growth = change.exp()
-        if unit:
-            step, slope = operators.step_and_slope(start, growth, change, unit)
+        if min_reliable:
+            step, slope = operators.step_and_slope(start, growth, change, min_reliable)
         else:
-            # No start is below a unit of 0, so the step is the plain exponential.
+            # No initial step size is below 0, so `relative_step` is start * exp(change).
             step = start * growth
             slope = step
         ctx.save_for_backward(slope)
@@ -120,35 +125,35 @@ class _RelativeStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        differentiated_once()
+        check_not_double_backward()
         (slope,) = ctx.saved_tensors
         return None, grad * slope, None
 
 
-def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
+def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
     """`qat.functional.relative_step` as one autograd node, which saves the derivative ds/dt."""
-    if are_off() or type(change) not in PLAIN:
-        return formula_of_step(start, change, unit)
-    return _RelativeStep.apply(start, change, unit)
+    if are_off() or type(change) not in PLAIN_CLASSES:
+        return reference_step(start, change, min_reliable)
+    return _RelativeStep.apply(start, change, min_reliable)
 
 
 class _BlockFloat(BlockFloatFunction):
     @staticmethod
-    def forward(x: Tensor, t: Tensor | None, form: BlockFormat) -> Tensor:
-        return operators.round_blocks(x, t, None, form.bits)
+    def forward(x: Tensor, tensor_scale: Tensor | None, form: BlockFormat) -> Tensor:
+        return operators.round_blocks(x, tensor_scale, None, form.bits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        differentiated_once()
-        x, t = ctx.saved_tensors
-        return operators.round_blocks(x, t, grad, ctx.form.bits), None, None
+        check_not_double_backward()
+        x, tensor_scale = ctx.saved_tensors
+        return operators.round_blocks(x, tensor_scale, grad, ctx.form.bits), None, None
 
 
 def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
     """`qat.functional.block_float`."""
     if are_off():
         return block_float(x, form)
-    return _BlockFloat.apply(x, tensor_scale(x, form), form)
+    return _BlockFloat.apply(x, compute_tensor_scale(x, form), form)
 
 
 __all__ = ["CodeRange", "LSQParams", "Producer", "operators"]

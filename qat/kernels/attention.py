@@ -11,14 +11,15 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import gpu
 from qat.kernels.library import operator
-from qat.kernels.rows import PLAIN
-from qat.kernels.tiles import DTYPES, spaced
+from qat.kernels.rows import PLAIN_CLASSES
+from qat.kernels.tiles import DTYPES, with_row_stride
 
-# The largest number of tokens, and of bytes in the row of a head: a tile contains all keys of an
-# image, and must fit in the shared memory of a small device.
-LARGEST = 256
-# The largest number of images: CUDA's limit for the third dimension of a grid.
-MOST = 2**16 - 1
+# Maximum number of tokens, and of bytes in the row of a head: a tile contains all keys of an image,
+# and must fit in the shared memory of a small device.
+MAX_TOKENS = 256
+MAX_ROW_BYTES = 256
+# Maximum number of images: CUDA's limit for the third dimension of a grid.
+MAX_IMAGES = 2**16 - 1
 
 
 @torch.compiler.assume_constant_result
@@ -50,9 +51,9 @@ def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: to
     # Rows of other sizes would be loaded element by element, and this takes more memory.
     if head_dim % 8 or width % 16:
         return False
-    if num_tokens > LARGEST or _tile_side(head_dim) * dtype.itemsize > LARGEST:
+    if num_tokens > MAX_TOKENS or _tile_side(head_dim) * dtype.itemsize > MAX_ROW_BYTES:
         return False
-    return 0 < num_images <= MOST and _runs_on(qkv.device, dtype)
+    return 0 < num_images <= MAX_IMAGES and _runs_on(qkv.device, dtype)
 
 
 def _tile_side(size: int) -> int:
@@ -73,7 +74,7 @@ class _Settings(NamedTuple):
 
 def _launch(
     name: str,
-    block: int,
+    tile_rows: int,
     qkv: tuple[Tensor, ...],
     scale: Tensor,
     others: tuple[Tensor | None, ...],
@@ -83,30 +84,30 @@ def _launch(
 
     Args:
         name: name of the kernel.
-        block: number of rows of a tile in half precision. A tile in float32 has half as many rows,
-            because float32 fills twice the registers.
+        tile_rows: number of rows of a tile in half precision. A tile in float32 has half as many
+            rows, because float32 fills twice the registers.
         qkv: queries, keys and values.
         scale: scale of the probabilities.
         others: tensor arguments of the kernel after the scale.
         settings: codes of the probabilities, h and the factor on the scores.
     """
     q = qkv[0]
-    if type(q) not in PLAIN:  # tracing only needs shapes
+    if type(q) not in PLAIN_CLASSES:  # tracing only needs shapes
         return
     num_images, num_tokens, length = q.shape
     num_heads = settings.num_heads
     head_dim = length // num_heads
-    block //= q.itemsize // 2
+    tile_rows //= q.itemsize // 2
     tensors = []
     strides = []
     for x in qkv:
-        rows, stride = spaced(x, length)
-        tensors.append(rows)
+        x_rows, stride = with_row_stride(x, length)
+        tensors.append(x_rows)
         strides.append(stride)
-    is_small = q.itemsize == 2 and head_dim <= 64
+    fits_few_warps = q.itemsize == 2 and head_dim <= 64
     gpu._launch(
         name,
-        (-(-num_tokens // block), num_heads, num_images),
+        (-(-num_tokens // tile_rows), num_heads, num_images),
         (*tensors, scale.expand(num_tokens).contiguous(), *others),
         float(settings.qmax),
         settings.factor / math.log(2),
@@ -115,9 +116,9 @@ def _launch(
         *strides,
         SIZE=head_dim,
         BLOCK_D=_tile_side(head_dim),
-        BLOCK_N=block,
-        BLOCK_M=block if name == "attention_keys" else _tile_side(num_tokens),
-        num_warps=4 if is_small else 8,
+        BLOCK_N=tile_rows,
+        BLOCK_M=tile_rows if name == "attention_keys" else _tile_side(num_tokens),
+        num_warps=4 if fits_few_warps else 8,
         num_stages=2,
     )
 
@@ -141,19 +142,19 @@ def attention_forward(
     settings = _Settings(*args)
     num_images, num_tokens, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    sums = q.new_empty(num_images, settings.num_heads, num_tokens, dtype=torch.float32)
-    _launch("attention_queries", 64, (q, k, v), scale, (None, sums, out, None, None), settings)
-    return out, sums
+    log_sums = q.new_empty(num_images, settings.num_heads, num_tokens, dtype=torch.float32)
+    _launch("attention_queries", 64, (q, k, v), scale, (None, log_sums, out, None, None), settings)
+    return out, log_sums
 
 
 def attention_backward(
-    grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
+    grad: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Gradients of `attention_forward`.
 
     Args:
         grad: gradient of the first result of `attention_forward`, in the dtype of `q`.
-        sums: the second result of `attention_forward`.
+        log_sums: the second result of `attention_forward`.
         q: (B, N, h*d).
         k: (B, N, h*d).
         v: (B, N, h*d).
@@ -169,11 +170,11 @@ def attention_backward(
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     # For each row, `dots` is the term that the gradients of the scores subtract from the gradients
     # of the probabilities, and `step_grads` is the gradient of the step size.
-    dots = torch.empty_like(sums, memory_format=torch.contiguous_format)
-    step_grads = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    dots = torch.empty_like(log_sums, memory_format=torch.contiguous_format)
+    step_grads = torch.empty_like(log_sums, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
-    query_tensors = (grad, sums, grad_q, dots, step_grads)
-    key_tensors = (grad, sums, dots, grad_k, grad_v)
+    query_tensors = (grad, log_sums, grad_q, dots, step_grads)
+    key_tensors = (grad, log_sums, dots, grad_k, grad_v)
     _launch("attention_queries", 32, (q, k, v), scale, query_tensors, settings)
     _launch("attention_keys", 64, (q, k, v), scale, key_tensors, settings)
     return grad_q, grad_k, grad_v, step_grads.view(-1, scale.numel()).sum(0)

@@ -17,9 +17,17 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import TOP_CLIP
 from qat.kernels import reference
-from qat.kernels.library import works
+from qat.kernels.library import check_kernels
 from qat.kernels.producer import Producer
-from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
+from qat.kernels.rows import (
+    PLAIN_CLASSES,
+    LSQParams,
+    are_supported,
+    layout_by_row,
+    layout_of,
+    row_stride,
+    split_operator_args,
+)
 from qat.utils import compile_cpp
 
 _POINTER = ctypes.c_void_p
@@ -76,24 +84,26 @@ def _library() -> Any:
 def available() -> bool:
     """True if the kernels compile and agree with `reference`; the first call compiles them."""
     grids = CodeRange(-4, 3, 1), CodeRange(-4, 3, 1, half=True)
-    return works("C++", lambda: reference.agrees(lsq_forward, lsq_backward, "cpu", *grids))
+    return check_kernels(
+        "C++", lambda: reference.kernels_agree(lsq_forward, lsq_backward, "cpu", *grids)
+    )
 
 
-def _fits(*tensors: Tensor | None) -> bool:
-    return fit((torch.float32,), *tensors)
+def _are_supported(*tensors: Tensor | None) -> bool:
+    return are_supported((torch.float32,), *tensors)
 
 
 def _run(name: str, *args: Any) -> None:
     """Call a C++ function: pass tensors as pointers, and add the number of threads."""
-    pointers = [x.data_ptr() if type(x) in PLAIN else x for x in args]
+    pointers = [x.data_ptr() if type(x) in PLAIN_CLASSES else x for x in args]
     getattr(_library(), name)(*pointers, torch.get_num_threads())
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     """`reference.lsq_forward`, rounded to the dtype in `args`."""
     x = x.float()
-    q, dtype = params_of(args)
-    layout = rows_of(x, q) if _fits(x, *q[:4]) else None
+    q, dtype = split_operator_args(args)
+    layout = layout_of(x, q) if _are_supported(x, *q[:4]) else None
     if layout is None:
         return None
     out = x.new_empty(x.shape)
@@ -105,7 +115,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
         layout.rows,
         layout.length,
         q.scale,
-        layout.steps,
+        layout.num_scales,
         layout.by_column,
         q.before,
         q.after,
@@ -136,9 +146,9 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     grad = grad.float()
     x = x.float()
     grad_x = out if out.dtype == torch.float32 else x.new_empty(x.shape)
-    if producer.needs_recompute or not _fits(x, *q[:4], grad, grad_x):
+    if producer.needs_recompute or not _are_supported(x, *q[:4], grad, grad_x):
         return None
-    layout = rows_of(x, q)
+    layout = layout_of(x, q)
     if layout is None:
         return None
     length = layout.length
@@ -152,11 +162,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     if layout.by_column and dequantized is not None:
         return None
 
-    threads = torch.get_num_threads()
-    step_grads = x.new_zeros(threads, length) if layout.by_column else x.new_empty(layout.rows)
+    num_threads = torch.get_num_threads()
+    step_grads = x.new_zeros(num_threads, length) if layout.by_column else x.new_empty(layout.rows)
     has_before = q.before is not None
     has_after = with_after and q.after is not None
-    sums = x.new_zeros(has_before + has_after, threads, length)
+    sums = x.new_zeros(has_before + has_after, num_threads, length)
     y = None if dequantized is None else x.new_empty(x.shape)
     _run(
         "lsq_backward",
@@ -169,7 +179,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         layout.rows,
         length,
         q.scale,
-        layout.steps,
+        layout.num_scales,
         layout.by_column,
         q.before,
         *q.codes.ends,
@@ -181,20 +191,23 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         q.after,
         y,
         is_softmax,
-        producer.number,
+        producer.factor,
     )
     if grad_x is not out:
         out.copy_(grad_x)
     if y is not None:
         y = y.to(dequantized)
-    grad_scale = step_grads.sum(0) if layout.by_column else step_grads.view(-1, layout.steps).sum(0)
+    if layout.by_column:
+        grad_scale = step_grads.sum(0)
+    else:
+        grad_scale = step_grads.view(-1, layout.num_scales).sum(0)
     return grad_scale, sums.sum(1).flatten(), y
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
     """`reference.statsq_forward` for a scale per row, rounded to `dtype`."""
     w = w.float()
-    layout = scaled_rows(w, scale) if _fits(w, scale) else None
+    layout = layout_by_row(w, scale) if _are_supported(w, scale) else None
     if layout is None:
         return None
     out = torch.empty_like(w)
@@ -202,11 +215,13 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     return out.to(dtype)
 
 
-def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) -> Tensor | None:
+def round_blocks(
+    x: Tensor, tensor_scale: Tensor | None, grad: Tensor | None, bits: int
+) -> Tensor | None:
     """`reference.round_blocks`, rounded to the dtype of `x`."""
     if not x.numel():
         return None
-    block_format = reference.block_format(t, bits)
+    block_format = reference.block_format(tensor_scale, bits)
     length = x.shape[-1]
     values = x.float().contiguous()
     if grad is not None:
@@ -219,10 +234,10 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
         out,
         x.numel() // length,
         length,
-        block_format.block,
+        block_format.block_size,
         2.0**-block_format.mantissa,
-        2.0**block_format.lowest,
-        block_format.highest,
-        t,
+        2.0**block_format.min_exponent,
+        block_format.max_value,
+        tensor_scale,
     )
     return out.to(x.dtype)

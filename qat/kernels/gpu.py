@@ -16,17 +16,25 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 from qat.kernels import reference
-from qat.kernels.library import works
+from qat.kernels.library import check_kernels
 from qat.kernels.producer import Producer
-from qat.kernels.rows import Layout, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
-from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_of
+from qat.kernels.rows import (
+    Layout,
+    LSQParams,
+    are_supported,
+    layout_by_row,
+    layout_of,
+    row_stride,
+    split_operator_args,
+)
+from qat.kernels.tiles import DTYPES, MAX_TILE_WIDTH, TILE, device_type, tiles_of, with_row_stride
 
-# Operations before a quantizer that need a whole row in a tile, and the largest length of the row.
-WHOLE = ("norm", "scores")
-LONGEST = 4096
+# Operations before a quantizer that need a whole row in a tile, and the maximum length of the row.
+WHOLE_ROW_KINDS = ("norm", "scores")
+MAX_ROW_LENGTH = 4096
 # Number of programs in a backward pass: four per multiprocessor of a large device. Each program
 # writes a row of sums.
-PROGRAMS = 528
+NUM_PROGRAMS = 528
 # Without floating-point fusion, `r * s + c` rounds twice, like two separate operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 # Compiled kernels, by everything that a kernel depends on: Triton's own lookup takes four times as
@@ -45,7 +53,9 @@ def available() -> bool:
     if device_type() == "cuda" and not torch.cuda.is_available():
         return False
     grid = CodeRange(-4, 3, 1)
-    return works("Triton", lambda: reference.agrees(lsq_forward, lsq_backward, device_type(), grid))
+    return check_kernels(
+        "Triton", lambda: reference.kernels_agree(lsq_forward, lsq_backward, device_type(), grid)
+    )
 
 
 def _launch(
@@ -58,8 +68,8 @@ def _launch(
     """Run a kernel on tensors, numbers and constants; the first tensor must not be None."""
     device = tensors[0].get_device()  # -1 under Triton's interpreter
     pointers = [x if x is None else x.data_ptr() for x in tensors]
-    kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
-    key = name, device, *kinds, *numbers, *constants.values()
+    tensor_kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+    key = name, device, *tensor_kinds, *numbers, *constants.values()
     with torch.cuda.device(device):
         if key in _COMPILED:
             kernel, ordered_constants = _COMPILED[key]
@@ -67,10 +77,12 @@ def _launch(
             return
         from qat.kernels import triton_attention, triton_kernels  # not every system has Triton
 
-        source = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
-        kernel = source[programs](*tensors, *numbers, **{**OPTIONS, **constants})
+        kernel_function = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
+        kernel = kernel_function[programs](*tensors, *numbers, **{**OPTIONS, **constants})
         if kernel:
-            ordered_constants = [constants[arg] for arg in source.arg_names if arg in constants]
+            ordered_constants = [
+                constants[arg] for arg in kernel_function.arg_names if arg in constants
+            ]
             _COMPILED[key] = kernel, ordered_constants
 
 
@@ -81,8 +93,8 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     """`reference.lsq_forward`, rounded to the dtype in `args` when it is written."""
-    q, dtype = params_of(args)
-    layout = rows_of(x, q) if dtype in DTYPES and fit(DTYPES, x, *q[:4]) else None
+    q, dtype = split_operator_args(args)
+    layout = layout_of(x, q) if dtype in DTYPES and are_supported(DTYPES, x, *q[:4]) else None
     if layout is None:
         return None
     block, programs = tiles_of(layout)
@@ -97,7 +109,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
         layout.rows,
         layout.length,
         layout.stride,
-        layout.steps,
+        layout.num_scales,
         HALF=q.codes.half,
         BY_COLUMN=layout.by_column,
         **block,
@@ -118,12 +130,12 @@ def _backward_layout(  # noqa: PLR0913, PLR0917
     """The rows of `x`. Returns None if the kernel does not support these tensors."""
     if producer.kind in {"tanh", "softmax"} or dequantized not in {None, *DTYPES}:
         return None
-    if not fit(DTYPES, grad, x, *q[:4], out, weight, bias):
+    if not are_supported(DTYPES, grad, x, *q[:4], out, weight, bias):
         return None
-    layout = rows_of(x, q, weight, bias)
+    layout = layout_of(x, q, weight, bias)
     if layout is None:
         return None
-    if producer.kind in WHOLE and not layout.length == x.shape[-1] <= LONGEST:
+    if producer.kind in WHOLE_ROW_KINDS and not layout.length == x.shape[-1] <= MAX_ROW_LENGTH:
         return None
     return layout
 
@@ -162,39 +174,45 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     out_stride = None if layout is None else row_stride(out, layout.length)
     if layout is None or out_stride is None:
         return None
-    rows, length, stride, steps, by_column = layout
-    is_whole = producer.kind in WHOLE
-    block, (down, across) = tiles_of(layout, LONGEST if is_whole else None)
-    grad, grad_stride = spaced(grad, length)
+    rows, length, stride, num_scales, by_column = layout
+    needs_whole_row = producer.kind in WHOLE_ROW_KINDS
+    max_length = MAX_ROW_LENGTH if needs_whole_row else None
+    block, (tiles_down, tiles_across) = tiles_of(layout, max_length)
+    grad, grad_stride = with_row_stride(grad, length)
     # A program processes a strip of rows. Probabilities need no sums over rows, so there a strip is
     # a single tile.
-    tiles_per_strip = 1 if producer.kind == "scores" else -(-down * across // PROGRAMS)
-    strip = block["BLOCK_R"] * tiles_per_strip
-    strips = -(-rows // strip)
+    is_softmax = producer.kind == "scores"
+    tiles_per_strip = 1 if is_softmax else -(-tiles_down * tiles_across // NUM_PROGRAMS)
+    rows_per_strip = block["BLOCK_R"] * tiles_per_strip
+    num_strips = -(-rows // rows_per_strip)
 
-    step_grads_shape = (strips, length) if by_column else (rows // steps, steps, across)
+    step_grads_shape: tuple[int, ...] = (rows // num_scales, num_scales, tiles_across)
+    if by_column:
+        step_grads_shape = (num_strips, length)
     step_grads = _floats(x, *step_grads_shape)
     after = q.after if with_after else None
     requested = tuple(t is not None for t in (q.before, after, weight, bias))
-    sums = _floats(x, sum(requested), strips, length)
+    sums = _floats(x, sum(requested), num_strips, length)
     y = None if dequantized is None else x.new_empty(x.shape, dtype=dequantized)
-    unit = math.gcd(8, length, grad_stride, stride, out_stride)
+    # Lengths and strides are passed in multiples of `divisor`, so that the compiler knows it.
+    divisor = math.gcd(8, length, grad_stride, stride, out_stride)
     low, high = q.codes.ends
     _launch(
         "lsq_backward",
-        (strips, across),
+        (num_strips, tiles_across),
         (grad, x, out, *q[:4], y, step_grads, sums, weight, bias),
         float(low),
         float(high),
         rows,
-        length // unit,
-        grad_stride // unit,
-        stride // unit,
-        out_stride // unit,
-        steps,
-        strip,
-        producer.number,
-        UNIT=unit,
+        length // divisor,
+        grad_stride // divisor,
+        stride // divisor,
+        out_stride // divisor,
+        num_scales,
+        rows_per_strip,
+        producer.eps,
+        producer.factor,
+        UNIT=divisor,
         REQUESTED=requested,
         PRODUCER=producer.kind,
         HALF=q.codes.half,
@@ -207,10 +225,10 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
 
 
 def step_and_slope(
-    start: Tensor, growth: Tensor, change: Tensor, unit: float
+    start: Tensor, growth: Tensor, change: Tensor, min_reliable: float
 ) -> tuple[Tensor, Tensor] | None:
     """The nine operations of `qat.functional.lsq.step_and_slope` in one launch."""
-    if not fit((torch.float32,), start, growth, change):
+    if not are_supported((torch.float32,), start, growth, change):
         return None
     if not all(x.is_contiguous() for x in (start, growth, change)):
         return None
@@ -221,32 +239,34 @@ def step_and_slope(
         (-(-start.numel() // TILE),),
         (step, slope, start, growth, change),
         start.numel(),
-        unit,
+        min_reliable,
         BLOCK=TILE,
     )
     return step, slope
 
 
 def statsq_forward(
-    w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, find: bool = False
+    w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, compute_scale: bool = False
 ) -> Tensor | None:
     """`reference.statsq_forward` with a scale per row, rounded to `dtype` when it is written.
 
-    With `find`, the kernel first computes the scales and writes them to `scale`.
+    With `compute_scale`, the kernel first computes the scales and writes them to `scale`.
     """
-    layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
+    layout = (
+        layout_by_row(w, scale) if dtype in DTYPES and are_supported(DTYPES, w, scale) else None
+    )
     if layout is None:
         return None
-    block, (down, _) = tiles_of(layout, WIDEST)
+    block, (tiles_down, _) = tiles_of(layout, MAX_TILE_WIDTH)
     out = w.new_empty(w.shape, dtype=dtype)
     _launch(
         "statsq_forward",
-        (down,),
+        (tiles_down,),
         (w, out, scale),
         float(2 ** (bits - 1)),
         layout.rows,
         layout.length,
-        FIND=find,
+        COMPUTE_SCALE=compute_scale,
         **block,
     )
     return out
@@ -255,5 +275,5 @@ def statsq_forward(
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """StatsQ of a matrix and its scale (rows, 1), in one launch."""
     scale = _floats(w, len(w), 1)
-    out = statsq_forward(w, scale, bits, dtype, find=True)
+    out = statsq_forward(w, scale, bits, dtype, compute_scale=True)
     return None if out is None else (out, scale)

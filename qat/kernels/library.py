@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qat.errors import UsageError
-from qat.kernels.rows import PLAIN
+from qat.kernels.rows import PLAIN_CLASSES
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         overload = getattr(torch.ops.qat, name).default
 
         def run(*args: Any) -> Any:
-            if type(args[0]) not in PLAIN or torch._C._get_dispatch_mode(_PROXY) is not None:
+            is_traced = torch._C._get_dispatch_mode(_PROXY) is not None
+            if type(args[0]) not in PLAIN_CLASSES or is_traced:
                 return overload(*args)
             if not torch._C._has_storage(args[0]):
                 raise UsageError(
@@ -57,7 +58,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def differentiated_once() -> None:
+def check_not_double_backward() -> None:
     """Raise `UsageError` in a backward pass that is itself being differentiated."""
     if torch.is_grad_enabled():
         raise UsageError(
@@ -66,14 +67,14 @@ def differentiated_once() -> None:
         )
 
 
-def works(language: str, agrees: Callable[[], bool]) -> bool:
-    """True if the kernels compile and agree with the formulas; if False, log the reason."""
+def check_kernels(language: str, compare: Callable[[], bool]) -> bool:
+    """True if the kernels compile and agree with the reference; log the reason if False."""
     try:
-        is_equal = agrees()
-        reason = "its kernels disagree with the formulas"
-    except Exception as error:  # a driver, compiler or linker may fail; formulas need none of them
-        is_equal = False
+        are_usable = compare()
+        reason = "its kernels disagree with the reference implementation"
+    except Exception as error:  # a driver, compiler or linker may fail
+        are_usable = False
         reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")
-    if not is_equal:
-        log.info("quantizers take several passes over memory: no %s (%s)", language, reason)
-    return is_equal
+    if not are_usable:
+        log.info("no %s kernels (%s); quantizers use slower torch operations", language, reason)
+    return are_usable

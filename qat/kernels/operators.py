@@ -1,8 +1,9 @@
 """LSQ, StatsQ and block floats as operators of torch, with kernels in C++ and Triton.
 
-On other devices, and for tensors that no kernel supports, operators compute the formula. The fields
-of a quantizer are separate arguments of an operator: scale, offset before, offset after, sign, and
-the four fields of `CodeRange`. Operators with an argument `out` write to it.
+On other devices, and for tensors that no kernel supports, operators call the reference
+implementation. The fields of a quantizer are separate arguments of an operator: scale, offset
+before, offset after, sign, and the four fields of `CodeRange`. Operators with an argument `out`
+write to it.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor
 
 from qat.functional.lsq import LsqGradients, gradient_scale
-from qat.functional.lsq import step_and_slope as formula_of_steps
+from qat.functional.lsq import step_and_slope as reference_step_and_slope
 from qat.functional.statsq import statsq_scale
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.library import operator
 from qat.kernels.producer import Producer
-from qat.kernels.rows import PLAIN, LSQParams, params_of
+from qat.kernels.rows import PLAIN_CLASSES, LSQParams, split_operator_args
 
 _LSQ = (
     "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
     "int qmin, int qmax, int? axis, bool half"
 )
-# The formula of each operator, for compilers that round like the operators: they can fuse a formula
-# with the operations around it.
-FORMULAS: dict[Any, Callable[..., Any]] = {}
+# The decomposition of each operator, for compilers that round like the operators: they can fuse a
+# decomposition with the operations around it.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def _kernels_for(x: Tensor) -> Any:
@@ -37,7 +38,7 @@ def _kernels_for(x: Tensor) -> Any:
 
     Returns None if there is no such module, and for a tensor without memory.
     """
-    if type(x) not in PLAIN:
+    if type(x) not in PLAIN_CLASSES:
         return None
     if x.is_cpu and cpu.available():
         return cpu
@@ -47,22 +48,22 @@ def _kernels_for(x: Tensor) -> Any:
 
 
 def _with_kernels(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a formula as an operator that uses the kernel of the same name where possible."""
+    """Register a reference function as an operator that uses a kernel of the same name, if any."""
 
-    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
-        name = formula.__name__
+    def register(reference_function: Callable[..., Any]) -> Callable[..., Any]:
+        name = reference_function.__name__
 
-        @functools.wraps(formula)
+        @functools.wraps(reference_function)
         def run(x: Tensor, *args: Any) -> Any:
             kernel = getattr(_kernels_for(x), name, None)
             if kernel is not None:
                 result = kernel(x, *args)
                 if result is not None:
                     return result
-            return formula(x, *args)
+            return reference_function(x, *args)
 
         registered = operator(schema)(run)
-        FORMULAS[getattr(torch.ops.qat, name).default] = formula
+        DECOMPOSITIONS[getattr(torch.ops.qat, name).default] = reference_function
         return registered
 
     return register
@@ -71,7 +72,7 @@ def _with_kernels(schema: str) -> Callable[[Callable[..., Any]], Callable[..., A
 @_with_kernels(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor")
 def lsq_forward(x: Tensor, *args: Any) -> Tensor:
     """`reference.lsq_forward`, rounded to the dtype in `args`."""
-    q, dtype = params_of(args)
+    q, dtype = split_operator_args(args)
     y = reference.lsq_forward(x, q.scale, q.before, q.after, q.codes, sign=q.sign)
     return in_dtype(y, dtype)
 
@@ -89,48 +90,48 @@ def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-# In the formula, a compiler would add up the scale in another order.
-del FORMULAS[torch.ops.qat.statsq.default]
+# In a decomposition, a compiler would add up the scale in another order.
+del DECOMPOSITIONS[torch.ops.qat.statsq.default]
 step_and_slope = _with_kernels(
-    "(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)"
-)(formula_of_steps)
+    "(Tensor start, Tensor growth, Tensor change, float min_reliable) -> (Tensor, Tensor)"
+)(reference_step_and_slope)
 
 
-def _joined(*sums: Tensor | None) -> Tensor:
-    """Join the sums that are not None into one tensor (n,); `split` is the inverse."""
+def _concatenate(*sums: Tensor | None) -> Tensor:
+    """Join the sums that are not None into one tensor (n,); `split_sums` is the inverse."""
     return torch.cat([t.flatten().float() for t in sums if t is not None])
 
 
-def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
+def split_sums(sums: Tensor, *params: Tensor | None) -> list[Tensor | None]:
     """Take apart the sums that `lsq_backward` returns in one tensor.
 
     Args:
         sums: (n,), the concatenated sums.
-        like: parameters with the shapes and dtypes of the sums; None for each parameter without a
+        params: parameters with the shapes and dtypes of the sums; None for each parameter without a
             sum.
     """
-    parts = iter(sums.split([t.numel() for t in like if t is not None]))
+    parts = iter(sums.split([t.numel() for t in params if t is not None]))
     gradients: list[Tensor | None] = []
-    for t in like:
+    for t in params:
         gradients.append(None if t is None else next(parts).view(t.shape).to(t.dtype))
     return gradients
 
 
 @operator(
     f"(Tensor grad, Tensor x, {_LSQ}, bool with_after, Tensor(a!) out, ScalarType? dequantized, "
-    "Tensor? weight, Tensor? bias, str kind, float number) -> (Tensor, Tensor, Tensor)"
+    "Tensor? weight, Tensor? bias, str kind, float eps, float factor) -> (Tensor, Tensor, Tensor)"
 )
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.lsq_backward`, and the backward of the operation before the quantizer.
 
-    This operation is `Producer(kind, number)`. The gradient of `x` is written to `out`.
+    This operation is `Producer(kind, eps, factor)`. The gradient of `x` is written to `out`.
 
     Returns:
         The gradient of the scale, without LSQ's factor. The requested gradients of the offsets and
-        of a LayerNorm's weight and bias, joined into one tensor (see `split`). The result of the
-        forward pass; empty if not requested.
+        of a LayerNorm's weight and bias, joined into one tensor (see `split_sums`). The result of
+        the forward pass; empty if not requested.
     """
-    q, with_after, out, dequantized, *norm = params_of(args[:13])
+    q, with_after, out, dequantized, *norm = split_operator_args(args[:13])
     producer = Producer(*args[13:])
     kernels = _kernels_for(x)
     if kernels is not None:
@@ -139,14 +140,15 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
         )
         if results is not None:
             grad_scale, sums, y = results
-            return _without_none(grad_scale, sums, y, out)
+            return _replace_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
         quantizer_input, *saved = producer.forward(x, *norm)
-        scale, sums, y = lsq_backward(grad, quantizer_input, *args[:11], None, None, *Producer())
+        args = (*args[:11], None, None, *Producer())
+        grad_scale, sums, y = lsq_backward(grad, quantizer_input, *args)
         grad_x, *norm_grads = producer.backward(out, x, *norm, *saved)
         if grad_x is not out:
             out.copy_(grad_x)
-        return scale, _joined(sums, *norm_grads), y
+        return grad_scale, _concatenate(sums, *norm_grads), y
     y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
     grads = reference.lsq_backward(
         grad,
@@ -159,15 +161,15 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     )
     grad_x, *_ = producer.backward(grads.x, x, None, None)
     out.copy_(grad_x)
-    sums = _joined(grads.scale.new_empty(0), grads.before, grads.after)
-    return _without_none(grads.scale, sums, y, out)
+    sums = _concatenate(grads.scale.new_empty(0), grads.before, grads.after)
+    return _replace_none(grads.scale, sums, y, out)
 
 
-def _without_none(
-    scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
+def _replace_none(
+    grad_scale: Tensor, sums: Tensor, y: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results of `lsq_backward`, with an empty tensor for None: operators cannot return None."""
-    return scale, sums, like.new_empty(0) if y is None else y
+    return grad_scale, sums, like.new_empty(0) if y is None else y
 
 
 def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -191,7 +193,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
     dequantized: torch.dtype | None = None,
     norm: tuple[Tensor | None, ...] = (None, None),
     producer: Producer = Producer(),  # noqa: B008  (a tuple)
-    counted: Tensor | None = None,
+    unpadded: Tensor | None = None,
 ) -> LsqGradients:
     """Gradients of `quantize` and of the operation before it.
 
@@ -205,7 +207,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
         dequantized: dtype of the result of `quantize` to return as well; None = do not return it.
         norm: weight and bias of a LayerNorm before the quantizer.
         producer: the operation before the quantizer.
-        counted: the part of `x` without padding, which sets the number of elements in LSQ's factor;
+        unpadded: the part of `x` without padding, whose number of elements enters LSQ's factor;
             None = all of `x`.
     """
     if in_place and grad.dtype == x.dtype:
@@ -217,19 +219,19 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
     grad_scale, sums, y = lsq_backward(
         grad, x, *q[:4], *q.codes, with_after, out, dtype, *norm, *producer
     )
-    counted = x if counted is None else counted
-    grad_scale = grad_scale * gradient_scale(counted, q.codes, q.grad_factor, q.sign)
+    unpadded = x if unpadded is None else unpadded
+    grad_scale = grad_scale * gradient_scale(unpadded, q.codes, q.grad_factor, q.sign)
     after = q.after if with_after else None
-    grad_before, grad_after, *norm_grads = split(sums, q.before, after, *norm)
+    grad_before, grad_after, *norm_grads = split_sums(sums, q.before, after, *norm)
     y = None if dequantized is None else y.to(dequantized)
     return LsqGradients(out, grad_scale, grad_before, grad_after, y, *norm_grads)
 
 
-@_with_kernels("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
+@_with_kernels("(Tensor x, Tensor? tensor_scale, Tensor? grad, int bits) -> Tensor")
 def round_blocks(x: Tensor, *args: Any) -> Tensor:
     """`reference.round_blocks`; the result is contiguous."""
     return reference.round_blocks(x, *args).contiguous()
 
 
 # Without the copy to contiguous memory, for which a compiler would need a second pass.
-FORMULAS[torch.ops.qat.round_blocks.default] = reference.round_blocks
+DECOMPOSITIONS[torch.ops.qat.round_blocks.default] = reference.round_blocks

@@ -17,21 +17,23 @@ class Producer(NamedTuple):
             approximation; `scores` = softmax over the last dimension in float32; `softmax` = x is
             the result of a softmax, and gradients are with respect to the scores; empty = no
             operation, so the quantizer's input is x itself.
-        number: eps of a LayerNorm; for both kinds of softmax, the factor on the scores.
+        eps: eps of a LayerNorm.
+        factor: for both kinds of softmax, the factor on the scores.
     """
 
     kind: str = ""
-    number: float = 0.0
+    eps: float = 0.0
+    factor: float = 1.0
 
     @property
     def needs_recompute(self) -> bool:
-        """True if the input of the quantizer is not x itself."""
+        """True if the input of the quantizer must be computed from x."""
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         """The quantizer's input, bit-identical to torch's modules, and tensors for `backward`."""
         if self.kind == "norm":
-            return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
+            return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if self.kind == "scores":
             probs = x.softmax(-1, dtype=torch.float32)
             return probs, probs
@@ -64,5 +66,5 @@ class Producer(NamedTuple):
         if not self.kind:
             return grad, None, None
         probs = saved[0] if saved else x
-        grad_scores = (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number
+        grad_scores = (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.factor
         return grad_scores, None, None

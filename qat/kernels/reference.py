@@ -1,4 +1,4 @@
-"""The formulas that all kernels must compute, and a comparison of kernels with the formulas."""
+"""The reference implementation of all kernels, and a comparison of kernels with it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 from qat.functional.block_floats import BLOCK_FORMATS, BlockFormat
-from qat.functional.block_floats import round_blocks as formula_of_blocks
+from qat.functional.block_floats import round_blocks as reference_round_blocks
 from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
 from qat.kernels.producer import Producer
 from qat.kernels.rows import LSQParams
 
-__all__ = ["agrees", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forward"]
+__all__ = ["kernels_agree", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forward"]
 
 
-def block_format(t: Tensor | None, bits: int) -> BlockFormat:
-    """The format of `bits` bits: a two-level format if the whole tensor has a scale `t`."""
-    return BLOCK_FORMATS["mxfp" if t is None else "nvfp4", bits]
+def block_format(tensor_scale: Tensor | None, bits: int) -> BlockFormat:
+    """The format of `bits` bits: a two-level format if the whole tensor has a scale."""
+    return BLOCK_FORMATS["mxfp" if tensor_scale is None else "nvfp4", bits]
 
 
-def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) -> Tensor:
+def round_blocks(x: Tensor, tensor_scale: Tensor | None, grad: Tensor | None, bits: int) -> Tensor:
     """`qat.functional.block_floats.round_blocks`."""
-    return formula_of_blocks(x, block_format(t, bits), t, grad)
+    return reference_round_blocks(x, block_format(tensor_scale, bits), tensor_scale, grad)
 
 
 @torch.no_grad()
-def agrees(
+def kernels_agree(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
 ) -> bool:
-    """True if LSQ kernels agree with the formulas bit for bit, and their sums within rounding.
+    """True if LSQ kernels agree with the reference bit for bit, and their sums within rounding.
 
     The inputs include values inside and outside of the range, and values halfway between codes.
 

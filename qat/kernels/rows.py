@@ -11,7 +11,7 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 
 # Classes of tensors whose memory kernels may read; fake and wrapped tensors have no memory.
-PLAIN: set[type] = {Tensor, torch.nn.Parameter}
+PLAIN_CLASSES: set[type] = {Tensor, torch.nn.Parameter}
 
 
 class LSQParams(NamedTuple):
@@ -34,7 +34,7 @@ class LSQParams(NamedTuple):
     grad_factor: float = 1.0
 
 
-def params_of(args: Any) -> tuple[Any, ...]:
+def split_operator_args(args: Any) -> tuple[Any, ...]:
     """Split the arguments of an operator into the quantizer and the arguments after it."""
     scale, before, after, sign, *codes = args[:8]
     return LSQParams(scale, before, after, sign, CodeRange(*codes)), *args[8:]
@@ -47,15 +47,15 @@ class Layout(NamedTuple):
         rows: number of rows.
         length: number of elements of a row.
         stride: number of elements from the start of one row to the start of the next one.
-        steps: number of step sizes. Row r has step size r % steps, or, with `by_column`, element i
-            of each row has step size i.
-        by_column: see `steps`.
+        num_scales: number of step sizes.
+        by_column: True = element i of each row has step size i; False = row r has step size
+            r % num_scales.
     """
 
     rows: int
     length: int
     stride: int
-    steps: int
+    num_scales: int
     by_column: bool
 
 
@@ -65,23 +65,26 @@ def row_stride(x: Tensor, length: int) -> int | None:
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:
         return None
-    expected = x.stride(-2)
+    expected_stride = x.stride(-2)
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size > 1:
-            if stride != expected:
+            if stride != expected_stride:
                 return None
-            expected = size * stride
+            expected_stride = size * stride
     return x.stride(-2)
 
 
-def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
-    """True if all tensors have memory, an allowed dtype and the same device; skip None."""
+def are_supported(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
+    """True if all tensors have memory, an allowed dtype and the same device; None is skipped."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
-    return all(type(x) in PLAIN and x.dtype in dtypes and x.device == device for x in present)
+    for x in present:
+        if type(x) not in PLAIN_CLASSES or x.dtype not in dtypes or x.device != device:
+            return False
+    return True
 
 
-def _row_length(x: Tensor, axis: int | None, columns: list[Tensor]) -> int:
+def _row_length(x: Tensor, axis: int | None, row_tensors: list[Tensor]) -> int:
     """Number of consecutive elements that share a step size.
 
     If the axis is the last dimension, this is the size of that dimension.
@@ -90,10 +93,10 @@ def _row_length(x: Tensor, axis: int | None, columns: list[Tensor]) -> int:
         return x.shape[-1]
     if axis is not None:
         return math.prod(x.shape[axis + 1 :])
-    return columns[0].numel() if columns else x.shape[-1]
+    return row_tensors[0].numel() if row_tensors else x.shape[-1]
 
 
-def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
+def layout_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
     """Rows of `x` for a quantizer with a step size for each row, or for each element of a row.
 
     Args:
@@ -105,35 +108,35 @@ def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
         The rows; None if the memory of `x` is laid out differently.
     """
     axis = q.codes.axis
-    columns = [t for t in (q.before, q.after, *others) if t is not None]
+    row_tensors = [t for t in (q.before, q.after, *others) if t is not None]
     if x.ndim == 0 or not x.numel():
         return None
     if axis is not None:
         if not -x.ndim <= axis < x.ndim:
             return None
         axis %= x.ndim
-    length = _row_length(x, axis, columns)
-    for t in columns:
+    length = _row_length(x, axis, row_tensors)
+    for t in row_tensors:
         if t.numel() != length or x.shape[x.ndim - t.ndim :] != t.shape or not t.is_contiguous():
             return None
-    num_steps = 1 if axis is None else x.shape[axis]
+    num_scales = 1 if axis is None else x.shape[axis]
     stride = row_stride(x, length)
-    if stride is None or q.scale.numel() != num_steps or not q.scale.is_contiguous():
+    if stride is None or q.scale.numel() != num_scales or not q.scale.is_contiguous():
         return None
     return Layout(
         rows=x.numel() // length,
         length=length,
         stride=stride,
-        steps=num_steps,
+        num_scales=num_scales,
         by_column=axis == x.ndim - 1,
     )
 
 
-def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
+def layout_by_row(w: Tensor, scale: Tensor) -> Layout | None:
     """Rows of a contiguous `w` along its first dimension, one for each entry of `scale`.
 
     Returns None if the tensors have other layouts or shapes.
     """
     if not w.is_contiguous() or not scale.ndim == w.ndim > 1:
         return None
-    return rows_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))
+    return layout_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))

@@ -12,9 +12,9 @@ from qat.kernels.rows import Layout, row_stride
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Number of elements in the tile of a program.
 TILE = 2048
-# The largest number of columns of a tile, and the smallest if the tile is narrower than a row.
-WIDEST = 1024
-NARROW = 64
+# Maximum number of columns of a tile, and the minimum for a tile that is narrower than a row.
+MAX_TILE_WIDTH = 1024
+MIN_TILE_WIDTH = 64
 
 
 @functools.cache
@@ -25,10 +25,10 @@ def device_type() -> str:
     return "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 
-def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
-    """`x` and the number of elements from one row to the next.
+def with_row_stride(x: Tensor, length: int) -> tuple[Tensor, int]:
+    """Return `x`, and the number of elements from one row to the next.
 
-    If rows are unevenly spaced, `x` is copied.
+    If rows are unevenly spaced, return a copy of `x`.
     """
     stride = row_stride(x, length)
     if stride is None:
@@ -36,25 +36,27 @@ def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
     return x, stride
 
 
-def tiles_of(layout: Layout, whole: int | None = None) -> tuple[dict[str, int], tuple[int, int]]:
+def tiles_of(
+    layout: Layout, max_row_length: int | None = None
+) -> tuple[dict[str, int], tuple[int, int]]:
     """Tiles whose sides are powers of two.
 
     Args:
         layout: the rows to cut.
-        whole: the largest number of columns, if a tile must be as wide as a row; None = as many
-            columns as possible without a half-empty tile.
+        max_row_length: maximum number of columns, if a tile must be as wide as a row; None = as
+            many columns as possible without a half-empty tile.
 
     Returns:
         Rows and columns of a tile, by the names of the kernels' arguments. The number of tiles down
         and across.
     """
     columns = 1 << (layout.length - 1).bit_length()
-    if whole:
-        columns = min(columns, whole)
+    if max_row_length:
+        columns = min(columns, max_row_length)
     else:
         divisor = layout.length & -layout.length  # the largest power of two in the length
-        columns = min(divisor if divisor >= NARROW else columns, WIDEST)
+        columns = min(divisor if divisor >= MIN_TILE_WIDTH else columns, MAX_TILE_WIDTH)
     rows = min(1 << (layout.rows - 1).bit_length(), max(TILE // columns, 1))
-    down = -(-layout.rows // rows)
-    across = -(-layout.length // columns)
-    return {"BLOCK_R": rows, "BLOCK_C": columns}, (down, across)
+    tiles_down = -(-layout.rows // rows)
+    tiles_across = -(-layout.length // columns)
+    return {"BLOCK_R": rows, "BLOCK_C": columns}, (tiles_down, tiles_across)

@@ -3,8 +3,8 @@
 A program processes a tile of queries or keys of one head and image; the grid of programs is (tiles,
 heads, images). Forward and backward compute a probability by the same operations, from the base-2
 logarithm of the sum of its row, so the codes are the same in all passes. `factor` includes the
-factor that turns a power of e into a power of 2. A probability in steps is the probability times
-the reciprocal of the step size. Matrix products are accumulated in float32.
+factor that turns a power of e into a power of 2. `probs_in_steps` are probabilities times the
+reciprocal of the step size. Matrix products are accumulated in float32.
 
 The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
 row to the next. A head has SIZE elements of each row; they fit in a tile of BLOCK_D columns.
@@ -16,11 +16,11 @@ import triton.language as tl
 from triton.language import constexpr, tensor
 
 from qat.kernels.triton_kernels import (
-    _clamped,
-    _inside,
+    _clamp,
+    _is_inside,
     _lsq_gradients,
     _offsets,
-    _rounded,
+    _round,
     _step_size,
 )
 
@@ -32,7 +32,7 @@ def _read(
     """Read rows of the program's head and image; elements outside of the tensor are zero."""
     column = tl.arange(0, BLOCK_D)
     offsets = _offsets(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
-    return tl.load(x + offsets, mask=_inside(row, column, rows, SIZE), other=0.0)
+    return tl.load(x + offsets, mask=_is_inside(row, column, rows, SIZE), other=0.0)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _write(
     offsets = _offsets(
         tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, tl.num_programs(1) * SIZE
     )
-    tl.store(x + offsets, tile, mask=_inside(row, column, rows, SIZE))
+    tl.store(x + offsets, tile, mask=_is_inside(row, column, rows, SIZE))
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 @triton.jit
 def _probs(scores: tensor, total: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
-    """Probabilities of scores, and these probabilities in steps."""
+    """Probabilities of scores, and these probabilities divided by the step size."""
     probs = tl.exp2(scores - total)
     return probs, probs * inverse_step
 
@@ -114,7 +114,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     probs, probs_in_steps = _probs(scores, total[:, None], tl.div_rn(1.0, step))
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
     if grad is None:
-        probs_q = _rounded(_clamped(probs_in_steps, None, high)) * step
+        probs_q = _round(_clamp(probs_in_steps, None, high)) * step
         _write(out, _product(probs_q.to(v_tile.dtype), v_tile), n, rows, SIZE, BLOCK_D)
     else:
         grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)

@@ -18,7 +18,7 @@ from triton.language import constexpr, tensor
 MAGIC = constexpr(1.5 * 2.0**23)
 # Quotients of at least this size are not corrected, because they are outside the range of all codes
 # or infinite.
-FAR = constexpr(2.0**22)
+MIN_UNCORRECTED = constexpr(2.0**22)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
 TOP_CLIP = constexpr(1 - 1e-6)
@@ -29,7 +29,7 @@ DENSITY = constexpr(0.3989422804014327)
 
 @triton.jit
 def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
-    """The bounds; moved to start at 0 if `sign` says that the input has no negative values."""
+    """The bounds; moved to start at 0 if `sign` is at most 0 (input without negative values)."""
     if sign is not None:
         is_signed = tl.load(sign).to(tl.float32) > 0.0
         high = tl.where(is_signed, high, high - low)
@@ -38,7 +38,7 @@ def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
 
 
 @triton.jit
-def _clamped(u: tensor, low: tensor, high: tensor) -> tensor:
+def _clamp(u: tensor, low: tensor, high: tensor) -> tensor:
     if low is not None:
         u = tl.where(u < low, low, u)
     return tl.where(u > high, high, u)
@@ -53,15 +53,15 @@ def _quotient(x: tensor, step: tensor) -> tensor:
     """
     inverse = tl.div_rn(1.0, step)
     u = x * inverse
-    return tl.where(tl.abs(u) < FAR, tl.fma(tl.fma(-u, step, x), inverse, u), u)
+    return tl.where(tl.abs(u) < MIN_UNCORRECTED, tl.fma(tl.fma(-u, step, x), inverse, u), u)
 
 
 @triton.jit
-def _rounded(u: tensor) -> tensor:
+def _round(u: tensor) -> tensor:
     """`u` rounded half to even; a result of zero has the sign of `u`."""
-    whole = (u + MAGIC) - MAGIC
+    integer = (u + MAGIC) - MAGIC
     sign = u.to(tl.int32, bitcast=True) & -(2**31)
-    return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (integer.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
     With half codes, the highest code is half a step below `high`.
     """
     if HALF:
-        k = _rounded(u - 0.5)
+        k = _round(u - 0.5)
         return tl.where(k > high - 1.0, high - 1.0, k) + 0.5
-    return _rounded(u)
+    return _round(u)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _step_size(scale: tensor, index: tensor, inside: tensor) -> tensor:
 
 
 @triton.jit
-def _inside(row: tensor, column: tensor, rows: tensor, length: tensor) -> tensor:
+def _is_inside(row: tensor, column: tensor, rows: tensor, length: tensor) -> tensor:
     """Mask of the elements of a tile that are inside of the tensor."""
     return (row < rows)[:, None] & (column < length)[None, :]
 
@@ -106,7 +106,7 @@ def _columns(x: tensor, column: tensor, length: tensor) -> tensor:
 
 
 @triton.jit
-def _plus(tile: tensor, offset: tensor) -> tensor:
+def _add_optional(tile: tensor, offset: tensor) -> tensor:
     """`tile + offset`, or `tile` if the offset is None."""
     return tile if offset is None else tile + offset
 
@@ -118,46 +118,46 @@ def _produce(  # noqa: PLR0913, PLR0917
     bias: tensor,
     column: tensor,
     length: tensor,
-    number: tensor,
+    eps: tensor,
     PRODUCER: constexpr,
     DTYPE: constexpr,
 ) -> tuple[tensor, tensor, tensor]:
     """Compute the input of the quantizer from x by PRODUCER, and tensors for `_produce_backward`.
 
-    The tensors for backward are the normalised rows of a LayerNorm and the reciprocals of the
-    rows' standard deviations, the normal distribution function of x for a GELU, or the
-    probabilities of a softmax.
+    The tensors for backward, `saved` and `inverse_std`, are the normalised rows of a LayerNorm and
+    the reciprocals of the rows' standard deviations. For a GELU, `saved` is the normal distribution
+    function of x, and for a softmax the probabilities; `inverse_std` is then unused.
     """
     out = x
-    unit = x
-    inverse = 1.0
+    saved = x
+    inverse_std = 1.0
     if PRODUCER == "norm":
         inverse_length = tl.div_rn(1.0, 1.0 * length)
         mean = (tl.sum(x, 1) * inverse_length)[:, None]
         centered = tl.where((column < length)[None, :], x - mean, 0.0)
-        inverse = tl.rsqrt(tl.sum(centered * centered, 1) * inverse_length + number)[:, None]
-        unit = centered * inverse
-        out = _plus(unit if weight is None else unit * weight, bias)
+        inverse_std = tl.rsqrt(tl.sum(centered * centered, 1) * inverse_length + eps)[:, None]
+        saved = centered * inverse_std
+        out = _add_optional(saved if weight is None else saved * weight, bias)
     if PRODUCER == "none":
-        unit = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
-        out = x * unit
+        saved = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        out = x * saved
     if PRODUCER == "scores":
         scores = tl.where((column < length)[None, :], x, float("-inf"))
         power = tl.exp(scores - tl.max(scores, 1)[:, None])
-        unit = power * tl.div_rn(1.0, tl.sum(power, 1))[:, None]
-        return unit, unit, inverse
-    return out.to(DTYPE).to(tl.float32), unit, inverse
+        saved = power * tl.div_rn(1.0, tl.sum(power, 1))[:, None]
+        return saved, saved, inverse_std
+    return out.to(DTYPE).to(tl.float32), saved, inverse_std
 
 
 @triton.jit
 def _produce_backward(  # noqa: PLR0913
     grad: tensor,
     x: tensor,
-    unit: tensor,
-    inverse: tensor,
+    saved: tensor,
+    inverse_std: tensor,
     weight: tensor,
     length: tensor,
-    number: tensor,
+    factor: tensor,
     PRODUCER: constexpr,
 ) -> tensor:
     """Gradient of x from the gradient of the result of `_produce`."""
@@ -165,12 +165,12 @@ def _produce_backward(  # noqa: PLR0913
         grad = grad if weight is None else grad * weight
         inverse_length = tl.div_rn(1.0, 1.0 * length)
         mean = (tl.sum(grad, 1) * inverse_length)[:, None]
-        projection = (tl.sum(grad * unit, 1) * inverse_length)[:, None]
-        grad = (grad - mean - unit * projection) * inverse
+        projection = (tl.sum(grad * saved, 1) * inverse_length)[:, None]
+        grad = (grad - mean - saved * projection) * inverse_std
     if PRODUCER == "none":
-        grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
+        grad = grad * (saved + x * DENSITY * tl.exp(-0.5 * x * x))
     if PRODUCER == "scores":
-        grad = (grad - tl.sum(grad * unit, 1)[:, None]) * unit * number
+        grad = (grad - tl.sum(grad * saved, 1)[:, None]) * saved * factor
     return grad
 
 
@@ -182,7 +182,7 @@ def _lsq_gradients(
 
     The terms are 0 where `grad` is 0, so padding adds nothing to their sum.
     """
-    clamped = _clamped(u, low, high)
+    clamped = _clamp(u, low, high)
     is_out = u > high if low is None else (u < low) | (u > high)
     grad_x = tl.where(is_out, 0.0, grad)
     codes = _nearest_code(clamped, high, HALF)
@@ -232,7 +232,7 @@ def lsq_forward(  # noqa: PLR0913  (a kernel gets all addresses and strides)
     low, high = _bounds(low, high, sign)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = _inside(row, column, rows, length)
+    inside = _is_inside(row, column, rows, length)
     step = (
         _step_size(scale, column, column < length)[None, :]
         if BY_COLUMN
@@ -241,7 +241,7 @@ def lsq_forward(  # noqa: PLR0913  (a kernel gets all addresses and strides)
     shifted = _read(x, _offsets(row, column, stride), inside)
     if before is not None:
         shifted += _columns(before, column, length)
-    clamped = _clamped(_quotient(shifted, step), low, high)
+    clamped = _clamp(_quotient(shifted, step), low, high)
     dequantized = _nearest_code(clamped, high, HALF) * step
     if after is not None:
         dequantized += _columns(after, column, length)
@@ -271,7 +271,8 @@ def lsq_backward(  # noqa: PLR0913
     grad_x_stride: tensor,
     steps: tensor,
     strip: tensor,
-    number: tensor,
+    eps: tensor,
+    factor: tensor,
     UNIT: constexpr,
     REQUESTED: constexpr,
     PRODUCER: constexpr,
@@ -315,24 +316,24 @@ def lsq_backward(  # noqa: PLR0913
     sum_weight = zero
     for first in range(0, strip, BLOCK_R):
         row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
-        inside = _inside(row, column, rows, length)
+        inside = _is_inside(row, column, rows, length)
         step = column_step if BY_COLUMN else _step_size(scale, row % steps, row < rows)[:, None]
         grad_tile = _read(grad, _offsets(row, column, grad_stride), inside)
         x_tile = _read(x, _offsets(row, column, x_stride), inside)
-        produced, unit, inverse = _produce(
-            x_tile, weights, biases, column, length, number, PRODUCER, x.dtype.element_ty
+        produced, saved, inverse_std = _produce(
+            x_tile, weights, biases, column, length, eps, PRODUCER, x.dtype.element_ty
         )
-        u = _quotient(_plus(produced, offset_before), step)
+        u = _quotient(_add_optional(produced, offset_before), step)
         grad_produced, step_grad, codes = _lsq_gradients(grad_tile, u, low, high, HALF)
         sum_before = sum_before + grad_produced
         sum_after = sum_after + grad_tile
-        sum_weight = sum_weight + grad_produced * unit
+        sum_weight = sum_weight + grad_produced * saved
         grad_x_tile = _produce_backward(
-            grad_produced, x_tile, unit, inverse, weights, length, number, PRODUCER
+            grad_produced, x_tile, saved, inverse_std, weights, length, factor, PRODUCER
         )
         tl.store(grad_x + _offsets(row, column, grad_x_stride), grad_x_tile, mask=inside)
         if y is not None:
-            dequantized = _plus(codes * step, offset_after)
+            dequantized = _add_optional(codes * step, offset_after)
             tl.store(y + _offsets(row, column, length), dequantized, mask=inside)
         if BY_COLUMN:
             sum_step_grads += step_grad
@@ -354,7 +355,7 @@ def step_and_slope(
     growth: tensor,
     change: tensor,
     n: tensor,
-    unit: tensor,
+    min_reliable: tensor,
     BLOCK: constexpr,
 ) -> None:
     """`step_and_slope` of `qat.functional.lsq`, for n elements."""
@@ -362,12 +363,12 @@ def step_and_slope(
     inside = i < n
     s = tl.load(start + i, mask=inside)
     t = tl.load(change + i, mask=inside)
-    grown = s * tl.load(growth + i, mask=inside)
-    lacking = tl.where(s < unit, unit, s) - s
+    scaled_start = s * tl.load(growth + i, mask=inside)
+    shortfall = tl.where(s < min_reliable, min_reliable, s) - s
     positive_change = tl.where(t < 0.0, 0.0, t)
     is_positive = tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t))  # NaN stays NaN
-    tl.store(step + i, grown + lacking * positive_change, mask=inside)
-    tl.store(slope + i, grown + lacking * is_positive, mask=inside)
+    tl.store(step + i, scaled_start + shortfall * positive_change, mask=inside)
+    tl.store(slope + i, scaled_start + shortfall * is_positive, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -378,17 +379,17 @@ def statsq_forward(  # noqa: PLR0913
     n: tensor,
     rows: tensor,
     length: tensor,
-    FIND: constexpr,
+    COMPUTE_SCALE: constexpr,
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, first compute and write `scale`."""
+    """`reference.statsq_forward`; n = 2^(bits-1). COMPUTE_SCALE = compute and write `scale`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if FIND:
+    if COMPUTE_SCALE:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for first in range(0, length, BLOCK_C):
             column = first + tl.arange(0, BLOCK_C)
-            inside = _inside(row, column, rows, length)
+            inside = _is_inside(row, column, rows, length)
             total += tl.abs(_read(w, _offsets(row, column, length), inside))
         s = 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length)
         tl.store(scale + row, s, mask=row < rows)
@@ -397,8 +398,8 @@ def statsq_forward(  # noqa: PLR0913
     s = s[:, None]
     for first in range(0, length, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        inside = _inside(row, column, rows, length)
+        inside = _is_inside(row, column, rows, length)
         offsets = _offsets(row, column, length)
         quotient = tl.div_rn(_read(w, offsets, inside), tl.where(s < TINY, TINY, s))
-        u = _clamped(quotient, -1.0, TOP_CLIP)
-        tl.store(y + offsets, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
+        u = _clamp(quotient, -1.0, TOP_CLIP)
+        tl.store(y + offsets, tl.div_rn(_round(u * n - 0.5) + 0.5, n) * s, mask=inside)

@@ -17,12 +17,12 @@ from qat.errors import UsageError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-HIGHEST_COUNT = 1024  # a higher number is a typing mistake that would bring a machine down
+MAX_RANKS = 1024  # per machine; a higher number is a typing mistake that would overload it
 # Lightning's strategies that copy the running process.
-COPYING = ("spawn", "fork", "notebook")
+COPYING_STRATEGIES = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill by torchrun, in which a run finishes its step or validation
 # and saves.
-SAVE_S = 600
+SHUTDOWN_S = 600
 # Environment variables: the id of the process that started the ranks, with which they end, and the
 # lock file that this process has locked for them.
 LAUNCHER = "QAT_LAUNCHER"
@@ -38,7 +38,7 @@ def rank() -> int:
 
 
 def env_number(*names: str, default: int = 1) -> int:
-    """Value of the first of these environment variables that is a whole number."""
+    """Value of the first of these environment variables that is an integer, or else `default`."""
     for name in names:
         text = os.environ.get(name, "")
         if text.isdigit():
@@ -71,9 +71,10 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
     """
     strategy = str(trainer.get("strategy"))
     nodes = trainer.get("num_nodes", 1)
-    if any(word in strategy for word in COPYING):
+    if any(word in strategy for word in COPYING_STRATEGIES):
         raise UsageError(
-            f"trainer.strategy={strategy!r}: must be one that starts new processes: auto, ddp, fsdp"
+            f"trainer.strategy={strategy!r}: must be a strategy that starts new "
+            "processes: auto, ddp, fsdp"
         )
     if is_srun_task() or "LOCAL_RANK" in os.environ:
         return 0
@@ -82,16 +83,16 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
             f"trainer.num_nodes={nodes!r}: must be 1; "
             "the processes of several nodes are started by srun or torchrun"
         )
-    count = local_count(trainer)
-    if count > HIGHEST_COUNT:
+    num_processes = local_processes(trainer)
+    if num_processes > MAX_RANKS:
         raise UsageError(
             f"trainer.devices={trainer.get('devices')!r}: "
-            f"must be at most {HIGHEST_COUNT} processes per machine"
+            f"must be at most {MAX_RANKS} processes per machine"
         )
-    return count if count > 1 else 0
+    return num_processes if num_processes > 1 else 0
 
 
-def local_count(trainer: Mapping[str, Any]) -> int:
+def local_processes(trainer: Mapping[str, Any]) -> int:
     """Number of processes that `trainer.devices` asks for on this machine.
 
     The number is 1 if Lightning will reject the setting.
@@ -133,21 +134,21 @@ def connect(trainer: Trainer) -> None:
         trainer.strategy.setup_environment()
 
 
-def become_torchrun(count: int, command: Sequence[str]) -> NoReturn:
+def become_torchrun(num_processes: int, command: Sequence[str]) -> NoReturn:
     """Replace this process by torchrun; no rank outlives torchrun.
 
     Args:
-        count: number of ranks, on this machine.
+        num_processes: number of ranks, on this machine.
         command: script and arguments of each rank.
     """
     os.environ[LAUNCHER] = str(os.getpid())
     # If each process used one thread per core of the machine, all processes would be slow.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
     script = str(Path(__file__).with_name("torchrun.py"))
     options = [
         "--standalone",
-        f"--nproc-per-node={count}",
-        f"--shutdown-timeout={SAVE_S}",
+        f"--nproc-per-node={num_processes}",
+        f"--shutdown-timeout={SHUTDOWN_S}",
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
     ]
     sys.stdout.flush()

@@ -31,16 +31,18 @@ RESULTS = "results.json"
 CONFIG = "config.yaml"
 # Seconds that a job waits for the lock after SLURM has restarted it: a network file system may
 # notice late that the previous run's node is gone.
-PATIENCE_S = 120
-TICK_S = 0.5
+LOCK_TIMEOUT_S = 120
+RETRY_S = 0.5
 # Files that a training writes, except train.log: a run has already opened its own train.log when it
 # looks for files of earlier runs.
-TRAINING = (
+TRAINING_OUTPUTS = (
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
     "checkpoints/last.prev.ckpt",
     "checkpoints/best-epoch*.ckpt",
     RESULTS,
+    "classes.csv",
+    "confusion.csv",
     "metrics.csv",
     CONFIG,
     "command.json",
@@ -58,15 +60,13 @@ TRAINING = (
     "analysis/weights_*.svg",
 )
 # Files that any command writes.
-WRITTEN = (
-    *TRAINING,
+ALL_OUTPUTS = (
+    *TRAINING_OUTPUTS,
     "quantized.ckpt",
     "reconstruct.csv",
     "reconstruct.ckpt",
     "search.csv",
     "search.ckpt",
-    "classes.csv",
-    "confusion.csv",
     "predictions.csv",
     "net.onnx",
     "net.safetensors",
@@ -84,8 +84,8 @@ class UsedError(UsageError):
 
 
 @contextlib.contextmanager
-def locked(run_dir: str) -> Generator[None]:
-    """Lock a directory during a block; it is unlocked afterwards even if it was locked before.
+def hold_lock(run_dir: str) -> Generator[None]:
+    """Lock a directory during a block; unlock it afterwards even if it was locked before.
 
     Raises:
         UsedError: another run writes into the directory.
@@ -100,7 +100,7 @@ def locked(run_dir: str) -> Generator[None]:
 def lock(run_dir: str) -> None:
     """Lock a directory until `unlock`.
 
-    It does nothing if the directory is already locked, or if this is not the first process of its
+    Do nothing if the directory is already locked, or if this process is not the first one of its
     run.
 
     Raises:
@@ -115,7 +115,7 @@ def lock(run_dir: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     is_restart = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    deadline = time.monotonic() + (PATIENCE_S if is_restart else 0)
+    deadline = time.monotonic() + (LOCK_TIMEOUT_S if is_restart else 0)
     while folder not in _locked:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -129,8 +129,8 @@ def lock(run_dir: str) -> None:
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:
                 os.close(handle)
-                raise _in_use(run_dir, path) from None
-            time.sleep(TICK_S)
+                raise _in_use_error(run_dir, path) from None
+            time.sleep(RETRY_S)
         except OSError:
             log.warning(
                 "run_dir=%r: this file system has no locks; "
@@ -142,10 +142,10 @@ def lock(run_dir: str) -> None:
         os.close(handle)
 
 
-def _in_use(run_dir: str, path: Path) -> UsedError:
-    holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+def _in_use_error(run_dir: str, path: Path) -> UsedError:
+    owner = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     return UsedError(
-        f"run_dir={str(run_dir)!r}: is in use by {holder}; "
+        f"run_dir={str(run_dir)!r}: is in use by {owner}; "
         "must be another directory, or wait until that process ends"
     )
 
@@ -155,7 +155,7 @@ def unlock(run_dir: str) -> None:
     folder = Path(run_dir).resolve()
     handle = _locked.pop(folder, None)
     if handle is not None:
-        # Remove the file first, so that a run that has opened it sees that it is gone.
+        # Remove the file first: a run that has opened the file then sees that the file is gone.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
@@ -175,10 +175,12 @@ def lock_for_ranks(run_dir: str) -> None:
 
 def used_files(run_dir: Path) -> list[Path]:
     """Files of earlier runs, checkpoints first; empty if a run failed before it saved anything."""
-    saved = checkpoints(run_dir)
-    if not saved and json_object(run_dir / RESULTS).get("error"):
+    checkpoint_paths = checkpoints(run_dir)
+    if not checkpoint_paths and json_object(run_dir / RESULTS).get("error"):
         return []
-    return saved + [path for path in training_files(run_dir) if path not in saved]
+    return checkpoint_paths + [
+        path for path in training_files(run_dir) if path not in checkpoint_paths
+    ]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -189,7 +191,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def training_files(run_dir: Path) -> list[Path]:
     """Files of an earlier training that a new training would replace."""
     files: list[Path] = []
-    for pattern in TRAINING:
+    for pattern in TRAINING_OUTPUTS:
         paths = sorted(run_dir.glob(pattern))
         files += [path for path in paths if path.is_symlink() or path.is_file()]
     return files
@@ -217,7 +219,7 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
         names += ["quantized", "reconstruct", "search"]
     for name in names:
         for path in sorted(run_dir.glob(f"{name}.ckpt")):
-            raise _holds(run_dir, str(path.relative_to(run_dir)))
+            raise _already_used_error(run_dir, str(path.relative_to(run_dir)))
 
     if not is_finished(run_dir):
         return
@@ -226,11 +228,11 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
     has_other_weights = weights is not None and results.get("weights") not in {None, weights}
     if is_other_command or has_other_weights:
         owner = f"{results.get('command')}.py {results.get('weights')}"
-        raise _holds(run_dir, f"{RESULTS} of {owner}")
+        raise _already_used_error(run_dir, f"{RESULTS} of {owner}")
 
 
-def _holds(run_dir: Path, content: str) -> UsedError:
-    return UsedError(f"run_dir={str(run_dir)!r} holds {content} already; choose another run_dir")
+def _already_used_error(run_dir: Path, content: str) -> UsedError:
+    return UsedError(f"run_dir={str(run_dir)!r} contains {content} already; choose another run_dir")
 
 
 class RunDirState:
@@ -243,11 +245,11 @@ class RunDirState:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._was_used = bool(used_files(run_dir))
-        self._config = _stamp(run_dir / CONFIG)
+        self._config = _file_stamp(run_dir / CONFIG)
 
     def has_begun(self) -> bool:
         """True if the run has now written its settings, which happens after they are checked."""
-        return _stamp(self.run_dir / CONFIG) != self._config
+        return _file_stamp(self.run_dir / CONFIG) != self._config
 
     def may_record_error(self) -> bool:
         """True if the error of the run may be written as its results.
@@ -257,7 +259,7 @@ class RunDirState:
         return (self.has_begun() or not self._was_used) and not is_finished(self.run_dir)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _file_stamp(path: Path) -> tuple[int, int] | None:
     """Return inode and time of a file, which change if it is replaced, or None if it is missing."""
     if not path.exists():
         return None

@@ -31,7 +31,8 @@ OUTLIVE_S = 20
 class Preempted(BaseException):
     """A signal has ended this run.
 
-    Like KeyboardInterrupt, it is not an `Exception`, so that no handler mistakes it for an error.
+    Like KeyboardInterrupt, this class is not an `Exception`, so that no handler mistakes a signal
+    for an error.
 
     Args:
         number: number of the signal.
@@ -57,45 +58,46 @@ class Preempted(BaseException):
 
 
 @dataclass
-class _Arrivals:
-    """Signals that have arrived in this process.
+class _SignalState:
+    """Signals that this process has received.
 
     Attributes:
-        number: the highest signal that arrived, so that SIGTERM outranks SIGUSR1; 0 = none.
+        number: number of the received signal; 0 = none. Of several signals, the highest number
+            counts, so that SIGTERM outranks SIGUSR1.
         is_deferred: True = signals are only recorded.
         interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
-        process: id of the process that handles signals; its forks (loader processes) ignore them.
+        process_id: id of the process that handles signals; forks (loader processes) ignore signals.
     """
 
     number: int = 0
     is_deferred: bool = False
     interrupted_at: float | None = None
-    process: int = 0
+    process_id: int = 0
 
 
-_arrivals = _Arrivals()
+_state = _SignalState()
 
 
 @contextlib.contextmanager
-def listening() -> Generator[None]:
+def handle_signals() -> Generator[None]:
     """Handle the signals in this block; do nothing outside the main thread."""
     earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    forget()
-    listen()
+    forget_signals()
+    install_handlers()
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in earlier_handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        forget()
+        forget_signals()
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """Handle the signals from now on, even if a library has since set its own handlers."""
     if threading.current_thread() is not threading.main_thread():
         return
-    _arrivals.process = os.getpid()
+    _state.process_id = os.getpid()
     for number in SIGNALS:
         # Ctrl-C stays ignored if a script runs in the background.
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -104,38 +106,38 @@ def listen() -> None:
 
 def defer(*, on: bool) -> None:
     """If `on`, only record signals from now on; else the next signal raises `Preempted`."""
-    _arrivals.is_deferred = on
+    _state.is_deferred = on
 
 
-def arrived() -> int:
-    """Number of the signal that has arrived; 0 = none."""
-    return _arrivals.number
+def received_signal() -> int:
+    """Number of the signal that this process has received; 0 = none."""
+    return _state.number
 
 
-def forget() -> None:
+def forget_signals() -> None:
     """Forget signals that have arrived; the next signal raises `Preempted`."""
-    _arrivals.number = 0
-    _arrivals.is_deferred = False
-    _arrivals.interrupted_at = None
+    _state.number = 0
+    _state.is_deferred = False
+    _state.interrupted_at = None
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _arrivals.process:
+    if os.getpid() != _state.process_id:
         return
     if number == signal.SIGINT:
         current_time = time.monotonic()
-        first_time = _arrivals.interrupted_at
+        first_time = _state.interrupted_at
         if first_time is not None and current_time - first_time > ECHO_S:
-            end_at_once(number, frame)
-        _arrivals.interrupted_at = first_time or current_time
-    _arrivals.number = max(_arrivals.number, number)
-    if not _arrivals.is_deferred:
+            end_immediately(number, frame)
+        _state.interrupted_at = first_time or current_time
+    _state.number = max(_state.number, number)
+    if not _state.is_deferred:
         # Do not raise a second exception while the first is being handled.
-        _arrivals.is_deferred = True
+        _state.is_deferred = True
         raise Preempted(number)
 
 
-def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+def end_immediately(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """End this process with one line; unfinished files do not appear, existing files stay."""
     if os.environ.get("RANK", "0") == "0":
         # Bypass Python's streams, because the interrupted code may be writing to them.

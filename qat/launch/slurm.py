@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UsageError
-from qat.launch.ranks import LOCK_FILE, env_number, is_first, is_srun_task, local_count
+from qat.launch.ranks import LOCK_FILE, env_number, is_first, is_srun_task, local_processes
 from qat.launch.signals import Preempted
 
 log = logging.getLogger(__name__)
 
-OWNER = ".slurm-job"
-# Number of runs of one job that may end before a checkpoint is saved.
-MOST_UNSAVED_RUNS = 3
+OWNER_FILE = ".slurm-job"
+# A job is not requeued if this many of its runs have ended before a checkpoint was saved.
+MAX_RUNS_WITHOUT_CHECKPOINT = 3
 # Seconds for srun to show the log, for scontrol to answer, and for SLURM to end this process.
 SHOW_LOG_S = 0.5
 REQUEUE_S = 60
@@ -67,7 +67,7 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
         _check_single_process()
         return
     counts = (
-        ("devices", local_count(trainer), slurm_tasks_per_node(), "tasks on each node"),
+        ("devices", local_processes(trainer), slurm_tasks_per_node(), "tasks on each node"),
         ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes(), "nodes"),
     )
     for name, requested, started, unit in counts:
@@ -93,7 +93,7 @@ def _check_single_process() -> None:
     )
 
 
-def environments() -> list[Any]:
+def cluster_environments() -> list[Any]:
     """Plugins that tell Lightning which rank of the run this process is.
 
     By default, Lightning assumes that srun started every process of a job.
@@ -127,14 +127,14 @@ def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
 
 
 def _is_owner(run_dir: Path) -> bool:
-    owner = run_dir / OWNER
+    owner = run_dir / OWNER_FILE
     return owner.is_file() and owner.read_text().strip() == job_id()
 
 
 def write_owner(run_dir: Path) -> None:
     """Record this job as the owner of the files in a run directory."""
     if "SLURM_JOB_ID" in os.environ:
-        (run_dir / OWNER).write_text(f"{job_id()}\n")
+        (run_dir / OWNER_FILE).write_text(f"{job_id()}\n")
 
 
 def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
@@ -150,36 +150,39 @@ def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
     """
     code = 128 + stop.signal
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends it to requeued jobs
-    requeues = stop.wants_requeue and job_id() is not None
+    will_requeue = stop.wants_requeue and job_id() is not None
     if is_first():
-        next_step = f", requeueing job {job_id()}" if requeues else f"; {resume_hint}"
+        next_step = f", requeueing job {job_id()}" if will_requeue else f"; {resume_hint}"
         log.warning("%s%s", _describe(stop), next_step)
-        failure = _requeue(run_dir) if requeues else None
-        if failure is not None:
-            log.error("job %s not requeued (%s); %s", job_id(), failure, resume_hint)
+        failure_reason = _requeue(run_dir) if will_requeue else None
+        if failure_reason is not None:
+            log.error("job %s not requeued (%s); %s", job_id(), failure_reason, resume_hint)
             return code
-    if requeues:
+    if will_requeue:
         time.sleep(KILL_S)
     return code
 
 
 def _describe(stop: Preempted) -> str:
-    ended = "preempted" if stop.wants_requeue else "stopped"
+    verb = "preempted" if stop.wants_requeue else "stopped"
     if stop.step is None:
-        return f"{ended} by {stop.name} outside training"
-    saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
-    return f"{ended} by {stop.name} after training step {stop.step}: {saved}"
+        return f"{verb} by {stop.name} outside training"
+    checkpoint_text = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+    return f"{verb} by {stop.name} after training step {stop.step}: {checkpoint_text}"
 
 
 def _requeue(run_dir: Path) -> str | None:
-    """Requeue this job, upon which SLURM ends srun; return the reason if this fails, else None."""
+    """Requeue this job, which makes SLURM end srun.
+
+    Returns the reason if requeueing fails, else None.
+    """
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
-    if runs >= MOST_UNSAVED_RUNS and not any(run_dir.rglob("*.ckpt")):
+    if runs >= MAX_RUNS_WITHOUT_CHECKPOINT and not any(run_dir.rglob("*.ckpt")):
         return (
             f"{runs} runs of the job have ended before the first checkpoint; "
             "the time limit of the job is too short"
         )
-    time.sleep(SHOW_LOG_S)
+    time.sleep(SHOW_LOG_S)  # requeueing kills srun, which must print the log first
     try:
         process = subprocess.run(
             ["scontrol", "requeue", str(job_id())],

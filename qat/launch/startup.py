@@ -13,7 +13,7 @@ import signal
 from qat.launch import signals
 from qat.launch.ranks import LAUNCHER
 
-MOST_OPEN_FILES = 65536
+MAX_OPEN_FILES = 65536
 PR_SET_PDEATHSIG = 1
 
 
@@ -21,7 +21,7 @@ def _handle_ctrl_c() -> None:
     # Ctrl-C is ignored if a script runs in the background, and a caller may handle it.
     with contextlib.suppress(ValueError):  # outside the main thread
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signals.end_at_once)
+            signal.signal(signal.SIGINT, signals.end_immediately)
 
 
 def _end_with_launcher() -> None:
@@ -39,9 +39,9 @@ def _end_with_launcher() -> None:
 def _allow_open_files() -> None:
     """Raise the limit of open files: loader processes send more than 1024 tensors as files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = MOST_OPEN_FILES
+    limit = MAX_OPEN_FILES
     if hard != resource.RLIM_INFINITY:
-        limit = min(hard, MOST_OPEN_FILES)
+        limit = min(hard, MAX_OPEN_FILES)
     if resource.RLIM_INFINITY != soft < limit:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,7 +1,8 @@
 """Run `torch.distributed.run` as a script without tracebacks.
 
-After a signal, the script exits with the code of the signal; if a signal ended a rank, it prints
-the table of ranks. The run directory stays locked as long as a rank lives.
+After a signal, the script exits with the code of the signal; if a rank was killed by a signal, the
+script prints torchrun's list of failed ranks. The run directory stays locked as long as a rank
+lives.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ class MeanLoss(MeanMetric):
     """Mean over images, computed from the means of batches; NaN if the mean of a batch is NaN.
 
     torchmetrics' own `update` leaves out batches with NaN or, with its check off, ignores weights.
-    It also copies each weight to the device, and so waits for the previous step.
+    torchmetrics also copies each weight to the device, and so waits for the previous step.
     """
 
     def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]

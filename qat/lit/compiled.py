@@ -50,21 +50,22 @@ def source_hash(*packages: ModuleType) -> str:
 
 
 @functools.cache
-def _formulas_hash() -> str:
+def _kernel_source_hash() -> str:
     return source_hash(functional, kernels)
 
 
-def register_formulas() -> None:
-    """Let torch compile forward passes of operators as formulas, which fuse with their neighbours.
+def register_decompositions() -> None:
+    """Register decompositions of our operators, so that inductor fuses them with other operations.
 
-    Compilation takes longer; with `ROUNDING`, results stay bit-identical.
+    Compilation takes longer; with `ROUNDING`, results are bit-identical to eager mode.
     """
-    decompositions.update(operators.FORMULAS)
-    fast_random_decomps().update(operators.FORMULAS)  # a copy that torch may have made earlier
-    # Torch finds compiled graphs in its caches by the names of operators, so different formulas
-    # need a different key.
-    if not compiler.cache_key_tag.endswith(_formulas_hash()):
-        compiler.cache_key_tag += _formulas_hash()
+    decompositions.update(operators.DECOMPOSITIONS)
+    # Torch may have made a copy earlier.
+    fast_random_decomps().update(operators.DECOMPOSITIONS)
+    # Torch finds compiled graphs in its caches by the names of operators, so different
+    # decompositions need a different key.
+    if not compiler.cache_key_tag.endswith(_kernel_source_hash()):
+        compiler.cache_key_tag += _kernel_source_hash()
 
 
 def compile_options() -> dict[str, bool]:
@@ -90,13 +91,13 @@ def _warn_of_skipped_graph(reason: str) -> None:
     log.warning("compile=graphs: part of the training step runs without CUDA graphs: %s", reason)
 
 
-def _replace_stack(record: logging.LogRecord) -> bool:
+def _shorten_cudagraph_log(record: logging.LogRecord) -> bool:
     """Replace torch's many lines about a skipped CUDA graph by one line; False drops the record."""
     first_line = record.getMessage().partition("\n")[0].rstrip()
-    skipped = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", first_line)
-    if skipped is None:
+    match = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", first_line)
+    if match is None:
         return True
-    _warn_of_skipped_graph(skipped[1])
+    _warn_of_skipped_graph(match[1])
     return False
 
 
@@ -110,10 +111,10 @@ class CompiledCall:
     Args:
         function: the function, which calls `net`.
         net: the net; training and evaluation mode have separate graphs.
-        recompute: let the compiler save less for backward and recompute more.
-        graphs: replay CUDA graphs. Gradients, and tensors that were passed to hooks in the net, are
-            overwritten when the next step begins (`torch.compiler.cudagraph_mark_step_begin`);
-            results of calls are copies.
+        recompute: True = let the compiler save less for backward and recompute more.
+        cuda_graphs: True = replay CUDA graphs. Gradients, and tensors that were passed to hooks in
+            the net, are overwritten when the next step begins
+            (`torch.compiler.cudagraph_mark_step_begin`); results of calls are copies.
     """
 
     def __init__(
@@ -122,24 +123,24 @@ class CompiledCall:
         net: nn.Module,
         *,
         recompute: bool = False,
-        graphs: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
-        register_formulas()
+        register_decompositions()
         # `inductor.patch` around a call would not be enough: backward is compiled later, when it
         # first runs.
-        options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": graphs}
+        options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": cuda_graphs}
         self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-        self._graphs = graphs
-        if graphs:
-            cudagraphs_log.addFilter(_replace_stack)
+        self._cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            cudagraphs_log.addFilter(_shorten_cudagraph_log)
         self._net = net
-        self._largest: dict[tuple[object, ...], int] = {}
+        self._compiled_batch_size: dict[tuple[object, ...], int] = {}
         self._recompute = recompute
 
     def __call__(self, images: Tensor) -> Any:
         """Result of the function."""
         mode = (self._net.training, torch.is_grad_enabled(), images.shape[1:])
-        if len(images) < self._largest.get(mode, 0):
+        if len(images) < self._compiled_batch_size.get(mode, 0):
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)
 
@@ -147,13 +148,15 @@ class CompiledCall:
         count_before = graph_counts["unique_graphs"]
         # Set this at every call: in the first call, the compiler decides what to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
-            out = self._call(images)
+            result = self._call(images)
         # No graph is compiled if a caller has forced eager execution.
         if graph_counts["unique_graphs"] > count_before:
-            self._largest[mode] = len(images)
-        return tree_map_only(Tensor, torch.clone, out) if self._graphs else out
+            self._compiled_batch_size[mode] = len(images)
+        return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
 
 
-def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
+def compile_in_place(net: nn.Module, *, recompute: bool = False, cuda_graphs: bool = False) -> None:
     """Compile a net (see `CompiledCall`); parameter names stay, and copies are not compiled."""
-    net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)
+    net._compiled_call_impl = CompiledCall(
+        net._call_impl, net, recompute=recompute, cuda_graphs=cuda_graphs
+    )

@@ -21,7 +21,7 @@ from qat.utils.files import csv_rows, write_text
 
 # By default, W&B and MLflow send usage data to their makers, and MLflow logs the tables that it
 # creates.
-_DEFAULTS = {
+_TELEMETRY_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -30,7 +30,7 @@ _DEFAULTS = {
 
 def disable_telemetry() -> None:
     """Set environment variables of W&B and MLflow, if unset; both read them when imported."""
-    for name, value in _DEFAULTS.items():
+    for name, value in _TELEMETRY_DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
@@ -38,32 +38,32 @@ class CSVLog(CSVLogger):
     """Lightning's logger, but every row is written immediately; a resumed run continues the file.
 
     Attributes:
-        resumed_at: optimizer steps of the checkpoint from which the run is resumed. Rows of later
+        resume_step: optimizer steps of the checkpoint from which the run is resumed. Rows of later
             steps are dropped, because the run writes them again. 0 = a new run, which replaces the
             file.
     """
 
-    resumed_at: int = 0
+    resume_step: int = 0
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of the file."""
         if self._experiment is None:
-            self._experiment = _Writer(self.log_dir, self.resumed_at)
+            self._experiment = _Writer(self.log_dir, self.resume_step)
         return self._experiment  # type: ignore[return-value]
 
 
 class _Writer(ExperimentWriter):
-    def __init__(self, log_dir: str, resumed_at: int) -> None:
-        """Keep the rows before `resumed_at`; a new run deletes an older file."""
+    def __init__(self, log_dir: str, resume_step: int) -> None:
+        """Keep the rows before `resume_step`; a new run deletes an older file."""
         super().__init__(log_dir)
         self._last_row = ""
         path = Path(self.metrics_file_path)
         rows: list[dict[str, str]] = []
         try:
-            if resumed_at and path.is_file():
-                rows = _rows_before(path, resumed_at)
+            if resume_step and path.is_file():
+                rows = _rows_before(path, resume_step)
             self.metrics_keys = sorted(set().union(*rows))
         except Exception as error:
             raise UsageError(
@@ -124,7 +124,7 @@ def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
 
 
 @contextlib.contextmanager
-def closing(loggers: Iterable[Logger]) -> Generator[None]:
+def end_wandb_runs(loggers: Iterable[Logger]) -> Generator[None]:
     """End W&B's runs after this block, as failed if the block raises.
 
     W&B itself would end them with the process, which in a multirun is long after the job.
@@ -132,8 +132,8 @@ def closing(loggers: Iterable[Logger]) -> Generator[None]:
     try:
         yield
     finally:
-        failed = sys.exc_info()[0] not in {None, Preempted}
+        has_failed = sys.exc_info()[0] not in {None, Preempted}
         for logger in loggers:
             # The property `experiment` would start a run if nothing was logged yet.
             if isinstance(logger, WandbLogger) and logger._experiment is not None:
-                logger._experiment.finish(exit_code=int(failed))
+                logger._experiment.finish(exit_code=int(has_failed))

@@ -21,8 +21,8 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.accuracy import MeanLoss, accuracy_metrics, check_logits, mean_cross_entropy
 from qat.lit.optim import SchedulerFactory, build_optimizer, scheduler_factory
-from qat.lit.strategies import sharded_modules, whole
-from qat.lit.teacher import Outputs, Teacher
+from qat.lit.strategies import gather_tensor, sharded_modules
+from qat.lit.teacher import OutputRecorder, Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm, StepContext
 from qat.model.checkpoint import Checkpoint
 from qat.model.metadata import META_KEY, describe
@@ -33,8 +33,9 @@ from qat.quantizers import LSQ
 from qat.utils.validate import check_choice
 
 MEANS_KEY = "epoch_means"
-# The most classes of a confusion matrix; with more, it would be larger than a net.
-MOST_CONFUSED = 2000
+# Maximum number of classes for which a confusion matrix is kept; a larger matrix would exceed the
+# size of the model.
+MAX_CONFUSION_CLASSES = 2000
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -81,25 +82,25 @@ class QATModule(LightningModule):
         self.teacher = teacher
         self._optimizer = optimizer
         self._scheduler = scheduler
-        self._describe = describe
-        self._outputs = Outputs.of_blocks(net, loss.blocks)
-        self._accumulated = 1  # number of batches of the current step
+        self._metadata = describe
+        self._output_recorder = OutputRecorder.for_blocks(net, loss.blocks)
+        self._num_accumulated = 1  # number of batches in the current step
         self._num_groups = 0  # in all optimizers, when training starts
-        self._frozen: list[nn.Parameter] = []  # when training starts
+        self._initially_frozen: list[nn.Parameter] = []  # when training starts
         self._num_steps = math.inf  # in the whole run; known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss = MeanLoss()
         self.test_loss = MeanLoss()
         self.test_confusion: MulticlassConfusionMatrix | None = None
-        if num_classes <= MOST_CONFUSED:
+        if num_classes <= MAX_CONFUSION_CLASSES:
             self.test_confusion = MulticlassConfusionMatrix(num_classes)
         # After a test: (K, K) on the CPU, number of images by true and by predicted class.
         self.confusion: Tensor | None = None
         # After a test in one process: (N,) on the CPU, True for each image that is classified
         # correctly. Several processes would have to put the images in order again.
         self.correct: Tensor | None = None
-        self._test_hits: list[Tensor] = []
+        self._correct_batches: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
         self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
 
@@ -133,10 +134,10 @@ class QATModule(LightningModule):
                 or the net does not record how timm built it.
         """
         num_classes = data.settings.num_classes
-        outputs = getattr(net, "num_classes", num_classes)
-        if outputs != num_classes:
+        model_classes = getattr(net, "num_classes", num_classes)
+        if model_classes != num_classes:
             raise UsageError(
-                f"data.num_classes={num_classes}: must be {outputs}, the classes of the model"
+                f"data.num_classes={num_classes}: must be {model_classes}, the classes of the model"
             )
         if loss is None:
             loss = {"ce": CrossEntropy()} if teacher is None else {"kd": Distillation()}
@@ -161,11 +162,11 @@ class QATModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Adjust LSQ's gradient scale to the global batch."""
         if stage == "fit":
-            self._accumulate(self.trainer.accumulate_grad_batches)
+            self._set_accumulation(self.trainer.accumulate_grad_batches)
 
-    def _accumulate(self, batches: int) -> None:
+    def _set_accumulation(self, batches: int) -> None:
         """Set the number of batches that the next step accumulates."""
-        self._accumulated = batches
+        self._num_accumulated = batches
         if self.lsq_grad_batch != "global":
             return
         for site in iter_quantizers(self.net):
@@ -181,10 +182,10 @@ class QATModule(LightningModule):
             self.teacher.to(self.device, next(self.net.parameters()).dtype)
 
     def on_train_start(self) -> None:
-        """Set the learning rate by the schedule; a resumed run begins in the middle of it."""
+        """Set the learning rate by the schedule, which a resumed run continues."""
         self._num_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
-        self._num_groups = _num_groups(self.trainer)
-        self._frozen = [p for p in self.net.parameters() if not p.requires_grad]
+        self._num_groups = _count_groups(self.trainer)
+        self._initially_frozen = [p for p in self.net.parameters() if not p.requires_grad]
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             schedule.step(self.current_epoch)
@@ -193,16 +194,18 @@ class QATModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch (images, targets)."""
         images, _ = batch
-        full_step = self.trainer.accumulate_grad_batches
-        first_of_step = batch_idx // full_step * full_step
+        batches_per_step = self.trainer.accumulate_grad_batches
+        first_batch_of_step = batch_idx // batches_per_step * batches_per_step
         # The last step of an epoch may have fewer batches.
-        accumulated = int(min(full_step, self.trainer.num_training_batches - first_of_step))
-        if accumulated != self._accumulated:
-            self._accumulate(accumulated)
-        total, terms = self.loss(self.context(batch, self.global_step / self._num_steps))
+        num_accumulated = int(
+            min(batches_per_step, self.trainer.num_training_batches - first_batch_of_step)
+        )
+        if num_accumulated != self._num_accumulated:
+            self._set_accumulation(num_accumulated)
+        loss, terms = self.loss(self.context(batch, self.global_step / self._num_steps))
         self.log(
             "train/loss_step",
-            total.detach(),
+            loss.detach(),
             on_step=True,
             on_epoch=False,
             prog_bar=True,
@@ -212,20 +215,20 @@ class QATModule(LightningModule):
             f"train/{name}": value for name, value in self.loss.logged_values().items()
         }
         self.log_dict(logged_values, on_step=True, on_epoch=False)
-        losses = {"loss": total.detach()}
+        losses = {"loss": loss.detach()}
         losses |= {f"loss_{term}": value for term, value in terms.items()}
         for name, value in losses.items():
             mean = self.train_means[name]
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
-        return total
+        return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients of the mean over the batches of this step.
 
         Lightning has already divided the loss by the number of batches of a full step.
         """
-        correction = self.trainer.accumulate_grad_batches / self._accumulated
+        correction = self.trainer.accumulate_grad_batches / self._num_accumulated
         super().backward(loss * correction, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -237,8 +240,8 @@ class QATModule(LightningModule):
             UsageError: a parameter that was frozen now requires gradients, or there is a new
                 parameter group.
         """
-        is_unfrozen = any(parameter.requires_grad for parameter in self._frozen)
-        if is_unfrozen or _num_groups(self.trainer) != self._num_groups:
+        is_unfrozen = any(parameter.requires_grad for parameter in self._initially_frozen)
+        if is_unfrozen or _count_groups(self.trainer) != self._num_groups:
             raise UsageError(
                 "callbacks: weights were unfrozen during the run, "
                 "but the schedule and weight decay do not apply to them; "
@@ -252,7 +255,7 @@ class QATModule(LightningModule):
         teacher_features: list[Tensor] = []
         if self.teacher is not None:
             teacher_logits, teacher_features = self.teacher.with_features(images, self.loss.blocks)
-        with self._outputs.of_pass() as features:
+        with self._output_recorder.record_pass() as features:
             logits = self.net(images)
         return StepContext(
             logits, target, teacher_logits, self.net, progress, features, teacher_features
@@ -265,7 +268,7 @@ class QATModule(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
-        self._test_hits.append(logits.argmax(1) == batch[1])
+        self._correct_batches.append(logits.argmax(1) == batch[1])
         if self.test_confusion is not None:
             self.test_confusion.update(logits, batch[1])
 
@@ -277,8 +280,8 @@ class QATModule(LightningModule):
         """
         check_logits(float(self.test_loss.compute()), "evaluation")
         if self.trainer.world_size == 1:
-            self.correct = torch.cat(self._test_hits).cpu()
-        self._test_hits.clear()
+            self.correct = torch.cat(self._correct_batches).cpu()
+        self._correct_batches.clear()
         if self.test_confusion is not None:
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()
@@ -321,11 +324,13 @@ class QATModule(LightningModule):
         else:
             scheduler.step_update(self.global_step)
 
-    def make_whole(self) -> None:
+    def unshard_net(self) -> None:
         """After training, replace a net with sharded weights by a whole net in all processes."""
         if sharded_modules(self.net):
-            state = {name: whole(value).cpu() for name, value in self.net.state_dict().items()}
-            self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
+            state = {
+                name: gather_tensor(value).cpu() for name, value in self.net.state_dict().items()
+            }
+            self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._metadata))
 
     def on_validation_epoch_start(self) -> None:
         """Make all processes validate the same net; averaged weights are already in place."""
@@ -352,14 +357,14 @@ class QATModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
         self._average_batch_norms()  # now, because the checkpoint refers to these tensors
-        if self._describe is not None:
-            checkpoint[META_KEY] = self._describe
+        if self._metadata is not None:
+            checkpoint[META_KEY] = self._metadata
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             checkpoint[MEANS_KEY] = {
-                name: self._sums_of_processes(mean) for name, mean in self.train_means.items()
+                name: self._gather_sums(mean) for name, mean in self.train_means.items()
             }
 
-    def _sums_of_processes(self, mean: MeanLoss) -> dict[str, Tensor]:
+    def _gather_sums(self, mean: MeanLoss) -> dict[str, Tensor]:
         """The sums of a mean metric in all processes, (processes,)."""
         sums = {}
         for key, value in mean.metric_state.items():
@@ -375,8 +380,8 @@ class QATModule(LightningModule):
             UsageError: the run averaged its weights, but no callback continues the average.
         """
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
-        if "averaging_state" in checkpoint and not averages:
+        has_averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if "averaging_state" in checkpoint and not has_averaging:
             raise UsageError(
                 "resume: the run averages its weights; resume with callbacks=[default,ema], "
                 "or start from the average with ckpt=PATH"
@@ -389,7 +394,7 @@ class QATModule(LightningModule):
                 setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))
 
 
-def _num_groups(trainer: Trainer) -> int:
+def _count_groups(trainer: Trainer) -> int:
     """Number of parameter groups of all optimizers."""
     return sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
 
@@ -406,7 +411,7 @@ def steps_per_epoch(trainer: Trainer) -> int:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches
-    # The limit is a number or a share of batches.
+    # The limit is a number or a fraction of batches.
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     interval = trainer.val_check_interval
     if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch:

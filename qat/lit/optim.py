@@ -13,8 +13,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.sites import no_weight_decay, quantizer_parameters
-from qat.utils.validate import check_int, check_number, unknown
+from qat.model.sites import find_blocks, no_weight_decay, quantizer_parameters
+from qat.nn import hf_models
+from qat.utils.validate import check_int, check_number, unknown_message
 
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 GROUPS = ("decay", "no_decay", "scales")
@@ -46,10 +47,10 @@ def parameter_groups(
         by its `lr_scale`.
 
     Raises:
-        UsageError: `layer_decay` is not in (0, 1], or timm does not number the layers of the net.
+        UsageError: `layer_decay` is not in (0, 1], or the layers of the net cannot be numbered.
     """
-    layers = {} if layer_decay is None else _numbered_layers(net, layer_decay)
-    last_layer = max(layers.values(), default=0)
+    layer_numbers = {} if layer_decay is None else _layer_numbers(net, layer_decay)
+    last_layer = max(layer_numbers.values(), default=0)
     scales, _ = quantizer_parameters(net)
     without_decay = no_weight_decay(net)
     groups: dict[tuple[str, int], list[nn.Parameter]] = {}
@@ -64,7 +65,7 @@ def parameter_groups(
             kind = "scales"
         elif name in without_decay:
             kind = "no_decay"
-        groups[kind, layers.get(name, last_layer)].append(parameter)
+        groups[kind, layer_numbers.get(name, last_layer)].append(parameter)
 
     group_settings = []
     for (kind, layer), parameters in groups.items():
@@ -81,15 +82,35 @@ def parameter_groups(
     return group_settings
 
 
-def _numbered_layers(net: nn.Module, layer_decay: float) -> dict[str, int]:
+def _layer_numbers(net: nn.Module, layer_decay: float) -> dict[str, int]:
     """Layer number of each parameter, by name, as in timm: 0 = embedding, highest = head."""
     check_number("optimizer.layer_decay", layer_decay, 0, exclusive_lowest=True, highest=1)
+    models = hf_models(net)
+    blocks = find_blocks(net) if models else {}
+    if blocks:
+        return _layers_of_transformers(net, list(blocks))
     if not hasattr(net, "group_matcher"):
+        name = type(models[0] if models else net).__name__
         raise UsageError(
-            f"optimizer.layer_decay={layer_decay}: "
-            f"timm does not number the layers of {type(net).__name__}; must be null"
+            f"optimizer.layer_decay={layer_decay}: the layers of {name} cannot be numbered; "
+            "must be null"
         )
     return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+
+
+def _layers_of_transformers(net: nn.Module, blocks: list[str]) -> dict[str, int]:
+    """Layer number of each parameter; parameters between two blocks belong to the first of them."""
+    # In a `TransformersClassifier`, the head is next to the encoder, as `model.vit` and
+    # `model.classifier`.
+    encoder = ".".join(blocks[0].split(".")[:2])
+    layers = {}
+    number = 0
+    for name, _ in net.named_parameters():
+        while any(name.startswith(f"{block}.") for block in blocks[number:]):
+            number += 1
+        is_head = number > 0 and not name.startswith(f"{encoder}.")
+        layers[name] = len(blocks) + 1 if is_head else number
+    return layers
 
 
 def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None) -> float:
@@ -139,7 +160,7 @@ def build_optimizer(
     check_number("optimizer.weight_decay", weight_decay, 0)
     names = [str(name) for name in timm.optim.list_optimizers()]
     if str(opt).lower() not in names:
-        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), names))
+        raise UsageError(unknown_message(f"optimizer.opt={opt!r}", str(opt), names))
     groups = parameter_groups(
         net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay
     )
@@ -171,10 +192,10 @@ def scheduler_factory(
     cooldown_epochs: float = 0.0,
     **settings: Any,
 ) -> SchedulerFactory:
-    """A function that builds a cosine schedule whose parts are measured in epochs.
+    """Make a function that builds a cosine schedule whose parts are measured in epochs.
 
     Args:
-        interval: `epoch` or `step`, how often the learning rate changes.
+        interval: `epoch` or `step`, after which the learning rate changes.
         warmup_epochs: length of the warm-up.
         cooldown_epochs: last epochs, at the lowest learning rate.
         settings: `min_lr` and `warmup_lr` of `cosine_schedule`.

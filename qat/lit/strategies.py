@@ -26,13 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from qat.errors import UsageError
 from qat.utils.files import read_torch, write_torch
 
-PREVIOUS = {"last.ckpt": "last.prev.ckpt"}
+PREVIOUS_NAMES = {"last.ckpt": "last.prev.ckpt"}
 SHARDED = "fsdp"
-SEARCHING = "ddp_find_unused_parameters_true"
-BLOCKS = "blocks"  # timm's name for the list of blocks of a net or a stage
+FIND_UNUSED = "ddp_find_unused_parameters_true"
+BLOCK_LIST = "blocks"  # timm's name for the list of blocks of a net or a stage
 
 
-def strategy_of(name: Any, processes: int) -> Any:
+def choose_strategy(name: Any, processes: int) -> Any:
     """The name or object of Lightning's strategy for the setting `trainer.strategy`.
 
     Args:
@@ -43,7 +43,7 @@ def strategy_of(name: Any, processes: int) -> Any:
         return "auto" if name == SHARDED else name
     if name in ("auto", "ddp"):
         return data_parallel()
-    if name == SEARCHING:
+    if name == FIND_UNUSED:
         return data_parallel(find_unused_parameters=True)
     if name == SHARDED:
         return ShardedStrategy()
@@ -102,7 +102,7 @@ class ShardedStrategy(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
         blocks = []
         for name, module in net.named_modules():
-            if name.split(".")[-2:-1] == [BLOCKS]:
+            if name.split(".")[-2:-1] == [BLOCK_LIST]:
                 blocks.append(module)
         for module in (*reversed(blocks), net):  # inner modules first
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -115,16 +115,16 @@ class ShardedStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole state in the first process, empty in the others.
 
-        All processes must call this.
+        All processes must call this method.
         """
-        return self._gathered(super().lightning_module_state_dict())
+        return self._gather_state(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The optimizer's whole state in the first process, empty in the others.
 
-        All processes must call this.
+        All processes must call this method.
         """
-        return self._gathered(super().optimizer_state(optimizer))
+        return self._gather_state(super().optimizer_state(optimizer))
 
     def load_model_state_dict(
         self,
@@ -136,7 +136,7 @@ class ShardedStrategy(DDPStrategy):
         current_state = module.state_dict()
         state = {}
         for name, value in checkpoint["state_dict"].items():
-            state[name] = sharded_like(value, current_state.get(name, value))
+            state[name] = shard_like(value, current_state.get(name, value))
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -176,28 +176,28 @@ class ShardedStrategy(DDPStrategy):
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        state[key] = sharded_like(value, parameter)
+                        state[key] = shard_like(value, parameter)
 
-    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
         def gather(tensor: DTensor) -> Tensor | None:
-            gathered = whole(tensor)
-            return gathered.cpu() if self.is_global_zero else None
+            whole_tensor = gather_tensor(tensor)
+            return whole_tensor.cpu() if self.is_global_zero else None
 
         state = apply_to_collection(state, DTensor, gather)
         return state if self.is_global_zero else {}
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process stores, which may be empty."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor in each process; all processes must call this in the same order."""
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor in each process; all processes must call this function in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Shard a tensor like `other`; every process must have the whole tensor, as nothing is sent.
 
     Returns:
@@ -252,7 +252,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UsageError: the file cannot be written.
         """
         try:
-            write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
+            write_torch(path, checkpoint, previous=PREVIOUS_NAMES.get(Path(path).name))
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise UsageError(

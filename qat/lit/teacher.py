@@ -15,8 +15,8 @@ from qat.nn.quant_module import keep_weights
 from qat.utils.validate import check_choice
 
 
-class Outputs:
-    """Records the outputs of modules in forward passes inside `of_pass`.
+class OutputRecorder:
+    """Records the outputs of modules in forward passes inside `record_pass`.
 
     Args:
         modules: the modules, which stay hooked.
@@ -29,14 +29,14 @@ class Outputs:
             module.register_forward_hook(self._record)
 
     @classmethod
-    def of_blocks(cls, net: nn.Module, which: str | None) -> Outputs:
+    def for_blocks(cls, net: nn.Module, selection: str | None) -> OutputRecorder:
         """Record outputs of `all` blocks of a net, of the `last` block, or of none."""
-        blocks = list(find_blocks(net).values()) if which else []
-        if which == "last":
+        blocks = list(find_blocks(net).values()) if selection else []
+        if selection == "last":
             blocks = blocks[-1:]
         return cls(blocks)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Outputs:
+    def __deepcopy__(self, memo: dict[int, object]) -> OutputRecorder:
         """Return the same object: a copy of the net (averaged weights) is not trained."""
         return self
 
@@ -45,7 +45,7 @@ class Outputs:
             self._outputs.append(output)
 
     @contextmanager
-    def of_pass(self) -> Generator[list[Tensor]]:
+    def record_pass(self) -> Generator[list[Tensor]]:
         """Yield a list to which the pass in this block adds outputs, in the order of the modules.
 
         The outputs are part of the pass's autograd graph.
@@ -77,18 +77,18 @@ class Teacher:
         keep_weights(net, keep=True)  # quantized weights of a teacher never change
         self.head = head
         self._predict: Callable[[Tensor], Tensor] = net
-        self._outputs: dict[str | None, Outputs] = {}
-        # The net itself chooses the features of the class head: a token in a distilled DeiT, the
-        # mean of tokens in LeViT.
-        heads = [net.head] if self.is_one_of_two else []
-        self._class_head = Outputs(heads)  # type: ignore[arg-type]
+        self._outputs: dict[str | None, OutputRecorder] = {}
+        # Recorded in a forward of the net, because the net itself chooses the features of the class
+        # head: a token in a distilled DeiT, the mean of tokens in LeViT.
+        recorded_heads = [net.head] if self.uses_one_of_two_heads else []
+        self._class_head_recorder = OutputRecorder(recorded_heads)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
         """Return the same object: a teacher never changes, so copies of a module can share it."""
         return self
 
     @property
-    def is_one_of_two(self) -> bool:
+    def uses_one_of_two_heads(self) -> bool:
         """True if the student learns from one head of a net that has two."""
         return self.head == "cls" and hasattr(self.net, "head_dist")
 
@@ -97,9 +97,9 @@ class Teacher:
         self.net.to(device, dtype)
         return self
 
-    def compile(self, *, graphs: bool = False) -> None:
+    def compile(self, *, cuda_graphs: bool = False) -> None:
         """Compile the computation from images to logits; see `CompiledCall`."""
-        self._predict = CompiledCall(self.net, self.net, graphs=graphs)
+        self._predict = CompiledCall(self.net, self.net, cuda_graphs=cuda_graphs)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -107,14 +107,14 @@ class Teacher:
         return self._logits(images)
 
     @torch.no_grad()
-    def with_features(self, images: Tensor, which: str | None) -> tuple[Tensor, list[Tensor]]:
+    def with_features(self, images: Tensor, selection: str | None) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, K) of images (B, C, H, W), and outputs of `all`, the `last` or no blocks."""
-        if which not in self._outputs:
-            self._outputs[which] = Outputs.of_blocks(self.net, which)
-        with self._outputs[which].of_pass() as features:
+        if selection not in self._outputs:
+            self._outputs[selection] = OutputRecorder.for_blocks(self.net, selection)
+        with self._outputs[selection].record_pass() as features:
             return self._logits(images), features
 
     def _logits(self, images: Tensor) -> Tensor:
-        with self._class_head.of_pass() as class_logits:
+        with self._class_head_recorder.record_pass() as class_logits:
             logits: Tensor = self._predict(images)
         return class_logits[0] if class_logits else logits

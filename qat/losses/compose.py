@@ -25,7 +25,7 @@ class StepContext:
         target: (B,) class ids or (B, K) probabilities.
         teacher_logits: (B, K); None without a teacher.
         net: the net in training, for terms on its weights.
-        progress: completed share of the optimizer steps of the run, 0 to 1.
+        progress: completed fraction of the optimizer steps of the run, 0 to 1.
         features: outputs of the net's blocks; empty unless a term reads them.
         teacher_features: outputs of the teacher's blocks; empty unless a term reads them.
     """

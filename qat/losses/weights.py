@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
+from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_from_kurtoses, kurtoses
 from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
 from qat.model.convert import stem_and_heads
@@ -39,8 +39,10 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
             for name, module in net.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         ]
-    excluded = stem_and_heads(net)
-    unique_weights = {id(weight): weight for layer, weight in weights if layer not in excluded}
+    excluded_layers = stem_and_heads(net)
+    unique_weights = {
+        id(weight): weight for layer, weight in weights if layer not in excluded_layers
+    }
     if not unique_weights:
         raise UsageError(
             "loss.kure: this model has no linear layers or convolutions besides stem and heads; "
@@ -84,7 +86,7 @@ class Kure(LossTerm):
             "kurtosis_min": detached.min(),
             "kurtosis_max": detached.max(),
         }
-        return kure_of(values, self.target, self.reduction)
+        return kure_from_kurtoses(values, self.target, self.reduction)
 
 
 class Dampening(LossTerm):
@@ -96,7 +98,7 @@ class Dampening(LossTerm):
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
-        max_bits: largest number of bits; weights with more bits are skipped.
+        max_bits: maximum number of bits; weights with more bits are skipped.
     """
 
     needs_whole_weights = True
@@ -112,20 +114,20 @@ class Dampening(LossTerm):
         Raises:
             UsageError: the net has no weights of at most `max_bits` bits on evenly spaced values.
         """
-        distances = []
+        squared_distances = []
         for site in iter_quantizers(step.net):
             if not site.is_weight or site.quantizer.spec.bits > self.max_bits:
                 continue
             weight = site.latent().float()
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid):
-                clipped = weight.clamp(*grid.ends(weight.ndim))
+                clipped_weight = weight.clamp(*grid.ends(weight.ndim))
                 # `detach`, because the step size gets no gradient.
-                quantized = site.quantizer(weight).detach()
-                distances.append((quantized - clipped).square().sum())
-        if not distances:
+                quantized_weight = site.quantizer(weight).detach()
+                squared_distances.append((quantized_weight - clipped_weight).square().sum())
+        if not squared_distances:
             raise UsageError(
                 f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of at "
-                "most so many bits on a uniform grid"
+                f"most {self.max_bits} bits on a uniform grid"
             )
-        return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()
+        return cosine_between(0.0, 1.0, step.progress) * torch.stack(squared_distances).sum()

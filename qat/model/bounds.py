@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Highest number allowed among a model's arguments.
-MOST_ARGUMENT = 2**17
-# A model may have this multiple of the tensors and numbers in the file, plus a constant. The last
-# limit is for the numbers of one computed tensor.
-TIMES = 8
+# Maximum number among a model's arguments.
+MAX_ARGUMENT = 2**17
+# A model may have SIZE_FACTOR times the tensors and numbers in the file, plus SPARE_TENSORS and
+# SPARE_NUMBERS. One computed tensor may have SPARE_COMPUTED additional numbers.
+SIZE_FACTOR = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
 SPARE_COMPUTED = 2**28
-_OTHER_ERRORS = (
+OTHER_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -49,11 +49,11 @@ class SizeLimit(TorchDispatchMode):
         self, weights: Mapping[str, Tensor], subject: str = "the model is much larger than"
     ) -> None:
         super().__init__()
-        numbers = TIMES * sum(tensor.numel() for tensor in weights.values())
+        numbers = SIZE_FACTOR * sum(tensor.numel() for tensor in weights.values())
         self.message = f"{subject} the weights of the file"
-        self.tensors_left = TIMES * len(weights) + SPARE_TENSORS
+        self.tensors_left = SIZE_FACTOR * len(weights) + SPARE_TENSORS
         self.numbers_left = numbers + SPARE_NUMBERS
-        self.most_computed = numbers + SPARE_COMPUTED
+        self.max_computed = numbers + SPARE_COMPUTED
 
     def __torch_dispatch__(
         self,
@@ -74,8 +74,8 @@ class SizeLimit(TorchDispatchMode):
             # Attention also computes scores, which it does not return.
             query, key = args[:2]
             sizes.append(query[..., 0].numel() * key.shape[-2])
-        is_larger = self.tensors_left < 0 or self.numbers_left < 0
-        if is_larger or max(sizes) > self.most_computed:
+        has_too_many = self.tensors_left < 0 or self.numbers_left < 0
+        if has_too_many or max(sizes) > self.max_computed:
             raise ValueError(self.message)
         return out
 
@@ -106,13 +106,13 @@ def check_net(
     """
     for argument, value in kwargs.items():
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
-                raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
+            if isinstance(number, int | float) and abs(number) > MAX_ARGUMENT:
+                raise ValueError(f"argument {argument}={value!r} must be at most {MAX_ARGUMENT}")
     net: nn.Module | None = None
     # Ignore other errors: they appear again when the model is built for use, and some models cannot
     # be built on the meta device.
     for device in ("meta", "cpu"):
-        with contextlib.suppress(*_OTHER_ERRORS), torch.device(device), SizeLimit(weights):
+        with contextlib.suppress(*OTHER_ERRORS), torch.device(device), SizeLimit(weights):
             net = timm.create_model(name, **kwargs).eval().to("meta")
             break
     if net is None:
@@ -124,7 +124,7 @@ def check_net(
         channels = kwargs.get("config", {}).get("num_channels", 3)
         size = (kwargs.get("in_chans", channels), *image_size)
         limit = SizeLimit(weights, f"an image of {size} takes much more memory than")
-        with contextlib.suppress(*_OTHER_ERRORS), torch.device("meta"), torch.no_grad():
+        with contextlib.suppress(*OTHER_ERRORS), torch.device("meta"), torch.no_grad():
             image = torch.zeros(1, *size)
             with limit:
                 net(image)

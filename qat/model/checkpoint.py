@@ -25,12 +25,12 @@ from qat.utils.validate import check_choice
 FORMATS = ("auto", "qat", "timm", "ofq")
 NET_PREFIX = "net."
 # Keys under which training scripts store weights or averaged weights.
-_AVERAGED = ("state_dict_ema", "model_ema")
-_TRAINED = ("state_dict", "model")
+_AVERAGED_KEYS = ("state_dict_ema", "model_ema")
+_TRAINED_KEYS = ("state_dict", "model")
 # Prefixes that wrappers put before names.
-_WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
+_WRAPPER_PREFIX = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 # Suffixes of files that `qat export` writes for other runtimes.
-_EXPORTED = (".onnx", ".pte")
+_EXPORT_SUFFIXES = (".onnx", ".pte")
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,21 @@ def read_checkpoint(
     content = _read_file(path, origin)
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        raise UsageError(f"{origin}: holds a {kind}, expected a dictionary of tensors")
+        raise UsageError(f"{origin}: contains a {kind}; must contain a dictionary of tensors")
     meta = content.get(META_KEY) if fmt in {"auto", "qat"} else None
     if fmt == "qat" and meta is None:
         raise UsageError(
             f"{origin}: not a checkpoint of qat (ckpt_format=qat); "
             "here it must be one of auto, timm, ofq"
         )
-    tensors = _tensors(content, fmt, has_prefix=not meta)
+    tensors = _weights(content, fmt, has_prefix=not meta)
     if not tensors:
-        raise UsageError(f"{origin}: holds no weights")
+        raise UsageError(f"{origin}: must contain weights; has none")
     check_tensors(tensors, origin, path.stat().st_size)
     if meta is not None:
         check_metadata(meta, origin)
         if "pytorch-lightning_version" in content:
-            tensors = _without_prefix(tensors, NET_PREFIX)
+            tensors = _strip_prefix(tensors, NET_PREFIX)
     step = content.get("global_step")
     return Checkpoint(
         path,
@@ -100,7 +100,7 @@ def read_checkpoint(
         meta,
         step if isinstance(step, int) else None,
         _script_args(content.get("args")),
-        _training_of(content),
+        _training_info(content),
     )
 
 
@@ -109,7 +109,7 @@ def _read_file(path: Path, origin: str) -> Any:
         raise UsageError(f"{origin}: must be a file, not a folder")
     if not path.is_file():
         raise UsageError(f"{origin}: no such file")
-    if path.suffix.lower() in _EXPORTED:
+    if path.suffix.lower() in _EXPORT_SUFFIXES:
         raise UsageError(
             f"{origin}: is an exported file for another runtime; "
             "must be the checkpoint that it was exported from"
@@ -125,9 +125,9 @@ def _read_file(path: Path, origin: str) -> Any:
     except Exception as error:
         # Replace torch's own message, which advises turning the check off.
         reason: object = (
-            "damaged, or it holds more than tensors and plain data; save only the state_dict()"
+            "damaged, or contains more than tensors and plain data; save only the state_dict()"
         )
-        if path.suffix != ".safetensors" and not _may_be_of_torch(path):
+        if path.suffix != ".safetensors" and not _looks_like_torch(path):
             reason = "must be a file of torch.save or safetensors"
         if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             reason = getattr(error, "strerror", error)
@@ -136,7 +136,7 @@ def _read_file(path: Path, origin: str) -> Any:
         ) from error
 
 
-def _may_be_of_torch(path: Path) -> bool:
+def _looks_like_torch(path: Path) -> bool:
     """True if a file begins like an archive or a pickle, or cannot be opened."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(2) in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
@@ -151,7 +151,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": state, META_KEY: meta}
 
 
-def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[str, Tensor]:
+def _weights(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[str, Tensor]:
     """Weights in a file, under timm's names.
 
     Args:
@@ -162,7 +162,7 @@ def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[
     tensors = {}
     for name, value in _state_dict(content, fmt).items():
         if isinstance(name, str) and isinstance(value, Tensor):
-            tensors[_WRAPPED.sub("", name)] = value
+            tensors[_WRAPPER_PREFIX.sub("", name)] = value
     prefix = ""
     if has_prefix:
         module, dot, _ = os.path.commonprefix([*tensors]).rpartition(".")
@@ -171,7 +171,7 @@ def _tensors(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[
 
 
 def _state_dict(content: Mapping[str, Any], fmt: str) -> Mapping[Any, Any]:
-    keys = _TRAINED if fmt == "ofq" else (*_AVERAGED, *_TRAINED)
+    keys = _TRAINED_KEYS if fmt == "ofq" else (*_AVERAGED_KEYS, *_TRAINED_KEYS)
     for key in keys:
         state = content.get(key)
         if isinstance(state, Mapping) and state:
@@ -179,7 +179,7 @@ def _state_dict(content: Mapping[str, Any], fmt: str) -> Mapping[Any, Any]:
     return content
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix; the prefix is removed."""
     return {
         name.removeprefix(prefix): tensor
@@ -196,7 +196,7 @@ def _script_args(args: object) -> dict[str, Any] | None:
     return None
 
 
-def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
+def _training_info(content: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(LookupError, TypeError, ValueError):
         epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
         (optimizer_state,) = content["optimizer_states"]

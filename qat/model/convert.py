@@ -49,7 +49,7 @@ class Conversion:
         input_size: (channels, height, width) of the images for which scales and offsets were
             created.
         signs: which inputs have unsigned grids: `probe` = all inputs that come from an activation
-            function; `tails` = those but inputs of convolutions after SiLU or Hardswish; `mlp` =
+            function; `tails` = these except inputs of convolutions after SiLU or Hardswish; `mlp` =
             only such inputs in timm's `Mlp`, as in older files.
     """
 
@@ -81,7 +81,7 @@ def own_input_size(net: nn.Module) -> tuple[int, int, int]:
             return getattr(config, "num_channels", 3), height, width
     raise UsageError(
         "convert.input_size=None: must be (channels, height, width) of the images; "
-        "this model does not record it, as timm's models do"
+        "unlike timm's models, this model does not record its input size"
     )
 
 
@@ -157,18 +157,18 @@ def apply_recipe(
     original_modules = dict(net._modules)
     if signs is None:
         signs = "tails" if hf_models(net) else "probe"
-    tracer = ActivationTracer(activation_classes(), keeps_tails=signs == "tails")
+    tracer = ActivationTracer(activation_classes(), signed_tails=signs == "tails")
     try:
         if signs != "mlp":
             # The tracer needs the version counters of tensors, which inference mode does not keep.
             with tracer, interface.searching(), torch.inference_mode(mode=False):
-                check_input(net, size, tracer.hooks(net))
-        places = stem_and_heads(net) | _heads(net, size)
+                check_input(net, size, tracer.register_hooks(net))
+        places = stem_and_heads(net) | _transformers_heads(net, size)
         walk = _Walk(recipe, places, tracer.unsigned_inputs(), interface.projections, swapped)
-        _walk(net, "", walk, swap_net(net, SwapContext(recipe.at(""), "block")))
+        _swap_children(net, "", walk, swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
-            net.connect()
-        attentions += interface.add_products(recipe)
+            net.connect_norms()
+        attentions += interface.add_quantizers(recipe)
         _check_tied(net, swapped)
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
@@ -182,12 +182,12 @@ def apply_recipe(
         raise
     net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
     interface.describe(recipe.to_dict(), size, signs)
-    _set_methods(net)
+    _set_timm_methods(net)
     guard(net)
     return walk.in_float
 
 
-def _set_methods(net: nn.Module) -> None:
+def _set_timm_methods(net: nn.Module) -> None:
     """Set the methods of a converted model that timm calls."""
     # Patterns with `*.` also match names in a compiled model, which have a prefix.
     names = no_weight_decay(net)
@@ -226,15 +226,15 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
     for parent, name, old in swapped:
         if isinstance(getattr(parent, name), QkrAttention) and old not in attentions:
             attentions.append(old)
-    used = set(net.parameters())
+    used_parameters = set(net.parameters())
     for attention in attentions:
         parameters = set(attention.qkv.parameters())  # type: ignore[union-attr]
-        if parameters & used:
+        if parameters & used_parameters:
             raise UsageError(
                 "quant.attention='qkr': this model ties qkv to another layer; "
                 "here it must be one of standard, float"
             )
-        used |= parameters
+        used_parameters |= parameters
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
@@ -248,7 +248,8 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
             rates.append(module.prob)
     rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera stores its rate here
     has_token_scales = any(
-        site.quantizer.axis == -2 and site.quantizer.n_scales for site in iter_quantizers(net)
+        site.quantizer.axis == -2 and site.quantizer.num_stored_scales
+        for site in iter_quantizers(net)
     )
     if rate and has_token_scales and recipe.GROUP == "quant":
         raise UsageError(
@@ -278,7 +279,7 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
     return places
 
 
-def _heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
+def _transformers_heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
     """Names of the layers that compute the outputs of Transformers' models, with values `head`."""
     models = hf_models(net)
     if not models:
@@ -329,7 +330,7 @@ class _Walk:
     in_float: list[str] = field(default_factory=list)
 
 
-def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
+def _swap_children(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
     """Swap the children of a module, and then their children. `outer` is the module's own swap."""
     # `named_children` would list only the first name of a module that has several names.
     for child_name, child in list(module._modules.items()):
@@ -342,28 +343,29 @@ def _walk(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> None:
         if child is None or isinstance(child, Quantizer):
             continue
         if child_name in outer.children:
-            child = _put(module, child_name, outer.children[child_name], walk)
+            child = _replace_child(module, child_name, outer.children[child_name], walk)
         if input_kind == "signed" and child in walk.unsigned_inputs:
             input_kind = "unsigned"
         replacement = walk.replacements.get((child, input_kind))
         if replacement is not None:
-            _put(module, child_name, replacement, walk)
+            _replace_child(module, child_name, replacement, walk)
             continue
         aliases = [f"{path}.attn.proj"] if child in walk.projections else []
         rules = walk.recipe.at(path, *aliases)
         context = SwapContext(rules, walk.places.get(path, "block"), input_kind)
         swap = find_swap(child, context)
         inner = Swap(child) if swap is None else swap(child, context)
-        walk.replacements[child, input_kind] = _put(module, child_name, inner.module, walk)
-        _walk(inner.module, path, walk, inner)
+        new = _replace_child(module, child_name, inner.module, walk)
+        walk.replacements[child, input_kind] = new
+        _swap_children(inner.module, path, walk, inner)
 
 
 # Children of timm's attentions that our attentions replace or do not need.
-_REPLACED = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"})
+_REPLACED_CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"})
 
 
-def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
-    """Replace a child of a module; hooks and attributes that users added move to the new child."""
+def _replace_child(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
+    """Replace a child of a module; the new child takes over hooks and attributes of users."""
     old = getattr(parent, name)
     if new is old:
         return new
@@ -378,7 +380,7 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
             setattr(new, key, value)
     for kind in ("_parameters", "_buffers", "_modules"):
         for key, value in vars(old)[kind].items():
-            if value is not None and key not in _REPLACED and not hasattr(new, key):
+            if value is not None and key not in _REPLACED_CHILDREN and not hasattr(new, key):
                 vars(new)[kind][key] = value
     _set_child(parent, name, new.train(old.training))
     return new
@@ -422,9 +424,10 @@ def check_input(
             out = net(zero_image(net, input_size))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
+        own_size = "the size in the model's config" if hf_models(net) else "model.args.img_size"
         raise UsageError(
             f"input_size={input_size}: the model does not accept images of this size ({reason}); "
-            "data.image_size and model.args.img_size must agree"
+            f"data.image_size and {own_size} must agree"
         ) from error
     return named_outputs(out)
 
@@ -439,12 +442,12 @@ def _allocate(
     Swaps of modules that the forward pass does not call are undone. The model reads the weights of
     such modules directly, so their quantizers would never get a scale.
     """
-    groups: dict[Quantizer, int] = {}
+    num_scales_by_quantizer: dict[Quantizer, int] = {}
 
     def allocate(module: Any, args: tuple[Tensor, ...]) -> None:
         shape = args[0].shape
-        n_groups = module.n_groups(shape)
-        if groups.setdefault(module, n_groups) != n_groups:
+        num_scales = module.num_scales(shape)
+        if num_scales_by_quantizer.setdefault(module, num_scales) != num_scales:
             module.share_scale()
         module.allocate(shape, args[0].device)
 
@@ -452,7 +455,8 @@ def _allocate(
     check_input(net, input_size, hooks)
     is_called: dict[nn.Module, bool] = {}
     for site in iter_quantizers(net):
-        is_called[site.owner] = is_called.get(site.owner, False) or site.quantizer in groups
+        is_allocated = site.quantizer in num_scales_by_quantizer
+        is_called[site.owner] = is_called.get(site.owner, False) or is_allocated
     never_called = [
         entry for entry in swapped if not is_called.get(getattr(entry[0], entry[1]), True)
     ]

@@ -100,50 +100,51 @@ def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[Modul
     products: dict[str, list[MatrixProduct]] = defaultdict(list)
     for product in matmuls(net, input_size):
         products[product.module].append(product)
-    stored = _stored(net)
+    counts = _count_by_module(net)
     costs = []
     for name, _ in net.named_modules():
-        if name not in stored and name not in products:
+        if name not in counts and name not in products:
             continue
-        module_cost = _sized(name, stored.get(name, Counter()))
+        module_cost = _module_cost(name, counts.get(name, Counter()))
         costs.append(dataclasses.replace(module_cost, products=tuple(products[name])))
     return costs
 
 
 def size_bytes(net: nn.Module) -> int:
     """Bytes of a stored model: packed codes; scales of rows and everything else in float32."""
-    return sum(_sized(name, sizes).size_bytes for name, sizes in _stored(net).items())
+    counts = _count_by_module(net)
+    return sum(_module_cost(name, sizes).size_bytes for name, sizes in counts.items())
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
     """Number of weights at each bit-width, without scales and offsets; the model is not frozen."""
     sites = {site.name: site for site in iter_quantizers(net)}
-    numbers: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
         _, kind = _module_and_kind(name, sites)
         if kind == "float_bytes":
-            numbers[FLOAT_BITS] += parameter.numel()
+            counts[FLOAT_BITS] += parameter.numel()
     for site in sites.values():
         if _has_codes(site):
-            quantized = sum(tensor.numel() for tensor in _replaced_by_codes(site))
-            numbers[site.quantizer.spec.bits] += quantized
-            numbers[FLOAT_BITS] -= quantized
-    return numbers
+            num_quantized = sum(tensor.numel() for tensor in _replaced_by_codes(site))
+            counts[site.quantizer.spec.bits] += num_quantized
+            counts[FLOAT_BITS] -= num_quantized
+    return counts
 
 
 def macs_by_bits(net: nn.Module, input_size: tuple[int, ...]) -> Counter[int]:
     """Multiply-accumulates for one image, by the bit-width of the wider operand."""
-    numbers: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for product in matmuls(net, input_size):
-        numbers[max(product.bits)] += product.macs
-    return numbers
+        counts[max(product.bits)] += product.macs
+    return counts
 
 
-def _sized(name: str, sizes: Mapping[str, int]) -> ModuleCost:
+def _module_cost(name: str, sizes: Mapping[str, int]) -> ModuleCost:
     return ModuleCost(name, **sizes)  # type: ignore[arg-type]
 
 
-def _stored(net: nn.Module) -> dict[str, Counter[str]]:
+def _count_by_module(net: nn.Module) -> dict[str, Counter[str]]:
     """Number of parameters and bytes of each module, by field name of `ModuleCost`."""
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
@@ -199,10 +200,11 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
     rows = len(weight)
     if isinstance(quantizer, BlockFloat):
         return quantizer.scale_bytes(weight.shape)
+    # Stored scales are already counted as parameters or buffers.
     if quantizer.spec.bias_correction:
         # Bias correction needs a scale and a zero point for each row.
-        return FLOAT_BYTES * 2 * (rows - quantizer.n_scales)
-    return 0 if quantizer.n_scales else FLOAT_BYTES * rows
+        return FLOAT_BYTES * 2 * (rows - quantizer.num_stored_scales)
+    return 0 if quantizer.num_stored_scales else FLOAT_BYTES * rows
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:
@@ -221,7 +223,8 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
 
 def _ids_not_stored(net: nn.Module, sites: Iterable[Site]) -> set[int]:
     """Ids of tensors that a deployed model does not need."""
-    # A deployed model stores a relative step size as one number: the start times the factor.
+    # A deployed model stores a relative step size as one number: the initial step size
+    # times the learned factor.
     ids = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
     for site in sites:
         if isinstance(site.quantizer, FrozenActivation):

@@ -19,11 +19,11 @@ class EntryFreezer:
     because a gradient scaler skips it.
 
     Args:
-        after: function that is called after values were written back.
+        on_restore: function that is called after values were written back.
     """
 
-    def __init__(self, after: Callable[[], None] = lambda: None) -> None:
-        self._after = after
+    def __init__(self, on_restore: Callable[[], None] = lambda: None) -> None:
+        self._on_restore = on_restore
         self._frozen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -62,4 +62,4 @@ class EntryFreezer:
         for parameter, mask, values in frozen:
             parameter.copy_(torch.where(mask, values, parameter))
         if frozen:
-            self._after()
+            self._on_restore()

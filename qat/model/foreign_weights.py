@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# This table of biases identifies torchvision's Swin, whose names the OFQ paper's code also uses.
-_MARK = "features.1.0.attn.relative_position_bias_table"
+# Torchvision's Swin has this table of biases; so do files of the OFQ paper's code, which use
+# torchvision's names.
+_SWIN_TABLE = "features.1.0.attn.relative_position_bias_table"
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of torchvision's Swin as in timm; leave any other state dict unchanged."""
-    if _MARK not in state:
+    if _SWIN_TABLE not in state:
         return dict(state)
     renamed = {}
     for name, tensor in state.items():
@@ -25,29 +26,29 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _timm_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
+    for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _stage(match: re.Match[str]) -> str:
+def _timm_stage(match: re.Match[str]) -> str:
     """Name of a feature: 1 is the first stage, 2 the patch merging before the second, and so on."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."
 
 
-_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+_RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^features\.0\.0\.", "patch_embed.proj."),
     (r"^features\.0\.2\.", "patch_embed.norm."),
-    (r"^features\.(\d+)\.", _stage),
+    (r"^features\.(\d+)\.", _timm_stage),
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
     (r"^head\.", "head.fc."),
 )
 
 
-def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
+def add_biases(net: nn.Module, names: Iterable[str]) -> None:
     """Add a bias of zeros to linear layers. Checkpoints store their names, from `net.qat_biases`.
 
     Args:
@@ -65,9 +66,9 @@ def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"{name} is not a linear layer")
         if linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
-            net.qat_biases = [*grown_biases(net), name]
+            net.qat_biases = [*added_biases(net), name]
 
 
-def grown_biases(net: nn.Module) -> list[str]:
-    """Names of the linear layers to which `grow_biases` added a bias."""
+def added_biases(net: nn.Module) -> list[str]:
+    """Names of the linear layers to which `add_biases` added a bias."""
     return list(getattr(net, "qat_biases", []))

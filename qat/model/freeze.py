@@ -28,21 +28,21 @@ from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
 from qat.quantizers import BlockFloat, Fp8Grid, Quantizer, UniformGrid
-from qat.utils.probing import copied
+from qat.utils.probing import copy_net
 
-NOT_PLAIN = (
+NOT_PLAIN_MESSAGE = (
     "is pruned or parametrized; must have plain weights: "
     "prune.remove and remove_parametrizations of torch.nn.utils keep the values"
 )
 # Attentions that pass the output of `qkv` to the quantizers unchanged.
-DIRECT = (QuantVitAttention, QuantWindowAttention)
+DIRECT_ATTENTIONS = (QuantVitAttention, QuantWindowAttention)
 
 
 def freeze(net: nn.Module) -> nn.Module:
     """Return a copy of a quantized model with integer codes in place of float weights.
 
     Parameters of the copy cannot be trained. A weight becomes codes with a scale per row; StatsQ's
-    code k means (k + 1/2) * step size. Of query-key reparameterization, only the codes of the
+    code k means (k + 1/2) * step size. With query-key reparameterization, only the codes of the
     folded matrix remain. An offset c after the quantizer of a linear layer's input becomes part of
     the layer's bias (W c). The same holds for an offset before the quantizer of values, and of
     queries and keys if no norm or rotation changes them. Other offsets stay where they are; offsets
@@ -68,8 +68,8 @@ def freeze(net: nn.Module) -> nn.Module:
     if is_frozen(net):
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
-    # The own method of a Transformers model refuses quantized models.
-    frozen = freeze_structure(nn.Module.float(copied(net)))
+    # Transformers' own `float` method refuses quantized models.
+    frozen = freeze_structure(nn.Module.float(copy_net(net)))
     if hf_models(frozen):
         frozen.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     nonzero = {name for name, tensor in frozen.state_dict().items() if tensor.any()}
@@ -81,9 +81,9 @@ def _refuse_to_save(*_: object, **__: object) -> None:
     raise UsageError("save_pretrained: the model is frozen; qat.save writes its integer codes")
 
 
-def keeps_weights(net: nn.Module) -> bool:
+def can_recover_weights(net: nn.Module) -> bool:
     """True if the float weights can be recovered: neither offsets nor QKR were folded."""
-    for quantizer in _activations(net):
+    for quantizer in _frozen_activations(net):
         if quantizer.before is not None or quantizer.after is not None:
             return False
     if not is_frozen(net):
@@ -96,14 +96,14 @@ def freeze_structure(net: nn.Module) -> nn.Module:
     """Freeze a model in place, even if scales are not set, before a file of codes is loaded."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
-        setattr(site.owner, site.name.rpartition(".")[2], _frozen_quantizer(site))
+        setattr(site.owner, site.name.rpartition(".")[2], _freeze_quantizer(site))
     for module in net.modules():
         if isinstance(module, QuantModule):
             _drop_float_weights(module)
     for module in net.modules():
         _fold_offsets(module)
     if isinstance(net, FqNet):
-        net.connect()
+        net.connect_norms()
     return net
 
 
@@ -117,11 +117,11 @@ def prune_offsets(net: nn.Module, names: Collection[str]) -> None:
                 setattr(module, offset, None)
 
 
-def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
+def _frozen_activations(net: nn.Module) -> Iterator[FrozenActivation]:
     return (module for module in net.modules() if isinstance(module, FrozenActivation))
 
 
-def _frozen_quantizer(site: Site) -> Quantizer:
+def _freeze_quantizer(site: Site) -> Quantizer:
     """The frozen version of a site's quantizer; a float quantizer is returned unchanged."""
     quantizer = site.quantizer
     if quantizer.is_float:
@@ -133,7 +133,7 @@ def _frozen_quantizer(site: Site) -> Quantizer:
     if isinstance(grid, UniformGrid):
         if weight is None:
             return FrozenActivation(quantizer.spec, site.name, grid)
-        return _frozen_weight(site, grid, weight)
+        return _freeze_weight(site, grid, weight)
     if weight is not None and isinstance(quantizer, BlockFloat):
         return FrozenBlocks(quantizer, site.name, weight)
     if isinstance(grid, Fp8Grid):
@@ -144,8 +144,8 @@ def _frozen_quantizer(site: Site) -> Quantizer:
     if grid is None or weight is not None or grid.before is not None:
         name = quantizer.spec.quantizer
         raise UsageError(
-            f"freeze: {site.name} is quantized by {name}, whose values have no fixed grid; "
-            "must be a quantizer whose method grid returns its values"
+            f"freeze: {site.name} uses quantizer {name}, which cannot be frozen; "
+            "use a quantizer whose `grid()` returns a UniformGrid"
         )
     return FrozenNonuniform(quantizer, site.name)
 
@@ -153,10 +153,10 @@ def _frozen_quantizer(site: Site) -> Quantizer:
 def _check_plain(site: Site) -> None:
     names = {"q_weight", "k_weight"} if site.role == "qk" else {"weight"}
     if not names <= site.owner._parameters.keys():
-        raise UsageError(f"freeze: {site.layer} {NOT_PLAIN}")
+        raise UsageError(f"freeze: {site.layer} {NOT_PLAIN_MESSAGE}")
 
 
-def _frozen_weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
+def _freeze_weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
     spec = site.quantizer.spec
     codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
     scale = grid.step.clone()
@@ -169,7 +169,7 @@ def _frozen_weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeigh
         scale = scale.expand(len(after)).clone()
         shift = shift.expand(len(after)).clone()
     frozen = FrozenWeight(spec, axis, site.name, (codes, scale, shift, after))
-    return _corrected(frozen, weight) if spec.bias_correction else frozen
+    return _fold_bias_correction(frozen, weight) if spec.bias_correction else frozen
 
 
 def _row_offsets(name: str, offsets: Tensor, axis: int) -> Tensor:
@@ -182,16 +182,17 @@ def _row_offsets(name: str, offsets: Tensor, axis: int) -> Tensor:
     return rows[:, 0].clone()
 
 
-def _corrected(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
-    """Make bias correction, an affine map of each row, part of the row's scale and `after`."""
+def _fold_bias_correction(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
+    """Fold bias correction, an affine map of each row, into the row's scale and `after`."""
     axis = frozen.axis or 0
     dequantized = frozen()
     rows = dequantized.movedim(axis, 0).flatten(1)
     corrected = correct_mean_and_std(dequantized, weight, axis).movedim(axis, 0).flatten(1)
     centered = rows - rows.mean(1, keepdim=True)
     mean = corrected.mean(1, keepdim=True)
-    spread = centered.square().sum(1)
-    ratio = torch.where(spread > 0, ((corrected - mean) * centered).sum(1) / spread, 1.0)
+    sum_of_squares = centered.square().sum(1)
+    covariance = ((corrected - mean) * centered).sum(1)
+    ratio = torch.where(sum_of_squares > 0, covariance / sum_of_squares, 1.0)
     num_rows = len(rows)
     parts = (
         frozen.stored,
@@ -220,19 +221,19 @@ def _fold_offsets(module: nn.Module) -> None:
     if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, FrozenActivation):
         offset = module.input_quantizer.after
         if offset is not None and offset.shape == (module.in_features,):
-            _add_to_bias(module, slice(None), module.quantized("weight").float() @ offset)
+            _add_to_bias(module, slice(None), module.quantized_weight("weight").float() @ offset)
             module.input_quantizer.after = None
     if isinstance(module, QkrAttention) and isinstance(module.v, QuantLinear):
-        _fold_before(module.v_quantizer, module.v, slice(None))
-    if type(module) in DIRECT and isinstance(module.qkv, QuantLinear):
+        _fold_offset_before(module.v_quantizer, module.v, slice(None))
+    if type(module) in DIRECT_ATTENTIONS and isinstance(module.qkv, QuantLinear):
         size = module.qkv.out_features // 3
         if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
-            _fold_before(module.q_quantizer, module.qkv, slice(0, size))
-            _fold_before(module.k_quantizer, module.qkv, slice(size, 2 * size))
-        _fold_before(module.v_quantizer, module.qkv, slice(2 * size, 3 * size))
+            _fold_offset_before(module.q_quantizer, module.qkv, slice(0, size))
+            _fold_offset_before(module.k_quantizer, module.qkv, slice(size, 2 * size))
+        _fold_offset_before(module.v_quantizer, module.qkv, slice(2 * size, 3 * size))
 
 
-def _fold_before(quantizer: object, linear: QuantLinear, rows: slice) -> None:
+def _fold_offset_before(quantizer: object, linear: QuantLinear, rows: slice) -> None:
     if isinstance(quantizer, FrozenActivation) and quantizer.before is not None:
         _add_to_bias(linear, rows, quantizer.before)
         quantizer.before = None

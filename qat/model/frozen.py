@@ -117,7 +117,7 @@ class FrozenBlocks(FrozenWeight):
         self.register_buffer("per_tensor_scale", tensor_scale)
         # An empty tensor that records the dtype of the model.
         self.register_buffer("like", weight.new_empty(0), persistent=False)
-        self.empty = quantizer.grid()
+        self.empty_grid = quantizer.grid()
 
     def stored_weight(self) -> Tensor:
         """The dequantized weight, in the dtype of the model."""
@@ -125,17 +125,19 @@ class FrozenBlocks(FrozenWeight):
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
         """The grid to which the removed float weight was rounded."""
-        factors = self.scale.view(self.scale_dtype).float().movedim(-1, self.empty.dim)
-        return dataclasses.replace(self.empty, factors=factors, tensor_scale=self.per_tensor_scale)
+        factors = self.scale.view(self.scale_dtype).float().movedim(-1, self.empty_grid.dim)
+        return dataclasses.replace(
+            self.empty_grid, factors=factors, tensor_scale=self.per_tensor_scale
+        )
 
-    def packed(self) -> dict[str, Tensor]:
+    def pack(self) -> dict[str, Tensor]:
         """The weight as the tensors that torchao's `MXTensor` and `NVFP4Tensor` consist of.
 
         Returns:
             A dict with `qdata` (two E2M1 codes or one E4M3 code per byte), `scale`, and
             `per_tensor_scale` if there is one.
         """
-        codes = self.stored.movedim(self.empty.dim, -1)
+        codes = self.stored.movedim(self.empty_grid.dim, -1)
         if self.spec.bits == 4:
             qdata = pack_pairs(codes)
         else:
@@ -199,11 +201,11 @@ class FrozenActivation(Frozen):
         """Fake-quantize `x`, computed in float32 and returned in the dtype of `x`."""
         if self.in_graph is not None:
             return self.in_graph(x)
-        return self.grid().dequantize(self._rounded(x)).to(x.dtype)
+        return self.grid().dequantize(self._codes_as_float(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [qmin, qmax]; the zero point is already added."""
-        return self._rounded(x).to(code_dtype(self.qmin, self.qmax))
+        return self._codes_as_float(x).to(code_dtype(self.qmin, self.qmax))
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
         """The grid that the buffers define."""
@@ -217,7 +219,7 @@ class FrozenActivation(Frozen):
             after=self.after,
         )
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _codes_as_float(self, x: Tensor) -> Tensor:
         """Codes as float32."""
         check_fit(x, self.scale, self.axis, self.before)
         return self.grid().codes(x)

@@ -11,7 +11,7 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.model.convert import conversion_of, recipe_of
-from qat.model.foreign_weights import grown_biases
+from qat.model.foreign_weights import added_biases
 from qat.model.frozen import is_frozen
 from qat.nn.hf_constructor import constructor_of
 from qat.utils.files import check_bounds
@@ -22,7 +22,7 @@ META_KEY = "qat"
 # Stored keys of timm's `pretrained_cfg`: the origin of the weights, and the preparation of images.
 # Their values differ between the pretrained tags of a model.
 IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_MOST_PIXELS = 2**25  # largest image size that a file may store
+_MAX_PIXELS = 2**25  # maximum image size that a file may store
 
 
 def is_plain(value: object) -> bool:
@@ -112,7 +112,7 @@ def describe(
         "pretrained_cfg": image_config,
         # `reset_classifier` may have changed the class count after timm stored the arguments.
         "pool": get_model_args(net).get("global_pool"),
-        "biases": grown_biases(net),
+        "biases": added_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if conversion is None else list(conversion.input_size),
         "signs": None if conversion is None else conversion.signs,
@@ -140,7 +140,7 @@ def _check_outputs(net: nn.Module, num_classes: int) -> None:
     if outputs != num_classes:
         raise UsageError(
             f"save: the head has {outputs} outputs, num_classes={num_classes}; "
-            f"net.reset_classifier({outputs}) sets both"
+            f"net.reset_classifier({outputs}) makes both agree"
         )
 
 
@@ -151,9 +151,10 @@ def check_metadata(meta: Any, origin: str) -> None:
         _check_types(meta)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{origin}: is damaged, or not written by qat: its description of the model: {error}"
+            f"{origin}: the description of the model is damaged, or was not written by qat "
+            f"({error})"
         ) from error
-    check_images(f"{origin}: its data", meta.get("data") or {})
+    check_images(f"{origin}: data", meta.get("data") or {})
 
 
 def _check_types(meta: Any) -> None:
@@ -167,12 +168,12 @@ def _check_types(meta: Any) -> None:
     classes = meta.get("classes") or []
     texts = (meta["model"]["name"], data.get("_target_", ""), data.get("model") or "", *classes)
     num_pixels = math.prod(meta.get("input_size") or [1])
-    fits = (
+    is_valid = (
         all(isinstance(value, dict) for value in dicts)
         and isinstance(classes, list)
         and all(isinstance(value, str) for value in texts)
         and isinstance(meta.get("format_version", 0), int)
-        and num_pixels <= _MOST_PIXELS
+        and num_pixels <= _MAX_PIXELS
     )
-    if not fits:
+    if not is_valid:
         raise TypeError("a value has the wrong type or is out of range")

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpack_pairs
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
-from qat.utils.files import MOST_CONSTANT, replacing
+from qat.utils.files import MAX_CONSTANT_NUMBERS, replace_atomically
 
 # The second format adds blocks of floats, which are stored as separate tensors.
 FORMATS = ("packed-1", "packed-2")
 # Limit on the bytes to which a file's index unpacks: otherwise 2 MB could become 2 GB. The entry of
 # a tensor takes less than 100 bytes.
-_MOST_INDEX = 2**23
+_MAX_INDEX_BYTES = 2**23
 _DTYPES = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
@@ -61,7 +61,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         "index": base64.b64encode(zlib.compress(index.encode(), 9)).decode(),
     }
     metadata["crc32"] = _checksum(tensors, *metadata.values())
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     header = Path(path).stat().st_size - sum(packer.sizes.values())
     return {**packer.sizes, "header": header}
@@ -99,7 +99,7 @@ class _Packer:
         shape = list(tensor.shape)
         if owner in self.blocks:
             if kind == "stored":
-                dim = self.blocks[owner].empty.dim
+                dim = self.blocks[owner].empty_grid.dim
                 self.index.append([owner, shape, "b", self._widths[name], dim])
         elif name in self._widths:
             self._add_codes(name, tensor)
@@ -109,7 +109,7 @@ class _Packer:
             floats = tensor.detach().cpu().float().flatten()
             self._floats.append(floats)
             self.index.append([name, shape, "f", _dtype_name(tensor)])
-            self.sizes[_content(name)] += floats.nbytes
+            self.sizes[_size_key(name)] += floats.nbytes
 
     def _add_codes(self, name: str, tensor: Tensor) -> None:
         bits = self._widths[name]
@@ -126,7 +126,7 @@ class _Packer:
             "floats": torch.cat([torch.zeros(0), *self._floats]),
         }
         for name, module in self.blocks.items():
-            for part, tensor in module.packed().items():
+            for part, tensor in module.pack().items():
                 tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
                 self.sizes["codes" if part == "qdata" else "scales"] += tensor.nbytes
         return tensors
@@ -136,7 +136,7 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _content(name: str) -> str:
+def _size_key(name: str) -> str:
     """The key of `_Packer.sizes` under which a float tensor counts."""
     last_part = name.rpartition(".")[2]
     if "_quantizer." not in name:
@@ -178,16 +178,17 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     header = (metadata["format"], metadata["qat"], metadata["index"])
     # In older files, the checksum covers only tensors.
     if metadata["crc32"] not in {_checksum(tensors, *header), _checksum(tensors)}:
-        raise ValueError("it is damaged: its checksum does not match")
-    index_text = zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), _MOST_INDEX)
-    return _unpacked(json.loads(index_text), tensors), json.loads(metadata["qat"])
+        raise ValueError("the file is damaged: the checksum does not match")
+    packed_index = base64.b64decode(metadata["index"])
+    index_text = zlib.decompressobj().decompress(packed_index, _MAX_INDEX_BYTES)
+    return _unpack(json.loads(index_text), tensors), json.loads(metadata["qat"])
 
 
-def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpack(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read weights by name from the tensors of a file, according to the file's index."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
-    if num_constants > MOST_CONSTANT:
-        raise ValueError(f"its index lists {num_constants} numbers that are missing")
+    if num_constants > MAX_CONSTANT_NUMBERS:
+        raise ValueError(f"the index lists {num_constants} numbers that are missing from the file")
     state = {}
     codes = _Cursor(tensors["codes"])
     floats = _Cursor(tensors["floats"])
@@ -199,7 +200,7 @@ def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, T
         elif kind == "b":
             bits, dim = details
             parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
-            state.update(_blocks(name, shape, bits, dim, parts))
+            state.update(_unpack_blocks(name, shape, bits, dim, parts))
         elif kind == "f":
             state[name] = floats.take(num_elements).view(shape).to(_DTYPES[details[0]])
         else:
@@ -208,7 +209,7 @@ def _unpacked(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, T
             state[name] = unpack_codes(packed, bits, tuple(shape), signed=kind == "s")
     expected = {"codes": codes.position, "floats": floats.position}
     if expected != {name: tensor.numel() for name, tensor in tensors.items()}:
-        raise ValueError("it holds more data than its index lists")
+        raise ValueError("the file contains more data than the index lists")
     return state
 
 
@@ -226,7 +227,7 @@ class _Cursor:
         return self.tensor[start : self.position]
 
 
-def _blocks(
+def _unpack_blocks(
     name: str, shape: list[int], bits: int, dim: int, parts: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Entries of the state dict for a weight in blocks of floats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import http.client
 import json
 import os
@@ -20,17 +21,17 @@ import torch
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.bounds import check_net
+from qat.model.bounds import OTHER_ERRORS, check_net
 from qat.model.convert import conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load
-from qat.nn.hf_constructor import CLASSIFIER, package
+from qat.nn.hf_constructor import model_config, package, transformers_model
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
-from qat.utils.validate import check_images, check_number
+from qat.utils.validate import check_choice, check_images, check_number
 
 PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
@@ -42,7 +43,9 @@ INSTALL = (
     "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
 )
 TIMEOUT_S = 4
-_PATH = re.compile(r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL)
+_PATH_PREFIX = re.compile(
+    r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -119,13 +122,13 @@ def _download(repository: str, origin: str) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    """Raise `ValueError` if an untrusted config would load other files, or a huge model."""
+    """Raise `ValueError` if an untrusted config would load other files or build a huge model."""
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
-        raise ValueError("its arguments would load other files")
+        raise ValueError("the arguments would load other files")
     if "${" in json.dumps(config):
-        raise ValueError("it contains '${', which would be resolved as a setting")
+        raise ValueError("the config contains '${', which would be resolved as a setting")
     image_config = config.get("pretrained_cfg") or {}
     if not isinstance(image_config, dict):
         image_config = {}
@@ -142,56 +145,94 @@ def _check_size(
     shapes = {}
     with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
         names = file.keys()
-        for name_of_tensor in names:
-            shapes[name_of_tensor] = torch.empty(
-                file.get_slice(name_of_tensor).get_shape(), device="meta"
+        for tensor_name in names:
+            shapes[tensor_name] = torch.empty(
+                file.get_slice(tensor_name).get_shape(), device="meta"
             )
     check_net(name, arguments, shapes, pretrained_size=input_size)
 
 
-def transformers_folder(name: str, origin: str) -> tuple[Path, dict[str, Any]]:
+def transformers_folder(
+    name: str, origin: str, architecture: str | None, changes: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
     """Return a local folder with an image classifier of Transformers, and arguments to build it.
 
     Args:
         name: a folder that Transformers' `save_pretrained` wrote, or `user/name` on the hub.
         origin: name of the folder in error messages.
+        architecture: name of the model class; None = the class that the config names.
+        changes: settings that replace those of the config, also in nested configs.
 
     Returns:
         The folder (see `fetch`), and arguments of `TransformersClassifier`, without preprocessing.
 
     Raises:
-        UsageError: see `fetch`; or a file is missing, or the config belongs to another kind of
-            model.
+        UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
+            or has no such setting.
     """
     folder = Path(name) if Path(name).is_dir() else fetch(name, origin)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise UsageError(f"{origin}: has no {file}")
     config = json_object(folder / CONFIG)
+    arguments: dict[str, Any] = {}
     try:
+        if not config:
+            raise ValueError("it must be a JSON object")
         _check_config(folder)
-        architecture = _classifier_class(config)
-        arguments = {"architecture": architecture, "config": config}
-        num_classes = len(config.get("id2label") or "01")  # Transformers' default is two classes
-        _check_size(folder, CLASSIFIER, {**arguments, "num_classes": num_classes})
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
+        arguments["architecture"] = _classifier_class(config, architecture)
+        arguments["config"] = config
+        known = model_config(arguments["architecture"], config).to_dict()
+        _check_size(folder, transformers_model.__name__, arguments)
+        arguments["config"] = _changed_config(config, changes, known, "model.args.config")
+        with torch.device("meta"):
+            transformers_model(**arguments)
+    except UsageError:
+        raise
+    except (*OTHER_ERRORS, ValueError, safetensors.SafetensorError) as error:
+        file = WEIGHTS if isinstance(error, safetensors.SafetensorError) else CONFIG
+        reason = " ".join(str(error).split())[:300]
+        changed = f" with {dict(changes)}" if changes else ""
+        raise UsageError(f"{origin}: {file}{changed} cannot be used ({reason})") from error
     return folder, arguments
 
 
-def _classifier_class(config: Mapping[str, Any]) -> str:
+def _changed_config(
+    config: Mapping[str, Any], changes: Mapping[str, Any], known: Mapping[str, Any], setting: str
+) -> dict[str, Any]:
+    """A config with changed settings; `known` has all settings of the config's class."""
+    changed = dict(config)
+    for key, value in changes.items():
+        if key not in known:
+            closest = ", ".join(difflib.get_close_matches(key, known)) or "none"
+            raise UsageError(
+                f"{setting}.{key}={value!r}: unknown setting of model_type "
+                f"{known['model_type']!r}; closest: {closest}"
+            )
+        changed[key] = value
+        is_config = isinstance(known[key], dict) and "model_type" in known[key]
+        if is_config and isinstance(value, Mapping):
+            inner = config.get(key) or {}
+            changed[key] = _changed_config(inner, value, known[key], f"{setting}.{key}")
+    return changed
+
+
+def _classifier_class(config: Mapping[str, Any], architecture: str | None) -> str:
     """Name of Transformers' image classifier class for a config, even the config of an encoder."""
     if config.get("quantization_config"):
-        raise ValueError("it is already quantized; use from_pretrained of transformers")
+        raise ValueError("the model is already quantized; use from_pretrained of transformers")
     model_type = config.get("model_type")
     names = package().models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     classes = names.get(model_type, ())
     classes = [classes] if isinstance(classes, str) else list(classes)
+    if not classes:
+        raise ValueError(f"transformers has no image classifier of model_type {model_type!r}")
+    if architecture is not None:
+        check_choice("model.args.architecture", architecture, tuple(classes))
+        return architecture
     for name in config.get("architectures") or ():
         if name in classes:
             return str(name)
-    if not classes:
-        raise ValueError(f"transformers has no image classifier of model_type {model_type!r}")
     return str(classes[0])
 
 
@@ -247,7 +288,7 @@ def save_pretrained(
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
         meta["data"].pop("root", None)
-        meta["data"] = _without_paths(meta["data"])
+        meta["data"] = _strip_paths(meta["data"])
     write_packed(frozen, folder / WEIGHTS, meta)
     check_loads(folder / WEIGHTS)
     config = {
@@ -258,43 +299,43 @@ def save_pretrained(
         "label_names": meta["classes"],
         **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
         "size_bytes": (folder / WEIGHTS).stat().st_size,
-        "results": _without_paths(measured),
+        "results": _strip_paths(measured),
     }
     write_text(folder / CONFIG, json_text(config))
-    write_text(folder / "README.md", _card(net, config, license, source))
+    write_text(folder / "README.md", _model_card(net, config, license, source))
     return folder
 
 
-def _without_paths(value: Any) -> Any:
+def _strip_paths(value: Any) -> Any:
     """Copy plain data, and replace each path in it by the path's last part."""
     if isinstance(value, dict):
-        return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
+        return {_strip_paths(key): _strip_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(entry) for entry in value]
+        return [_strip_paths(entry) for entry in value]
     if isinstance(value, str):
-        return _PATH.sub("", value)
+        return _PATH_PREFIX.sub("", value)
     return value
 
 
-def _words(text: object) -> str:
+def _escape_markdown(text: object) -> str:
     """Make untrusted text safe for Markdown: remove markup, HTML and line breaks."""
     line = " ".join(str(text).split())
     return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
 
-def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
+def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
     """The model card: architecture, recipe, accuracy, size, and how to load the model."""
     conversion = conversion_of(net)
     recipe = "float"
     if conversion is not None:
         bits = f"weights {conversion.recipe.bits} bit, activations {conversion.recipe.act_bits} bit"
-        recipe = f"`{_words(conversion.recipe.name)}`: {bits}"
-    results = [f"{key} {_words(value)}" for key, value in config["results"].items()]
+        recipe = f"`{_escape_markdown(conversion.recipe.name)}`: {bits}"
+    results = [f"{key} {_escape_markdown(value)}" for key, value in config["results"].items()]
     dataset = (config["data"] or {}).get("_target_", "not stated")
     rows = {
-        "Architecture": f"`{_words(config['architecture'])}` of timm",
+        "Architecture": f"`{_escape_markdown(config['architecture'])}` of timm",
         "Recipe": recipe,
-        "Data": _words(dataset),
+        "Data": _escape_markdown(dataset),
         "Accuracy": ", ".join(results) or "not measured",
         "Packed file": f"{config['size_bytes']:,} bytes",
     }
@@ -317,7 +358,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
 {data.to_yaml()}
 ---
 
-# {_words(config["architecture"])}, quantized
+# {_escape_markdown(config["architecture"])}, quantized
 
 | | |
 |---|---|
@@ -373,7 +414,7 @@ def push_to_hub(
         private: True = only the owner can see a new repository.
         api: a `huggingface_hub.HfApi`; None = a new one with the token of `hf auth login` or
             HF_TOKEN.
-        saving: further arguments of `save_pretrained`.
+        saving: additional arguments of `save_pretrained`.
 
     Returns:
         The address of the upload.

@@ -22,8 +22,8 @@ from qat.spec import QuantRecipe
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
 
-# Warn if more than this share of a model's multiply-accumulates stays in float.
-_MOST_FLOAT = 0.01
+# Warn if more than this fraction of a model's multiply-accumulates stays in float.
+_MAX_FLOAT_FRACTION = 0.01
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Multiply the sizes of all dimensions in an einsum equation with two operands."""
+    """Product of the sizes of all dimensions in an einsum equation with two operands."""
     equation, *factors = operands
     if not isinstance(equation, str) or len(factors) != 2:
         return []
@@ -126,22 +126,22 @@ class _ProductRecorder(TorchFunctionMode):
     """Records all matrix products while it is active, whatever module or torch function runs them.
 
     Attributes:
-        running: names of the modules that are currently running; the innermost is last.
+        running_modules: names of the modules that are currently running; the innermost is last.
         products: the recorded products, in the order in which they ran.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.running: list[str] = []
+        self.running_modules: list[str] = []
         self.products: list[MatrixProduct] = []
 
     def enter(self, name: str, *_: Any) -> None:
         """Forward pre-hook of the module `name`."""
-        self.running.append(name)
+        self.running_modules.append(name)
 
     def leave(self, *_: Any) -> None:
         """Forward hook of all modules."""
-        self.running.pop()
+        self.running_modules.pop()
 
     def __torch_function__(
         self,
@@ -164,14 +164,14 @@ class _ProductRecorder(TorchFunctionMode):
         return out
 
     def _record(self, counts: list[int], *, of_activations: bool) -> None:
-        module = self.running[-1] if self.running else ""
+        module = self.running_modules[-1] if self.running_modules else ""
         self.products.extend(MatrixProduct(module, macs, of_activations) for macs in counts)
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     """List the matrix products of one forward pass on an image of zeros.
 
-    The products of our attentions are computed by a formula; all other products are recorded.
+    The products of our attentions are computed from their shapes; all other products are recorded.
     """
     modules = dict(net.named_modules())
     attentions = {
@@ -183,7 +183,7 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     inherited_bits = {}
     for attention in attentions.values():
         if isinstance(attention, QkrAttention):
-            inherited_bits[id(attention.v)] = _bits(attention.input_quantizer)
+            inherited_bits[id(attention.v)] = _bits_of(attention.input_quantizer)
 
     products: list[MatrixProduct] = []
     recorder = _ProductRecorder()
@@ -204,14 +204,14 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
         bits = product.bits
         if not product.of_activations:
             layer = modules[product.module]
-            weight_bits = _bits(getattr(layer, "weight_quantizer", None))
-            input_bits = _bits(getattr(layer, "input_quantizer", None))
+            weight_bits = _bits_of(getattr(layer, "weight_quantizer", None))
+            input_bits = _bits_of(getattr(layer, "input_quantizer", None))
             bits = (weight_bits, inherited_bits.get(id(layer), input_bits))
         products.append(dataclasses.replace(product, bits=bits))
     return products
 
 
-def _bits(quantizer: object) -> int:
+def _bits_of(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
@@ -233,45 +233,49 @@ def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list
     return _quantized_products(name, attention, macs, macs)
 
 
-def _quantized_products(name: str, attention: Any, scores: int, sums: int) -> list[MatrixProduct]:
-    """The products q.k (`scores` MACs) and probabilities.v (`sums` MACs) of an attention."""
-    joint = getattr(attention, "qkv_quantizer", None)
-    q_bits = _bits(joint or getattr(attention, "q_quantizer", None))
-    k_bits = _bits(joint or getattr(attention, "k_quantizer", None))
-    v_bits = _bits(joint or getattr(attention, "v_quantizer", None))
-    probs_bits = _bits(attention.probs_quantizer)
+def _quantized_products(
+    name: str, attention: Any, score_macs: int, sum_macs: int
+) -> list[MatrixProduct]:
+    """The products q.k (`score_macs`) and probabilities.v (`sum_macs`) of an attention."""
+    qkv_quantizer = getattr(attention, "qkv_quantizer", None)
+    q_bits = _bits_of(qkv_quantizer or getattr(attention, "q_quantizer", None))
+    k_bits = _bits_of(qkv_quantizer or getattr(attention, "k_quantizer", None))
+    v_bits = _bits_of(qkv_quantizer or getattr(attention, "v_quantizer", None))
+    probs_bits = _bits_of(attention.probs_quantizer)
     return [
-        MatrixProduct(name, scores, of_activations=True, bits=(q_bits, k_bits)),
-        MatrixProduct(name, sums, of_activations=True, bits=(probs_bits, v_bits)),
+        MatrixProduct(name, score_macs, of_activations=True, bits=(q_bits, k_bits)),
+        MatrixProduct(name, sum_macs, of_activations=True, bits=(probs_bits, v_bits)),
     ]
 
 
 def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
     width = x.shape[-1]
-    n_scores = attention.n_scores(x)
-    n_mapped = attention.num_heads * x.numel()
-    input_bits = _bits(attention.input_quantizer)
-    matrix_bits = _bits(attention.qk_quantizer)
-    key_bits = _bits(attention.k_quantizer)
-    probs_bits = _bits(attention.probs_quantizer)
-    v_bits = _bits(attention.v_quantizer)
+    num_scores = attention.n_scores(x)
+    num_product_elements = attention.num_heads * x.numel()
+    input_bits = _bits_of(attention.input_quantizer)
+    matrix_bits = _bits_of(attention.qk_quantizer)
+    key_bits = _bits_of(attention.k_quantizer)
+    probs_bits = _bits_of(attention.probs_quantizer)
+    v_bits = _bits_of(attention.v_quantizer)
     products = [
-        MatrixProduct(name, n_mapped * width, of_activations=False, bits=(matrix_bits, input_bits)),
-        MatrixProduct(name, n_scores * width, of_activations=True, bits=(input_bits, key_bits)),
         MatrixProduct(
-            name, n_scores * attention.head_dim, of_activations=True, bits=(probs_bits, v_bits)
+            name, num_product_elements * width, of_activations=False, bits=(matrix_bits, input_bits)
+        ),
+        MatrixProduct(name, num_scores * width, of_activations=True, bits=(input_bits, key_bits)),
+        MatrixProduct(
+            name, num_scores * attention.head_dim, of_activations=True, bits=(probs_bits, v_bits)
         ),
     ]
     if attention.q_bias is not None or attention.folded_bias is not None:
         bits = (FLOAT_BITS, input_bits)
-        products.append(MatrixProduct(name, n_mapped, of_activations=False, bits=bits))
+        products.append(MatrixProduct(name, num_product_elements, of_activations=False, bits=bits))
     return products
 
 
 def warn_of_float(
     net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
 ) -> None:
-    """Warn if a large share of the model stays in float although the recipe quantizes it."""
+    """Warn if the model computes much in float that the recipe should have quantized."""
     products = matmuls(net, input_size)
     in_float = []
     for product in products:
@@ -279,8 +283,8 @@ def warn_of_float(
         if not is_exempt and _stays_float_unexpectedly(recipe, product):
             in_float.append(product)
     total = sum(product.macs for product in products)
-    share = sum(product.macs for product in in_float) / max(total, 1)
-    if share <= _MOST_FLOAT:
+    fraction = sum(product.macs for product in in_float) / max(total, 1)
+    if fraction <= _MAX_FLOAT_FRACTION:
         return
     modules = dict(net.named_modules())
     names_by_class = defaultdict(list)
@@ -291,7 +295,7 @@ def warn_of_float(
         more = f" and {len(others)} more" if others else ""
         parts.append(f"{first}{more} ({class_name})")
     warnings.warn(
-        f"convert: {100 * share:.1f} % of the multiply-accumulates stay in float, "
+        f"convert: {100 * fraction:.1f} % of the multiply-accumulates stay in float, "
         f"although the recipe quantizes such products: {', '.join(parts)}",
         stacklevel=3,
     )

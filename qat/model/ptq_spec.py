@@ -31,7 +31,7 @@ _CHOICES = {
     "method": ("calibrate", "compensate", "reconstruct"),
 }
 # Settings that take the value of another setting if they are None.
-_FOLLOWS = {
+_DEFAULT_SOURCES = {
     "act_bits": "bits",
     "softmax_bits": "act_bits",
     "outer_act_bits": "act_bits",
@@ -40,21 +40,21 @@ _FOLLOWS = {
     "head_bits": "bits",
     "residual_observer": "act_observer",
 }
-_OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
+_OUTER_BITS = ("stem_bits", "head_bits", "outer_act_bits")
 # Values that these settings must have if a quantizer uses blocks of floats.
-_WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
-_WITH_FP8 = {
-    **_WITH_BLOCKS,
+_REQUIRED_WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
+_REQUIRED_WITH_FP8 = {
+    **_REQUIRED_WITH_BLOCKS,
     "weight_observer": "minmax",
     "act_observer": "minmax",
     "weight_scales": "channel",
     "act_scales": "tensor",
 }
 # Settings of `QuantRecipe` for training, which have no meaning here.
-_OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
+_TRAINING_KNOBS = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
 # image (B, C, H, W); for other roles see `act_spec`.
-_AXES: dict[str, dict[str, int | None]] = {
+_SCALE_AXES: dict[str, dict[str, int | None]] = {
     "tensor": {},
     "token": {"image": None},
     "channel": {"scores": 1, "probs": 1, "image": 1},
@@ -132,7 +132,7 @@ class PtqRecipe(QuantRecipe):
         "placement",
         "layernorm",
         "method",
-        *_OF_TRAINING,
+        *_TRAINING_KNOBS,
     }
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class PtqRecipe(QuantRecipe):
                 "as a recipe called fp leaves the model in float"
             )
         self._settle_rule_bits()
-        for knob, source in _FOLLOWS.items():
+        for knob, source in _DEFAULT_SOURCES.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, getattr(self, source))
         self._check_choices(_CHOICES, ("weight_signed", "act_signed", "bias_correction"))
@@ -163,15 +163,15 @@ class PtqRecipe(QuantRecipe):
         for knob in knobs:
             # With blocks of floats, stem and heads are affine, so check their bits as integers
             # ("").
-            is_affine = knob in _OUTSIDE and quantizer in BLOCK_FLOATS
+            is_affine = knob in _OUTER_BITS and quantizer in BLOCK_FLOATS
             check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
 
     def _check_floats(self) -> None:
         for name in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)):
-            needed = _WITH_FP8 if name in FP8 else _WITH_BLOCKS
+            required = _REQUIRED_WITH_FP8 if name in FP8 else _REQUIRED_WITH_BLOCKS
             if name not in (*BLOCK_FLOATS, *FP8):
                 continue
-            for knob, value in needed.items():
+            for knob, value in required.items():
                 if getattr(self, knob) != value:
                     raise UsageError(
                         f"ptq.{knob}={getattr(self, knob)!r}: must be {value} with {name}"
@@ -186,7 +186,7 @@ class PtqRecipe(QuantRecipe):
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """The spec of a weight (out, ...) at `place`."""
-        name = self._at(place, self.weight_quantizer)
+        name = self._quantizer_at(place, self.weight_quantizer)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         axis = 0 if self.weight_scales == "channel" else None
         if name in BLOCK_FLOATS:
@@ -202,7 +202,7 @@ class PtqRecipe(QuantRecipe):
         )
 
     @staticmethod
-    def _at(place: str, quantizer: str) -> str:
+    def _quantizer_at(place: str, quantizer: str) -> str:
         """The quantizer at a place: block floats are used only inside the model's blocks."""
         return "affine" if place != "block" and quantizer in BLOCK_FLOATS else quantizer
 
@@ -214,7 +214,7 @@ class PtqRecipe(QuantRecipe):
             place: one of `PLACES`.
             signed: ignored, because a zero point fits any range.
         """
-        name = self._at(place, self.act_quantizer)
+        name = self._quantizer_at(place, self.act_quantizer)
         bits = self.act_bits if place == "block" else self.outer_act_bits
         if role == "probs":
             name = str(self.softmax_quantizer)
@@ -238,8 +238,8 @@ class PtqRecipe(QuantRecipe):
             return summed_axis(role)
         if observer == "ptf":
             return -1
-        usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
-        return _AXES[self.act_scales].get(role, usual)
+        default_axis = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
+        return _SCALE_AXES[self.act_scales].get(role, default_axis)
 
 
 def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
@@ -282,7 +282,7 @@ def check_imported(setting: str, name: str) -> None:
     Names from files are never imported.
     """
     module, _, attribute = name.partition(":")
-    # Do not use `getattr`, which could import further modules.
+    # Do not use `getattr`, which could import other modules.
     names = vars(sys.modules[module]) if module in sys.modules else {}
     if not isinstance(names.get(attribute), type):
         raise UsageError(

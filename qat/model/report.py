@@ -69,7 +69,7 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """Make the conversion report of a model, by a run on an image of zeros.
+    """Conversion report of a model, which runs once on an image of zeros.
 
     The report of a float model has no rows.
     """
@@ -83,7 +83,7 @@ def conversion_report(net: nn.Module) -> ConversionReport:
             quantizer=spec.quantizer,
             bits=spec.bits,
             axis=site.quantizer.axis,
-            scales=site.quantizer.n_scales,
+            scales=site.quantizer.num_stored_scales,
             offsets=spec.offsets,
         )
         rows.append(row)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
 from qat.quantizers import Affine, Quantizer
-from qat.utils.probing import images_of, probing, unset_scales_allowed
+from qat.utils.probing import calibration_images, probing, unset_scales_allowed
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def assert_ready(net: nn.Module) -> None:
             hooks.pop(key, None)
 
 
-def _check_values(net: nn.Module) -> None:
+def _check_has_values(net: nn.Module) -> None:
     """Raise `UsageError` for the first tensor on the meta device."""
     for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
         if tensor.is_meta:
@@ -68,18 +68,18 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
         origin: name of the model in an error, such as `ckpt='x.pt'`.
         unset: True = allow scales that were never set, which are NaN.
     """
-    scales = set()
+    scale_ids = set()
     for site in iter_quantizers(net):
         for tensor in (*site.quantizer.parameters(), *site.quantizer.buffers()):
-            scales.add(id(tensor))
+            scale_ids.add(id(tensor))
     for name, tensor in net.state_dict(keep_vars=True).items():
-        is_scale = id(tensor) in scales
-        damaged = tensor.isinf() if is_scale and unset else ~tensor.isfinite()
-        if damaged.any():
+        is_scale = id(tensor) in scale_ids
+        is_damaged = tensor.isinf() if is_scale and unset else ~tensor.isfinite()
+        if is_damaged.any():
             kind = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
             raise UsageError(
-                f"{origin}: its {kind} {name} holds NaN or infinity: "
-                "a run that diverged, or scales that were never initialised"
+                f"{origin}: {kind} {name} is NaN or infinite: "
+                "the run diverged, or scales were never initialised"
             )
 
 
@@ -105,7 +105,7 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or unset_scales_allowed.get():
         return
     if args and isinstance(args[0], Tensor) and not args[0].is_meta:
-        _check_values(net)
+        _check_has_values(net)
     # Fake tensors and tensors on the meta device have no values to check.
     with contextlib.suppress(RuntimeError):
         assert_ready(net)
@@ -146,12 +146,12 @@ class _Progress:
 
 def _first_images(batches: Iterable[Any], net: nn.Module, max_images: int) -> Iterator[Tensor]:
     """Yield the images of each batch, at most `max_images` in total; later batches are not read."""
-    left = max_images
+    images_left = max_images
     for batch in batches:
-        images = images_of(batch, net)[:left]
-        left -= len(images)
+        images = calibration_images(batch, net)[:images_left]
+        images_left -= len(images)
         yield images
-        if not left:
+        if not images_left:
             return
 
 
@@ -168,7 +168,7 @@ def initialize_scales(
         net: a converted model. It runs in eval mode; its mode is restored afterwards.
         batches: images (B, C, H, W), or pairs (images, labels) as from a loader; they are moved to
             the model's device.
-        max_images: largest number of images to use.
+        max_images: maximum number of images to use.
 
     Returns:
         `net` itself.
@@ -176,12 +176,12 @@ def initialize_scales(
     Raises:
         UsageError: there is no batch, images are not finite, or a quantizer gets no input.
     """
-    _check_values(net)
+    _check_has_values(net)
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
     check_int("max_images", max_images, 1)
-    unset = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
+    unset_states = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
     progress = _Progress(len(pending))
     hooks = []
     for quantizer in pending:
@@ -195,7 +195,7 @@ def initialize_scales(
             assert_ready(net)
     except BaseException:
         # Otherwise, scales from only a few batches would look like the result of all batches.
-        for quantizer, state in zip(pending, unset, strict=True):
+        for quantizer, state in zip(pending, unset_states, strict=True):
             quantizer.load_state_dict(state)
         raise
     return net

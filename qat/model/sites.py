@@ -23,7 +23,7 @@ class Site:
         name: path of the quantizer in the model, such as `blocks.0.mlp.fc1.weight_quantizer`.
         role: kind of tensor: weight, input, q, k, v, qk (QKR's folded query-key weight), probs or
             image.
-        owner: the module that holds the quantizer.
+        owner: the module that contains the quantizer.
         quantizer: `quantizer(x)` fake-quantizes, `quantizer.codes(x)` returns integer codes.
     """
 
@@ -34,7 +34,7 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """Path of the module that holds the quantizer; empty for the model itself."""
+        """Path of the module that contains the quantizer; empty for the model itself."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -53,7 +53,7 @@ class Site:
         """
         if self.quantizer.stored_weight() is not None:
             raise UsageError(
-                f"{self.name} holds only integer codes; "
+                f"{self.name} contains only integer codes; "
                 "the float weights are in the checkpoint that the model was frozen from"
             )
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
@@ -124,8 +124,8 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
     for module in net.modules():
         if isinstance(module, Quantizer):
             for name, parameter in module.named_parameters(recurse=False):
-                kind = offsets if name.startswith("offset") else scales
-                kind.add(parameter)
+                group = offsets if name.startswith("offset") else scales
+                group.add(parameter)
         if isinstance(module, QkrAttention) and module.product_offset is not None:
             offsets.add(module.product_offset)
     return scales, offsets

@@ -1,4 +1,4 @@
-"""Build the model that a run starts from, with random weights, timm's weights or a file's.
+"""Build the initial model of a run, with random weights, timm's weights or a file's.
 
 The file may be a checkpoint of qat with any recipe, a timm checkpoint, or a plain state dict.
 """
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.checkpoint import Checkpoint, read_checkpoint
-from qat.model.foreign_weights import grow_biases, grown_biases
-from qat.model.freeze import keeps_weights
+from qat.model.foreign_weights import add_biases, added_biases
+from qat.model.freeze import can_recover_weights
 from qat.model.metadata import describe
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
-from qat.nn.hf_constructor import CLASSIFIER, model_class, package
+from qat.nn.hf_constructor import CLASSIFIER, model_class, model_config, package
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 RANDOM = "random weights"
@@ -35,7 +35,7 @@ RANDOM = "random weights"
 
 @dataclass
 class Start:
-    """A model to start from.
+    """The initial model of a run.
 
     Attributes:
         net: a float timm model.
@@ -77,7 +77,7 @@ def check_model(setting: str, model: object) -> None:
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     check_model("model.name", model)
-    failures: tuple[type[Exception], ...] = (
+    expected_errors: tuple[type[Exception], ...] = (
         TypeError,
         AssertionError,
         ValueError,
@@ -86,10 +86,10 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         AttributeError,
     )
     if not loading:  # with weights, a RuntimeError means that they do not fit
-        failures += (RuntimeError,)
+        expected_errors += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
-    except failures as error:
+    except expected_errors as error:
         reason = " ".join(str(error).split())
         arguments = {key: value for key, value in kwargs.items() if not isinstance(value, dict)}
         raise UsageError(f"model.name={model!r} with {arguments}: {reason}") from error
@@ -168,14 +168,24 @@ def from_transformers(
     try:
         net, loading = cls.from_pretrained(
             folder,
-            config=cls.config_class.from_dict(dict(kwargs["config"])),
+            config=model_config(kwargs["architecture"], kwargs["config"]),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{origin}: its weights cannot be read ({reason})") from error
+        raise UsageError(f"{origin}: the weights cannot be read ({reason})") from error
+    misfit = f"{origin}: the weights do not fit the config"
+    for name, file_shape, shape in sorted(loading["mismatched_keys"]):
+        shapes = f"{list(file_shape)}; the model has {list(shape)}"
+        raise UsageError(f"{misfit} ({name} has the shape {shapes})")
+    patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
+    for name in sorted(loading["unexpected_keys"]):
+        # An encoder of the file that the model lacks has other names than the model's blocks.
+        if re.sub(r"\d+", "#", name) in patterns:
+            raise UsageError(f"{misfit} (the model has no {name})")
     state = {}
     for name, tensor in net.float().state_dict().items():
         if name not in loading["missing_keys"]:  # an encoder's file has no head
@@ -217,7 +227,7 @@ def from_state(
     state = {name: tensor for name, tensor in state.items() if name not in added_biases}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     own_state = untrained.state_dict()
-    state, head_notes, wrong_count = _with_fitting_heads(state, own_state, cfg["classifier"])
+    state, head_notes, wrong_count = _replace_heads(state, own_state, cfg["classifier"])
     stem = state.get(f"{cfg['first_conv']}.weight")
     channels = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {
@@ -229,22 +239,22 @@ def from_state(
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        file_size = _size(state, cfg["first_conv"])
-        model_size = _size(own_state, cfg["first_conv"])
+        file_size = _describe_size(state, cfg["first_conv"])
+        model_size = _describe_size(own_state, cfg["first_conv"])
         if file_size and file_size != model_size:
             reason = f"the file has {file_size}; the model has {model_size}"
-        raise UsageError(f"{origin}: its weights do not fit {model} ({reason})") from error
+        raise UsageError(f"{origin}: the weights do not fit {model} ({reason})") from error
     if keep_head and wrong_count:
         raise UsageError(f"{origin}: {wrong_count}{hint}")
     net.pretrained_cfg = cfg  # type: ignore[assignment]
     net.default_cfg = cfg  # type: ignore[assignment]
-    grow_biases(net, biases)
+    add_biases(net, biases)
     net.load_state_dict(added_biases, strict=False)
     check_finite(net, origin)
     return Start(net, [f"weights of {origin}", *head_notes])
 
 
-def _with_fitting_heads(
+def _replace_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
     """Replace heads whose class count differs by the heads of the new model.
@@ -260,7 +270,7 @@ def _with_fitting_heads(
         num_stored = 0 if weight is None else weight.shape[0]
         if num_stored == num_classes:
             continue
-        wrong_count = wrong_count or f"has {num_stored} classes, the data {num_classes}"
+        wrong_count = wrong_count or f"has {num_stored or 'no'} classes, the data {num_classes}"
         suffix = f" (the file has {num_stored})" if num_stored else ""
         notes.append(f"new {name} for {num_classes} classes{suffix}")
         for key in (f"{name}.weight", f"{name}.bias"):
@@ -269,7 +279,7 @@ def _with_fitting_heads(
     return state, notes, wrong_count
 
 
-def _size(state: Mapping[str, Tensor], stem: str) -> str:
+def _describe_size(state: Mapping[str, Tensor], stem: str) -> str:
     """Describe the size of the model that the weights belong to; "" if it has no blocks."""
     first = state.get(f"{stem}.weight")
     if first is None:
@@ -321,7 +331,7 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
 
     Args:
         path: a file of `qat.save` or of a run.
-        num_classes: give the model a new head for so many classes, unless it has as many; None =
+        num_classes: number of classes; the model gets a new head if its own number differs. None =
             keep the head.
 
     Raises:
@@ -354,9 +364,9 @@ def from_net(
         UsageError: see `from_state`; the class count differs without `reset_head`; or the model is
             frozen and its float weights cannot be recovered.
     """
-    if not keeps_weights(source):
+    if not can_recover_weights(source):
         raise UsageError(
-            f"{origin}: holds only integer codes, with folded weights or offsets; "
+            f"{origin}: contains only integer codes, with folded weights or offsets; "
             "must be the checkpoint that it was exported from"
         )
     start = from_state(
@@ -365,7 +375,7 @@ def from_net(
         timm_state_dict(source),
         origin=origin,
         keep_head=not reset_head,
-        biases=grown_biases(source),
+        biases=added_biases(source),
         hint=hint,
     )
     start.source = source

@@ -18,8 +18,8 @@ from qat.errors import UsageError
 from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import apply_recipe
-from qat.model.foreign_weights import grow_biases
-from qat.model.freeze import NOT_PLAIN, freeze_structure, prune_offsets
+from qat.model.foreign_weights import add_biases
+from qat.model.freeze import NOT_PLAIN_MESSAGE, freeze_structure, prune_offsets
 from qat.model.frozen import is_frozen
 from qat.model.metadata import FORMAT_VERSION, IMAGE_KEYS, META_KEY, describe
 from qat.model.ptq_spec import recipe_from
@@ -64,7 +64,7 @@ def save(
             parametrizations), or `load` cannot read the written file.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
-        raise UsageError(f"save: the net {NOT_PLAIN}")
+        raise UsageError(f"save: the net {NOT_PLAIN_MESSAGE}")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
     check_loads(path)
@@ -119,7 +119,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta
     if meta is None:
-        raise UsageError(f"{origin}: does not say which model it holds; set model=...")
+        raise UsageError(f"{origin}: does not name its model; set model=...")
     version = meta.get("format_version", 0)
     if version > FORMAT_VERSION:
         raise UsageError(
@@ -150,7 +150,10 @@ def _build_with_limits(
     origin: str,
     image_size: tuple[int, int] | None,
 ) -> nn.Module:
-    """Build the model that untrusted metadata describes, unless far larger than its weights."""
+    """Build the model that untrusted metadata describes.
+
+    Raise `UsageError` if the model is far larger than its weights, or cannot be built.
+    """
     try:
         _check_constructor(meta)
         pretrained_cfg = meta.get("pretrained_cfg") or {}
@@ -173,7 +176,9 @@ def _build_with_limits(
         RuntimeError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: cannot build the model it describes ({reason})") from error
+        raise UsageError(
+            f"{origin}: cannot build the model that the file describes ({reason})"
+        ) from error
 
 
 def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
@@ -207,7 +212,7 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     if pool is not None and pool != get_model_args(net).get("global_pool"):
         net.reset_classifier(net.num_classes, pool)  # type: ignore[operator]
     _set_image_config(net, meta.get("pretrained_cfg") or {})
-    grow_biases(net, meta.get("biases") or [])
+    add_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         # Older files do not state how signs were determined; they used timm's `Mlp`.
         signs = meta["signs"] if meta.get("signs") in {"probe", "tails"} else "mlp"

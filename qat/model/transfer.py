@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.model.foreign_weights import grow_biases
+from qat.model.foreign_weights import add_biases
 from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
@@ -23,7 +23,7 @@ def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
 
     The result has no quantizers, and QKR's factors are stacked into `qkv`. A query bias that QKR
     dropped becomes zeros; so does the key bias, which does not change a softmax. Weights of a
-    frozen model are dequantized from the codes, which `qat.model.freeze.keeps_weights` must allow.
+    frozen model are dequantized from the codes, which `can_recover_weights` must allow.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -88,7 +88,7 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
         offset.data.copy_(source_offset)
 
 
-def forget_attention_weights(net: nn.Module) -> list[str]:
+def reset_attention_weights(net: nn.Module) -> list[str]:
     """Reinitialise the weights that the paper's code loses when it converts a model.
 
     These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
@@ -113,8 +113,10 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
     return reset
 
 
-def invent_biases(net: nn.Module) -> list[str]:
-    """Add random biases where linear layers outside attentions have none, as the paper's code does.
+def add_random_biases(net: nn.Module) -> list[str]:
+    """Add random biases to linear layers outside attentions that have none.
+
+    The paper's code does so, too.
 
     Returns:
         Names of the layers that got a bias.
@@ -124,7 +126,7 @@ def invent_biases(net: nn.Module) -> list[str]:
         for name, module in net.named_modules()
         if type(module) is nn.Linear and module.bias is None and ".attn." not in name
     ]
-    grow_biases(net, names)
+    add_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
         bound = linear.in_features**-0.5  # as torch initialises biases
@@ -144,19 +146,19 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
         return False
     if _copy_affine(donor, target):
         return True
-    if donor.spec != target.spec or donor.n_scales != target.n_scales:
+    if donor.spec != target.spec or donor.num_stored_scales != target.num_stored_scales:
         return False
     donor_state = donor.state_dict()
     target_state = target.state_dict()
-    shared = target_state.keys() & donor_state.keys()
-    if any(donor_state[name].shape != target_state[name].shape for name in shared):
+    common_names = target_state.keys() & donor_state.keys()
+    if any(donor_state[name].shape != target_state[name].shape for name in common_names):
         return False
-    target.load_state_dict({name: donor_state[name] for name in shared}, strict=False)
-    for source, copy in zip(donor.modules(), target.modules(), strict=True):
-        if not (isinstance(source, LSQ) and isinstance(copy, LSQ)):
+    target.load_state_dict({name: donor_state[name] for name in common_names}, strict=False)
+    for donor_module, target_module in zip(donor.modules(), target.modules(), strict=True):
+        if not (isinstance(donor_module, LSQ) and isinstance(target_module, LSQ)):
             continue
-        if (source.change is None) != (copy.change is None):
-            copy.set_scale(source.scale.detach())
+        if (donor_module.change is None) != (target_module.change is None):
+            target_module.set_scale(donor_module.scale.detach())
     return True
 
 

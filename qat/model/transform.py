@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
     """Return the evaluation transform of a model.
 
-    It maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. If the model
-    was loaded (`qat.load`) from `last.ckpt`, `best.ckpt` or a file of `qat.save(net, path,
-    data=...)`, the transform prepares images as `eval.py` does, by the data config in the file.
-    Settings that are not in a file come from timm's `resolve_data_config` for the model's
+    The transform maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. If
+    the model was loaded (`qat.load`) from `last.ckpt`, `best.ckpt` or a file of `qat.save(net,
+    path, data=...)`, the transform prepares images as `eval.py` does, by the data config in the
+    file. Settings that are not in a file come from timm's `resolve_data_config` for the model's
     `pretrained_cfg`: crop, interpolation, mean and std of the pretrained weights (averaged over the
     colours for grey images), at the model's input size.
 
@@ -75,20 +75,20 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
     }
 
 
-def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
+def renormalize(net: nn.Module, image_stats: Sequence[Any], training_stats: Sequence[Any]) -> None:
     """Make a model accept images that were normalized by another mean and standard deviation.
 
     A hook before the first layer converts such images to the normalization of the training images.
 
     Args:
         net: the model.
-        given: mean and standard deviation per channel by which the new images are normalized.
-        own: mean and standard deviation per channel by which the training images were normalized.
-            If `given` and `own` are equal, the model is not changed.
+        image_stats: mean and standard deviation per channel by which the new images are normalized.
+        training_stats: mean and standard deviation per channel by which the training images were
+            normalized. If `image_stats` and `training_stats` are equal, the model is not changed.
     """
-    if given == own:
+    if image_stats == training_stats:
         return
-    statistics = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
+    statistics = torch.tensor([image_stats, training_stats], dtype=torch.float64)[..., None, None]
     (mean, std), (own_mean, own_std) = statistics
     factor_and_offset = torch.stack([std, mean - own_mean]).div(own_std).float()
     # As buffers, the tensors move to other devices with the model. No file stores them.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.kernels.fused import Scoring, attention, can_fuse, probs_dtype
-from qat.nn.fusing import is_off, operand_of
+from qat.nn.fusing import activation_params, is_inactive
 from qat.nn.swap_registry import SwapContext
 from qat.utils.validate import check_choice
 
@@ -21,7 +21,7 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
     return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def separate_bias(attention: Any) -> Tensor | None:
+def join_separate_bias(attention: Any) -> Tensor | None:
     """Bias (3*h*d,) of a module with `q_bias` and `v_bias`, 0 for keys. None without biases."""
     q_bias = attention.q_bias
     v_bias = attention.v_bias
@@ -30,7 +30,7 @@ def separate_bias(attention: Any) -> Tensor | None:
     return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
 
-def quantized_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
+def quantize_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
     """Quantize (B, h, N, d) in the shape (B, N, h*d), or unchanged if blocks along d share scales.
 
     A score sums over d, so blocks must not extend across heads.
@@ -59,7 +59,7 @@ class ScoredAttention(nn.Module):
             self.head_dim: int = attention.head_dim
         else:
             self.head_dim = attention.proj.in_features // attention.num_heads
-        self.groups: int = getattr(attention, "num_kv_groups", 1)
+        self.heads_per_group: int = getattr(attention, "num_kv_groups", 1)
         self.v_quantizer = context.act("v")
         self.probs_quantizer = context.act("probs")
         self.attn_drop = getattr(attention, "attn_drop", nn.Identity())
@@ -81,11 +81,11 @@ class ScoredAttention(nn.Module):
         """
         probs = self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores)))
         probs = self.attn_drop(probs)
-        values = self.shared(split_heads(self.v_quantizer(v), v.shape[-1] // self.head_dim))
+        values = self.repeat_groups(split_heads(self.v_quantizer(v), v.shape[-1] // self.head_dim))
         return (probs @ values).transpose(1, 2).flatten(2)
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Apply `weigh_values`, then `project`; returns (B, N, C_out)."""
+        """Apply `weigh_values`, then `project`; the result is (B, N, C_out)."""
         return self.project(self.weigh_values(scores, v), x)
 
     def project(self, out: Tensor, x: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class ScoredAttention(nn.Module):
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    def shared(self, t: Tensor) -> Tensor:
-        """Expand (B, h/groups, M, d) to (B, h, M, d); the heads of a group share keys or values."""
-        return t if self.groups == 1 else t.repeat_interleave(self.groups, dim=1)
+    def repeat_groups(self, t: Tensor) -> Tensor:
+        """Repeat keys or values (B, h/g, M, d), which groups of g heads share, to (B, h, M, d)."""
+        return t if self.heads_per_group == 1 else t.repeat_interleave(self.heads_per_group, dim=1)
 
     def n_scores(self, x: Tensor) -> int:
         """Number of scores for an input (B, N, C), where B is the number of windows."""
@@ -133,21 +133,21 @@ class QuantAttention(ScoredAttention):
         self.q_bias = getattr(attention, "q_bias", None)
         self.v_bias = getattr(attention, "v_bias", None)
 
-    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, N, h*d) of x (B, N, C), with separate biases added."""
         qkv = self.qkv(x)
-        bias = separate_bias(self)
+        bias = join_separate_bias(self)
         if bias is not None:
             qkv = qkv + bias
         return qkv.chunk(3, dim=-1)
 
-    def heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def to_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Reshape queries and keys (B, N, h*d) to (B, h, N, d) and normalise them.
 
         Keys have fewer heads if groups of heads share keys.
         """
         q_heads = split_heads(q, self.num_heads)
-        k_heads = split_heads(k, self.num_heads // self.groups)
+        k_heads = split_heads(k, self.num_heads // self.heads_per_group)
         return self.q_norm(q_heads), self.k_norm(k_heads)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -155,11 +155,11 @@ class QuantAttention(ScoredAttention):
 
         Queries and keys have one step size per token; all heads share these step sizes.
         """
-        q_q = quantized_heads(q, self.q_quantizer)
-        k_q = self.shared(quantized_heads(k, self.k_quantizer))
+        q_q = quantize_heads(q, self.q_quantizer)
+        k_q = self.repeat_groups(quantize_heads(k, self.k_quantizer))
         return q_q @ k_q.transpose(-2, -1)
 
-    def fused(
+    def compute_fused(
         self, qkv: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | None:
         """Compute `weigh_values(scores(q, k) * factor + bias + mask, v)` in one Function.
@@ -171,15 +171,16 @@ class QuantAttention(ScoredAttention):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between must run separately.
+            (B, N, h*d); None if a module in between cannot be fused.
         """
-        modules_are_off = is_off(self.q_norm) and is_off(self.k_norm) and is_off(self.attn_drop)
-        if self.groups != 1 or not modules_are_off or not can_fuse(qkv):
+        if self.heads_per_group != 1 or not can_fuse(qkv):
             return None
-        q = operand_of(self.q_quantizer)
-        k = operand_of(self.k_quantizer)
-        v = operand_of(self.v_quantizer)
-        probs = operand_of(self.probs_quantizer)
+        if not all(is_inactive(module) for module in (self.q_norm, self.k_norm, self.attn_drop)):
+            return None
+        q = activation_params(self.q_quantizer)
+        k = activation_params(self.k_quantizer)
+        v = activation_params(self.v_quantizer)
+        probs = activation_params(self.probs_quantizer)
         if q is None or k is None or v is None or probs is None:
             return None
         scoring = Scoring(bias, mask, self.num_heads, factor, self.save_probs)

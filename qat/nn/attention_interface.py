@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.kernels.fused import probs_dtype
-from qat.nn.attention import quantized_heads
+from qat.nn.attention import quantize_heads
 from qat.nn.swap_registry import SwapContext
 from qat.spec import QuantRecipe
 
@@ -73,18 +73,18 @@ class HeadProducts(nn.Module):
             mask: a float mask is added to the scores; a boolean mask is True where a score counts;
                 None = no mask.
             factor: factor on the scores.
-            dropout: share of probabilities that are dropped in training.
+            dropout: fraction of probabilities that are dropped in training.
 
         Returns:
             (B, N, h, e), and the quantized probabilities (B, h, N, M).
         """
         groups = query.shape[1] // key.shape[1]
-        keys = quantized_heads(key, self.k_quantizer)
-        values = quantized_heads(value, self.v_quantizer)
+        keys = quantize_heads(key, self.k_quantizer)
+        values = quantize_heads(value, self.v_quantizer)
         if groups > 1:
             keys = keys.repeat_interleave(groups, dim=1)
             values = values.repeat_interleave(groups, dim=1)
-        scores = quantized_heads(query, self.q_quantizer) @ keys.transpose(-2, -1) * factor
+        scores = quantize_heads(query, self.q_quantizer) @ keys.transpose(-2, -1) * factor
         if mask is not None and mask.dtype is torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
@@ -122,8 +122,8 @@ def attend(
         value: (B, h/g, M, e).
         attention_mask: see `HeadProducts.forward`.
         scaling: factor on the scores; None = 1 / sqrt(d).
-        dropout: share of probabilities that are dropped in training.
-        settings: further settings, which no quantized attention reads.
+        dropout: fraction of probabilities that are dropped in training.
+        settings: additional settings, which no quantized attention reads.
 
     Returns:
         (B, N, h, e), and the probabilities, which may be None in float.
@@ -177,7 +177,7 @@ class AttentionInterface:
         net: any model, in float.
 
     Attributes:
-        callers: attentions that have called `attend`, in the order of their first calls.
+        attentions: attentions that have called `attend`, in the order of their first calls.
         projections: layers whose input is the output of an attention.
 
     Raises:
@@ -187,12 +187,12 @@ class AttentionInterface:
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.models = hf_models(net)
-        self.callers: dict[nn.Module, None] = {}
+        self.attentions: dict[nn.Module, None] = {}
         self.projections: set[nn.Module] = set()
         self._outputs: dict[int, Tensor] = {}
         if self.models == [net]:
             _check_inputs(net)
-        self.configs: list[tuple[Any, Any]] = []
+        self.original_configs: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
     def searching(self) -> Generator[None]:
@@ -219,21 +219,21 @@ class AttentionInterface:
 
     def record_call(self, attention: nn.Module, out: Tensor) -> None:
         """Record an attention that has called `attend`, and the output of the call."""
-        self.callers[attention] = None
+        self.attentions[attention] = None
         self._outputs[out.untyped_storage()._cdata] = out
 
     def _before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args and args[0].untyped_storage()._cdata in self._outputs:
             self.projections.add(layer)
 
-    def add_products(self, recipe: QuantRecipe) -> list[str]:
+    def add_quantizers(self, recipe: QuantRecipe) -> list[str]:
         """Add quantizers to the attentions, and return the names of the attentions.
 
         Raises:
             UsageError: the recipe has query-key reparameterization.
         """
         names = {module: name for name, module in self.net.named_modules()}
-        for attention in self.callers:
+        for attention in self.attentions:
             rules = recipe.at(names[attention])
             if rules.attention == "qkr":
                 raise UsageError(
@@ -243,17 +243,18 @@ class AttentionInterface:
             if rules.attention != "float":
                 products = HeadProducts(SwapContext(rules, "block"))
                 attention.add_module(CHILD, products.train(attention.training))
-        if not any(CHILD in attention._modules for attention in self.callers):
-            for module, config in self.configs:
+        # If all attentions stay float, restore the model's own implementation.
+        if not any(CHILD in attention._modules for attention in self.attentions):
+            for module, config in self.original_configs:
                 implementation = config._attn_implementation_internal
                 module.config._attn_implementation_internal = implementation
-        return [names[attention] for attention in self.callers]
+        return [names[attention] for attention in self.attentions]
 
     def restore(self) -> None:
         """Remove the quantizers and restore the configs, after an error."""
-        for attention in self.callers:
+        for attention in self.attentions:
             attention._modules.pop(CHILD, None)
-        for module, config in self.configs:
+        for module, config in self.original_configs:
             module.config = config
 
     def describe(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
@@ -284,7 +285,7 @@ class AttentionInterface:
         for module in model.modules():
             config = getattr(module, "config", None)
             if id(config) in copies:
-                self.configs.append((module, config))
+                self.original_configs.append((module, config))
                 module.config = copies[id(config)]
 
 

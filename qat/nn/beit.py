@@ -17,7 +17,7 @@ from qat.nn.score_terms import RelativeBias
 class _BeitBias(RelativeBias):
     """Relative position bias from the attention's own table, a shared table, both or neither."""
 
-    def biased(self, scores: Tensor, shared: Tensor | None) -> Tensor:
+    def add_biases(self, scores: Tensor, shared: Tensor | None) -> Tensor:
         """Add the biases to scores (B, h, N, N)."""
         if self.relative_position_bias_table is not None:
             scores = scores + self.position_bias()
@@ -29,9 +29,9 @@ class QuantBeitAttention(_BeitBias, QuantAttention):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        q, k, v = self.projected(x)
-        scores = self.scores(*self.heads(q, k)) * self.scale
-        return self.attend(self.biased(scores, shared_rel_pos_bias), v, x)
+        q, k, v = self.project_qkv(x)
+        scores = self.scores(*self.to_heads(q, k)) * self.scale
+        return self.attend(self.add_biases(scores, shared_rel_pos_bias), v, x)
 
 
 class QkrBeitAttention(_BeitBias, QkrAttention):
@@ -43,7 +43,7 @@ class QkrBeitAttention(_BeitBias, QkrAttention):
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
         x_q = self.input_quantizer(x)
-        scores = self.biased(self.scores(x_q) * self.scale, shared_rel_pos_bias)
+        scores = self.add_biases(self.scores(x_q) * self.scale, shared_rel_pos_bias)
         return self.attend(scores, self.v(x_q), x)
 
     def timm_weights(self) -> dict[str, Tensor]:

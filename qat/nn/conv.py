@@ -43,11 +43,11 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, H, W) to (B, O, H', W')."""
         x_q = self.input_quantizer(x)
-        weight_q = self.quantized("weight")
+        weight_q = self.quantized_weight("weight")
         # Evaluation sums in the same order as frozen and exported models. With one scale for a
         # whole tensor, a difference in the last bit of the scale affects all codes.
         if torch.is_grad_enabled() and self.is_patchwise:
-            return self._by_patches(x_q, weight_q)
+            return self._convolve_patches(x_q, weight_q)
         return self._conv_forward(x_q, weight_q, self.bias)
 
     @property
@@ -58,11 +58,11 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         has_no_padding = self.padding in {(0, 0), "valid"}
         return learns and has_no_overlap and has_no_padding and self.groups == 1
 
-    def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _convolve_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute the convolution as one matrix product.
 
-        The quantizer of the image learns from the gradient of the image. To compute this gradient
-        takes several times as long with a convolution.
+        The quantizer of the image learns from the gradient of the image. With a convolution,
+        computing this gradient takes several times as long.
         """
         height, width = self.kernel_size
         rows = x.shape[2] // height
@@ -78,5 +78,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
     """Quantize a convolution; the input of the first convolution is the image."""
     is_first = context.place == "stem"
-    input_quantizer = context.input_quantizer("image") if is_first else context.planes()
+    input_quantizer = (
+        context.input_quantizer("image") if is_first else context.conv_input_quantizer()
+    )
     return Swap(QuantConv2d(module, input_quantizer, context.weight()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qat.nn.attention import QuantAttention
 from qat.nn.attention_swaps import register_attention
 from qat.nn.swap_registry import SwapContext
-from qat.nn.vit import masked
+from qat.nn.vit import apply_mask
 
 
 class QuantRopeAttention(QuantAttention):
@@ -49,18 +49,18 @@ class QuantRopeAttention(QuantAttention):
             attn_mask: boolean or additive, broadcastable to (B, h, N, N).
             is_causal: True = mask later tokens.
         """
-        q, k, v = self.projected(x)
-        q, k = self.heads(q, k)
-        scores = self.scores(self._rotated(q, rope), self._rotated(k, rope)) * self.scale
-        return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
+        q, k, v = self.project_qkv(x)
+        q, k = self.to_heads(q, k)
+        scores = self.scores(self._rotate(q, rope), self._rotate(k, rope)) * self.scale
+        return self.attend(apply_mask(scores, attn_mask, is_causal=is_causal), v, x)
 
-    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries (B, N, h*d), and keys and values, which may have fewer heads."""
         if self.qkv is not None:
-            return super().projected(x)
+            return super().project_qkv(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
+    def _rotate(self, t: Tensor, rope: Tensor | None) -> Tensor:
         """Rotate queries or keys (B, h, N, d), except for the prefix tokens."""
         if rope is None:
             return t

@@ -24,26 +24,26 @@ from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import shallow_cast
 from qat.nn.score_terms import RelativeBias, add_window_mask
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
-from qat.nn.vit import masked
+from qat.nn.vit import apply_mask
 from qat.quantizers import Affine
 
 # The axis for one scale per token.
-TOKENS = -2
+TOKEN_AXIS = -2
 
 
 class IntegerLayerNorm(nn.LayerNorm):
     """LayerNorm in integer arithmetic between two quantizers.
 
     Attributes:
-        between: the quantizers before and after the norm, which are children of other modules;
-            affine or frozen.
+        outer_quantizers: the quantizers before and after the norm, which are children of other
+            modules; affine or frozen.
     """
 
-    between: tuple[Affine, Affine]
+    outer_quantizers: tuple[Affine, Affine]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to multiples of the step size of the quantizer after the norm."""
-        before, after = self.between
+        before, after = self.outer_quantizers
         if after.scale is None:  # while `convert` counts scales
             return self.in_float(x)
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
@@ -55,7 +55,7 @@ class IntegerLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def norm_for(norm: nn.Module, context: SwapContext) -> nn.Module:
+def make_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
     """The norm itself, or an `IntegerLayerNorm` if the recipe has `layernorm=integer`."""
     if context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm):
         return shallow_cast(IntegerLayerNorm, norm)
@@ -101,7 +101,7 @@ class FqVitAttention(FqAttention):
         q, k, v = self.quantized_qkv(x)
         scores = (self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale)
         scores = self.scores_quantizer(scores)
-        return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
+        return self.attend(apply_mask(scores, attn_mask, is_causal=is_causal), v, x)
 
 
 class FqBlock(Block):
@@ -175,8 +175,8 @@ class FqNet(VisionTransformer):
             x = x + positions
         return self.pos_drop(self.embedding_quantizer(x))
 
-    def connect(self) -> None:
-        """Give each integer norm the quantizers on both sides of it.
+    def connect_norms(self) -> None:
+        """Give each integer norm the quantizers before and after the norm.
 
         Raises:
             UsageError: one of these quantizers is not affine, or has scales over which integers
@@ -194,15 +194,15 @@ class FqNet(VisionTransformer):
             spec_after = after.spec  # type: ignore[attr-defined]
             # The norm sums over the channels of a token, so the scales before the norm must all be
             # equal, or one scale times powers of two.
-            has_token_scales = TOKENS in {spec_before.axis, spec_after.axis}
+            has_token_scales = TOKEN_AXIS in {spec_before.axis, spec_after.axis}
             can_sum = spec_before.axis is None or spec_before.observer == "ptf"
             if has_token_scales or not can_sum:
-                need = "one scale, or one for each channel by ptq.residual_observer=ptf"
+                required_scales = "one scale, or one for each channel by ptq.residual_observer=ptf"
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} needs {need} before it, "
+                    f"ptq.layernorm='integer': {name} needs {required_scales} before it, "
                     "and no scale per token after it"
                 )
-            norm.between = (before, after)  # type: ignore[assignment]
+            norm.outer_quantizers = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
         """Name and module of each norm, and the quantizers before and after the norm.
@@ -257,7 +257,7 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
     module.add_quantizers(context)  # type: ignore[operator]
     if not ends_in_token:
         return Swap(module)
-    return Swap(module, children={"norm": norm_for(module.norm, context)})
+    return Swap(module, children={"norm": make_norm(module.norm, context)})
 
 
 @register_swap(nn.Linear, "fqvit")
@@ -265,7 +265,7 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
     """Quantize a Linear; for a head, also quantize the logits."""
     linear = QuantLinear(module, context.input_quantizer(), context.weight())
     if context.place == "head":
-        return _with_output(FqHead, linear, context)
+        return _add_output_quantizer(FqHead, linear, context)
     return Swap(linear)
 
 
@@ -283,8 +283,8 @@ class FqWindowAttention(RelativeBias, FqAttention):
         scores = self.scores_quantizer(q @ k.transpose(-2, -1) * self.scale)
         table = self.table_quantizer(self.relative_position_bias_table)
         bias = table[self.relative_position_index].permute(2, 0, 1)
-        biased = self.biased_quantizer(scores + bias)
-        return self.attend(add_window_mask(biased, mask), v, x)
+        biased_scores = self.biased_quantizer(scores + bias)
+        return self.attend(add_window_mask(biased_scores, mask), v, x)
 
 
 class FqSwinBlock(SwinTransformerBlock):
@@ -317,8 +317,8 @@ def swap_attention(module: Any, context: SwapContext) -> Swap:
 def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Swap:
     """Add quantizers to a block of ViT or Swin."""
     block: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
-    block.norm1 = norm_for(module.norm1, context)
-    block.norm2 = norm_for(module.norm2, context)
+    block.norm1 = make_norm(module.norm1, context)
+    block.norm2 = make_norm(module.norm2, context)
     block.residual1_quantizer = context.act("residual")
     block.mlp_quantizer = context.act("output")
     block.residual2_quantizer = context.act("residual")
@@ -330,10 +330,10 @@ def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Sw
 def swap_output(module: nn.Module, context: SwapContext) -> Swap:
     """Quantize the output of patch embedding or patch merging."""
     is_embedding = isinstance(module, timm_layers.PatchEmbed)
-    return _with_output(FqPatchEmbed if is_embedding else FqPatchMerging, module, context)
+    return _add_output_quantizer(FqPatchEmbed if is_embedding else FqPatchMerging, module, context)
 
 
-def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
+def _add_output_quantizer(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
     """Cast the module to `cls`, with a quantizer after it."""
     cast = shallow_cast(cls, module)
     cast.output_quantizer = context.act("output")

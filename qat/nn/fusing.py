@@ -1,6 +1,6 @@
 """Get the quantizer parameters that fused autograd Functions need.
 
-The getters return None if a quantizer must run on its own.
+The getters return None for a quantizer that cannot be fused.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ from qat.nn.quant_module import QuantModule, is_hooked
 from qat.quantizers import Quantizer
 
 
-def _params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
+def _fused_params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
     """The quantizer's parameters for a fused Function.
 
-    Returns None if it has none, or if hooks or a replaced `forward` observe the quantizer.
+    Returns None if the quantizer has no such parameters, or if hooks or a replaced `forward`
+    observe the quantizer.
     """
     if not isinstance(quantizer, Quantizer) or is_hooked(quantizer):
         return None
     if is_hooked(getattr(quantizer, "quantizer", quantizer)):
         return None
-    return quantizer.operand()
+    return quantizer.fused_params()
 
 
-def operand_of(quantizer: nn.Module) -> LSQParams | None:
-    """Parameters of an activation quantizer. Returns None if it must run on its own."""
-    params = _params_of(quantizer)
+def activation_params(quantizer: nn.Module) -> LSQParams | None:
+    """Parameters of an activation quantizer. Returns None if the quantizer cannot be fused."""
+    params = _fused_params_of(quantizer)
     return params if isinstance(params, LSQParams) else None
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
     """Quantizer parameters of the weight with this role, including a cached quantized weight.
 
-    Returns None if the quantizer must run on its own.
+    Returns None if the quantizer cannot be fused.
     """
-    params = _params_of(getattr(module, f"{role}_quantizer"))
+    params = _fused_params_of(getattr(module, f"{role}_quantizer"))
     if isinstance(params, LSQParams):
         if params.before is not None:
             return None
         params = WeightParams((params.codes, params.grad_factor), params.scale)
     if params is None:
         return None
-    return params._replace(cached=module.kept_weight(role))
+    return params._replace(cached=module.cached_weight(role))
 
 
-def is_off(module: nn.Module) -> bool:
+def is_inactive(module: nn.Module) -> bool:
     """True for a dropout or an identity that changes nothing and is not hooked."""
     if not isinstance(module, nn.Dropout | nn.Identity) or is_hooked(module):
         return False

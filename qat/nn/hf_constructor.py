@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from timm.layers import to_2tuple
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
@@ -43,13 +44,29 @@ def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -
         config: settings of its config class.
 
     Raises:
-        ValueError: the package is not installed, or has no such class.
+        ValueError: the package is not installed, or has no such class; or a setting is invalid.
     """
-    cls = model_class(architecture)
     # The caller loads all weights, so do not download those of a backbone.
     settings = {**config, "use_pretrained_backbone": False}
-    model: nn.Module = cls(cls.config_class.from_dict(settings))
+    model: nn.Module = model_class(architecture)(model_config(architecture, settings))
     return model
+
+
+def model_config(architecture: str, settings: Mapping[str, Any]) -> Any:
+    """The config of a model of Transformers.
+
+    Args:
+        architecture: name of a class of the package.
+        settings: settings of its config class.
+
+    Raises:
+        ValueError: the package is not installed, or has no such class; or a setting is invalid.
+    """
+    config_class = model_class(architecture).config_class
+    try:
+        return config_class.from_dict(dict(settings))
+    except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{config_class.__name__}: {error}") from error
 
 
 def package() -> Any:
@@ -140,6 +157,20 @@ class TransformersClassifier(nn.Module):
         """Logits (B, classes) of images (B, C, H, W)."""
         logits: Tensor = self.model(images).logits
         return logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Store only the inputs of blocks for the backward pass, as in timm's models.
+
+        Raises:
+            ValueError: Transformers cannot do this for the model.
+        """
+        # Older versions have only the `gradient_` names, and newer ones warn of them.
+        has_new_names = hasattr(self.model, "activation_checkpointing_enable")
+        prefix = "activation" if has_new_names else "gradient"
+        if enable:
+            getattr(self.model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(self.model, f"{prefix}_checkpointing_disable")()
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits."""

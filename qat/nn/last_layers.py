@@ -51,12 +51,12 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
     def record_layer(layer: nn.Module, _: object, out: Tensor) -> None:
         layers[out.grad_fn] = layer
 
-    def read(_: nn.Module, __: object, out: object) -> None:
+    def record_outputs(_: nn.Module, __: object, out: object) -> None:
         for name, value in out.items() if isinstance(out, Mapping) else ():
             if not any(part in name for part in _FEATURES):
                 outputs.extend(tree_leaves(value))
 
-    hooks = [model.register_forward_hook(read) for model in models]
+    hooks = [model.register_forward_hook(record_outputs) for model in models]
     for model in models:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -67,16 +67,16 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
     finally:
         for hook in hooks:
             hook.remove()
-    found = set()
-    seen = set()
+    last = set()
+    visited = set()
     functions = [out.grad_fn for out in outputs if isinstance(out, Tensor)]
     while functions:
         function = functions.pop()
-        if function is None or function in seen:
+        if function is None or function in visited:
             continue
-        seen.add(function)
+        visited.add(function)
         if function in layers:
-            found.add(layers[function])
+            last.add(layers[function])
         else:
-            functions += [following for following, _ in function.next_functions]
-    return frozenset(found)
+            functions += [next_function for next_function, _ in function.next_functions]
+    return frozenset(last)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qat.kernels import LSQParams, Producer
 from qat.kernels.fused import WeightParams, attach_source, can_fuse, lsq_linear
-from qat.nn.fusing import operand_of, weight_params
+from qat.nn.fusing import activation_params, weight_params
 from qat.nn.quant_module import QuantModule, is_hooked, shallow_cast
 from qat.nn.signs import NEARLY_POSITIVE
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
@@ -37,17 +37,18 @@ class QuantLinear(nn.Linear, QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        operand = operand_of(self.input_quantizer) if can_fuse(x) else None
-        if operand is not None:
-            return self._fused(x, operand)
-        return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
+        params = activation_params(self.input_quantizer) if can_fuse(x) else None
+        if params is not None:
+            return self._forward_fused(x, params)
+        return F.linear(self.input_quantizer(x), self.quantized_weight("weight"), self.bias)
 
-    def _fused(self, x: Tensor, operand: LSQParams) -> Tensor:
+    def _forward_fused(self, x: Tensor, params: LSQParams) -> Tensor:
         """Compute `forward` as one fused Function, which saves fewer tensors for backward."""
-        params = weight_params(self, "weight")
-        if params is None:
-            return lsq_linear(x, operand, self.quantized("weight"), WeightParams(None), self.bias)
-        return lsq_linear(x, operand, self.weight, params, self.bias)
+        quantizer = weight_params(self, "weight")
+        if quantizer is None:
+            weight = self.quantized_weight("weight")
+            return lsq_linear(x, params, weight, WeightParams(None), self.bias)
+        return lsq_linear(x, params, self.weight, quantizer, self.bias)
 
 
 @register_swap(nn.Linear, "linear")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, can_fuse, qkr_attention
-from qat.nn.attention import ScoredAttention, separate_bias
-from qat.nn.fusing import is_off, operand_of, weight_params
+from qat.kernels.fused import QkrQuantizers, QkrWeights, Scoring, can_fuse, qkr_attention
+from qat.nn.attention import ScoredAttention, join_separate_bias
+from qat.nn.fusing import activation_params, is_inactive, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_hooked
 from qat.nn.swap_registry import SwapContext
@@ -47,7 +47,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         super().__init__(attention, context)
         qkv = attention.qkv
         has_separate_bias = hasattr(attention, "q_bias")
-        bias = separate_bias(attention) if has_separate_bias else qkv.bias
+        bias = join_separate_bias(attention) if has_separate_bias else qkv.bias
         wq, wk, wv = qkv.weight.detach().chunk(3)
         self.q_weight = _parameter_like(qkv.weight, wq)
         self.k_weight = _parameter_like(qkv.weight, wk)
@@ -62,7 +62,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         self.register_buffer("folded_bias", None)
         self.input_quantizer = context.act("input")
         self.qk_quantizer = context.weight("qk")
-        self.k_quantizer = context.product()
+        self.k_quantizer = context.product_quantizer()
         self.product_offset = None
         if context.recipe.offsets and context.recipe.act_quantizer != "float":
             self.product_offset = nn.Parameter(wq.new_zeros(self.num_heads * wq.shape[1]))
@@ -75,7 +75,7 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def scores(self, xq: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, N) of the quantized input (B, N, C)."""
-        product = F.linear(xq, _in_dtype_of(xq, self.quantized("qk")), self.product_offset)
+        product = F.linear(xq, _cast_like(xq, self.quantized_weight("qk")), self.product_offset)
         # One step size per (token, head), at index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
         keys = keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
@@ -83,7 +83,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         per_key = self.per_key_weight()
         if per_key is None:
             return scores
-        return scores + F.linear(xq, _in_dtype_of(xq, per_key)).transpose(1, 2).unsqueeze(2)
+        return scores + F.linear(xq, _cast_like(xq, per_key)).transpose(1, 2).unsqueeze(2)
 
     def per_key_weight(self) -> Tensor | None:
         """The folded query bias (h, C), which is added to the scores of each key.
@@ -98,7 +98,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         """Store the result of `per_key_weight` in `folded_bias`."""
         self.folded_bias = self.per_key_weight()
 
-    def fused(
+    def compute_fused(
         self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | None:
         """Compute `weigh_values(scores(xq) * factor + bias + mask, v(xq))` in one Function.
@@ -110,36 +110,39 @@ class QkrAttention(ScoredAttention, QuantModule):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between must run separately.
+            (B, N, h*d); None if a module in between cannot be fused.
         """
         v = self.v
-        if not isinstance(v, QuantLinear) or is_hooked(v) or not is_off(v.input_quantizer):
+        if not isinstance(v, QuantLinear) or is_hooked(v) or not is_inactive(v.input_quantizer):
             return None
-        if not is_off(self.attn_drop) or not can_fuse(x):
+        if not is_inactive(self.attn_drop) or not can_fuse(x):
             return None
         matrix_params = weight_params(self, "qk")
         v_params = weight_params(v, "weight")
         if matrix_params is None or v_params is None:
             return None
-        operands = self._operands()
-        if operands is None:
+        quantizers = self._quantizer_params()
+        if quantizers is None:
             return None
         matrix = matrix_params.cached
         if matrix is None or torch.is_grad_enabled():
             matrix = self.latent("qk")
         weights = QkrWeights(matrix, v.weight, v.bias, self.product_offset, self.per_key_weight())
         scoring = Scoring(bias, mask, self.num_heads, factor, self.save_probs)
-        return qkr_attention(x, weights, (matrix_params, v_params), operands, scoring)
+        return qkr_attention(x, weights, (matrix_params, v_params), quantizers, scoring)
 
-    def _operands(self) -> QkrOperands | None:
-        """Parameters of the activation quantizers. Returns None if one must run on its own."""
-        x = operand_of(self.input_quantizer)
-        product = operand_of(self.k_quantizer)
-        values = operand_of(self.v_quantizer)
-        probs = operand_of(self.probs_quantizer)
+    def _quantizer_params(self) -> QkrQuantizers | None:
+        """LSQ parameters of the activation quantizers.
+
+        Returns None if one of the quantizers cannot be fused.
+        """
+        x = activation_params(self.input_quantizer)
+        product = activation_params(self.k_quantizer)
+        values = activation_params(self.v_quantizer)
+        probs = activation_params(self.probs_quantizer)
         if x is None or product is None or values is None or probs is None:
             return None
-        return QkrOperands(input=x, product=product, values=values, probs=probs)
+        return QkrQuantizers(input=x, product=product, values=values, probs=probs)
 
     def timm_weights(self) -> dict[str, Tensor]:
         """Tensors of timm's module, detached, without the tensors of `proj` and other children.
@@ -157,7 +160,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return torch.zeros_like(self.v.bias) if self.q_bias is None else self.q_bias
 
 
-def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
+def _cast_like(x: Tensor, weight: Tensor) -> Tensor:
     """Convert a folded float32 weight to the dtype of `x`; integer codes stay unchanged."""
     if isinstance(weight, Tensor) and isinstance(x, Tensor):
         return weight.to(x.dtype)

@@ -27,7 +27,7 @@ def shallow_cast(cls: type[M], module: nn.Module) -> M:
 def is_hooked(module: nn.Module) -> bool:
     """True if the module has hooks or a replaced `forward`, as in calibration and analyses.
 
-    Such a module must run on its own: a fused Function would skip hooks and `forward`.
+    Such a module cannot be fused: a fused Function would skip its hooks and `forward`.
     """
     hooks = (
         module._forward_pre_hooks
@@ -43,7 +43,7 @@ class QuantModule(nn.Module):
 
     # The cache. For each role: a key of everything that the quantized weight depends on, and the
     # weight. None = each forward pass quantizes again. `keep_weights` turns the cache on and off.
-    kept_weights: dict[str, tuple[Any, Tensor]] | None = None
+    weight_cache: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
         """The float weight with this role: the input of the quantizer `<role>_quantizer`.
@@ -57,39 +57,39 @@ class QuantModule(nn.Module):
         assert isinstance(weight, Tensor)  # noqa: S101  (narrows a type)
         return weight
 
-    def quantized(self, role: str) -> Tensor:
+    def quantized_weight(self, role: str) -> Tensor:
         """The quantized weight with this role."""
         quantizer = getattr(self, f"{role}_quantizer")
-        locked = quantizer.stored_weight()
-        if locked is not None:
-            return locked
+        stored = quantizer.stored_weight()
+        if stored is not None:
+            return stored
         if not torch.is_grad_enabled():
-            cached = self.kept_weight(role)
-            if cached is not None:
-                return cached
+            cached_weight = self.cached_weight(role)
+            if cached_weight is not None:
+                return cached_weight
         return quantizer(self.latent(role))
 
-    def kept_weight(self, role: str) -> Tensor | None:
+    def cached_weight(self, role: str) -> Tensor | None:
         """The cached quantized weight, without gradient.
 
         A weight that changed since the last call is quantized again. Returns None unless
         `keep_weights` has turned the cache on.
         """
         quantizer = getattr(self, f"{role}_quantizer")
-        if torch.compiler.is_compiling() or self.kept_weights is None or is_hooked(quantizer):
+        if torch.compiler.is_compiling() or self.weight_cache is None or is_hooked(quantizer):
             return None
         sources = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
         if any(t.is_inference() for t in sources):  # inference tensors do not count their changes
             return None
         versions = [(t.data_ptr(), t._version) for t in sources]
         key = (torch.is_inference_mode_enabled(), *versions)
-        if role in self.kept_weights:
-            kept_key, weight = self.kept_weights[role]
-            if kept_key == key:
+        if role in self.weight_cache:
+            cached_key, weight = self.weight_cache[role]
+            if cached_key == key:
                 return weight
         with torch.no_grad():
             weight = quantizer(self.latent(role))
-        self.kept_weights[role] = (key, weight)
+        self.weight_cache[role] = (key, weight)
         return weight
 
 
@@ -106,11 +106,11 @@ def keep_weights(net: nn.Module, *, keep: bool) -> None:
     """
     for module in net.modules():
         if isinstance(module, QuantModule):
-            module.kept_weights = {} if keep else None
+            module.weight_cache = {} if keep else None
 
 
 @contextlib.contextmanager
-def kept_weights(net: nn.Module) -> Generator[None]:
+def cached_weights(net: nn.Module) -> Generator[None]:
     """Keep quantized weights inside the block. Do not change the weights there."""
     keep_weights(net, keep=True)
     try:

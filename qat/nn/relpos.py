@@ -15,18 +15,15 @@ from qat.nn.qkr_attention import QkrAttention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
-def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
-    """Add the block's own bias to scores (B, h, N, N); without it, the shared bias, if any."""
+def _add_bias(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
+    """Add the block's own bias to scores (B, h, N, N); without one, the shared bias, if any."""
     if rel_pos is not None:
         return rel_pos(scores, shared_rel_pos=shared)
     return scores if shared is None else scores + shared
 
 
 class QuantRelPosAttention(QuantAttention):
-    """Quantized `vit_relpos` attention without query-key reparameterization.
-
-    It is used with `attention=standard`.
-    """
+    """Quantized `vit_relpos` attention without query-key reparameterization (`standard`)."""
 
     def __init__(self, attention: RelPosAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -34,9 +31,9 @@ class QuantRelPosAttention(QuantAttention):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        q, k, v = self.projected(x)
-        scores = self.scores(*self.heads(q, k)) * self.scale
-        return self.attend(_biased(scores, self.rel_pos, shared_rel_pos), v, x)
+        q, k, v = self.project_qkv(x)
+        scores = self.scores(*self.to_heads(q, k)) * self.scale
+        return self.attend(_add_bias(scores, self.rel_pos, shared_rel_pos), v, x)
 
 
 class QkrRelPosAttention(QkrAttention):
@@ -49,7 +46,7 @@ class QkrRelPosAttention(QkrAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
         x_q = self.input_quantizer(x)
-        scores = _biased(self.scores(x_q) * self.scale, self.rel_pos, shared_rel_pos)
+        scores = _add_bias(self.scores(x_q) * self.scale, self.rel_pos, shared_rel_pos)
         return self.attend(scores, self.v(x_q), x)
 
 

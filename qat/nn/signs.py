@@ -23,7 +23,7 @@ NEARLY_POSITIVE = (
     timm_layers.GELUTanh,
     timm_layers.QuickGELU,
 )
-_FUNCTIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
+_ACTIVATIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
 # Activations whose negative tail only a learned offset can fit: inputs of convolutions have none.
 _LONG_TAILS = (nn.SiLU, nn.Hardswish)
 # Functions that may copy a tensor, but keep its values.
@@ -46,22 +46,22 @@ class ActivationTracer(TorchFunctionMode):
     A tensor that is changed in place is no longer followed.
 
     Args:
-        classes: further classes of activations with a small negative tail.
-        keeps_tails: True = inputs of convolutions after SiLU or Hardswish are signed.
+        classes: additional classes of activations with a small negative tail.
+        signed_tails: True = inputs of convolutions after SiLU or Hardswish are signed.
     """
 
     def __init__(
-        self, classes: Sequence[type[nn.Module]] = (), *, keeps_tails: bool = True
+        self, classes: Sequence[type[nn.Module]] = (), *, signed_tails: bool = True
     ) -> None:
         super().__init__()
         self.classes = (*NEARLY_POSITIVE, *classes)
-        self.keeps_tails = keeps_tails
+        self.signed_tails = signed_tails
         self.layers: dict[nn.Module, bool] = {}
         # For each storage, a tensor that keeps the storage alive, the version of its values, and
         # whether the activation has a long tail.
         self.outputs: dict[int, tuple[Tensor, int, bool]] = {}
 
-    def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
+    def register_hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         """Register hooks on the activations and layers of a model; the caller removes them."""
         for module in net.modules():
             if isinstance(module, self.classes):
@@ -80,13 +80,13 @@ class ActivationTracer(TorchFunctionMode):
         self.outputs[out.untyped_storage()._cdata] = (out, out._version, has_tail)
 
     def _before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        output = self._output(args)
+        output = self._find_output(args)
         is_unsigned = output is not None
-        if output is not None and self.keeps_tails and isinstance(layer, nn.Conv2d):
+        if output is not None and self.signed_tails and isinstance(layer, nn.Conv2d):
             is_unsigned = not output[2]
         self.layers[layer] = is_unsigned and self.layers.get(layer, True)
 
-    def _output(self, args: tuple[Any, ...]) -> tuple[Tensor, int, bool] | None:
+    def _find_output(self, args: tuple[Any, ...]) -> tuple[Tensor, int, bool] | None:
         """The entry of the first argument, if it is an output of an activation function."""
         output = self.outputs.get(args[0].untyped_storage()._cdata) if args else None
         if output is None or args[0]._version != output[1]:
@@ -101,9 +101,9 @@ class ActivationTracer(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        copied = self._output(args) if func in _COPIES else None
-        if func in _FUNCTIONS:
+        source_output = self._find_output(args) if func in _COPIES else None
+        if func in _ACTIVATIONS:
             self._record(out, has_tail=func in {F.silu, F.hardswish})
-        elif copied is not None:
-            self._record(out, has_tail=copied[2])
+        elif source_output is not None:
+            self._record(out, has_tail=source_output[2])
         return out

@@ -34,7 +34,7 @@ class SwapContext:
         place: part of the model that contains the module: `stem`, `block` or `head`.
         input: range of the module's input: `signed`, `unsigned` (after an activation with at most a
             small negative tail), or `quantized` (already). With `float`, the module and all modules
-            inside it stay unchanged.
+            inside the module stay unchanged.
     """
 
     recipe: QuantRecipe
@@ -51,7 +51,7 @@ class SwapContext:
             self.recipe.act_spec(role, self.place, signed=self.input != "unsigned")
         )
 
-    def product(self) -> Quantizer:
+    def product_quantizer(self) -> Quantizer:
         """A quantizer for QKR's product: signed, one scale per position, without offsets.
 
         The offset before the quantizer is the bias of the folded linear map.
@@ -63,7 +63,7 @@ class SwapContext:
         """A quantizer of the module's input; an identity if the input is already quantized."""
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
-    def planes(self) -> Quantizer:
+    def conv_input_quantizer(self) -> Quantizer:
         """A quantizer for a convolution's input (B, C, H, W), with one scale and no offsets.
 
         With offsets, the zeros of the convolution's padding would not be on the grid.
@@ -131,7 +131,7 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
 def is_plain(layer: nn.Module) -> bool:
     """True for a Linear or convolution of a registered class with only a weight and a bias.
 
-    A pruned, normalised or adapted layer has further parameters, buffers or children.
+    A pruned, normalised or adapted layer has additional parameters, buffers or children.
     """
     is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
     has_extras = bool(layer._buffers or layer._modules)

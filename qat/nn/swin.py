@@ -27,10 +27,10 @@ class QuantWindowAttention(RelativeBias, QuantAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
         qkv = self.qkv(x)
-        out = self.fused(qkv, self.scale, self.position_bias(), mask)
+        out = self.compute_fused(qkv, self.scale, self.position_bias(), mask)
         if out is None:
             q, k, v = qkv.chunk(3, dim=-1)
-            scores = self.scores(*self.heads(q, k)) * self.scale + self.position_bias()
+            scores = self.scores(*self.to_heads(q, k)) * self.scale + self.position_bias()
             out = self.weigh_values(add_window_mask(scores, mask), v)
         return self.project(out, x)
 
@@ -40,7 +40,7 @@ class QkrWindowAttention(RelativeBias, QkrAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
-        out = self.fused(x, self.scale, self.position_bias(), mask)
+        out = self.compute_fused(x, self.scale, self.position_bias(), mask)
         if out is None:
             x_q = self.input_quantizer(x)
             scores = self.scores(x_q) * self.scale + self.position_bias()

@@ -19,8 +19,8 @@ from qat.nn.score_terms import add_window_mask
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 # Swin v2, section 3.2: the learned temperature is at least 0.01, and the bias between 0 and 16.
-_LOWEST_TEMPERATURE = 0.01
-_HIGHEST_BIAS = 16
+_MIN_TEMPERATURE = 0.01
+_MAX_BIAS = 16
 
 
 class QuantCosineAttention(QuantAttention):
@@ -41,16 +41,16 @@ class QuantCosineAttention(QuantAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; see `add_window_mask` for the mask."""
-        q, k, v = self.projected(x)
-        q, k = self.heads(q, k)
+        q, k, v = self.project_qkv(x)
+        q, k = self.to_heads(q, k)
         scores = self.scores(F.normalize(q, dim=-1), F.normalize(k, dim=-1))
-        scores = scores * self.logit_scale.clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
+        scores = scores * self.logit_scale.clamp(max=-math.log(_MIN_TEMPERATURE)).exp()
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
 
     def _position_bias(self) -> Tensor:
         """The bias (h, N, N) to add to scaled scores."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
-        return _HIGHEST_BIAS * torch.sigmoid(table[self.relative_position_index].permute(2, 0, 1))
+        return _MAX_BIAS * torch.sigmoid(table[self.relative_position_index].permute(2, 0, 1))
 
 
 register_attention(

@@ -16,7 +16,7 @@ from qat.nn.qkr_attention import QkrAttention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
-def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
+def apply_mask(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
     """Apply a mask in timm's sense (boolean, additive or causal) to scores (B, h, N, N)."""
     mask = resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
     return maybe_add_mask(scores, mask)
@@ -34,11 +34,11 @@ class QuantVitAttention(QuantAttention):
         """Map (B, N, C) to (B, N, C_out)."""
         qkv = self.qkv(x)
         has_mask = is_causal or attn_mask is not None
-        out = None if has_mask else self.fused(qkv, self.scale)
+        out = None if has_mask else self.compute_fused(qkv, self.scale)
         if out is None:
             q, k, v = qkv.chunk(3, dim=-1)
-            scores = self.scores(*self.heads(q, k)) * self.scale
-            out = self.weigh_values(masked(scores, attn_mask, is_causal=is_causal), v)
+            scores = self.scores(*self.to_heads(q, k)) * self.scale
+            out = self.weigh_values(apply_mask(scores, attn_mask, is_causal=is_causal), v)
         return self.project(out, x)
 
 
@@ -53,10 +53,10 @@ class QkrVitAttention(QkrAttention):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out)."""
         has_mask = is_causal or attn_mask is not None
-        out = None if has_mask else self.fused(x, self.scale)
+        out = None if has_mask else self.compute_fused(x, self.scale)
         if out is None:
             x_q = self.input_quantizer(x)
-            scores = masked(self.scores(x_q) * self.scale, attn_mask, is_causal=is_causal)
+            scores = apply_mask(self.scores(x_q) * self.scale, attn_mask, is_causal=is_causal)
             out = self.weigh_values(scores, self.v(x_q))
         return self.project(out, x)
 
@@ -86,7 +86,7 @@ class QuantAttentionPool(QuantAttention):
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent.expand(x.shape[0], -1, -1))
         k, v = self.kv(x).chunk(2, dim=-1)
-        scores = maybe_add_mask(self.scores(*self.heads(q, k)) * self.scale, attn_mask)
+        scores = maybe_add_mask(self.scores(*self.to_heads(q, k)) * self.scale, attn_mask)
         out = self.proj_drop(self.proj(self.weigh_values(scores, v)))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))

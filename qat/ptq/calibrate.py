@@ -18,9 +18,9 @@ from qat.functional.observers import SEARCHES, RangeState, observe
 from qat.model.scales import assert_ready
 from qat.model.sites import Site, iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.ptq.runner import Forward, patched
+from qat.ptq.runner import Forward, patch_forwards
 from qat.quantizers import Affine, Fp8
-from qat.utils.probing import allow_unset_scales, images_of, probing
+from qat.utils.probing import allow_unset_scales, calibration_images, probing
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Calibration:
 
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
-    """Make the net compute in float inside this block; its integer norms too."""
+    """Make the net, including its integer norms, compute in float inside this block."""
     forwards: dict[nn.Module, Forward] = {}
     for module in net.modules():
         if isinstance(module, IntegerLayerNorm):
             forwards[module] = module.in_float
     for site in iter_quantizers(net):
         forwards[site.quantizer] = lambda x: x
-    with allow_unset_scales(), patched(forwards):
+    with allow_unset_scales(), patch_forwards(forwards):
         yield
 
 
@@ -73,7 +73,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     activations: list[Any] = []
     for site in iter_quantizers(net):
         quantizer = site.quantizer
-        if type(quantizer) not in {Affine, Fp8} or not quantizer.n_scales:
+        if type(quantizer) not in {Affine, Fp8} or not quantizer.num_stored_scales:
             continue
         if site.is_weight:
             weights.append((quantizer, site))
@@ -97,32 +97,34 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     hooks = [quantizer.register_forward_pre_hook(observe_input) for quantizer in activations]
     with probing(net, hooks), in_float(net):
         for batch in batches:
-            images = images_of(batch, net)
+            images = calibration_images(batch, net)
             net(images)
             num_images += len(images)
             num_batches += 1
     if images is None:
         raise UsageError("calibrate: must have at least one batch of images")
-    _fill(net, activations, states, images)
+    _set_activation_scales(net, activations, states, images)
     assert_ready(net)
-    scales = sum(quantizer.n_scales for quantizer, _ in weights)
-    scales += sum(quantizer.n_scales for quantizer in activations)
+    scales = sum(quantizer.num_stored_scales for quantizer, _ in weights)
+    scales += sum(quantizer.num_stored_scales for quantizer in activations)
     return Calibration(num_images, num_batches, scales)
 
 
-def _fill(
+def _set_activation_scales(
     net: nn.Module, activations: list[Any], states: dict[Any, RangeState], images: Tensor
 ) -> None:
     """Set the scales of activations from ranges; some methods try candidates on the last batch."""
 
     def fill_from_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
-        quantizer.fill(states[quantizer], args[0])
+        quantizer.set_from_range(states[quantizer], args[0])
 
-    searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
-    if searching:
-        hooks = [quantizer.register_forward_pre_hook(fill_from_input) for quantizer in searching]
+    search_quantizers = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
+    if search_quantizers:
+        hooks = [
+            quantizer.register_forward_pre_hook(fill_from_input) for quantizer in search_quantizers
+        ]
         with probing(net, hooks), in_float(net):
             net(images)
     for quantizer, state in states.items():
         if quantizer.method not in SEARCHES:
-            quantizer.fill(state, images)
+            quantizer.set_from_range(state, images)

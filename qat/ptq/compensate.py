@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from qat.model.sites import Site
 from qat.ptq.runner import Runner, check_finite, find_units
-from qat.utils.probing import images_of, probing
+from qat.utils.probing import calibration_images, probing
 
 # Strength of the pull towards a gain of 1, relative to the variance of the output.
 RIDGE = 1e-3
 # The lowest and the highest gain. Gains are positive, because scales must stay positive.
-_GAINS = (0.1, 10.0)
+_GAIN_RANGE = (0.1, 10.0)
 _SETTING = "ptq.method='compensate'"
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
         UsageError: there is no layer to fit, the reference is quantized, or activations are not
             finite.
     """
-    images = [images_of(batch, net) for batch in batches]
+    images = [calibration_images(batch, net) for batch in batches]
     num_fitted = 0
-    skipped = []
+    skipped_layers = []
     with probing(net, []), probing(reference, []):
         units, runner, float_runner = find_units(net, reference, images, _SETTING)
         for unit, layers in units.items():
@@ -57,15 +57,15 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
                 for site in layers:
                     if site.layer not in float_runner.order.position:
                         # Some float attentions multiply by `qkv.weight` without calling a module.
-                        skipped.append(site.layer)
+                        skipped_layers.append(site.layer)
                         continue
                     gain, bias = _fit_channels(runner, float_runner, unit, site)
-                    _fold(site, gain, bias)
+                    _fold_into_layer(site, gain, bias)
                     num_fitted += 1
-    if skipped:
+    if skipped_layers:
         log.info(
             "layers that are not compensated, because the float model runs no module for them: %s",
-            ", ".join(skipped),
+            ", ".join(skipped_layers),
         )
     log.info("compensated %d layers", num_fitted)
     return num_fitted
@@ -98,7 +98,7 @@ def _fit_channels(
     variance = mean_square - mean_y.square()
     covariance = mean_product - mean_y * mean_target
     gain = _ridge_gain(variance, covariance, mean_square)
-    if site.quantizer.n_scales != len(gain):
+    if site.quantizer.num_stored_scales != len(gain):
         gain = torch.ones_like(gain)
     return gain, mean_target - gain * mean_y
 
@@ -108,20 +108,20 @@ def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
 
     A channel counts as constant if its variance is within the rounding error of E y^2.
     """
-    floor = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
-    gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=floor)
-    return torch.where(variance > floor, gain, 1.0).clamp(*_GAINS)
+    min_variance = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
+    gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=min_variance)
+    return torch.where(variance > min_variance, gain, 1.0).clamp(*_GAIN_RANGE)
 
 
-def _fold(site: Site, gain: Tensor, bias: Tensor) -> None:
+def _fold_into_layer(site: Site, gain: Tensor, bias: Tensor) -> None:
     """Multiply a layer and its scales by gains (out,), and add a bias (out,).
 
-    Scales change only if there is one per channel; the bias only if the layer has one.
+    Scales change only if there is one scale per channel; the bias only if the layer has a bias.
     """
     layer: Any = site.owner
     factor = gain.to(layer.weight)
     layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
-    if site.quantizer.n_scales == len(factor):
+    if site.quantizer.num_stored_scales == len(factor):
         site.quantizer.set_scale(site.quantizer.scale * factor)  # type: ignore[operator]
     if layer.bias is not None:
         layer.bias.mul_(factor).add_(bias.to(factor))

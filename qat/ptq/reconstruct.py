@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.sites import Site, iter_quantizers
-from qat.ptq.runner import LOWEST_SCALE, Runner, StopForward, check_finite, find_units, patched
+from qat.ptq.runner import MIN_SCALE, Runner, StopForward, check_finite, find_units, patch_forwards
 from qat.ptq.state import Progress
 from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number
@@ -44,7 +44,7 @@ class ReconstructSettings:
         lr: initial learning rate of weights and biases.
         scale_lr: initial learning rate of the logarithm of step sizes. Both learning rates fall to
             zero along a cosine.
-        drop: share of the elements of a block's input that come from the float net (QDrop).
+        drop: fraction of the elements of a block's input that come from the float net (QDrop).
         seed: seed for the order of batches and for the choice of elements from the float net.
 
     Raises:
@@ -82,7 +82,7 @@ def split_batches(images: Tensor, batch: int) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _frozen(*nets: nn.Module) -> Generator[None]:
+def _disable_gradients(*nets: nn.Module) -> Generator[None]:
     """Switch gradients off for all parameters of the nets; code inside may switch some on again."""
     flags = [(p, p.requires_grad) for net in nets for p in net.parameters()]
     try:
@@ -137,7 +137,7 @@ def reconstruct(
     state = progress.resume() if resume else None
     if state is None:
         state = {"units": [], "tensors": {}, "seconds": 0.0}
-    with _frozen(net, reference), probing(net, []), probing(reference, []):
+    with _disable_gradients(net, reference), probing(net, []), probing(reference, []):
         units, runner, float_runner = find_units(net, reference, batches, _SETTING)
         net.load_state_dict(state["tensors"], strict=False)
         num_finished = len(state["units"])
@@ -148,27 +148,29 @@ def reconstruct(
                 num_finished,
                 len(units),
             )
-        for index, (unit, layers) in enumerate(units.items()):
-            if index < num_finished:
+        for unit_index, (unit, layers) in enumerate(units.items()):
+            if unit_index < num_finished:
                 continue
-            started = time.monotonic()
-            before, after = _fit(runner, float_runner, unit, layers, index, settings, context)
-            seconds = time.monotonic() - started
+            start_time = time.monotonic()
+            loss_before, loss_after = _fit_unit(
+                runner, float_runner, unit, layers, unit_index, settings, context
+            )
+            seconds = time.monotonic() - start_time
             state["units"].append(unit)
             for name, tensor in net.state_dict().items():
                 if name.startswith(f"{unit}."):
                     state["tensors"][name] = tensor.clone()
             state["seconds"] += seconds
-            losses = (f"{before:.6g}", f"{after:.6g}")
+            losses = (f"{loss_before:.6g}", f"{loss_after:.6g}")
             progress.rows.append((unit, settings.steps, *losses, f"{seconds:.1f}"))
             progress.save(state)
             log.info(
                 "%d/%d %s: loss %.4g -> %.4g in %.0f s",
-                index + 1,
+                unit_index + 1,
                 len(units),
                 unit,
-                before,
-                after,
+                loss_before,
+                loss_after,
                 seconds,
             )
     return {
@@ -179,12 +181,12 @@ def reconstruct(
     }
 
 
-def _fit(
+def _fit_unit(
     runner: Runner,
     float_runner: Runner,
     unit: str,
     layers: list[Site],
-    index: int,
+    unit_index: int,
     settings: ReconstructSettings,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[float, float]:
@@ -195,24 +197,24 @@ def _fit(
         float_runner: runner of the float net.
         unit: name of the unit.
         layers: sites of the quantized weights of the unit.
-        index: index of the unit, on which the random numbers depend.
+        unit_index: index of the unit, on which the random numbers depend.
         settings: settings of the training.
         context: returns a context manager for each forward.
     """
-    goals = _goals(float_runner, unit)
-    variance = _variance([target for _, target in goals])
+    float_pairs = _float_pairs(float_runner, unit)
+    variance = _variance([target for _, target in float_pairs])
     module = runner.net.get_submodule(unit)
-    scaled: list[Any] = []
+    scale_quantizers: list[Any] = []
     for site in iter_quantizers(runner.net):
-        if site.name.startswith(f"{unit}.") and site.quantizer.n_scales:
-            scaled.append(site.quantizer)
+        if site.name.startswith(f"{unit}.") and site.quantizer.num_stored_scales:
+            scale_quantizers.append(site.quantizer)
 
-    def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
+    def batch_loss(i: int, generator: torch.Generator | None = None) -> Tensor:
         """Squared error of the output for batch `i`, relative to the variance in the float net.
 
         With a generator, random elements of the input are replaced by elements from the float net.
         """
-        float_input, target = goals[i]
+        float_input, target = float_pairs[i]
         original: Callable[..., Any] = module.forward
         outputs: list[Tensor] = []
 
@@ -223,100 +225,106 @@ def _fit(
             outputs.append(original(x, *args, **kwargs))
             raise StopForward
 
-        with patched({module: forward}), context(), contextlib.suppress(StopForward):
+        with patch_forwards({module: forward}), context(), contextlib.suppress(StopForward):
             runner(i)
         return (outputs[0].float() - target).square().mean() / variance
 
     @torch.no_grad()
     def mean_loss() -> float:
-        return float(torch.stack([loss_of(i) for i in range(len(goals))]).mean())
+        return float(torch.stack([batch_loss(i) for i in range(len(float_pairs))]).mean())
 
-    def generator(n: int, kind: int, device: torch.device | str = "cpu") -> torch.Generator:
-        seed = ((settings.seed * 1_000_003 + index) * 1_000_003 + n) * 2 + kind
+    def make_generator(n: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Generator for the elements of step n (stream 0) or the order of epoch n (stream 1)."""
+        seed = ((settings.seed * 1_000_003 + unit_index) * 1_000_003 + n) * 2 + stream
         return torch.Generator(device).manual_seed(seed % 2**64)
 
-    def loss_at(step: int) -> Tensor:
+    def step_loss(step: int) -> Tensor:
         """Loss of a training step, whose batch and random numbers depend on seed, unit and step."""
-        epoch, position = divmod(step, len(goals))
-        order = torch.randperm(len(goals), generator=generator(epoch, 1))
+        epoch, position = divmod(step, len(float_pairs))
+        order = torch.randperm(len(float_pairs), generator=make_generator(epoch, 1))
         i = int(order[position])
-        return loss_of(i, generator(step, 0, goals[i][0].device))
+        return batch_loss(i, make_generator(step, 0, float_pairs[i][0].device))
 
     with runner.at(unit), torch.enable_grad():
-        before = mean_loss()
-        _train(scaled, layers, settings, loss_at)
-        after = mean_loss()
-    if not math.isfinite(after):
+        loss_before = mean_loss()
+        _train(scale_quantizers, layers, settings, step_loss)
+        loss_after = mean_loss()
+    if not math.isfinite(loss_after):
         raise UsageError(
-            f"{_SETTING}: the loss of {unit} is {after} after training; use a smaller "
+            f"{_SETTING}: the loss of {unit} is {loss_after} after training; use a smaller "
             "ptq.reconstruct.lr or ptq.reconstruct.scale_lr"
         )
-    return before, after
+    return loss_before, loss_after
 
 
-def _goals(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
+def _float_pairs(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
     """The input and the output of the unit in the float net, for each batch."""
-    goals = []
+    float_pairs = []
     with float_runner.at(unit):
         for i in range(len(float_runner.batches)):
             args, output = float_runner.output(unit, i)
             if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 raise UsageError(
-                    f"{_SETTING}: {unit} does not map a tensor to a tensor; here it must be "
-                    "compensate or calibrate"
+                    f"{_SETTING}: must be compensate or calibrate for this model, because {unit} "
+                    "does not map a tensor to a tensor"
                 )
             check_finite(args[0], unit, _SETTING)
             check_finite(output, unit, _SETTING)
-            goals.append((args[0], output))
-    return goals
+            float_pairs.append((args[0], output))
+    return float_pairs
 
 
 def _train(
-    scaled: list[Any],
+    scale_quantizers: list[Any],
     layers: list[Site],
     settings: ReconstructSettings,
-    loss_at: Callable[[int], Tensor],
+    step_loss: Callable[[int], Tensor],
 ) -> None:
-    """Run all training steps. A step size is its initial value times exp(learned change)."""
-    starts = [quantizer.scale.clone() for quantizer in scaled]
-    changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
+    """Run all training steps.
+
+    A step size is its initial value times exp(c) with a learned c, here called its log change.
+    """
+    initial_scales = [quantizer.scale.clone() for quantizer in scale_quantizers]
+    log_changes = [
+        torch.zeros_like(initial_scale, requires_grad=True) for initial_scale in initial_scales
+    ]
     owners = dict.fromkeys(site.owner for site in layers)
     weights: list[Tensor] = []
     for owner in owners:
         weights += [parameter.requires_grad_() for parameter in owner.parameters(recurse=False)]
     adam = torch.optim.Adam([
         {"params": weights, "lr": settings.lr},
-        {"params": changes, "lr": settings.scale_lr},
+        {"params": log_changes, "lr": settings.scale_lr},
     ])
 
-    def cosine(step: int) -> float:
+    def cosine_factor(step: int) -> float:
         return (1 + math.cos(math.pi * step / settings.steps)) / 2
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, cosine)
-    buffers = [quantizer._buffers["scale"] for quantizer in scaled]
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, cosine_factor)
+    buffers = [quantizer._buffers["scale"] for quantizer in scale_quantizers]
 
     def learned_scales() -> list[Tensor]:
         scales = []
-        for start, change in zip(starts, changes, strict=True):
-            scales.append((start * change.exp()).clamp(min=LOWEST_SCALE))
+        for initial_scale, log_change in zip(initial_scales, log_changes, strict=True):
+            scales.append((initial_scale * log_change.exp()).clamp(min=MIN_SCALE))
         return scales
 
     try:
         for step in range(settings.steps):
-            for quantizer, scale in zip(scaled, learned_scales(), strict=True):
+            for quantizer, scale in zip(scale_quantizers, learned_scales(), strict=True):
                 quantizer._buffers["scale"] = scale
-            loss = loss_at(step)
+            loss = step_loss(step)
             adam.zero_grad()
             loss.backward()
             adam.step()
             schedule.step()
     finally:
-        for quantizer, buffer in zip(scaled, buffers, strict=True):
+        for quantizer, buffer in zip(scale_quantizers, buffers, strict=True):
             quantizer._buffers["scale"] = buffer
         for weight in weights:
             weight.requires_grad = False
             weight.grad = None
-    for quantizer, scale in zip(scaled, learned_scales(), strict=True):
+    for quantizer, scale in zip(scale_quantizers, learned_scales(), strict=True):
         quantizer.set_scale(scale.detach())
 
 

@@ -25,7 +25,7 @@ from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
 # The smallest scale, also in calibration; scales must not be zero, because they are divisors.
-LOWEST_SCALE = torch.finfo(torch.float32).eps
+MIN_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +34,7 @@ class StopForward(Exception):
 
 
 @contextlib.contextmanager
-def patched(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
+def patch_forwards(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
     """Replace `forward` of the given modules while this block runs; hooks still run."""
     originals = {module: module.__dict__.get("forward") for module in forwards}
     try:
@@ -64,35 +64,35 @@ class RunOrder:
         image: (1, C, H, W), on the device of the net.
 
     Attributes:
-        before: maps each module that runs, in the order of first calls, to the outermost modules
-            that have returned before its first call.
+        returned_before: maps each module that runs, in the order of first calls, to the outermost
+            modules that have returned before its first call.
         position: index of the first call of each module.
-        once: modules that run only once in a forward.
-        keeps_shape: modules whose output has the shape of their input.
+        called_once: modules that run only once in a forward.
+        shape_preserving: modules whose output has the shape of their input.
     """
 
     def __init__(self, net: nn.Module, image: Tensor) -> None:
-        self.before: dict[str, tuple[str, ...]] = {}
-        self.keeps_shape: set[str] = set()
+        self.returned_before: dict[str, tuple[str, ...]] = {}
+        self.shape_preserving: set[str] = set()
         calls: Counter[str] = Counter()
-        returned: list[str] = []
-        starts: list[int] = []
+        returned_modules: list[str] = []
+        num_returned_on_entry: list[int] = []
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 calls[name] += 1
-                self.before.setdefault(name, tuple(returned))
-                starts.append(len(returned))
+                self.returned_before.setdefault(name, tuple(returned_modules))
+                num_returned_on_entry.append(len(returned_modules))
 
             return hook
 
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 # Replace the modules inside this module by the module itself.
-                del returned[starts.pop() :]
-                returned.append(name)
+                del returned_modules[num_returned_on_entry.pop() :]
+                returned_modules.append(name)
                 if _keeps_shape(args, output):
-                    self.keeps_shape.add(name)
+                    self.shape_preserving.add(name)
 
             return hook
 
@@ -102,8 +102,8 @@ class RunOrder:
             hooks.append(module.register_forward_hook(leave(name)))
         with probing(net, hooks):
             net(image)
-        self.position = {name: index for index, name in enumerate(self.before)}
-        self.once = {name for name, count in calls.items() if count == 1}
+        self.position = {name: index for index, name in enumerate(self.returned_before)}
+        self.called_once = {name for name, count in calls.items() if count == 1}
 
 
 class Runner:
@@ -114,9 +114,9 @@ class Runner:
         entries: for each module to run from, the module itself or modules inside it. Outputs inside
             the module are cached too, up to the first of these modules, its entry.
         batches: images (B, C, H, W) each, on the device of the net.
-        limit: size of the cache in bytes. It always covers one module, and as many modules before
-            this module as fit.
-        to_the_end: True if callers need the output of the net, not only of the chosen module.
+        cache_bytes: size of the cache in bytes. The cache always covers one module, and as many
+            modules before this module as fit.
+        needs_net_output: True if callers need the output of the net, not only of the chosen module.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class Runner:
         net: nn.Module,
         entries: Mapping[str, Sequence[str]],
         batches: Sequence[Tensor],
-        limit: float = 0,
+        cache_bytes: float = 0,
         *,
-        to_the_end: bool = False,
+        needs_net_output: bool = False,
     ) -> None:
         self.net = net
         self.batches = batches
-        self.limit = limit
+        self.cache_bytes = cache_bytes
         self.modules = dict(net.named_modules())
         self.order = RunOrder(net, batches[0][:1])
         # First entry of each module, in the order in which the modules run.
@@ -139,66 +139,66 @@ class Runner:
             if name in entries:
                 self.entries[name] = min(entries[name], key=self._position)
         self._batch_index = 0
-        self.forget()
+        self.clear_cache()
         # For each module, the bytes per image of the tensors that are cached for it, by the address
         # of the tensor's storage.
         self._sizes: dict[str, dict[int, float]] = {}
         # Modules from which the net cannot continue; for these, the whole net runs.
-        self._run_whole: set[str] = set()
+        self._uncacheable: set[str] = set()
         for name, entry in self.entries.items():
-            if not self.order.once.issuperset({name, entry}):
-                self._run_whole.add(name)
-        self._check(to_the_end=to_the_end)
+            if not self.order.called_once.issuperset({name, entry}):
+                self._uncacheable.add(name)
+        self._check_outputs(needs_net_output=needs_net_output)
 
     def _position(self, name: str) -> int:
         """Position of a module in the run order; a module that does not run comes last."""
         return self.order.position.get(name, len(self.order.position))
 
-    def _check(self, *, to_the_end: bool) -> None:
+    def _check_outputs(self, *, needs_net_output: bool) -> None:
         """Find the modules from which the net does not reproduce its output bit for bit.
 
         The output differs if the net reads outputs of earlier modules again after the module.
         """
         all_batches = self.batches
-        limit = self.limit
+        cache_bytes = self.cache_bytes
         self.batches = [all_batches[0][:2]]
-        self.limit = float("inf")
-        names = [name for name in self.entries if name not in self._run_whole]
+        self.cache_bytes = float("inf")
+        names = [name for name in self.entries if name not in self._uncacheable]
 
-        def result(name: str) -> list[Any]:
-            if to_the_end:
+        def compute_output(name: str) -> list[Any]:
+            if needs_net_output:
                 return tree_leaves(self(0))
             return tree_leaves(self.output(name, 0)[1])
 
         with probing(self.net, ()):
-            expected = {name: result(name) for name in names}
+            expected_outputs = {name: compute_output(name) for name in names}
             for name in reversed(names):
                 with self.at(name):
-                    if not all(map(torch.equal, result(name), expected[name])):
+                    if not all(map(torch.equal, compute_output(name), expected_outputs[name])):
                         log.warning(
-                            "%s does not give the same output when the model starts there; the "
+                            "%s does not return the same output when the model starts there; the "
                             "whole model runs instead",
                             name,
                         )
-                        self._run_whole.add(name)
+                        self._uncacheable.add(name)
                 self._sizes[name] = self._measure_cache(name)
         self.batches = all_batches
-        self.limit = limit
-        self.forget()
+        self.cache_bytes = cache_bytes
+        self.clear_cache()
 
     def _measure_cache(self, name: str) -> dict[int, float]:
         """Bytes per image of the tensors that are cached for a module, by address."""
-        cached = [self._inputs[name]]
+        cached_values = [self._inputs[name]]
         for module in self._needed_outputs(name):
-            cached.append(self._outputs[module])
+            cached_values.append(self._outputs[module])
         sizes = {}
-        for leaf in tree_leaves(cached):
+        for leaf in tree_leaves(cached_values):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes() / len(self.batches[0])
         return sizes
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Empty the cache. Call this after a change to modules whose outputs are cached."""
         self._inputs: dict[str, list[Any]] = {}
         self._outputs: dict[str, list[Any]] = {}
@@ -209,7 +209,7 @@ class Runner:
 
         Do not change modules before it inside the block.
         """
-        if name in self._run_whole:
+        if name in self._uncacheable:
             yield
             return
         if name not in self._inputs:
@@ -219,7 +219,7 @@ class Runner:
             lambda *_: self._inputs[name][self._batch_index], with_kwargs=True, prepend=True
         )
         try:
-            with patched(stubs):
+            with patch_forwards(stubs):
                 yield
         finally:
             handle.remove()
@@ -247,14 +247,14 @@ class Runner:
 
     def _modules_before(self, name: str) -> list[str]:
         """Outermost modules that run only once, and return before the entry of `name` runs."""
-        before = self.order.before[self.entries[name]]
-        return [module for module in before if module in self.order.once]
+        returned_before = self.order.returned_before[self.entries[name]]
+        return [module for module in returned_before if module in self.order.called_once]
 
     def _needed_outputs(self, name: str) -> list[str]:
         """Modules before the entry of `name` to cache, because they cannot return their input."""
         needed = []
         for module in self._modules_before(name):
-            can_return_input = module in self.entries and module in self.order.keeps_shape
+            can_return_input = module in self.entries and module in self.order.shape_preserving
             if not can_return_input:
                 needed.append(module)
         return needed
@@ -269,22 +269,22 @@ class Runner:
     def _modules_to_cache(self, name: str) -> list[str]:
         """The module `name`, and as many modules before it as fit in the cache."""
         num_images = sum(len(batch) for batch in self.batches)
-        candidates = [module for module in self.entries if module not in self._run_whole]
-        chosen: list[str] = []
+        candidates = [module for module in self.entries if module not in self._uncacheable]
+        modules_to_cache: list[str] = []
         sizes: dict[int, float] = {}
         for module in reversed(candidates[: candidates.index(name) + 1]):
             sizes |= self._sizes.get(module, {})
-            if chosen and sum(sizes.values()) * num_images > self.limit:
+            if modules_to_cache and sum(sizes.values()) * num_images > self.cache_bytes:
                 break
-            chosen.append(module)
-        return chosen
+            modules_to_cache.append(module)
+        return modules_to_cache
 
     def _fill_cache(self, name: str) -> None:
         """Run all batches up to the entry of `name`, and cache the tensors that `name` needs."""
-        chosen = self._modules_to_cache(name)
-        self._inputs = {module: [] for module in chosen}
+        modules_to_cache = self._modules_to_cache(name)
+        self._inputs = {module: [] for module in modules_to_cache}
         self._outputs = {}
-        for module in chosen:
+        for module in modules_to_cache:
             for needed in self._needed_outputs(module):
                 self._outputs[needed] = []
 
@@ -346,10 +346,10 @@ def find_units(
             f"{CONTAINER!r}"
         )
     order = RunOrder(net, batches[0][:1])
-    running = [s for s in layers if {s.layer, unit_of[s.name]} <= order.once]
-    running.sort(key=lambda site: order.position[site.layer])
+    sites_in_order = [s for s in layers if {s.layer, unit_of[s.name]} <= order.called_once]
+    sites_in_order.sort(key=lambda site: order.position[site.layer])
     sites_of: dict[str, list[Site]] = {}
-    for site in running:
+    for site in sites_in_order:
         sites_of.setdefault(unit_of[site.name], []).append(site)
     units = {name: sites_of[name] for name in order.position if name in sites_of}
     entries = {name: [name] for name in units}
@@ -360,6 +360,6 @@ def check_finite(value: Tensor, unit: str, setting: str) -> None:
     """Raise `UsageError` if the input or output of a unit contains NaN or infinity."""
     if not bool(value.isfinite().all()):
         raise UsageError(
-            f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of "
+            f"{setting}: the activations of {unit} are NaN or infinite; check the weights of "
             "ckpt, data.mean and data.std"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
 from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
-from qat.ptq.runner import LOWEST_SCALE
+from qat.ptq.runner import MIN_SCALE
 
 
 class ScaleVector:
@@ -34,17 +34,17 @@ class ScaleVector:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set all scales to `values` (n,), in the dtype of the net, but at least to float32 eps."""
-        parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
+        parts = values.split([quantizer.num_stored_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
-            scale = part.to(quantizer.scale).clamp(min=LOWEST_SCALE)
+            scale = part.to(quantizer.scale).clamp(min=MIN_SCALE)
             quantizer.set_scale(scale.view_as(quantizer.scale))
 
-    def radius(self, fixed: float | None) -> Tensor:
-        """Noise radius of each scale (n,), float64: `fixed`, or derived from the scale's bits."""
+    def radius(self, fixed_radius: float | None) -> Tensor:
+        """Noise radius of each scale (n,), float64: `fixed_radius`, or derived from bits."""
         radii = []
         for quantizer in self.quantizers:
-            radius = noise_radius(quantizer.spec.bits) if fixed is None else fixed
-            radii.append(torch.full((quantizer.n_scales,), radius, dtype=torch.float64))
+            radius = noise_radius(quantizer.spec.bits) if fixed_radius is None else fixed_radius
+            radii.append(torch.full((quantizer.num_stored_scales,), radius, dtype=torch.float64))
         return torch.cat(radii)
 
 
@@ -73,21 +73,21 @@ def scale_vectors(
     vectors: dict[str, ScaleVector] = {}
     stored_names: set[str] = set()
     for block in blocks:
-        chosen = []
+        matching_sites = []
         for site in iter_quantizers(net):
-            if not site.quantizer.n_scales or not site.name.startswith(f"{block}."):
+            if not site.quantizer.num_stored_scales or not site.name.startswith(f"{block}."):
                 continue
             name = _name_in_block(site, block)
             stored_names.add(name)
             if any(fnmatch.fnmatchcase(name, glob) for glob in targets):
-                chosen.append(site)
-        if chosen:
-            chosen.sort(key=lambda site: position.get(site.name, 0))
-            vectors[block] = ScaleVector(chosen)
+                matching_sites.append(site)
+        if matching_sites:
+            matching_sites.sort(key=lambda site: position.get(site.name, 0))
+            vectors[block] = ScaleVector(matching_sites)
     if not vectors:
-        stored = ", ".join(sorted(stored_names)) or "nothing"
+        stored_text = ", ".join(sorted(stored_names)) or "nothing"
         raise UsageError(
             f"search.targets={list(targets)}: must match a scale of a block; stored scales are "
-            f"those of {stored}"
+            f"those of {stored_text}"
         )
     return vectors

@@ -22,16 +22,16 @@ from qat.functional.evolution import (
     POPULATION,
     TOURNAMENT,
     Draw,
-    best,
+    best_candidate,
     draw,
-    evolved_child,
+    evolve_child,
     initial_population,
-    insert,
+    insert_child,
 )
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.scales import assert_ready
 from qat.model.sites import find_blocks, iter_quantizers
-from qat.ptq.runner import Forward, Runner, RunOrder, patched
+from qat.ptq.runner import Forward, Runner, RunOrder, patch_forwards
 from qat.ptq.scale_vectors import scale_vectors
 from qat.ptq.state import Progress
 from qat.utils.probing import probing
@@ -51,12 +51,11 @@ class SearchSettings:
 
     Attributes:
         passes: number of passes over all blocks, last block first.
-        cycles: number of candidates in one visit of a block.
+        cycles: number of candidates each time a block is searched.
         population: number of members of the population.
         tournament: number of members that compete to be a parent.
         radius: radius of the noise; None = 1e-4 for 8 bits, else 1e-3.
-        relative: True = `radius` is a fraction of each scale; False = a number in the unit of a
-            scale.
+        relative: True = `radius` is a fraction of each scale; False = an absolute number.
         fitness: `infonce`, `mse`, `kl` or `cosine`, which compare quantized with float logits.
         temperature: temperature of `infonce`.
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,
@@ -174,16 +173,16 @@ class Evaluator:
         self.loss = logit_fitness(settings.fitness, settings.temperature)
         micro_batches: list[Tensor] = []
         # For each micro-batch, the index of its batch.
-        self.batch_of: list[int] = []
+        self.batch_indices: list[int] = []
         for index, images in enumerate(batches):
             for micro_batch in images.to(device).split(settings.micro_batch):
                 micro_batches.append(micro_batch)
-                self.batch_of.append(index)
-        entries = {name: self._entries(name) for name in self.vectors}
-        limit = settings.cache_gib * 2**30
-        self.runner = Runner(net, entries, micro_batches, limit, to_the_end=True)
+                self.batch_indices.append(index)
+        entries = {name: self._cache_entries(name) for name in self.vectors}
+        cache_bytes = settings.cache_gib * 2**30
+        self.runner = Runner(net, entries, micro_batches, cache_bytes, needs_net_output=True)
 
-    def _entries(self, block: str) -> list[str]:
+    def _cache_entries(self, block: str) -> list[str]:
         """Modules of a block before which outputs may be cached."""
         sites = self.vectors[block].sites
         if all(site.is_weight for site in sites):
@@ -204,10 +203,10 @@ class Evaluator:
         fixed_weights: dict[nn.Module, Forward] = {}
         for site in self.weights:
             if position.get(site.layer, 0) > position[block]:
-                fixed_weights[site.quantizer] = _constant(site.quantizer(site.latent()))
+                fixed_weights[site.quantizer] = _constant_forward(site.quantizer(site.latent()))
         logits: list[list[Tensor]] = [[] for _ in self.targets]
-        with self.runner.at(block), patched(fixed_weights):
-            for i, batch_index in enumerate(self.batch_of):
+        with self.runner.at(block), patch_forwards(fixed_weights):
+            for i, batch_index in enumerate(self.batch_indices):
                 logits[batch_index].append(self.runner(i))
         losses = []
         for parts, target in zip(logits, self.targets, strict=True):
@@ -215,39 +214,39 @@ class Evaluator:
         return float(torch.stack(losses).double().mean())
 
 
-def _constant(value: Tensor) -> Forward:
+def _constant_forward(value: Tensor) -> Forward:
     """A `forward` that returns `value`."""
     return lambda _: value
 
 
 def evolve(
-    start: Tensor,
+    initial_scales: Tensor,
     fitness: float,
     evaluate: Callable[[int, Tensor], float],
     draw_cycle: Callable[[int], Draw],
     settings: SearchSettings,
 ) -> tuple[Tensor, float]:
-    """Search the scales of one block, in one visit.
+    """Search the scales of one block once.
 
     In each cycle, the winner of a tournament is mutated, and the worst member is dropped.
 
     Source: Evol-Q's code.
 
     Args:
-        start: initial scales (n,).
-        fitness: fitness of `start`.
+        initial_scales: initial scales (n,).
+        fitness: fitness of `initial_scales`.
         evaluate: returns the fitness of a candidate (n,), given the cycle and the candidate.
         draw_cycle: returns the random numbers of a cycle.
         settings: settings of the search.
 
     Returns:
-        The best scales (n,) float64, never worse than `start`, and their fitness.
+        The best scales (n,) float64, never worse than `initial_scales`, and their fitness.
     """
-    population = initial_population(start, fitness, settings.population)
+    population = initial_population(initial_scales, fitness, settings.population)
     for cycle in range(settings.cycles):
-        child = evolved_child(population, draw_cycle(cycle), relative=settings.relative)
-        population = insert(population, child, evaluate(cycle, child))
-    return best(population)
+        child = evolve_child(population, draw_cycle(cycle), relative=settings.relative)
+        population = insert_child(population, child, evaluate(cycle, child))
+    return best_candidate(population)
 
 
 def _check_arguments(
@@ -255,13 +254,11 @@ def _check_arguments(
 ) -> None:
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
         raise UsageError(
-            "search.fitness='infonce': requires ptq.batch of at least 2; here it must be one of "
-            "mse, kl, cosine"
+            "search.fitness='infonce': requires ptq.batch of at least 2; "
+            "must be one of mse, kl, cosine with ptq.batch=1"
         )
     if settings.reference_selection and validate is None:
-        raise UsageError(
-            "search.reference_selection=true: needs validation images; here it must be false"
-        )
+        raise UsageError("search.reference_selection=true: must be false without validation images")
 
 
 @torch.no_grad()
@@ -284,12 +281,12 @@ def search(
         batches: calibration images (N, C, H, W) each, preprocessed.
         targets: float logits (N, classes) of each batch.
         settings: settings of the search.
-        run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = write no
+        run_dir: folder of `search.csv` and `search.ckpt`, written after each block; None = write no
             files.
         resume: resume from `search.ckpt`, if the file exists.
         run: settings of the whole run; see `Progress`.
         validate: returns the current accuracy of the net on validation images. With
-            `reference_selection`, it is called after each visit of a block.
+            `reference_selection`, the function is called after each block.
 
     Raises:
         UsageError: there is no scale to search, a fitness is not finite, or a setting does not fit
@@ -304,29 +301,32 @@ def search(
         evaluator = Evaluator(net, batches, targets, settings)
         order = list(reversed(evaluator.vectors))
         if state is None:
-            state = _start(evaluator, order[0], progress)
+            state = _initial_state(evaluator, order[0], progress)
         else:
             evaluator.write(state["scales"])
             log.info(
-                "search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"]
+                "search resumed after %d of %d block searches, fitness %.6f",
+                state["visits"],
+                settings.passes * len(order),
+                state["fitness"],
             )
         blocks = list(find_blocks(net))
-        visits = list(itertools.product(range(settings.passes), order))
-        for pass_index, name in visits[state["visits"] :]:
+        block_searches = list(itertools.product(range(settings.passes), order))
+        for pass_index, name in block_searches[state["visits"] :]:
             if name == order[0]:
-                evaluator.runner.forget()
-            before = state["fitness"]
-            visit = (pass_index, blocks.index(name))
-            _visit(evaluator, name, visit, settings, state, progress)
+                evaluator.runner.clear_cache()
+            fitness_before = state["fitness"]
+            indices = (pass_index, blocks.index(name))
+            _search_block(evaluator, name, indices, settings, state, progress)
             if settings.reference_selection and validate is not None:
-                _select(evaluator, pass_index, validate(), state)
+                _select_on_validation(evaluator, pass_index, validate(), state)
             progress.save(state)
             log.info(
                 "search pass %d/%d %s: fitness %.6f -> %.6f",
                 pass_index + 1,
                 settings.passes,
                 name,
-                before,
+                fitness_before,
                 state["fitness"],
             )
         if state["best"] is not None:
@@ -341,7 +341,9 @@ def search(
     )
 
 
-def _select(evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[str, Any]) -> None:
+def _select_on_validation(
+    evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[str, Any]
+) -> None:
     """Store the current scales: always in the first pass, then if the accuracy is the best so far.
 
     The reference code has the same rule.
@@ -351,15 +353,15 @@ def _select(evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[
         state["best"] = {"accuracy": accuracy, "scales": scales}
 
 
-def _start(evaluator: Evaluator, last_block: str, progress: Progress) -> dict[str, Any]:
-    """The state of a search before its first visit, with the fitness of the unchanged net."""
-    started = time.perf_counter()
+def _initial_state(evaluator: Evaluator, last_block: str, progress: Progress) -> dict[str, Any]:
+    """The state of a search before the first block, with the fitness of the unchanged net."""
+    start_time = time.perf_counter()
     fitness = evaluator.fitness(last_block)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start_time
     _check_fitness(fitness, "the unchanged model", "check the calibration images and ckpt")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     state: dict[str, Any] = {
-        "visits": 0,
+        "visits": 0,  # number of finished block searches
         "evaluations": 0,
         "accepted": 0,
         "seconds": seconds,
@@ -379,10 +381,10 @@ def _check_fitness(fitness: float, candidate: str, advice: str) -> None:
         )
 
 
-def _visit(
+def _search_block(
     evaluator: Evaluator,
     name: str,
-    visit: tuple[int, int],
+    indices: tuple[int, int],
     settings: SearchSettings,
     state: dict[str, Any],
     progress: Progress,
@@ -392,51 +394,53 @@ def _visit(
     Args:
         evaluator: computes the fitness of the net.
         name: name of the block.
-        visit: (pass, block), each from 0.
+        indices: (pass, block), each counted from 0.
         settings: settings of the search.
         state: state of the search, which is updated.
         progress: progress of the search, which gets a row for each candidate.
     """
-    started = time.perf_counter()
-    pass_index, _ = visit
+    start_time = time.perf_counter()
+    pass_index, _ = indices
     vector = evaluator.vectors[name]
-    start = vector.read()
+    initial_scales = vector.read()
     radius = vector.radius(settings.radius)
-    lowest = state["fitness"]
+    lowest_fitness = state["fitness"]
 
     def evaluate(cycle: int, scales: Tensor) -> float:
-        nonlocal lowest
-        evaluation_started = time.perf_counter()
+        nonlocal lowest_fitness
+        evaluation_start = time.perf_counter()
         vector.write(scales)
         fitness = evaluator.fitness(name)
         candidate = f"candidate {cycle} of {name} in pass {pass_index}"
         _check_fitness(fitness, candidate, "use a smaller search.radius")
-        accepted = fitness < lowest
-        lowest = min(fitness, lowest)
+        is_accepted = fitness < lowest_fitness
+        lowest_fitness = min(fitness, lowest_fitness)
         state["evaluations"] += 1
-        state["accepted"] += accepted
-        seconds = time.perf_counter() - evaluation_started
-        progress.rows.append((pass_index, name, cycle, fitness, int(accepted), f"{seconds:.3f}"))
+        state["accepted"] += is_accepted
+        seconds = time.perf_counter() - evaluation_start
+        progress.rows.append((pass_index, name, cycle, fitness, int(is_accepted), f"{seconds:.3f}"))
         return fitness
 
     def draw_cycle(cycle: int) -> Draw:
         return draw(
             settings.seed,
-            (*visit, cycle),
+            (*indices, cycle),
             len(radius),
             radius,
             size=settings.population,
             tournament=settings.tournament,
         )
 
-    best_scales = start
-    best_fitness = lowest
+    best_scales = initial_scales
+    best_fitness = lowest_fitness
     try:
-        best_scales, best_fitness = evolve(start, lowest, evaluate, draw_cycle, settings)
+        best_scales, best_fitness = evolve(
+            initial_scales, lowest_fitness, evaluate, draw_cycle, settings
+        )
     finally:
         # If a candidate fails, the net gets its initial scales back.
         vector.write(best_scales)
     state["visits"] += 1
     state["fitness"] = best_fitness
     state["scales"][name] = vector.read()
-    state["seconds"] += time.perf_counter() - started
+    state["seconds"] += time.perf_counter() - start_time

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.utils.files import csv_lines, digest_of, read_torch, write_text, write_torch
+from qat.utils.files import csv_lines, hash_tensors, read_torch, write_text, write_torch
 
 
 class Progress:
@@ -41,7 +41,7 @@ class Progress:
         self.name = group.rpartition(".")[2]
         self.columns = columns
         self.settings = {f"{group}.{key}": value for key, value in asdict(settings).items()}
-        self.inputs = digest_of(tensors)
+        self.input_hash = hash_tensors(tensors)
         self.run = None if run is None else dict(run)
         self.rows: list[tuple[Any, ...]] = []
 
@@ -66,7 +66,7 @@ class Progress:
                 raise UsageError(
                     f"{key}={value!r}: the run to resume has {stored_value!r} ({path})"
                 )
-        if content["inputs"] != self.inputs:
+        if content["inputs"] != self.input_hash:
             raise UsageError(f"resume: {path} belongs to another model or other calibration images")
         self.rows = content["rows"]
         return dict(content["state"])
@@ -77,7 +77,7 @@ class Progress:
             return
         content = {
             "settings": self.settings,
-            "inputs": self.inputs,
+            "inputs": self.input_hash,
             "run": self.run,
             "rows": self.rows,
             "state": dict(state),

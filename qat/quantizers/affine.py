@@ -20,8 +20,8 @@ from qat.functional.observers import (
     RangeState,
     affine_from_state,
     affine_scale,
+    extend_to_zero,
     observe,
-    reaching_zero,
 )
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
@@ -66,14 +66,14 @@ class Affine(Quantizer):
                 f"initialize_scales: scales of role {self.spec.role!r} are found from a float run; "
                 "call qat.ptq.calibrate(net, batches)"
             )
-        self.fill(observe(None, x, self.axis, self.method), x)
+        self.set_from_range(observe(None, x, self.axis, self.method), x)
 
     @property
     def method(self) -> str:
         """Name of the method that finds the range, one of `qat.functional.observers.OBSERVERS`."""
         return self.spec.observer or "minmax"
 
-    def fill(self, state: RangeState, x: Tensor) -> None:
+    def set_from_range(self, state: RangeState, x: Tensor) -> None:
         """Set scale and zero point after the last batch.
 
         Args:
@@ -81,16 +81,16 @@ class Affine(Quantizer):
             x: the last batch; only methods that try candidates read it.
         """
         scale, zero_point = affine_from_state(
-            reaching_zero(state),
+            extend_to_zero(state),
             x,
             self.spec.bits,
             signed=self.qmin < 0,
             axis=self.axis,
             method=self.method,
         )
-        self._fill(scale, zero_point)
+        self._set_scale_and_zero_point(scale, zero_point)
 
-    def _fill(self, scale: Tensor, zero_point: Tensor) -> None:
+    def _set_scale_and_zero_point(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -134,7 +134,9 @@ class MinMax(Affine):
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))
         state["high"] = torch.maximum(high, state.get("high", zero))
-        self._fill(*affine_from_range(state["low"], state["high"], self.spec.bits, signed=False))
+        self._set_scale_and_zero_point(
+            *affine_from_range(state["low"], state["high"], self.spec.bits, signed=False)
+        )
 
 
 @register("minmax_dynamic")

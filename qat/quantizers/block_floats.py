@@ -37,7 +37,8 @@ class FloatGrid(Grid):
         dim: dimension that is split into blocks.
         factors: (..., blocks, ...), scales of the blocks, divided by `tensor_scale` if there is
             one; None = each tensor has other scales.
-        tensor_scale: the number t of a two-level format; None for a format with one level.
+        tensor_scale: scale of the whole tensor in a two-level format; None for a format with one
+            level.
     """
 
     form: BlockFormat
@@ -45,7 +46,7 @@ class FloatGrid(Grid):
     factors: Tensor | None = None
     tensor_scale: Tensor | None = None
 
-    def in_order(self, codes: Tensor) -> Tensor:
+    def to_sorted_index(self, codes: Tensor) -> Tensor:
         """Index of each code among the sorted values; zero has index 0."""
         return sorted_index(float_values(codes, self.form), self.form)
 
@@ -66,17 +67,17 @@ class FloatGrid(Grid):
 
     def along(self, x: Tensor) -> Tensor:
         """Scales, shaped to broadcast against a tensor."""
-        each_value = self.scales.repeat_interleave(self.form.block, self.dim)
+        each_value = self.scales.repeat_interleave(self.form.block_size, self.dim)
         return each_value.narrow(self.dim, 0, x.shape[self.dim])
 
     @property
     def unit(self) -> Tensor:
         """The smallest value above zero in each block."""
-        return self.scales * 2.0 ** (self.form.lowest - self.form.mantissa)
+        return self.scales * 2.0 ** (self.form.min_exponent - self.form.mantissa)
 
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
         """Lowest and highest value, in the block with the largest scale; scalars."""
-        highest = self.form.highest * self.scales.amax()
+        highest = self.form.max_value * self.scales.amax()
         return -highest, highest
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
@@ -124,13 +125,15 @@ class BlockFloat(Quantizer):
         grid = FloatGrid(qmin=-qmax, qmax=qmax, form=self.form, dim=self.dim)
         if x is None:
             return grid
-        _, factors, t = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
-        return dataclasses.replace(grid, factors=factors.movedim(-1, self.dim), tensor_scale=t)
+        _, factors, tensor_scale = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
+        return dataclasses.replace(
+            grid, factors=factors.movedim(-1, self.dim), tensor_scale=tensor_scale
+        )
 
     def scale_bytes(self, shape: torch.Size) -> int:
         """Bytes of the scales of a tensor: 1 per block, and 4 more in a two-level format."""
         row_length = shape[self.dim]
         num_rows = shape.numel() // row_length
-        blocks_per_row = -(-row_length // self.form.block)
+        blocks_per_row = -(-row_length // self.form.block_size)
         tensor_bytes = 4 if self.form.two_level else 0
         return num_rows * blocks_per_row + tensor_bytes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qat.functional.affine import min_max
-from qat.functional.block_floats import BlockFormat
-from qat.functional.fp8 import E4M3, LARGEST, E4M3Range, fp8, fp8_codes, fp8_scale
+from qat.functional.block_floats import E4M3_MAX, BlockFormat
+from qat.functional.fp8 import E4M3, E4M3Range, fp8, fp8_codes, fp8_scale
 from qat.functional.lsq import CodeRange
 from qat.functional.observers import RangeState, observe
 from qat.functional.ste import view_along
@@ -61,33 +61,34 @@ class Fp8Weight(Quantizer):
         """`qat.functional.fp8` with the scales of `x`."""
         latent = x.detach()
         # The value is exact, because `x - latent` is zero.
-        return fp8(latent, self._scale_of(latent), self.axis) + (x - latent)
+        return fp8(latent, self._compute_scale(latent), self.axis) + (x - latent)
 
     def codes(self, x: Tensor) -> Tensor:
         """Bit patterns of E4M3, uint8."""
-        return fp8_codes(x, self._scale_of(x), self.axis)
+        return fp8_codes(x, self._compute_scale(x), self.axis)
 
-    def _scale_of(self, x: Tensor) -> Tensor:
+    def _compute_scale(self, x: Tensor) -> Tensor:
         return fp8_scale(*min_max(x, self.axis))
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid | None:
         """The grid of `x`. Returns None without `x`."""
         if x is None:
             return None
-        return Fp8Grid(axis=self.axis, factors=self._scale_of(x))
+        return Fp8Grid(axis=self.axis, factors=self._compute_scale(x))
 
 
 class Fp8(LSQ):
     """Quantizer of activations whose scale starts at max|x| / 448 of the calibration data.
 
-    The scale is learned like LSQ's step size, or stays at its start (`fp8_held`).
+    The scale is learned like LSQ's step size, or keeps its initial value (`fp8_held`).
     """
 
     method = "minmax"
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        self.unit = 0.0
+        # Every initial scale is reliable: it depends only on the largest value.
+        self.min_reliable = 0.0
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """Create a NaN scale."""
@@ -97,16 +98,16 @@ class Fp8(LSQ):
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Set the scale from the range of all batches in `state`."""
         state["range"] = observe(state.get("range"), x, self.axis, self.method)
-        self.fill(state["range"], x)
+        self.set_from_range(state["range"], x)
 
-    def fill(self, state: RangeState, x: Tensor) -> None:
+    def set_from_range(self, state: RangeState, x: Tensor) -> None:
         """Set the scale from the range of all batches."""
         self.set_scale(fp8_scale(*state))
 
     @property
     def code_range(self) -> CodeRange:
         """The values of E4M3, from -448 to 448."""
-        return E4M3Range(-LARGEST, LARGEST, self.axis)
+        return E4M3Range(-E4M3_MAX, E4M3_MAX, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.fp8` of `x`."""

@@ -1,6 +1,6 @@
 """Codes of a quantizer and the values that they stand for; see `Quantizer.grid`.
 
-Packing, export, reports and callbacks read them.
+Packing, export, reports and callbacks read grids.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Grid(ABC):
     def dequantize(self, codes: Tensor) -> Tensor:
         """The values that codes stand for, float32; codes have the shape of the tensor."""
 
-    def in_order(self, codes: Tensor) -> Tensor:
+    def to_sorted_index(self, codes: Tensor) -> Tensor:
         """Codes, renumbered from qmin to qmax in the order of their values."""
         return codes
 
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:
-        """A step of which all values (without `after`) are integer multiples.
+        """A number of which all values (without `after`) are integer multiples.
 
-        It broadcasts against scales (n,).
+        The result broadcasts against scales (n,).
         """
 
     @abstractmethod
@@ -92,7 +92,7 @@ class UniformGrid(Grid):
         step: s, float32 in the unit of the tensor: (n,), one for each slice along `axis`, or (1,).
         zero_point: z, in codes: (n,), or a number if the quantizer fixes it (0, or -1/2 for half
             steps).
-        axis: dimension along which steps differ; None = one step for the tensor.
+        axis: dimension along which step sizes differ; None = one step size for the tensor.
     """
 
     step: Tensor
@@ -100,7 +100,7 @@ class UniformGrid(Grid):
     axis: int | None = None
 
     def along(self, ndim: int) -> tuple[Tensor, Tensor | float]:
-        """Step and zero point, shaped to broadcast against tensors of `ndim` dimensions."""
+        """Step size and zero point, shaped to broadcast against tensors of `ndim` dimensions."""
         step = view_along(self.step, ndim, self.axis)
         if isinstance(self.zero_point, Tensor):
             return step, view_along(self.zero_point, ndim, self.axis)
@@ -118,13 +118,13 @@ class UniformGrid(Grid):
 
     @property
     def unit(self) -> Tensor:
-        """The step, or half of the step if zero is half-way between two values."""
+        """The step size, or half of it if zero is half-way between two values."""
         if self.is_half_step:
             return self.step / 2
         return self.step
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """(x + a) / s + z. Where the step is zero, as for a row of zeros with StatsQ, this is z."""
+        """(x + a) / s + z. Where the step size is zero, as for a row of zeros with StatsQ, z."""
         step, zero = self.along(x.ndim)
         u = self.shift(x) / step.clamp(min=TINY)
         if self._has_zero_point:

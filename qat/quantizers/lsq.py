@@ -1,6 +1,6 @@
 """LSQ, the quantizer with learned step sizes, as a module.
 
-Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ, for the dimensions along which steps differ).
+Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ, for the dimensions along which step sizes differ).
 Deviations: docs/deviations.md#lsq.
 """
 
@@ -17,9 +17,9 @@ from qat.functional.lsq import (
     SCALE_FLOOR,
     CodeRange,
     Quantize,
-    least_unit,
     lsq_codes,
     lsq_init_scale,
+    min_reliable_step,
     mse_init_scale,
 )
 from qat.kernels import LSQParams
@@ -37,22 +37,27 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec)
 
 
-# A tensor with more values does not fit in a cache, so one pass over the tensor is faster than one
-# pass for each operation.
-MANY_VALUES = 2**20
+# Minimum number of values for which the search uses a kernel. Such a tensor does not fit in a
+# cache, so one pass over the tensor is faster than one pass for each operation.
+MIN_KERNEL_VALUES = 2**20
 
 
-def _on_grid(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+def _fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
     return kernels.lsq(x, LSQParams(scale, None, None, None, codes, 1.0))
 
 
 def search_kernel(x: Tensor) -> Quantize | None:
-    """The kernel with which the search for a step size quantizes `x`; None = use the formula."""
-    return _on_grid if x.device.type == "cpu" and x.numel() >= MANY_VALUES else None
+    """The kernel with which the search for a step size quantizes `x`.
+
+    Returns None for tensors that the reference implementation quantizes faster.
+    """
+    if x.device.type == "cpu" and x.numel() >= MIN_KERNEL_VALUES:
+        return _fake_quantize
+    return None
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """The mean of all values so far. `state` stores the mean as `mean` and the count as `n`."""
+    """The mean of `value` and all values before, which `state` stores with their number `n`."""
     count = state.get("n", 0) + 1
     mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
     state["n"] = count
@@ -61,15 +66,17 @@ def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
 
 
 class LSQ(Quantizer):
-    """Quantizer with a learned step size, absolute or relative to its start (`spec.steps`).
+    """Quantizer with a learned step size, absolute or relative to its initial value (`spec.steps`).
 
     Attributes:
         scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
-            initialised. A parameter if steps are absolute.
-        start: s0 of `qat.functional.relative_step`, (n,); None if steps are absolute.
-        change: t of `relative_step`, (n,), the learned part of a relative step; None if steps are
-            absolute.
-        unit: u of `relative_step`; 0 for weights, which are all known at the start.
+            initialised. A parameter if step sizes are absolute.
+        start: s0 of `qat.functional.relative_step`, (n,), the initial step size; None if step sizes
+            are absolute.
+        change: t of `relative_step`, (n,), the learned logarithm of step size / s0; None if step
+            sizes are absolute.
+        min_reliable: u of `relative_step`, the smallest initial step size that is reliable; 0 for
+            weights, all of which are known before training.
         grad_factor: factor on the gradient of `scale`. A trainer sets
             1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
             the elements of the global batch (docs/deviations.md#lsq).
@@ -80,55 +87,56 @@ class LSQ(Quantizer):
         self.grad_factor = 1.0
         # `register_parameter` refuses the name, because the class has a property `scale`.
         self._parameters["scale"] = None
+        # s0 and t of `relative_step`, under the names that checkpoints store.
         self.start: Tensor
         self.register_buffer("start", None)
         self.register_parameter("change", None)
-        self.unit = 0.0 if spec.role in {"weight", "qk"} else least_unit(spec.qmax)
+        self.min_reliable = 0.0 if spec.role in {"weight", "qk"} else min_reliable_step(spec.qmax)
 
     @property
     def scale(self) -> Tensor:
         """Step size; a relative step size stays positive and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
-        return kernels.relative_step(self.start, self.change, self.unit)
+        return kernels.relative_step(self.start, self.change, self.min_reliable)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN step per slice along the axis."""
+        """Create a NaN step size per slice along the axis."""
         super().allocate(shape, device)
-        steps = self.nan_tensor(shape, device)
+        unset_steps = self.nan_tensor(shape, device)
         if self.spec.steps == "relative":
-            self.start = steps
-            self.change = nn.Parameter(torch.zeros_like(steps))
+            self.start = unset_steps
+            self.change = nn.Parameter(torch.zeros_like(unset_steps))
         else:
-            self.register_parameter("scale", nn.Parameter(steps))
+            self.register_parameter("scale", nn.Parameter(unset_steps))
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
-        """Set the steps to `values` (n,); relative steps start again from these values.
+        """Set the step sizes to `values` (n,); relative step sizes start again from these values.
 
-        The start of a relative step is at least 1/64 of `unit`.
+        The initial value of a relative step size is at least 1/64 of `min_reliable`.
         """
         if self.change is None:
             super().set_scale(values)
             return
-        lowest = max(self.unit / 64, 2 * self.code_range.floor)
+        lowest = max(self.min_reliable / 64, 2 * self.code_range.floor)
         self.start.copy_(values.clamp(min=lowest))
         self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Add a batch to `state`, and set the step to the mean `initial_scale` of all batches."""
+        """Add a batch to `state`, and set the step size to the mean `initial_scale` of all."""
         step = self.initial_scale(x, self.spec.qmin, self.spec.qmax)
         self.set_scale(running_mean(state, step))
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Initial step (n,) for codes in [qmin, qmax], by the rule `spec.step_init`."""
+        """Initial step size (n,) for codes in [qmin, qmax], by the rule `spec.step_init`."""
         if self.spec.step_init == "lsq":
             return lsq_init_scale(x, qmin, qmax, self.axis)
         return mse_init_scale(x, qmin, qmax, self.axis, search_kernel(x))
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis of the spec; `sign` may select other codes in a forward."""
+        """Range of codes and axis of the spec; a forward with a `sign` may use another range."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
@@ -140,14 +148,14 @@ class LSQ(Quantizer):
         """`qat.functional.lsq` of `x` with the learned step size."""
         return kernels.lsq(x, self._params())
 
-    def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
+    def quantize_shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """`qat.functional.lsq` with offsets; `x` is the only activation saved for backward."""
         if type(self).forward is not LSQ.forward:
-            return super().shifted(x, before, after)
+            return super().quantize_shifted(x, before, after)
         return kernels.lsq(x, self._params()._replace(before=before, after=after))
 
-    def operand(self) -> LSQParams | None:
-        """Step and codes. Returns None before `allocate`, or if the codes depend on a sign."""
+    def fused_params(self) -> LSQParams | None:
+        """Step size and codes. Returns None before `allocate`, or if the codes depend on a sign."""
         params = self._params()
         if params.scale is None or params.sign is not None:
             return None
@@ -157,11 +165,11 @@ class LSQ(Quantizer):
         return LSQParams(self.scale, None, None, self.sign, self.code_range, self.grad_factor)
 
     def codes(self, x: Tensor) -> Tensor:
-        """`lsq_codes` with the learned step."""
+        """`lsq_codes` with the learned step size."""
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Multiples of the learned step."""
+        """Multiples of the learned step size."""
         return self._grid(self.spec.qmin, self.spec.qmax)
 
     def _grid(self, qmin: int, qmax: int) -> UniformGrid:
@@ -186,46 +194,52 @@ class AutoSignLSQ(LSQ):
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        self.bounds = {signed: code_range(spec.bits, signed=signed) for signed in (True, False)}
+        self.bounds_by_sign = {
+            signed: code_range(spec.bits, signed=signed) for signed in (True, False)
+        }
         self.signed: Tensor
         self.register_buffer("signed", torch.tensor(torch.nan))
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN step per slice along the axis, and move the sign to the device."""
+        """Create a NaN step size per slice along the axis, and move the sign to the device."""
         super().allocate(shape, device)
         self.signed = self.signed.to(device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Find the sign from the smallest value of all batches, and set the step.
+        """Find the sign from the smallest value of all batches, and set the step size.
 
-        For either sign, the factor in LSQ's initial step is 2, as in the reference code for images.
+        For either sign, the factor in LSQ's initial step size is 2, as in the reference code for
+        images.
         """
         lowest = x.detach().amin().float()
         if "lowest" in state:
             lowest = torch.minimum(lowest, state["lowest"])
         state["lowest"] = lowest
         signed = bool(lowest < self.NEGATIVE)
-        self.set_scale(self._steps(x, state)[signed])
+        self.set_scale(self._mean_steps(x, state)[signed])
         self.signed.fill_(float(signed))
 
-    def _steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
-        """The mean step over the batches for either sign, as a later batch may change the sign."""
+    def _mean_steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
+        """The mean step size of all batches for either sign; a later batch may change the sign."""
         steps = {}
         if self.spec.step_init == "lsq":
             # With bounds -1 and 1, `lsq_init_scale` is twice the mean magnitude.
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
-            for signed, (_, qmax) in self.bounds.items():
+            for signed, (_, qmax) in self.bounds_by_sign.items():
                 steps[signed] = twice_mean_abs / qmax**0.5
             return steps
-        for signed, bounds in self.bounds.items():
+        for signed, bounds in self.bounds_by_sign.items():
             sign_state = state.setdefault(f"signed={signed}", {})
             steps[signed] = running_mean(sign_state, self.initial_scale(x, *bounds))
         return steps
 
     @property
     def code_range(self) -> CodeRange:
-        """The signed codes and the axis; `sign` selects the unsigned codes."""
-        return CodeRange(*self.bounds[True], self.axis)
+        """Range of the signed codes, and the axis.
+
+        `CodeRange.bounds` switches to the unsigned codes unless `sign` is above 0.
+        """
+        return CodeRange(*self.bounds_by_sign[True], self.axis)
 
     @property
     def sign(self) -> Tensor:
@@ -234,12 +248,12 @@ class AutoSignLSQ(LSQ):
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes within the bounds of the calibrated sign, int16."""
-        signed_codes = lsq_codes(x, self.scale, *self.bounds[True], self.axis)
-        unsigned_codes = lsq_codes(x, self.scale, *self.bounds[False], self.axis)
+        signed_codes = lsq_codes(x, self.scale, *self.bounds_by_sign[True], self.axis)
+        unsigned_codes = lsq_codes(x, self.scale, *self.bounds_by_sign[False], self.axis)
         return torch.where(
             self.signed > 0, signed_codes.to(torch.int16), unsigned_codes.to(torch.int16)
         )
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Multiples of the learned step, within the bounds of the calibrated sign."""
-        return self._grid(*self.bounds[bool(self.signed > 0)])
+        """Multiples of the learned step size, within the bounds of the calibrated sign."""
+        return self._grid(*self.bounds_by_sign[bool(self.signed > 0)])

@@ -14,10 +14,10 @@ from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS
 
-# Methods that describe the rounding, and methods that round.
+# Methods that describe the rounding, and for each the methods on which the description depends.
 _DEPENDS_ON = {
     "grid": {"forward", "codes"},
-    "operand": {"forward", "shifted", "codes", "scale_of"},
+    "fused_params": {"forward", "quantize_shifted", "codes", "scale_of"},
 }
 
 
@@ -39,9 +39,9 @@ class Quantizer(nn.Module, ABC):
     in_blocks = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Reset an inherited `grid` or `operand` if the class rounds differently.
+        """Reset an inherited `grid` or `fused_params` if the class rounds differently.
 
-        Otherwise they would describe the rounding of the base class.
+        Otherwise the inherited methods would describe the rounding of the base class.
         """
         super().__init_subclass__(**kwargs)
         for description, rounding in _DEPENDS_ON.items():
@@ -62,7 +62,7 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: move the values to the grid; shape and dtype stay unchanged."""
 
-    def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
+    def quantize_shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
         y = self(x.float() + before.float())
         if after is None:
@@ -77,7 +77,8 @@ class Quantizer(nn.Module, ABC):
         """Codes and the values that they stand for.
 
         Args:
-            x: the tensor to quantize; quantizers that compute their steps in every forward need it.
+            x: the tensor to quantize; quantizers that compute their step sizes in every forward
+                need it.
 
         Returns:
             The grid. None if the quantizer has no codes, if it does not describe its codes, or if
@@ -85,11 +86,11 @@ class Quantizer(nn.Module, ABC):
         """
         return None
 
-    def operand(self) -> LSQParams | WeightParams | None:
+    def fused_params(self) -> LSQParams | WeightParams | None:
         """Parameters with which one autograd Function computes the quantizer and a matrix product.
 
         Returns:
-            The parameters. None if the quantizer must run on its own, before the product; the
+            The parameters. None if the quantizer cannot be fused and runs before the product; the
             results are the same.
         """
         return None
@@ -107,9 +108,9 @@ class Quantizer(nn.Module, ABC):
         scale, unless the spec asks for a scale per column.
         """
         axis = self.spec.axis
-        meets_batch = axis is not None and axis < 0 and axis + len(shape) == 0
-        is_map = self.spec.role == "input" and len(shape) > 3
-        if meets_batch or (is_map and self.spec.map_scales == "tensor"):
+        is_batch_axis = axis is not None and axis < 0 and axis + len(shape) == 0
+        is_feature_map = self.spec.role == "input" and len(shape) > 3
+        if is_batch_axis or (is_feature_map and self.spec.map_scales == "tensor"):
             self.axis = None
 
     def share_scale(self) -> None:
@@ -129,14 +130,14 @@ class Quantizer(nn.Module, ABC):
         return None
 
     @property
-    def n_scales(self) -> int:
-        """Number of scales that are stored with the net."""
+    def num_stored_scales(self) -> int:
+        """Number of scales that are stored with the net, not computed in each forward."""
         scale = getattr(self, "scale", None)
         if scale is None:
             return 0
         return scale.numel()
 
-    def n_groups(self, shape: torch.Size) -> int:
+    def num_scales(self, shape: torch.Size) -> int:
         """Number of scales of a tensor of `shape`, stored or recomputed."""
         if self.axis is None:
             return 1
@@ -144,7 +145,7 @@ class Quantizer(nn.Module, ABC):
 
     def nan_tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
         """A tensor with one NaN per scale."""
-        return torch.full((self.n_groups(shape),), torch.nan, device=device)
+        return torch.full((self.num_scales(shape),), torch.nan, device=device)
 
     def extra_repr(self) -> str:
         """The spec as text, with the axis that is in use."""

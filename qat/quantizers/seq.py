@@ -32,18 +32,19 @@ def build_seq(spec: QuantSpec) -> Quantizer:
 class SEQ(LSQ):
     """LSQ with the values (k + 1/2) s for k in [-n, n - 1], n = 2^(b-1); half are negative."""
 
-    # Without this line `Quantizer.__init_subclass__` would reset `operand`: `codes` are overridden.
-    operand = LSQ.operand
+    # This class overrides `codes`, so `Quantizer.__init_subclass__` would reset `fused_params`
+    # without this line.
+    fused_params = LSQ.fused_params
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """2 * mean|x| / n, or the nearby step with the least squared error (`spec.step_init`)."""
+        """2 * mean|x| / n, or the nearby step size with the least error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
             return half_step_init_scale(x, qmin, qmax, self.axis, search_kernel(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)
 
     @property
     def code_range(self) -> CodeRange:
-        """Codes and axis of the spec, in half steps."""
+        """Range of codes and axis of the spec, in half steps."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -51,6 +52,6 @@ class SEQ(LSQ):
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """Values at odd multiples of half the learned step."""
+        """Values at odd multiples of half the learned step size."""
         grid = self._grid(self.spec.qmin, self.spec.qmax)
         return dataclasses.replace(grid, zero_point=-0.5)

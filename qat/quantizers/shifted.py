@@ -50,14 +50,17 @@ class Shifted(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
-        return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
+        return self.quantizer.quantize_shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
-    def operand(self) -> LSQParams | None:
-        """Operand of the inner quantizer, with offsets. Returns None for offsets per position."""
-        operand = self.quantizer.operand()
-        if not isinstance(operand, LSQParams) or self.spec.offset_ndim != 1:
+    def fused_params(self) -> LSQParams | None:
+        """Parameters of the inner quantizer, with offsets.
+
+        Returns None if the offsets differ by position.
+        """
+        params = self.quantizer.fused_params()
+        if not isinstance(params, LSQParams) or self.spec.offset_ndim != 1:
             return None
-        return operand._replace(before=self.offset_before, after=self.offset_after)
+        return params._replace(before=self.offset_before, after=self.offset_after)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""
@@ -89,9 +92,9 @@ class Shifted(Quantizer):
         return x.float() + offset.float()
 
     @property
-    def n_scales(self) -> int:
-        """Number of scales of the inner quantizer."""
-        return self.quantizer.n_scales
+    def num_stored_scales(self) -> int:
+        """Number of stored scales of the inner quantizer."""
+        return self.quantizer.num_stored_scales
 
     def extra_repr(self) -> str:
         """The offsets as text; the inner quantizer prints its own settings."""

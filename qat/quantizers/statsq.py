@@ -38,7 +38,7 @@ class StatsQ(Quantizer):
         """`qat.functional.statsq`."""
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
-    def operand(self) -> WeightParams:
+    def fused_params(self) -> WeightParams:
         """The number of bits; fused Functions compute the scale from the weight."""
         return WeightParams(self.spec.bits)
 
@@ -75,7 +75,7 @@ class StatsQ(Quantizer):
 class ActStatsQ(StatsQ):
     """StatsQ of activations, from the statistics of each batch along the axis of the spec.
 
-    It is always signed, because StatsQ's grid is symmetric.
+    The codes are always signed, because StatsQ's grid is symmetric.
     """
 
     def scale_of(self, x: Tensor) -> Tensor:
@@ -92,7 +92,8 @@ class StatsQRMS(StatsQ):
     For normally distributed weights, this range has the least squared error at the spec's bits.
     """
 
-    # Without this line `Quantizer.__init_subclass__` would reset `grid`: `forward` is overridden.
+    # This class overrides `forward`, so `Quantizer.__init_subclass__` would reset `grid` without
+    # this line.
     grid = StatsQ.grid
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from qat.report.figures import bits_of
-from qat.report.sweep import MEASURES, SETTING, grouped, mean, rich_table, values
+from qat.report.sweep import (
+    MEASURES,
+    SETTING_PREFIX,
+    finished_values,
+    format_mean,
+    group_jobs,
+    rich_table,
+)
 from qat.utils.text import json_object
 
 
@@ -31,16 +38,16 @@ def main(run_dirs: list[str]) -> int:
             )
             return 1
         runs.append(_row(run_dir, results))
-    measures = [name for name in ("top1", "top5", "size_bytes") if values(runs, name)]
+    measures = [name for name in ("top1", "top5", "size_bytes") if finished_values(runs, name)]
     rows = []
-    for _, group in grouped(runs):
+    for _, group in group_jobs(runs):
         row = {
             "recipe": str(group[0].get("quant")),
             "bits": bits_of(group[0].get("recipe")) or "W32 A32",
         }
         for name in measures:
             heading, _ = MEASURES[name]
-            row[heading] = mean(group, name)
+            row[heading] = format_mean(group, name)
         row["from"] = " ".join(run["from"] for run in group)
         rows.append(row)
     Console().print(rich_table(rows, "results"))
@@ -49,9 +56,9 @@ def main(run_dirs: list[str]) -> int:
 
 def _row(run_dir: str, results: dict[str, Any]) -> dict[str, Any]:
     """Results of a run, with the settings by which runs are grouped."""
-    row = results | {"status": "done", "from": run_dir, f"{SETTING}run": Path(run_dir).name}
+    row = results | {"status": "done", "from": run_dir, f"{SETTING_PREFIX}run": Path(run_dir).name}
     for name in ("command", "model", "recipe", "data"):
-        row[SETTING + name] = str(results.get(name))
+        row[SETTING_PREFIX + name] = str(results.get(name))
     return row
 
 

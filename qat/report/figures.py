@@ -16,14 +16,14 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.analysis import HEAT, PALETTE, panels, save_figure
+from qat.analysis.analysis import PALETTE, SEQUENTIAL_COLORMAP, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
-LARGEST_VALUE = 1e100  # the standard deviation of larger numbers overflows
-MOST_CLASSES = 60  # of a heat map; the names of more would be illegible
-LONGEST_LABEL = 20  # characters of the name of a class
-MOST_DOTS = 25  # curves with at most this many points also have dots
+MAX_VALUE = 1e100  # the standard deviation of larger numbers overflows
+MAX_CLASSES = 60  # a heat map with more classes would have illegible labels
+MAX_LABEL_LENGTH = 20  # characters of the name of a class
+MAX_POINTS_WITH_DOTS = 25  # a curve with more points is drawn without dots
 # Titles of curves over training steps, with patterns for their columns in `metrics.csv`.
 CURVES = {
     "Training loss": "train/loss(_step)?",
@@ -36,8 +36,8 @@ CURVES = {
 
 
 def is_drawable(value: object) -> TypeGuard[float]:
-    """True for a finite number of at most `LARGEST_VALUE`."""
-    return isinstance(value, int | float) and abs(value) < LARGEST_VALUE
+    """True for a finite number of at most `MAX_VALUE`."""
+    return isinstance(value, int | float) and abs(value) < MAX_VALUE
 
 
 def parse_number(value: object) -> float | None:
@@ -71,11 +71,11 @@ def data_url(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def picture(title: str, words: str, figure: Figure) -> dict[str, str]:
+def picture(title: str, description: str, figure: Figure) -> dict[str, str]:
     """A figure for a page: its title, a description in words, and the source of the image."""
     content = io.BytesIO()
-    save_figure(content, figure, title, words)
-    return {"title": title, "alt": words, "source": data_url(content.getvalue())}
+    save_figure(content, figure, title, description)
+    return {"title": title, "alt": description, "source": data_url(content.getvalue())}
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -104,42 +104,46 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A heat map of `confusion.csv`: predictions of each true class, in percent of its images.
 
-    With more than `MOST_CLASSES` classes there is no map.
+    With more than `MAX_CLASSES` classes there is no map.
     """
     # Values were parsed, so that a class named "0" would be 0.0; names of columns are still texts.
     names = list(rows[0])[1:] if rows else []
-    if len(names) != len(rows) or not 2 <= len(names) <= MOST_CLASSES:
+    if len(names) != len(rows) or not 2 <= len(names) <= MAX_CLASSES:
         return []
-    shares = []
+    percentages = []
     for row in rows:
         counts = list(row.values())[1:]
         if not all(map(is_drawable, counts)):
             return []
-        shares.append([100 * count / max(sum(counts), 1) for count in counts])
+        percentages.append([100 * count / max(sum(counts), 1) for count in counts])
     side = 2.2 + 0.16 * len(names)
     figure, (axis,) = panels(width=side + 0.8, height=side)
     axis.grid(visible=False)
     # A few mistakes are visible next to a hundred right predictions.
-    image = axis.imshow(shares, cmap=HEAT, norm=PowerNorm(0.5, vmin=0, vmax=100))
-    labels = [name[:LONGEST_LABEL] for name in names]
+    image = axis.imshow(
+        percentages, cmap=SEQUENTIAL_COLORMAP, norm=PowerNorm(0.5, vmin=0, vmax=100)
+    )
+    labels = [name[:MAX_LABEL_LENGTH] for name in names]
     axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), labels, fontsize=7)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     figure.colorbar(image, ax=axis, label="% of the images of a class", shrink=0.8)
-    hits = [share[number] for number, share in enumerate(shares)]
-    lowest = hits.index(min(hits))
-    words = (
-        f"Rows are true classes, columns predicted ones. Lowest: {names[lowest]}, "
-        f"{hits[lowest]:.1f} % right. All counts are in confusion.csv."
+    percent_correct = [
+        percentages_of_class[index] for index, percentages_of_class in enumerate(percentages)
+    ]
+    worst_class = percent_correct.index(min(percent_correct))
+    description = (
+        f"Rows are true classes, columns predicted ones. Lowest: {names[worst_class]}, "
+        f"{percent_correct[worst_class]:.1f} % right. All counts are in confusion.csv."
     )
-    return [picture("Predictions of each class", words, figure)]
+    return [picture("Predictions of each class", description, figure)]
 
 
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
-    """Draw a line through the pairs that are numbers; None if there are none."""
+    """Draw a line through the pairs that are numbers. Returns None if no pair is."""
     xs = []
     ys = []
     for x, y in pairs:
@@ -149,11 +153,11 @@ def _curve(
     if not xs:
         return None
     figure, (axis,) = panels(width=WIDTH, height=2.5)
-    line = "o-" if len(xs) <= MOST_DOTS else "-"
+    line = "o-" if len(xs) <= MAX_POINTS_WITH_DOTS else "-"
     axis.plot(xs, ys, line, color=PALETTE[0], markersize=3)
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    first = f"{format_value(ys[0])} at {xlabel} {format_value(xs[0])}"
-    last = f"{format_value(ys[-1])} at {xlabel} {format_value(xs[-1])}"
-    words = first if first == last else f"{first} to {last}"
-    return picture(title, f"{words}.", figure)
+    first_point = f"{format_value(ys[0])} at {xlabel} {format_value(xs[0])}"
+    last_point = f"{format_value(ys[-1])} at {xlabel} {format_value(xs[-1])}"
+    description = first_point if first_point == last_point else f"{first_point} to {last_point}"
+    return picture(title, f"{description}.", figure)

@@ -20,7 +20,15 @@ from qat.report.figures import (
     training_curves,
 )
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, is_inside, json_object, printable, read_file, scaled, unlearned
+from qat.utils.text import (
+    chance_level_remark,
+    format_duration,
+    format_si,
+    is_inside,
+    json_object,
+    printable,
+    read_file,
+)
 
 FILE = "report.html"
 # Folder of analyses that a training or calibration run makes of its own model.
@@ -70,14 +78,14 @@ def write_report(folder: Path) -> Path:
     Returns: The path of the page.
     """
     results = json_object(folder / "results.json", folder)
-    typed = json_object(folder / "command.json", folder)
-    command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
+    record = json_object(folder / "command.json", folder)
+    command = str(results.get("command") or record.get("command", "run")).removesuffix(".py")
     names = [results[key] for key in ("model", "quant", "data") if results.get(key)]
     float_cost = _float_cost(folder)
     command_line = None
-    if typed:
-        program = typed.get("program") or f"python {command}.py"
-        command_line = f"{program} {shlex.join(typed['overrides'])}"
+    if record:
+        program = record.get("program") or f"python {command}.py"
+        command_line = f"{program} {shlex.join(record['overrides'])}"
     config = None
     if is_inside(folder / "config.yaml", folder):
         config = read_file(folder / "config.yaml").decode(errors="replace")
@@ -85,8 +93,8 @@ def write_report(folder: Path) -> Path:
         "kind": command,
         "subject": " · ".join(names) or folder.resolve().name,
         "results": results,
-        "note": unlearned(results),
-        "figures": _figures(results, float_cost),
+        "note": chance_level_remark(results),
+        "figures": _headline_numbers(results, float_cost),
         "rows": _file_rows(results) if command == "export" else _model_rows(results, float_cost),
         "confusion": confusion_map(_table(folder / "confusion.csv", folder)),
         "curves": training_curves(_table(folder / "metrics.csv", folder)),
@@ -122,15 +130,15 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     The first column contains the names of the rows.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    filled: list[tuple[str, bool]] = []
+    non_empty_columns: list[tuple[str, bool]] = []
     for name in names:
         texts = [format_value(row.get(name, "")) for row in rows]
         first_characters = [text[0] for text in texts if text]
         if first_characters:
             is_numeric = all(character in "+-−–.0123456789" for character in first_characters)
-            is_name = not filled
-            filled.append((name, is_numeric and not is_name))
-    return filled
+            is_name = not non_empty_columns
+            non_empty_columns.append((name, is_numeric and not is_name))
+    return non_empty_columns
 
 
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
@@ -163,20 +171,20 @@ def _float_cost(folder: Path) -> dict[str, float]:
     return {}
 
 
-def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
+def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Title, value and explanation of each number at the top of the page."""
-    figures = []
+    headline_numbers = []
     top1 = results.get("top1")
     if top1 is not None:
         meaning = f"{results.get('split')} split"
         top1_fp = results.get("top1_fp")
         if top1_fp is not None:
             meaning += f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
-        figures.append(("Top-1", f"{top1:.2f} %", meaning))
+        headline_numbers.append(("Top-1", f"{top1:.2f} %", meaning))
     agreement = results.get("agreement")
     if agreement is not None:
         meaning = "of the images get the checkpoint's class"
-        figures.append(("Same class", f"{agreement:.2f} %", meaning))
+        headline_numbers.append(("Same class", f"{agreement:.2f} %", meaning))
     for title, key, unit, less in (
         ("Size", "size_bytes", "B", "smaller"),
         ("Bit operations", "bitops", "", "fewer"),
@@ -187,11 +195,11 @@ def _figures(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, s
         meaning = ""
         if float_cost.get(key, cost) != cost:
             meaning = f"{float_cost[key] / cost:,.1f}× {less} than in float"
-        figures.append((title, scaled(cost, unit), meaning))
+        headline_numbers.append((title, format_si(cost, unit), meaning))
     seconds = results.get("wall_seconds")
     if seconds is not None:
-        figures.append(("Time", duration(seconds), results.get("device") or ""))
-    return figures
+        headline_numbers.append(("Time", format_duration(seconds), results.get("device") or ""))
+    return headline_numbers
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
@@ -243,11 +251,11 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
     """Figures, tables and file names of one analysis."""
     is_folded = subfolder != folder
     pictures = []
-    for figure, file in _listed(index.get("figures"), subfolder, folder):
+    for figure, file in _existing_entries(index.get("figures"), subfolder, folder):
         pictures.append({**figure, "source": data_url(read_file(file))})
     tables = []
     files = []
-    for table, file in _listed(index["tables"], subfolder, folder):
+    for table, file in _existing_entries(index["tables"], subfolder, folder):
         files.append(file.resolve().relative_to(folder.resolve()))
         if not is_folded or file.name in LAYERS:
             rows = _table(file, folder, LAYERS.get(file.name, ()))
@@ -261,16 +269,16 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _listed(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
+def _existing_entries(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
     """Entries of an index whose file exists in the folder, each with the path of the file."""
-    listed: list[tuple[Row, Path]] = []
+    existing_entries: list[tuple[Row, Path]] = []
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
             continue
         path = subfolder / entry["file"]
         if is_inside(path, folder):
-            listed.append((entry, path))
-    return listed
+            existing_entries.append((entry, path))
+    return existing_entries
 
 
 ENVIRONMENT.filters |= {"columns": columns, "format_value": format_value}

@@ -22,7 +22,7 @@ from qat.errors import UsageError
 from qat.report.figures import WIDTH, is_drawable, parse_number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING, count, is_inside, json_object, one_line, read_file
+from qat.utils.text import MISSING, format_count, is_inside, json_object, one_line, read_file
 
 # Numbers that are averaged over seeds, with heading and format.
 MEASURES = {
@@ -34,10 +34,10 @@ MEASURES = {
     "wall_seconds": ("seconds", ",.1f"),
 }
 # Prefix of the columns with settings of the command line.
-SETTING = "overrides."
+SETTING_PREFIX = "overrides."
 # Settings that may differ between jobs of the same experiment.
-IGNORED = {"run_dir", "resume", "overwrite", "report"}
-MOST_GROUPS = 40  # more names in the figure would be illegible
+IGNORED_SETTINGS = {"run_dir", "resume", "overwrite", "report"}
+MAX_GROUPS = 40  # a figure with more groups would be illegible
 
 
 def gather(folder: Path) -> list[Row]:
@@ -46,10 +46,10 @@ def gather(folder: Path) -> list[Row]:
     job_folders |= {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     job_folders.discard(folder)
     rows = [_job_row(path, str(path.relative_to(folder))) for path in job_folders]
-    return sorted(rows, key=_numbers_padded)
+    return sorted(rows, key=_natural_sort_key)
 
 
-def _numbers_padded(row: Row) -> list[str]:
+def _natural_sort_key(row: Row) -> list[str]:
     """Sort key that puts job 2 before job 10."""
     return [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
 
@@ -63,8 +63,8 @@ def _job_row(folder: Path, job: str) -> Row:
         status = "failed" if error else "done"
     row: dict[str, Any] = {"job": job, "status": status}
     for name, value in overrides_of(folder).items():
-        if name not in IGNORED and not name.startswith("hydra."):
-            row[SETTING + name] = value
+        if name not in IGNORED_SETTINGS and not name.startswith("hydra."):
+            row[SETTING_PREFIX + name] = value
     for name, value in results.items():
         if isinstance(value, str):
             row[name] = one_line(value)
@@ -98,17 +98,17 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
 def _without_quotes(value: str) -> str:
     """A command-line value without surrounding quotes."""
-    quoted = re.fullmatch(r"(['\"])(.*)\1", value)
-    return re.sub(r"\\(['\"\\])", r"\1", quoted[2]) if quoted else value
+    match = re.fullmatch(r"(['\"])(.*)\1", value)
+    return re.sub(r"\\(['\"\\])", r"\1", match[2]) if match else value
 
 
 def varied_settings(jobs: Sequence[Row]) -> list[str]:
     """Names of the settings that differ between jobs, and `seed` if any job sets it."""
     names = []
     for column in dict.fromkeys(itertools.chain.from_iterable(jobs)):
-        if not column.startswith(SETTING):
+        if not column.startswith(SETTING_PREFIX):
             continue
-        name = column.removeprefix(SETTING)
+        name = column.removeprefix(SETTING_PREFIX)
         if name == "seed" or len({job.get(column) for job in jobs}) > 1:
             names.append(name)
     return names
@@ -116,40 +116,40 @@ def varied_settings(jobs: Sequence[Row]) -> list[str]:
 
 def settings_of(job: Row, names: Sequence[str]) -> dict[str, str]:
     """The settings of a job that have these names; long numbers get four significant digits."""
-    return {name: _shortened(str(job.get(SETTING + name, MISSING))) for name in names}
+    return {name: _shorten(str(job.get(SETTING_PREFIX + name, MISSING))) for name in names}
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     value = parse_number(text)
     if len(text) < 9 or value is None:
         return text
     return f"{value:.4g}"
 
 
-def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
+def group_jobs(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     """Group jobs that differ only in their seed; list the settings that vary between groups."""
     names = [name for name in varied_settings(jobs) if name != "seed"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
         texts = []
         for name in names:
-            text = str(job.get(SETTING + name, MISSING))
+            text = str(job.get(SETTING_PREFIX + name, MISSING))
             # The path of the checkpoint that a job starts from may contain the seed of the job.
             texts.append(re.sub(r"(seed[-_=]?)\d+", r"\1*", text))
         groups.setdefault(tuple(texts), []).append(job)
     groups_with_settings = []
     for key, group in groups.items():
-        settings = dict(zip(names, map(_shortened, key), strict=True))
+        settings = dict(zip(names, map(_shorten, key), strict=True))
         groups_with_settings.append((settings, group))
     return groups_with_settings
 
 
-def label(settings: Mapping[str, str]) -> str:
+def join_settings(settings: Mapping[str, str]) -> str:
     """Join settings to one line of text."""
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def values(jobs: Sequence[Row], measure: str) -> list[float]:
+def finished_values(jobs: Sequence[Row], measure: str) -> list[float]:
     """The values of a measure in finished jobs that have one."""
     numbers: list[float] = []
     for job in jobs:
@@ -159,12 +159,12 @@ def values(jobs: Sequence[Row], measure: str) -> list[float]:
     return numbers
 
 
-def mean(jobs: Sequence[Row], measure: str) -> str:
+def format_mean(jobs: Sequence[Row], measure: str) -> str:
     """`97.22 ± 0.28`: mean and sample standard deviation (n - 1).
 
     For a single value or equal values, the text contains only the mean.
     """
-    numbers = values(jobs, measure)
+    numbers = finished_values(jobs, measure)
     if not numbers:
         return MISSING
     _, spec = MEASURES[measure]
@@ -176,14 +176,14 @@ def mean(jobs: Sequence[Row], measure: str) -> str:
 
 def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
     """Make a row for each group: varied settings, number of finished jobs, means and deviations."""
-    measured = [name for name in MEASURES if values(jobs, name)]
+    available_measures = [name for name in MEASURES if finished_values(jobs, name)]
     rows = []
-    for settings, group in grouped(jobs):
+    for settings, group in group_jobs(jobs):
         n_done = sum(job["status"] == "done" for job in group)
         row = settings | {"n": str(n_done)}
-        for name in measured:
+        for name in available_measures:
             heading, _ = MEASURES[name]
-            row[heading] = mean(group, name)
+            row[heading] = format_mean(group, name)
         rows.append(row)
     return rows
 
@@ -218,7 +218,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     write_text(folder / "sweep.csv", csv_text(jobs))
     statuses = sorted(Counter(job["status"] for job in jobs).items())
     counts = ", ".join(f"{number} {status}" for status, number in statuses)
-    summary = f"{count(len(jobs), 'job')}: {counts}"
+    summary = f"{format_count(len(jobs), 'job')}: {counts}"
     if report:
         _write_sweep_page(folder, jobs, summary)
     names = varied_settings(jobs)
@@ -228,7 +228,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     for job in jobs:
         error = job["error"] or (refused or {}).get(job["job"])
         if error:
-            settings = label(settings_of(job, names))
+            settings = join_settings(settings_of(job, names))
             console.print(f"job {job['job']} ({settings}): {error}", soft_wrap=True)
     files = "sweep.csv, report.html" if report else "sweep.csv"
     console.print(f"in {folder}: {files}", soft_wrap=True)
@@ -246,10 +246,10 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
             links[name] = f"{name}/{FILE}"
     context = {
         "kind": "sweep",
-        "subject": f"over {', '.join(names)}" if names else folder.resolve().name,
+        "subject": f"Comparison of {', '.join(names)}" if names else folder.resolve().name,
         "summary": summary,
         "groups": group_rows(jobs),
-        "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
+        "pictures": [_figure(jobs)] if finished_values(jobs, "top1") else [],
         "jobs": rows,
         "links": links,
     }
@@ -259,13 +259,13 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
     """Draw the mean top-1 of every group with its standard deviation, and a dot for each job."""
     groups = []
-    for settings, group in grouped(jobs):
-        if values(group, "top1"):
-            groups.append((label(settings), group))
-    groups = groups[:MOST_GROUPS]
+    for settings, group in group_jobs(jobs):
+        if finished_values(group, "top1"):
+            groups.append((join_settings(settings), group))
+    groups = groups[:MAX_GROUPS]
     figure, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
     for y, (_, group) in enumerate(groups):
-        top1 = values(group, "top1")
+        top1 = finished_values(group, "top1")
         deviation = statistics.stdev(top1) if len(top1) > 1 else 0
         axis.errorbar(
             statistics.fmean(top1),
@@ -280,6 +280,6 @@ def _figure(jobs: Sequence[Row]) -> dict[str, str]:
     axis.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
     axis.margins(y=0.2)
     axis.invert_yaxis()
-    means = "; ".join(f"{name}: {mean(group, 'top1')} %" for name, group in groups)
-    words = f"{means}. Small: single jobs. Large: mean and sample standard deviation."
-    return picture("Top-1, %", words, figure)
+    means = "; ".join(f"{name}: {format_mean(group, 'top1')} %" for name, group in groups)
+    description = f"{means}. Small dots: jobs. Large dots: mean ± sample standard deviation."
+    return picture("Top-1, %", description, figure)

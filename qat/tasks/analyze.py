@@ -17,7 +17,7 @@ from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.tasks import build, fit, summary
 from qat.tasks.conf import options
-from qat.tasks.report import remake, report_run
+from qat.tasks.report import rebuild_report, report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
@@ -36,9 +36,9 @@ def analyze(cfg: DictConfig) -> None:
     """
     set_up(cfg)
     if cfg.run is not None:
-        remake(cfg)
+        rebuild_report(cfg)
         return
-    began = time.monotonic()
+    start_time = time.monotonic()
     run_dir = Path(cfg.run_dir)
     outputs.check_own(run_dir, cfg.command)
     analysis = build_analysis(cfg.analysis)
@@ -48,9 +48,9 @@ def analyze(cfg: DictConfig) -> None:
     jobs: list[Any] = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
-    _check_alike(subjects, origins)
+    _check_same_images(subjects, origins)
     cfg.data = jobs[0].data  # so that the data in use are recorded
-    device = _device(cfg)
+    device = _single_device(cfg)
     labels = make_labels(cfg.labels, origins)
     nets = []
     for label, subject, path in zip(labels, subjects, paths, strict=True):
@@ -60,9 +60,9 @@ def analyze(cfg: DictConfig) -> None:
 
     images = NO_IMAGES
     entries = {"analysis": analysis.name}
-    for subject, studied in zip(subjects, nets, strict=True):
+    for subject, studied_net in zip(subjects, nets, strict=True):
         model = summary.describe_model(subject.name, subject.net, subject.data.input_size)
-        entries[studied.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
+        entries[studied_net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
     data = subjects[0].data
     if analysis.split is not None:
         default = data.evaluation_split if analysis.split == "test" else analysis.split
@@ -70,12 +70,12 @@ def analyze(cfg: DictConfig) -> None:
         data_text = summary.describe_data(data)
         entries["images"] = f"{images.n_images} of the {images.split} split; {data_text}"
     entries["outputs"] = str(run_dir)
-    log.info(summary.lines("qat: analysis", entries))
+    log.info(summary.aligned_lines("qat: analysis", entries))
 
     outcome = analysis.run(nets, images)
     # From here on nothing can fail, so files of an older run may be replaced.
     record_run(cfg)
-    write_outcome(run_dir, analysis.name, build.plain(cfg.analysis), outcome)
+    write_outcome(run_dir, analysis.name, build.to_plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
     write_results(
         cfg,
@@ -85,13 +85,13 @@ def analyze(cfg: DictConfig) -> None:
         split=images.split or None,
         analysis=analysis.name,
         summary=outcome.summary,
-        wall_seconds=round(time.monotonic() - began, 1),
+        wall_seconds=round(time.monotonic() - start_time, 1),
     )
     log.info("%s: figures and tables in %s", analysis.name, run_dir)
     report_run(cfg)
 
 
-def _device(cfg: DictConfig) -> torch.device:
+def _single_device(cfg: DictConfig) -> torch.device:
     """The single device of an analysis; raise `UsageError` if several are set."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
@@ -108,10 +108,8 @@ def _device(cfg: DictConfig) -> torch.device:
 def _load_images(
     data: ImageData, split: str, num_images: int | None, device: torch.device
 ) -> ImageSet:
-    batches = []
-    for images, labels in data.sample(split, num_images):
-        batches.append((images.to(device), labels.to(device)))
-    return ImageSet(batches, split)
+    sample = data.sample(split, num_images)
+    return ImageSet([(images.to(device), labels.to(device)) for images, labels in sample], split)
 
 
 def build_analysis(settings: DictConfig | None) -> Analysis:
@@ -134,19 +132,20 @@ def build_analysis(settings: DictConfig | None) -> Analysis:
     return analysis
 
 
-def _check_alike(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> None:
+def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> None:
     """Check that all models expect the same kind of images."""
-    first = _data_facts(subjects[0].data)
+    first_facts = _image_facts(subjects[0].data)
     for subject, path in zip(subjects[1:], origins[1:], strict=True):
-        for name, value in _data_facts(subject.data).items():
-            if value != first[name]:
+        for name, value in _image_facts(subject.data).items():
+            if value != first_facts[name]:
                 raise UsageError(
-                    f"ckpt={path!r}: its data have {name} {value}, "
-                    f"but the data of {origins[0]!r} have {first[name]}; set data=... for both"
+                    f"ckpt={path!r}: the data have {name} {value}, "
+                    f"but the data of {origins[0]!r} have {first_facts[name]}; "
+                    "set data=... for both"
                 )
 
 
-def _data_facts(data: ImageData) -> dict[str, Any]:
+def _image_facts(data: ImageData) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": type(data).__name__}
     for name in ("in_chans", "image_size", "num_classes", "mean", "std"):
         facts[name] = getattr(data.settings, name)
@@ -170,8 +169,8 @@ def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[
     for path in paths:
         parts = Path(path).with_suffix("").parts
         all_parts.append([part for part in parts if part != "checkpoints"])
-    longest = max(len(parts) for parts in all_parts)
-    for num_parts in range(1, longest + 1):
+    max_parts = max(len(parts) for parts in all_parts)
+    for num_parts in range(1, max_parts + 1):
         labels = ["/".join(parts[-num_parts:]) for parts in all_parts]
         if len(set(labels)) == len(labels):
             return labels

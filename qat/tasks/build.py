@@ -31,7 +31,7 @@ from qat.model.start import (
     from_state,
     from_transformers,
 )
-from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
+from qat.model.transfer import add_random_biases, copy_scales, reset_attention_weights
 from qat.nn.hf_constructor import CLASSIFIER
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
@@ -40,10 +40,11 @@ from qat.tasks.checks import check_unread
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CALIBRATION_BATCH = 1024  # most images per batch, so that a batch fits on one device
+# Maximum number of images per batch, so that a batch fits on one device.
+MAX_CALIBRATION_BATCH = 1024
 
 
-def plain(cfg: Any) -> Any:
+def to_plain(cfg: Any) -> Any:
     """Convert a config node to dicts, lists and scalars, with interpolations resolved."""
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
@@ -56,12 +57,14 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
-            f"{setting}={plain(node)!r}: must build an object: "
+            f"{setting}={to_plain(node)!r}: must build an object: "
             f"{setting}._target_=package.module.Class"
         )
-    arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
+    arguments = {
+        key: value for key, value in to_plain(node).items() if not str(key).startswith("_")
+    }
     try:
-        return hydra.utils.instantiate(node, _convert_="all", **_whitelist(node))
+        return hydra.utils.instantiate(node, _convert_="all", **_execution_whitelist(node))
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from error
@@ -71,7 +74,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         ) from error
 
 
-def _whitelist(node: DictConfig) -> dict[str, Any]:
+def _execution_whitelist(node: DictConfig) -> dict[str, Any]:
     """An argument for Hydra 1.4 and newer: the packages of all `_target_`s of a config node.
 
     The user may name any class. From a checkpoint, `stored_data.py` accepts only the names of qat's
@@ -83,7 +86,7 @@ def _whitelist(node: DictConfig) -> dict[str, Any]:
     return {"_execution_whitelist_": [f"{package}.*" for package in packages]}
 
 
-def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
+def settings_of(settings_class: type[T], group: str, settings: Mapping[str, Any]) -> T:
     """Build a dataclass from a group of settings.
 
     Raises:
@@ -91,11 +94,11 @@ def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
     """
     if not isinstance(settings, Mapping):
         raise UsageError(f"{group}={settings!r}: must be a group of settings")
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(settings_class)]  # type: ignore[arg-type]
     for key in settings:
         if key not in names:
             raise UsageError(f"{group}.{key}: must be one of {', '.join(names)}")
-    return kind(**settings)
+    return settings_class(**settings)
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -109,7 +112,7 @@ def build_data(cfg: DictConfig) -> ImageData:
         raise UsageError(
             f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
         )
-    # Predictions use `on_error` to decode images, whatever the dataset.
+    # Predictions use `on_error` to decode images, for all datasets.
     check_unread(data, [] if cfg.get("predict") is None else ["on_error"])
     return data
 
@@ -117,7 +120,7 @@ def build_data(cfg: DictConfig) -> ImageData:
 def fill_in_num_classes(cfg: DictConfig) -> None:
     """If `data.num_classes` is null, set it to the number that the dataset finds.
 
-    Models are built from the config, so call this before building a model.
+    Models are built from the config, so call this function before building a model.
     """
     if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
         cfg.data.num_classes = build_data(cfg).settings.num_classes
@@ -129,7 +132,7 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     Raises:
         UsageError: the recipe has an unknown key or an invalid value.
     """
-    recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
+    recipe = settings_of(QuantRecipe, "quant", to_plain(cfg.quant))
     for name in custom_quantizers(recipe):
         # The user named the class, so it may be imported. Checkpoints import nothing.
         import_quantizer(name)
@@ -142,7 +145,7 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UsageError: the arguments contradict the data.
     """
-    args = {key: value for key, value in plain(cfg.model.args).items() if value is not None}
+    args = {key: value for key, value in to_plain(cfg.model.args).items() if value is not None}
     for name in ("num_classes", "in_chans"):
         # These values come from the data, not from timm's defaults.
         args.setdefault(name, cfg.data[name])
@@ -167,7 +170,7 @@ def import_modules(names: Iterable[str] | None) -> None:
             raise UsageError(f"model.imports={name!r}: {error}") from error
 
 
-def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
+def net_from_authors(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     """Return the model in a file of the paper's own code, or None for other files.
 
     Raises:
@@ -214,7 +217,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
 def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_head: bool) -> Start:
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    ofq_net = authors_net(cfg, checkpoint)
+    ofq_net = net_from_authors(cfg, checkpoint)
     reset_head = cfg.model.reset_head
     if ofq_net is None:
         return from_checkpoint(name, args, checkpoint, reset_head=reset_head, keep_head=keep_head)
@@ -227,12 +230,12 @@ def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_h
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert a model in place; copy its scales from the start, or else compute them from images.
+    """Convert a model in place; copy the scales of the starting model, or compute new scales.
 
     Args:
         start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
-        data: the dataset of the calibration images.
+        data: the dataset whose calibration images new scales are computed from.
         init: `full` keeps all weights; `reference` drops and adds weights as the paper's code does.
         processes: number of processes of the run. Each process sets the scales from the same
             images, in batches of the global size, so that scales are equal in all processes, and
@@ -242,27 +245,29 @@ def quantize(
         Notes for the user, one line each.
     """
     as_reference = init == "reference" and recipe.name != "fp"
-    reset = invent_biases(start.net) if as_reference else []
+    reset_names = add_random_biases(start.net) if as_reference else []
     convert(start.net, recipe, input_size=data.input_size)
     if recipe.name == "fp":
         return []
     if as_reference:
-        reset += forget_attention_weights(start.net)
-    notes = [f"re-initialised, as in the paper's code: {', '.join(reset)}"] if reset else []
-    copied: list[str] = []
-    missing: list[str] = []
+        reset_names += reset_attention_weights(start.net)
+    notes = (
+        [f"re-initialised, as in the paper's code: {', '.join(reset_names)}"] if reset_names else []
+    )
+    copied_names: list[str] = []
+    missing_names: list[str] = []
     if start.source is not None:
-        copied, missing = copy_scales(start.source, start.net)
-    batch_size = min(data.settings.batch_size * processes, CALIBRATION_BATCH)
+        copied_names, missing_names = copy_scales(start.source, start.net)
+    batch_size = min(data.settings.batch_size * processes, MAX_CALIBRATION_BATCH)
     batches = data.calibration_batches(batch_size)
     initialize_scales(start.net, batches, max_images=data.settings.calibration_images)
     assert_ready(start.net)
-    if copied and not missing:
-        return [*notes, f"scales of all {len(copied)} quantizers copied"]
+    if copied_names and not missing_names:
+        return [*notes, f"scales of all {len(copied_names)} quantizers copied"]
     counts = ""
-    if copied:
-        names = ", ".join(missing)
-        counts = f"of {len(copied)} quantizers copied, of {len(missing)} ({names}) "
+    if copied_names:
+        names = ", ".join(missing_names)
+        counts = f"of {len(copied_names)} quantizers copied, of {len(missing_names)} ({names}) "
     num_images = sum(map(len, batches))
     return [*notes, f"scales {counts}initialised from {num_images} training images"]
 

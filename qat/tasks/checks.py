@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
-from omegaconf import OmegaConf
 from torch import nn
 
 import qat.data
@@ -21,12 +20,12 @@ from qat.model.convert import check_input
 from qat.model.metadata import classes_of
 from qat.nn import LOGITS
 from qat.spec import QuantRecipe
-from qat.tasks.conf import CONF, options
+from qat.tasks.conf import options, values_of
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
 HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-# Integer settings of Lightning's trainer, with their least values; -1 is "all" or "no limit".
+# Integer settings of Lightning's trainer, with their minimum values; -1 is "all" or "no limit".
 # Lightning does not check the types.
 INTEGERS = {
     "max_epochs": 1,
@@ -78,14 +77,13 @@ def check_callback(name: str, callback: object) -> None:
     Raises:
         UsageError: the callback cannot be used.
     """
+    kind = type(callback).__name__
     if not isinstance(callback, Callback):
-        kind = type(callback).__name__
         raise UsageError(
             f"callbacks.{name}: {kind} is not a subclass of lightning.pytorch.Callback"
         )
     for unfit, instead in UNFIT.items():
         if isinstance(callback, unfit):
-            kind = type(callback).__name__
             raise UsageError(f"callbacks.{name}: a run cannot have {kind}; {instead}")
     _check_mode(name, callback)
     _check_file_names(name, callback)
@@ -103,16 +101,17 @@ def _check_mode(name: str, callback: Callback) -> None:
     """Check that the best loss is the lowest, and the best accuracy the highest."""
     monitor = str(getattr(callback, "monitor", None))
     mode = getattr(callback, "mode", None)
-    best = mode
+    expected_mode = mode
     if "loss" in monitor:
-        best = "min"
+        expected_mode = "min"
     elif "/top" in monitor:
-        best = "max"
-    if mode is None or mode == best:
+        expected_mode = "max"
+    if mode is None or mode == expected_mode:
         return
-    extreme = "lowest" if best == "min" else "highest"
+    extreme = "lowest" if expected_mode == "min" else "highest"
     raise UsageError(
-        f"callbacks.{name}.mode={mode!r}: the best {monitor} is the {extreme}; must be {best}"
+        f"callbacks.{name}.mode={mode!r}: the best {monitor} is the {extreme}; "
+        f"must be {expected_mode}"
     )
 
 
@@ -163,10 +162,10 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     if model_classes == data_classes:
         return
     pairs = enumerate(zip(model_classes, data_classes, strict=True))
-    number = next(number for number, (expected, actual) in pairs if expected != actual)
+    class_id = next(class_id for class_id, (expected, actual) in pairs if expected != actual)
     difference = (
-        f"{origin}: class {number} of the model is {model_classes[number]!r}, "
-        f"class {number} of the data is {data_classes[number]!r}"
+        f"{origin}: class {class_id} of the model is {model_classes[class_id]!r}, "
+        f"class {class_id} of the data is {data_classes[class_id]!r}"
     )
     if sorted(model_classes) == sorted(data_classes):
         raise UsageError(
@@ -189,20 +188,20 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
     """
     groups = {}
     for group in options("data"):
-        node: Any = OmegaConf.load(CONF / "data" / f"{group}.yaml")
-        groups[group] = DATASETS[node["_target_"]]
-    own = next((group for group, kind in groups.items() if kind is type(data)), None)
-    unread = [] if own is None else [name for name in data.UNREAD if name not in read_elsewhere]
-    for name in unread:
+        groups[group] = DATASETS[values_of("data", group)["_target_"]]
+    own_group = next((group for group, kind in groups.items() if kind is type(data)), None)
+    if own_group is None:
+        return
+    for name in data.UNREAD:
         value = getattr(data.settings, name)
-        if value == getattr(DataSettings, name):
+        if name in read_elsewhere or value == getattr(DataSettings, name):
             continue
         readers = [group for group, kind in groups.items() if name not in kind.UNREAD]
-        first = next(group for group in COMMON_DATA if group in readers)
-        other_readers = ", ".join(group for group in readers if group != first)
+        first_reader = next(group for group in COMMON_DATA if group in readers)
+        other_readers = ", ".join(group for group in readers if group != first_reader)
         raise UsageError(
-            f"data.{name}={value!r}: data={own} ignores data.{name}; "
-            f"data={first} uses it, as do {other_readers}"
+            f"data.{name}={value!r}: data={own_group} ignores data.{name}; "
+            f"data={first_reader} uses it, as do {other_readers}"
         )
 
 
@@ -225,13 +224,13 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
 
 
 def check_options(
-    trainer: Mapping[str, Any], compiles: object, recipe: QuantRecipe, loss: CompositeLoss
+    trainer: Mapping[str, Any], compile_setting: object, recipe: QuantRecipe, loss: CompositeLoss
 ) -> None:
     """Check that precision, strategy and compilation can be combined.
 
     Args:
         trainer: settings of `trainer.*`.
-        compiles: value of `compile`.
+        compile_setting: value of `compile`.
         recipe: the recipe of the training.
         loss: the loss of the training.
 
@@ -248,8 +247,8 @@ def check_options(
     if trainer.get("strategy") != SHARDED:
         return
     strategy = f"trainer.strategy={SHARDED!r}"
-    if compiles in {True, "graphs"}:
-        setting = f"compile={str(compiles).lower()}"
+    if compile_setting in {True, "graphs"}:
+        setting = f"compile={str(compile_setting).lower()}"
         raise UsageError(
             f"{setting}: {strategy} gathers weights inside the compiled graph; must be false"
         )
@@ -286,10 +285,10 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     Raises:
         UsageError: a setting would have this effect; the message names the first one.
     """
-    for name, least in INTEGERS.items():
+    for name, minimum in INTEGERS.items():
         value = settings.get(name)
         if value is not None or name == "max_epochs":
-            check_int(f"trainer.{name}", value, least)
+            check_int(f"trainer.{name}", value, minimum)
     for name in NUMBERS:
         if settings.get(name) is not None:
             check_number(f"trainer.{name}", settings[name], 0)

@@ -7,10 +7,12 @@ here, so that `--help` is fast.
 from __future__ import annotations
 
 import datetime
+import functools
 import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,12 @@ TRAINING_ARGUMENTS = (
 )
 
 
-def typed(name: str) -> str:
-    """The words with which the user typed a command: `qat train`, or `python train.py`."""
+def command_words(name: str) -> str:
+    """The words with which the user starts a command: `qat train`, or `python train.py`."""
     return f"qat {name}" if Path(sys.argv[0]).name == "qat" else f"python {name}.py"
 
 
-def recorded(cfg: DictConfig) -> str:
+def config_text(cfg: DictConfig) -> str:
     """The config as text for `config.yaml`, with interpolations resolved."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     values.pop("sweep_dir", None)
@@ -51,6 +53,13 @@ def options(group: str) -> list[str]:
     """The choices of a group, without files that are parts of other files (`_NAME.yaml`)."""
     names = [path.stem for path in (CONF / group).glob("*.yaml")]
     return sorted(name for name in names if not name.startswith("_"))
+
+
+@functools.cache
+def values_of(group: str, choice: str) -> Mapping[str, Any]:
+    """The values in the file of a choice; a process reads each file once."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"))
+    return types.MappingProxyType(values)
 
 
 def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
@@ -95,9 +104,8 @@ def config_groups(*, _root_: DictConfig) -> str:
 
 def _overridden_groups(experiment: str) -> set[str]:
     """Groups whose choice an experiment overrides, or an experiment that it is based on."""
-    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
     groups: set[str] = set()
-    for entry in values.get("defaults", []):
+    for entry in values_of("experiment", experiment).get("defaults", []):
         if isinstance(entry, dict):
             groups |= {key.removeprefix("override /") for key in entry}
         elif isinstance(entry, str) and entry != "_self_":
@@ -107,22 +115,22 @@ def _overridden_groups(experiment: str) -> set[str]:
 
 def config_in_words(*, _root_: DictConfig) -> str:
     """The settings of a command, each with its comment in `conf/`, for `--help`."""
-    comments = _comments(_root_.command)
+    comments = _setting_comments(_root_.command)
     names = [str(name) for name in _root_]
     prefixes = ("hydra", "command", "sweep_dir", "default_")
     own_names = [name for name in names if not name.startswith(prefixes)]
-    hidden = set()
+    hidden_names = set()
     if _root_.command != "train":
-        hidden = {f"trainer.{name}" for name in TRAINING_ARGUMENTS}
+        hidden_names = {f"trainer.{name}" for name in TRAINING_ARGUMENTS}
     lines = []
     for line, name, _ in yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own_names))):
-        if name in hidden:
+        if name in hidden_names:
             continue
         lines.append(f"{line}  # {comments[name]}" if name in comments else line)
     return "\n".join(lines).replace("$", "$$")
 
 
-def _comments(command: str) -> dict[str, str]:
+def _setting_comments(command: str) -> dict[str, str]:
     """The comments of all settings, from the command's own file, or else from another file."""
     own_file = CONF / f"{command}.yaml"
     comments: dict[str, str] = {}
@@ -131,13 +139,13 @@ def _comments(command: str) -> dict[str, str]:
         for line, name, comment in yaml_lines(path.read_text(encoding="utf-8")):
             is_group = re.fullmatch(r"\w+:( *#.*)?", line)
             # The comment on a whole group does not apply to other commands.
-            is_of_other_command = is_group and path.parent == CONF and path != own_file
-            if name and comment and not is_of_other_command:
+            belongs_to_other_command = is_group and path.parent == CONF and path != own_file
+            if name and comment and not belongs_to_other_command:
                 comments.setdefault(".".join([*groups, name]), comment)
     return comments
 
 
-def alias(name: str, args: Mapping[str, Any]) -> str:
+def display_name(name: str, args: Mapping[str, Any]) -> str:
     """The name by which users know a model.
 
     A choice of `model=` that sets arguments is named only if the model has these arguments. A model
@@ -150,7 +158,7 @@ def alias(name: str, args: Mapping[str, Any]) -> str:
     if "architecture" in args:
         return f"{args['architecture']} of Transformers"
     for choice in options("model"):
-        values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
+        values = values_of("model", choice)
         choice_args = values.get("args")
         if values["name"] == name and choice_args and choice_args.items() <= args.items():
             return f"{choice} ({name})"
@@ -225,7 +233,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
         entry = entry.get(bits)
     if entry is None:
         raise ValueError(
-            f"no published row of this model at {bits} bits; "
+            f"no published settings for this model at {bits} bits; "
             f"model must be one of {', '.join(table)}"
         )
     return entry
@@ -233,7 +241,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 def _register() -> None:
     functions: tuple[Callable[..., Any], ...] = (
-        typed,
+        command_words,
         config_groups,
         config_in_words,
         swin_patch,

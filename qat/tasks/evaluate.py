@@ -14,25 +14,24 @@ from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
-from qat.lit.loggers import closing
+from qat.lit.loggers import end_wandb_runs
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.cost import Cost, cost
 from qat.tasks import build, fit, summary
 from qat.tasks.predict import find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
-    class_results,
-    correct_images,
-    measured,
+    correct_field,
     recipe_fields,
     record_run,
-    sizes,
+    score_fields,
+    size_fields,
     write_class_tables,
     write_results,
 )
 from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
-from qat.utils.text import count
+from qat.utils.text import format_count
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     Raises:
         UsageError: a setting, path or file cannot be used.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     set_up(cfg)
     build.import_modules(cfg.model.imports)
     is_prediction = cfg.predict is not None
@@ -62,7 +61,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     outputs.check_own(Path(cfg.run_dir), cfg.command, origin(cfg))
 
     subject = build_subject(cfg)
-    subject.data.tested = cfg.split
+    subject.data.requested_split = cfg.split
     if is_first():
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
@@ -70,10 +69,10 @@ def evaluate(cfg: DictConfig) -> float | None:
         connect(trainer)
     _announce(cfg, subject, paths, trainer)
     costs = cost(subject.net, subject.data.input_size)
-    with closing(trainer.loggers):
+    with end_wandb_runs(trainer.loggers):
         if is_prediction:
             predict(cfg, subject, paths, trainer)
-            results: dict[str, Any] = {"data": None, **sizes(costs)}
+            results: dict[str, Any] = {"data": None, **size_fields(costs)}
         else:
             results = measure(subject, trainer, costs, Path(cfg.run_dir))
 
@@ -83,7 +82,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         **recipe_fields(subject.recipe),
         weights=origin(cfg),
         **results,
-        wall_seconds=round(time.monotonic() - began, 1),
+        wall_seconds=round(time.monotonic() - start_time, 1),
     )
     if not is_prediction:
         report_run(cfg)
@@ -95,7 +94,7 @@ def _announce(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer
     data = subject.data
     if paths:
         title = "prediction"
-        images = f"{count(len(paths), 'image')} of {cfg.predict}"
+        images = f"{format_count(len(paths), 'image')} of {cfg.predict}"
     else:
         title = "evaluation"
         images = summary.describe_data(data)
@@ -128,15 +127,13 @@ def measure(
     loss = CompositeLoss({"ce": CrossEntropy()})
     module = QATModule(subject.net, loss, num_classes=num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    results = measured(metrics, costs, num_classes)
-    results |= correct_images(module.correct)
+    results = score_fields(metrics, costs, num_classes)
+    results |= correct_field(module.correct)
     results |= data.evaluation_facts(module.confusion)
-    entries = summary.scores(results)
+    entries = summary.score_texts(results)
     entries["loss"] = f"{results['loss']:.4f}"
     entries["size"] = summary.describe_size(subject.net, costs.size_bytes)
-    log.info(summary.lines(f"{data.evaluation_split} split", entries))
+    log.info(summary.aligned_lines(f"{data.evaluation_split} split", entries))
     if module.confusion is not None and folder is not None:
-        if is_first():
-            write_class_tables(folder, module.confusion, subject.classes)
-        results |= class_results(module.confusion, subject.classes)
+        results |= write_class_tables(folder, module.confusion, subject.classes)
     return results

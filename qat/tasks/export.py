@@ -21,7 +21,7 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, outputs_and_codes
+from qat.export.check import CheckResult, compare, outputs_and_codes
 from qat.export.onnx_file import (
     IMAGES,
     OnnxSettings,
@@ -36,10 +36,10 @@ from qat.export.runtimes import (
     EXECUTORCH,
     ONNXRUNTIME,
     OPENVINO,
+    int8_sums_saturate,
     milliseconds,
     open_session,
     quantize_8bit,
-    saturates,
 )
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import read_checkpoint
@@ -56,12 +56,12 @@ from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.set_up import set_up
 from qat.tasks.subject import build_subject, origin
 from qat.utils.files import check_not_folder, remove_unfinished
-from qat.utils.text import count
+from qat.utils.text import format_count
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
-NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
+FILE_NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
 # Log texts for results whose keys are not self-explanatory.
 _TITLES = {
     "latency_ms": "ms per image",
@@ -77,7 +77,7 @@ class _Source(NamedTuple):
     Attributes:
         net: the model.
         name: timm name of the model.
-        preparation: how images for the model are prepared.
+        preprocessing_settings: settings with which images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
         data: config of the data that is stored in the file.
         classes: names of the classes.
@@ -86,7 +86,7 @@ class _Source(NamedTuple):
 
     net: nn.Module
     name: str
-    preparation: DataSettings
+    preprocessing_settings: DataSettings
     images: list[torch.Tensor]
     data: dict[str, Any] | None
     classes: list[str] | None
@@ -106,10 +106,10 @@ def export(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot be used, or the written file disagrees with the
             model; the file is then kept as `<file>.rejected`.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     set_up(cfg)
     check_int("latency", cfg.latency, 0)
-    check_choice("format.name", cfg.format.name, tuple(NAMES))
+    check_choice("format.name", cfg.format.name, tuple(FILE_NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set: must be a checkpoint of train.py or ptq.py")
     file_format = cfg.format.name
@@ -117,7 +117,7 @@ def export(cfg: DictConfig) -> float:
         require_installed(file_format)
     settings = _onnx_settings(cfg)
     build.import_modules(cfg.model.imports)
-    target = _target(cfg)
+    target = _target_path(cfg)
 
     source = _load_source(cfg)
     net = source.net
@@ -129,39 +129,39 @@ def export(cfg: DictConfig) -> float:
         )
     input_size = conversion.input_size
     images = source.images or list(torch.randn(IMAGES, *input_size).split(8))
-    frozen = net if is_frozen(net) else freeze(net)
-    meta = describe(frozen, data=source.data, classes=source.classes)
+    frozen_net = net if is_frozen(net) else freeze(net)
+    meta = describe(frozen_net, data=source.data, classes=source.classes)
     if file_format == "onnx":
-        meta["preprocessing"] = preprocessing(source.preparation)
+        meta["preprocessing"] = preprocessing(source.preprocessing_settings)
     entries = {"weights": origin(cfg), "checked on": source.description, "file": str(target)}
     summary.announce("export", net, source.name, conversion.recipe, input_size, **entries)
     record_run(cfg)
     # A killed run may also have written a file outside the run directory.
-    unfinished = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
-    remove_unfinished(target.parent, unfinished)
+    unfinished_patterns = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
+    remove_unfinished(target.parent, unfinished_patterns)
 
     results: dict[str, Any] = {}
 
-    def write(path: Path) -> Checked:
+    def write(path: Path) -> CheckResult:
         if file_format == "onnx":
-            return write_onnx(path, frozen, net, meta, images, settings)
+            return write_onnx(path, frozen_net, net, meta, images, settings)
         if file_format == "executorch":
-            checked, details = write_pte(path, frozen, net, images)
+            checked, details = write_pte(path, frozen_net, net, images)
             results.update(details)
             return checked
-        results["bytes"] = write_packed(frozen, path, meta)
-        loaded = load(path)
-        agreement = compare(net, loaded, lambda: partial(outputs_and_codes, loaded), images)
-        return Checked({"qat.load": agreement})
+        results["bytes"] = write_packed(frozen_net, path, meta)
+        loaded_net = load(path)
+        agreement = compare(net, loaded_net, lambda: partial(outputs_and_codes, loaded_net), images)
+        return CheckResult({"qat.load": agreement})
 
     checked = write_checked(target, write)
     if file_format != "packed":
-        float_net = float_twin(frozen)
+        float_net = float_twin(frozen_net)
         results |= _compare_with_float(target, float_net, images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
     _log_results(checked, results, f"{target}, {size:,} bytes")
-    uses = _uses(file_format, settings, checked)
-    _log_uses(uses, results.get("time_of_float") or {})
+    ways_to_run = _ways_to_run(file_format, settings, checked)
+    _log_ways_to_run(ways_to_run, results.get("time_of_float") or {})
     write_results(
         cfg,
         model=source.name,
@@ -171,7 +171,7 @@ def export(cfg: DictConfig) -> float:
         file=str(target),
         agreement=checked.top1,
         **results,
-        wall_seconds=round(time.monotonic() - began, 1),
+        wall_seconds=round(time.monotonic() - start_time, 1),
     )
     report_run(cfg, None if is_frozen(net) else net, input_size)
     return checked.top1
@@ -204,27 +204,27 @@ def _load_source(cfg: DictConfig) -> _Source:
     data = subject.data
     split = cfg.split or data.evaluation_split
     images = [batch for batch, _ in data.sample(split, cfg.images)]
-    num_images = count(sum(map(len, images)), "image")
+    num_images = format_count(sum(map(len, images)), "image")
     return _Source(
         subject.net,
         subject.name,
         data.settings,
         images,
-        data=build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net)),
+        data=build.to_plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net)),
         classes=subject.classes,
         description=f"{num_images} of {type(data).__name__.lower()}",
     )
 
 
-def _target(cfg: DictConfig) -> Path:
+def _target_path(cfg: DictConfig) -> Path:
     if cfg.format.name != "onnx" and not cfg.dynamic_batch:
         raise UsageError(
             "dynamic_batch=false: works only with format=onnx; "
             f"must be true with format={cfg.format.name}"
         )
     outputs.check_own(Path(cfg.run_dir), cfg.command)
-    target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
-    suffix = Path(NAMES[cfg.format.name]).suffix
+    target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / FILE_NAMES[cfg.format.name]
+    suffix = Path(FILE_NAMES[cfg.format.name]).suffix
     if target.suffix != suffix:
         raise UsageError(
             f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}"
@@ -239,7 +239,7 @@ def _target(cfg: DictConfig) -> Path:
 
 
 def _compare_with_float(
-    path: Path, float_net: nn.Module, image: torch.Tensor, checked: Checked, repeats: int
+    path: Path, float_net: nn.Module, image: torch.Tensor, checked: CheckResult, repeats: int
 ) -> dict[str, Any]:
     """Size and time of a file, compared with files of the same model in float.
 
@@ -266,41 +266,37 @@ def _compare_with_float(
         times: dict[str, dict[str, float]] = {}
         for runtime, agreement in checked.agreement.items():
             if repeats and agreement.images:
-                times[runtime] = _time(files, runtime, image, repeats)
-    agrees = {}
-    for runtime, agreement in checked.agreement.items():
-        agrees[runtime] = agreement.problem is None
+                times[runtime] = _measure_times(files, runtime, image, repeats)
+    agreements = checked.agreement.items()
     time_of_float = {}
     for runtime, runtime_times in times.items():
         time_of_float[runtime] = round(runtime_times["this"] / runtime_times["float"], 3)
     return {
         "bytes": sizes,
-        "agrees": agrees,
+        "agrees": {runtime: agreement.problem is None for runtime, agreement in agreements},
         "latency_ms": times or None,
         "time_of_float": time_of_float or None,
     }
 
 
-def _time(
+def _measure_times(
     files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
 ) -> dict[str, float]:
     """Milliseconds of one image with each file in a runtime, in one thread."""
-    sessions = {}
-    for name, file in files.items():
-        sessions[name] = open_session(file, runtime, threads=1)
+    sessions = {name: open_session(file, runtime, threads=1) for name, file in files.items()}
     times = milliseconds(sessions, image, repeats)
     return {name: round(time_ms, 3) for name, time_ms in times.items()}
 
 
-def _log_results(checked: Checked, results: dict[str, Any], file: str) -> None:
+def _log_results(checked: CheckResult, results: dict[str, Any], file: str) -> None:
     entries = {"file": file}
     for key, value in results.items():
         if key != "time_of_float":
-            entries[_TITLES.get(key, key)] = _in_words(value)
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", entries))
+            entries[_TITLES.get(key, key)] = _to_text(value)
+    log.info("%s\n%s", checked.to_text(), summary.aligned_lines("written", entries))
 
 
-class _Use(NamedTuple):
+class _WayToRun(NamedTuple):
     """A way to run a file.
 
     Attributes:
@@ -315,15 +311,15 @@ class _Use(NamedTuple):
     runtime: str | None = None
 
 
-def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_Use]:
+def _ways_to_run(file_format: str, settings: OnnxSettings, checked: CheckResult) -> list[_WayToRun]:
     """Ways to run the file; docs/deployment.md has the measurements behind the advice."""
     if file_format == "packed":
-        return [_Use("qat", "qat.load(file), or ckpt=file in a command")]
+        return [_WayToRun("qat", "qat.load(file), or ckpt=file in a command")]
     if file_format == "executorch":
-        return [_Use("ExecuTorch", "one image at a time, with XNNPACK", EXECUTORCH)]
+        return [_WayToRun("ExecuTorch", "one image at a time, with XNNPACK", EXECUTORCH)]
     if settings.target == "tensorrt":
         advice = "reads scales from the file, needs no calibration; qat has not tested it"
-        return [_Use("TensorRT", advice)]
+        return [_WayToRun("TensorRT", advice)]
 
     with_vnni = without_vnni = "default settings"
     openvino = "INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0"
@@ -337,27 +333,29 @@ def _uses(file_format: str, settings: OnnxSettings, checked: Checked) -> list[_U
         openvino += "; not checked, as it is not installed"
     elif agreement.problem:
         openvino = "do not use"
-    is_without_vnni = saturates()
+    is_without_vnni = int8_sums_saturate()
     return [
-        _Use(
+        _WayToRun(
             "onnxruntime, with VNNI or on ARM", with_vnni, None if is_without_vnni else ONNXRUNTIME
         ),
-        _Use("onnxruntime, other CPUs", without_vnni, ONNXRUNTIME if is_without_vnni else None),
-        _Use("OpenVINO", openvino, OPENVINO),
+        _WayToRun(
+            "onnxruntime, other CPUs", without_vnni, ONNXRUNTIME if is_without_vnni else None
+        ),
+        _WayToRun("OpenVINO", openvino, OPENVINO),
     ]
 
 
-def _log_uses(uses: list[_Use], time_of_float: dict[str, float]) -> None:
+def _log_ways_to_run(ways_to_run: list[_WayToRun], time_of_float: dict[str, float]) -> None:
     entries = {}
-    for use in uses:
-        entries[use.target] = use.advice
-        if use.runtime in time_of_float:
-            share = time_of_float[use.runtime]
-            entries[use.target] += f"; {share:.2f} of float's time (this machine, 1 thread)"
-    log.info("%s", summary.lines("run it in", entries))
+    for way in ways_to_run:
+        entries[way.target] = way.advice
+        if way.runtime in time_of_float:
+            ratio = time_of_float[way.runtime]
+            entries[way.target] += f"; {ratio:.2f} of float's time (this machine, 1 thread)"
+    log.info("%s", summary.aligned_lines("run it in", entries))
 
 
-def _in_words(value: Any) -> str:
+def _to_text(value: Any) -> str:
     """A result as text, such as `float 1,794,374, int8 476,290`, separated by runtime if needed."""
     if isinstance(value, list):
         return ", ".join(value)
@@ -365,7 +363,7 @@ def _in_words(value: Any) -> str:
         is_nested = any(isinstance(inner, dict) for inner in value.values())
         separator = "; " if is_nested else ", "
         colon = ": " if is_nested else " "
-        return separator.join(f"{key}{colon}{_in_words(inner)}" for key, inner in value.items())
+        return separator.join(f"{key}{colon}{_to_text(inner)}" for key, inner in value.items())
     if value is None:
         return "not measured"
     if isinstance(value, bool):

@@ -30,17 +30,18 @@ from torch import nn
 
 from qat.callbacks import CGA, GraphSteps, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
-from qat.launch.ranks import local_count
-from qat.launch.slurm import environments
+from qat.launch.ranks import local_processes
+from qat.launch.slurm import cluster_environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog, disable_telemetry
 from qat.lit.optim import build_optimizer, scaled_lr, scheduler_factory
-from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
+from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, choose_strategy
 from qat.nn.attention import set_execution
-from qat.tasks.build import instantiate, plain
+from qat.tasks.build import instantiate, to_plain
 from qat.tasks.checks import check_callback, check_sharding
-from qat.utils.validate import check_int, check_number, unknown
+from qat.tasks.conf import display_name
+from qat.utils.validate import check_int, check_number, unknown_message
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
 
     The function is tried on a small layer, so that mistakes are found before training.
     """
-    settings = plain(cfg.optimizer)
+    settings = to_plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, exclusive_lowest=True)
     settings["lr"] = scaled_lr(
         settings["lr"],
@@ -75,7 +76,7 @@ def global_batch(batch_size: int, trainer: Trainer) -> int:
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
     """Return a function that maps (optimizer, epochs, steps per epoch) to (schedule, interval)."""
-    settings = plain(cfg.scheduler)
+    settings = to_plain(cfg.scheduler)
     interval = settings["interval"]
     warmup_epochs = settings.pop("warmup_epochs")
     cooldown_epochs = settings.pop("cooldown_epochs")
@@ -113,14 +114,14 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
-    _check_averages(callbacks)
-    if compiles(cfg) == "graphs":
+    _check_weight_averaging(callbacks)
+    if compile_mode(cfg) == "graphs":
         callbacks.append(GraphSteps())
-    callbacks.sort(key=_rank)
+    callbacks.sort(key=_callback_position)
     return [StepSeed(cfg.seed), *callbacks]
 
 
-def _check_averages(callbacks: list[Callback]) -> None:
+def _check_weight_averaging(callbacks: list[Callback]) -> None:
     if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         return
     if not any(isinstance(callback, Checkpointing) for callback in callbacks):
@@ -135,7 +136,7 @@ def _check_averages(callbacks: list[Callback]) -> None:
         )
 
 
-def _rank(callback: Callback) -> int:
+def _callback_position(callback: Callback) -> int:
     """Position of a callback; callbacks of equal rank keep their order in the config.
 
     CGA comes first, so that it sets the learning rate and restores weights before other callbacks
@@ -149,12 +150,12 @@ def _rank(callback: Callback) -> int:
     return 1
 
 
-def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
+def build_loggers(cfg: DictConfig, *, resume_step: int = 0) -> list[Logger]:
     """Build the loggers of `cfg.logger`.
 
     Args:
         cfg: config of a command.
-        resumed_at: step from which the run is resumed; earlier rows of `metrics.csv` are kept.
+        resume_step: step from which the run is resumed; earlier rows of `metrics.csv` are kept.
 
     Raises:
         UsageError: one of the loggers is not a Lightning logger.
@@ -166,12 +167,12 @@ def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
             loggers.append(instantiate(logger_cfg, f"logger.{name}"))
     for logger in loggers:
         if not isinstance(logger, Logger):
-            kind = type(logger).__name__
             raise UsageError(
-                f"logger: {kind} is not a subclass of lightning.pytorch.loggers.Logger"
+                f"logger: {type(logger).__name__} is not a subclass of "
+                "lightning.pytorch.loggers.Logger"
             )
         if isinstance(logger, CSVLog):
-            logger.resumed_at = resumed_at
+            logger.resume_step = resume_step
     return loggers
 
 
@@ -184,18 +185,18 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     settings: dict[str, Any] = {}
     for key, value in cfg.trainer.items():
         is_object = OmegaConf.is_dict(value) and "_target_" in value
-        settings[key] = instantiate(value, f"trainer.{key}") if is_object else plain(value)
+        settings[key] = instantiate(value, f"trainer.{key}") if is_object else to_plain(value)
     # Inference mode is off in two cases: sharded weights that are gathered for a validation are
     # trained afterwards, and a compiled model would need a second graph.
-    if settings.get("strategy") == SHARDED or compiles(cfg):
+    if settings.get("strategy") == SHARDED or compile_mode(cfg):
         settings["inference_mode"] = False
-    num_processes = local_count(settings) * settings.get("num_nodes", 1)
-    settings["strategy"] = strategy_of(settings.get("strategy", "auto"), num_processes)
+    num_processes = local_processes(settings) * settings.get("num_nodes", 1)
+    settings["strategy"] = choose_strategy(settings.get("strategy", "auto"), num_processes)
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
     if not loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    plugins = [AtomicCheckpointIO(), *environments()]
+    plugins = [AtomicCheckpointIO(), *cluster_environments()]
     if settings.get("sync_batchnorm"):
         plugins.append(SyncBatchNorms())
     own_settings: dict[str, Any] = {
@@ -214,7 +215,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         trainer = Trainer(**settings, **own_settings)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
-        names = _mentioned(settings, message) or ["accelerator", "devices", "strategy"]
+        names = _mentioned_settings(settings, message) or ["accelerator", "devices", "strategy"]
         values = ", ".join(f"trainer.{name}={cfg.trainer.get(name)!r}" for name in names)
         raise UsageError(f"{values}: {message}") from error
     if settings.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
@@ -234,10 +235,10 @@ def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -
                 "qat sets it (callbacks, logger, run_dir)"
             )
         if name not in allowed:
-            raise UsageError(unknown(f"trainer.{name}={value!r}", name, allowed))
+            raise UsageError(unknown_message(f"trainer.{name}={value!r}", name, allowed))
 
 
-def _mentioned(settings: Mapping[str, Any], message: str) -> list[str]:
+def _mentioned_settings(settings: Mapping[str, Any], message: str) -> list[str]:
     """Settings whose name or value occurs in an error message of Lightning."""
     names = []
     for name, value in settings.items():
@@ -260,14 +261,15 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
         return
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
-    except (AttributeError, TypeError, AssertionError) as error:
+    except (AttributeError, TypeError, ValueError, AssertionError) as error:
+        name = display_name(cfg.model.name, cfg.model.args)
         raise UsageError(
-            f"model.grad_checkpointing=true: {cfg.model.name} does not support it; must be false"
+            f"model.grad_checkpointing=true: {name} does not support it; must be false"
         ) from error
 
 
-def compiles(cfg: DictConfig) -> bool | str:
-    """How models are compiled: False, True or "graphs".
+def compile_mode(cfg: DictConfig) -> bool | str:
+    """The way in which models are compiled: False, True or "graphs".
 
     `compile=auto` means True on CUDA, unless the processes share the weights.
 
@@ -290,7 +292,7 @@ def compiles(cfg: DictConfig) -> bool | str:
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
-    """Compile student and teacher in place, each as one graph, if `compiles` says so.
+    """Compile student and teacher in place, each as one graph, if `compile_mode` says so.
 
     Names in state dicts do not change. A single operation is compiled first; if torch fails, `auto`
     leaves the models eager.
@@ -298,7 +300,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
     Raises:
         UsageError: torch cannot compile on this machine, and `compile` is not auto.
     """
-    mode = compiles(cfg)
+    mode = compile_mode(cfg)
     if not mode:
         return
     device = next(net.parameters()).device
@@ -314,6 +316,6 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
         return
     # Models of earlier jobs in a sweep count towards the limit of graphs.
     torch.compiler.reset()
-    compile_in_place(net, recompute=cfg.memory == "recompute", graphs=mode == "graphs")
+    compile_in_place(net, recompute=cfg.memory == "recompute", cuda_graphs=mode == "graphs")
     if teacher is not None:
-        teacher.compile(graphs=mode == "graphs")
+        teacher.compile(cuda_graphs=mode == "graphs")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat.data import DataSettings, image_transform
-from qat.data.imagefolder import EXTENSIONS, is_image
-from qat.data.sources import SKIP, ImageError
+from qat.data.imagefolder import EXTENSIONS, is_image_file
+from qat.data.sources import SKIP_ADVICE, ImageError
 from qat.errors import UsageError
 from qat.lit.accuracy import check_logits
 from qat.tasks import summary
@@ -23,9 +23,9 @@ from qat.utils.text import one_line
 
 log = logging.getLogger(__name__)
 
-RANKS = 5
-SHOWN_IMAGES = 10
-FILE = "predictions.csv"
+TOP_K = 5
+NUM_LOGGED_IMAGES = 10
+PREDICTIONS_FILE = "predictions.csv"
 
 
 def find_images(source: str) -> list[Path]:
@@ -39,7 +39,7 @@ def find_images(source: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UsageError(f"predict={source!r}: no such file or folder")
-    paths = [Path(path) for path in files_below(root, hidden=False) if is_image(path)]
+    paths = [Path(path) for path in files_below(root, hidden=False) if is_image_file(path)]
     if not paths:
         raise UsageError(
             f"predict={source!r}: the folder has no images; "
@@ -63,7 +63,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
             "must be 1"
         )
     setting = f"predict={str(cfg.predict)!r}"
-    num_ranks = min(RANKS, len(subject.classes))
+    num_ranks = min(TOP_K, len(subject.classes))
     rows = _predicted_rows(subject, paths, trainer, num_ranks, setting)
     if not rows:
         raise UsageError(
@@ -72,13 +72,13 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     header = ["path"]
     for rank in range(1, num_ranks + 1):
         header += [f"class_{rank}", f"probability_{rank}"]
-    file = Path(cfg.run_dir) / FILE
+    file = Path(cfg.run_dir) / PREDICTIONS_FILE
     write_text(file, csv_lines([header, *rows]))
     entries = {}
-    for path, name, probability, *_ in rows[:SHOWN_IMAGES]:
+    for path, name, probability, *_ in rows[:NUM_LOGGED_IMAGES]:
         first_name = one_line(name).partition(",")[0]
         entries[one_line(path)] = f"{first_name} {100 * float(probability):.1f} %"
-    log.info(summary.lines("predictions", entries))
+    log.info(summary.aligned_lines("predictions", entries))
     log.info("%d of %d images: %s", len(rows), len(paths), file)
 
 
@@ -88,14 +88,14 @@ def _predicted_rows(
     """Rows of the table, without skipped images."""
     settings = subject.data.settings
     loader = DataLoader(
-        _Files(paths, settings),
+        _PredictedImages(paths, settings),
         batch_size=settings.batch_size,
         num_workers=settings.workers(len(paths)),
     )
     device = trainer.strategy.root_device
     net = subject.net.to(device).eval()
     rows = []
-    for numbers, images in loader:
+    for indices, images in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             logits = net(images.to(device)).float()
             top = logits.softmax(dim=-1).topk(num_ranks)
@@ -103,17 +103,17 @@ def _predicted_rows(
             classes = top.indices.cpu().tolist()
         # The sum is 0, or NaN if a logit is not finite.
         check_logits(float((0 * logits).sum()), setting)
-        for row, number in enumerate(numbers.tolist()):
-            if number < 0:
+        for row, index in enumerate(indices.tolist()):
+            if index < 0:
                 continue
-            cells = [str(paths[number])]
+            cells = [str(paths[index])]
             for class_id, probability in zip(classes[row], probabilities[row], strict=True):
                 cells += [subject.classes[class_id], f"{probability:.6f}"]
             rows.append(cells)
     return rows
 
 
-class _Files(Dataset[tuple[int, Tensor]]):
+class _PredictedImages(Dataset[tuple[int, Tensor]]):
     """Dataset of (index, transformed image); the index is -1 if the image is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
@@ -124,12 +124,12 @@ class _Files(Dataset[tuple[int, Tensor]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
         try:
-            return number, self.transform(self.paths[number])
+            return index, self.transform(self.paths[index])
         except ImageError as error:
             if self.settings.on_error == "raise":
-                raise ImageError(f"{error}; {SKIP}") from error
+                raise ImageError(f"{error}; {SKIP_ADVICE}") from error
             log.warning("data.on_error=skip: %s; left out", error)
             size = self.settings.image_size
             return -1, torch.zeros(self.settings.in_chans, size, size)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.launch.ranks import connect, is_first
 from qat.lit.accuracy import evaluate
-from qat.lit.loggers import closing
+from qat.lit.loggers import end_wandb_runs
 from qat.model.convert import convert
 from qat.model.cost import cost
 from qat.model.metadata import classes_of
@@ -46,15 +46,15 @@ from qat.tasks.ptq_start import (
 )
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.tasks.resume import compared
+from qat.tasks.resume import comparable_settings
 from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_subject, origin
-from qat.utils.probing import copied
+from qat.utils.probing import copy_net
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
-FILE = "quantized.ckpt"
+QUANTIZED_FILE = "quantized.ckpt"
 
 
 def ptq(cfg: DictConfig) -> float:
@@ -69,7 +69,7 @@ def ptq(cfg: DictConfig) -> float:
     Raises:
         UsageError: a setting, path or file cannot be used.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     set_up(cfg)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe = build_ptq_recipe(cfg)
@@ -81,7 +81,7 @@ def ptq(cfg: DictConfig) -> float:
     build.import_modules(cfg.model.imports)
 
     subject = build_subject(cfg)
-    check_start(cfg, subject, searches=search_settings is not None)
+    check_start(cfg, subject, has_search=search_settings is not None)
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
     if method == "reconstruct":
@@ -93,73 +93,77 @@ def ptq(cfg: DictConfig) -> float:
             f"trainer.devices={trainer.world_size}: must be 1 with a search or "
             "ptq.method=compensate, reconstruct"
         )
-    quantized = subject
+    quantized_net = subject
     if recipe is not None:
-        net = convert(copied(subject.net), recipe, input_size=subject.data.input_size)
-        quantized = dataclasses.replace(subject, net=net, recipe=recipe)
+        net = convert(copy_net(subject.net), recipe, input_size=subject.data.input_size)
+        quantized_net = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
         # Fail early if a target matches no scale.
-        scale_vectors(quantized.net, search_settings.targets)
+        scale_vectors(quantized_net.net, search_settings.targets)
 
     connect(trainer)
     if is_first():
         record_run(cfg)
-        _announce(cfg, quantized, batches, trainer)
-    with closing(trainer.loggers):
-        figures = _measure_float(trainer, subject, teacher)
-        figures["calibration"] = None
+        _announce(cfg, quantized_net, batches, trainer)
+    with end_wandb_runs(trainer.loggers):
+        facts = _measure_float(trainer, subject, teacher)
+        facts["calibration"] = None
         if recipe is None:
-            figures["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
+            facts["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
         else:
-            figures["calibration"] = _calibrate(quantized, batches, trainer)
+            facts["calibration"] = _calibrate(quantized_net, batches, trainer)
             if changes_weights or search_settings:
-                figures["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
-        since = time.monotonic()
+                facts["top1_calibrated"] = _measure(trainer, quantized_net, "calibrated")["top1"]
+        fit_start_time = time.monotonic()
         if changes_weights:
             # Compute the targets now, with the float model, because quantization changes its
             # weights.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
             settings = reconstruct_settings if method == "reconstruct" else None
-            figures |= _fit_weights(cfg, quantized.net, teacher, batches, settings, trainer)
+            facts |= _fit_weights(cfg, quantized_net.net, teacher, batches, settings, trainer)
         if search_settings is not None:
-            figures["search"] = _search(cfg, search_settings, quantized, batches, trainer, teacher)
-        began -= _seconds_before_resume(figures, since)
+            facts["search"] = _search(
+                cfg, search_settings, quantized_net, batches, trainer, teacher
+            )
+        start_time -= _seconds_before_resume(facts, fit_start_time)
         if not cfg.trainer.fast_dev_run and is_first():
-            _save(cfg, quantized, subject)
-        results = _measure(trainer, quantized, "quantized")
+            _save(cfg, quantized_net, subject)
+        results = _measure(trainer, quantized_net, "quantized")
 
-    figures |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
-    write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **results, **figures)
+    facts |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - start_time, 1)}
+    write_results(
+        cfg, model=subject.name, **recipe_fields(quantized_net.recipe), **results, **facts
+    )
     log.info(
         "%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s",
         results["split"],
-        figures["top1_fp"],
+        facts["top1_fp"],
         results["top1"],
         cfg.run_dir,
     )
-    report_run(cfg, quantized.net, subject.data.input_size)
+    report_run(cfg, quantized_net.net, subject.data.input_size)
     return float(results["top1"])
 
 
-def _save(cfg: DictConfig, quantized: EvaluatedNet, subject: EvaluatedNet) -> None:
+def _save(cfg: DictConfig, quantized_net: EvaluatedNet, subject: EvaluatedNet) -> None:
     save(
-        quantized.net,
-        Path(cfg.run_dir) / FILE,
+        quantized_net.net,
+        Path(cfg.run_dir) / QUANTIZED_FILE,
         model=subject.name,
-        data=build.plain(cfg.data),
-        classes=classes_of(quantized.net) or subject.data.named_classes(),
+        data=build.to_plain(cfg.data),
+        classes=classes_of(quantized_net.net) or subject.data.named_classes(),
     )
 
 
 def _announce(
-    cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+    cfg: DictConfig, quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
 ) -> None:
     """Log the model and its recipe, and write `conversion.txt`."""
-    data = quantized.data
+    data = quantized_net.data
     images = f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}"
     entries = {
         "data": summary.describe_data(data),
-        "images": summary.describe_images(data.settings, quantized.assumed),
+        "images": summary.describe_images(data.settings, quantized_net.assumed),
         "calibration": images,
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
@@ -167,18 +171,18 @@ def _announce(
     }
     summary.announce(
         "post-training quantization",
-        quantized.net,
-        quantized.name,
-        quantized.recipe,
+        quantized_net.net,
+        quantized_net.name,
+        quantized_net.recipe,
         data.input_size,
         **entries,
     )
-    log.info(summary.write_conversion(quantized.net, Path(cfg.run_dir)))
+    log.info(summary.write_conversion(quantized_net.net, Path(cfg.run_dir)))
 
 
-def _measure(trainer: Trainer, subject: EvaluatedNet, kind: str) -> dict[str, Any]:
+def _measure(trainer: Trainer, subject: EvaluatedNet, description: str) -> dict[str, Any]:
     """Evaluate a model and move it to the trainer's device; return keys of `results.json`."""
-    log.info("evaluating the %s model", kind)
+    log.info("evaluating the %s model", description)
     results = measure(subject, trainer, cost(subject.net, subject.data.input_size))
     # Lightning moves the model to the CPU at the end of a test.
     subject.net.to(trainer.strategy.root_device)
@@ -197,13 +201,18 @@ def _measure_float(
     return {f"{key}_fp": results.get(key) for key in ("top1", "top5", "loss")}
 
 
-def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> dict[str, Any]:
+def _calibrate(
+    quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+) -> dict[str, Any]:
     """Set the scales by calibration; return facts about the calibration for `results.json`."""
-    since = time.monotonic()
-    report = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
-    seconds = round(time.monotonic() - since, 2)
+    fit_start_time = time.monotonic()
+    report = calibrate(quantized_net.net.to(trainer.strategy.root_device), batches)
+    seconds = round(time.monotonic() - fit_start_time, 2)
     log.info("calibrated %d scales on %d images in %.1f s", report.scales, report.images, seconds)
-    return dataclasses.asdict(report) | {"seconds": seconds, "seed": quantized.data.settings.seed}
+    return dataclasses.asdict(report) | {
+        "seconds": seconds,
+        "seed": quantized_net.data.settings.seed,
+    }
 
 
 def _fit_weights(
@@ -215,10 +224,15 @@ def _fit_weights(
     trainer: Trainer,
 ) -> dict[str, Any]:
     """Compensate the weights, and with `settings` reconstruct them; return `results.json` facts."""
-    since = time.monotonic()
+    fit_start_time = time.monotonic()
     layers = compensate(net, teacher, batches)
     if settings is None:
-        return {"compensation": {"layers": layers, "seconds": round(time.monotonic() - since, 1)}}
+        return {
+            "compensation": {
+                "layers": layers,
+                "seconds": round(time.monotonic() - fit_start_time, 1),
+            }
+        }
     facts = reconstruct(
         net,
         teacher,
@@ -227,7 +241,7 @@ def _fit_weights(
         context=trainer.precision_plugin.forward_context,
         run_dir=cfg.run_dir,
         resume=bool(cfg.resume),
-        run=compared(cfg),
+        run=comparable_settings(cfg),
     )
     return {"reconstruction": facts}
 
@@ -235,17 +249,17 @@ def _fit_weights(
 def _search(
     cfg: DictConfig,
     settings: SearchSettings,
-    quantized: EvaluatedNet,
+    quantized_net: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
     teacher: nn.Module | None,
 ) -> dict[str, Any]:
     """Search over the scales in place; return facts about the search for `results.json`.
 
-    Targets are the logits of `teacher`, or else of the float model.
+    The targets are the logits of `teacher`, or else of the float model.
     """
-    net = quantized.net.eval()
-    data = quantized.data
+    net = quantized_net.net.eval()
+    data = quantized_net.data
     device = trainer.strategy.root_device
     target = net if teacher is None else teacher.to(device).eval()
     with in_float(target):
@@ -261,7 +275,7 @@ def _search(
         settings,
         run_dir=cfg.run_dir,
         resume=bool(cfg.resume),
-        run=compared(cfg),
+        run=comparable_settings(cfg),
         validate=accuracy,
     )
     log.info(
@@ -273,10 +287,10 @@ def _search(
     return dataclasses.asdict(result)
 
 
-def _seconds_before_resume(figures: dict[str, Any], since: float) -> float:
+def _seconds_before_resume(facts: dict[str, Any], fit_start_time: float) -> float:
     """Seconds of reconstruction and search before the run was resumed."""
     seconds = 0.0
     for key in ("reconstruction", "search"):
-        if key in figures:
-            seconds += figures[key]["seconds"]
-    return max(0.0, seconds - (time.monotonic() - since))
+        if key in facts:
+            seconds += facts[key]["seconds"]
+    return max(0.0, seconds - (time.monotonic() - fit_start_time))

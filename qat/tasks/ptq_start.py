@@ -1,4 +1,4 @@
-"""Settings, start and calibration images of `ptq.py`, which are checked before work begins."""
+"""Settings, initial model and calibration images of `ptq.py`, checked before work begins."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from qat.ptq.reconstruct import ReconstructSettings
 from qat.ptq.search import SearchSettings
 from qat.ptq.state import read_state
 from qat.tasks import build, summary
-from qat.tasks.resume import compare_settings, compared
+from qat.tasks.resume import comparable_settings, compare_settings
 from qat.tasks.subject import EvaluatedNet, origin
 from qat.tasks.teacher import fit_teacher, net_of_file
 
 KEEP = "keep"
-STATES = ("search.ckpt", "reconstruct.ckpt")
+STATE_FILES = ("search.ckpt", "reconstruct.ckpt")
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
@@ -37,7 +37,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     Raises:
         UsageError: a key is unknown, or a value is invalid.
     """
-    knobs = build.plain(cfg.ptq)
+    knobs = build.to_plain(cfg.ptq)
     for name in ("batch", "reconstruct"):
         knobs.pop(name, None)
     if cfg.ptq.get("name") != KEEP:
@@ -56,7 +56,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     Raises:
         UsageError: a key is unknown, or a value is invalid.
     """
-    settings = build.plain(cfg.search)
+    settings = build.to_plain(cfg.search)
     return build.settings_of(SearchSettings, "search", settings) if settings else None
 
 
@@ -66,7 +66,7 @@ def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
     Raises:
         UsageError: a key is unknown, or a value is invalid.
     """
-    settings = build.plain(cfg.ptq).get("reconstruct") or {}
+    settings = build.to_plain(cfg.ptq).get("reconstruct") or {}
     return build.settings_of(ReconstructSettings, "ptq.reconstruct", settings)
 
 
@@ -80,7 +80,7 @@ def check_run_dir(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and _state_file(run_dir) is None:
         raise UsageError(
-            f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; "
+            f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATE_FILES)}; "
             "use resume=auto to start a new run in that case"
         )
     if cfg.overwrite:
@@ -93,14 +93,14 @@ def check_run_dir(cfg: DictConfig) -> None:
         checkpoints = [path for path in used_files if path.suffix == ".ckpt"]
         file = checkpoints[-1] if checkpoints else used_files[0]
         raise UsedError(
-            f"run_dir={str(run_dir)!r} holds {file.relative_to(run_dir)} already; "
+            f"run_dir={str(run_dir)!r} contains {file.relative_to(run_dir)} already; "
             "choose another run_dir or set overwrite=true"
         )
 
 
 def _state_file(run_dir: Path) -> Path | None:
     """Return the most recently written state file, or None if no such file exists."""
-    state_files = [run_dir / name for name in STATES if (run_dir / name).is_file()]
+    state_files = [run_dir / name for name in STATE_FILES if (run_dir / name).is_file()]
     return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
@@ -115,14 +115,14 @@ def _settings_to_resume(state_file: Path) -> dict[str, Any]:
         return run
     path = state_file.with_name(CONFIG)
     try:
-        return dict(build.plain(OmegaConf.load(path)))
+        return dict(build.to_plain(OmegaConf.load(path)))
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise UsageError(
             f"resume: {path} cannot be read; resume=false overwrite=true starts over"
         ) from error
 
 
-def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
+def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> None:
     """Check that the recipe can start from a model, and that a resumed run keeps its method.
 
     A recipe starts from a float model, `ptq=keep` from a quantized model.
@@ -136,11 +136,13 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> No
         reason = (
             "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
         )
-        compare_settings(_settings_to_resume(state_file), compared(cfg), ("ptq.",), reason)
+        compare_settings(
+            _settings_to_resume(state_file), comparable_settings(cfg), ("ptq.",), reason
+        )
     file = f"ckpt={str(cfg.ckpt)!r}"
     teacher_file = cfg.teacher.ckpt
     if cfg.ptq.get("name") == KEEP:
-        _check_kept(file, teacher_file, subject, searches=searches)
+        _check_keep(file, teacher_file, subject, has_search=has_search)
         return
     if conversion_of(subject.net) is not None:
         raise UsageError(
@@ -154,27 +156,28 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> No
         )
 
 
-def _check_kept(
-    file: str, teacher_file: str | None, subject: EvaluatedNet, *, searches: bool
+def _check_keep(
+    file: str, teacher_file: str | None, subject: EvaluatedNet, *, has_search: bool
 ) -> None:
     """Check that `ptq=keep` can be followed by a search."""
     if is_frozen(subject.net):
         raise UsageError(
-            f"{file}: holds only integer codes; must be the checkpoint from which it was exported"
+            f"{file}: contains only integer codes; "
+            "must be the checkpoint from which it was exported"
         )
     if conversion_of(subject.net) is None:
         raise UsageError(
             "ptq=keep: the model is in float; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8"
         )
-    if not searches:
+    if not has_search:
         raise UsageError(
             "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"
         )
     recipe = subject.recipe
     if teacher_file is None and getattr(recipe, "method", None) != "calibrate":
-        how_quantized = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
+        verb = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
         raise UsageError(
-            f"{file}: was {how_quantized} quantized ({_recipe_name(subject)}), "
+            f"{file}: was {verb} quantized ({_recipe_name(subject)}), "
             "so it has no float logits as targets; set teacher.ckpt=FILE"
         )
     assert_ready(subject.net)
@@ -221,11 +224,11 @@ def calibration_batches(data: ImageData, batch_size: int) -> list[Tensor]:
             f"must be an integer of at least ptq.batch={batch_size}"
         )
     batches = data.calibration_batches(batch_size)
-    whole_batches = [batch for batch in batches if len(batch) == batch_size]
-    if not whole_batches:
-        count = len(data.split("train"))
+    full_batches = [batch for batch in batches if len(batch) == batch_size]
+    if not full_batches:
+        num_images = len(data.split("train"))
         raise UsageError(
-            f"ptq.batch={batch_size}: the data have {count} training images, "
-            f"which fill no batch of this size; must be at most {count}"
+            f"ptq.batch={batch_size}: the data have {num_images} training images, "
+            f"which fill no batch of this size; must be at most {num_images}"
         )
-    return whole_batches
+    return full_batches

@@ -40,16 +40,16 @@ def report_run(
     try:
         if net is not None and input_size is not None:
             describe_layers(net, input_size, Path(cfg.run_dir))
-        _write(Path(cfg.run_dir))
+        _write_page(Path(cfg.run_dir))
     except Exception as error:
         log.warning(
-            "report.html could not be written, everything else was: %s: %s",
+            "report.html could not be written (%s: %s); all other files were written",
             type(error).__name__,
             " ".join(str(error).split()),
         )
 
 
-def remake(cfg: DictConfig) -> None:
+def rebuild_report(cfg: DictConfig) -> None:
     """Write the page of the run directory `cfg.run`, even if the run failed or has not ended.
 
     Raises:
@@ -65,7 +65,7 @@ def remake(cfg: DictConfig) -> None:
         )
     try:
         _describe_checkpoint(cfg, folder)
-        _write(folder)
+        _write_page(folder)
     except (UsageError, OSError):
         raise
     except Exception as error:
@@ -99,7 +99,7 @@ def _find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _write(folder: Path) -> None:
+def _write_page(folder: Path) -> None:
     from qat.report.page import write_report
 
     log.info("report: %s", write_report(folder))

@@ -24,17 +24,17 @@ from torch import Tensor
 
 import qat
 from qat.launch.ranks import is_first
-from qat.launch.run_dir import WRITTEN
+from qat.launch.run_dir import ALL_OUTPUTS
 from qat.model.cost import Cost
 from qat.model.pretrained import LIBRARY
 from qat.spec import QuantRecipe
-from qat.tasks.conf import recorded, typed
+from qat.tasks.conf import command_words, config_text
 from qat.utils.files import csv_lines, csv_text, json_text, remove_unfinished, write_text
-from qat.utils.text import count
+from qat.utils.text import format_count
 
 CLASSES = "classes.csv"
 CONFUSION = "confusion.csv"
-MOST_PAIRS = 10
+MAX_CONFUSED_PAIRS = 10
 KEYS = (
     "command",
     "model",
@@ -66,14 +66,14 @@ def record_run(cfg: DictConfig) -> None:
     this run.
     """
     run_dir = Path(cfg.run_dir)
-    remove_unfinished(run_dir, WRITTEN)
-    write_text(run_dir / "config.yaml", recorded(cfg))
+    remove_unfinished(run_dir, ALL_OUTPUTS)
+    write_text(run_dir / "config.yaml", config_text(cfg))
     if not HydraConfig.initialized():
         return
     hydra_config = HydraConfig.get()
     command = {
         "command": f"{hydra_config.job.name}.py",
-        "program": typed(hydra_config.job.name),
+        "program": command_words(hydra_config.job.name),
         "overrides": list(hydra_config.overrides.task),
     }
     write_text(run_dir / "command.json", json_text(command))
@@ -90,15 +90,15 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     Returns:
         All results; accuracies are in percent, sizes in bytes, times in seconds.
     """
-    data_class = str(_selected(cfg, "data._target_") or "").rpartition(".")[2]
+    data_class = str(_get_setting(cfg, "data._target_") or "").rpartition(".")[2]
     common: dict[str, Any] = {
         "command": cfg.get("command"),
         "command_line": _command_line(),
-        "model": _selected(cfg, "model.name"),
-        "quant": _selected(cfg, "quant.name"),
+        "model": _get_setting(cfg, "model.name"),
+        "quant": _get_setting(cfg, "quant.name"),
         "data": data_class.lower() or None,
         "seed": cfg.get("seed"),
-        "device": _device(_selected(cfg, "trainer.accelerator")),
+        "device": _device(_get_setting(cfg, "trainer.accelerator")),
         "finished": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "git_commit": _git_commit(),
         "versions": library_versions(),
@@ -114,10 +114,10 @@ def _command_line() -> str | None:
     if not HydraConfig.initialized():
         return None
     hydra_config = HydraConfig.get()
-    return f"{typed(hydra_config.job.name)} {shlex.join(hydra_config.overrides.task)}"
+    return f"{command_words(hydra_config.job.name)} {shlex.join(hydra_config.overrides.task)}"
 
 
-def _selected(cfg: DictConfig, name: str) -> Any:
+def _get_setting(cfg: DictConfig, name: str) -> Any:
     """Return a setting, or None if it is missing: a refused run also writes results."""
     return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
@@ -138,17 +138,17 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     return {"quant": name, "recipe": recipe.to_dict()}
 
 
-def measured(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
+def score_fields(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
     """The keys of `results.json` that a test loop and `qat.model.cost` fill.
 
     There is no `top5` for five classes or fewer, because it would always be 100 %.
     """
     keys = ["top1", "top5", "loss"] if classes > 5 else ["top1", "loss"]
     scores = {key: metrics[f"test/{key}"] for key in keys}
-    return scores | sizes(costs)
+    return scores | size_fields(costs)
 
 
-def correct_images(correct: Tensor | None) -> dict[str, str | None]:
+def correct_field(correct: Tensor | None) -> dict[str, str | None]:
     """The key of `results.json` about single test images.
 
     Args:
@@ -160,11 +160,11 @@ def correct_images(correct: Tensor | None) -> dict[str, str | None]:
     """
     if correct is None:
         return {"correct": None}
-    packed = np.packbits(correct.numpy()).tobytes()
-    return {"correct": base64.b64encode(packed).decode()}
+    packed_bits = np.packbits(correct.numpy()).tobytes()
+    return {"correct": base64.b64encode(packed_bits).decode()}
 
 
-def sizes(costs: Cost) -> dict[str, Any]:
+def size_fields(costs: Cost) -> dict[str, Any]:
     """The keys of `results.json` that `qat.model.cost` fills."""
     return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
 
@@ -173,7 +173,7 @@ def _device(accelerator: str | None) -> str:
     """The name of the GPU or of the CPU."""
     if accelerator not in {"cpu", None} and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {count(torch.get_num_threads(), 'thread')}"
+    return f"{platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
 def library_versions(*more: str) -> dict[str, str]:
@@ -197,11 +197,11 @@ def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     top, _, commit = process.stdout.strip().rpartition("\n")
-    is_own = f'name = "{LIBRARY}"' in project and Path(top).resolve() == clone.resolve()
-    return commit if is_own else None
+    is_own_clone = f'name = "{LIBRARY}"' in project and Path(top).resolve() == clone.resolve()
+    return commit if is_own_clone else None
 
 
-def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def class_fields(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The keys of `results.json` about classes.
 
     Args:
@@ -214,34 +214,41 @@ def class_results(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dic
         percentage of the true class.
     """
     class_sizes = confusion.sum(1).tolist()
-    hits = confusion.diagonal().tolist()
+    correct_counts = confusion.diagonal().tolist()
     classes = []
-    for name, size, right in zip(names, class_sizes, hits, strict=True):
-        top1 = round(100 * right / size, 4) if size else None
+    for name, size, num_correct in zip(names, class_sizes, correct_counts, strict=True):
+        top1 = round(100 * num_correct / size, 4) if size else None
         classes.append({"class": name, "images": size, "top1": top1})
-    mistakes = confusion.clone().fill_diagonal_(0).flatten()
-    counts, cells = mistakes.topk(min(MOST_PAIRS, len(mistakes)))
-    confused = []
+    wrong_counts = confusion.clone().fill_diagonal_(0).flatten()
+    counts, cells = wrong_counts.topk(min(MAX_CONFUSED_PAIRS, len(wrong_counts)))
+    confused_pairs = []
     for images, cell in zip(counts.tolist(), cells.tolist(), strict=True):
         if images == 0:
             continue
         row, column = divmod(cell, len(names))
-        confused.append({
+        confused_pairs.append({
             "true": names[row],
             "predicted": names[column],
             "images": images,
             "share": round(100 * images / class_sizes[row], 4),
         })
-    return {"classes": classes, "confused": confused}
+    return {"classes": classes, "confused": confused_pairs}
 
 
-def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) -> None:
-    """Write `classes.csv` and `confusion.csv`.
+def write_class_tables(
+    folder: Path, confusion: Tensor, names: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Write `classes.csv` and `confusion.csv`; the first process of a run writes them.
 
     `confusion.csv` has a row for each true class and a column for each predicted class.
+
+    Returns:
+        The keys of `results.json` about classes.
     """
-    classes = class_results(confusion, names)["classes"]
-    write_text(folder / CLASSES, csv_text(classes))
-    header = ["true \\ predicted", *names]
-    rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
-    write_text(folder / CONFUSION, csv_lines([header, *rows]))
+    results = class_fields(confusion, names)
+    if is_first():
+        write_text(folder / CLASSES, csv_text(results["classes"]))
+        header = ["true \\ predicted", *names]
+        rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+        write_text(folder / CONFUSION, csv_lines([header, *rows]))
+    return results

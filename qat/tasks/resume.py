@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from qat.callbacks.last import NAME
+from qat.callbacks.last import FILE_NAME
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.launch.ranks import is_first
 from qat.launch.run_dir import UsedError
-from qat.lit.strategies import PREVIOUS
+from qat.lit.strategies import PREVIOUS_NAMES
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
 
 log = logging.getLogger(__name__)
 
-# Settings that do not change results: paths, logs, and how images are read. `compared` returns all
-# other settings.
+# Settings that do not change results: paths, logs, and how images are read. `comparable_settings`
+# returns all other settings.
 NOT_COMPARED = {
     "run_dir",
     "sweep_dir",
@@ -57,11 +57,11 @@ NOT_COMPARED = {
     "callbacks.finite",
 }
 # Prefixes of settings that must not change.
-_FIXED = ("optimizer.", "scheduler.")
+_FIXED_PREFIXES = ("optimizer.", "scheduler.")
 # Prefixes of settings of the model, which is compared with the model in the checkpoint.
-_OF_THE_NET = ("model.args", "model.name", "quant.")
+_MODEL_PREFIXES = ("model.args", "model.name", "quant.")
 # Settings that change the number of steps. The schedule keeps the number from the start of the run.
-_STEPS = (
+_STEP_SETTINGS = (
     "trainer.max_epochs",
     "trainer.devices",
     "trainer.num_nodes",
@@ -84,7 +84,7 @@ def find_resume(
             recipe, optimizer or schedule.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
-    candidates = [folder / name for name in (NAME, PREVIOUS[NAME])]
+    candidates = [folder / name for name in (FILE_NAME, PREVIOUS_NAMES[FILE_NAME])]
     paths = [path for path in candidates if path.is_file()]
     if cfg.resume is False or (cfg.resume == "auto" and not paths):
         return None
@@ -98,10 +98,10 @@ def find_resume(
             f"trainer.fast_dev_run: resume={cfg.resume!r} would change {paths[0]}; "
             "a dry run must have resume=false"
         )
-    checkpoint = _read_first(paths)
+    checkpoint = _read_checkpoint(paths)
     if not checkpoint.training:
         raise UsageError(f"resume: {checkpoint.path} is not a training checkpoint")
-    _check_net(checkpoint, cfg.model.name, recipe, model_args)
+    _check_model(checkpoint, cfg.model.name, recipe, model_args)
     epochs = checkpoint.training["epochs"]
     if epochs > cfg.trainer.max_epochs:
         raise UsageError(
@@ -113,15 +113,15 @@ def find_resume(
         "use ckpt=PATH in another run_dir to start a new run"
     )
     stored_settings = (checkpoint.meta or {}).get("run", {}).get("settings")
-    compare_settings(stored_settings, compared(cfg), _FIXED, reason)
+    compare_settings(stored_settings, comparable_settings(cfg), _FIXED_PREFIXES, reason)
     log.info("resumed at training step %d from %s", checkpoint.step or 0, checkpoint.path)
     return checkpoint
 
 
-def _read_first(paths: list[Path]) -> Checkpoint:
-    if paths[0].name != NAME:
+def _read_checkpoint(paths: list[Path]) -> Checkpoint:
+    if paths[0].name != FILE_NAME:
         log.warning(
-            "resume: %s is missing; resuming from %s", paths[0].with_name(NAME), paths[0].name
+            "resume: %s is missing; resuming from %s", paths[0].with_name(FILE_NAME), paths[0].name
         )
     for path in paths[:-1]:
         try:
@@ -131,7 +131,7 @@ def _read_first(paths: list[Path]) -> Checkpoint:
     return read_checkpoint(paths[-1], fmt="qat", setting="resume")
 
 
-def _check_net(
+def _check_model(
     checkpoint: Checkpoint, model_name: str, recipe: QuantRecipe, model_args: dict[str, Any]
 ) -> None:
     """Check that a checkpoint contains the model and recipe of the config."""
@@ -140,84 +140,91 @@ def _check_net(
     model = meta.get("model", {})
     if (model.get("name"), model.get("kwargs")) != (model_name, model_args):
         raise UsageError(
-            f"resume: {checkpoint.path} holds {model}, not model {model_name} with {model_args}; "
-            f"{hint}"
+            f"resume: {checkpoint.path} contains {model}, "
+            f"not model {model_name} with {model_args}; {hint}"
         )
     # A setting that is newer than the file had its default value. The meaning of rules, and how
     # step sizes are learned, are assumed to be unchanged.
-    newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
+    assumed_values = {
+        **QuantRecipe().to_dict(),
+        "rule_bits": recipe.rule_bits,
+        "steps": recipe.steps,
+    }
     stored_recipe: dict[str, Any] = {"name": "fp"}
     if meta.get("recipe"):
-        stored_recipe = {**newer, **meta["recipe"]}
+        stored_recipe = {**assumed_values, **meta["recipe"]}
     own_recipe: dict[str, Any] = {"name": "fp"}
     if recipe.name != "fp":
         own_recipe = recipe.to_dict()
-    changed = []
+    changed_names = []
     for key in sorted(stored_recipe.keys() | own_recipe.keys()):
         if stored_recipe.get(key) != own_recipe.get(key):
-            changed.append(key)
-    if changed:
+            changed_names.append(key)
+    if changed_names:
         raise UsageError(
-            f"resume: {checkpoint.path} has another recipe (quant: {', '.join(changed)}); {hint}"
+            f"resume: {checkpoint.path} has another recipe (quant: {', '.join(changed_names)}); "
+            f"{hint}"
         )
 
 
 def compare_settings(
-    stored: dict[str, Any] | None,
-    current: dict[str, Any],
+    stored_settings: dict[str, Any] | None,
+    current_settings: dict[str, Any],
     fixed_prefixes: tuple[str, ...],
     reason: str,
 ) -> None:
     """Refuse changes to settings that must not change, and warn of all other changes.
 
     Args:
-        stored: settings that the run had so far, nested or by name; None = unknown.
-        current: settings of the resumed run, see `compared`.
+        stored_settings: settings that the run had so far, nested or by name; None = unknown.
+        current_settings: settings of the resumed run, see `comparable_settings`.
         fixed_prefixes: prefixes of the names of settings that must not change.
-        reason: why they must not change, for the message.
+        reason: reason why these settings must not change, for the message.
 
     Raises:
         UsageError: a setting that must not change was changed.
     """
-    if stored is None:
+    if stored_settings is None:
         return
-    old = dict(_flat(stored))
-    changed = []
-    for name in {**old, **current}:
-        is_changed = old.get(name, _UNSET) != current.get(name, _UNSET)
-        if is_changed and not name.startswith(_OF_THE_NET):
-            changed.append(name)
-    refused = []
-    for name in changed:
+    old_settings = dict(_flatten(stored_settings))
+    changed_names = []
+    for name in {**old_settings, **current_settings}:
+        is_changed = old_settings.get(name, _UNSET) != current_settings.get(name, _UNSET)
+        if is_changed and not name.startswith(_MODEL_PREFIXES):
+            changed_names.append(name)
+    refusals = []
+    for name in changed_names:
         if name.startswith(fixed_prefixes):
-            value = current.get(name, _UNSET)
-            refused.append(f"{name}={value!r} (the run had {old.get(name, _UNSET)!r})")
-    if refused:
-        raise UsageError(f"{', '.join(refused)}: {reason}")
+            value = current_settings.get(name, _UNSET)
+            refusals.append(f"{name}={value!r} (the run had {old_settings.get(name, _UNSET)!r})")
+    if refusals:
+        raise UsageError(f"{', '.join(refusals)}: {reason}")
     if not is_first():
         return
-    for name in changed:
-        note = "; the learning rate follows the original schedule" if name in _STEPS else ""
-        old_value = old.get(name, _UNSET)
-        log.warning("resume: %s was %r, is %r%s", name, old_value, current.get(name, _UNSET), note)
+    for name in changed_names:
+        note = "; the learning rate follows the original schedule" if name in _STEP_SETTINGS else ""
+        old_value = old_settings.get(name, _UNSET)
+        log.warning(
+            "resume: %s was %r, is %r%s", name, old_value, current_settings.get(name, _UNSET), note
+        )
 
 
-def compared(cfg: DictConfig) -> dict[str, Any]:
+def comparable_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that affect a run's result, by name, as plain data for its checkpoints."""
     settings = {}
-    for name, value in _flat(OmegaConf.to_container(cfg, resolve=True)):
+    for name, value in _flatten(OmegaConf.to_container(cfg, resolve=True)):
         is_plain = value is None or type(value) in {bool, int, float, str, list}
         settings[name] = value if is_plain else str(value)
     return settings
 
 
-def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield name and value of each setting to compare; settings of older checkpoints are nested."""
     if name in NOT_COMPARED:
         return
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
+            yield from _flatten(value, f"{name}.{key}" if name else str(key))
     else:
         yield name, node
 
@@ -242,14 +249,14 @@ def check_data(checkpoint: Checkpoint, data: ImageData, *, allow_changed_data: b
     fingerprints = data.fingerprints()
     if not old_fingerprints:
         return
-    changed = []
+    changed_splits = []
     for split in dict.fromkeys([*old_fingerprints, *fingerprints]):
         if old_fingerprints.get(split) != fingerprints.get(split):
-            changed.append(split)
-    if not changed:
+            changed_splits.append(split)
+    if not changed_splits:
         return
     message = (
-        f"data: the images of {', '.join(changed)} are not those "
+        f"data: the images of {', '.join(changed_splits)} are not those "
         f"that {checkpoint.path} was trained with"
     )
     if not allow_changed_data:
@@ -262,10 +269,10 @@ def check_data(checkpoint: Checkpoint, data: ImageData, *, allow_changed_data: b
 
 
 def _check_classes(path: Path, old_classes: Sequence[str], classes: Sequence[str]) -> None:
-    for number, (old, new) in enumerate(zip_longest(old_classes, classes)):
-        if old != new:
+    for class_id, (old_name, name) in enumerate(zip_longest(old_classes, classes)):
+        if old_name != name:
             raise UsageError(
-                f"data: class {number} must be {old!r} as in {path}, is {new!r}; "
+                f"data: class {class_id} must be {old_name!r} as in {path}, is {name!r}; "
                 "use ckpt=PATH in another run_dir to start a new run"
             )
 
@@ -284,7 +291,7 @@ def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
     if old_digest and digest and old_digest != digest:
         raise UsageError(
             f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, "
-            "or the start if it is the teacher); "
+            "or the initial weights, if the teacher has them); "
             "use ckpt=PATH in another run_dir to start a new run"
         )
 
@@ -330,9 +337,9 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     is_unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     may_replace = cfg.overwrite or (cfg.resume == "auto" and is_unsaved)
     if used_files and not may_replace:
-        hint = f"; resume=true resumes from {NAME}" if NAME in checkpoints else ""
+        hint = f"; resume=true resumes from {FILE_NAME}" if FILE_NAME in checkpoints else ""
         raise UsedError(
-            f"run_dir={str(run_dir)!r} holds {used_files[0].name} already; "
+            f"run_dir={str(run_dir)!r} contains {used_files[0].name} already; "
             f"choose another run_dir or set overwrite=true{hint}"
         )
     return outputs.training_files(run_dir)

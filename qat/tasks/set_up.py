@@ -23,11 +23,13 @@ from qat.model.pretrained import (
 )
 from qat.model.start import check_model
 from qat.nn.hf_constructor import CLASSIFIER
-from qat.tasks.build import fill_in_num_classes, plain
+from qat.tasks.build import fill_in_num_classes, to_plain
 from qat.tasks.checks import check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
+from qat.utils.validate import check_number, unknown_message
 
+_HF_ARGS = ("architecture", "config", "drop_path_rate", "in_chans", "num_classes")
 _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
@@ -54,8 +56,8 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     set.
 
     Raises:
-        UsageError: the model cannot be fetched or is not a timm model, or another start is set as
-            well.
+        UsageError: the model cannot be fetched or is not a timm model, or another setting also
+            chooses the initial weights.
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
@@ -106,22 +108,34 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
             f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
             "the folder model.name has the weights"
         )
-    folder, args = transformers_folder(name, f"model.name={name!r}")
+    if cfg.model.init != "full":
+        raise UsageError(f"model.init={cfg.model.init!r}: must be full with model=hf")
     own_args = dict(cfg.model.args.items_ex(resolve=False))
-    args["config"] |= plain(own_args.pop("config")) or {}
-    if own_args["architecture"] is None:
-        own_args.pop("architecture")
+    for key, value in own_args.items():
+        if key not in _HF_ARGS and value is not None:
+            raise UsageError(unknown_message(f"model.args.{key}={value!r}", key, _HF_ARGS))
+    changes = to_plain(own_args.pop("config")) or {}
+    if not isinstance(changes, dict):
+        raise UsageError(f"model.args.config={changes!r}: must be a group of settings")
+    drop_path_rate = own_args.pop("drop_path_rate", None)
+    if drop_path_rate is not None:
+        check_number("model.args.drop_path_rate", drop_path_rate, 0, below=1)
+        changes["drop_path_rate"] = drop_path_rate
+    architecture = own_args.pop("architecture")
+    folder, args = transformers_folder(name, f"model.name={name!r}", architecture, changes)
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
             # Photos of a prediction have no settings of their own.
             num_classes = len(args["config"].get("id2label") or "01")
-            unset = dict.fromkeys((*_PREPROCESSING, "image_size"))
-            cfg.data.update({**unset, "num_classes": num_classes})
+            null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
+            cfg.data.update({**null_settings, "num_classes": num_classes})
         if any(key in cfg.data and cfg.data[key] is None for key in _PREPROCESSING):
             settings = processor_settings(folder)
             image_size = settings.pop("image_size")
-            args["images"] = settings
             set_preprocessing(cfg.data, settings)
+            args["images"] = {}
+            for key, value in settings.items():
+                args["images"][key] = to_plain(cfg.data.get(key, value))
             if cfg.data.image_size is None:
                 cfg.data.image_size = image_size
         cfg.model.args = {**args, **own_args}

@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
-from qat.utils.validate import check_bits, check_choice, check_int, check_number, unknown
+from qat.utils.validate import check_bits, check_choice, check_int, check_number, unknown_message
 
 SPLITS = ("train", "val", "test")
 CKPT_FORMATS = ("auto", "qat", "timm", "ofq")
-HIGHEST_SEED = 2**32 - 1  # the highest seed that numpy accepts
+MAX_SEED = 2**32 - 1  # numpy accepts no higher seed
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Shared:
     logger: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_int("seed", self.seed, 0, HIGHEST_SEED)
+        check_int("seed", self.seed, 0, MAX_SEED)
         check_choice("ckpt_format", self.ckpt_format, CKPT_FORMATS)
         for name in ("run_dir", "predict", "run", "sweep", "file"):
             check_path(name, getattr(self, name, None))
@@ -106,7 +106,7 @@ class Shared:
             paths = self.ckpt
         for path in paths:
             check_path("ckpt", path)
-        self._check_one_start()
+        self._check_weight_sources()
         # Settings that some commands have.
         resume = getattr(self, "resume", False)
         if resume not in {True, False, "auto"}:
@@ -119,13 +119,13 @@ class Shared:
             check_choice("split", split, SPLITS)
         self._check_bits()
 
-    def _check_one_start(self) -> None:
-        starts = {
+    def _check_weight_sources(self) -> None:
+        weight_sources = {
             "ckpt": self.ckpt,
             "model.weights": self.model.weights,
             "model.pretrained": self.model.pretrained,
         }
-        names = [name for name, value in starts.items() if value]
+        names = [name for name, value in weight_sources.items() if value]
         if len(names) > 1:
             raise UsageError(f"{' and '.join(names)} are set: a model starts from one of them")
 
@@ -231,16 +231,16 @@ def check(cfg: DictConfig) -> None:
         UsageError: a value is invalid, or a key that was added with a plus is unknown; the message
             names the setting.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
-    merged.model.args = {}  # may refer to data that only the checkpoint knows
-    _refuse_unknown(OmegaConf.to_object(merged))
+    merged_cfg = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
+    merged_cfg.model.args = {}  # may refer to data that only the checkpoint knows
+    _refuse_unknown(OmegaConf.to_object(merged_cfg))
 
 
 def _refuse_unknown(group: Any, prefix: str = "") -> None:
     names = {setting.name for setting in fields(group)}
     for name, value in vars(group).items():
         if name not in names:
-            raise UsageError(unknown(f"{prefix}{name}", name, names))
+            raise UsageError(unknown_message(f"{prefix}{name}", name, names))
         if is_dataclass(value):
             _refuse_unknown(value, f"{prefix}{name}.")
 

@@ -27,7 +27,7 @@ from qat.tasks.set_up import set_preprocessing
 from qat.utils.validate import check_images
 
 # timm readers that download a dataset by its name (`qat.data.Timm`).
-DOWNLOADED = ("hfds/", "hfids/", "tfds/")
+DOWNLOAD_PREFIXES = ("hfds/", "hfids/", "tfds/")
 
 
 def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
@@ -41,13 +41,13 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         UsageError: the checkpoint names a dataset that is not part of qat, or data that cannot be
             used without the user's consent.
     """
-    own_settings = {k: v for k, v in build.plain(cfg.data).items() if v is not None}
+    own_settings = {k: v for k, v in build.to_plain(cfg.data).items() if v is not None}
     meta: Mapping[str, Any] = {}
     if checkpoint is not None:
         meta = checkpoint.meta or {}
     if "_target_" in own_settings:
-        kind = DATASETS.get(own_settings["_target_"], ImageData)
-        reads_model = "model" in cfg.data and "model" not in kind.UNREAD
+        dataset_class = DATASETS.get(own_settings["_target_"], ImageData)
+        reads_model = "model" in cfg.data and "model" not in dataset_class.UNREAD
         if meta and reads_model and cfg.data.model is None:
             # Crop and normalise photos as the model expects.
             cfg.data.model = meta["model"]["name"]
@@ -59,7 +59,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     is_prediction = cfg.get("predict") is not None
     settings = _stored_settings(meta, cfg.ckpt, is_prediction=is_prediction)
     if "_target_" not in settings:
-        settings = build.plain(cfg.default_photos if is_prediction else cfg.default_data)
+        settings = build.to_plain(cfg.default_photos if is_prediction else cfg.default_data)
         if is_prediction and checkpoint is not None and meta:
             settings |= {"_target_": "qat.data.ImageFolder", **data_config(build_from(checkpoint))}
     if is_prediction:
@@ -94,10 +94,10 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
         )
     if target in DATASETS:
         # Files of older versions may have settings that the dataset ignored.
-        unread = DATASETS[target].UNREAD
-        settings = {key: value for key, value in settings.items() if key not in unread}
+        unread_names = DATASETS[target].UNREAD
+        settings = {key: value for key, value in settings.items() if key not in unread_names}
     name = str(settings.get("name"))
-    is_downloaded = settings.get("download") or name.lower().startswith(DOWNLOADED)
+    is_downloaded = settings.get("download") or name.lower().startswith(DOWNLOAD_PREFIXES)
     if target != "qat.data.Timm" or not is_downloaded:
         return settings
     if not is_prediction:
@@ -106,8 +106,8 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
             f"choose it with data=timm data.name={name}"
         )
     shared_names = {field.name for field in dataclasses.fields(DataSettings)}
-    shared = {key: value for key, value in settings.items() if key in shared_names}
-    return {"_target_": "qat.data.ImageFolder", **shared}
+    shared_settings = {key: value for key, value in settings.items() if key in shared_names}
+    return {"_target_": "qat.data.ImageFolder", **shared_settings}
 
 
 def _check_stored_root(ckpt: str, root: str) -> None:

@@ -58,7 +58,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
         UsageError: a setting or file cannot be used, or the data do not suit the model.
     """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
-    own_data = build.plain(cfg.data)
+    own_data = build.to_plain(cfg.data)
     choose_data(cfg, checkpoint)
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
@@ -80,19 +80,19 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
 
 def origin(cfg: DictConfig) -> str:
     """The source of the weights: a path, or a word such as "random"."""
-    pretrained = "timm's pretrained" if cfg.model.pretrained else "random"
-    return str(cfg.ckpt or cfg.model.weights or pretrained)
+    default_origin = "timm's pretrained" if cfg.model.pretrained else "random"
+    return str(cfg.ckpt or cfg.model.weights or default_origin)
 
 
-def class_names(stored: object, data: ImageData) -> list[str]:
+def class_names(stored_names: object, data: ImageData) -> list[str]:
     """Names of the classes of the data, or class ids as text.
 
     Args:
-        stored: names that are stored with the model, if any; used first.
+        stored_names: names that are stored with the model, if any; used first.
         data: the dataset, which may know class names.
     """
     num_classes = data.settings.num_classes
-    for names in (stored, data.named_classes()):
+    for names in (stored_names, data.named_classes()):
         if isinstance(names, list) and len(names) == num_classes:
             return [str(name) for name in names]
     return [str(number) for number in range(num_classes)]
@@ -127,12 +127,12 @@ def _load_net(
                 f"model.name={name!r}: ckpt={cfg.ckpt!r} contains {stored_name}; leave model out"
             )
         return build_from(checkpoint, data.input_size[1:]), stored_name
-    ofq_net = build.authors_net(cfg, checkpoint)
+    ofq_net = build.net_from_authors(cfg, checkpoint)
     if ofq_net is not None:
         log.info("%s", ofq_net.note)
         return ofq_net.net, ofq_net.model
     if name is None:
-        raise UsageError(f"ckpt={cfg.ckpt!r} does not say which model it holds; set model=NAME")
+        raise UsageError(f"ckpt={cfg.ckpt!r} does not name its model; set model=NAME")
     return build.build_start(cfg, keep_head=True).net.eval(), name
 
 

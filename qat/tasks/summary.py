@@ -28,18 +28,18 @@ from qat.model.report import conversion_report
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import fit
-from qat.tasks.conf import alias, typed
+from qat.tasks.conf import command_words, display_name
 from qat.utils.files import write_text
 from qat.utils.tables import text_table
-from qat.utils.text import count, scaled, unlearned
+from qat.utils.text import chance_level_remark, format_count, format_si
 from qat.utils.validate import FLOAT_BITS
 
 log = logging.getLogger(__name__)
-FEW_STEPS = 100  # in all epochs
+MIN_STEPS = 100  # in all epochs; a run with fewer steps logs a warning
 IMAGE_SETTINGS = ("crop_pct", "interpolation", "mean", "std")
 
 
-def lines(title: str, entries: dict[str, str]) -> str:
+def aligned_lines(title: str, entries: dict[str, str]) -> str:
     """A title, and aligned lines of keys and values."""
     width = max(len(key) for key in entries)
     return "\n".join([title, *(f"  {key.ljust(width)}  {value}" for key, value in entries.items())])
@@ -53,8 +53,8 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
             num_params += module.stored.numel()
     channels, height, width = input_size
     return (
-        f"{alias(name, getattr(net, '_model_args', {}))}, {num_params / 1e6:.2f} M parameters, "
-        f"images {channels} x {height} x {width}"
+        f"{display_name(name, getattr(net, '_model_args', {}))}, "
+        f"{num_params / 1e6:.2f} M parameters, images {channels} x {height} x {width}"
     )
 
 
@@ -63,22 +63,22 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
 
     `best.ckpt` is larger, because it contains everything that is needed to resume training.
     """
-    size = scaled(size_bytes, "B")
+    size = format_si(size_bytes, "B")
     if conversion_of(net) is None:
         return f"{size} of float weights"
     if is_frozen(net):
         return f"packed size {size}"
-    return f"packed size {size} (`{typed('export')} format=packed` writes the file)"
+    return f"packed size {size} (`{command_words('export')} format=packed` writes the file)"
 
 
-def scores(results: Mapping[str, Any]) -> dict[str, str]:
+def score_texts(results: Mapping[str, Any]) -> dict[str, str]:
     """Accuracies as text, with a remark if the model has learned nothing."""
     texts = {}
     for k in (1, 5):
         accuracy = results.get(f"top{k}")
         if accuracy is not None:
             texts[f"top-{k}"] = f"{accuracy:.2f} %"
-    note = unlearned(results)
+    note = chance_level_remark(results)
     if note:
         texts["note"] = note
     return texts
@@ -88,7 +88,7 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     """Bits and quantizers in one line."""
     if recipe.name == "fp":
         return "fp: float, nothing is quantized"
-    rules = f", {count(len(recipe.overrides), 'override')}" if recipe.overrides else ""
+    rules = f", {format_count(len(recipe.overrides), 'override')}" if recipe.overrides else ""
     if isinstance(recipe, PtqRecipe):
         return (
             f"{recipe.name}: placement {recipe.placement}, "
@@ -108,12 +108,12 @@ def describe_recipe(recipe: QuantRecipe) -> str:
 def describe_data(data: ImageData) -> str:
     """Sizes of the splits, as text."""
     counts = ", ".join(f"{len(data.split(split))} {split}" for split in data.splits)
-    classes = count(data.settings.num_classes, "class")
+    classes = format_count(data.settings.num_classes, "class")
     return f"{type(data).__name__.lower()}: {counts} images, {classes}"
 
 
 def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
-    """How evaluation prepares images for a model, as text.
+    """Describe how evaluation prepares images for a model.
 
     Args:
         settings: settings of the data.
@@ -125,8 +125,8 @@ def describe_images(settings: DataSettings, assumed: Sequence[str] = ()) -> str:
         scaling = f"{crop}, {settings.interpolation or 'bicubic'}"
     mean = " ".join(f"{number:.3g}" for number in settings.mean)
     std = " ".join(f"{number:.3g}" for number in settings.std)
-    end = f"; assumed: {', '.join(assumed)}" if assumed else ""
-    return f"{settings.image_size} x {settings.image_size}, {scaling}, mean {mean}, std {std}{end}"
+    note = f"; assumed: {', '.join(assumed)}" if assumed else ""
+    return f"{settings.image_size} x {settings.image_size}, {scaling}, mean {mean}, std {std}{note}"
 
 
 def assumed_settings(
@@ -144,14 +144,14 @@ def assumed_settings(
     """
     if not (cfg.ckpt or cfg.model.weights):
         return []
-    stored = data_of(net) or {}
-    if "_target_" in stored:
+    stored_settings = data_of(net) or {}
+    if "_target_" in stored_settings:
         return []
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     names_set_by_user = _data_settings(overrides)
     if isinstance(data, EncodedImageData):
         names_set_by_user |= {name for name in IMAGE_SETTINGS if own_data.get(name) is not None}
-    known_names = names_set_by_user | stored.keys()
+    known_names = names_set_by_user | stored_settings.keys()
     return [name for name in IMAGE_SETTINGS if name not in known_names]
 
 
@@ -177,7 +177,7 @@ def announce(
         "model": describe_model(name, net, input_size),
         "recipe": describe_recipe(recipe),
     }
-    log.info(lines(f"qat: {title}", entries | more))
+    log.info(aligned_lines(f"qat: {title}", entries | more))
 
 
 def describe_device(trainer: Trainer) -> str:
@@ -189,28 +189,28 @@ def write_conversion(net: nn.Module, folder: Path) -> str:
     """Write `conversion.txt`, the report of a converted model, into a folder.
 
     Returns:
-        A text for the log: a table of the shares of weights and products at each bit-width, and the
-        modules that stay float, with `*` for numbers in names.
+        A text for the log: a table with the percentages of weights and products at each bit-width,
+        and the modules that stay float, with `*` for numbers in names.
     """
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
-    floats: Counter[str] = Counter()
+    float_modules: Counter[str] = Counter()
     for name, kind in report.stays_float:
-        floats[f"{re.sub(r'[0-9]+', '*', name)} ({kind})"] += 1
+        float_modules[f"{re.sub(r'[0-9]+', '*', name)} ({kind})"] += 1
     settings = conversion_of(net)
     assert settings is not None  # noqa: S101  (narrows a type)
-    table = shares_by_bits({
+    table = percentages_by_bits({
         "weights": weights_by_bits(net),
         "products": macs_by_bits(net, settings.input_size),
     })
     entries = {
-        "stays float": ", ".join(f"{name} x{n}" for name, n in floats.items()),
+        "stays float": ", ".join(f"{name} x{n}" for name, n in float_modules.items()),
         "layer by layer": "conversion.txt",
     }
-    return lines(f"quantized\n{table}", entries)
+    return aligned_lines(f"quantized\n{table}", entries)
 
 
-def shares_by_bits(columns: Mapping[str, Counter[int]]) -> str:
+def percentages_by_bits(columns: Mapping[str, Counter[int]]) -> str:
     """A table with a row per bit-width and the percentage of each column."""
     rows = []
     widths: set[int] = set()
@@ -219,8 +219,8 @@ def shares_by_bits(columns: Mapping[str, Counter[int]]) -> str:
     for bits in sorted(widths):
         cells = []
         for numbers in columns.values():
-            share = 100 * numbers[bits] / numbers.total()
-            text = "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
+            percentage = 100 * numbers[bits] / numbers.total()
+            text = "< 0.1 %" if 0 < percentage < 0.05 else f"{percentage:.1f} %"
             cells.append(text)
         name = "float" if bits == FLOAT_BITS else f"{bits} bit"
         rows.append([name, *cells])
@@ -241,20 +241,20 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
     limit = cfg.trainer.limit_train_batches
     is_whole = limit == 1.0 and isinstance(limit, float)
     if not is_whole:
-        limited = limit if isinstance(limit, int) else limit * num_batches
-        num_batches = min(num_batches, int(limited))
+        num_limited = limit if isinstance(limit, int) else limit * num_batches
+        num_batches = min(num_batches, int(num_limited))
     steps = math.ceil(num_batches / cfg.trainer.accumulate_grad_batches)
     epochs = cfg.trainer.max_epochs
-    text = f"{count(epochs, 'epoch')} x {count(steps, 'step')}"
+    text = f"{format_count(epochs, 'epoch')} x {format_count(steps, 'step')}"
     if num_unused and is_whole:
         text += f", {num_unused} of {num_images * trainer.world_size} images left out of each"
-    is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < FEW_STEPS
+    is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < MIN_STEPS
     if is_short and batch_size > 1:
         log.warning(
             "data.batch_size=%d: %s in all, too few to train a model well; "
             "smaller batches or a higher trainer.max_epochs make more steps",
             batch_size,
-            count(steps * epochs, "training step"),
+            format_count(steps * epochs, "training step"),
         )
     return text
 
@@ -268,7 +268,7 @@ def announce_run(
     trainer: Trainer,
     lr: float,
 ) -> None:
-    """Log model, data, start, settings and outputs of a training run; write `conversion.txt`."""
+    """Log model, data, initial weights, settings and outputs of a run; write `conversion.txt`."""
     optimizer = cfg.optimizer
     assumed = assumed_settings(cfg, cfg.data, start.source or start.net, data)
     training = [
@@ -324,7 +324,7 @@ def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer)
     head_top1 = evaluate(teacher, data.test_dataloader(), num_classes, device)["top1"]
     top1 = head_top1
     note = ""
-    if teacher.is_one_of_two:
+    if teacher.uses_one_of_two_heads:
         top1 = evaluate(teacher.net, data.test_dataloader(), num_classes, device)["top1"]
         note = f", class head only; {top1:.2f} % with both heads"
     log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, head_top1, note)

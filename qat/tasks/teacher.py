@@ -27,7 +27,7 @@ from qat.tasks.checks import check_classes
 
 log = logging.getLogger(__name__)
 
-QUANTIZED = (
+QUANTIZED_ERROR = (
     "is already quantized and cannot be the float teacher; "
     "set teacher.ckpt to a float checkpoint, or use teacher.pretrained=true"
 )
@@ -35,8 +35,8 @@ QUANTIZED = (
 # teacher.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 # Settings that name weights to start from; the first one that is set is used.
-STARTS = ("ckpt", "model.weights", "model.pretrained")
-TEACHERS = ("teacher.ckpt", "teacher.pretrained", *STARTS)
+WEIGHT_SETTINGS = ("ckpt", "model.weights", "model.pretrained")
+TEACHER_SETTINGS = ("teacher.ckpt", "teacher.pretrained", *WEIGHT_SETTINGS)
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
@@ -61,8 +61,8 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     if len(sources) > 1:
         raise UsageError(f"{', '.join(sources)}: only one of them can set the teacher")
     has_own_model = sources or cfg.teacher.model
-    start = Start(_own_teacher(cfg)) if has_own_model else _start_of_student(cfg)
-    setting = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
+    start = Start(_own_teacher(cfg)) if has_own_model else _student_start(cfg)
+    setting = next((key for key in TEACHER_SETTINGS if OmegaConf.select(cfg, key)), "model.name")
     sets_mean = cfg.data.get("mean") is not None
     fit_teacher(start, data, setting, OmegaConf.select(cfg, setting), sets_mean=sets_mean)
     return Teacher(start.net, cfg.loss.get("teacher_head", "cls"))
@@ -97,24 +97,24 @@ def fit_teacher(
         check_input(net, data.input_size)
     except UsageError as error:
         raise UsageError(f"{origin} is the teacher: {error}") from error
-    trained = _trained_with(start, data, setting, sets_mean=sets_mean)
-    renormalize(net, _normalization(data), trained)
+    training_normalization = _training_normalization(start, data, setting, sets_mean=sets_mean)
+    renormalize(net, _normalization(data), training_normalization)
 
 
 def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
-    """Warn if the start's weights were trained on images with another normalization."""
-    setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
+    """Warn if the initial weights were trained on images with another normalization."""
+    setting = next((key for key in WEIGHT_SETTINGS if OmegaConf.select(cfg, key)), "model.name")
     sets_mean = cfg.data.get("mean") is not None
-    trained = _trained_with(start, data, setting, sets_mean=sets_mean)
-    current = _normalization(data)
-    if trained != current and is_first():
+    training_normalization = _training_normalization(start, data, setting, sets_mean=sets_mean)
+    data_normalization = _normalization(data)
+    if training_normalization != data_normalization and is_first():
         log.warning(
             "%s=%r: trained on images of mean %s and std %s; "
             "data.mean and data.std set mean %s and std %s",
             setting,
             OmegaConf.select(cfg, setting),
-            *trained,
-            *current,
+            *training_normalization,
+            *data_normalization,
         )
 
 
@@ -122,7 +122,7 @@ def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
     return list(data.settings.mean), list(data.settings.std)
 
 
-def _trained_with(
+def _training_normalization(
     start: Start, data: ImageData, setting: str, *, sets_mean: bool
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
@@ -170,7 +170,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
         raise UsageError(str(error).replace("model.", "teacher.")) from error
 
 
-def _start_of_student(cfg: DictConfig) -> Start:
+def _student_start(cfg: DictConfig) -> Start:
     if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
             raise UsageError(
@@ -182,7 +182,7 @@ def _start_of_student(cfg: DictConfig) -> Start:
         )
     start = build_start(cfg, keep_head=True)
     if start.source is not None and conversion_of(start.source) is not None:
-        raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")
+        raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED_ERROR}")
     return start
 
 
@@ -206,7 +206,7 @@ def net_of_file(
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")
     if checkpoint.meta is None:
         if is_ofq(checkpoint.state):
-            raise UsageError(f"{origin} {QUANTIZED}")
+            raise UsageError(f"{origin} {QUANTIZED_ERROR}")
         return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
     stored_name = str(checkpoint.meta.get("model", {}).get("name"))
     if model_setting is not None and _family(model_setting) != _family(stored_name):

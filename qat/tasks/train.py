@@ -18,7 +18,7 @@ from qat.data import ImageData
 from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
 from qat.lit import QATModule
-from qat.lit.loggers import closing
+from qat.lit.loggers import end_wandb_runs
 from qat.lit.module import OptimizerFactory
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.cost import cost
@@ -35,24 +35,26 @@ from qat.tasks.checks import (
 )
 from qat.tasks.report import report_run
 from qat.tasks.results import (
-    correct_images,
-    measured,
+    correct_field,
     recipe_fields,
     record_run,
+    score_fields,
+    write_class_tables,
     write_results,
 )
 from qat.tasks.resume import (
     check_data,
     check_optimizer,
     check_teacher,
-    compared,
+    comparable_settings,
     find_resume,
     outputs_to_replace,
 )
 from qat.tasks.set_up import set_up
+from qat.tasks.subject import class_names
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
-from qat.utils.files import digest_of
+from qat.utils.files import hash_tensors
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def train(cfg: DictConfig) -> float:
     Raises:
         UsageError: a setting, path or file cannot be used; raised before the first step.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     set_up(cfg)
     build.import_modules(cfg.model.imports)
 
@@ -79,29 +81,29 @@ def train(cfg: DictConfig) -> float:
     loss = build.build_loss(cfg)
     model_args = build.model_args(cfg)
     check_options(cfg.trainer, cfg.compile, recipe, loss)
-    resume = find_resume(cfg, recipe, model_args)
-    settings = compared(cfg)
-    outdated_files = [] if resume else outputs_to_replace(cfg)
+    resume_checkpoint = find_resume(cfg, recipe, model_args)
+    settings = comparable_settings(cfg)
+    outdated_files = [] if resume_checkpoint else outputs_to_replace(cfg)
     callbacks = fit.build_callbacks(cfg)
-    first_step = (resume.step or 0) if resume else 0
-    loggers = fit.build_loggers(cfg, resumed_at=first_step)
+    first_step = (resume_checkpoint.step or 0) if resume_checkpoint else 0
+    loggers = fit.build_loggers(cfg, resume_step=first_step)
     trainer = fit.build_trainer(cfg, callbacks, loggers)
     optimizer = fit.build_optimizer_factory(cfg, trainer)
     scheduler = fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
     data.batch_mixup()  # fails early if a mixup setting is invalid
-    start = _start(cfg, resume, recipe, data, trainer, optimizer)
+    start = _build_start(cfg, resume_checkpoint, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
-    teacher_digest = None if teacher is None else digest_of(teacher.net.state_dict().values())
-    if resume:
-        check_teacher(resume, teacher_digest)
+    teacher_digest = None if teacher is None else hash_tensors(teacher.net.state_dict().values())
+    if resume_checkpoint:
+        check_teacher(resume_checkpoint, teacher_digest)
     metadata = describe(
         start.net,
         model=cfg.model.name,
         model_kwargs=model_args,
-        data=build.plain(cfg.data),
+        data=build.to_plain(cfg.data),
         classes=data.named_classes(),
     )
     # This entry is stored so that a resumed run can be compared with this run.
@@ -128,17 +130,21 @@ def train(cfg: DictConfig) -> float:
         announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])
     teacher_top1 = announce_teacher(teacher, data, trainer)
     fit.compile_nets(cfg, module.net, teacher)
-    with closing(trainer.loggers):
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
-        module.make_whole()
-        val_top1, weights = _take_best(module, data, trainer)
+    with end_wandb_runs(trainer.loggers):
+        trainer.fit(
+            module,
+            datamodule=data,
+            ckpt_path=str(resume_checkpoint.path) if resume_checkpoint else None,
+        )
+        module.unshard_net()
+        val_top1, weights = _load_best_weights(module, data, trainer)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
     outcome = {
         "weights": weights,
         "val_top1": val_top1,
         "top1_fp": teacher_top1,
-        "wall_seconds": round(time.monotonic() - began + _earlier_seconds(trainer), 1),
+        "wall_seconds": round(time.monotonic() - start_time + _earlier_seconds(trainer), 1),
     }
     _write_results(cfg, recipe, module, data, metrics, outcome)
     return val_top1
@@ -170,17 +176,20 @@ def _write_results(
     """Write `results.json` and the report, and log one line with the scores."""
     with torch.compiler.set_stance("force_eager"):  # hooks do not work in compiled graphs
         costs = cost(module.net, data.input_size)
-    figures = measured(metrics, costs, data.settings.num_classes)
-    figures |= correct_images(module.correct)
-    figures |= data.evaluation_facts(module.confusion)
-    results = write_results(cfg, **recipe_fields(recipe), **figures, **outcome)
-    scores = [
-        f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items()
+    measurements = score_fields(metrics, costs, data.settings.num_classes)
+    measurements |= correct_field(module.correct)
+    measurements |= data.evaluation_facts(module.confusion)
+    if module.confusion is not None:
+        names = class_names(None, data)
+        measurements |= write_class_tables(Path(cfg.run_dir), module.confusion, names)
+    results = write_results(cfg, **recipe_fields(recipe), **measurements, **outcome)
+    score_texts = [
+        f"{key} {text}".removeprefix("note ") for key, text in summary.score_texts(results).items()
     ]
     log.info(
         "%s %s (%s); %s; outputs in %s",
         results["split"],
-        ", ".join(scores),
+        ", ".join(score_texts),
         outcome["weights"],
         summary.describe_size(module.net, costs.size_bytes),
         cfg.run_dir,
@@ -188,19 +197,19 @@ def _write_results(
     report_run(cfg, module.net, data.input_size)
 
 
-def _start(
+def _build_start(
     cfg: DictConfig,
-    resume: Checkpoint | None,
+    resume_checkpoint: Checkpoint | None,
     recipe: QuantRecipe,
     data: ImageData,
     trainer: Trainer,
     optimizer: OptimizerFactory,
 ) -> Start:
     """The quantized model on its device, either new or from the checkpoint of a resumed run."""
-    if resume:
-        check_data(resume, data, allow_changed_data=cfg.allow_changed_data)
-        note = f"step {resume.step} of this run ({resume.path.name})"
-        start = Start(build_from(resume).train(), [note])
+    if resume_checkpoint:
+        check_data(resume_checkpoint, data, allow_changed_data=cfg.allow_changed_data)
+        note = f"step {resume_checkpoint.step} of this run ({resume_checkpoint.path.name})"
+        start = Start(build_from(resume_checkpoint).train(), [note])
     else:
         start = build.build_start(cfg)
         if start.source is not None:
@@ -209,8 +218,8 @@ def _start(
     check_patches(start.net, data)
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)
-    if resume:
-        check_optimizer(resume, optimizer(start.net))
+    if resume_checkpoint:
+        check_optimizer(resume_checkpoint, optimizer(start.net))
     else:
         start.notes += build.quantize(
             start, recipe, data, init=cfg.model.init, processes=trainer.world_size
@@ -218,25 +227,27 @@ def _start(
     return start
 
 
-def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
+def _load_best_weights(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
     """Load the weights of the best checkpoint, or keep the final weights if none was saved.
 
     Returns:
         Validation top-1 of these weights in percent, and the name of their file, or "final".
     """
     name = "final"
-    best = _best_checkpoint(trainer)
-    if best is not None:
-        best_net = build_from(read_checkpoint(best.best_model_path))
+    best_callback = _best_checkpoint(trainer)
+    if best_callback is not None:
+        best_net = build_from(read_checkpoint(best_callback.best_model_path))
         module.net.load_state_dict(best_net.state_dict())
-        name = Path(best.best_model_path).name
-        if best.monitor == "val/top1":
-            return float(best.best_model_score), name
+        name = Path(best_callback.best_model_path).name
+        if best_callback.monitor == "val/top1":
+            return float(best_callback.best_model_score), name
     # The loggers already have these metrics, and averaged weights would replace the loaded weights.
     loggers = trainer.loggers
     trainer.loggers = []
-    untyped: Any = trainer  # Lightning does not declare `callbacks`
-    untyped.callbacks = [c for c in untyped.callbacks if not isinstance(c, WeightAveraging)]
+    untyped_trainer: Any = trainer  # Lightning does not declare `callbacks`
+    untyped_trainer.callbacks = [
+        c for c in untyped_trainer.callbacks if not isinstance(c, WeightAveraging)
+    ]
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name

@@ -38,17 +38,17 @@ def load(source: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise OSError("neither $CXX nor c++ exists")
-    folder = _cache()
+    folder = _cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return ctypes.CDLL(str(_compiled(source, compiler, Path(temporary) / "kernels.so")))
-    library = folder / f"kernels-{_key(source, compiler)}.so"
+            return ctypes.CDLL(str(_compile(source, compiler, Path(temporary) / "kernels.so")))
+    library = folder / f"kernels-{_cache_key(source, compiler)}.so"
     with contextlib.suppress(OSError):  # if missing or damaged, it is compiled below
         return ctypes.CDLL(str(library))
-    return ctypes.CDLL(str(_compiled(source, compiler, library)))
+    return ctypes.CDLL(str(_compile(source, compiler, library)))
 
 
-def _compiled(source: str, compiler: str, library: Path) -> Path:
+def _compile(source: str, compiler: str, library: Path) -> Path:
     """Compile, and then rename: other processes may compile the same library, or be killed."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source_path = Path(folder) / "kernels.cpp"
@@ -68,7 +68,7 @@ def _compiled(source: str, compiler: str, library: Path) -> Path:
     raise OSError(f"{compiler} fails: {first_line}")
 
 
-def _key(source: str, compiler: str) -> str:
+def _cache_key(source: str, compiler: str) -> str:
     compiler_path = Path(compiler).resolve()
     parts = (
         source,
@@ -77,14 +77,14 @@ def _key(source: str, compiler: str) -> str:
         compiler_path,
         compiler_path.stat().st_mtime_ns,
         platform.machine(),
-        _features(),
+        _processor_features(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _features() -> str:
-    """Features of the processor: machines that share a home directory may differ in them."""
+def _processor_features() -> str:
+    """Features of the processor, in which machines that share a home directory may differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -95,8 +95,8 @@ def _features() -> str:
     return platform.processor()
 
 
-def _cache() -> Path | None:
-    """The cache folder, if only this user can write to it, because its files are executed."""
+def _cache_folder() -> Path | None:
+    """The cache folder, whose files are executed; None if other users can write to the folder."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
     if not folder.is_absolute():  # the user has no home directory
         return None

@@ -25,22 +25,24 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.utils.pickles import MOST_VALUES, check_pickles
+from qat.utils.pickles import MAX_VALUES, check_pickles
 from qat.utils.text import is_number, one_line, read_file
 
 _UNFINISHED = ".part"
 # Characters that start a formula in spreadsheets, in ASCII and full-width.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _FOLDER_MARK = 0x10
-MOST_DEPTH = 32
+MAX_NESTING = 32
 # A byte of a file can contain at most this many numbers: four 2-bit codes.
-MOST_PER_BYTE = 4
-# Weights may have this many more numbers, because constant tensors take no bytes.
-MOST_CONSTANT = 2**26
+MAX_NUMBERS_PER_BYTE = 4
+# Constant tensors take no bytes, so a file may have this many numbers more than its size allows.
+MAX_CONSTANT_NUMBERS = 2**26
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> Generator[Path]:
+def replace_atomically(
+    path: str | os.PathLike[str], *, previous: str | None = None
+) -> Generator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` after the block.
 
     An error in the block removes the temporary file and leaves `path` unchanged.
@@ -56,7 +58,7 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
     """
     target = Path(path)
     check_not_folder(path)
-    with _named(target):
+    with _name_path_in_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}{_UNFINISHED}")
         temporary.touch()
@@ -64,7 +66,7 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
             yield temporary
             flush(temporary)
             if previous is not None and target.exists():
-                _keep(target, target.with_name(previous))
+                _link_or_copy(target, target.with_name(previous))
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -78,8 +80,8 @@ def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> Non
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Generator[None]:
-    """Put this path into OS errors that name no file or only a temporary one."""
+def _name_path_in_errors(path: Path) -> Generator[None]:
+    """Put a path into OS errors that name no file or only a temporary file."""
     try:
         yield
     except OSError as error:
@@ -98,14 +100,14 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _keep(present: Path, previous: Path) -> None:
-    """Give a file a second name, and replace any file with that name. Copy it if links fail."""
+def _link_or_copy(current: Path, previous: Path) -> None:
+    """Give a file a second name, which may replace another file; copy the file if links fail."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}{_UNFINISHED}")
     link.unlink(missing_ok=True)
     try:
-        link.hardlink_to(present)
+        link.hardlink_to(current)
     except OSError:
-        shutil.copyfile(present, link)
+        shutil.copyfile(current, link)
     link.replace(previous)
 
 
@@ -120,20 +122,20 @@ def remove_unfinished(run_dir: Path, files: Iterable[str]) -> list[Path]:
     Returns:
         The deleted paths.
     """
-    removed = []
+    removed_paths = []
     for pattern in files:
         folder, _, name = pattern.rpartition("/")
         for path in sorted((run_dir / folder).glob(f".{name}.*{_UNFINISHED}")):
             process = path.name.removesuffix(_UNFINISHED).rpartition(".")[2]
             if process.isdigit():
                 path.unlink(missing_ok=True)
-                removed.append(path)
-    return removed
+                removed_paths.append(path)
+    return removed_paths
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically; characters that UTF-8 cannot encode are escaped."""
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -176,14 +178,14 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 
 def json_text(value: Any) -> str:
     """Convert to JSON; NaN and infinity become null, values that JSON lacks become strings."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"
+    return json.dumps(_replace_non_finite(value), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _replace_non_finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [_replace_non_finite(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -194,24 +196,24 @@ def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[
 
     Args:
         folder: the folder.
-        hidden: include files below folders whose names begin with a dot.
+        hidden: True = include files below folders whose names begin with a dot.
     """
     paths: list[str] = []
-    visited: set[str] = set()
+    visited_folders: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real_parent = os.path.realpath(parent)
-        if real_parent in visited:
+        if real_parent in visited_folders:
             folders.clear()
             continue
-        visited.add(real_parent)
+        visited_folders.add(real_parent)
         folders[:] = [name for name in folders if hidden or not name.startswith(".")]
         paths += [os.path.join(parent, name) for name in files]
     return sorted(paths)
 
 
 def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | None = None) -> None:
-    """Write a file by `torch.save` atomically; see `replacing`."""
-    with replacing(path, previous=previous) as temporary:
+    """Write a file by `torch.save` atomically; see `replace_atomically`."""
+    with replace_atomically(path, previous=previous) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:
@@ -232,14 +234,14 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
         pickle.UnpicklingError: the file contains something else than plain data and tensors.
         RuntimeError, EOFError: the file was not written by `torch.save`.
     """
-    damage = damage_of(path)
+    damage = find_damage(path)
     if damage is not None:
-        raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
+        raise OSError(errno.EIO, f"the file is damaged: {damage}", str(path))
     check_pickles(path)
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def damage_of(path: str | os.PathLike[str]) -> str | None:
+def find_damage(path: str | os.PathLike[str]) -> str | None:
     """Find damage in an archive of `torch.save`; torch itself does not compare checksums.
 
     Returns:
@@ -253,10 +255,10 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
             # Check this before anything is read: 3 MB could unpack to 3 GB.
             if _is_compressed(archive, Path(path).stat().st_size):
                 return "it is compressed, which torch.save never does"
-            damaged = archive.testzip() or _first_folder(archive)
+            damaged_entry = archive.testzip() or _first_folder(archive)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())
-    return None if damaged is None else f"the checksum of {damaged} does not match"
+    return None if damaged_entry is None else f"the checksum of {damaged_entry} does not match"
 
 
 def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
@@ -276,7 +278,7 @@ def _first_folder(archive: zipfile.ZipFile) -> str | None:
     return None
 
 
-def digest_of(tensors: Iterable[Tensor]) -> str:
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the values of tensors in this order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -289,24 +291,24 @@ def check_bounds(value: object) -> None:
     """Check that the nested dicts and lists of a file are within limits.
 
     Raises:
-        ValueError: they are nested deeper than `MOST_DEPTH`, or contain more than `MOST_VALUES`
-            values; shared values count each time.
+        ValueError: the dicts and lists are nested deeper than `MAX_NESTING`, or contain more than
+            `MAX_VALUES` values; shared values count each time.
     """
     level = [value]
     num_values = 0
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_NESTING):
         next_level: list[object] = []
         for node in level:
             if isinstance(node, dict):
                 next_level.extend(node.values())
             elif isinstance(node, list | tuple):
                 next_level.extend(node)
-            if num_values + len(next_level) > MOST_VALUES:
-                raise ValueError(f"holds more than {MOST_VALUES} values")
+            if num_values + len(next_level) > MAX_VALUES:
+                raise ValueError(f"contains more than {MAX_VALUES} values")
         num_values += len(next_level)
         level = next_level
     if level:
-        raise ValueError(f"is nested more than {MOST_DEPTH} deep")
+        raise ValueError(f"is nested more than {MAX_NESTING} deep")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
@@ -324,15 +326,15 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
         kind = _unusable_kind(tensor)
         if kind is not None:
             raise UsageError(
-                f"{origin}: its weight {name} is {kind}; weights must be dense real numbers"
+                f"{origin}: weight {name} is {kind}; weights must be dense real numbers"
             )
     # Sizes of storages would mislead, because many tensors may share a storage or expand one
     # number.
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
+    num_numbers = sum(tensor.numel() for tensor in tensors.values())
+    if num_numbers > MAX_NUMBERS_PER_BYTE * size + MAX_CONSTANT_NUMBERS:
         raise UsageError(
-            f"{origin}: is damaged: its weights have {numbers} numbers, "
-            f"more than a file of {size} bytes holds"
+            f"{origin}: is damaged: the weights have {num_numbers} numbers, "
+            f"more than a file of {size} bytes can contain"
         )
 
 

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import torch
 
-MOST_VALUES = 10**6
+MAX_VALUES = 10**6
 # Functions that a pickle may call. Torch also allows functions whose results may be far larger than
 # the file.
-_CALLABLE = (
+_ALLOWED_CALLS = (
     "argparse.Namespace",
     "builtins.complex",
     "builtins.set",
@@ -27,20 +27,29 @@ _CALLABLE = (
     "torch.serialization._get_layout",
     "torch.torch_version.TorchVersion",
 )
-_CALLABLE_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._rebuild_")
+_ALLOWED_CALL_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._rebuild_")
 _ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # pickles before the weights in a file of torch < 1.6
-_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
+_CALL_OPCODES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
 # Opcodes that leave the list, dict or set to which they add on the stack. A list or dict counts as
 # one value: unlike a tuple, it is never hashed.
-_UNCHANGED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "MEMOIZE", "DUP"}
+_IN_PLACE_OPCODES = {
+    "APPEND",
+    "APPENDS",
+    "SETITEM",
+    "SETITEMS",
+    "ADDITEMS",
+    "BUILD",
+    "MEMOIZE",
+    "DUP",
+}
 
 
 def check_pickles(path: str | os.PathLike[str]) -> None:
     """Raise an error if reading a file's pickles could take far more memory or time than its size.
 
     Raises:
-        OverflowError: a pickle contains more than `MOST_VALUES` values.
+        OverflowError: a pickle contains more than `MAX_VALUES` values.
         pickle.UnpicklingError: a pickle is damaged, or calls a function that no checkpoint needs.
     """
     with contextlib.suppress(EOFError), open(path, "rb") as file:
@@ -73,67 +82,69 @@ class _Slot:
 
 
 def _check_opcodes(file: IO[bytes]) -> None:
-    """Track the stack through one pickle."""
+    """Check one pickle by tracking the values on the stack, without executing the pickle."""
     mark = _Slot("mark")
     stack: list[_Slot] = []
     memo: dict[int, _Slot] = {}
     opcodes: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
     try:
         for number, (opcode, argument, _) in enumerate(opcodes):
-            if number > 2 * MOST_VALUES:
-                raise OverflowError(f"holds more than {MOST_VALUES} values")
-            popped = _pop(stack, opcode, mark)
-            if opcode.name in _CALLS:
-                _check_call(popped[0].name if popped else str(argument))
+            if number > 2 * MAX_VALUES:
+                raise OverflowError(f"contains more than {MAX_VALUES} values")
+            popped_slots = _pop(stack, opcode, mark)
+            if opcode.name in _CALL_OPCODES:
+                _check_call(popped_slots[0].name if popped_slots else str(argument))
 
-            slot = _pushed(opcode, argument, popped, memo)
-            if slot.values > MOST_VALUES:
-                raise OverflowError(f"holds more than {MOST_VALUES} values")
+            slot = _pushed_value(opcode, argument, popped_slots, memo)
+            if slot.values > MAX_VALUES:
+                raise OverflowError(f"contains more than {MAX_VALUES} values")
             if opcode.name == "MEMOIZE":
                 memo[len(memo)] = slot
             elif "PUT" in opcode.name:
                 memo[argument] = stack[-1]
-            pushed = mark if opcode.name == "MARK" else slot
-            stack += [pushed] * len(opcode.stack_after)
+            pushed_slot = mark if opcode.name == "MARK" else slot
+            stack += [pushed_slot] * len(opcode.stack_after)
     except (LookupError, ValueError) as error:
-        raise pickle.UnpicklingError(f"its pickle is damaged ({error})") from error
+        raise pickle.UnpicklingError(f"the pickle is damaged ({error})") from error
 
 
 def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
     """Pop the inputs of an opcode from the stack; return them without the mark, lowest first."""
     inputs = opcode.stack_before
-    popped: list[_Slot] = []
+    popped_slots: list[_Slot] = []
     if pickletools.markobject in inputs:
         slot = stack.pop()
         while slot is not mark:
-            popped.append(slot)
+            popped_slots.append(slot)
             slot = stack.pop()
         inputs = inputs[: inputs.index(pickletools.markobject)]
-    popped += [stack.pop() for _ in inputs]
-    return popped[::-1]
+    popped_slots += [stack.pop() for _ in inputs]
+    return popped_slots[::-1]
 
 
-def _pushed(
-    opcode: pickletools.OpcodeInfo, argument: Any, popped: list[_Slot], memo: dict[int, _Slot]
+def _pushed_value(
+    opcode: pickletools.OpcodeInfo, argument: Any, popped_slots: list[_Slot], memo: dict[int, _Slot]
 ) -> _Slot:
     """The value that an opcode pushes onto the stack."""
     if "UNICODE" in opcode.name:
         return _Slot(argument)
-    if opcode.name in _UNCHANGED:
-        return popped[0]
+    if opcode.name in _IN_PLACE_OPCODES:
+        return popped_slots[0]
     if "GET" in opcode.name:
         return memo[argument]
-    values = 1 + sum(slot.values for slot in popped)
+    values = 1 + sum(slot.values for slot in popped_slots)
     if opcode.name == "GLOBAL":
         return _Slot(str(argument).replace(" ", "."), values)
     if opcode.name == "STACK_GLOBAL":
-        return _Slot(".".join(slot.name for slot in popped), values)
+        return _Slot(".".join(slot.name for slot in popped_slots), values)
     return _Slot(values=values)
 
 
 def _check_call(name: str) -> None:
-    if name.startswith(_CALLABLE_PREFIXES) or name in _CALLABLE:
+    if name.startswith(_ALLOWED_CALL_PREFIXES) or name in _ALLOWED_CALLS:
         return
-    registered = [entry for entry in torch.serialization.get_safe_globals() if callable(entry)]
-    if name not in {f"{entry.__module__}.{entry.__qualname__}" for entry in registered}:
+    registered_callables = [
+        entry for entry in torch.serialization.get_safe_globals() if callable(entry)
+    ]
+    if name not in {f"{entry.__module__}.{entry.__qualname__}" for entry in registered_callables}:
         raise pickle.UnpicklingError(f"calls {name}, which no checkpoint needs")

@@ -63,22 +63,22 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
             handle.remove()
 
 
-def copied(net: nn.Module) -> nn.Module:
+def copy_net(net: nn.Module) -> nn.Module:
     """Make a deep copy of a net; of a compiled net, copy the original net.
 
     Some nets store a tensor of their last forward pass (attention biases in TinyViT and LeViT).
     Such a tensor is copied without its autograd graph, which cannot be copied.
     """
     net = getattr(net, "_orig_mod", net)
-    copies: dict[int, Any] = {}
+    detached_copies: dict[int, Any] = {}
     for module in net.modules():
         for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
-                copies[id(value)] = value.detach().clone()
-    return copy.deepcopy(net, copies)
+                detached_copies[id(value)] = value.detach().clone()
+    return copy.deepcopy(net, detached_copies)
 
 
-def images_of(batch: Any, net: nn.Module) -> Tensor:
+def calibration_images(batch: Any, net: nn.Module) -> Tensor:
     """The calibration images of a batch, with the dtype and device of a net.
 
     Args:
@@ -95,13 +95,13 @@ def images_of(batch: Any, net: nn.Module) -> Tensor:
         raise _unusable_batch(f"{images.dtype} {tuple(images.shape)}")
     if not images.isfinite().all():
         raise UsageError(
-            "calibration images hold NaN or infinity; check data.mean, data.std and the files"
+            "calibration images contain NaN or infinity; check data.mean, data.std and the files"
         )
     return images.to(next(net.parameters()))
 
 
-def _unusable_batch(kind: str) -> UsageError:
+def _unusable_batch(description: str) -> UsageError:
     return UsageError(
-        f"calibration: a batch is {kind}; "
+        f"calibration: a batch is {description}; "
         "must be float images (B, C, H, W), or (images, ...), in a list or a loader"
     )

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qat.utils.text import MISSING, one_line
 
-MOST_COLUMNS = 1000  # characters of a line
+MAX_LINE_LENGTH = 1000  # characters
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -25,14 +25,14 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     texts = []
     for row in rows:
         texts.append([_cell(value) for value in row])
-    for number, name in enumerate(header):
-        is_numeric = number > 0 and all(re.match(rf"[\d<{MISSING}]", row[number]) for row in texts)
+    for column, name in enumerate(header):
+        is_numeric = column > 0 and all(re.match(rf"[\d<{MISSING}]", row[column]) for row in texts)
         table.add_column(name, justify="right" if is_numeric else "left", no_wrap=True)
     for row in texts:
         table.add_row(*map(Text, row))
     # In a notebook, rich would also display the table.
     console = Console(
-        width=MOST_COLUMNS, color_system=None, file=io.StringIO(), force_jupyter=False
+        width=MAX_LINE_LENGTH, color_system=None, file=io.StringIO(), force_jupyter=False
     )
     with console.capture() as capture:
         console.print(table)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MISSING = "–"
-MOST_READ = 2**30  # bytes of one image, table or file of settings
+MAX_FILE_BYTES = 2**30  # bytes of one image, table or file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
 # Control characters except line breaks and tabs, marks that change the direction of text, and the
 # surrogates that Python uses for undecodable bytes in file names.
@@ -25,7 +25,7 @@ def printable(text: str) -> str:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
         True
     """
-    return _UNPRINTABLE.sub(_escaped, text)
+    return _UNPRINTABLE.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
@@ -33,14 +33,14 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:
         code -= 0xDC00  # `os.fsdecode` adds this number to an undecodable byte
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def scaled(value: float, unit: str = "") -> str:
+def format_si(value: float, unit: str = "") -> str:
     """Format a number with three significant digits and an SI prefix, such as `190 kB`."""
     value = float(f"{value:.3g}")  # 999,600 becomes 1 M
     power = 0
@@ -49,35 +49,35 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 
-def count(n: int, noun: str) -> str:
+def format_count(n: int, noun: str) -> str:
     """Format a number and a noun in singular or plural: `1 image`, `2 images`, `2 classes`."""
     if n == 1:
         return f"{n} {noun}"
     return f"{n} {noun}es" if noun.endswith("s") else f"{n} {noun}s"
 
 
-def unlearned(results: Mapping[str, Any]) -> str:
+def chance_level_remark(results: Mapping[str, Any]) -> str:
     """Remark on an accuracy that is hardly better than always predicting the most frequent class.
 
     Returns:
-        The remark, if the accuracy is at most two standard errors above the share of this class. If
-        it is higher or a number is missing, an empty string.
+        The remark, if the accuracy is at most two standard errors above the percentage of images in
+        the most frequent class. If the accuracy is higher, or a number is missing, an empty string.
     """
     top1 = results.get("top1")
     images = results.get("images")
-    share = results.get("majority_share")
-    if top1 is None or not images or share is None:
+    majority_percent = results.get("majority_share")
+    if top1 is None or not images or majority_percent is None:
         return ""
-    standard_error = math.sqrt(share * (100 - share) / images)
-    if top1 - share > 2 * standard_error:
+    standard_error = math.sqrt(majority_percent * (100 - majority_percent) / images)
+    if top1 - majority_percent > 2 * standard_error:
         return ""
     return (
         "not clearly better than always predicting the most frequent class, "
-        f"which gives {share:.2f} %"
+        f"which gives {majority_percent:.2f} %"
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration in seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -92,11 +92,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a file whose size is limited.
 
     Raises:
-        OSError: the file is missing, has more than `MOST_READ` bytes, or is a pipe or a device,
-            whose content might never end.
+        OSError: the file is missing, has more than `MAX_FILE_BYTES` bytes, or is a pipe or a
+            device, whose content might never end.
     """
-    if not os.path.isfile(path) or os.path.getsize(path) > MOST_READ:
-        raise OSError(f"No such file, or it does not end within {MOST_READ} bytes")
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_FILE_BYTES:
+        raise OSError(f"No such file, or larger than {MAX_FILE_BYTES >> 30} GiB")
     return Path(path).read_bytes()
 
 

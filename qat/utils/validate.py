@@ -1,4 +1,4 @@
-"""Checks of settings. They raise `UsageError` with messages like `setting=value: must be ...`."""
+"""Checks of settings, which raise `UsageError` with messages like `setting=value: must be ...`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from typing import Any, cast
 from qat.errors import UsageError
 
 FLOAT_BITS = 32
-LOWEST_BITS = 2
-HIGHEST_BITS = 8
+MIN_BITS = 2
+MAX_BITS = 8
 # Bits of the number formats in which blocks of floats share a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
 # 8-bit floats with one scale per tensor or row. The scale of an activation is either learned or
 # only calibrated.
 FP8 = ("fp8", "fp8_held")
 # Larger integers overflow in torch, or are typing mistakes.
-HIGHEST_WHOLE = 2**31 - 1
-HIGHEST_NUMBER = sys.float_info.max
-# Largest height and width of an image in pixels.
-MOST_SIDE = 2**14
+MAX_INT = 2**31 - 1
+MAX_FLOAT = sys.float_info.max
+# Maximum height and width of an image in pixels.
+MAX_IMAGE_SIDE = 2**14
 # With 0.1, an image is enlarged ten times before it is cropped.
-LOWEST_CROP = 0.1
+MIN_CROP = 0.1
 # VOLO uses 1.15, which adds a border around the image.
-HIGHEST_CROP = 2
+MAX_CROP = 2
 CROP_MODES = ("center", "center_floor", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def unknown(setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """Message about an unknown name. It lists the closest allowed names, or else all of them.
+def unknown_message(
+    setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()
+) -> str:
+    """Message about an unknown name, with the closest allowed names, or else all allowed names.
 
     Args:
         setting: the setting as the message shows it, with group and value if they help.
@@ -83,7 +85,7 @@ def check_number(
         highest: upper bound that is allowed itself.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        is_in_range = lowest <= value < below and value <= min(highest, HIGHEST_NUMBER)
+        is_in_range = lowest <= value < below and value <= min(highest, MAX_FLOAT)
         is_excluded = exclusive_lowest and value == lowest
         if is_in_range and not is_excluded:
             return
@@ -102,13 +104,13 @@ def check_number(
     raise UsageError(f"{setting}={value!r}: must be a number {bounds}")
 
 
-def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
+def check_int(setting: str, value: object, lowest: int, highest: int = MAX_INT) -> None:
     """Raise `UsageError` unless `value` is an integer from `lowest` to `highest`."""
     if isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest:
         return
     bounds = f"of at least {lowest}"
     is_too_large = isinstance(value, int) and value > highest
-    if is_too_large or highest < HIGHEST_WHOLE:
+    if is_too_large or highest < MAX_INT:
         bounds = f"from {lowest} to {highest}"
     raise UsageError(f"{setting}={value!r}: must be an integer {bounds}")
 
@@ -158,9 +160,9 @@ def check_channels(setting: str, values: Any, chans: int | None, lowest: float =
     has_length = is_list and (chans is None or chans == len(values))
     if has_length and all(_is_between(value, lowest, math.inf) for value in values):
         return
-    above = f" above {lowest:g}" if lowest > -math.inf else ""
+    lower_bound = f" above {lowest:g}" if lowest > -math.inf else ""
     raise UsageError(
-        f"{setting}={values!r}: must be a finite number{above} "
+        f"{setting}={values!r}: must be a finite number{lower_bound} "
         f"for each of the {chans or 'image'} channels"
     )
 
@@ -181,17 +183,19 @@ def check_images(origin: str, config: Mapping[str, Any]) -> None:
     size = config.get("input_size")
     if size is not None:
         is_triple = isinstance(size, list | tuple) and len(size) == 3
-        if not is_triple or not all(type(side) is int and 0 < side <= MOST_SIDE for side in size):
+        if not is_triple or not all(
+            type(side) is int and 0 < side <= MAX_IMAGE_SIDE for side in size
+        ):
             raise UsageError(
                 f"{origin}.input_size={size!r}: must be channels, height and width, "
-                f"integers from 1 to {MOST_SIDE}"
+                f"integers from 1 to {MAX_IMAGE_SIDE}"
             )
         chans = size[0]
     checks: dict[str, tuple[Any, ...]] = {
-        "image_size": (check_int, 1, MOST_SIDE),
+        "image_size": (check_int, 1, MAX_IMAGE_SIDE),
         "mean": (check_channels, chans),
         "std": (check_channels, chans, 0.0),
-        "crop_pct": (functools.partial(check_number, highest=HIGHEST_CROP), LOWEST_CROP),
+        "crop_pct": (functools.partial(check_number, highest=MAX_CROP), MIN_CROP),
         "crop_mode": (check_choice, CROP_MODES),
         "interpolation": (check_choice, INTERPOLATIONS),
     }
@@ -209,7 +213,7 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     """
     if quantizer == "float" and bits == FLOAT_BITS:
         return
-    check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
+    check_int(setting, bits, MIN_BITS, MAX_BITS)
     widths = (8,) if quantizer in FP8 else BLOCK_FLOATS.get(quantizer)
     if widths is not None and bits not in widths:
         choices = " or ".join(map(str, widths))

@@ -70,30 +70,6 @@ def test_modules_of_every_family_add_up(family):
     assert_sums(net, chosen.input_size)
 
 
-def test_one_block_by_hand():
-    parts = {part.module: part for part in module_costs(quantized(bits=2), SIZE)}
-    attention = parts["blocks.0.attn"]
-    folded = HEADS * WIDTH * WIDTH
-    assert attention.code_bytes == folded // 4
-    # A step per row of the folded matrix (made from the weights), per token, per token and head; probabilities, per query; values.
-    assert attention.scale_bytes == 4 * (HEADS * WIDTH + TOKENS + TOKENS * HEADS + TOKENS + WIDTH)
-    assert attention.offset_bytes == 4 * (
-        2 * WIDTH + HEADS * WIDTH + 2 * WIDTH
-    )  # input, product, values
-    assert attention.float_bytes == 0
-    assert [(p.macs, p.bits, p.of_activations) for p in attention.products] == [
-        (HEADS * TOKENS * WIDTH**2, (2, 2), False),
-        (TOKENS**2 * HEADS * WIDTH, (2, 2), True),
-        (TOKENS**2 * WIDTH, (2, 2), True),
-    ]
-    fc1 = parts["blocks.0.mlp.fc1"]
-    sizes = (fc1.code_bytes, fc1.scale_bytes, fc1.offset_bytes, fc1.float_bytes)
-    assert sizes == (HIDDEN * WIDTH // 4, 4 * (HIDDEN + TOKENS), 4 * 2 * WIDTH, 4 * HIDDEN)
-    assert (fc1.macs, fc1.bitops) == (TOKENS * WIDTH * HIDDEN, 4 * TOKENS * WIDTH * HIDDEN)
-    assert parts[""].float_bytes == 4 * (WIDTH + TOKENS * WIDTH)  # class token, position embedding
-    assert parts["norm"].float_bytes == 4 * 2 * WIDTH
-
-
 def test_the_net_in_float_is_beside_it():
     net = net_of("ofq2")
     before, generator = state(net), torch.get_rng_state()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import qat
-from qat.analysis.landscape import Landscape, plane, shape_of
+from qat.analysis.landscape import Landscape, measure_ruggedness, random_plane
 from qat.functional.infonce import info_nce
 from qat.functional.statsq import statsq_with_scale
 from tests import tiny
@@ -24,7 +24,7 @@ def draws(shape, seed):
 @pytest.mark.parametrize("points", [3, 5, 7, 21])
 def test_the_shape_of_a_bowl(points):
     places = (torch.arange(points, dtype=torch.float64) - points // 2) / (points // 2)
-    shape = shape_of(places.square().unsqueeze(1) + places.square())
+    shape = measure_ruggedness(places.square().unsqueeze(1) + places.square())
     assert (shape["centre"], shape["lowest"], shape["highest"], shape["local_minima"]) == (
         0,
         0,
@@ -36,21 +36,24 @@ def test_the_shape_of_a_bowl(points):
 
 
 def test_the_shape_of_a_slope_and_of_a_plain():
-    slope, plain = shape_of(torch.arange(9.0).view(3, 3)), shape_of(torch.ones(5, 5))
+    slope, plain = (
+        measure_ruggedness(torch.arange(9.0).view(3, 3)),
+        measure_ruggedness(torch.ones(5, 5)),
+    )
     assert (slope["roughness"], slope["local_minima"]) == (0, 1)
     assert (plain["relative_roughness"], plain["local_minima"]) == (0, 0)
 
 
 def test_local_minima_look_at_diagonal_neighbours():
     losses = torch.tensor([[0.0, 3, 3, 1], [3, 3, 2, 3], [3, 3, 3, 3], [1, 3, 3, 2.5]])
-    assert shape_of(losses)["local_minima"] == 4  # (1, 2) has the lower (0, 3) beside it
+    assert measure_ruggedness(losses)["local_minima"] == 4  # (1, 2) has the lower (0, 3) beside it
 
 
 @pytest.mark.parametrize("kind", ["lsq4", "ptq4", "signed", "inputs"])
 def test_stored_scales_are_multiplied(kind):
     net = net_of(kind)
     by_hand = copy.deepcopy(net)
-    move = plane(net, ["blocks.0.mlp.fc1.weight"], 3)
+    move = random_plane(net, ["blocks.0.mlp.fc1.weight"], 3)
     quantizer = by_hand.blocks[0].mlp.fc1.weight_quantizer
     scale = getattr(quantizer, "quantizer", quantizer).scale.detach()
     quantizer.set_scale(scale * (1 + (0.1 * draws(scale.shape, 6) - 0.05 * draws(scale.shape, 7))))
@@ -63,7 +66,7 @@ def test_stored_scales_are_multiplied(kind):
 def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
     net = net_of("ofq2")
     layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
-    with plane(net, ["mlp.fc1.weight"], 0)(0.2, 0.0), torch.no_grad():
+    with random_plane(net, ["mlp.fc1.weight"], 0)(0.2, 0.0), torch.no_grad():
         scale = layer.weight_quantizer.scale_of(layer.weight) * (
             1 + 0.2 * draws(layer.weight.shape[0], 0).unsqueeze(1)
         )
@@ -83,7 +86,7 @@ def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
 def test_a_net_comes_back_bit_for_bit(kind):
     net = net_of(kind)
     before, expected = state(net), tiny.logits(net)
-    move = plane(net, ["*"], 0)
+    move = random_plane(net, ["*"], 0)
     with move(0.0, 0.0):
         assert torch.equal(tiny.logits(net), expected)
     with move(0.1, -0.1):
@@ -102,7 +105,7 @@ def test_losses_on_the_grid_are_cross_entropies_there():
     assert [(row["x"], row["y"]) for row in rows] == [
         (x, y) for y in (-0.2, 0, 0.2) for x in (-0.2, 0, 0.2)
     ]
-    move, ((x, target),) = plane(net, targets, 0), images.batches
+    move, ((x, target),) = random_plane(net, targets, 0), images.batches
     for row in rows:
         with move(row["x"], row["y"]):
             assert row["loss"] == pytest.approx(
@@ -125,17 +128,6 @@ def test_infonce_is_to_the_nets_own_float_logits():
     assert len({row["infonce"] for row in rows}) > 1
 
 
-def test_several_nets():
-    nets = [studied(net_of("ptq4"), "one"), studied(net_of("lsq4"), "two")]
-    outcome = Landscape(points=3).run(nets, image_set(n=8))
-    assert [row["net"] for row in outcome.tables[0].rows] == ["one"] * 9 + ["two"] * 9
-    assert set(outcome.summary) == {"one", "two"}
-    assert [
-        axis.get_title(loc="left").partition("\n")[0]
-        for axis in outcome.drawings[0].figure.axes[:2]
-    ] == ["one", "two"]
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("loss", "mse"), ("points", 4), ("points", 1), ("radius", 0.5), ("targets", [])],
@@ -148,4 +140,4 @@ def test_settings_that_cannot_work(name, value):
 @pytest.mark.parametrize("net", [tiny.vit, lambda: net_of("ofq2")], ids=["float", "quantized"])
 def test_nets_that_a_plane_does_not_fit(net):
     with usage_error(r"^analysis.targets=\['conv\*'\]: must match "):
-        plane(net(), ["conv*"], 0)
+        random_plane(net(), ["conv*"], 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.analysis import NO_IMAGES, StudiedNet
-from qat.analysis.oscillation import FLIPS, SHARE, OscillationAnalysis, read_curves
+from qat.analysis.oscillation import FLIPS, OSCILLATING, OscillationAnalysis, read_curves
 from qat.errors import UsageError
 from tests.conftest import train
 from tests.errors import usage_error
@@ -41,7 +41,7 @@ def analysed(*nets):
 def test_the_log_is_read_as_it_is(tmp_path, more, share):
     write_run(tmp_path / "run", LINES + more)
     curves = read_curves(tmp_path / "run" / "metrics.csv")
-    assert curves[SHARE] == pytest.approx(share)
+    assert curves[OSCILLATING] == pytest.approx(share)
     assert curves[FLIPS] == (
         pytest.approx({9: 20, 19: 2}) if not more else pytest.approx({9: 22, 19: 1})
     )
@@ -51,15 +51,15 @@ def test_half_a_line_after_a_kill_is_ignored(tmp_path):
     write_run(tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open("a") as file:
         file.write(",0.5,110,0.25,0.2,2")  # of step 29
-    assert [*read_curves(tmp_path / "run" / "metrics.csv")[SHARE]] == [4, 9, 19]
+    assert [*read_curves(tmp_path / "run" / "metrics.csv")[OSCILLATING]] == [4, 9, 19]
 
 
 def test_several_runs_lie_over_each_other(tmp_path):
     found = analysed(write_run(tmp_path / "a"), write_run(tmp_path / "b", LINES[:2]))
     (drawing,) = found.drawings
     assert [line.get_label() for line in drawing.figure.axes[0].lines] == ["a", "b"]
-    assert [axis.get_ylabel() for axis in drawing.figure.axes] == [SHARE, FLIPS]
-    assert found.summary == {"a": {SHARE: 20, FLIPS: 2}, "b": {SHARE: 10}}
+    assert [axis.get_ylabel() for axis in drawing.figure.axes] == [OSCILLATING, FLIPS]
+    assert found.summary == {"a": {OSCILLATING: 20, FLIPS: 2}, "b": {OSCILLATING: 10}}
     assert (
         "a: oscillating weights, % 10.00 at first, 30.00 at most, 20.00 at the end" in drawing.alt
     )
@@ -73,9 +73,9 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
         analysed(net)
     assert (
         str(error.value)
-        == f"ckpt={str(net.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+        == f"ckpt={str(net.path)!r}: this run did not track oscillation; train with callbacks=[default,oscillation]"
     )
-    with usage_error(r"ckpt='None': its run did not track oscillation"):
+    with usage_error(r"ckpt='None': this run did not track oscillation"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
 
@@ -90,7 +90,7 @@ def test_a_real_run(tmp_path):
     with (run / "oscillation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [*found.tables[0].rows] == [{"net": "run", **row} for row in rows]
-    assert found.summary["run"][SHARE] == pytest.approx(
+    assert found.summary["run"][OSCILLATING] == pytest.approx(
         100 * int(rows[-1]["oscillating"]) / int(rows[-1]["weights"]), rel=1e-4
     )
     assert len(found.drawings[0].figure.axes[0].lines[0].get_xdata()) == 6

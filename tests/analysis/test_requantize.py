@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 import qat
 from qat.analysis.requantize import (
-    changed,
-    is_float,
+    all_float,
     nearest_power_of_two,
-    requantized,
+    requantize,
+    requantize_weights,
     weight_sites,
 )
 from qat.quantizers import LSQ, DynamicMinMax, StatsQ
@@ -37,8 +37,8 @@ def times(ratio):
 @torch.no_grad()
 def test_without_a_change_it_is_the_quantizer_and_32_bits_are_the_float_weight(kind):
     for site, weight, quantizer in sites_of(net_of(kind)):
-        assert torch.equal(requantized(quantizer, weight), site.quantizer(weight)), site.name
-        assert requantized(quantizer, weight, bits=32) is weight
+        assert torch.equal(requantize(quantizer, weight), site.quantizer(weight)), site.name
+        assert requantize(quantizer, weight, bits=32) is weight
 
 
 @pytest.mark.sample(5)
@@ -50,10 +50,10 @@ def test_every_change_is_undone_bit_for_bit_also_after_an_error(kind, change):
     net = net_of(kind)
     (_, sites), before, expected = weight_sites(net, tiny.SIZE), state(net), tiny.logits(net)
     assert len(sites) == sum(site.is_weight for site in qat.iter_quantizers(net))
-    assert not is_float(sites)
-    with changed(sites):
+    assert not all_float(sites)
+    with requantize_weights(sites):
         assert torch.equal(tiny.logits(net), expected)
-    with contextlib.suppress(KeyboardInterrupt), changed(sites, **change):
+    with contextlib.suppress(KeyboardInterrupt), requantize_weights(sites, **change):
         assert not torch.equal(tiny.logits(net), expected)
         raise KeyboardInterrupt
     assert is_as_before(net, before)
@@ -79,7 +79,7 @@ def test_every_change_is_undone_bit_for_bit_also_after_an_error(kind, change):
 )
 def test_step_sizes_change_and_the_range_of_codes_stays(quantizer, ratio, expected):
     """In the second row all is twice as large."""
-    small, large = requantized(
+    small, large = requantize(
         quantizer, torch.tensor([ROW, ROW]) * torch.tensor([[1.0], [2.0]]), resize=times(ratio)
     )
     assert small.tolist() == expected
@@ -100,7 +100,7 @@ def test_another_width_in_training_is_what_the_quantizer_would_start_with(kind, 
             )
             fresh.allocate(weight.shape, weight.device)
             fresh.calibrate(weight, {})
-            assert torch.equal(requantized(quantizer, weight, bits=bits), fresh(weight))
+            assert torch.equal(requantize(quantizer, weight, bits=bits), fresh(weight))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_another_width_of_ptq_is_what_calibration_would_have_given(knobs):
     for (_, weight, quantizer), (theirs, _, _) in zip(
         sites_of(ptq(bits=4, **knobs)), sites_of(ptq(bits=3, **knobs)), strict=True
     ):
-        assert torch.equal(requantized(quantizer, weight, bits=3), theirs.quantizer(weight))
+        assert torch.equal(requantize(quantizer, weight, bits=3), theirs.quantizer(weight))
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_least_error_of_an_affine_grid_is_that_of_affine_scale():
     for _, weight, quantizer in sites_of(net_of("signed")):
         scale, zero = qat.functional.affine_scale(weight, 3, signed=True, axis=0, method="mse")
         expected = qat.functional.fake_quantize_affine(weight, scale, zero, -4, 3, 0)
-        assert torch.equal(requantized(quantizer, weight, bits=3, steps_from="mse"), expected)
+        assert torch.equal(requantize(quantizer, weight, bits=3, steps_from="mse"), expected)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_powers_of_two(value, expected):
 def test_bias_correction_stays_under_a_change():
     for site, weight, quantizer in sites_of(net_of("corrected")):
         found, rows = (
-            requantized(quantizer, weight, resize=times(1.3)).flatten(1),
+            requantize(quantizer, weight, resize=times(1.3)).flatten(1),
             weight.flatten(1),
         )
         assert_close(found.mean(1), rows.mean(1), rtol=0, atol=1e-5, msg=site.name)
@@ -158,17 +158,17 @@ def test_bias_correction_stays_under_a_change():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype):
     weight = torch.rand(1, 4, dtype=dtype)
-    assert requantized(lsq(0.25), weight, resize=times(1.1)).dtype == dtype
+    assert requantize(lsq(0.25), weight, resize=times(1.1)).dtype == dtype
 
 
 def test_a_float_net_has_a_twin_that_shares_its_tensors():
     net = tiny.vit()
     before, parameters, expected = state(net), tiny.parameters(net), tiny.logits(net)
     twin, sites = weight_sites(net, tiny.SIZE)
-    assert is_float(sites)
+    assert all_float(sites)
     assert {id(p) for p in twin.parameters()} == {id(p) for p in net.parameters()}
     assert torch.equal(tiny.logits(twin), expected)
-    with changed(sites, bits=2):
+    with requantize_weights(sites, bits=2):
         assert not torch.equal(tiny.logits(twin), expected)
         assert torch.equal(tiny.logits(net), expected)
     assert is_as_before(net, before)
@@ -190,7 +190,7 @@ def test_float_weights_have_step_sizes_per_channel_or_tensor(axis, expected):
     # Symmetric codes -2..1 on ranges of 0.75 and 4.5, halved: steps 0.5 and 3, or 3 for both.
     weight = torch.tensor([[-0.75, 0.2, 0.7], [-4.5, 1.0, 4.0]])
     _, sites = weight_sites(tiny.vit(), tiny.SIZE, axis)
-    assert requantized(sites[0].rule, weight, bits=2).tolist() == expected
+    assert requantize(sites[0].rule, weight, bits=2).tolist() == expected
 
 
 class Doubled(StatsQ):
@@ -208,6 +208,6 @@ def test_a_quantizer_that_is_not_known_is_left_alone(caplog):
     assert len(sites) == 6
     assert not any(site.name.startswith("blocks.0.") for site in sites)
     assert (
-        "blocks.0.mlp.fc1.weight_quantizer: its quantizer has no uniform grid; this weight is left unchanged"
+        "blocks.0.mlp.fc1.weight_quantizer: this quantizer has no uniform grid; the weight is left unchanged"
         in caplog.text
     )

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import qat
 from qat.analysis import write_outcome
-from qat.analysis.requantize import changed, nearest_power_of_two, weight_sites
+from qat.analysis.requantize import nearest_power_of_two, requantize_weights, weight_sites
 from qat.analysis.robustness import Robustness
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
@@ -44,7 +44,7 @@ def test_accuracies_are_those_of_the_changed_weights(kind):
             if part == "power_of_two"
             else functools.partial(operator.mul, ratio or 1.0)
         )
-        with changed(sites, bits=bits if part == "bits" else None, resize=resize):
+        with requantize_weights(sites, bits=bits if part == "bits" else None, resize=resize):
             expected = images.score(net)
         assert (row["top-1 (%)"], row["loss"]) == (expected["top1"], expected["loss"]), key
     own = weights[1].bits
@@ -78,7 +78,7 @@ def test_the_width_of_a_mixed_net_is_a_mean_and_weights_that_have_a_width_keep_t
     assert found["bits"] == pytest.approx((4 * 4 + 8 * 2) / 12)
     assert list(found["widths"]) == ["2"]
     images, (_, weights) = image_set(), weight_sites(net, tiny.SIZE)
-    with changed(
+    with requantize_weights(
         [site for site in weights if site.place == "block" and ".mlp." not in site.name], bits=2
     ):
         assert rows[1]["loss"] == images.score(net)["loss"]

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import qat
-from qat.analysis.requantize import in_blocks, weight_sites
+from qat.analysis.requantize import block_weights, weight_sites
 from qat.analysis.sensitivity import (
     Sensitivity,
-    as_setting,
+    bypass_quantizers,
     greedy_bits,
-    left_in_float,
-    stored_bytes,
+    override_setting,
+    sizes_by_bits,
 )
 from qat.model.convert import conversion_of
 from qat.model.cost import size_bytes
@@ -28,7 +28,7 @@ from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
 from qat.ptq.calibrate import in_float
 from qat.quantizers import Float
-from qat.utils.text import count
+from qat.utils.text import format_count
 from tests import tiny
 from tests.analysis.common import PTQ, QAT, image_set, is_as_before, net_of, ptq, state, studied
 from tests.errors import usage_error
@@ -114,7 +114,7 @@ def test_changes_are_those_of_nets_without_quantizers_and_of_nets_converted_with
 def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side):
     net = ptq(bits=4, layernorm="integer", residual_observer="ptf")
     sites = {site.name: site.quantizer for site in qat.iter_quantizers(net)}
-    with left_in_float(net, [sites[side]]):
+    with bypass_quantizers(net, [sites[side]]):
         found = {
             name
             for name, m in net.named_modules()
@@ -123,12 +123,12 @@ def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side)
     assert found == {
         name
         for name, m in net.named_modules()
-        if isinstance(m, IntegerLayerNorm) and sites[side] in m.between
+        if isinstance(m, IntegerLayerNorm) and sites[side] in m.outer_quantizers
     }
     assert len(found) == ("weight" not in side)
     with in_float(net):
         expected = tiny.logits(net)
-    with left_in_float(net, list(sites.values())):
+    with bypass_quantizers(net, list(sites.values())):
         assert torch.equal(tiny.logits(net), expected)
 
 
@@ -179,16 +179,16 @@ def test_changes_within_noise_have_no_colour(caplog, n_images):
     said = outcome.summary["net"]["noise"]
     assert said == pytest.approx({"images": n_images, "loss_change": median}, nan_ok=True)
     limit = "of any size" if n_images == 1 else f"below {median:.2g} "
-    assert f"on {count(n_images, 'image')}, loss changes {limit}" in caplog.text
+    assert f"on {format_count(n_images, 'image')}, loss changes {limit}" in caplog.text
     assert ("no layer adds more than noise" in drawing.alt) >= (n_images == 1)
 
 
 @pytest.mark.parametrize("kind", ["ofq2", "noqkr", "lsq4", "statsq", "ptq4", "inputs"])
 def test_sizes_and_bits_are_those_of_nets_converted_with_the_setting(kind):
     net = net_of(kind)
-    rest, sizes = stored_bytes(net, in_blocks(weight_sites(net, tiny.SIZE)[1]), (2, 3, 8))
+    rest, sizes = sizes_by_bits(net, block_weights(weight_sites(net, tiny.SIZE)[1]), (2, 3, 8))
     bits = dict(zip(sizes, itertools.cycle((2, 8, 3))))
-    group, rules = overrides(as_setting(conversion_of(net), bits))
+    group, rules = overrides(override_setting(conversion_of(net), bits))
     assert group == ("ptq" if kind in PTQ else "quant")
     anew = converted_anew(kind, rules)
     found = {
@@ -208,7 +208,7 @@ def test_rules_that_a_net_has_stay():
     rules = {"blocks.0.mlp.fc1": own, "*.proj": {"act_bits": 5}}
     net = tiny.convert(tiny.vit(), PtqRecipe(bits=4, overrides=rules))
     bits = {"blocks.0.mlp.fc1": 2, "blocks.1.attn.proj": 3}
-    _, found = overrides(as_setting(conversion_of(net), bits))
+    _, found = overrides(override_setting(conversion_of(net), bits))
     assert found["*.proj"] == {"act_bits": 5}
     assert (own | {"bits": 2}).items() <= found["blocks.0.mlp.fc1"].items()
     assert list(found)[0] == "*.proj"
@@ -237,7 +237,7 @@ def test_the_reduction_that_adds_least_loss_per_byte_comes_first(room, expected)
 def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
     caplog.set_level("INFO")
     net = net_of(kind)
-    rest, sizes = stored_bytes(net, in_blocks(weight_sites(net, tiny.SIZE)[1]), (2, 4))
+    rest, sizes = sizes_by_bits(net, block_weights(weight_sites(net, tiny.SIZE)[1]), (2, 4))
     budget = round((rest + sum(sum(of.values()) for of in sizes.values()) / 2) / 1e6, 5)
     lines, summary, _ = run(net, bits=[2, 4], budget_mb=budget)
     suggested = summary["suggestion"]

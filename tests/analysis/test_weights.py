@@ -140,7 +140,7 @@ def test_nets_of_different_kinds_beside_each_other():
 
 
 def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):
-    monkeypatch.setattr("qat.analysis.weights.MOST_PANELS", 99)
+    monkeypatch.setattr("qat.analysis.weights.MAX_PANELS", 99)
     net = net_of("lsq2")
     with torch.no_grad():
         net.blocks[0].mlp.fc1.weight.fill_(100.0)

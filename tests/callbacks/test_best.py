@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.tasks.test_resume import full, killed_at, last, results, run  # noqa: F401  (a fixture)
+from tests.tasks.test_resume import killed_at, last, results, run
 
 
 def record(content):
@@ -21,9 +21,9 @@ def best(run_dir):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run killed in its last epoch, after step 24, whose best score no later epoch reaches."""
+    """A run killed in its last epoch, after step 15, whose best score no later epoch reaches."""
     with pytest.MonkeyPatch.context() as patch:
-        run_dir = killed_at(25, tmp_path_factory.mktemp("killed") / "run", patch)
+        run_dir = killed_at(16, tmp_path_factory.mktemp("killed") / "run", patch)
     path, content = run_dir / "checkpoints" / "last.ckpt", last(run_dir)
     state = record(content)
     score = torch.tensor(99.0)
@@ -54,5 +54,5 @@ def test_a_best_that_is_gone_is_forgotten(tmp_path, killed, caplog):
         f"resume: {path} is missing; the best epoch is chosen from the epochs that follow"
         in caplog.text
     )
-    assert best(run_dir)["global_step"] == 27
+    assert best(run_dir)["global_step"] == 18
     assert results(run_dir)["weights"] == "best.ckpt"

@@ -48,7 +48,7 @@ def replay(callback, used, name):
     state = frozen = None
     history = []
     for t, looks in enumerate(used):
-        codes = F.with_frozen(frozen, looks[name])
+        codes = F.replace_frozen(frozen, looks[name])
         state = F.oscillation_step(state, codes, callback.momentum)
         frozen = F.freezing_step(
             frozen, codes, state.frequency, callback.threshold_at(t), callback.momentum
@@ -62,7 +62,7 @@ def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forwar
     _, learner, callback, codes, _ = run(preset)
     followers = [*codes.used[1:], codes_of(learner.net)]
     checked = 0
-    for name, state in callback._frozen.items():
+    for name, state in callback._freezing_states.items():
         history = replay(callback, codes.used, name)
         for (mask, values), after in zip(history, followers, strict=True):
             assert torch.equal(after[name][mask].float(), values[mask])
@@ -78,12 +78,12 @@ def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_
 ):
     _, learner, callback, codes, steps = run(preset)
     for name, site in sites(learner.net).items():
-        if name not in callback._frozen:
+        if name not in callback._freezing_states:
             continue
         weight_name = name.removesuffix("_quantizer")
         for t, (mask, _) in enumerate(replay(callback, codes.used, name)):
             assert not steps.gradients[t][weight_name][mask].any()
-        state = callback._frozen[name]
+        state = callback._freezing_states[name]
         away = (
             site.quantizer.grid(site.latent()).to_code_coordinates(site.latent()) - state.codes
         ).abs()[state.frozen]
@@ -94,7 +94,9 @@ def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_
 
 def test_the_folded_matrix_and_wide_weights_are_left_alone():
     _, _, callback, _, _ = run()
-    assert {name.removesuffix(".weight_quantizer") for name in callback._codes} == set(LAYERS)
+    assert {name.removesuffix(".weight_quantizer") for name in callback._oscillation_states} == set(
+        LAYERS
+    )
 
 
 def test_the_threshold_falls_along_a_cosine():
@@ -118,9 +120,9 @@ def test_resumed_equals_uninterrupted(tmp_path):
     resumed = Trainer(accelerator="cpu", max_epochs=4, callbacks=[second, Save()], **QUIET)
     resumed.fit(half, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert differing(whole.net.state_dict(), half.net.state_dict()) == []
-    for name, state in first._frozen.items():
-        assert identical(state, second._frozen[name])
-        assert identical(first._codes[name], second._codes[name])
+    for name, state in first._freezing_states.items():
+        assert identical(state, second._freezing_states[name])
+        assert identical(first._oscillation_states[name], second._oscillation_states[name])
 
 
 def test_nothing_to_freeze():

@@ -193,32 +193,12 @@ def test_net(case):
             )
 
 
-@golden.parametrize(OFQ, r"cga_step_(qkr|plain)_w\d/moved_fraction")
-def test_what_moves_is_near_a_threshold(case):
-    case = case.partition("/")[0]
-    before, after = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("sd0", "param1"))
-    boundary = golden.number(OFQ, f"{case}/boundary_range")
-    masked = [
-        site
-        for site in qat.iter_quantizers(small_vit(case))
-        if site.role == "weight" and site.name.startswith("blocks")
-    ]
-    assert len(masked) == 4 * len({
-        name.split(".")[1] for name in before if name.startswith("blocks.")
-    })
-    for site in masked:
-        name = site.name.removesuffix("_quantizer")
-        moved = before[name] != after[name]
-        assert moved.any()
-        assert torch.equal(moved, moved & F.near_threshold(before[name], bits_of(case), boundary))
-
-
 @golden.parametrize(OFQ, r"osc_\w+")
 def test_tracker(case):
     x, momentum, threshold = (ofq(case, k) for k in ("x_int", "momentum", "threshold"))
     state = frozen = None
     for t, raw in enumerate(x):
-        codes = F.with_frozen(frozen, raw)
+        codes = F.replace_frozen(frozen, raw)
         assert torch.equal(codes, ofq(case, "out")[t])
         state = F.oscillation_step(state, codes, float(momentum))
         frozen = F.freezing_step(frozen, codes, state.frequency, float(threshold), float(momentum))

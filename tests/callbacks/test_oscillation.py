@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from qat import functional as F
 from qat.callbacks import Oscillation
-from qat.callbacks.oscillation import track
+from qat.callbacks.oscillation import track_codes
 from tests.callbacks.fitting import fit, module, net
 from tests.errors import usage_error
 from tests.tiny import sites, vit
@@ -85,13 +85,14 @@ def test_floats_have_no_codes_to_track(bits):
 def test_codes_of_eight_bits_without_a_sign_are_tracked():
     looks, state = torch.tensor([[126.0, 0], [127, 255], [128, 0], [127, 255], [255, 254]]), None
     for codes in looks:
-        state = track(state, codes, 0.1)
+        state = track_codes(state, codes, 0.1)
     expected = exact([{"": codes} for codes in looks], "", 0.1)
     assert torch.equal(state.frequency, expected.frequency)
     assert state.flips.item() == expected.flips.sum().item() == 5
 
 
-def test_what_is_logged():
+def test_deviates_from_reference_oscillations_are_measured():
+    # There the tracker is never made in a training run.
     seen, callback = Seen(), Oscillation(momentum=0.05, threshold=0.06)
     fit(module(net(), lr=0.03), callback, seen, max_epochs=3, log_every_n_steps=12)
     assert [bool(values) for values in seen.logged] == [False] * 11 + [True]

@@ -57,20 +57,14 @@ def outside_slurm(monkeypatch):
         monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """The uninterrupted run."""
-    return run(tmp_path_factory.mktemp("full") / "run")
-
-
 # In mid-epoch; at the last step before a validation; in the validation after the last step of all.
 STOPS = [
-    (Send(4, signal.SIGUSR1), 5, 138, "preempted by SIGUSR1"),
-    (Send(17, signal.SIGUSR2), 18, 140, "preempted by SIGUSR2"),
-    (Send(20, signal.SIGINT), 21, 130, "stopped by Ctrl-C"),
+    (Send(3, signal.SIGUSR1), 4, 138, "preempted by SIGUSR1"),
+    (Send(8, signal.SIGUSR2), 9, 140, "preempted by SIGUSR2"),
+    (Send(11, signal.SIGINT), 12, 130, "stopped by Ctrl-C"),
     (
-        Send(27, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"),
-        27,
+        Send(18, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"),
+        18,
         143,
         "stopped by SIGTERM",
     ),

@@ -74,7 +74,7 @@ PATHS = (
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_is_what_was_typed(path):
     for key in ("data.root", "+ckpt", "run_dir", "hydra.run.dir", "callbacks.best.dirpath"):
-        assert value(arguments.prepared([f"{key}={path}"])[0]) == path
+        assert value(arguments.to_hydra([f"{key}={path}"])[0]) == path
 
 
 def test_homes_grammar_and_sweeps(monkeypatch):
@@ -94,7 +94,7 @@ def test_homes_grammar_and_sweeps(monkeypatch):
         "model=deit_t",
         "model=nope",
     ]
-    assert arguments.prepared(given) == [
+    assert arguments.to_hydra(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
         *(
             "model=_hub",
@@ -119,9 +119,9 @@ def test_homes_grammar_and_sweeps(monkeypatch):
         "~logger",
         "ckpt=[a,b]",
     ):
-        assert arguments.prepared([grammar]) == [grammar]
-    assert arguments.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
-    assert value(arguments.prepared(["ckpt=a,b"])[0]) == "a,b"
+        assert arguments.to_hydra([grammar]) == [grammar]
+    assert arguments.to_hydra(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
+    assert value(arguments.to_hydra(["ckpt=a,b"])[0]) == "a,b"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_homes_grammar_and_sweeps(monkeypatch):
     ],
 )
 def test_paths_of_a_list_or_a_sweep_are_what_was_typed(given, elements):
-    override = PARSER.parse_override(arguments.prepared(["-m", given])[1])
+    override = PARSER.parse_override(arguments.to_hydra(["-m", given])[1])
     found = override.sweep_iterator() if override.is_sweep_override() else override.value()
     assert [one.text if isinstance(one, QuotedString) else one for one in found] == elements
 
@@ -218,7 +218,7 @@ def test_a_setting_is_typed_without_dashes(tmp_path, arguments, instead):
     assert (code, out) == (1, f"error: {flag}: must be {instead}\n")
 
 
-@pytest.mark.parametrize("setting", corrections.NAMES)
+@pytest.mark.parametrize("setting", corrections.OTHER_NAMES)
 def test_corrections_name_settings_that_there_are(setting):
     compose("train", f"{setting}=1", "run_dir=a")
 
@@ -233,7 +233,7 @@ def test_an_argument_that_is_right_needs_no_correction():
         "callbacks=[default,ema]",
         "model.args.depth=4",
     ]
-    assert corrections.correction(given) is None
+    assert corrections.suggest_correction(given) is None
 
 
 @pytest.mark.long
@@ -291,7 +291,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
     ],
 )
 def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
-    line = mistakes.line_of(error)
+    line = mistakes.error_line(error)
     assert line is None if said is None else line.startswith(said)
 
 
@@ -549,7 +549,7 @@ def test_a_run_that_stops_before_it_begins_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(job.slurm, "end_preempted", lambda *given: hints.append(given[-1]) or 130)
     state = job.run_dir.RunDirState(tmp_path)
     job._end_stopped_run(cfg, job.Preempted(signal.SIGINT), state, ["qat", "train"])
-    assert hints == ["the same command repeats it"]
+    assert hints == ["the same command repeats the run"]
 
 
 @pytest.mark.long
@@ -585,7 +585,7 @@ def test_several_processes(tmp_path):
     assert (out.count("global batch 128"), out.count("epoch 1/1"), err) == (1, 1, "")
     assert results(tmp_path / "run")["top1"] is not None
     code, out, err = command("train.py", "-m", *DDP, "seed=1,2", "run_dir=sweep", cwd=tmp_path)
-    assert (code, err) == (1, f"error: {sweep.SEVERAL.format(2)}\n")
+    assert (code, err) == (1, f"error: {sweep.SEVERAL_PROCESSES.format(2)}\n")
     assert "submitit" in err
 
 

@@ -11,7 +11,8 @@ from qat.report.sweep import overrides_of
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
 
-QUICK = (*TINY, "report=false")
+FEW = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+QUICK = (*TINY, *FEW, "report=false")
 END = "+callbacks.end._target_=tests.cli.test_sweep.Ends"
 
 
@@ -93,7 +94,8 @@ def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path)
     assert "1 job: 1 done" in out
     assert "job 0 (seed=1): run_dir='" in out
     assert (
-        "holds best.ckpt already" in (tmp_path / "sweep" / "0" / ".hydra" / "error.txt").read_text()
+        "contains best.ckpt already"
+        in (tmp_path / "sweep" / "0" / ".hydra" / "error.txt").read_text()
     )
     assert "error" not in results(tmp_path / "sweep" / "0")
 

@@ -118,7 +118,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
         assert not torch.equal(images(*other), first)
 
 
-def test_calibration_batches_are_seeded_training_images_without_augmentation():
+def test_deviates_from_reference_scales_come_from_images_without_augmentation():
+    # There one augmented training batch makes the scales.
     def batches(**settings):
         return Numbered(
             **DIGITS, calibration_images=20, batch_size=8, **settings

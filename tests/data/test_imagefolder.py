@@ -180,7 +180,7 @@ def lines(root, **changes):
 def test_a_folder_of_another_kind_is_named(tmp_path):
     for root in (None, "/no/such"):
         assert lines(root).startswith(
-            f"data.root={root!r}: must be the folder that holds train/<class>/*"
+            f"data.root={root!r}: must be the folder that contains train/<class>/*"
         )
     assert lines(tmp_path).startswith(f"data.root='{tmp_path}': has no folder train")
     write_image(tmp_path / "train" / "a.png", 8, 8)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from qat.data import BatchMixup, DataSettings, Digits
 from qat.data.sampler import isolated_rng
-from qat.data.transforms import STREAM
+from qat.data.transforms import MIXING_STREAM
 from qat.losses import CrossEntropy, StepContext
 from tests.data.files import DIGITS
 from tests.errors import usage_error
@@ -38,7 +38,7 @@ def test_images_and_targets_are_timms(mixup, cutmix, prob):
     images, target = batch()
     for step in range(20):
         found = ours(images, target, epoch=0, step=step, rank=1)
-        with isolated_rng(3, step, 1, STREAM):
+        with isolated_rng(3, step, 1, MIXING_STREAM):
             expected = timms(images.clone(), target)
         assert_close(found[0], expected[0], rtol=0, atol=1e-6)
         assert_close(found[1], expected[1], rtol=0, atol=1e-6)
@@ -100,7 +100,7 @@ def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
         StepContext(logits, shares, None, torch.nn.Identity())
     )
     timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=10)
-    with isolated_rng(3, 4, 0, STREAM):
+    with isolated_rng(3, 4, 0, MIXING_STREAM):
         _, smoothed = timms(images.clone(), target)
     assert_close(found, SoftTargetCrossEntropy()(logits, smoothed), rtol=1e-6, atol=1e-6)
 

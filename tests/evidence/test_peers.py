@@ -10,7 +10,6 @@ from evidence.peers.__main__ import main
 from evidence.peers.nets import fitting, quantized
 from qat.lit.optim import parameter_groups
 from tests.conftest import TINY, results
-from tests.data.files import write_folder
 from tests.nets import FAMILIES
 
 
@@ -73,24 +72,3 @@ def test_a_run_that_was_cut_short_begins_anew_and_leaves_results(tmp_path, float
     assert max(float(row["val/top1"]) for row in rows if row["val/top1"]) == pytest.approx(
         found["val_top1"]
     )
-
-
-def test_the_classes_of_a_folder_are_counted(tmp_path, monkeypatch):
-    def refuse(library, net, batches, bits):
-        raise NotImplementedError(f"{net.num_classes} classes")
-
-    monkeypatch.setattr("evidence.peers.__main__.quantized", refuse)
-    with pytest.raises(NotImplementedError, match="2 classes"):
-        main([
-            "library=torch_ao",
-            "bits=4",
-            *TINY,
-            "data=imagefolder",
-            f"data.root={write_folder(tmp_path / 'photos')}",
-            "data.image_size=8",
-            "data.patch_size=4",
-            "data.batch_size=4",
-            "data.num_workers=0",
-            "data.calibration_images=8",
-            f"run_dir={tmp_path}/run",
-        ])

@@ -14,7 +14,7 @@ from evidence.speed.step_count import (
 )
 from evidence.speed.steps import TINY, build
 from qat.kernels import CodeRange
-from qat.kernels.rows import PLAIN
+from qat.kernels.rows import PLAIN_CLASSES
 from tests.kernels import calls
 
 N = 4 * 6
@@ -66,7 +66,7 @@ def test_a_step_of_each_row_moves_more_than_the_float_step():
     assert min(found, key=lambda name: found[name].bytes) == "float"
     assert found["float"].triton == 0
     assert all(one.triton > 10 for name, one in found.items() if name != "float")
-    assert {torch.Tensor, torch.nn.Parameter} == PLAIN
+    assert {torch.Tensor, torch.nn.Parameter} == PLAIN_CLASSES
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.export import check, onnx_file
-from qat.export.check import Agreement, Checked, check_onnx, graph_codes
+from qat.export.check import Agreement, CheckResult, check_onnx, graph_codes
 from qat.export.onnx_file import OnnxSettings, to_onnx
 from qat.export.pte import to_pte
 from qat.export.runtimes import (
@@ -289,19 +289,6 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("attention", ["qkr", "standard"])
-@pytest.mark.parametrize("name", ["deit", "swin"])
-def test_torch_exports_frozen_nets(name, attention, dynamic):
-    family = FAMILIES[name]
-    frozen = qat.freeze(family.quantized(bits=2, attention=attention))
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
-    program = torch.export.export(frozen, (family.images(3),), strict=True, dynamic_shapes=shapes)
-    for n in (1, 3, 5) if dynamic else (3,):
-        assert torch.equal(program.module()(family.images(n)), frozen(family.images(n)))
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("name", often("deploy_w4a4", DEPLOY))
 def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(DEPLOY[name])
@@ -431,7 +418,7 @@ def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path)
         assert all(makers[node.input[0]].op_type != "DequantizeLinear" for node in softmax)
     checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
     assert checked.problem is None
-    assert 0 < checked.apart < 0.15
+    assert 0 < checked.relative_error < 0.15
 
 
 def test_scales_that_float16_cannot_hold_are_one_line():
@@ -518,7 +505,9 @@ def test_images_that_are_not_square(tmp_path):
 @pytest.mark.long
 def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        onnx_file, "check_onnx", lambda *_: Checked({ONNXRUNTIME: Agreement(problem="it is blue")})
+        onnx_file,
+        "check_onnx",
+        lambda *_: CheckResult({ONNXRUNTIME: Agreement(problem="it is blue")}),
     )
     (tmp_path / "net.onnx").write_text("the older one")
     line = r"\(onnxruntime: it is blue\).*net.onnx.rejected"
@@ -583,11 +572,23 @@ def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
         found.problem
         == "on 10 of 10 images, the output differs from that of the file's graph run operator by operator"
     )
-    assert (found.same_top1, found.other_logits, found.largest) == (10, 10, 0.0)
+    assert (found.same_top1, found.num_differing, found.max_error) == (10, 10, 0.0)
 
 
-def test_agreement_in_words():
-    text = Checked({
-        ONNXRUNTIME: Agreement(images=256, same_top1=255, other_logits=4, largest=4.8e-6)
-    }).to_text()
-    assert text == "onnxruntime: same class on 255 of 256 images"
+def test_values_on_thresholds_are_not_a_problem(net):
+    """A runtime may round all of them the other way: what counts is how much the model changes."""
+    net = net.eval()
+    (image_quantizer,) = [
+        site.quantizer
+        for site in qat.iter_quantizers(net)
+        if site.name.startswith("patch_embed") and not site.is_weight
+    ]
+    codes = tiny.images(10).div(image_quantizer.scale.detach()).round()
+    x = (codes + 0.5) * image_quantizer.scale.detach()
+
+    def graph(image):
+        return check.outputs_and_codes(net, image)
+
+    found = check.compare(net, lambda x: net(x * (1 - 1e-6)), lambda: graph, [x])
+    assert found.num_differing > 5
+    assert (found.problem, found.num_unexplained) == (None, 0)

@@ -127,15 +127,15 @@ def detections():
 def test_queries_are_compared_in_any_order():
     flipped = {name: output.flip(1) for name, output in detections().items()}
     agreement = compare(Returns(**detections()), lambda _: flipped, None, [images(2)])
-    assert (agreement.same_top1, agreement.other_logits, agreement.boxes) == (2, 0, 0)
+    assert (agreement.same_top1, agreement.num_differing, agreement.boxes) == (2, 0, 0)
     repeated = {name: output[:, [0, *range(29)]] for name, output in flipped.items()}
     # Each query has a partner of its own: one of the file cannot stand for two of the model.
     agreement = compare(Returns(**repeated), lambda _: flipped, None, [images(2)])
-    assert agreement.other_logits == 2
+    assert agreement.num_differing == 2
     flipped["pred_boxes"][1, 0, 0] += 0.01
     flipped["logits"][1, 0, 2] += 9
     agreement = compare(Returns(**detections()), lambda _: flipped, None, [images(2)])
-    assert (agreement.same_top1, agreement.other_logits) == (1, 1)
+    assert (agreement.same_top1, agreement.num_differing) == (1, 1)
 
 
 def test_embeddings_are_equal_within_a_share_of_their_largest_number():
@@ -145,6 +145,6 @@ def test_embeddings_are_equal_within_a_share_of_their_largest_number():
     agreement = compare(
         Returns(pooler_output=scaled), lambda _: {"pooler_output": nearly}, None, [images(2)]
     )
-    assert agreement.other_logits == 1
+    assert agreement.num_differing == 1
     assert 0.999 < agreement.cosine < 1
-    assert agreement.apart == pytest.approx(2 * TOLERANCE, rel=0.01)
+    assert agreement.relative_error == pytest.approx(2 * TOLERANCE, rel=0.01)

@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from qat.analysis.requantize import requantized
+from qat.analysis.requantize import requantize
 from qat.functional.dorefa import dorefa
 from qat.quantizers import LSQ
 from qat.spec import QuantSpec
@@ -32,7 +32,7 @@ def test_deviates_from_reference_ratios_are_of_the_step_and_codes_are_clamped():
     quantizer = LSQ(QuantSpec("weight", "lsq", 2, axis=0))
     quantizer.scale = torch.nn.Parameter(torch.full((4,), 0.5))
     finer, coarser = (
-        requantized(quantizer, w, resize=resize).unique()
+        requantize(quantizer, w, resize=resize).unique()
         for resize in (lambda step: step / 2, lambda step: 2 * step)
     )
     assert finer.tolist() == [-0.5, -0.25, 0.0, 0.25]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qat.functional import fp8, fp8_codes, fp8_scale
-from qat.lit import compiled
 from tests.tiny import randn
 
 LARGEST, ONE = 448.0, torch.ones(1)
@@ -97,21 +96,3 @@ def test_gradients():
     (rounded * formula[1]).backward(grad)
     torch.testing.assert_close(inputs[0].grad, formula[0].grad)
     torch.testing.assert_close(inputs[1].grad, formula[1].grad / (LARGEST * 64) ** 0.5)
-
-
-@pytest.mark.long
-def test_a_compiled_pass_gives_the_bits_of_the_formula():
-    def run(function):
-        leaves = [t.clone().requires_grad_() for t in (randn(5, 77), torch.tensor([0.004]))]
-        y = function(*leaves, None)
-        y.backward(randn(5, 77, seed=1))
-        return y.detach(), *(leaf.grad for leaf in leaves)
-
-    compiled.register_formulas()
-    torch._dynamo.reset()
-    found = run(torch.compile(fp8, fullgraph=True, options=compiled.compile_options()))
-    torch._dynamo.reset()
-    expected = run(fp8)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    torch.testing.assert_close(found[2], expected[2])

@@ -11,15 +11,6 @@ from torch.testing import assert_close
 from qat import functional as F
 
 
-@pytest.mark.parametrize(
-    ("x", "code", "value"),
-    [(0.8, 0, 1.0), (0.7, 1, 0.5), (3.0, 0, 1.0), (0.26, 2, 0.25), (0.089, 3, 0.125)],
-)
-def test_by_hand(x, code, value):
-    assert F.log2_codes(torch.tensor(x), 2) == code
-    assert F.fake_quantize_log2(torch.tensor(x), 2) == value
-
-
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_deviates_from_reference_zero_of_log2(bits):
     # There inf - inf in its straight-through rounding makes a NaN.
@@ -59,16 +50,6 @@ def test_log_int_softmax_is_a_softmax_to_less_than_an_octave(seed, scale, length
     # A ratio above 2.5 is rounded to 3 and goes to 4. The integer exponential counts ln 2 in whole steps, an error of up to scale / ln 2
     # in each of 5 octaves; rounding the constants of its polynomial adds less than 2 scale.
     assert ((out / exact).log2()[likely].abs() < math.log2(4 / 2.5) + 10 * scale).all()
-
-
-def test_log_int_softmax_by_hand():
-    scale = torch.tensor([0.01])
-    assert F.log_int_softmax(torch.zeros(1), scale).tolist() == [1]
-    assert F.log_int_softmax(torch.zeros(4), scale).tolist() == [0.25] * 4
-    # Three equal scores: 1/3 is nearer to 1/2 on a logarithmic scale, and 3 = 1.5 * 2 goes to the next power.
-    assert F.log_int_softmax(torch.zeros(3), scale).tolist() == [0.25] * 3
-    assert F.log_int_softmax(torch.tensor([0.0, -30.0]), scale).tolist() == [1, 0]
-    assert F.log_int_softmax(torch.tensor([5.0, 5.0, -30.0]), scale).tolist() == [0.5, 0.5, 0]
 
 
 @pytest.mark.parametrize(("scale", "finer"), [(1.7, 2.0**-7), (4.0, 2.0**-8), (100.0, 2.0**-13)])

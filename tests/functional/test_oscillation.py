@@ -44,7 +44,7 @@ def freeze(rows, threshold, momentum=0.25):
     state = frozen = None
     out = []
     for raw in rows:
-        codes = F.with_frozen(frozen, torch.tensor([raw]))
+        codes = F.replace_frozen(frozen, torch.tensor([raw]))
         state = F.oscillation_step(state, codes, momentum)
         frozen = F.freezing_step(frozen, codes, state.frequency, threshold, momentum)
         out.append(codes.item())

@@ -159,13 +159,13 @@ def test_evolution(case):
         members = torch.tensor(choices.choices(range(15), k=10))
         assert torch.equal(population.losses[members], tournaments[cycle])
         noise = torch.from_numpy(uniform.uniform(-radius, radius, len(s0)))
-        child = evolution.evolved_child(population, evolution.Draw(members, noise))
+        child = evolution.evolve_child(population, evolution.Draw(members, noise))
         assert_close(child, scales, rtol=1e-12, atol=0)
         assert 1e6 * (child - target.double()).square().sum().item() == pytest.approx(
             loss.item(), rel=1e-9
         )
-        population = evolution.insert(population, child, loss.item())
+        population = evolution.insert_child(population, child, loss.item())
         assert len(population.losses) == 15
-    scales, loss = evolution.best(population)
+    scales, loss = evolution.best_candidate(population)
     assert loss == golden.number(PTQ, f"{case}/best_loss")
     assert_close(scales, golden.tensor(PTQ, f"{case}/best_scales").double(), rtol=1e-12, atol=0)

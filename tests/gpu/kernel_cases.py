@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.functional.lsq import step_and_slope, step_of
+from qat.functional.lsq import broadcast_step, step_and_slope
 from qat.functional.statsq import statsq_scale
 from qat.functional.ste import sum_along
 from qat.kernels import CodeRange, Producer, gpu, library, operators, reference
 from tests.kernels import calls
 
-SCORES = Producer("scores", 0.3)
+SCORES = Producer("scores", factor=0.3)
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
           "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
 # Shape, axis, and the number of dimensions that offsets vary over.
@@ -71,7 +71,7 @@ def case(shape, axis, n_offsets, bounds):
     scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[
         : 1 if axis is None else shape[axis]
     ]
-    x = values(step_of(scale, len(shape), grid), shape, *bounds)
+    x = values(broadcast_step(scale, len(shape), grid), shape, *bounds)
     before, after = (
         torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2)
     )
@@ -144,7 +144,7 @@ def probs(module, shape, axis, dtype=torch.float32, hidden=0):
     expected, grad_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
     how = {"module": module, "dequantized": torch.float32}
-    how["producer"] = SCORES if module is gpu else Producer("softmax", 0.3)
+    how["producer"] = SCORES if module is gpu else Producer("softmax", factor=0.3)
     given = scores if module is gpu else p
     ours = calls.lsq_backward(grad, given, scale, None, grid, out=torch.empty_like(grad), **how)
     levels = calls.lsq_backward(grad, given, scale, None, grid, out=grad, **how).dequantized
@@ -254,7 +254,7 @@ def infinite(module, *form):
 
 def in_strips(module, *form):
     """Each program of a backward pass has several tiles, as those of a large tensor."""
-    with mock.patch.object(module, "PROGRAMS", 2):
+    with mock.patch.object(module, "NUM_PROGRAMS", 2):
         return plain(module, *form)
 
 
@@ -302,7 +302,7 @@ def probs_in_half_precision(module, shape, axis):
 def declined(module):
     """Tensors that no kernel takes: nothing is computed."""
     x, scale, before, _, grid = case((2, 4, 6), 1, 1, (-2, 1))
-    turned, long = x.transpose(0, 2), torch.ones(1, gpu.LONGEST + 1)
+    turned, long = x.transpose(0, 2), torch.ones(1, gpu.MAX_ROW_LENGTH + 1)
     with FakeTensorMode():
         fake = torch.empty(2, 4, 6)
 
@@ -354,7 +354,7 @@ def checked(_):
     expected = [
         True,
         False,
-        "its kernels disagree with the formulas",
+        "its kernels disagree with the reference implementation",
         False,
         "OSError: no compiler",
     ]

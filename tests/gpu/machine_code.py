@@ -45,7 +45,7 @@ def through(made, x, dtype):
 
 def probabilities(dtype):
     grad, scores = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
-    how = {"out": grad, "dequantized": dtype, "producer": Producer("scores", 0.3)}
+    how = {"out": grad, "dequantized": dtype, "producer": Producer("scores", factor=0.3)}
     calls.gpu_backward(grad, scores, torch.ones(3), None, gpu.CodeRange(0, 3, -2), **how)
 
 

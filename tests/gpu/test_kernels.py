@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch._inductor import metrics
 
-from qat.functional.block_floats import BLOCK_FORMATS, round_blocks, tensor_scale
+from qat.functional.block_floats import BLOCK_FORMATS, compute_tensor_scale, round_blocks
 from qat.kernels import CodeRange, gpu, operators, reference, tiles
-from qat.lit.compiled import compile_options, register_formulas
+from qat.lit.compiled import compile_options, register_decompositions
 from tests.gpu.kernel_cases import CASES, case, same
 from tests.kernels import calls
 from tests.tiny import identical
@@ -129,8 +129,8 @@ def test_more_elements_than_32_bits_count(device):
 def test_blocks_of_floats_are_compiled_to_one_pass(device, name, bits, length):
     form = BLOCK_FORMATS[name, bits]
     x = torch.randn(3, 50, length, device=device, dtype=torch.bfloat16)
-    t = tensor_scale(x, form)
-    register_formulas()
+    t = compute_tensor_scale(x, form)
+    register_decompositions()
     for grad in (None, torch.randn_like(x)):
         torch._dynamo.reset()
         metrics.reset()

@@ -112,7 +112,7 @@ def test_swin(tmp_path, bits, shape):
     expected = authors.swin_logits(state, images(32), bits, bits)
     assert_close(logits(net, images(32)), expected, rtol=0, atol=1e-4)
     assert_close(net.layers[1].downsample.reduction.bias, state["features.2.reduction.bias"])
-    assert net.layers[0].blocks[0].mlp.fc1.input_quantizer.n_scales == 8, "one per column"
+    assert net.layers[0].blocks[0].mlp.fc1.input_quantizer.num_stored_scales == 8, "one per column"
     qat.save(net, tmp_path / "ours.ckpt")
     again = qat.load(tmp_path / "ours.ckpt")
     assert torch.equal(logits(again, images(32)), logits(net, images(32)))
@@ -161,15 +161,15 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
-        ({}, {}, "bits=None: {} does not state its bits"),
+        ({}, {}, "bits=None: {} does not state the bits"),
         ({}, {"bits": 0}, "quant.bits=0: must be"),
         ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be"),
-        ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
+        ({}, {"bits": 2, "qkr": False}, "qkr=False: must be True; {} contains attn.q and attn.k"),
         ({}, {"bits": 2, "model": "nope"}, "model='nope': the weights of {} do not fit it"),
         ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
-        ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: its shapes do not match any DeiT ("),
-        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: its shapes do not match any DeiT ("),
+        ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: the shapes do not match any DeiT ("),
+        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: the shapes do not match any DeiT ("),
         (
             {f"layers.0.{TABLE}": torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},
@@ -178,7 +178,7 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
         (
             {TABLE: torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},
-            "{}: its shapes do not match any Swin (",
+            "{}: the shapes do not match any Swin (",
         ),
         (
             {"blocks.0.gamma": torch.ones(1)},
@@ -214,7 +214,7 @@ def test_a_file_describes_no_net_that_is_much_larger_than_itself(
     tmp_path, state, name, tensor, said
 ):
     path = written(tmp_path, {**state, name: tensor})
-    with usage_error(f"its shapes do not match any {TINY} .*{said}"):
+    with usage_error(f"the shapes do not match any {TINY} .*{said}"):
         qat.load_ofq_checkpoint(path, bits=2)
 
 

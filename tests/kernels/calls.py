@@ -47,7 +47,7 @@ def lsq_backward(
     if results is None:
         return None
     grad_scale, sums, y = results
-    grad_before, grad_after, *norm_grads = operators.split(sums, before, after, *norm)
+    grad_before, grad_after, *norm_grads = operators.split_sums(sums, before, after, *norm)
     y = None if dequantized is None else y
     return LsqGradients(out, grad_scale, grad_before, grad_after, y, *norm_grads)
 

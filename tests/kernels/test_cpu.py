@@ -94,7 +94,7 @@ def test_what_is_compiled_is_kept(cache, monkeypatch):
     assert compile_cpp.load(SOURCE).answer() == 42
     (library,) = cache.iterdir()
     assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    monkeypatch.setattr(compile_cpp, "_compiled", pytest.fail)
+    monkeypatch.setattr(compile_cpp, "_compile", pytest.fail)
     assert compile_cpp.load(SOURCE).answer() == 42
 
 
@@ -152,7 +152,7 @@ def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
     grad, unsigned, default = randn(*x.shape), CodeRange(0, 7, -2), torch.get_default_dtype()
     probs = x.clamp(-9, 9).softmax(-1)
     expected, _ = calls.softmax_reference(grad, probs, scale, unsigned, 1.0)
-    how = {"dequantized": torch.float32, "producer": Producer("softmax", 1.0)}
+    how = {"dequantized": torch.float32, "producer": Producer("softmax", factor=1.0)}
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):

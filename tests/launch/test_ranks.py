@@ -93,7 +93,7 @@ def test_the_process_becomes_torchrun_of_the_same_command(monkeypatch):
     ranks.become_torchrun(4, ["train.py", "a=1"])
     ((program, arguments),) = called
     assert program == arguments[0] == sys.executable
-    assert {"--standalone", "--nproc-per-node=4", f"--shutdown-timeout={ranks.SAVE_S}"} < set(
+    assert {"--standalone", "--nproc-per-node=4", f"--shutdown-timeout={ranks.SHUTDOWN_S}"} < set(
         arguments
     )
     assert arguments[-2:] == ["train.py", "a=1"]

@@ -87,7 +87,7 @@ def test_a_killed_run_locks_nobody_out_though_a_loader_of_it_lives_on(tmp_path):
             run_dir.lock(str(tmp_path))
         os.kill(holder.pid, signal.SIGKILL)
         holder.join()
-        with run_dir.locked(str(tmp_path)):
+        with run_dir.hold_lock(str(tmp_path)):
             assert f"process {os.getpid()} " in (tmp_path / run_dir.LOCK).read_text()
     assert contents(tmp_path) == {}
 
@@ -106,12 +106,12 @@ os.execvp("sh", ["sh", "-c", "echo; exec sleep 60"])
         with pytest.raises(UsedError, match=f"process {launcher.pid} on host"):
             run_dir.lock(str(tmp_path))
         monkeypatch.setenv("QAT_LOCK", str(tmp_path / ".lock"))
-        with run_dir.locked(str(tmp_path)):
+        with run_dir.hold_lock(str(tmp_path)):
             pass
         assert (tmp_path / ".lock").exists()
         monkeypatch.delenv("QAT_LOCK")
         launcher.kill()
-    with run_dir.locked(str(tmp_path)):
+    with run_dir.hold_lock(str(tmp_path)):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
@@ -119,7 +119,7 @@ def test_a_job_that_is_started_again_waits_for_its_last_stretch(tmp_path, monkey
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with locked_elsewhere(tmp_path) as holder:
         monkeypatch.setattr(time, "sleep", lambda _: (holder.kill(), holder.join()))
-        with run_dir.locked(str(tmp_path)):
+        with run_dir.hold_lock(str(tmp_path)):
             assert (tmp_path / run_dir.LOCK).exists()
 
 

@@ -24,7 +24,7 @@ def send(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_outside_training_a_signal_counts_at_once(number):
-    with signals.listening(), pytest.raises(Preempted) as stop:
+    with signals.handle_signals(), pytest.raises(Preempted) as stop:
         send(number)
     assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, None, None)
     assert stop.value.wants_requeue == (number in REQUEUE_SIGNALS)
@@ -40,14 +40,14 @@ def test_cleaning_up_after_it_is_not_interrupted():
             send(signal.SIGTERM)
             cleaned.append(True)
 
-    with signals.listening(), pytest.raises(Preempted) as stop:
+    with signals.handle_signals(), pytest.raises(Preempted) as stop:
         tidy()
     assert cleaned == [True]
     assert stop.value.signal == signal.SIGUSR1
 
 
 def test_inside_training_it_is_noted_and_the_wish_to_stop_outranks():
-    with signals.listening():
+    with signals.handle_signals():
         signals.defer(on=True)
         for number, expected in (
             (signal.SIGUSR2, signal.SIGUSR2),
@@ -55,13 +55,13 @@ def test_inside_training_it_is_noted_and_the_wish_to_stop_outranks():
             (signal.SIGUSR1, signal.SIGTERM),
         ):
             send(number)
-            assert signals.arrived() == expected
-    with signals.listening():
-        assert signals.arrived() == 0, "a job is not stopped by what the one before it got"
+            assert signals.received_signal() == expected
+    with signals.handle_signals():
+        assert signals.received_signal() == 0, "a job is not stopped by what the one before it got"
 
 
 def _interrupted(seconds):
-    with signals.listening():
+    with signals.handle_signals():
         signals.defer(on=True)
         send(signal.SIGINT)
         send(signal.SIGINT)  # the same Ctrl-C, by way of torchrun
@@ -84,7 +84,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch, capfd, seconds, code):
 def test_ctrl_c_stays_ignored_in_the_background_of_a_script(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals.listening():
+        with signals.handle_signals():
             send(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -102,11 +102,11 @@ def _loader(ready, is_marked):
 def test_a_loader_process_sees_its_training_process_through(number, is_marked):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    with signals.listening():
+    with signals.handle_signals():
         process = context.Process(target=_loader, args=(ready, is_marked), daemon=True)
         process.start()
         ready.wait(10)
         os.kill(process.pid, number)
         process.join(10)
         assert process.exitcode == 7, "the signal neither killed it nor raised in it"
-        assert signals.arrived() == 0
+        assert signals.received_signal() == 0

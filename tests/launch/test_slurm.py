@@ -130,7 +130,7 @@ def test_others_are_not(place, variables, overrides):
 )
 def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     place(variables)
-    found = slurm.environments()
+    found = slurm.cluster_environments()
     assert [type(one) for one in found] == ([] if expected is None else [expected])
     assert not any(getattr(one, "auto_requeue", False) for one in found)
 

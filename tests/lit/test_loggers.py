@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.loggers import WandbLogger
 
 from qat.launch.signals import Preempted
-from qat.lit.loggers import CSVLog, closing
+from qat.lit.loggers import CSVLog, end_wandb_runs
 from qat.utils import files
 from qat.utils.files import csv_rows
 from tests.conftest import column, results, train
@@ -24,9 +24,9 @@ ROWS = [
 ]
 
 
-def log(folder, rows, resumed_at=0):
+def log(folder, rows, resume_step=0):
     one = CSVLog(folder, name="", version="")
-    one.resumed_at = resumed_at
+    one.resume_step = resume_step
     for row in rows:
         one.log_metrics({key: value for key, value in row.items() if key != "step"}, row["step"])
     return one
@@ -50,10 +50,10 @@ def test_rows_with_new_columns_are_there_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-@pytest.mark.parametrize(("resumed_at", "kept"), [(0, 0), (1, 2), (4, 2), (5, 3), (6, 4)])
-def test_a_resumed_run_drops_the_rows_that_come_again(resumed_at, kept, tmp_path):
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, 0), (1, 2), (4, 2), (5, 3), (6, 4)])
+def test_a_resumed_run_drops_the_rows_that_come_again(resume_step, kept, tmp_path):
     log(tmp_path, ROWS)
-    log(tmp_path, ROWS[kept:], resumed_at)
+    log(tmp_path, ROWS[kept:], resume_step)
     assert read(tmp_path) == texts(ROWS)
 
 
@@ -64,7 +64,7 @@ def test_a_resumed_run_drops_the_rows_that_come_again(resumed_at, kept, tmp_path
 def test_another_table_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "metrics.csv").write_bytes(content)
     with usage_error(r"metrics\.csv: must be the table that this run wrote"):
-        log(tmp_path, ROWS, resumed_at=6)
+        log(tmp_path, ROWS, resume_step=6)
     assert (tmp_path / "metrics.csv").read_bytes() == content
 
 
@@ -72,7 +72,7 @@ def test_half_a_row_is_dropped(tmp_path):
     log(tmp_path, ROWS)
     path = tmp_path / "metrics.csv"
     path.write_bytes(path.read_bytes()[:-3])
-    log(tmp_path, ROWS[3:], resumed_at=6)
+    log(tmp_path, ROWS[3:], resume_step=6)
     assert read(tmp_path) == texts(ROWS)
 
 
@@ -82,7 +82,7 @@ def test_a_kill_while_it_is_written_anew_costs_no_row(logged, tmp_path):
     log(tmp_path, ROWS[:logged])
     if (pid := os.fork()) == 0:
         files.flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-        log(tmp_path, [], resumed_at=9).experiment  # noqa: B018  (makes the writer)
+        log(tmp_path, [], resume_step=9).experiment  # noqa: B018  (makes the writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert read(tmp_path) == texts(ROWS[:logged])
 
@@ -91,7 +91,7 @@ def test_a_kill_while_it_is_written_anew_costs_no_row(logged, tmp_path):
 def test_an_open_run_of_wandb_is_ended(error, code):
     logger = WandbLogger.__new__(WandbLogger)
     logger._experiment = Mock()
-    with contextlib.suppress(Preempted, ValueError), closing([logger]):
+    with contextlib.suppress(Preempted, ValueError), end_wandb_runs([logger]):
         if error is not None:
             raise error
     logger._experiment.finish.assert_called_once_with(exit_code=code)

@@ -102,7 +102,8 @@ def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypa
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
-def test_two_accumulated_half_batches_are_one_batch(preset):
+def test_deviates_from_reference_scale_gradient_counts_the_global_batch(preset):
+    # There the gradient of a scale grows by sqrt(parts) when a batch is split.
     net, whole, halves = quantized(preset), Steps(), Steps()
     trainer(callbacks=[whole]).fit(module(copy.deepcopy(net)), batches(16))
     trainer(callbacks=[halves], accumulate_grad_batches=2).fit(module(net), batches(8))
@@ -185,7 +186,8 @@ def test_accuracies_are_percentages_of_all_images():
     )
 
 
-def test_the_teacher_leaves_no_trace(tmp_path):
+def test_deviates_from_reference_teacher_is_frozen(tmp_path):
+    # There the teacher stays in train mode, with gradients.
     teacher_net, net = vit(DISTILLED).train(), quantized("ofq", name=DISTILLED)
     before = copy.deepcopy(teacher_net.state_dict())
     learner = module(net, {"kd": Distillation()}, teacher=Teacher(teacher_net))

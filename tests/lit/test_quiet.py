@@ -21,7 +21,7 @@ from torch.compiler import config
 assert not os.environ.keys() & {"MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"}
 assert logging.getLogger("timm").level == logging.NOTSET
 assert not [entry for entry in warnings.filters if "LeafSpec" in str(entry[1])]
-assert not operators.FORMULAS.keys() & decompositions.keys()
+assert not operators.DECOMPOSITIONS.keys() & decompositions.keys()
 assert not config.cache_key_tag
 # A run starts without what makes its page at the end.
 assert "qat.data.sources" in sys.modules

@@ -5,7 +5,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from qat.lit.strategies import SyncBatchNorms, strategy_of
+from qat.lit.strategies import SyncBatchNorms, choose_strategy
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from qat.lit.strategies import SyncBatchNorms, strategy_of
 )
 def test_no_form_of_ddp_sends_buffers(name, searches):
     """Where one process has a batch more than another in a validation, a broadcast in each forward would wait for ever."""
-    options = strategy_of(name, 2)._ddp_kwargs
+    options = choose_strategy(name, 2)._ddp_kwargs
     assert options["find_unused_parameters"] is searches
     assert [
         value

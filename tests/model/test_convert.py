@@ -41,25 +41,6 @@ from tests.tiny import (
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
 
 
-@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"qkv_bias": False},
-        {"reg_tokens": 2},
-        {"class_token": False, "global_pool": "avg"},
-        {"init_values": 0.1},
-        {"proj_bias": False},
-        {"pre_norm": True},
-    ],
-    ids=str,
-)
-def test_variants_of_timms_vit(changes, attention):
-    expected = logits(vit(**changes))
-    net = convert(vit(**changes), float_recipe(attention))
-    assert_close(logits(net), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_distilled_heads_in_training_mode():
     net = vit(DISTILLED).train()
     net.set_distilled_training(True)
@@ -385,27 +366,6 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
         name.removesuffix(".parametrizations.weight") for name in floats
     }
     assert "blocks.0.mlp.fc2" not in floats
-
-
-class Beside(nn.Module):
-    """An adapter that stands around a layer."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.more = base, nn.Linear(base.in_features, base.out_features)
-
-    def forward(self, x):
-        return self.base(x) + self.more(x)
-
-
-def test_an_adapter_around_a_layer_is_kept_or_refused():
-    net = vit()
-    net.blocks[1].attn.qkv = Beside(net.blocks[1].attn.qkv)
-    with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a Beside "):
-        convert(net)
-    assert {f"blocks.1.attn.qkv.{layer}.weight_quantizer" for layer in ("base", "more")} <= sites(
-        convert(net, "ofq_noqkr")
-    ).keys()
 
 
 WRAPPED = {

@@ -56,7 +56,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
     # The values remembered for the skipped step are not those of the next one.
     calls = []
     parameter, optimizer = start()
-    hold = EntryFreezer(after=lambda: calls.append(1))
+    hold = EntryFreezer(on_restore=lambda: calls.append(1))
     hold.attach([optimizer])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for t, good in enumerate([True, False, True]):

@@ -160,7 +160,7 @@ def test_colour_weights_are_summed_for_grey_images(path):
 )
 def test_weights_of_another_net(path, state, why):
     torch.save(state, path)
-    with usage_error(rf"ckpt='{path}': its weights do not fit {VIT} \({why}") as caught:
+    with usage_error(rf"ckpt='{path}': the weights do not fit {VIT} \({why}") as caught:
         start(path)
     assert "\n" not in str(caught.value)
 

@@ -11,13 +11,11 @@ from PIL import Image
 import qat
 from examples import classify
 from examples.classify import prepare
-from qat.data import Digits, ImageFolder, sources
+from qat.data import Digits, sources
 from qat.data.image_transform import data_settings
 from qat.export.onnx_file import preprocessing
 from qat.model.transform import data_config
-from tests.commands import run_python
-from tests.conftest import train
-from tests.data.files import write_folder, write_image
+from tests.data.files import write_image
 from tests.errors import usage_error
 
 DIGITS = {
@@ -53,57 +51,6 @@ def test_digits_as_the_loader_has_them(run_4bit):
     made = [qat.transform(loaded)(image) for image in pixels]
     assert torch.equal(torch.stack(made), wanted)
     assert made[0].dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", ["path", "text", "Pillow's image", "array"])
-def test_photos_as_the_loader_has_them(tmp_path, kind):
-    root = write_folder(tmp_path / "root", splits=(("train", 4), ("val", 4)))
-    settings = {
-        "image_size": 16,
-        "patch_size": 8,
-        "in_chans": 3,
-        "num_classes": 2,
-        "root": str(root),
-        "crop_pct": None,
-    }
-    settings |= {
-        "mean": None,
-        "std": None,
-        "interpolation": None,
-        "model": "deit3_small_patch16_224",
-    }
-    wanted = torch.cat([images for images, _ in ImageFolder(**settings).test_dataloader()])
-    apply = qat.transform(
-        saved(
-            tmp_path,
-            net(img_size=16, num_classes=2),
-            data={"_target_": "qat.data.ImageFolder", **settings},
-        )
-    )
-    paths = sorted(p for p in (root / "val").rglob("*") if p.is_file())
-    read = {
-        "path": lambda p: p,
-        "text": str,
-        "Pillow's image": Image.open,
-        "array": lambda p: np.asarray(Image.open(p)),
-    }[kind]
-    assert torch.equal(torch.stack([apply(read(p)) for p in paths]), wanted)
-
-
-def test_the_data_of_a_run_are_kept_by_load_and_save(tmp_path):
-    root = write_folder(tmp_path / "root")
-    size = ("data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8")
-    run = train(
-        tmp_path / "run",
-        "data=imagefolder",
-        f"data.root={root}",
-        "data.num_classes=2",
-        *size,
-        "quant=fp",
-    )
-    loaded = qat.load(run / "checkpoints" / "last.ckpt")
-    image = write_image(tmp_path / "x.png", 40, 30)
-    assert torch.equal(qat.transform(saved(tmp_path, loaded))(image), qat.transform(loaded)(image))
 
 
 @pytest.mark.sample(2)
@@ -158,12 +105,6 @@ def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
     with usage_error("antigravity.Digits"):
         qat.transform(model)
     assert "antigravity" not in sys.modules
-
-
-@pytest.mark.long
-def test_it_needs_neither_hydra_nor_lightning_to_be_found():
-    code = "import sys, qat; qat.transform, qat.load; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"
-    assert run_python("-c", code).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_base_patch16_clip_224.openai"])

@@ -122,8 +122,8 @@ def test_a_pools_queries_have_a_scale_each_and_keys_one_per_token(preset):
     plain_pool = plain(AttentionPoolLatent, latent_len=3)
     net = swapped(plain_pool, qat.recipe(preset, bits=2), TOKENS)
     x = randn(3, 1, TOKENS, WIDTH)
-    for role, n_scales in {"q": 3, "k": TOKENS, "probs": 3, "v": WIDTH}.items():
-        assert sites(net)[f"attn.{role}_quantizer"].quantizer.n_scales == n_scales
+    for role, num_stored_scales in {"q": 3, "k": TOKENS, "probs": 3, "v": WIDTH}.items():
+        assert sites(net)[f"attn.{role}_quantizer"].quantizer.num_stored_scales == num_stored_scales
     assert sites(net)["attn.mlp.fc2.input_quantizer"].quantizer.spec.signed is False
     assert qat.initialize_scales(net, [x])(x).isfinite().all()
     assert net.attn.n_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS

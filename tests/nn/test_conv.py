@@ -39,7 +39,7 @@ def test_convolutions_inside_have_one_scale_and_no_offsets():
     assert [type(m) for m in net] == [QuantConv2d, QuantConv2d]
     qat.initialize_scales(net, [images()])
     inner = net[1].input_quantizer
-    assert (inner.spec.role, inner.spec.bits, inner.n_scales) == ("input", 2, 1)
+    assert (inner.spec.role, inner.spec.bits, inner.num_stored_scales) == ("input", 2, 1)
     assert [n for n, _ in net[1].named_parameters() if "offset" in n] == []
     x = randn(2, 2, 6, 6)
     expected = F.conv2d(

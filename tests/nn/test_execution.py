@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from qat.nn.quant_module import QuantModule, keep_weights, kept_weights
+from qat.nn.quant_module import QuantModule, cached_weights, keep_weights
 from tests.tiny import identical, images, quantized, sites
 
 
@@ -30,10 +30,10 @@ def count(net, monkeypatch):
 def test_each_weight_is_quantized_once(net, monkeypatch):
     expected = net(images()).detach()
     runs = count(net, monkeypatch)
-    with torch.no_grad(), kept_weights(net):
+    with torch.no_grad(), cached_weights(net):
         assert all(torch.equal(net(images()), expected) for _ in range(3))
     assert sorted(runs) == sorted(name for name, site in sites(net).items() if site.is_weight)
-    assert all(m.kept_weights is None for m in net.modules() if isinstance(m, QuantModule))
+    assert all(m.weight_cache is None for m in net.modules() if isinstance(m, QuantModule))
 
 
 @pytest.mark.sample(1)

@@ -113,5 +113,5 @@ def test_integer_norms_work_on_the_scales_around_them():
         )
         assert torch.equal(norms[name](x), expected)
     twin = copy.deepcopy(net)
-    assert twin.norm.between[0] is twin.blocks[1].residual2_quantizer
+    assert twin.norm.outer_quantizers[0] is twin.blocks[1].residual2_quantizer
     assert (logits(net) - logits(vit())).norm() < 0.3 * logits(vit()).norm()

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat.kernels.fused import heads
 from qat.nn import attention, linear, qkr_attention
 from tests.nets import FAMILIES
 from tests.tiny import images, kept_bytes, quantized
@@ -51,20 +52,30 @@ KINDS = {
     "lsq": ("lsq", {}),
     "lsq absolute": ("lsq", {"steps": "absolute", "attention": "float"}),
     "deploy_w4a4": ("deploy_w4a4", {}),
+    "without biases": ("ofq", {}),
+    "frozen weights": ("seq", {}),
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
-def test_nets_are_the_same(family, kind, unfused):
+@pytest.mark.parametrize("rows", [1, 8], ids=["as on a CPU", "as on a GPU"])
+def test_nets_are_the_same(rows, family, kind, unfused, monkeypatch):
+    """Rows of scores are a multiple of these many on a GPU."""
+    if rows > 1:
+        monkeypatch.setitem(heads.ROW_MULTIPLES, "cpu", rows)
     name, knobs = KINDS[kind]
     recipe = qat.recipe(name, bits=2, **knobs)
     if recipe.attention == "qkr" and not family.qkr:
         pytest.skip("no single matrix M")
-    net = qat.convert(family.build(), recipe, input_size=family.input_size)
+    net = family.build(qkv_bias=kind != "without biases")
+    qat.convert(net, recipe, input_size=family.input_size)
     x = family.images(4)
     qat.initialize_scales(net, [x])
+    for site in qat.iter_quantizers(net):
+        if site.role == "weight":
+            site.owner.weight.requires_grad = kind != "frozen weights"
     fused = step(net, x)
     recomputed = step(qat.set_execution(net, memory="recompute"), x)
     assert torch.equal(fused[0], recomputed[0])

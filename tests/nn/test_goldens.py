@@ -165,20 +165,17 @@ FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch|swin|swin_qkr)_w\da
 
 
 @golden.parametrize(OFQ, FAMILIES)
-def test_output(case):
+def test_output_and_gradients(case):
     made = converted(case)
     assert (made.missing, made.unexpected) == ([], [])
-    assert_close(made.module(made.x), ofq(case, "out"), rtol=1e-5, atol=1e-5)
-
-
-@golden.parametrize(OFQ, FAMILIES + "/grad")
-def test_gradients(case):
-    case = case.removesuffix("/grad")
-    made = converted(case)
     x = made.x.requires_grad_()
-    made.module(x).backward(ofq(case, "upstream"))
-    assert_close(x.grad, ofq(case, "grad_x"), rtol=1e-4, atol=1e-4)
+    out = made.module(x)
+    assert_close(out, ofq(case, "out"), rtol=1e-5, atol=1e-5)
     expected = renamed(golden.below(OFQ, f"{case}/grad"))
+    if not expected:
+        return
+    out.backward(ofq(case, "upstream"))
+    assert_close(x.grad, ofq(case, "grad_x"), rtol=1e-4, atol=1e-4)
     ours = {name: p.grad for name, p in made.owner.named_parameters()}
     assert set(expected) == set(ours)
     for name, grad in expected.items():

@@ -1,11 +1,16 @@
-"""Files that name a class of Transformers. Oracle: the model that was saved."""
+"""Files that name a class of Transformers. Oracles: the model that was saved, and the parts that a name tells."""
+
+import re
 
 import pytest
 import torch
 
 import qat
+from qat.lit.optim import parameter_groups
+from qat.nn.hf_constructor import TransformersClassifier
 from tests.errors import usage_error
 from tests.hf_models import KINDS, are_equal, outputs, transformers
+from tests.tiny import identical, shake
 
 VIT = KINDS["ViTForImageClassification"]
 
@@ -70,3 +75,74 @@ def test_a_class_of_ones_own_is_not_saved(tmp_path):
 
     with usage_error("does not record how timm built it"):
         qat.save(Own(VIT.config()), tmp_path / "net.ckpt")
+
+
+def classifier(name):
+    """A quantized model of `model=hf`."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    net = shake(TransformersClassifier(name, kind.config().to_dict(), 5))
+    qat.convert(net, qat.recipe("seq", bits=4), input_size=kind.input_size)
+    return qat.initialize_scales(net, [kind.images(4)])
+
+
+def backward(net, x):
+    """Gradients of a training step, and the count of tensors that it stores."""
+    torch.manual_seed(0)  # Swin drops paths
+    net.zero_grad()
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: stored.append(0) or tensor, lambda tensor: tensor
+    ):
+        loss = net.train()(x).square().sum()
+    loss.backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None], len(stored)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "SwinForImageClassification"])
+def test_checkpointing_computes_the_same(name):
+    net, x = classifier(name), KINDS[name].images()
+    plain, n_plain = backward(net, x)
+    net.set_grad_checkpointing()
+    gradients, n_stored = backward(net, x)
+    assert identical(gradients, plain)
+    assert n_stored < n_plain / 2
+    net.set_grad_checkpointing(enable=False)
+    assert backward(net, x)[1] == n_plain
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "ViTForImageClassification",
+            ("vit.embeddings", "vit.layers.0", "vit.layers.1|vit.layernorm", "classifier"),
+        ),
+        (
+            "SwinForImageClassification",
+            (
+                "swin.embeddings",
+                r"swin.encoder.layers.0.(blocks.0|downsample)",
+                "swin.encoder.layers.1.blocks.0|swin.layernorm",
+                "classifier",
+            ),
+        ),
+    ],
+)
+def test_layer_decay(name, parts):
+    net = classifier(name)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    groups = parameter_groups(net, weight_decay=0.1, layer_decay=0.5)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        part = parts[int(group["name"][len("layer")])]
+        assert group["lr_scale"] == 0.5 ** (3 - parts.index(part))
+        assert all(re.match(f"model.({part})", names[p]) for p in group["params"]), group["name"]
+
+
+def test_layer_decay_needs_blocks():
+    net = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    )
+    with usage_error("layer_decay=0.5: the layers of ResNetFor.* cannot be numbered"):
+        parameter_groups(net, weight_decay=0.1, layer_decay=0.5)

@@ -106,6 +106,7 @@ def test_a_layer_with_inputs_of_both_kinds_is_signed():
     assert unsigned_layers(qat.convert(net, qat.recipe("lsq"), input_size=(1, 4, 4))) == set()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "signs"), [("pvt_v2", "mlp"), ("mobilevit", "tails")])
 def test_older_files_keep_their_grids(name, signs, tmp_path):
     path, family = tmp_path / "net.ckpt", FAMILIES[name]

@@ -68,9 +68,9 @@ def test_without_rounding_it_is_timms(kind, side, shift, settings):
 def test_scales_are_those_of_positions_in_a_window(preset):
     found = sites(swapped(block(12), qat.recipe(preset), 12))
     scales = {
-        name.removeprefix("block.attn.").removesuffix("_quantizer"): s.quantizer.n_scales
+        name.removeprefix("block.attn.").removesuffix("_quantizer"): s.quantizer.num_stored_scales
         for name, s in found.items()
-        if "attn" in name and s.quantizer.n_scales
+        if "attn" in name and s.quantizer.num_stored_scales
     }
     n = WINDOW**2
     of_input = {"qkv.input": n, "q": n, "k": n}
@@ -107,6 +107,6 @@ def test_positions_that_are_always_padding():
     net = swapped(block(3, 2, always_partition=True), qat.recipe("ofq", bits=2), 3)
     qat.initialize_scales(net, [maps(3)])
     step = sites(net)["block.attn.input_quantizer"].quantizer.quantizer.scale.view(WINDOW, WINDOW)
-    assert_close(step.min(), torch.tensor(QF.least_unit(1) / 64))
+    assert_close(step.min(), torch.tensor(QF.min_reliable_step(1) / 64))
     net.train()(maps(3)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())

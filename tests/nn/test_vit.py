@@ -11,7 +11,8 @@ from tests.tiny import quantized
 
 
 @pytest.mark.parametrize("qk_bias", ["drop", "fold"])
-def test_qkr_step_by_step(qk_bias):
+def test_deviates_from_reference_product_offset_is_a_bias(qk_bias):
+    # There it is a module of its own around the quantizer.
     attn = quantized("ofq", bits=2, qk_bias=qk_bias).blocks[0].attn
     with torch.no_grad():
         attn.product_offset.normal_()

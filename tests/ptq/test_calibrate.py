@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.functional.observers import RangeState, observe, reaching_zero
+from qat.functional.observers import RangeState, extend_to_zero, observe
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import is_ready
 from qat.ptq import calibrate, in_float
@@ -70,7 +70,7 @@ def test_batches_calibrate_in_any_number_and_a_generator_will_do():
     net = converted()
     done = calibrate(net, (images(n, seed=n) for n in (3, 5, 2)))
     assert (done.images, done.batches) == (10, 3)
-    assert done.scales == sum(site.quantizer.n_scales for site in qat.iter_quantizers(net))
+    assert done.scales == sum(site.quantizer.num_stored_scales for site in qat.iter_quantizers(net))
 
 
 def test_weights_gradients_and_modes_stay():
@@ -134,7 +134,7 @@ def test_a_net_that_is_not_calibrated_says_so():
     ("net", "batches", "message"),
     [
         (converted, [], "must have at least one batch of images"),
-        (converted, [images() * torch.nan], "calibration images hold NaN or infinity"),
+        (converted, [images() * torch.nan], "calibration images contain NaN or infinity"),
         (vit, [images()], "no affine quantizer; convert it with a qat.PtqRecipe first"),
         (quantized, [images()], "no affine quantizer"),
     ],
@@ -149,9 +149,9 @@ def test_deviates_from_reference_a_range_far_from_zero_reaches_it():
     quantizer = build_quantizer(QuantSpec("input", "affine", 8, signed=False, observer="minmax"))
     x = torch.linspace(5, 6, 120).view(4, 5, 6)
     quantizer.allocate(x.shape, x.device)
-    quantizer.fill(observe(None, x, None, "minmax"), x)
+    quantizer.set_from_range(observe(None, x, None, "minmax"), x)
     assert quantizer(x).sub(x).abs().max() <= quantizer.scale / 2 + 1e-6
-    low, high = reaching_zero(
+    low, high = extend_to_zero(
         RangeState(torch.tensor([0.01, 5.0, -6.0, -1.0]), torch.tensor([1.0, 6.0, -5.0, 1.0]))
     )
     # Next to zero the reference's formula stays.

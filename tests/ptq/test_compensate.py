@@ -6,9 +6,8 @@ from torch.testing import assert_close
 
 import qat
 from qat.model.cost import size_bytes
-from qat.model.metadata import describe
-from qat.model.packed import write_packed
 from qat.ptq.compensate import RIDGE, compensate
+from qat.ptq.reconstruct import ReconstructSettings, reconstruct
 from tests import tiny
 from tests.errors import usage_error
 from tests.nets import FAMILIES
@@ -91,25 +90,6 @@ def test_files_of_before_load(tmp_path):
     assert torch.equal(tiny.logits(qat.load(tmp_path / "older.ckpt"), ALL), tiny.logits(net, ALL))
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("said", [{}, {"compensation": "matrix"}], ids=["of others", "of before"])
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_files_with_matrices_after_blocks_are_refused(suffix, said, tmp_path):
-    net, path = pair()[0], tmp_path / f"net.{suffix}"
-    net = qat.freeze(net) if suffix == "safetensors" else net
-    net.blocks[1].add_module("compensation", torch.nn.Linear(32, 32))
-    meta = describe(net)
-    meta["recipe"] |= said
-    if suffix == "safetensors":
-        write_packed(net, path, meta)
-    else:
-        torch.save({"qat": meta, "state_dict": net.state_dict()}, path)
-    with usage_error(
-        r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\""
-    ):
-        qat.load(path)
-
-
 def test_one_scale_for_a_weight_takes_a_bias_alone():
     net, reference = pair(weight_scales="tensor")
     weight = net.blocks[0].mlp.fc2.weight.clone()
@@ -121,11 +101,17 @@ def test_one_scale_for_a_weight_takes_a_bias_alone():
     assert_close(y, target, rtol=0, atol=1e-5)
 
 
-def test_activations_that_are_not_finite_are_refused():
-    net, reference = pair()
+def one_step(net, reference, batches):
+    """Reconstruction at its shortest."""
+    reconstruct(net, reference, torch.cat(batches), ReconstructSettings(steps=1, batch=16))
+
+
+@pytest.mark.parametrize("fit", [compensate, one_step])
+def test_activations_that_are_not_finite_are_refused(fit):
+    net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.blocks[1].mlp.fc1.bias[0] = torch.inf
-    with usage_error(r"the activations of blocks\.1 hold NaN or infinity"):
-        compensate(net, reference, IMAGES)
+    with usage_error(r"the activations of blocks\.1 are NaN or infinite"):
+        fit(net, reference, IMAGES)
     with usage_error("the reference is quantized"):
-        compensate(net, net, IMAGES)
+        fit(net, net, IMAGES)

@@ -129,11 +129,6 @@ def test_scales_zero_points_and_logits(case):
         zero_point = zero_points[name].flatten().float()
         assert torch.equal(quantizer.zero_point, zero_point.expand_as(quantizer.zero_point)), name
     assert_logits(net, golden.tensor(PTQ, f"{case}/out_q0"))
-
-
-@golden.parametrize(PTQ, TAGS)
-def test_float_logits_of_the_quantized_net(case):
-    net = calibrated(case)
     with torch.no_grad(), in_float(net):
         logits = torch.stack([net(batch) for batch in batches()])
     assert_close(logits, golden.tensor(PTQ, f"{case}/out_fp"), rtol=1e-5, atol=1e-5)

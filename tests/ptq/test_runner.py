@@ -26,7 +26,11 @@ NETS = {
 
 def runner(net, parts, limit=float("inf"), entry=""):
     return Runner(
-        net, {name: [name + entry] for name in find_blocks(net)}, parts, limit, to_the_end=True
+        net,
+        {name: [name + entry] for name in find_blocks(net)},
+        parts,
+        limit,
+        needs_net_output=True,
     )
 
 
@@ -108,7 +112,7 @@ def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
     net, images = Again(), tiny.images(3)
     runs = runner(net, [images])
     assert caplog.messages == [
-        f"blocks.{i} does not give the same output when the model starts there; "
+        f"blocks.{i} does not return the same output when the model starts there; "
         "the whole model runs instead"
         for i in (2, 1)
     ]

@@ -97,7 +97,7 @@ def test_a_fitness_is_that_of_whole_forwards_bit_for_bit(build, knobs):
         vector.write(scales * (1 + 0.1 * noise))
         seen.add(evaluator.fitness(block))
         assert evaluator.fitness(block) == whole_fitness(net, batches(), targets, settings(**knobs))
-        evaluator.runner.forget()
+        evaluator.runner.clear_cache()
     assert len(seen) == 2
 
 
@@ -187,7 +187,7 @@ def test_deviates_from_reference_each_scale_has_a_floor_and_the_noise_of_its_bit
     wide.spec = dataclasses.replace(wide.spec, bits=8)
     assert (
         vector.radius(None).tolist()
-        == [1e-4] * wide.n_scales + [1e-3] * vector.quantizers[1].n_scales
+        == [1e-4] * wide.num_stored_scales + [1e-3] * vector.quantizers[1].num_stored_scales
     )
     vector.write(torch.zeros(len(vector.read())))
     assert (vector.read() >= torch.finfo(torch.float32).eps).all()
@@ -230,7 +230,7 @@ def flat():
         (
             quantized,
             {"reference_selection": True},
-            "reference_selection=true: needs validation images",
+            "reference_selection=true: must be false without validation images",
         ),
         (
             lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"),

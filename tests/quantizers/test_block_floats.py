@@ -48,7 +48,7 @@ def test_blocks_lie_along_an_axis(name, bits, axis, shape):
 def test_units_and_thresholds_of_the_grid(name, bits):
     quantizer, x = build(name, bits=bits, axis=-1), randn(4, 40)
     grid = quantizer.grid(x)
-    units = quantizer(x) / grid.unit.repeat_interleave(grid.form.block, -1)[:, :40]
+    units = quantizer(x) / grid.unit.repeat_interleave(grid.form.block_size, -1)[:, :40]
     torch.testing.assert_close(units, units.round())
     assert 0.5 < grid.near_threshold(x, 0.4).float().mean() < 1
     assert not grid.near_threshold(quantizer(x), 0.4).any()
@@ -104,7 +104,7 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
 
     x, grads = randn(5, length), [randn(5, length, seed=i) for i in range(3)]
     x[0, 3], x[-1] = 0.0, 0.0
-    compiled.register_formulas()
+    compiled.register_decompositions()
     torch._dynamo.reset()
     *found, of_x = run(
         torch.compile(each, fullgraph=True, options=compiled.compile_options()),

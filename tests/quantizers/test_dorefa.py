@@ -36,16 +36,6 @@ def test_the_gradient_passes_the_rounding_and_nothing_else():
     assert_close(w.grad, expected)
 
 
-def test_a_net_is_saved_and_has_its_size(tmp_path):
-    net = qat.convert(tiny.vit(), RECIPE, input_size=tiny.SIZE)
-    qat.initialize_scales(net, [tiny.images()]).eval()
-    specs = {s.layer: s.quantizer.spec.quantizer for s in qat.iter_quantizers(net) if s.is_weight}
-    assert (specs["blocks.0.mlp.fc1"], specs["patch_embed.proj"]) == ("dorefa", "lsq")
-    qat.save(net, tmp_path / "net.ckpt")
-    loaded = qat.load(tmp_path / "net.ckpt")
-    assert torch.equal(loaded.eval()(tiny.images()), net(tiny.images()))
-
-
 def test_losses_in_the_unit_of_the_weights_refuse_it():
     net = qat.convert(tiny.vit(), RECIPE, input_size=tiny.SIZE)
     with usage_error("max_bits=4: "):

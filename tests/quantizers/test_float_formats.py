@@ -61,7 +61,7 @@ def test_the_grid(name, bits, role, axis, cls, largest):
     assert isinstance(grid, cls)
     assert grid.qmax == -grid.qmin == largest
     assert torch.equal(grid.dequantize(codes), y)
-    order = grid.in_order(codes)
+    order = grid.to_sorted_index(codes)
     assert torch.equal(order, grid.codes(x))
     torch.testing.assert_close(grid.to_code_coordinates(y), order)
     low, high = grid.ends()

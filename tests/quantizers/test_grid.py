@@ -95,7 +95,7 @@ def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     for cls in (Odd, Doubled, Noisy, Renamed):
         quantizer = cls(spec)
         quantizer.allocate(torch.Size([2, 3, 4]), torch.device("cpu"))
-        found[cls] = quantizer.grid(torch.ones(3)), quantizer.operand()
+        found[cls] = quantizer.grid(torch.ones(3)), quantizer.fused_params()
     assert found[Odd] == found[Doubled] == found[Noisy] == (None, None)
     grid, operand = found[Renamed]
     assert (grid.qmax, operand.codes) == (1, (-2, 1, None, False))
@@ -105,7 +105,7 @@ def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     ("name", "fuses"), [("lsq", True), ("seq", True), ("statsq", False), ("minmax_dynamic", False)]
 )
 def test_what_products_are_fused_with(name, fuses):
-    assert (allocated(name, torch.ones(2, 3, 4), signed=True).operand() is not None) is fuses
+    assert (allocated(name, torch.ones(2, 3, 4), signed=True).fused_params() is not None) is fuses
 
 
 def test_zeros_on_a_step_of_zero_sit_on_the_threshold():

@@ -28,14 +28,15 @@ def test_nan_until_initialised(quantizer, offsets):
 def test_one_scale_per_slice(quantizer, axis, n):
     made = allocated(quantizer, randn(2, 3, 4), axis=axis)
     assert made.scale.shape == (n,)
-    assert made.n_scales == made.n_groups(torch.Size((7, 3, 4))) == n
+    assert made.num_stored_scales == made.num_scales(torch.Size((7, 3, 4))) == n
 
 
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
-def test_a_negative_axis_that_meets_the_batch_becomes_a_tensor_scale(quantizer):
+def test_deviates_from_reference_an_axis_never_means_the_batch(quantizer):
+    # There a position-wise quantizer on (B, C) has one scale per image of the batch.
     made = allocated(quantizer, randn(8, 4), axis=-2)
     assert made.axis is None
-    assert made.n_scales == 1
+    assert made.num_stored_scales == 1
     made.calibrate(randn(8, 4), {})
     assert made(randn(5, 4)).shape == (5, 4)
 
@@ -53,7 +54,7 @@ def test_shape_and_dtype_of_the_input_come_out(quantizer, dtype, offsets):
 @pytest.mark.parametrize(
     ("role", "shape"), [("image", (2, 3, 8, 8)), ("input", (2, 5, 8)), ("weight", (6, 8))]
 )
-def test_all_state_is_where_the_input_is(quantizer, role, shape):
+def test_deviates_from_reference_no_device_is_asked_for(quantizer, role, shape):
     # "meta" stands for an accelerator: a net may be there before it is converted.
     recipe = qat.recipe("ofq", weight_quantizer="lsq", act_quantizer="lsq", bits=8)
     if role == "weight":

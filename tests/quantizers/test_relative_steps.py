@@ -26,7 +26,7 @@ def test_the_gradient_is_that_of_the_step_times_the_step(quantizer):
     assert_close(relative.change.grad, absolute.scale.grad * absolute.scale.detach())
     assert sorted(relative.state_dict()) == ["change", "start"]
     assert sorted(absolute.state_dict()) == ["scale"]
-    assert relative.n_scales == absolute.n_scales == 3
+    assert relative.num_stored_scales == absolute.num_stored_scales == 3
 
 
 def test_deviates_from_reference_no_update_kills_a_step():
@@ -42,7 +42,7 @@ def test_deviates_from_reference_no_update_kills_a_step():
 def test_an_activation_that_begins_at_zero_grows_and_can_be_used():
     """Attention behind random weights gives nothing at 2 bits: relative to that a step would never get anywhere."""
     made = calibrated("lsq", torch.zeros(1, 3, 8), bits=2, axis=-2, steps="relative")
-    unit = F.least_unit(1)
+    unit = F.min_reliable_step(1)
     assert_close(made.scale.detach(), torch.full((3,), unit / 64))
     assert unit == pytest.approx(2 * (2 / torch.pi) ** 0.5 / 64)
     with torch.no_grad():

@@ -41,11 +41,11 @@ def folder(tmp_path):
 
 
 def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(folder, capsys):
-    publish(folder, report=False, refused={"1": "holds best.ckpt already"})
+    publish(folder, report=False, refused={"1": "contains best.ckpt already"})
     out = capsys.readouterr().out
     assert out.startswith("6 jobs: 4 done, 1 failed, 1 not finished\n")
     assert out.splitlines()[-4:] == [
-        "job 1 (quant=ofq_2bit seed=2): holds best.ckpt already",
+        "job 1 (quant=ofq_2bit seed=2): contains best.ckpt already",
         "job 4 (quant=ofq_4bit seed=2): the loss is nan",
         "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still running",
         f"in {folder}: sweep.csv",
@@ -79,7 +79,7 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
     publish(folder, report=True)
     found = read(folder / "report.html")
     for text in (
-        "sweep: over quant, seed",
+        "sweep: Comparison of quant, seed",
         "93.00 ± 3.61",
         "the loss is nan",
         "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %",

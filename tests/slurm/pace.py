@@ -28,5 +28,5 @@ class Pace(Callback):
             str(os.getpid())
         )
         deadline = time.monotonic() + LONGEST_S
-        while not signals.arrived() and time.monotonic() < deadline:
+        while not signals.received_signal() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import io
 import re
 import subprocess
@@ -44,11 +45,15 @@ def imported(path):
             yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_libraries_stay_in_their_place(library):
-    users = {str(path.relative_to(PACKAGE)) for path in FILES if library in imported(path)}
-    assert users, "nobody imports it: the rule is out of date"
-    assert {user for user in users if Path(user).parts[0] not in LIBRARIES[library]} == set()
+def test_libraries_stay_in_their_place():
+    places = {library: set() for library in LIBRARIES}
+    for path in FILES:
+        for library in LIBRARIES.keys() & set(imported(path)):
+            places[library].add(place(path))
+    assert all(places.values()), "nobody imports it: the rule is out of date"
+    assert {name: found - {*LIBRARIES[name]} for name, found in places.items()} == dict.fromkeys(
+        LIBRARIES, set()
+    )
 
 
 def test_layers():
@@ -208,21 +213,21 @@ BUDGETS = {
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
-    "qat/data": 11300,
+    "qat/data": 11350,
     "qat/export": 15500,
     "qat/functional": 12100,
     "qat/kernels": 20500,
     "qat/launch": 3800,
-    "qat/lit": 7800,
+    "qat/lit": 7850,
     "qat/losses": 1970,
-    "qat/model": 25500,
-    "qat/nn": 14500,
+    "qat/model": 25700,
+    "qat/nn": 14650,
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5300,
-    "qat/tasks": 25500,
+    "qat/tasks": 25600,
     "qat/utils": 5560,
-    "tests": 280000,
+    "tests": 257000,
 }
 LAYOUT = {
     tokenize.COMMENT,
@@ -235,6 +240,7 @@ LAYOUT = {
 }
 
 
+@functools.cache
 def tokens(path):
     """Tokens of a file without comments, docstrings and layout."""
     text = path.read_text()
@@ -256,9 +262,9 @@ def tokens(path):
     )
 
 
-@pytest.mark.parametrize("folder", BUDGETS)
-def test_a_folder_keeps_its_budget(folder):
-    assert sum(map(tokens, (ROOT / folder).rglob("*.py"))) <= BUDGETS[folder]
+def test_a_folder_keeps_its_budget():
+    sizes = {name: sum(map(tokens, (ROOT / name).rglob("*.py"))) for name in BUDGETS}
+    assert {name: size for name, size in sizes.items() if size > BUDGETS[name]} == {}
 
 
 def test_every_folder_has_a_budget():
@@ -281,6 +287,7 @@ TOTAL_DENSITY = {"line": 9.0, "packed": 1, "conditional": 30, "vague": 0.3}
 FOLDER_DENSITY = {"line": 10.2, "packed": 4, "conditional": 55, "vague": 1}
 
 
+@functools.cache
 def code_lines(path):
     """Lines of a file with tokens of code."""
     generated = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)

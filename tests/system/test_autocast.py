@@ -4,6 +4,7 @@ A forward hook on a quantizer makes its module run unfused, so what hooks see is
 """
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def test_fused_and_unfused_agree(net):
             assert gradient.norm() < 1e-2 * largest
         else:
             assert (gradient - plain[name]).norm() <= 1e-2 * plain[name].norm(), name
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not(net, memory):
+    net = qat.set_execution(copy.deepcopy(net), memory=memory)
+    loss = net(images()).square().mean()
+    tensors = list(net.parameters())
+    expected = torch.autograd.grad(loss, tensors, retain_graph=True)
+    with autocast():
+        found = torch.autograd.grad(loss, tensors)
+    largest = max(gradient.norm() for gradient in expected)
+    for gradient, in_float32 in zip(found, expected, strict=True):
+        assert (gradient - in_float32).norm() <= 1e-2 * largest
 
 
 @pytest.mark.parametrize(

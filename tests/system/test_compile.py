@@ -21,12 +21,8 @@ from torch.testing import assert_close
 
 import qat.lit.compiled
 from qat import kernels
-from qat.functional.log2 import fake_quantize_log2
-from qat.functional.lsq import CodeRange
-from qat.functional.statsq import statsq_scale
-from qat.kernels import LSQParams
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import CompiledCall, compile_in_place, register_formulas, source_hash
+from qat.lit.compiled import CompiledCall, compile_in_place, register_decompositions, source_hash
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
 from qat.spec import QuantSpec
@@ -84,7 +80,7 @@ def test_compiled_forward_and_backward(name, backend):
         of_family(name, b) if name in ATTENTIONS else (quantized(name, bits=b), images(64))
         for b in (2, 3)
     )
-    register_formulas()
+    register_decompositions()
     out, gradient = step(net.train(), x)
     compiled_out, compiled_gradient = step(torch.compile(net, fullgraph=True, backend=backend), x)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -126,7 +122,7 @@ class Quantizers(torch.nn.Module):
 @pytest.mark.parametrize("preset", ["ofq", "seq"])
 def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
     made = Quantizers(preset)
-    register_formulas()
+    register_decompositions()
     with inductor.patch(qat.lit.compiled.compile_options()), torch.no_grad():
         expected, found = made(made.given), torch.compile(made, fullgraph=True)(made.given)
     assert len(found) > 6
@@ -147,7 +143,7 @@ def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
         (tmp_path / path).write_text(text)
         found.add(source_hash(package))
     assert len(found) == 3
-    register_formulas()
+    register_decompositions()
     assert compiler.cache_key_tag.endswith(source_hash(qat.functional, kernels))
 
 
@@ -189,32 +185,6 @@ def test_forward_and_backward_round_as_eager_code_does_and_lose_no_gradient(monk
         CompiledCall(net, net)(torch.ones(2, 3)).sum().backward()
     assert made == [(False, True, mixes_orders), (True, True, mixes_orders)]
     assert inductor.triton.mix_order_reduction  # for the user's own graphs
-
-
-@pytest.mark.parametrize("quantizer", ["statsq", "lsq", "seq", "log2"])
-def test_gradients_pass_a_compiled_quantizer(quantizer):
-    # In torch 2.11 none does behind a conversion to the dtype that is there already.
-    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.01
-    step = torch.tensor([0.2], requires_grad=True)
-    calls = {
-        "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
-        "lsq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None))),
-        "seq": lambda w: kernels.lsq(
-            w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))
-        ),
-        "log2": lambda w: fake_quantize_log2(w, 4),
-    }
-    found = []
-    for call in (
-        calls[quantizer],
-        torch.compile(calls[quantizer], fullgraph=True, backend="aot_eager"),
-    ):
-        w, step.grad = x.clone().requires_grad_(), None
-        (call(w) * x).sum().backward()
-        found.append((w.grad, step.grad))
-    assert found[0][0].abs().sum() > 0
-    assert torch.equal(found[0][0], found[1][0])
-    assert_close(found[0][1], found[1][1])
 
 
 @pytest.fixture

@@ -78,22 +78,29 @@ def test_every_choice_of_many_composes(group, choice):
     whole("ptq" if choice.startswith("evolq_") else "train", f"{group}={choice}", *needs_a_model)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    ("config", "groups"),
-    [
-        ("train", [g for g in GROUPS if g not in CHOOSERS | ELSEWHERE]),
-        ("eval", ["model", "data", "trainer", "logger"]),
-        ("ptq", ["ptq", "search"]),
-        ("analyze", ["analysis"]),
-        ("export", ["format"]),
-    ],
-)
-def test_every_choice_composes(config, groups):
-    """As many configs as the longest group has choices: the n-th choice of each group, all together."""
+GROUPS_OF = {
+    "train": [g for g in GROUPS if g not in CHOOSERS | ELSEWHERE],
+    "eval": ["model", "data", "trainer", "logger"],
+    "ptq": ["ptq", "search"],
+    "analyze": ["analysis"],
+    "export": ["format"],
+}
+
+
+def rows(groups):
+    """The n-th choice of each group, for as many n as the longest group has choices."""
     columns = [[f"{group}={choice}" for choice in choices(group)] for group in groups]
     for n in range(max(len(column) for column in columns)):
-        whole(config, *(column[n % len(column)] for column in columns))
+        yield [column[n % len(column)] for column in columns]
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize(
+    ("config", "row"),
+    [(config, row) for config, groups in GROUPS_OF.items() for row in rows(groups)],
+)
+def test_every_choice_composes(config, row):
+    whole(config, *row)
 
 
 @pytest.mark.sample(12)
@@ -206,7 +213,7 @@ def test_data_files_have_all_settings(name):
     }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", choices("loss"))
 def test_every_loss_trains(tmp_path, float_run, name):
     run = train(tmp_path / "run", f"loss={name}", f"ckpt={float_run}/checkpoints/last.ckpt")

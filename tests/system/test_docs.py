@@ -35,11 +35,13 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # tests/cli/test_commands.py: the same commands where the package is installed.
 INSTALLED = re.compile(r"^qat (train|eval|ptq|analyze|export)\b")
-# What takes longer than all else: compilers, databases.
-HEAVY = ("compile=true", "mlflow", "wandb")
+# What takes longer than all else: compilers, exports, databases.
+HEAVY = ("compile=true", "export.py", "mlflow", "wandb")
 # Pages with many commands, of kinds that other pages have too.
 LONG = (
     "quickstart.md",
+    "troubleshooting.md",
+    "files.md",
     "training.md",
     "deployment.md",
     "ptq.md",
@@ -322,6 +324,7 @@ def test_commands_do_what_they_should(page, wanted, shelf, tmp_path, monkeypatch
         before = run_dir
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     ("page", "code"),
     [
@@ -344,7 +347,7 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))
     write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
     code = code.replace(
-        '"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=2, '
+        '"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=1, '
     )  # twelve blocks take a minute to export
     # What an example leaves to its reader.
     exec(compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)]})
@@ -388,7 +391,7 @@ def test_the_readme_says_of_the_demo_what_its_log_does():
     scores = re.findall(r"│ W\d+ A\d+ *│ *([\d.]+) ±", log.rpartition("results  ")[2])
     assert len(scores) == 3
     said = re.search(
-        r"float model has ([\d.]+) %, the 2-bit one ([\d.]+) %, and a float control .* ([\d.]+) %",
+        r"float ([\d.]+) %, 2-bit ([\d.]+) %, and ([\d.]+) % for a float model",
         (ROOT / "README.md").read_text(),
     )
     assert list(said.groups()) == scores

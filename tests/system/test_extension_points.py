@@ -258,6 +258,7 @@ def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_step
     assert "in_band" in oscillations[0]
 
 
+@pytest.mark.long
 def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
     for name in ("weights", "oscillation"):
         overrides = (

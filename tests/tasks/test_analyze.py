@@ -30,7 +30,8 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["robustness", "weights", "cost", "landscape"])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", ["cost", "robustness", "landscape", "weights"])
 def test_what_a_run_leaves_behind(tmp_path, run_4bit, name):
     more = {"robustness": SMALL, "landscape": ("analysis.points=3",)}.get(name, ())
     found = analyze(tmp_path, f"ckpt={last(run_4bit)}", f"analysis={name}", "images=40", *more)
@@ -114,12 +115,12 @@ MISTAKES = {
     "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",
-    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': its data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
-    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': its data have class FashionMnist, but the data of '{four}' have Digits; ",
+    "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': the data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
+    "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': the data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
-    "analysis=oscillation ckpt={four}": "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]",
-    "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer holds only integer codes; ",
+    "analysis=oscillation ckpt={four}": "ckpt='{four}': this run did not track oscillation; train with callbacks=[default,oscillation]",
+    "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer contains only integer codes; ",
 }  # fmt: skip
 
 

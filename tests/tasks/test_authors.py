@@ -70,22 +70,6 @@ def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
         assert_close(net(x), authors.deit_logits(theirs, x, 2, 2), rtol=0, atol=1e-4)
 
 
-def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
-    theirs = authors.swin(depths=(1, 1, 1, 1), window=4)
-    torch.save(theirs, tmp_path / "theirs.pth.tar")
-    model = ("model=swin_t", "++model.args.depths=[1,1,1,1]", "data=cifar10", "data.num_classes=5")
-    cfg = compose("train", *model, f"ckpt={tmp_path}/theirs.pth.tar", "ckpt_bits=2", "run_dir=a")
-    from qat.tasks import build
-
-    start = build.build_start(cfg)
-    merging = start.net.layers[1].downsample.reduction
-    assert_close(merging.bias, theirs["features.2.reduction.bias"])
-    qat.save(start.net, tmp_path / "float.ckpt")
-    assert_close(
-        qat.load(tmp_path / "float.ckpt").layers[1].downsample.reduction.bias, merging.bias
-    )
-
-
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
@@ -130,6 +114,7 @@ def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, mess
     assert message.format(path) in line
 
 
+@pytest.mark.long
 def test_a_search_over_their_steps_needs_no_word_about_the_net(tmp_path, path, theirs):
     net = timm.create_model(
         DISTILLED, img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=1

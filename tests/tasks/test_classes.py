@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from qat.tasks.results import CLASSES, CONFUSION, class_results, write_class_tables
+from qat.tasks.results import CLASSES, CONFUSION, class_fields, write_class_tables
 from tests.conftest import compose, results, tiny
 from tests.data.files import write_folder
 
@@ -17,7 +17,7 @@ def rows(path):
 
 
 def test_a_matrix_by_hand():
-    found = class_results(MATRIX, NAMES)
+    found = class_fields(MATRIX, NAMES)
     assert [list(one.values()) for one in found["classes"]] == [
         ["cat", 10, 80.0],
         ["dog", 10, 50.0],
@@ -61,6 +61,7 @@ def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
     page = (tmp_path / "report.html").read_text()
     assert "Most often confused" in page
     assert "Accuracy of each class" in page
+    assert rows(run_4bit / CONFUSION) == rows(tmp_path / CONFUSION)
 
 
 def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog):

@@ -5,8 +5,6 @@ Those that belong to one feature are in the test of that feature, as `test_evalu
 
 import pickle
 import re
-import socket
-import time
 
 import pytest
 import timm
@@ -15,9 +13,8 @@ from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 
 from qat.cli import mistakes
-from qat.model import pretrained
-from tests.campaign.checkpoints import Payload
 from tests.conftest import compose, contents, results, tiny
+from tests.payload import Payload
 
 WHOLE = "must be an integer (?:of at least|from)"
 NOTHING_TO_DO = "must be above 0"
@@ -47,7 +44,6 @@ TRAIN = [
     # the recipe
     *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
-    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\]: must match .* 'blocks\.0\.attn"),
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\]: must match .* names look like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
@@ -66,7 +62,7 @@ TRAIN = [
     ("~optimizer", "missing mandatory value: optimizer"),
     # the trainer
     *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 1.5 x")),
-    *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("0 1.5 x")),
+    *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("1.5 x")),
     ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} 0"),
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
     *((f"trainer.max_steps={v}", rf"trainer\.max_steps={s}: {WHOLE} -1") for v, s in shown("-5 1.5 x true")),
@@ -77,7 +73,7 @@ TRAIN = [
     ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
     *((f"+trainer.max_time={v}", rf"trainer\.max_time={v}: must be DD:HH:MM:SS") for v in ("5", "3.5")),
     *((f"+trainer.max_time={v}", r"trainer\.max_time=.*: must be above 0") for v in ("00:00:00:00", "{hours:0}")),
-    ("data.scale=0.5", r"data\.scale=0\.5: must be two shares of the image's area"),
+    ("data.scale=0.5", r"data\.scale=0\.5: must be two fractions of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
     ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it \(callbacks, logger, run_dir\)"),
@@ -93,15 +89,12 @@ TRAIN = [
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
-    ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that holds "),
+    ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that contains "),
     *(
         (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} ignores data\.{setting}; data={reader} uses it, as do {others}$")
         for own, setting, more, reader, others in [
             ("digits", "root", "", "imagefolder", "cifar10, fashion_mnist, hf_parquet, imagenet, timm"),
-            ("digits", "image_column", "", "hf_parquet", "cifar10, timm"),
-            ("digits", "model", "", "imagefolder", "hf_parquet, imagenet, timm"),
             ("fashion_mnist", "label_column", " data=fashion_mnist data.root={files}", "hf_parquet", "cifar10, timm"),
-            ("cifar10", "model", " data=cifar10 data.root={files}", "imagefolder", "hf_parquet, imagenet, timm"),
             ("imagefolder", "image_column", " data=imagefolder data.root={files} data.num_classes=2", "hf_parquet", "cifar10, timm"),
         ]
     ),
@@ -135,7 +128,6 @@ TRAIN = [
     ("quant.weight_quantizer=foo", r"quant\.weight_quantizer=.foo.: must be one of statsq, .*, seq, minmax, mxfp, nvfp4, fp8, float"),
     ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
     ("+data.colour=3", "unexpected keyword argument 'colour'"),
-    ("data=cifar10", r"data\.root=None: must be the folder that holds "),
     ("data._target_=torch.nn.Identity", r"data\._target_='torch\.nn\.Identity': must be a subclass of qat\.data\.ImageData"),
     ("model.init=new", r"model\.init='new': must be one of full, reference"),
     ("lsq_grad_batch=all", r"lsq_grad_batch='all': must be one of global, process"),
@@ -149,7 +141,7 @@ TRAIN = [
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
-    *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
+    ("seed=x", r"^seed: Value 'x' .* could not be converted to Integer$"),
     *((f"{name}=maybe", rf"^{name}: Value 'maybe' is not a valid bool \(type str\)$") for name in FLAGS),
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto, graphs$"),
     ("compile=graphs trainer.accelerator=cpu", r"compile=graphs: CUDA graphs need CUDA, .*; must be one of true, false, auto$"),
@@ -161,24 +153,18 @@ TRAIN = [
     ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),
     ("ckpt={run}", r"ckpt='.*': must be a file, not a folder"),
-    ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*must be a file of torch\.save or safetensors"),
-    ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*must be a file of torch\.save or safetensors"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
-    ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN or infinity"),
     ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' contains vit_tiny_patch16_224"),
-    ("run_dir={run}", r"run_dir='.*' holds best\.ckpt already; choose another run_dir or set overwrite=true"),
-    ("run_dir={run} resume=true", r"resume: .*last\.ckpt has another recipe \(quant: act_bits, .*use ckpt=PATH"),
+    ("run_dir={run}", r"run_dir='.*' contains best\.ckpt already; choose another run_dir or set overwrite=true"),
 ]  # fmt: skip
 
 EVAL = [
     ("", r"ckpt is not set: must be a checkpoint; or set model="),
-    ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
-    ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not name its model; set model=NAME"),
+    ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': the weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' contains vit_tiny_patch16_224"),
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
     ("ckpt={best} data.root=x", r"data\.root='x': data=digits ignores data\.root; data=imagefolder uses it"),
-    ("ckpt={best} data=digits data.on_error=skip", r"data\.on_error='skip': data=digits ignores data\.on_error; "),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes; must be 10, or choose another model"),
 ]  # fmt: skip
 
@@ -188,13 +174,8 @@ def places(tmp_path_factory, float_run):
     """A finished run, and files that are no checkpoints."""
     files = tmp_path_factory.mktemp("files")
     best = float_run / "checkpoints" / "best.ckpt"
-    (files / "empty.ckpt").touch()
     (files / "cut.ckpt").write_bytes(best.read_bytes()[: best.stat().st_size // 2])
-    torch.save({"number": 1}, files / "number.pt")
     torch.save(timm.create_model("resnet18").state_dict(), files / "resnet.pt")
-    content = torch.load(best, weights_only=True)
-    content["state_dict"]["net.blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
-    torch.save(content, files / "nan.ckpt")
     return {"run": str(float_run), "best": str(best), "files": str(files)}
 
 
@@ -219,7 +200,7 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     try:
         cfg = tiny(tmp_path / "run", *overrides(typed, places))
     except HydraException as error:
-        message = mistakes.line_of(error)
+        message = mistakes.error_line(error)
     else:
         message = refused("train", cfg)
     assert re.search(line, message), message
@@ -256,33 +237,6 @@ def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting)
     message = refused("train", tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
     assert "a.ckpt': not a checkpoint that can be read safely" in message
     assert not (tmp_path / "made").exists()
-
-
-def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(
-    tmp_path, refused, no_step, monkeypatch
-):
-    assert pretrained.TIMEOUT_S < 5
-    monkeypatch.setattr(pretrained, "TIMEOUT_S", 0.2)
-    monkeypatch.setenv("no_proxy", "*")
-    cfg = compose(
-        "train",
-        "model=deit_t",
-        "data.image_size=32",
-        "model.pretrained=true",
-        f"run_dir={tmp_path}/run",
-    )
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(
-            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
-        )
-        began = time.monotonic()
-        message = refused("train", cfg)
-    assert (
-        "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache"
-        in message
-    )
-    assert "timed out" in message
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
     cfg = compose(
         "eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more
     )
-    line = f"run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
+    line = f"run_dir={str(run)!r} contains checkpoints/best.ckpt already; choose another run_dir"
     assert refused(command, cfg) == f"error: {line}"
     assert contents(run) == before
 
@@ -93,7 +93,7 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
         evaluate(tmp_path, f"ckpt={last(run_4bit)}")
     start = (f"ckpt={last(float_run)}", f"run_dir={tmp_path}")
     content = f"results.json of eval.py {last(run_4bit)}"
-    line = f"error: run_dir={str(tmp_path)!r} holds {content} already; choose another run_dir"
+    line = f"error: run_dir={str(tmp_path)!r} contains {content} already; choose another run_dir"
     assert refused("evaluate", compose("eval", *start)) == line
     assert refused("ptq", compose("ptq", *start, "resume=auto")) == line
     assert results(tmp_path)["weights"] == str(last(run_4bit))
@@ -250,7 +250,14 @@ def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
 @pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
 @pytest.mark.parametrize(
     "where",
-    ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"],
+    [
+        "through our imports",
+        "a function of ours",
+        "in a field",
+        "in a list",
+        "without a dataset",
+        "a term",
+    ],
 )
 def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -262,6 +269,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, mo
         "without a dataset": {**DIGITS, "mean": [code]},
         "in a field": {"_target_": "qat.data.Digits", **DIGITS, "root": code},
         "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
+        "a term": {"_target_": "qat.data.Digits", **DIGITS, "root": "${oc.env:HOME}"},
     }[where]
     path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
     message = refused(
@@ -269,7 +277,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, mo
     )
     assert not (tmp_path / "made").exists()
     assert (
-        "its data.mean=[{"
+        "data.mean=[{"
         if "mean" in data and type(data["mean"][0]) is dict
         else "choose it with data=..."
     ) in message

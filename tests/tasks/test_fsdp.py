@@ -12,7 +12,7 @@ from qat.callbacks import finite
 from qat.data import Digits
 from qat.errors import UsageError
 from qat.launch import ranks
-from qat.lit.strategies import own_part
+from qat.lit.strategies import local_part
 from qat.tasks import fit
 from qat.tasks.train import train
 from qat.utils.files import read_torch
@@ -71,7 +71,9 @@ class Act(Callback):
 
     def on_after_backward(self, trainer, pl_module):
         if self.gradient and trainer.global_step == 1 and trainer.global_rank == 1:
-            own_part(pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").grad)[-1, 0] = torch.nan
+            local_part(pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").grad)[-1, 0] = (
+                torch.nan
+            )
 
     @torch.no_grad()
     def on_train_end(self, trainer, pl_module):

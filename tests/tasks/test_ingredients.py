@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from qat.callbacks import EMAWeightAveraging
-from qat.model.checkpoint import read_checkpoint
 from qat.tasks import fit
 from tests.conftest import column, evaluate, results, train
 from tests.errors import usage_error
@@ -117,55 +116,6 @@ def test_accumulated_batches_are_one_large_one(watched):
     )  # and none before
 
 
-def test_gradients_are_clipped(watched):
-    def length(overrides, name):
-        _, steps = watched(
-            *SGD, "optimizer.lr=0.5", "scheduler.interval=epoch", *overrides, name=name
-        )
-        return (
-            torch
-            .cat([(steps.weights[1][n] - steps.weights[0][n]).flatten() for n in steps.weights[0]])
-            .norm()
-            .item()
-        )
-
-    assert length(["trainer.gradient_clip_val=0.001"], "clipped") == pytest.approx(
-        0.5 * 0.001, rel=1e-3
-    )
-    assert length([], "free") > 0.5 * 0.01
-
-
-def test_bf16(watched, tmp_path):
-    full, _ = watched("seed=1", "trainer.limit_train_batches=6", name="full")
-    run_dir, steps = watched(
-        "seed=1", "trainer.limit_train_batches=6", "trainer.precision=bf16-mixed", name="bf16"
-    )
-    assert all(value.dtype == torch.float32 for value in steps.weights[-1].values())
-    assert any(
-        (value != read_checkpoint(full / "checkpoints" / "last.ckpt").state[name]).any()
-        for name, value in steps.weights[-1].items()
-    )
-    (ours,), (theirs,) = column(run_dir, "train/loss"), column(full, "train/loss")
-    assert ours == pytest.approx(theirs, rel=0.02)
-    assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")[
-        "loss"
-    ] == pytest.approx(results(full)["loss"], rel=0.1)
-
-
-def test_the_schedule_ends_with_the_part(watched):
-    run_dir, _ = watched(
-        "trainer.limit_train_batches=3",
-        "trainer.max_epochs=2",
-        "optimizer.lr=0.01",
-        "scheduler.min_lr=0",
-        "trainer.log_every_n_steps=1",
-    )
-    rates = column(run_dir, "lr-AdamW/decay")
-    assert rates[0] == pytest.approx(0.01)
-    assert rates[3] == pytest.approx(0.005)
-    assert len(rates) == 6
-
-
 def test_mixup_reaches_the_step(watched):
     _, steps = watched(
         "data.mixup=0.8",
@@ -186,18 +136,6 @@ def test_mixup_reaches_the_step(watched):
             target, share * one_hot + (1 - share) * one_hot.flip(0), atol=1e-6, rtol=0
         )
         assert not torch.equal(mixed, images)
-
-
-@pytest.mark.long
-def test_two_batches_by_heart(watched):
-    run_dir, steps = watched(
-        "debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01"
-    )
-    losses = column(run_dir, "train/loss")
-    assert losses[-1] < 0.1 * losses[0]
-    assert all(
-        torch.equal(steps.batches[i][0], steps.batches[i % 2][0]) for i in range(len(steps.batches))
-    )
 
 
 def test_the_rate_follows_the_batch(watched, caplog):

@@ -11,6 +11,7 @@ from tests.conftest import results
 from tests.tasks.test_resume import assert_same_checkpoint, killed_at, last, metrics, run
 
 EPOCHS = (
+    "trainer.max_epochs=3",
     "trainer.limit_train_batches=4",
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
@@ -47,7 +48,7 @@ def ten(tmp_path_factory):
     return run(tmp_path_factory.mktemp("ten") / "run", *EPOCHS, "trainer.max_steps=10")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch, *EPOCHS, "trainer.max_steps=10")
@@ -87,6 +88,7 @@ def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
     assert_same_checkpoint(run_dir, whole, "current_model_state")
 
 
+@pytest.mark.long
 def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
     settings = (*EPOCHS, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=2")
     with monkeypatch.context() as patch:

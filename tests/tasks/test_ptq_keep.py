@@ -100,6 +100,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
     assert fitness == pytest.approx(results(tmp_path)["search"]["fitness"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_net_with_statsq_weights_has_scales_of_activations(
     tmp_path, run_4bit, float_run, refused
 ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.tasks.export import NAMES, export
+from qat.tasks.export import FILE_NAMES, export
 from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import _settings_to_resume
 from qat.utils.files import write_torch
@@ -30,7 +30,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
     for name in ("packed", "onnx"):
         export(compose("export", f"ckpt={file}", f"format={name}", f"run_dir={tmp_path / name}"))
         assert results(tmp_path / name).get("error") is None
-    packed = tmp_path / "packed" / NAMES["packed"]
+    packed = tmp_path / "packed" / FILE_NAMES["packed"]
     assert evaluate(tmp_path / "p", f"ckpt={packed}")["top1"] == found["top1"]
     line = refused(
         "ptq",

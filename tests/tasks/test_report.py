@@ -8,7 +8,7 @@ import pytest
 
 import qat
 from qat.tasks import report
-from qat.tasks.report import remake
+from qat.tasks.report import rebuild_report
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results, train
 from tests.report.pages import read
@@ -44,7 +44,7 @@ def test_a_training_run_has_a_page(tmp_path):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("command", ["ptq", "analyze"])
+@pytest.mark.parametrize("command", ["analyze", "ptq"])
 def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
     from qat.tasks.analyze import analyze
     from qat.tasks.ptq import ptq
@@ -104,7 +104,7 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
     assert (
         record.getMessage()
-        == "report.html could not be written, everything else was: RuntimeError: no ink at all"
+        == "report.html could not be written (RuntimeError: no ink at all); all other files were written"
     )
 
 
@@ -117,7 +117,7 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
         (run / "results.json").unlink()
     (run / "checkpoints/best-epoch000.ckpt").touch()
     before = {path.name for path in run.iterdir()}
-    remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    rebuild_report(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert {path.name for path in run.iterdir()} - before == {"report.html", "analysis"}
     assert "blocks.0.mlp.fc1" in page(run).text
     assert ("The run has not ended." in page(run).text) != is_finished
@@ -129,7 +129,7 @@ def test_a_model_saved_in_python_without_data_has_a_page(tmp_path, preset):
     run = tmp_path / "run"
     qat.save(quantized(preset), run / "best.ckpt")
     (run / "results.json").write_text("{}")
-    remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    rebuild_report(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert (run / "analysis/cost.csv").exists()
     page(run)
 
@@ -158,7 +158,7 @@ def test_a_disk_that_cannot_be_written_is_not_a_damaged_file(tmp_path, refused, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "config.yaml").touch()
-    monkeypatch.setattr(report, "_write", full)
+    monkeypatch.setattr(report, "_write_page", full)
     line = refused("analyze", compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
     assert line == "error: a file: cannot be read or written (No space left on device)"
 

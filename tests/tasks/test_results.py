@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import qat
 from qat.model.cost import Cost
-from qat.tasks.results import _git_commit, correct_images, measured, recipe_fields, write_results
+from qat.tasks.results import _git_commit, correct_field, recipe_fields, score_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
@@ -69,14 +69,14 @@ def test_the_commit_is_never_that_of_the_project_around(tmp_path, monkeypatch, p
 
 
 def test_right_and_wrong_images_are_bits():
-    text = correct_images(torch.tensor([True, False, False, True, True, False, False, True, True]))
+    text = correct_field(torch.tensor([True, False, False, True, True, False, False, True, True]))
     assert base64.b64decode(text["correct"]) == bytes([0b10011001, 0b10000000])
-    assert correct_images(None) == {"correct": None}
+    assert correct_field(None) == {"correct": None}
 
 
 def test_of_five_classes_or_fewer_all_are_among_the_five_likeliest():
     metrics = {"test/top1": 40.0, "test/top5": 100.0, "test/loss": 1.5}
-    found = [measured(metrics, Cost(1, 2, 3, 4), classes) for classes in (6, 5)]
+    found = [score_fields(metrics, Cost(1, 2, 3, 4), classes) for classes in (6, 5)]
     assert (
         found[0]
         == found[1] | {"top5": 100.0}

@@ -8,7 +8,6 @@ from qat.ptq.search import SearchSettings
 from qat.tasks.ptq_start import build_ptq_recipe, build_search
 from tests.conftest import compose
 from tests.system.test_configs import choices
-from tests.tasks.test_ptq import MODEL, SMALL
 
 ROWS = [f"evolq_w{bits}a8" for bits in (8, 4, 3)]
 
@@ -29,19 +28,3 @@ def test_a_row_is_what_its_name_says(name):
     assert recipe.bias_correction == (recipe.bits < 8)
     assert recipe.residual_observer == "ptf"
     assert (search, cfg.data.calibration_images, cfg.ptq.batch) == (SearchSettings(), 1000, 100)
-
-
-@pytest.mark.parametrize(
-    ("override", "line"),
-    [
-        ("+search.cycle=3", "search.cycle: must be one of passes, cycles"),
-        ("search.reference_selection=no", "search.reference_selection='no': must be true or false"),
-        (
-            "search.targets=[head]",
-            "search.targets=['head']: must match a scale of a block; stored scales are those of ",
-        ),
-    ],
-)
-def test_mistakes(override, line, refused, tmp_path):
-    cfg = compose("ptq", "search=evolution", override, *MODEL, *SMALL, f"run_dir={tmp_path}")
-    assert refused("ptq", cfg).startswith(f"error: {line}")

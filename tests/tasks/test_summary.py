@@ -1,7 +1,6 @@
 """The first lines of a run. Oracle: the report that they condense."""
 
 import re
-from collections import Counter
 
 import pytest
 from lightning.pytorch import Trainer
@@ -12,7 +11,7 @@ import qat
 from qat.data import Digits, ImageFolder
 from qat.model.cost import cost, matmuls
 from qat.tasks import build, summary
-from qat.tasks.conf import alias
+from qat.tasks.conf import display_name
 from tests.conftest import compose
 from tests.tasks.test_evaluate import DIGITS
 from tests.tiny import SIZE, converted, quantized, vit
@@ -49,13 +48,6 @@ def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_prod
     assert "blocks.*.norm* (LayerNorm) x4" in table[-2]
     rows = qat.conversion_report(net).rows
     assert len((tmp_path / "conversion.txt").read_text().splitlines()) > len(rows)
-
-
-def test_shares_too_small_to_print():
-    columns = {"weights": Counter({2: 9999, 32: 1}), "products": Counter({2: 5})}
-    table = summary.shares_by_bits(columns)
-    assert "│ 2 bit    │ 100.0 % │  100.0 % │" in table
-    assert "│ float    │ < 0.1 % │    0.0 % │" in table
 
 
 IMAGENET_MEAN = "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
@@ -124,13 +116,6 @@ def test_recipe_in_words():
     assert "query bias" not in summary.describe_recipe(qat.recipe("lsq"))
 
 
-def test_data_in_words():
-    assert (
-        summary.describe_data(Digits(**DIGITS))
-        == "digits: 1257 train, 180 val, 360 test images, 10 classes"
-    )
-
-
 @pytest.mark.parametrize(
     ("changes", "steps", "is_short"),
     [
@@ -189,15 +174,6 @@ def test_quantized_training_from_random_weights_is_warned_of(
     assert ("train with quant=fp first" in caplog.text) == warns
 
 
-def test_model_in_words():
-    net = converted("fp")
-    millions = sum(p.numel() for p in net.parameters()) / 1e6
-    assert re.fullmatch(
-        rf"tiny, {millions:.2f} M parameters, images 1 x 8 x 8",
-        summary.describe_model("tiny", net, (1, 8, 8)),
-    )
-
-
 def test_a_size_says_of_which_file():
     assert summary.describe_size(converted("fp"), 1_802_152) == "1.8 MB of float weights"
     net = quantized("ofq", bits=2)
@@ -217,10 +193,10 @@ def test_a_net_of_digits_has_its_alias():
         "global_pool": "avg",
         "class_token": False,
     }
-    assert alias("vit_tiny_patch16_224", demo) == "vit_tiny_demo (vit_tiny_patch16_224)"
+    assert display_name("vit_tiny_patch16_224", demo) == "vit_tiny_demo (vit_tiny_patch16_224)"
     assert (
-        alias("vit_tiny_patch16_224", demo | {"depth": 6})
-        == alias("vit_tiny_patch16_224", {})
+        display_name("vit_tiny_patch16_224", demo | {"depth": 6})
+        == display_name("vit_tiny_patch16_224", {})
         == "vit_tiny_patch16_224"
     )
 
@@ -231,10 +207,11 @@ def test_a_net_of_digits_has_its_alias():
 )
 def test_scores_say_where_nothing_may_be_learned(top1, images, share, says):
     # Two standard errors of 40 % of 60 images: 2 * sqrt(40 * 60 / 60) = 12.65.
-    found = summary.scores({"top1": top1, "top5": None, "images": images, "majority_share": share})
+    found = summary.score_texts({
+        "top1": top1,
+        "top5": None,
+        "images": images,
+        "majority_share": share,
+    })
     note = "not clearly better than always predicting the most frequent class, which gives 40.00 %"
     assert found == {"top-1": f"{top1:.2f} %"} | ({"note": note} if says else {})
-
-
-def test_lines_are_aligned():
-    assert summary.lines("title", {"a": "1", "long": "2"}) == "title\n  a     1\n  long  2"

@@ -1,7 +1,6 @@
 """Training runs from config to files. Oracles: what the files say about each other, and nets rebuilt from them."""
 
 import csv
-import json
 import os
 import re
 import signal
@@ -20,7 +19,7 @@ from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_scratch
 from qat.tasks import build
 from qat.tasks.teacher import build_teacher
-from tests.conftest import column, evaluate, results, tiny, train, write_cifar
+from tests.conftest import column, evaluate, results, tiny, train
 from tests.tiny import identical
 
 KEYS = [
@@ -61,7 +60,7 @@ def plain_weights(path, classes=10):
 
 @pytest.fixture(scope="module")
 def run_2bit(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("two") / "run", "trainer.max_epochs=3", "seed=3")
+    return train(tmp_path_factory.mktemp("two") / "run", "trainer.max_epochs=2", "seed=3")
 
 
 def test_outputs(run_2bit):
@@ -122,8 +121,8 @@ def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
 
 
 def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
-    again = train(tmp_path / "again", "trainer.max_epochs=3", "seed=3", "data.num_workers=1")
-    other = train(tmp_path / "other", "trainer.max_epochs=3", "seed=4")
+    again = train(tmp_path / "again", "trainer.max_epochs=2", "seed=3", "data.num_workers=1")
+    other = train(tmp_path / "other", "trainer.max_epochs=2", "seed=4")
     first, second, third = state(run_2bit), state(again), state(other)
     assert identical(first, second)
     assert not torch.equal(first["head.weight"], third["head.weight"])
@@ -150,17 +149,6 @@ def test_without_logger_or_callbacks(tmp_path):
 # --- the run directory
 
 
-def test_a_used_run_dir_is_refused_and_stays_as_it_is(tmp_path, refused):
-    run = train(tmp_path / "run")
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    message = refused("train", tiny(run))
-    assert (
-        f"run_dir='{run}' holds best.ckpt already; choose another run_dir or set overwrite=true"
-        in message
-    )
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-
-
 SOMEBODYS = (
     "results.json",
     "metrics.csv",
@@ -185,7 +173,7 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         message = refused("train", tiny(run, *mistake))
         assert (
             mistake
-            or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true"
+            or f"contains {(run / name).name} already; choose another run_dir or set overwrite=true"
             in message
         )
         assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
@@ -211,6 +199,7 @@ def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(
     assert "error" not in results(run)
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -300,33 +289,6 @@ def test_from_4_to_2_bits_only_stem_and_head_scales_are_copied(tmp_path, run_4bi
     assert "head" not in missing
 
 
-def test_between_equal_recipes_all_scales_are_copied(tmp_path, run_4bit, caplog):
-    caplog.set_level("INFO")
-    train(tmp_path / "run", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt", *STILL)
-    assert "scales of all 11 quantizers copied" in caplog.text
-    assert_close(state(tmp_path / "run"), state(run_4bit), rtol=0, atol=STANDSTILL)
-
-
-def five_classes(tmp_path):
-    root = write_cifar(tmp_path / "data", train=80)
-    return [
-        "data=cifar10",
-        f"data.root={root}",
-        "data.batch_size=16",
-        "data.num_workers=0",
-        "data.num_classes=5",
-    ]
-
-
-def test_another_class_count_needs_reset_head(tmp_path, refused):
-    run = train(tmp_path / "five", *five_classes(tmp_path), "quant=fp", "data.image_size=8")
-    start = f"ckpt={run}/checkpoints/last.ckpt"
-    message = refused("train", tiny(tmp_path / "run", start))
-    assert "has 5 classes, the data 10; model.reset_head=true gives it a new head" in message
-    train(tmp_path / "reset", start, "model.reset_head=true")
-    assert state(tmp_path / "reset")["head.weight"].shape[0] == 10
-
-
 @pytest.mark.parametrize("setting", ["model.weights", "ckpt"])
 def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
     net = plain_weights(tmp_path / "w.pt")
@@ -410,7 +372,7 @@ class Photos(EncodedImageData):
         return {}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     caplog.set_level("INFO")
@@ -434,14 +396,6 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
 
 
-def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
-    run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
-    assert results(run)["top1"] is not None
-    assert 1 <= len(column(run, "val/top1")) < 1000
-    assert "Time limit reached." in caplog.text
-    assert "GPU available" not in caplog.text
-
-
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
 def test_a_teacher_with_a_new_head_is_refused(tmp_path, refused, setting):
     # Its logits would be random.
@@ -449,10 +403,3 @@ def test_a_teacher_with_a_new_head_is_refused(tmp_path, refused, setting):
     message = refused("train", tiny(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt"))
     assert f"{setting}='{tmp_path}/w.pt'" in message
     assert "5 classes, the data 10" in message
-
-
-def test_results_are_strict_json(tmp_path):
-    # NaN is no JSON: a validation that never ran is null.
-    run = train(tmp_path / "run", "trainer.limit_val_batches=0", "~callbacks.best")
-    text = (run / "results.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["val_top1"] is None

@@ -18,11 +18,11 @@ import torch
 from qat.utils.files import (
     csv_lines,
     csv_text,
-    damage_of,
+    find_damage,
     json_text,
     read_torch,
     remove_unfinished,
-    replacing,
+    replace_atomically,
     write_text,
     write_torch,
 )
@@ -39,7 +39,7 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path.write_text("old")
 
     def write():
-        with replacing(path) as temporary:
+        with replace_atomically(path) as temporary:
             temporary.write_text("half of the n")
             raise error
 
@@ -52,9 +52,12 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
 def test_the_file_that_is_replaced_stays_under_another_name(tmp_path):
     path = tmp_path / "last.ckpt"
     for content in ("one", "two", "three"):
-        with replacing(path, previous="last.prev.ckpt") as temporary:
+        with replace_atomically(path, previous="last.prev.ckpt") as temporary:
             temporary.write_text(content)
-    with pytest.raises(OSError, match="disk full"), replacing(path, previous="last.prev.ckpt"):
+    with (
+        pytest.raises(OSError, match="disk full"),
+        replace_atomically(path, previous="last.prev.ckpt"),
+    ):
         raise OSError("disk full")
     assert (path.read_text(), (tmp_path / "last.prev.ckpt").read_text()) == ("three", "two")
     assert len(list(tmp_path.iterdir())) == 2
@@ -88,7 +91,7 @@ def test_without_room_the_error_names_the_file(write, tmp_path):
 def die_writing(folder):
     """Another process is killed in the middle of a write."""
     if (pid := os.fork()) == 0:
-        with replacing(folder / "last.ckpt") as temporary:
+        with replace_atomically(folder / "last.ckpt") as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -118,7 +121,7 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     content, path = {"a": torch.arange(64.0), "b": "text"}, tmp_path / "x.ckpt"
     write_torch(path, content)
     whole = path.read_bytes()
-    assert damage_of(path) is None
+    assert find_damage(path) is None
     flipped = [
         whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)
     ]

@@ -8,13 +8,13 @@ computes a softmax in the kernel of a quantizer or of the attention.
 from qat.kernels.fused.attention import attention
 from qat.kernels.fused.linear import lsq_linear
 from qat.kernels.fused.operand import can_fuse, probs_dtype
-from qat.kernels.fused.qkr import QkrOperands, QkrWeights, qkr_attention
+from qat.kernels.fused.qkr import QkrQuantizers, QkrWeights, qkr_attention
 from qat.kernels.fused.scores import Scoring
 from qat.kernels.fused.source import attach_source, unflattened
 from qat.kernels.fused.weight import WeightParams
 
 __all__ = [
-    "QkrOperands",
+    "QkrQuantizers",
     "QkrWeights",
     "Scoring",
     "WeightParams",

@@ -10,13 +10,13 @@ from torch import Tensor
 from qat.functional.lsq import gradient_scale
 from qat.kernels import LSQParams, operators
 from qat.kernels import attention as tiled_attention
-from qat.kernels.fused.heads import heads_of, heads_product, pad
+from qat.kernels.fused.heads import heads_product, pad_tokens, split_heads
 from qat.kernels.fused.operand import (
-    flat,
+    flatten_params,
     gradient_of,
     load_saved,
     quantizer_gradient,
-    save,
+    save_for_backward,
     split_params,
 )
 from qat.kernels.fused.scores import (
@@ -27,7 +27,7 @@ from qat.kernels.fused.scores import (
     weigh_values,
     weigh_values_backward,
 )
-from qat.kernels.library import differentiated_once
+from qat.kernels.library import check_not_double_backward
 
 
 class _Quantizers(NamedTuple):
@@ -49,7 +49,7 @@ class _Inputs(NamedTuple):
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
     """Turn the inputs into the positional arguments that autograd sees."""
-    return inputs.qkv, *inputs.scoring, *flat(inputs.quantizers)
+    return inputs.qkv, *inputs.scoring, *flatten_params(inputs.quantizers)
 
 
 def _unflatten(args: Any) -> _Inputs:
@@ -81,8 +81,8 @@ def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
 def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
     """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
     scores = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
-    q_heads = heads_of(q, shape.num_heads)
-    k_heads = heads_of(k, shape.num_heads)
+    q_heads = split_heads(q, shape.num_heads)
+    k_heads = split_heads(k, shape.num_heads)
     heads_product(q_heads, k_heads.transpose(-2, -1), scores, shape.factor)
     return scores
 
@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
     """Attention as in the code below, where `q_*` are quantizers. Backward quantizes q, k, v again.
 
     q, k, v = qkv.chunk(3, -1)  # (B, N, h*d)
-    q, k, v = heads_of(q_q(q)), heads_of(q_k(k)), heads_of(q_v(v))  # (h, B, N, d)
+    q, k, v = split_heads(q_q(q)), split_heads(q_k(k)), split_heads(q_v(v))  # (h, B, N, d)
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
@@ -111,33 +111,33 @@ class _Attention(torch.autograd.Function):
             out, row_sums = tiled_attention.forward(
                 q, k, v, probs_params.scale, *probs_params.codes, scoring.num_heads, scoring.factor
             )
-            save(ctx, *args, shape, row_sums)
+            save_for_backward(ctx, *args, shape, row_sums)
             return out
-        scores = _scores(q, pad(k), shape)
+        scores = _scores(q, pad_tokens(k), shape)
         del q, k
         probs = to_probs(scores, scoring.bias, scoring.mask, shape)
         del scores
-        save(ctx, *args, shape, probs if scoring.save_probs else None)
-        return weigh_values(probs, pad(v), probs_params, shape)
+        save_for_backward(ctx, *args, shape, probs if scoring.save_probs else None)
+        return weigh_values(probs, pad_tokens(v), probs_params, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiated_once()
+        check_not_double_backward()
         *args, shape, saved_scores = load_saved(ctx)
         inputs = _unflatten(args)
         qkv = inputs.qkv
         qkv_q = _quantize_qkv(inputs, shape.dtype)
         grad = grad.to(shape.dtype)
         if ctx.is_tiled:
-            gradients_q = _tiled_backward(grad, saved_scores, qkv_q, inputs, shape)
+            quantized_grads = _tiled_backward(grad, saved_scores, qkv_q, inputs, shape)
         else:
-            gradients_q = _plain_backward(grad, saved_scores, qkv_q, inputs, shape)
-        grad_qkv_q, grad_probs_scale, grad_bias = gradients_q
+            quantized_grads = _plain_backward(grad, saved_scores, qkv_q, inputs, shape)
+        grads_qkv_q, grad_probs_scale, grad_bias = quantized_grads
 
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         quantizer_grads = []
         for quantizer, grad_x_q, x, out in zip(
-            inputs.quantizers[:3], grad_qkv_q, qkv.chunk(3, -1), grad_qkv.chunk(3, -1), strict=True
+            inputs.quantizers[:3], grads_qkv_q, qkv.chunk(3, -1), grad_qkv.chunk(3, -1), strict=True
         ):
             input_grads = operators.gradients(quantizer, grad_x_q, x, out=out)
             quantizer_grads.append(quantizer_gradient(input_grads))
@@ -182,8 +182,8 @@ def _plain_backward(
     """
     q, k, v = qkv_q
     num_tokens = q.shape[1]
-    k = pad(k)
-    v = pad(v)
+    k = pad_tokens(k)
+    v = pad_tokens(v)
     if probs is None:
         scoring = inputs.scoring
         probs = to_probs(_scores(q, k, shape), scoring.bias, scoring.mask, shape)
@@ -199,21 +199,21 @@ def _plain_backward(
     grad_q = torch.empty_like(q)
     grad_k = torch.empty_like(k)
     grad_keys = grad_scores.transpose(-2, -1)
-    heads_product(grad_scores, heads_of(k, num_heads), heads_of(grad_q, num_heads), 1.0)
-    heads_product(grad_keys, heads_of(q, num_heads), heads_of(grad_k, num_heads), 1.0)
+    heads_product(grad_scores, split_heads(k, num_heads), split_heads(grad_q, num_heads), 1.0)
+    heads_product(grad_keys, split_heads(q, num_heads), split_heads(grad_k, num_heads), 1.0)
     return [grad_q, grad_k[:, :num_tokens], grad_v[:, :num_tokens]], grad_scale, grad_bias
 
 
-def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) -> Tensor:
+def attention(qkv: Tensor, quantizers: tuple[LSQParams, ...], scoring: Scoring) -> Tensor:
     """Compute q(softmax(factor * q(Q) q(K)^T + bias + mask)) q(V), where q(...) quantizes.
 
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values, each grouped by head.
-        operands: quantizers of queries, keys, values (B, N, h*d) and probabilities (..., N, N).
+        quantizers: quantizers of queries, keys, values (B, N, h*d) and probabilities (..., N, N).
         scoring: operations between scores and probabilities.
 
     Returns:
         (B, N, h*d).
     """
-    inputs = _Inputs(qkv, scoring, _Quantizers(*operands))
+    inputs = _Inputs(qkv, scoring, _Quantizers(*quantizers))
     return _Attention.apply(*_flatten(inputs))

@@ -14,26 +14,26 @@ from torch.nn import functional as F
 
 from qat.kernels.library import operator
 
-# On a CPU, products with at least this many elements per image are written in place. To copy them
+# On a CPU, products with at least this many elements per image are written in place. Copying them
 # instead takes 0.4 times as long for 16 tokens of 32 channels, and 1.15 times as long for 197
 # tokens of 64 channels.
-LARGE = 2048
+MIN_IN_PLACE = 2048
 
-# Rows of scores are padded to a multiple of this many elements, on these devices: tensor cores read
-# 16 bytes at once, and take several times as long on unpadded rows.
-ROWS = {"cuda": 8}
+# By device, rows of scores are padded to a multiple of this many elements: tensor cores read 16
+# bytes at once, and take several times as long on unpadded rows.
+ROW_MULTIPLES = {"cuda": 8}
 
 
-def pad(x: Tensor) -> Tensor:
-    """Pad `x` (B, N, C) with zeros to a multiple of `ROWS` keys."""
-    multiple = ROWS.get(x.device.type, 1)
+def pad_tokens(x: Tensor) -> Tensor:
+    """Pad `x` (B, N, C) with zeros to a multiple of `ROW_MULTIPLES` keys."""
+    multiple = ROW_MULTIPLES.get(x.device.type, 1)
     padding = -x.shape[1] % multiple
     if padding == 0:
         return x
     return F.pad(x, (0, 0, 0, padding))
 
 
-def heads_of(x: Tensor, num_heads: int) -> Tensor:
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """View (B, N, h*d) as (h, B, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
 
@@ -46,21 +46,21 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         a: (h, B, n, k), or (B, n, k) if all heads have the same matrix.
         b: (h, B, k, m), or (B, k, m) if all heads have the same matrix.
         out: (h, B, n, m), with any strides.
-        factor: a power of two is part of the matrix product. Any other factor is multiplied
-            afterwards, so that results are rounded as with two operations.
+        factor: a power of two is multiplied inside the matrix product, any other factor afterwards,
+            so that results are rounded as with two operations.
     """
-    alpha = exact_part(factor)
+    alpha = exact_factor(factor)
     for head, head_out in enumerate(out.unbind(0)):
         left = a[head] if a.ndim > 3 else a
         right = b[head] if b.ndim > 3 else b
         num_elements = head_out.shape[-2] * head_out.shape[-1]
         # torch computes an output that is not contiguous image by image. For small outputs, these
         # calls cost more than a copy of the result.
-        if head_out.is_contiguous() or head_out.is_cuda or num_elements >= LARGE:
+        if head_out.is_contiguous() or head_out.is_cuda or num_elements >= MIN_IN_PLACE:
             torch.baddbmm(head_out, left, right, beta=0, alpha=alpha, out=head_out)
         else:
-            empty = head_out.new_empty(())
-            head_out.copy_(torch.baddbmm(empty, left, right, beta=0, alpha=alpha))
+            unused = head_out.new_empty(())
+            head_out.copy_(torch.baddbmm(unused, left, right, beta=0, alpha=alpha))
     if factor != alpha:
         out.mul_(factor)
 
@@ -69,8 +69,8 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Add the products of all heads to `out`; in half precision, the sum is rounded once.
 
-    To round once, half precision needs one product over all heads. This copies `a`, and also `b`
-    unless `b` is contiguous as (B, k, h, m).
+    Rounding once takes one product over all heads. This product copies `a`, and also `b` unless `b`
+    is contiguous as (B, k, h, m).
 
     Args:
         a: (h, B, n, k).
@@ -84,7 +84,7 @@ def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.baddbmm_(left, right)
 
 
-def exact_part(factor: float) -> float:
+def exact_factor(factor: float) -> float:
     """`factor` if it is a power of two, so that multiplying by it does not round; else 1."""
     mantissa, _ = math.frexp(factor)
     return factor if mantissa == 0.5 else 1.0

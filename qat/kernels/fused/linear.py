@@ -18,11 +18,11 @@ from qat.kernels.fused.operand import (
     load_saved,
     product_dtype,
     quantizer_gradient,
-    save,
+    save_for_backward,
 )
 from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
-from qat.kernels.library import differentiated_once
+from qat.kernels.library import check_not_double_backward
 
 
 class _Inputs(NamedTuple):
@@ -57,9 +57,9 @@ class _LsqLinear(torch.autograd.Function):
         inputs = _unflatten(args)
         source = inputs.source
         dtype = product_dtype(source.origin)
-        weight_q, weight_params = inputs.weight_params.begin(inputs.weight, dtype)
+        weight_q, weight_params = inputs.weight_params.quantize_and_save(inputs.weight, dtype)
         saved = inputs._replace(source=source._replace(result=None), weight_params=weight_params)
-        save(ctx, *_flatten(saved), dtype)
+        save_for_backward(ctx, *_flatten(saved), dtype)
 
         x_q = operators.quantize(inputs.quantizer, source.value, dtype)
         out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
@@ -68,7 +68,7 @@ class _LsqLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiated_once()
+        check_not_double_backward()
         *saved, dtype = load_saved(ctx)
         inputs = _unflatten(saved)
         source = inputs.source
@@ -117,13 +117,13 @@ class _LsqLinear(torch.autograd.Function):
 
 
 def lsq_linear(
-    x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None
+    x: Tensor, quantizer: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None
 ) -> Tensor:
     """Compute q(x) @ q(W)^T + b, where q(...) quantizes.
 
     Args:
         x: (..., in), any float dtype.
-        operand: quantizer of `x`.
+        quantizer: quantizer of `x`.
         weight: (out, in), the float weight; if `params.settings` is None, the quantized weight.
         params: quantizer of `weight`.
         bias: (out,) or None.
@@ -131,5 +131,5 @@ def lsq_linear(
     Returns:
         (..., out), in the dtype of `x`; under autocast, in the dtype of autocast.
     """
-    inputs = _Inputs(function_input(x), operand, weight, params, bias)
+    inputs = _Inputs(function_input(x), quantizer, weight, params, bias)
     return _LsqLinear.apply(*_flatten(inputs))

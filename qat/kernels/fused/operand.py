@@ -12,16 +12,16 @@ from torch.nn import functional as F
 from qat import kernels
 from qat.functional.lsq import LsqGradients
 from qat.kernels import LSQParams
-from qat.kernels.rows import PLAIN
+from qat.kernels.rows import PLAIN_CLASSES
 
 
 def can_fuse(x: Tensor) -> bool:
     """True unless kernels are off, `x` has no values, or a mode intercepts torch functions."""
-    is_plain = type(x) in PLAIN and not x.is_meta
+    is_plain = type(x) in PLAIN_CLASSES and not x.is_meta
     return not kernels.are_off() and is_plain and torch._C._len_torch_function_stack() == 0
 
 
-def save(ctx: Any, *args: Any) -> None:
+def save_for_backward(ctx: Any, *args: Any) -> None:
     """Save tensors and other objects for backward, which gets them from `load_saved`."""
     tensors: list[Tensor | None] = []
     others: list[Any] = []
@@ -34,7 +34,7 @@ def save(ctx: Any, *args: Any) -> None:
 
 
 def load_saved(ctx: Any) -> list[Any]:
-    """The arguments of `save`. Call this only once: checkpointing frees the tensors afterwards."""
+    """The arguments of `save_for_backward`. Call it once: checkpointing then frees the tensors."""
     args = []
     for tensor, other in zip(ctx.saved_tensors, ctx.saved_others, strict=True):
         args.append(other if tensor is None else tensor)
@@ -58,7 +58,7 @@ def probs_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if is_cast else x.dtype
 
 
-def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
+def flatten_params(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Concatenate the fields of several quantizers, to pass them as arguments to a Function."""
     fields: list[Any] = []
     for part in parts:
@@ -67,7 +67,7 @@ def flat(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
 
 
 def split_params(args: Any) -> list[LSQParams]:
-    """Rebuild LSQ quantizers from the fields that `flat` returned."""
+    """Rebuild LSQ quantizers from the fields that `flatten_params` returned."""
     size = len(LSQParams._fields)
     return [LSQParams(*args[i : i + size]) for i in range(0, len(args), size)]
 

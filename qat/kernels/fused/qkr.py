@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from qat.functional.lsq import LsqGradients
 from qat.kernels import LSQParams, operators
-from qat.kernels.fused.heads import add_products, exact_part, heads_product, pad
+from qat.kernels.fused.heads import add_products, exact_factor, heads_product, pad_tokens
 from qat.kernels.fused.operand import (
-    flat,
+    flatten_params,
     gradient_of,
     linear,
     load_saved,
     quantizer_gradient,
-    save,
+    save_for_backward,
     split_params,
 )
 from qat.kernels.fused.scores import (
@@ -30,7 +30,7 @@ from qat.kernels.fused.scores import (
 )
 from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
-from qat.kernels.library import differentiated_once
+from qat.kernels.library import check_not_double_backward
 
 
 class QkrWeights(NamedTuple):
@@ -51,7 +51,7 @@ class QkrWeights(NamedTuple):
     per_key: Tensor | None
 
 
-class QkrOperands(NamedTuple):
+class QkrQuantizers(NamedTuple):
     """Quantizers of the input and of the intermediate results.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Inputs(NamedTuple):
     weights: QkrWeights
     matrix_params: WeightParams
     v_params: WeightParams
-    quantizers: QkrOperands
+    quantizers: QkrQuantizers
 
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
@@ -89,7 +89,7 @@ def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
         *inputs.weights,
         *inputs.matrix_params,
         *inputs.v_params,
-        *flat(inputs.quantizers),
+        *flatten_params(inputs.quantizers),
     )
 
 
@@ -101,13 +101,13 @@ def _unflatten(args: Any) -> _Inputs:
         weights=QkrWeights(*args[10:15]),
         matrix_params=WeightParams(*args[15:18]),
         v_params=WeightParams(*args[18:21]),
-        quantizers=QkrOperands(*split_params(args[21:])),
+        quantizers=QkrQuantizers(*split_params(args[21:])),
     )
 
 
-def _rows_of_heads(mapped: Tensor, num_heads: int) -> Tensor:
+def _rows_of_heads(x_times_matrix: Tensor, num_heads: int) -> Tensor:
     """Reshape (B, N, h*C) to (B, N*h, C)."""
-    return mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
+    return x_times_matrix.unflatten(-1, (num_heads, -1)).flatten(1, 2)
 
 
 def _by_head(rows: Tensor, num_heads: int) -> Tensor:
@@ -115,23 +115,23 @@ def _by_head(rows: Tensor, num_heads: int) -> Tensor:
     return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3)
 
 
-def _padded_product(product: LSQParams, rows: Tensor, num_rows: int) -> LSQParams:
+def _pad_product_quantizer(quantizer: LSQParams, rows: Tensor, num_rows: int) -> LSQParams:
     """The quantizer of the folded product of padded rows.
 
     If there is a scale for each row, the scales of the padding rows are 1.
 
     Args:
-        product: quantizer of the rows without padding.
+        quantizer: quantizer of the rows without padding.
         rows: (B, M*h, C), padded.
         num_rows: N*h, the number of rows without padding.
     """
     num_padded = rows.shape[1] - num_rows
-    if num_padded == 0 or product.scale.numel() != num_rows:
-        return product
-    return product._replace(scale=F.pad(product.scale, (0, num_padded), value=1.0))
+    if num_padded == 0 or quantizer.scale.numel() != num_rows:
+        return quantizer
+    return quantizer._replace(scale=F.pad(quantizer.scale, (0, num_padded), value=1.0))
 
 
-def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
+def _compute_probs(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
     """Attention probabilities (h, B, N, M), by `to_probs`.
 
     Args:
@@ -143,8 +143,9 @@ def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) 
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
-    # A product with a power of two is exact, so the terms of a sum may be multiplied one by one.
-    factor = exact_part(shape.factor)
+    # Multiplying by a power of two does not round, so the factor may be applied to both terms of
+    # the scores separately.
+    factor = exact_factor(shape.factor)
     heads_product(queries, keys.transpose(-2, -1), scores, factor)
     per_key = inputs.weights.per_key
     if per_key is not None:
@@ -156,7 +157,7 @@ def _attend(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) 
 
 
 def _linear_backward(
-    grad_y: Tensor, x_q: Tensor, grad_x_q: Tensor, weight: Tensor, params: WeightParams
+    grad_y: Tensor, x_q: Tensor, grad_x_q: Tensor, weight: Tensor, quantizer: WeightParams
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of a weight and of its step size; the gradient of the input is added to `grad_x_q`.
 
@@ -165,20 +166,20 @@ def _linear_backward(
         x_q: quantized input (B, M, C).
         grad_x_q: (B, M, C), to which the gradient of the input is added.
         weight: (out, C).
-        params: quantizer of the weight.
+        quantizer: quantizer of the weight.
     """
-    grad_x_q.view(-1, x_q.shape[-1]).addmm_(grad_y, params.forward(weight, x_q.dtype))
-    return params.backward(grad_y.t() @ x_q.flatten(0, -2), weight)
+    grad_x_q.view(-1, x_q.shape[-1]).addmm_(grad_y, quantizer.forward(weight, x_q.dtype))
+    return quantizer.backward(grad_y.t() @ x_q.flatten(0, -2), weight)
 
 
 def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
     """The quantized input (B, M, C), computed from `origin`."""
     source = inputs.source
     x, *_ = source.producer.forward(source.origin, source.norm_weight, source.norm_bias)
-    return pad(operators.quantize(inputs.quantizers.input, x, dtype))
+    return pad_tokens(operators.quantize(inputs.quantizers.input, x, dtype))
 
 
-def _mapped_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
+def _multiply_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
     """The product of the input with the folded matrix, (B, M, h*C), as backward recomputes it."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
@@ -191,8 +192,8 @@ class _Qkr(torch.autograd.Function):
     """Attention as in the code below, where `q_*` are quantizers. Backward quantizes x again.
 
     x_q = q_input(x)  # (B, N, C)
-    mapped = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
-    keys = q_product(mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))  # (B, N*h, C)
+    x_times_matrix = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
+    keys = q_product(x_times_matrix.unflatten(-1, (num_heads, -1)).flatten(1, 2))  # (B, N*h, C)
     scores = x_q @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)  # (h, B, N, N)
     scores = scores + F.linear(x_q, per_key).permute(2, 0, 1).unsqueeze(2)
     probs = softmax(factor * scores + bias + mask)
@@ -209,44 +210,48 @@ class _Qkr(torch.autograd.Function):
         scoring = inputs.scoring
         x = inputs.source.origin
         shape = shape_for(x, scoring.num_heads, scoring.factor)
-        matrix, matrix_params = inputs.matrix_params.begin(weights.matrix, shape.dtype)
-        v, v_params = inputs.v_params.begin(weights.v, shape.dtype)
+        matrix, matrix_params = inputs.matrix_params.quantize_and_save(weights.matrix, shape.dtype)
+        v, v_params = inputs.v_params.quantize_and_save(weights.v, shape.dtype)
 
-        padded_x = pad(operators.quantize(quantizers.input, inputs.source.value, shape.dtype))
-        mapped = linear(padded_x, matrix, weights.offset)
+        x_q = operators.quantize(quantizers.input, inputs.source.value, shape.dtype)
+        padded_x = pad_tokens(x_q)
+        x_times_matrix = linear(padded_x, matrix, weights.offset)
         values = linear(padded_x, v, weights.v_bias)
-        rows = _rows_of_heads(mapped, shape.num_heads)
-        product = _padded_product(quantizers.product, rows, shape.num_heads * x.shape[1])
-        keys = operators.quantize(product, rows, shape.dtype)
-        probs = _attend(padded_x, _by_head(keys, shape.num_heads), inputs, shape)
+        rows = _rows_of_heads(x_times_matrix, shape.num_heads)
+        num_rows = shape.num_heads * x.shape[1]
+        product_quantizer = _pad_product_quantizer(quantizers.product, rows, num_rows)
+        keys = operators.quantize(product_quantizer, rows, shape.dtype)
+        probs = _compute_probs(padded_x, _by_head(keys, shape.num_heads), inputs, shape)
 
         source = inputs.source._replace(result=None)
         saved = inputs._replace(source=source, matrix_params=matrix_params, v_params=v_params)
-        mapped_and_probs = (mapped, probs) if scoring.save_probs else (None, None)
-        save(ctx, *_flatten(saved), shape, values, *mapped_and_probs)
+        product_and_probs = (x_times_matrix, probs) if scoring.save_probs else (None, None)
+        save_for_backward(ctx, *_flatten(saved), shape, values, *product_and_probs)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
         return weigh_values(probs, values_q, quantizers.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiated_once()
-        *saved, shape, values, mapped, probs = load_saved(ctx)
+        check_not_double_backward()
+        *saved, shape, values, x_times_matrix, probs = load_saved(ctx)
         inputs = _unflatten(saved)
         quantizers = inputs.quantizers
         x = inputs.source.origin
         num_tokens = x.shape[1]
         num_rows = num_tokens * shape.num_heads
 
+        # Compute again what forward did not save.
         padded_x = _padded_input(inputs, shape.dtype)
-        if mapped is None:
-            mapped = _mapped_input(inputs, padded_x)
-        rows = _rows_of_heads(mapped, shape.num_heads)
-        product = _padded_product(quantizers.product, rows, num_rows)
-        keys = _by_head(operators.quantize(product, rows, shape.dtype), shape.num_heads)
+        if x_times_matrix is None:
+            x_times_matrix = _multiply_input(inputs, padded_x)
+        rows = _rows_of_heads(x_times_matrix, shape.num_heads)
+        product_quantizer = _pad_product_quantizer(quantizers.product, rows, num_rows)
+        keys = _by_head(operators.quantize(product_quantizer, rows, shape.dtype), shape.num_heads)
         if probs is None:
-            probs = _attend(padded_x, keys, inputs, shape)
+            probs = _compute_probs(padded_x, keys, inputs, shape)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
 
+        # Gradients of scores and values, then of the two factors of the scores.
         grad_scores, grad_values_q, grad_probs_scale, grad_bias = weigh_values_backward(
             grad.to(shape.dtype),
             probs,
@@ -262,20 +267,21 @@ class _Qkr(torch.autograd.Function):
         add_products(grad_scores, keys, grad_x_q[:, :num_tokens])
         heads_product(grad_scores.transpose(-2, -1), padded_x[:, :num_tokens], grad_keys, 1.0)
 
+        # Gradients through the quantizers, then of the weights and the input.
         product_grads = operators.gradients(
-            product, grad_rows, rows, in_place=True, counted=rows[:, :num_rows]
+            product_quantizer, grad_rows, rows, in_place=True, unpadded=rows[:, :num_rows]
         )
         values_grads = operators.gradients(
-            quantizers.values, grad_values_q, values, in_place=True, counted=values[:, :num_tokens]
+            quantizers.values, grad_values_q, values, in_place=True, unpadded=values[:, :num_tokens]
         )
-        grad_mapped = product_grads.x.view(-1, mapped.shape[-1])
+        grad_x_times_matrix = product_grads.x.view(-1, x_times_matrix.shape[-1])
         grad_values = values_grads.x.flatten(0, -2)
         weight_grads = _weights_backward(
-            inputs, padded_x, grad_x_q, grad_mapped, grad_scores, grad_values
+            inputs, padded_x, grad_x_q, grad_x_times_matrix, grad_scores, grad_values
         )
         input_grads = _input_backward(inputs, grad_x_q[:, :num_tokens].contiguous())
         scale = product_grads.scale[: quantizers.product.scale.numel()]
-        quantizer_grads = QkrOperands(
+        quantizer_grads = QkrQuantizers(
             input=quantizer_gradient(input_grads),
             product=quantizer_gradient(product_grads._replace(scale=scale)),
             values=quantizer_gradient(values_grads),
@@ -290,14 +296,14 @@ def _weights_backward(  # noqa: PLR0913
     inputs: _Inputs,
     padded_x: Tensor,
     grad_x_q: Tensor,
-    grad_mapped: Tensor,
+    grad_x_times_matrix: Tensor,
     grad_scores: Tensor,
     grad_values: Tensor,
 ) -> tuple[QkrWeights, WeightParams, WeightParams]:
     """Gradients of weights and their quantizers; the input's gradient is added to `grad_x_q`."""
     weights = inputs.weights
     grad_matrix, grad_matrix_scale = _linear_backward(
-        grad_mapped, padded_x, grad_x_q, weights.matrix, inputs.matrix_params
+        grad_x_times_matrix, padded_x, grad_x_q, weights.matrix, inputs.matrix_params
     )
     grad_per_key = None
     if weights.per_key is not None:
@@ -312,7 +318,7 @@ def _weights_backward(  # noqa: PLR0913
         matrix=grad_matrix,
         v=grad_v,
         v_bias=None if weights.v_bias is None else grad_values.sum(0),
-        offset=None if weights.offset is None else grad_mapped.sum(0),
+        offset=None if weights.offset is None else grad_x_times_matrix.sum(0),
         per_key=grad_per_key,
     )
     matrix_params = gradient_of(WeightParams, scale=grad_matrix_scale)
@@ -334,7 +340,7 @@ def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
 
 
 def qkr_attention(
-    x: Tensor, weights: QkrWeights, params: Params, operands: QkrOperands, scoring: Scoring
+    x: Tensor, weights: QkrWeights, params: Params, quantizers: QkrQuantizers, scoring: Scoring
 ) -> Tensor:
     """Compute q(softmax(factor * q(x) . (q(M_h q(x)) + c_h) + bias + mask)) q(V).
 
@@ -344,11 +350,11 @@ def qkr_attention(
         x: (B, N, C).
         weights: float weights of the matrix products.
         params: quantizers of M (h*C, C) and of Wv.
-        operands: quantizers of the input and of the intermediate results.
+        quantizers: quantizers of the input and of the intermediate results.
         scoring: operations between scores and probabilities.
 
     Returns:
         (B, N, h*d).
     """
-    inputs = _Inputs(function_input(x), scoring, weights, *params, operands)
+    inputs = _Inputs(function_input(x), scoring, weights, *params, quantizers)
     return _Qkr.apply(*_flatten(inputs))

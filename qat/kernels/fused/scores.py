@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.kernels import LSQParams, Producer, operators
-from qat.kernels.fused.heads import ROWS, heads_of, heads_product
+from qat.kernels.fused.heads import ROW_MULTIPLES, heads_product, split_heads
 from qat.kernels.fused.operand import probs_dtype, product_dtype
 
 
@@ -61,19 +61,19 @@ def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
     """Sizes and dtypes for an input `x`; under autocast, matrix products use the dtype of autocast.
 
     On CUDA, scores are saved for backward instead of probabilities: they take half the memory, and
-    to compute probabilities takes less time than to read them.
+    computing probabilities is faster than reading them.
     """
-    from_scores = x.device.type in ROWS
+    saves_scores = x.device.type in ROW_MULTIPLES
     return ScoreShape(
         num_heads=num_heads,
         factor=factor,
         dtype=product_dtype(x),
-        probs_dtype=None if from_scores else probs_dtype(x),
+        probs_dtype=None if saves_scores else probs_dtype(x),
     )
 
 
 def _pad_keys(x: Tensor, padding: int) -> Tensor:
-    """Pad `x` (..., N) with zeros for `padding` further keys."""
+    """Pad `x` (..., N) with zeros for `padding` additional keys."""
     return F.pad(x, (0, padding)) if padding else x
 
 
@@ -117,7 +117,8 @@ def weigh_values(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: Sco
     probs, *_ = Producer(shape.kind).forward(probs, None, None)
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
     probs_q = operators.quantize(quantizer, probs, shape.dtype)
-    heads_product(probs_q, heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
+    num_heads = shape.num_heads
+    heads_product(probs_q, split_heads(values, num_heads), split_heads(out, num_heads), 1.0)
     return out
 
 
@@ -146,8 +147,8 @@ def weigh_values_backward(
         None.
     """
     num_tokens = probs.shape[-2]
-    head_grads = heads_of(grad, shape.num_heads)
-    head_values = heads_of(values, shape.num_heads)
+    head_grads = split_heads(grad, shape.num_heads)
+    head_values = split_heads(values, shape.num_heads)
     grad_values = torch.empty_like(values)
     grad_probs_q = grad.new_empty(probs.shape)
     heads_product(head_grads, head_values.transpose(-2, -1), grad_probs_q, 1.0)
@@ -162,14 +163,14 @@ def weigh_values_backward(
         probs,
         out=grad_scores,
         dequantized=shape.dtype,
-        producer=Producer(shape.kind, 1.0 if with_bias else shape.factor),
-        counted=probs[..., :num_tokens],
+        producer=Producer(shape.kind, factor=1.0 if with_bias else shape.factor),
+        unpadded=probs[..., :num_tokens],
     )
     probs_q = grads.dequantized
     heads_product(
         probs_q.transpose(-2, -1),  # type: ignore[union-attr]  # requested above
         head_grads,
-        heads_of(grad_values, shape.num_heads),
+        split_heads(grad_values, shape.num_heads),
         1.0,
     )
     grad_bias = None

@@ -1,4 +1,4 @@
-"""Record on a tensor the operation and the tensors that it was computed from.
+"""Record on a tensor the operation and the tensors that the tensor was computed from.
 
 If the input of a fused Function has such a record, called its source, the Function saves the input
 of the recorded operation, which autograd saves anyway. In backward, it recomputes its own input.
@@ -16,7 +16,7 @@ from qat.functional.lsq import LsqGradients
 from qat.kernels.fused.operand import gradient_of
 from qat.kernels.library import operator
 from qat.kernels.producer import Producer
-from qat.kernels.rows import PLAIN
+from qat.kernels.rows import PLAIN_CLASSES
 
 # Name of the attribute of a tensor that contains its source.
 _ATTRIBUTE = "qat_source"
@@ -48,7 +48,7 @@ def attach_source(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attach to `out` a record of the tensors that it was computed from.
+    """Attach to `out` a record of the tensors that `out` was computed from.
 
     Autograd saves these tensors anyway.
 
@@ -72,14 +72,14 @@ def attach_source(
 @operator("(Tensor x) -> ()")
 def check_unwritten(x: Tensor) -> None:
     """Raise `UsageError` if the traced graph wrote into `x` after its source was attached."""
-    if x._version and type(x) not in PLAIN:
+    if x._version and type(x) not in PLAIN_CLASSES:
         raise UsageError(
             "compile=true: the model writes in place into the output of a LayerNorm or GELU; must "
             "be false, unless the model is changed to compute x = x * 2 instead of x.mul_(2)"
         )
 
 
-def _source(x: Tensor) -> Source | None:
+def _valid_source(x: Tensor) -> Source | None:
     """The source of `x`.
 
     Returns None if `x` has no source, retains its gradient or has hooks, or if `x` or the input of
@@ -100,7 +100,7 @@ def _source(x: Tensor) -> Source | None:
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """`x.unflatten(dim, sizes)` with the source of `x`; `dim` must not be the last dimension."""
     out = x.unflatten(dim, sizes)
-    source = _source(x)
+    source = _valid_source(x)
     if source is None:
         return out
     origin, weight, bias = source.tensors
@@ -139,7 +139,7 @@ def source_gradient(grads: LsqGradients) -> Any:
 
 def function_input(x: Tensor) -> FunctionInput:
     """Wrap `x`, and the tensor that `x` was computed from, for a fused Function."""
-    source = _source(x)
+    source = _valid_source(x)
     if source is None:
         return FunctionInput(None, x, None, None, Producer())
     origin, weight, bias = source.tensors

@@ -22,7 +22,7 @@ class WeightParams(NamedTuple):
         settings: for StatsQ, the number of bits; for LSQ, codes and gradient factor (see
             `LSQParams`); None if the weight is already quantized.
         scale: for LSQ, the step size, (out,) or (1,); for StatsQ, the scale, which is None until
-            `begin` computes it.
+            `quantize_and_save` computes it.
         cached: the quantized weight without gradient, or None.
     """
 
@@ -38,7 +38,7 @@ class WeightParams(NamedTuple):
         codes, grad_factor = self.settings
         return LSQParams(self.scale, None, None, None, codes, grad_factor)
 
-    def begin(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, WeightParams]:
+    def quantize_and_save(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, WeightParams]:
         """Quantize in the forward pass.
 
         Returns:

@@ -1,27 +1,22 @@
-"""Fused Functions. Oracle: the same by Functions of one quantizer each, which autograd puts together; forward bit for bit."""
+"""What fused Functions keep, refuse and multiply. Oracle: the Function itself where it keeps all; results are in tests/nn/test_fused_nets.py."""
 
 import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.testing import assert_close
 
 from qat.kernels import CodeRange, LSQParams, Producer
 from qat.kernels.fused import (
-    QkrOperands,
-    QkrWeights,
     Scoring,
     WeightParams,
     attach_source,
     attention,
     heads,
     lsq_linear,
-    qkr_attention,
 )
 from qat.kernels.fused import weight as of_weight
 from tests import tiny
-from tests.kernels.fused import simple
 from tests.tiny import identical, kept_bytes
 
 B, N, H, D = 4, 7, 2, 6
@@ -54,59 +49,19 @@ def leaves(*parts):
     return out
 
 
-def compare(fused, plain, tensors):
-    """Equal results; gradients of a random projection alike."""
-    upstream = randn(fused.shape, seed=9).to(fused.dtype)
-    assert torch.equal(fused, plain)
-    found, expected = (
-        torch.autograd.grad(out, tensors, upstream, retain_graph=True) for out in (fused, plain)
-    )
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-
-
-def learned(rows, axis=0, *, half=False):
-    """LSQ of a weight, at 2 bits."""
-    grid = CodeRange(-2, 1, axis, half=half)
-    return WeightParams((grid, 1.0), operand(rows if axis == 0 else 1, grid, seed=70).scale)
-
-
-STATSQ = WeightParams(2)
-WEIGHTS = {
-    "statsq": STATSQ,
-    "lsq": learned(9),
-    "half steps": learned(9, half=True),
-    "a step a tensor": learned(9, None),
-    "quantized already": WeightParams(None),
-}
-
-
-def linear_parts(bias=True, offsets=2, params=STATSQ):
+def linear_parts(params=None):
     x, w = randn(B, N, C, seed=20, scale=2.0), randn(9, C, seed=21)
-    return x, operand(N, TOKEN, offsets), w, params, randn(9, seed=22) if bias else None
-
-
-@pytest.mark.parametrize("params", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize(("bias", "offsets"), [(True, 2), (False, 2), (True, 0), (False, 1)])
-def test_linear(params, bias, offsets):
-    parts = linear_parts(bias, offsets, params)
-    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
-
-
-@pytest.mark.parametrize("name", ["lsq", "half steps", "a step a tensor"])
-def test_steps_of_a_frozen_weight_learn(name):
-    x, o, w, params, b = linear_parts(params=WEIGHTS[name])
-    parts = x, o, w.detach(), params, b
-    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
-    x, weights, params, operands = qkr_parts(params=(learned(H * C), learned(C)))
-    weights = weights._replace(matrix=weights.matrix.detach(), v=weights.v.detach())
-    parts, scoring = (x, weights, params, operands), Scoring(None, None, H, 0.07, save_probs=True)
-    compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts))
+    return x, operand(N, TOKEN), w, params or WeightParams(2), randn(9, seed=22)
 
 
 @pytest.mark.parametrize(
-    "params", [STATSQ, WEIGHTS["lsq"], WeightParams(None)], ids=["statsq", "lsq", "none"]
+    "params",
+    [
+        WeightParams(2),
+        WeightParams((CHANNEL, 1.0), operand(C, CHANNEL).scale),
+        WeightParams(None),
+    ],
+    ids=["statsq", "lsq", "none"],
 )
 def test_backward_with_the_quantized_weight_at_hand_gives_the_same_bits(params, monkeypatch):
     found = []
@@ -148,11 +103,11 @@ def test_a_tensor_written_into_is_kept_itself():
     x, o, w, params, b = linear_parts()
     made = attach_source(F.gelu(x), Producer("none"), x)
     made.mul_(2)
-    compare(
-        lsq_linear(made, o, w, params, b),
-        simple.lsq_linear(2 * F.gelu(x), o, w, params, b),
-        leaves(x, o, w, b),
-    )
+    found, expected = (lsq_linear(y, o, w, params, b) for y in (made, 2 * F.gelu(x)))
+    assert torch.equal(found, expected)
+    tensors = leaves(x, o, w, b)
+    grads = (torch.autograd.grad(out.square().sum(), tensors) for out in (found, expected))
+    assert identical(*grads)
 
 
 def test_an_input_written_into_is_an_error():
@@ -175,34 +130,9 @@ def attention_parts():
     return randn(B, N, 3 * C, seed=40), operands
 
 
-def extras(kind):
-    """A bias and a mask of the scores, or None."""
-    bias = None if kind == "none" else randn(H, N, N, seed=50)
-    hidden = torch.rand(2, N, N, generator=torch.Generator().manual_seed(2)) > 0.8
-    return bias, -100.0 * hidden if kind == "bias and mask" else None
-
-
-@pytest.fixture(params=[1, 8], ids=["rows as they are", "rows of eight"])
-def rows(request, monkeypatch):
-    """What rows of scores are a multiple of."""
-    monkeypatch.setitem(heads.ROWS, "cpu", request.param)
-
-
-@pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind", ["none", "bias", "bias and mask"])
-@pytest.mark.parametrize("factor", [0.25, 0.3])
-def test_attention(factor, kind, keep):
-    qkv, operands = attention_parts()
-    bias, mask = extras(kind)
-    fused = attention(qkv, operands, Scoring(bias, mask, H, factor, keep))
-    plain = simple.attention(qkv, operands, Scoring(bias, mask, H, factor, keep))
-    compare(fused, plain, leaves(qkv, operands, bias))
-
-
 def test_products_see_rows_of_eight(monkeypatch):
     seen = []
-    monkeypatch.setitem(heads.ROWS, "cpu", 8)
+    monkeypatch.setitem(heads.ROW_MULTIPLES, "cpu", 8)
     product = heads.heads_product
     for module in ("attention", "scores"):
         found = sys.modules[f"qat.kernels.fused.{module}"]
@@ -222,63 +152,3 @@ def test_products_see_rows_of_eight(monkeypatch):
         (8, (H, B, N, D)),
         (N, (H, B, 8, D)),
     ]
-
-
-TWO_WIDTHS = WeightParams(2), WeightParams(3)
-
-
-def qkr_parts(per_key=False, params=TWO_WIDTHS):
-    weights = QkrWeights(
-        randn(H * C, C, seed=61, scale=2.0),
-        randn(C, C, seed=63),
-        randn(C, seed=64),
-        randn(H * C, seed=65),
-        randn(H, C, seed=67) if per_key else None,
-    )
-    operands = QkrOperands(
-        operand(N, TOKEN, 2),
-        operand(N * H, TOKEN, 0, 5, 3.0),
-        operand(C, CHANNEL, 2, 10),
-        operand(N, PROBS, 0, 15, 0.1),
-    )
-    return randn(B, N, C, seed=60), weights, params, operands
-
-
-@pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind", ["none", "bias and mask"])
-@pytest.mark.parametrize("per_key", [True, False])
-@pytest.mark.parametrize("factor", [0.125, 0.07])
-def test_qkr(factor, per_key, kind, keep):
-    parts = qkr_parts(per_key)
-    scoring = Scoring(*extras(kind), H, factor, keep)
-    compare(
-        qkr_attention(*parts, scoring),
-        simple.qkr_attention(*parts, scoring),
-        leaves(*parts, scoring),
-    )
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not(keep):
-    parts, scoring = qkr_parts(per_key=True), Scoring(None, None, H, 0.07, keep)
-    out, tensors = qkr_attention(*parts, scoring), leaves(*parts)
-    expected = torch.autograd.grad(out, tensors, torch.ones_like(out), retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(out, tensors, torch.ones_like(out))
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, rtol=0.1, atol=0.02 * other.abs().max().item())
-
-
-@pytest.mark.parametrize("ready", [True, False])
-def test_qkr_with_learned_steps_of_weights(ready):
-    parts = qkr_parts(per_key=True, params=(learned(H * C), learned(C, half=True)))
-    scoring = Scoring(None, None, H, 0.07, save_probs=True)
-    plain = simple.qkr_attention(*parts, scoring)
-    x, weights, params, operands = parts
-    if ready:
-        params = tuple(
-            p._replace(cached=simple.quantize_weight(p, w).detach())
-            for p, w in zip(params, weights[:2], strict=True)
-        )
-    compare(qkr_attention(x, weights, params, operands, scoring), plain, leaves(*parts))

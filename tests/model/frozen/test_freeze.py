@@ -55,8 +55,8 @@ def made(recipe):
 def assert_agrees(net, batches):
     frozen = qat.freeze(net)
     found = compare(net, frozen, lambda: partial(outputs_and_codes, frozen), batches)
-    assert (found.problem, found.unlike) == (None, 0)
-    assert found.largest < 5e-5
+    assert (found.problem, found.num_unexplained) == (None, 0)
+    assert found.max_error < 5e-5
     return found
 
 
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_net(name):
     net = made(RECIPES[name])
     before = copy.deepcopy(net.state_dict())
     found = assert_agrees(net, [tiny.images(16, seed) for seed in range(1, 4)])
-    assert (found.images, found.other_logits < 10) == (48, True)
+    assert (found.images, found.num_differing < 10) == (48, True)
     assert identical(before, net.state_dict())
 
 
@@ -122,10 +122,10 @@ def test_offsets_are_folded_where_that_is_exact():
     layer, offsets = net.get_submodule(name), were[f"{name}.input_quantizer"]
     assert held[f"{name}.input_quantizer"].after is None
     assert torch.equal(held[f"{name}.input_quantizer"].before, offsets.offset_before)
-    expected = layer.bias + layer.quantized("weight") @ offsets.offset_after
+    expected = layer.bias + layer.quantized_weight("weight") @ offsets.offset_after
     assert_close(frozen.get_submodule(name).bias, expected)
     qkv, behind = net.blocks[0].attn.qkv, were["blocks.0.attn.qkv.input_quantizer"].offset_after
-    expected = (qkv.bias + qkv.quantized("weight") @ behind).chunk(3)
+    expected = (qkv.bias + qkv.quantized_weight("weight") @ behind).chunk(3)
     biases = frozen.blocks[0].attn.qkv.bias.chunk(3)
     for i, role in enumerate("qkv"):
         name = f"blocks.0.attn.{role}_quantizer"
@@ -141,7 +141,7 @@ def test_offsets_are_folded_where_that_is_exact():
         (lambda: qat.freeze(tiny.quantized()), "^freeze: the model is already frozen"),
         (
             lambda: tiny.quantized("ofq_noqkr", act_quantizer="statsq"),
-            "patch_embed.proj.input_quantizer is quantized by statsq",
+            "patch_embed.proj.input_quantizer uses quantizer statsq",
         ),
     ],
     ids=["float", "without scales", "frozen", "no grid"],

@@ -94,22 +94,11 @@ def test_cost_counts_codes(tmp_path):
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
 
 
-def test_damage_is_one_line(tmp_path):
+def test_a_file_of_another_version_is_one_line(tmp_path):
     path = tmp_path / "net.safetensors"
     written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with usage_error(r"net.safetensors'.*damaged|not a checkpoint"):
-        qat.load(path)
-    path.write_bytes(whole.replace(b'"format":"packed-1"', b'"format":"packed-9"'))
+    path.write_bytes(path.read_bytes().replace(b'"format":"packed-1"', b'"format":"packed-9"'))
     with usage_error("format 'packed-9'"):
-        qat.load(path)
-    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-    with usage_error("checksum does not match"):
-        qat.load(path)
-    start = whole.index(b'"index":"') + 20
-    path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
-    with usage_error("not a checkpoint that can be read safely"):
         qat.load(path)
 
 
@@ -155,7 +144,7 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
         ),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
-        ([], "more data than its index lists"),
+        ([], "more data than the index lists"),
         ([["n" * 2**24, [1], "c", 0.0, "float32"]], "Unterminated string"),
     ],
     ids=[
@@ -199,7 +188,7 @@ def test_a_net_starts_from_the_numbers_that_codes_stand_for(name, tmp_path):
 def test_nothing_goes_on_from_folded_weights(name, tmp_path):
     written(qat.freeze(made(RECIPES[name])), tmp_path / "net.safetensors")
     net = qat.load(tmp_path / "net.safetensors")
-    with usage_error("^ckpt='net': holds only integer codes"):
+    with usage_error("^ckpt='net': contains only integer codes"):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
-    with usage_error("weight_quantizer holds only integer codes"):
+    with usage_error("weight_quantizer contains only integer codes"):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
