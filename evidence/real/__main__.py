@@ -35,7 +35,7 @@ from qat.ptq.reconstruct import reconstruct
 from qat.ptq.search import logits_of, search
 from qat.tasks.conf import CONF
 from qat.tasks.ptq_start import build_ptq_recipe, build_reconstruct, build_search
-from qat.tasks.results import correct_images, recipe_fields, write_results
+from qat.tasks.results import correct_field, recipe_fields, write_results
 from qat.tasks.set_up import set_up
 
 log = logging.getLogger("qat.evidence.real")
@@ -127,7 +127,7 @@ def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
         top1_fp=_accuracy(float_probe, float_features),
         top1_float_probe=_accuracy(float_probe, features),
         cosine=cosine.mean().item(),
-        **correct_images(torch.tensor(is_correct)),
+        **correct_field(torch.tensor(is_correct)),
         quantize_seconds=round(quantize_seconds, 1),
         wall_seconds=round(time.monotonic() - start, 1),
     )
