@@ -209,7 +209,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 39000,
-    "qat": 194600,
+    "qat": 195200,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -227,7 +227,7 @@ BUDGETS = {
     "qat/report": 5300,
     "qat/tasks": 25600,
     "qat/utils": 5560,
-    "tests": 257000,
+    "tests": 259500,
 }
 LAYOUT = {
     tokenize.COMMENT,
