@@ -257,26 +257,30 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
-    """Fold the step sizes of keys and values into the products that compute keys and values."""
+    """Fold the step sizes of keys and values into the products that compute keys and values.
+
+    Step sizes that differ between tokens are folded only for keys.
+    """
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
-    keys = attention.k_quantizer
-    matrix = attention.qk_quantizer
-    if isinstance(matrix, FrozenWeight) and _has_no_offset(keys):
-        size = len(matrix.stored)
-        if _has_token_scales(keys):
-            planner.columns[matrix] = torch.ones(size)
-            planner.rows[matrix] = keys.scale.reshape(-1, attention.num_heads)
+    key_grid = attention.k_quantizer
+    matrix_grid = attention.qk_quantizer
+    if isinstance(matrix_grid, FrozenWeight) and _has_no_offset(key_grid):
+        out_features = len(matrix_grid.stored)
+        if _has_token_scales(key_grid):
+            # Only the rows have step sizes.
+            planner.columns[matrix_grid] = torch.ones(out_features)
+            planner.rows[matrix_grid] = key_grid.scale.reshape(-1, attention.num_heads)
         else:
-            planner.columns[matrix] = keys.scale.expand(size)
-        planner.predivided.add(keys)
-    values = attention.v_quantizer
-    weight = getattr(attention.v, "weight_quantizer", None)
-    if not isinstance(weight, FrozenWeight) or not _has_no_offset(values):
+            planner.columns[matrix_grid] = key_grid.scale.expand(out_features)
+        planner.predivided.add(key_grid)
+    value_grid = attention.v_quantizer
+    weight_grid = getattr(attention.v, "weight_quantizer", None)
+    if not isinstance(weight_grid, FrozenWeight) or not _has_no_offset(value_grid):
         return
-    if not _has_token_scales(values):
-        planner.columns[weight] = values.scale.expand(attention.v.out_features)
-        planner.predivided.add(values)
+    if not _has_token_scales(value_grid):
+        planner.columns[weight_grid] = value_grid.scale.expand(attention.v.out_features)
+        planner.predivided.add(value_grid)
 
 
 def _fold_heads(planner: Planner, attention: Any) -> None:

@@ -166,7 +166,8 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
     layer.register_buffer("ends", None)
 
     def forward(x: Tensor) -> Tensor:
-        if layer.ends is None:  # on the first call, before torch traces the layer
+        # The first call sets `ends`; torch traces a later call.
+        if layer.ends is None:
             layer.ends = torch.tensor([INT8_MIN * step, INT8_MAX * step]).repeat(*x.shape[:-1], 1)
         x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
         row_grid = (

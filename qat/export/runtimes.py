@@ -122,8 +122,8 @@ def _openvino_core() -> Any:
     The core is never closed, because closing would free the stack that OpenVINO provides for signal
     handlers, and the next signal would crash the process.
     """
-    # OpenVINO imports absl, which later closes the stderr that it finds, unless it is the stderr of
-    # the process.
+    # OpenVINO imports absl, which later closes the current `sys.stderr`, unless this is the stderr
+    # of the process.
     with contextlib.redirect_stderr(sys.__stderr__):
         import openvino  # noqa: PLC0415  (an extra)
 

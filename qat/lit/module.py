@@ -325,7 +325,7 @@ class QATModule(LightningModule):
             scheduler.step_update(self.global_step)
 
     def unshard_net(self) -> None:
-        """After training, replace a net with sharded weights by a whole net in all processes."""
+        """After training, rebuild a sharded net as an unsharded net in every process."""
         if sharded_modules(self.net):
             state = {
                 name: gather_tensor(value).cpu() for name, value in self.net.state_dict().items()
@@ -356,7 +356,8 @@ class QATModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
-        self._average_batch_norms()  # now, because the checkpoint refers to these tensors
+        # Average before saving: the checkpoint refers to the tensors that are averaged in place.
+        self._average_batch_norms()
         if self._metadata is not None:
             checkpoint[META_KEY] = self._metadata
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:

@@ -88,7 +88,8 @@ def describe(
     kwargs = own_kwargs if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
         advice = (
-            "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+            "if this model is a wrapper, save net.module; "
+            "otherwise set model='timm name' and model_kwargs={...}"
         )
         raise UsageError(f"save: this model does not record how timm built it; {advice}")
     num_classes = getattr(net, "num_classes", None)

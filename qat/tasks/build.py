@@ -57,7 +57,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
-            f"{setting}={to_plain(node)!r}: must build an object: "
+            f"{setting}={to_plain(node)!r}: must name a class: "
             f"{setting}._target_=package.module.Class"
         )
     arguments = {

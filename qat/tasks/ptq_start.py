@@ -177,7 +177,8 @@ def _check_keep(
     if teacher_file is None and getattr(recipe, "method", None) != "calibrate":
         verb = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
         raise UsageError(
-            f"{file}: was {verb} quantized ({_recipe_name(subject)}), "
+            f"{file}: contains a quantized model whose weights were {verb} "
+            f"({_recipe_name(subject)}), "
             "so it has no float logits as targets; set teacher.ckpt=FILE"
         )
     assert_ready(subject.net)

@@ -61,19 +61,20 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
-        _start_from_transformers(cfg, name)
+        _apply_transformers_folder(cfg, name)
         return
     if not name.startswith(PREFIX):
         return
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
     config = json_object(folder / CONFIG)
     if is_ours(folder):
-        _start_from_ours(cfg, folder)
+        _apply_our_folder(cfg, folder)
     else:
-        _start_from_timm(cfg, folder, config)
+        _apply_timm_folder(cfg, folder, config)
 
 
-def _start_from_ours(cfg: DictConfig, folder: Path) -> None:
+def _apply_our_folder(cfg: DictConfig, folder: Path) -> None:
+    """Set `ckpt` to the weights of a folder that qat wrote."""
     cfg.model.pretrained = False
     if cfg.ckpt or cfg.model.weights:
         setting = "ckpt" if cfg.ckpt else "model.weights"
@@ -84,7 +85,11 @@ def _start_from_ours(cfg: DictConfig, folder: Path) -> None:
     cfg.model.name = None
 
 
-def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
+def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
+    """Set architecture, arguments, weights and preprocessing from a timm folder and its config.
+
+    Arguments and preprocessing that the user has set stay.
+    """
     is_pretrained = cfg.model.pretrained
     cfg.model.pretrained = False
     check_model(f"model={cfg.model.name}: architecture", config.get("architecture"))
@@ -102,7 +107,8 @@ def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -
         set_preprocessing(cfg.data, pretrained_cfg)
 
 
-def _start_from_transformers(cfg: DictConfig, name: str) -> None:
+def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
+    """Set arguments, weights and preprocessing from a folder or hub model of Transformers."""
     if cfg.model.weights:
         raise UsageError(
             f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
@@ -125,7 +131,7 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
     folder, args = transformers_folder(name, f"model.name={name!r}", architecture, changes)
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
-            # Photos of a prediction have no settings of their own.
+            # Images to predict come without preprocessing settings; the processor's are used.
             num_classes = len(args["config"].get("id2label") or "01")
             null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
             cfg.data.update({**null_settings, "num_classes": num_classes})

@@ -127,18 +127,22 @@ def _training_normalization(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
 
-    Our files contain these values, and timm states them for its own weights. For other weights,
-    timm's values are assumed if the data use them too. If the values are unknown, the values of the
-    data are returned.
+    Files that qat wrote record these values, and timm states them for its own weights. For other
+    weights, timm's values are assumed if the data use timm's values. If the values are unknown, the
+    values of the data are returned.
+
+    Args:
+        start: the model.
+        data: the training data.
+        setting: the setting that the weights come from; `model.name` for random weights.
+        sets_mean: True if `data.mean` is set, so the data may not use timm's values.
     """
     net = start.source or start.net
-    follows_timm = isinstance(data, EncodedImageData) and not sets_mean
-    is_known = (
-        data_of(net)
-        or setting.endswith(".pretrained")
-        or (follows_timm and setting != "model.name")
-    )
-    if not is_known:
+    has_timm_weights = setting.endswith(".pretrained")
+    is_random = setting == "model.name"
+    data_follow_timm = isinstance(data, EncodedImageData) and not sets_mean
+    may_assume_timm = data_follow_timm and not is_random
+    if not (data_of(net) or has_timm_weights or may_assume_timm):
         return _normalization(data)
     config = data_config(net)
     settings = EncodedImageData.complete({
