@@ -134,7 +134,7 @@ class LastCheckpoint(Checkpoint):
         If a limit of steps or time has cut the epoch short, the file records the epoch as
         unfinished, and a run with a higher limit continues it.
         """
-        log_before_saving(trainer, epoch=True)
+        log_before_saving(trainer, is_epoch_end=True)
         epochs: Any = trainer.fit_loop.epoch_progress
         num_unfinished = 0 if trainer.is_last_batch else 1
         for progress in (epochs.current, epochs.total):
@@ -176,7 +176,7 @@ class LastCheckpoint(Checkpoint):
         if fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher):  # type: ignore[arg-type]
             self._waits_for_validation = True
         elif self._saved_step != trainer.global_step:
-            log_before_saving(trainer, epoch=False)
+            log_before_saving(trainer, is_epoch_end=False)
             self._save(trainer)
 
     def final_file(self, trainer: Trainer) -> Path | None:

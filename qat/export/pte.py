@@ -28,7 +28,7 @@ from qat.export.check import (
     compare,
 )
 from qat.export.codes import StoredWeight, store_weights
-from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
+from qat.export.runtimes import EXECUTORCH, open_session, quiet, session_logits
 from qat.export.write import copy_unfused, require_int8
 from qat.model.frozen import FrozenActivation
 from qat.nn.linear import QuantLinear
@@ -57,7 +57,7 @@ def write_pte(
     """
     content, report = to_pte(frozen, images[0][:1])
     path.write_bytes(content)
-    logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
+    logits = functools.partial(session_logits, open_session(path, EXECUTORCH), batch=1)
     agreement = compare(net, logits, None, images)
     # The codes that a file computes cannot be read. Instead, images that differ only by float
     # rounding show how much values on thresholds can change the logits of this model.

@@ -193,7 +193,7 @@ def session_outputs(
     return outputs
 
 
-def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
+def session_logits(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
     """Compute logits (B, classes) of images; see `session_outputs`."""
     return session_outputs(session, [OUTPUT], images, batch)[OUTPUT]
 

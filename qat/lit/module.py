@@ -85,9 +85,9 @@ class QATModule(LightningModule):
         self._metadata = describe
         self._output_recorder = OutputRecorder.for_blocks(net, loss.blocks)
         self._num_accumulated = 1  # number of batches in the current step
-        self._num_groups = 0  # in all optimizers, when training starts
-        self._initially_frozen: list[nn.Parameter] = []  # when training starts
-        self._num_steps = math.inf  # in the whole run; known once the loader is set up
+        self._num_groups = 0  # parameter groups of all optimizers when training starts
+        self._initially_frozen: list[nn.Parameter] = []  # parameters, when training starts
+        self._num_steps = math.inf  # steps of the whole run; known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss = MeanLoss()
@@ -98,7 +98,7 @@ class QATModule(LightningModule):
         # After a test: (K, K) on the CPU, number of images by true and by predicted class.
         self.confusion: Tensor | None = None
         # After a test in one process: (N,) on the CPU, True for each image that is classified
-        # correctly. Several processes would have to put the images in order again.
+        # correctly. Not set with several processes, which would have to restore the order.
         self.correct: Tensor | None = None
         self._correct_batches: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
@@ -125,7 +125,7 @@ class QATModule(LightningModule):
             data: the dataset.
             teacher: a net that this net learns from; it is frozen.
             loss: terms by name; None = cross-entropy, with a teacher also distillation.
-            warmup_epochs: first epochs, in which the learning rate rises.
+            warmup_epochs: number of first epochs, in which the learning rate rises.
             optimizer: arguments of `build_optimizer`; by default AdamW, with lr 1e-3 and weight
                 decay 0.05.
 
@@ -289,6 +289,7 @@ class QATModule(LightningModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss
     ) -> Tensor:
+        """Add a batch to metrics and loss, and return its logits (B, K)."""
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)

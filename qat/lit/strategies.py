@@ -180,6 +180,8 @@ class ShardedStrategy(DDPStrategy):
                         state[key] = shard_like(value, parameter)
 
     def _gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with full tensors on the CPU in the first process, empty in the others."""
+
         def gather(tensor: DTensor) -> Tensor | None:
             full_tensor = gather_tensor(tensor)
             return full_tensor.cpu() if self.is_global_zero else None
@@ -213,7 +215,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class SyncBatchNorms(TorchSyncBatchNorm):
-    """Synchronizes batch norms with timm's conversion, which keeps activations of timm's norms."""
+    """Synchronizes batch norms by timm's conversion, which keeps activations in timm's norms."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Module, nn.Module] = {}

@@ -96,7 +96,7 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     return net
 
 
-def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
+def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
     """Build a model with timm's pretrained weights, from a local cache or the network.
 
     Args:

@@ -185,7 +185,10 @@ def library_versions(*more: str) -> dict[str, str]:
 
 
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
-    """Return the commit of a clone of qat, or None for a package installed anywhere."""
+    """Return the commit of a clone of qat, or None for an installed package.
+
+    The package may be installed inside another clone.
+    """
     command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
     # Git's own variables, which are set in hooks, may name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}

@@ -68,12 +68,12 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
     config = json_object(folder / CONFIG)
     if is_ours(folder):
-        _apply_our_folder(cfg, folder)
+        _apply_qat_folder(cfg, folder)
     else:
         _apply_timm_folder(cfg, folder, config)
 
 
-def _apply_our_folder(cfg: DictConfig, folder: Path) -> None:
+def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
     """Set `ckpt` to the weights of a folder that qat wrote."""
     cfg.model.pretrained = False
     if cfg.ckpt or cfg.model.weights:
@@ -93,11 +93,11 @@ def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any])
     is_pretrained = cfg.model.pretrained
     cfg.model.pretrained = False
     check_model(f"model={cfg.model.name}: architecture", config.get("architecture"))
-    own_args = cfg.model.args.items_ex(resolve=False)
+    user_args = cfg.model.args.items_ex(resolve=False)
     with open_dict(cfg):
         cfg.model.args = {
             **(config.get("model_args") or {}),
-            **{key: value for key, value in own_args if value is not None},
+            **{key: value for key, value in user_args if value is not None},
         }
     cfg.model.name = config["architecture"]
     if is_pretrained:
@@ -116,18 +116,18 @@ def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
         )
     if cfg.model.init != "full":
         raise UsageError(f"model.init={cfg.model.init!r}: must be full with model=hf")
-    own_args = dict(cfg.model.args.items_ex(resolve=False))
-    for key, value in own_args.items():
+    user_args = dict(cfg.model.args.items_ex(resolve=False))
+    for key, value in user_args.items():
         if key not in _HF_ARGS and value is not None:
             raise UsageError(unknown_message(f"model.args.{key}={value!r}", key, _HF_ARGS))
-    changes = to_plain(own_args.pop("config")) or {}
+    changes = to_plain(user_args.pop("config")) or {}
     if not isinstance(changes, dict):
         raise UsageError(f"model.args.config={changes!r}: must be a group of settings")
-    drop_path_rate = own_args.pop("drop_path_rate", None)
+    drop_path_rate = user_args.pop("drop_path_rate", None)
     if drop_path_rate is not None:
         check_number("model.args.drop_path_rate", drop_path_rate, 0, below=1)
         changes["drop_path_rate"] = drop_path_rate
-    architecture = own_args.pop("architecture")
+    architecture = user_args.pop("architecture")
     folder, args = transformers_folder(name, f"model.name={name!r}", architecture, changes)
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
@@ -144,7 +144,7 @@ def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
                 args["images"][key] = to_plain(cfg.data.get(key, value))
             if cfg.data.image_size is None:
                 cfg.data.image_size = image_size
-        cfg.model.args = {**args, **own_args}
+        cfg.model.args = {**args, **user_args}
     if cfg.model.pretrained:
         cfg.model.weights = str(folder / WEIGHTS)
     cfg.model.pretrained = False

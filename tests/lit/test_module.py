@@ -13,7 +13,7 @@ import qat
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
 from qat.lit.strategies import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
-from qat.model.metadata import describe, is_plain
+from qat.model.metadata import describe, is_plain_data
 from qat.quantizers import LSQ
 from tests.callbacks.fitting import QUIET, Steps, batches
 from tests.errors import usage_error
@@ -235,7 +235,7 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):
     assert content["global_step"] == 2
     assert all(key.startswith("net.") for key in content["state_dict"])
     assert content["optimizer_states"]
-    assert is_plain(content["qat"])
+    assert is_plain_data(content["qat"])
     assert content["qat"]["data"] == data
     assert content["qat"]["recipe"] == net.qat_conversion.recipe.to_dict()
     assert_close(logits(qat.load(tmp_path / "a.ckpt")), logits(net), rtol=0, atol=0)

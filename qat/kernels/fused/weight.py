@@ -1,4 +1,4 @@
-"""The quantizer of a weight inside a fused Function; backward quantizes the weight again."""
+"""The quantizer of a weight inside a fused Function, whose backward quantizes the weight again."""
 
 from __future__ import annotations
 
