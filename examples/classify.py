@@ -61,7 +61,7 @@ def to_8bit(image: Image.Image) -> Image.Image:
     if image.mode == "F" or values.min() < 0 or values.max() > 2**16 - 1:
         sys.exit(
             f"error: the image has 32 bits per pixel (mode {image.mode}) and no defined white "
-            "level; save it with 8 or 16 bits"
+            "level; save the image with 8 or 16 bits"
         )
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 

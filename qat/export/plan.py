@@ -149,13 +149,7 @@ class Planner:
     def product(
         self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None
     ) -> Tensor:
-        """Add the plan of a product of two activations, or of an activation and a weight.
-
-        Args:
-            a: left factor.
-            b: right factor.
-            bias: bias of a product with a weight, (out,), or None.
-        """
+        """Add the plan of a product of two activations, or of an activation and a weight."""
         if isinstance(b, StoredWeight):
             return self._product_with_weight(a, b, bias)
         step = self.steps.get((a.name, b.name), ONE)
@@ -264,10 +258,7 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
-    """Fold the step sizes of keys and values into the products that compute keys and values.
-
-    Step sizes that differ between tokens are folded only for keys.
-    """
+    """Fold the step sizes of keys and values into the products that compute keys and values."""
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
     key_quantizer = attention.k_quantizer
@@ -285,6 +276,7 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
     weight_quantizer = getattr(attention.v, "weight_quantizer", None)
     if not isinstance(weight_quantizer, FrozenWeight) or not _has_no_offset(value_quantizer):
         return
+    # Step sizes that differ between tokens are folded only for keys.
     if not _has_token_scales(value_quantizer):
         planner.columns[weight_quantizer] = value_quantizer.scale.expand(attention.v.out_features)
         planner.predivided.add(value_quantizer)
@@ -292,16 +284,13 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
     """Fold the step size of the projection's input into the product before the projection."""
-    probs_quantizer = attention.probs_quantizer
-    value_quantizer = attention.v_quantizer
+    left = attention.probs_quantizer
+    right = attention.v_quantizer
     proj_quantizer = getattr(attention.proj, "input_quantizer", None)
     has_norm = not isinstance(attention.norm, nn.Identity)
     if has_norm or attention.gate is not None or attention.heads_per_group != 1:
         return
-    if not (
-        isinstance(probs_quantizer, FrozenActivation)
-        and isinstance(value_quantizer, FrozenActivation)
-    ):
+    if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
     if not _has_no_offset(proj_quantizer):
         return
@@ -310,12 +299,11 @@ def _fold_heads(planner: Planner, attention: Any) -> None:
         step = step.unsqueeze(-1)
     elif step.numel() > 1:
         step = step.reshape(attention.num_heads, 1, -1)
-    planner.steps[probs_quantizer.name, value_quantizer.name] = step
+    planner.steps[left.name, right.name] = step
     planner.predivided.add(proj_quantizer)
 
 
 def _has_no_norms(attention: nn.Module) -> bool:
-    """True for an attention that does not normalise queries or keys."""
     norms = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
     return all(isinstance(norm, nn.Identity) for norm in norms)
 
@@ -345,8 +333,7 @@ def code_offset(quantizer: FrozenActivation, cpu: str) -> Tensor:
 
     Args:
         quantizer: the quantizer of the codes.
-        cpu: `any` chooses uint8 for the right factor if codes are beyond `MAX_INT8_CODE`; `fast`
-            always chooses int8.
+        cpu: `any` = uint8 for right factors with codes beyond `MAX_INT8_CODE`; `fast` = int8.
     """
     offset = -128 if quantizer.qmax > 127 else 0
     is_small = max(-(quantizer.qmin + offset), quantizer.qmax + offset) <= MAX_INT8_CODE
@@ -428,8 +415,7 @@ def _plan_weight_product(
     if sums.any():
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
-    # Without leading dimensions, runtimes would merge a product and an added vector into one float
-    # operator.
+    # Without leading dimensions, runtimes would merge product and vector into one float operator.
     ndim = max(a.ndim, 3)
     ndim_split = ndim + 1 if blocks else ndim
     return Plan(
@@ -479,10 +465,7 @@ def _fold_offset_into_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 def _plan_activation_product(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
-    """Plan of the product ((A + da) sa + ca) ((B + db) sb), divided by a step size.
-
-    A and B are codes; s, d and c are scale, shift and offset of a factor.
-    """
+    """Plan of ((A + da) sa + ca) ((B + db) sb), for codes A and B, divided by a step size."""
     sa = squeeze_constant_dims(a.scale)
     da = squeeze_constant_dims(a.shift)
     ca = squeeze_constant_dims(a.after)

@@ -183,6 +183,7 @@ def test_changes_within_noise_have_no_colour(caplog, n_images):
     assert ("no layer adds more than noise" in drawing.alt) >= (n_images == 1)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["ofq2", "noqkr", "lsq4", "statsq", "ptq4", "inputs"])
 def test_sizes_and_bits_are_those_of_nets_converted_with_the_setting(kind):
     net = net_of(kind)

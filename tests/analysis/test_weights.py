@@ -129,16 +129,6 @@ def test_a_float_net_has_its_layers_in_order(tmp_path):
     assert (tmp_path / "weights_histograms.png").stat().st_size > 5000
 
 
-def test_nets_of_different_kinds_beside_each_other():
-    nets = [studied(net_of("ofq2"), "two"), studied(tiny.vit(), "float")]
-    found = WeightAnalysis().run(nets, NO_IMAGES)
-    assert [drawing.name for drawing in found.drawings] == [
-        "weights_histograms_1",
-        "weights_histograms_2",
-    ]
-    assert set(found.summary) == {row["net"] for row in found.tables[0].rows} == {"two", "float"}
-
-
 def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):
     monkeypatch.setattr("qat.analysis.weights.MAX_PANELS", 99)
     net = net_of("lsq2")

@@ -45,6 +45,7 @@ def test_the_record_goes_on_in_a_directory_that_was_moved(tmp_path, killed):
     assert results(moved)["val_top1"] == 99.0
 
 
+@pytest.mark.long
 def test_a_best_that_is_gone_is_forgotten(tmp_path, killed, caplog):
     run_dir = shutil.copytree(killed, tmp_path / "run")
     path = run_dir / "checkpoints" / "best.ckpt"

@@ -208,6 +208,7 @@ def checkpoints(run_dir):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("is_late", [False, True])
 def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(
     tmp_path, monkeypatch, refused, is_late

@@ -57,6 +57,7 @@ def replay(callback, used, name):
     return history
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
 def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forward(preset):
     _, learner, callback, codes, _ = run(preset)
@@ -72,6 +73,7 @@ def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forwar
     assert checked > 500
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
 def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(
     preset,

@@ -236,16 +236,6 @@ def test_an_argument_that_is_right_needs_no_correction():
     assert corrections.suggest_correction(given) is None
 
 
-@pytest.mark.long
-def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
-    code, out, err = command(
-        "train.py", *TINY, "quant.bits=9", "run_dir=~/my run", cwd=tmp_path, HOME=str(tmp_path)
-    )
-    assert (code, out) == (1, "error: quant.bits=9: must be an integer from 2 to 8\n")
-    assert "Traceback" not in err
-    assert results(tmp_path / "my run")["error"] == "quant.bits=9: must be an integer from 2 to 8"
-
-
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("wish", [["debug=fast"], []])
 def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, wish):

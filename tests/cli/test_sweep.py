@@ -47,6 +47,7 @@ def test_a_sweep_that_was_ended_says_how_far_it_came(swept):
     assert not (cwd / "sweep" / "2").exists()
 
 
+@pytest.mark.long
 def test_the_same_command_goes_on(swept):
     cwd, given, _, _ = swept
     first = (cwd / "sweep" / "0" / "checkpoints" / "last.ckpt").read_bytes()

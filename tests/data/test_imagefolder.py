@@ -178,15 +178,9 @@ def lines(root, **changes):
 
 
 def test_a_folder_of_another_kind_is_named(tmp_path):
-    for root in (None, "/no/such"):
-        assert lines(root).startswith(
-            f"data.root={root!r}: must be the folder that contains train/<class>/*"
-        )
+    line = "data.root='/no/such': must be the folder that contains train/<class>/*"
+    assert lines("/no/such").startswith(line)
     assert lines(tmp_path).startswith(f"data.root='{tmp_path}': has no folder train")
-    write_image(tmp_path / "train" / "a.png", 8, 8)
-    assert lines(tmp_path).startswith(
-        f"data.num_classes=2: data.root='{tmp_path}' has 0 class folders in train/<class>/*"
-    )
 
 
 def test_a_split_without_images_is_named(tmp_path):

@@ -8,7 +8,6 @@ from evidence.speed.step_count import (
     ROWS,
     Count,
     Counting,
-    bytes_for_backward,
     counted,
     cuda_branches,
 )
@@ -67,19 +66,3 @@ def test_a_step_of_each_row_moves_more_than_the_float_step():
     assert found["float"].triton == 0
     assert all(one.triton > 10 for name, one in found.items() if name != "float")
     assert {torch.Tensor, torch.nn.Parameter} == PLAIN_CLASSES
-
-
-@pytest.mark.long
-def test_a_compiled_step_keeps_less_than_the_float_step():
-    images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
-    arms = ("float", "linears", "ofq without qkr")
-    found = [
-        bytes_for_backward(
-            build("deit_tiny_patch16_224", ROWS[name], images, **TINY, depth=1),
-            16,
-            TINY["img_size"],
-        )
-        for name in arms
-    ]
-    assert min(found) == found[1] > 0
-    assert max(found) == found[0]

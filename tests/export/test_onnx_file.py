@@ -1,7 +1,6 @@
 """ONNX files. Oracle: the net itself, run by torch."""
 
 import collections
-import copy
 import gc
 import json
 import os
@@ -16,8 +15,8 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.export import check, onnx_file
-from qat.export.check import Agreement, CheckResult, check_onnx, graph_codes
+from qat.export import check
+from qat.export.check import check_onnx, graph_codes
 from qat.export.onnx_file import OnnxSettings, to_onnx
 from qat.export.pte import to_pte
 from qat.export.runtimes import (
@@ -347,8 +346,7 @@ def test_what_tensorrt_cannot_have_is_one_line(recipe):
 FP32 = {"target": "tensorrt", "precision": "fp32"}
 
 
-@pytest.mark.sample(1)
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("knobs", [{}, {"attention": "standard"}], ids=["float", "standard"])
 def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
     net = tiny.quantized("fp8", **knobs)
@@ -471,9 +469,8 @@ def test_a_net_converted_in_python(net, tmp_path):
     net.blocks[0].eval()
     before = [module.training for module in net.modules()]
     x = tiny.images(4)
-    checked = qat.export_onnx(copy.deepcopy(net).double(), path, images=x.double())
+    checked = qat.export_onnx(net, path, images=x, dynamic_batch=False)
     assert (checked.problem, checked.agreement["onnxruntime"].images) == (None, 4)
-    assert qat.export_onnx(net, path, images=x, dynamic_batch=False).problem is None
     assert [module.training for module in net.modules()] == before
     found = session_logits(open_session(path), x, batch=1)
     assert_close(found, net.eval()(x), rtol=0, atol=1e-4)
@@ -482,6 +479,14 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert [value.name for value in values] == ["image", "logits"]
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
+
+
+@pytest.mark.long
+def test_a_net_in_float64(net, tmp_path):
+    net.double()
+    assert (
+        qat.export_onnx(net, tmp_path / "net.onnx", images=tiny.images(4).double()).problem is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -496,27 +501,13 @@ def test_images_that_do_not_fit(net, tmp_path, shape, value):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_images_that_are_not_square(tmp_path):
     net = deployed(tiny.vit(depth=1, img_size=(8, 16)), torch.randn(8, 1, 8, 16))
     checked = qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx")
     assert checked.agreement["onnxruntime"].images == 16  # of noise
     keys = {entry.key for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
     assert {"qat", "qat.preprocessing"} & keys == {"qat"}
-
-
-@pytest.mark.long
-def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        onnx_file,
-        "check_onnx",
-        lambda *_: CheckResult({ONNXRUNTIME: Agreement(problem="it is blue")}),
-    )
-    (tmp_path / "net.onnx").write_text("the older one")
-    line = r"\(onnxruntime: it is blue\).*net.onnx.rejected"
-    with usage_error(line):
-        qat.export_onnx(net, tmp_path / "net.onnx")
-    assert (tmp_path / "net.onnx").read_text() == "the older one"
-    assert (tmp_path / "net.onnx.rejected").is_file()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_no_product_saturates_in_a_file_for_any_processor(name):
     assert count_saturated(made((RECIPES | DEPLOY)[name]), "any") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_codes_of_the_whole_range(net_8bit):
     assert count_saturated(net_8bit, "any") == 0
     assert count_saturated(net_8bit, "fast") > 0

@@ -61,8 +61,7 @@ def quantized(build, recipe="deploy_w8a8"):
     return qat.initialize_scales(net, [images(8)])
 
 
-@pytest.mark.sample(1)
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:convert.*stay in float")
 @pytest.mark.parametrize(
     ("build", "names", "text"),

@@ -12,14 +12,6 @@ from tests.tiny import randn
 BITS = [2, 4, 8]
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "expected"),
-    [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))],
-)
-def test_code_range(bits, signed, expected):
-    assert F.code_range(bits, signed=signed) == expected
-
-
 @given(st.integers(0, 2**31), st.sampled_from(BITS), st.sampled_from([0, 1, -1, None]))
 @settings(max_examples=60, deadline=None)
 def test_unsigned_codes_miss_by_one_step_at_most(seed, bits, axis):

@@ -7,38 +7,6 @@ from qat import functional as F
 from qat.functional.oscillation import cosine_between
 
 
-def track(rows, momentum=0.25):
-    """State after looks at single codes."""
-    state = None
-    for codes in rows:
-        state = F.oscillation_step(state, torch.tensor([codes], dtype=torch.int8), momentum)
-    return state
-
-
-@pytest.mark.parametrize(
-    ("codes", "flips", "direction", "frequency"),
-    [
-        ([3], 0, 0, 0.0),
-        ([0, 1], 0, -1, 0.0),
-        ([0, 1, 0], 1, 1, 0.25),
-        ([0, 1, 0, 0], 1, 1, 0.1875),
-        ([0, 1, 1, 0], 1, 1, 0.25),  # a pause does not hide the turn
-        ([0, 1, 2, 3], 0, -1, 0.0),
-        ([0, 1, 0, 1, 0], 3, 1, 0.25 + 0.75 * (0.25 + 0.75 * 0.25)),
-        ([-2, 1, -2], 1, 1, 0.25),  # by more than one level
-    ],
-)
-def test_sequences(codes, flips, direction, frequency):
-    state = track(codes)
-    assert (state.flips.item(), state.direction.item(), state.frequency.item()) == (
-        flips,
-        direction,
-        frequency,
-    )
-    assert state.codes.item() == codes[-1]
-    assert {t.dtype for t in state} == {torch.float32}
-
-
 def freeze(rows, threshold, momentum=0.25):
     """Codes in force at every look, and the final state."""
     state = frozen = None
@@ -56,13 +24,6 @@ def test_freezing_takes_effect_at_the_next_look():
     out, state = freeze([0, 1, 0, 1, 1, 1], 0.2)
     assert out == [0, 1, 0, 0, 0, 0]
     assert (state.frozen.item(), state.codes.item()) == (True, 0)
-
-
-def test_the_integer_is_the_rounded_mean():
-    # Means before the looks: 3, 3, 3, 2.75 -> the turn at the fourth look freezes at 3 although the code is 2.
-    out, state = freeze([3, 3, 2, 3, 2, 2, 2], 0.2)
-    assert out == [3, 3, 2, 3, 3, 3, 3]
-    assert state.codes.item() == 3
 
 
 def test_a_threshold_of_zero_freezes_nothing():

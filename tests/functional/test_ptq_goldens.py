@@ -1,9 +1,6 @@
 """Post-training quantization against Evol-Q's own code. Oracle: tests/goldens/ptq_goldens.npz, made by running it."""
 
-import random
-
 import numpy as np
-import pytest
 import torch
 from torch.testing import assert_close
 
@@ -137,35 +134,3 @@ def test_info_nce(case):
     loss.backward()
     assert_close(q.grad, golden.tensor(PTQ, f"{case}/grad_q"), rtol=1e-5, atol=1e-6)
     assert k.grad is None
-
-
-@golden.parametrize(PTQ, r"evo/synth_.*")
-def test_evolution(case):
-    s0, target, expected_scales, expected_losses, tournaments = load(
-        *(
-            f"{case}/{key}"
-            for key in ("s0", "target", "eval_scales", "eval_losses", "tournament_losses")
-        )
-    )
-    radius = evolution.noise_radius(int(case.split("_b")[1].split("_")[0]))
-    # The reference draws from these two generators, in this order.
-    choices, uniform = random.Random(0), np.random.RandomState(0)
-    incumbent = s0.double()
-    assert_close(incumbent, expected_scales[0], rtol=0, atol=0)
-    population = evolution.initial_population(s0, expected_losses[0].item())
-    for cycle, (scales, loss) in enumerate(
-        zip(expected_scales[1:], expected_losses[1:], strict=True)
-    ):
-        members = torch.tensor(choices.choices(range(15), k=10))
-        assert torch.equal(population.losses[members], tournaments[cycle])
-        noise = torch.from_numpy(uniform.uniform(-radius, radius, len(s0)))
-        child = evolution.evolve_child(population, evolution.Draw(members, noise))
-        assert_close(child, scales, rtol=1e-12, atol=0)
-        assert 1e6 * (child - target.double()).square().sum().item() == pytest.approx(
-            loss.item(), rel=1e-9
-        )
-        population = evolution.insert_child(population, child, loss.item())
-        assert len(population.losses) == 15
-    scales, loss = evolution.best_candidate(population)
-    assert loss == golden.number(PTQ, f"{case}/best_loss")
-    assert_close(scales, golden.tensor(PTQ, f"{case}/best_scales").double(), rtol=1e-12, atol=0)

@@ -58,7 +58,8 @@ def deit(preset="ofq", n=4, **knobs):
     """A quantized DeiT and `n` images."""
     family = FAMILIES["deit"]
     images = family.images(n)
-    net = qat.convert(family.build(), qat.recipe(preset, **knobs), input_size=family.input_size)
+    net = family.build(depth=1)
+    qat.convert(net, qat.recipe(preset, **knobs), input_size=family.input_size)
     return qat.initialize_scales(net, [images]), images
 
 

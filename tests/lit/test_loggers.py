@@ -155,7 +155,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("read", [of_tensorboard, of_mlflow])
 def test_every_number_of_the_csv_file_is_there(read, run):
     expected, found = logged(run), read(run)
@@ -166,6 +166,7 @@ def test_every_number_of_the_csv_file_is_there(read, run):
         assert found[key] == pytest.approx(values, rel=1e-5), key
 
 
+@pytest.mark.long
 def test_wandb_writes_offline_and_ends_its_run(run):
     import wandb
 

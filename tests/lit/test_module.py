@@ -1,7 +1,6 @@
 """The training module in a real trainer. Oracles: one big batch, hand computation, the files that come out."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +8,12 @@ from lightning.pytorch import Callback, Trainer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import qat
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
 from qat.lit.strategies import AtomicCheckpointIO
-from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
-from qat.model.metadata import describe, is_plain_data
-from qat.quantizers import LSQ
+from qat.losses import CompositeLoss, CrossEntropy, Distillation
 from tests.callbacks.fitting import QUIET, Steps, batches
 from tests.errors import usage_error
-from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
+from tests.tiny import DISTILLED, images, logits, quantized, vit
 
 CLASSES = torch.arange(16) % 10
 
@@ -80,27 +76,6 @@ def test_weights_that_are_unfrozen_during_the_run_are_refused(group):
     trainer(max_epochs=1, callbacks=[Unfreeze(group=group)]).fit(module(vit()), batches(8))
 
 
-def lsq_factors(net, *, weights):
-    return [
-        m.grad_factor
-        for s in sites(net).values()
-        if s.is_weight == weights
-        for m in s.quantizer.modules()
-        if isinstance(m, LSQ)
-    ]
-
-
-def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypatch):
-    net = quantized("lsq")
-    learner = module(net)
-    monkeypatch.setattr(
-        QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12)
-    )
-    learner.setup("fit")
-    assert lsq_factors(net, weights=False) == pytest.approx([1 / 6] * (2 + 2 * 8))
-    assert lsq_factors(net, weights=True) == [1.0] * (2 + 2 * 4)
-
-
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
 def test_deviates_from_reference_scale_gradient_counts_the_global_batch(preset):
     # There the gradient of a scale grows by sqrt(parts) when a batch is split.
@@ -142,19 +117,6 @@ def test_rates_follow_the_schedule(interval):
     )
     with usage_error("max_epochs=-1"):
         trainer(max_epochs=None, max_steps=2).fit(module(vit(), scheduler=schedule), batches(8))
-
-
-def test_terms_are_logged_by_name():
-    class Two(LossTerm):
-        def forward(self, step):
-            return step.prediction.sum() * 0 + 2
-
-    learner = module(vit(), {"ce": CrossEntropy(weight=0.5), "two": Two()})
-    run = trainer()
-    run.fit(learner, batches(8))
-    logged = {k: float(v) for k, v in run.callback_metrics.items()}
-    assert logged["train/loss_two"] == 2.0
-    assert logged["train/loss"] == pytest.approx(0.5 * logged["train/loss_ce"] + 2.0)
 
 
 def test_the_loss_of_an_epoch_is_a_mean_over_images():
@@ -223,19 +185,3 @@ def test_both_heads_learn_from_a_teacher():
     heads = {f"{head}.bias": net.get_parameter(f"{head}.bias") for head in ("head", "head_dist")}
     for name, expected in zip(heads, torch.autograd.grad(loss, heads.values()), strict=True):
         assert_close(seen.gradients[0][name], expected)
-
-
-def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):
-    net = quantized("ofq", bits=2)
-    data = {"_target_": "qat.data.Digits", "mean": [0.3]}
-    run = trainer()
-    run.fit(module(net, describe=describe(net, data=data)), batches(8))
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert content["global_step"] == 2
-    assert all(key.startswith("net.") for key in content["state_dict"])
-    assert content["optimizer_states"]
-    assert is_plain_data(content["qat"])
-    assert content["qat"]["data"] == data
-    assert content["qat"]["recipe"] == net.qat_conversion.recipe.to_dict()
-    assert_close(logits(qat.load(tmp_path / "a.ckpt")), logits(net), rtol=0, atol=0)

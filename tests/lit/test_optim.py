@@ -51,15 +51,6 @@ def names(net, groups):
     return {group["name"]: [known[id(p)] for p in group["params"]] for group in groups}
 
 
-def test_groups_of_a_float_net():
-    model = net("fp")
-    found = names(model, parameter_groups(model, weight_decay=0.1))
-    assert {name: set(members) for name, members in found.items()} == {
-        "decay": WEIGHTS | {"blocks.0.attn.qkv.weight"},
-        "no_decay": PLAIN | {"blocks.0.attn.qkv.bias"},
-    }
-
-
 def test_groups_of_a_quantized_net():
     model = net("ofq", bits=2)
     found = names(model, parameter_groups(model, weight_decay=0.1))

@@ -20,16 +20,6 @@ def test_several_batches_average(initial, signed, bounds):
     assert_close(made.scale.detach(), sum(first_step(b, *bounds, -2) for b in batches) / 3)
 
 
-def test_grad_factor_reaches_the_scale():
-    x = randn(2, 3, 4)
-    made = calibrated("lsq", x, axis=-2)
-    made(x).sum().backward()
-    whole = made.scale.grad.clone()
-    made.scale.grad, made.grad_factor = None, 0.5
-    made(x).sum().backward()
-    assert_close(made.scale.grad, whole / 2)
-
-
 def image(lowest, seed=0):
     x = randn(2, 3, 4, 4, seed=seed).abs()
     x[0, 0, 0, 0] = lowest

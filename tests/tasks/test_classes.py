@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 
 from qat.tasks.results import CLASSES, CONFUSION, class_fields, write_class_tables
@@ -64,6 +65,7 @@ def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
     assert rows(run_4bit / CONFUSION) == rows(tmp_path / CONFUSION)
 
 
+@pytest.mark.long
 def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog):
     from qat.tasks.evaluate import evaluate
     from qat.tasks.train import train

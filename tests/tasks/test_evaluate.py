@@ -122,6 +122,7 @@ def test_images_for_a_file_have_bounds(tmp_path):
         build_subject(cfg)
 
 
+@pytest.mark.long
 def test_the_stored_data_with_another_root(tmp_path):
     first, second = (write_cifar(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     small = (

@@ -116,44 +116,25 @@ def deployable(tmp_path_factory):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    ("settings", "is_without_vnni", "expected"),
+    ("settings", "expected"),
     [
-        (["format=packed"], False, {"qat": r"qat\.load"}),
+        (["format=packed"], {"qat": r"qat\.load"}),
         (
             [],
-            False,
             {
                 "onnxruntime, with VNNI or on ARM": "with format.cpu=fast .* of float's time",
                 "onnxruntime, other CPUs": "default settings$",
                 "OpenVINO": "INFERENCE_PRECISION_HINT=f32.* of float's time",
             },
         ),
-        (
-            ["format.cpu=any"],
-            True,
-            {
-                "onnxruntime, with VNNI or on ARM": "8-bit weights are faster$",
-                "onnxruntime, other CPUs": "default settings; .* of float's time",
-                "OpenVINO": "INFERENCE_PRECISION_HINT=f32",
-            },
-        ),
-        (
-            ["format.cpu=fast"],
-            False,
-            {
-                "onnxruntime, with VNNI or on ARM": "default settings; .* of float's time",
-                "onnxruntime, other CPUs": "wrong results; export with format.cpu=any$",
-                "OpenVINO": "only with VNNI or on ARM; .* of float's time",
-            },
-        ),
-        (["format.target=tensorrt"], False, {"TensorRT": "qat has not tested it$"}),
+        (["format.target=tensorrt"], {"TensorRT": "qat has not tested it$"}),
     ],
 )
 def test_a_line_for_each_target_of_a_file(
-    settings, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
+    settings, expected, deployable, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: is_without_vnni)
+    monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: False)
     exported(tmp_path, f"ckpt={deployable}", *settings)
     (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("run it in")]
     lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines()[1:])

@@ -120,6 +120,7 @@ def gradients(*callbacks, compiled=False, **settings):
     return grads.seen
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("accumulated", [1, 2, 3])
 def test_gradients_of_a_step(accumulated, graphs):
     settings = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}

@@ -118,7 +118,7 @@ def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(
     assert identical(*seen)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("quant", ["ofq_4bit", "fp"])
 def test_training_starts_from_the_file(tmp_path, quantized_run, trained, quant):
     start = build.build_start(

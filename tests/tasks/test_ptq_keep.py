@@ -122,6 +122,7 @@ def test_a_net_with_statsq_weights_has_scales_of_activations(
     assert found["search"]["fitness"] < found["search"]["fitness_before"]
 
 
+@pytest.mark.long
 def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     """The same calibration images and, in float, the same net: the second search begins with the fitness of the first."""
     path = calibrated / "quantized.ckpt"

@@ -336,7 +336,7 @@ def test_every_setting_that_changes_is_named(overrides, lines, full, caplog):
     assert said(full, caplog, *overrides) == [f"resume: {line}" for line in lines]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "ckpt"])
 def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
     """The file keeps its name; with its old weights, also under another name, the run continues."""
@@ -467,6 +467,7 @@ def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
     assert (full / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.long
 def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     short = ("trainer.max_epochs=1", "trainer.limit_train_batches=4")
     run_dir = killed_at(3, tmp_path / "run", monkeypatch, *short)

@@ -289,6 +289,7 @@ def test_from_4_to_2_bits_only_stem_and_head_scales_are_copied(tmp_path, run_4bi
     assert "head" not in missing
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("setting", ["model.weights", "ckpt"])
 def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
     net = plain_weights(tmp_path / "w.pt")
@@ -325,6 +326,7 @@ def test_the_teacher_is_the_float_start_and_its_accuracy_is_kept(tmp_path, float
     assert len(column(run, "train/loss_kd")) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("setting", ["ckpt", "teacher.ckpt"])
 def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, float_run, setting):
     file = float_run / "checkpoints" / "best.ckpt"

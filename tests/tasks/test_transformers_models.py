@@ -140,7 +140,7 @@ SHORT_PTQ = {
 PTQ_MODELS = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer"}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", PTQ_MODELS)
 @pytest.mark.parametrize("choice", SHORT_PTQ)
 def test_ptq_from_a_folder(home, name, choice, tmp_path):
@@ -178,6 +178,7 @@ def test_predictions_of_the_folder_need_no_data(home, tmp_path):
     assert any(name in table for name in CLASSES)
 
 
+@pytest.mark.long
 def test_an_encoder_gets_a_new_head(home, tmp_path, caplog):
     save_model(tmp_path / "dino", transformers.Dinov2Model, **SMALL)
     caplog.set_level("INFO")
