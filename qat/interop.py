@@ -172,7 +172,7 @@ def _bits(
     """Bits of weights and activations: those that the file states, or else the arguments.
 
     If there was a quantized teacher, the file's bits are ignored: the authors' script overwrites
-    the student's bits by the teacher's before it saves.
+    the student's bits with the teacher's before saving.
     """
     args = checkpoint.args
     if args is None or args.get("quant_teacher"):

@@ -91,8 +91,10 @@ class QatQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            model.config.quantization_config = config.to_dict()  # as `qat.convert` stores it
-            nn.Module.to(model, model.config.dtype)  # older versions cast only some
+            # `qat.convert` stores a dict, too.
+            model.config.quantization_config = config.to_dict()
+            # Older versions of Transformers cast only some of the tensors.
+            nn.Module.to(model, model.config.dtype)
         else:
             convert(model, recipe_from(config.recipe), input_size=config.input_size)
 

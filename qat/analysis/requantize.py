@@ -89,7 +89,7 @@ class WeightSite:
         name: name of the weight's module.
         place: part of the model: `stem`, `block` or `head`.
         quantizer: the quantizer that the model calls.
-        rule: the quantizer that `requantize` uses. Equal to `quantizer`, except for a float
+        requantizer: the quantizer that `requantize` uses. Equal to `quantizer`, except for a float
             weight, where it is a quantizer with symmetric codes.
         bits: current bits; 32 = float.
         shape: shape of the weight, (out, ...).
@@ -98,7 +98,7 @@ class WeightSite:
     name: str
     place: str
     quantizer: Quantizer
-    rule: Quantizer
+    requantizer: Quantizer
     bits: int
     shape: torch.Size
 
@@ -135,12 +135,12 @@ def weight_sites(
         if not site.is_weight:
             continue
         weight = site.latent().detach()
-        rule = site.quantizer
-        bits = rule.spec.bits
-        if rule.is_float:
-            rule = symmetric_quantizer
+        requantizer = site.quantizer
+        bits = requantizer.spec.bits
+        if requantizer.is_float:
+            requantizer = symmetric_quantizer
             bits = FLOAT_BITS
-        elif not isinstance(rule.grid(weight), UniformGrid):
+        elif not isinstance(requantizer.grid(weight), UniformGrid):
             log.warning(
                 "%s: this quantizer has no uniform grid; the weight is left unchanged", site.name
             )
@@ -150,7 +150,7 @@ def weight_sites(
                 name=site.layer,
                 place=place_of.get(site.layer, "block"),
                 quantizer=site.quantizer,
-                rule=rule,
+                requantizer=requantizer,
                 bits=bits,
                 shape=weight.shape,
             )
@@ -175,5 +175,5 @@ def requantize_weights(sites: Sequence[WeightSite], **change: Any) -> AbstractCo
     """Requantize weights with a change inside a `with` block; no tensor is modified."""
     forwards: dict[nn.Module, Forward] = {}
     for site in sites:
-        forwards[site.quantizer] = functools.partial(requantize, site.rule, **change)
+        forwards[site.quantizer] = functools.partial(requantize, site.requantizer, **change)
     return patch_forwards(forwards)

@@ -248,7 +248,7 @@ class Sensitivity(Analysis):
             # Print the size exactly, so that users can set it as the new budget.
             raise UsageError(
                 f"analysis.budget_mb={self.budget_mb}: must be at least {min_bytes / MB:f}, "
-                f"which {studied_net.label} takes with the lowest bits everywhere"
+                f"the size of {studied_net.label} with the lowest bits everywhere"
             )
         return Budget(fixed_bytes, budget_bytes - fixed_bytes, sizes)
 
@@ -256,7 +256,7 @@ class Sensitivity(Analysis):
 def _quantizers_by_layer(
     net: nn.Module, weights: Mapping[str, WeightSite]
 ) -> dict[str, list[Quantizer]]:
-    """Quantizers that round, by layer. Layers with weights are listed even without any.
+    """Quantizers that round, by layer. Layers with weights are listed even without a quantizer.
 
     Quantizers that belong to no layer are listed under "(net)".
     """
@@ -329,7 +329,7 @@ def change_bits(
         width = bits.get(site.name, site.bits)
         if width != site.bits:
             forwards[site.quantizer] = functools.partial(
-                requantize, site.rule, bits=width, steps_from=steps_from
+                requantize, site.requantizer, bits=width, steps_from=steps_from
             )
     return patch_forwards(forwards)
 

@@ -62,7 +62,7 @@ class WeightAnalysis(Analysis):
         drawings = []
         for number, studied_net in enumerate(nets, start=1):
             label = studied_net.label
-            weights = list(latent_weights(studied_net.net))
+            weights = list(iter_latent_weights(studied_net.net))
             rows = [weight_row(*weight) for weight in weights]
             summary[label] = _summarize(rows)
             for row in rows:
@@ -112,7 +112,7 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
     return row
 
 
-def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
+def iter_latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
     """Weights of linear layers and convolutions, and folded QKR matrices, in module order."""
     sites: dict[str, list[Site]] = defaultdict(list)
     for site in iter_quantizers(net):

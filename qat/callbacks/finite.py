@@ -105,7 +105,7 @@ def _reads_without_waiting(pl_module: LightningModule) -> bool:
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:
-    """The gradients, or the parts of gradients that this process stores; without empty parts."""
+    """The gradients, or this process's shards of them, except empty shards."""
     gradients = []
     for parameter in module.parameters():
         if parameter.grad is not None:

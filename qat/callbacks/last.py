@@ -134,24 +134,24 @@ class LastCheckpoint(Checkpoint):
         If a limit of steps or time has cut the epoch short, the file records the epoch as
         unfinished, and a run with a higher limit continues it.
         """
-        log_before_saving(trainer, epoch=True)
+        log_before_saving(trainer, is_epoch_end=True)
         epochs: Any = trainer.fit_loop.epoch_progress
-        is_cut_short = not trainer.is_last_batch
+        num_unfinished = 0 if trainer.is_last_batch else 1
         for progress in (epochs.current, epochs.total):
-            progress.processed -= is_cut_short
+            progress.processed -= num_unfinished
         self._save(trainer)
         for progress in (epochs.current, epochs.total):
-            progress.processed += is_cut_short
+            progress.processed += num_unfinished
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After resuming a run that was killed after its last step, end it as a complete run.
+        """Complete a resumed run that was killed after its last step.
 
         Lightning would not call `on_train_end` of the callbacks, and tables and averaged weights
         would be missing.
         """
         if self._start_time is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # The file was written before the end of its epoch.
+        # The checkpoint records its epoch as unfinished, so mark the epoch as completed.
         progress = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ class LastCheckpoint(Checkpoint):
         if fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher):  # type: ignore[arg-type]
             self._waits_for_validation = True
         elif self._saved_step != trainer.global_step:
-            log_before_saving(trainer, epoch=False)
+            log_before_saving(trainer, is_epoch_end=False)
             self._save(trainer)
 
     def final_file(self, trainer: Trainer) -> Path | None:

@@ -50,7 +50,10 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check for signals after an optimizer step, and save; the end of an epoch saves anyway."""
+        """Check for signals after an optimizer step, and save.
+
+        At the end of an epoch, `LastCheckpoint` saves anyway.
+        """
         if trainer.global_step == self._checked_step or self._signal:
             return
         self._checked_step = trainer.global_step

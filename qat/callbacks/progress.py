@@ -97,7 +97,8 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line of the epoch."""
-        metrics = trainer.callback_metrics  # a gathered value, so all processes must read it
+        # Reading the metrics gathers values, so all processes must do it.
+        metrics = trainer.callback_metrics
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch + 1

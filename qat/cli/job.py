@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
 # Settings that are added to a command to resume it.
 RESUME_SETTINGS = {"resume", "run_dir"}
-# Seconds that other processes wait, so that the first process reports an error that all have.
+# If all processes fail with the same error, the other processes wait this many seconds, while the
+# first process reports it.
 FIRST_REPORTS_S = 10
 
 
@@ -84,7 +85,7 @@ def _end_stopped_run(
     """End a run that a signal has stopped: log how to resume it, and return the exit code."""
     folder = Path(cfg.run_dir)
     if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
-        # If the results contain an error, the same command may start the run again.
+        # Recording an error allows the same command to start the run again.
         _write_error(cfg, f"stopped by {stop.name}", state)
     hint = "the same command repeats the run"
     # The directory of a run that has not begun may contain files of another run.
@@ -121,7 +122,8 @@ def _report_failure(
     sweep.failures.append(message)
     label = "error"
     if not ranks.is_first():
-        # If the first process fails with the same error, the launcher ends this process meanwhile.
+        # If the first process fails with the same error, the launcher ends this process during the
+        # wait.
         time.sleep(FIRST_REPORTS_S)
         label = f"error in process {ranks.rank()}"
     log.error("%s: %s", label, message, exc_info=error if message_line is None else None)
@@ -177,7 +179,7 @@ def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> N
         return
     from qat.tasks.results import write_results
 
-    # This folder or this config may be the cause of the error.
+    # Writing may fail for the same reason as the run, such as an unusable run directory or config.
     with contextlib.suppress(OSError, OmegaConfBaseException):
         write_results(cfg, error=message)
         if state.has_begun():

@@ -63,7 +63,7 @@ class SweepCallback(Callback):
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
         _running_sweeps.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            # alembic logs its plugins.
+            # At level INFO, alembic lists its plugins.
             logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002

@@ -335,9 +335,8 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer:
             rank = self.trainer.global_rank
             world_size = self.trainer.world_size
-        if (
-            len(images) < world_size
-        ):  # processes with images would wait for a process without images
+        # A process without images would make the others wait for ever.
+        if len(images) < world_size:
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split"

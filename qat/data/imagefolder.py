@@ -58,10 +58,10 @@ class ImageFolder(EncodedImageData):
     """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
     Class ids follow the sorted names of the class folders of train. If `root` contains class
-    folders but no splits, all images are train, or with `evaluates_whole` all are test. If there is
-    no val, a fixed tenth of train is held out. If there is no test, or test has no class folders,
-    val is evaluated. Without train, a net can be evaluated if another split has a folder for every
-    class.
+    folders but no splits, all images belong to train, or to test with `evaluates_whole`. If there
+    is no val, a fixed tenth of train is held out. If there is no test, or test has no class
+    folders, val is evaluated. Without train, a net can be evaluated if another split has a folder
+    for every class.
     """
 
     UNREAD = ("image_column", "label_column")

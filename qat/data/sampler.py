@@ -92,8 +92,7 @@ class ResumableLoader(DataLoader):
 
     Lightning stores `state_dict` in a checkpoint, and loads it into the loader of a resumed run. A
     loader without a state would begin the epoch again, and some images would be used twice, others
-    never. `__iter__` is a generator, which starts late enough: Lightning creates the iterator
-    before it sets the epoch.
+    never. `__iter__` is a generator, so its body runs only after Lightning has set the epoch.
 
     Args:
         args: arguments of `DataLoader`; the sampler must be a `SeededSampler`.
@@ -126,7 +125,7 @@ class ResumableLoader(DataLoader):
         return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches of `state` in the next epoch; Lightning continues to count from there.
+        """Skip the batches of `state` in the next iteration; Lightning numbers batches from there.
 
         Raises:
             UsageError: the global batch size differs from the one in the checkpoint.
@@ -137,7 +136,7 @@ class ResumableLoader(DataLoader):
             processes = f"{self.sampler.world_size} processes"
             raise UsageError(
                 f"resume: data.batch_size={self.batch_size} in {processes}: "
-                f"must be {images // self._num_to_skip} images per step, as before, "
+                f"batch size x processes must stay {images // self._num_to_skip} "
                 "until this epoch ends"
             )
 

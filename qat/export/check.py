@@ -27,16 +27,16 @@ from qat.nn import BOXES, LOGITS, named_outputs
 from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
-# Logits count as equal if they differ by at most this, and so do boxes (in sides of an image). For
-# other outputs, such as embeddings, the limit is relative to the largest value, if that is above 1.
+# Logits, and boxes in sides of an image, count as equal if they differ by at most this. For other
+# outputs, such as embeddings, the limit is relative to the largest value, if that is above 1.
 TOLERANCE = 1e-4
 # Maximum number of images whose codes are compared; only images whose logits differ are examined.
 MAX_EXAMINED = 16
 # The error of a float32 sum of a few hundred terms, relative to the largest value in the tensor. A
 # value this close to a threshold may get either code, which also changes the codes of later layers.
 ROUNDING_ERROR = 2e-5
-# Runtimes compute some products in integers that are float products if the graph runs operator by
-# operator, so values on thresholds may be rounded the other way. If this changes the outputs of
+# Runtimes compute some products in integers which the graph, run operator by operator, computes in
+# float, so values on thresholds may be rounded the other way. If this changes the outputs of
 # more than this fraction of the images, and by more than `MAX_ROUNDING_RATIO` times as much as a
 # change of the image by the factor `SLIGHT_FACTOR` does, the runtime computes something else.
 MAX_UNEXPLAINED = 0.1
@@ -333,7 +333,8 @@ def _classes(logits: Tensor) -> Tensor:
 def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Codes]) -> str | None:
     """Describe the first difference of codes, or the difference of outputs if all codes agree.
 
-    Returns None if codes first differ on a threshold, or if nothing differs.
+    Returns None if nothing differs, or if the first codes that differ belong to values within
+    rounding error of a threshold.
     """
     expected_outputs, expected_codes = expected
     outputs, actual_codes = actual

@@ -122,17 +122,17 @@ class Planner:
                 continue
             _fold_heads(self, module)
 
-    def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
+    def activation(self, quantizer: FrozenActivation, x: Tensor) -> QuantizedTensor:
         """The tensor that a quantizer returns in the first run, in which products are planned."""
         zero = torch.zeros(())
-        if grid.zero_point is not None:
-            zero = view_along(grid.zero_point, x.ndim, grid.axis)
-        first_code = integer_zero_point(grid)
-        scale = view_along(grid.scale, x.ndim, grid.axis).float().expand(x.shape)
+        if quantizer.zero_point is not None:
+            zero = view_along(quantizer.zero_point, x.ndim, quantizer.axis)
+        first_code = integer_zero_point(quantizer)
+        scale = view_along(quantizer.scale, x.ndim, quantizer.axis).float().expand(x.shape)
         shift = (first_code - zero).float().expand(x.shape)
-        after = None if grid.after is None else grid.after.float().expand(x.shape)
-        zero_code = code_offset(grid, self.cpu) + first_code
-        return QuantizedTensor(x, scale, shift, after, grid.name, zero_code, self)
+        after = None if quantizer.after is None else quantizer.after.float().expand(x.shape)
+        zero_code = code_offset(quantizer, self.cpu) + first_code
+        return QuantizedTensor(x, scale, shift, after, quantizer.name, zero_code, self)
 
     def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """Add the plan of a dequantization; a weight needs no plan."""
@@ -177,6 +177,7 @@ class Planner:
     def _product_of_numbers(
         self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, step: Tensor
     ) -> None:
+        """Add the plan of a product of dequantized numbers, which is divided by `step`."""
         scale = None if step is ONE else 1 / step
         self.plans.append(Plan(on_codes=False, scale=scale))
         dequantize(a)
@@ -192,10 +193,10 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
     if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
     step = torch.tensor(1 / scale)
-    scores_grid = getattr(attention, "scores_quantizer", None)
-    if _has_no_offset(scores_grid) and scores_grid.scale.numel() == 1:
-        step = step * scores_grid.scale.reshape(())
-        planner.predivided.add(scores_grid)
+    scores_quantizer = getattr(attention, "scores_quantizer", None)
+    if _has_no_offset(scores_quantizer) and scores_quantizer.scale.numel() == 1:
+        step = step * scores_quantizer.scale.reshape(())
+        planner.predivided.add(scores_quantizer)
     planner.steps[left.name, right.name] = step
     if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
         attention.folded_bias *= scale
@@ -229,75 +230,77 @@ def _score_quantizers(attention: Any) -> tuple[object, object]:
 
 def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
     """Fold the step sizes of queries, keys and values into the layer that computes all three."""
-    grids = (attention.q_quantizer, attention.k_quantizer, attention.v_quantizer)
-    weight = getattr(attention.qkv, "weight_quantizer", None)
+    quantizers = (attention.q_quantizer, attention.k_quantizer, attention.v_quantizer)
+    weight_quantizer = getattr(attention.qkv, "weight_quantizer", None)
     if not isinstance(getattr(attention.qkv, "input_quantizer", None), FrozenActivation):
         return
-    if not isinstance(weight, FrozenWeight) or not _has_no_norms(attention):
+    if not isinstance(weight_quantizer, FrozenWeight) or not _has_no_norms(attention):
         return
-    if not all(map(_has_no_offset, grids)):
+    if not all(map(_has_no_offset, quantizers)):
         return
     size = attention.qkv.out_features // 3
     columns = []
     token_scales: list[Tensor | None] = []
-    for grid in grids:
-        if _has_token_scales(grid):
+    for quantizer in quantizers:
+        if _has_token_scales(quantizer):
             columns.append(torch.ones(size))
-            token_scales.append(grid.scale)
+            token_scales.append(quantizer.scale)
         else:
-            columns.append(grid.scale.expand(size))
+            columns.append(quantizer.scale.expand(size))
             token_scales.append(None)
-    planner.columns[weight] = torch.cat(columns)
+    planner.columns[weight_quantizer] = torch.cat(columns)
     num_tokens = next((scale.numel() for scale in token_scales if scale is not None), None)
     if num_tokens is not None:
         ones = torch.ones(num_tokens)
         rows = [ones if scale is None else scale for scale in token_scales]
-        planner.rows[weight] = torch.stack(rows, 1)
-    planner.predivided.update(grids)
+        planner.rows[weight_quantizer] = torch.stack(rows, 1)
+    planner.predivided.update(quantizers)
 
 
 def _fold_reparameterized(planner: Planner, attention: Any) -> None:
     """Fold the step sizes of keys and values into the products that compute keys and values."""
     if not isinstance(attention.input_quantizer, FrozenActivation):
         return
-    keys = attention.k_quantizer
-    matrix = attention.qk_quantizer
-    if isinstance(matrix, FrozenWeight) and _has_no_offset(keys):
-        size = len(matrix.stored)
-        if _has_token_scales(keys):
-            planner.columns[matrix] = torch.ones(size)
-            planner.rows[matrix] = keys.scale.reshape(-1, attention.num_heads)
+    key_quantizer = attention.k_quantizer
+    matrix_quantizer = attention.qk_quantizer
+    if isinstance(matrix_quantizer, FrozenWeight) and _has_no_offset(key_quantizer):
+        out_features = len(matrix_quantizer.stored)
+        if _has_token_scales(key_quantizer):
+            # Only the rows have step sizes.
+            planner.columns[matrix_quantizer] = torch.ones(out_features)
+            planner.rows[matrix_quantizer] = key_quantizer.scale.reshape(-1, attention.num_heads)
         else:
-            planner.columns[matrix] = keys.scale.expand(size)
-        planner.predivided.add(keys)
-    values = attention.v_quantizer
-    weight = getattr(attention.v, "weight_quantizer", None)
-    if not isinstance(weight, FrozenWeight) or not _has_no_offset(values):
+            planner.columns[matrix_quantizer] = key_quantizer.scale.expand(out_features)
+        planner.predivided.add(key_quantizer)
+    value_quantizer = attention.v_quantizer
+    weight_quantizer = getattr(attention.v, "weight_quantizer", None)
+    if not isinstance(weight_quantizer, FrozenWeight) or not _has_no_offset(value_quantizer):
         return
-    if not _has_token_scales(values):
-        planner.columns[weight] = values.scale.expand(attention.v.out_features)
-        planner.predivided.add(values)
+    # Step sizes that differ between tokens are folded only for keys.
+    if not _has_token_scales(value_quantizer):
+        planner.columns[weight_quantizer] = value_quantizer.scale.expand(attention.v.out_features)
+        planner.predivided.add(value_quantizer)
 
 
 def _fold_heads(planner: Planner, attention: Any) -> None:
     """Fold the step size of the projection's input into the product before the projection."""
-    probs = attention.probs_quantizer
-    values = attention.v_quantizer
-    grid = getattr(attention.proj, "input_quantizer", None)
+    left = attention.probs_quantizer
+    right = attention.v_quantizer
+    proj_quantizer = getattr(attention.proj, "input_quantizer", None)
     has_norm = not isinstance(attention.norm, nn.Identity)
     if has_norm or attention.gate is not None or attention.heads_per_group != 1:
         return
-    if not (isinstance(probs, FrozenActivation) and isinstance(values, FrozenActivation)):
+    if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
-    if not _has_no_offset(grid):
+    if not _has_no_offset(proj_quantizer):
         return
-    step = grid.scale
-    if _has_token_scales(grid):
+    step = proj_quantizer.scale
+    if _has_token_scales(proj_quantizer):
         step = step.unsqueeze(-1)
     elif step.numel() > 1:
         step = step.reshape(attention.num_heads, 1, -1)
-    planner.steps[probs.name, values.name] = step
-    planner.predivided.add(grid)
+    planner.steps[left.name, right.name] = step
+    planner.predivided.add(proj_quantizer)
 
 
 def _has_no_norms(attention: nn.Module) -> bool:
@@ -305,39 +308,38 @@ def _has_no_norms(attention: nn.Module) -> bool:
     return all(isinstance(norm, nn.Identity) for norm in norms)
 
 
-def _has_no_offset(grid: object) -> TypeGuard[FrozenActivation]:
+def _has_no_offset(quantizer: object) -> TypeGuard[FrozenActivation]:
     """True for a quantizer that divides its input without adding an offset first."""
-    return isinstance(grid, FrozenActivation) and grid.before is None
+    return isinstance(quantizer, FrozenActivation) and quantizer.before is None
 
 
-def _has_token_scales(grid: FrozenActivation) -> bool:
-    return grid.scale.numel() > 1 and grid.axis == -2
+def _has_token_scales(quantizer: FrozenActivation) -> bool:
+    return quantizer.scale.numel() > 1 and quantizer.axis == -2
 
 
-def integer_zero_point(grid: FrozenActivation) -> int:
+def integer_zero_point(quantizer: FrozenActivation) -> int:
     """The code that products subtract: the code of 0, or the first code above 0 if 0 has none."""
     zero = 0.0
-    if grid.zero_point is not None:
-        zero = float(grid.zero_point.float().mean().ceil())
-    return int(min(max(zero, grid.qmin), grid.qmax))
+    if quantizer.zero_point is not None:
+        zero = float(quantizer.zero_point.float().mean().ceil())
+    return int(min(max(zero, quantizer.qmin), quantizer.qmax))
 
 
-def code_offset(grid: FrozenActivation, cpu: str) -> Tensor:
+def code_offset(quantizer: FrozenActivation, cpu: str) -> Tensor:
     """The number to add to codes so that they fit 8 bits: (), in the 8-bit type.
 
     Runtimes are fastest at uint8 times int8, so the right factor of a product is int8 unless the
     product could saturate.
 
     Args:
-        grid: the quantizer of the codes.
-        cpu: `any` chooses uint8 for the right factor if codes are beyond `MAX_INT8_CODE`; `fast`
-            always chooses int8.
+        quantizer: the quantizer of the codes.
+        cpu: `any` = uint8 for right factors with codes beyond `MAX_INT8_CODE`; `fast` = int8.
     """
-    offset = -128 if grid.qmax > 127 else 0
-    is_small = max(-(grid.qmin + offset), grid.qmax + offset) <= MAX_INT8_CODE
-    if grid.spec.role in _RIGHT_ROLES and (is_small or cpu == "fast"):
+    offset = -128 if quantizer.qmax > 127 else 0
+    is_small = max(-(quantizer.qmin + offset), quantizer.qmax + offset) <= MAX_INT8_CODE
+    if quantizer.spec.role in _RIGHT_ROLES and (is_small or cpu == "fast"):
         return torch.tensor(offset, dtype=torch.int8)
-    return torch.tensor(max(-grid.qmin, 0), dtype=torch.uint8)
+    return torch.tensor(max(-quantizer.qmin, 0), dtype=torch.uint8)
 
 
 def squeeze_constant_dims(t: Tensor | None) -> Any:
@@ -413,8 +415,7 @@ def _plan_weight_product(
     if sums.any():
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
-    # Without leading dimensions, runtimes would merge a product and an added vector into one float
-    # operator.
+    # Without leading dimensions, runtimes would merge product and vector into one float operator.
     ndim = max(a.ndim, 3)
     ndim_split = ndim + 1 if blocks else ndim
     return Plan(
@@ -431,6 +432,7 @@ def _plan_weight_product(
 
 
 def _to_double(t: Tensor | None) -> Tensor:
+    """Convert a tensor to float64; None means 0."""
     return torch.zeros((), dtype=torch.float64) if t is None else t.double()
 
 
@@ -463,7 +465,7 @@ def _fold_offset_into_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 def _plan_activation_product(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
-    """Plan of the product ((A + da) sa + ca) ((B + db) sb), divided by a step size."""
+    """Plan of ((A + da) sa + ca) ((B + db) sb), for codes A and B, divided by a step size."""
     sa = squeeze_constant_dims(a.scale)
     da = squeeze_constant_dims(a.shift)
     ca = squeeze_constant_dims(a.after)

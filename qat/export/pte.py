@@ -28,7 +28,7 @@ from qat.export.check import (
     compare,
 )
 from qat.export.codes import StoredWeight, store_weights
-from qat.export.runtimes import EXECUTORCH, logits_of, open_session, quiet
+from qat.export.runtimes import EXECUTORCH, open_session, quiet, session_logits
 from qat.export.write import copy_unfused, require_int8
 from qat.model.frozen import FrozenActivation
 from qat.nn.linear import QuantLinear
@@ -57,7 +57,7 @@ def write_pte(
     """
     content, report = to_pte(frozen, images[0][:1])
     path.write_bytes(content)
-    logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
+    logits = functools.partial(session_logits, open_session(path, EXECUTORCH), batch=1)
     agreement = compare(net, logits, None, images)
     # The codes that a file computes cannot be read. Instead, images that differ only by float
     # rounding show how much values on thresholds can change the logits of this model.
@@ -166,7 +166,8 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
     layer.register_buffer("ends", None)
 
     def forward(x: Tensor) -> Tensor:
-        if layer.ends is None:  # on the first call, before torch traces the layer
+        # The first call sets `ends`; torch traces a later call.
+        if layer.ends is None:
             layer.ends = torch.tensor([INT8_MIN * step, INT8_MAX * step]).repeat(*x.shape[:-1], 1)
         x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
         row_grid = (

@@ -66,9 +66,9 @@ def _split_constant(node: ir.Node) -> Any:
 
 
 def _single_use(value: ir.Value | None, kind: str) -> Any:
-    """The operator that computes `value`, if it is of this kind; else None.
+    """The operator of type `kind` that computes `value`.
 
-    Returns None also if the value is used more than once.
+    Returns None for an operator of another type, and if `value` is used more than once.
     """
     node = value and value.producer()
     if not node or node.op_type != kind:
@@ -131,7 +131,7 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
-    """Before multiplying by step sizes along dimension 1, insert a dimension before it.
+    """Before multiplying by step sizes along dimension 1, insert a dimension before dimension 1.
 
     OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear, except if step sizes vary along dimension 2.
     In files for any number of images, the fused operator uses the first step size for all values,
@@ -159,13 +159,13 @@ def separate_divisions(model: ir.Model) -> None:
     """Make quantizers after MaxPool or Conv divide by the step size in a separate operator.
 
     Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
-    8-bit MaxPool takes a hundred times as long as the float MaxPool. It also rounds the weights of
-    a Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
+    8-bit MaxPool takes a hundred times as long as the float MaxPool. Onnxruntime also rounds the
+    weights of a Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
     """
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node in quantizers:
         producer = node.inputs[0].producer()  # type: ignore[union-attr]
-        while producer is not None and _is_passed(producer):
+        while producer is not None and _can_move_past(producer):
             producer = producer.inputs[0].producer()  # type: ignore[union-attr]
         if producer is None or producer.op_type not in {"MaxPool", "Conv", "Gemm"}:
             continue
@@ -174,8 +174,11 @@ def separate_divisions(model: ir.Model) -> None:
         node.replace_input_with(1, unit_step)
 
 
-def _is_passed(node: ir.Node) -> bool:
-    """True for `_PASSED_OPERATORS`, and for Mul or Add by a number per channel, as in a norm."""
+def _can_move_past(node: ir.Node) -> bool:
+    """True if onnxruntime may move QuantizeLinear before this operator.
+
+    Mul and Add are such operators if they use a number per channel, as in a norm.
+    """
     if node.op_type in {"Mul", "Add"}:
         parts = _split_constant(node)
         return parts is not None and parts[1].ndim == 4

@@ -122,8 +122,8 @@ def _openvino_core() -> Any:
     The core is never closed, because closing would free the stack that OpenVINO provides for signal
     handlers, and the next signal would crash the process.
     """
-    # OpenVINO imports absl, which later closes the stderr that it finds, unless it is the stderr of
-    # the process.
+    # OpenVINO imports absl, which later closes the current `sys.stderr`, unless this is the stderr
+    # of the process.
     with contextlib.redirect_stderr(sys.__stderr__):
         import openvino  # noqa: PLC0415  (an extra)
 
@@ -193,7 +193,7 @@ def session_outputs(
     return outputs
 
 
-def logits_of(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
+def session_logits(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
     """Compute logits (B, classes) of images; see `session_outputs`."""
     return session_outputs(session, [OUTPUT], images, batch)[OUTPUT]
 

@@ -94,10 +94,10 @@ def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
     exp(x * scale) is 2^-shift times the exponential of a remainder; a polynomial approximates this
     exponential.
     """
-    ln2 = (-_LN2 / scale).floor()
-    x = torch.maximum(x, _PLACES * ln2)
-    shift = (x / ln2).floor()
-    remainder = x - ln2 * shift
+    minus_ln2 = (-_LN2 / scale).floor()  # in units of `scale`
+    x = torch.maximum(x, _PLACES * minus_ln2)
+    shift = (x / minus_ln2).floor()
+    remainder = x - minus_ln2 * shift
     linear_term = (_B / _A / scale).floor()
     constant_term = (_C / _A / scale.square()).floor()
     polynomial = remainder * (remainder + linear_term) + constant_term

@@ -309,6 +309,8 @@ def lsq_codes(
 ) -> Tensor:
     """Integer codes of `lsq`, in [qmin, qmax].
 
+    The arguments are those of `lsq`; with `half`, code k stands for (k + 1/2) * s.
+
     Returns:
         Codes in the shape of `x`, int8 if the codes fit, else int16.
     """

@@ -110,9 +110,10 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of each slice by a factor of its own, so its error is at most min-max's.
+    """Shrink the range of each slice by its own factor.
 
-    The range is symmetric for signed codes. See `omse_scale` for the arguments.
+    The squared error is at most that of the min-max range. The range is symmetric for signed codes.
+    See `omse_scale` for the arguments.
     """
     rule = symmetric_scale if signed else asymmetric_scale
     return _shrink_range(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)

@@ -54,7 +54,10 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Reshape a scale (n,) to broadcast along `axis` of `ndim` dimensions; to a scalar if None."""
+    """Reshape a scale (n,) to broadcast along `axis` of `ndim` dimensions.
+
+    The result is a scalar if `axis` is None.
+    """
     if axis is None:
         return scale.reshape(())
     shape = [1] * ndim
@@ -76,7 +79,7 @@ def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None 
     if not fits:
         raise UsageError(
             f"input of a quantizer {tuple(x.shape)}: does not fit the scales or offsets, which are "
-            "stored per position; must be images of the input_size of the conversion, "
+            "stored per position; use images of the input_size given to convert, "
             "or a recipe with act_scales=tensor and offsets=false"
         )
 
@@ -113,7 +116,7 @@ def group_size(x: Tensor, axis: int | None) -> int:
 
 
 def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean magnitude of each slice along `axis`, in `dtype`: (x.shape[axis],), or (1,) if None."""
+    """Mean magnitude of slices along `axis`: (x.shape[axis],), or (1,) if `axis` is None."""
     return sum_along(x.to(dtype).abs(), axis) / group_size(x, axis)
 
 

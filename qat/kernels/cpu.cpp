@@ -25,7 +25,7 @@ inline void choose_bounds(const float* sign, float& low, float& high) {
     }
 }
 
-// `CodeRange.rounded` in C++: the nearest value in steps; with half steps, the highest value is half a step below the end of the range.
+// `CodeRange.nearest` in C++: the nearest value in steps; with half steps, the highest value is half a step below the end of the range.
 template <bool HALF>
 inline float rounded(float u, float high) {
     if (!HALF) return rintf(u);

@@ -66,9 +66,9 @@ def _round(u: tensor) -> tensor:
 
 @triton.jit
 def _nearest_code(u: tensor, high: tensor, HALF: constexpr) -> tensor:
-    """`CodeRange.rounded` in Triton: the code nearest to clamped `u`.
+    """`CodeRange.nearest` in Triton: the code nearest to clamped `u`.
 
-    With half codes, the highest code is half a step below `high`.
+    With half steps, the highest code is half a step below `high`.
     """
     if HALF:
         k = _round(u - 0.5)
@@ -283,11 +283,11 @@ def lsq_backward(  # noqa: PLR0913
 ) -> None:
     """`reference.lsq_backward`; a program processes `strip` rows, a multiple of BLOCK_R.
 
-    Gradients of the step sizes are written to `step_grads`: one term per row and program across, or
-    (strips, length) if there is a step size per column. The REQUESTED sums of columns are written
-    to `sums`, (number of requests, strips, length): for the offset before, the offset after, and
-    the weight and the bias of a LayerNorm. The result of the forward pass is written to `y` unless
-    `y` is None.
+    Gradients of the step sizes are written to `step_grads`: one term per row and per program along
+    the columns, or (strips, length) if there is a step size per column. The REQUESTED sums of
+    columns are written to `sums`, (number of requests, strips, length): for the offset before, the
+    offset after, and the weight and the bias of a LayerNorm. The result of the forward pass is
+    written to `y` unless `y` is None.
 
     PRODUCER is the operation that computed the input of the quantizer from `x`: "norm" = LayerNorm
     and "scores" = softmax, both with whole rows in a tile, or "none" = GELU. `grad_x` is always the

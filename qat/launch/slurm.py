@@ -149,7 +149,7 @@ def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
         The exit code, used if SLURM does not end this process first.
     """
     code = 128 + stop.signal
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends it to requeued jobs
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM sends SIGTERM to requeued jobs
     will_requeue = stop.wants_requeue and job_id() is not None
     if is_first():
         next_step = f", requeueing job {job_id()}" if will_requeue else f"; {resume_hint}"

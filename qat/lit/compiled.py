@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 # Make compiled code round like eager code, because integer codes may depend on it: division rounds
 # to nearest, no product is contracted with a sum, and half-precision values are rounded between
-# fused operations. `emulate_precision_casts` controls the last two. C++ code does the first two in
-# any case. The two names for division are for newer and older versions of torch.
+# fused operations. The option for division has one name in newer versions of torch and another in
+# older ones; `emulate_precision_casts` controls products and half-precision values. In C++ code,
+# division and products need no option.
 ROUNDING = {
     "eager_numerics.division_rounding": True,
     "emulate_divison_rounding": True,
@@ -60,7 +61,7 @@ def register_decompositions() -> None:
     Compilation takes longer; with `ROUNDING`, results are bit-identical to eager mode.
     """
     decompositions.update(operators.DECOMPOSITIONS)
-    # Torch may have made a copy earlier.
+    # Torch may already have copied the table of decompositions.
     fast_random_decomps().update(operators.DECOMPOSITIONS)
     # Torch finds compiled graphs in its caches by the names of operators, so different
     # decompositions need a different key.

@@ -55,6 +55,8 @@ class CSVLog(CSVLogger):
 
 
 class _Writer(ExperimentWriter):
+    """Writes `metrics.csv`."""
+
     def __init__(self, log_dir: str, resume_step: int) -> None:
         """Keep the rows before `resume_step`; a new run deletes an older file."""
         super().__init__(log_dir)
@@ -107,19 +109,25 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
     return rows
 
 
-def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
+def log_before_saving(trainer: Trainer, *, is_epoch_end: bool) -> None:
     """Write the row of a step or epoch to `metrics.csv` before a checkpoint counts it as logged.
 
     Lightning writes the row only after the checkpoint.
+
+    Args:
+        trainer: the trainer.
+        is_epoch_end: True = write the row of the epoch; False = the row of the step.
     """
     connector = trainer._logger_connector
     loop = trainer.fit_loop.epoch_loop
     loggers = trainer.loggers
     trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLog)]
-    loop._batches_that_stepped -= epoch  # Lightning does the same for the row of an epoch
-    if epoch or connector.should_update_logs:
+    # Lightning does the same for the row of an epoch.
+    num_steps_back = 1 if is_epoch_end else 0
+    loop._batches_that_stepped -= num_steps_back
+    if is_epoch_end or connector.should_update_logs:
         connector.log_metrics(connector.metrics["log"])
-    loop._batches_that_stepped += epoch
+    loop._batches_that_stepped += num_steps_back
     trainer.loggers = loggers
 
 

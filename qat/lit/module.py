@@ -85,9 +85,9 @@ class QATModule(LightningModule):
         self._metadata = describe
         self._output_recorder = OutputRecorder.for_blocks(net, loss.blocks)
         self._num_accumulated = 1  # number of batches in the current step
-        self._num_groups = 0  # in all optimizers, when training starts
-        self._initially_frozen: list[nn.Parameter] = []  # when training starts
-        self._num_steps = math.inf  # in the whole run; known once the loader is set up
+        self._num_groups = 0  # parameter groups of all optimizers when training starts
+        self._initially_frozen: list[nn.Parameter] = []  # parameters, when training starts
+        self._num_steps = math.inf  # steps of the whole run; known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss = MeanLoss()
@@ -98,7 +98,7 @@ class QATModule(LightningModule):
         # After a test: (K, K) on the CPU, number of images by true and by predicted class.
         self.confusion: Tensor | None = None
         # After a test in one process: (N,) on the CPU, True for each image that is classified
-        # correctly. Several processes would have to put the images in order again.
+        # correctly. Not set with several processes, which would have to restore the order.
         self.correct: Tensor | None = None
         self._correct_batches: list[Tensor] = []
         names = ["loss"] + [f"loss_{term}" for term in loss.terms]
@@ -125,7 +125,7 @@ class QATModule(LightningModule):
             data: the dataset.
             teacher: a net that this net learns from; it is frozen.
             loss: terms by name; None = cross-entropy, with a teacher also distillation.
-            warmup_epochs: first epochs, in which the learning rate rises.
+            warmup_epochs: number of first epochs, in which the learning rate rises.
             optimizer: arguments of `build_optimizer`; by default AdamW, with lr 1e-3 and weight
                 decay 0.05.
 
@@ -289,6 +289,7 @@ class QATModule(LightningModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss
     ) -> Tensor:
+        """Add a batch to metrics and loss, and return its logits (B, K)."""
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
@@ -325,7 +326,7 @@ class QATModule(LightningModule):
             scheduler.step_update(self.global_step)
 
     def unshard_net(self) -> None:
-        """After training, replace a net with sharded weights by a whole net in all processes."""
+        """After training, rebuild a sharded net as an unsharded net in every process."""
         if sharded_modules(self.net):
             state = {
                 name: gather_tensor(value).cpu() for name, value in self.net.state_dict().items()
@@ -356,7 +357,8 @@ class QATModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata to rebuild the net, and the mean losses of an unfinished epoch."""
-        self._average_batch_norms()  # now, because the checkpoint refers to these tensors
+        # Average before saving: the checkpoint refers to the tensors that are averaged in place.
+        self._average_batch_norms()
         if self._metadata is not None:
             checkpoint[META_KEY] = self._metadata
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:

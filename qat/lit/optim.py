@@ -32,8 +32,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters of a net in three groups, or with `layer_decay` in three groups for each layer.
 
-    The groups are weights, with weight decay; biases, norms, tokens and offsets, without; and
-    scales, without weight decay and with a separate learning rate.
+    The groups are weights, with weight decay; biases, norms, tokens and offsets,
+    without weight decay; and scales, without weight decay and with a separate learning rate.
 
     Args:
         net: the net to train.
@@ -197,7 +197,7 @@ def scheduler_factory(
     Args:
         interval: `epoch` or `step`, after which the learning rate changes.
         warmup_epochs: length of the warm-up.
-        cooldown_epochs: last epochs, at the lowest learning rate.
+        cooldown_epochs: number of last epochs, at the lowest learning rate.
         settings: `min_lr` and `warmup_lr` of `cosine_schedule`.
 
     Returns:

@@ -82,16 +82,17 @@ def sharded_modules(net: nn.Module) -> list[FSDPModule]:
 class ShardedStrategy(DDPStrategy):
     """Lightning's DDP, but with sharded weights instead of DDP's wrapper.
 
-    Evaluation uses whole nets. Lightning's own sharding strategies refuse CPUs (`fsdp`), or bypass
-    the trainer's `CheckpointIO` (`ModelParallelStrategy`). With this strategy, checkpoints equal
-    those of a single process: the first process gathers all whole tensors on the CPU, one by one.
+    Evaluation uses unsharded nets. Lightning's own sharding strategies refuse CPUs (`fsdp`), or
+    bypass the trainer's `CheckpointIO` (`ModelParallelStrategy`). With this strategy, checkpoints
+    equal those of a single process: the first process gathers all full tensors on the CPU, one by
+    one.
     """
 
     def configure_ddp(self) -> None:
         """Shard the net after making it equal in all processes; do nothing in a second fit.
 
         Each process keeps its part of every parameter, split along the first dimension. Parameters
-        of a block are whole while the block is computed; all other parameters are whole during the
+        of a block are gathered while the block is computed; all other parameters, for the whole
         forward and backward pass.
         """
         net = self._net
@@ -113,14 +114,14 @@ class ShardedStrategy(DDPStrategy):
         self._shard_optimizer_states()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole state in the first process, empty in the others.
+        """The full state in the first process, empty in the others.
 
         All processes must call this method.
         """
         return self._gather_state(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's whole state in the first process, empty in the others.
+        """The optimizer's full state in the first process, empty in the others.
 
         All processes must call this method.
         """
@@ -131,7 +132,7 @@ class ShardedStrategy(DDPStrategy):
         checkpoint: Mapping[str, Any],
         strict: bool = True,  # noqa: FBT001, FBT002  (Lightning's signature)
     ) -> None:
-        """Load the state of a checkpoint; the net may be whole or already sharded."""
+        """Load the state of a checkpoint; the net may already be sharded."""
         module = cast(LightningModule, self.lightning_module)
         current_state = module.state_dict()
         state = {}
@@ -140,7 +141,7 @@ class ShardedStrategy(DDPStrategy):
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load whole optimizer states, and shard them."""
+        """Load full optimizer states, and shard them."""
         super().load_optimizer_state_dict(checkpoint)
         self._shard_optimizer_states()
 
@@ -157,7 +158,7 @@ class ShardedStrategy(DDPStrategy):
             module.reshard()
 
     def teardown(self) -> None:
-        """Free the optimizers; sharded weights stay on the device that later exchanges need."""
+        """Free the optimizers; weights stay on their device for later collective operations."""
         if self.lightning_module is None or not sharded_modules(self._net):
             super().teardown()
             return
@@ -179,9 +180,11 @@ class ShardedStrategy(DDPStrategy):
                         state[key] = shard_like(value, parameter)
 
     def _gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with full tensors on the CPU in the first process, empty in the others."""
+
         def gather(tensor: DTensor) -> Tensor | None:
-            whole_tensor = gather_tensor(tensor)
-            return whole_tensor.cpu() if self.is_global_zero else None
+            full_tensor = gather_tensor(tensor)
+            return full_tensor.cpu() if self.is_global_zero else None
 
         state = apply_to_collection(state, DTensor, gather)
         return state if self.is_global_zero else {}
@@ -193,12 +196,12 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor in each process; all processes must call this function in the same order."""
+    """The full tensor in each process; all processes must call this function in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Shard a tensor like `other`; every process must have the whole tensor, as nothing is sent.
+    """Shard a tensor like `other`; every process must have the full tensor, as nothing is sent.
 
     Returns:
         A `DTensor` on the device of `other`; `tensor` itself if `other` is not sharded or has
@@ -212,7 +215,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class SyncBatchNorms(TorchSyncBatchNorm):
-    """Synchronizes batch norms with timm's conversion, which keeps activations of timm's norms."""
+    """Synchronizes batch norms by timm's conversion, which keeps activations in timm's norms."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Module, nn.Module] = {}

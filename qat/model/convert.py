@@ -181,7 +181,7 @@ def apply_recipe(
         interface.restore()
         raise
     net.qat_conversion = Conversion(recipe, size, signs)  # type: ignore[assignment]
-    interface.describe(recipe.to_dict(), size, signs)
+    interface.write_config(recipe.to_dict(), size, signs)
     _set_timm_methods(net)
     guard(net)
     return walk.in_float

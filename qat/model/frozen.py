@@ -99,6 +99,8 @@ class FrozenBlocks(FrozenWeight):
         scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8; the last dimension is the
             block.
         per_tensor_scale: factor of E4M3 scales, a float32 scalar; None for E8M0 scales.
+        like: empty tensor that records the dtype of the model.
+        empty_grid: the grid without its scales.
     """
 
     in_blocks = True
@@ -115,7 +117,6 @@ class FrozenBlocks(FrozenWeight):
         stored = codes.movedim(-1, quantizer.dim).contiguous()
         super().__init__(quantizer.spec, quantizer.axis, name, (stored, scale, None, None))
         self.register_buffer("per_tensor_scale", tensor_scale)
-        # An empty tensor that records the dtype of the model.
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.empty_grid = quantizer.grid()
 
@@ -189,12 +190,12 @@ class FrozenActivation(Frozen):
         self.qmin = grid.qmin
         self.qmax = grid.qmax
         self.register_buffer("bounds", torch.tensor([grid.qmin, grid.qmax], dtype=torch.int16))
-        self._register("scale", grid.step)
-        self._register("zero_point", _zero_point(grid))
-        self._register("before", grid.before)
-        self._register("after", grid.after)
+        self._register_copy("scale", grid.step)
+        self._register_copy("zero_point", _zero_point(grid))
+        self._register_copy("before", grid.before)
+        self._register_copy("after", grid.after)
 
-    def _register(self, name: str, value: Tensor | None) -> None:
+    def _register_copy(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, None if value is None else value.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,6 +226,7 @@ class FrozenActivation(Frozen):
         return self.grid().codes(x)
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Load the buffers, and update `qmin` and `qmax` from `bounds`."""
         super()._load_from_state_dict(*args)
         qmin, qmax = self.bounds
         self.qmin = int(qmin)
@@ -232,6 +234,7 @@ class FrozenActivation(Frozen):
 
 
 def _zero_point(grid: UniformGrid) -> Tensor | None:
+    """The zero point of a grid as a tensor (n,), or None for 0."""
     if isinstance(grid.zero_point, Tensor):
         return grid.zero_point
     return torch.full_like(grid.step, grid.zero_point) if grid.zero_point else None

@@ -25,7 +25,7 @@ IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "
 _MAX_PIXELS = 2**25  # maximum image size that a file may store
 
 
-def is_plain(value: object) -> bool:
+def is_plain_data(value: object) -> bool:
     """True if `torch.load(weights_only=True)` can read a value: None, numbers, text, lists, dicts.
 
     Instances of subclasses, such as NumPy's numbers and enumerations, are not plain: files store
@@ -34,9 +34,9 @@ def is_plain(value: object) -> bool:
     kind = type(value)
     if kind is dict:
         items = value.items()  # type: ignore[attr-defined]
-        return all(type(key) is str and is_plain(item) for key, item in items)
+        return all(type(key) is str and is_plain_data(item) for key, item in items)
     if kind in {list, tuple}:
-        return all(is_plain(item) for item in value)  # type: ignore[attr-defined]
+        return all(is_plain_data(item) for item in value)  # type: ignore[attr-defined]
     return value is None or kind in {bool, int, float, str}
 
 
@@ -88,14 +88,15 @@ def describe(
     kwargs = own_kwargs if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
         advice = (
-            "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+            "if this model is a wrapper, save net.module; "
+            "otherwise set model='timm name' and model_kwargs={...}"
         )
         raise UsageError(f"save: this model does not record how timm built it; {advice}")
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
         kwargs = {**kwargs, "num_classes": num_classes}
         _check_outputs(net, num_classes)
-    if not is_plain(kwargs):
+    if not is_plain_data(kwargs):
         raise UsageError(
             f"save: model arguments {kwargs} are not plain data; "
             "set model_kwargs={...} of numbers and text"
@@ -123,7 +124,7 @@ def describe(
 
 
 def _check_data_and_classes(data: Any, classes: Any) -> None:
-    is_dict = isinstance(data, Mapping | None) and is_plain(data and dict(data))
+    is_dict = isinstance(data, Mapping | None) and is_plain_data(data and dict(data))
     is_list = isinstance(classes, list | tuple | None)
     if is_dict and is_list and all(type(name) is str for name in classes or []):
         return

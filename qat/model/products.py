@@ -229,7 +229,7 @@ def _count_attention(
 
 
 def _attention_products(name: str, attention: QuantAttention, x: Tensor) -> list[MatrixProduct]:
-    macs = attention.n_scores(x) * attention.head_dim
+    macs = attention.num_scores(x) * attention.head_dim
     return _quantized_products(name, attention, macs, macs)
 
 
@@ -250,7 +250,7 @@ def _quantized_products(
 
 def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
     width = x.shape[-1]
-    num_scores = attention.n_scores(x)
+    num_scores = attention.num_scores(x)
     num_product_elements = attention.num_heads * x.numel()
     input_bits = _bits_of(attention.input_quantizer)
     matrix_bits = _bits_of(attention.qk_quantizer)

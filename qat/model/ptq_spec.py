@@ -287,6 +287,6 @@ def check_imported(setting: str, name: str) -> None:
     if not isinstance(names.get(attribute), type):
         raise UsageError(
             f"{setting}={name!r}: must be built in or from an imported module; "
-            f"a file never imports one: model.imports=[{module}], "
-            f"in Python qat.load(path, imports=[{module!r}])"
+            f"import it with model.imports=[{module}] "
+            f"(in Python: qat.load(path, imports=[{module!r}]))"
         )

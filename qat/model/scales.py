@@ -55,8 +55,8 @@ def _check_has_values(net: nn.Module) -> None:
         if tensor.is_meta:
             raise UsageError(
                 f"{name}: is on the meta device, so it has no values; "
-                "load_state_dict(state, assign=True) fills tensors that a state dict stores, "
-                "for other tensors build the model on a device"
+                "call load_state_dict(state, assign=True) for tensors in a state dict, "
+                "and build the model on a device for all others"
             )
 
 
@@ -185,7 +185,8 @@ def initialize_scales(
     progress = _Progress(len(pending))
     hooks = []
     for quantizer in pending:
-        calibrate = functools.partial(progress.calibrate, {})
+        state: dict[str, Any] = {}
+        calibrate = functools.partial(progress.calibrate, state)
         hooks.append(quantizer.register_forward_pre_hook(calibrate))
     try:
         with probing(net, hooks):

@@ -96,7 +96,7 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     return net
 
 
-def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
+def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
     """Build a model with timm's pretrained weights, from a local cache or the network.
 
     Args:
@@ -183,7 +183,7 @@ def from_transformers(
         raise UsageError(f"{misfit} ({name} has the shape {shapes})")
     patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     for name in sorted(loading["unexpected_keys"]):
-        # An encoder of the file that the model lacks has other names than the model's blocks.
+        # Ignore weights of an encoder that the model lacks: no block of the model has such names.
         if re.sub(r"\d+", "#", name) in patterns:
             raise UsageError(f"{misfit} (the model has no {name})")
     state = {}

@@ -136,7 +136,8 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
         name = meta["model"]["name"]
         raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
     check_finite(net, origin, unset=True)
-    # If scales are missing, calls of the model will raise an error.
+    # `assert_ready` removes the guard. If scales are missing, the guard stays, and calls of the
+    # model raise an error.
     with contextlib.suppress(UsageError):
         assert_ready(net)
     net.qat_data = meta.get("data")  # type: ignore[assignment]

@@ -48,8 +48,8 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
     if not config:
         raise UsageError(
-            "transform: this model does not record its data; "
-            "qat.save(model, path, data={...}) stores the settings"
+            "transform: this model does not record how its images are prepared; "
+            "qat.save(model, path, data={...}) stores this"
         )
     conversion = conversion_of(net)
     input_size = own_input_size(net) if conversion is None else conversion.input_size

@@ -22,7 +22,7 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
 
 
 def join_separate_bias(attention: Any) -> Tensor | None:
-    """Bias (3*h*d,) of a module with `q_bias` and `v_bias`, 0 for keys. None without biases."""
+    """Bias (3*h*d,) of `q_bias` and `v_bias`, 0 for keys. Returns None without biases."""
     q_bias = attention.q_bias
     v_bias = attention.v_bias
     if q_bias is None or v_bias is None:
@@ -107,7 +107,7 @@ class ScoredAttention(nn.Module):
         """Repeat keys or values (B, h/g, M, d), which groups of g heads share, to (B, h, M, d)."""
         return t if self.heads_per_group == 1 else t.repeat_interleave(self.heads_per_group, dim=1)
 
-    def n_scores(self, x: Tensor) -> int:
+    def num_scores(self, x: Tensor) -> int:
         """Number of scores for an input (B, N, C), where B is the number of windows."""
         return x.shape[0] * self.num_heads * x.shape[1] ** 2
 

@@ -78,12 +78,12 @@ class HeadProducts(nn.Module):
         Returns:
             (B, N, h, e), and the quantized probabilities (B, h, N, M).
         """
-        groups = query.shape[1] // key.shape[1]
+        heads_per_group = query.shape[1] // key.shape[1]
         keys = quantize_heads(key, self.k_quantizer)
         values = quantize_heads(value, self.v_quantizer)
-        if groups > 1:
-            keys = keys.repeat_interleave(groups, dim=1)
-            values = values.repeat_interleave(groups, dim=1)
+        if heads_per_group > 1:
+            keys = keys.repeat_interleave(heads_per_group, dim=1)
+            values = values.repeat_interleave(heads_per_group, dim=1)
         scores = quantize_heads(query, self.q_quantizer) @ keys.transpose(-2, -1) * factor
         if mask is not None and mask.dtype is torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -97,8 +97,8 @@ class HeadProducts(nn.Module):
 
     def macs(self, query: Tensor, key: Tensor, value: Tensor) -> list[int]:
         """Multiply-accumulates of the scores, and of the sums of values."""
-        n_scores = query[..., 0].numel() * key.shape[-2]
-        return [n_scores * query.shape[-1], n_scores * value.shape[-1]]
+        num_scores = query[..., 0].numel() * key.shape[-2]
+        return [num_scores * query.shape[-1], num_scores * value.shape[-1]]
 
 
 def attend(
@@ -198,17 +198,17 @@ class AttentionInterface:
     def searching(self) -> Generator[None]:
         """Find the attentions that run in this block; run the whole model inside."""
         if self.models:
-            _register()
+            _register_functions()
         for model in self.models:
             self._copy_configs(model)
-            for module in _pretrained(model):
+            for module in _all_hf_models(model):
                 if module._can_set_attn_implementation():
                     module.config._attn_implementation_internal = NAME
         token = _search.set(self)
         hooks = []
         for module in self.net.modules() if self.models else ():
             if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(self._before_layer))
+                hooks.append(module.register_forward_pre_hook(self._record_projection))
         try:
             yield
         finally:
@@ -222,7 +222,8 @@ class AttentionInterface:
         self.attentions[attention] = None
         self._outputs[out.untyped_storage()._cdata] = out
 
-    def _before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _record_projection(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Record a layer whose input is the output of an attention."""
         if args and args[0].untyped_storage()._cdata in self._outputs:
             self.projections.add(layer)
 
@@ -257,7 +258,7 @@ class AttentionInterface:
         for module, config in self.original_configs:
             module.config = config
 
-    def describe(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
+    def write_config(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
         """Write a conversion to the config of the model, which `save_pretrained` saves.
 
         Args:
@@ -289,7 +290,7 @@ class AttentionInterface:
                 module.config = copies[id(config)]
 
 
-def _pretrained(net: nn.Module) -> list[Any]:
+def _all_hf_models(net: nn.Module) -> list[Any]:
     """All models of Transformers in `net`, including models inside other models."""
     base = sys.modules["transformers"].PreTrainedModel
     return [module for module in net.modules() if isinstance(module, base)]
@@ -305,7 +306,7 @@ def _check_inputs(model: Any) -> None:
         return
     advice = ""
     for name, module in model.named_modules():
-        if module in _pretrained(model)[1:] and module.main_input_name == "pixel_values":
+        if module in _all_hf_models(model)[1:] and module.main_input_name == "pixel_values":
             advice = f"; convert model.{name}"
             break
     raise UsageError(
@@ -314,7 +315,8 @@ def _check_inputs(model: Any) -> None:
     )
 
 
-def _register() -> None:
+def _register_functions() -> None:
+    """Register `attend` and its masks with Transformers."""
     transformers = importlib.import_module("transformers")
     masks = importlib.import_module("transformers.masking_utils")
     transformers.AttentionInterface.register(NAME, attend)

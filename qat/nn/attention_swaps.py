@@ -11,7 +11,7 @@ from qat.errors import UsageError
 from qat.nn.attention import QuantAttention
 from qat.nn.qkr_attention import QkrAttention
 from qat.nn.quant_module import is_hooked
-from qat.nn.swap_registry import Swap, SwapContext, is_plain, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, is_plain_layer, register_swap
 
 
 def register_attention(
@@ -61,7 +61,7 @@ def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
     if isinstance(qkr, str) or has_norms:
         property_of_model = qkr if isinstance(qkr, str) else "normalises queries and keys"
         return f"this model {property_of_model}, so Wq^T Wk is not its score"
-    if is_plain(module.qkv) and not is_hooked(module.qkv):
+    if is_plain_layer(module.qkv) and not is_hooked(module.qkv):
         return None
     return (
         f"its qkv, which would be split, is a {type(module.qkv).__name__} with hooks, or with more "

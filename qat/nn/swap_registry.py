@@ -113,12 +113,13 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """The swap for a module. Returns None if the module stays unchanged.
 
-    Linears and convolutions with more than a weight and a bias stay unchanged (`is_plain`). An
-    attention class that has no swap for the recipe's intent stays float, except for its Linears.
+    Linears and convolutions with more than a weight and a bias (see `is_plain_layer`) stay
+    unchanged. An attention class that has no swap for the recipe's intent stays float, except for
+    its Linears.
     """
     if "forward" in vars(module):
         return None
-    if isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module):
+    if isinstance(module, nn.Linear | nn.Conv2d) and not is_plain_layer(module):
         return None
     recipe = context.recipe
     for intent in (recipe.placement, _ATTENTION_INTENTS[recipe.attention], "linear", "conv"):
@@ -128,7 +129,7 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     return None
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain_layer(layer: nn.Module) -> bool:
     """True for a Linear or convolution of a registered class with only a weight and a bias.
 
     A pruned, normalised or adapted layer has additional parameters, buffers or children.

@@ -96,7 +96,7 @@ class QuantAttentionPool(QuantAttention):
             return out.mean(1)
         return out
 
-    def n_scores(self, x: Tensor) -> int:
+    def num_scores(self, x: Tensor) -> int:
         """Number of scores: one per query, head and token."""
         return x.shape[0] * self.num_heads * self.latent.shape[1] * x.shape[1]
 

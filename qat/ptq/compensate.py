@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.model.sites import Site
-from qat.ptq.runner import Runner, check_finite, find_units
+from qat.ptq.runner import Runner, check_unit_finite, find_units
 from qat.utils.probing import calibration_images, probing
 
 # Strength of the pull towards a gain of 1, relative to the variance of the output.
@@ -90,7 +90,7 @@ def _fit_channels(
         target = _output_rows(float_runner, site, i)
         sums = sums + torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
         num_rows += len(y)
-    check_finite(sums, unit, _SETTING)
+    check_unit_finite(sums, unit, _SETTING)
     mean_y, mean_target, mean_square, mean_product = sums / num_rows
     if site.owner.bias is None:
         mean_y = torch.zeros_like(mean_y)

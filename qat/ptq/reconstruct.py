@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.sites import Site, iter_quantizers
-from qat.ptq.runner import MIN_SCALE, Runner, StopForward, check_finite, find_units, patch_forwards
+from qat.ptq.runner import (
+    MIN_SCALE,
+    Runner,
+    StopForward,
+    check_unit_finite,
+    find_units,
+    patch_forwards,
+)
 from qat.ptq.state import Progress
 from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number
@@ -268,8 +275,8 @@ def _float_pairs(float_runner: Runner, unit: str) -> list[tuple[Tensor, Tensor]]
                     f"{_SETTING}: must be compensate or calibrate for this model, because {unit} "
                     "does not map a tensor to a tensor"
                 )
-            check_finite(args[0], unit, _SETTING)
-            check_finite(output, unit, _SETTING)
+            check_unit_finite(args[0], unit, _SETTING)
+            check_unit_finite(output, unit, _SETTING)
             float_pairs.append((args[0], output))
     return float_pairs
 

@@ -356,7 +356,7 @@ def find_units(
     return units, Runner(net, entries, batches), Runner(reference, entries, batches)
 
 
-def check_finite(value: Tensor, unit: str, setting: str) -> None:
+def check_unit_finite(value: Tensor, unit: str, setting: str) -> None:
     """Raise `UsageError` if the input or output of a unit contains NaN or infinity."""
     if not bool(value.isfinite().all()):
         raise UsageError(

@@ -344,7 +344,7 @@ def search(
 def _select_on_validation(
     evaluator: Evaluator, pass_index: int, accuracy: float, state: dict[str, Any]
 ) -> None:
-    """Store the current scales: always in the first pass, then if the accuracy is the best so far.
+    """Store the current scales if the accuracy is the best so far, and always in the first pass.
 
     The reference code has the same rule.
     """

@@ -106,7 +106,7 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     With more than `MAX_CLASSES` classes there is no map.
     """
-    # Values were parsed, so that a class named "0" would be 0.0; names of columns are still texts.
+    # Values were parsed, so a class named "0" has become 0.0; names of columns are still texts.
     names = list(rows[0])[1:] if rows else []
     if len(names) != len(rows) or not 2 <= len(names) <= MAX_CLASSES:
         return []
@@ -119,7 +119,7 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     side = 2.2 + 0.16 * len(names)
     figure, (axis,) = panels(width=side + 0.8, height=side)
     axis.grid(visible=False)
-    # A few mistakes are visible next to a hundred right predictions.
+    # The square-root scale keeps a few mistakes visible next to a hundred correct predictions.
     image = axis.imshow(
         percentages, cmap=SEQUENTIAL_COLORMAP, norm=PowerNorm(0.5, vmin=0, vmax=100)
     )

@@ -125,7 +125,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's non-empty columns, each with a bool: does it contain only numbers?
+    """Names of a table's non-empty columns, each with True if the column contains only numbers.
 
     The first column contains the names of the rows.
     """

@@ -114,7 +114,7 @@ def varied_settings(jobs: Sequence[Row]) -> list[str]:
     return names
 
 
-def settings_of(job: Row, names: Sequence[str]) -> dict[str, str]:
+def job_settings(job: Row, names: Sequence[str]) -> dict[str, str]:
     """The settings of a job that have these names; long numbers get four significant digits."""
     return {name: _shorten(str(job.get(SETTING_PREFIX + name, MISSING))) for name in names}
 
@@ -228,7 +228,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     for job in jobs:
         error = job["error"] or (refused or {}).get(job["job"])
         if error:
-            settings = join_settings(settings_of(job, names))
+            settings = join_settings(job_settings(job, names))
             console.print(f"job {job['job']} ({settings}): {error}", soft_wrap=True)
     files = "sweep.csv, report.html" if report else "sweep.csv"
     console.print(f"in {folder}: {files}", soft_wrap=True)
@@ -241,7 +241,7 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
     for job in jobs:
         name = job["job"]
         scores = {"top-1 %": job.get("top1"), "error": job["error"]}
-        rows.append({"job": name} | settings_of(job, names) | scores)
+        rows.append({"job": name} | job_settings(job, names) | scores)
         if (folder / name / FILE).is_file():
             links[name] = f"{name}/{FILE}"
     context = {

@@ -26,9 +26,9 @@ from qat.model.start import (
     Start,
     from_checkpoint,
     from_net,
-    from_pretrained,
     from_scratch,
     from_state,
+    from_timm,
     from_transformers,
 )
 from qat.model.transfer import add_random_biases, copy_scales, reset_attention_weights
@@ -57,7 +57,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
-            f"{setting}={to_plain(node)!r}: must build an object: "
+            f"{setting}={to_plain(node)!r}: must name a class: "
             f"{setting}._target_=package.module.Class"
         )
     arguments = {
@@ -86,7 +86,7 @@ def _execution_whitelist(node: DictConfig) -> dict[str, Any]:
     return {"_execution_whitelist_": [f"{package}.*" for package in packages]}
 
 
-def settings_of(settings_class: type[T], group: str, settings: Mapping[str, Any]) -> T:
+def build_settings(settings_class: type[T], group: str, settings: Mapping[str, Any]) -> T:
     """Build a dataclass from a group of settings.
 
     Raises:
@@ -132,7 +132,7 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     Raises:
         UsageError: the recipe has an unknown key or an invalid value.
     """
-    recipe = settings_of(QuantRecipe, "quant", to_plain(cfg.quant))
+    recipe = build_settings(QuantRecipe, "quant", to_plain(cfg.quant))
     for name in custom_quantizers(recipe):
         # The user named the class, so it may be imported. Checkpoints import nothing.
         import_quantizer(name)
@@ -211,7 +211,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
         origin = f"model.weights={str(file.path)!r}"
         return from_state(name, args, file.state, origin=origin, keep_head=keep_head)
     if cfg.model.pretrained:
-        return from_pretrained(name, args, keep_head=keep_head)
+        return from_timm(name, args, keep_head=keep_head)
     return from_scratch(name, args)
 
 

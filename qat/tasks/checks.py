@@ -169,7 +169,8 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     )
     if sorted(model_classes) == sorted(data_classes):
         raise UsageError(
-            f"{difference}: the same classes in another order; must be data in the model's order"
+            f"{difference}: the data have the model's classes in another order; "
+            "the orders must agree"
         )
     if is_first():
         log.warning("%s: names differ; assuming the same classes", difference)
@@ -214,13 +215,15 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
         part: the callback or the term.
 
     Raises:
-        UsageError: the part needs whole weights.
+        UsageError: the part needs unsharded weights.
     """
     if strategy != SHARDED:
         return
     averages_weights = isinstance(part, callbacks.WeightAveraging)
     if averages_weights or getattr(part, "needs_whole_weights", False):
-        raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; must be ddp")
+        raise UsageError(
+            f"trainer.strategy={SHARDED!r}: {name} needs unsharded weights; must be ddp"
+        )
 
 
 def check_options(

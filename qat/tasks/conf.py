@@ -252,7 +252,8 @@ def _register() -> None:
         slurm.slurm_tasks_per_node,
         slurm.slurm_nodes,
     )
-    # OmegaConf 2.4 deprecates the old name; older versions have another function of the new name.
+    # OmegaConf 2.4 deprecates `register_new_resolver` in favour of `register_resolver`. In older
+    # versions, `register_resolver` is a different function.
     register: Any = OmegaConf.register_resolver
     if "replace" not in inspect.signature(register).parameters:
         register = OmegaConf.register_new_resolver

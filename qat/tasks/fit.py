@@ -117,17 +117,17 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     _check_weight_averaging(callbacks)
     if compile_mode(cfg) == "graphs":
         callbacks.append(GraphSteps())
-    callbacks.sort(key=_callback_position)
+    callbacks.sort(key=_callback_sort_key)
     return [StepSeed(cfg.seed), *callbacks]
 
 
 def _check_weight_averaging(callbacks: list[Callback]) -> None:
+    """Raise `UsageError` if weights are averaged, but the average would not be saved."""
     if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         return
     if not any(isinstance(callback, Checkpointing) for callback in callbacks):
         raise UsageError(
-            "callbacks: no callback saves the averaged weights; add default: "
-            "callbacks=[default,ema]"
+            "callbacks: no callback saves the averaged weights; set callbacks=[default,ema]"
         )
     if any(getattr(callback, "save_weights_only", False) for callback in callbacks):
         raise UsageError(
@@ -136,8 +136,8 @@ def _check_weight_averaging(callbacks: list[Callback]) -> None:
         )
 
 
-def _callback_position(callback: Callback) -> int:
-    """Position of a callback; callbacks of equal rank keep their order in the config.
+def _callback_sort_key(callback: Callback) -> int:
+    """Sort key of a callback; callbacks with equal keys keep their order in the config.
 
     CGA comes first, so that it sets the learning rate and restores weights before other callbacks
     log or average them. `LastCheckpoint`, which stores the state of all other callbacks, and
@@ -179,6 +179,11 @@ def build_loggers(cfg: DictConfig, *, resume_step: int = 0) -> list[Logger]:
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
     """Build Lightning's trainer with the settings of `cfg.trainer`.
 
+    Args:
+        cfg: config of a command.
+        callbacks: callbacks of the trainer.
+        loggers: loggers of the trainer; without loggers, no learning rate is monitored.
+
     Raises:
         UsageError: Lightning refuses one of the settings, or the machine lacks the accelerator.
     """
@@ -195,7 +200,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
     if not loggers:
-        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+        callbacks = [
+            callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)
+        ]
     plugins = [AtomicCheckpointIO(), *cluster_environments()]
     if settings.get("sync_batchnorm"):
         plugins.append(SyncBatchNorms())
@@ -207,8 +214,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         # If this were True without such a callback, Lightning would add its own.
-        "enable_checkpointing": any(isinstance(c, Checkpointing) for c in callbacks),
-        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpointing) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
     }
     _check_names(settings, own_settings)
     try:
@@ -227,12 +234,13 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
 
 
 def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a setting that qat sets, or that Lightning does not have."""
     allowed = inspect.signature(Trainer).parameters
     for name, value in settings.items():
         if name in own_settings:
             raise UsageError(
                 f"trainer.{name}={value!r}: must be left out; "
-                "qat sets it (callbacks, logger, run_dir)"
+                "qat sets it from callbacks, logger and run_dir"
             )
         if name not in allowed:
             raise UsageError(unknown_message(f"trainer.{name}={value!r}", name, allowed))

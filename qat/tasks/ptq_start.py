@@ -25,7 +25,7 @@ from qat.ptq.state import read_state
 from qat.tasks import build, summary
 from qat.tasks.resume import comparable_settings, compare_settings
 from qat.tasks.subject import EvaluatedNet, origin
-from qat.tasks.teacher import fit_teacher, net_of_file
+from qat.tasks.teacher import adapt_teacher, net_of_file
 
 KEEP = "keep"
 STATE_FILES = ("search.ckpt", "reconstruct.ckpt")
@@ -41,7 +41,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     for name in ("batch", "reconstruct"):
         knobs.pop(name, None)
     if cfg.ptq.get("name") != KEEP:
-        return build.settings_of(PtqRecipe, "ptq", knobs)
+        return build.build_settings(PtqRecipe, "ptq", knobs)
     for key in knobs:
         if key != "name":
             raise UsageError(
@@ -57,7 +57,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
         UsageError: a key is unknown, or a value is invalid.
     """
     settings = build.to_plain(cfg.search)
-    return build.settings_of(SearchSettings, "search", settings) if settings else None
+    return build.build_settings(SearchSettings, "search", settings) if settings else None
 
 
 def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
@@ -67,7 +67,7 @@ def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
         UsageError: a key is unknown, or a value is invalid.
     """
     settings = build.to_plain(cfg.ptq).get("reconstruct") or {}
-    return build.settings_of(ReconstructSettings, "ptq.reconstruct", settings)
+    return build.build_settings(ReconstructSettings, "ptq.reconstruct", settings)
 
 
 def check_run_dir(cfg: DictConfig) -> None:
@@ -177,7 +177,8 @@ def _check_keep(
     if teacher_file is None and getattr(recipe, "method", None) != "calibrate":
         verb = "fitted" if isinstance(recipe, PtqRecipe) else "trained"
         raise UsageError(
-            f"{file}: was {verb} quantized ({_recipe_name(subject)}), "
+            f"{file}: contains a quantized model whose weights were {verb} "
+            f"({_recipe_name(subject)}), "
             "so it has no float logits as targets; set teacher.ckpt=FILE"
         )
     assert_ready(subject.net)
@@ -207,7 +208,7 @@ def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> n
             f"teacher.ckpt={path!r}: is quantized; must be a float model, "
             "whose logits are the targets of the search"
         )
-    fit_teacher(Start(net), subject.data, "teacher.ckpt", path, sets_mean=sets_mean)
+    adapt_teacher(Start(net), subject.data, "teacher.ckpt", path, sets_mean=sets_mean)
     return net.eval()
 
 

@@ -118,12 +118,12 @@ def _command_line() -> str | None:
 
 
 def _get_setting(cfg: DictConfig, name: str) -> Any:
-    """Return a setting, or None if it is missing: a refused run also writes results."""
+    """Return a setting, or None if it is missing, as in the config of a refused run."""
     return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
-    """The keys of `results.json` about a recipe.
+    """Entries of `results.json` that describe a recipe.
 
     Returns:
         `quant`: name of the recipe's config (`ofq_2bit`, `deploy_w8a8`); `recipe`: its settings.
@@ -139,7 +139,7 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
 
 
 def score_fields(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
-    """The keys of `results.json` that a test loop and `qat.model.cost` fill.
+    """Entries of `results.json` with the results of a test loop and of `qat.model.cost`.
 
     There is no `top5` for five classes or fewer, because it would always be 100 %.
     """
@@ -149,7 +149,7 @@ def score_fields(metrics: Mapping[str, float], costs: Cost, classes: int) -> dic
 
 
 def correct_field(correct: Tensor | None) -> dict[str, str | None]:
-    """The key of `results.json` about single test images.
+    """Entry of `results.json` that records which test images are classified correctly.
 
     Args:
         correct: (N,) booleans, True for an image that is classified correctly; None = unknown.
@@ -165,7 +165,7 @@ def correct_field(correct: Tensor | None) -> dict[str, str | None]:
 
 
 def size_fields(costs: Cost) -> dict[str, Any]:
-    """The keys of `results.json` that `qat.model.cost` fills."""
+    """Entries of `results.json` with the results of `qat.model.cost`."""
     return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
 
 
@@ -185,7 +185,10 @@ def library_versions(*more: str) -> dict[str, str]:
 
 
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
-    """Return the commit of a clone of qat, or None for an installed qat, wherever it is."""
+    """Return the commit of a clone of qat, or None for an installed package.
+
+    The package may be installed inside another clone.
+    """
     command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
     # Git's own variables, which are set in hooks, may name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -202,7 +205,7 @@ def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
 
 
 def class_fields(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The keys of `results.json` about classes.
+    """Entries of `results.json` that describe the classes.
 
     Args:
         confusion: (K, K), integers: images by true class (row) and predicted class (column).
@@ -243,7 +246,7 @@ def write_class_tables(
     `confusion.csv` has a row for each true class and a column for each predicted class.
 
     Returns:
-        The keys of `results.json` about classes.
+        Entries of `results.json` that describe the classes.
     """
     results = class_fields(confusion, names)
     if is_first():

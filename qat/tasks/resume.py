@@ -290,8 +290,8 @@ def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
     old_digest = (checkpoint.meta or {}).get("run", {}).get("teacher")
     if old_digest and digest and old_digest != digest:
         raise UsageError(
-            f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, "
-            "or the initial weights, if the teacher has them); "
+            f"resume: {checkpoint.path} was trained with another teacher "
+            "(its weights come from teacher.*, else from the initial weights); "
             "use ckpt=PATH in another run_dir to start a new run"
         )
 

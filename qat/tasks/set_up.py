@@ -61,19 +61,20 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
-        _start_from_transformers(cfg, name)
+        _apply_transformers_folder(cfg, name)
         return
     if not name.startswith(PREFIX):
         return
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
     config = json_object(folder / CONFIG)
     if is_ours(folder):
-        _start_from_ours(cfg, folder)
+        _apply_qat_folder(cfg, folder)
     else:
-        _start_from_timm(cfg, folder, config)
+        _apply_timm_folder(cfg, folder, config)
 
 
-def _start_from_ours(cfg: DictConfig, folder: Path) -> None:
+def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
+    """Set `ckpt` to the weights of a folder that qat wrote."""
     cfg.model.pretrained = False
     if cfg.ckpt or cfg.model.weights:
         setting = "ckpt" if cfg.ckpt else "model.weights"
@@ -84,15 +85,19 @@ def _start_from_ours(cfg: DictConfig, folder: Path) -> None:
     cfg.model.name = None
 
 
-def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
+def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
+    """Set architecture, arguments, weights and preprocessing from a timm folder and its config.
+
+    Arguments and preprocessing that the user has set stay.
+    """
     is_pretrained = cfg.model.pretrained
     cfg.model.pretrained = False
     check_model(f"model={cfg.model.name}: architecture", config.get("architecture"))
-    own_args = cfg.model.args.items_ex(resolve=False)
+    user_args = cfg.model.args.items_ex(resolve=False)
     with open_dict(cfg):
         cfg.model.args = {
             **(config.get("model_args") or {}),
-            **{key: value for key, value in own_args if value is not None},
+            **{key: value for key, value in user_args if value is not None},
         }
     cfg.model.name = config["architecture"]
     if is_pretrained:
@@ -102,7 +107,8 @@ def _start_from_timm(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -
         set_preprocessing(cfg.data, pretrained_cfg)
 
 
-def _start_from_transformers(cfg: DictConfig, name: str) -> None:
+def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
+    """Set arguments, weights and preprocessing from a folder or hub model of Transformers."""
     if cfg.model.weights:
         raise UsageError(
             f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
@@ -110,22 +116,22 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
         )
     if cfg.model.init != "full":
         raise UsageError(f"model.init={cfg.model.init!r}: must be full with model=hf")
-    own_args = dict(cfg.model.args.items_ex(resolve=False))
-    for key, value in own_args.items():
+    user_args = dict(cfg.model.args.items_ex(resolve=False))
+    for key, value in user_args.items():
         if key not in _HF_ARGS and value is not None:
             raise UsageError(unknown_message(f"model.args.{key}={value!r}", key, _HF_ARGS))
-    changes = to_plain(own_args.pop("config")) or {}
+    changes = to_plain(user_args.pop("config")) or {}
     if not isinstance(changes, dict):
         raise UsageError(f"model.args.config={changes!r}: must be a group of settings")
-    drop_path_rate = own_args.pop("drop_path_rate", None)
+    drop_path_rate = user_args.pop("drop_path_rate", None)
     if drop_path_rate is not None:
         check_number("model.args.drop_path_rate", drop_path_rate, 0, below=1)
         changes["drop_path_rate"] = drop_path_rate
-    architecture = own_args.pop("architecture")
+    architecture = user_args.pop("architecture")
     folder, args = transformers_folder(name, f"model.name={name!r}", architecture, changes)
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
-            # Photos of a prediction have no settings of their own.
+            # Images to predict come without preprocessing settings; the processor's are used.
             num_classes = len(args["config"].get("id2label") or "01")
             null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
             cfg.data.update({**null_settings, "num_classes": num_classes})
@@ -138,7 +144,7 @@ def _start_from_transformers(cfg: DictConfig, name: str) -> None:
                 args["images"][key] = to_plain(cfg.data.get(key, value))
             if cfg.data.image_size is None:
                 cfg.data.image_size = image_size
-        cfg.model.args = {**args, **own_args}
+        cfg.model.args = {**args, **user_args}
     if cfg.model.pretrained:
         cfg.model.weights = str(folder / WEIGHTS)
     cfg.model.pretrained = False

@@ -99,7 +99,7 @@ def class_names(stored_names: object, data: ImageData) -> list[str]:
 
 
 def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
-    """True if a checkpoint was trained on the data's folder, so it has seen some of its images."""
+    """True if a checkpoint was trained on the data's folder, so it has seen some of the images."""
     meta = checkpoint.meta if checkpoint is not None else None
     stored_root = ((meta or {}).get("data") or {}).get("root")
     root = data.settings.root

@@ -19,7 +19,7 @@ from qat.model.checkpoint import read_checkpoint
 from qat.model.convert import check_input, conversion_of
 from qat.model.metadata import data_of
 from qat.model.scales import check_finite
-from qat.model.start import Start, check_model, from_pretrained, from_state
+from qat.model.start import Start, check_model, from_state, from_timm
 from qat.model.storage import build_from
 from qat.model.transform import data_config, renormalize
 from qat.tasks.build import build_start, model_args
@@ -64,11 +64,11 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     start = Start(_own_teacher(cfg)) if has_own_model else _student_start(cfg)
     setting = next((key for key in TEACHER_SETTINGS if OmegaConf.select(cfg, key)), "model.name")
     sets_mean = cfg.data.get("mean") is not None
-    fit_teacher(start, data, setting, OmegaConf.select(cfg, setting), sets_mean=sets_mean)
+    adapt_teacher(start, data, setting, OmegaConf.select(cfg, setting), sets_mean=sets_mean)
     return Teacher(start.net, cfg.loss.get("teacher_head", "cls"))
 
 
-def fit_teacher(
+def adapt_teacher(
     start: Start, data: ImageData, setting: str, value: Any, *, sets_mean: bool
 ) -> None:
     """Make a teacher accept images of the data, even with a different mean and standard deviation.
@@ -119,6 +119,7 @@ def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> Non
 
 
 def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that the data are normalised with."""
     return list(data.settings.mean), list(data.settings.std)
 
 
@@ -127,18 +128,22 @@ def _training_normalization(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images that a model was trained on.
 
-    Our files contain these values, and timm states them for its own weights. For other weights,
-    timm's values are assumed if the data use them too. If the values are unknown, the values of the
-    data are returned.
+    Files that qat wrote record these values, and timm states them for its own weights. For other
+    weights, timm's values are assumed if the data use timm's values. If the values are unknown, the
+    values of the data are returned.
+
+    Args:
+        start: the model.
+        data: the training data.
+        setting: the setting that the weights come from; `model.name` for random weights.
+        sets_mean: True if `data.mean` is set, so the data may not use timm's values.
     """
     net = start.source or start.net
-    follows_timm = isinstance(data, EncodedImageData) and not sets_mean
-    is_known = (
-        data_of(net)
-        or setting.endswith(".pretrained")
-        or (follows_timm and setting != "model.name")
-    )
-    if not is_known:
+    has_timm_weights = setting.endswith(".pretrained")
+    is_random = setting == "model.name"
+    data_follow_timm = isinstance(data, EncodedImageData) and not sets_mean
+    may_assume_timm = data_follow_timm and not is_random
+    if not (data_of(net) or has_timm_weights or may_assume_timm):
         return _normalization(data)
     config = data_config(net)
     settings = EncodedImageData.complete({
@@ -165,12 +170,13 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
             "or teacher.pretrained=true"
         )
     try:
-        return from_pretrained(name, args, keep_head=True).net
+        return from_timm(name, args, keep_head=True).net
     except UsageError as error:
         raise UsageError(str(error).replace("model.", "teacher.")) from error
 
 
 def _student_start(cfg: DictConfig) -> Start:
+    """The student's float initial weights, which also serve as the teacher."""
     if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
             raise UsageError(

@@ -49,7 +49,10 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def _compile(source: str, compiler: str, library: Path) -> Path:
-    """Compile, and then rename: other processes may compile the same library, or be killed."""
+    """Compile to a temporary file and rename it.
+
+    Another process may compile the same library, or this one may be killed.
+    """
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source_path = Path(folder) / "kernels.cpp"
         output_path = Path(folder) / "kernels.so"

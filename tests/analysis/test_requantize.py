@@ -187,7 +187,7 @@ def test_float_weights_have_step_sizes_per_channel_or_tensor(axis, expected):
     # Symmetric codes -2..1 on ranges of 0.75 and 4.5, halved: steps 0.5 and 3, or 3 for both.
     weight = torch.tensor([[-0.75, 0.2, 0.7], [-4.5, 1.0, 4.0]])
     _, sites = weight_sites(tiny.vit(), tiny.SIZE, axis)
-    assert requantize(sites[0].rule, weight, bits=2).tolist() == expected
+    assert requantize(sites[0].requantizer, weight, bits=2).tolist() == expected
 
 
 class Doubled(StatsQ):

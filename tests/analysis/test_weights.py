@@ -5,7 +5,7 @@ import torch
 
 import qat
 from qat.analysis import NO_IMAGES, Table, write_outcome
-from qat.analysis.weights import WeightAnalysis, activation_rows, latent_weights, weight_row
+from qat.analysis.weights import WeightAnalysis, activation_rows, iter_latent_weights, weight_row
 from qat.functional import kurtosis, near_threshold
 from qat.quantizers import StatsQ
 from qat.spec import QuantSpec
@@ -122,7 +122,7 @@ def test_a_float_net_has_its_layers_in_order(tmp_path):
         for name, module in net.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     ]
-    assert [layer for layer, *_ in latent_weights(net)] == names
+    assert [layer for layer, *_ in iter_latent_weights(net)] == names
     (table,) = found.tables
     assert [row["layer"] for row in table.rows] == names
     write_outcome(tmp_path, "weights", {}, found)

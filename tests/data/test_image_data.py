@@ -10,7 +10,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from qat.data import Digits, ImageArrays, ImageData, ImageFolder
-from qat.model.metadata import is_plain
+from qat.model.metadata import is_plain_data
 from tests.data.files import DIGITS, write_folder
 from tests.errors import usage_error
 
@@ -58,7 +58,7 @@ def test_a_config_builds_the_same_dataset(kind):
     again = hydra.utils.instantiate(config)
     assert type(again) is kind
     assert again.config() == config
-    assert is_plain(config)
+    assert is_plain_data(config)
 
 
 def test_of_photos_only_the_folder_is_needed(tmp_path):

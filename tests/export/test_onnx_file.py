@@ -23,9 +23,9 @@ from qat.export.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
     has_openvino,
-    logits_of,
     milliseconds,
     open_session,
+    session_logits,
 )
 from qat.functional.packing import unpack_codes
 from qat.model.frozen import FrozenActivation
@@ -264,7 +264,9 @@ def test_any_number_of_images(two_bit):
     frozen, _, path = two_bit
     session = open_session(path)
     for n in (1, 2, 7):
-        assert_close(logits_of(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5)
+        assert_close(
+            session_logits(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5
+        )
     found = milliseconds({"a": session, "b": session}, tiny.images(1), 3)
     assert set(found) == {"a", "b"}
     assert all(0 < time < 1000 for time in found.values())
@@ -470,7 +472,7 @@ def test_a_net_converted_in_python(net, tmp_path):
     checked = qat.export_onnx(net, path, images=x, dynamic_batch=False)
     assert (checked.problem, checked.agreement["onnxruntime"].images) == (None, 4)
     assert [module.training for module in net.modules()] == before
-    found = logits_of(open_session(path), x, batch=1)
+    found = session_logits(open_session(path), x, batch=1)
     assert_close(found, net.eval()(x), rtol=0, atol=1e-4)
     model = onnx.load(path)
     values = [*model.graph.input, *model.graph.output]

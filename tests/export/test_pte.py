@@ -6,7 +6,7 @@ import torch
 import qat
 from qat.export import pte
 from qat.export.pte import to_pte, write_pte
-from qat.export.runtimes import EXECUTORCH, logits_of, open_session
+from qat.export.runtimes import EXECUTORCH, open_session, session_logits
 from tests import tiny
 from tests.errors import usage_error
 from tests.export.test_onnx_file import NO_INTEGERS
@@ -37,7 +37,7 @@ def test_a_file_gives_the_logits_of_the_net(recipe, tmp_path, monkeypatch):
     assert checked.problem is None
     assert about["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
     assert about["outside_xnnpack"]["native_layer_norm"] == 5
-    apart = (logits_of(open_session(path, EXECUTORCH), x, batch=1) - frozen(x)).abs().amax(1)
+    apart = (session_logits(open_session(path, EXECUTORCH), x, batch=1) - frozen(x)).abs().amax(1)
     assert (apart < 1e-5).float().mean() > 0.8  # the codes of the net, but for values on thresholds
     monkeypatch.setattr(pte, "to_pte", lambda *_: (path.read_bytes(), {}))
     net.head.bias.data += torch.linspace(0, 10, 10)

@@ -598,7 +598,7 @@ def test_a_compiled_block_leaves_no_trace(path, tmp_path):
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, ModelEmaV3])
 def test_a_wrapper_is_refused_and_what_it_holds_is_saved(path, wrap):
     net = wrap(quantized())
-    with usage_error(r"save net\.module if it is a wrapper"):
+    with usage_error(r"if this model is a wrapper, save net\.module"):
         qat.save(net, path)
     qat.save(net.module, path)
     assert torch.equal(logits(qat.load(path)), logits(net.module))

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.model.checkpoint import read_checkpoint
-from qat.model.start import from_checkpoint, from_pretrained, from_scratch
+from qat.model.start import from_checkpoint, from_scratch, from_timm
 from qat.model.transfer import copy_scales
 from tests.callbacks.fitting import differing
 from tests.errors import usage_error
@@ -213,7 +213,7 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     began = time.monotonic()
     message = "^model.pretrained=true: .*'deit_tiny_patch16_224'"
     with usage_error(message + r".*model.weights=FILE or model.pretrained=false"):
-        from_pretrained("deit_tiny_patch16_224", {})
+        from_timm("deit_tiny_patch16_224", {})
     assert time.monotonic() - began < 10
     assert asked == [4]
 
@@ -225,7 +225,7 @@ def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
         huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.bin")
     )
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
-    made = from_pretrained("deit_tiny_patch16_224", {"depth": 1})
+    made = from_timm("deit_tiny_patch16_224", {"depth": 1})
     assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
     assert not differing(made.net.state_dict(), net.state_dict())
 

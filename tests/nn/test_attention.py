@@ -41,7 +41,7 @@ def test_number_of_scores(name, scores):
     qat.initialize_scales(net, [family.images(1)])
     attn = next(m for m in net.modules() if isinstance(m, attention.ScoredAttention))
     seen = []
-    attn.register_forward_pre_hook(lambda m, args: seen.append(m.n_scores(args[0])))
+    attn.register_forward_pre_hook(lambda m, args: seen.append(m.num_scores(args[0])))
     net(family.images(1))
     assert seen == [scores]
 
@@ -126,4 +126,4 @@ def test_a_pools_queries_have_a_scale_each_and_keys_one_per_token(preset):
         assert sites(net)[f"attn.{role}_quantizer"].quantizer.num_stored_scales == num_stored_scales
     assert sites(net)["attn.mlp.fc2.input_quantizer"].quantizer.spec.signed is False
     assert qat.initialize_scales(net, [x])(x).isfinite().all()
-    assert net.attn.n_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS
+    assert net.attn.num_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS

@@ -91,7 +91,7 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     other = ("data=timm", "data.val_split=val", *data[1:])
     train(tiny(tmp_path / "run", *data, "quant=fp"))
     best = f"ckpt={tmp_path}/run/checkpoints/best.ckpt"
-    said = f"ckpt={best[5:]!r}: class 0 of the model is 'class10', class 0 of the data is 'class2': the same classes in another order"
+    said = f"ckpt={best[5:]!r}: class 0 of the model is 'class10', class 0 of the data is 'class2': the data have the model's classes in another order"
     assert said in refused("evaluate", compose("eval", best, *other, f"run_dir={tmp_path}/eval"))
     assert said in refused("train", tiny(tmp_path / "more", best, *other, "quant=fp"))
     assert f"teacher.{said}" in refused(

@@ -76,7 +76,7 @@ TRAIN = [
     ("data.scale=0.5", r"data\.scale=0\.5: must be two fractions of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
-    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it \(callbacks, logger, run_dir\)"),
+    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it from callbacks, logger and run_dir"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: no epoch would be validated; must be .* 1 to 1$"),
@@ -136,7 +136,7 @@ TRAIN = [
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
     ("callbacks.best.mode=min", r"callbacks\.best\.mode='min': the best val/top1 is the highest; must be max"),
     ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1, as all files are best\.ckpt; .*best_k"),
-    ("callbacks=ema", r"callbacks: no callback saves the averaged weights; add default: callbacks=\[default,ema\]"),
+    ("callbacks=ema", r"callbacks: no callback saves the averaged weights; set callbacks=\[default,ema\]"),
     ("callbacks=[default,ema] +callbacks.best.save_weights_only=true", "callbacks: save_weights_only=true .* must be false"),
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest

@@ -15,7 +15,7 @@ from PIL import Image
 
 import qat
 import qat.tasks.export
-from qat.export.runtimes import logits_of, open_session
+from qat.export.runtimes import open_session, session_logits
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
 from tests.errors import usage_error
@@ -58,7 +58,7 @@ def test_an_onnx_file(onnx_file, run_2bit):
     path, found = onnx_file
     x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        logits_of(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4
+        session_logits(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4
     )
     assert (found["command"], found["quant"], found["agreement"]) == ("export", "ofq_2bit", 100)
     assert (

@@ -183,7 +183,7 @@ def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
         assert (root / f"weight-{rank}.txt").read_text().startswith(f"training stopped: {weight}; ")
 
 
-ALLOWED = "needs whole weights; must be ddp$"
+ALLOWED = "needs unsharded weights; must be ddp$"
 
 
 @pytest.mark.parametrize(

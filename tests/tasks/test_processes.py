@@ -297,5 +297,5 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     run_and_kill(tmp_path / "odd", *settings, "data.batch_size=120")
     rest = ("data.batch_size=64", "resume=true", "trainer.devices=2", "trainer.strategy=ddp")
     errors = in_processes(2, run, tmp_path / "odd", *settings, *rest)
-    message = "resume: data.batch_size=64 in 2 processes: must be 120 images per step, as before, until this epoch ends"
+    message = "resume: data.batch_size=64 in 2 processes: batch size x processes must stay 120 until this epoch ends"
     assert all(message in error for error in errors)

@@ -151,7 +151,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         (
             "lsq",
             KEEP,
-            "was trained quantized (lsq), so it has no float logits as targets; set teacher.ckpt=FILE",
+            "contains a quantized model whose weights were trained (lsq), so it has no float logits as targets; set teacher.ckpt=FILE",
         ),
         (
             "lsq",

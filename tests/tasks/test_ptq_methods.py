@@ -44,7 +44,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
         ),
     )
     assert (
-        "was fitted quantized (compensate), so it has no float logits as targets; set teacher.ckpt=FILE"
+        "contains a quantized model whose weights were fitted (compensate), so it has no float logits as targets; set teacher.ckpt=FILE"
         in line
     )
 

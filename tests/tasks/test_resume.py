@@ -348,7 +348,7 @@ def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
     net = qat.load(own)
     torch.nn.init.zeros_(net.head.weight)
     qat.save(net, own)
-    with usage_error(r"^resume: .*last\.ckpt was trained with other weights of the teacher"):
+    with usage_error(r"^resume: .*last\.ckpt was trained with another teacher"):
         train(*first, f"{setting}={own}", "resume=true")
     train(*first, f"{setting}={other}", "resume=true")
 

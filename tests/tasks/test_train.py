@@ -356,7 +356,7 @@ def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, 
 def test_what_a_teacher_was_trained_with(tmp_path, monkeypatch, typed, own):
     plain_weights(tmp_path / "w.pt")
     monkeypatch.setattr(
-        "qat.tasks.teacher.from_pretrained", lambda name, args, **_: from_scratch(name, args)
+        "qat.tasks.teacher.from_timm", lambda name, args, **_: from_scratch(name, args)
     )
     cfg = tiny(tmp_path / "run", "loss=kd", *typed.format(tmp_path / "w.pt").split())
     data = build.build_data(cfg)

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat.functional.lsq import gradient_scale
 from qat.kernels import LSQParams, operators
 from qat.kernels import attention as tiled_attention
-from qat.kernels.fused.heads import heads_product, pad_tokens, split_heads
+from qat.kernels.fused.heads import heads_product, pad_tokens, view_by_head
 from qat.kernels.fused.operand import (
     flatten_params,
     gradient_of,
@@ -81,8 +81,8 @@ def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
 def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
     """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
     scores = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
-    q_heads = split_heads(q, shape.num_heads)
-    k_heads = split_heads(k, shape.num_heads)
+    q_heads = view_by_head(q, shape.num_heads)
+    k_heads = view_by_head(k, shape.num_heads)
     heads_product(q_heads, k_heads.transpose(-2, -1), scores, shape.factor)
     return scores
 
@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
     """Attention as in the code below, where `q_*` are quantizers. Backward quantizes q, k, v again.
 
     q, k, v = qkv.chunk(3, -1)  # (B, N, h*d)
-    q, k, v = split_heads(q_q(q)), split_heads(q_k(k)), split_heads(q_v(v))  # (h, B, N, d)
+    q, k, v = view_by_head(q_q(q)), view_by_head(q_k(k)), view_by_head(q_v(v))  # (h, B, N, d)
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
@@ -199,8 +199,8 @@ def _plain_backward(
     grad_q = torch.empty_like(q)
     grad_k = torch.empty_like(k)
     grad_keys = grad_scores.transpose(-2, -1)
-    heads_product(grad_scores, split_heads(k, num_heads), split_heads(grad_q, num_heads), 1.0)
-    heads_product(grad_keys, split_heads(q, num_heads), split_heads(grad_k, num_heads), 1.0)
+    heads_product(grad_scores, view_by_head(k, num_heads), view_by_head(grad_q, num_heads), 1.0)
+    heads_product(grad_keys, view_by_head(q, num_heads), view_by_head(grad_k, num_heads), 1.0)
     return [grad_q, grad_k[:, :num_tokens], grad_v[:, :num_tokens]], grad_scale, grad_bias
 
 

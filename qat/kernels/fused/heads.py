@@ -33,7 +33,7 @@ def pad_tokens(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, padding))
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
+def view_by_head(x: Tensor, num_heads: int) -> Tensor:
     """View (B, N, h*d) as (h, B, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
 

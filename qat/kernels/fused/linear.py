@@ -52,6 +52,8 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 class _LsqLinear(torch.autograd.Function):
+    """LSQ and a Linear; backward quantizes the input and the weight again."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         inputs = _unflatten(args)

@@ -17,8 +17,8 @@ from qat.kernels.rows import PLAIN_CLASSES
 
 def can_fuse(x: Tensor) -> bool:
     """True unless kernels are off, `x` has no values, or a mode intercepts torch functions."""
-    is_plain = type(x) in PLAIN_CLASSES and not x.is_meta
-    return not kernels.are_off() and is_plain and torch._C._len_torch_function_stack() == 0
+    is_plain_tensor = type(x) in PLAIN_CLASSES and not x.is_meta
+    return not kernels.are_off() and is_plain_tensor and torch._C._len_torch_function_stack() == 0
 
 
 def save_for_backward(ctx: Any, *args: Any) -> None:

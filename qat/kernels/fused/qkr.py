@@ -67,9 +67,6 @@ class QkrQuantizers(NamedTuple):
     probs: LSQParams
 
 
-Params = tuple[WeightParams, WeightParams]
-
-
 class _Inputs(NamedTuple):
     """Inputs of `_Qkr`, or their gradients."""
 
@@ -110,7 +107,7 @@ def _rows_of_heads(x_times_matrix: Tensor, num_heads: int) -> Tensor:
     return x_times_matrix.unflatten(-1, (num_heads, -1)).flatten(1, 2)
 
 
-def _by_head(rows: Tensor, num_heads: int) -> Tensor:
+def _view_rows_by_head(rows: Tensor, num_heads: int) -> Tensor:
     """View (B, N*h, C) as (h, B, N, C)."""
     return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3)
 
@@ -221,7 +218,7 @@ class _Qkr(torch.autograd.Function):
         num_rows = shape.num_heads * x.shape[1]
         product_quantizer = _pad_product_quantizer(quantizers.product, rows, num_rows)
         keys = operators.quantize(product_quantizer, rows, shape.dtype)
-        probs = _compute_probs(padded_x, _by_head(keys, shape.num_heads), inputs, shape)
+        probs = _compute_probs(padded_x, _view_rows_by_head(keys, shape.num_heads), inputs, shape)
 
         source = inputs.source._replace(result=None)
         saved = inputs._replace(source=source, matrix_params=matrix_params, v_params=v_params)
@@ -246,7 +243,9 @@ class _Qkr(torch.autograd.Function):
             x_times_matrix = _multiply_input(inputs, padded_x)
         rows = _rows_of_heads(x_times_matrix, shape.num_heads)
         product_quantizer = _pad_product_quantizer(quantizers.product, rows, num_rows)
-        keys = _by_head(operators.quantize(product_quantizer, rows, shape.dtype), shape.num_heads)
+        keys = _view_rows_by_head(
+            operators.quantize(product_quantizer, rows, shape.dtype), shape.num_heads
+        )
         if probs is None:
             probs = _compute_probs(padded_x, keys, inputs, shape)
         values_q = operators.quantize(quantizers.values, values, shape.dtype)
@@ -263,7 +262,7 @@ class _Qkr(torch.autograd.Function):
         del probs, values_q
         grad_rows = torch.empty_like(rows)
         grad_x_q = torch.zeros_like(padded_x)
-        grad_keys = _by_head(grad_rows, shape.num_heads)
+        grad_keys = _view_rows_by_head(grad_rows, shape.num_heads)
         add_products(grad_scores, keys, grad_x_q[:, :num_tokens])
         heads_product(grad_scores.transpose(-2, -1), padded_x[:, :num_tokens], grad_keys, 1.0)
 
@@ -340,7 +339,11 @@ def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
 
 
 def qkr_attention(
-    x: Tensor, weights: QkrWeights, params: Params, quantizers: QkrQuantizers, scoring: Scoring
+    x: Tensor,
+    weights: QkrWeights,
+    params: tuple[WeightParams, WeightParams],
+    quantizers: QkrQuantizers,
+    scoring: Scoring,
 ) -> Tensor:
     """Compute q(softmax(factor * q(x) . (q(M_h q(x)) + c_h) + bias + mask)) q(V).
 

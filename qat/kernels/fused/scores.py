@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.kernels import LSQParams, Producer, operators
-from qat.kernels.fused.heads import ROW_MULTIPLES, heads_product, split_heads
+from qat.kernels.fused.heads import ROW_MULTIPLES, heads_product, view_by_head
 from qat.kernels.fused.operand import probs_dtype, product_dtype
 
 
@@ -43,7 +43,7 @@ class ScoreShape(NamedTuple):
         factor: factor on the scores.
         dtype: dtype of the factors of matrix products.
         probs_dtype: dtype of the probabilities. It is None on CUDA, where the quantizer's kernel
-            computes the probabilities in float32 from the scores, in backward once more.
+            computes the probabilities in float32 from the scores, and recomputes them in backward.
     """
 
     num_heads: int
@@ -118,7 +118,7 @@ def weigh_values(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: Sco
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
     probs_q = operators.quantize(quantizer, probs, shape.dtype)
     num_heads = shape.num_heads
-    heads_product(probs_q, split_heads(values, num_heads), split_heads(out, num_heads), 1.0)
+    heads_product(probs_q, view_by_head(values, num_heads), view_by_head(out, num_heads), 1.0)
     return out
 
 
@@ -147,15 +147,15 @@ def weigh_values_backward(
         None.
     """
     num_tokens = probs.shape[-2]
-    head_grads = split_heads(grad, shape.num_heads)
-    head_values = split_heads(values, shape.num_heads)
+    head_grads = view_by_head(grad, shape.num_heads)
+    head_values = view_by_head(values, shape.num_heads)
     grad_values = torch.empty_like(values)
     grad_probs_q = grad.new_empty(probs.shape)
     heads_product(head_grads, head_values.transpose(-2, -1), grad_probs_q, 1.0)
 
     grad_scores = grad_probs_q  # overwritten
     if with_bias and grad_probs_q.dtype != torch.float32:
-        # The gradient of the bias is a sum of gradients of scores; do not round them before.
+        # The gradient of the bias is a sum of gradients of scores; do not round the terms.
         grad_scores = torch.empty_like(probs, dtype=torch.float32)
     grads = operators.gradients(
         quantizer,
@@ -170,7 +170,7 @@ def weigh_values_backward(
     heads_product(
         probs_q.transpose(-2, -1),  # type: ignore[union-attr]  # requested above
         head_grads,
-        split_heads(grad_values, shape.num_heads),
+        view_by_head(grad_values, shape.num_heads),
         1.0,
     )
     grad_bias = None

@@ -83,7 +83,7 @@ def _valid_source(x: Tensor) -> Source | None:
     """The source of `x`.
 
     Returns None if `x` has no source, retains its gradient or has hooks, or if `x` or the input of
-    the operation was written to since.
+    the operation was written to after the source was attached.
     """
     source: Source | None = getattr(x, _ATTRIBUTE, None)
     if not source:  # an unpickled source is empty

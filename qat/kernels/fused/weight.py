@@ -1,4 +1,4 @@
-"""The quantizer of a weight inside a fused Function; backward quantizes the weight again."""
+"""The quantizer of a weight inside a fused Function, whose backward quantizes the weight again."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class WeightParams(NamedTuple):
     cached: Tensor | None = None
 
     @property
+    def statsq_bits(self) -> int | None:
+        """The number of bits of StatsQ. Returns None for other quantizers."""
+        return self.settings if isinstance(self.settings, int) else None
+
+    @property
     def lsq(self) -> LSQParams | None:
         """The parameters of LSQ, which learns its step size. Returns None for other quantizers."""
         if not isinstance(self.settings, tuple) or self.scale is None:
@@ -46,8 +51,9 @@ class WeightParams(NamedTuple):
             they contain the scale that StatsQ computed, or the result itself.
         """
         scale = self.scale
-        if isinstance(self.settings, int) and self.cached is None:
-            quantized, scale = operators.statsq(weight, self.settings, dtype)
+        bits = self.statsq_bits
+        if bits is not None and self.cached is None:
+            quantized, scale = operators.statsq(weight, bits, dtype)
         else:
             quantized = self.forward(weight, dtype)
         cached = quantized if quantized.device.type in SAVED_ON else self.cached
@@ -57,8 +63,9 @@ class WeightParams(NamedTuple):
         """The quantized weight in `dtype`."""
         if self.cached is not None:
             return self.cached.to(dtype)
-        if isinstance(self.settings, int) and self.scale is not None:
-            return operators.statsq_forward(weight, self.scale, self.settings, dtype)
+        bits = self.statsq_bits
+        if bits is not None and self.scale is not None:
+            return operators.statsq_forward(weight, self.scale, bits, dtype)
         lsq = self.lsq
         if lsq is None:
             return weight.to(dtype)
