@@ -72,7 +72,7 @@ def test_codes_of_fp8_are_bytes_of_e4m3():
     net = tiny.quantized("fp8")
     frozen = qat.freeze(net).blocks[0].mlp.fc1.weight_quantizer
     numbers = frozen.codes().view(torch.float8_e4m3fn).float() * frozen.scale[:, None]
-    assert torch.equal(numbers, net.blocks[0].mlp.fc1.quantized("weight"))
+    assert torch.equal(numbers, net.blocks[0].mlp.fc1.quantized_weight("weight"))
 
 
 def test_rows_of_an_odd_length(tmp_path):
