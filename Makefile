@@ -139,7 +139,7 @@ results: $(PEERS)/.ready ## all runs of the claims that have no record yet, and 
 results-quick: $(READY) ## one small experiment in a temporary folder, and all pages anew from the committed records (1 minute)
 	$(BIN)/python -m evidence quick
 
-test: $(READY) ## the tests of every change, all but those of test-long (8 minutes on two cores)
+test: $(READY) ## the tests of every change, all but those of test-long (6 minutes on two cores)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds
