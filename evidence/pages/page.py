@@ -19,6 +19,7 @@ from evidence.pages.evidence import Evidence, read_evidence
 from evidence.pages.numbers import DEFAULT_FORMAT, MIXED, SEEDS, spread
 from evidence.speed.timing import table as markdown
 from qat.utils.files import write_text
+from qat.utils.text import format_count
 
 CLAIMS = "evidence/claims"
 RECORDS = "evidence/records"
@@ -118,7 +119,7 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
         for comparison in judged(compare(claim, evidence)):
             notes = []
             if len(comparison.differences) != SEEDS:
-                notes.append(f"{len(comparison.differences)} seeds")
+                notes.append(format_count(len(comparison.differences), "seed"))
             if comparison.expected != "above 0":
                 notes.append(f"expected {comparison.expected}")
             what = comparison.expectation.what
