@@ -14,7 +14,7 @@ pytest.importorskip("faster_coco_eval")
 SIZE = 64
 SQUARE, DISC, TRIANGLE = range(3)
 STEPS = 600
-LR = 5e-4
+LR = 1e-3
 
 
 def shape(kind, x, y, side):
@@ -138,7 +138,7 @@ def test_a_detector_at_four_bits_is_nearly_as_precise_as_in_float(tmp_path):
     transformers.set_seed(0)
     scenes = [scene(seed) for seed in range(2000)]
     others = [scene(10**6 + seed) for seed in range(256)]
-    start = fit(build(), scenes, tmp_path, 2 * STEPS, 2 * LR)
+    start = fit(build(), scenes, tmp_path, 2 * STEPS, LR)
     control = fit(copy.deepcopy(start), scenes, tmp_path, STEPS, LR)
     recipe = qat.recipe("lsq", bits=4, act_scales="tensor", step_init="mse")
     model = qat.convert(copy.deepcopy(start), recipe, input_size=(3, SIZE, SIZE))
@@ -146,7 +146,7 @@ def test_a_detector_at_four_bits_is_nearly_as_precise_as_in_float(tmp_path):
     fit(model, scenes, tmp_path, STEPS, LR)
     in_float = mean_average_precision(control, others)
     assert in_float > 60
-    # Measured with seed 0: 73.8 in float, 71.7 at 4 bits.
+    # Measured with one thread: 73.4 in float, 70.1 at 4 bits; half the learning rate: 68.3, 63.7.
     assert mean_average_precision(model, others) > in_float - 4
     images = collate(others[:8])["pixel_values"]
     path = tmp_path / "net.onnx"
