@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
+from torch.utils._pytree import tree_leaves
 
 import tests.functional.test_goldens as functions
+import tests.functional.test_ptq_goldens as ptq_functions
 import tests.nn.test_goldens as modules
 from tests import golden
 
@@ -27,16 +28,15 @@ FAMILIES: dict[str, tuple[ModuleType, str, str, str]] = {
     "LSQ, first scale": (functions, "test_lsq_first_scale", OFQ, r"lsq_.*"),
     "QK product, with gradients": (functions, "test_qkr_product", OFQ, r"qkr_product_b\d"),
     "distillation loss": (functions, "test_distillation_loss", OFQ, r"kd_loss_.*"),
-    "min-max scales": (functions, "test_minmax_observer", PTQ, r"obs/minmax/.*"),
+    "min-max scales": (ptq_functions, "test_observer", PTQ, r"obs/minmax/.*"),
     "affine fake quantization": (
-        functions,
+        ptq_functions,
         "test_fake_quantize_affine",
         PTQ,
         r"uniform/u?int\d/(acts|w_lin|w_conv)",
     ),
     "learning rates": (functions, "test_learning_rate_per_epoch", OFQ, r"lr_.*"),
-    "modules, forward": (modules, "test_output", OFQ, modules.FAMILIES),
-    "modules, gradients": (modules, "test_gradients", OFQ, modules.FAMILIES + "/grad"),
+    "modules, with gradients": (modules, "test_output_and_gradients", OFQ, modules.FAMILIES),
 }
 
 
@@ -44,9 +44,11 @@ def largest(module: ModuleType, test: str, file: str, pattern: str) -> tuple[int
     """Number of cases of a family, and the largest difference in its test."""
     differences = [0.0]
 
-    def record(ours: torch.Tensor, golden_value: torch.Tensor, **_: object) -> None:
-        expected = golden_value.detach().double().reshape(ours.shape)
-        differences.append((ours.detach().double() - expected).abs().max().item())
+    def record(actual: object, golden_value: object, **_: object) -> None:
+        pairs = zip(tree_leaves(actual), tree_leaves(golden_value), strict=True)
+        for ours, theirs in pairs:
+            expected = theirs.detach().double().reshape(ours.shape)
+            differences.append((ours.detach().double() - expected).abs().max().item())
 
     assert_close = module.assert_close
     module.assert_close = record
