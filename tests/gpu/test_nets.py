@@ -11,8 +11,9 @@ import torch
 
 import qat
 from evidence.speed.steps import ARMS
+from qat.kernels import attention
 from qat.quantizers import LSQ
-from tests.gpu.ways import KINDS, compared, judged, relative_error
+from tests.gpu.ways import KINDS, Apart, compared, judged, relative_error, results
 from tests.nets import FAMILIES
 
 QUANTIZED = [
@@ -63,6 +64,32 @@ def quantized(family, device, bits):
     )
     images = family.images(4).to(device)
     return qat.initialize_scales(net, [images]), images
+
+
+@pytest.fixture
+def scores_in_memory(monkeypatch):
+    """What adds up scores in another order is left out."""
+    monkeypatch.setattr(attention, "fits", lambda *_: False)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.usefixtures("scores_in_memory")
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
+@pytest.mark.parametrize("way", ["apart", "without kernels"])
+def test_fused_kernels_change_nothing(anywhere, way, family, bits):
+    """Bit for bit forward; sums of gradients may be added in another order."""
+    net, images = quantized(family, anywhere, bits)
+    expected = results(net, images)
+    if way == "apart":
+        with Apart():
+            found = results(net, images)
+    else:
+        qat.kernels.use("off")
+        found = results(net, images)
+    assert torch.equal(found["logits"], expected["logits"])
+    for kind in ("weights", "scales"):
+        assert (found[kind] - expected[kind]).norm() <= 1e-4 * expected[kind].norm(), kind
 
 
 def test_scales_from_a_device_are_those_of_the_cpu(device):

@@ -1,7 +1,13 @@
-"""Training steps without Lightning: none waits for the device, each compiles as one graph. Oracle: the driver's own word on synchronisation."""
+"""Training steps without Lightning: none waits for the device, each compiles as one graph, and a run that is resumed is the run.
+
+Oracle: the driver's own word on synchronisation; the uninterrupted run, bit for bit.
+"""
+
+import copy
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import qat
 from evidence.speed.steps import ARMS, TINY, build, teacher_of
@@ -11,6 +17,7 @@ from qat.lit.optim import build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Dampening, Distillation, Kure, StepContext
 from qat.model.entry_freezer import EntryFreezer
 from qat.quantizers import StatsQ
+from qat.utils.files import read_torch, write_torch
 
 MODEL, BATCH = "deit_tiny_patch16_224", 4
 TERMS = {
@@ -43,11 +50,19 @@ class Run:
         self.freezer.attach([self.optimizer])
 
     def step(self):
+        loss = self.backward()
+        self.update()
+        return loss
+
+    def backward(self, scale=lambda loss: loss):
         followed = None if self.teacher is None else self.teacher(self.images)
         with torch.autocast(self.device.type, torch.bfloat16):
             context = StepContext(self.call(self.images), self.target, followed, self.net)
             loss, _ = self.loss(context)
-        loss.backward()
+        scale(loss).backward()
+        return loss.detach()
+
+    def update(self, step=lambda optimizer: optimizer.step()):
         if self.anneals:
             frozen = []
             for site in qat.iter_quantizers(self.net):
@@ -55,9 +70,11 @@ class Run:
                     weight, bits = site.owner.weight, site.quantizer.spec.bits
                     frozen.append((weight, ~near_threshold(weight, bits, 0.005)))
             self.freezer.freeze(frozen)
-        self.optimizer.step()
+        step(self.optimizer)
         self.optimizer.zero_grad()
-        return loss.detach()
+
+    def state(self):
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
 
 
 @pytest.mark.parametrize("anneals", [False, True], ids=["free", "annealed"])
@@ -84,3 +101,91 @@ def test_a_step_is_one_graph(device, arm):
     assert torch.stack([run.step() for _ in range(3)]).isfinite().all()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def course(device, *, graphs, terms, scaled, accumulated):
+    """Losses, weights, their average and moments of six steps: graphs are warmed up in the first, recorded in the second, then replayed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = Run(
+        device,
+        terms=terms,
+        anneals=True,
+        call=lambda net: CompiledCall(net, net, cuda_graphs=graphs),
+    )
+    if run.teacher is not None:
+        run.teacher.compile(cuda_graphs=graphs)
+    average = torch.optim.swa_utils.AveragedModel(
+        run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    scaler, losses = torch.amp.GradScaler(device.type, enabled=scaled), []
+    for number in range(6 * accumulated):
+        torch.compiler.cudagraph_mark_step_begin()
+        losses.append(run.backward(scaler.scale))
+        if (number + 1) % accumulated:
+            for parameter in run.net.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+            continue
+        scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.net.parameters(), 0.1)
+        run.update(scaler.step)
+        scaler.update()
+        average.update_parameters(run.net)
+    return {"losses": torch.stack(losses), **run.net.state_dict(), **average.state_dict()} | {
+        f"{key} {index}": moment
+        for index, state in run.optimizer.state_dict()["state"].items()
+        for key, moment in state.items()
+    }
+
+
+WAYS = {
+    "plain": ("ce", False, 1),
+    "taught": ("kd", False, 1),
+    "scaled": ("ce", True, 1),
+    "accumulated": ("ce", False, 2),
+    "all": ("kd", True, 2),
+}
+
+
+@pytest.mark.parametrize(("terms", "scaled", "accumulated"), WAYS.values(), ids=WAYS)
+def test_steps_of_graphs_are_compiled_ones(device, terms, scaled, accumulated, recorded):
+    torch.use_deterministic_algorithms(
+        mode=True, warn_only=True
+    )  # else both are compiled with what was fastest when they were
+    try:
+        expected, found = (
+            course(device, graphs=graphs, terms=terms, scaled=scaled, accumulated=accumulated)
+            for graphs in (False, True)
+        )
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert len(recorded) >= 2 + (terms == "kd")  # forward, backward, teacher
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert expected["losses"].unique().numel() > 5
+
+
+@pytest.mark.parametrize("anneals", [False, True], ids=["free", "annealed"])
+def test_a_resumed_run_is_the_run(anywhere, tmp_path, anneals):
+    def three_steps(run):
+        for _ in range(3):
+            run.step()
+
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        whole, resumed = Run(anywhere, anneals=anneals), Run(anywhere, anneals=anneals)
+        start = copy.deepcopy(whole.state())
+        three_steps(whole)
+        write_torch(tmp_path / "state.pt", whole.state())
+        three_steps(whole)
+        state = read_torch(tmp_path / "state.pt", map_location=anywhere)
+        resumed.net.load_state_dict(state["net"])
+        resumed.optimizer.load_state_dict(state["optimizer"])
+        three_steps(resumed)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    ours, theirs = resumed.state(), whole.state()
+    assert_close(ours["net"], theirs["net"], rtol=0, atol=0)
+    assert any(not torch.equal(start["net"][name], value) for name, value in theirs["net"].items())
+    moments = ours["optimizer"]["state"], theirs["optimizer"]["state"]
+    assert_close(*moments, rtol=0, atol=0)

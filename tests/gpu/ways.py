@@ -8,6 +8,7 @@ halfway between codes and others do not; or in bfloat16 autocast instead of floa
 import copy
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from evidence.speed.steps import ARMS, build
 from qat import kernels
@@ -17,6 +18,13 @@ from qat.model.sites import quantizer_parameters
 KINDS = ("kernels", "device", "compiled", "compiled bfloat16")
 # Errors that rounding explains; by how much more than the control's one may be.
 SMALL, FACTOR, CONTROLS = 1e-5, 3.0, 8
+
+
+class Apart(TorchFunctionMode):
+    """Somebody who watches torch's functions: quantizers and products then run one after the other."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def relative_error(found, expected):
