@@ -309,3 +309,33 @@ def test_averages_see_held_weights():
         for name in masked("ofq"):
             frozen = ~near(steps.before[t][name])
             assert torch.equal(copies[t][name][frozen], steps.before[t][name][frozen])
+
+
+class Report(Callback):
+    """Writes the weights of every process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_agree(tmp_path):
+    learner = module(net())
+    start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
+    fit(
+        learner,
+        annealing(qk="product"),
+        Report(tmp_path),
+        strategy="ddp_fork",
+        devices=2,
+        max_epochs=1,
+        limit_train_batches=1,
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert differing(first, second) == []
+    for name in masked("ofq"):
+        changed = first[name] != start[name]
+        assert changed.any()
+        assert not (changed & ~near(start[name])).any()

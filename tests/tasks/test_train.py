@@ -398,6 +398,14 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
 
 
+def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
+    run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
+    assert results(run)["top1"] is not None
+    assert 1 <= len(column(run, "val/top1")) < 1000
+    assert "Time limit reached." in caplog.text
+    assert "GPU available" not in caplog.text
+
+
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
 def test_a_teacher_with_a_new_head_is_refused(tmp_path, refused, setting):
     # Its logits would be random.
