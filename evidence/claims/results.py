@@ -15,7 +15,7 @@ from qat.utils.files import csv_rows
 
 # Entries of results.json that are metrics.
 METRICS = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
-REAL_METRICS = ("top1_float_probe", "cosine", "quantize_seconds")
+REAL_METRICS = ("top1_float_probe", "cosine")
 SEARCH_METRICS = ("fitness_before", "fitness")
 # For each curve, the columns of metrics.csv for x and y, and the factor on y.
 CURVES = {

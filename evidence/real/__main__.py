@@ -100,17 +100,14 @@ def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
     if recipe.method in {"compensate", "reconstruct"}:
         compensate(net, encoder, batches)
     if recipe.method == "reconstruct":
+        settings = build_reconstruct(cfg)
         images = torch.cat(batches)
-        resume = bool(cfg.resume)
-        reconstruct(
-            net, encoder, images, build_reconstruct(cfg), run_dir=cfg.run_dir, resume=resume
-        )
+        reconstruct(net, encoder, images, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume))
     search_settings = build_search(cfg)
     if search_settings is not None:
         with torch.no_grad():
             targets = [logits_of(encoder, batch, search_settings.micro_batch) for batch in batches]
         search(net, batches, targets, search_settings, run_dir=cfg.run_dir, resume=bool(cfg.resume))
-    quantize_seconds = time.monotonic() - start
     features = _features(net, data)
     float_probe = _fit_probe(float_features)
     own_probe = _fit_probe(features, float_probe[-1].C)
@@ -128,7 +125,6 @@ def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
         top1_float_probe=_accuracy(float_probe, features),
         cosine=cosine.mean().item(),
         **correct_field(torch.tensor(is_correct)),
-        quantize_seconds=round(quantize_seconds, 1),
         wall_seconds=round(time.monotonic() - start, 1),
     )
 

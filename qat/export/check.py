@@ -38,12 +38,13 @@ ROUNDING_ERROR = 2e-5
 # Runtimes compute some products in integers which the graph, run operator by operator, computes in
 # float, so values on thresholds may be rounded the other way. If this changes the outputs of
 # more than this fraction of the images, and by more than `MAX_ROUNDING_RATIO` times as much as a
-# change of the image by the factor `SLIGHT_FACTOR` does, the runtime computes something else.
+# change of the image by the factor `SLIGHT_FACTOR` does, or by more than `MAX_RELATIVE_ERROR`, the
+# runtime computes something else.
 MAX_UNEXPLAINED = 0.1
 MAX_ROUNDING_RATIO = 2
 SLIGHT_FACTOR = 1 + 1e-6
 
-# Maximum difference of outputs, relative to the largest value, if codes are not compared.
+# Difference of outputs, relative to the largest value, that rounding may cause.
 MAX_RELATIVE_ERROR = 0.05
 
 # By quantizer name (`call_name`), in the order in which quantizers run: values in units of codes
@@ -248,7 +249,9 @@ def compare(
     for i in examined_images:
         graph_result = codes_of(images[i])
         image_outputs = {name: output[i : i + 1] for name, output in actual.items()}
-        allowed = max(TOLERANCE, MAX_ROUNDING_RATIO * _effect_of_rounding(net, images[i]))
+        allowed = TOLERANCE
+        if agreement.relative_error <= MAX_RELATIVE_ERROR:
+            allowed = max(allowed, MAX_ROUNDING_RATIO * _effect_of_rounding(net, images[i]))
         equals_graph = float(_differences(image_outputs, graph_result[0])) <= allowed
         agreement.num_unexplained += not equals_graph
         if agreement.problem is None:

@@ -105,6 +105,15 @@ def fetch(repository: str, origin: str) -> Path:
     return folder
 
 
+def _local_folder(source: str, origin: str) -> Path:
+    """Return the folder `source`, or the local folder of the repository `source`, see `fetch`."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not _REPOSITORY.fullmatch(source):
+        raise UsageError(f"{origin}: must be an existing folder, or user/name on the hub")
+    return fetch(source, origin)
+
+
 def _download(repository: str, origin: str) -> None:
     require_host(
         huggingface_hub.constants.ENDPOINT,
@@ -170,7 +179,7 @@ def transformers_folder(
         UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
             or has no such setting.
     """
-    folder = Path(name) if Path(name).is_dir() else fetch(name, origin)
+    folder = _local_folder(name, origin)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise UsageError(f"{origin}: has no {file}")
@@ -394,7 +403,7 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
             is raised within 5 s), or `save_pretrained` did not write it.
     """
     origin = f"from_pretrained: {str(source)!r}"
-    folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
+    folder = _local_folder(str(source), origin)
     if not is_ours(folder):
         raise UsageError(
             f"{origin}: qat.save_pretrained did not write its {CONFIG}; "

@@ -93,47 +93,43 @@ def ptq(cfg: DictConfig) -> float:
             f"trainer.devices={trainer.world_size}: must be 1 with a search or "
             "ptq.method=compensate, reconstruct"
         )
-    quantized_net = subject
+    quantized = subject
     if recipe is not None:
         net = convert(copy_net(subject.net), recipe, input_size=subject.data.input_size)
-        quantized_net = dataclasses.replace(subject, net=net, recipe=recipe)
+        quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
         # Fail early if a target matches no scale.
-        scale_vectors(quantized_net.net, search_settings.targets)
+        scale_vectors(quantized.net, search_settings.targets)
 
     connect(trainer)
     if is_first():
         record_run(cfg)
-        _announce(cfg, quantized_net, batches, trainer)
+        _announce(cfg, quantized, batches, trainer)
     with end_wandb_runs(trainer.loggers):
         facts = _measure_float(trainer, subject, teacher)
         facts["calibration"] = None
         if recipe is None:
             facts["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
         else:
-            facts["calibration"] = _calibrate(quantized_net, batches, trainer)
+            facts["calibration"] = _calibrate(quantized, batches, trainer)
             if changes_weights or search_settings:
-                facts["top1_calibrated"] = _measure(trainer, quantized_net, "calibrated")["top1"]
+                facts["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
         fit_start_time = time.monotonic()
         if changes_weights:
             # Compute the targets now, with the float model, because quantization changes its
             # weights.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
             settings = reconstruct_settings if method == "reconstruct" else None
-            facts |= _fit_weights(cfg, quantized_net.net, teacher, batches, settings, trainer)
+            facts |= _fit_weights(cfg, quantized.net, teacher, batches, settings, trainer)
         if search_settings is not None:
-            facts["search"] = _search(
-                cfg, search_settings, quantized_net, batches, trainer, teacher
-            )
+            facts["search"] = _search(cfg, search_settings, quantized, batches, trainer, teacher)
         start_time -= _seconds_before_resume(facts, fit_start_time)
         if not cfg.trainer.fast_dev_run and is_first():
-            _save(cfg, quantized_net, subject)
-        results = _measure(trainer, quantized_net, "quantized")
+            _save(cfg, quantized, subject)
+        results = _measure(trainer, quantized, "quantized")
 
     facts |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - start_time, 1)}
-    write_results(
-        cfg, model=subject.name, **recipe_fields(quantized_net.recipe), **results, **facts
-    )
+    write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **results, **facts)
     log.info(
         "%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s",
         results["split"],
@@ -141,29 +137,29 @@ def ptq(cfg: DictConfig) -> float:
         results["top1"],
         cfg.run_dir,
     )
-    report_run(cfg, quantized_net.net, subject.data.input_size)
+    report_run(cfg, quantized.net, subject.data.input_size)
     return float(results["top1"])
 
 
-def _save(cfg: DictConfig, quantized_net: EvaluatedNet, subject: EvaluatedNet) -> None:
+def _save(cfg: DictConfig, quantized: EvaluatedNet, subject: EvaluatedNet) -> None:
     save(
-        quantized_net.net,
+        quantized.net,
         Path(cfg.run_dir) / QUANTIZED_FILE,
         model=subject.name,
         data=build.to_plain(cfg.data),
-        classes=classes_of(quantized_net.net) or subject.data.named_classes(),
+        classes=classes_of(quantized.net) or subject.data.named_classes(),
     )
 
 
 def _announce(
-    cfg: DictConfig, quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
+    cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer
 ) -> None:
     """Log the model and its recipe, and write `conversion.txt`."""
-    data = quantized_net.data
+    data = quantized.data
     images = f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}"
     entries = {
         "data": summary.describe_data(data),
-        "images": summary.describe_images(data.settings, quantized_net.assumed),
+        "images": summary.describe_images(data.settings, quantized.assumed),
         "calibration": images,
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
@@ -171,13 +167,13 @@ def _announce(
     }
     summary.announce(
         "post-training quantization",
-        quantized_net.net,
-        quantized_net.name,
-        quantized_net.recipe,
+        quantized.net,
+        quantized.name,
+        quantized.recipe,
         data.input_size,
         **entries,
     )
-    log.info(summary.write_conversion(quantized_net.net, Path(cfg.run_dir)))
+    log.info(summary.write_conversion(quantized.net, Path(cfg.run_dir)))
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, description: str) -> dict[str, Any]:
@@ -201,17 +197,15 @@ def _measure_float(
     return {f"{key}_fp": results.get(key) for key in ("top1", "top5", "loss")}
 
 
-def _calibrate(
-    quantized_net: EvaluatedNet, batches: list[Tensor], trainer: Trainer
-) -> dict[str, Any]:
+def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> dict[str, Any]:
     """Set the scales by calibration; return facts about the calibration for `results.json`."""
     fit_start_time = time.monotonic()
-    report = calibrate(quantized_net.net.to(trainer.strategy.root_device), batches)
+    report = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - fit_start_time, 2)
     log.info("calibrated %d scales on %d images in %.1f s", report.scales, report.images, seconds)
     return dataclasses.asdict(report) | {
         "seconds": seconds,
-        "seed": quantized_net.data.settings.seed,
+        "seed": quantized.data.settings.seed,
     }
 
 
@@ -249,7 +243,7 @@ def _fit_weights(
 def _search(
     cfg: DictConfig,
     settings: SearchSettings,
-    quantized_net: EvaluatedNet,
+    quantized: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
     teacher: nn.Module | None,
@@ -258,8 +252,8 @@ def _search(
 
     The targets are the logits of `teacher`, or else of the float model.
     """
-    net = quantized_net.net.eval()
-    data = quantized_net.data
+    net = quantized.net.eval()
+    data = quantized.data
     device = trainer.strategy.root_device
     target = net if teacher is None else teacher.to(device).eval()
     with in_float(target):

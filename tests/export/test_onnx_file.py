@@ -598,3 +598,15 @@ def test_values_on_thresholds_are_not_a_problem(net):
     found = check.compare(net, lambda x: net(x * (1 - 1e-6)), lambda: graph, [x])
     assert found.num_differing > 5
     assert (found.problem, found.num_unexplained) == (None, 0)
+
+
+@pytest.mark.parametrize(("factor", "num_unexplained"), [(1.01, 0), (1.06, 10)])
+def test_rounding_explains_at_most_a_twentieth(net, factor, num_unexplained, monkeypatch):
+    monkeypatch.setattr(check, "_effect_of_rounding", lambda net, image: 1.0)
+    net = net.eval()
+
+    def graph(image):
+        return check.outputs_and_codes(net, image)
+
+    found = check.compare(net, lambda x: factor * net(x), lambda: graph, [tiny.images(10)])
+    assert found.num_unexplained == num_unexplained

@@ -372,7 +372,7 @@ def test_blocks_of_the_file_are_not_dropped(home, tmp_path, refused):
         (["data.image_size=64"], "the model does not accept images of this size"),
         (["model.weights=x.safetensors"], "model.weights='x.safetensors': must be null"),
         (["model.name=nobody/nothing"], "nothing is not in the local cache and"),
-        (["model.name=nowhere"], "must be user/name, a repository on the hub"),
+        (["model.name=nowhere"], "must be an existing folder, or user/name on the hub"),
         (["++model.args.depth=3"], "model.args.depth=3: unknown; must be one of architecture"),
         (
             ["model.args.drop_path_rate=0.1"],
