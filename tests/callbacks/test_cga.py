@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from torch.testing import assert_close
 
 import qat
@@ -311,23 +311,16 @@ def test_averages_see_held_weights():
             assert torch.equal(copies[t][name][frozen], steps.before[t][name][frozen])
 
 
-class Report(Callback):
-    """Writes the weights of every process."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")
-
-
 def test_two_processes_agree(tmp_path):
+    def save(trainer, learner):
+        torch.save(learner.net.state_dict(), tmp_path / f"{trainer.global_rank}.pt")
+
     learner = module(net())
     start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
     fit(
         learner,
         annealing(qk="product"),
-        Report(tmp_path),
+        LambdaCallback(on_train_end=save),
         strategy="ddp_fork",
         devices=2,
         max_epochs=1,
