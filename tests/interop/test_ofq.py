@@ -116,6 +116,8 @@ def test_swin(tmp_path, bits, shape):
     qat.save(net, tmp_path / "ours.ckpt")
     again = qat.load(tmp_path / "ours.ckpt")
     assert torch.equal(logits(again, images(32)), logits(net, images(32)))
+    merging = qat.load_float(tmp_path / "ours.ckpt").layers[1].downsample.reduction
+    assert_close(merging.bias, state["features.2.reduction.bias"])
 
 
 ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}

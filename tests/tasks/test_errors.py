@@ -101,9 +101,7 @@ TRAIN = [
         for own, setting, more, reader, others in [
             ("digits", "root", "", "imagefolder", "cifar10, fashion_mnist, hf_parquet, imagenet, timm"),
             ("digits", "image_column", "", "hf_parquet", "cifar10, timm"),
-            ("digits", "model", "", "imagefolder", "hf_parquet, imagenet, timm"),
             ("fashion_mnist", "label_column", " data=fashion_mnist data.root={files}", "hf_parquet", "cifar10, timm"),
-            ("cifar10", "model", " data=cifar10 data.root={files}", "imagefolder", "hf_parquet, imagenet, timm"),
             ("imagefolder", "image_column", " data=imagefolder data.root={files} data.num_classes=2", "hf_parquet", "cifar10, timm"),
         ]
     ),
@@ -174,7 +172,6 @@ TRAIN = [
 
 EVAL = [
     ("", r"ckpt is not set: must be a checkpoint; or set model="),
-    ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
     ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not name its model; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': the weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' contains vit_tiny_patch16_224"),

@@ -210,10 +210,6 @@ def test_other_recipes_and_models(tmp_path, overrides):
             ("search=evolution", "search.reference_selection=no"),
             "search.reference_selection='no': must be true or false",
         ),
-        (
-            ("search=evolution", "search.targets=[head]"),
-            "search.targets=['head']: must match a scale of a block; stored scales are those of ",
-        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message):

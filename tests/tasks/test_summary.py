@@ -116,10 +116,9 @@ def test_recipe_in_words():
     assert "query bias" not in summary.describe_recipe(qat.recipe("lsq"))
 
 
-def test_data_in_aligned_lines():
+def test_data_in_words():
     data = summary.describe_data(Digits(**DIGITS))
     assert data == "digits: 1257 train, 180 val, 360 test images, 10 classes"
-    assert summary.aligned_lines("title", {"a": "1", "long": "2"}) == "title\n  a     1\n  long  2"
 
 
 @pytest.mark.parametrize(
