@@ -289,6 +289,15 @@ def test_from_4_to_2_bits_only_stem_and_head_scales_are_copied(tmp_path, run_4bi
     assert "head" not in missing
 
 
+def test_between_equal_recipes_all_scales_are_copied(run_4bit):
+    cfg = tiny("a", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt")
+    start = build.build_start(cfg)
+    data = build.build_data(cfg)
+    notes = build.quantize(start, build.build_recipe(cfg), data, init="full", processes=1)
+    assert notes == ["scales of all 11 quantizers copied"]
+    assert_close(dict(start.net.state_dict()), state(run_4bit), rtol=0, atol=0)
+
+
 def test_other_classes_get_a_new_head(float_run):
     start = f"ckpt={float_run}/checkpoints/last.ckpt"
     cfg = tiny("a", start, "data.num_classes=7", "model.reset_head=true")
