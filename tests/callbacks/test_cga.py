@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from torch.testing import assert_close
 
 import qat
@@ -309,3 +309,26 @@ def test_averages_see_held_weights():
         for name in masked("ofq"):
             frozen = ~near(steps.before[t][name])
             assert torch.equal(copies[t][name][frozen], steps.before[t][name][frozen])
+
+
+def test_two_processes_agree(tmp_path):
+    def save(trainer, learner):
+        torch.save(learner.net.state_dict(), tmp_path / f"{trainer.global_rank}.pt")
+
+    learner = module(net())
+    start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
+    fit(
+        learner,
+        annealing(qk="product"),
+        LambdaCallback(on_train_end=save),
+        strategy="ddp_fork",
+        devices=2,
+        max_epochs=1,
+        limit_train_batches=1,
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert differing(first, second) == []
+    for name in masked("ofq"):
+        changed = first[name] != start[name]
+        assert changed.any()
+        assert not (changed & ~near(start[name])).any()

@@ -178,9 +178,13 @@ def lines(root, **changes):
 
 
 def test_a_folder_of_another_kind_is_named(tmp_path):
-    line = "data.root='/no/such': must be the folder that contains train/<class>/*"
-    assert lines("/no/such").startswith(line)
+    for root in (None, "/no/such"):
+        line = f"data.root={root!r}: must be the folder that contains train/<class>/*"
+        assert lines(root).startswith(line)
     assert lines(tmp_path).startswith(f"data.root='{tmp_path}': has no folder train")
+    write_image(tmp_path / "train" / "a.png", 8, 8)
+    line = f"data.num_classes=2: data.root='{tmp_path}' has 0 class folders in train/<class>/*"
+    assert lines(tmp_path).startswith(line)
 
 
 def test_a_split_without_images_is_named(tmp_path):

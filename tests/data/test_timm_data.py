@@ -1,5 +1,6 @@
 """Datasets by their name in timm. Oracles: timm's own `create_dataset` on the same files, and what a folder of the same images gives."""
 
+import os
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -54,6 +55,15 @@ def test_a_folder_may_be_a_number_or_a_path(tmp_path, monkeypatch):
             == len(ImageFolder(**SETTINGS, root=root).split("train"))
             == 40
         )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_of_a_folder_that_has_no_end_is_named(tmp_path, kind):
+    root = write_folder(tmp_path, SPLITS, size=10)
+    path = root / "train" / "ant" / "x.png"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with usage_error(r"image \d+ cannot be decoded \(No such file, or larger than"):
+        data(root).split("train")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

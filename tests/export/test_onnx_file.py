@@ -290,6 +290,19 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("attention", ["qkr", "standard"])
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_torch_exports_frozen_nets(name, attention, dynamic):
+    family = FAMILIES[name]
+    frozen = qat.freeze(family.quantized(bits=2, attention=attention))
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    program = torch.export.export(frozen, (family.images(3),), strict=True, dynamic_shapes=shapes)
+    for n in (1, 3, 5) if dynamic else (3,):
+        assert torch.equal(program.module()(family.images(n)), frozen(family.images(n)))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", often("deploy_w4a4", DEPLOY))
 def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(DEPLOY[name])

@@ -26,6 +26,13 @@ def test_freezing_takes_effect_at_the_next_look():
     assert (state.frozen.item(), state.codes.item()) == (True, 0)
 
 
+def test_the_integer_is_the_rounded_mean():
+    # Means before each update: 3, 3, 3, 2.75. The turn at the fourth freezes 3; the code is 2.
+    out, state = freeze([3, 3, 2, 3, 2, 2, 2], 0.2)
+    assert out == [3, 3, 2, 3, 3, 3, 3]
+    assert state.codes.item() == 3
+
+
 def test_a_threshold_of_zero_freezes_nothing():
     out, state = freeze([0, 1, 0, 1], 0.0)
     assert (out, state) == ([0, 1, 0, 1], None)

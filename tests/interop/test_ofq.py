@@ -116,6 +116,8 @@ def test_swin(tmp_path, bits, shape):
     qat.save(net, tmp_path / "ours.ckpt")
     again = qat.load(tmp_path / "ours.ckpt")
     assert torch.equal(logits(again, images(32)), logits(net, images(32)))
+    merging = qat.load_float(tmp_path / "ours.ckpt").layers[1].downsample.reduction
+    assert_close(merging.bias, state["features.2.reduction.bias"])
 
 
 ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}
@@ -163,11 +165,13 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
     [
         ({}, {}, "bits=None: {} does not state the bits"),
         ({}, {"bits": 0}, "quant.bits=0: must be"),
+        ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: must be True; {} contains attn.q and attn.k"),
         ({}, {"bits": 2, "model": "nope"}, "model='nope': the weights of {} do not fit it"),
         ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
         ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: the shapes do not match any DeiT ("),
+        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: the shapes do not match any DeiT ("),
         (
             {f"layers.0.{TABLE}": torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
             {"bits": 2},

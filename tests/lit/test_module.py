@@ -121,13 +121,16 @@ def test_rates_follow_the_schedule(interval):
 
 def test_the_loss_of_an_epoch_is_a_mean_over_images():
     """The last batch is smaller than the others; at this rate every batch sees the same weights."""
-    learner = module(vit(), optimizer=lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0))
+    learner = module(
+        vit(),
+        {"ce": CrossEntropy(weight=0.5)},
+        optimizer=lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0),
+    )
     run = trainer()
     run.fit(learner, batches(6))
-    assert_close(
-        run.callback_metrics["train/loss"],
-        torch.nn.functional.cross_entropy(learner.net(images(16)), CLASSES).detach(),
-    )
+    expected = torch.nn.functional.cross_entropy(learner.net(images(16)), CLASSES).detach()
+    assert_close(run.callback_metrics["train/loss_ce"], expected)
+    assert_close(run.callback_metrics["train/loss"], 0.5 * expected)
 
 
 def test_accuracies_are_percentages_of_all_images():

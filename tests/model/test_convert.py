@@ -41,6 +41,25 @@ from tests.tiny import (
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
 
 
+@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": False},
+        {"reg_tokens": 2},
+        {"class_token": False, "global_pool": "avg"},
+        {"init_values": 0.1},
+        {"proj_bias": False},
+        {"pre_norm": True},
+    ],
+    ids=str,
+)
+def test_variants_of_timms_vit(changes, attention):
+    expected = logits(vit(**changes))
+    net = convert(vit(**changes), float_recipe(attention))
+    assert_close(logits(net), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_distilled_heads_in_training_mode():
     net = vit(DISTILLED).train()
     net.set_distilled_training(True)

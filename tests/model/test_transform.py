@@ -15,7 +15,8 @@ from qat.data import Digits, sources
 from qat.data.image_transform import data_settings
 from qat.export.onnx_file import preprocessing
 from qat.model.transform import data_config
-from tests.data.files import write_image
+from tests.conftest import train
+from tests.data.files import write_folder, write_image
 from tests.errors import usage_error
 
 DIGITS = {
@@ -51,6 +52,16 @@ def test_digits_as_the_loader_has_them(run_4bit):
     made = [qat.transform(loaded)(image) for image in pixels]
     assert torch.equal(torch.stack(made), wanted)
     assert made[0].dtype == torch.float32
+
+
+def test_the_data_of_a_run_are_kept_by_load_and_save(tmp_path):
+    root = write_folder(tmp_path / "root")
+    size = ("data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8")
+    photos = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", *size)
+    run = train(tmp_path / "run", *photos, "quant=fp")
+    loaded = qat.load(run / "checkpoints" / "last.ckpt")
+    image = write_image(tmp_path / "x.png", 40, 30)
+    assert torch.equal(qat.transform(saved(tmp_path, loaded))(image), qat.transform(loaded)(image))
 
 
 @pytest.mark.sample(2)

@@ -296,3 +296,10 @@ def test_links_out_of_a_directory_are_not_followed(tmp_path, name):
     without = write_report(run).read_text()
     (run / name).symlink_to(outside)
     assert write_report(run).read_text() == without != before
+
+
+def test_a_run_directory_may_be_a_link(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    linked = write_report(tmp_path / "link").read_text()
+    assert linked.replace("/link", "/run") == write_report(run).read_text()

@@ -227,7 +227,7 @@ BUDGETS = {
     "qat/report": 5300,
     "qat/tasks": 25600,
     "qat/utils": 5560,
-    "tests": 257000,
+    "tests": 261000,
 }
 LAYOUT = {
     tokenize.COMMENT,

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import qat.lit.compiled
 from qat import kernels
+from qat.functional.log2 import fake_quantize_log2
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.lit.compiled import CompiledCall, compile_in_place, register_decompositions, source_hash
 from qat.losses import CompositeLoss, Distillation
@@ -185,6 +186,18 @@ def test_forward_and_backward_round_as_eager_code_does_and_lose_no_gradient(monk
         CompiledCall(net, net)(torch.ones(2, 3)).sum().backward()
     assert made == [(False, True, mixes_orders), (True, True, mixes_orders)]
     assert inductor.triton.mix_order_reduction  # for the user's own graphs
+
+
+def test_gradients_pass_a_compiled_quantizer():
+    # In torch 2.11 none does behind a conversion to the dtype that is there already.
+    compiled = torch.compile(fake_quantize_log2, fullgraph=True, backend="aot_eager")
+    grads = []
+    for quantize in (fake_quantize_log2, compiled):
+        x = torch.linspace(0.01, 1, 9, requires_grad=True)
+        quantize(x, 4).square().sum().backward()
+        grads.append(x.grad)
+    assert grads[0].any()
+    assert_close(*grads)
 
 
 @pytest.fixture

@@ -3,16 +3,21 @@
 Those that belong to one feature are in the test of that feature, as `test_evaluate.py`.
 """
 
+import os
 import pickle
 import re
+import socket
+import time
 
 import pytest
 import timm
 import torch
 from hydra.errors import HydraException
 from lightning.pytorch import Trainer
+from safetensors.torch import save_file
 
 from qat.cli import mistakes
+from qat.model import pretrained
 from tests.conftest import compose, contents, results, tiny
 from tests.payload import Payload
 
@@ -44,6 +49,7 @@ TRAIN = [
     # the recipe
     *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
+    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\]: must match .* 'blocks\.0\.attn"),
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\]: must match .* names look like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
@@ -62,7 +68,7 @@ TRAIN = [
     ("~optimizer", "missing mandatory value: optimizer"),
     # the trainer
     *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 1.5 x")),
-    *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("1.5 x")),
+    *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("0 1.5 x")),
     ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} 0"),
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
     *((f"trainer.max_steps={v}", rf"trainer\.max_steps={s}: {WHOLE} -1") for v, s in shown("-5 1.5 x true")),
@@ -94,6 +100,7 @@ TRAIN = [
         (f"data.{setting}=x{more}", rf"data\.{setting}=.x.: data={own} ignores data\.{setting}; data={reader} uses it, as do {others}$")
         for own, setting, more, reader, others in [
             ("digits", "root", "", "imagefolder", "cifar10, fashion_mnist, hf_parquet, imagenet, timm"),
+            ("digits", "image_column", "", "hf_parquet", "cifar10, timm"),
             ("fashion_mnist", "label_column", " data=fashion_mnist data.root={files}", "hf_parquet", "cifar10, timm"),
             ("imagefolder", "image_column", " data=imagefolder data.root={files} data.num_classes=2", "hf_parquet", "cifar10, timm"),
         ]
@@ -128,6 +135,7 @@ TRAIN = [
     ("quant.weight_quantizer=foo", r"quant\.weight_quantizer=.foo.: must be one of statsq, .*, seq, minmax, mxfp, nvfp4, fp8, float"),
     ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
     ("+data.colour=3", "unexpected keyword argument 'colour'"),
+    ("data=cifar10", r"data\.root=None: must be the folder that contains "),
     ("data._target_=torch.nn.Identity", r"data\._target_='torch\.nn\.Identity': must be a subclass of qat\.data\.ImageData"),
     ("model.init=new", r"model\.init='new': must be one of full, reference"),
     ("lsq_grad_batch=all", r"lsq_grad_batch='all': must be one of global, process"),
@@ -141,19 +149,25 @@ TRAIN = [
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
+    *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
     *((f"{name}=maybe", rf"^{name}: Value 'maybe' is not a valid bool \(type str\)$") for name in FLAGS),
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto, graphs$"),
     ("compile=graphs trainer.accelerator=cpu", r"compile=graphs: CUDA graphs need CUDA, .*; must be one of true, false, auto$"),
     ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
+    ("+model.pretrainde=true", r"model\.pretrainde: unknown; closest: pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),
     ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; use resume=auto to start"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
     ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),
     ("ckpt={run}", r"ckpt='.*': must be a file, not a folder"),
+    ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*must be a file of torch\.save or safetensors"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
+    ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': weight blocks\.0\.mlp\.fc1\.weight is NaN or infinite"),
+    *((f"{setting}={{files}}/cut.safetensors", rf"{setting}='.*cut\.safetensors'") for setting in ("ckpt", "model.weights")),
     ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' contains vit_tiny_patch16_224"),
     ("run_dir={run}", r"run_dir='.*' contains best\.ckpt already; choose another run_dir or set overwrite=true"),
+    ("run_dir={run} resume=true", r"resume: .*last\.ckpt has another recipe \(quant: act_bits, .*use ckpt=PATH"),
 ]  # fmt: skip
 
 EVAL = [
@@ -163,6 +177,7 @@ EVAL = [
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' contains vit_tiny_patch16_224"),
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
     ("ckpt={best} data.root=x", r"data\.root='x': data=digits ignores data\.root; data=imagefolder uses it"),
+    ("ckpt={best} data=digits data.on_error=skip", r"data\.on_error='skip': data=digits ignores data\.on_error; "),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes; must be 10, or choose another model"),
 ]  # fmt: skip
 
@@ -174,6 +189,11 @@ def places(tmp_path_factory, float_run):
     best = float_run / "checkpoints" / "best.ckpt"
     (files / "cut.ckpt").write_bytes(best.read_bytes()[: best.stat().st_size // 2])
     torch.save(timm.create_model("resnet18").state_dict(), files / "resnet.pt")
+    content = torch.load(best, weights_only=True)
+    save_file(content["state_dict"], files / "cut.safetensors")
+    os.truncate(files / "cut.safetensors", 1000)
+    content["state_dict"]["net.blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
+    torch.save(content, files / "nan.ckpt")
     return {"run": str(float_run), "best": str(best), "files": str(files)}
 
 
@@ -235,6 +255,23 @@ def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting)
     message = refused("train", tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
     assert "a.ckpt': not a checkpoint that can be read safely" in message
     assert not (tmp_path / "made").exists()
+
+
+def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(
+    tmp_path, refused, no_step, monkeypatch
+):
+    assert pretrained.TIMEOUT_S < 5
+    monkeypatch.setattr(pretrained, "TIMEOUT_S", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    cfg = tiny(tmp_path / "run", "model=deit_t", "data.image_size=32", "model.pretrained=true")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        began = time.monotonic()
+        message = refused("train", cfg)
+    assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the" in message
+    assert "timed out" in message
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.sample(1)

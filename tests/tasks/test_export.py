@@ -116,25 +116,44 @@ def deployable(tmp_path_factory):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "is_without_vnni", "expected"),
     [
-        (["format=packed"], {"qat": r"qat\.load"}),
+        (["format=packed"], False, {"qat": r"qat\.load"}),
         (
             [],
+            False,
             {
                 "onnxruntime, with VNNI or on ARM": "with format.cpu=fast .* of float's time",
                 "onnxruntime, other CPUs": "default settings$",
                 "OpenVINO": "INFERENCE_PRECISION_HINT=f32.* of float's time",
             },
         ),
-        (["format.target=tensorrt"], {"TensorRT": "qat has not tested it$"}),
+        (
+            ["format.cpu=any"],
+            True,
+            {
+                "onnxruntime, with VNNI or on ARM": "8-bit weights are faster$",
+                "onnxruntime, other CPUs": "default settings; .* of float's time",
+                "OpenVINO": "INFERENCE_PRECISION_HINT=f32",
+            },
+        ),
+        (
+            ["format.cpu=fast"],
+            False,
+            {
+                "onnxruntime, with VNNI or on ARM": "default settings; .* of float's time",
+                "onnxruntime, other CPUs": "wrong results; export with format.cpu=any$",
+                "OpenVINO": "only with VNNI or on ARM; .* of float's time",
+            },
+        ),
+        (["format.target=tensorrt"], False, {"TensorRT": "qat has not tested it$"}),
     ],
 )
 def test_a_line_for_each_target_of_a_file(
-    settings, expected, deployable, tmp_path, caplog, monkeypatch
+    settings, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: False)
+    monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: is_without_vnni)
     exported(tmp_path, f"ckpt={deployable}", *settings)
     (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("run it in")]
     lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines()[1:])
@@ -219,6 +238,8 @@ def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, mo
 MISTAKES = {
     "ckpt is not set": [],
     "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
+    "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
+    "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
     "format.precision='bf16': must be one of fp16, fp32": ["format.precision=bf16"],
     "format.name='tflite': must be one of onnx, packed, executorch": ["format.name=tflite"],
     "dynamic_batch=false: works only with format=onnx; must be true with format=packed": [

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from qat.callbacks import EMAWeightAveraging
 from qat.tasks import fit
-from tests.conftest import column, evaluate, results, train
+from tests.conftest import column, compose, evaluate, results, train
 from tests.errors import usage_error
 
 SGD = (
@@ -114,6 +114,12 @@ def test_accumulated_batches_are_one_large_one(watched):
     assert all(
         torch.equal(small.weights[0][n], small.weights[2][n]) for n in small.weights[0]
     )  # and none before
+
+
+def test_settings_reach_the_trainer():
+    settings = ("trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed")
+    trainer = fit.build_trainer(compose("train", "run_dir=a", *settings), [], [])
+    assert (trainer.gradient_clip_val, trainer.precision) == (0.5, "bf16-mixed")
 
 
 def test_mixup_reaches_the_step(watched):

@@ -206,6 +206,10 @@ def test_other_recipes_and_models(tmp_path, overrides):
             "search.passes=0: must be an integer of at least 1",
         ),
         (("+search.colour=red",), "search.colour: must be one of passes, cycles"),
+        (
+            ("search=evolution", "search.reference_selection=no"),
+            "search.reference_selection='no': must be true or false",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message):

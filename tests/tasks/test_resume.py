@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if nothing had happened. Oracle: the same run, uninterrupted."""
 
 import csv
+import resource
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from qat.lit.strategies import AtomicCheckpointIO
 from qat.tasks import build, fit
 from qat.tasks.resume import find_resume
 from tests.callbacks.fitting import differing
-from tests.conftest import compose, results, train
+from tests.conftest import compose, contents, results, train
 from tests.errors import usage_error
 
 # Nine steps an epoch, two epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
@@ -261,6 +262,24 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
         return
     with usage_error(r"resume='.*last.prev.ckpt': [^\n]+$"):
         resumed(tmp_path)
+
+
+@pytest.mark.long
+def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    before = contents(run_dir / "checkpoints")
+    path = run_dir / "checkpoints" / "last.ckpt"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limit[1]))
+    try:
+        line = refused("train", compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    fault = f"{path} cannot be written (File too large); the previous checkpoint is intact"
+    assert line == f"error: {fault}"
+    assert contents(run_dir / "checkpoints") == before
+    run(run_dir, "resume=auto")
+    assert_same_run(run_dir, full)
 
 
 SPOILED = {

@@ -116,6 +116,11 @@ def test_recipe_in_words():
     assert "query bias" not in summary.describe_recipe(qat.recipe("lsq"))
 
 
+def test_data_in_words():
+    data = summary.describe_data(Digits(**DIGITS))
+    assert data == "digits: 1257 train, 180 val, 360 test images, 10 classes"
+
+
 @pytest.mark.parametrize(
     ("changes", "steps", "is_short"),
     [

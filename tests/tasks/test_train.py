@@ -289,6 +289,21 @@ def test_from_4_to_2_bits_only_stem_and_head_scales_are_copied(tmp_path, run_4bi
     assert "head" not in missing
 
 
+def test_between_equal_recipes_all_scales_are_copied(run_4bit):
+    cfg = tiny("a", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt")
+    start = build.build_start(cfg)
+    data = build.build_data(cfg)
+    notes = build.quantize(start, build.build_recipe(cfg), data, init="full", processes=1)
+    assert notes == ["scales of all 11 quantizers copied"]
+    assert_close(dict(start.net.state_dict()), state(run_4bit), rtol=0, atol=0)
+
+
+def test_other_classes_get_a_new_head(float_run):
+    start = f"ckpt={float_run}/checkpoints/last.ckpt"
+    cfg = tiny("a", start, "data.num_classes=7", "model.reset_head=true")
+    assert build.build_start(cfg).net.num_classes == 7
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("setting", ["model.weights", "ckpt"])
 def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
@@ -396,6 +411,13 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     own = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/net.ckpt")["top1"]
     assert results(distilled)["top1_fp"] == pytest.approx(own)
     assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
+
+
+def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
+    run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
+    assert results(run)["top1"] is not None
+    assert 1 <= len(column(run, "val/top1")) < 1000
+    assert "Time limit reached." in caplog.text
 
 
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
