@@ -187,7 +187,7 @@ class FqNet(VisionTransformer):
                 continue
             if not (_is_affine(before) and _is_affine(after)):
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; "
+                    f"ptq.layernorm='integer': {name} needs affine quantizers on both sides; "
                     "here it must be float"
                 )
             spec_before = before.spec  # type: ignore[attr-defined]

@@ -170,8 +170,8 @@ def import_modules(names: Iterable[str] | None) -> None:
             raise UsageError(f"model.imports={name!r}: {error}") from error
 
 
-def net_from_authors(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """Return the model in a file of the paper's own code, or None for other files.
+def find_ofq_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
+    """Return the model in a file of OFQ's own code, or None for other files.
 
     Raises:
         UsageError: the file does not have the format `ckpt_format`, or bits are set for another
@@ -183,7 +183,7 @@ def net_from_authors(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
             raise UsageError(
-                f"{setting}={cfg[setting]!r}: works only with files of the paper's code "
+                f"{setting}={cfg[setting]!r}: works only with files of OFQ's own code "
                 "(ckpt_format=ofq); other files state their bits"
             )
     return None
@@ -217,7 +217,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
 def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_head: bool) -> Start:
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    ofq_net = net_from_authors(cfg, checkpoint)
+    ofq_net = find_ofq_net(cfg, checkpoint)
     reset_head = cfg.model.reset_head
     if ofq_net is None:
         return from_checkpoint(name, args, checkpoint, reset_head=reset_head, keep_head=keep_head)

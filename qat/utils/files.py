@@ -255,10 +255,13 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
             # Check this before anything is read: 3 MB could unpack to 3 GB.
             if _is_compressed(archive, Path(path).stat().st_size):
                 return "it is compressed, which torch.save never does"
-            damaged_entry = archive.testzip() or _first_folder(archive)
+            damaged_entry = archive.testzip()
+            folder = _first_folder(archive)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())
-    return None if damaged_entry is None else f"the checksum of {damaged_entry} does not match"
+    if damaged_entry is not None:
+        return f"the checksum of {damaged_entry} does not match"
+    return None if folder is None else f"{folder} is marked as a folder"
 
 
 def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
