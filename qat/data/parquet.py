@@ -110,8 +110,8 @@ class HfParquet(EncodedImageData):
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or lacks these files, or a file does not have the
-                columns that `ParquetImages` expects.
+            UsageError: `data.root` is not set or lacks parquet files of train, or a file does not
+                have the columns that `ParquetImages` expects.
         """
         root = data_folder(
             self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"

@@ -130,8 +130,8 @@ class QATModule(LightningModule):
                 decay 0.05.
 
         Raises:
-            UsageError: the net has another number of classes than the data, a term needs a teacher,
-                or the net does not record how timm built it.
+            UsageError: the numbers of classes of net and data differ, a term needs a teacher, or
+                the net does not record how timm built it.
         """
         num_classes = data.settings.num_classes
         model_classes = getattr(net, "num_classes", num_classes)
