@@ -55,7 +55,7 @@ class QATModule(LightningModule):
         describe: metadata of checkpoints (`qat.model.metadata.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale is computed for the global batch, so that
             results do not depend on the number of processes; `process` = for the batch of one
-            process, as in the paper's code.
+            process, as in OFQ's code.
     """
 
     def __init__(

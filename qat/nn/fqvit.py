@@ -231,7 +231,7 @@ def _input_quantizer(layer: object) -> object:
 
 
 def _is_affine(quantizer: object) -> bool:
-    """True for an affine quantizer, also if it is frozen."""
+    """True for an affine quantizer, even if it is frozen."""
     return isinstance(quantizer, Affine) or getattr(quantizer, "zero_point", None) is not None
 
 

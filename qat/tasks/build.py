@@ -236,7 +236,7 @@ def quantize(
         start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
         data: the dataset whose calibration images new scales are computed from.
-        init: `full` keeps all weights; `reference` drops and adds weights as the paper's code does.
+        init: `full` keeps all weights; `reference` drops and adds weights as OFQ's code does.
         processes: number of processes of the run. Each process sets the scales from the same
             images, in batches of the global size, so that scales are equal in all processes, and
             equal to the scales of a single process with this batch size.
@@ -251,9 +251,7 @@ def quantize(
         return []
     if as_reference:
         reset_names += reset_attention_weights(start.net)
-    notes = (
-        [f"re-initialised, as in the paper's code: {', '.join(reset_names)}"] if reset_names else []
-    )
+    notes = [f"re-initialised, as in OFQ's code: {', '.join(reset_names)}"] if reset_names else []
     copied_names: list[str] = []
     missing_names: list[str] = []
     if start.source is not None:
