@@ -82,7 +82,7 @@ def load_ofq_checkpoint(
     *,
     qkr: bool | None = None,
 ) -> nn.Module:
-    """Load a checkpoint of the paper's code: DeiT or Swin, of any depth, with or without QKR.
+    """Load a checkpoint of OFQ's own code: DeiT or Swin, of any depth, with or without QKR.
 
     Args:
         path: a `.pth.tar` file of the paper's training script, or a plain state dict. Nothing in
@@ -117,8 +117,8 @@ def net_from_ofq(
     state = checkpoint.state
     if not is_ofq(state):
         raise UsageError(
-            f"{origin}: no tensor ends with input_quant_fn.s, so the paper's code did not write "
-            "it; ckpt_format=timm?"
+            f"{origin}: no tensor ends with input_quant_fn.s, so OFQ's own code did not write it; "
+            "if it contains plain timm weights, set ckpt_format=timm"
         )
     is_swin = any(name.endswith("relative_position_bias_table") for name in state)
     family = "Swin" if is_swin else "DeiT"

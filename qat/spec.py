@@ -151,7 +151,7 @@ class QuantRecipe:
         act_bits: bits of the activations in blocks; None = `bits`.
         attention: `qkr` (query-key reparameterization); `standard`; or `float`, which quantizes
             only the linear layers of an attention.
-        qk_bias: what QKR does with the query bias: `drop` it as the paper's code does, or `fold` it
+        qk_bias: what QKR does with the query bias: `drop` it as OFQ's code does, or `fold` it
             exactly into a number that is added to the scores of each key.
         weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
@@ -160,7 +160,7 @@ class QuantRecipe:
         offsets: True = learnable offsets before and after activation quantizers.
         map_scales: scales of feature maps (B, H, W, C) before linear layers, as in Swin's MLPs: one
             scale per `tensor`, which works at any resolution, or one per `column` of the map, as in
-            the paper's code.
+            OFQ's code.
         step_init: initial value of learned step sizes: `lsq` = from the mean magnitude, as in the
             LSQ paper; `mse` = the step size with the least squared error.
         steps: how step sizes are learned: `relative` to their initial value, s0 * exp(t), which

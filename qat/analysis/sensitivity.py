@@ -76,7 +76,7 @@ class Budget:
 
 
 class PairedScore:
-    """Scores models, and estimates the noise of each model's loss change from the first model.
+    """Scores models, and estimates the noise of each model's loss minus the first model's loss.
 
     The noise is `STANDARD_ERRORS` times the standard error of the mean loss difference, where each
     image contributes one difference between the two models. The noise is NaN for a single image.

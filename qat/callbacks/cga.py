@@ -22,7 +22,7 @@ from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number
 
 QK_POLICIES = ("reference", "product", "freeze")
-# The paper's recipes anneal for 30 of 340 epochs.
+# About the fraction in the paper's recipes: 30 of 340 epochs.
 _DEFAULT_FRACTION = 0.1
 
 
@@ -72,7 +72,7 @@ class CGA(Callback):
         start_epoch: first epoch, counted from 0; None = the last `epochs` epochs anneal.
         lr: constant learning rate while annealing; the schedule does not change it.
         qk: treatment of query and key weights under query-key reparameterization. `reference` =
-            they are trained freely, which is the effect of the paper's code; `product` = the
+            they are trained freely, which is the effect of OFQ's code; `product` = the
             gradient of the folded matrix passes only for entries in its band; `freeze` = they are
             frozen.
 
@@ -227,7 +227,7 @@ class CGA(Callback):
 
 
 def _is_on_half_steps(site: Site) -> bool:
-    """True for weights on half steps, whose values are symmetric around zero, as in the paper."""
+    """True for weights on half steps, whose values are symmetric around zero, as in OFQ."""
     if not site.is_weight:
         return False
     grid = site.quantizer.grid(site.latent().detach())

@@ -71,7 +71,7 @@ def _quote(value: str) -> str:
 
 
 def _model_settings(name: str) -> list[str]:
-    """Settings for `model=NAME`; NAME is a config of ours, a hub repository or a timm model."""
+    """Settings for `model=NAME`; NAME is a config of qat, a hub repository or a timm model."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):

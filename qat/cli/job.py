@@ -43,8 +43,9 @@ def run_task(
 ) -> float | None:
     """Run one job in its run directory; print a known mistake as one line.
 
-    A single run that fails exits with 1. A job of a sweep that fails writes its error to
-    `results.json` and returns NaN, so that the other jobs run.
+    A run that fails writes its error to `results.json`, unless the directory contains results of
+    another run. A single run then exits with 1; a job of a sweep returns NaN, so that the other
+    jobs run.
 
     Args:
         cfg: the composed config.

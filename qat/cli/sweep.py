@@ -1,7 +1,8 @@
 """Sweeps (`-m`): Hydra callbacks, the summary at the end, and `analyze.py sweep=DIR`.
 
 Nothing heavy is imported. Jobs may run in other processes and on other machines, so a job that
-fails writes its error to a separate file, because its `results.json` may be from an earlier run.
+fails also writes its error to a separate file, because its `results.json` may be from an earlier
+run.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def _matching_settings(processor: Any) -> dict[str, Any] | None:
         for pixels in probes
     ]
     fraction = image_size / shorter_side
-    # timm rounds image_size / crop_pct down; the next smaller float compensates for rounding.
+    # timm rounds image_size / crop_pct down, possibly one pixel too low; the float just below the
+    # fraction avoids this.
     fractions = (fraction, math.nextafter(fraction, 0), getattr(processor, "crop_pct", fraction))
     for crop_pct, crop_mode in itertools.product(fractions, ("squash", "center_floor")):
         settings = {

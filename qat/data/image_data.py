@@ -102,7 +102,8 @@ class ImageData(LightningDataModule, ABC):
     """Base of all datasets; a subclass implements `read`.
 
     Args:
-        settings: fields of `DataSettings`; `DEFAULTS` has values of a dataset that may be left out.
+        settings: fields of `DataSettings`. A field that is left out takes its value from the
+            `DEFAULTS` of the class, if it is there.
 
     Attributes:
         requested_split: the split for evaluation; None = `test`, or `val` if the data has no test
@@ -416,7 +417,7 @@ class EncodedImageData(ImageData):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """Take preprocessing settings that are None from `model`, or else ImageNet's.
+        """Fill in preprocessing settings that are None: values of `model`, or else of ImageNet.
 
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.

@@ -110,8 +110,8 @@ class HfParquet(EncodedImageData):
         """All existing splits.
 
         Raises:
-            UsageError: `data.root` is not set or lacks these files, or a file does not have the
-                columns that `ParquetImages` expects.
+            UsageError: `data.root` is not set or contains no split with labels, or a file does not
+                have the columns that `ParquetImages` expects.
         """
         root = data_folder(
             self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"
@@ -124,5 +124,8 @@ class HfParquet(EncodedImageData):
         if "test" in splits and np.all(splits["test"].labels == -1):  # not published
             del splits["test"]
         if not splits:
-            raise UsageError(f"data.root={self.settings.root!r}: has no train*.parquet")
+            raise UsageError(
+                f"data.root={self.settings.root!r}: must contain train*.parquet, val*.parquet, or "
+                "test*.parquet with labels"
+            )
         return splits

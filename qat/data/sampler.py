@@ -31,7 +31,7 @@ class SeededSampler(DistributedSampler[ImageKey]):
         rank: number of this process.
         world_size: number of processes.
         repeats: number of copies of an image. Copies are adjacent in the order of all processes, so
-            that each process gets another copy; the length of an epoch does not change. Only used
+            that processes get different copies; the length of an epoch does not change. Only used
             if `shuffle` is true. Source: `RepeatAugSampler` of DeiT.
 
     Attributes:

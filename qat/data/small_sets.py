@@ -98,7 +98,7 @@ class FashionMnist(ImageData):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or lacks these files, or a file is damaged.
+            UsageError: `data.root` is not set or lacks the files of `LAYOUT`, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         return hold_out({
@@ -154,7 +154,7 @@ class Cifar10(FashionMnist):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or lacks these files, or a file is damaged.
+            UsageError: `data.root` is not set or lacks the files of `LAYOUT`, or a file is damaged.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         train_files = find_parquet(root, "train")

@@ -162,8 +162,8 @@ class Timm(EncodedImageData):
             for other_split, other_images in splits.items():
                 if images.files & other_images.files:
                     raise UsageError(
-                        f"{setting}: must differ from the {other_split} split; "
-                        f"set it to null if there is no {split} split"
+                        f"{setting}: shares files with the {other_split} split; "
+                        f"must have other files, or be null if there is no {split} split"
                     )
             if splits:
                 first_split = next(iter(splits))

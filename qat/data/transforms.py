@@ -26,7 +26,8 @@ from qat.data.settings import DataSettings
 from qat.data.sources import resize_square, to_pil
 from qat.errors import UsageError
 
-# Keeps the random draws of mixing apart from the draws of augmentation by (seed, epoch, index).
+# Part of the seed of mixing, so that its random draws differ from those of augmentation, which are
+# seeded by (seed, epoch, index).
 MIXING_STREAM = 0x6D6978
 
 
@@ -85,7 +86,7 @@ def eval_transform(settings: DataSettings) -> Transform:
 
 
 def _crop_floor(image: Image.Image, size: int) -> Image.Image:
-    """Crop a square from the centre, with its corner rounded down; torchvision rounds to even."""
+    """Crop a square from the centre. Its corner is rounded down; torchvision rounds to nearest."""
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

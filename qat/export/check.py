@@ -27,8 +27,9 @@ from qat.nn import BOXES, LOGITS, named_outputs
 from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
-# Logits, and boxes in sides of an image, count as equal if they differ by at most this. For other
-# outputs, such as embeddings, the limit is relative to the largest value, if that is above 1.
+# Logits, and boxes as fractions of the image's sides, count as equal if they differ by at most
+# this. For other outputs, such as embeddings, the limit is relative to the largest value, if that
+# is above 1.
 TOLERANCE = 1e-4
 # Maximum number of images whose codes are compared; only images whose logits differ are examined.
 MAX_EXAMINED = 16
@@ -36,10 +37,11 @@ MAX_EXAMINED = 16
 # value this close to a threshold may get either code, which also changes the codes of later layers.
 ROUNDING_ERROR = 2e-5
 # Runtimes compute some products in integers which the graph, run operator by operator, computes in
-# float, so values on thresholds may be rounded the other way. If this changes the outputs of
-# more than this fraction of the images, and by more than `MAX_ROUNDING_RATIO` times as much as a
-# change of the image by the factor `SLIGHT_FACTOR` does, or by more than `MAX_RELATIVE_ERROR`, the
-# runtime computes something else.
+# float, so values on thresholds may be rounded the other way. An image is unexplained if its
+# outputs differ from the graph's by more than `TOLERANCE`, and by more than `MAX_ROUNDING_RATIO`
+# times the effect of multiplying the image by `SLIGHT_FACTOR`. This effect counts only if the file
+# differs from the model by at most `MAX_RELATIVE_ERROR`. With more than this fraction of
+# unexplained images, the runtime computes something else.
 MAX_UNEXPLAINED = 0.1
 MAX_ROUNDING_RATIO = 2
 SLIGHT_FACTOR = 1 + 1e-6
@@ -64,11 +66,11 @@ class Agreement:
         same_top1: number of images on which file and model predict the same class, for all matched
             queries of a detector; 0 for encoders.
         num_differing: number of images whose outputs differ by more than `TOLERANCE`.
-        max_error: maximum difference between outputs on all other images.
+        max_error: maximum difference between outputs on images that differ by at most `TOLERANCE`.
         relative_error: maximum difference of an output on any image, relative to the largest value
             of the output.
-        boxes: maximum difference of a detector's boxes, for matched queries, in sides of an image;
-            None for other models.
+        boxes: maximum difference of a detector's boxes, for matched queries, as a fraction of the
+            image's sides; None for other models.
         cosine: lowest cosine similarity of an encoder's outputs; None if there are logits.
         num_unexplained: number of images on which the file also differs from its own graph, run
             operator by operator, by more than rounding explains. Only `MAX_EXAMINED` of the images

@@ -70,7 +70,8 @@ class QuantizedTensor(_CodeTensor):
         scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
             second run. `after` is also None if it is 0.
         name: name of the quantizer.
-        zero: the 8-bit code that products subtract: the code of 0, or the first code above 0.
+        zero: the 8-bit code that products subtract: the code of 0, or the first code above 0
+            if 0 has none.
         graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """

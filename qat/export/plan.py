@@ -8,8 +8,7 @@ dimension, then
 where a runtime computes the inner product and scale_w in one integer kernel. Half steps, zero
 points and offsets are part of `row` and `constant`.
 
-A quantizer divides by a step size. If a product directly precedes the quantizer, the division is
-part of the scale of the product.
+If a product directly precedes a quantizer, its scale includes the division by the step size.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CONSTANTS = (
     "sums",
     "columns",
     "constant",
-    "later",
+    "constant_factor",
     "left",
     "left_scale",
     "weight_scale",
@@ -61,12 +60,11 @@ class Plan(nn.Module):
         scale: factor of the sum of products.
         columns_scale: second factor of the sum, if one factor would be a whole matrix.
         row: summand that is added to the sum before the scale.
-        ones: (K, 1), int8, all 1; a product with `ones` sums the rows of the left codes in
-            integers.
+        ones: (K, 1), int8, all 1; a product with `ones` sums rows of the left codes in integers.
         sums: factor of the sum over a row of the left codes, added before the scale.
         columns: factor of the sum over a column of the right codes, added before the scale.
         constant: summand that is added after the scale; it includes the bias of a Linear.
-        later: factor of the constant; None = 1.
+        constant_factor: factor of the constant; None = 1.
         left: (..., 1 or N, K), offset of the left factor, which is multiplied by the right codes.
         left_scale: factor of the product of `left` and the right codes.
         weight_scale: (out,) or (), scale of the codes of a weight.
@@ -90,12 +88,11 @@ class Planner:
 
     Attributes:
         plans: plans of all products and dequantized codes, in the order in which they run.
-        predivided: quantizers that need not divide by their step size, because the product before
-            them does.
-        rows: for each weight, the step sizes that divide its outputs, (N, blocks): one for each
-            token and part of the outputs.
-        columns: for each weight, the step sizes that divide its outputs, (out,): one for each
-            channel, or 1 for channels whose step sizes are in `rows`.
+        predivided: quantizers whose division by a step size is part of the product before them.
+        token_steps: for each weight, the step sizes that divide its outputs, (N, blocks): one for
+            each token and part of the outputs.
+        channel_steps: for each weight, the step sizes that divide its outputs, (out,): one for each
+            channel, or 1 for channels whose step sizes are in `token_steps`.
         steps: the step sizes that divide a product of two activations, by the names of their two
             quantizers: (), (N, 1) or (h, 1, d) for probabilities and values, whose product is (B,
             h, N, d). For queries and keys, this is the inverse of the factor of scores, times the
@@ -106,8 +103,8 @@ class Planner:
         self.cpu = cpu
         self.plans: list[Plan] = []
         self.predivided: set[nn.Module] = set()
-        self.rows: dict[nn.Module, Tensor] = {}
-        self.columns: dict[nn.Module, Tensor] = {}
+        self.token_steps: dict[nn.Module, Tensor] = {}
+        self.channel_steps: dict[nn.Module, Tensor] = {}
         self.steps: dict[tuple[str, str], Tensor] = {}
         for module in net.modules():
             if isinstance(module, ScoredAttention):
@@ -164,14 +161,15 @@ class Planner:
     def _product_with_weight(
         self, a: QuantizedTensor, b: StoredWeight, bias: Tensor | None
     ) -> Tensor:
-        rows = self.rows.get(b.frozen)
-        step = self.columns.get(b.frozen, ONE)
+        token_steps = self.token_steps.get(b.frozen)
+        steps = self.channel_steps.get(b.frozen, ONE)
         if _is_constant_along(a, -1):
-            self.plans.append(_plan_weight_product(a, b, bias, rows, step))
+            self.plans.append(_plan_weight_product(a, b, bias, token_steps, steps))
         else:
-            if rows is not None:
-                step = (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
-            self._product_of_numbers(a, b, step)
+            if token_steps is not None:
+                blocks = steps.unflatten(0, (token_steps.shape[1], -1))
+                steps = (blocks * token_steps.unsqueeze(-1)).flatten(1)
+            self._product_of_numbers(a, b, steps)
         return F.linear(a.codes, b.value, bias)
 
     def _product_of_numbers(
@@ -194,7 +192,7 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
         return
     step = torch.tensor(1 / scale)
     scores_quantizer = getattr(attention, "scores_quantizer", None)
-    if _has_no_offset(scores_quantizer) and scores_quantizer.scale.numel() == 1:
+    if _can_predivide(scores_quantizer) and scores_quantizer.scale.numel() == 1:
         step = step * scores_quantizer.scale.reshape(())
         planner.predivided.add(scores_quantizer)
     planner.steps[left.name, right.name] = step
@@ -236,24 +234,24 @@ def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
         return
     if not isinstance(weight_quantizer, FrozenWeight) or not _has_no_norms(attention):
         return
-    if not all(map(_has_no_offset, quantizers)):
+    if not all(map(_can_predivide, quantizers)):
         return
     size = attention.qkv.out_features // 3
-    columns = []
+    channel_steps = []
     token_scales: list[Tensor | None] = []
     for quantizer in quantizers:
         if _has_token_scales(quantizer):
-            columns.append(torch.ones(size))
+            channel_steps.append(torch.ones(size))
             token_scales.append(quantizer.scale)
         else:
-            columns.append(quantizer.scale.expand(size))
+            channel_steps.append(quantizer.scale.expand(size))
             token_scales.append(None)
-    planner.columns[weight_quantizer] = torch.cat(columns)
+    planner.channel_steps[weight_quantizer] = torch.cat(channel_steps)
     num_tokens = next((scale.numel() for scale in token_scales if scale is not None), None)
     if num_tokens is not None:
         ones = torch.ones(num_tokens)
-        rows = [ones if scale is None else scale for scale in token_scales]
-        planner.rows[weight_quantizer] = torch.stack(rows, 1)
+        token_steps = [ones if scale is None else scale for scale in token_scales]
+        planner.token_steps[weight_quantizer] = torch.stack(token_steps, 1)
     planner.predivided.update(quantizers)
 
 
@@ -263,22 +261,24 @@ def _fold_reparameterized(planner: Planner, attention: Any) -> None:
         return
     key_quantizer = attention.k_quantizer
     matrix_quantizer = attention.qk_quantizer
-    if isinstance(matrix_quantizer, FrozenWeight) and _has_no_offset(key_quantizer):
+    if isinstance(matrix_quantizer, FrozenWeight) and _can_predivide(key_quantizer):
         out_features = len(matrix_quantizer.stored)
         if _has_token_scales(key_quantizer):
-            # Only the rows have step sizes.
-            planner.columns[matrix_quantizer] = torch.ones(out_features)
-            planner.rows[matrix_quantizer] = key_quantizer.scale.reshape(-1, attention.num_heads)
+            # Step sizes differ by token and head, not by channel.
+            planner.channel_steps[matrix_quantizer] = torch.ones(out_features)
+            head_steps = key_quantizer.scale.reshape(-1, attention.num_heads)
+            planner.token_steps[matrix_quantizer] = head_steps
         else:
-            planner.columns[matrix_quantizer] = key_quantizer.scale.expand(out_features)
+            planner.channel_steps[matrix_quantizer] = key_quantizer.scale.expand(out_features)
         planner.predivided.add(key_quantizer)
     value_quantizer = attention.v_quantizer
     weight_quantizer = getattr(attention.v, "weight_quantizer", None)
-    if not isinstance(weight_quantizer, FrozenWeight) or not _has_no_offset(value_quantizer):
+    if not isinstance(weight_quantizer, FrozenWeight) or not _can_predivide(value_quantizer):
         return
     # Step sizes that differ between tokens are folded only for keys.
     if not _has_token_scales(value_quantizer):
-        planner.columns[weight_quantizer] = value_quantizer.scale.expand(attention.v.out_features)
+        steps = value_quantizer.scale.expand(attention.v.out_features)
+        planner.channel_steps[weight_quantizer] = steps
         planner.predivided.add(value_quantizer)
 
 
@@ -292,7 +292,7 @@ def _fold_heads(planner: Planner, attention: Any) -> None:
         return
     if not (isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation)):
         return
-    if not _has_no_offset(proj_quantizer):
+    if not _can_predivide(proj_quantizer):
         return
     step = proj_quantizer.scale
     if _has_token_scales(proj_quantizer):
@@ -308,7 +308,7 @@ def _has_no_norms(attention: nn.Module) -> bool:
     return all(isinstance(norm, nn.Identity) for norm in norms)
 
 
-def _has_no_offset(quantizer: object) -> TypeGuard[FrozenActivation]:
+def _can_predivide(quantizer: object) -> TypeGuard[FrozenActivation]:
     """True for a quantizer that divides its input without adding an offset first."""
     return isinstance(quantizer, FrozenActivation) and quantizer.before is None
 
@@ -364,8 +364,8 @@ def _plan_weight_product(
     a: QuantizedTensor,
     stored: StoredWeight,
     bias: Tensor | None,
-    rows: Tensor | None,
-    step: Tensor,
+    token_steps: Tensor | None,
+    channel_steps: Tensor,
 ) -> Plan:
     """Plan of the product with a weight; the arithmetic is in float64.
 
@@ -373,44 +373,44 @@ def _plan_weight_product(
         a: left factor.
         stored: the weight.
         bias: bias of the layer, (out,), or None.
-        rows: divisors of the outputs for each token and part of the outputs, see `Planner.rows`.
-        step: divisors of the outputs for each channel, see `Planner.columns`.
+        token_steps: divisors of the outputs or None, see `Planner`.
+        channel_steps: divisors of the outputs, see `Planner`.
     """
     scale = _to_double(squeeze_constant_dims(a.scale))
     shift = _to_double(squeeze_constant_dims(a.shift))
     sums = _to_double(stored.constant)
     factors = stored.factors.double()
-    columns = 1 / step.double()
+    inverse_steps = 1 / channel_steps.double()
     has_one_scale = scale.numel() == 1
     # Step sizes for the whole tensor, or for each output, become part of the weight's scales.
     tensor_scale = scale.reshape(()) if has_one_scale else ONE.double()
     weight_sums = factors.sum(1) * stored.scale.double() + factors.shape[1] * sums
-    row = shift * weight_sums * tensor_scale * columns
-    sums = sums * tensor_scale * columns
-    weight_scale = (stored.scale.double() * tensor_scale * columns).float().squeeze()
+    row = shift * weight_sums * tensor_scale * inverse_steps
+    sums = sums * tensor_scale * inverse_steps
+    weight_scale = (stored.scale.double() * tensor_scale * inverse_steps).float().squeeze()
     weight_zero = stored.zero_point
     if weight_zero is not None:
         weight_zero = weight_zero.squeeze().expand_as(weight_scale).clone()
 
-    later = None
+    constant_factor = None
     blocks = 0
-    if rows is not None:
-        later = 1 / rows.double().unsqueeze(-1)  # (N, blocks, 1)
-        blocks = later.shape[-2]
+    if token_steps is not None:
+        constant_factor = 1 / token_steps.double().unsqueeze(-1)  # (N, blocks, 1)
+        blocks = constant_factor.shape[-2]
     elif not has_one_scale and not a.zero:
         # OpenVINO 2026.4 mistakes a scale of rows for a scale of columns, unless another operator,
         # such as a zero point, is between the product and the scale.
         blocks = 1
     constant = _constant_of_linear(a, stored, bias)
     if constant is not None:
-        constant = constant * columns
+        constant = constant * inverse_steps
         if blocks:
             constant = constant.unflatten(-1, (blocks, -1))
-    outer_scale = later
+    outer_scale = constant_factor
     if not has_one_scale:
         if blocks:
             scale = scale.unsqueeze(-1)
-        outer_scale = scale if later is None else scale * later
+        outer_scale = scale if constant_factor is None else scale * constant_factor
     ones = None
     if sums.any():
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
@@ -427,7 +427,7 @@ def _plan_weight_product(
         sums=None if ones is None else _add_leading_dims(sums, ndim),
         scale=_add_leading_dims(outer_scale, ndim_split),
         constant=_add_leading_dims(constant, ndim_split),
-        later=_add_leading_dims(later, ndim_split),
+        constant_factor=_add_leading_dims(constant_factor, ndim_split),
     )
 
 

@@ -19,8 +19,8 @@ from qat.export.write import CODES
 
 # OpenVINO fuses these operators with a factor that follows them.
 _FUSED_WITH_FACTOR = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
-# Onnxruntime moves QuantizeLinear before these operators, as before MaxPool, or fuses them with
-# Conv.
+# Onnxruntime moves QuantizeLinear before these operators, just as it moves it before MaxPool, or
+# fuses them with Conv.
 _PASSED_OPERATORS = frozenset({
     "Reshape",
     "Transpose",

@@ -231,8 +231,8 @@ class Writer(nn.Module):
         if scale is not None:
             y = y * scale
         constant = plan.constant
-        if plan.later is not None and constant is not None:
-            constant = constant * plan.later
+        if plan.constant_factor is not None and constant is not None:
+            constant = constant * plan.constant_factor
         if constant is not None:
             y = y + constant
         if plan.left is not None:

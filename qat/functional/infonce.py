@@ -1,6 +1,6 @@
 """Distances of quantized logits from float logits: the fitness of a search.
 
-Source: `infonce` is from Evol-Q, arXiv 2308.10814; the other distances are ours.
+Source: `infonce` is from Evol-Q, arXiv 2308.10814; the other distances are from qat itself.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SCALE_FLOOR = 1e-5
 # Candidate step sizes relative to LSQ's initial step size, eight for each power of two. At 2 bits,
 # finer candidates lower the error by less than 1 %.
 MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
-# Searching sorted values for the upper end of a code takes as long as quantizing this many values.
+# Finding one threshold between codes in sorted values takes as long as quantizing this many values.
 SORTED_VALUES_PER_CODE = 20
 
 

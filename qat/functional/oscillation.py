@@ -64,8 +64,8 @@ class FreezingState(NamedTuple):
 
     Attributes:
         frozen: bool, True for frozen entries.
-        codes: codes of the frozen entries from the next update on, float32; the other entries are
-            unused.
+        codes: the code at which each entry is frozen, float32; `replace_frozen` uses it from the
+            next update on. Unused where `frozen` is False.
         mean: exponential mean of the codes, float32.
     """
 

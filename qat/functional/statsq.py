@@ -36,7 +36,7 @@ def statsq_scale(w: Tensor) -> Tensor:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
     if w.ndim == 3:
-        # Average one dimension after the other, as in the paper's code: equal weights are ties
+        # Average one dimension after the other, as in OFQ's code: equal weights are ties
         # between two codes, and the rounding error of a mean over both dimensions would break the
         # ties.
         return 2 * magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)

@@ -62,7 +62,7 @@ def _tile_side(size: int) -> int:
 
 
 class _Settings(NamedTuple):
-    """Arguments of the operators besides tensors: codes of the probabilities, h and the factor."""
+    """Arguments that are not tensors: `CodeRange` of the probabilities, heads, factor on scores."""
 
     qmin: int
     qmax: int
@@ -89,7 +89,7 @@ def _launch(
         qkv: queries, keys and values.
         scale: scale of the probabilities.
         others: tensor arguments of the kernel after the scale.
-        settings: codes of the probabilities, h and the factor on the scores.
+        settings: the other arguments.
     """
     q = qkv[0]
     if type(q) not in PLAIN_CLASSES:  # tracing only needs shapes

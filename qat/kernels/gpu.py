@@ -128,14 +128,15 @@ def _backward_layout(  # noqa: PLR0913, PLR0917
     producer: Producer,
 ) -> Layout | None:
     """The rows of `x`. Returns None if the kernel does not support these tensors."""
-    if producer.kind in {"tanh", "softmax"} or dequantized not in {None, *DTYPES}:
+    if producer.kind in {"gelu_tanh", "softmax"} or dequantized not in {None, *DTYPES}:
         return None
     if not are_supported(DTYPES, grad, x, *q[:4], out, weight, bias):
         return None
     layout = layout_of(x, q, weight, bias)
     if layout is None:
         return None
-    if producer.kind in WHOLE_ROW_KINDS and not layout.length == x.shape[-1] <= MAX_ROW_LENGTH:
+    has_whole_rows = layout.length == x.shape[-1] and layout.length <= MAX_ROW_LENGTH
+    if producer.kind in WHOLE_ROW_KINDS and not has_whole_rows:
         return None
     return layout
 
@@ -194,7 +195,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     requested = tuple(t is not None for t in (q.before, after, weight, bias))
     sums = _floats(x, sum(requested), num_strips, length)
     y = None if dequantized is None else x.new_empty(x.shape, dtype=dequantized)
-    # Lengths and strides are passed in multiples of `divisor`, so that the compiler knows it.
+    # Lengths and strides are passed in units of `divisor`, so the compiler knows that it divides
+    # them.
     divisor = math.gcd(8, length, grad_stride, stride, out_stride)
     low, high = q.codes.ends
     _launch(

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Torch's names of the approximations, by `Producer.kind`.
+GELU_APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
 
 class Producer(NamedTuple):
     """The operation that computed the input of a quantizer from another tensor x.
 
     Attributes:
-        kind: `norm` = LayerNorm over the last dimension; `none` or `tanh` = GELU with this
-            approximation; `scores` = softmax over the last dimension in float32; `softmax` = x is
-            the result of a softmax, and gradients are with respect to the scores; empty = no
-            operation, so the quantizer's input is x itself.
+        kind: `norm` = LayerNorm over the last dimension; `gelu` = GELU; `gelu_tanh` = GELU with
+            torch's `tanh` approximation; `scores` = softmax over the last dimension in float32;
+            `softmax` = x is the result of a softmax, and gradients are with respect to the scores;
+            empty = no operation, so the quantizer's input is x itself.
         eps: eps of a LayerNorm.
         factor: for both kinds of softmax, the factor on the scores.
     """
@@ -37,8 +40,8 @@ class Producer(NamedTuple):
         if self.kind == "scores":
             probs = x.softmax(-1, dtype=torch.float32)
             return probs, probs
-        if self.needs_recompute:
-            return (F.gelu(x, approximate=self.kind),)
+        if self.kind in GELU_APPROXIMATIONS:
+            return (F.gelu(x, approximate=GELU_APPROXIMATIONS[self.kind]),)
         return (x,)
 
     def backward(
@@ -58,9 +61,9 @@ class Producer(NamedTuple):
             return torch.ops.aten.native_layer_norm_backward(
                 grad, x, x.shape[-1:], *saved, weight, bias, needs_grad
             )
-        if self.kind in {"none", "tanh"}:
+        if self.kind in GELU_APPROXIMATIONS:
             grad_x = torch.ops.aten.gelu_backward.grad_input(
-                grad, x, approximate=self.kind, grad_input=grad
+                grad, x, approximate=GELU_APPROXIMATIONS[self.kind], grad_input=grad
             )
             return grad_x, None, None
         if not self.kind:

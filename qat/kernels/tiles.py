@@ -43,8 +43,9 @@ def tiles_of(
 
     Args:
         layout: the rows to cut.
-        max_row_length: maximum number of columns, if a tile must be as wide as a row; None = as
-            many columns as possible without a half-empty tile.
+        max_row_length: maximum number of columns, if a tile must be as wide as a row; None = at
+            most `MAX_TILE_WIDTH`: the largest power of two that divides the row or, if that is
+            below `MIN_TILE_WIDTH`, the row rounded up to a power of two.
 
     Returns:
         Rows and columns of a tile, by the names of the kernels' arguments. The number of tiles down

@@ -138,7 +138,7 @@ def _produce(  # noqa: PLR0913, PLR0917
         inverse_std = tl.rsqrt(tl.sum(centered * centered, 1) * inverse_length + eps)[:, None]
         saved = centered * inverse_std
         out = _add_optional(saved if weight is None else saved * weight, bias)
-    if PRODUCER == "none":
+    if PRODUCER == "gelu":
         saved = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         out = x * saved
     if PRODUCER == "scores":
@@ -167,7 +167,7 @@ def _produce_backward(  # noqa: PLR0913
         mean = (tl.sum(grad, 1) * inverse_length)[:, None]
         projection = (tl.sum(grad * saved, 1) * inverse_length)[:, None]
         grad = (grad - mean - saved * projection) * inverse_std
-    if PRODUCER == "none":
+    if PRODUCER == "gelu":
         grad = grad * (saved + x * DENSITY * tl.exp(-0.5 * x * x))
     if PRODUCER == "scores":
         grad = (grad - tl.sum(grad * saved, 1)[:, None]) * saved * factor
@@ -290,7 +290,7 @@ def lsq_backward(  # noqa: PLR0913
     written to `y` unless `y` is None.
 
     PRODUCER is the operation that computed the input of the quantizer from `x`: "norm" = LayerNorm
-    and "scores" = softmax, both with whole rows in a tile, or "none" = GELU. `grad_x` is always the
+    and "scores" = softmax, both with whole rows in a tile, or "gelu" = GELU. `grad_x` is always the
     gradient of `x`.
 
     Length and strides of rows are in UNITs, so that the compiler knows them to be multiples of

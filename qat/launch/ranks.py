@@ -23,8 +23,8 @@ COPYING_STRATEGIES = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill by torchrun, in which a run finishes its step or validation
 # and saves.
 SHUTDOWN_S = 600
-# Environment variables: the id of the process that started the ranks, which end when it ends, and
-# the lock file that it holds for them.
+# Environment variables that the launcher of the ranks sets: its process id (ranks end when the
+# launcher ends), and the path of the lock file that it holds for the ranks.
 LAUNCHER = "QAT_LAUNCHER"
 LOCK_FILE = "QAT_LOCK"
 

@@ -55,7 +55,7 @@ class QATModule(LightningModule):
         describe: metadata of checkpoints (`qat.model.metadata.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale is computed for the global batch, so that
             results do not depend on the number of processes; `process` = for the batch of one
-            process, as in the paper's code.
+            process, as in OFQ's code.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class QATModule(LightningModule):
                 decay 0.05.
 
         Raises:
-            UsageError: the net has another number of classes than the data, a term needs a teacher,
-                or the net does not record how timm built it.
+            UsageError: the numbers of classes of net and data differ, a term needs a teacher, or
+                the net does not record how timm built it.
         """
         num_classes = data.settings.num_classes
         model_classes = getattr(net, "num_classes", num_classes)

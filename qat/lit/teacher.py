@@ -66,7 +66,7 @@ class Teacher:
 
     Args:
         net: the float net; its parameters are frozen.
-        head: `cls` = only the class head, as in the paper's code; `mean` = the net's own
+        head: `cls` = only the class head, as in OFQ's code; `mean` = the net's own
             evaluation, which is the mean of both heads in a distilled net. For a net with one head,
             both values mean the same.
     """

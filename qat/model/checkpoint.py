@@ -60,13 +60,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a checkpoint of qat or timm, or a plain state dict (torch or safetensors).
 
-    Nothing in the file is executed. If the file also contains averaged weights, those are read, as
-    in timm.
+    Nothing in the file is executed. If the file also contains averaged weights, they are read
+    instead, as in timm, except with `ofq`.
 
     Args:
         path: the file.
-        fmt: one of `FORMATS`; `ofq` (the paper's code) is read like `timm`, and `qat.interop`
-            builds a model from it.
+        fmt: one of `FORMATS`; `ofq` = a file of OFQ's own code, from which `qat.interop` builds a
+            model.
         setting: name of the setting for the file, for error messages.
 
     Raises:

@@ -82,7 +82,10 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 
 
 def can_recover_weights(net: nn.Module) -> bool:
-    """True if the float weights can be recovered: neither offsets nor QKR were folded."""
+    """True unless freezing has lost float weights.
+
+    With QKR, only the folded matrix is left. Where offsets are left, others are part of biases.
+    """
     for quantizer in _frozen_activations(net):
         if quantizer.before is not None or quantizer.after is not None:
             return False

@@ -274,5 +274,5 @@ class FrozenFp8Activation(FrozenNonuniform):
 
 
 def is_frozen(net: nn.Module) -> bool:
-    """True if `freeze` returned this model."""
+    """True if a model contains a frozen quantizer."""
     return any(isinstance(module, Frozen) for module in net.modules())

@@ -161,7 +161,7 @@ def initialize_scales(
     """Set every scale that is still NaN, from the quantizer's inputs on some images.
 
     Earlier quantizers in the model already act on these inputs. Scales that a checkpoint has set do
-    not change. With one batch, the result is that of the paper's code; with several batches,
+    not change. With one batch, the result is that of OFQ's code; with several batches,
     statistics are averaged over batches, and minima and maxima are joined.
 
     Args:

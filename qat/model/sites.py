@@ -86,10 +86,10 @@ ATTENTION = "attn"
 def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
     """Find the blocks of a model, by name, in the order of the modules.
 
-    In timm's models, a block is a child of a module named `blocks` (of the outermost, if they are
-    nested), or a `downsample` that contains an attention (LeViT). In models of Transformers, a
-    block is a child of a list whose name is in `HF_CONTAINERS` (of the innermost, if they are
-    nested).
+    In timm's models, a block is a child of a module named `blocks`, or a `downsample` that contains
+    an attention (LeViT). If these are nested, only the outermost blocks count. In models of
+    Transformers, a block is a child of a list whose name is in `HF_CONTAINERS`. If lists are
+    nested, only children of the innermost lists count.
     """
     blocks = _blocks_of_transformers(net) if hf_models(net) else {}
     if blocks:

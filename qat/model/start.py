@@ -327,15 +327,15 @@ def from_checkpoint(
 
 
 def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) -> nn.Module:
-    """Build the float model of a file of ours, whatever its recipe, to train or convert it.
+    """Build the float version of the model in a checkpoint of qat, to train or convert it.
 
     Args:
-        path: a file of `qat.save` or of a run.
+        path: a file of `qat.save` or of a run; the model may have any recipe.
         num_classes: number of classes; the model gets a new head if its own number differs. None =
             keep the head.
 
     Raises:
-        UsageError: the file is not ours, or its float weights cannot be recovered.
+        UsageError: qat did not write the file, or its float weights cannot be recovered.
     """
     checkpoint = read_checkpoint(path)
     source = build_from(checkpoint)

@@ -89,7 +89,7 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
 
 
 def reset_attention_weights(net: nn.Module) -> list[str]:
-    """Reinitialise the weights that the paper's code loses when it converts a model.
+    """Reinitialise the weights that OFQ's code loses when it converts a model.
 
     These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
     biases.

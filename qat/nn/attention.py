@@ -31,7 +31,7 @@ def join_separate_bias(attention: Any) -> Tensor | None:
 
 
 def quantize_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
-    """Quantize (B, h, N, d) in the shape (B, N, h*d), or unchanged if blocks along d share scales.
+    """Quantize (B, h, N, d) as (B, N, h*d), or in its own shape if blocks along d share scales.
 
     A score sums over d, so blocks must not extend across heads.
     """

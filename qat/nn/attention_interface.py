@@ -297,7 +297,7 @@ def _all_hf_models(net: nn.Module) -> list[Any]:
 
 
 def _check_inputs(model: Any) -> None:
-    """Raise `UsageError` if a model of Transformers needs other inputs than images."""
+    """Raise `UsageError` if a model of Transformers needs inputs other than images."""
     inputs = [model.main_input_name]
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.default is parameter.empty and parameter.kind.name == "POSITIONAL_OR_KEYWORD":

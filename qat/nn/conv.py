@@ -52,7 +52,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     @property
     def is_patchwise(self) -> bool:
-        """True if no two outputs read the same pixel, and the input quantizer is learned."""
+        """True for patches side by side, in one group, with a learned input quantizer."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}

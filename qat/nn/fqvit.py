@@ -187,7 +187,7 @@ class FqNet(VisionTransformer):
                 continue
             if not (_is_affine(before) and _is_affine(after)):
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; "
+                    f"ptq.layernorm='integer': {name} needs affine quantizers on both sides; "
                     "here it must be float"
                 )
             spec_before = before.spec  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ def _input_quantizer(layer: object) -> object:
 
 
 def _is_affine(quantizer: object) -> bool:
-    """True for an affine quantizer, also if it is frozen."""
+    """True for an affine quantizer, even if it is frozen."""
     return isinstance(quantizer, Affine) or getattr(quantizer, "zero_point", None) is not None
 
 

@@ -103,7 +103,8 @@ class GELU(nn.GELU):
         """Map any shape to the same shape."""
         out = super().forward(x)
         if _can_attach_source(self, x, out):
-            return attach_source(out, Producer(self.approximate), x)
+            kind = "gelu" if self.approximate == "none" else "gelu_tanh"
+            return attach_source(out, Producer(kind), x)
         return out
 
 

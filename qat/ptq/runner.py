@@ -64,8 +64,8 @@ class RunOrder:
         image: (1, C, H, W), on the device of the net.
 
     Attributes:
-        returned_before: maps each module that runs, in the order of first calls, to the outermost
-            modules that have returned before its first call.
+        returned_before: maps each module that runs, in the order of first calls, to the modules
+            that returned before its first call, without modules inside another one of them.
         position: index of the first call of each module.
         called_once: modules that run only once in a forward.
         shape_preserving: modules whose output has the shape of their input.
@@ -88,7 +88,7 @@ class RunOrder:
 
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                # Replace the modules inside this module by the module itself.
+                # In the list, this module replaces the modules inside it.
                 del returned_modules[num_returned_on_entry.pop() :]
                 returned_modules.append(name)
                 if _keeps_shape(args, output):
@@ -111,8 +111,9 @@ class Runner:
 
     Args:
         net: the net, in eval mode.
-        entries: for each module to run from, the module itself or modules inside it. Outputs inside
-            the module are cached too, up to the first of these modules, its entry.
+        entries: for each module to run from, candidates for its entry: the module itself, or
+            modules inside it. The candidate that runs first is the entry; outputs of modules that
+            return before the entry runs may be cached, also inside the module.
         batches: images (B, C, H, W) each, on the device of the net.
         cache_bytes: size of the cache in bytes. The cache always covers one module, and as many
             modules before this module as fit.

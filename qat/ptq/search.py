@@ -106,9 +106,9 @@ class SearchResult:
 
     Attributes:
         selected_on: images on which scales were selected: `calibration` or `validation`. With
-            `validation`, the accuracy on validation images does not estimate that on other images.
+            `validation`, the accuracy on these images does not estimate the accuracy on others.
         fitness_before: fitness of the unchanged model.
-        fitness: fitness at the end of the search, also if other scales were selected on validation
+        fitness: fitness at the end of the search, even if other scales were selected on validation
             images.
         evaluations: number of candidates.
         accepted: number of candidates that became the incumbent.
@@ -149,27 +149,27 @@ class Evaluator:
         net: a quantized net in eval mode.
         batches: calibration images (N, C, H, W) each. The fitness is computed on whole batches,
             because `infonce` compares each image with the other images of its batch.
-        targets: float logits (N, classes) of each batch.
+        float_logits: (N, classes) of each batch.
         settings: settings of the search.
 
     Attributes:
         vectors: scales of each block, first block first.
-        runner: runner of the net. Call `runner.forget()` if scales changed in a block whose outputs
-            are cached.
+        runner: runner of the net. Call `runner.clear_cache()` if scales changed in a block whose
+            outputs are cached.
     """
 
     def __init__(
         self,
         net: nn.Module,
         batches: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        float_logits: Sequence[Tensor],
         settings: SearchSettings,
     ) -> None:
         device = next(net.parameters()).device
         self.weights = [site for site in iter_quantizers(net) if site.is_weight]
         order = RunOrder(net, batches[0][:1].to(device))
         self.vectors = scale_vectors(net, settings.targets, order.position)
-        self.targets = [target.to(device) for target in targets]
+        self.float_logits = [target.to(device) for target in float_logits]
         self.loss = logit_fitness(settings.fitness, settings.temperature)
         micro_batches: list[Tensor] = []
         # For each micro-batch, the index of its batch.
@@ -204,12 +204,12 @@ class Evaluator:
         for site in self.weights:
             if position.get(site.layer, 0) > position[block]:
                 fixed_weights[site.quantizer] = _constant_forward(site.quantizer(site.latent()))
-        logits: list[list[Tensor]] = [[] for _ in self.targets]
+        logits: list[list[Tensor]] = [[] for _ in self.float_logits]
         with self.runner.at(block), patch_forwards(fixed_weights):
             for i, batch_index in enumerate(self.batch_indices):
                 logits[batch_index].append(self.runner(i))
         losses = []
-        for parts, target in zip(logits, self.targets, strict=True):
+        for parts, target in zip(logits, self.float_logits, strict=True):
             losses.append(self.loss(torch.cat(parts), target))
         return float(torch.stack(losses).double().mean())
 
@@ -265,7 +265,7 @@ def _check_arguments(
 def search(
     net: nn.Module,
     batches: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    float_logits: Sequence[Tensor],
     settings: SearchSettings,
     *,
     run_dir: str | Path | None = None,
@@ -279,7 +279,7 @@ def search(
         net: a quantized net whose scales are set. It runs in eval mode, and its mode is restored
             afterwards.
         batches: calibration images (N, C, H, W) each, preprocessed.
-        targets: float logits (N, classes) of each batch.
+        float_logits: (N, classes) of each batch.
         settings: settings of the search.
         run_dir: folder of `search.csv` and `search.ckpt`, written after each block; None = write no
             files.
@@ -294,11 +294,11 @@ def search(
     """
     _check_arguments(batches, settings, validate)
     assert_ready(net)
-    tensors = [*net.state_dict().values(), *batches, *targets]
+    tensors = [*net.state_dict().values(), *batches, *float_logits]
     progress = Progress(run_dir, "search", COLUMNS, settings, tensors, run)
     state = progress.resume() if resume else None
     with probing(net, ()):
-        evaluator = Evaluator(net, batches, targets, settings)
+        evaluator = Evaluator(net, batches, float_logits, settings)
         order = list(reversed(evaluator.vectors))
         if state is None:
             state = _initial_state(evaluator, order[0], progress)

@@ -191,10 +191,10 @@ def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
 def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
     """Make a table for the terminal."""
     table = Table(title=title)
-    measures = dict(MEASURES.values())
-    for name in rows[0]:
-        justify = "right" if name in measures else "left"
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    numeric_headings = {heading for heading, _ in MEASURES.values()}
+    for heading in rows[0]:
+        justify = "right" if heading in numeric_headings else "left"
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table

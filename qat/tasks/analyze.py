@@ -174,4 +174,4 @@ def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[
         labels = ["/".join(parts[-num_parts:]) for parts in all_parts]
         if len(set(labels)) == len(labels):
             return labels
-    raise UsageError(f"ckpt={list(paths)}: must differ; to use a file twice, set labels")
+    raise UsageError(f"ckpt={list(paths)}: the paths give equal labels; set labels")

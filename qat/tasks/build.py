@@ -170,8 +170,8 @@ def import_modules(names: Iterable[str] | None) -> None:
             raise UsageError(f"model.imports={name!r}: {error}") from error
 
 
-def net_from_authors(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """Return the model in a file of the paper's own code, or None for other files.
+def find_ofq_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
+    """Return the model in a file of OFQ's own code, or None for other files.
 
     Raises:
         UsageError: the file does not have the format `ckpt_format`, or bits are set for another
@@ -183,7 +183,7 @@ def net_from_authors(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
             raise UsageError(
-                f"{setting}={cfg[setting]!r}: works only with files of the paper's code "
+                f"{setting}={cfg[setting]!r}: works only with files of OFQ's own code "
                 "(ckpt_format=ofq); other files state their bits"
             )
     return None
@@ -217,7 +217,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
 def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_head: bool) -> Start:
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    ofq_net = net_from_authors(cfg, checkpoint)
+    ofq_net = find_ofq_net(cfg, checkpoint)
     reset_head = cfg.model.reset_head
     if ofq_net is None:
         return from_checkpoint(name, args, checkpoint, reset_head=reset_head, keep_head=keep_head)
@@ -236,7 +236,7 @@ def quantize(
         start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
         data: the dataset whose calibration images new scales are computed from.
-        init: `full` keeps all weights; `reference` drops and adds weights as the paper's code does.
+        init: `full` keeps all weights; `reference` drops and adds weights as OFQ's code does.
         processes: number of processes of the run. Each process sets the scales from the same
             images, in batches of the global size, so that scales are equal in all processes, and
             equal to the scales of a single process with this batch size.
@@ -251,9 +251,7 @@ def quantize(
         return []
     if as_reference:
         reset_names += reset_attention_weights(start.net)
-    notes = (
-        [f"re-initialised, as in the paper's code: {', '.join(reset_names)}"] if reset_names else []
-    )
+    notes = [f"re-initialised, as in OFQ's code: {', '.join(reset_names)}"] if reset_names else []
     copied_names: list[str] = []
     missing_names: list[str] = []
     if start.source is not None:

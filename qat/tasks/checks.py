@@ -55,7 +55,8 @@ DATASETS: dict[str, type[ImageData]] = {
 }
 # The choices of `data=` that messages name first.
 COMMON_DATA = ("imagefolder", "hf_parquet")
-# Callbacks that change the length of the training or need another module, and what to use instead.
+# Callbacks that change the length of the training or do not work with `QATModule`, and what to use
+# instead.
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay makes early layers learn more slowly",
     callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
@@ -297,7 +298,8 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
             check_number(f"trainer.{name}", settings[name], 0)
     for name in NOT_ZERO:
         if settings.get(name) == 0:
-            raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
+            unlimited = "-1 (no limit) or " if name == "max_steps" else ""
+            raise UsageError(f"trainer.{name}={settings[name]!r}: must be {unlimited}above 0")
     max_time = settings.get("max_time")
     if isinstance(max_time, int | float):
         raise UsageError(f"trainer.max_time={max_time}: must be DD:HH:MM:SS")

@@ -356,7 +356,7 @@ def _log_ways_to_run(ways_to_run: list[_WayToRun], time_of_float: dict[str, floa
 
 
 def _to_text(value: Any) -> str:
-    """A result as text, such as `float 1,794,374, int8 476,290`, separated by runtime if needed."""
+    """A result as text, such as `float 1,794,374, int8 476,290`, grouped by runtime if nested."""
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):

@@ -291,8 +291,8 @@ def compile_mode(cfg: DictConfig) -> bool | str:
     on_cuda = torch.cuda.is_available() and str(accelerator) in {"auto", "gpu", "cuda"}
     if setting == "graphs" and not on_cuda:
         raise UsageError(
-            f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator={accelerator!r} has none; "
-            "must be one of true, false, auto"
+            "compile=graphs: CUDA graphs need CUDA, which is not available with "
+            f"trainer.accelerator={accelerator!r}; must be one of true, false, auto"
         )
     if setting == "auto":
         return on_cuda and cfg.trainer.get("strategy") != SHARDED

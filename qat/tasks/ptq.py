@@ -1,8 +1,8 @@
 """`ptq.py`: quantize a trained model without training.
 
-A float model is calibrated; a quantized model keeps its quantizers (`ptq=keep`). Then weights are
-fitted and scales are searched if the recipe requires it, and `quantized.ckpt` is evaluated and
-written.
+A float model is calibrated; a quantized model keeps its quantizers (`ptq=keep`). Then `ptq.method`
+may fit weights, and `search` may search scales. The model is written to `quantized.ckpt` and
+evaluated.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def ptq(cfg: DictConfig) -> float:
         net = convert(copy_net(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     if search_settings is not None:
-        # Fail early if a target matches no scale.
+        # Fail early if no scale matches `search.targets`.
         scale_vectors(quantized.net, search_settings.targets)
 
     connect(trainer)
@@ -115,14 +115,17 @@ def ptq(cfg: DictConfig) -> float:
             if changes_weights or search_settings:
                 facts["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
         fit_start_time = time.monotonic()
+        target_model = teacher
         if changes_weights:
-            # Compute the targets now, with the float model, because quantization changes its
-            # weights.
-            teacher = subject.net.to(trainer.strategy.root_device).eval()
+            # The fit changes the weights of the quantized model, so the unquantized model provides
+            # the targets of the fit and of a search.
+            target_model = subject.net.to(trainer.strategy.root_device).eval()
             settings = reconstruct_settings if method == "reconstruct" else None
-            facts |= _fit_weights(cfg, quantized.net, teacher, batches, settings, trainer)
+            facts |= _fit_weights(cfg, quantized.net, target_model, batches, settings, trainer)
         if search_settings is not None:
-            facts["search"] = _search(cfg, search_settings, quantized, batches, trainer, teacher)
+            facts["search"] = _search(
+                cfg, search_settings, quantized, batches, trainer, target_model
+            )
         start_time -= _seconds_before_resume(facts, fit_start_time)
         if not cfg.trainer.fast_dev_run and is_first():
             _save(cfg, quantized, subject)
@@ -212,14 +215,14 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
 def _fit_weights(
     cfg: DictConfig,
     net: nn.Module,
-    teacher: nn.Module,
+    reference: nn.Module,
     batches: list[Tensor],
     settings: ReconstructSettings | None,
     trainer: Trainer,
 ) -> dict[str, Any]:
     """Compensate the weights, and with `settings` reconstruct them; return `results.json` facts."""
     fit_start_time = time.monotonic()
-    layers = compensate(net, teacher, batches)
+    layers = compensate(net, reference, batches)
     if settings is None:
         return {
             "compensation": {
@@ -229,7 +232,7 @@ def _fit_weights(
         }
     facts = reconstruct(
         net,
-        teacher,
+        reference,
         torch.cat(batches),
         settings,
         context=trainer.precision_plugin.forward_context,
@@ -246,18 +249,18 @@ def _search(
     quantized: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
-    teacher: nn.Module | None,
+    target_model: nn.Module | None,
 ) -> dict[str, Any]:
     """Search over the scales in place; return facts about the search for `results.json`.
 
-    The targets are the logits of `teacher`, or else of the float model.
+    The targets are the logits of `target_model`; None = the quantized model, run in float.
     """
     net = quantized.net.eval()
     data = quantized.data
     device = trainer.strategy.root_device
-    target = net if teacher is None else teacher.to(device).eval()
-    with in_float(target):
-        targets = [logits_of(target, batch, settings.micro_batch) for batch in batches]
+    model = net if target_model is None else target_model.to(device).eval()
+    with in_float(model):
+        float_logits = [logits_of(model, batch, settings.micro_batch) for batch in batches]
 
     def accuracy() -> float:
         return evaluate(net, data.val_dataloader(), data.settings.num_classes, device)["top1"]
@@ -265,7 +268,7 @@ def _search(
     result = search(
         net,
         batches,
-        targets,
+        float_logits,
         settings,
         run_dir=cfg.run_dir,
         resume=bool(cfg.resume),

@@ -45,7 +45,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     for key in knobs:
         if key != "name":
             raise UsageError(
-                f"ptq.{key}: ptq=keep leaves the model unchanged and accepts only ptq.batch"
+                f"ptq.{key}: ptq=keep keeps the model's quantizers and accepts only ptq.batch"
             )
     return None
 

@@ -137,9 +137,8 @@ class Shared:
             check_bits(name, bits)
             if not self.ckpt:
                 raise UsageError(
-                    f"{name}={bits!r}: works only with files of the paper's code "
-                    "(ckpt_format=ofq); "
-                    "set ckpt=FILE"
+                    f"{name}={bits!r}: works only with files of OFQ's own code "
+                    "(ckpt_format=ofq); set ckpt=FILE"
                 )
 
 

@@ -31,15 +31,15 @@ DOWNLOAD_PREFIXES = ("hfds/", "hfids/", "tfds/")
 
 
 def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
-    """Set `cfg.data` to the user's data config, or else the checkpoint's, or else to digits.
+    """Set `cfg.data` to the config of the user, or else of the checkpoint, or else of `digits`.
 
     A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
     may be missing. If the data of a model are unknown, a prediction prepares images as
     `qat.transform` does; for a timm model, as for ImageNet.
 
     Raises:
-        UsageError: the checkpoint names a dataset that is not part of qat, or data that cannot be
-            used without the user's consent.
+        UsageError: the checkpoint names a class that is not a dataset of qat, or data that cannot
+            be used without the user's consent.
     """
     own_settings = {k: v for k, v in build.to_plain(cfg.data).items() if v is not None}
     meta: Mapping[str, Any] = {}
@@ -80,17 +80,21 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     predicts and needs none of their images.
 
     Raises:
-        UsageError: the dataset is not part of qat or would be downloaded, or a value contains a
-            name or an interpolation.
+        UsageError: the class is not a dataset of qat, the data would be downloaded, or a value
+            contains a class name or an interpolation.
     """
     settings = dict(meta.get("data") or {})
     target = settings.get("_target_")
     values = repr([value for key, value in settings.items() if key != "_target_"])
-    is_unknown = "_target_" in settings and target not in DATASETS
-    if is_unknown or "_target_" in values or "${" in values:
+    if "_target_" in settings and target not in DATASETS:
         raise UsageError(
-            f"ckpt={ckpt!r} was trained on {target!r}, which is not part of qat; "
+            f"ckpt={ckpt!r} was trained on {target!r}, which is not a dataset of qat; "
             "choose it with data=..."
+        )
+    if "_target_" in values or "${" in values:
+        raise UsageError(
+            f"ckpt={ckpt!r}: a value in its data config contains a class name or '${{'; "
+            "choose the data with data=..."
         )
     if target in DATASETS:
         # Files of older versions may have settings that the dataset ignored.

@@ -127,7 +127,7 @@ def _load_net(
                 f"model.name={name!r}: ckpt={cfg.ckpt!r} contains {stored_name}; leave model out"
             )
         return build_from(checkpoint, data.input_size[1:]), stored_name
-    ofq_net = build.net_from_authors(cfg, checkpoint)
+    ofq_net = build.find_ofq_net(cfg, checkpoint)
     if ofq_net is not None:
         log.info("%s", ofq_net.note)
         return ofq_net.net, ofq_net.model

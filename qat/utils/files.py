@@ -255,27 +255,21 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
             # Check this before anything is read: 3 MB could unpack to 3 GB.
             if _is_compressed(archive, Path(path).stat().st_size):
                 return "it is compressed, which torch.save never does"
-            damaged_entry = archive.testzip() or _first_folder(archive)
+            damaged_entry = archive.testzip()
+            # Torch would leave the memory of an entry that is marked as a folder uninitialized.
+            # No checksum covers this mark.
+            folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER_MARK]
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())
-    return None if damaged_entry is None else f"the checksum of {damaged_entry} does not match"
+    if damaged_entry is not None:
+        return f"the checksum of {damaged_entry} does not match"
+    return f"{folders[0]} is marked as a folder" if folders else None
 
 
 def _is_compressed(archive: zipfile.ZipFile, file_size: int) -> bool:
     entries = archive.infolist()
     unpacked_size = sum(entry.file_size for entry in entries)
     return any(entry.compress_type for entry in entries) or unpacked_size > file_size
-
-
-def _first_folder(archive: zipfile.ZipFile) -> str | None:
-    """Name of the first entry that is marked as a folder.
-
-    Torch would leave the memory of such an entry uninitialized, and no checksum covers this mark.
-    """
-    for entry in archive.infolist():
-        if entry.external_attr & _FOLDER_MARK:
-            return entry.filename
-    return None
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:

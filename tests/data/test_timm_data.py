@@ -181,7 +181,7 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
     }.get(case, {})
     one, other = ("test", "val") if case == "val is test" else ("val", "train")
     with usage_error(
-        rf"^data\.{one}_split='\w+': must differ from the {other} split",
+        rf"^data\.{one}_split='\w+': shares files with the {other} split; must have other files",
     ):
         data(root, **changes).train_dataloader()
 

@@ -361,7 +361,7 @@ def checked(_):
     return [] if found == expected else found
 
 
-MADE = {"norm": Producer("norm", 1e-5), "gelu": Producer("none")}
+MADE = {"norm": Producer("norm", 1e-5), "gelu": Producer("gelu")}
 # Cases of every device.
 SHARED = {
     **{f"{form}, {bounds}": (plain, *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},

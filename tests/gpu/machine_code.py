@@ -75,7 +75,7 @@ LAUNCHES = {
         Producer("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16
     ),
     "gelu, bfloat16": lambda: through(
-        Producer("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
+        Producer("gelu"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16
     ),
     "probabilities": lambda: probabilities(torch.float32),
     "attention": lambda: attentions(torch.float32),

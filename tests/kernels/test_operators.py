@@ -36,7 +36,7 @@ SAMPLES = {
     "lsq_backward": backward(LSQ, None),
     "lsq_backward levels": backward(HALF, torch.bfloat16),
     "lsq_backward norm": backward(LSQ, norm=(OFFSET, 2 * OFFSET), made=Producer("norm", 1e-5)),
-    "lsq_backward gelu": backward(HALF, made=Producer("none")),
+    "lsq_backward gelu": backward(HALF, made=Producer("gelu")),
     "lsq_backward scores": backward(HALF, made=Producer("scores", factor=0.5)),
     "lsq_backward softmax": backward(HALF, made=Producer("softmax", factor=0.5), x=X.softmax(-1)),
     "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),

@@ -28,7 +28,7 @@ WRONG = [
     ),
     (
         {"layernorm": "integer", "placement": "inputs"},
-        "ptq.layernorm='integer': needs scales on both sides of a norm",
+        "ptq.layernorm='integer': needs affine quantizers on both sides of a norm",
     ),
     (
         {"overrides": {"head": {"placement": "inputs"}}},

@@ -284,7 +284,7 @@ def test_a_dataset(tmp_path, extended, refused):
     assert again["top1"] == found["top1"]
     # Of a dataset of one's own, evaluation has to be told.
     said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/unnamed"))
-    assert "was trained on 'ext_dataset.Bright', which is not part of qat" in said
+    assert "was trained on 'ext_dataset.Bright', which is not a dataset of qat" in said
 
 
 def test_a_loss_term(tmp_path, extended):

@@ -111,7 +111,7 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
 
 MISTAKES = {
     "analysis=robustness analysis.low=0 ckpt={four}": "analysis.low=0: must be a number above 0",
-    "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: must differ; to use a file twice, set labels",
+    "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: the paths give equal labels; set labels",
     "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",

@@ -67,7 +67,7 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 def test_graphs_are_refused_without_cuda(accelerator):
-    line = f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator='{accelerator}' has none; must be one of true, false, auto"
+    line = f"compile=graphs: CUDA graphs need CUDA, which is not available with trainer.accelerator='{accelerator}'; must be one of true, false, auto"
     with usage_error(f"^{re.escape(line)}$"):
         fit.build_callbacks(
             compose("train", "compile=graphs", f"trainer.accelerator={accelerator}", "run_dir=a")

@@ -156,7 +156,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         (
             "lsq",
             (*KEEP, "+ptq.bits=8"),
-            "ptq.bits: ptq=keep leaves the model unchanged and accepts only ptq.batch",
+            "ptq.bits: ptq=keep keeps the model's quantizers and accepts only ptq.batch",
         ),
         (
             "lsq",

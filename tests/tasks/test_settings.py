@@ -83,7 +83,7 @@ def test_lightnings_arguments_go_by_their_names():
         ("ckpt_format=zip", "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
         (
             "ckpt_bits=4",
-            "ckpt_bits=4: works only with files of the paper's code (ckpt_format=ofq); set ckpt=FILE",
+            "ckpt_bits=4: works only with files of OFQ's own code (ckpt_format=ofq); set ckpt=FILE",
         ),
     ],
 )

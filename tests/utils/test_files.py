@@ -117,6 +117,14 @@ def read(path):
         return None
 
 
+def test_an_entry_that_is_marked_as_a_folder_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        entry = zipfile.ZipInfo("x/data/0")
+        entry.external_attr = 0x10
+        archive.writestr(entry, bytes(64))
+    assert find_damage(tmp_path / "x.ckpt") == "x/data/0 is marked as a folder"
+
+
 def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     content, path = {"a": torch.arange(64.0), "b": "text"}, tmp_path / "x.ckpt"
     write_torch(path, content)
