@@ -27,6 +27,14 @@ from qat.utils.validate import check_choice
 
 ScaleRule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
+
+class Ends(NamedTuple):
+    """Ends of ranges, one for each slice: (n,) or (1,), float32."""
+
+    low: Tensor
+    high: Tensor
+
+
 # Both ends of a range are multiplied by 1, 0.99, ... 0.11.
 SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
 # Factors on the scale of the whole tensor.
@@ -60,28 +68,32 @@ def affine_error(
     return sum_along(quantized.sub_(x).square_(), error_axis) / group_size(x, error_axis)
 
 
-def _shrink_range(
+def _best_ends(
     x: Tensor,
-    ends: tuple[Tensor, Tensor],
+    candidates: list[Ends],
     bounds: tuple[int, int],
     rule: ScaleRule,
     axis: int | None,
     error_axis: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the shrunk range with the smallest error.
+) -> Ends:
+    """Ends of the range with the smallest error, for each slice along `error_axis`.
 
-    There is one factor per slice along `error_axis`. If several ranges are equally good, the widest
-    is used.
+    Among equally good ranges, the first is used.
     """
-    factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
-    low, high = ends
     errors = []
-    for factor in factors:
-        scale, zero_point = rule(low * factor, high * factor, *bounds)
+    for low, high in candidates:
+        scale, zero_point = rule(low, high, *bounds)
         errors.append(affine_error(x, scale, zero_point, bounds, axis, error_axis))
-    # Among equal errors, argmin takes the first.
-    best_factor = factors[torch.stack(errors).argmin(0)]
-    return rule(low * best_factor, high * best_factor, *bounds)
+    best = torch.stack(errors).argmin(0).expand_as(candidates[0].low).unsqueeze(0)
+    lows = torch.stack([ends.low for ends in candidates])
+    highs = torch.stack([ends.high for ends in candidates])
+    return Ends(lows.gather(0, best).squeeze(0), highs.gather(0, best).squeeze(0))
+
+
+def _shrunk(low: Tensor, high: Tensor) -> list[Ends]:
+    """Ranges whose ends are multiplied by a common factor; the widest comes first."""
+    factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=low.device)
+    return [Ends(low * factor, high * factor) for factor in factors]
 
 
 def omse_scale(
@@ -102,9 +114,9 @@ def omse_scale(
     Returns:
         Scale and zero point, float32, the shape of `low`.
     """
-    return _shrink_range(
-        x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None
-    )
+    bounds = code_range(bits, signed=signed)
+    best = _best_ends(x, _shrunk(low, high), bounds, asymmetric_scale, axis, None)
+    return asymmetric_scale(*best, *bounds)
 
 
 def mse_scale(
@@ -115,8 +127,31 @@ def mse_scale(
     The squared error is at most that of the min-max range. The range is symmetric for signed codes.
     See `omse_scale` for the arguments.
     """
+    bounds = code_range(bits, signed=signed)
     rule = symmetric_scale if signed else asymmetric_scale
-    return _shrink_range(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
+    best = _best_ends(x, _shrunk(low, high), bounds, rule, axis, axis)
+    return rule(*best, *bounds)
+
+
+def mse_ends_scale(
+    x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """Shrink the range of each slice as `mse_scale` does, then each end by its own factor.
+
+    Outputs of GELU need this: a factor that suits their high end leaves no code for their low end,
+    -0.17. For signed codes, the range is symmetric and the result that of `mse_scale`. See
+    `omse_scale` for the arguments.
+    """
+    if signed:
+        return mse_scale(x, low, high, bits, signed=signed, axis=axis)
+    bounds = code_range(bits, signed=signed)
+    shrunk = _shrunk(low, high)
+    best = _best_ends(x, shrunk, bounds, asymmetric_scale, axis, axis)
+    other_lows = [Ends(ends.low, best.high) for ends in shrunk]
+    best = _best_ends(x, [best, *other_lows], bounds, asymmetric_scale, axis, axis)
+    other_highs = [Ends(best.low, ends.high) for ends in shrunk]
+    best = _best_ends(x, [best, *other_highs], bounds, asymmetric_scale, axis, axis)
+    return asymmetric_scale(*best, *bounds)
 
 
 def ptf_scale(
@@ -140,7 +175,7 @@ def ptf_scale(
     return scale * factors[torch.stack(errors).argmin(0)], zero_point.clone()
 
 
-METHODS = ("minmax", "percentile", "omse", "mse", "ptf")
+METHODS = ("minmax", "percentile", "omse", "mse", "mse_ends", "ptf")
 OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
 # Weight of a batch in a moving average.
@@ -148,7 +183,12 @@ MOMENTUM = 0.01
 # Methods that average the ends of the ranges of batches; the others use the outermost ends.
 _AVERAGING_METHODS = ("ema", "percentile")
 # Methods that try candidates on a batch; the other methods need only the range.
-SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
+SEARCHES = {
+    "omse": omse_scale,
+    "mse": mse_scale,
+    "mse_ends": mse_ends_scale,
+    "ptf": ptf_scale,
+}
 # Maximum length of a row. torch.quantile computes ranks in float32, which holds integers exactly
 # only up to 2^24; older versions refuse longer rows.
 MAX_QUANTILE_VALUES = 16_000_000
@@ -242,7 +282,7 @@ def affine_from_state(
 
     Args:
         state: result of `observe`, with the same axis and method.
-        x: the last batch, on which `omse`, `mse` and `ptf` measure their errors.
+        x: the last batch, on which the methods of `SEARCHES` measure their errors.
         bits: 2 to 8.
         signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1].
         axis: dimension along which scales differ; None = one scale for the tensor.
@@ -273,8 +313,8 @@ def affine_scale(
         axis: dimension along which scales differ; None = one scale for the tensor.
         method: `minmax`: smallest and largest value. `percentile`: quantiles 0.99999 and 0.00001.
             `omse`: both ends of all ranges are multiplied by whichever of the factors 1, 0.99, ...
-            0.11 has the smallest squared error. `mse`: one such factor per slice. `ptf`: one scale
-            times 1/8, 1/4, 1/2 or 1 per slice.
+            0.11 has the smallest squared error. `mse`: one such factor per slice. `mse_ends`: then
+            one per end. `ptf`: one scale times 1/8, 1/4, 1/2 or 1 per slice.
 
     Returns:
         Scale (at least float32 eps; for `ptf`, at least eps / 8) and zero point (a whole number

@@ -56,8 +56,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point.
 
     The net runs in float, so ranges do not depend on the rounding of other quantizers. A range
-    covers all batches. The methods omse, mse and ptf then try candidates on the last batch, which
-    runs once more. Equal batches lead to bit-identical scales.
+    covers all batches. The methods omse, mse, mse_ends and ptf then try candidates on the last
+    batch, which runs once more. Equal batches lead to bit-identical scales.
 
     Args:
         net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored

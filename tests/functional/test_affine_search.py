@@ -28,7 +28,21 @@ def errors(x, bits, signed, axis, method):
 @settings(max_examples=30, deadline=None)
 def test_mse_is_never_worse_than_minmax_in_any_slice(seed, bits, signed, axis):
     x = randn(6, 5, 4, seed=seed)
-    assert (errors(x, bits, signed, axis, "mse") <= errors(x, bits, signed, axis, "minmax")).all()
+    ends, common, minmax = (
+        errors(x, bits, signed, axis, method) for method in ("mse_ends", "mse", "minmax")
+    )
+    assert (ends <= common).all()
+    assert (common <= minmax).all()
+
+
+def test_a_range_of_gelu_keeps_its_low_end():
+    normal = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.gelu(normal)
+    x[0, 0] = 6.0
+    _, zero_point = F.affine_scale(x, 4, False, None, "mse_ends")
+    _, common_zero_point = F.affine_scale(x, 4, False, None, "mse")
+    assert (zero_point, common_zero_point) == (1, 0)
+    assert errors(x, 4, False, None, "mse_ends") < 0.6 * errors(x, 4, False, None, "mse")
 
 
 def test_a_far_value_is_cut_off_in_its_own_channel_alone():
@@ -42,7 +56,7 @@ def test_a_far_value_is_cut_off_in_its_own_channel_alone():
     assert_close(ratio[0], ratio[1])
 
 
-@pytest.mark.parametrize("method", ["omse", "mse"])
+@pytest.mark.parametrize("method", ["omse", "mse", "mse_ends"])
 @pytest.mark.parametrize("axis", [0, None])
 def test_of_equal_errors_the_widest_range_wins(method, axis):
     # All zeros: every candidate is exact.
@@ -54,11 +68,11 @@ def test_of_equal_errors_the_widest_range_wins(method, axis):
     assert_close(F.affine_scale(x, 2, False, axis, method), F.affine_scale(x, 2, False, axis))
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "omse", "mse", "ptf"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "omse", "mse", "mse_ends", "ptf"])
 def test_no_number_makes_up_for_a_nan(method):
     x = randn(3, 8)
     x[1, 2] = torch.nan
     scale, _ = F.affine_scale(x, 4, False, 0, method)
     assert scale[1].isnan()
-    if method in {"minmax", "percentile", "mse"}:  # these treat every slice alone
+    if method in {"minmax", "percentile", "mse", "mse_ends"}:  # these treat every slice alone
         assert torch.equal(scale[[0, 2]], F.affine_scale(x[[0, 2]], 4, False, 0, method)[0])

@@ -20,7 +20,7 @@ def seen(method, axis, batches=BATCHES):
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, None])
-@pytest.mark.parametrize("method", ["minmax", "omse", "mse", "ptf"])
+@pytest.mark.parametrize("method", ["minmax", "omse", "mse", "mse_ends", "ptf"])
 def test_outermost_ends_of_all_batches(method, axis):
     expected = F.min_max(torch.stack(BATCHES, 0).movedim(0, -1), -2 if axis == -1 else axis)
     assert_close(tuple(seen(method, axis)), expected, rtol=0, atol=0)

@@ -16,15 +16,15 @@ WRONG = [
     ({"placement": "outputs"}, "ptq.placement='outputs': must be one of inputs, fqvit"),
     (
         {"weight_observer": "ptf"},
-        "ptq.weight_observer='ptf': must be one of minmax, percentile, omse, mse, ema",
+        "ptq.weight_observer='ptf': must be one of minmax, percentile, omse, mse, mse_ends, ema",
     ),
     (
         {"residual_observer": "max"},
-        "ptq.residual_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema",
+        "ptq.residual_observer='max': must be one of minmax, percentile, omse, mse, mse_ends, ptf, ema",
     ),
     (
         {"act_observer": "ptf"},
-        "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, ema",
+        "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, mse_ends, ema",
     ),
     (
         {"layernorm": "integer", "placement": "inputs"},

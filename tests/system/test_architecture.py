@@ -209,13 +209,13 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 39000,
-    "qat": 195200,
+    "qat": 195500,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
     "qat/data": 11350,
     "qat/export": 15500,
-    "qat/functional": 12100,
+    "qat/functional": 12400,
     "qat/kernels": 20500,
     "qat/launch": 3800,
     "qat/lit": 7850,
