@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import qat
 from evidence.claims.arms import ROOT
-from evidence.real.weights import DEPTH, build
+from evidence.real.weights import build
 from qat.data import Cifar10
 from qat.model.sites import iter_quantizers
 from qat.ptq.compensate import compensate
@@ -175,7 +175,8 @@ def measure_inputs(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
         return F.cosine_similarity(features - mean, float_features - mean).mean().item()
 
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*INPUTS, "fc2_patches")}
-    for block in range(DEPTH):
+    blocks: Any = encoder.blocks
+    for block in range(len(blocks)):
         for name, place in INPUTS.items():
             quantizer = quantizers[f"blocks.{block}.{place}_quantizer"]
             curves[name].append((block, cosine(quantizer, quantizer.forward)))
