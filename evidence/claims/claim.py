@@ -137,7 +137,8 @@ class Figure:
             else `{name: arm}`.
         metric: metric of lines, of a scatter, and of the references.
         along: metric of a scatter's horizontal axis, which is logarithmic.
-        curve: name of the curve or the map, for the other kinds.
+        curve: name of the curve or the map, for the other kinds. Empty = each series shows the
+            curve of its own name.
         x: label of the horizontal axis.
         y: label of the vertical axis.
         reference: `{name: arm}`, drawn as horizontal lines; not in maps.

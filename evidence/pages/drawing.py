@@ -110,7 +110,7 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
         if figure.kind == "map":
             content = _first_map(evidence.records(claim, source), figure.curve)
         elif figure.kind == "curves":
-            content = _curve(evidence.records(claim, source), figure.curve)
+            content = _curve(evidence.records(claim, source), figure.curve or name)
         else:
             content = _points(claim, figure, source, evidence)
         if content:

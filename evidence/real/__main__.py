@@ -2,13 +2,15 @@
 
 Settings are those of `ptq.py`. The encoder of `evidence.real.weights` gets images of CIFAR-10 at
 112 x 112 pixels, 65 tokens. It has no classifier, so its features are judged by a linear probe.
-`float=encoder` measures the largest activations of the float encoder instead, and `float=small`
-those of the small model of the other claims.
+`measure=encoder` measures the largest activations of the float encoder instead, and `measure=small`
+those of the small model of the other claims; `measure=inputs` measures which rounded inputs change
+the features most.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import sys
 import time
@@ -24,14 +26,15 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import qat
 from evidence.claims.arms import ROOT
 from evidence.real.weights import build
 from qat.data import Cifar10
+from qat.model.sites import iter_quantizers
 from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import reconstruct
+from qat.ptq.runner import Forward, patch_forwards
 from qat.ptq.search import logits_of, search
 from qat.tasks.conf import CONF
 from qat.tasks.ptq_start import build_ptq_recipe, build_reconstruct, build_search
@@ -53,6 +56,13 @@ IMAGES = (
     "data.batch_size=50",
     "data.num_workers=0",
 )
+# Inputs that `measure=inputs` rounds, by their names in a block.
+INPUTS = {
+    "qkv": "attn.qkv.input",
+    "probs": "attn.probs",
+    "fc1": "mlp.fc1.input",
+    "fc2": "mlp.fc2.input",
+}
 # Strengths of the probe's regularization; chosen on float features.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -67,20 +77,22 @@ class Features(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Quantize and measure, with overrides of `ptq.py`; with `float=...`, measure activations."""
+    """Quantize and judge features, with overrides of `ptq.py`; or measure, see above."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
-    overrides = [argument for argument in arguments if not argument.startswith("float=")]
+    overrides = [argument for argument in arguments if not argument.startswith("measure=")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("ptq", overrides=[*IMAGES, *overrides])
     set_up(cfg)
     settings = {name: value for name, value in cfg.data.items() if name != "_target_"}
     data = Cifar10(**settings)
     encoder = build(FOLDER, data.settings.image_size)
-    if "float=encoder" in arguments:
+    if "measure=encoder" in arguments:
         measure_activations(cfg, "vit_small_patch14", encoder, data)
-    elif "float=small" in arguments:
+    elif "measure=inputs" in arguments:
+        measure_inputs(cfg, encoder, data)
+    elif "measure=small" in arguments:
         small_data = Cifar10(root=cfg.data.root, patch_size=8, num_workers=0)
         measure_activations(cfg, "small", qat.load(SMALL_NET).eval(), small_data)
     else:
@@ -137,6 +149,61 @@ def measure_activations(cfg: DictConfig, name: str, net: nn.Module, data: Cifar1
     write_results(
         cfg, command="real", model=name, quant="fp", images=PROFILED_IMAGES, curves=curves
     )
+
+
+@torch.no_grad()
+def measure_inputs(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
+    """Round one input of one block at a time, and write `results.json`.
+
+    Its curves are the cosines of the changed features and the float features, both minus the mean
+    float feature, by block. In `fc2_patches`, the class token stays in float.
+    """
+    recipe = build_ptq_recipe(cfg)
+    if recipe is None:
+        raise qat.UsageError("ptq=keep: must be a recipe for a float model")
+    net = qat.convert(copy.deepcopy(encoder), recipe, input_size=data.input_size).eval()
+    qat.ptq.calibrate(net, data.calibration_batches(cfg.ptq.batch))
+    quantizers = {site.name: site.quantizer for site in iter_quantizers(net)}
+    images = _test_images(data)
+    float_features = encoder(images)
+    mean = float_features.mean(0)
+
+    def cosine(quantizer: nn.Module, forward: Forward) -> float:
+        forwards: dict[nn.Module, Forward] = {other: _unchanged for other in quantizers.values()}
+        with patch_forwards(forwards | {quantizer: forward}):
+            features = net(images)
+        return F.cosine_similarity(features - mean, float_features - mean).mean().item()
+
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*INPUTS, "fc2_patches")}
+    blocks: Any = encoder.blocks
+    for block in range(len(blocks)):
+        for name, place in INPUTS.items():
+            quantizer = quantizers[f"blocks.{block}.{place}_quantizer"]
+            curves[name].append((block, cosine(quantizer, quantizer.forward)))
+        quantizer = quantizers[f"blocks.{block}.{INPUTS['fc2']}_quantizer"]
+        forward = functools.partial(_round_patches, quantizer.forward)
+        curves["fc2_patches"].append((block, cosine(quantizer, forward)))
+    write_results(
+        cfg,
+        command="real",
+        model="vit_small_patch14",
+        **recipe_fields(recipe),
+        images=PROFILED_IMAGES,
+        curves=curves,
+    )
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _round_patches(forward: Forward, x: Tensor) -> Tensor:
+    """Round all tokens except the first, the class token; x is (B, N, C)."""
+    return torch.cat([x[:, :1], forward(x)[:, 1:]], dim=1)
+
+
+def _test_images(data: Cifar10) -> Tensor:
+    return torch.cat([images for images, _ in data.sample("test", PROFILED_IMAGES)])
 
 
 def _float_features(encoder: nn.Module, data: Cifar10) -> Features:
@@ -212,8 +279,7 @@ def _largest(net: Any, data: Cifar10) -> dict[str, list[float]]:
         block.register_forward_pre_hook(record("block"))
         block.attn.qkv.register_forward_pre_hook(record("qkv"))
         block.mlp.fc2.register_forward_pre_hook(record("fc2"))
-    loader: DataLoader[Any] = data.sample("test", PROFILED_IMAGES)
-    net(torch.cat([images for images, _ in loader]))
+    net(_test_images(data))
     return largest
 
 

@@ -58,7 +58,7 @@ def test_features_are_compared_with_those_in_float(recipe, small, tmp_path):
 
 
 def test_largest_activations_are_measured_by_block(small, tmp_path):
-    real.main([f"run_dir={tmp_path}/float", "float=encoder", *small])
+    real.main([f"run_dir={tmp_path}/float", "measure=encoder", *small])
     curves = results(tmp_path / "float")["curves"]
     assert set(curves) == {"block", "qkv", "fc2"}
     for points in curves.values():
@@ -66,11 +66,26 @@ def test_largest_activations_are_measured_by_block(small, tmp_path):
         assert all(ratio > 1 for _, ratio in points)
 
 
+def test_inputs_are_rounded_one_at_a_time(small, tmp_path):
+    cosines = {}
+    for bits in (2, 8):
+        recipe = ["ptq=compensate_w4a4", f"ptq.act_bits={bits}", "ptq.batch=4"]
+        images = "data.calibration_images=8"
+        real.main([f"run_dir={tmp_path}/{bits}", "measure=inputs", *recipe, images, *small])
+        curves = results(tmp_path / str(bits))["curves"]
+        assert set(curves) == {"qkv", "probs", "fc1", "fc2", "fc2_patches"}
+        cosines[bits] = [cosine for points in curves.values() for _, cosine in points]
+    assert len(cosines[2]) == 10
+    # Features are those of the class token, so the patches of the last block do not change them.
+    assert cosines[2].pop() == cosines[8].pop() == pytest.approx(1)
+    assert all(low < high for low, high in zip(cosines[2], cosines[8], strict=True))
+
+
 def test_settings_of_all_arms_compose():
     arms = Arms()
     encoders = [arm for arm, _ in arms.ordered(["REAL"])]
     for arm in encoders:
-        settings = [one for one in arms.settings(arm, 0) if not one.startswith("float=")]
+        settings = [one for one in arms.settings(arm, 0) if not one.startswith("measure=")]
         assert compose("ptq", *real.IMAGES, *settings)
 
 
