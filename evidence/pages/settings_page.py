@@ -109,9 +109,10 @@ def settings(path: Path, prefix: str) -> Iterator[Setting]:
 
 def table(rows: list[Setting]) -> str:
     """A table of settings."""
-    lines = ["| setting | type | default | meaning | file |", "|---|---|---|---|---|"]
+    # On a phone, only the first columns are visible without scrolling.
+    lines = ["| setting | meaning | default | type | file |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = [f"`{row.name}`", row.kind, f"`{row.value}`", row.meaning, f"`{row.file}`"]
+        cells = [f"`{row.name}`", row.meaning, f"`{row.value}`", row.kind, f"`{row.file}`"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
