@@ -371,7 +371,10 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """Write DequantizeLinear to the scale's type, with one scale or one per position on an axis."""
+    """Write a DequantizeLinear whose output has the dtype of `scale`.
+
+    There is one scale, or one for each position along `axis`.
+    """
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(

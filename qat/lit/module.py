@@ -160,7 +160,7 @@ class QATModule(LightningModule):
         return self.net(images)
 
     def setup(self, stage: str) -> None:
-        """Adjust LSQ's gradient scale to the global batch."""
+        """With `lsq_grad_batch` = `global`, fit LSQ's gradient scale to the global batch."""
         if stage == "fit":
             self._set_accumulation(self.trainer.accumulate_grad_batches)
 
