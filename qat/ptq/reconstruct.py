@@ -46,7 +46,8 @@ class ReconstructSettings:
     """Settings of `ptq.reconstruct.*`.
 
     Attributes:
-        steps: number of training steps of each unit, with Adam.
+        steps: number of training steps of each unit (a block, or a layer outside blocks), with
+            Adam.
         batch: number of images in a training step.
         lr: initial learning rate of weights and biases.
         scale_lr: initial learning rate of the logarithm of step sizes. Both learning rates fall to
