@@ -1,4 +1,4 @@
-"""Quantization-aware training of timm vision transformers at 2, 3 and 4 bits.
+"""Quantize vision transformers of timm or Transformers, with or without training.
 
 Names are loaded on first use, so that commands answer `--help` without waiting for torch.
 """

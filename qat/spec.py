@@ -156,7 +156,7 @@ class QuantRecipe:
         weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
         act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
         stem_bits: bits of the weights and input of the first convolution.
-        head_bits: bits of the weights and input of the classifier(s).
+        head_bits: bits of the weights and input of heads: classifiers and other last layers.
         offsets: True = learnable offsets before and after activation quantizers.
         map_scales: scales of feature maps (B, H, W, C) before linear layers, as in Swin's MLPs: one
             scale per `tensor`, which works at any resolution, or one per `column` of the map, as in

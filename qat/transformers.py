@@ -36,7 +36,8 @@ class QatConfig(QuantizationConfigMixin):
     Args:
         recipe: a recipe, or the name or the settings of a recipe.
         input_size: (channels, height, width) of the images; None = the size in the model's config.
-        signs: see `qat.model.convert.Conversion`.
+        signs: see `qat.model.convert.Conversion`; used only to load quantized models. A float model
+            is always converted with `tails`.
         knobs: more arguments of `qat.recipe`, allowed if `recipe` is a name.
     """
 

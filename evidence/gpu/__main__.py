@@ -35,12 +35,12 @@ def main() -> None:
         help="train instead, on train*.parquet and test*.parquet of CIFAR-10 in this folder",
     )
     parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: which runs")
-    parser.add_argument("--epochs", type=int, default=20, help="of a quantized training")
+    parser.add_argument("--epochs", type=int, default=20, help="of each quantized run")
     parser.add_argument(
         "--float-epochs",
         type=int,
         default=30,
-        help="of a float training, from which quantized trainings start",
+        help="of each float run, from which quantized runs start",
     )
     parser.add_argument(
         "--summary", action="store_true", help="only print the tables of the rows in --out"

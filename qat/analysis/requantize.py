@@ -164,7 +164,7 @@ def all_float(sites: Sequence[WeightSite]) -> bool:
 
 
 def block_weights(sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """Weights in blocks, without those that a quantized model leaves in float."""
+    """Weights besides stem and heads, without those that a quantized model leaves in float."""
     blocks = [site for site in sites if site.place == "block"]
     if all_float(sites):
         return blocks

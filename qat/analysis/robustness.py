@@ -112,8 +112,8 @@ class Robustness(Analysis):
         """Compute two curves for each model, and the accuracy with power-of-two step sizes.
 
         Raises:
-            UsageError: a requested part needs quantized weights and a model has none, or no weight
-                in a model's blocks has a uniform grid.
+            UsageError: a requested part needs quantized weights and a model has none, or a model
+                has no weights on a uniform grid besides stem and heads.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -138,8 +138,8 @@ class Robustness(Analysis):
         blocks = block_weights(weights)
         if not blocks:
             raise UsageError(
-                f"analysis=robustness: {studied_net.label} "
-                "has no weights in blocks on a uniform grid"
+                f"analysis=robustness: {studied_net.label} has no weights on a uniform grid "
+                "besides stem and heads; choose another analysis"
             )
         parts = {*(self.parts or PARTS)}
         # Step sizes are changed in a quantized model, so a float model is quantized first.

@@ -219,7 +219,8 @@ class CGA(Callback):
         if self.start_epoch >= num_epochs:
             raise UsageError(
                 f"callbacks.cga.start_epoch={self.start_epoch}: "
-                f"must be from 0 to below trainer.max_epochs={num_epochs}"
+                f"must be an integer from 0 to {num_epochs - 1}, "
+                f"because trainer.max_epochs={num_epochs}"
             )
         if self.epochs is None:
             return self.start_epoch, math.inf

@@ -167,7 +167,7 @@ def _find_cause(trainer: Trainer, images: Tensor) -> str | None:
         probing(net, hooks),
         trainer.precision_plugin.forward_context(),
     ):
-        # All processes take part, even if the cause is known: they may share the weights.
+        # All processes take part, even if the cause is known: weights may be sharded.
         net(images)
     if not images.isfinite().all():
         return "the images of the batch"

@@ -76,7 +76,8 @@ class IterativeFreezing(Callback):
         if not self._sites:
             raise UsageError(
                 "callbacks.freeze: "
-                f"this model has no weights of up to {MAX_BITS} bits on a uniform grid"
+                f"this model has no weights of up to {MAX_BITS} bits on a uniform grid; "
+                "leave the callback out"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

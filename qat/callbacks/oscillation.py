@@ -124,7 +124,8 @@ class Oscillation(Callback):
         if not self._sites:
             raise UsageError(
                 f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized "
-                f"weights of at most {self.max_bits} bits, not counting low-bit float formats"
+                f"weights of at most {self.max_bits} bits, not counting low-bit float formats; "
+                "set a higher max_bits, or leave the callback out"
             )
 
     def _can_track(self, site: Site) -> bool:

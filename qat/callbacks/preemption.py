@@ -114,7 +114,7 @@ class Preemption(Checkpoint):
         work, flag = self._running_exchange
         self._running_exchange = None
         work.wait()
-        return int(flag.item())  # on the host
+        return int(flag.item())  # on the CPU, so this does not wait for a GPU
 
 
 def _find_last_checkpoint(trainer: Trainer) -> LastCheckpoint | None:

@@ -38,9 +38,9 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {
     "train": "train, quantization-aware or in float",
-    "eval": "accuracy of a checkpoint, or its predictions",
+    "eval": "accuracy of a model, or its predictions",
     "ptq": "quantize a float model without training",
-    "analyze": "analyse a checkpoint",
+    "analyze": "analyse a model",
     "export": "a file to deploy",
     "models": "the choices of model=",
     "recipes": "the choices of quant= and ptq=",

@@ -1,8 +1,7 @@
 """Sweeps (`-m`): Hydra callbacks, the summary at the end, and `analyze.py sweep=DIR`.
 
-Nothing heavy is imported. Jobs may run in other processes and on other machines, so a job that
-fails also writes its error to a separate file, because its `results.json` may be from an earlier
-run.
+Nothing heavy is imported. Jobs may run in other processes and on other machines. A job that fails
+also writes its error to a separate file: its `results.json` may be from an earlier run.
 """
 
 from __future__ import annotations

@@ -264,7 +264,9 @@ class ImageData(LightningDataModule, ABC):
         self.trainer = trainer
 
     def train_dataloader(self) -> DataLoader:
-        """Loader of training images, shuffled and augmented, without an incomplete last batch.
+        """Loader of training images, shuffled and augmented.
+
+        An incomplete last batch is left out, unless it is the only batch.
 
         Raises:
             UsageError: there are no training images, or fewer images than processes.
@@ -340,7 +342,7 @@ class ImageData(LightningDataModule, ABC):
         if len(images) < world_size:
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
-                f"the {len(images)} images of the {split} split"
+                f"the {len(images)} images of the {split} split; use fewer"
             )
         # Without augmentation, all copies of an image would be equal.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1

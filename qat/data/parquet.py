@@ -113,9 +113,7 @@ class HfParquet(EncodedImageData):
             UsageError: `data.root` is not set or contains no split with labels, or a file does not
                 have the columns that `ParquetImages` expects.
         """
-        root = data_folder(
-            self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet"
-        )
+        root = data_folder(self.settings.root, "train*.parquet, val*.parquet or test*.parquet")
         splits: dict[str, ParquetImages] = {}
         for split in SPLITS:
             files = find_parquet(root, split)

@@ -73,9 +73,9 @@ class DataSettings:
         std: standard deviation per channel of pixel values in [0, 1]; photos: None = from `model`.
         batch_size: images per process and step.
         num_workers: loader processes; None = see `workers`.
-        augment: `none` (the augmentation settings below are off, including `repeats`), `light`
-            (shifted crop and flip; if `crop_pct` is set, random resized crop and flip) or `timm`
-            (random resized crop, flip and the settings below).
+        augment: `none` (no crop, flip, colour change, erasing or `repeats`), `light` (shifted crop
+            and flip; if `crop_pct` is set, random resized crop and flip) or `timm` (random resized
+            crop, flip and the settings below). `mixup` and `cutmix` do not depend on it.
         hflip: probability of a horizontal flip with `light` and `timm`; use 0 if left and right
             matter.
         shift: maximum shift in pixels with `light`, if `crop_pct` is None; None = an eighth of

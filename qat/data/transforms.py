@@ -137,7 +137,8 @@ def _limit_levels(augmentation: Any) -> None:
     for step in augmentation.transforms:
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
-                # A level of exactly 10 is the end of a range, only for strings with `mmax`.
+                # Stay just below level 10, at which operations reach the end of their range. A
+                # string with `mmax` sets its own maximum.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize

@@ -31,7 +31,7 @@ from qat.utils.probing import probing
 # this. For other outputs, such as embeddings, the limit is relative to the largest value, if that
 # is above 1.
 TOLERANCE = 1e-4
-# Maximum number of images whose codes are compared; only images whose logits differ are examined.
+# Maximum number of images whose codes are compared; only images whose outputs differ are examined.
 MAX_EXAMINED = 16
 # The error of a float32 sum of a few hundred terms, relative to the largest value in the tensor. A
 # value this close to a threshold may get either code, which also changes the codes of later layers.
@@ -103,7 +103,7 @@ class Agreement:
 class CheckResult:
     """Comparison of a file with its model in each runtime.
 
-    Only onnxruntime decides whether a file is accepted. OpenVINO is compared if it is installed; it
+    OpenVINO does not decide whether a file is accepted. It is compared if it is installed; it
     cannot read INT2, and has faults of its own in files for any number of images
     (docs/deployment.md#openvino).
     """
@@ -176,21 +176,21 @@ def check_difference(
     rounding: Callable[[Tensor], Tensor],
     factor: float,
 ) -> None:
-    """Record a problem if the logits of the exported form differ by more than rounding can explain.
+    """Record a problem if the exported form's outputs differ by more than rounding can explain.
 
     Args:
-        agreement: result of `compare`, whose `problem` may be set.
+        agreement: result of `compare`; this function may set its `problem`.
         net: the model.
         images: (B, C, H, W) each.
         rounding: function that changes images slightly, to show how much values on thresholds can
-            change the logits.
+            change the outputs.
         factor: this multiple of the change is allowed; `MAX_RELATIVE_ERROR` is allowed in any case.
     """
     rounded = compare(net, lambda x: net(rounding(x)), None, images)
     allowed = max(MAX_RELATIVE_ERROR, factor * rounded.relative_error)
     if not agreement.relative_error <= allowed:  # also for NaN
         agreement.problem = (
-            f"logits differ by {agreement.relative_error:.1%} of the largest one; "
+            f"an output differs by {agreement.relative_error:.1%} of its largest value; "
             f"must be at most {allowed:.1%}"
         )
 

@@ -190,7 +190,7 @@ def write_checked(target: Path, write: Callable[[Path], CheckResult]) -> CheckRe
         if result.problem is not None:
             unchecked_path.replace(rejected_path)
             raise UsageError(
-                f"file={str(target)!r}: the written file does not agree with the checkpoint "
+                f"file={str(target)!r}: the written file does not agree with the model "
                 f"({result.problem}); kept as {rejected_path}"
             )
         rejected_path.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
         image: (1, C, H, W), an image of the model's input size.
 
     Returns:
-        The content of the file, and a dict that tells what does not run on integers.
+        The content of the file, and a dict of what does not run on integers.
         `float_products` lists layers whose inputs are rounded and then multiplied as floats;
         `outside_xnnpack` counts, by operator, what runs in ExecuTorch's own kernels.
 

@@ -1,4 +1,4 @@
-"""Run files in onnxruntime, OpenVINO and ExecuTorch on the CPU: logits and latency."""
+"""Run files in onnxruntime, OpenVINO and ExecuTorch on the CPU: outputs and latency."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from qat.errors import UsageError
 from qat.export.codes import QuantizedTensor, StoredWeight, dequantize
@@ -336,7 +337,7 @@ class TensorRT:
 
 
 def compute_in_half(net: nn.Module) -> None:
-    """Convert a model for TensorRT from float32 to float16, except the image and the logits.
+    """Convert a model for TensorRT from float32 to float16, except the image and the outputs.
 
     Raises:
         UsageError: the step size of an activation is below the smallest normal float16.
@@ -351,7 +352,7 @@ def compute_in_half(net: nn.Module) -> None:
             )
     net._apply(lambda t: t.half() if t.dtype == torch.float32 else t)
     net.register_forward_pre_hook(lambda _, args: (args[0].half(),))
-    net.register_forward_hook(lambda _, args, logits: logits.float())
+    net.register_forward_hook(lambda _, args, outputs: tree_map(Tensor.float, outputs))
 
 
 def _quantize(u: Tensor, grid: Any) -> Tensor:
@@ -370,7 +371,10 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    """Write DequantizeLinear to the scale's type, with one scale or one per position on an axis."""
+    """Write a DequantizeLinear whose output has the dtype of `scale`.
+
+    There is one scale, or one for each position along `axis`.
+    """
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
     attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic(

@@ -340,9 +340,9 @@ def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
 def step_and_slope(
     start: Tensor, growth: Tensor, change: Tensor, min_reliable: float
 ) -> tuple[Tensor, Tensor]:
-    """Return `relative_step`, bit for bit, and the derivative of this step size with respect to t.
+    """Return the result of `relative_step`, bit for bit, and its derivative with respect to t.
 
-    `growth` is exp(t).
+    t is `change`, and `growth` is exp(t).
     """
     # The tensors are small: an operation on two tensors takes a third of the time of an operation
     # on a tensor and a number or a bool.

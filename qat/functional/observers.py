@@ -1,6 +1,7 @@
 """Affine scales from data.
 
-All batches extend a range. Some methods then try candidates on the last batch.
+Every batch updates a range: its ends are extended or averaged. Some methods then try candidates on
+the last batch.
 
 Source: FQ-ViT (arXiv 2111.13824), as implemented in Evol-Q's code (arXiv 2308.10814).
 """

@@ -1,8 +1,9 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
 These are C++ kernels on a CPU, Triton kernels on CUDA, and the tensor operations of
-`qat.functional` elsewhere. Results of the forward pass are bit-identical on all of them; sums in
-gradients differ by rounding.
+`qat.functional` elsewhere. In float32, results of the forward pass are bit-identical on all of
+them, except on CUDA for fused attention and StatsQ's scale; these, and sums in gradients, differ by
+rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def use(choice: str) -> None:
         raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
         raise UsageError(
-            "kernels='triton': Triton or CUDA is not available; here it must be one of auto, off"
+            "kernels='triton': Triton or CUDA is not available; must be one of auto, off"
         )
     _choice = choice
 

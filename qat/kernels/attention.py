@@ -33,7 +33,7 @@ def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def fits(qkv: Tensor, num_heads: int, scale: Tensor, codes: CodeRange, dtype: torch.dtype) -> bool:
     """True if the operators can compute this attention, which has no bias and no mask.
 
-    The result depends only on shapes and the device, so that `torch.compile` can evaluate it.
+    The result does not depend on values in tensors, so `torch.compile` can evaluate it.
 
     Args:
         qkv: (B, N, 3*h*d), queries, keys and values.

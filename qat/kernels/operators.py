@@ -173,7 +173,7 @@ def _replace_none(
 
 
 def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to which a quantized `x` is rounded first: that of `x`, unless it is float32."""
+    """The dtype of a quantized `x` before its cast to `dtype`: its own; for float32, `dtype`."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 

@@ -33,8 +33,8 @@ CONFIG = "config.yaml"
 # notice late that the previous run's node is gone.
 LOCK_TIMEOUT_S = 120
 RETRY_S = 0.5
-# Files that a training writes, except train.log: a run has already opened its own train.log when it
-# looks for files of earlier runs.
+# Files that a training run writes, except train.log: the run has already opened its own train.log
+# when it looks for files of earlier runs.
 TRAINING_OUTPUTS = (
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
@@ -189,7 +189,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def training_files(run_dir: Path) -> list[Path]:
-    """Files of an earlier training that a new training would replace."""
+    """Files of an earlier training run that a new one would replace."""
     files: list[Path] = []
     for pattern in TRAINING_OUTPUTS:
         paths = sorted(run_dir.glob(pattern))

@@ -160,7 +160,7 @@ class QATModule(LightningModule):
         return self.net(images)
 
     def setup(self, stage: str) -> None:
-        """Adjust LSQ's gradient scale to the global batch."""
+        """Fit activations' LSQ gradient scale to the global batch, unless set per process."""
         if stage == "fit":
             self._set_accumulation(self.trainer.accumulate_grad_batches)
 

@@ -92,8 +92,8 @@ class ShardedStrategy(DDPStrategy):
         """Shard the net after making it equal in all processes; do nothing in a second fit.
 
         Each process keeps its part of every parameter, split along the first dimension. Parameters
-        of a block are gathered while the block is computed; all other parameters, for the whole
-        forward and backward pass.
+        of a child of `blocks` are gathered while the child is computed; all other parameters, for
+        the whole forward and backward pass.
         """
         net = self._net
         if sharded_modules(net):

@@ -72,7 +72,7 @@ class LossTerm(nn.Module, ABC):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        check_number(f"loss term {type(self).__name__}: weight", weight, 0)
+        check_number(f"{type(self).__name__}.weight", weight, 0)
         self.weight = weight
         self.blocks: str | None = None
         self.logged_values: dict[str, Tensor] = {}
@@ -111,8 +111,8 @@ class CompositeLoss(nn.Module):
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(
-                    f"loss.terms.{name}: {type(term).__name__} is not a subclass of "
-                    "qat.losses.LossTerm"
+                    f"loss.terms.{name}: must be a subclass of qat.losses.LossTerm, "
+                    f"not {type(term).__name__}"
                 )
         blocks = {term.blocks for term in terms.values() if term.blocks}
         if len(blocks) > 1:
@@ -126,7 +126,7 @@ class CompositeLoss(nn.Module):
             self.terms: Any = nn.ModuleDict(dict(terms))
         except (KeyError, TypeError) as error:
             raise UsageError(
-                f"loss.terms: a term has a name that a module cannot have: {error}"
+                f"loss.terms: must have names that a module can have ({error})"
             ) from error
 
     def prepare(self, net: nn.Module) -> None:

@@ -105,7 +105,7 @@ class Dampening(LossTerm):
 
     def __init__(self, weight: float = 0.1, max_bits: int = 4) -> None:
         super().__init__(weight)
-        check_int("loss term Dampening: max_bits", max_bits, 2)
+        check_int("Dampening.max_bits", max_bits, 2)
         self.max_bits = max_bits
 
     def forward(self, step: StepContext) -> Tensor:
@@ -127,7 +127,8 @@ class Dampening(LossTerm):
                 squared_distances.append((quantized_weight - clipped_weight).square().sum())
         if not squared_distances:
             raise UsageError(
-                f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of at "
-                f"most {self.max_bits} bits on a uniform grid"
+                f"Dampening.max_bits={self.max_bits}: this model has no weights of at most "
+                f"{self.max_bits} bits on a uniform grid; set a higher max_bits, or leave the loss "
+                "term out"
             )
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(squared_distances).sum()

@@ -1,1 +1,1 @@
-"""Quantized models: conversion from timm models, scales, checkpoints and cost."""
+"""Quantized models: conversion of float models, scales, checkpoints and cost."""

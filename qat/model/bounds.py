@@ -107,7 +107,10 @@ def check_net(
     for argument, value in kwargs.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and abs(number) > MAX_ARGUMENT:
-                raise ValueError(f"argument {argument}={value!r} must be at most {MAX_ARGUMENT}")
+                raise ValueError(
+                    f"argument {argument}={value!r}: numbers must be from {-MAX_ARGUMENT} to "
+                    f"{MAX_ARGUMENT}"
+                )
     net: nn.Module | None = None
     # Ignore other errors: they appear again when the model is built for use, and some models cannot
     # be built on the meta device.

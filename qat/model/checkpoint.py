@@ -82,8 +82,8 @@ def read_checkpoint(
     meta = content.get(META_KEY) if fmt in {"auto", "qat"} else None
     if fmt == "qat" and meta is None:
         raise UsageError(
-            f"{origin}: not a checkpoint of qat (ckpt_format=qat); "
-            "here it must be one of auto, timm, ofq"
+            f"{origin}: must be a checkpoint of qat; for other files, ckpt_format must be one of "
+            "auto, timm, ofq"
         )
     tensors = _weights(content, fmt, has_prefix=not meta)
     if not tensors:

@@ -232,7 +232,7 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
         if parameters & used_parameters:
             raise UsageError(
                 "quant.attention='qkr': this model ties qkv to another layer; "
-                "here it must be one of standard, float"
+                "must be one of standard, float"
             )
         used_parameters |= parameters
 

@@ -267,7 +267,8 @@ def save_pretrained(
     contain no local paths.
 
     Args:
-        net: a model from `qat.load`, a converted model whose scales are set, or a float timm model.
+        net: a model from `qat.load`, a converted model whose scales are set, or a float model of
+            timm or Transformers.
         folder: the folder to write to. It is created if necessary; existing files are replaced.
         results: measured accuracy for the card, with keys as in `results.json`: `top1`, `top5` (%),
             `images`, `split`, `data`.
@@ -341,8 +342,12 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
         recipe = f"`{_escape_markdown(conversion.recipe.name)}`: {bits}"
     results = [f"{key} {_escape_markdown(value)}" for key, value in config["results"].items()]
     dataset = (config["data"] or {}).get("_target_", "not stated")
+    architecture = f"`{_escape_markdown(config['architecture'])}` of timm"
+    hf_class = config["model_args"].get("architecture")
+    if hf_class is not None:
+        architecture = f"`{_escape_markdown(hf_class)}` of Transformers"
     rows = {
-        "Architecture": f"`{_escape_markdown(config['architecture'])}` of timm",
+        "Architecture": architecture,
         "Recipe": recipe,
         "Data": _escape_markdown(dataset),
         "Accuracy": ", ".join(results) or "not measured",

@@ -71,8 +71,8 @@ class PtqRecipe(QuantRecipe):
         act_bits: bits of all activations; None = `bits`.
         softmax_bits: bits of attention probabilities; None = `act_bits`.
         stem_bits: bits of the weights of the first convolution; None = `bits`.
-        head_bits: bits of the weights of the classifier(s); None = `bits`.
-        outer_act_bits: bits of the image and of the input of the classifier(s); None = `act_bits`.
+        head_bits: bits of the weights of heads: classifiers and other last layers; None = `bits`.
+        outer_act_bits: bits of the image and of the input of heads; None = `act_bits`.
         method: what follows calibration: nothing (`calibrate`), a gain and a bias per channel
             (`compensate`), or training block by block (`reconstruct`). The last two change weights.
         placement: `inputs` quantizes the inputs of matrix products, as in training; `fqvit` also

@@ -80,6 +80,11 @@ def iter_quantizers(net: nn.Module) -> Iterator[Site]:
 CONTAINER = "blocks"
 HF_CONTAINERS = (CONTAINER, "layer", "layers")
 DOWNSAMPLE = "downsample"
+# For messages: what `find_blocks` takes for blocks.
+BLOCKS = (
+    "blocks are the children of a module called blocks or, in models of Transformers, of a list "
+    "called layer or layers"
+)
 ATTENTION = "attn"
 
 

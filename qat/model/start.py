@@ -38,7 +38,7 @@ class Start:
     """The initial model of a run.
 
     Attributes:
-        net: a float timm model.
+        net: a float model.
         notes: lines for the user that tell where the weights come from.
         source: the model that the weights were copied from, if they come from a checkpoint of qat.
             Its scales may be copied after the conversion.

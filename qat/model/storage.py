@@ -124,7 +124,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
     if version > FORMAT_VERSION:
         raise UsageError(
             f"{origin}: written by a newer qat (format {version}); "
-            f"this one reads up to {FORMAT_VERSION}"
+            f"this one reads up to {FORMAT_VERSION}; install a newer one"
         )
     net = _build_with_limits(meta, checkpoint.state, origin, image_size)
     if is_frozen(net):

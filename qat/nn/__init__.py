@@ -1,4 +1,7 @@
-"""Modules that own quantizers, one file per timm family; importing a file registers its swaps."""
+"""Modules that own quantizers. One file per timm family registers its swaps when it is imported.
+
+`attention_interface.py` quantizes attentions of Transformers.
+"""
 
 from qat.nn import beit, conv, eva, fqvit, hf_constructor, linear, relpos, swin, swinv2, vit
 from qat.nn.attention import QuantAttention, ScoredAttention

@@ -239,7 +239,7 @@ class AttentionInterface:
             if rules.attention == "qkr":
                 raise UsageError(
                     "quant.attention='qkr': attentions of Transformers compute queries and keys "
-                    "themselves; here it must be one of standard, float"
+                    "themselves; must be one of standard, float"
                 )
             if rules.attention != "float":
                 products = HeadProducts(SwapContext(rules, "block"))

@@ -41,9 +41,7 @@ def register_attention(
     def swap_qkr(module: Any, context: SwapContext) -> Swap:
         reason = _obstacle_to_qkr(module, qkr)
         if isinstance(qkr, str) or reason is not None:
-            raise UsageError(
-                f"quant.attention='qkr': {reason}; here it must be one of standard, float"
-            )
+            raise UsageError(f"quant.attention='qkr': {reason}; must be one of standard, float")
         return Swap(qkr(module, context), {"v": "quantized"})
 
     register_swap(cls, "attention")(swap_standard)

@@ -187,8 +187,8 @@ class FqNet(VisionTransformer):
                 continue
             if not (_is_affine(before) and _is_affine(after)):
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} needs affine quantizers on both sides; "
-                    "here it must be float"
+                    f"ptq.layernorm='integer': must be float, because {name} does not have affine "
+                    "quantizers on both sides"
                 )
             spec_before = before.spec  # type: ignore[attr-defined]
             spec_after = after.spec  # type: ignore[attr-defined]
@@ -250,7 +250,7 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
     if module.dynamic_img_size:
         raise UsageError(
             "ptq.placement='fqvit': this model takes images of any size, but quantized positions "
-            "need one size; here it must be inputs"
+            "need one size; must be inputs"
         )
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet

@@ -157,6 +157,6 @@ def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     if context.recipe.layernorm == "integer":
         raise UsageError(
             f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; "
-            "here it must be float"
+            "must be float"
         )
     return Swap(net)

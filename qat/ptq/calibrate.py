@@ -55,9 +55,10 @@ def in_float(net: nn.Module) -> Generator[None]:
 def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point.
 
-    The net runs in float, so ranges do not depend on the rounding of other quantizers. A range
-    covers all batches. The methods omse, mse, mse_ends and ptf then try candidates on the last
-    batch, which runs once more. Equal batches lead to bit-identical scales.
+    The net runs in float, so ranges do not depend on the rounding of other quantizers. Every batch
+    counts for a range: its ends are the smallest and largest value or, with ema and percentile,
+    moving averages. The methods omse, mse, mse_ends and ptf then try candidates on the last batch,
+    which runs once more. Equal batches lead to bit-identical scales.
 
     Args:
         net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored
@@ -66,8 +67,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             of the net.
 
     Raises:
-        UsageError: the net has no affine quantizer, there is no batch, a batch contains anything
-            but finite images, or a quantizer did not run.
+        UsageError: the net has no affine or fp8 scales, there is no batch, a batch contains
+            anything but finite images, or a quantizer did not run.
     """
     weights: list[tuple[Any, Site]] = []
     activations: list[Any] = []
@@ -81,7 +82,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             activations.append(quantizer)
     if not weights and not activations:
         raise UsageError(
-            "calibrate: the model has no affine quantizer; convert it with a qat.PtqRecipe first"
+            "calibrate: the model has no affine or fp8 scales; convert it first, with a "
+            "qat.PtqRecipe"
         )
     for quantizer, site in weights:
         quantizer.calibrate(site.latent(), {})

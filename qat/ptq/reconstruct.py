@@ -46,12 +46,13 @@ class ReconstructSettings:
     """Settings of `ptq.reconstruct.*`.
 
     Attributes:
-        steps: number of training steps of each block, with Adam.
+        steps: number of training steps of each unit (a block, or a layer outside blocks), with
+            Adam.
         batch: number of images in a training step.
         lr: initial learning rate of weights and biases.
         scale_lr: initial learning rate of the logarithm of step sizes. Both learning rates fall to
             zero along a cosine.
-        drop: fraction of the elements of a block's input that come from the float net (QDrop).
+        drop: fraction of the elements of a unit's input that come from the float net (QDrop).
         seed: seed for the order of batches and for the choice of elements from the float net.
 
     Raises:
@@ -205,7 +206,7 @@ def _fit_unit(
         unit: name of the unit.
         layers: sites of the quantized weights of the unit.
         unit_index: index of the unit, on which the random numbers depend.
-        settings: settings of the training.
+        settings: settings of the reconstruction.
         context: returns a context manager for each forward.
     """
     float_pairs = _float_pairs(float_runner, unit)

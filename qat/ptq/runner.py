@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
-from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
+from qat.model.sites import BLOCKS, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
@@ -111,9 +111,9 @@ class Runner:
 
     Args:
         net: the net, in eval mode.
-        entries: for each module to run from, candidates for its entry: the module itself, or
-            modules inside it. The candidate that runs first is the entry; outputs of modules that
-            return before the entry runs may be cached, also inside the module.
+        entry_candidates: for each module to run from, candidates for its entry: the module itself,
+            or modules inside it. The candidate that runs first is the entry; outputs of modules
+            that return before the entry runs may be cached, also inside the module.
         batches: images (B, C, H, W) each, on the device of the net.
         cache_bytes: size of the cache in bytes. The cache always covers one module, and as many
             modules before this module as fit.
@@ -123,7 +123,7 @@ class Runner:
     def __init__(
         self,
         net: nn.Module,
-        entries: Mapping[str, Sequence[str]],
+        entry_candidates: Mapping[str, Sequence[str]],
         batches: Sequence[Tensor],
         cache_bytes: float = 0,
         *,
@@ -134,11 +134,11 @@ class Runner:
         self.cache_bytes = cache_bytes
         self.modules = dict(net.named_modules())
         self.order = RunOrder(net, batches[0][:1])
-        # First entry of each module, in the order in which the modules run.
+        # The entry of each module, in the order in which the modules run.
         self.entries: dict[str, str] = {}
         for name in self.order.position:
-            if name in entries:
-                self.entries[name] = min(entries[name], key=self._position)
+            if name in entry_candidates:
+                self.entries[name] = min(entry_candidates[name], key=self._position)
         self._batch_index = 0
         self.clear_cache()
         # For each module, the bytes per image of the tensors that are cached for it, by the address
@@ -343,8 +343,8 @@ def find_units(
         unit_of[site.name] = next(inside, site.layer)
     if blocks.keys().isdisjoint(unit_of.values()):
         raise UsageError(
-            f"{setting}: this model has no blocks with quantized weights in modules called "
-            f"{CONTAINER!r}"
+            f"{setting}: must be calibrate for this model, because no block has quantized weights "
+            f"({BLOCKS})"
         )
     order = RunOrder(net, batches[0][:1])
     sites_in_order = [s for s in layers if {s.layer, unit_of[s.name]} <= order.called_once]

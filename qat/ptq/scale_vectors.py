@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
-from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
+from qat.model.sites import BLOCKS, Site, find_blocks, iter_quantizers
 from qat.ptq.runner import MIN_SCALE
 
 
@@ -69,7 +69,7 @@ def scale_vectors(
     """
     blocks = find_blocks(net)
     if not blocks:
-        raise UsageError(f"search: this model has no blocks in modules called {CONTAINER!r}")
+        raise UsageError(f"search: must be null for this model, which has no blocks ({BLOCKS})")
     vectors: dict[str, ScaleVector] = {}
     stored_names: set[str] = set()
     for block in blocks:

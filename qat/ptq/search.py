@@ -56,7 +56,8 @@ class SearchSettings:
         tournament: number of members that compete to be a parent.
         radius: radius of the noise; None = 1e-4 for 8 bits, else 1e-3.
         relative: True = `radius` is a fraction of each scale; False = an absolute number.
-        fitness: `infonce`, `mse`, `kl` or `cosine`, which compare quantized with float logits.
+        fitness: `infonce`, `mse`, `kl` or `cosine`, a loss between quantized and float logits:
+            lower is better.
         temperature: temperature of `infonce`.
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,
             `attn.qk`, `mlp.fc1.weight`, `mlp.fc1.input`.
@@ -228,13 +229,14 @@ def evolve(
 ) -> tuple[Tensor, float]:
     """Search the scales of one block once.
 
-    In each cycle, the winner of a tournament is mutated, and the worst member is dropped.
+    Each cycle adds the mutated winner of a tournament, and drops the candidate with the highest
+    fitness, which may be the new one.
 
     Source: Evol-Q's code.
 
     Args:
         initial_scales: initial scales (n,).
-        fitness: fitness of `initial_scales`.
+        fitness: fitness of `initial_scales`, a loss: lower is better.
         evaluate: returns the fitness of a candidate (n,), given the cycle and the candidate.
         draw_cycle: returns the random numbers of a cycle.
         settings: settings of the search.

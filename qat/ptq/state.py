@@ -64,10 +64,13 @@ class Progress:
             stored_value = content["settings"].get(key)
             if stored_value != value:
                 raise UsageError(
-                    f"{key}={value!r}: the run to resume has {stored_value!r} ({path})"
+                    f"{key}={value!r}: must be {stored_value!r}, as in the run to resume ({path})"
                 )
         if content["inputs"] != self.input_hash:
-            raise UsageError(f"resume: {path} belongs to another model or other calibration images")
+            raise UsageError(
+                f"resume: {path} belongs to another model or other calibration images; "
+                "use resume=false in another run_dir"
+            )
         self.rows = content["rows"]
         return dict(content["state"])
 

@@ -63,8 +63,8 @@ class Affine(Quantizer):
         """
         if self.spec.role != "weight":
             raise UsageError(
-                f"initialize_scales: scales of role {self.spec.role!r} are found from a float run; "
-                "call qat.ptq.calibrate(net, batches)"
+                f"initialize_scales: does not set affine scales of activations "
+                f"(role {self.spec.role!r}); call qat.ptq.calibrate(net, batches)"
             )
         self.set_from_range(observe(None, x, self.axis, self.method), x)
 

@@ -49,7 +49,10 @@ def parse_number(value: object) -> float | None:
 
 
 def format_value(value: object) -> str:
-    """Format integers with thousands separators, and other numbers with four significant digits."""
+    """Format a number: integers get thousands separators, others four significant digits.
+
+    Numbers from 100 to 1e6 that are not integers get separators and two decimals.
+    """
     if value is None:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -20,7 +20,7 @@ from qat.tasks.conf import options
 from qat.tasks.report import rebuild_report, report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.set_up import set_up
-from qat.tasks.subject import EvaluatedNet, build_subject, origin
+from qat.tasks.subject import EvaluatedNet, build_evaluated_net, origin
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def analyze(cfg: DictConfig) -> None:
 
     paths = list(cfg.ckpt) if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
     jobs: list[Any] = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
-    subjects = [build_subject(job) for job in jobs]
+    subjects = [build_evaluated_net(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_same_images(subjects, origins)
     cfg.data = jobs[0].data  # so that the data in use are recorded
@@ -92,7 +92,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 def _single_device(cfg: DictConfig) -> torch.device:
-    """The single device of an analysis; raise `UsageError` if several are set."""
+    """The device of an analysis; raise `UsageError` for several, or if precision is not 32-true."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(

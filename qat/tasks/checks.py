@@ -81,7 +81,7 @@ def check_callback(name: str, callback: object) -> None:
     kind = type(callback).__name__
     if not isinstance(callback, Callback):
         raise UsageError(
-            f"callbacks.{name}: {kind} is not a subclass of lightning.pytorch.Callback"
+            f"callbacks.{name}: must be a subclass of lightning.pytorch.Callback, not {kind}"
         )
     for unfit, instead in UNFIT.items():
         if isinstance(callback, unfit):
@@ -227,16 +227,16 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
         )
 
 
-def check_options(
+def check_combinations(
     trainer: Mapping[str, Any], compile_setting: object, recipe: QuantRecipe, loss: CompositeLoss
 ) -> None:
-    """Check that precision, strategy and compilation can be combined.
+    """Check that precision, strategy, compilation, recipe and loss can be combined.
 
     Args:
         trainer: settings of `trainer.*`.
         compile_setting: value of `compile`.
-        recipe: the recipe of the training.
-        loss: the loss of the training.
+        recipe: recipe with which the model is trained.
+        loss: the loss.
 
     Raises:
         UsageError: two of the settings cannot be combined.

@@ -26,7 +26,7 @@ from qat.tasks.settings import COMMANDS
 # In a clone, this is a link to the top-level folder `conf/`.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
-# Arguments of Lightning's trainer that only a training uses.
+# Arguments of Lightning's trainer that only training uses.
 TRAINING_ARGUMENTS = (
     "max_epochs",
     "accumulate_grad_batches",
@@ -152,7 +152,7 @@ def display_name(name: str, args: Mapping[str, Any]) -> str:
     of Transformers is named by its class.
 
     Args:
-        name: timm name.
+        name: name for `timm.create_model`.
         args: arguments of the model.
     """
     if "architecture" in args:

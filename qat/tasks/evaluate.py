@@ -1,4 +1,4 @@
-"""`eval.py`: measure the accuracy of a checkpoint or timm model, or predict classes with it."""
+"""`eval.py`: measure the accuracy of a model, or predict classes with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qat.tasks.results import (
     write_results,
 )
 from qat.tasks.set_up import set_up
-from qat.tasks.subject import EvaluatedNet, build_subject, origin
+from qat.tasks.subject import EvaluatedNet, build_evaluated_net, origin
 from qat.utils.text import format_count
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         raise UsageError(f"split={cfg.split!r}: must be null with predict")
     outputs.check_own(Path(cfg.run_dir), cfg.command, origin(cfg))
 
-    subject = build_subject(cfg)
+    subject = build_evaluated_net(cfg)
     subject.data.requested_split = cfg.split
     if is_first():
         record_run(cfg)

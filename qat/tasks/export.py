@@ -54,7 +54,7 @@ from qat.tasks import build, summary
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.set_up import set_up
-from qat.tasks.subject import build_subject, origin
+from qat.tasks.subject import build_evaluated_net, origin
 from qat.utils.files import check_not_folder, remove_unfinished
 from qat.utils.text import format_count
 from qat.utils.validate import check_choice, check_int
@@ -76,7 +76,7 @@ class _Source(NamedTuple):
 
     Attributes:
         net: the model.
-        name: timm name of the model.
+        name: name of the model.
         preprocessing_settings: settings with which images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
         data: config of the data that is stored in the file.
@@ -200,7 +200,7 @@ def _load_source(cfg: DictConfig) -> _Source:
             classes=None,
             description=f"{IMAGES} images of noise; set data=... to use real ones",
         )
-    subject = build_subject(cfg)
+    subject = build_evaluated_net(cfg)
     data = subject.data
     split = cfg.split or data.evaluation_split
     images = [batch for batch, _ in data.sample(split, cfg.images)]

@@ -168,8 +168,8 @@ def build_loggers(cfg: DictConfig, *, resume_step: int = 0) -> list[Logger]:
     for logger in loggers:
         if not isinstance(logger, Logger):
             raise UsageError(
-                f"logger: {type(logger).__name__} is not a subclass of "
-                "lightning.pytorch.loggers.Logger"
+                "logger: must be a subclass of lightning.pytorch.loggers.Logger, "
+                f"not {type(logger).__name__}"
             )
         if isinstance(logger, CSVLog):
             logger.resume_step = resume_step
@@ -279,7 +279,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
 def compile_mode(cfg: DictConfig) -> bool | str:
     """The way in which models are compiled: False, True or "graphs".
 
-    `compile=auto` means True on CUDA, unless the processes share the weights.
+    `compile=auto` means True on CUDA, unless `trainer.strategy` shards the weights.
 
     Raises:
         UsageError: `compile` is not true, false, auto or graphs, or is graphs without CUDA.

@@ -48,7 +48,7 @@ from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import comparable_settings
 from qat.tasks.set_up import set_up
-from qat.tasks.subject import EvaluatedNet, build_subject, origin
+from qat.tasks.subject import EvaluatedNet, build_evaluated_net, origin
 from qat.utils.probing import copy_net
 from qat.utils.validate import check_int
 
@@ -80,7 +80,7 @@ def ptq(cfg: DictConfig) -> float:
     check_run_dir(cfg)
     build.import_modules(cfg.model.imports)
 
-    subject = build_subject(cfg)
+    subject = build_evaluated_net(cfg)
     check_start(cfg, subject, has_search=search_settings is not None)
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
@@ -202,9 +202,9 @@ def _measure_float(
 
 def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> dict[str, Any]:
     """Set the scales by calibration; return facts about the calibration for `results.json`."""
-    fit_start_time = time.monotonic()
+    calibration_start_time = time.monotonic()
     report = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
-    seconds = round(time.monotonic() - fit_start_time, 2)
+    seconds = round(time.monotonic() - calibration_start_time, 2)
     log.info("calibrated %d scales on %d images in %.1f s", report.scales, report.images, seconds)
     return dataclasses.asdict(report) | {
         "seconds": seconds,

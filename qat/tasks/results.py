@@ -1,6 +1,6 @@
 """Records of a run: `config.yaml`, the command line, and `results.json`.
 
-`results.json` has the same keys for every command.
+`results.json` has `KEYS` for every command (None = not measured); some commands add others.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def size_fields(costs: Cost) -> dict[str, Any]:
 
 
 def _device(accelerator: str | None) -> str:
-    """The name of the GPU or of the CPU."""
+    """Name of the GPU, or architecture and number of threads of the CPU."""
     if accelerator not in {"cpu", None} and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"

@@ -100,7 +100,9 @@ def find_resume(
         )
     checkpoint = _read_checkpoint(paths)
     if not checkpoint.training:
-        raise UsageError(f"resume: {checkpoint.path} is not a training checkpoint")
+        raise UsageError(
+            f"resume: {checkpoint.path} is not a training checkpoint; use ckpt=PATH instead"
+        )
     _check_model(checkpoint, cfg.model.name, recipe, model_args)
     epochs = checkpoint.training["epochs"]
     if epochs > cfg.trainer.max_epochs:

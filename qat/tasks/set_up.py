@@ -50,14 +50,14 @@ def set_up(cfg: DictConfig) -> None:
 
 
 def _resolve_hub_model(cfg: DictConfig) -> None:
-    """Download the model if `model.name` is on the hub, and apply the settings that it implies.
+    """Apply the settings implied by a model on the hub, or by a folder of Transformers.
 
-    For one of our models, `ckpt` is set; for a timm model, architecture, arguments and weights are
-    set.
+    A model that is not cached is downloaded. For one of our models, `ckpt` is set; for a model of
+    timm or Transformers, architecture, arguments, weights and preprocessing are set.
 
     Raises:
-        UsageError: the model cannot be fetched or is not a timm model, or another setting also
-            chooses the initial weights.
+        UsageError: the model cannot be fetched or used, or another setting also chooses the initial
+            weights.
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
@@ -79,7 +79,7 @@ def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
     if cfg.ckpt or cfg.model.weights:
         setting = "ckpt" if cfg.ckpt else "model.weights"
         raise UsageError(
-            f"{setting} and model={cfg.model.name} are set: a model starts from one of them"
+            f"{setting} and model={cfg.model.name} are set: a model starts from one; leave one out"
         )
     cfg.ckpt = str(folder / WEIGHTS)
     cfg.model.name = None
@@ -111,8 +111,8 @@ def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
     """Set arguments, weights and preprocessing from a folder or hub model of Transformers."""
     if cfg.model.weights:
         raise UsageError(
-            f"model.weights={cfg.model.weights!r}: must be null with model=hf; "
-            "the folder model.name has the weights"
+            f"model.weights={cfg.model.weights!r}: must be null with model=hf, "
+            "because the weights come from model.name"
         )
     if cfg.model.init != "full":
         raise UsageError(f"model.init={cfg.model.init!r}: must be full with model=hf")

@@ -127,7 +127,9 @@ class Shared:
         }
         names = [name for name, value in weight_sources.items() if value]
         if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} are set: a model starts from one of them")
+            raise UsageError(
+                f"{' and '.join(names)} are set: a model starts from one of them; set only one"
+            )
 
     def _check_bits(self) -> None:
         for name in ("ckpt_bits", "ckpt_act_bits"):

@@ -34,7 +34,7 @@ class EvaluatedNet:
 
     Attributes:
         net: the model.
-        name: timm name of the model.
+        name: name of the model.
         recipe: recipe with which the model is quantized.
         data: dataset that prepares images; images are only read to measure an accuracy.
         classes: names of the classes, or class ids as text.
@@ -49,7 +49,7 @@ class EvaluatedNet:
     assumed: Sequence[str] = ()
 
 
-def build_subject(cfg: DictConfig) -> EvaluatedNet:
+def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
     """Build the model of `ckpt` or `model`, with its data and classes.
 
     `cfg.data` is set to the config of these data.
@@ -63,10 +63,12 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
     net, name = _load_net(cfg, checkpoint, data)
-    check_finite(net, f"ckpt={origin(cfg)!r}")
+    # Random weights, and those of timm, are finite and have no class names.
+    setting = "ckpt" if cfg.ckpt else "model.weights"
+    check_finite(net, f"{setting}={origin(cfg)!r}")
     _check_fit(net, data)
     if cfg.get("predict") is None:
-        check_classes(net, data, f"ckpt={origin(cfg)!r}")
+        check_classes(net, data, f"{setting}={origin(cfg)!r}")
     conversion = conversion_of(net)
     return EvaluatedNet(
         net,
@@ -111,7 +113,7 @@ def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
 def _load_net(
     cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageData
 ) -> tuple[nn.Module, str]:
-    """The model and its timm name."""
+    """The model and its name."""
     name = cfg.model.name
     if checkpoint is None:
         if name is None:
@@ -148,8 +150,8 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
     conversion = conversion_of(net)
     if conversion is not None and conversion.input_size != data.input_size:
         raise UsageError(
-            f"data.image_size={settings.image_size}: the model is quantized for images of "
-            f"{conversion.input_size}, got {data.input_size}"
+            f"data.image_size={settings.image_size}: images must be {conversion.input_size}, for "
+            f"which the model is quantized, not {data.input_size}"
         )
     check_patches(net, data)
     check_classifier(net, data)

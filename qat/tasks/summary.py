@@ -199,7 +199,7 @@ def write_conversion(net: nn.Module, folder: Path) -> str:
         float_modules[f"{re.sub(r'[0-9]+', '*', name)} ({kind})"] += 1
     settings = conversion_of(net)
     assert settings is not None  # noqa: S101  (narrows a type)
-    table = percentages_by_bits({
+    table = bits_table({
         "weights": weights_by_bits(net),
         "products": macs_by_bits(net, settings.input_size),
     })
@@ -210,8 +210,8 @@ def write_conversion(net: nn.Module, folder: Path) -> str:
     return aligned_lines(f"quantized\n{table}", entries)
 
 
-def percentages_by_bits(columns: Mapping[str, Counter[int]]) -> str:
-    """A table with a row per bit-width and the percentage of each column."""
+def bits_table(columns: Mapping[str, Counter[int]]) -> str:
+    """A text table: a row per bit-width, a column of percentages for each entry of `columns`."""
     rows = []
     widths: set[int] = set()
     for numbers in columns.values():
@@ -301,7 +301,7 @@ def announce_run(
 
 
 def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
-    """Warn if a quantized training starts from random weights."""
+    """Warn if quantized training starts from random weights."""
     if start.is_random and not is_dry_run:
         log.warning(
             "random weights: a quantized training step takes longer than one in float; "

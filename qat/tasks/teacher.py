@@ -89,14 +89,14 @@ def adapt_teacher(
     num_classes = getattr(net, "num_classes", data.settings.num_classes)
     if num_classes != data.settings.num_classes:
         raise UsageError(
-            f"{origin} is the teacher: it has {num_classes} classes, "
-            f"but the data have {data.settings.num_classes}"
+            f"{origin}: the teacher has {num_classes} classes; must have those of the data, "
+            f"{data.settings.num_classes}"
         )
     check_classes(net, data, origin)
     try:
         check_input(net, data.input_size)
     except UsageError as error:
-        raise UsageError(f"{origin} is the teacher: {error}") from error
+        raise UsageError(f"{origin}: the teacher must take images of the data ({error})") from error
     training_normalization = _training_normalization(start, data, setting, sets_mean=sets_mean)
     renormalize(net, _normalization(data), training_normalization)
 

@@ -30,7 +30,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import (
     check_classes,
     check_classifier,
-    check_options,
+    check_combinations,
     check_patches,
 )
 from qat.tasks.report import report_run
@@ -80,7 +80,7 @@ def train(cfg: DictConfig) -> float:
     recipe = build.build_recipe(cfg)
     loss = build.build_loss(cfg)
     model_args = build.model_args(cfg)
-    check_options(cfg.trainer, cfg.compile, recipe, loss)
+    check_combinations(cfg.trainer, cfg.compile, recipe, loss)
     resume_checkpoint = find_resume(cfg, recipe, model_args)
     settings = comparable_settings(cfg)
     outdated_files = [] if resume_checkpoint else outputs_to_replace(cfg)

@@ -327,7 +327,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
     num_numbers = sum(tensor.numel() for tensor in tensors.values())
     if num_numbers > MAX_NUMBERS_PER_BYTE * size + MAX_CONSTANT_NUMBERS:
         raise UsageError(
-            f"{origin}: is damaged: the weights have {num_numbers} numbers, "
+            f"{origin}: is damaged, because the weights have {num_numbers} numbers, "
             f"more than a file of {size} bytes can contain"
         )
 

@@ -183,5 +183,5 @@ def test_mistakes(settings, line):
 
 
 def test_floats_in_blocks_have_no_step_sizes_to_change():
-    with usage_error("analysis=robustness: net has no weights in blocks on a uniform grid"):
+    with usage_error("analysis=robustness: net has no weights on a uniform grid besides"):
         Robustness().run([studied(tiny.quantized("nvfp4"))], image_set())

@@ -219,7 +219,7 @@ def test_impossible_settings(settings, message):
         (
             "ofq",
             [CGA(start_epoch=2)],
-            r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2",
+            r"callbacks\.cga\.start_epoch=2: must be an integer from 0 to 1, because trainer\.max_epochs=2",
         ),
         (
             "ofq",

@@ -447,7 +447,7 @@ def test_scales_that_float16_cannot_hold_are_one_line():
 @pytest.mark.parametrize(
     ("settings", "change", "problem"),
     [
-        ({"target": "tensorrt"}, reversed, "of the largest one; must be at most"),
+        ({"target": "tensorrt"}, reversed, "of its largest value; must be at most"),
         (FP32, lambda codes: [0x38] * len(codes), "codes of blocks.0.mlp.fc2.input_quantizer"),
     ],
     ids=["float16", "float32"],

@@ -41,4 +41,4 @@ def test_a_file_gives_the_logits_of_the_net(recipe, tmp_path, monkeypatch):
     assert (apart < 1e-5).float().mean() > 0.8  # the codes of the net, but for values on thresholds
     monkeypatch.setattr(pte, "to_pte", lambda *_: (path.read_bytes(), {}))
     net.head.bias.data += torch.linspace(0, 10, 10)
-    assert "logits differ by" in write_pte(path, frozen, net, [x])[0].problem
+    assert "an output differs by" in write_pte(path, frozen, net, [x])[0].problem

@@ -85,6 +85,14 @@ def test_outputs_have_names_and_those_of_the_model(build, names, text, tmp_path)
 
 
 @pytest.mark.long
+def test_outputs_for_tensorrt_are_float32(tmp_path):
+    path = tmp_path / "net.onnx"
+    qat.export_onnx(quantized(encoder), path, images=images(3), target="tensorrt")
+    types = [output.type.tensor_type.elem_type for output in onnx.load(path).graph.output]
+    assert types == [onnx.TensorProto.FLOAT] * 2
+
+
+@pytest.mark.long
 def test_products_of_attention_are_on_integers(tmp_path):
     qat.export_onnx(quantized(classifier), tmp_path / "net.onnx", images=images(1))
     graph = onnx.load(tmp_path / "net.onnx").graph

@@ -1,4 +1,4 @@
-"""A whole training from Python. Oracles: the run of `train.py` with the same settings, and what `eval.py` makes of the file."""
+"""A complete training run from Python. Oracles: the run of `train.py` with the same settings, and what `eval.py` makes of the file."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_the_gradient_pulls_to_the_level(preset):
 
 
 def test_a_net_without_such_weights():
-    with usage_error("Dampening: max_bits=4: "):
+    with usage_error("Dampening.max_bits=4: "):
         Dampening()(step(vit()))
 
 

@@ -27,6 +27,7 @@ def test_files_give_the_model_again(name, tmp_path):
     assert are_equal(outputs(qat.load(tmp_path / "frozen.ckpt"), x), outputs(frozen, x))
     packed = qat.from_pretrained(qat.save_pretrained(net, tmp_path / "packed"))
     assert are_equal(outputs(packed, x), outputs(frozen, x))
+    assert f"`{name}` of Transformers" in (tmp_path / "packed" / "README.md").read_text()
 
 
 def test_a_float_model(tmp_path):

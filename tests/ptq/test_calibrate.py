@@ -126,7 +126,7 @@ def test_a_net_that_is_not_calibrated_says_so():
     assert not is_ready(net.blocks[0].residual1_quantizer)
     with usage_error(r"are not initialised; call qat.ptq.calibrate\(net"):
         logits(net)
-    with usage_error(r"are found from a float run; call qat\.ptq\.calibrate"):
+    with usage_error(r"does not set affine scales of activations .*; call qat\.ptq\.calibrate"):
         with_scales(net)
 
 
@@ -135,8 +135,8 @@ def test_a_net_that_is_not_calibrated_says_so():
     [
         (converted, [], "must have at least one batch of images"),
         (converted, [images() * torch.nan], "calibration images contain NaN or infinity"),
-        (vit, [images()], "no affine quantizer; convert it with a qat.PtqRecipe first"),
-        (quantized, [images()], "no affine quantizer"),
+        (vit, [images()], "no affine or fp8 scales; convert it first, with a qat.PtqRecipe"),
+        (quantized, [images()], "no affine or fp8 scales"),
     ],
 )
 def test_mistakes(net, batches, message):

@@ -240,7 +240,7 @@ def flat():
         (
             lambda: (flat(), quantized()[1]),
             {},
-            "this model has no blocks in modules called 'blocks'",
+            "search: must be null for this model, which has no blocks",
         ),
         (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialised"),
     ],
@@ -324,7 +324,7 @@ def test_resume_demands_the_same_search(tmp_path):
         (
             {"cycles": 5},
             batches(),
-            r"^search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)",
+            r"^search\.cycles=5: must be 3, as in the run to resume \(.*search\.ckpt\)",
         ),
         ({}, [b + 1 for b in batches()], "belongs to another model or other calibration images"),
     ):

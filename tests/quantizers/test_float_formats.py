@@ -87,7 +87,7 @@ def test_regularizers(name, bits):
     Kure()(step(net)).backward()
     inside = [s for n, s in tiny.sites(net).items() if s.is_weight and n.startswith("blocks")]
     assert all(site.owner.weight.grad.any() for site in inside)
-    with usage_error(f"Dampening: max_bits={bits}: "):
+    with usage_error(f"Dampening.max_bits={bits}: "):
         Dampening(max_bits=bits)(step(net))
 
 

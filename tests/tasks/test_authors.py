@@ -82,12 +82,12 @@ def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
         (
             "evaluate",
             ["data=digits", "data.image_size=16"],
-            "data.image_size=16: the model is quantized for images of (1, 8, 8), got (1, 16, 16)",
+            "data.image_size=16: images must be (1, 8, 8), for which the model is quantized, not (1, 16, 16)",
         ),
         (
             "evaluate",
             ["ckpt_format=qat"],
-            "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq",
+            "ckpt='{}': must be a checkpoint of qat; for other files, ckpt_format must be one of auto, timm, ofq",
         ),
         (
             "train",

@@ -53,7 +53,7 @@ TRAIN = [
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\]: must match .* names look like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
-    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*here it must be one of standard, float"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*must be one of standard, float"),
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
@@ -124,13 +124,13 @@ TRAIN = [
         (f"+callbacks.x._target_=lightning.pytorch.callbacks.{name}", rf"callbacks\.x: a run cannot have {name.split()[0]}; .*{instead}")
         for name, instead in UNFIT.items()
     ),
-    ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
+    ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: must be a subclass of lightning\.pytorch\.Callback, not Identity"),
     ("callbacks=[default,freeze] callbacks.freeze.threshold=3", rf"callbacks\.freeze\.threshold=3: {NUMBERS} above 0 to below 1"),
     ("callbacks=[default,oscillation] callbacks.oscillation.threshold=1", rf"oscillation\.threshold=1: {NUMBERS} 0 to below 1"),
     ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be a validation metric: .*val/top1, val/top5, val/loss"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
-    ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
+    ("+logger.x._target_=torch.nn.Identity", r"logger: must be a subclass of lightning\.pytorch\.loggers\.Logger, not Identity"),
     ("quant=fp quant.bits=4", r"quant\.bits=4: quant=fp leaves the model in float"),
     ("quant.weight_quantizer=foo", r"quant\.weight_quantizer=.foo.: must be one of statsq, .*, seq, minmax, mxfp, nvfp4, fp8, float"),
     ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
@@ -140,7 +140,7 @@ TRAIN = [
     ("model.init=new", r"model\.init='new': must be one of full, reference"),
     ("lsq_grad_batch=all", r"lsq_grad_batch='all': must be one of global, process"),
     ("loss.label_smoothing=2", r"loss\.label_smoothing=2: must be a number from 0 to below 1"),
-    ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: Identity is not a subclass of"),
+    ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: must be a subclass of qat\.losses\.LossTerm, not Identity"),
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
     ("callbacks.best.mode=min", r"callbacks\.best\.mode='min': the best val/top1 is the highest; must be max"),
     ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1, as all files are best\.ckpt; .*best_k"),

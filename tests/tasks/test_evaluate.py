@@ -13,7 +13,7 @@ from qat.model.checkpoint import read_checkpoint
 from qat.model.metadata import META_KEY
 from qat.tasks import build
 from qat.tasks.stored_data import choose_data
-from qat.tasks.subject import build_subject
+from qat.tasks.subject import build_evaluated_net
 from tests.conftest import TINY, compose, contents, evaluate, results, train, write_cifar
 from tests.data import files
 from tests.data.files import write_image
@@ -119,7 +119,7 @@ def test_images_for_a_file_have_bounds(tmp_path):
     qat.save(net, tmp_path / "x.ckpt", data={"_target_": "qat.data.Digits", **DIGITS})
     cfg = compose("eval", f"ckpt={tmp_path}/x.ckpt", "data=digits", "data.image_size=8000")
     with usage_error(r"an image of \(1, 8000, 8000\) takes much more"):
-        build_subject(cfg)
+        build_evaluated_net(cfg)
 
 
 @pytest.mark.long
@@ -229,7 +229,7 @@ def test_what_a_file_holds_and_its_dataset_ignores_is_no_mistake_of_the_user(
 ):
     stored = {**DIGITS, "_target_": "qat.data.Digits", "root": "photos", "memory_mb": 1}
     cfg = compose("eval", f"ckpt={edited(last(run_4bit), tmp_path / 'a.ckpt', stored)}", *asked)
-    assert build_subject(cfg).data.settings.root is None
+    assert build_evaluated_net(cfg).data.settings.root is None
 
 
 @pytest.mark.parametrize(

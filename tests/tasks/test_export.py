@@ -228,7 +228,7 @@ def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, mo
     )
     (tmp_path / "net.safetensors").write_text("the older one")
     with usage_error(
-        r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected",
+        r"does not agree with the model \(qat.load: logits differ by .* kept as .*rejected",
     ):
         exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed", "overwrite=true")
     assert (tmp_path / "net.safetensors").read_text() == "the older one"

@@ -12,7 +12,7 @@ import qat
 from qat.ptq.search import SearchSettings
 from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import calibration_batches
-from qat.tasks.subject import build_subject
+from qat.tasks.subject import build_evaluated_net
 from tests.callbacks.fitting import differing
 from tests.conftest import compose, evaluate, results, train
 from tests.ptq.searching import whole_fitness
@@ -89,7 +89,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
         f"teacher.ckpt={last(float_run)}",
         f"run_dir={tmp_path}",
     )
-    batches = calibration_batches(build_subject(cfg).data, cfg.ptq.batch)
+    batches = calibration_batches(build_evaluated_net(cfg).data, cfg.ptq.batch)
     ptq(cfg)
     teacher = qat.load(last(float_run)).eval()
     with torch.no_grad():
