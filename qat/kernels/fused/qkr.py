@@ -348,7 +348,7 @@ def qkr_attention(
     """Compute q(softmax(factor * S + bias + mask)) q(V), where q(...) quantizes.
 
     The score S of query n and key m is q(x[n]) . q(q(M_h) q(x[m]) + offset) + c_h . q(x[m]). The
-    values V are q(Wv) q(x) + bias.
+    values V are q(Wv) q(x) + v_bias.
 
     Args:
         x: (B, N, C).
