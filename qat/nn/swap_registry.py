@@ -66,8 +66,8 @@ class SwapContext:
     def conv_input_quantizer(self) -> Quantizer:
         """A quantizer for a convolution's input (B, C, H, W), without offsets.
 
-        There is one scale for the tensor; block formats have blocks along C. With offsets, the zeros
-        of the convolution's padding would not be on the grid.
+        There is one scale for the tensor; block formats have blocks along C. With offsets, the
+        zeros of the convolution's padding would not be on the grid.
         """
         spec = self.recipe.act_spec("input", self.place, signed=self.input != "unsigned")
         return build_quantizer(dataclasses.replace(spec, axis=None, offsets="none"))
