@@ -40,8 +40,8 @@ ROUNDING_ERROR = 2e-5
 # float, so values on thresholds may be rounded the other way. An image is unexplained if its
 # outputs differ from the graph's by more than `TOLERANCE`, and by more than `MAX_ROUNDING_RATIO`
 # times the effect of multiplying the image by `SLIGHT_FACTOR`. This effect counts only if the file
-# differs from the model by at most `MAX_RELATIVE_ERROR`. With more than this fraction of
-# unexplained images, the runtime computes something else.
+# differs from the model by at most `MAX_RELATIVE_ERROR`. If more than the fraction
+# `MAX_UNEXPLAINED` of the images are unexplained, the runtime computes something else.
 MAX_UNEXPLAINED = 0.1
 MAX_ROUNDING_RATIO = 2
 SLIGHT_FACTOR = 1 + 1e-6
