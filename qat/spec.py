@@ -269,7 +269,7 @@ class QuantRecipe:
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
         """The recipe for one module: rules of `overrides` apply if they match a name of the module.
 
-        A rule's `bits` also set unset `stem_bits`, `head_bits` and (`rule_bits=both`) `act_bits`.
+        A rule's `bits` imply `stem_bits`, `head_bits` and (`rule_bits=both`) `act_bits` if missing.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():

@@ -256,7 +256,7 @@ class Sensitivity(Analysis):
 def _quantizers_by_layer(
     net: nn.Module, weights: Mapping[str, WeightSite]
 ) -> dict[str, list[Quantizer]]:
-    """Quantizers that round, by layer. Layers with weights are listed even without a quantizer.
+    """Quantizers that round, by layer. Layers in `weights` are listed even if none rounds.
 
     Quantizers that belong to no layer are listed under "(net)".
     """

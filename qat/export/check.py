@@ -63,8 +63,8 @@ class Agreement:
 
     Attributes:
         images: number of compared images.
-        same_top1: number of images on which file and model predict the same class, for all matched
-            queries of a detector; 0 for encoders.
+        same_top1: number of images on which file and model predict the same class: for a detector,
+            in all matched queries; for a segmentation, in all pixels. 0 for encoders.
         num_differing: number of images whose outputs differ by more than `TOLERANCE`.
         max_error: maximum difference between outputs on images that differ by at most `TOLERANCE`.
         relative_error: maximum difference of an output on any image, relative to the largest value

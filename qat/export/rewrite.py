@@ -186,7 +186,7 @@ def _can_move_past(node: ir.Node) -> bool:
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
-    """Store codes of 4-bit and 2-bit types in these types, and add operators that widen them.
+    """Store codes of weights of width 4 or 2 as INT4 or INT2, and add operators that widen them.
 
     The operators cast to 8 bits and, if the factors are 2 * codes + 1, compute the factors.
     Runtimes run them only once, when they open a file.

@@ -43,7 +43,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """Cost of one module and its quantizers, without its children.
+    """Cost of one module and its quantizers, without its other children.
 
     Attributes:
         module: path of the module; empty for the model itself.

@@ -85,9 +85,9 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """Rebuild a model from a file of `qat.save`, a run (`last.ckpt`, `best.ckpt`) or a packed file.
+    """Rebuild a model from a file, without data, in eval mode.
 
-    No data is needed. The model is in eval mode.
+    The file is one of `qat.save`, of a run (`last.ckpt`, `best.ckpt`) or of `format=packed`.
 
     Args:
         path: the file.
