@@ -129,8 +129,8 @@ def _training_error(problem: str, cause: str | None) -> UsageError:
         default="the loss or its gradient (the outputs of the model are finite)",
     )
     return UsageError(
-        f"training stopped: {problem}; first: {first_cause}; "
-        "checkpoints were written before this step; "
+        f"training stopped: {problem}; first non-finite: {first_cause}; "
+        "any saved checkpoint is from an earlier step; "
         "a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     )
 

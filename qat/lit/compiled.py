@@ -147,7 +147,8 @@ class CompiledCall:
 
         graph_counts = counters["stats"]
         count_before = graph_counts["unique_graphs"]
-        # Set this at every call: in the first call, the compiler decides what to save for backward.
+        # Set this at every call: any call may compile a graph, and the compiler then decides what
+        # to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
             result = self._call(images)
         # No graph is compiled if a caller has forced eager execution.

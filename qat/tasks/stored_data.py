@@ -76,8 +76,8 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     """Check the data config in a checkpoint's metadata, and return it, or {} if it is missing.
 
     A dataset that a file names could run code, so only datasets of qat are built, from plain
-    values. Datasets that would be downloaded must be set by the user, unless a command only
-    predicts and needs none of their images.
+    values. Datasets that would be downloaded must be set by the user, unless the command predicts,
+    which needs none of their images.
 
     Raises:
         UsageError: the class is not a dataset of qat, the data would be downloaded, or a value
