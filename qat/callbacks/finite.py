@@ -27,7 +27,7 @@ class FiniteCheck(Callback):
     The number of the first bad step is stored on the device. The callback reads the number every n
     steps and before a checkpoint is written; on a CPU, where reading does not have to wait, before
     each update. If the number is read late, weights are already damaged, and the error names the
-    first damaged weight.
+    first damaged weight instead of the cause.
     With `trainer.precision=16-mixed`, the gradient scaler checks the gradients instead.
 
     Args:

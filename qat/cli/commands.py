@@ -33,7 +33,7 @@ from qat.tasks.conf import CONF, command_words
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
-# On a new machine, matplotlib logs that it builds its font cache.
+# Hide that matplotlib builds its font cache on a new machine.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {

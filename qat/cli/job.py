@@ -147,7 +147,7 @@ def _find_task(
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     slurm.check_processes(trainer)
-    # These commands refuse several devices themselves.
+    # These commands refuse several devices themselves, so no processes are started for them.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
     num_processes = 0
     if not has_one_process:

@@ -349,7 +349,7 @@ class ImageData(LightningDataModule, ABC):
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split; use fewer"
             )
-        # Without augmentation, all copies of an image would be equal.
+        # Without augmentation, all copies of an image would be equal, so each image appears once.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         sampler = SeededSampler(
             len(images),

@@ -204,7 +204,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Refuse a directory with outputs that another command wrote and this command would replace.
+    """Refuse a directory whose outputs belong to another command or to other weights.
 
     Args:
         run_dir: the directory, which the same command may write into again.

@@ -73,8 +73,8 @@ def compile_options() -> dict[str, bool]:
     """`ROUNDING` and other options of the compiler, as far as this version of torch knows them.
 
     Rows are not padded, because operators would copy padded rows. With `trainer.deterministic`, the
-    compiler does not choose kernels by measured speed. Before torch 2.15, a reduction that is fused
-    with a reduction of another order may leave a gradient unwritten (pytorch #193061).
+    compiler does not choose kernels by measured speed. Before torch 2.15, reductions of different
+    orders are not fused, because this may leave a gradient unwritten (pytorch #193061).
     """
     options = {
         **ROUNDING,

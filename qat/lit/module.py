@@ -334,7 +334,10 @@ class QATModule(LightningModule):
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._metadata))
 
     def on_validation_epoch_start(self) -> None:
-        """Make all processes validate the same net; averaged weights are already in place."""
+        """Average batch norms, so that all processes validate the same net.
+
+        Averaged weights (`WeightAveraging`) are already in place.
+        """
         self._average_batch_norms()
 
     def on_validation_start(self) -> None:

@@ -35,7 +35,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
 
     A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
     may be missing. If the data of a model are unknown, a prediction prepares images as
-    `qat.transform` does; for a timm model, as for ImageNet.
+    `qat.transform` does, or for plain timm weights as `data=imagenet` does for this model.
 
     Raises:
         UsageError: the checkpoint names a class that is not a dataset of qat, or data that cannot
