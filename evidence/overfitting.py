@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import hydra
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import qat
+from evidence.claims.arms import ROOT
 from evidence.pages.drawing import STYLE, for_dark_pages
 from evidence.pages.page import PAGES
 from evidence.speed.timing import table
@@ -34,7 +32,6 @@ from qat.tasks.conf import CONF
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.utils.files import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / PAGES / "figures" / "overfitting.svg"
 SMALL_NET = ROOT / "evidence/weights/START/float-seed0.pt"
 HELD_OUT = 500
@@ -119,12 +116,6 @@ def run(fitness: str, seed: int, arguments: list[str]) -> tuple[list[float], lis
     return calibration.changes(), held_out.changes()
 
 
-def _panel(axis: Axes, fitness: str, curves: Mapping[str, NDArray[np.float64]]) -> None:
-    axis.set(title=fitness, xlabel="block searches")
-    for number, (name, values) in enumerate(curves.items()):
-        axis.plot(values.mean(0), color=PALETTE[number], label=name)
-
-
 def main(arguments: list[str]) -> None:
     """Write the figure and print the table."""
     rows = []
@@ -132,20 +123,20 @@ def main(arguments: list[str]) -> None:
         figure, axes = panels(1, len(FITNESSES), height=3.0)
         for axis, fitness in zip(axes, FITNESSES, strict=True):
             runs = np.array([run(fitness, seed, arguments) for seed in SEEDS])
-            curves = {"calibration images": runs[:, 0], "validation images": runs[:, 1]}
-            _panel(axis, fitness, curves)
+            axis.set(title=fitness, xlabel="block searches")
+            for number, name in enumerate(("calibration images", "validation images")):
+                axis.plot(runs[:, number].mean(0), color=PALETTE[number], label=name)
             last = runs[..., -1]
             row = [fitness]
             for values in last.T:
                 row.append(f"{values.mean():+.2f} ± {values.std(ddof=1):.2f}")
-            row.append(f"{last[:, 1].mean() / last[:, 0].mean():.2f}")
             rows.append(row)
         axes[0].set_ylabel("change of the fitness, %")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
         figure.savefig(FIGURE, transparent=True, metadata={"Date": None, "Creator": None})
     write_text(FIGURE, for_dark_pages(FIGURE.read_text(encoding="utf-8")))
-    head = ["fitness", "change on calibration images, %", "on validation images, %", "ratio"]
+    head = ["fitness", "change on calibration images, %", "on validation images, %"]
     sys.stdout.write(table(head, rows) + "\n")
 
 
