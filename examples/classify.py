@@ -30,7 +30,7 @@ def prepare(
     crop_pct: float | None,
     crop_mode: str = "center",
 ) -> np.ndarray:
-    """Preprocess an image as in training; the arguments are `qat.preprocessing` of a file.
+    """Preprocess an image as in evaluation; the arguments are the file's `qat.preprocessing`.
 
     Returns:
         (1, C, H, W) float32: cropped to a square, or resized to one without `crop_pct`.
@@ -67,7 +67,11 @@ def to_8bit(image: Image.Image) -> Image.Image:
 
 
 def resized_sides(image: Image.Image, size: int, crop_mode: str) -> tuple[int, int]:
-    """Width and height before cropping: shorter side, both sides or longer side of `size`."""
+    """Width and height before cropping.
+
+    `size` is the length of the shorter side, of both sides (`squash`) or of the longer side
+    (`border`).
+    """
     width, height = image.size
     if crop_mode in {"center", "center_floor"}:
         shorter = min(width, height)

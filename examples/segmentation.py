@@ -2,7 +2,7 @@
 
 A small ViT of timm (`features_only=True`) and a head of two convolutions are trained in float. From
 these weights, the float model and copies with backbones quantized by `qat.convert` train for as
-many steps again, on the same images. All are evaluated on the same test images.
+many steps again, all on the same new images. All are evaluated on the same test images.
 
 python examples/segmentation.py --bits 4 2 --steps 200 --seed 0
 """

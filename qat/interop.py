@@ -1,8 +1,8 @@
 """Load checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
 
 The state dicts of these checkpoints contain latent weights, LSQ step sizes and offsets under other
-names. They contain no bits and, without QKR, no number of heads; everything else follows from the
-shapes of tensors.
+names. They contain no bits and, for DeiT without QKR, no number of heads; everything else follows
+from the shapes of tensors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qat.model.foreign_weights import add_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# Tensors that the authors' files have and our models do not. An offset after the key or the product
-# only shifts whole rows of the softmax, and clip_val of StatsQ is always 2.
+# Offsets that the authors' files have and our models do not: an offset after the quantizer of the
+# key or of the product only shifts whole rows of the softmax.
 _UNUSED_OFFSETS = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
 # Patterns of our names, and the authors' names; the first match counts. `read_checkpoint` has
@@ -98,7 +98,8 @@ def load_ofq_checkpoint(
         The quantized model in eval mode.
 
     Raises:
-        UsageError: the file is not such a checkpoint, a tensor is missing or has the wrong shape,
+        UsageError: the file cannot be read or is not such a checkpoint; a tensor is missing,
+            unknown, not finite or has the wrong shape; neither the file nor `bits` states the bits;
             or an argument contradicts the file.
     """
     return net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr).net
@@ -138,7 +139,7 @@ def net_from_ofq(
             kwargs["num_heads"] = named_model.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
     weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
-    # The authors' step sizes per position are one per column of Swin's maps (B, H, W, C).
+    # For Swin's maps (B, H, W, C), the authors' code has one step size per column.
     map_scales = {"map_scales": "column"} if is_swin else {}
     quant_recipe = recipe(
         "ofq" if has_qkr else "ofq_noqkr",
@@ -193,7 +194,7 @@ def _bits(
 
 
 def _add_merging_biases(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Add biases to the linear layers of patch mergings; timm's models have none there."""
+    """Add the biases that the file has in patch mergings, where timm's models have none."""
     names = []
     for name, _ in net.named_modules():
         if name.endswith("reduction") and f"{name}.bias" in state:
@@ -213,7 +214,8 @@ def _check_model(
     """Build the model that the user named, on the meta device.
 
     Raises:
-        UsageError: the family or the width of the model differs from the file.
+        UsageError: timm has no such model, or its family, its width or the presence of a
+            distillation token differs from the file.
     """
     with torch.device("meta"):
         named_model = timm.create_model(model) if timm.is_model(model) else None
@@ -321,9 +323,12 @@ def _authors_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
 
 
 def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load the authors' tensors; raise an error for any other tensor that would have an effect.
+    """Load the authors' tensors into a model. Their maps and single numbers are flat tensors.
 
-    The authors' files contain maps and single numbers as flat tensors.
+    Offsets that change no output are ignored, and so is StatsQ's `clip_val`, which is always 2.
+
+    Raises:
+        UsageError: a tensor is missing, has the wrong shape, or has no counterpart in the model.
     """
     tensors = {}
     used_names = set()
@@ -343,5 +348,8 @@ def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, ori
     for name in state.keys() - used_names:
         is_clip_of_two = name.endswith("clip_val") and bool((state[name] == 2).all())
         if not is_clip_of_two and not _UNUSED_OFFSETS.search(name):
-            raise UsageError(f"{origin}: nothing in the model corresponds to {name}")
+            raise UsageError(
+                f"{origin}: tensor {name} has no counterpart in the model; "
+                "must be an unchanged DeiT or Swin checkpoint of OFQ's own code"
+            )
     net.load_state_dict(tensors)

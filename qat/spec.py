@@ -41,9 +41,9 @@ _CHOICES = {
     "act_scales": ("token", "tensor"),
 }
 
-# In OFQ, stem and heads have learned 8-bit step sizes (section 3 of the paper).
+# Quantizer of stem and heads, which in OFQ have 8 bits and learned step sizes (paper, section 3).
 _OUTER_QUANTIZERS = dict.fromkeys(("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS), "lsq")
-# Ranges of weights are computed in every forward pass; ranges of activations are calibrated.
+# With `minmax`, each forward computes the ranges of weights; those of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
 
@@ -70,7 +70,7 @@ class QuantSpec:
         signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1]; None = data
             decide when scales are initialised.
         axis: dimension along which scales differ; None = one scale for the tensor. For
-            `BLOCK_FLOATS`, the dimension along which blocks extend.
+            `BLOCK_FLOATS`, the dimension along which blocks extend; None = channels (B, C, H, W).
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions along which an offset varies (1 = channels, 2 = a
             map over pixels).
@@ -115,9 +115,9 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 
-# For each role of activations in a block: sign, axis and offsets, as in OFQ. Axis -2 is the token
-# or query position, -1 the channel. An offset after the key's quantizer would only shift
-# whole rows of the softmax.
+# For each role of activations: sign, axis and offsets, as in OFQ. Axis -2 is the token or query
+# position, -1 the channel, and 1 the channel of an image. Keys have no offset after the quantizer,
+# because it would only shift whole rows of the softmax.
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "input": {"signed": True, "axis": -2, "offsets": "both"},
     "q": {"signed": True, "axis": -2, "offsets": "both"},
@@ -147,7 +147,7 @@ class QuantRecipe:
 
     Attributes:
         name: the preset that the recipe was made from; `fp` leaves a model in float.
-        bits: bits of the weights in blocks, 2 to 8.
+        bits: bits of the weights in blocks: 2 to 8, or 32 with the float quantizer.
         act_bits: bits of the activations in blocks; None = `bits`.
         attention: `qkr` (query-key reparameterization); `standard`; or `float`, which quantizes
             only the linear layers of an attention.
@@ -157,7 +157,7 @@ class QuantRecipe:
         act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
         stem_bits: bits of the weights and input of the first convolution.
         head_bits: bits of the weights and input of heads: classifiers and other last layers.
-        offsets: True = learnable offsets before and after activation quantizers.
+        offsets: True = learnable offsets around activation quantizers, where OFQ has them.
         map_scales: scales of feature maps (B, H, W, C) before linear layers, as in Swin's MLPs: one
             scale per `tensor`, which works at any resolution, or one per `column` of the map, as in
             OFQ's code.
@@ -165,10 +165,10 @@ class QuantRecipe:
             LSQ paper; `mse` = the step size with the least squared error.
         steps: how step sizes are learned: `relative` to their initial value, s0 * exp(t), which
             cannot reach zero; or `absolute`, as in the LSQ paper and OFQ's code.
-        act_scales: step sizes of an activation in a block: one per `token` (per query for
-            attention, per channel for values), as in OFQ, or one per `tensor`.
+        act_scales: step sizes of an activation, except the input of a head: one per `token` (query
+            of probabilities, channel of values or images), as in OFQ, or one per `tensor`.
         fits_int8: True = no code of an activation exceeds 127, as TensorRT requires. At 8 bits,
-            attention probabilities then have 7 bits, and outputs of GELU have signed codes.
+            attention probabilities then have 7 bits; other unsigned codes become signed.
         overrides: `{module name glob: {setting: value}}`; later rules win.
         rule_bits: what `bits` sets in a rule of `overrides`: the bits of `both` weights and
             activations, or only of `weights`; None = `weights` if `act_bits` is set, else `both`.
@@ -196,7 +196,7 @@ class QuantRecipe:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rule_bits: str | None = None
 
-    # Config group of the settings. Quantizers are at the inputs of products, and norms are float.
+    # Config group. In training, quantizers are at the inputs of products, and norms are float.
     GROUP: ClassVar[str] = "quant"
     placement: ClassVar[str] = "inputs"
     layernorm: ClassVar[str] = "float"
@@ -235,7 +235,7 @@ class QuantRecipe:
                 )
 
     def _settle_rule_bits(self) -> None:
-        """Set `rule_bits` if it is None. This must precede setting `act_bits`."""
+        """Set `rule_bits` if it is None. Call this before `act_bits` gets its default."""
         if self.rule_bits is None:
             object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
 
@@ -261,7 +261,7 @@ class QuantRecipe:
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(
                     f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
-                    f"the settings must be among {', '.join(sorted(knobs))}"
+                    f"must be {{setting: value}} with settings among {', '.join(sorted(knobs))}"
                 )
             self._with_knobs(pattern, self._with_implied_bits(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
@@ -269,7 +269,7 @@ class QuantRecipe:
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
         """The recipe for one module: rules of `overrides` apply if they match a name of the module.
 
-        `bits` in a rule also sets `stem_bits`, `head_bits` and, with `rule_bits=both`, `act_bits`.
+        A rule's `bits` imply `stem_bits`, `head_bits` and (`rule_bits=both`) `act_bits` if missing.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
@@ -293,9 +293,9 @@ class QuantRecipe:
         return knobs | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
-        """The spec of a weight (out, ...) at `place`, with one scale per output row.
+        """The spec of a weight (out, ...) at `place`; `role` is `weight` or `qk`.
 
-        `role` is `weight` or `qk`.
+        There is one scale per output row; DoReFa has one scale, and block floats one per block.
         """
         name = self.weight_quantizer
         if place != "block":
@@ -321,8 +321,8 @@ class QuantRecipe:
         Args:
             role: any of `ROLES`, except `weight` and `qk`.
             place: one of `PLACES`; the input of a head has one scale for the tensor.
-            signed: False for an `input` that is the output of an activation function without a
-                negative tail.
+            signed: False for an `input` that comes from an activation function with at most a small
+                negative tail. Ignored for other roles.
         """
         layout = dict(_ACTIVATIONS[role])
         if role == "input":
@@ -358,8 +358,8 @@ class QuantRecipe:
         return dataclasses.asdict(self)
 
 
-# Settings that integer kernels support: symmetric codes, one step size per activation and per
-# output of a weight, and no offsets.
+# Settings that integer kernels support: symmetric codes, one step size for an activation, one step
+# size for each output of a weight, and no offsets.
 _DEPLOY: dict[str, Any] = {
     "name": "deploy",
     "attention": "standard",
@@ -372,7 +372,7 @@ _DEPLOY: dict[str, Any] = {
     "fits_int8": True,
 }
 
-# Float formats. Around block floats, only quantizers that integer kernels support are used.
+# Settings of float formats; with block floats, stem and heads have LSQ quantizers without offsets.
 _BLOCK_FLOATS: dict[str, Any] = {
     "attention": "standard",
     "bits": 4,
@@ -422,7 +422,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "seq",
         "step_init": "mse",
         "steps": "relative",
-        # Attention outputs are often near zero, where a grid with half steps has no value.
+        # Attention outputs are often near zero, and a grid with half steps does not contain zero.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
     "minmax": {
@@ -444,7 +444,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Presets and their bits, by the names that users give to `quant=`.
+# Presets and their bits, by those names for `quant=` that are not names of presets.
 CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     f"{preset}_{bits}bit": (preset, {"bits": bits})
     for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
@@ -472,7 +472,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4 and nvfp4 (blocks of 4-bit floats; mxfp4
             also allows `act_bits=8`), fp8 (8-bit floats); or a choice of `quant=`, such as
             seq_2bit.
-        knobs: fields of `QuantRecipe` to change; rules of `overrides` follow the recipe's.
+        knobs: fields of `QuantRecipe` to change; rules of `overrides` come after the recipe's own.
 
     Raises:
         UsageError: the name is unknown, or a value is not allowed.

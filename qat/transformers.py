@@ -1,4 +1,4 @@
-"""Save and load quantized models by Transformers' own `save_pretrained` and `from_pretrained`.
+"""Save and load quantized models with Transformers' own `save_pretrained` and `from_pretrained`.
 
 Importing this module registers the quantization method `qat` with Transformers. `Callback` adds
 annealing or freezing to Transformers' `Trainer`.
@@ -39,6 +39,11 @@ class QatConfig(QuantizationConfigMixin):
         signs: see `qat.model.convert.Conversion`; used only to load quantized models. A float model
             is always converted with `tails`.
         knobs: more arguments of `qat.recipe`, allowed if `recipe` is a name.
+
+    Raises:
+        UsageError: `recipe` is not a recipe, a value is not allowed, or there are `knobs` although
+            `recipe` is not a name.
+        TypeError: a setting is unknown.
     """
 
     def __init__(
@@ -68,9 +73,11 @@ class QatConfig(QuantizationConfigMixin):
 class QatQuantizer(HfQuantizer):
     """Converts the models that `from_pretrained` loads.
 
-    To load a quantized file, the model takes over the modules of a second model, which has random
-    weights and is converted first: not every model can run on the meta device. A float model is
-    converted after its weights are loaded; its scales must then be set by `qat.initialize_scales`.
+    A conversion runs the model, but not every model can run on the meta device, where
+    `from_pretrained` builds it. To load a quantized file, a second model with random weights is
+    therefore built and converted on the CPU, and the first model takes over its modules. A float
+    model is converted after its weights are loaded; its scales must then be set by
+    `qat.initialize_scales`.
     """
 
     quantization_config: QatConfig
@@ -92,7 +99,7 @@ class QatQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            # `qat.convert` stores a dict, too.
+            # Store a dict, as `qat.convert` does.
             model.config.quantization_config = config.to_dict()
             # Older versions of Transformers cast only some of the tensors.
             nn.Module.to(model, model.config.dtype)
@@ -136,7 +143,7 @@ class Callback(TrainerCallback):
         self._lightning_module = SimpleNamespace()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set up the callback as Lightning would, and restore its state."""
+        """Set up the callback as Lightning would; in a resumed run, restore its state."""
         optimizer = kwargs["optimizer"]
         self._lightning_module.net = kwargs["model"]
         self._lightning_trainer.optimizers = [getattr(optimizer, "optimizer", optimizer)]
@@ -150,7 +157,7 @@ class Callback(TrainerCallback):
             self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the learning rate."""
+        """Let `CGA` switch its gates and, while annealing, set the learning rate."""
         self._update_progress(state)
         self.callback.on_train_batch_start(self._lightning_trainer, self._lightning_module, None, 0)
 

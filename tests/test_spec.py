@@ -25,7 +25,7 @@ WRONG_KNOBS = [
     ),
     (
         {"overrides": {"blocks.0.*": {"bit": 8}}},
-        r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: the settings must be among act_bits, .*, bits, ",
+        r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: must be {setting: value} with settings among act_bits, .*, bits, ",
     ),
     ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: must be"),
 ]

@@ -1,7 +1,4 @@
-"""Analyses of models by evaluating modified models, with tables and figures.
-
-Each analysis is a class and a yaml file.
-"""
+"""Analyses of models, with tables and figures. Each analysis is a class and a yaml file."""
 
 from qat.analysis.analysis import (
     NO_IMAGES,

@@ -102,7 +102,7 @@ class EvaluationPoint:
     """An evaluation of a model for `measure`.
 
     Attributes:
-        key: columns that identify the evaluation in the table; `net` is the first.
+        key: columns that identify the evaluation in the table, such as `net`.
         net: the model to evaluate.
         change: returns a context manager that changes the model inside a `with` block; the default
             changes nothing.
@@ -273,7 +273,9 @@ def save_figure(
 def write_outcome(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
 ) -> None:
-    """Write tables as CSV, figures as SVG and PNG, and then `<name>.json`, which lists these files.
+    """Write tables as CSV, figures as SVG and PNG, and then `<name>.json`.
+
+    This file contains settings and summary, and lists the CSV and SVG files.
 
     Args:
         folder: target folder.

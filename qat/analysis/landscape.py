@@ -232,5 +232,5 @@ def _draw_contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], lo
             f"{label}: {centre:.4f} in the middle, "
             f"from {loss_changes.min():+.4f} to {loss_changes.max():+.4f}"
         )
-    title = f"{loss} above that of the unchanged model (+), scales changed by a fraction"
+    title = f"{loss}: difference from the unchanged model (+); axes: relative change of scales"
     return Drawing("landscape", title, "; ".join(descriptions), figure)

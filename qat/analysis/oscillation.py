@@ -38,7 +38,7 @@ class OscillationAnalysis(Analysis):
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Read `metrics.csv` and `oscillation.csv` of each run; make one figure and one table.
+        """Read `metrics.csv` and `oscillation.csv` of each run; make a figure and a table of them.
 
         Raises:
             UsageError: a run did not use the oscillation callback.

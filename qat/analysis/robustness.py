@@ -52,7 +52,7 @@ BITS = "bits"
 POWER_OF_TWO = "power_of_two"
 PARTS = (STEPS, BITS, POWER_OF_TWO)
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# For each part: name, title of the figure, and label of the x axis.
+# For each part that has a figure: its name, its title, and the label of the x axis.
 FIGURES = {
     STEPS: (
         "step_sizes",
@@ -109,7 +109,7 @@ class Robustness(Analysis):
         check_choice("analysis.float_scales", self.float_scales, tuple(FLOAT_SCALES))
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Compute two curves for each model, and the accuracy with power-of-two step sizes.
+        """Compute the requested parts for each model, with a curve for `steps` and for `bits`.
 
         Raises:
             UsageError: a requested part needs quantized weights and a model has none, or a model

@@ -133,7 +133,7 @@ class Sensitivity(Analysis):
             check_number("analysis.budget_mb", self.budget_mb, 0, exclusive_lowest=True)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Evaluate each layer in float and at other bits, then all suggested bits together.
+        """Evaluate each layer in float and at other bits; with a budget, also the suggested bits.
 
         Raises:
             UsageError: a model exceeds the budget even with the lowest bits everywhere.
@@ -239,7 +239,7 @@ class Sensitivity(Analysis):
         """
         assert self.budget_mb is not None  # noqa: S101  (narrows a type)
         budget_bytes = round(self.budget_mb * MB)
-        # Only weights in blocks of a quantized model may change: in training, a rule that sets the
+        # In a quantized model, only weights in blocks may change: in training, a rule that sets the
         # bits of a stem or head also sets the bits of its input.
         adjustable = sites if all_float(sites) else block_weights(sites)
         fixed_bytes, sizes = sizes_by_bits(net, adjustable, self.bits)
@@ -256,7 +256,7 @@ class Sensitivity(Analysis):
 def _quantizers_by_layer(
     net: nn.Module, weights: Mapping[str, WeightSite]
 ) -> dict[str, list[Quantizer]]:
-    """Quantizers that round, by layer. Layers with weights are listed even without a quantizer.
+    """Quantizers that round, by layer. Layers in `weights` are listed even if none rounds.
 
     Quantizers that belong to no layer are listed under "(net)".
     """
@@ -342,7 +342,7 @@ def sizes_by_bits(
     Args:
         net: the model.
         adjustable: weights whose bits may be chosen.
-        widths: bit-widths to choose from; the current bits of each weight are added.
+        widths: bit-widths to choose from; the current bits of each quantized weight are added.
     """
     fixed_bytes = size_bytes(net)
     sizes: dict[str, dict[int, int]] = {}
@@ -392,7 +392,7 @@ def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> 
     """The command-line override that sets these bits and repeats the model's existing rules.
 
     Returns:
-        `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}`.
+        `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}` for `ptq.py`.
     """
     group = "ptq"
     rules: dict[str, dict[str, Any]] = {name: {"bits": width} for name, width in bits.items()}

@@ -48,7 +48,7 @@ MAX_LEVELS = 20
 class WeightAnalysis(Analysis):
     """Histograms of float weights on the axis of their codes, kurtosis, and use of codes.
 
-    The use of codes by activations is measured on 128 images.
+    The use of codes by activations is measured on up to 128 images.
     """
 
     name: ClassVar[str] = "weights"
@@ -130,8 +130,8 @@ def iter_latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 def code_use(quantizer: Quantizer, x: Tensor) -> Row:
     """Number of unused levels of a quantizer, and percentage of values at the end codes.
 
-    For a uniform grid, the row also has the percentage of clipped values: values more than half a
-    step size beyond the end levels.
+    If the quantizer has a grid, the row also has the percentage of clipped values: values more than
+    half a code beyond the end codes.
     """
     grid = quantizer.grid(x)
     codes = quantizer.codes(x)
@@ -250,7 +250,7 @@ def _draw_histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> 
         if len(levels) <= MAX_LEVELS:
             _draw_levels(axis, levels)
         else:
-            # Most of the 256 codes may be unused, so only the range of the weights is drawn.
+            # With so many levels, most may be unused, so draw only the range of the weights.
             low = max(low, float(values.min()) - 0.5)
             high = min(high, float(values.max()) + 0.5)
     counts = torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high)

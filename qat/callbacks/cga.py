@@ -40,7 +40,7 @@ class BandGate:
         boundary_range: half-width of the band around a threshold, in codes.
 
     Attributes:
-        active: False until annealing begins, so that all gradients pass.
+        active: True while annealing; False = all gradients pass.
     """
 
     def __init__(self, boundary_range: float) -> None:
@@ -77,8 +77,8 @@ class CGA(Callback):
             frozen.
 
     Raises:
-        UsageError: a setting is invalid. In `setup`: the run is shorter than the epochs of
-            annealing, or there is nothing to anneal.
+        UsageError: a setting is invalid. In `setup`: the run is too short for the epochs of
+            annealing, there is nothing to anneal, or `IterativeFreezing` is used too.
     """
 
     # CGA reads and restores single entries of weights between steps.

@@ -27,7 +27,7 @@ class FiniteCheck(Callback):
     The number of the first bad step is stored on the device. The callback reads the number every n
     steps and before a checkpoint is written; on a CPU, where reading does not have to wait, before
     each update. If the number is read late, weights are already damaged, and the error names the
-    first damaged weight.
+    first damaged weight instead of the cause.
     With `trainer.precision=16-mixed`, the gradient scaler checks the gradients instead.
 
     Args:
@@ -129,8 +129,8 @@ def _training_error(problem: str, cause: str | None) -> UsageError:
         default="the loss or its gradient (the outputs of the model are finite)",
     )
     return UsageError(
-        f"training stopped: {problem}; first: {first_cause}; "
-        "checkpoints were written before this step; "
+        f"training stopped: {problem}; first non-finite: {first_cause}; "
+        "any saved checkpoint is from an earlier step; "
         "a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     )
 

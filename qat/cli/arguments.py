@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from qat.tasks.conf import options
 
-# Settings whose values are paths, written as in a shell: full names, and last parts of names.
+# Settings whose values are paths, written as in a shell: full names, and last parts of such names.
 PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
 # A quoted text, or a whole element that Hydra would read as a number or a bool.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
 NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
 ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
-# Values that need no quotes in Hydra's grammar, and values that use the grammar.
+# Values that need no quotes in Hydra's grammar, values that use the grammar, and sweeps.
 PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
 GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
@@ -27,8 +27,8 @@ ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 def to_hydra(arguments: Sequence[str]) -> list[str]:
     """Translate arguments for Hydra.
 
-    `~` is expanded, paths are quoted where Hydra's grammar needs quotes, and `model=NAME` is
-    replaced by the settings of this model.
+    `~` is expanded, paths are quoted where Hydra's grammar needs quotes, settings that may be
+    missing get `++`, and a timm or hub model in `model=NAME` is replaced by its settings.
     """
     is_multirun = "-m" in arguments or "--multirun" in arguments
     hydra_arguments = []
@@ -49,7 +49,7 @@ def to_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def _quote_path(value: str, *, is_multirun: bool) -> str:
-    """Quote a path if Hydra's grammar would refuse the path or read it as a number."""
+    """Quote a path, or its elements, if Hydra would refuse it or read it as a number or bool."""
     is_sweep = is_multirun and SWEEP.search(value)
     needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
     if needs_quotes:

@@ -33,7 +33,7 @@ from qat.tasks.conf import CONF, command_words
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
-# On a new machine, matplotlib logs that it builds its font cache.
+# Hide that matplotlib builds its font cache on a new machine.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {
@@ -44,7 +44,7 @@ COMMANDS = {
     "export": "a file to deploy",
     "models": "the choices of model=",
     "recipes": "the choices of quant= and ptq=",
-    "version": "versions of what is installed",
+    "version": "versions of qat, torch, timm and lightning",
 }
 
 
@@ -122,7 +122,7 @@ def run(name: str) -> int:
 def _hydra_arguments() -> dict[str, Any]:
     """Arguments of `hydra.main`: Hydra 1.4 warns if `version_base` is set, 1.3 if it is not."""
     if "execution_whitelist" in inspect.signature(hydra.main).parameters:
-        return {"execution_whitelist": "qat.*"}  # log handlers and sweep callbacks
+        return {"execution_whitelist": "qat.*"}  # for qat's log handlers and sweep callbacks
     return {"version_base": "1.3"}
 
 

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1 = tracebacks
 # Settings that are added to a command to resume it.
 RESUME_SETTINGS = {"resume", "run_dir"}
-# If all processes fail with the same error, the other processes wait this many seconds, while the
-# first process reports it.
+# All processes often fail with the same error, which only the first process should report. So the
+# others wait this many seconds before they report an error.
 FIRST_REPORTS_S = 10
 
 
@@ -43,9 +43,9 @@ def run_task(
 ) -> float | None:
     """Run one job in its run directory; print a known mistake as one line.
 
-    A run that fails writes its error to `results.json`, unless the directory contains results of
-    another run. A single run then exits with 1; a job of a sweep returns NaN, so that the other
-    jobs run.
+    A known mistake, or any error in a job of a sweep, is written to `results.json`, unless the
+    directory contains files of another run. Then a single run exits with 1; a job of a sweep
+    returns NaN, so that the other jobs run. Other errors are raised.
 
     Args:
         cfg: the composed config.
@@ -89,7 +89,8 @@ def _end_stopped_run(
         # Recording an error allows the same command to start the run again.
         _write_error(cfg, f"stopped by {stop.name}", state)
     hint = "the same command repeats the run"
-    # The directory of a run that has not begun may contain files of another run.
+    # If the run has not begun, the directory may contain files of another run, which must not be
+    # resumed.
     if "resume" in cfg and (state.has_begun() or cfg.resume or cfg.sweep_dir):
         hint = _resume_hint(command, cfg.sweep_dir or cfg.run_dir)
     return slurm.end_preempted(stop, folder, hint)
@@ -146,7 +147,7 @@ def _find_task(
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     slurm.check_processes(trainer)
-    # These commands refuse several devices themselves.
+    # These commands refuse several devices themselves, so no processes are started for them.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
     num_processes = 0
     if not has_one_process:

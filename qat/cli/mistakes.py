@@ -21,7 +21,8 @@ ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 def error_line(error: BaseException | None) -> str | None:
     """Return the line to print for a known mistake, or None for any other error.
 
-    Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error.
+    Hydra wraps errors of constructors, so the mistake may be the `__cause__` of an error. Errors
+    that Hydra or Lightning raise themselves are known mistakes, too.
     """
     while error is not None:
         for kinds, describe in _KNOWN_MISTAKES:

@@ -1,7 +1,7 @@
 """Sweeps (`-m`): Hydra callbacks, the summary at the end, and `analyze.py sweep=DIR`.
 
 Nothing heavy is imported. Jobs may run in other processes and on other machines. A job that fails
-also writes its error to a separate file: its `results.json` may be from an earlier run.
+also writes its error to a separate file, because `results.json` may be from an earlier run.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class SweepCallback(Callback):
         _lock_directory(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Lock the directory of a sweep.
+        """Lock the directory of a sweep, which may contain jobs of the same sweep.
 
-        With `resume`, a search draws the same settings again, and so continues.
+        With `resume`, a search draws the same settings again, so that these jobs continue.
         """
         _lock_directory(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report = config.report
-        # Not all sweepers save this file.
+        # Save this file here, because not all sweepers do.
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")
         _running_sweeps.append(self)
         if "optuna" in config.hydra.sweeper._target_:

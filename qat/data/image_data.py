@@ -106,10 +106,10 @@ class ImageData(LightningDataModule, ABC):
             `DEFAULTS` of the class, if it is there.
 
     Attributes:
-        requested_split: the split for evaluation; None = `test`, or `val` if the data has no test
+        requested_split: the split for evaluation; None = `test`, or `val` if the data have no test
             split.
-        evaluates_whole: True = if the data has no splits, use all images for testing; False = use
-            them for training, and hold out a part.
+        evaluates_whole: only for data without splits. True = use all images for testing; False =
+            use them for training, and hold out a part.
 
     Raises:
         UsageError: a setting is unknown or has an invalid value.
@@ -182,7 +182,8 @@ class ImageData(LightningDataModule, ABC):
         """Images of one split, in their original size.
 
         Raises:
-            UsageError: there is no such split, or a label is not a class.
+            UsageError: there is no such split, the data cannot be read, or labels or channels
+                contradict the settings.
         """
         if name not in self.splits:
             raise UsageError(
@@ -202,7 +203,11 @@ class ImageData(LightningDataModule, ABC):
         return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash of images and labels of each split, independent of where and how they are stored."""
+        """Hash of each split, by which changed data are recognised.
+
+        The hash does not depend on `data.root`, and is made without reading image files
+        (`EncodedImages.fingerprint`).
+        """
         return {name: self.split(name).fingerprint() for name in self.splits}
 
     @property
@@ -344,7 +349,7 @@ class ImageData(LightningDataModule, ABC):
                 f"trainer.devices: {world_size} processes are more than "
                 f"the {len(images)} images of the {split} split; use fewer"
             )
-        # Without augmentation, all copies of an image would be equal.
+        # Without augmentation, all copies of an image would be equal, so each image appears once.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         sampler = SeededSampler(
             len(images),
@@ -395,10 +400,10 @@ class EncodedImageData(ImageData):
     Args:
         settings: fields of `DataSettings`, by default for colour images of 224 x 224 pixels. If
             `mean`, `std`, `crop_pct`, `crop_mode` or `interpolation` is None, the value of `model`
-            is used; if `num_classes` is None, the number of classes in the data.
+            is used, or else of ImageNet. If `num_classes` is None, classes are counted in the data.
 
     Raises:
-        UsageError: a setting has an invalid value.
+        UsageError: a setting has an invalid value, or the data cannot be read to count classes.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {

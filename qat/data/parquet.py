@@ -60,7 +60,8 @@ class ParquetImages(EncodedImages):
             label_column = _find_column(settings.label_column, LABEL_COLUMNS, names)
             if image_column is None or label_column is None:
                 raise UsageError(
-                    f"{origin}: data.image_column and data.label_column "
+                    f"{origin}: data.image_column={settings.image_column!r} and "
+                    f"data.label_column={settings.label_column!r}: "
                     f"must be two of {', '.join(names)}"
                 )
             self.cells, labels = dataset.read([image_column, label_column]).columns

@@ -105,7 +105,7 @@ class DataSettings:
         seed: seed of order, augmentation and calibration images.
         root: folder with the data.
         on_error: reaction to an image that cannot be decoded: `raise` ends the run, `skip` warns
-            and uses the next image instead.
+            and uses the next image instead; a prediction leaves the image out.
         memory_mb: maximum size in megabytes of the decoded images of a split in memory. The images
             of a larger split, and images of different sizes, are decoded when needed.
         crop_pct: side of the centre crop in evaluation, as a fraction of the shorter side, before

@@ -99,7 +99,7 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     image white.
 
     Raises:
-        ValueError: pixels have 32 bits, and no value is defined as white.
+        ValueError: pixels are floats or do not fit in 16 bits, so no value is defined as white.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -148,9 +148,9 @@ class EncodedImages(ABC):
     Args:
         labels: (N,), class ids.
         origin: the file or folder of the images, for messages.
-        settings: `in_chans` and `on_error` are used. `on_error=skip` replaces an image and its
-            label by the next image that can be decoded. The replacement is always the same, and the
-            number of images, their order and their random draws do not change.
+        settings: `in_chans` and `on_error` are used. `on_error=skip` replaces an image that cannot
+            be decoded, and its label, by the next image that can. The replacement is always the
+            same, and the number of images, their order and their random draws do not change.
 
     Attributes:
         rows: (N,), number of each image among the stored images.
@@ -184,7 +184,10 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of file names and labels, independent of the folder's location; reads no image."""
+        """Hash of labels and of names or rows, independent of the folder's location.
+
+        No image is read, so changed contents of a file may not be noticed.
+        """
 
     def row_bytes(self) -> bytes:
         """The rows as bytes, for fingerprints."""

@@ -73,7 +73,7 @@ class TimmImages(EncodedImages):
         if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
         elif str(settings.root).endswith(".tar"):
-            # Worker processes would share one open file and its position.
+            # With this cache, worker processes would share one open file and its position.
             options = {"cache_tarfiles": False}
         else:
             data_folder(settings.root, "the dataset, or the path of a tar file")
@@ -136,7 +136,7 @@ def _read_labels(reader: Any) -> Any:
 
 
 class Timm(EncodedImageData):
-    """A dataset by its name in timm, in the order of timm's reader."""
+    """A dataset that timm reads, in the order of timm's reader."""
 
     SETTINGS: ClassVar[type[DataSettings]] = TimmSettings
     settings: TimmSettings
@@ -172,7 +172,7 @@ class Timm(EncodedImageData):
         return splits
 
     def named_classes(self) -> list[str] | None:
-        """Return the reader's class names, or None if it has none or no dataset is set."""
+        """Return the reader's class names, or None if unknown or not as many as `num_classes`."""
         if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images_by_split.values())).classes

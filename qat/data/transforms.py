@@ -157,10 +157,10 @@ def _timm_transform(settings: DataSettings, **options: Any) -> Any:
 
 
 class BatchMixup:
-    """Blends each image of a batch, and its class, with the opposite image (first with last).
+    """Mixes each image of a batch, and its class, with the opposite image (first with last).
 
-    Labels are not smoothed here but in the loss: its cross-entropy smooths probabilities as timm
-    smooths one-hot classes.
+    Labels are smoothed in the loss, not here: cross-entropy smooths probabilities as timm smooths
+    one-hot classes.
 
     Args:
         settings: `mixup*`, `cutmix`, `num_classes` and `seed` are used.

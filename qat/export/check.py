@@ -40,8 +40,8 @@ ROUNDING_ERROR = 2e-5
 # float, so values on thresholds may be rounded the other way. An image is unexplained if its
 # outputs differ from the graph's by more than `TOLERANCE`, and by more than `MAX_ROUNDING_RATIO`
 # times the effect of multiplying the image by `SLIGHT_FACTOR`. This effect counts only if the file
-# differs from the model by at most `MAX_RELATIVE_ERROR`. With more than this fraction of
-# unexplained images, the runtime computes something else.
+# differs from the model by at most `MAX_RELATIVE_ERROR`. If more than the fraction
+# `MAX_UNEXPLAINED` of the images are unexplained, the runtime computes something else.
 MAX_UNEXPLAINED = 0.1
 MAX_ROUNDING_RATIO = 2
 SLIGHT_FACTOR = 1 + 1e-6
@@ -63,8 +63,8 @@ class Agreement:
 
     Attributes:
         images: number of compared images.
-        same_top1: number of images on which file and model predict the same class, for all matched
-            queries of a detector; 0 for encoders.
+        same_top1: number of images on which file and model predict the same class: for a detector,
+            in all matched queries; for a segmentation, in all pixels. 0 for encoders.
         num_differing: number of images whose outputs differ by more than `TOLERANCE`.
         max_error: maximum difference between outputs on images that differ by at most `TOLERANCE`.
         relative_error: maximum difference of an output on any image, relative to the largest value

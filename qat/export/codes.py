@@ -1,10 +1,10 @@
 """Tensors of codes that stand in for a model's tensors while the model is written as a graph.
 
-They support only views and products. The model runs twice. The first run is on an image: a tensor
-carries its scale, shift and offset, which follow every view of the tensor, and each product
-determines which of the three can be applied outside its sum (`plan.py`). In the second run, torch
-traces the model: a tensor has only 8-bit codes, and each product writes the operators that were
-planned for it (`write.py`).
+Views and products work on the codes; all other operators get plain numbers. The model runs twice.
+The first run is on an image: a tensor carries its scale, shift and offset, which follow every view
+of the tensor, and each product determines which of the three can be applied outside its sum
+(`plan.py`). In the second run, torch traces the model: a tensor has only 8-bit codes, and each
+product writes the operators that were planned for it (`write.py`).
 """
 
 from __future__ import annotations
@@ -158,13 +158,13 @@ class StoredWeight(_CodeTensor):
     Attributes:
         frozen: the frozen weight.
         width: bits of the ONNX type of the stored codes.
-        codes: int8 codes that fit the type, or E4M3 floats. If int8 could saturate
+        codes: int8 codes that fit the type, or E4M3 floats. With `cpu=any`, if int8 could saturate
             (`MAX_INT8_CODE`), uint8 codes that are 128 higher.
         is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
-        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, or the offset
-            of bias correction; None = 0.
+        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, plus the offset
+            after the quantizer (such as of bias correction); None = 0.
         graph: see `QuantizedTensor`; None before a graph is written.
     """
 
@@ -179,7 +179,7 @@ class StoredWeight(_CodeTensor):
 
     @property
     def factors(self) -> Tensor:
-        """Factors of products minus the zero point: integers in float32, in the weight's shape."""
+        """Factors of products minus the zero point, as float32, in the weight's shape."""
         factors = self.codes.float()
         if self.is_doubled:
             factors = factors * 2 + 1
@@ -230,7 +230,7 @@ def store_weights(
 
 
 def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") -> StoredWeight:
-    """Choose the smallest type that stores a weight exactly and that the runtime can read.
+    """Store a weight exactly, in the smallest type that the runtime can read.
 
     The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
     numbers 2k + 1 instead. If 2k + 1 fits the type (2 and 3 bits in INT4, 5 to 7 bits in INT8), it
@@ -240,8 +240,8 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
 
     Args:
         weight: the frozen weight.
-        min_width: minimum width of the stored type: 2; 4 for files that OpenVINO reads; 8 for files
-            that TensorRT reads.
+        min_width: minimum width of the stored type: 2; 4 for files that OpenVINO reads; 8 for
+            TensorRT and ExecuTorch.
         cpu: `any` stores codes beyond `MAX_INT8_CODE` as uint8; `fast` stores all codes as int8.
     """
     if isinstance(weight, FrozenFp8):

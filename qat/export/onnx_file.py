@@ -1,8 +1,9 @@
 """Write a quantized model as an ONNX file of standard operators: `qat.export_onnx`.
 
-Every product of quantized tensors becomes a product of 8-bit codes. A run on an image computes the
-constants (`plan.py`), operators are written while torch traces the model (`write.py`), and the
-graph is then simplified (`rewrite.py`). Finally, the file is compared with the model.
+For target `cpu`, products of quantized tensors become products of 8-bit codes where the scales
+allow it, and a run on an image computes the constants (`plan.py`). For target `tensorrt`, TensorRT
+finds these products itself. Operators are written while torch traces the model (`write.py`), and
+the graph is then simplified (`rewrite.py`). Finally, the file is compared with the model.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ def preprocessing(settings: DataSettings) -> dict[str, Any]:
 
 
 def require_installed(form: str) -> None:
-    """Raise `UsageError` unless the libraries for `onnx` or `executorch` are installed."""
+    """Raise `UsageError` unless the libraries for a format (onnx, executorch) are installed."""
     extra = form
     libraries: tuple[str, ...] = (form,)
     if form == "onnx":

@@ -1,14 +1,14 @@
-"""Constants that turn each product of a model into a product of integer codes.
+"""Constants that turn products of a model into products of integer codes.
 
 The constants are computed while the model runs on an image. If no scale varies along a summed
 dimension, then
 
-    codes_x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
+    x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
 where a runtime computes the inner product and scale_w in one integer kernel. Half steps, zero
-points and offsets are part of `row` and `constant`.
+points and offsets are part of `row` and `constant`; `Plan` describes further terms.
 
-If a product directly precedes a quantizer, its scale includes the division by the step size.
+The scale of a product can include the division by the step size of a quantizer that follows it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Plan(nn.Module):
     Values that repeat along a dimension are stored once, with size 1 in this dimension.
 
     Attributes:
-        on_codes: False = a scale varies along the summed dimension, so the product multiplies
-            dequantized numbers and uses only `scale`.
+        on_codes: False = a scale varies along the summed dimension, or the right factor has an
+            offset, so the product multiplies dequantized numbers and uses only `scale`.
         blocks: number of equal parts into which the outputs are split, each with its own scales and
             constants of shape (..., blocks, 1 or out / blocks); 0 = not split.
         scale: factor of the sum of products.
@@ -399,7 +399,7 @@ def _plan_weight_product(
         blocks = constant_factor.shape[-2]
     elif not has_one_scale and not a.zero:
         # OpenVINO 2026.4 mistakes a scale of rows for a scale of columns, unless another operator,
-        # such as a zero point, is between the product and the scale.
+        # such as a zero point, is between them. The operator that splits into one block is enough.
         blocks = 1
     constant = _constant_of_linear(a, stored, bias)
     if constant is not None:
@@ -415,7 +415,7 @@ def _plan_weight_product(
     if sums.any():
         ones = torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
-    # Without leading dimensions, runtimes would merge product and vector into one float operator.
+    # Runtimes merge a 2-D product and an added vector into a float operator, so add dimensions.
     ndim = max(a.ndim, 3)
     ndim_split = ndim + 1 if blocks else ndim
     return Plan(

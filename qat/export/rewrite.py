@@ -1,7 +1,7 @@
 """Rules that rewrite a graph of torch and onnxscript for onnxruntime and OpenVINO.
 
 For example, an offset added to a LayerNormalization becomes part of the bias, and codes of weights
-are stored at their bit-width.
+of few bits are stored as INT4 or INT2.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qat.export.write import CODES
 
 # OpenVINO fuses these operators with a factor that follows them.
 _FUSED_WITH_FACTOR = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
-# Onnxruntime moves QuantizeLinear before these operators, just as it moves it before MaxPool, or
-# fuses them with Conv.
+# Onnxruntime moves QuantizeLinear before these operators, or fuses these operators with a Conv
+# before them.
 _PASSED_OPERATORS = frozenset({
     "Reshape",
     "Transpose",
@@ -156,7 +156,7 @@ def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def separate_divisions(model: ir.Model) -> None:
-    """Make quantizers after MaxPool or Conv divide by the step size in a separate operator.
+    """Make quantizers after MaxPool, Conv or Gemm divide by the step size in a separate operator.
 
     Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
     8-bit MaxPool takes a hundred times as long as the float MaxPool. Onnxruntime also rounds the
@@ -186,9 +186,10 @@ def _can_move_past(node: ir.Node) -> bool:
 
 
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
-    """Store the codes of weights at their bit-width, and add operators that cast them to 8 bits.
+    """Store codes of weights of width 4 or 2 as INT4 or INT2, and add operators that widen them.
 
-    Runtimes cast only once, when they open a file.
+    The operators cast to 8 bits and, if the factors are 2 * codes + 1, compute the factors.
+    Runtimes run them only once, when they open a file.
     """
     graph = model.graph
     int8_one = _store(graph, "onnx.int8_one", np.array(1, np.int8))

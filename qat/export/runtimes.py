@@ -63,6 +63,9 @@ def open_session(
             process, which this function sets to 1.
         precision: type in which OpenVINO computes float operators; its own default is `bf16` if the
             processor supports it.
+
+    Raises:
+        UsageError: onnxruntime cannot open the file.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:
@@ -80,7 +83,7 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
     if int8_sums_saturate():
-        # This setting converts int8 weights of products to uint8.
+        # This setting converts int8 weights of products to uint8, whose sums do not saturate.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     constants = onnx.load_from_string(content).graph.initializer
     if any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in constants):

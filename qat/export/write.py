@@ -25,7 +25,7 @@ from qat.spec import OUTPUT_ROLES
 from qat.utils.probing import copy_net
 from qat.utils.validate import FP8
 
-# Sums and norms use the outputs of these quantizers; products do not.
+# Sums, norms and softmaxes use the outputs of these quantizers; products do not.
 _FLOAT_ROLES = frozenset(OUTPUT_ROLES) - {"qkv"}
 # Metadata key of an operator, for the name of its quantizer.
 SITE = "qat.site"
@@ -204,7 +204,8 @@ class Writer(nn.Module):
             right = dequantize(b)
             y = F.linear(left, right, bias) if is_weight else torch.matmul(left, right)
             return y if plan.scale is None else y * plan.scale
-        # Runtimes would merge a product of matrices and an added vector into one float operator.
+        # Runtimes merge a 2-D product and the vector added to it into one float operator, so add a
+        # dimension.
         is_flat = is_weight and a.ndim == 2
         if is_flat:
             a = a.unsqueeze(1)

@@ -1,4 +1,7 @@
-"""Uniform affine quantization with a zero point; `qat.functional.observers` computes the scales."""
+"""Uniform affine quantization with a zero point.
+
+Scales are computed from ranges, which `qat.functional.observers` finds.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[T
 
     Returns:
         The scale (high - low) / (qmax - qmin), at least float32 eps, and the zero point
-        qmin - round(low / scale), clamped to the codes. Both have the shape of `low`.
+        qmin - round(low / scale), clamped to [qmin, qmax]. Both have the shape of `low`.
     """
     scale = ((high - low) / (qmax - qmin)).clamp(min=_EPS)
     zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax)
@@ -93,7 +96,7 @@ def affine_codes(
     """Integer codes of `fake_quantize_affine`, in [qmin, qmax], with the zero point added.
 
     Returns:
-        Codes in the shape of `x`, in the smallest integer dtype for [qmin, qmax].
+        Codes in the shape of `x`, in the smallest signed integer dtype for [qmin, qmax].
     """
     step = view_along(scale.detach(), x.ndim, axis)
     zero = view_along(zero_point, x.ndim, axis)
@@ -106,8 +109,8 @@ def fake_quantize_affine(
 ) -> Tensor:
     """Fake-quantize to (clamp(round(x / s + z), qmin, qmax) - z) * s.
 
-    The gradient passes straight through the rounding. Elements whose code is outside the range get
-    a gradient of zero.
+    The gradient of `x` passes straight through the rounding. It is zero for elements whose rounded
+    x / s + z is outside of [qmin, qmax].
 
     Args:
         x: any shape and float dtype; computed in float32.
@@ -119,6 +122,9 @@ def fake_quantize_affine(
 
     Returns:
         The shape and dtype of `x`.
+
+    Raises:
+        UsageError: the scale does not fit the shape of `x`.
     """
     check_fit(x, scale, axis)
     step = view_along(scale.float(), x.ndim, axis)
@@ -129,8 +135,7 @@ def fake_quantize_affine(
     # The mask needs the codes before they are clamped, so `nearest_codes` does not fit.
     unclamped_codes = u.detach().round()
     # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Clamping
-    # `round_ste(u)` fails as well: where u overflows, `round_ste` computes
-    # inf - inf.
+    # `round_ste(u)` fails as well: where u overflows, `round_ste` computes inf - inf.
     is_inside = (unclamped_codes >= qmin) & (unclamped_codes <= qmax)
     codes = torch.where(is_inside, round_ste(u), unclamped_codes.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)
@@ -140,10 +145,10 @@ def fake_quantize_affine(
 def fake_quantize_affine_(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """`fake_quantize_affine` in place, without autograd: one buffer for all operations.
+    """`fake_quantize_affine` in place, without autograd: one float32 buffer for all operations.
 
-    The operations run in the same order as in `fake_quantize_affine`, so finite values are
-    bit-identical, except for the sign of zeros. An infinite value gets the outermost code.
+    The operations run in the same order as in `fake_quantize_affine`, so results are bit-identical,
+    except for the sign of zeros.
 
     Args:
         x: any shape and float dtype; overwritten.
@@ -164,11 +169,11 @@ def fake_quantize_affine_(
 
 
 def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
-    """Give every slice of `quantized` along `axis` the mean and standard deviation of `w`.
+    """Give every slice of `quantized` along `axis` the mean and standard deviation of `w` there.
 
     The result is (q - mean q) std w / (std q + 1e-8) + mean w, with unbiased standard deviations.
-    Its values are not on the integer grid, but on an affine map of the grid for each output
-    channel. A slice of one element becomes w.
+    Its values are therefore not on the grid of q: each slice has an affine map of this grid. A
+    slice of one element becomes w.
 
     Source: Banner et al., arXiv 1810.05723, as used by Evol-Q (arXiv 2308.10814).
 
@@ -188,6 +193,7 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     ratio = view_along(std_w / (std_q + 1e-8), w.ndim, axis)
     mean_q = view_along(rows_q.mean(-1), w.ndim, axis)
     mean_w = view_along(rows_w.mean(-1), w.ndim, axis)
-    # Adding and subtracting mean q rounds as the reference code does, so losses are bit-identical.
+    # Adding and subtracting mean q rounds as the reference code does, so losses are bit-identical
+    # to those of the reference code.
     corrected = (quantized.float() - mean_q) * ratio + mean_q - mean_q + mean_w
     return corrected.to(quantized.dtype)

@@ -17,7 +17,8 @@ from qat.functional.ste import TINY, in_dtype
 
 # Largest finite value of E4M3.
 E4M3_MAX = 448
-# Layout of float32: mask of the exponent, and the number added to the exponent.
+# Layout of float32: mask of the exponent, number of bits of the mantissa, and the number added to
+# the exponent.
 _EXPONENT_MASK = 0x7F800000
 _MANTISSA_BITS = 23
 _BIAS = 127
@@ -62,9 +63,9 @@ def _power_below(x: Tensor) -> Tensor:
 
 
 def nearest_float(u: Tensor, form: BlockFormat) -> Tensor:
-    """Round to the nearest value of a format, ties to even; larger values saturate.
+    """Round to the nearest value of a format, ties to even.
 
-    NaN stays NaN.
+    Values outside of the range of the format saturate. NaN stays NaN.
 
     Args:
         u: any shape, float32.
@@ -146,8 +147,8 @@ def round_blocks(
 
     Without a tensor scale, s is the power of two 2^(floor(log2(max|block|)) - e), where e is the
     exponent of the largest value of the format. With a tensor scale t, s is E4M3(max|block| / 6 /
-    t) * t. A block becomes zero if all its values are zero or if s is too small for a normal
-    number. A block that contains a NaN becomes NaN.
+    t) * t. A block becomes zero if all its values are zero, if the power of two is too small for a
+    normal float32, or if E4M3 rounds the scale to zero. A block that contains a NaN becomes NaN.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
@@ -190,7 +191,7 @@ class BlockFloatFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the rounded values; can be differentiated once more."""
+        """Gradient of the input; can be differentiated once more."""
         x, tensor_scale = ctx.saved_tensors
         return round_blocks(x, ctx.form, tensor_scale, grad), None, None
 
@@ -230,9 +231,9 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     """Codes of `block_float` (sign, exponent and mantissa as bits) and their scales.
 
     Returns:
-        Codes, uint8, in the shape of `x`; NaN has code 0 and a scale of NaN.
-        Factors, float32, (..., ceil(n / block)): scales of blocks, divided by the tensor scale of a
-        two-level format.
+        Codes, uint8, in the shape of `x`; a block with a NaN has codes of 0 and a factor of NaN.
+        Factors, float32, (..., ceil(n / block_size)): scales of blocks, divided by the tensor scale
+        of a two-level format.
         The tensor scale; None for a format with one level.
     """
     tensor_scale = compute_tensor_scale(x, form)

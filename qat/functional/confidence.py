@@ -18,9 +18,10 @@ def check_boundary(setting: str, boundary: object) -> None:
 
 
 def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
-    """True where z is within `boundary` of a threshold i + 1/2 between two codes that occur.
+    """True where z is within `boundary` of a threshold between the lowest and highest code of z.
 
-    The integer i is at least the lowest code that occurs, and less than the highest.
+    A threshold is i + 1/2, where the integer i is at least the lowest code of z and less than the
+    highest.
 
     Args:
         z: coordinates on the axis of codes, float32; a rounded coordinate is the code.

@@ -1,7 +1,4 @@
-"""Distillation loss of OFQ (arXiv 2302.02210) and DeiT.
-
-The class head learns from hard labels, the distillation head from the teacher.
-"""
+"""Distillation losses: the loss of OFQ (arXiv 2302.02210) and DeiT, and a distance of features."""
 
 from __future__ import annotations
 
@@ -40,9 +37,10 @@ def distillation_loss(
     hard_weight: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)).
+    """hard_weight * CE(student_cls, target) + `soft_cross_entropy`(student_dist, teacher_cls).
 
-    OFQ uses equal weights and temperature 1.
+    The class head learns from the labels, the distillation head from the teacher. OFQ uses equal
+    weights and temperature 1.
 
     Args:
         student_cls: (B, K) logits of the class head.
@@ -68,9 +66,10 @@ def distillation_loss(
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean of |s - t|^2 / var(t) over features and images.
 
-    The mean |s - t|^2 and the variance are taken over the entries of one image. A student that
-    outputs the mean of the teacher has distance 1, at any scale of the features. Images do not mix,
-    so the distance of a batch is the mean distance of its images.
+    Here |s - t|^2 is the mean square over the entries of one image, and var(t) the variance over
+    these entries. A student that outputs the teacher's mean for each image has distance 1, at any
+    scale of the features. Images do not mix, so the distance of a batch is the mean distance of its
+    images.
 
     Args:
         student: features (B, ...), such as outputs of the blocks of a net.

@@ -119,7 +119,7 @@ def evolve_child(population: Population, drawn: Draw, *, relative: bool = False)
 def insert_child(population: Population, child: Tensor, loss: float) -> Population:
     """Insert a child, and drop the candidate with the highest loss.
 
-    If several losses are equal, drop the newest candidate.
+    If several candidates have the highest loss, drop the newest of them.
 
     Args:
         population: P members.

@@ -29,7 +29,7 @@ class E4M3Range(CodeRange):
 
 
 def fp8_scale(low: Tensor, high: Tensor) -> Tensor:
-    """The scale max(|low|, |high|) / 448 of a range, which is always above 0.
+    """The scale max(|low|, |high|) / 448 of a range; at least 2^-125, so that it is never 0.
 
     Args:
         low: (n,), smallest value of each slice.

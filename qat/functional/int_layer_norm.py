@@ -1,4 +1,4 @@
-"""LayerNorm in integer arithmetic, for channel scales that differ by powers of two.
+"""LayerNorm in integer arithmetic, for one scale or channel scales that differ by powers of two.
 
 Source: FQ-ViT (arXiv 2111.13824).
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Multipliers are 8-bit integers from 2^7 on; products are shifted right by up to 31 bits.
+# Multipliers are 8-bit integers, at least 2^7 if the shift allows this. Products are shifted right
+# by up to 31 bits.
 _MULTIPLIER_EXPONENT = 7
 _MAX_SHIFT = 31
 
@@ -17,19 +18,19 @@ _MAX_SHIFT = 31
 def integer_layer_norm(
     x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """Integer LayerNorm over the last dimension of values with one scale per channel.
+    """Integer LayerNorm over the last dimension.
 
     There is no epsilon and no gradient.
 
     Args:
         x: (..., C), values that are multiples of `in_scale`.
-        in_scale: (C,), the smallest scale times powers of two (`ptf`).
-        out_scale: (C,) or one element, the step size of the result. The result is not clipped.
+        in_scale: one element, or (C,): the smallest scale times powers of two (`ptf`).
+        out_scale: one element or (C,), the step size of the result. The result is not clipped.
         weight: (C,).
         bias: (C,).
 
     Returns:
-        (..., C) float32, multiples of `out_scale`. A constant row becomes the bias.
+        (..., C) float32, multiples of `out_scale`. A constant row becomes the rounded bias.
     """
     smallest = in_scale.min()
     channel_powers = (in_scale / smallest).round()

@@ -40,11 +40,12 @@ def kurtosis(w: Tensor) -> Tensor:
     Laplace distribution 6.
 
     Args:
-        w: any shape and float dtype. The kurtosis is computed in float32, or in float64 if `w` is
-            float64 or has few values, also under autocast.
+        w: any shape and float dtype. The kurtosis is computed in float64 if `w` is float64 or has
+            few values (except on MPS), else in float32. Autocast does not change this.
 
     Returns:
-        Scalar. For a constant tensor or a single element, 0 with a gradient of 0.
+        Scalar, float64 if `w` is float64, else float32. For a constant tensor or a single element,
+        0 with a gradient of 0.
     """
     values = w.to(_kurtosis_dtype(w))
     low, high = values.detach().aminmax()
@@ -90,7 +91,7 @@ def kure_loss(
     """(K_i - target)^2 of the kurtosis of each tensor, reduced to a scalar.
 
     Args:
-        weights: any shapes and float dtypes.
+        weights: tensors of any shapes and float dtypes, or a single tensor.
         target: above 1, the lowest kurtosis of a distribution.
         reduction: `mean`, `sum` or `max` over the tensors.
 

@@ -29,7 +29,7 @@ from qat.functional.ste import (
 
 # Minimum step size; smaller scales are raised to this value.
 SCALE_FLOOR = 1e-5
-# Candidate step sizes relative to LSQ's initial step size, eight for each power of two. At 2 bits,
+# Candidate step sizes relative to the initial step size, eight for each power of two. At 2 bits,
 # finer candidates lower the error by less than 1 %.
 MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
 # Finding one threshold between codes in sorted values takes as long as quantizing this many values.
@@ -63,7 +63,7 @@ class CodeRange(NamedTuple):
         return SCALE_FLOOR
 
     def nearest(self, clamped: Tensor) -> Tensor:
-        """Values of the grid nearest to x / s, which is clamped to `ends`; ties round to even."""
+        """Grid values, in steps, nearest to x / s clamped to `ends`; tied codes round to even."""
         # As in the paper, clamping precedes rounding: `lsq_backward` needs the clamped values.
         if self.half:
             return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5
@@ -74,7 +74,7 @@ class CodeRange(NamedTuple):
 
         Args:
             sign: None, or a one-element tensor: if above 0, the bounds are qmin and qmax;
-                otherwise 0 and qmax - qmin. It is read without waiting for the device.
+                otherwise 0 and qmax - qmin. The sign is read without waiting for the device.
         """
         if sign is None:
             return self.ends
@@ -87,14 +87,16 @@ Quantize = Callable[[Tensor, Tensor, CodeRange], Tensor]
 
 
 class LsqGradients(NamedTuple):
-    """Results of `lsq_backward`; each gradient has the shape of the tensor that it belongs to.
+    """Gradients of an LSQ quantizer; each has the shape of the tensor that it belongs to.
+
+    `qat.kernels.operators.gradients` returns all of them, `lsq_backward` only the first four.
 
     Attributes:
-        x: gradient of the input, float32.
-        scale: gradient of the scale, without LSQ's factor 1/sqrt(qmax * m).
+        x: gradient of the input.
+        scale: gradient of the scale; from `lsq_backward`, without LSQ's factor 1/sqrt(qmax * m).
         before: gradient of the offset before the quantizer; None without such an offset.
         after: gradient of the offset after the quantizer; None unless requested.
-        dequantized: the result of `lsq_forward`; None unless requested.
+        dequantized: the result of the forward pass; None unless requested.
         norm_weight: gradient of the weight of the LayerNorm before the quantizer; None without such
             a norm.
         norm_bias: gradient of the bias of this LayerNorm; None without such a norm.
@@ -110,7 +112,7 @@ class LsqGradients(NamedTuple):
 
 
 def broadcast_step(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
-    """The step size max(scale, floor), which broadcasts along the axis; NaN if scales are unset."""
+    """The step size max(scale, floor), broadcastable along the axis; NaN where scales are NaN."""
     return view_along(scale.float().clamp(min=codes.floor), ndim, codes.axis)
 
 
@@ -137,7 +139,7 @@ def lsq_forward(
 
     Args:
         x: any shape and float dtype.
-        scale: s, (x.shape[axis],), or (1,) for axis None.
+        scale: (x.shape[axis],), or (1,) for axis None; s = max(scale, `codes.floor`).
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
         codes: the codes, and the axis along which step sizes differ.
@@ -175,7 +177,7 @@ def lsq_backward(
     Args:
         grad: gradient of the result, the shape of `x`.
         x: input of the forward pass.
-        scale: scale s of the forward pass.
+        scale: scale of the forward pass.
         before: offset a of the forward pass, or None.
         codes: codes of the forward pass.
         sign: sign of the forward pass, or None.
@@ -187,7 +189,8 @@ def lsq_backward(
     grad_y = grad.float()
     # Where u is NaN, the gradient passes, just as NaN passes in the forward pass.
     grad_x = torch.where((u < low) | (u > high), 0.0, grad_y)
-    # Inside the range, `clamped` equals u. Where u overflows, `grad_x * u` would be 0 * inf = NaN.
+    # Inside the range, `clamped` equals u. It replaces u below, because `grad_x * u` would be
+    # 0 * inf = NaN where u overflows.
     clamped = u.clamp(low, high)  # type: ignore[arg-type]
     return LsqGradients(
         x=grad_x,
@@ -281,6 +284,8 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
 ) -> Tensor:
     """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step size s.
 
+    For half steps, see `lsq_forward`.
+
     Args:
         x: any shape and float dtype; computed in float32.
         scale: (x.shape[axis],), or (1,) for axis None, in the unit of `x`; s = max(scale, 1e-5).
@@ -288,7 +293,8 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
         qmax: highest code.
         axis: dimension along which scales differ; None = one scale for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(qmax * m), with
-            m elements per scale; with half steps, (qmax + 1) replaces qmax.
+            m elements per scale. The upper bound replaces qmax with half steps (qmax + 1), and if
+            `sign` is at most 0 (qmax - qmin).
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
         sign: None, or a one-element tensor: a value of at most 0 selects the codes from 0 to
@@ -367,8 +373,8 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
     """
-    # If all values are equal, x / step may be a tie between two codes; a rounding error of the mean
-    # would move every value to one side.
+    # Compute in float64, which MPS does not have: if all values are equal, x / step may be a tie
+    # between two codes, and a rounding error of the mean would move every value to one side.
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     factor = 2 if qmin else 4
     return (factor * mean_abs(x.detach(), axis, dtype) / math.sqrt(qmax)).float()
@@ -406,7 +412,7 @@ def _mark_possible_steps(x: Tensor, candidates: Tensor, codes: CodeRange) -> Ten
         threshold = code + 0.5 + codes.half / 2
         num_below = torch.searchsorted(sorted_rows, (threshold * step_sizes).float())
         sum_xq = sum_xq - prefix_sums.gather(1, num_below)
-        # torch multiplies integers by a Python number in float32.
+        # Without `double`, torch would multiply integers by a Python number in float32.
         sum_qq -= 2 * threshold * num_below.double()
     error = (sum_of_squares - 2 * step_sizes * sum_xq + step_sizes**2 * sum_qq).clamp(min=0)
     # Upper bound of the rounding errors of float32 and of the sums above.
@@ -425,7 +431,8 @@ def _search_step(
     steps = initial_step.clamp(min=SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
-    # The rounding of sums depends on the layout, and kernels raise step sizes to `SCALE_FLOOR`.
+    # Use the plain path where a kernel would return other results: for other layouts, sums are
+    # rounded in another order, and kernels raise step sizes below `SCALE_FLOOR`.
     if quantize is None or not x.is_contiguous() or (steps < SCALE_FLOOR).any():
         quantize = _fake_quantize
     is_possible = _mark_possible_steps(x, steps, codes)

@@ -79,7 +79,8 @@ def _best_ends(
 ) -> Ends:
     """Ends of the range with the smallest error, for each slice along `error_axis`.
 
-    Among equally good ranges, the first is used.
+    If `error_axis` is None, all slices use the same candidate. Among equally good candidates, the
+    first is used.
     """
     errors = []
     for low, high in candidates:
@@ -100,7 +101,7 @@ def _shrunk(low: Tensor, high: Tensor) -> list[Ends]:
 def omse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the ranges of all slices by one common factor.
+    """Shrink the ranges of all slices by the common factor with the least squared error.
 
     The range is asymmetric for signed codes too.
 
@@ -123,9 +124,9 @@ def omse_scale(
 def mse_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of each slice by its own factor.
+    """Shrink the range of each slice by the factor with the least squared error of this slice.
 
-    The squared error is at most that of the min-max range. The range is symmetric for signed codes.
+    One of the factors is 1, so the error does not grow. The range is symmetric for signed codes.
     See `omse_scale` for the arguments.
     """
     bounds = code_range(bits, signed=signed)
@@ -137,10 +138,10 @@ def mse_scale(
 def mse_ends_scale(
     x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the range of each slice as `mse_scale` does, then each end by its own factor.
+    """Shrink the range of each slice as `mse_scale` does, then choose a factor for each end.
 
     Outputs of GELU need this: a factor that suits their high end leaves no code for their low end,
-    -0.17. For signed codes, the range is symmetric and the result that of `mse_scale`. See
+    -0.17. For signed codes, the range is symmetric, and the result is that of `mse_scale`. See
     `omse_scale` for the arguments.
     """
     if signed:
@@ -190,15 +191,15 @@ SEARCHES = {
     "mse_ends": mse_ends_scale,
     "ptf": ptf_scale,
 }
-# Maximum length of a row. torch.quantile computes ranks in float32, which holds integers exactly
-# only up to 2^24; older versions refuse longer rows.
+# Maximum length of a row for torch.quantile: it computes ranks in float32, which holds integers
+# exactly only up to 2^24. Older versions refuse longer rows.
 MAX_QUANTILE_VALUES = 16_000_000
 # Fraction of a one-sided range that the codes may fail to cover.
 _NEGLIGIBLE_GAP = 1 / 16
 
 
 class RangeState(NamedTuple):
-    """Range of the batches so far for each slice along the axis; a NaN in the data makes it NaN.
+    """Range of each slice along the axis in the batches so far; NaN if the slice contained a NaN.
 
     Attributes:
         low: lower ends, (x.shape[axis],), or (1,) for axis None; float32.
@@ -232,11 +233,11 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
 
 
 def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) -> RangeState:
-    """Extend a range by one batch.
+    """Update a range with one batch.
 
-    `ema` averages the ends of the batches' ranges, and the first batch counts in full. `percentile`
-    averages the quantiles 0.99999 and 0.00001 of the batches. The other methods use the smallest
-    and the largest value of all batches.
+    `ema` averages the ends of the batches' ranges, and `percentile` the quantiles 0.99999 and
+    0.00001 of the batches. These averages start at the first batch, and each later batch has the
+    weight 0.01. The other methods use the smallest and the largest value of all batches.
 
     Args:
         state: range of the batches before this one; None at the first batch.
@@ -314,15 +315,16 @@ def affine_scale(
         axis: dimension along which scales differ; None = one scale for the tensor.
         method: `minmax`: smallest and largest value. `percentile`: quantiles 0.99999 and 0.00001.
             `omse`: both ends of all ranges are multiplied by whichever of the factors 1, 0.99, ...
-            0.11 has the smallest squared error. `mse`: one such factor per slice. `mse_ends`: then
-            one per end. `ptf`: one scale times 1/8, 1/4, 1/2 or 1 per slice.
+            0.11 has the smallest squared error. `mse`: one such factor per slice. `mse_ends`: as
+            `mse`, then for unsigned codes one factor per end. `ptf`: one scale times 1/8, 1/4, 1/2
+            or 1 per slice.
 
     Returns:
         Scale (at least float32 eps; for `ptf`, at least eps / 8) and zero point (a whole number
         stored as float32), (x.shape[axis],) each, or (1,) each if `axis` is None.
 
     Raises:
-        UsageError: `method` is unknown.
+        UsageError: `bits` or `method` is not allowed.
     """
     check_choice("method", method, METHODS)
     state = observe(None, x, axis, method)

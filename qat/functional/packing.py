@@ -48,6 +48,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Raises:
         ValueError: a code does not fit in `bits` bits.
+        UsageError: `bits` is out of range.
     """
     check_bits("bits", bits)
     if not _fits(codes, bits):
@@ -75,6 +76,7 @@ def unpack_codes(
 
     Raises:
         ValueError: the number of bytes does not match the shape.
+        UsageError: `bits` is out of range.
     """
     check_bits("bits", bits)
     n = torch.Size(shape).numel()

@@ -24,7 +24,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
         (h*C, C), float32 also under autocast; row head*C + i is row i of the product for this head.
 
     Raises:
-        UsageError: the shapes differ, or `num_heads` does not divide the rows.
+        UsageError: the shapes differ, or `num_heads` does not divide the number of rows.
     """
     if wq.shape != wk.shape or wq.shape[0] % num_heads:
         raise UsageError(

@@ -15,7 +15,8 @@ from torch.autograd.function import FunctionCtx
 from qat.functional.ste import TINY, code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
-# Just below the end of the range, so that a value at the end gets the highest code.
+# Upper clip of w / s, just below the end 1 of the range, so that a value at the end gets the
+# highest code.
 TOP_CLIP = 1 - 1e-6
 # For each number of bits, the outermost level, in standard deviations, for which 2^bits evenly
 # spaced levels have the least squared error on normal values.

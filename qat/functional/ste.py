@@ -11,14 +11,15 @@ from torch import Tensor
 
 from qat.errors import UsageError
 
-# The smallest divisor: it avoids 0/0 in an all-zero row, and no other scale is smaller.
+# The smallest divisor, which avoids 0/0 in an all-zero row. Only zero and subnormal scales are
+# smaller.
 TINY = torch.finfo(torch.float32).tiny
 
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged.
 
-    The value is exact, because `x - x.detach()` is zero.
+    Finite values are exact, because `x - x.detach()` is then zero.
     """
     return x.round().detach() + (x - x.detach())
 
@@ -46,7 +47,8 @@ def dequantize_nearest_(
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, for the result of an autograd Function.
 
-    torch 2.11 compiles no gradient if a conversion to the same dtype follows the Function.
+    No conversion to the same dtype follows the Function: in a graph that torch 2.11 compiles, it
+    would remove the gradient.
     """
     if x.dtype == dtype:
         return x

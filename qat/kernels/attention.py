@@ -123,7 +123,7 @@ def _launch(
     )
 
 
-# The sizes of blocks below are the fastest on an H100 for heads of 64 elements and 197 tokens.
+# The tile sizes below are the fastest on an H100 for heads of 64 elements and 197 tokens.
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,8 @@ def attention_forward(
         args: the fields of `CodeRange` for the probabilities, then h, then the factor.
 
     Returns:
-        The output (B, N, h*d), and the base-2 logarithms of the sums of rows, (B, h, N), float32.
+        The output (B, N, h*d), and the base-2 logarithms of the denominators of the softmax,
+        (B, h, N), float32.
     """
     settings = _Settings(*args)
     num_images, num_tokens, _ = q.shape

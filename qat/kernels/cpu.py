@@ -1,7 +1,7 @@
 """Kernels for CPUs, in C++: they process float32 tensors in one pass over memory.
 
-Functions have the same arguments and results as the functions of the same name in `gpu`. They
-return None for tensors whose layout the kernels do not support.
+Functions have the arguments and results of the operators of the same name; `lsq_backward` has those
+of `gpu.lsq_backward`. They return None for tensors whose layout the kernels do not support.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SIGNATURES = {
     ],
     "round_blocks": [
         *(_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),  # x, gradient, y, rows, length
-        *(_SIZE, _FLOAT, _FLOAT, _FLOAT),  # block, mantissa, lowest, highest
+        *(_SIZE, _FLOAT, _FLOAT, _FLOAT),  # block, spacing, lowest, highest
         _POINTER,  # scale of the tensor
         _INT,
     ],
@@ -138,10 +138,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     *,
     with_after: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """`reference.lsq_backward`; the gradient of `x` is written to `out`.
+    """`reference.lsq_backward`, and the backward of a softmax before the quantizer.
 
-    Rows of `out` need not be adjacent in memory. The function also returns None if a LayerNorm or
-    a GELU precedes the quantizer.
+    The gradient of `x` is written to `out`, whose rows need not be adjacent in memory. The function
+    also returns None if the input of the quantizer must be recomputed from `x`; and with a step
+    size per column, if a softmax precedes the quantizer or `dequantized` is not None.
     """
     grad = grad.float()
     x = x.float()

@@ -1,7 +1,8 @@
 """Triton kernels for CUDA: one pass over memory, without waiting for the device.
 
-Functions have the same arguments and results as the operators of the same name. They return None
-for tensors whose layout or dtype the kernels do not support.
+Functions have the arguments and results of the operators of the same name, except that
+`lsq_backward` gets the quantizer and the operation before it as NamedTuples. They return None for
+tensors whose layout or dtype the kernels do not support.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from qat.kernels.tiles import DTYPES, MAX_TILE_WIDTH, TILE, device_type, tiles_o
 # Operations before a quantizer that need a whole row in a tile, and the maximum length of the row.
 WHOLE_ROW_KINDS = ("norm", "scores")
 MAX_ROW_LENGTH = 4096
-# Number of programs in a backward pass: four per multiprocessor of a large device. Each program
-# writes a row of sums.
+# Approximate number of programs in a backward pass with sums over rows: four per multiprocessor of
+# a large device. Each program writes a row of sums.
 NUM_PROGRAMS = 528
 # Without floating-point fusion, `r * s + c` rounds twice, like two separate operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}

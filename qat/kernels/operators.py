@@ -28,8 +28,8 @@ _LSQ = (
     "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
     "int qmin, int qmax, int? axis, bool half"
 )
-# The decomposition of each operator, for compilers that round like the operators: they can fuse a
-# decomposition with the operations around it.
+# Reference functions of operators, for compilers that round like the operators: such compilers can
+# fuse a decomposition with the operations around it.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -90,7 +90,7 @@ def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-# In a decomposition, a compiler would add up the scale in another order.
+# Not to be decomposed: a compiler would add up the scale in another order.
 del DECOMPOSITIONS[torch.ops.qat.statsq.default]
 step_and_slope = _with_kernels(
     "(Tensor start, Tensor growth, Tensor change, float min_reliable) -> (Tensor, Tensor)"
@@ -124,7 +124,8 @@ def split_sums(sums: Tensor, *params: Tensor | None) -> list[Tensor | None]:
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.lsq_backward`, and the backward of the operation before the quantizer.
 
-    This operation is `Producer(kind, eps, factor)`. The gradient of `x` is written to `out`.
+    The operation before the quantizer is `Producer(kind, eps, factor)`. The gradient of `x` is
+    written to `out`.
 
     Returns:
         The gradient of the scale, without LSQ's factor. The requested gradients of the offsets and
@@ -173,7 +174,7 @@ def _replace_none(
 
 
 def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a quantized `x` before its cast to `dtype`: its own; for float32, `dtype`."""
+    """The dtype of a quantized `x` before the cast to `dtype`: that of `x`, for float32 `dtype`."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 
@@ -195,7 +196,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
     producer: Producer = Producer(),  # noqa: B008  (a tuple)
     unpadded: Tensor | None = None,
 ) -> LsqGradients:
-    """Gradients of `quantize` and of the operation before it.
+    """Gradients of `quantize` and of the operation before the quantizer.
 
     Args:
         q: the quantizer.
@@ -233,5 +234,5 @@ def round_blocks(x: Tensor, *args: Any) -> Tensor:
     return reference.round_blocks(x, *args).contiguous()
 
 
-# Without the copy to contiguous memory, for which a compiler would need a second pass.
+# The decomposition makes no copy to contiguous memory: a compiler would need a second pass for it.
 DECOMPOSITIONS[torch.ops.qat.round_blocks.default] = reference.round_blocks

@@ -1,4 +1,4 @@
-"""The reference implementation of all kernels, and a comparison of kernels with it."""
+"""Reference implementation of the kernels of LSQ, StatsQ and block floats, and a comparison."""
 
 from __future__ import annotations
 

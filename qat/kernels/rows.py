@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def row_stride(x: Tensor, length: int) -> int | None:
-    """Elements from one row of `length` to the next. Returns None if the distances differ."""
+    """Elements from one row of `length` to the next. Returns None if no such distance exists."""
     if x.is_contiguous():
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:
@@ -85,9 +85,11 @@ def are_supported(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> b
 
 
 def _row_length(x: Tensor, axis: int | None, row_tensors: list[Tensor]) -> int:
-    """Number of consecutive elements that share a step size.
+    """Number of elements of a row of the layout.
 
-    If the axis is the last dimension, this is the size of that dimension.
+    If the axis is before the last dimension, the elements of a row share a step size. If the axis
+    is the last dimension, a row is that dimension. Without an axis, a row is as long as the first
+    of `row_tensors`, or else as the last dimension.
     """
     if axis == x.ndim - 1:
         return x.shape[-1]
@@ -97,7 +99,7 @@ def _row_length(x: Tensor, axis: int | None, row_tensors: list[Tensor]) -> int:
 
 
 def layout_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
-    """Rows of `x` for a quantizer with a step size for each row, or for each element of a row.
+    """Rows of `x` for a quantizer with one step size, or with one per row or column.
 
     Args:
         x: any shape.
@@ -105,7 +107,7 @@ def layout_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
         others: tensors that have a value for each element of a row, such as offsets.
 
     Returns:
-        The rows; None if the memory of `x` is laid out differently.
+        The rows; None if `x` has no such rows in memory, or if another tensor does not fit them.
     """
     axis = q.codes.axis
     row_tensors = [t for t in (q.before, q.after, *others) if t is not None]

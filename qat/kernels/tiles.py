@@ -10,9 +10,10 @@ from torch import Tensor
 from qat.kernels.rows import Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Number of elements in the tile of a program.
+# Usual number of elements in the tile of a program.
 TILE = 2048
-# Maximum number of columns of a tile, and the minimum for a tile that is narrower than a row.
+# Maximum number of columns of a tile that need not be as wide as a row, and the minimum for a tile
+# that is narrower than a row.
 MAX_TILE_WIDTH = 1024
 MIN_TILE_WIDTH = 64
 
@@ -43,9 +44,10 @@ def tiles_of(
 
     Args:
         layout: the rows to cut.
-        max_row_length: maximum number of columns, if a tile must be as wide as a row; None = at
-            most `MAX_TILE_WIDTH`: the largest power of two that divides the row or, if that is
-            below `MIN_TILE_WIDTH`, the row rounded up to a power of two.
+        max_row_length: a tile is as wide as a row, rounded up to a power of two, but has at most
+            this many columns. None = as wide as the largest power of two that divides the length of
+            a row, or if that is below `MIN_TILE_WIDTH`, as the rounded row; at most
+            `MAX_TILE_WIDTH`.
 
     Returns:
         Rows and columns of a tile, by the names of the kernels' arguments. The number of tiles down

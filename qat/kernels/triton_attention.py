@@ -2,8 +2,8 @@
 
 A program processes a tile of queries or keys of one head and image; the grid of programs is (tiles,
 heads, images). Forward and backward compute a probability by the same operations, from the base-2
-logarithm of the sum of its row, so the codes are the same in all passes. `factor` includes the
-factor that turns a power of e into a power of 2. `probs_in_steps` are probabilities times the
+logarithm of the softmax's denominator, so the codes are the same in all passes. `factor` includes
+the factor that turns a power of e into a power of 2. `probs_in_steps` are probabilities times the
 reciprocal of the step size. Matrix products are accumulated in float32.
 
 The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
@@ -91,7 +91,8 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
 ) -> None:
     """Process a tile of queries and all keys: forward, or backward if `grad` is not None.
 
-    Forward writes the result to `out`, and the base-2 logarithm of the sum of each row to `sums`.
+    Forward writes the result to `out`. To `sums`, it writes the base-2 logarithm of the softmax's
+    denominator for each row.
     Backward gets the gradient of the result as `grad`, reads `sums`, and writes the gradient of `q`
     to `out`. It also writes two numbers per row: to `dots`, the term subtracted from the gradients
     of the row's probabilities, and to `step_grads`, the row's gradient of the step size.

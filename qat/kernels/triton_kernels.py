@@ -3,11 +3,11 @@
 Kernels compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
 to which they are written.
 
-Forward results are bit-identical to `reference`: division rounds to nearest, rounding is half to
-even, every comparison lets NaN through, and `gpu` launches kernels without fusing products and
-sums. Each program writes its own sums, without atomic operations; these are added up afterwards, in
-the same order in every run. Triton evaluates the annotations, so they are not strings. A pointer
-has the name of the tensor that it points to.
+Forward results, except for StatsQ's scale, are bit-identical to `reference`: division rounds to
+nearest, rounding is half to even, every comparison lets NaN through, and `gpu` launches kernels
+without fusing products and sums. Each program writes its own sums, without atomic operations; these
+are added up afterwards, in the same order in every run. Triton evaluates the annotations, so they
+are not strings. A pointer has the name of the tensor that it points to.
 """
 
 import triton

@@ -60,7 +60,7 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
     """Number of processes that this process has to start for a run on this machine.
 
     Args:
-        trainer: settings by name.
+        trainer: settings of `trainer.*`.
 
     Returns:
         The number; 0 if this process is the whole run, or a rank of the run.
@@ -117,7 +117,10 @@ def local_processes(trainer: Mapping[str, Any]) -> int:
 
 
 def broadcast_value(value: str) -> str:
-    """Return the first process's value in all ranks of torchrun; a restart keeps the old value."""
+    """Return the first process's value in all ranks of torchrun, and `value` in other processes.
+
+    After a restart of the ranks, the first value is returned again.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return value
     from torch.distributed import TCPStore

@@ -59,7 +59,7 @@ TRAINING_OUTPUTS = (
     "analysis/weights_*.csv",
     "analysis/weights_*.svg",
 )
-# Files that any command writes.
+# Files of all commands.
 ALL_OUTPUTS = (
     *TRAINING_OUTPUTS,
     "quantized.ckpt",
@@ -120,7 +120,8 @@ def lock(run_dir: str) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous run may just have removed this file.
+            # Try again if the previous run has just removed this file: another process could lock a
+            # new one.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
@@ -174,7 +175,7 @@ def lock_for_ranks(run_dir: str) -> None:
 
 
 def used_files(run_dir: Path) -> list[Path]:
-    """Files of earlier runs, checkpoints first; empty if a run failed before it saved anything."""
+    """Files of earlier runs, checkpoints first; empty if a run failed without a checkpoint."""
     checkpoint_paths = checkpoints(run_dir)
     if not checkpoint_paths and json_object(run_dir / RESULTS).get("error"):
         return []
@@ -203,7 +204,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Refuse a directory with outputs that another command wrote and this command would replace.
+    """Refuse a directory whose outputs belong to another command or to other weights.
 
     Args:
         run_dir: the directory, which the same command may write into again.

@@ -80,7 +80,7 @@ _state = _SignalState()
 
 @contextlib.contextmanager
 def handle_signals() -> Generator[None]:
-    """Handle the signals in this block; do nothing outside the main thread."""
+    """Handle the signals in this block; outside the main thread, no handlers are installed."""
     earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     forget_signals()
     install_handlers()
@@ -146,9 +146,10 @@ def end_immediately(number: int, frame: FrameType | None) -> None:  # noqa: ARG0
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive as long as its training process.
+    """Keep a loader process alive until its training process has saved.
 
-    A scheduler may send its signal to all processes of a job.
+    A scheduler may send its signal to all processes of a job. SIGTERM ends the loader process after
+    `OUTLIVE_S` seconds; the other signals are ignored.
 
     Args:
         worker: number of the loader process, passed by torch.

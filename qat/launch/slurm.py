@@ -59,7 +59,8 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
     If the numbers differed, processes would wait for each other.
 
     Raises:
-        UsageError: the numbers differ.
+        UsageError: the numbers differ, or srun did not start this process of a job of several
+            tasks.
     """
     if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return

@@ -18,7 +18,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def _handle_ctrl_c() -> None:
-    # Ctrl-C is ignored if a script runs in the background, and a caller may handle it.
+    # Replace only Python's own handler: Ctrl-C stays ignored if a script runs in the background,
+    # and a caller may have set a handler.
     with contextlib.suppress(ValueError):  # outside the main thread
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signals.end_immediately)

@@ -30,6 +30,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "QATModule":
         raise AttributeError(f"module 'qat.lit' has no attribute {name!r}")
-    from qat.lit.module import QATModule  # the only module that needs Lightning
+    from qat.lit.module import QATModule  # imported only here, because it needs Lightning
 
     return QATModule

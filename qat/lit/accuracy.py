@@ -60,7 +60,7 @@ def check_logits(loss: float, subject: str) -> None:
 
     Args:
         loss: mean over all images.
-        subject: name of the evaluation in the message.
+        subject: start of the message, such as a setting with its value.
     """
     if math.isnan(loss):
         raise UsageError(

@@ -73,8 +73,8 @@ def compile_options() -> dict[str, bool]:
     """`ROUNDING` and other options of the compiler, as far as this version of torch knows them.
 
     Rows are not padded, because operators would copy padded rows. With `trainer.deterministic`, the
-    compiler does not choose kernels by measured speed. Before torch 2.15, a reduction that is fused
-    with a reduction of another order may leave a gradient unwritten (pytorch #193061).
+    compiler does not choose kernels by measured speed. Before torch 2.15, reductions of different
+    orders are not fused, because this may leave a gradient unwritten (pytorch #193061).
     """
     options = {
         **ROUNDING,
@@ -147,7 +147,8 @@ class CompiledCall:
 
         graph_counts = counters["stats"]
         count_before = graph_counts["unique_graphs"]
-        # Set this at every call: in the first call, the compiler decides what to save for backward.
+        # Set this at every call: any call may compile a graph, and the compiler then decides what
+        # to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
             result = self._call(images)
         # No graph is compiled if a caller has forced eager execution.

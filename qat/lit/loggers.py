@@ -38,9 +38,9 @@ class CSVLog(CSVLogger):
     """Lightning's logger, but every row is written immediately; a resumed run continues the file.
 
     Attributes:
-        resume_step: optimizer steps of the checkpoint from which the run is resumed. Rows of later
-            steps are dropped, because the run writes them again. 0 = a new run, which replaces the
-            file.
+        resume_step: optimizer steps of the checkpoint from which the run is resumed. Rows from this
+            step on are dropped, because the run writes them again. 0 = a new run, which replaces
+            the file.
     """
 
     resume_step: int = 0

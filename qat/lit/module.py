@@ -47,9 +47,9 @@ class QATModule(LightningModule):
             `net.`.
         loss: the loss to minimise.
         num_classes: number of classes.
-        optimizer: builds the optimizer from the net.
+        optimizer: builds the optimizer from the net; None = the module only evaluates.
         scheduler: builds the schedule and its interval from the optimizer, the number of epochs and
-            the steps per epoch.
+            the steps per epoch; None = a constant learning rate.
         teacher: the teacher, whose logits are passed to the loss; checkpoints do not contain the
             teacher.
         describe: metadata of checkpoints (`qat.model.metadata.describe`).
@@ -143,7 +143,7 @@ class QATModule(LightningModule):
             loss = {"ce": CrossEntropy()} if teacher is None else {"kd": Distillation()}
         terms = CompositeLoss(loss)
         if terms.needs_teacher and teacher is None:
-            raise UsageError("loss with distillation: no teacher; must be teacher=MODEL")
+            raise UsageError("teacher=None: must be a model, because a loss term needs a teacher")
         settings = {"lr": 1e-3, "weight_decay": 0.05, **optimizer}
         return cls(
             net,
@@ -165,7 +165,7 @@ class QATModule(LightningModule):
             self._set_accumulation(self.trainer.accumulate_grad_batches)
 
     def _set_accumulation(self, batches: int) -> None:
-        """Set the number of batches that the next step accumulates."""
+        """Set the number of batches that the next step accumulates, and LSQ's gradient scale."""
         self._num_accumulated = batches
         if self.lsq_grad_batch != "global":
             return
@@ -334,16 +334,20 @@ class QATModule(LightningModule):
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._metadata))
 
     def on_validation_epoch_start(self) -> None:
-        """Make all processes validate the same net; averaged weights are already in place."""
+        """Average batch norms, so that all processes validate the same net.
+
+        Averaged weights (`WeightAveraging`) are already in place.
+        """
         self._average_batch_norms()
 
     def on_validation_start(self) -> None:
         """Quantize weights only once, because they do not change during a validation or test."""
-        # Sharded weights are gathered for every use, which torch does not count as a change.
+        # Except for sharded weights: they are gathered for every use, which torch does not count as
+        # a change, so quantized weights could be outdated.
         keep_weights(self.net, keep=not sharded_modules(self.net))
 
     def on_validation_end(self) -> None:
-        """Discard the quantized weights, because training weights replace averaged weights now."""
+        """Discard the quantized weights, because the net's weights will change."""
         keep_weights(self.net, keep=False)
 
     on_test_start = on_validation_start
@@ -407,6 +411,9 @@ def steps_per_epoch(trainer: Trainer) -> int:
     `trainer.estimated_stepping_batches` cannot be used. If it is read before a checkpoint is
     restored, Lightning sets up the train loader once and for all, and the loader of a resumed run
     would not learn at which batch to continue.
+
+    Raises:
+        UsageError: `trainer.val_check_interval` is longer than an epoch.
     """
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:

@@ -32,8 +32,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters of a net in three groups, or with `layer_decay` in three groups for each layer.
 
-    The groups are weights, with weight decay; biases, norms, tokens and offsets,
-    without weight decay; and scales, without weight decay and with a separate learning rate.
+    The groups are weights, with weight decay; biases, norms, tokens and offsets, without weight
+    decay; and scales, without weight decay and with a separate learning rate.
 
     Args:
         net: the net to train.
@@ -153,7 +153,8 @@ def build_optimizer(
             `fused` by default.
 
     Raises:
-        UsageError: the optimizer is unknown, or a learning rate is not positive.
+        UsageError: the optimizer is unknown or refuses the options, a number is out of range, or
+            the layers of the net cannot be numbered for `layer_decay`.
     """
     check_number("optimizer.lr", lr, 0, exclusive_lowest=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, exclusive_lowest=True)

@@ -16,7 +16,7 @@ _IGNORED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # as in every resumed run
     "You requested to overfit but enabled .* dataloader shuffling",  # Lightning turns it off
     "The `srun` command is available",  # on a login node, or in processes that qat starts
-    "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
+    "FSDP2-wrapped module .* returned a view tensor",  # timm's models never write to the view
     ".*number of training batches .* is smaller than the logging interval",
 )
 

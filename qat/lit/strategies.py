@@ -53,7 +53,7 @@ def choose_strategy(name: Any, processes: int) -> Any:
 def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
     """Lightning's DDP for nets whose buffers are the same in all processes.
 
-    This is true for buffers of quantizers, which follow from the parameters; the statistics of
+    This is true for buffers of quantizers, which do not change during training. The statistics of
     batch norms are averaged before use (`QATModule`). By default, DDP sends all buffers before
     every forward pass. A validation would then wait for ever if one process has more batches than
     another, which is possible because no image is counted twice.
@@ -158,7 +158,7 @@ class ShardedStrategy(DDPStrategy):
             module.reshard()
 
     def teardown(self) -> None:
-        """Free the optimizers; weights stay on their device for later collective operations."""
+        """Free the optimizers; sharded weights stay on their device, where they can be gathered."""
         if self.lightning_module is None or not sharded_modules(self._net):
             super().teardown()
             return

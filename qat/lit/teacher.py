@@ -37,7 +37,7 @@ class OutputRecorder:
         return cls(blocks)
 
     def __deepcopy__(self, memo: dict[int, object]) -> OutputRecorder:
-        """Return the same object; copies of the net hold averaged weights, and are not trained."""
+        """Return the same object: a copy of the net holds averaged weights, and is not trained."""
         return self
 
     def _record(self, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -101,7 +101,8 @@ class CompositeLoss(nn.Module):
             no blocks.
 
     Raises:
-        UsageError: there are no terms, a term is not a `LossTerm`, or terms read different blocks.
+        UsageError: there are no terms, a term is not a `LossTerm`, terms read different blocks, or
+            a name cannot be that of a module.
     """
 
     def __init__(self, terms: Mapping[str, LossTerm]) -> None:

@@ -1,6 +1,7 @@
 """Size limits for the model that an untrusted file describes, and for its images.
 
-The limits depend on the size of the file's weights, and are checked before memory is allocated.
+The limits depend on the size of the file's weights, and are checked on the meta device, which takes
+no memory. Models that cannot be built there are built on the CPU until they exceed a limit.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Maximum number among a model's arguments.
+# Maximum magnitude of the numbers among a model's arguments.
 MAX_ARGUMENT = 2**17
-# A model may have SIZE_FACTOR times the tensors and numbers in the file, plus SPARE_TENSORS and
-# SPARE_NUMBERS. One computed tensor may have SPARE_COMPUTED additional numbers.
+# A model may have SIZE_FACTOR times as many tensors and numbers as the file, plus SPARE_TENSORS and
+# SPARE_NUMBERS. A single computed tensor may have SIZE_FACTOR times as many numbers as the file,
+# plus SPARE_COMPUTED.
 SIZE_FACTOR = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
@@ -94,7 +96,8 @@ def check_net(
 ) -> None:
     """Raise `ValueError` if a model, or an image for it, needs much more memory than `weights`.
 
-    The model is built and called on the meta device, which takes no memory.
+    Numbers beyond `MAX_ARGUMENT` in `kwargs` also raise it. The model is built on the meta device,
+    which takes no memory, or else on the CPU; it is called on the meta device.
 
     Args:
         name: timm name of the model.

@@ -43,8 +43,9 @@ class Checkpoint:
         meta: metadata that `describe` returned; None for a timm checkpoint or a plain state dict.
         step: number of optimizer steps, for a training checkpoint.
         args: arguments of the training script that wrote the file, as timm's scripts store them.
-        training: for a training checkpoint, `epochs`, the number of completed epochs, and `groups`,
-            the settings and sizes of the optimizer's groups.
+        training: for a training checkpoint with one optimizer, `epochs`, the number of completed
+            epochs, and `groups`, the names of settings and the number of parameters of each group
+            of the optimizer; else empty.
     """
 
     path: Path
@@ -70,7 +71,8 @@ def read_checkpoint(
         setting: name of the setting for the file, for error messages.
 
     Raises:
-        UsageError: the file does not exist, is damaged, is not plain data, or has another format.
+        UsageError: the file does not exist, is damaged, is not plain data, has another format, or
+            contains no weights.
     """
     check_choice("ckpt_format", fmt, FORMATS)
     path = Path(path)
@@ -157,7 +159,8 @@ def _weights(content: Mapping[str, Any], fmt: str, *, has_prefix: bool) -> dict[
     Args:
         content: the dictionary in the file.
         fmt: one of `FORMATS`.
-        has_prefix: True = remove a prefix of all names, such as `net.` of a LightningModule.
+        has_prefix: True = remove the prefix that all names have in common, such as `net.` of a
+            LightningModule.
     """
     tensors = {}
     for name, value in _state_dict(content, fmt).items():

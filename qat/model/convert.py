@@ -64,7 +64,9 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 
 
 def own_input_size(net: nn.Module) -> tuple[int, int, int]:
-    """Image size (channels, height, width) of the first timm or Transformers model in `net`.
+    """Image size (channels, height, width) of a model, from its config.
+
+    The first timm model in `net` counts; without one, the first model of Transformers does.
 
     Raises:
         UsageError: there is no such model, or its config has no image size.
@@ -106,9 +108,10 @@ def convert(
         `net` itself.
 
     Raises:
-        UsageError: the model is already converted, a rule of `overrides` matches no module, QKR is
-            impossible, the model cannot process an image of `input_size`, or training drops tokens
-            although each token has its own scale. The model is then left unchanged.
+        UsageError: the model is already converted, `recipe` is not a recipe, a rule of `overrides`
+            matches no module, QKR is impossible, the model's config has no input size, the model
+            cannot process an image of `input_size`, or training drops tokens although each token
+            has its own scale. The model is then left unchanged.
     """
     exempt = apply_recipe(net, recipe, input_size=input_size)
     conversion = conversion_of(net)
@@ -195,7 +198,7 @@ def _set_timm_methods(net: nn.Module) -> None:
     # Each call returns a new set.
     net.no_weight_decay = functools.partial(set, names | patterns)  # type: ignore[assignment]
     for module in net.modules():
-        # `timm.utils.reparameterize_model` calls these methods.
+        # `timm.utils.reparameterize_model` calls these methods, which would drop quantizers.
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):
                 setattr(module, method, _refuse_reparameterization)
@@ -261,9 +264,9 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
     """Names of the first convolution and the classifiers, with `stem` or `head` as values.
 
-    The names come from timm's config of the model, or of a model inside it. With
-    `features_only=True`, module names may differ from the config; the stem is then the first
-    convolution.
+    The names come from timm's config of the model, or of models inside it; `head` is always a head.
+    If the model has no module with the stem's name, as can happen with `features_only=True`, the
+    stem is the first convolution.
     """
     modules = dict(net.named_modules())
     places = {"head": "head"}
@@ -314,7 +317,7 @@ class _Walk:
         recipe: the recipe.
         places: see `stem_and_heads`.
         unsigned_inputs: modules whose input comes from an activation function.
-        projections: modules of other libraries' models that do what `attn.proj` does in timm.
+        projections: layers of Transformers' models that do what `attn.proj` does in timm.
         swapped: parent, name and replaced module of each swap.
         replacements: new modules by old module and kind of input (`SwapContext.input`). A module
             with several names thus gets only one replacement.
@@ -336,7 +339,7 @@ def _swap_children(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> No
     for child_name, child in list(module._modules.items()):
         path = f"{name}.{child_name}".lstrip(".")
         input_kind = outer.inputs.get(child_name, "signed")
-        # The low-rank factors of PEFT's LoRA train in float, next to a quantized layer.
+        # The low-rank factors of PEFT's LoRA also stay in float, next to a quantized layer.
         if input_kind == "float" or child_name.startswith("lora_"):
             walk.in_float.append(path)
             continue
@@ -365,7 +368,11 @@ _REPLACED_CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "
 
 
 def _replace_child(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
-    """Replace a child of a module; the new child takes over hooks and attributes of users."""
+    """Replace a child of a module.
+
+    The new child takes over the old child's hooks, and attributes, tensors and children that the
+    new child lacks.
+    """
     old = getattr(parent, name)
     if new is old:
         return new

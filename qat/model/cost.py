@@ -29,8 +29,8 @@ class Cost:
     Attributes:
         n_params: number of parameters in training; for a frozen model, number of codes and
             remaining parameters.
-        size_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix), and
-            of the rest in float32.
+        size_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix), of
+            scales (1 for the scale of a block of floats, else 4), and of the rest in float32.
         macs: multiply-accumulates for one image.
         bitops: sum over matrix products of macs * bits * bits.
     """
@@ -43,14 +43,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """Cost of one module and its quantizers, without its children.
+    """Cost of one module and its quantizers, without its other children.
 
     Attributes:
         module: path of the module; empty for the model itself.
-        n_params: number of parameters in training.
+        n_params: see `Cost`.
         code_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix).
-        scale_bytes: bytes of float32 scales and zero points of weights and activations, including
-            scales that training computes from the weights.
+        scale_bytes: bytes of scales and zero points of weights and activations (4 each; 1 for the
+            scale of a block of floats), including scales that training computes from the weights.
         offset_bytes: bytes of learnable offsets.
         float_bytes: bytes of everything else.
         products: the matrix products for one image.
@@ -111,13 +111,13 @@ def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[Modul
 
 
 def size_bytes(net: nn.Module) -> int:
-    """Bytes of a stored model: packed codes; scales of rows and everything else in float32."""
+    """Bytes of a stored model: packed codes, 1-byte scales of blocks, everything else float32."""
     counts = _count_by_module(net)
     return sum(_module_cost(name, sizes).size_bytes for name, sizes in counts.items())
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
-    """Number of weights at each bit-width, without scales and offsets; the model is not frozen."""
+    """Number of weights at each bit-width, without scales and offsets, of an unfrozen model."""
     sites = {site.name: site for site in iter_quantizers(net)}
     counts: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
@@ -196,7 +196,7 @@ def _weight_sizes(site: Site) -> Counter[str]:
 
 
 def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
-    """Bytes of the scales and zero points that training computes from a weight (rows, ...)."""
+    """Bytes of the scales and zero points of a weight (rows, ...) that only freezing stores."""
     rows = len(weight)
     if isinstance(quantizer, BlockFloat):
         return quantizer.scale_bytes(weight.shape)
@@ -214,7 +214,7 @@ def _replaced_by_codes(site: Site) -> list[Tensor]:
     if isinstance(quantizer, FrozenWeight):
         if quantizer.spec.quantizer == "affine":
             return [quantizer.stored]
-        # Without zero points, the quantizer's class determines the shift, so no file stores it.
+        # Without zero points, the shift follows from the quantizer's class, so do not count it.
         return [quantizer.stored, quantizer.shift]
     if site.role == "qk":
         return [owner.q_weight, owner.k_weight]

@@ -11,12 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 
 class EntryFreezer:
-    """Sets gradients to zero before an optimizer step, and restores the values after it.
+    """Sets gradients of frozen entries to zero before a step, and restores the entries after it.
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move
     an entry. The values are written back in a hook of the optimizer, so that averages and
-    checkpoints contain the frozen values. Values are discarded if no step follows, for example
-    because a gradient scaler skips it.
+    checkpoints contain the frozen values. If a gradient scaler skips the step, the next `freeze`
+    discards the values.
 
     Args:
         on_restore: function that is called after values were written back.

@@ -32,7 +32,7 @@ def _timm_name(name: str) -> str:
 
 
 def _timm_stage(match: re.Match[str]) -> str:
-    """Name of a feature: 1 is the first stage, 2 the patch merging before the second, and so on."""
+    """Prefix in timm for `features.N`: 1 is the first stage, 2 the merging before the second ..."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."
@@ -49,7 +49,9 @@ _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 
 def add_biases(net: nn.Module, names: Iterable[str]) -> None:
-    """Add a bias of zeros to linear layers. Checkpoints store their names, from `net.qat_biases`.
+    """Add a bias of zeros to linear layers, and store the layers' names in `net.qat_biases`.
+
+    Checkpoints contain these names, so that `load` can add the biases again.
 
     Args:
         net: a timm model, not yet converted.

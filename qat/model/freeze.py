@@ -41,12 +41,14 @@ DIRECT_ATTENTIONS = (QuantVitAttention, QuantWindowAttention)
 def freeze(net: nn.Module) -> nn.Module:
     """Return a copy of a quantized model with integer codes in place of float weights.
 
-    Parameters of the copy cannot be trained. A weight becomes codes with a scale per row; StatsQ's
-    code k means (k + 1/2) * step size. With query-key reparameterization, only the codes of the
-    folded matrix remain. An offset c after the quantizer of a linear layer's input becomes part of
-    the layer's bias (W c). The same holds for an offset before the quantizer of values, and of
-    queries and keys if no norm or rotation changes them. Other offsets stay where they are; offsets
-    that are zero are removed.
+    Parameters of the copy cannot be trained. A weight becomes codes with the scales of its
+    quantizer; StatsQ's code k means (k + 1/2) * step size. With query-key reparameterization, only
+    the codes of the folded matrix remain. If an offset c after the quantizer of a linear layer's
+    input has one number per channel, it becomes part of the layer's bias (W c). In attentions of
+    ViT and Swin, offsets before the quantizers of queries, keys and values become part of the bias
+    of the layer that computes them, unless a norm changes queries or keys; with query-key
+    reparameterization, only those before values do. Other offsets stay where they are; offsets that
+    are zero are removed.
 
     Args:
         net: a converted model whose scales are all set; it is not changed.
@@ -84,7 +86,8 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 def can_recover_weights(net: nn.Module) -> bool:
     """True unless freezing has lost float weights.
 
-    With QKR, only the folded matrix is left. Where offsets are left, others are part of biases.
+    With QKR, only the folded matrix is left. If the model still has some offsets, others may have
+    been folded into biases and cannot be separated from them.
     """
     for quantizer in _frozen_activations(net):
         if quantizer.before is not None or quantizer.after is not None:
@@ -96,7 +99,7 @@ def can_recover_weights(net: nn.Module) -> bool:
 
 @torch.no_grad()
 def freeze_structure(net: nn.Module) -> nn.Module:
-    """Freeze a model in place, even if scales are not set, before a file of codes is loaded."""
+    """Freeze a model in place; scales need not be set, because a file of codes may contain them."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
         setattr(site.owner, site.name.rpartition(".")[2], _freeze_quantizer(site))

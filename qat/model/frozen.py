@@ -1,4 +1,4 @@
-"""Quantizers of a frozen model: integer codes and fixed grids, without parameters."""
+"""Quantizers of a frozen model: stored codes and fixed grids, which cannot be trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFSETS = ("before", "after")
 
 
 class Frozen(Quantizer):
-    """A quantizer without parameters.
+    """A quantizer that cannot be trained.
 
     Attributes:
         name: path of the quantizer in the model.
@@ -69,7 +69,7 @@ class FrozenWeight(Frozen):
         return self.grid().dequantize(self.stored)
 
     def stored_weight(self) -> Tensor:
-        """The dequantized weight."""
+        """The dequantized weight; while a graph is written, the graph's operand."""
         return self() if self.in_graph is None else self.in_graph(None)
 
     def codes(self, x: Tensor | None = None) -> Tensor:
@@ -96,8 +96,8 @@ class FrozenBlocks(FrozenWeight):
 
     Attributes:
         stored: codes (E2M1 or E4M3 floats as bit patterns), uint8, in the shape of the weight.
-        scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8; the last dimension is the
-            block.
+        scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8; one scale per position
+            along the last dimension.
         per_tensor_scale: factor of E4M3 scales, a float32 scalar; None for E8M0 scales.
         like: empty tensor that records the dtype of the model.
         empty_grid: the grid without its scales.
@@ -158,7 +158,7 @@ class FrozenFp8(FrozenWeight):
     """
 
     def stored_weight(self) -> Tensor:
-        """The weight, in the dtype of the model."""
+        """The weight, in the dtype of the model; while a graph is written, the graph's operand."""
         return self().to(self.scale.dtype) if self.in_graph is None else self.in_graph(None)
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid:

@@ -26,10 +26,11 @@ _MAX_PIXELS = 2**25  # maximum image size that a file may store
 
 
 def is_plain_data(value: object) -> bool:
-    """True if `torch.load(weights_only=True)` can read a value: None, numbers, text, lists, dicts.
+    """True for None, numbers, text, and lists, tuples and dicts (with text as keys) of these.
 
-    Instances of subclasses, such as NumPy's numbers and enumerations, are not plain: files store
-    them with the names of their classes, which `torch.load` then refuses.
+    `torch.load(weights_only=True)` can read these values. Instances of subclasses, such as NumPy's
+    numbers and enumerations, are not plain: files store them with the names of their classes, which
+    `torch.load` then refuses.
     """
     kind = type(value)
     if kind is dict:
@@ -72,7 +73,8 @@ def describe(
 
     Raises:
         UsageError: the model does not record how it was built, or the record is not plain data;
-            `data` is not a dict, or `classes` is not a list of names.
+            `data` is not a dict, or `classes` is not a list of names; or the head does not have
+            `net.num_classes` outputs.
     """
     if data is None:
         data = data_of(net)
@@ -111,7 +113,7 @@ def describe(
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
         "pretrained_cfg": image_config,
-        # `reset_classifier` may have changed the class count after timm stored the arguments.
+        # `reset_classifier` may have changed the pooling after timm stored the arguments.
         "pool": get_model_args(net).get("global_pool"),
         "biases": added_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),

@@ -1,9 +1,10 @@
-"""Packed files: a frozen model in one small file.
+"""Packed files: a frozen or float model in one small file.
 
 A packed file is a safetensors file with two tensors, `codes` (bytes, codes at their bit-width) and
-`floats`, and metadata: `qat` (JSON: model, recipe, data, classes), `index` (zlib, base64: JSON),
-`crc32`. If each weight were a tensor with a name, each would need a hundred bytes of header, which
-is a tenth of a small model. docs/deployment.md describes the format.
+`floats`, and more tensors for blocks of floats. Its metadata are `format`, `qat` (JSON: model,
+recipe, data, classes), `index` (zlib, base64: JSON) and `crc32`. If each weight were a tensor with
+a name, each would need a hundred bytes of header: in a small model, a tenth of the file.
+docs/deployment.md describes the format.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qat.utils.files import MAX_CONSTANT_NUMBERS, replace_atomically
 # The second format adds blocks of floats, which are stored as separate tensors.
 FORMATS = ("packed-1", "packed-2")
 # Limit on the bytes to which a file's index unpacks: otherwise 2 MB could become 2 GB. The entry of
-# a tensor takes less than 100 bytes.
+# a tensor takes less than 100 bytes, so the index can list 80,000 tensors.
 _MAX_INDEX_BYTES = 2**23
 _DTYPES = {
     str(value).removeprefix("torch."): value
@@ -39,10 +40,10 @@ _DTYPES = {
 
 
 def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> dict[str, int]:
-    """Write a frozen model to a packed file. If this fails, no file is created or replaced.
+    """Write a model to a packed file. If this fails, no file is created or replaced.
 
     Args:
-        net: a model that `qat.freeze` returned.
+        net: a model that `qat.freeze` returned, or a float model.
         path: the file.
         meta: metadata from `qat.model.metadata.describe`.
 
@@ -161,7 +162,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         safetensors file.
 
     Raises:
-        UsageError: a newer version of qat wrote the file.
+        UsageError: the file has an unknown format, from a newer version of qat.
         ValueError, LookupError, TypeError: the parts of the file do not fit together.
     """
     with safetensors.safe_open(str(path), framework="pt") as file:
@@ -171,7 +172,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if metadata.get("format") not in FORMATS:
             raise UsageError(
                 f"{str(path)!r}: format {metadata.get('format')!r}; "
-                f"this version of qat reads {' and '.join(FORMATS)}"
+                f"this version of qat reads {' and '.join(FORMATS)}; install a newer qat"
             )
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}

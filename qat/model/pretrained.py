@@ -62,8 +62,8 @@ def require_host(address: str, origin: str, problem: str, advice: str) -> None:
     """Check that a host responds; the client of the hub would retry silently for a minute.
 
     Raises:
-        UsageError: the host does not respond within 4 s. The message is `origin: problem and
-            address cannot be reached (reason); advice`.
+        UsageError: the host does not respond within 4 s, or HF_HUB_OFFLINE is set. The message is
+            `origin: problem and address cannot be reached (reason); advice`.
     """
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -91,7 +91,8 @@ def fetch(repository: str, origin: str) -> Path:
 
     Raises:
         UsageError: `repository` does not have the form `user/name`, the files are not cached and
-            cannot be downloaded, or the config would load other files.
+            cannot be downloaded, or the config would load other files or build a model that is
+            much larger than the weights.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name, a repository on the hub")
@@ -126,7 +127,8 @@ def _download(repository: str, origin: str) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{origin}: cannot be downloaded ({reason}); private ones need a token (hf auth login)"
+            f"{origin}: cannot be downloaded ({reason}); "
+            "a private repository needs a token (hf auth login)"
         ) from error
 
 
@@ -135,7 +137,10 @@ def _check_config(folder: Path) -> None:
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
-        raise ValueError("the arguments would load other files")
+        raise ValueError(
+            f"model_args must be an object without {', '.join(sorted(FETCHING_ARGS))}, "
+            "which load other files"
+        )
     if "${" in json.dumps(config):
         raise ValueError("the config contains '${', which would be resolved as a setting")
     image_config = config.get("pretrained_cfg") or {}
@@ -177,7 +182,7 @@ def transformers_folder(
 
     Raises:
         UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
-            or has no such setting.
+            or a name in `changes` is not a setting of the config.
     """
     folder = _local_folder(name, origin)
     for file in (CONFIG, WEIGHTS):
@@ -328,7 +333,7 @@ def _strip_paths(value: Any) -> Any:
 
 
 def _escape_markdown(text: object) -> str:
-    """Make untrusted text safe for Markdown: remove markup, HTML and line breaks."""
+    """Make untrusted text safe for Markdown: escape markup and HTML, and remove line breaks."""
     line = " ".join(str(text).split())
     return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
@@ -372,7 +377,7 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
 {data.to_yaml()}
 ---
 
-# {_escape_markdown(config["architecture"])}, quantized
+# {_escape_markdown(config["architecture"])}{", quantized" if conversion else ""}
 
 | | |
 |---|---|
@@ -434,8 +439,8 @@ def push_to_hub(
         The address of the upload.
 
     Raises:
-        UsageError: `repository` does not have the form `user/name`, there is no token or
-            connection, or the hub rejects the upload.
+        UsageError: see `save_pretrained`; or `repository` does not have the form `user/name`, there
+            is no token or connection, or the hub rejects the upload.
     """
     origin = f"push_to_hub: {repository!r}"
     if not _REPOSITORY.fullmatch(repository):

@@ -92,7 +92,10 @@ def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
 
 
 def _multi_head_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Two products of `nn.MultiheadAttention`, with queries (N, B, E) and keys (M, B, E)."""
+    """Multiply-accumulates of the scores and the sums of values in `nn.MultiheadAttention`.
+
+    Queries are (N, B, E), keys (M, B, E).
+    """
     query, key, *_ = operands
     return [query.numel() * key.shape[0]] * 2
 
@@ -123,7 +126,9 @@ _MACS_OF_LAYERS: dict[Any, _CountMacs] = {
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records all matrix products while it is active, whatever module or torch function runs them.
+    """Records matrix products while it is active, whatever module runs them.
+
+    It knows the torch functions in `_MACS_OF_ACTIVATIONS` and `_MACS_OF_LAYERS`.
 
     Attributes:
         running_modules: names of the modules that are currently running; the innermost is last.
@@ -193,8 +198,8 @@ def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
         hooks.append(module.register_forward_pre_hook(enter))
         hooks.append(module.register_forward_hook(recorder.leave, always_call=True))
         if name in attentions:
-            count = functools.partial(_count_attention, products, name)
-            hooks.append(module.register_forward_pre_hook(count))
+            add_products = functools.partial(_add_attention_products, products, name)
+            hooks.append(module.register_forward_pre_hook(add_products))
     with probing(net, hooks), recorder:
         net(zero_image(net, input_size))  # type: ignore[arg-type]
 
@@ -215,13 +220,13 @@ def _bits_of(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
-def _count_attention(
+def _add_attention_products(
     products: list[MatrixProduct], name: str, attention: Any, args: tuple[Any, ...]
 ) -> None:
     """Forward pre-hook that adds the products of an attention."""
     if isinstance(attention, HeadProducts):
-        scores, sums = attention.macs(*args[:3])
-        products.extend(_quantized_products(name, attention, scores, sums))
+        score_macs, sum_macs = attention.macs(*args[:3])
+        products.extend(_quantized_products(name, attention, score_macs, sum_macs))
     elif isinstance(attention, QkrAttention):
         products.extend(_qkr_products(name, attention, args[0]))
     else:

@@ -52,8 +52,8 @@ _REQUIRED_WITH_FP8 = {
 }
 # Settings of `QuantRecipe` for training, which have no meaning here.
 _TRAINING_KNOBS = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
-# Axis of activations with more than one scale: heads of scores (B, h, N, M) and channels of an
-# image (B, C, H, W); for other roles see `act_spec`.
+# Axes that differ from the default in `_act_axis`: with `channel`, heads of scores (B, h, N, M) and
+# channels of an image (B, C, H, W); with `token`, an image has one scale.
 _SCALE_AXES: dict[str, dict[str, int | None]] = {
     "tensor": {},
     "token": {"image": None},
@@ -67,8 +67,9 @@ class PtqRecipe(QuantRecipe):
 
     Attributes:
         name: name of the recipe, which results show.
-        bits: bits of all weights, including the first convolution and the heads.
-        act_bits: bits of all activations; None = `bits`.
+        bits: bits of the weights in blocks, and default of `stem_bits` and `head_bits`.
+        act_bits: bits of the activations in blocks, and default of `softmax_bits` and
+            `outer_act_bits`; None = `bits`.
         softmax_bits: bits of attention probabilities; None = `act_bits`.
         stem_bits: bits of the weights of the first convolution; None = `bits`.
         head_bits: bits of the weights of heads: classifiers and other last layers; None = `bits`.
@@ -87,12 +88,14 @@ class PtqRecipe(QuantRecipe):
         act_observer: method that chooses the range of an activation, one of `OBSERVERS` except
             `ptf`.
         residual_observer: method that chooses the range of sums on the residual stream (only with
-            `fqvit`); `ptf` = a power of two per channel; None = `act_observer`.
-        weight_signed: True = symmetric signed codes; False = unsigned codes with a zero point.
-        act_signed: True = activations except probabilities have a symmetric signed grid.
+            `fqvit`); `ptf` = one scale times a power of two per channel; None = `act_observer`.
+        weight_signed: True = signed codes, symmetric except with `omse`; False = unsigned codes
+            with a zero point.
+        act_signed: True = activations except probabilities have signed codes, symmetric except with
+            `omse` and `ptf`.
         weight_scales: `channel` = one scale per output channel, `tensor` = one scale per weight.
-        act_scales: activations have one scale per `tensor`, per `token` or per `channel`; attention
-            scores and probabilities then have one per head.
+        act_scales: activations have one scale per `tensor`, per `token` or per `channel`; with
+            `channel`, attention scores and probabilities have one scale per head.
         bias_correction: True = each output channel of a quantized weight keeps the mean and the
             standard deviation of the float weight.
         layernorm: `float`; or `integer`, which computes with the scales of the quantizers around

@@ -69,7 +69,7 @@ def float_products(net: nn.Module) -> tuple[str, ...]:
 
 
 def conversion_report(net: nn.Module) -> ConversionReport:
-    """Conversion report of a model, which runs once on an image of zeros.
+    """Report the conversion of a model. A converted model runs once on an image of zeros.
 
     The report of a float model has no rows.
     """

@@ -87,8 +87,8 @@ def guard(net: nn.Module) -> None:
     """Make calls of `net` raise an error until all scales are set.
 
     `assert_ready`, or the first call with all scales set, removes the guard. Loading a state dict
-    without scales restores it. The guard does not check calls of single quantizers or layers, nor
-    compiled or exported graphs.
+    whose scales are not set (NaN) restores the guard. The guard does not check calls of single
+    quantizers or layers, nor compiled or exported graphs.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
@@ -134,7 +134,7 @@ class _Progress:
         if now - self.last < LOG_EVERY_S:
             return
         self.last = now
-        # By default, Python does not print lower levels.
+        # By default, Python does not print log messages of lower levels.
         log.warning(
             "initialize_scales: %.0f s, %d images, %d of %d quantizers",
             now - self.began,
@@ -160,9 +160,9 @@ def initialize_scales(
 ) -> nn.Module:
     """Set every scale that is still NaN, from the quantizer's inputs on some images.
 
-    Earlier quantizers in the model already act on these inputs. Scales that a checkpoint has set do
-    not change. With one batch, the result is that of OFQ's code; with several batches,
-    statistics are averaged over batches, and minima and maxima are joined.
+    Earlier quantizers in the model already act on these inputs. Scales that are already set do not
+    change. With one batch and `step_init=lsq`, the result is that of OFQ's code. With several
+    batches, statistics are averaged over batches, and minima and maxima are joined.
 
     Args:
         net: a converted model. It runs in eval mode; its mode is restored afterwards.
@@ -174,7 +174,8 @@ def initialize_scales(
         `net` itself.
 
     Raises:
-        UsageError: there is no batch, images are not finite, or a quantizer gets no input.
+        UsageError: there is no batch, a batch is not finite float images, a quantizer gets no input
+            or needs `qat.ptq.calibrate`, or the model is on the meta device.
     """
     _check_has_values(net)
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]

@@ -21,8 +21,8 @@ class Site:
 
     Attributes:
         name: path of the quantizer in the model, such as `blocks.0.mlp.fc1.weight_quantizer`.
-        role: kind of tensor: weight, input, q, k, v, qk (QKR's folded query-key weight), probs or
-            image.
+        role: kind of tensor, one of `qat.spec.ROLES` or `OUTPUT_ROLES`; `qk` is QKR's folded
+            query-key weight.
         owner: the module that contains the quantizer.
         quantizer: `quantizer(x)` fake-quantizes, `quantizer.codes(x)` returns integer codes.
     """
@@ -80,7 +80,7 @@ def iter_quantizers(net: nn.Module) -> Iterator[Site]:
 CONTAINER = "blocks"
 HF_CONTAINERS = (CONTAINER, "layer", "layers")
 DOWNSAMPLE = "downsample"
-# For messages: what `find_blocks` takes for blocks.
+# For messages: the modules that `find_blocks` regards as blocks.
 BLOCKS = (
     "blocks are the children of a module called blocks or, in models of Transformers, of a list "
     "called layer or layers"
@@ -139,10 +139,11 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
 def no_weight_decay(net: nn.Module) -> set[str]:
     """Names of the parameters that must not get weight decay.
 
-    These are step sizes and offsets of quantizers, biases, norms, and the parameters that timm
-    excludes. A converted model returns them from `net.no_weight_decay()`, which
-    `timm.optim.create_optimizer_v2` and `param_groups_weight_decay` call. Source: OFQ's recipe
-    excludes 1-D tensors, biases, position embedding and tokens, and so also scales and offsets.
+    These are step sizes and offsets of quantizers, biases, other 1-D tensors such as the weights of
+    norms, and the parameters that timm excludes. A converted model returns them from
+    `net.no_weight_decay()`, which `timm.optim.create_optimizer_v2` and `param_groups_weight_decay`
+    call. Source: OFQ's recipe excludes 1-D tensors, biases, position embedding and tokens, and so
+    also scales and offsets.
 
     Args:
         net: a converted or float model.

@@ -106,9 +106,9 @@ def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False)
             model a new head.
 
     Raises:
-        UsageError: the model has no pretrained weights; they are not cached, and the host does not
-            answer within 4 s; or `keep_head` is True, and timm would give the model a new,
-            untrained head.
+        UsageError: timm has no pretrained weights for the model; its weights are neither cached nor
+            can they be downloaded (the host must respond within 4 s), or they do not fit; or
+            `keep_head` is True, and timm would give the model a new, untrained head.
     """
     advice = "use model.weights=FILE or model.pretrained=false"
     untrained = _create(model, kwargs)  # raises an error if the name or an argument is wrong
@@ -159,7 +159,7 @@ def from_transformers(
             model a new head.
 
     Raises:
-        UsageError: the weights cannot be read; see `from_state`.
+        UsageError: the weights cannot be read, or do not fit the config; see `from_state`.
     """
     origin = f"model.name={str(folder)!r}"
     package().logging.set_verbosity_error()
@@ -183,7 +183,8 @@ def from_transformers(
         raise UsageError(f"{misfit} ({name} has the shape {shapes})")
     patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     for name in sorted(loading["unexpected_keys"]):
-        # Ignore weights of an encoder that the model lacks: no block of the model has such names.
+        # A tensor that differs only in its numbers belongs to a block that the config lacks. Ignore
+        # other tensors, which belong to parts that the model does not have, such as an encoder.
         if re.sub(r"\d+", "#", name) in patterns:
             raise UsageError(f"{misfit} (the model has no {name})")
     state = {}
@@ -220,7 +221,7 @@ def from_state(
 
     Raises:
         UsageError: the class count differs and `keep_head` is True, or the weights belong to
-            another model.
+            another model or are not finite.
     """
     untrained = _create(model, kwargs)
     added_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
@@ -280,7 +281,10 @@ def _replace_heads(
 
 
 def _describe_size(state: Mapping[str, Tensor], stem: str) -> str:
-    """Describe the size of the model that the weights belong to; "" if it has no blocks."""
+    """Describe the size of the model that the weights belong to; "" if it has no blocks.
+
+    If the weights do not include the first convolution `stem`, the result names one of the weights.
+    """
     first = state.get(f"{stem}.weight")
     if first is None:
         return f"weights such as {min(state)}"
@@ -307,8 +311,8 @@ def from_checkpoint(
         checkpoint: the file.
         reset_head: for a checkpoint of qat: True = give the model a new head if the class count
             differs.
-        keep_head: True = raise an error if the class count differs in any file, because the model
-            will be used without training.
+        keep_head: True = raise an error if the class count differs, whatever the kind of file,
+            because the model will be used without training.
 
     Raises:
         UsageError: see `from_state` and `from_net`.

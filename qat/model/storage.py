@@ -64,7 +64,7 @@ def save(
             parametrizations), or `load` cannot read the written file.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
-        raise UsageError(f"save: the net {NOT_PLAIN_MESSAGE}")
+        raise UsageError(f"save: the model {NOT_PLAIN_MESSAGE}")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
     check_loads(path)
@@ -85,9 +85,9 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """Rebuild a model from a file that `qat.save` or a run (`last.ckpt`, `best.ckpt`) wrote.
+    """Rebuild a model from a file, without data, in eval mode.
 
-    No data is needed. The model is in eval mode.
+    The file is one of `qat.save`, of a run (`last.ckpt`, `best.ckpt`) or of `format=packed`.
 
     Args:
         path: the file.
@@ -113,8 +113,9 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
             size in the file.
 
     Raises:
-        UsageError: the file does not state its model; its weights do not fit or are not finite; or
-            the model, or an image for it, takes much more memory than the weights.
+        UsageError: the file does not state its model, or a newer version of qat wrote it; its model
+            cannot be built, or its weights do not fit or are not finite; or the model, or an image
+            for it, takes much more memory than the weights.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta

@@ -21,9 +21,9 @@ _TABLE_STD = 0.02
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """Return the float weights of a model under timm's names, whatever its recipe.
 
-    The result has no quantizers, and QKR's factors are stacked into `qkv`. A query bias that QKR
-    dropped becomes zeros; so does the key bias, which does not change a softmax. Weights of a
-    frozen model are dequantized from the codes, which `can_recover_weights` must allow.
+    The result has no quantizers. With QKR, the factors are stacked into `qkv`, a dropped query bias
+    becomes zeros, and so does the key bias, which does not change a softmax. Weights of a frozen
+    model are dequantized from the codes; call this only if `can_recover_weights` is True.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -116,7 +116,7 @@ def reset_attention_weights(net: nn.Module) -> list[str]:
 def add_random_biases(net: nn.Module) -> list[str]:
     """Add random biases to linear layers outside attentions that have none.
 
-    The paper's code does so, too.
+    OFQ's code does so, too.
 
     Returns:
         Names of the layers that got a bias.
@@ -135,7 +135,7 @@ def add_random_biases(net: nn.Module) -> list[str]:
 
 
 def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy the state of a quantizer if spec and shapes are equal.
+    """Copy the state of a quantizer if spec and shapes are equal, or if `_copy_affine` can.
 
     Step sizes may be relative in one of the two quantizers, and absolute in the other.
 

@@ -31,9 +31,9 @@ def join_separate_bias(attention: Any) -> Tensor | None:
 
 
 def quantize_heads(t: Tensor, quantizer: nn.Module) -> Tensor:
-    """Quantize (B, h, N, d) as (B, N, h*d), or in its own shape if blocks along d share scales.
+    """Quantize (B, h, N, d) as (B, N, h*d), or in its own shape if the scales belong to blocks.
 
-    A score sums over d, so blocks must not extend across heads.
+    A score sums over d, so blocks along d must not extend across heads.
     """
     if getattr(quantizer, "in_blocks", False):
         return quantizer(t)
@@ -153,7 +153,7 @@ class QuantAttention(ScoredAttention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d).
 
-        Queries and keys have one step size per token; all heads share these step sizes.
+        If step sizes differ by token, all heads of a token share a step size.
         """
         q_q = quantize_heads(q, self.q_quantizer)
         k_q = self.repeat_groups(quantize_heads(k, self.k_quantizer))
@@ -171,7 +171,7 @@ class QuantAttention(ScoredAttention):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between cannot be fused.
+            (B, N, h*d); None if these operations cannot be fused.
         """
         if self.heads_per_group != 1 or not can_fuse(qkv):
             return None

@@ -137,7 +137,8 @@ def attend(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
     )
     search = _search.get()
-    # Quantized attention adds no causal mask and no position bias, which language models use.
+    # Do not record attentions of language models: quantized attention does not add their causal
+    # masks and position biases.
     is_causal = attention_mask is None and settings.get("is_causal", module.is_causal)
     if search is not None and not is_causal and settings.get("position_bias") is None:
         search.record_call(module, result[0])
@@ -260,6 +261,8 @@ class AttentionInterface:
 
     def write_config(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
         """Write a conversion to the config of the model, which `save_pretrained` saves.
+
+        Nothing is written if the model is not itself a model of Transformers.
 
         Args:
             recipe: settings of the recipe.

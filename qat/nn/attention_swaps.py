@@ -27,9 +27,9 @@ def register_attention(
     Args:
         cls: an attention class of timm.
         standard: class of the quantized attention without query-key reparameterization.
-        qkr: builds the quantized attention with query-key reparameterization, which is not possible
-            with norms of queries or keys; or the reason why `cls` cannot have it, as a text that
-            continues "this model".
+        qkr: builds the quantized attention with query-key reparameterization (QKR); or the reason
+            why `cls` cannot have QKR, as a text that continues "this model". Attentions with norms
+            of queries or keys cannot have QKR either.
         inputs: input ranges of the children of `standard`, by name.
         also_float: True = use `standard` for float attention too, because timm's class uses the
             weight of a quantized Linear without calling the Linear.
@@ -58,7 +58,7 @@ def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
             has_norms = True
     if isinstance(qkr, str) or has_norms:
         property_of_model = qkr if isinstance(qkr, str) else "normalises queries and keys"
-        return f"this model {property_of_model}, so Wq^T Wk is not its score"
+        return f"this model {property_of_model}, so its scores cannot be computed from Wq^T Wk"
     if is_plain_layer(module.qkv) and not is_hooked(module.qkv):
         return None
     return (

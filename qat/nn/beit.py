@@ -47,7 +47,7 @@ class QkrBeitAttention(_BeitBias, QkrAttention):
         return self.attend(scores, self.v(x_q), x)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of timm's module: the weight of `qkv`, the two biases, and the bias table."""
+        """Tensors of timm's module: the weight of `qkv`; the biases and the table if present."""
         state = {"qkv.weight": super().timm_weights()["qkv.weight"]}
         if self.v.bias is not None:
             state["q_bias"] = self._query_bias().detach()

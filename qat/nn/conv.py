@@ -44,15 +44,16 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         """Map (B, I, H, W) to (B, O, H', W')."""
         x_q = self.input_quantizer(x)
         weight_q = self.quantized_weight("weight")
-        # Evaluation sums in the same order as frozen and exported models. With one scale for a
-        # whole tensor, a difference in the last bit of the scale affects all codes.
+        # Evaluation sums in the same order as frozen and exported models. A later quantizer may
+        # compute one scale from this whole output; a difference in the last bit of that scale
+        # affects all codes.
         if torch.is_grad_enabled() and self.is_patchwise:
             return self._convolve_patches(x_q, weight_q)
         return self._conv_forward(x_q, weight_q, self.bias)
 
     @property
     def is_patchwise(self) -> bool:
-        """True for patches side by side, in one group, with a learned input quantizer."""
+        """True if patches adjoin without padding, in one group, and the input quantizer learns."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}

@@ -42,9 +42,12 @@ class IntegerLayerNorm(nn.LayerNorm):
     outer_quantizers: tuple[Affine, Affine]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., C) to multiples of the step size of the quantizer after the norm."""
+        """Map (..., C) to multiples of the step size of the quantizer after the norm.
+
+        While `convert` counts scales, the norm computes in float.
+        """
         before, after = self.outer_quantizers
-        if after.scale is None:  # while `convert` counts scales
+        if after.scale is None:
             return self.in_float(x)
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
         bias = x.new_zeros(x.shape[-1]) if self.bias is None else self.bias

@@ -33,7 +33,7 @@ def activation_params(quantizer: nn.Module) -> LSQParams | None:
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
-    """Quantizer parameters of the weight with this role, including a cached quantized weight.
+    """Quantizer parameters of the weight with this role, with the cached quantized weight, if any.
 
     Returns None if the quantizer cannot be fused.
     """

@@ -107,8 +107,8 @@ class TransformersClassifier(nn.Module):
         images: preprocessing of images, with the keys of timm's `pretrained_cfg`.
 
     Raises:
-        ValueError: the package is not installed, or has no such class; or the model has no
-            classifier.
+        ValueError: the package is not installed, or has no such class; a setting is invalid; or the
+            model has no classifier.
     """
 
     def __init__(
@@ -159,12 +159,14 @@ class TransformersClassifier(nn.Module):
         return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Store only the inputs of blocks for the backward pass, as in timm's models.
+        """Turn gradient checkpointing on or off, as in timm's models.
+
+        If it is on, only the inputs of blocks are stored for the backward pass.
 
         Raises:
             ValueError: Transformers cannot do this for the model.
         """
-        # Older versions have only the `gradient_` names, and newer ones warn of them.
+        # Older versions have only the `gradient_` names; newer versions warn if these are used.
         has_new_names = hasattr(self.model, "activation_checkpointing_enable")
         prefix = "activation" if has_new_names else "gradient"
         if enable:
@@ -177,7 +179,11 @@ class TransformersClassifier(nn.Module):
         return self.get_submodule(self.pretrained_cfg["classifier"][0])
 
     def no_weight_decay(self) -> set[str]:
-        """Names of tokens, positions and bias tables, which get no weight decay, as in timm."""
+        """Names of parameters without weight decay: tokens, positions, bias tables and others.
+
+        These are the weights of embeddings, and all parameters that are not called `weight` or
+        `bias`.
+        """
         names = set()
         for name, module in self.named_modules():
             for own_name, _ in module.named_parameters(recurse=False):

@@ -76,7 +76,7 @@ class QkrAttention(ScoredAttention, QuantModule):
     def scores(self, xq: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, N) of the quantized input (B, N, C)."""
         product = F.linear(xq, _cast_like(xq, self.quantized_weight("qk")), self.product_offset)
-        # One step size per (token, head), at index token*h + head.
+        # If step sizes differ by token and head, the index of a step size is token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
         keys = keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
         scores = torch.matmul(xq.unsqueeze(1), keys)
@@ -110,7 +110,7 @@ class QkrAttention(ScoredAttention, QuantModule):
             mask: (W, N, N) for the W windows of an image, or None.
 
         Returns:
-            (B, N, h*d); None if a module in between cannot be fused.
+            (B, N, h*d); None if these operations cannot be fused.
         """
         v = self.v
         if not isinstance(v, QuantLinear) or is_hooked(v) or not is_inactive(v.input_quantizer):

@@ -72,8 +72,9 @@ class QuantModule(nn.Module):
     def cached_weight(self, role: str) -> Tensor | None:
         """The cached quantized weight, without gradient.
 
-        A weight that changed since the last call is quantized again. Returns None unless
-        `keep_weights` has turned the cache on.
+        A weight that changed since the last call is quantized again. Returns None if the cache is
+        off (see `keep_weights`), in compiled graphs, for inference tensors, and if the quantizer is
+        hooked.
         """
         quantizer = getattr(self, f"{role}_quantizer")
         if torch.compiler.is_compiling() or self.weight_cache is None or is_hooked(quantizer):

@@ -24,7 +24,8 @@ NEARLY_POSITIVE = (
     timm_layers.QuickGELU,
 )
 _ACTIVATIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
-# Activations whose negative tail only a learned offset can fit: inputs of convolutions have none.
+# Activations whose negative tail only a learned offset can fit. Inputs of convolutions have no
+# offsets.
 _LONG_TAILS = (nn.SiLU, nn.Hardswish)
 # Functions that may copy a tensor, but keep its values.
 _COPIES = {
@@ -70,7 +71,10 @@ class ActivationTracer(TorchFunctionMode):
                 yield module.register_forward_pre_hook(self._before_layer)
 
     def unsigned_inputs(self) -> frozenset[nn.Module]:
-        """Layers that received only outputs of activation functions."""
+        """Layers that received only outputs of activation functions.
+
+        With `signed_tails`, convolutions that received an output of SiLU or Hardswish are left out.
+        """
         return frozenset(layer for layer, is_output in self.layers.items() if is_output)
 
     def _after_activation(self, module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:

@@ -52,9 +52,9 @@ class SwapContext:
         )
 
     def product_quantizer(self) -> Quantizer:
-        """A quantizer for QKR's product: signed, one scale per position, without offsets.
+        """A quantizer for QKR's product, as for keys, but without offsets.
 
-        The offset before the quantizer is the bias of the folded linear map.
+        The bias of the folded linear map replaces the offset before the quantizer.
         """
         spec = self.recipe.act_spec("k", self.place)
         return build_quantizer(dataclasses.replace(spec, offsets="none"))
@@ -64,9 +64,10 @@ class SwapContext:
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
     def conv_input_quantizer(self) -> Quantizer:
-        """A quantizer for a convolution's input (B, C, H, W), with one scale and no offsets.
+        """A quantizer for a convolution's input (B, C, H, W), without offsets.
 
-        With offsets, the zeros of the convolution's padding would not be on the grid.
+        There is one scale for the tensor; block formats have blocks along C. With offsets, the
+        zeros of the convolution's padding would not be on the grid.
         """
         spec = self.recipe.act_spec("input", self.place, signed=self.input != "unsigned")
         return build_quantizer(dataclasses.replace(spec, axis=None, offsets="none"))
@@ -113,9 +114,9 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """The swap for a module. Returns None if the module stays unchanged.
 
-    Linears and convolutions with more than a weight and a bias (see `is_plain_layer`) stay
-    unchanged. An attention class that has no swap for the recipe's intent stays float, except for
-    its Linears.
+    Modules with a replaced `forward` stay unchanged, and so do Linears and convolutions with more
+    than a weight and a bias (see `is_plain_layer`). An attention class that has no swap for the
+    recipe's intent stays float, except for its Linears.
     """
     if "forward" in vars(module):
         return None

@@ -64,5 +64,8 @@ register_attention(
 
 @register_swap(WindowMultiHeadAttention, "linear")
 def keep_bias_float(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep the attention of `swinv2_cr_*` and its bias network in float, except for the Linears."""
+    """Keep the attention of `swinv2_cr_*` in float, except for its Linears.
+
+    The network that computes the bias stays in float entirely.
+    """
     return Swap(module, {"meta_mlp": "float"})

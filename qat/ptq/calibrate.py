@@ -30,7 +30,7 @@ class Calibration:
     Attributes:
         images: number of images.
         batches: number of batches.
-        scales: number of scales in the net.
+        scales: number of scales that were set.
     """
 
     images: int
@@ -53,12 +53,12 @@ def in_float(net: nn.Module) -> Generator[None]:
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
-    """Find the range of every quantizer and set its scale and zero point.
+    """Find the range of every affine or fp8 quantizer, and set scales and zero points.
 
     The net runs in float, so ranges do not depend on the rounding of other quantizers. Every batch
     counts for a range: its ends are the smallest and largest value or, with ema and percentile,
-    moving averages. The methods omse, mse, mse_ends and ptf then try candidates on the last batch,
-    which runs once more. Equal batches lead to bit-identical scales.
+    moving averages. For activations, the methods omse, mse, mse_ends and ptf then try candidates on
+    the last batch, which runs once more. Equal batches lead to bit-identical scales.
 
     Args:
         net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored
@@ -104,7 +104,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             num_images += len(images)
             num_batches += 1
     if images is None:
-        raise UsageError("calibrate: must have at least one batch of images")
+        raise UsageError("calibrate: batches is empty; must contain at least one batch of images")
     _set_activation_scales(net, activations, states, images)
     assert_ready(net)
     scales = sum(quantizer.num_stored_scales for quantizer, _ in weights)

@@ -104,9 +104,10 @@ def _fit_channels(
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """The gain g that minimises E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant channel.
+    """The gain g that minimises E(t - g y - b)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant y.
 
-    A channel counts as constant if its variance is within the rounding error of E y^2.
+    b is the best bias, or 0 if the layer has none. g is clamped to `_GAIN_RANGE`. A channel counts
+    as constant if its variance is within the rounding error of E y^2.
     """
     min_variance = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=min_variance)

@@ -135,8 +135,9 @@ def reconstruct(
         images), `seconds` (duration, including runs before a resume).
 
     Raises:
-        UsageError: there is no unit to reconstruct, the reference is quantized, there are too few
-            images, or activations are not finite.
+        UsageError: there is no unit to reconstruct, a unit does not map a tensor to a tensor, the
+            reference is quantized, there are too few images, activations or a loss are not finite,
+            or `reconstruct.ckpt` belongs to other settings or inputs.
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]

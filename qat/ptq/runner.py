@@ -1,8 +1,8 @@
 """Run only the part of a net from a given module onwards, with cached results of earlier modules.
 
-The given module gets the arguments that it got in an earlier forward. Modules before it return
-their cached outputs. Blocks before it return their input, because caching the output of every block
-would take too much memory. In this way, the net's own forward continues from the given module, for
+The given module gets the arguments that it got in an earlier forward. Blocks before it return their
+input, because caching the output of every block would take too much memory; other modules before it
+return their cached outputs. In this way, the net's own forward continues from the given module, for
 any family of nets.
 """
 
@@ -206,9 +206,9 @@ class Runner:
 
     @contextlib.contextmanager
     def at(self, name: str) -> Generator[None]:
-        """Let `self(i)` begin at this module while the block runs.
+        """Let `self(i)` begin at this module inside a `with` block.
 
-        Do not change modules before it inside the block.
+        Do not change modules before this module there.
         """
         if name in self._uncacheable:
             yield
@@ -317,6 +317,8 @@ def find_units(
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
+    Blocks and layers that run several times in a forward are left out.
+
     Args:
         net: a converted net whose scales are set.
         reference: the float net before its conversion.
@@ -361,6 +363,6 @@ def check_unit_finite(value: Tensor, unit: str, setting: str) -> None:
     """Raise `UsageError` if the input or output of a unit contains NaN or infinity."""
     if not bool(value.isfinite().all()):
         raise UsageError(
-            f"{setting}: the activations of {unit} are NaN or infinite; check the weights of "
-            "ckpt, data.mean and data.std"
+            f"{setting}: the activations of {unit} are NaN or infinite; check data.mean, data.std "
+            "and the weights of ckpt"
         )

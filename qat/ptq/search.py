@@ -112,7 +112,7 @@ class SearchResult:
         fitness: fitness at the end of the search, even if other scales were selected on validation
             images.
         evaluations: number of candidates.
-        accepted: number of candidates that became the incumbent.
+        accepted: number of candidates with a lower fitness than all scales before.
         seconds: duration, including runs before a resume.
     """
 
@@ -188,7 +188,8 @@ class Evaluator:
         sites = self.vectors[block].sites
         if all(site.is_weight for site in sites):
             return [site.name for site in sites]
-        # An integer norm may read the step of an activation quantizer before the quantizer runs.
+        # An integer norm may read the step of an activation quantizer before the quantizer runs, so
+        # cache no outputs inside the block.
         return [block]
 
     def write(self, scales: Mapping[str, Tensor]) -> None:
@@ -291,8 +292,8 @@ def search(
             `reference_selection`, the function is called after each block.
 
     Raises:
-        UsageError: there is no scale to search, a fitness is not finite, or a setting does not fit
-            the arguments.
+        UsageError: there is no scale to search, a fitness is not finite, a setting does not fit the
+            arguments, or `search.ckpt` belongs to other settings or inputs.
     """
     _check_arguments(batches, settings, validate)
     assert_ready(net)

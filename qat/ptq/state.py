@@ -46,7 +46,7 @@ class Progress:
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """Read the checkpoint and the table, and return the state of the last `save`.
+        """Read the checkpoint, set `rows`, and return the state of the last `save`.
 
         Returns:
             The state; None if there is no checkpoint.

@@ -1,4 +1,4 @@
-"""Affine quantizers of activations and weights, with ranges that `qat.ptq` or min-max finds."""
+"""Affine quantizers, with ranges from calibration, or from the tensor itself in each forward."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qat.spec import QuantSpec
 
 @register("affine")
 class Affine(Quantizer):
-    """Quantizer with a zero point on a fixed range, which `qat.ptq.calibrate` sets.
+    """Quantizer with a zero point. Calibration sets its range; forward passes do not change it.
 
     Attributes:
         scale: (n,) buffer, in the unit of the input; NaN until calibrated.
@@ -95,7 +95,7 @@ class Affine(Quantizer):
         self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the fixed range, and then the bias correction of the spec."""
+        """`fake_quantize_affine` on the calibrated range, then bias correction if it is set."""
         y = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
         if self.spec.bias_correction:
             return correct_mean_and_std(y, x, self.axis or 0)
@@ -106,7 +106,7 @@ class Affine(Quantizer):
         return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid:
-        """The grid of the fixed range; it does not include the bias correction of the spec."""
+        """The grid of the calibrated range, without the bias correction of the spec."""
         return UniformGrid(
             qmin=self.qmin,
             qmax=self.qmax,
@@ -129,7 +129,10 @@ class MinMax(Affine):
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Extend the range in `state` by a batch, and to zero, because the zero point is a code."""
+        """Extend the range in `state` by a batch and to zero, and set scale and zero point.
+
+        The range includes zero, because the zero point must be one of the codes.
+        """
         low, high = min_max(x, self.axis)
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))

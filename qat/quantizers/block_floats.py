@@ -29,14 +29,14 @@ from qat.spec import QuantSpec
 class FloatGrid(Grid):
     """Values of a float format times the scale of their block.
 
-    A code consists of sign, exponent and mantissa bits. The range from -qmax to qmax counts the
-    values in sorted order.
+    A code consists of sign, exponent and mantissa bits. `qmin` and `qmax` are indices among the
+    sorted values, not codes.
 
     Attributes:
         form: the format.
         dim: dimension that is split into blocks.
         factors: (..., blocks, ...), scales of the blocks, divided by `tensor_scale` if there is
-            one; None = each tensor has other scales.
+            one; None = the scales depend on the tensor.
         tensor_scale: scale of the whole tensor in a two-level format; None for a format with one
             level.
     """

@@ -19,7 +19,7 @@ class SquashedGrid(UniformGrid):
     """Grid of `squash(x)`, whose values are evenly spaced but not in the unit of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
-        """Input of the rounding: `squash(x)`."""
+        """`squash(x)`, before the division by the step size."""
         return squash(x.detach())
 
 

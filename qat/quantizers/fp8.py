@@ -91,12 +91,12 @@ class Fp8(LSQ):
         self.min_reliable = 0.0
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN scale."""
+        """Create a NaN scale, which is learned unless the quantizer is `fp8_held`."""
         super().allocate(shape, device)
         self.requires_grad_(self.spec.quantizer != "fp8_held")
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Set the scale from the range of all batches in `state`."""
+        """Extend the range in `state` by a batch, and set the scale from this range."""
         state["range"] = observe(state.get("range"), x, self.axis, self.method)
         self.set_from_range(state["range"], x)
 

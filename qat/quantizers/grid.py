@@ -39,7 +39,7 @@ class Grid(ABC):
         """
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of `x`, whole numbers in [qmin, qmax] stored as float32."""
+        """Codes of `x`, numbered as by `to_sorted_index`: whole float32 numbers in [qmin, qmax]."""
         return nearest_codes(self.to_code_coordinates(x), self.qmin, self.qmax)
 
     @abstractmethod
@@ -47,15 +47,15 @@ class Grid(ABC):
         """The values that codes stand for, float32; codes have the shape of the tensor."""
 
     def to_sorted_index(self, codes: Tensor) -> Tensor:
-        """Codes, renumbered from qmin to qmax in the order of their values."""
+        """Codes, numbered from qmin to qmax so that consecutive codes have neighbouring values."""
         return codes
 
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:
-        """A number of which all values (without `after`) are integer multiples.
+        """For each scale, a number of which all values (without `after`) are integer multiples.
 
-        The result broadcasts against scales (n,).
+        The result broadcasts against the scales.
         """
 
     @abstractmethod
@@ -67,7 +67,9 @@ class Grid(ABC):
         """
 
     def near_threshold(self, x: Tensor, boundary: float) -> Tensor:
-        """True where `x` is within `boundary` codes of a threshold between two codes that occur.
+        """True where `x` is within `boundary` codes of a threshold between neighbouring codes.
+
+        Only thresholds between the lowest and the highest code of `x` count.
 
         Returns:
             bool, the shape of `x`.
@@ -75,7 +77,7 @@ class Grid(ABC):
         return in_band(self.to_code_coordinates(x), self.qmin, self.qmax, boundary)
 
     def shift(self, x: Tensor) -> Tensor:
-        """Input of the rounding: x + a in float32."""
+        """The shifted tensor x + a in float32, before the division by the step size."""
         x = x.detach().float()
         if self.before is None:
             return x
@@ -124,7 +126,10 @@ class UniformGrid(Grid):
         return self.step
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """(x + a) / s + z. Where the step size is zero, as for a row of zeros with StatsQ, z."""
+        """(x + a) / s + z.
+
+        For a row of zeros, where StatsQ's step size is zero, the coordinate is z.
+        """
         step, zero = self.along(x.ndim)
         u = self.shift(x) / step.clamp(min=TINY)
         if self._has_zero_point:

@@ -43,7 +43,7 @@ class PowersOfTwo(Grid):
 
 @register("log2")
 class Log2(Quantizer):
-    """Quantizer of values in [0, 1] to powers 2^-k."""
+    """Quantizer of values in [0, 1] to powers 2^-k and zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_log2`."""

@@ -49,7 +49,8 @@ def _fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
 def search_kernel(x: Tensor) -> Quantize | None:
     """The kernel with which the search for a step size quantizes `x`.
 
-    Returns None for tensors that the reference implementation quantizes faster.
+    Returns None for small tensors and for devices other than a CPU. The search then uses the
+    reference implementation.
     """
     if x.device.type == "cpu" and x.numel() >= MIN_KERNEL_VALUES:
         return _fake_quantize
@@ -57,7 +58,7 @@ def search_kernel(x: Tensor) -> Quantize | None:
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """The mean of `value` and all values before, which `state` stores with their number `n`."""
+    """The mean of `value` and all values before; `state` stores the mean and the count `n`."""
     count = state.get("n", 0) + 1
     mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
     state["n"] = count
@@ -70,13 +71,13 @@ class LSQ(Quantizer):
 
     Attributes:
         scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
-            initialised. A parameter if step sizes are absolute.
+            initialised. A parameter if step sizes are absolute, else computed from `start` and
+            `change`.
         start: s0 of `qat.functional.relative_step`, (n,), the initial step size; None if step sizes
             are absolute.
-        change: t of `relative_step`, (n,), the learned logarithm of step size / s0; None if step
-            sizes are absolute.
+        change: t of `relative_step`, (n,), the learned parameter; None if step sizes are absolute.
         min_reliable: u of `relative_step`, the smallest initial step size that is reliable; 0 for
-            weights, all of which are known before training.
+            weights, because all their values are known before training.
         grad_factor: factor on the gradient of `scale`. A trainer sets
             1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
             the elements of the global batch (docs/deviations.md#lsq).
@@ -85,7 +86,7 @@ class LSQ(Quantizer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.grad_factor = 1.0
-        # `register_parameter` refuses the name, because the class has a property `scale`.
+        # `register_parameter` refuses a new name that is also a property of the class.
         self._parameters["scale"] = None
         # s0 and t of `relative_step`, under the names that checkpoints store.
         self.start: Tensor
@@ -95,7 +96,7 @@ class LSQ(Quantizer):
 
     @property
     def scale(self) -> Tensor:
-        """Step size; a relative step size stays positive and changes in proportion to its size."""
+        """Step size, None before `allocate`. A relative step size stays positive."""
         if self.change is None:
             return self._parameters["scale"]
         return kernels.relative_step(self.start, self.change, self.min_reliable)
@@ -114,7 +115,8 @@ class LSQ(Quantizer):
     def set_scale(self, values: Tensor) -> None:
         """Set the step sizes to `values` (n,); relative step sizes start again from these values.
 
-        The initial value of a relative step size is at least 1/64 of `min_reliable`.
+        The initial value of a relative step size is at least 1/64 of `min_reliable`, and at least
+        twice the floor of step sizes.
         """
         if self.change is None:
             super().set_scale(values)
@@ -124,7 +126,7 @@ class LSQ(Quantizer):
         self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Add a batch to `state`, and set the step size to the mean `initial_scale` of all."""
+        """Add a batch to `state`; set the step size to the mean `initial_scale` of all batches."""
         step = self.initial_scale(x, self.spec.qmin, self.spec.qmax)
         self.set_scale(running_mean(state, step))
 
@@ -136,7 +138,7 @@ class LSQ(Quantizer):
 
     @property
     def code_range(self) -> CodeRange:
-        """Range of codes and axis of the spec; a forward with a `sign` may use another range."""
+        """Range of codes of the spec, and the axis; a forward with a `sign` may use other codes."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
@@ -149,7 +151,10 @@ class LSQ(Quantizer):
         return kernels.lsq(x, self._params())
 
     def quantize_shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """`qat.functional.lsq` with offsets; `x` is the only activation saved for backward."""
+        """`qat.functional.lsq` with offsets; `x` is the only activation saved for backward.
+
+        A subclass with another `forward` uses the implementation of `Quantizer` instead.
+        """
         if type(self).forward is not LSQ.forward:
             return super().quantize_shifted(x, before, after)
         return kernels.lsq(x, self._params()._replace(before=before, after=after))
@@ -182,7 +187,7 @@ class LSQ(Quantizer):
 
 
 class AutoSignLSQ(LSQ):
-    """LSQ for images, with signed codes if the calibration data have negative values.
+    """LSQ for images, with signed codes if the calibration data have values below `NEGATIVE`.
 
     Attributes:
         signed: 1.0 or 0.0, NaN until initialised. It is a buffer, so every checkpoint contains it,
@@ -208,8 +213,8 @@ class AutoSignLSQ(LSQ):
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Find the sign from the smallest value of all batches, and set the step size.
 
-        For either sign, the factor in LSQ's initial step size is 2, as in the reference code for
-        images.
+        With `step_init="lsq"`, the factor in the initial step size is 2 for either sign, as in the
+        reference code for images.
         """
         lowest = x.detach().amin().float()
         if "lowest" in state:
@@ -220,7 +225,7 @@ class AutoSignLSQ(LSQ):
         self.signed.fill_(float(signed))
 
     def _mean_steps(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
-        """The mean step size of all batches for either sign; a later batch may change the sign."""
+        """The mean step size of all batches for each sign, as a later batch may change the sign."""
         steps = {}
         if self.spec.step_init == "lsq":
             # With bounds -1 and 1, `lsq_init_scale` is twice the mean magnitude.

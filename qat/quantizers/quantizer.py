@@ -34,8 +34,9 @@ class Quantizer(nn.Module, ABC):
         spec: how the tensor is quantized.
     """
 
-    # True if the values over which a matrix product sums share a scale. Heads are then split before
-    # the quantizer, (B, h, N, d), because no matrix product sums over heads.
+    # True if scales belong to blocks along the dimension over which a matrix product sums. Queries
+    # and keys are then split into heads (B, h, N, d) before the quantizer, so that no block extends
+    # across heads.
     in_blocks = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -63,7 +64,7 @@ class Quantizer(nn.Module, ABC):
         """Fake-quantize `x`: move the values to the grid; shape and dtype stay unchanged."""
 
     def quantize_shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
+        """q(x + a) + c, computed in float32, for offsets over the trailing dimensions of `x`."""
         y = self(x.float() + before.float())
         if after is None:
             return y
@@ -90,8 +91,8 @@ class Quantizer(nn.Module, ABC):
         """Parameters with which one autograd Function computes the quantizer and a matrix product.
 
         Returns:
-            The parameters. None if the quantizer cannot be fused and runs before the product; the
-            results are the same.
+            The parameters. None if the quantizer cannot be fused. It then runs before the product,
+            with the same results.
         """
         return None
 
@@ -101,7 +102,9 @@ class Quantizer(nn.Module, ABC):
         return self.spec.bits == FLOAT_BITS
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create the scales for inputs of `shape` (any batch size), filled with NaN.
+        """Choose the axis of the scales for inputs of `shape` (any batch size).
+
+        Subclasses that store scales also create them here, filled with NaN.
 
         There is one scale for the tensor if a negative axis selects the batch dimension, because a
         scale per image of a batch would be meaningless. A feature map (B, H, W, C) also has one
@@ -118,7 +121,7 @@ class Quantizer(nn.Module, ABC):
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Add a batch to `state` and set the scales from all batches in `state`."""
+        """Add a batch to `state` and set the scales, if any, from all batches in `state`."""
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
@@ -138,7 +141,7 @@ class Quantizer(nn.Module, ABC):
         return scale.numel()
 
     def num_scales(self, shape: torch.Size) -> int:
-        """Number of scales of a tensor of `shape`, stored or recomputed."""
+        """Number of scales of a tensor of `shape`, one for each slice along the axis."""
         if self.axis is None:
             return 1
         return shape[self.axis]

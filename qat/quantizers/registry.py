@@ -61,7 +61,7 @@ def build_quantizer(spec: QuantSpec) -> Quantizer:
     `qat.model.ptq_spec.recipe_from`).
 
     Raises:
-        UsageError: the name is neither registered nor importable.
+        UsageError: the name is not registered, or is a path that `import_quantizer` refuses.
     """
     if ":" in spec.quantizer:
         builder: Callable[[QuantSpec], Quantizer] = import_quantizer(spec.quantizer)

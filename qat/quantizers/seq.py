@@ -22,7 +22,8 @@ from qat.spec import QuantSpec
 def build_seq(spec: QuantSpec) -> Quantizer:
     """Build `SEQ` for a signed tensor, else LSQ.
 
-    Half of the values of an unsigned tensor are zero, and only LSQ's unsigned grid includes zero.
+    Many values of an unsigned tensor are zero or close to zero, and SEQ's grid does not contain
+    zero.
     """
     if spec.signed:
         return SEQ(spec)
@@ -44,7 +45,7 @@ class SEQ(LSQ):
 
     @property
     def code_range(self) -> CodeRange:
-        """Range of codes and axis of the spec, in half steps."""
+        """Range of codes of the spec, in half steps, and the axis."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def codes(self, x: Tensor) -> Tensor:

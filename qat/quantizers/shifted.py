@@ -55,7 +55,8 @@ class Shifted(Quantizer):
     def fused_params(self) -> LSQParams | None:
         """Parameters of the inner quantizer, with offsets.
 
-        Returns None if the offsets differ by position.
+        Returns None if the inner quantizer has no LSQ parameters for fusing, or if the offsets
+        differ by position.
         """
         params = self.quantizer.fused_params()
         if not isinstance(params, LSQParams) or self.spec.offset_ndim != 1:

@@ -23,8 +23,8 @@ from qat.utils.text import json_object
 def main(run_dirs: list[str]) -> int:
     """Print a row for each run, or one row for all seeds of a run.
 
-    Runs that have the same command, model, recipe, data and directory name count as seeds of one
-    run.
+    Runs that have the same command, model, recipe, data and directory name, except for a number
+    after `seed`, count as seeds of one run.
 
     Returns:
         The exit code: 1 if a directory is not a run directory, else 0.

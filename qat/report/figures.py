@@ -51,7 +51,8 @@ def parse_number(value: object) -> float | None:
 def format_value(value: object) -> str:
     """Format a number: integers get thousands separators, others four significant digits.
 
-    Numbers from 100 to 1e6 that are not integers get separators and two decimals.
+    Numbers from 100 to 1e6 that are not integers get separators and two decimals. NaN, infinity and
+    values that are not numbers become text; None becomes "–".
     """
     if value is None:
         return MISSING
@@ -109,7 +110,7 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     With more than `MAX_CLASSES` classes there is no map.
     """
-    # Values were parsed, so a class named "0" has become 0.0; names of columns are still texts.
+    # Read the names of classes from the columns: in the rows, a class named "0" was parsed to 0.0.
     names = list(rows[0])[1:] if rows else []
     if len(names) != len(rows) or not 2 <= len(names) <= MAX_CLASSES:
         return []

@@ -75,7 +75,8 @@ Row = Mapping[str, Any]
 def write_report(folder: Path) -> Path:
     """Write the page of a run directory, from those files that exist.
 
-    Returns: The path of the page.
+    Returns:
+        The path of the page.
     """
     results = json_object(folder / "results.json", folder)
     record = json_object(folder / "command.json", folder)
@@ -179,7 +180,7 @@ def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tup
         meaning = f"{results.get('split')} split"
         top1_fp = results.get("top1_fp")
         if top1_fp is not None:
-            meaning += f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
+            meaning += f", {top1 - top1_fp:+.2f} compared with float".replace("-", "−")
         headline_numbers.append(("Top-1", f"{top1:.2f} %", meaning))
     agreement = results.get("agreement")
     if agreement is not None:

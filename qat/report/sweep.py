@@ -78,7 +78,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
     """The settings on a job's command line, by name; empty if they were not recorded.
 
     The run itself writes `command.json` when it starts. Hydra writes its own file at each start,
-    even for a job that is refused because results exist.
+    even for a job that is refused because results exist, so `command.json` is preferred.
     """
     overrides = json_object(folder / "command.json", folder).get("overrides")
     path = folder / ".hydra" / "overrides.yaml"
@@ -257,7 +257,10 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
-    """Draw the mean top-1 of every group with its standard deviation, and a dot for each job."""
+    """Draw the mean top-1 of each group, its standard deviation, and a dot for each job.
+
+    Only the first `MAX_GROUPS` groups are drawn.
+    """
     groups = []
     for settings, group in group_jobs(jobs):
         if finished_values(group, "top1"):

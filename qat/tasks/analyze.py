@@ -73,7 +73,7 @@ def analyze(cfg: DictConfig) -> None:
     log.info(summary.aligned_lines("qat: analysis", entries))
 
     outcome = analysis.run(nets, images)
-    # From here on nothing can fail, so files of an older run may be replaced.
+    # The analysis has succeeded, so files of an older run may be replaced.
     record_run(cfg)
     write_outcome(run_dir, analysis.name, build.to_plain(cfg.analysis), outcome)
     weights = [str(path) for path in paths if path is not None]
@@ -92,7 +92,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 def _single_device(cfg: DictConfig) -> torch.device:
-    """The device of an analysis; raise `UsageError` for several, or if precision is not 32-true."""
+    """The device of an analysis; raise `UsageError` for several devices or another precision."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(
@@ -133,7 +133,7 @@ def build_analysis(settings: DictConfig | None) -> Analysis:
 
 
 def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str]) -> None:
-    """Check that all models expect the same kind of images."""
+    """Check that the data of all models agree in `_image_facts`."""
     first_facts = _image_facts(subjects[0].data)
     for subject, path in zip(subjects[1:], origins[1:], strict=True):
         for name, value in _image_facts(subject.data).items():

@@ -40,12 +40,15 @@ from qat.tasks.checks import check_unread
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Maximum number of images per batch, so that a batch fits on one device.
+# Maximum number of images per calibration batch, so that a batch fits on one device.
 MAX_CALIBRATION_BATCH = 1024
 
 
 def to_plain(cfg: Any) -> Any:
-    """Convert a config node to dicts, lists and scalars, with interpolations resolved."""
+    """Convert a config node to dicts, lists and scalars, with interpolations resolved.
+
+    Other values are returned unchanged.
+    """
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
@@ -53,7 +56,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     """Build the object that a config node's `_target_` names, from plain arguments.
 
     Raises:
-        UsageError: the class does not exist or refuses the arguments; the message names `setting`.
+        UsageError: the node names no class, the class does not exist, or it refuses the arguments.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(
@@ -77,8 +80,9 @@ def instantiate(node: DictConfig, setting: str) -> Any:
 def _execution_whitelist(node: DictConfig) -> dict[str, Any]:
     """An argument for Hydra 1.4 and newer: the packages of all `_target_`s of a config node.
 
-    The user may name any class. From a checkpoint, `stored_data.py` accepts only the names of qat's
-    datasets. Hydra itself refuses functions that run commands.
+    All packages are allowed, because the user may name any class: `stored_data.py` has already
+    refused names in a checkpoint that are not datasets of qat. Hydra itself refuses functions that
+    run commands.
     """
     if not hasattr(hydra.utils, "execution_whitelist"):
         return {}
@@ -105,14 +109,15 @@ def build_data(cfg: DictConfig) -> ImageData:
     """Build the dataset of `cfg.data`.
 
     Raises:
-        UsageError: the class is not an `ImageData`, or ignores a setting that was changed.
+        UsageError: the class is not an `ImageData`, refuses a setting, or ignores a setting that
+            was changed.
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
         raise UsageError(
             f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData"
         )
-    # Predictions use `on_error` to decode images, for all datasets.
+    # A prediction decodes images itself, and uses `on_error` for every dataset.
     check_unread(data, [] if cfg.get("predict") is None else ["on_error"])
     return data
 
@@ -130,17 +135,19 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     """Build the recipe of `cfg.quant`.
 
     Raises:
-        UsageError: the recipe has an unknown key or an invalid value.
+        UsageError: the recipe has an unknown key or an invalid value, or a quantizer cannot be
+            imported.
     """
     recipe = build_settings(QuantRecipe, "quant", to_plain(cfg.quant))
     for name in custom_quantizers(recipe):
-        # The user named the class, so it may be imported. Checkpoints import nothing.
+        # The user named the class, so it may be imported. A class that only a checkpoint names is
+        # never imported.
         import_quantizer(name)
     return recipe
 
 
 def model_args(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments for `timm.create_model`: all arguments in the config that are not null.
+    """Arguments for `timm.create_model`: those of the config that are not null, and of the data.
 
     Raises:
         UsageError: the arguments contradict the data.
@@ -158,7 +165,7 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
 
 
 def import_modules(names: Iterable[str] | None) -> None:
-    """Import `model.imports`: modules that register swaps for a model family, or models in timm.
+    """Import `model.imports`: modules that register models in timm, or swaps for their layers.
 
     Raises:
         UsageError: a module cannot be imported.
@@ -174,8 +181,8 @@ def find_ofq_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     """Return the model in a file of OFQ's own code, or None for other files.
 
     Raises:
-        UsageError: the file does not have the format `ckpt_format`, or bits are set for another
-            kind of file.
+        UsageError: `ckpt_format` is `ofq` but the file is not of OFQ's code; the model in the file
+            cannot be built; or bits are set for another kind of file.
     """
     looks_like_ofq = checkpoint.meta is None and is_ofq(checkpoint.state)
     if cfg.ckpt_format == "ofq" or (cfg.ckpt_format == "auto" and looks_like_ofq):
@@ -194,7 +201,8 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
     Args:
         cfg: config of a command.
-        keep_head: True = a different class count is an error; False = the model gets a new head.
+        keep_head: what happens if the weights are for another number of classes. True = an error;
+            False = the model gets a new head.
 
     Raises:
         UsageError: a setting or file cannot be used.
@@ -230,16 +238,17 @@ def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_h
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert a model in place; copy the scales of the starting model, or compute new scales.
+    """Convert a model in place; copy the scales of the starting model, and compute all others.
 
     Args:
         start: the float model, and the quantized model that its weights come from, if there is one.
         recipe: the recipe.
-        data: the dataset whose calibration images new scales are computed from.
-        init: `full` keeps all weights; `reference` drops and adds weights as OFQ's code does.
-        processes: number of processes of the run. Each process sets the scales from the same
-            images, in batches of the global size, so that scales are equal in all processes, and
-            equal to the scales of a single process with this batch size.
+        data: the dataset; new scales are computed from its calibration images.
+        init: `full` keeps all weights; `reference` resets weights and adds biases as OFQ's code
+            does.
+        processes: number of processes of the run. Each process computes the scales from the same
+            images, in batches of the global size (at most `MAX_CALIBRATION_BATCH`). Scales are then
+            equal in all processes, and equal to those of a single process with this batch size.
 
     Returns:
         Notes for the user, one line each.

@@ -1,4 +1,4 @@
-"""Checks of settings that Lightning accepts, though it would train on nothing or fail late."""
+"""Checks of settings, data and models with which a run would fail late, or train on nothing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ UNFIT: dict[type[Callback], str] = {
 
 
 def check_callback(name: str, callback: object) -> None:
-    """Check that a callback can be used in a run, and that the metric it monitors exists.
+    """Check that a callback can be used in a run, and that its validation metric exists.
 
     Lightning would only notice a wrong metric after the first epoch.
 
@@ -130,10 +130,10 @@ def _check_file_names(name: str, callback: Callback) -> None:
 
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:
-    """Check that the model accepts images of the data and returns one number for each class.
+    """Check that the model accepts images of the data and returns logits (1, classes) for an image.
 
     Raises:
-        UsageError: the model does not do this, or the data has fewer than two classes.
+        UsageError: the model does not do this, or the data have fewer than two classes.
     """
     num_classes = data.settings.num_classes
     if num_classes < 2:
@@ -151,10 +151,12 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
 
 
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
-    """Check that the data has the model's classes in the same order; warn if names differ.
+    """Check that the class names of the data have the model's order; warn if names differ.
+
+    Do nothing if names are unknown or their numbers differ.
 
     Raises:
-        UsageError: the classes are the same, but in another order.
+        UsageError: the names are the same, but in another order.
     """
     model_classes = classes_of(net)
     data_classes = data.named_classes()
@@ -208,7 +210,7 @@ def check_unread(data: ImageData, read_elsewhere: Collection[str] = ()) -> None:
 
 
 def check_sharding(strategy: object, name: str, part: object) -> None:
-    """Check that a callback or a loss term works if each process has only a part of each weight.
+    """Check that a callback or a loss term works with the strategy.
 
     Args:
         strategy: value of `trainer.strategy`.
@@ -216,7 +218,7 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
         part: the callback or the term.
 
     Raises:
-        UsageError: the part needs unsharded weights.
+        UsageError: the strategy shards weights, but the callback or term needs unsharded weights.
     """
     if strategy != SHARDED:
         return
@@ -242,7 +244,8 @@ def check_combinations(
         UsageError: two of the settings cannot be combined.
     """
     precision = str(trainer["precision"])
-    # Updates below 1e-3 of a weight are lost with an 8-bit mantissa, so no code would ever change.
+    # Weights in 16 bits lose small updates: in bfloat16 those below 1/512 of the weight, in float16
+    # those below 1/4096. So most codes would never change.
     if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
             f"trainer.precision={precision!r}: a quantized model needs float weights; "
@@ -284,10 +287,12 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Check settings with which Lightning would train on nothing, or never validate.
+    """Check types and ranges of settings of `trainer.*`.
+
+    With some values that Lightning accepts, it would train on nothing, or never validate.
 
     Raises:
-        UsageError: a setting would have this effect; the message names the first one.
+        UsageError: a value is not allowed; the message names the first one.
     """
     for name, minimum in INTEGERS.items():
         value = settings.get(name)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat.launch import ranks, slurm
 from qat.tasks.settings import COMMANDS
 
-# In a clone, this is a link to the top-level folder `conf/`.
+# In a clone, `qat/conf` is a link to the top-level folder `conf/`.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
 # Arguments of Lightning's trainer that only training uses.
@@ -43,7 +43,7 @@ def command_words(name: str) -> str:
 
 
 def config_text(cfg: DictConfig) -> str:
-    """The config as text for `config.yaml`, with interpolations resolved."""
+    """The config without `sweep_dir` as text for `config.yaml`, with interpolations resolved."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     values.pop("sweep_dir", None)
     return OmegaConf.to_yaml(OmegaConf.create(values))
@@ -90,7 +90,7 @@ def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
 def config_groups(*, _root_: DictConfig) -> str:
     """A line for each group of a command with its choices, for `--help`.
 
-    Experiments that change other groups are left out.
+    An experiment that overrides a group of another command is left out.
     """
     groups = {name for name in _root_.hydra.runtime.choices if name.isidentifier()}
     lines = []
@@ -103,7 +103,7 @@ def config_groups(*, _root_: DictConfig) -> str:
 
 
 def _overridden_groups(experiment: str) -> set[str]:
-    """Groups whose choice an experiment overrides, or an experiment that it is based on."""
+    """Groups that an experiment overrides, itself or through experiments that it is based on."""
     groups: set[str] = set()
     for entry in values_of("experiment", experiment).get("defaults", []):
         if isinstance(entry, dict):
@@ -138,7 +138,7 @@ def _setting_comments(command: str) -> dict[str, str]:
         groups = path.relative_to(CONF).parts[:-1]
         for line, name, comment in yaml_lines(path.read_text(encoding="utf-8")):
             is_group = re.fullmatch(r"\w+:( *#.*)?", line)
-            # The comment on a whole group does not apply to other commands.
+            # A command's comment on a whole group does not apply to other commands.
             belongs_to_other_command = is_group and path.parent == CONF and path != own_file
             if name and comment and not belongs_to_other_command:
                 comments.setdefault(".".join([*groups, name]), comment)
@@ -148,8 +148,8 @@ def _setting_comments(command: str) -> dict[str, str]:
 def display_name(name: str, args: Mapping[str, Any]) -> str:
     """The name by which users know a model.
 
-    A choice of `model=` that sets arguments is named only if the model has these arguments. A model
-    of Transformers is named by its class.
+    Before timm's name comes the choice of `model=` whose arguments the model has, if there is one.
+    A model of Transformers is named by its class.
 
     Args:
         name: name for `timm.create_model`.
@@ -198,7 +198,7 @@ def swin_window(image_size: int, patch: int, own_window: int) -> int:
 
 
 def timm_argument(model: str, name: str, value: Any) -> Any:
-    """Return `value` if `timm.create_model` accepts the argument for this model, else None."""
+    """Return `value` if a class in the module of this timm model has the argument, else None."""
     import timm
 
     if not timm.is_model(model):

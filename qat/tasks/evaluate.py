@@ -119,8 +119,8 @@ def measure(
         folder: folder for tables of the classes; None = no tables, and no results by class.
 
     Returns:
-        Keys of `results.json`: accuracies in percent, loss, sizes, and with `folder` the results
-        by class.
+        Entries of `results.json`: accuracies in percent, loss, sizes, which images are classified
+        correctly, facts about the split, and with `folder` the results by class.
     """
     data = subject.data
     num_classes = data.settings.num_classes

@@ -136,7 +136,7 @@ def export(cfg: DictConfig) -> float:
     entries = {"weights": origin(cfg), "checked on": source.description, "file": str(target)}
     summary.announce("export", net, source.name, conversion.recipe, input_size, **entries)
     record_run(cfg)
-    # A killed run may also have written a file outside the run directory.
+    # A killed run may have left unfinished files next to `file`, outside the run directory.
     unfinished_patterns = [f"{prefix}{glob.escape(target.name)}" for prefix in ("", ".unchecked.")]
     remove_unfinished(target.parent, unfinished_patterns)
 
@@ -301,9 +301,8 @@ class _WayToRun(NamedTuple):
 
     Attributes:
         target: runtime and processor.
-        advice: settings to run the file with.
-        runtime: runtime whose measured time on this machine is the time of the target; None = not
-            measured.
+        advice: settings with which to run the file, or the reason not to run it.
+        runtime: name of the target among the measured times; None = not measured on this machine.
     """
 
     target: str

@@ -102,7 +102,10 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
-    """Build the callbacks of `cfg.callbacks`; checkpoints go to `run_dir/checkpoints/`."""
+    """Build the callbacks of `cfg.callbacks`, without progress bars if the output is no terminal.
+
+    Checkpoints go to `run_dir/checkpoints/` unless a callback has another folder.
+    """
     callbacks: list[Callback] = []
     for name, callback_cfg in (cfg.callbacks or {}).items():
         if callback_cfg is None:  # callbacks.best=null
@@ -185,7 +188,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         loggers: loggers of the trainer; without loggers, no learning rate is monitored.
 
     Raises:
-        UsageError: Lightning refuses one of the settings, or the machine lacks the accelerator.
+        UsageError: a setting is unknown, belongs to qat, or is refused by Lightning; the machine
+            lacks the accelerator; or `sync_batchnorm` is set on CPUs.
     """
     settings: dict[str, Any] = {}
     for key, value in cfg.trainer.items():
@@ -322,7 +326,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
             raise UsageError(f"compile={setting}: {reason}; must be false") from error
         log.warning("compile=auto: the model is not compiled: %s", reason)
         return
-    # Models of earlier jobs in a sweep count towards the limit of graphs.
+    # Forget models of earlier jobs in a sweep, which count towards torch's limit of graphs.
     torch.compiler.reset()
     compile_in_place(net, recompute=cfg.memory == "recompute", cuda_graphs=mode == "graphs")
     if teacher is not None:

@@ -29,7 +29,7 @@ PREDICTIONS_FILE = "predictions.csv"
 
 
 def find_images(source: str) -> list[Path]:
-    """One image, or all images below a folder that are not hidden, sorted by path.
+    """The image at a path, or all images below a folder except hidden ones, sorted by path.
 
     Raises:
         UsageError: the file or folder does not exist, or the folder contains no images.

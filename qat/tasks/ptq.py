@@ -180,7 +180,7 @@ def _announce(
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, description: str) -> dict[str, Any]:
-    """Evaluate a model and move it to the trainer's device; return keys of `results.json`."""
+    """Evaluate a model and move it to the trainer's device; return entries of `results.json`."""
     log.info("evaluating the %s model", description)
     results = measure(subject, trainer, cost(subject.net, subject.data.input_size))
     # Lightning moves the model to the CPU at the end of a test.
@@ -191,7 +191,7 @@ def _measure(trainer: Trainer, subject: EvaluatedNet, description: str) -> dict[
 def _measure_float(
     trainer: Trainer, subject: EvaluatedNet, teacher: nn.Module | None
 ) -> dict[str, Any]:
-    """Scores of the teacher, or else of the float model, as keys of `results.json`."""
+    """Scores of the teacher, or else of the model in float, as entries of `results.json`."""
     target = subject
     if teacher is not None:
         target = dataclasses.replace(subject, net=teacher, recipe=preset("fp"))

@@ -105,7 +105,7 @@ def _state_file(run_dir: Path) -> Path | None:
 
 
 def _settings_to_resume(state_file: Path) -> dict[str, Any]:
-    """Settings of the run that wrote a state file; with older versions, those in `config.yaml`.
+    """Settings of the run that wrote a state file; if an old file lacks them, of `config.yaml`.
 
     Raises:
         UsageError: the settings cannot be read.
@@ -123,13 +123,14 @@ def _settings_to_resume(state_file: Path) -> dict[str, Any]:
 
 
 def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> None:
-    """Check that the recipe can start from a model, and that a resumed run keeps its method.
+    """Check that the recipe can start from a model, and that a resumed run keeps `ptq.*`.
 
     A recipe starts from a float model, `ptq=keep` from a quantized model.
 
     Raises:
         UsageError: the recipe cannot start from the model; with `ptq=keep`, there is no search or
-            no target for one; or the run to resume had another method.
+            no target for one; with a recipe, `teacher.ckpt` is set; or the run to resume had other
+            settings of `ptq.*`.
     """
     state_file = _state_file(Path(cfg.run_dir))
     if cfg.resume and state_file is not None:
@@ -159,7 +160,7 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> 
 def _check_keep(
     file: str, teacher_file: str | None, subject: EvaluatedNet, *, has_search: bool
 ) -> None:
-    """Check that `ptq=keep` can be followed by a search."""
+    """Check that `ptq=keep` has a quantized model, a search, and targets for the search."""
     if is_frozen(subject.net):
         raise UsageError(
             f"{file}: contains only integer codes; "

@@ -53,7 +53,8 @@ def rebuild_report(cfg: DictConfig) -> None:
     """Write the page of the run directory `cfg.run`, even if the run failed or has not ended.
 
     Raises:
-        UsageError: `cfg.run` is not a run directory, or a file in it is damaged.
+        UsageError: `cfg.run` is not a run directory, a file in it is damaged, or an analysis is
+            requested too.
     """
     if cfg.analysis is not None:
         raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")

@@ -1,6 +1,6 @@
 """Records of a run: `config.yaml`, the command line, and `results.json`.
 
-`results.json` has `KEYS` for every command (None = not measured); some commands add others.
+`results.json` has at least `KEYS`, with None for values that were not measured.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     """Entries of `results.json` that describe a recipe.
 
     Returns:
-        `quant`: name of the recipe's config (`ofq_2bit`, `deploy_w8a8`); `recipe`: its settings.
+        `quant`: name and bits of the recipe (`ofq_2bit`, `deploy_w8a8`); `recipe`: its settings.
     """
     name = recipe.name
     if name != "fp":
@@ -156,7 +156,7 @@ def correct_field(correct: Tensor | None) -> dict[str, str | None]:
 
     Returns:
         `correct`: base64 of bytes with one bit per image, in the order of the split, from the
-        highest bit of the first byte on, padded with zeros.
+        highest bit of the first byte on, padded with zeros; None if unknown.
     """
     if correct is None:
         return {"correct": None}
@@ -187,7 +187,7 @@ def library_versions(*more: str) -> dict[str, str]:
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
     """Return the commit of a clone of qat, or None for an installed package.
 
-    The package may be installed inside another clone.
+    An installed package may be inside a clone of another project, whose commit is not returned.
     """
     command = ["git", "-C", str(clone), "rev-parse", "--show-toplevel", "HEAD"]
     # Git's own variables, which are set in hooks, may name another repository.

@@ -80,8 +80,9 @@ def find_resume(
     If `last.ckpt` is missing or cannot be read, the previous checkpoint is used, with a warning.
 
     Raises:
-        UsageError: with `resume=true`, there is no checkpoint; or the run had another model,
-            recipe, optimizer or schedule.
+        UsageError: with `resume=true`, there is no checkpoint; the checkpoint cannot be read or
+            resumed; the run had another model, recipe, optimizer or schedule, or more epochs; or
+            this is a dry run.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
     candidates = [folder / name for name in (FILE_NAME, PREVIOUS_NAMES[FILE_NAME])]
@@ -145,8 +146,8 @@ def _check_model(
             f"resume: {checkpoint.path} contains {model}, "
             f"not model {model_name} with {model_args}; {hint}"
         )
-    # A setting that is newer than the file had its default value. The meaning of rules, and how
-    # step sizes are learned, are assumed to be unchanged.
+    # If an older file lacks a setting, the run had the default. Only `rule_bits` and `steps` are
+    # assumed to be unchanged.
     assumed_values = {
         **QuantRecipe().to_dict(),
         "rule_bits": recipe.rule_bits,
@@ -175,7 +176,9 @@ def compare_settings(
     fixed_prefixes: tuple[str, ...],
     reason: str,
 ) -> None:
-    """Refuse changes to settings that must not change, and warn of all other changes.
+    """Refuse changes to settings that must not change, and warn about other changes.
+
+    Settings of the model are left out, because the model itself is compared.
 
     Args:
         stored_settings: settings that the run had so far, nested or by name; None = unknown.
@@ -335,7 +338,7 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     run_dir = Path(cfg.run_dir)
     used_files = outputs.used_files(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
-    # A run that was killed before its first `last.ckpt` cannot be resumed.
+    # A run that was killed before its first `last.ckpt` cannot be resumed, so it may be replaced.
     is_unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     may_replace = cfg.overwrite or (cfg.resume == "auto" and is_unsaved)
     if used_files and not may_replace:

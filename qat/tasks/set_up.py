@@ -37,7 +37,8 @@ def set_up(cfg: DictConfig) -> None:
     """Check the settings of a command, set what they imply, and apply kernels and seed.
 
     Raises:
-        UsageError: a setting is unknown, or a value is invalid or has the wrong type.
+        UsageError: a setting is unknown, a value is invalid or has the wrong type, or the model
+            cannot be fetched.
     """
     check_settings(cfg)
     quiet_libraries()
@@ -52,12 +53,11 @@ def set_up(cfg: DictConfig) -> None:
 def _resolve_hub_model(cfg: DictConfig) -> None:
     """Apply the settings implied by a model on the hub, or by a folder of Transformers.
 
-    A model that is not cached is downloaded. For one of our models, `ckpt` is set; for a model of
-    timm or Transformers, architecture, arguments, weights and preprocessing are set.
+    A model that is not cached is downloaded. For a model that qat saved, `ckpt` is set; for a model
+    of timm or Transformers, architecture, arguments, weights and preprocessing are set.
 
     Raises:
-        UsageError: the model cannot be fetched or used, or another setting also chooses the initial
-            weights.
+        UsageError: the model cannot be fetched or used, or another setting contradicts the model.
     """
     name = cfg.model.name or ""
     if "architecture" in cfg.model.args:
@@ -132,6 +132,7 @@ def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
             # Images to predict come without preprocessing settings; the processor's are used.
+            # By default, Transformers has two classes.
             num_classes = len(args["config"].get("id2label") or "01")
             null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
             cfg.data.update({**null_settings, "num_classes": num_classes})

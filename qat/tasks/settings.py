@@ -23,7 +23,7 @@ MAX_SEED = 2**32 - 1  # numpy accepts no higher seed
 
 @dataclass
 class Model:
-    """`model.*`; `timm.create_model` gets `args`, which a Swin partly derives from `own_window`."""
+    """`model.*`; `args` go to `timm.create_model`; a Swin's window size follows `own_window`."""
 
     name: str | None = None
     row: str | None = None

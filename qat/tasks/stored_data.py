@@ -35,7 +35,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
 
     A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
     may be missing. If the data of a model are unknown, a prediction prepares images as
-    `qat.transform` does; for a timm model, as for ImageNet.
+    `qat.transform` does, or for plain timm weights as `data=imagenet` does for this model.
 
     Raises:
         UsageError: the checkpoint names a class that is not a dataset of qat, or data that cannot
@@ -76,8 +76,8 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     """Check the data config in a checkpoint's metadata, and return it, or {} if it is missing.
 
     A dataset that a file names could run code, so only datasets of qat are built, from plain
-    values. Datasets that would be downloaded must be set by the user, unless a command only
-    predicts and needs none of their images.
+    values. Datasets that would be downloaded must be set by the user, unless the command predicts,
+    which needs none of their images.
 
     Raises:
         UsageError: the class is not a dataset of qat, the data would be downloaded, or a value

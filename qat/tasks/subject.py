@@ -36,7 +36,7 @@ class EvaluatedNet:
         net: the model.
         name: name of the model.
         recipe: recipe with which the model is quantized.
-        data: dataset that prepares images; images are only read to measure an accuracy.
+        data: dataset; its settings prepare images for the model.
         classes: names of the classes, or class ids as text.
         assumed: names of image settings that are assumed, see `summary.assumed_settings`.
     """
@@ -63,7 +63,8 @@ def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
     net, name = _load_net(cfg, checkpoint, data)
-    # Random weights, and those of timm, are finite and have no class names.
+    # Checks can only fail for a file: random weights, and those of timm, are finite and have no
+    # class names.
     setting = "ckpt" if cfg.ckpt else "model.weights"
     check_finite(net, f"{setting}={origin(cfg)!r}")
     _check_fit(net, data)
@@ -81,7 +82,7 @@ def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
 
 
 def origin(cfg: DictConfig) -> str:
-    """The source of the weights: a path, or a word such as "random"."""
+    """The source of the weights: a path, "timm's pretrained" or "random"."""
     default_origin = "timm's pretrained" if cfg.model.pretrained else "random"
     return str(cfg.ckpt or cfg.model.weights or default_origin)
 
@@ -139,7 +140,7 @@ def _load_net(
 
 
 def _check_fit(net: nn.Module, data: ImageData) -> None:
-    """Check that a model has the classes and the image size of the data."""
+    """Check that a model suits the data: number of classes, image size, patches and output."""
     settings = data.settings
     num_classes = getattr(net, "num_classes", settings.num_classes)
     if num_classes != settings.num_classes:

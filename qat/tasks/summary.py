@@ -140,7 +140,7 @@ def assumed_settings(
         cfg: config of a command.
         own_data: `cfg.data` before settings from a file were added.
         net: the model as read from the file.
-        data: images for the model.
+        data: the dataset.
     """
     if not (cfg.ckpt or cfg.model.weights):
         return []
@@ -268,7 +268,10 @@ def announce_run(
     trainer: Trainer,
     lr: float,
 ) -> None:
-    """Log model, data, initial weights, settings and outputs of a run; write `conversion.txt`."""
+    """Log model, data, initial weights, settings and outputs of a run.
+
+    For a quantized model, also write `conversion.txt`.
+    """
     optimizer = cfg.optimizer
     assumed = assumed_settings(cfg, cfg.data, start.source or start.net, data)
     training = [

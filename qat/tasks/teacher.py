@@ -1,4 +1,4 @@
-"""The teacher of a distillation loss."""
+"""The teacher of a distillation loss, or of a search over scales."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     Return None if no loss term uses a teacher.
 
     Raises:
-        UsageError: the loss needs a teacher, but there are no trained weights for one, or they are
-            for other classes.
+        UsageError: the loss needs a teacher, but there are no trained float weights for a teacher,
+            two settings choose the weights, or the teacher does not suit the data.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -205,8 +205,8 @@ def net_of_file(
             = any model.
 
     Raises:
-        UsageError: the file is missing or unreadable, its weights do not fit, or it contains
-            another model or a quantized model of the OFQ paper's code.
+        UsageError: the file is missing or unreadable, its weights do not fit or are not finite, or
+            it contains another model or a quantized model of the OFQ paper's code.
     """
     origin = f"teacher.ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")

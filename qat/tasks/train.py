@@ -62,16 +62,18 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> float:
     """Train one model.
 
-    All settings are checked before the first step that takes time.
+    All settings are checked before the first training step.
 
     Args:
         cfg: config composed from `conf/train.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Best validation top-1 in percent (with `fast_dev_run`, of the final weights).
+        Validation top-1 in percent of the best checkpoint, or of the final weights if there is no
+        best checkpoint.
 
     Raises:
-        UsageError: a setting, path or file cannot be used; raised before the first step.
+        UsageError: a setting, path or file cannot be used; during training: a loss, gradient or
+            weight is not finite, or a checkpoint cannot be written.
     """
     start_time = time.monotonic()
     set_up(cfg)
@@ -205,7 +207,7 @@ def _build_start(
     trainer: Trainer,
     optimizer: OptimizerFactory,
 ) -> Start:
-    """The quantized model on its device, either new or from the checkpoint of a resumed run."""
+    """The model to train on its device, either new or from the checkpoint of a resumed run."""
     if resume_checkpoint:
         check_data(resume_checkpoint, data, allow_changed_data=cfg.allow_changed_data)
         note = f"step {resume_checkpoint.step} of this run ({resume_checkpoint.path.name})"
@@ -241,7 +243,8 @@ def _load_best_weights(module: QATModule, data: ImageData, trainer: Trainer) -> 
         name = Path(best_callback.best_model_path).name
         if best_callback.monitor == "val/top1":
             return float(best_callback.best_model_score), name
-    # The loggers already have these metrics, and averaged weights would replace the loaded weights.
+    # Validate without loggers, which already have these metrics, and without weight averaging,
+    # which would replace the loaded weights.
     loggers = trainer.loggers
     trainer.loggers = []
     untyped_trainer: Any = trainer  # Lightning does not declare `callbacks`

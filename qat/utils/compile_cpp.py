@@ -49,7 +49,7 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def _compile(source: str, compiler: str, library: Path) -> Path:
-    """Compile to a temporary file and rename it.
+    """Compile to a temporary file and rename it, so that the library is complete at every moment.
 
     Another process may compile the same library, or this one may be killed.
     """

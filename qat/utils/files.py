@@ -231,7 +231,7 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
     Raises:
         OSError: the file is damaged.
         OverflowError: the file contains too many values.
-        pickle.UnpicklingError: the file contains something else than plain data and tensors.
+        pickle.UnpicklingError: the file contains something other than plain data and tensors.
         RuntimeError, EOFError: the file was not written by `torch.save`.
     """
     damage = find_damage(path)

@@ -31,8 +31,8 @@ _ALLOWED_CALL_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tens
 _ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # pickles before the weights in a file of torch < 1.6
 _CALL_OPCODES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
-# Opcodes that add to a list, dict or set, and leave it on the stack. A list or dict counts as one
-# value: unlike a tuple, it is never hashed.
+# Opcodes that leave their lowest input on the stack, such as those that add to a list, dict or set.
+# The additions do not count as values inside it: unlike a tuple, a list or dict is never hashed.
 _IN_PLACE_OPCODES = {
     "APPEND",
     "APPENDS",

@@ -19,7 +19,8 @@ MAX_LINE_LENGTH = 1000  # characters
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table as text, as wide as its cells.
 
-    The first column names the row; other columns that start with digits are aligned to the right.
+    The first column names the row. Other columns are aligned to the right if all of their cells
+    start with a digit or `<`, or are None.
     """
     table = Table(box=box.ROUNDED)
     texts = []

@@ -13,8 +13,8 @@ from typing import Any
 MISSING = "–"
 MAX_FILE_BYTES = 2**30  # bytes of one image, table or file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
-# Control characters except line breaks and tabs, marks that change the direction of text, and the
-# surrogates that Python uses for undecodable bytes in file names.
+# Control characters except line breaks and tabs, Unicode's line separators, marks that change the
+# direction of text, and the surrogates that Python uses for undecodable bytes in file names.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

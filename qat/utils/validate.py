@@ -16,8 +16,8 @@ MIN_BITS = 2
 MAX_BITS = 8
 # Bits of the number formats in which blocks of floats share a scale.
 BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
-# 8-bit floats with one scale per tensor or row. The scale of an activation is either learned or
-# only calibrated.
+# 8-bit floats with one scale per tensor or row. The scale of an activation is learned (`fp8`) or
+# only calibrated (`fp8_held`).
 FP8 = ("fp8", "fp8_held")
 # Larger integers overflow in torch, or are typing mistakes.
 MAX_INT = 2**31 - 1

@@ -141,7 +141,7 @@ def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
         patch.setitem(globals(), "FiniteCheck", Watch)
         message = stopped(module, callback, **settings)
     what = "training stopped: the loss or a gradient of training step 3 is not finite"
-    expected = rf"{what}; first: {first}; checkpoints were written before this step; a lower "
+    expected = rf"{what}; first non-finite: {first}; any saved checkpoint is from an earlier step; a lower "
     assert re.match(expected, message)
     assert identical(module.parameters(), before)
 
@@ -173,7 +173,9 @@ class SickProcess(LossTerm):
 
 def test_a_loss_of_one_process_ends_all_of_them():
     learner = module(net(), terms={"sick": SickProcess()})
-    with pytest.raises(Exception, match="training step 1 is not finite; first: the loss "):
+    with pytest.raises(
+        Exception, match="training step 1 is not finite; first non-finite: the loss "
+    ):
         fit_net(
             learner,
             FiniteCheck(),
@@ -217,10 +219,10 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
     run = tmp_path / "run"
     message = poisoned(refused, run, Poison(3, damage))
     assert (
-        "training stopped: the loss or a gradient of training step 3 is not finite; first: "
+        "training stopped: the loss or a gradient of training step 3 is not finite; first non-finite: "
         in message
     )
-    assert is_late or "first: blocks.0.mlp.fc1.weight; " in message
+    assert is_late or "first non-finite: blocks.0.mlp.fc1.weight; " in message
     assert checkpoints(run) == {"last.ckpt": 2}
     train(run, *SIX, "resume=true")
     assert checkpoints(run)["last.ckpt"] == 6
@@ -231,5 +233,7 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
 def test_the_layer_that_overflows_is_named(tmp_path, refused, quant):
     """After a quantizer an infinity is the highest code: the loss is finite, its gradient is not."""
     message = poisoned(refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}")
-    assert "step 3 is not finite; first: the output of blocks.0.mlp.act (GELU)" in message
+    assert (
+        "step 3 is not finite; first non-finite: the output of blocks.0.mlp.act (GELU)" in message
+    )
     assert "error" in results(tmp_path / "run")

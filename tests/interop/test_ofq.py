@@ -185,7 +185,7 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
         (
             {"blocks.0.gamma": torch.ones(1)},
             {"bits": 2},
-            "{}: nothing in the model corresponds to blocks.0.gamma",
+            "{}: tensor blocks.0.gamma has no counterpart in the model",
         ),
         (
             {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
     ("name", "tensor", "said"),
     [
         ("blocks.2000.gamma", torch.ones(1), "much larger than the weights"),
-        ("blocks.1000000000.gamma", torch.ones(1), "must be at most"),
+        ("blocks.1000000000.gamma", torch.ones(1), "numbers must be from"),
         ("patch_embed.proj.move_b4.bias", torch.ones(1).expand(2**22), "takes much more memory"),
     ],
     ids=["depth", "huge depth", "image"],

@@ -102,7 +102,9 @@ def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
     net = vit()
     folder = qat.save_pretrained(net, tmp_path / "net")
     assert torch.equal(logits(qat.from_pretrained(folder)), logits(net))
-    assert "| Accuracy | not measured |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| Accuracy | not measured |" in card
+    assert "quantized" not in card
 
 
 @pytest.mark.sample(1)
@@ -282,7 +284,7 @@ def test_a_float_net_of_timm(tmp_path, cache):
     [
         (
             {"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}},
-            "the arguments would load other files",
+            "model_args must be an object without",
         ),
         ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"the config contains '\$\{'"),
         ({"model_args": {"img_size": 100_000}}, "the model is much larger "),

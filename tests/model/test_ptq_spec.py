@@ -32,7 +32,7 @@ WRONG = [
     ),
     (
         {"overrides": {"head": {"placement": "inputs"}}},
-        r"ptq.overrides\['head'\]={'placement': 'inputs'}: the settings must be among act_bits",
+        r"ptq.overrides\['head'\]={'placement': 'inputs'}: must be {setting: value} with settings among act_bits",
     ),
     ({"overrides": {"head": {"bits": 99}}}, r"ptq.overrides\['head'\]: ptq.bits=99: must be"),
 ]

@@ -133,7 +133,7 @@ def test_a_net_that_is_not_calibrated_says_so():
 @pytest.mark.parametrize(
     ("net", "batches", "message"),
     [
-        (converted, [], "must have at least one batch of images"),
+        (converted, [], "batches is empty; must contain at least one batch of images"),
         (converted, [images() * torch.nan], "calibration images contain NaN or infinity"),
         (vit, [images()], "no affine or fp8 scales; convert it first, with a qat.PtqRecipe"),
         (quantized, [images()], "no affine or fp8 scales"),

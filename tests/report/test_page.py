@@ -25,7 +25,7 @@ def test_a_reader_finds_what_is_wrong():
     "text",
     [
         "88.89 %",
-        "test split, −1.11 to float",
+        "test split, −1.11 compared with float",
         "190 kB",
         "10.0× smaller",
         "200.0× fewer",

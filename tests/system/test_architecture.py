@@ -240,6 +240,17 @@ LAYOUT = {
 }
 
 
+def tokens_of(text):
+    """Tokens of a text; an f-string is one of them, although Python 3.12 and newer split it."""
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        depth -= kind == "FSTRING_END"
+        if not depth and kind != "FSTRING_END":
+            yield token
+        depth += kind == "FSTRING_START"
+
+
 @functools.cache
 def tokens(path):
     """Tokens of a file without comments, docstrings and layout."""
@@ -255,10 +266,9 @@ def tokens(path):
         for one in first
         if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
     }
-    found = tokenize.generate_tokens(io.StringIO(text).readline)
     return sum(
         token.type not in LAYOUT and not (token.type == tokenize.STRING and token.start in docs)
-        for token in found
+        for token in tokens_of(text)
     )
 
 

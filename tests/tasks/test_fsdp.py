@@ -170,12 +170,8 @@ def test_a_run_that_is_killed_equals_one_that_was_never_stopped(root):
 
 @pytest.mark.long
 def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
-    gradient = (
-        "the loss or a gradient of training step 1 is not finite; first: the loss or its gradient"
-    )
-    weight = (
-        "the loss or a gradient of training step 2 is not finite; first: blocks.0.mlp.fc1.weight"
-    )
+    gradient = "the loss or a gradient of training step 1 is not finite; first non-finite: the loss or its gradient"
+    weight = "the loss or a gradient of training step 2 is not finite; first non-finite: blocks.0.mlp.fc1.weight"
     for rank in (0, 1):
         assert (
             (root / f"gradient-{rank}.txt").read_text().startswith(f"training stopped: {gradient}")

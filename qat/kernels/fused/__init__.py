@@ -1,8 +1,8 @@
 """Quantizers and matrix products in one `torch.autograd.Function`, called a fused Function.
 
 Backward recomputes cheap tensors instead of saving them. Results are bit-identical to those of
-separate quantizers and matrix products. On CUDA, they are equal within rounding where backward
-computes a softmax in the kernel of a quantizer or of the attention.
+separate quantizers and matrix products, except on CUDA: where the kernel of a quantizer or of the
+attention computes a softmax, results are equal within rounding.
 """
 
 from qat.kernels.fused.attention import attention

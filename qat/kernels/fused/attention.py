@@ -95,8 +95,8 @@ class _Attention(torch.autograd.Function):
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
-    Where possible, one kernel computes all of this, and the sums of rows are saved instead of the
-    probabilities.
+    Where possible, one kernel computes all of this, and the denominators of the softmax are saved
+    instead of the probabilities.
     """
 
     @staticmethod
@@ -160,7 +160,7 @@ def _tiled_backward(
     inputs: _Inputs,
     shape: ScoreShape,
 ) -> _Gradients:
-    """Gradients of quantized queries, keys and values, of the scale of probabilities, and None."""
+    """Gradients of quantized q, k and v, and of the scale of probabilities; None for the bias."""
     probs = inputs.quantizers.probs
     *grads, grad_scale = tiled_attention.backward(
         grad, row_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
@@ -176,7 +176,7 @@ def _plain_backward(
     inputs: _Inputs,
     shape: ScoreShape,
 ) -> _Gradients:
-    """Gradients of quantized queries, keys and values, of the scale of probabilities, and the bias.
+    """Gradients of quantized q, k and v, of the scale of probabilities, and of the bias or None.
 
     If the probabilities were not saved, they are computed again.
     """

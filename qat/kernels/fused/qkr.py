@@ -326,7 +326,7 @@ def _weights_backward(  # noqa: PLR0913
 
 
 def _input_backward(inputs: _Inputs, grad_x_q: Tensor) -> LsqGradients:
-    """Gradients through the quantizer of the input, and through the LayerNorm before it."""
+    """Gradients through the input's quantizer and the operation before this quantizer, if any."""
     source = inputs.source
     return operators.gradients(
         inputs.quantizers.input,
@@ -345,9 +345,10 @@ def qkr_attention(
     quantizers: QkrQuantizers,
     scoring: Scoring,
 ) -> Tensor:
-    """Compute q(softmax(factor * q(x) . (q(M_h q(x)) + c_h) + bias + mask)) q(V).
+    """Compute q(softmax(factor * S + bias + mask)) q(V), where q(...) quantizes.
 
-    Here q(...) quantizes; M and Wv are quantized too.
+    The score S of query n and key m is q(x[n]) . q(q(M_h) q(x[m]) + offset) + c_h . q(x[m]). The
+    values V are q(Wv) q(x) + v_bias.
 
     Args:
         x: (B, N, C).

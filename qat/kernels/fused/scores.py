@@ -42,8 +42,8 @@ class ScoreShape(NamedTuple):
         num_heads: h.
         factor: factor on the scores.
         dtype: dtype of the factors of matrix products.
-        probs_dtype: dtype of the probabilities. It is None on CUDA, where the quantizer's kernel
-            computes the probabilities in float32 from the scores, and recomputes them in backward.
+        probs_dtype: dtype of the probabilities. It is None on CUDA, where scores are saved instead
+            of probabilities: both passes compute the probabilities in float32 from the scores.
     """
 
     num_heads: int
@@ -60,8 +60,8 @@ class ScoreShape(NamedTuple):
 def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
     """Sizes and dtypes for an input `x`; under autocast, matrix products use the dtype of autocast.
 
-    On CUDA, scores are saved for backward instead of probabilities: they take half the memory, and
-    computing probabilities is faster than reading them.
+    On CUDA, scores are saved for backward instead of probabilities: in half precision, scores take
+    half the memory, and computing probabilities from scores is faster than reading probabilities.
     """
     saves_scores = x.device.type in ROW_MULTIPLES
     return ScoreShape(
@@ -106,7 +106,8 @@ def weigh_values(probs: Tensor, values: Tensor, quantizer: LSQParams, shape: Sco
     """The sum of the values, weighted by the quantized probabilities.
 
     Args:
-        probs: (h, B, N, M), result of `to_probs`.
+        probs: (h, B, N, M), result of `to_probs`: probabilities, or on CUDA the scores before the
+            softmax.
         values: (B, M, h*d), quantized and padded.
         quantizer: quantizer of the probabilities.
         shape: sizes and dtypes.
@@ -135,7 +136,8 @@ def weigh_values_backward(
 
     Args:
         grad: gradient of the result (B, N, h*d).
-        probs: (h, B, N, M), result of `to_probs`.
+        probs: (h, B, N, M), result of `to_probs`: probabilities, or on CUDA the scores before the
+            softmax.
         values: (B, M, h*d), quantized and padded.
         quantizer: quantizer of the probabilities.
         shape: sizes and dtypes.

@@ -1,7 +1,8 @@
 """Record on a tensor the operation and the tensors that the tensor was computed from.
 
 If the input of a fused Function has such a record, called its source, the Function saves the input
-of the recorded operation, which autograd saves anyway. In backward, it recomputes its own input.
+of the recorded operation, which autograd saves anyway. In backward, the Function recomputes its own
+input.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ def _valid_source(x: Tensor) -> Source | None:
     """The source of `x`.
 
     Returns None if `x` has no source, retains its gradient or has hooks, or if `x` or the input of
-    the operation was written to after the source was attached.
+    the operation was written to after the source was attached. In compiled graphs, returns None
+    only if `x` has no source.
+
+    Raises:
+        UsageError: see `check_unwritten`.
     """
     source: Source | None = getattr(x, _ATTRIBUTE, None)
     if not source:  # an unpickled source is empty

@@ -1,4 +1,4 @@
-"""The quantizer of a weight inside a fused Function, whose backward quantizes the weight again."""
+"""The quantizer of a weight inside a fused Function."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import LSQParams, operators
 
-# Devices on which the quantized weight is saved for backward instead: there, another kernel launch
-# costs more than the memory.
+# Devices on which the quantized weight is saved for backward, because another kernel launch costs
+# more than the memory. On other devices, backward quantizes the weight again.
 SAVED_ON = {"cuda"}
 
 

@@ -163,7 +163,7 @@ def test_weights_that_are_made_from_others_are_refused(recipe, change, tmp_path)
     change(net.get_submodule(layer), name)
     with usage_error(rf"^freeze: {layer} is pruned or parametrized"):
         qat.freeze(net)
-    with usage_error("^save: the net is pruned or parametrized"):
+    with usage_error("^save: the model is pruned or parametrized"):
         qat.save(net, tmp_path / "net.pt")
     assert not (tmp_path / "net.pt").exists()
 
