@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from scipy import optimize
 
+from evidence.claims.arms import ROOT
 from evidence.pages.drawing import STYLE, for_dark_pages
 from evidence.pages.page import PAGES
 from evidence.speed.timing import table
 from qat.analysis.analysis import PALETTE, panels
 from qat.utils.files import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / PAGES / "figures" / "kure-lemma.svg"
 BITS = (2, 3, 4)
 RATIOS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
