@@ -21,17 +21,17 @@ against the [recipe](glossary.md#recipe), and names the modules.
 
 - **Quantized in every model**: the image, and weights and inputs of all linear layers and
   convolutions. Where attention is quantized: also queries, keys, values and probabilities.
-- **QKR** says whether [query-key reparameterization](glossary.md#qkr) is possible
+- **[QKR](glossary.md#qkr)** says whether query-key reparameterization is possible
   (`quant.attention=qkr`, the default of `ofq_*`). It quantizes two products in place of queries and
   keys: query weights times key weights, and that times the input. A pooling head never has it.
   Where it is not possible, use `quant.attention=standard` or `float`, for the whole model or with
   `quant.overrides` for some blocks.
 - **Stays float** lists classes of modules. Norms, tokens, position embeddings and factors of
   residual branches stay in float in every model, so a block or an attention that has such
-  parameters is listed. "Products of activations" means that the linear layers of this attention are
-  quantized and its matrix products are not. `Linear` is part of a small network that computes
-  relative positions; its output does not depend on the image. `conversion.txt` of a run lists all
-  modules by name.
+  parameters is listed. "Products of [activations](glossary.md#activation)" means that the linear
+  layers of this attention are quantized and its matrix products are not. `Linear` is part of a
+  small network that computes relative positions; its output does not depend on the image.
+  `conversion.txt` of a run lists all modules by name.
 - **Scales**: a convolution inside a model has one scale for its input and no
   [offsets](glossary.md#offset). A linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).

@@ -17,6 +17,7 @@ from qat.tasks.settings import COMMANDS, LossTeacher, Model, Schedule
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "settings.md"
+GLOSSARY = ROOT / "docs" / "glossary.md"
 # Classes whose annotations state the types of a group.
 OWNERS: dict[str, tuple[type, ...]] = {
     "model": (Model,),
@@ -117,6 +118,28 @@ def table(rows: list[Setting]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_links(text: str) -> str:
+    """Link each term of the glossary where the text first uses it.
+
+    "Code" is left out: its first use is of a program.
+    """
+    for heading in re.findall(r"^## (.+)", GLOSSARY.read_text(), re.MULTILINE):
+        address = "glossary.md#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        if heading == "Code":
+            continue
+        terms = re.escape(heading).replace(r",\ ", "|")
+        flags = re.IGNORECASE if heading[1:].islower() else 0
+        # A term beside a dot or a backtick is part of a setting.
+        text = re.sub(
+            rf"(?<![\w`.])(?:{terms})s?(?![\w`.])",
+            rf"[\g<0>]({address})",
+            text,
+            count=1,
+            flags=flags,
+        )
+    return text
+
+
 def page() -> str:
     """The whole page."""
     text = INTRO
@@ -130,7 +153,7 @@ def page() -> str:
                 if row.name not in rows_by_name or not rows_by_name[row.name].meaning:
                     rows_by_name[row.name] = row
         text += f"## {group}: {title}\n\n{table(list(rows_by_name.values()))}\n"
-    return text.rstrip() + "\n"
+    return with_links(text.rstrip()) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from qat.tasks.conf import options
 # Settings whose values are paths, written as in a shell: full names, and last parts of such names.
 PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
-# A quoted text, or a whole element that Hydra would read as a number or a bool.
+# A quoted text; or a path, alone or in a list or sweep, that Hydra would read as number or bool.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
 NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
 ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
@@ -49,7 +49,10 @@ def to_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def _quote_path(value: str, *, is_multirun: bool) -> str:
-    """Quote a path, or its elements, if Hydra would refuse it or read it as a number or bool."""
+    """Quote a path that Hydra would refuse, and every path that it would read as a number or bool.
+
+    The value may also be a list or a sweep of paths; `range(...)` and `interval(...)` stay as is.
+    """
     is_sweep = is_multirun and SWEEP.search(value)
     needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
     if needs_quotes:

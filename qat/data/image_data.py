@@ -27,7 +27,7 @@ from qat.launch.signals import ignore_signals
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-# Settings of earlier versions, which are ignored in old checkpoints.
+# Settings of earlier versions. They are ignored, because old checkpoints contain them.
 REMOVED_SETTINGS = {
     "cache",
     "in_memory",

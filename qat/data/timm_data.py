@@ -194,7 +194,8 @@ def _renumber_labels(
     unknown = sorted(images.classes.keys() - first_images.classes.keys())
     if unknown:
         raise UsageError(
-            f"{setting}: class {unknown[0]!r} must be a class of the {first_split} split"
+            f"{setting}: class {unknown[0]!r} is not in the {first_split} split; "
+            "must have only classes of that split"
         )
     names = {class_id: name for name, class_id in images.classes.items()}
     images.labels = np.array([

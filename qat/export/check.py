@@ -154,7 +154,7 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> CheckRe
             open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
             agreement = compare(net, outputs, open_codes, batches)
             if is_half:
-                check_difference(agreement, net, batches, lambda x: x.half().float(), 4)
+                check_difference(agreement, net, batches, lambda x: x.half().float(), factor=4)
         except RuntimeError as error:
             if runtime != OPENVINO:
                 raise
@@ -330,7 +330,12 @@ def _min_cosine(expected: Tensor, actual: Tensor) -> float:
 
 
 def _classes(logits: Tensor) -> Tensor:
-    """Predicted classes (B, N) of images, queries (B, Q, classes) or pixels (B, classes, H, W)."""
+    """Predicted classes (B, N) from logits.
+
+    Args:
+        logits: (B, classes) of images, N = 1; (B, N, classes) of queries; or (B, classes, H, W) of
+            pixels, N = H*W.
+    """
     classes = logits.argmax(-1 if logits.ndim == 3 else 1)
     return classes.reshape(len(logits), -1)
 

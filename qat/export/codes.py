@@ -178,8 +178,8 @@ class StoredWeight(_CodeTensor):
     graph: Any = None
 
     @property
-    def factors(self) -> Tensor:
-        """Factors of products minus the zero point, as float32, in the weight's shape."""
+    def centred_factors(self) -> Tensor:
+        """`factors - zero_point` of the formula above: float32, in the weight's shape."""
         factors = self.codes.float()
         if self.is_doubled:
             factors = factors * 2 + 1
@@ -190,7 +190,7 @@ class StoredWeight(_CodeTensor):
     @property
     def value(self) -> Tensor:
         """The float32 weight."""
-        value = self.factors * _one_per_row(self.scale, self.codes)
+        value = self.centred_factors * _one_per_row(self.scale, self.codes)
         if self.constant is not None:
             value = value + _one_per_row(self.constant, value)
         return value

@@ -379,7 +379,7 @@ def _plan_weight_product(
     scale = _to_double(squeeze_constant_dims(a.scale))
     shift = _to_double(squeeze_constant_dims(a.shift))
     sums = _to_double(stored.constant)
-    factors = stored.factors.double()
+    factors = stored.centred_factors.double()
     inverse_steps = 1 / channel_steps.double()
     has_one_scale = scale.numel() == 1
     # Step sizes for the whole tensor, or for each output, become part of the weight's scales.
@@ -444,7 +444,7 @@ def _constant_of_linear(
     after = squeeze_constant_dims(a.after)
     if after is None:
         return constant
-    in_features = stored.factors.shape[1]
+    in_features = stored.centred_factors.shape[1]
     offset = after.double().expand(*after.shape[:-1], in_features) @ stored.value.double().t()
     return offset if constant is None else constant + offset
 

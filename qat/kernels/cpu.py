@@ -157,7 +157,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     grad_x_stride = row_stride(grad_x, length)
     if grad_stride is None or grad_x_stride is None:
         return None
-    is_softmax = bool(producer.kind)
+    is_softmax = producer.kind == "softmax"
     if is_softmax and (layout.by_column or length != x.shape[-1]):
         return None
     if layout.by_column and dequantized is not None:

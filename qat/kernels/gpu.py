@@ -183,8 +183,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     grad, grad_stride = with_row_stride(grad, length)
     # A program processes a strip of rows. Probabilities need no sums over rows, so there a strip is
     # a single tile.
-    is_softmax = producer.kind == "scores"
-    tiles_per_strip = 1 if is_softmax else -(-tiles_down * tiles_across // NUM_PROGRAMS)
+    from_scores = producer.kind == "scores"
+    tiles_per_strip = 1 if from_scores else -(-tiles_down * tiles_across // NUM_PROGRAMS)
     rows_per_strip = block["BLOCK_R"] * tiles_per_strip
     num_strips = -(-rows // rows_per_strip)
 

@@ -20,7 +20,10 @@ MIN_TILE_WIDTH = 64
 
 @functools.cache
 def device_type() -> str:
-    """`cuda`, or `cpu` under Triton's interpreter, as in tests. Call this only with Triton."""
+    """`cuda`, or `cpu` under Triton's interpreter, as in tests.
+
+    Call this only if Triton is installed.
+    """
     import triton
 
     return "cpu" if triton.knobs.runtime.interpret else "cuda"

@@ -60,9 +60,9 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 
 @triton.jit
-def _probs(scores: tensor, total: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
+def _probs(scores: tensor, log_sum: tensor, inverse_step: tensor) -> tuple[tensor, tensor]:
     """Probabilities of scores, and these probabilities divided by the step size."""
-    probs = tl.exp2(scores - total)
+    probs = tl.exp2(scores - log_sum)
     return probs, probs * inverse_step
 
 
@@ -73,7 +73,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     v: tensor,
     scale: tensor,
     grad: tensor,
-    sums: tensor,
+    log_sums: tensor,
     out: tensor,
     dots: tensor,
     step_grads: tensor,
@@ -91,11 +91,11 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
 ) -> None:
     """Process a tile of queries and all keys: forward, or backward if `grad` is not None.
 
-    Forward writes the result to `out`. To `sums`, it writes the base-2 logarithm of the softmax's
+    Forward writes the result to `out`, and to `log_sums` the base-2 logarithm of the softmax's
     denominator for each row.
-    Backward gets the gradient of the result as `grad`, reads `sums`, and writes the gradient of `q`
-    to `out`. It also writes two numbers per row: to `dots`, the term subtracted from the gradients
-    of the row's probabilities, and to `step_grads`, the row's gradient of the step size.
+    Backward gets the gradient of the result as `grad`, reads `log_sums`, and writes the gradient of
+    `q` to `out`. It also writes two numbers per row: to `dots`, the term subtracted from the
+    gradients of the row's probabilities, and to `step_grads`, the row's gradient of the step size.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -107,12 +107,12 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
     scores = tl.where((m < rows)[None, :], scores, float("-inf"))
     if grad is None:
         highest = tl.max(scores, 1)
-        total = highest + tl.log2(tl.sum(tl.exp2(scores - highest[:, None]), 1))
-        tl.store(sums + score_row, total, mask=inside)
+        log_sum = highest + tl.log2(tl.sum(tl.exp2(scores - highest[:, None]), 1))
+        tl.store(log_sums + score_row, log_sum, mask=inside)
     else:
-        total = tl.load(sums + score_row, mask=inside, other=0.0)
+        log_sum = tl.load(log_sums + score_row, mask=inside, other=0.0)
     step = _step_size(scale, n, inside)[:, None]
-    probs, probs_in_steps = _probs(scores, total[:, None], tl.div_rn(1.0, step))
+    probs, probs_in_steps = _probs(scores, log_sum[:, None], tl.div_rn(1.0, step))
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
     if grad is None:
         probs_q = _round(_clamp(probs_in_steps, None, high)) * step
@@ -138,7 +138,7 @@ def attention_keys(  # noqa: PLR0913
     v: tensor,
     scale: tensor,
     grad: tensor,
-    sums: tensor,
+    log_sums: tensor,
     dots: tensor,
     grad_k: tensor,
     grad_v: tensor,
@@ -170,10 +170,10 @@ def attention_keys(  # noqa: PLR0913
         q_tile = _read(q, n, rows, q_stride, SIZE, BLOCK_D)
         grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
         # With an infinite sum, probabilities of rows outside of the tensor are zero.
-        total = tl.load(sums + score_row, mask=inside, other=float("inf"))[None, :]
+        log_sum = tl.load(log_sums + score_row, mask=inside, other=float("inf"))[None, :]
         step = _step_size(scale, n, inside)[None, :]
         scores = _product(k_tile, tl.trans(q_tile)) * factor
-        probs, probs_in_steps = _probs(scores, total, tl.div_rn(1.0, step))
+        probs, probs_in_steps = _probs(scores, log_sum, tl.div_rn(1.0, step))
         grad_probs_q = _product(v_tile, tl.trans(grad_tile))
         grad_probs, _, codes = _lsq_gradients(grad_probs_q, probs_in_steps, None, high, HALF=False)
         grad_values += _product((codes * step).to(grad_tile.dtype), grad_tile)

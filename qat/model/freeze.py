@@ -80,7 +80,9 @@ def freeze(net: nn.Module) -> nn.Module:
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:
-    raise UsageError("save_pretrained: the model is frozen; qat.save writes its integer codes")
+    raise UsageError(
+        "save_pretrained: the model is frozen; use qat.save, which writes its integer codes"
+    )
 
 
 def can_recover_weights(net: nn.Module) -> bool:

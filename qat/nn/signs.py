@@ -63,7 +63,10 @@ class ActivationTracer(TorchFunctionMode):
         self.outputs: dict[int, tuple[Tensor, int, bool]] = {}
 
     def register_hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
-        """Register hooks on the activations and layers of a model; the caller removes them."""
+        """Yield handles of hooks on the activations and layers of a model.
+
+        A hook is registered when its handle is requested. The caller removes it.
+        """
         for module in net.modules():
             if isinstance(module, self.classes):
                 yield module.register_forward_hook(self._after_activation)

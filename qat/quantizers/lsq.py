@@ -76,8 +76,8 @@ class LSQ(Quantizer):
         start: s0 of `qat.functional.relative_step`, (n,), the initial step size; None if step sizes
             are absolute.
         change: t of `relative_step`, (n,), the learned parameter; None if step sizes are absolute.
-        min_reliable: u of `relative_step`, the smallest initial step size that is reliable; 0 for
-            weights, because all their values are known before training.
+        min_reliable: u of `relative_step`: an initial step size below it says little about the one
+            that is needed. 0 for weights, because all their values are known before training.
         grad_factor: factor on the gradient of `scale`. A trainer sets
             1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
             the elements of the global batch (docs/deviations.md#lsq).

@@ -222,8 +222,8 @@ def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
 def _file_rows(results: Row) -> list[Row]:
     """Rows with the bytes of each part of an exported file.
 
-    If the file was compared with other files, there are also rows for the file and for the model's
-    float and int8 files: bytes, and time of one image.
+    If the file was compared with other files, the rows are whole files instead: this file, the
+    model's float file and, for ONNX, its int8 file, with the time of one image where measured.
     """
     kind = "file" if results.get("agrees") else "part"
     latencies = results.get("latency_ms") or {}

@@ -91,7 +91,9 @@ def check_callback(name: str, callback: object) -> None:
     monitor = getattr(callback, "monitor", None)
     if not isinstance(monitor, str) or monitor in VAL_METRICS:
         return
-    if monitor.startswith("val") or "/" not in monitor:
+    # Metrics of other groups, such as train/loss, are not known here.
+    is_of_other_group = "/" in monitor and not monitor.startswith("val")
+    if not is_of_other_group:
         raise UsageError(
             f"callbacks.{name}.monitor={monitor!r}: "
             f"must be a validation metric: {', '.join(VAL_METRICS)}"

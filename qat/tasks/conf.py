@@ -73,7 +73,8 @@ def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
     comments_above: list[str] = []
     for line in text.splitlines():
         key = re.match(r"( *)(\w+):", line)
-        comments = re.findall(r"(?:^| )# (.*)", line)
+        comment = re.search(r"(?:^| )# (.*)", line)
+        comments = [comment[1]] if comment else []
         name = ""
         if key:
             spaces = len(key[1])
@@ -229,14 +230,16 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
         ValueError: the table has no such entry; the error of OmegaConf names the setting.
     """
     entry = table.get(net) if net is not None else None
-    if isinstance(entry, Mapping):
-        entry = entry.get(bits)
     if entry is None:
+        raise ValueError(f"no published settings; model must be one of {', '.join(table)}")
+    if not isinstance(entry, Mapping):
+        return entry
+    if bits not in entry:
+        allowed = ", ".join(map(str, entry))
         raise ValueError(
-            f"no published settings for this model at {bits} bits; "
-            f"model must be one of {', '.join(table)}"
+            f"no published settings for model={net} at quant.bits={bits}; must be one of {allowed}"
         )
-    return entry
+    return entry[bits]
 
 
 def _register() -> None:

@@ -277,7 +277,7 @@ def _check_classes(path: Path, old_classes: Sequence[str], classes: Sequence[str
     for class_id, (old_name, name) in enumerate(zip_longest(old_classes, classes)):
         if old_name != name:
             raise UsageError(
-                f"data: class {class_id} must be {old_name!r} as in {path}, is {name!r}; "
+                f"data: class {class_id} is {name!r}; must be {old_name!r}, as in {path}; "
                 "use ckpt=PATH in another run_dir to start a new run"
             )
 

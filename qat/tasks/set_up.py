@@ -79,7 +79,8 @@ def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
     if cfg.ckpt or cfg.model.weights:
         setting = "ckpt" if cfg.ckpt else "model.weights"
         raise UsageError(
-            f"{setting} and model={cfg.model.name} are set: a model starts from one; leave one out"
+            f"{setting}={cfg.ckpt or cfg.model.weights!r}: must be null with "
+            f"model={cfg.model.name}, because the weights come from that model"
         )
     cfg.ckpt = str(folder / WEIGHTS)
     cfg.model.name = None

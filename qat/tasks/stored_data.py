@@ -85,13 +85,14 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     """
     settings = dict(meta.get("data") or {})
     target = settings.get("_target_")
-    values = repr([value for key, value in settings.items() if key != "_target_"])
+    # Also the keys and values inside of values.
+    text_of_values = repr([value for key, value in settings.items() if key != "_target_"])
     if "_target_" in settings and target not in DATASETS:
         raise UsageError(
             f"ckpt={ckpt!r} was trained on {target!r}, which is not a dataset of qat; "
             "choose it with data=..."
         )
-    if "_target_" in values or "${" in values:
+    if "_target_" in text_of_values or "${" in text_of_values:
         raise UsageError(
             f"ckpt={ckpt!r}: a value in its data config contains a class name or '${{'; "
             "choose the data with data=..."
@@ -105,9 +106,10 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     if target != "qat.data.Timm" or not is_downloaded:
         return settings
     if not is_prediction:
+        download = " data.download=true" if settings.get("download") else ""
         raise UsageError(
-            f"ckpt={ckpt!r} was trained on {name!r}, which may be downloaded; "
-            f"choose it with data=timm data.name={name}"
+            f"ckpt={ckpt!r} was trained on {name!r}, which is downloaded only if you ask for it: "
+            f"set data=timm data.name={name}{download}"
         )
     shared_names = {field.name for field in dataclasses.fields(DataSettings)}
     shared_settings = {key: value for key, value in settings.items() if key in shared_names}

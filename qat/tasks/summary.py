@@ -156,11 +156,12 @@ def assumed_settings(
 
 
 def _data_settings(overrides: Iterable[str]) -> set[str]:
-    """Names of the settings in overrides such as `+data.mean=[0.5]`, without `data.`."""
+    """Names of the data settings in overrides such as `+data.mean=[0.5]`, without `data.`."""
     names = set()
     for override in overrides:
         setting = override.partition("=")[0].lstrip("+")
-        names.add(setting.removeprefix("data."))
+        if setting.startswith("data."):
+            names.add(setting.removeprefix("data."))
     return names
 
 

@@ -147,7 +147,7 @@ def _training_normalization(
         return _normalization(data)
     config = data_config(net)
     settings = EncodedImageData.complete({
-        # These settings do not change mean and standard deviation.
+        # Required, but without effect on mean and standard deviation.
         "image_size": 1,
         "patch_size": None,
         "num_classes": 1,

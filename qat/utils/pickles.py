@@ -14,8 +14,8 @@ from typing import IO, Any
 import torch
 
 MAX_VALUES = 10**6
-# Functions that a pickle may call. Torch also allows functions whose results may be far larger than
-# the file.
+# Functions that a pickle may call. Those that torch allows too, but whose results may be far larger
+# than the file, are left out.
 _ALLOWED_CALLS = (
     "argparse.Namespace",
     "builtins.complex",

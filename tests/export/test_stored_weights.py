@@ -36,7 +36,7 @@ def test_statsq(bits):
     form = store_weight(weight)
     assert (form.width, form.is_doubled, form.constant is not None) == (width, doubled, added)
     assert lowest <= form.codes.min() <= form.codes.max() <= highest
-    assert form.factors.abs().max() <= 128
+    assert form.centred_factors.abs().max() <= 128
     assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
 
 
@@ -48,7 +48,7 @@ def test_two_bits(lowest, stored):
     form = store_weight(weight, lowest)
     assert (form.width, form.constant, form.is_doubled) == (lowest, None, lowest == 2)
     assert form.codes.unique().tolist() == stored
-    assert form.factors.unique().tolist() == [-3, -1, 1, 3]
+    assert form.centred_factors.unique().tolist() == [-3, -1, 1, 3]
     assert torch.equal(form.value, weight())
 
 

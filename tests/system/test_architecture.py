@@ -208,7 +208,7 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
-    "evidence": 39000,
+    "evidence": 39300,
     "qat": 195500,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
@@ -225,9 +225,9 @@ BUDGETS = {
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5300,
-    "qat/tasks": 25600,
+    "qat/tasks": 25700,
     "qat/utils": 5560,
-    "tests": 261000,
+    "tests": 261300,
 }
 LAYOUT = {
     tokenize.COMMENT,

@@ -49,6 +49,23 @@ def test_the_pages_are_short():
     assert sum(sizes.values()) <= ALL_KB
 
 
+@pytest.mark.parametrize(
+    "page", sorted({ROOT / "README.md", *DOCS.rglob("*.md")} - {DOCS / "glossary.md"}), ids=str
+)
+def test_a_page_links_each_term_where_it_first_uses_it(page):
+    """Outside code, headings and pictures. "Code" and "heads" also have an everyday sense."""
+    text = re.sub(r"(?ms)```.*?```|^(#|:::).*?$|`[^`\n]*`|!\[[^]]*\]", "", page.read_text())
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    for heading in re.findall(r"(?m)^## (.+)", (DOCS / "glossary.md").read_text()):
+        terms = re.escape(heading).replace(r",\ ", "|")
+        flags = re.IGNORECASE if heading[1:].islower() else 0
+        before, *first = re.split(
+            rf"(?<![\w/-])(?:{terms})s?(?![\w-])", text, maxsplit=1, flags=flags
+        )
+        is_linked = before.rfind("[") > before.rfind("]")
+        assert not first or is_linked or heading in {"Code", "Stem and heads"}, heading
+
+
 def test_the_python_api_is_shown_whole():
     assert sorted(name for name in NAMED if name.count(".") == 1) == sorted(
         f"qat.{name}" for name in qat.__all__

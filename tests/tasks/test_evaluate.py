@@ -240,9 +240,8 @@ def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "qat.data.Timm", **named}
     )
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
-    assert message.endswith(
-        f"which may be downloaded; choose it with data=timm data.name={named['name']}"
-    )
+    download = " data.download=true" if "download" in named else ""
+    assert message.endswith(f": set data=timm data.name={named['name']}{download}")
     write_image(tmp_path / "photo.png", 8, 8)
     evaluate(tmp_path / "b", f"ckpt={path}", f"predict={tmp_path}/photo.png")
     assert (tmp_path / "b" / "predictions.csv").is_file()

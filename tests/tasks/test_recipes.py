@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -154,12 +155,17 @@ def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained)
     assert recipe_of("swin_t_w2a2", *overrides).model.pretrained is pretrained
 
 
-def test_a_net_without_a_published_row_is_refused_by_name():
-    with pytest.raises(
-        OmegaConfBaseException,
-        match="no published settings for this model at 2 bits; model must be one of deit_t, deit_s, swin_t",
-    ):
-        _ = compose("train", "experiment=ofq_w2a2", "model=vit_b", "run_dir=a").model.name
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model=vit_b", "no published settings; model must be one of deit_t, deit_s, swin_t"),
+        ("model=deit_s quant.bits=8", "for model=deit_s at quant.bits=8; must be one of 2, 3, 4"),
+    ],
+)
+def test_a_net_without_a_published_row_is_refused_by_name(settings, message):
+    cfg = compose("train", "experiment=ofq_w2a2", *settings.split(), "run_dir=a")
+    with pytest.raises(OmegaConfBaseException, match=message):
+        OmegaConf.to_container(cfg, resolve=True)
 
 
 @pytest.mark.sample(1)

@@ -429,7 +429,7 @@ def rename_a_class(folder):
     [
         (
             rename_a_class,
-            r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; use ckpt=PATH in another run_dir to start a new run$",
+            r"^data: class 0 is 'ant'; must be 'cat', as in .*last\.ckpt; use ckpt=PATH in another run_dir to start a new run$",
         ),
         (
             lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"),

@@ -42,7 +42,7 @@ def load_saved(ctx: Any) -> list[Any]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the factors of a matrix product: under autocast, its dtype, else that of `x`."""
+    """Dtype of the factors of a matrix product: that of autocast if it is on, else that of `x`."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
