@@ -1,4 +1,7 @@
-"""Lay out README.md, docs/ and CHANGELOG.md for the site: `python docs/theme/pages.py FOLDER`. Links are made to hold there."""
+"""Lay out README.md, CHANGELOG.md, docs/ and examples/ for the site: `python docs/theme/pages.py FOLDER`.
+
+Links are rewritten for the site.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
+EXAMPLES = ROOT / "examples"
 PAGES = {ROOT / "README.md": "index.md", ROOT / "CHANGELOG.md": "changes.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
@@ -27,6 +31,8 @@ def rewritten(text: str, source: Path, repository: str | None) -> str:
         if target in PAGES or DOCS in target.parents:
             return f"{image}[{words}]({os.path.relpath(DOCS / PAGES.get(target, target), page.parent)}{anchor})"
         path = target.relative_to(ROOT).as_posix()
+        if EXAMPLES in target.parents:
+            return f"[{words}]({os.path.relpath(DOCS / path, page.parent)})"
         if repository:
             return f"[{words}]({repository.rstrip('/')}/{'tree' if target.is_dir() else 'blob'}/main/{path}{anchor})"
         return words if path in words else f"{words} (`{path}`)"
@@ -38,6 +44,7 @@ def write(folder: Path, repository: str | None) -> None:
     """Write all pages and what they show into an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("*.md", "*.py", "__pycache__"))
+    shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     for source in [*PAGES, *DOCS.rglob("*.md")]:
         page = folder / (PAGES.get(source) or source.relative_to(DOCS))
         page.parent.mkdir(parents=True, exist_ok=True)

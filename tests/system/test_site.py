@@ -39,6 +39,10 @@ def test_every_page_is_in_the_menu_once():
     assert sorted(in_menu(CONFIG["nav"])) == sorted(pages | {"index.md", "changes.md"})
 
 
+def test_the_site_states_the_version():
+    assert CONFIG["copyright"].startswith(f"qat {qat.__version__},")
+
+
 def test_the_pages_are_short():
     sizes = {
         page.name: page.stat().st_size / 1000
@@ -83,6 +87,12 @@ def test_the_python_api_is_shown_whole():
             None,
             "![a report](docs/figures/report.png)",
             "![a report](figures/report.png)",
+        ),
+        (
+            "docs/api/index.md",
+            None,
+            "[book](../../examples/quickstart.ipynb)",
+            "[book](../examples/quickstart.ipynb)",
         ),
         ("docs/accuracy.md", None, "[runs](../evidence/records)", "runs (`evidence/records`)"),
         (
