@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qat.functional.affine import slices_along
 from qat.functional.ste import (
@@ -400,8 +399,11 @@ def _mark_possible_steps(x: Tensor, candidates: Tensor, codes: CodeRange) -> Ten
         return torch.ones_like(candidates, dtype=torch.bool)
     # NumPy sorts 20 times faster than torch.
     sorted_rows = torch.from_numpy(np.sort(rows.numpy()))
-    prefix_sums = pad(sorted_rows.cumsum(1, dtype=torch.float64), (1, 0))
-    sum_of_squares = rows.double().square().sum(1, keepdim=True)
+    prefix_sums = rows.new_zeros(len(rows), num_values + 1, dtype=torch.float64)
+    prefix_sums[:, 1:] = sorted_rows
+    prefix_sums.cumsum_(1)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    sum_of_squares = norms.square()
     step_sizes = candidates.T.double().contiguous()
     highest = codes.qmax + codes.half / 2
     # Sums of x * q and of q * q over the values x, where q * s is the quantized x. First take the
