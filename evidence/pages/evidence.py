@@ -24,7 +24,9 @@ class Evidence:
     """All claims, and the records by claim and arm, then by seed.
 
     Methods accept the name of an arm as claim files write it: `NAME` for an arm of the same claim,
-    `CLAIM/NAME` for any other arm.
+    `CLAIM/NAME` for any other arm. `A|B|C`, arms that differ in the float model they start from,
+    counts as one arm whose seeds are 0, 1, 2: the value of each is the mean over the seeds of its
+    arm.
     """
 
     claims: Mapping[str, Claim]
@@ -46,8 +48,11 @@ class Evidence:
 
     def records(self, claim: Claim, name: str) -> list[Record]:
         """Records of an arm, by seed."""
-        arm = self.arm(claim, name)
-        return list(self.runs.get((arm.claim, arm.name), {}).values())
+        records: list[Record] = []
+        for part in name.split("|"):
+            arm = self.arm(claim, part)
+            records += self.runs.get((arm.claim, arm.name), {}).values()
+        return records
 
     def of_claim(self, claim: Claim) -> list[Record]:
         """Records of the claim's own arms, in the order of its file."""
@@ -58,6 +63,13 @@ class Evidence:
 
     def values(self, claim: Claim, arm: str, metric: str) -> dict[int, float]:
         """A metric by seed, for the runs that measured it."""
+        if "|" in arm:
+            means = {}
+            for number, part in enumerate(arm.split("|")):
+                part_values = self.values(claim, part, metric)
+                if part_values:
+                    means[number] = statistics.fmean(part_values.values())
+            return means
         values = {}
         for record in self.records(claim, arm):
             value = record.values.get(metric)
@@ -124,16 +136,19 @@ class Evidence:
         other = second.removeprefix("mean ")
         if self._is_start(claim, first) or self._is_start(claim, other):
             return False
+        if other != second or "|" in other:
+            records = self.records(claim, first) + self.records(claim, other)
+            return len({record.processor for record in records}) > 1
         left = self._processors(claim, first)
         right = self._processors(claim, other)
-        if other != second:
-            return len({*left.values(), *right.values()}) > 1
         return any(left[seed] != right[seed] for seed in left.keys() & right.keys())
 
     def _processors(self, claim: Claim, arm: str) -> dict[int, str]:
         return {record.seed: record.processor for record in self.records(claim, arm)}
 
     def _is_start(self, claim: Claim, name: str) -> bool:
+        if "|" in name:
+            return False
         arm = self.arm(claim, name)
         return arm.keep and tuple(arm.seeds) == (0,)
 

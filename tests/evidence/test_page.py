@@ -134,6 +134,7 @@ def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_p
         ("{new.top1:interval}, {new.top1:n} {word}", "63.00 [58.03, 67.97], 3 seeds"),
         ("{new.top1 - old.top1:interval}", "+2.00 [-0.48, +4.48]"),
         ("{new.top1 - mean old.top1}", "+2.00 ± 2.00"),
+        ("{new|old.top1}, {new|old.top1 - old|new.top1}", "62.00 ± 1.41, +0.00 ± 2.83"),
         ("{newer.top1}", UsageError("arm 'newer': must be")),
         ("{new.top1 - old.top5}", UsageError("old.top5: must be one of top1")),
     ],
