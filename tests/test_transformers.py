@@ -51,6 +51,20 @@ def test_from_pretrained_gives_the_model_again(net, folder, options, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("ViTForImageClassification", "image-classification"),
+        ("YolosForObjectDetection", "object-detection"),
+        ("SegformerForSemanticSegmentation", "image-segmentation"),
+        ("SiglipVisionModel", "image-feature-extraction"),
+    ],
+)
+def test_the_card_names_the_task(kind, task, tmp_path):
+    folder = qat.save_pretrained(KINDS[kind].build(), tmp_path / "net")
+    assert f"pipeline_tag: {task}\n" in (folder / "README.md").read_text()
+
+
 def test_another_dtype(net, folder):
     again = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
     theirs = VIT.quantized(bits=4).to(torch.bfloat16)

@@ -24,12 +24,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.errors import UsageError
+from qat.model.sites import find_blocks
 from qat.utils.files import read_torch, write_torch
 
 PREVIOUS_NAMES = {"last.ckpt": "last.prev.ckpt"}
 SHARDED = "fsdp"
 FIND_UNUSED = "ddp_find_unused_parameters_true"
-BLOCK_LIST = "blocks"  # timm's name for the list of blocks of a net or a stage
 
 
 def choose_strategy(name: Any, processes: int) -> Any:
@@ -92,8 +92,8 @@ class ShardedStrategy(DDPStrategy):
         """Shard the net after making it equal in all processes; do nothing in a second fit.
 
         Each process keeps its part of every parameter, split along the first dimension. Parameters
-        of a child of `blocks` are gathered while the child is computed; all other parameters, for
-        the whole forward and backward pass.
+        of a block (`find_blocks`) are gathered while the block is computed; all other parameters,
+        for the whole forward and backward pass.
         """
         net = self._net
         if sharded_modules(net):
@@ -101,11 +101,7 @@ class ShardedStrategy(DDPStrategy):
         for tensor in (*net.parameters(), *net.buffers()):
             dist.broadcast(tensor.detach(), 0)
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
-        blocks = []
-        for name, module in net.named_modules():
-            if name.split(".")[-2:-1] == [BLOCK_LIST]:
-                blocks.append(module)
-        for module in (*reversed(blocks), net):  # inner modules first
+        for module in (*find_blocks(net).values(), net):  # inner modules first
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -37,6 +37,14 @@ PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"  # written for Transformers' models
+# The Hub's tasks by a part of the name of a class of Transformers; without one, `FEATURES`.
+HUB_TASKS = {
+    "ImageClassification": "image-classification",
+    "ObjectDetection": "object-detection",
+    "Segmentation": "image-segmentation",
+    "DepthEstimation": "depth-estimation",
+}
+FEATURES = "image-feature-extraction"
 LIBRARY = "vit-qat"  # `library_name` in the `config.json` of our models
 INSTALL = (
     f"In a clone of the repository of {LIBRARY} (it is not on PyPI yet): "
@@ -338,6 +346,14 @@ def _escape_markdown(text: object) -> str:
     return re.sub(r"[^\w .,%()+-]", lambda match: f"&#{ord(match[0])};", line)
 
 
+def _hub_task(model_args: Mapping[str, Any]) -> str:
+    """The Hub's name for the task of a model of timm, or of a class of Transformers."""
+    hf_class = model_args.get("architecture")
+    if hf_class is not None:
+        return next((task for part, task in HUB_TASKS.items() if part in hf_class), FEATURES)
+    return FEATURES if model_args.get("features_only") else HUB_TASKS["ImageClassification"]
+
+
 def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
     """The model card: architecture, recipe, accuracy, size, and how to load the model."""
     conversion = conversion_of(net)
@@ -359,11 +375,10 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
         "Packed file": f"{config['size_bytes']:,} bytes",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    is_backbone = config["model_args"].get("features_only")
     data = huggingface_hub.ModelCardData(
         library_name=LIBRARY,
         license=license,
-        pipeline_tag=f"image-{'feature-extraction' if is_backbone else 'classification'}",
+        pipeline_tag=_hub_task(config["model_args"]),
         tags=["quantization", "vision"],
     )
     if source.endswith(".safetensors"):

@@ -220,14 +220,14 @@ BUDGETS = {
     "qat/launch": 3800,
     "qat/lit": 7850,
     "qat/losses": 1970,
-    "qat/model": 25700,
+    "qat/model": 25800,
     "qat/nn": 14650,
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5300,
     "qat/tasks": 25700,
     "qat/utils": 5560,
-    "tests": 261300,
+    "tests": 261400,
 }
 LAYOUT = {
     tokenize.COMMENT,
