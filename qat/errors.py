@@ -1,4 +1,4 @@
-"""The one exception that commands turn into a single line on the terminal."""
+"""The exception of qat's own messages to users, which commands print as a single line."""
 
 
 class UsageError(ValueError):

@@ -1,6 +1,6 @@
 """Quantization settings: a `QuantSpec` for each tensor, and a `QuantRecipe` for each model.
 
-Both are frozen dataclasses of plain data that check their values when they are created.
+Both are frozen dataclasses of plain data. A new recipe checks all its values, a new spec only some.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class QuantRecipe:
             attention probabilities then have 7 bits; other unsigned codes become signed.
         overrides: `{module name glob: {setting: value}}`; later rules win.
         rule_bits: what `bits` sets in a rule of `overrides`: the bits of `both` weights and
-            activations, or only of `weights`; None = `weights` if `act_bits` is set, else `both`.
-            For recipes in older files, which lack this setting, it is `weights`.
+            activations (always in stem and heads), or only of `weights`; None = `weights` if
+            `act_bits` is set, else `both`. Recipes of older files lack it; there it is `weights`.
 
     Raises:
         UsageError: a setting has a value that is not allowed.

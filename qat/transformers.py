@@ -63,7 +63,9 @@ class QatConfig(QuantizationConfigMixin):
         elif isinstance(recipe, Mapping):
             recipe = recipe_from(recipe)
         if not isinstance(recipe, QuantRecipe):
-            raise UsageError(f"QatConfig: recipe={recipe!r}: must be the result of qat.recipe(...)")
+            raise UsageError(
+                f"QatConfig: recipe={recipe!r}: must be a recipe, or its name or settings"
+            )
         self.recipe = recipe.to_dict()
         self.input_size: Any = input_size
         self.signs = signs

@@ -126,7 +126,7 @@ def test_an_upload_is_what_is_saved(net, folder):
 
 
 def test_a_frozen_model_has_a_file_of_its_own(net, tmp_path):
-    with usage_error("save_pretrained: the model is frozen; qat.save writes"):
+    with usage_error("save_pretrained: the model is frozen; use qat.save,"):
         qat.freeze(net).save_pretrained(tmp_path)
 
 
@@ -157,8 +157,8 @@ def test_a_damaged_config(folder, key, value, message):
 @pytest.mark.parametrize(
     ("recipe", "knobs", "message"),
     [
-        (None, {}, "recipe=None: must be the result of qat.recipe"),
-        ([1], {}, "must be the result of qat.recipe"),
+        (None, {}, "recipe=None: must be a recipe, or its name"),
+        ([1], {}, "must be a recipe, or its name"),
         (qat.recipe("seq", bits=4), {"bits": 2}, "{.bits.: 2}: must be part of the recipe"),
     ],
 )

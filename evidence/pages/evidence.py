@@ -134,9 +134,12 @@ class Evidence:
         if not isinstance(second, str):
             return False
         other = second.removeprefix("mean ")
+        if "|" in other:
+            pairs = zip(first.split("|"), other.split("|"), strict=True)
+            return any(self.mixes_cpus(claim, *pair) for pair in pairs)
         if self._is_start(claim, first) or self._is_start(claim, other):
             return False
-        if other != second or "|" in other:
+        if other != second:
             records = self.records(claim, first) + self.records(claim, other)
             return len({record.processor for record in records}) > 1
         left = self._processors(claim, first)

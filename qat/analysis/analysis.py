@@ -118,7 +118,7 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same keys, for a CSV file and the report."""
+    """Rows, which may lack some of the columns, for a CSV file and the report."""
 
     name: str
     title: str

@@ -77,7 +77,7 @@ class Robustness(Analysis):
         bits: bit-widths of the weights to evaluate; 32 = float.
         steps_from: rule for step sizes at other bit-widths, one of `STEPS_FROM`.
         float_bits: bits to which a float model is quantized for the parts `steps` and
-            `power_of_two`; None = skip these parts.
+            `power_of_two`; None = skip these parts, or raise an error if `parts` names one.
         float_scales: whether float weights get one step size per `channel` or per `tensor`.
 
     Raises:

@@ -210,9 +210,9 @@ def _weighted_mean(rows: Sequence[Row], column: str) -> float:
 
 def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
     """Draw a panel for each tensor: a histogram of its float weights on the axis of codes."""
-    columns = min(3, len(weights))
-    rows = math.ceil(len(weights) / columns)
-    figure, axes = panels(rows, columns, height=0.5 + 1.75 * rows)
+    num_columns = min(3, len(weights))
+    num_rows = math.ceil(len(weights) / num_columns)
+    figure, axes = panels(num_rows, num_columns, height=0.5 + 1.75 * num_rows)
     descriptions = []
     for axis, ((layer, role, weight, quantizer), row) in zip(axes, weights, strict=False):
         name = layer if role == "weight" else f"{layer} ({role})"

@@ -16,6 +16,7 @@ from qat.lit.strategies import local_part
 from qat.utils.probing import probing
 from qat.utils.validate import check_int
 
+OUTPUT = "the output of"  # begins a cause that is an output
 _NO_BAD_STEP = 2**62  # above every step number, so that the minimum over steps is the first bad one
 
 
@@ -123,11 +124,10 @@ def _training_error(problem: str, cause: str | None) -> UsageError:
     if dist.is_initialized() and dist.get_world_size() > 1:
         causes = [None] * dist.get_world_size()
         dist.all_gather_object(causes, cause)
-    first_cause = min(
-        filter(None, causes),
-        key=lambda text: text.startswith("the output"),  # outputs last
-        default="the loss or its gradient (the outputs of the model are finite)",
-    )
+    known_causes = [text for text in causes if text is not None]
+    not_outputs = [text for text in known_causes if not text.startswith(OUTPUT)]
+    default = "the loss or its gradient (the outputs of the model are finite)"
+    first_cause = (*not_outputs, *known_causes, default)[0]
     return UsageError(
         f"training stopped: {problem}; first non-finite: {first_cause}; "
         "any saved checkpoint is from an earlier step; "
@@ -155,7 +155,7 @@ def _find_cause(trainer: Trainer, images: Tensor) -> str | None:
 
     def check_output(name: str, module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
-            label = f"the output of {name or 'the model'} ({type(module).__name__})"
+            label = f"{OUTPUT} {name or 'the model'} ({type(module).__name__})"
             outputs.append((label, output.isfinite().all()))
 
     hooks = []

@@ -113,7 +113,7 @@ class IterativeFreezing(Callback):
 
     @torch.no_grad()
     def _move_to_cell_centers(self) -> None:
-        """Move frozen latent weights that have drifted back to the middle of their cells."""
+        """Move frozen latent weights back to the middle of their cells if they have drifted."""
         for site in self._sites:
             weight = site.latent()
             state = self._freezing_states[site.name]

@@ -17,7 +17,7 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 FILE_NAME = "last.ckpt"
-# Stop reasons after which a resumed run continues to train.
+# Reasons after which a resumed run trains on, unless its patience is still exhausted.
 _CONTINUING_REASONS = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
@@ -197,7 +197,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _move_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Replace the folder of all files in the state of a ModelCheckpoint."""
+    """A copy of the state of a ModelCheckpoint, with all its files in another folder."""
     moved_state = dict(state)
     for key, path in state.items():
         if key.endswith("_path"):

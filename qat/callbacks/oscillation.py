@@ -66,7 +66,7 @@ def track_codes(state: OscillationState | None, codes: Tensor, momentum: float) 
 
 
 class _Sums(NamedTuple):
-    """Sums over the entries of one weight; each is (), float32."""
+    """Sums over the entries of one weight, or of all weights; each is one number."""
 
     entries: Any
     oscillating: Any

@@ -44,8 +44,8 @@ def run_task(
     """Run one job in its run directory; print a known mistake as one line.
 
     A known mistake, or any error in a job of a sweep, is written to `results.json`, unless the
-    directory contains files of another run. Then a single run exits with 1; a job of a sweep
-    returns NaN, so that the other jobs run. Other errors are raised.
+    directory contains files of another run. In any case, a single run then exits with 1; a job of a
+    sweep returns NaN (None for optuna), so that the other jobs run. Other errors are raised.
 
     Args:
         cfg: the composed config.
@@ -97,7 +97,10 @@ def _end_stopped_run(
 
 
 def _resume_hint(command: Sequence[str], folder: str) -> str:
-    """Tell how to resume a run: a command to paste, or words if a launcher started the run."""
+    """How to resume a run: a command to paste, or only the settings to add.
+
+    Only the settings if a launcher started the run, or if the command is unknown.
+    """
     settings_to_add = ["resume=auto", f"run_dir={folder}"]
     if not command or slurm.is_launched():
         return f"the same command resumes with {' '.join(settings_to_add)}"

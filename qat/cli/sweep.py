@@ -52,7 +52,7 @@ class SweepCallback(Callback):
         _lock_directory(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Lock the directory of a sweep, which may contain jobs of the same sweep.
+        """Lock the directory of a sweep, which may contain jobs of an earlier start of the sweep.
 
         With `resume`, a search draws the same settings again, so that these jobs continue.
         """

@@ -65,13 +65,13 @@ class QuantizedTensor(_CodeTensor):
     """Tensor with the value (codes + shift) * scale + after.
 
     Attributes:
-        codes: integers in float32 in the first run; int8 or uint8 in the second run, before `zero`
-            is subtracted.
+        codes: in the first run the quantizer's input, in place of codes; in the second run int8 or
+            uint8, before `zero` is subtracted.
         scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
             second run. `after` is also None if it is 0.
         name: name of the quantizer.
-        zero: the 8-bit code that products subtract: the code of 0, or the first code above 0
-            if 0 has none.
+        zero: the 8-bit code that products subtract: the code of 0, or of the first value above 0 if
+            0 has none.
         graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """
@@ -219,7 +219,7 @@ def store_weights(
         if site.quantizer.in_blocks:
             blocks = f"{site.name} has blocks of {site.quantizer.spec.quantizer}"
             raise UsageError(
-                f"format={form}: {blocks}, which its runtimes do not run on a CPU; "
+                f"format={form}: {blocks}, which this format does not support; "
                 "must be format=packed"
             )
     stored = {}

@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 # operators. For opset 21 and later, torch would write GroupNormalization, which onnxruntime runs as
 # nine operators on a CPU.
 MIN_OPSET = 20
-MAX_CONSTANT_ELEMENTS = 4096  # larger constants are not folded
+MAX_CONSTANT_ELEMENTS = 4096  # larger constants are folded only if the file does not grow
 TWO_BIT_WIDTHS = {"int4": 4, "int2": 2}
 CPUS = ("any", "fast")
-# A file is compared on this many images of noise if no images are passed.
-IMAGES = 16
+# If no images are passed, a file is compared with its model on this many images of noise.
+NUM_NOISE_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ def export_onnx(
         )
     input_size = conversion.input_size
     if images is None:
-        images = torch.randn(IMAGES, *input_size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(
+            NUM_NOISE_IMAGES, *input_size, generator=torch.Generator().manual_seed(0)
+        )
     if tuple(images.shape[1:]) != input_size or not len(images) or not images.isfinite().all():
         raise UsageError(
             f"images of shape {tuple(images.shape)}: must have shape (N, *{input_size}) with N at "
@@ -329,7 +331,7 @@ def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
 
 
 def _name_outputs(net: nn.Module, image: Tensor) -> list[str]:
-    """Return the names of a model's outputs; if there are several, make it return a tuple."""
+    """Return the names of a model's outputs; make the model return a tensor or a tuple."""
     out = net(image)
     if not isinstance(out, Tensor):
         net.register_forward_hook(lambda *results: tuple(named_outputs(results[-1]).values()))

@@ -5,7 +5,7 @@ dimension, then
 
     x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
-where a runtime computes the inner product and scale_w in one integer kernel. Half steps, zero
+where a runtime computes codes_x @ codes_w * scale_w in one integer kernel. Half steps, zero
 points and offsets are part of `row` and `constant`; `Plan` describes further terms.
 
 The scale of a product can include the division by the step size of a quantizer that follows it.
@@ -53,8 +53,8 @@ class Plan(nn.Module):
     Values that repeat along a dimension are stored once, with size 1 in this dimension.
 
     Attributes:
-        on_codes: False = a scale varies along the summed dimension, or the right factor has an
-            offset, so the product multiplies dequantized numbers and uses only `scale`.
+        on_codes: False = a scale, a shift or the offset of a right activation varies along the
+            summed dimension, so the product multiplies dequantized numbers and uses only `scale`.
         blocks: number of equal parts into which the outputs are split, each with its own scales and
             constants of shape (..., blocks, 1 or out / blocks); 0 = not split.
         scale: factor of the sum of products.
@@ -318,7 +318,7 @@ def _has_token_scales(quantizer: FrozenActivation) -> bool:
 
 
 def integer_zero_point(quantizer: FrozenActivation) -> int:
-    """The code that products subtract: the code of 0, or the first code above 0 if 0 has none."""
+    """The code that products subtract: of 0, or if 0 has none, of the first value above 0."""
     zero = 0.0
     if quantizer.zero_point is not None:
         zero = float(quantizer.zero_point.float().mean().ceil())

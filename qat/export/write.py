@@ -144,8 +144,8 @@ class Writer(nn.Module):
     def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
         """Map to coordinates of codes, clip, and round to 8 bits.
 
-        QuantizeLinear rounds and then adds its zero point, which here only makes the codes fit
-        uint8. The zero point of the grid is added before the rounding, because adding an odd number
+        QuantizeLinear rounds and then adds its zero point, which here only makes codes fit 8
+        bits. The zero point of the grid is added before the rounding, because adding an odd number
         after it would round ties the other way (half to even). Half of all values are ties if the
         step sizes of two grids differ by a power of two.
         """
@@ -277,8 +277,8 @@ def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight
             is_int8 = stored[name].zero_point is None and stored[name].constant is None
         if not is_int8:
             raise UsageError(
-                f"{setting}: {name} must have one scale, no zero point, half steps or offset, and "
-                "codes within int8, as with quant=deploy_w8a8"
+                f"{setting}: {name} must have one scale (a weight: one per output), no zero point, "
+                "half steps or offset, and codes within int8, as with quant=deploy_w8a8"
             )
 
 

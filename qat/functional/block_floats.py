@@ -214,11 +214,11 @@ def sorted_index(u: Tensor, form: BlockFormat) -> Tensor:
     """Index of `u` among the sorted values of a format: zero has index 0, the next value index 1.
 
     Args:
-        u: any shape, float32, in units of the scale; fractions where `u` is between two values.
+        u: any shape, float32, in units of the scale.
         form: one of `BLOCK_FORMATS`.
 
     Returns:
-        The shape of `u`, float32, with the sign of `u`.
+        The shape of `u`, float32, with the sign of `u`; a fraction where `u` is between two values.
     """
     power = _power_below(u).clamp(min=2.0**form.min_exponent)
     exponent = (power.view(torch.int32) >> _MANTISSA_BITS) - _BIAS

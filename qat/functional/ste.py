@@ -47,8 +47,8 @@ def dequantize_nearest_(
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, for the result of an autograd Function.
 
-    No conversion to the same dtype follows the Function: in a graph that torch 2.11 compiles, it
-    would remove the gradient.
+    If `x` already has this dtype, `to` is not called: in a graph that torch 2.11 compiles, a
+    conversion to the same dtype would remove the gradient.
     """
     if x.dtype == dtype:
         return x
@@ -77,7 +77,7 @@ def check_fit(x: Tensor, scale: Tensor, axis: int | None, offset: Tensor | None 
     fits = axis is None or scale.numel() == 1 or scale.numel() == x.shape[axis]
     if offset is not None:
         for n, m in zip(reversed(offset.shape), reversed(x.shape), strict=False):
-            fits = fits and (n == 1 or n == m)  # noqa: PLR1714 (of symbols, too)
+            fits = fits and (n == 1 or n == m)  # noqa: PLR1714 (a symbol has no hash)
     if not fits:
         raise UsageError(
             f"input of a quantizer {tuple(x.shape)}: does not fit the scales or offsets, which are "

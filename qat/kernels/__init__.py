@@ -41,14 +41,14 @@ def use(choice: str) -> None:
             kernels for CUDA are not available; `off` = tensor operations of torch.
 
     Raises:
-        UsageError: `choice` is unknown, or is `triton` where Triton or CUDA is not available.
+        UsageError: `choice` is unknown, or is `triton` where the kernels for CUDA do not work.
     """
     global _choice  # noqa: PLW0603  (like torch's number of threads)
     if choice not in CHOICES:
         raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
         raise UsageError(
-            "kernels='triton': Triton or CUDA is not available; must be one of auto, off"
+            "kernels='triton': the kernels for CUDA do not work here; must be one of auto, off"
         )
     _choice = choice
 
@@ -59,7 +59,7 @@ def are_off() -> bool:
     Torch operations can be differentiated any number of times, and traced by `torch.jit`.
 
     Raises:
-        UsageError: inside a transform of `torch.func`, which kernels do not support.
+        UsageError: kernels are on inside a transform of `torch.func`, which they do not support.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError(

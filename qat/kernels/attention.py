@@ -169,8 +169,8 @@ def attention_backward(
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
-    # For each row, `dots` is the term that the gradients of the scores subtract from the gradients
-    # of the probabilities, and `step_grads` is the gradient of the step size.
+    # For each row, `dots` is the term subtracted from the gradients of the probabilities, and
+    # `step_grads` is the gradient of the step size.
     dots = torch.empty_like(log_sums, memory_format=torch.contiguous_format)
     step_grads = torch.empty_like(log_sums, memory_format=torch.contiguous_format)
     grad = grad.contiguous()

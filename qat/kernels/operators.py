@@ -174,7 +174,7 @@ def _replace_none(
 
 
 def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a quantized `x` before the cast to `dtype`: that of `x`, for float32 `dtype`."""
+    """The dtype of a quantized `x` before the cast: that of `x`, or `dtype` if `x` is float32."""
     return dtype if x.dtype == torch.float32 else x.dtype
 
 

@@ -34,7 +34,10 @@ class Producer(NamedTuple):
         return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """The quantizer's input, bit-identical to torch's modules, and tensors for `backward`."""
+        """The quantizer's input, followed by tensors for `backward`.
+
+        The input is bit-identical to the output of torch's module.
+        """
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if self.kind == "scores":

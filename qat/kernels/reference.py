@@ -30,26 +30,26 @@ def round_blocks(x: Tensor, tensor_scale: Tensor | None, grad: Tensor | None, bi
 
 @torch.no_grad()
 def kernels_agree(
-    forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange
+    forward: Callable[..., Any], backward: Callable[..., Any], device: str, *code_ranges: CodeRange
 ) -> bool:
-    """True if LSQ kernels agree with the reference bit for bit, and their sums within rounding.
+    """True if LSQ kernels equal the reference bit for bit, the scale's gradient within rounding.
 
-    The inputs include values inside and outside of the range, and values halfway between codes.
+    The inputs include values inside and outside of the range.
 
     Args:
         forward: `lsq_forward` of `cpu` or `gpu`.
         backward: `lsq_backward` of the same module.
         device: device of the inputs.
-        grids: codes to compare, for tensors (3, 4, 37).
+        code_ranges: ranges to compare, for tensors (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
     scale = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32)
     offset = x.flatten()[:37]
-    for codes in grids:
+    for codes in code_ranges:
         q = LSQParams(scale, offset, offset, None, codes)
         grad_x = torch.empty_like(x)
         results = backward(x, x, q, grad_x, torch.float32, None, None, Producer(), with_after=False)
-        if results is None:
+        if results is None:  # the kernels do not support these tensors
             return False
         grad_scale, _, dequantized = results
         expected = lsq_backward(x, x, scale, offset, codes)

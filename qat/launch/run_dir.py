@@ -100,8 +100,8 @@ def hold_lock(run_dir: str) -> Generator[None]:
 def lock(run_dir: str) -> None:
     """Lock a directory until `unlock`.
 
-    Do nothing if the directory is already locked, or if this process is not the first one of its
-    run.
+    Do nothing if this process or its launcher has already locked the directory, or if this process
+    is not the first one of its run.
 
     Raises:
         UsageError: the name is empty, for example because a shell variable is not set.
@@ -209,7 +209,7 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
     Args:
         run_dir: the directory, which the same command may write into again.
         command: name of the command.
-        weights: origin of the evaluated weights; None = do not compare with earlier results.
+        weights: origin of the evaluated weights; None = do not compare the weights.
 
     Raises:
         UsedError: the directory contains checkpoints or results of another command, or results of

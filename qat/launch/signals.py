@@ -66,7 +66,7 @@ class _SignalState:
             counts, so that SIGTERM outranks SIGUSR1.
         is_deferred: True = signals are only recorded.
         interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
-        process_id: id of the process that handles signals; forks (loader processes) ignore signals.
+        process_id: id of the process that handles signals; in its forks, `_handle` does nothing.
     """
 
     number: int = 0

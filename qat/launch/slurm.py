@@ -168,7 +168,7 @@ def _describe(stop: Preempted) -> str:
     verb = "preempted" if stop.wants_requeue else "stopped"
     if stop.step is None:
         return f"{verb} by {stop.name} outside training"
-    checkpoint_text = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+    checkpoint_text = f"{stop.saved.name} written" if stop.saved else "no last.ckpt written"
     return f"{verb} by {stop.name} after training step {stop.step}: {checkpoint_text}"
 
 

@@ -133,7 +133,7 @@ def log_before_saving(trainer: Trainer, *, is_epoch_end: bool) -> None:
 
 @contextlib.contextmanager
 def end_wandb_runs(loggers: Iterable[Logger]) -> Generator[None]:
-    """End W&B's runs after this block, as failed if the block raises.
+    """End W&B's runs after this block, as failed if the block raises anything but `Preempted`.
 
     W&B itself would end them with the process, which in a multirun is long after the job.
     """

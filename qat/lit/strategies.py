@@ -1,6 +1,6 @@
 """Lightning strategies for quantized nets, data-parallel or sharded (FSDP2), and checkpoint files.
 
-Public functions on tensors convert `DTensor`s, and return other tensors unchanged.
+`local_part` and `gather_tensor` convert `DTensor`s, and return other tensors unchanged.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class OutputRecorder:
 
     @contextmanager
     def record_pass(self) -> Generator[list[Tensor]]:
-        """Yield a list to which the pass in this block adds outputs, in the order of the modules.
+        """Yield a list to which the pass in this block adds outputs, in the order of computation.
 
         The outputs are part of the pass's autograd graph.
         """
@@ -65,7 +65,7 @@ class Teacher:
     This class is not a module, so that a module with a teacher does not register its weights.
 
     Args:
-        net: the float net; its parameters are frozen.
+        net: the net, float or quantized; its parameters are frozen.
         head: `cls` = only the class head, as in OFQ's code; `mean` = the net's own
             evaluation, which is the mean of both heads in a distilled net. For a net with one head,
             both values mean the same.

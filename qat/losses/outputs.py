@@ -113,7 +113,9 @@ class FeatureDistillation(LossTerm):
         """
         shapes = [tuple(feature.shape[1:]) for feature in step.features]
         teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]
-        if not shapes or shapes != teacher_shapes:
+        if not shapes:
+            raise UsageError(f"loss.features={self.weight}: must be 0, as the model has no blocks")
+        if shapes != teacher_shapes:
             raise UsageError(
                 f"loss.features: the blocks of the model return {shapes}, the blocks of the "
                 f"teacher {teacher_shapes}; must be the same shapes"

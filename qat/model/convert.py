@@ -363,7 +363,7 @@ def _swap_children(module: nn.Module, name: str, walk: _Walk, outer: Swap) -> No
         _swap_children(inner.module, path, walk, inner)
 
 
-# Children of timm's attentions that our attentions replace or do not need.
+# Children and tensors of timm's attentions that our attentions replace or do not need.
 _REPLACED_CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"})
 
 

@@ -46,7 +46,7 @@ def freeze(net: nn.Module) -> nn.Module:
     the codes of the folded matrix remain. If an offset c after the quantizer of a linear layer's
     input has one number per channel, it becomes part of the layer's bias (W c). In attentions of
     ViT and Swin, offsets before the quantizers of queries, keys and values become part of the bias
-    of the layer that computes them, unless a norm changes queries or keys; with query-key
+    of the layer that computes them; if a norm changes queries or keys, or with query-key
     reparameterization, only those before values do. Other offsets stay where they are; offsets that
     are zero are removed.
 

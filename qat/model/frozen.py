@@ -96,8 +96,8 @@ class FrozenBlocks(FrozenWeight):
 
     Attributes:
         stored: codes (E2M1 or E4M3 floats as bit patterns), uint8, in the shape of the weight.
-        scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8; one scale per position
-            along the last dimension.
+        scale: scales of the blocks (E4M3 or E8M0 floats as bytes), uint8, (..., blocks): the
+            dimension that is split into blocks is last.
         per_tensor_scale: factor of E4M3 scales, a float32 scalar; None for E8M0 scales.
         like: empty tensor that records the dtype of the model.
         empty_grid: the grid without its scales.

@@ -22,7 +22,7 @@ META_KEY = "qat"
 # Stored keys of timm's `pretrained_cfg`: the origin of the weights, and the preparation of images.
 # Their values differ between the pretrained tags of a model.
 IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_MAX_PIXELS = 2**25  # maximum image size that a file may store
+_MAX_VALUES = 2**25  # maximum channels * height * width of images in a file
 
 
 def is_plain_data(value: object) -> bool:
@@ -170,13 +170,13 @@ def _check_types(meta: Any) -> None:
     )
     classes = meta.get("classes") or []
     texts = (meta["model"]["name"], data.get("_target_", ""), data.get("model") or "", *classes)
-    num_pixels = math.prod(meta.get("input_size") or [1])
+    num_values = math.prod(meta.get("input_size") or [1])
     is_valid = (
         all(isinstance(value, dict) for value in dicts)
         and isinstance(classes, list)
         and all(isinstance(value, str) for value in texts)
         and isinstance(meta.get("format_version", 0), int)
-        and num_pixels <= _MAX_PIXELS
+        and num_values <= _MAX_VALUES
     )
     if not is_valid:
         raise TypeError("a value has the wrong type or is out of range")

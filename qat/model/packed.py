@@ -96,10 +96,10 @@ class _Packer:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor of the state dict."""
-        owner, _, kind = name.rpartition(".")
+        owner, _, last_part = name.rpartition(".")
         shape = list(tensor.shape)
         if owner in self.blocks:
-            if kind == "stored":
+            if last_part == "stored":
                 dim = self.blocks[owner].empty_grid.dim
                 self.index.append([owner, shape, "b", self._widths[name], dim])
         elif name in self._widths:

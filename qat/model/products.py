@@ -51,8 +51,8 @@ class MatrixProduct:
 
 def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     query, key, *_ = operands
-    scores = query[..., 0].numel() * key.shape[-2]
-    return [scores * query.shape[-1], scores * out.shape[-1]]
+    num_scores = query[..., 0].numel() * key.shape[-2]
+    return [num_scores * query.shape[-1], num_scores * out.shape[-1]]
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:

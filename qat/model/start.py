@@ -29,7 +29,7 @@ from qat.model.storage import build_from
 from qat.model.transfer import timm_state_dict
 from qat.nn.hf_constructor import CLASSIFIER, model_class, model_config, package
 
-NEW_HEAD = "; model.reset_head=true gives it a new head"
+NEW_HEAD = "; model.reset_head=true gives the model a new head"
 RANDOM = "random weights"
 
 
@@ -127,24 +127,31 @@ def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False)
             f"the data have {num_classes}; use ckpt=FILE"
         )
     cached = find_cached(hub_id, (WEIGHTS, "pytorch_model.bin")) if hub_id else None
+    source: dict[str, Any] = {}
     if cached is not None:
-        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
-        return Start(net, [f"timm's pretrained weights of {model} (cached)"])
-    require_host(
-        huggingface_hub.constants.ENDPOINT if hub_id else str(url),
-        "model.pretrained=true",
-        f"the weights of {model!r} are not in the local cache",
-        advice,
-    )
+        source["pretrained_cfg_overlay"] = {"file": cached}
+    else:
+        require_host(
+            huggingface_hub.constants.ENDPOINT if hub_id else str(url),
+            "model.pretrained=true",
+            f"the weights of {model!r} are not in the local cache",
+            advice,
+        )
     try:
-        net = _create(model, kwargs, pretrained=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        net = _create(model, kwargs, pretrained=True, **source)
+    except (
+        OSError,
+        RuntimeError,
+        http.client.HTTPException,
+        safetensors.SafetensorError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"model.pretrained=true: the weights of {model!r} cannot be fetched, "
-            f"or do not fit ({reason}); {advice}"
+            f"model.pretrained=true: the weights of {model!r} cannot be fetched "
+            f"or read, or do not fit ({reason}); {advice}"
         ) from error
-    return Start(net, [f"timm's pretrained weights of {model}"])
+    origin = " (cached)" if cached is not None else ""
+    return Start(net, [f"timm's pretrained weights of {model}{origin}"])
 
 
 def from_transformers(
@@ -184,7 +191,7 @@ def from_transformers(
     patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     for name in sorted(loading["unexpected_keys"]):
         # A tensor that differs only in its numbers belongs to a block that the config lacks. Ignore
-        # other tensors, which belong to parts that the model does not have, such as an encoder.
+        # other tensors, which belong to parts that the model does not have, such as a text encoder.
         if re.sub(r"\d+", "#", name) in patterns:
             raise UsageError(f"{misfit} (the model has no {name})")
     state = {}
@@ -228,7 +235,7 @@ def from_state(
     state = {name: tensor for name, tensor in state.items() if name not in added_biases}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     own_state = untrained.state_dict()
-    state, head_notes, wrong_count = _replace_heads(state, own_state, cfg["classifier"])
+    state, head_notes, difference = _replace_heads(state, own_state, cfg["classifier"])
     stem = state.get(f"{cfg['first_conv']}.weight")
     channels = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {
@@ -245,8 +252,8 @@ def from_state(
         if file_size and file_size != model_size:
             reason = f"the file has {file_size}; the model has {model_size}"
         raise UsageError(f"{origin}: the weights do not fit {model} ({reason})") from error
-    if keep_head and wrong_count:
-        raise UsageError(f"{origin}: {wrong_count}{hint}")
+    if keep_head and difference:
+        raise UsageError(f"{origin}: {difference}{hint}")
     net.pretrained_cfg = cfg  # type: ignore[assignment]
     net.default_cfg = cfg  # type: ignore[assignment]
     add_biases(net, biases)
@@ -264,20 +271,20 @@ def _replace_heads(
         The new state; a note for each new head; and a description of the difference, or "".
     """
     notes = []
-    wrong_count = ""
+    difference = ""
     for name in [classifier] if isinstance(classifier, str) else classifier:
         num_classes = own_state[f"{name}.weight"].shape[0]
         weight = state.get(f"{name}.weight")
         num_stored = 0 if weight is None else weight.shape[0]
         if num_stored == num_classes:
             continue
-        wrong_count = wrong_count or f"has {num_stored or 'no'} classes, the data {num_classes}"
+        difference = difference or f"has {num_stored or 'no'} classes, the data {num_classes}"
         suffix = f" (the file has {num_stored})" if num_stored else ""
         notes.append(f"new {name} for {num_classes} classes{suffix}")
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in own_state:
                 state = {**state, key: own_state[key]}
-    return state, notes, wrong_count
+    return state, notes, difference
 
 
 def _describe_size(state: Mapping[str, Tensor], stem: str) -> str:

@@ -46,7 +46,7 @@ def save(
     data: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write a model to one file that `qat.load` rebuilds without data.
+    """Write a model to one file, from which `qat.load` rebuilds the model without data.
 
     The file can be read with `torch.load(weights_only=True)`.
 

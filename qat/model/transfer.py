@@ -114,7 +114,7 @@ def reset_attention_weights(net: nn.Module) -> list[str]:
 
 
 def add_random_biases(net: nn.Module) -> list[str]:
-    """Add random biases to linear layers outside attentions that have none.
+    """Add random biases to linear layers without a bias, except in attentions.
 
     OFQ's code does so, too.
 

@@ -108,12 +108,12 @@ class ScoredAttention(nn.Module):
         return t if self.heads_per_group == 1 else t.repeat_interleave(self.heads_per_group, dim=1)
 
     def num_scores(self, x: Tensor) -> int:
-        """Number of scores for an input (B, N, C), where B is the number of windows."""
+        """Number of scores for an input (B, N, C); in window attention, B counts windows."""
         return x.shape[0] * self.num_heads * x.shape[1] ** 2
 
 
 class QuantAttention(ScoredAttention):
-    """Attention with quantized q, k, v and probabilities, under timm's names.
+    """Attention with quantized q, k, v and probabilities; children keep timm's names.
 
     Subclasses for families of models add `forward`.
 

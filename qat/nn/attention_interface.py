@@ -42,7 +42,7 @@ _search: ContextVar[AttentionInterface | None] = ContextVar("_search", default=N
 
 
 class HeadProducts(nn.Module):
-    """The two products of attention for each head: quantized scores, and sums of quantized values.
+    """The two products of each attention head, with quantized operands: scores and sums of values.
 
     Args:
         context: recipe and place of the attention.

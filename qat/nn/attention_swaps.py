@@ -62,6 +62,6 @@ def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
     if is_plain_layer(module.qkv) and not is_hooked(module.qkv):
         return None
     return (
-        f"its qkv, which would be split, is a {type(module.qkv).__name__} with hooks, or with more "
-        "than a weight and a bias"
+        f"this model's qkv, which would be split, is a {type(module.qkv).__name__} with hooks, or "
+        "with more than a weight and a bias"
     )

@@ -60,7 +60,7 @@ class RunOrder:
     """The order in which the modules of a net run.
 
     Args:
-        net: a converted net whose scales are set.
+        net: a float net, or a converted net whose scales are set.
         image: (1, C, H, W), on the device of the net.
 
     Attributes:

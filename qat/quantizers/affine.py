@@ -148,17 +148,21 @@ class DynamicMinMax(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the range of `x`."""
-        return fake_quantize_affine(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return fake_quantize_affine(
+            x, *self._scale_and_zero_point(x), self.spec.qmin, self.spec.qmax, self.axis
+        )
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""
-        return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return affine_codes(
+            x, *self._scale_and_zero_point(x), self.spec.qmin, self.spec.qmax, self.axis
+        )
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
         """The grid of `x`. Returns None without `x`."""
         if x is None:
             return None
-        step, zero_point = self._range(x)
+        step, zero_point = self._scale_and_zero_point(x)
         return UniformGrid(
             qmin=self.spec.qmin,
             qmax=self.spec.qmax,
@@ -167,6 +171,6 @@ class DynamicMinMax(Quantizer):
             axis=self.axis,
         )
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale_and_zero_point(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the range of `x`, (n,) each."""
         return affine_scale(x, self.spec.bits, signed=True, axis=self.axis)

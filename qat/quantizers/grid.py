@@ -23,7 +23,7 @@ class Grid(ABC):
         qmin: lowest code.
         qmax: highest code.
         before: offset before the quantizer, which broadcasts against the tensor; None = 0.
-        after: offset after the quantizer, in the shape of `before`; None = 0.
+        after: offset after the quantizer, which also broadcasts; None = 0.
     """
 
     qmin: int

@@ -18,7 +18,7 @@ def register(
 ) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
     """Make `quantizer=name` build the decorated class or function of this package.
 
-    Names that a recipe may use are listed in `qat.spec.QUANTIZERS` too.
+    Names that a recipe may use are also in `WEIGHT_QUANTIZERS` or `ACT_QUANTIZERS` of `qat.spec`.
 
     Raises:
         ValueError: the name is registered for another quantizer.

@@ -36,7 +36,7 @@ CURVES = {
 
 
 def is_drawable(value: object) -> TypeGuard[float]:
-    """True for a finite number of at most `MAX_VALUE`."""
+    """True for a number whose magnitude is below `MAX_VALUE`."""
     return isinstance(value, int | float) and abs(value) < MAX_VALUE
 
 

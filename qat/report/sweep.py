@@ -206,8 +206,8 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     Args:
         folder: directory of the sweep.
         report: True = also write the page.
-        refused: error messages, by job name, of jobs that did not run because their directories
-            already contain results.
+        refused: error messages by job name, for jobs whose `results.json` has no error, such as
+            jobs that did not run because their directories already contain results.
 
     Raises:
         UsageError: there are no runs below the folder.

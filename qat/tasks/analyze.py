@@ -92,7 +92,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 def _single_device(cfg: DictConfig) -> torch.device:
-    """The device of an analysis; raise `UsageError` for several devices or another precision."""
+    """The device of an analysis; raise `UsageError` unless it is one device with float32."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(

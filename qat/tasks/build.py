@@ -202,7 +202,8 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     Args:
         cfg: config of a command.
         keep_head: what happens if the weights are for another number of classes. True = an error;
-            False = the model gets a new head.
+            False = the model gets a new head; from a `ckpt` of qat or OFQ's code, only with
+            `model.reset_head=true`.
 
     Raises:
         UsageError: a setting or file cannot be used.

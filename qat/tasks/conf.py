@@ -208,6 +208,7 @@ def timm_argument(model: str, name: str, value: Any) -> Any:
     for member in vars(family).values():
         if not inspect.isclass(member) or not member.__module__.startswith("timm.models"):
             continue
+        # Only classes of models take num_classes; classes of their layers do not.
         if {name, "num_classes"} <= set(inspect.signature(member).parameters):
             return value
     return None

@@ -23,7 +23,7 @@ from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.export.check import CheckResult, compare, outputs_and_codes
 from qat.export.onnx_file import (
-    IMAGES,
+    NUM_NOISE_IMAGES,
     OnnxSettings,
     export_float,
     preprocessing,
@@ -128,7 +128,7 @@ def export(cfg: DictConfig) -> float:
             "of train.py or ptq.py"
         )
     input_size = conversion.input_size
-    images = source.images or list(torch.randn(IMAGES, *input_size).split(8))
+    images = source.images or list(torch.randn(NUM_NOISE_IMAGES, *input_size).split(8))
     frozen_net = net if is_frozen(net) else freeze(net)
     meta = describe(frozen_net, data=source.data, classes=source.classes)
     if file_format == "onnx":
@@ -198,7 +198,7 @@ def _load_source(cfg: DictConfig) -> _Source:
             images=[],
             data=None,
             classes=None,
-            description=f"{IMAGES} images of noise; set data=... to use real ones",
+            description=f"{NUM_NOISE_IMAGES} images of noise; set data=... to use real ones",
         )
     subject = build_evaluated_net(cfg)
     data = subject.data

@@ -142,9 +142,8 @@ def _check_weight_averaging(callbacks: list[Callback]) -> None:
 def _callback_sort_key(callback: Callback) -> int:
     """Sort key of a callback; callbacks with equal keys keep their order in the config.
 
-    CGA comes first, so that it sets the learning rate and restores weights before other callbacks
-    log or average them. `LastCheckpoint`, which stores the state of all other callbacks, and
-    `Preemption` come last.
+    CGA comes first, so that it sets the learning rate before other callbacks log it.
+    `LastCheckpoint`, which stores the state of all other callbacks, and `Preemption` come last.
     """
     if isinstance(callback, CGA):
         return 0
@@ -244,7 +243,7 @@ def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -
         if name in own_settings:
             raise UsageError(
                 f"trainer.{name}={value!r}: must be left out; "
-                "qat sets it from callbacks, logger and run_dir"
+                "qat sets it itself, or from callbacks, logger or run_dir"
             )
         if name not in allowed:
             raise UsageError(unknown_message(f"trainer.{name}={value!r}", name, allowed))

@@ -32,7 +32,7 @@ def report_run(
 
     Args:
         cfg: the job's config.
-        net: a quantized model whose layers the page shows.
+        net: the run's model, whose layers the page shows; None = no layers.
         input_size: (channels, height, width) of the model's images.
     """
     if not cfg.report or not is_first() or OmegaConf.select(cfg, "trainer.fast_dev_run"):
@@ -107,7 +107,7 @@ def _write_page(folder: Path) -> None:
 
 
 def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Path) -> None:
-    """Run the analyses that need no images on the run's model, and write them to its directory."""
+    """Analyse weights and cost of the run's model, without images; write to `analysis/`."""
     from qat.analysis import NO_IMAGES, StudiedNet, write_outcome
     from qat.analysis.cost import CostAnalysis
     from qat.analysis.weights import WeightAnalysis

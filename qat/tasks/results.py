@@ -110,7 +110,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
 
 def _command_line() -> str | None:
-    """Return the command line as it was typed, or None for a call from Python."""
+    """Return the job's command line in Hydra's grammar, or None for a call from Python."""
     if not HydraConfig.initialized():
         return None
     hydra_config = HydraConfig.get()
@@ -241,7 +241,7 @@ def class_fields(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict
 def write_class_tables(
     folder: Path, confusion: Tensor, names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write `classes.csv` and `confusion.csv`; the first process of a run writes them.
+    """Write `classes.csv` and `confusion.csv`, in the first process of a run.
 
     `confusion.csv` has a row for each true class and a column for each predicted class.
 

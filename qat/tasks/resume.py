@@ -330,7 +330,8 @@ def _option_names(keys: set[str]) -> list[str]:
 def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     """Files that a new run in a used directory replaces.
 
-    The files are deleted after all checks have passed and a `ckpt` among them has been read.
+    The caller deletes them after all checks have passed and the file of `ckpt`, which may be one of
+    them, has been read.
 
     Raises:
         UsedError: the directory contains files of another run, which must not be overwritten.

@@ -63,7 +63,7 @@ class LossTeacher(SearchTeacher):
 
 @dataclass
 class Schedule:
-    """`scheduler.*`: epochs may be fractional."""
+    """`scheduler.*`: epochs may be fractional with `interval=step`."""
 
     interval: str
     warmup_epochs: float

@@ -31,7 +31,7 @@ DOWNLOAD_PREFIXES = ("hfds/", "hfids/", "tfds/")
 
 
 def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
-    """Set `cfg.data` to the config of the user, or else of the checkpoint, or else of `digits`.
+    """Set `cfg.data` to the config of the user, or else of the checkpoint, or else to a default.
 
     A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
     may be missing. If the data of a model are unknown, a prediction prepares images as

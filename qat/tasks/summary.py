@@ -106,7 +106,7 @@ def describe_recipe(recipe: QuantRecipe) -> str:
 
 
 def describe_data(data: ImageData) -> str:
-    """Sizes of the splits, as text."""
+    """Name of the dataset, sizes of its splits and number of classes, as text."""
     counts = ", ".join(f"{len(data.split(split))} {split}" for split in data.splits)
     classes = format_count(data.settings.num_classes, "class")
     return f"{type(data).__name__.lower()}: {counts} images, {classes}"

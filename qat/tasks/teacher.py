@@ -81,8 +81,8 @@ def adapt_teacher(
         sets_mean: True if `data.mean` is set.
 
     Raises:
-        UsageError: the teacher has other classes, has the same classes in another order, or needs
-            images of another size.
+        UsageError: the teacher has another number of classes, has the same classes in another
+            order, or needs images of another size.
     """
     net = start.net
     origin = f"{setting}={value!r}"
@@ -172,7 +172,9 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     try:
         return from_timm(name, args, keep_head=True).net
     except UsageError as error:
-        raise UsageError(str(error).replace("model.", "teacher.")) from error
+        message = str(error).replace("model.weights", "teacher.ckpt")
+        message = message.replace("use ckpt", "use teacher.ckpt").replace("model.", "teacher.")
+        raise UsageError(message) from error
 
 
 def _student_start(cfg: DictConfig) -> Start:

@@ -236,7 +236,7 @@ def _load_best_weights(module: QATModule, data: ImageData, trainer: Trainer) -> 
         Validation top-1 of these weights in percent, and the name of their file, or "final".
     """
     name = "final"
-    best_callback = _best_checkpoint(trainer)
+    best_callback = _best_callback(trainer)
     if best_callback is not None:
         best_net = build_from(read_checkpoint(best_callback.best_model_path))
         module.net.load_state_dict(best_net.state_dict())
@@ -256,7 +256,7 @@ def _load_best_weights(module: QATModule, data: ImageData, trainer: Trainer) -> 
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name
 
 
-def _best_checkpoint(trainer: Trainer) -> Any:
+def _best_callback(trainer: Trainer) -> Any:
     """Return the first checkpoint callback that has a best score of a metric, or None."""
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.monitor:

@@ -34,10 +34,11 @@ def load(source: str) -> ctypes.CDLL:
 
     Raises:
         OSError: there is no compiler, the compiler failed, or the library cannot be loaded.
+        subprocess.TimeoutExpired: the compiler takes longer than `_TIMEOUT` seconds.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        raise OSError("neither $CXX nor c++ exists")
+        raise OSError("the compiler $CXX, or c++ if CXX is not set, does not exist")
     folder = _cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -99,7 +100,7 @@ def _processor_features() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """The cache folder, whose files are executed; None if other users can write to the folder."""
+    """The cache folder, whose files are executed; None if it is not writable by this user alone."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
     if not folder.is_absolute():  # the user has no home directory
         return None

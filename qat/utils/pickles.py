@@ -46,7 +46,7 @@ _IN_PLACE_OPCODES = {
 
 
 def check_pickles(path: str | os.PathLike[str]) -> None:
-    """Raise an error if reading a file's pickles could take far more memory or time than its size.
+    """Raise an error if reading pickles could cost far more than the size of their file suggests.
 
     Raises:
         OverflowError: a pickle contains more than `MAX_VALUES` values.

@@ -57,7 +57,7 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
     finally:
         for module, mode in modes:
             module.training = mode
-            # LeViT and others cache biases that they compute from a parameter.
+            # LeViT and others cache biases computed from a parameter, which may change.
             getattr(module, "attention_bias_cache", {}).clear()
         for handle in handles:
             handle.remove()

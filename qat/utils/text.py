@@ -19,7 +19,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u20
 
 
 def printable(text: str) -> str:
-    r"""Escape characters that move a cursor, change colours or cannot be encoded, as in `\x1b`.
+    r"""Escape what controls a terminal or cannot be encoded, as in `\x1b`, except line breaks.
 
     Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
@@ -112,7 +112,7 @@ def is_number(text: str) -> bool:
 def is_inside(path: Path, folder: Path) -> bool:
     """True if a path, with links resolved, is a file inside the folder.
 
-    An index that comes from outside could name any file.
+    A path may come from a JSON file of someone else, which could name any file.
     """
     return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
 

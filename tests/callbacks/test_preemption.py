@@ -98,7 +98,7 @@ def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog
         == 143
     )
     assert (
-        "stopped by SIGTERM after training step 3: this run writes no last.ckpt; the same command resumes"
+        "stopped by SIGTERM after training step 3: no last.ckpt written; the same command resumes"
         in caplog.text
     )
 

@@ -245,7 +245,7 @@ def test_a_job_that_never_saves_anything_is_not_started_for_ever(
         (
             JOB,
             Preempted(signal.SIGTERM, 5),
-            "stopped by SIGTERM after training step 5: this run writes no last.ckpt; WAY ON",
+            "stopped by SIGTERM after training step 5: no last.ckpt written; WAY ON",
         ),
         ({}, Preempted(signal.SIGUSR1), "preempted by SIGUSR1 outside training; WAY ON"),
     ],

@@ -367,7 +367,9 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
         setattr(parent, name, MORE[way](getattr(parent, name)))
     own = {name for name, _ in net.named_parameters()}
     if recipe == "ofq":
-        with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a \w+ "):
+        with usage_error(
+            r"^quant\.attention='qkr': this model's qkv, which would be split, is a \w+ "
+        ):
             convert(net, recipe)
         assert {name for name, _ in net.named_parameters()} == own
         return
@@ -420,7 +422,9 @@ def test_an_attention_whose_forward_was_replaced_stays_as_it_is():
 def test_reparameterization_loses_no_hook():
     net = vit()
     net.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: 2 * out)
-    with usage_error(r"^quant\.attention='qkr': its qkv, which would be split, is a \w+ .*hooks"):
+    with usage_error(
+        r"^quant\.attention='qkr': this model's qkv, which would be split, is a \w+ .*hooks"
+    ):
         convert(net, "ofq")
 
 

@@ -228,6 +228,8 @@ def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
     made = from_timm("deit_tiny_patch16_224", {"depth": 1})
     assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
     assert not differing(made.net.state_dict(), net.state_dict())
+    with usage_error("^model.pretrained=true: .* do not fit .*model.weights=FILE"):
+        from_timm("deit_tiny_patch16_224", {"depth": 2})
 
 
 def test_learned_steps_take_the_grids_of_post_training_quantization():

@@ -102,7 +102,7 @@ def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
         (
             "train",
             [*NET, "data.num_classes=4"],
-            "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives it a new head",
+            "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives the model a new head",
         ),
     ],
 )

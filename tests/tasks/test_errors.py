@@ -82,7 +82,7 @@ TRAIN = [
     ("data.scale=0.5", r"data\.scale=0\.5: must be two fractions of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
-    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it from callbacks, logger and run_dir"),
+    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it itself, or from callbacks, logger or run_dir"),
     ("trainer.max_steps=0", r"trainer\.max_steps=0: must be -1 \(no limit\) or above 0"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: no epoch would be validated; must be .* 1 to 1$"),

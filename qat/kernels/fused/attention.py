@@ -95,8 +95,8 @@ class _Attention(torch.autograd.Function):
     probs = softmax(factor * q @ k.transpose(-2, -1) + bias + mask)
     return (q_probs(probs) @ v).permute(1, 2, 0, 3).flatten(2)  # (B, N, h*d)
 
-    Where possible, one kernel computes all of this, and the denominators of the softmax are saved
-    instead of the probabilities.
+    Where possible, one kernel computes all that follows the quantizers of q, k and v, and
+    logarithms of the softmax's denominators are saved instead of the probabilities.
     """
 
     @staticmethod
@@ -108,10 +108,10 @@ class _Attention(torch.autograd.Function):
         ctx.is_tiled = _is_tiled(inputs, shape)
         q, k, v = _quantize_qkv(inputs, shape.dtype)
         if ctx.is_tiled:
-            out, row_sums = tiled_attention.forward(
+            out, log_sums = tiled_attention.forward(
                 q, k, v, probs_params.scale, *probs_params.codes, scoring.num_heads, scoring.factor
             )
-            save_for_backward(ctx, *args, shape, row_sums)
+            save_for_backward(ctx, *args, shape, log_sums)
             return out
         scores = _scores(q, pad_tokens(k), shape)
         del q, k
@@ -123,15 +123,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_not_double_backward()
-        *args, shape, saved_scores = load_saved(ctx)
+        *args, shape, saved_softmax = load_saved(ctx)
         inputs = _unflatten(args)
         qkv = inputs.qkv
         qkv_q = _quantize_qkv(inputs, shape.dtype)
         grad = grad.to(shape.dtype)
         if ctx.is_tiled:
-            quantized_grads = _tiled_backward(grad, saved_scores, qkv_q, inputs, shape)
+            quantized_grads = _tiled_backward(grad, saved_softmax, qkv_q, inputs, shape)
         else:
-            quantized_grads = _plain_backward(grad, saved_scores, qkv_q, inputs, shape)
+            quantized_grads = _plain_backward(grad, saved_softmax, qkv_q, inputs, shape)
         grads_qkv_q, grad_probs_scale, grad_bias = quantized_grads
 
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -155,7 +155,7 @@ _Gradients = tuple[list[Tensor], Tensor, Tensor | None]
 
 def _tiled_backward(
     grad: Tensor,
-    row_sums: Tensor,
+    log_sums: Tensor,
     qkv_q: tuple[Tensor, Tensor, Tensor],
     inputs: _Inputs,
     shape: ScoreShape,
@@ -163,9 +163,9 @@ def _tiled_backward(
     """Gradients of quantized q, k and v, and of the scale of probabilities; None for the bias."""
     probs = inputs.quantizers.probs
     *grads, grad_scale = tiled_attention.backward(
-        grad, row_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
+        grad, log_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
     )
-    scores = row_sums.unsqueeze(-1).expand(*row_sums.shape, row_sums.shape[-1])
+    scores = log_sums.unsqueeze(-1).expand(*log_sums.shape, log_sums.shape[-1])
     return grads, grad_scale * gradient_scale(scores, probs.codes, probs.grad_factor), None
 
 

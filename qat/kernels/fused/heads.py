@@ -1,4 +1,4 @@
-"""Matrix products of attention, one head at a time, on views, so that no head is copied.
+"""Matrix products of attention, usually one head at a time, on views, so that no head is copied.
 
 A batched product needs matrices at equal distances in memory. The images of one head are at equal
 distances, but all heads of all images are not.
