@@ -33,8 +33,7 @@ from qat.quantizers import LSQ
 from qat.utils.validate import check_choice
 
 MEANS_KEY = "epoch_means"
-# Maximum number of classes for which a confusion matrix is kept: it takes 32 MB then, more than
-# DeiT-T.
+# Maximum number of classes for which a confusion matrix is kept; at this number, it takes 32 MB.
 MAX_CONFUSION_CLASSES = 2000
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 

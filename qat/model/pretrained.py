@@ -43,6 +43,7 @@ HUB_TASKS = {
     "ObjectDetection": "object-detection",
     "Segmentation": "image-segmentation",
     "DepthEstimation": "depth-estimation",
+    "PoseEstimation": "keypoint-detection",
 }
 FEATURES = "image-feature-extraction"
 LIBRARY = "vit-qat"  # `library_name` in the `config.json` of our models

@@ -243,7 +243,7 @@ def _check_names(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -
         if name in own_settings:
             raise UsageError(
                 f"trainer.{name}={value!r}: must be left out; "
-                "qat sets it itself, or from callbacks, logger or run_dir"
+                "qat sets it, for example from callbacks, logger or run_dir"
             )
         if name not in allowed:
             raise UsageError(unknown_message(f"trainer.{name}={value!r}", name, allowed))

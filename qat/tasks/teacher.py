@@ -34,6 +34,13 @@ QUANTIZED_ERROR = (
 # Arguments that every vision transformer accepts; other arguments of the student may not fit the
 # teacher.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
+# In messages of `from_timm`: settings of the student, and those of the teacher in their place.
+OWN_SETTINGS = {
+    "model.name": "teacher.model",
+    "model.pretrained": "teacher.pretrained",
+    "model.weights": "teacher.ckpt",
+    "use ckpt": "use teacher.ckpt",
+}
 # Settings that name weights to start from; the first one that is set is used.
 WEIGHT_SETTINGS = ("ckpt", "model.weights", "model.pretrained")
 TEACHER_SETTINGS = ("teacher.ckpt", "teacher.pretrained", *WEIGHT_SETTINGS)
@@ -172,8 +179,9 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     try:
         return from_timm(name, args, keep_head=True).net
     except UsageError as error:
-        message = str(error).replace("model.weights", "teacher.ckpt")
-        message = message.replace("use ckpt", "use teacher.ckpt").replace("model.", "teacher.")
+        message = str(error)
+        for setting, own_setting in OWN_SETTINGS.items():
+            message = message.replace(setting, own_setting)
         raise UsageError(message) from error
 
 

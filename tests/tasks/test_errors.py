@@ -82,7 +82,7 @@ TRAIN = [
     ("data.scale=0.5", r"data\.scale=0\.5: must be two fractions of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
-    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it itself, or from callbacks, logger or run_dir"),
+    ("+trainer.logger=false", r"trainer\.logger=False: must be left out; qat sets it, for example from callbacks, logger or run_dir"),
     ("trainer.max_steps=0", r"trainer\.max_steps=0: must be -1 \(no limit\) or above 0"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: no epoch would be validated; must be .* 1 to 1$"),
@@ -146,6 +146,7 @@ TRAIN = [
     ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1, as all files are best\.ckpt; .*best_k"),
     ("callbacks=ema", r"callbacks: no callback saves the averaged weights; set callbacks=\[default,ema\]"),
     ("callbacks=[default,ema] +callbacks.best.save_weights_only=true", "callbacks: save_weights_only=true .* must be false"),
+    ("loss=kd teacher.model=deit_tiny_patch16_224 teacher.pretrained=true", r"^error: teacher\.pretrained=true: .* 1000 classes, .*; use teacher\.ckpt=FILE$"),
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
