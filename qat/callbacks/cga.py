@@ -22,7 +22,7 @@ from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number
 
 QK_POLICIES = ("reference", "product", "freeze")
-# About the fraction in the paper's recipes: 30 of 340 epochs.
+# Part of the training that is annealed; OFQ's recipes anneal for 30 of 340 epochs.
 _DEFAULT_FRACTION = 0.1
 
 

@@ -33,7 +33,7 @@ from qat.tasks.conf import CONF, command_words
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
-# Hide that matplotlib builds its font cache on a new machine.
+# Hide a message about the font cache that matplotlib builds on a new machine.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 COMMANDS = {

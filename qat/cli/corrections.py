@@ -1,4 +1,4 @@
-"""Suggest our settings to users who type the names of other tools."""
+"""Suggest our settings to users who type settings of other tools."""
 
 from __future__ import annotations
 

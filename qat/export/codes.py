@@ -270,7 +270,7 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
             zero_point = (-shift).to(torch.int8)
     elif bits < 8 and bool((shift == 0.5).all()):
         scale = scale / 2
-        is_doubled = bits == width  # 2k + 1 needs one bit more
+        is_doubled = bits == width  # there is no bit left for 2 * code + 1
         if not is_doubled:
             codes = 2 * codes + 1
     else:

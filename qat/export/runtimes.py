@@ -136,8 +136,8 @@ def _openvino_core() -> Any:
 def _open_openvino(content: bytes, threads: int, precision: str) -> Session:
     config = {
         "INFERENCE_PRECISION_HINT": precision,
-        # Keeps OpenVINO from quantizing activations to 8 bits in weight-only models, which it does
-        # on processors with integer products.
+        # Otherwise OpenVINO quantizes the activations of a model with quantized weights to 8 bits, on
+        # processors that have instructions for integer products.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": str(threads),
     }

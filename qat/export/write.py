@@ -196,7 +196,7 @@ class Writer(nn.Module):
         return y.t() if y.ndim == 2 else y
 
     def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
-        """Write a product according to its plan."""
+        """Compute a product by the operators of its plan."""
         plan = self._next_plan()
         is_weight = isinstance(b, StoredWeight)
         if not plan.on_codes:

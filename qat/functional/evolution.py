@@ -2,7 +2,7 @@
 
 Each step depends only on its arguments, and each draw only on (seed, pass, block, cycle), so a
 stopped search resumes from its population. Vectors are float64 on the CPU, as in the reference:
-mutations are smaller than the resolution of float32.
+float32 would round the small mutations.
 
 Source: Evol-Q, arXiv 2308.10814, and its code.
 """

@@ -16,7 +16,7 @@ def packed_bytes(n: int, bits: int) -> int:
 
 
 def _fits(codes: Tensor, bits: int) -> bool:
-    """True if all codes have at most `bits` bits, as signed or as unsigned numbers."""
+    """True if each code has at most `bits` bits, as a signed or as an unsigned number."""
     if codes.numel() == 0:
         return True
     return int(codes.min()) >= -(2 ** (bits - 1)) and int(codes.max()) < 2**bits

@@ -12,8 +12,7 @@ from qat.kernels.rows import Layout, row_stride
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Usual number of elements in the tile of a program.
 TILE = 2048
-# Maximum number of columns of a tile that need not be as wide as a row, and the minimum for a tile
-# that is narrower than a row.
+# Limits on the columns of a tile, for kernels that may divide a row into several tiles.
 MAX_TILE_WIDTH = 1024
 MIN_TILE_WIDTH = 64
 

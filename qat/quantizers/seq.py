@@ -38,7 +38,7 @@ class SEQ(LSQ):
     fused_params = LSQ.fused_params
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
-        """2 * mean|x| / n, or the nearby step size with the least error (`spec.step_init`)."""
+        """2 * mean|x| / (qmax + 1), or the step size with the least error (`spec.step_init`)."""
         if self.spec.step_init == "mse":
             return half_step_init_scale(x, qmin, qmax, self.axis, search_kernel(x))
         return 2 * mean_abs(x.detach(), self.axis).float() / (qmax + 1)

@@ -146,8 +146,8 @@ def _check_model(
             f"resume: {checkpoint.path} contains {model}, "
             f"not model {model_name} with {model_args}; {hint}"
         )
-    # If an older file lacks a setting, the run had the default. Only `rule_bits` and `steps` are
-    # assumed to be unchanged.
+    # If an older file lacks a setting, the run had the default; `rule_bits` and `steps` are assumed
+    # to be those of the present recipe.
     assumed_values = {
         **QuantRecipe().to_dict(),
         "rule_bits": recipe.rule_bits,

@@ -59,7 +59,7 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
 
 
 def describe_size(net: nn.Module, size_bytes: int) -> str:
-    """Size of a model, and which file has this size, as text.
+    """Size of a model as text, with the command that writes a file of this size, if there is one.
 
     `best.ckpt` is larger, because it contains everything that is needed to resume training.
     """

@@ -177,7 +177,7 @@ def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
-    """The product of the input with the folded matrix, (B, M, h*C), as backward recomputes it."""
+    """Compute the product of the input with the folded matrix again in backward, (B, M, h*C)."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
     with torch.autocast(padded_x.device.type, enabled=False):
