@@ -136,7 +136,7 @@ def _openvino_core() -> Any:
 def _open_openvino(content: bytes, threads: int, precision: str) -> Session:
     config = {
         "INFERENCE_PRECISION_HINT": precision,
-        # Otherwise OpenVINO quantizes the activations of a model with quantized weights to 8 bits, on
+        # Otherwise OpenVINO quantizes activations of models with quantized weights to 8 bits, on
         # processors that have instructions for integer products.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": str(threads),
