@@ -10,11 +10,11 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat.errors import UsageError
 from qat.model.convert import apply_recipe, convert
 from qat.model.ptq_spec import recipe_from
-from qat.nn.attention_interface import NAME
+from qat.nn.attention_interface import NAME, save_in_new_format
 from qat.spec import QuantRecipe
 from qat.spec import recipe as preset
 
@@ -83,6 +83,14 @@ class QatQuantizer(HfQuantizer):
     """
 
     quantization_config: QatConfig
+    # Tensors that the float model does not have, as a conversion sets them.
+    _new_tensors: Mapping[str, Tensor] = MappingProxyType({})
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
+        """Dtype of a tensor from a file; step sizes keep their dtype."""
+        if self._new_tensors.keys() & set(converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if not self.pre_quantized:
@@ -93,18 +101,29 @@ class QatQuantizer(HfQuantizer):
             twin = architecture(copy.deepcopy(model.config))
             recipe = recipe_from(config.recipe)
             apply_recipe(twin, recipe, input_size=config.input_size, signs=config.signs)
+        float_names = model.state_dict().keys()
+        self._new_tensors = {
+            name: tensor for name, tensor in twin.state_dict().items() if name not in float_names
+        }
         for module in twin.modules():
             # Otherwise, buffers that files do not store would get no values.
             vars(module).pop("_is_hf_initialized", None)
         vars(model).update(vars(twin.to("meta")))
+        save_in_new_format(model)  # not the second model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             # Store a dict, as `qat.convert` does.
             model.config.quantization_config = config.to_dict()
-            # Older versions of Transformers cast only some of the tensors.
-            nn.Module.to(model, model.config.dtype)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if name not in self._new_tensors:
+                    # Older versions of Transformers cast only some of the tensors.
+                    if tensor.is_floating_point():
+                        tensor.data = tensor.data.to(model.config.dtype)
+                elif not getattr(tensor, "_is_hf_initialized", False):
+                    # Missing in the file, for example because the head is new.
+                    tensor.data.copy_(self._new_tensors[name])
         else:
             convert(model, recipe_from(config.recipe), input_size=config.input_size)
 
@@ -145,16 +164,27 @@ class Callback(TrainerCallback):
         self._lightning_module = SimpleNamespace()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set up the callback as Lightning would; in a resumed run, restore its state."""
+        """Set up the callback as Lightning would; in a resumed run, restore its state.
+
+        Raises:
+            UsageError: the run resumes from a checkpoint that is not in `output_dir`.
+        """
         optimizer = kwargs["optimizer"]
         self._lightning_module.net = kwargs["model"]
         self._lightning_trainer.optimizers = [getattr(optimizer, "optimizer", optimizer)]
-        self._lightning_trainer.max_epochs = math.ceil(args.num_train_epochs)
+        # With `max_steps`, `args.num_train_epochs` is not used.
+        self._lightning_trainer.max_epochs = state.num_train_epochs
         self._lightning_trainer.estimated_stepping_batches = state.max_steps
+        self._lightning_trainer.global_step = state.global_step
         self.callback.setup(self._lightning_trainer, self._lightning_module, "fit")
         self.callback.on_fit_start(self._lightning_trainer, self._lightning_module)
         self.callback.on_train_start(self._lightning_trainer, self._lightning_module)
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step and not folder.exists():
+            raise UsageError(
+                f"resume_from_checkpoint: {type(self.callback).__name__} reads its state from "
+                f"{folder}, which does not exist; the checkpoint must be in output_dir"
+            )
         if state.global_step and (folder / _STATE).exists():
             self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
 

@@ -1,5 +1,6 @@
 """Files of Transformers. Oracles: the model that was saved, and a process without the package."""
 
+import copy
 import json
 import shutil
 from unittest import mock
@@ -67,8 +68,43 @@ def test_the_card_names_the_task(kind, task, tmp_path):
 
 def test_another_dtype(net, folder):
     again = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
-    theirs = VIT.quantized(bits=4).to(torch.bfloat16)
+    theirs = VIT.quantized(bits=4)
+    float_names = VIT.build().state_dict()
+    for name, tensor in theirs.state_dict().items():
+        if name in float_names:  # step sizes keep their dtype
+            theirs.get_parameter(name).data = tensor.bfloat16()
     assert are_equal(outputs(again, X.bfloat16()), outputs(theirs, X.bfloat16()))
+    again.save_pretrained(folder)
+    same = AutoModelForImageClassification.from_pretrained(folder)
+    assert are_equal(outputs(same, X.bfloat16()), outputs(again, X.bfloat16()))
+
+
+@pytest.mark.parametrize("is_encoder", [False, True])
+def test_scales_that_a_folder_lacks_are_not_set(folder, is_encoder, tmp_path):
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    if is_encoder:
+        folder, options = tmp_path, {}
+        encoder = qat.convert(VIT.build().vit, qat.recipe("seq", bits=4))
+        qat.initialize_scales(encoder, [X]).save_pretrained(folder)
+    other = AutoModelForImageClassification.from_pretrained(folder, **options)
+    with usage_error("scales of classifier.* are not initialised"):
+        other(X)
+    assert qat.initialize_scales(other, [X])(X).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["", "vit"])
+def test_quantized_attention_stays(folder, part):
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with usage_error("set_attn_implementation.*eager"):
+        model.get_submodule(part).set_attn_implementation("eager")
+
+
+def test_a_loaded_model_saves_its_own_config(folder):
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    model.config = copy.deepcopy(model.config)
+    model.config.id2label = {0: "cat", 1: "dog"}
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["id2label"]["0"] == "cat"
 
 
 @pytest.mark.sample(1)
@@ -231,14 +267,14 @@ CALLBACKS = {
 }
 
 
-def trained(folder, callbacks, *, resume=False):
+def trained(folder, callbacks, *, resume=False, **settings):
     """Tensors of a 2-bit model after two epochs of three steps with the `Trainer`."""
     transformers.set_seed(0)
     images = torch.randn(12, *X.shape[1:])
     model = VIT.quantized(bits=2)
     arguments = transformers.TrainingArguments(
         folder,
-        num_train_epochs=2,
+        **{"num_train_epochs": 2, **settings},
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         weight_decay=0.05,
@@ -261,5 +297,18 @@ def test_a_trainer_resumes_exactly(name, tmp_path):
     pytest.importorskip("accelerate")
     whole = trained(tmp_path / "run", CALLBACKS[name]())
     assert are_equal(whole, trained(tmp_path / "free", [])) == (name == "none")
+    if name == "freezing":
+        with usage_error(
+            "checkpoint-3, which does not exist; the checkpoint must be in output_dir"
+        ):
+            elsewhere = str(tmp_path / "run" / "checkpoint-3")
+            trained(tmp_path / "other", CALLBACKS[name](), resume=elsewhere)
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     assert are_equal(trained(tmp_path / "run", CALLBACKS[name](), resume=True), whole)
+
+
+@pytest.mark.slow
+def test_epochs_are_those_of_max_steps(tmp_path):
+    pytest.importorskip("accelerate")
+    by_steps = trained(tmp_path, CALLBACKS["cga"](), num_train_epochs=9, max_steps=6)
+    assert are_equal(by_steps, trained(tmp_path, CALLBACKS["cga"]()))

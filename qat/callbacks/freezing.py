@@ -68,9 +68,12 @@ class IterativeFreezing(Callback):
         self._freezer = EntryFreezer(on_restore=self._move_to_cell_centers)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the weights to freeze."""
+        """Find the weights to freeze; a new run begins without frozen weights."""
         if stage != "fit":
             return
+        if not trainer.global_step:
+            self._oscillation_states.clear()
+            self._freezing_states.clear()
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
         self._sites = [site for site in sites if _can_freeze(site)]
         if not self._sites:

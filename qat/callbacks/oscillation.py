@@ -116,9 +116,11 @@ class Oscillation(Callback):
         self._states: dict[str, OscillationState] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the weights to track."""
+        """Find the weights to track; a new run begins without statistics."""
         if stage != "fit":
             return
+        if not trainer.global_step:
+            self._states.clear()
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
         self._sites = [site for site in sites if self._can_track(site)]
         if not self._sites:

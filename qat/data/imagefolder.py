@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -19,7 +20,11 @@ from qat.utils.files import files_below
 
 # Only the first frame of a GIF is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
 
 
@@ -57,11 +62,11 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
-    Class ids follow the sorted names of the class folders of train. If `root` contains class
-    folders but no splits, all images belong to train, or to test with `evaluates_whole`. If there
-    is no val, a fixed tenth of train is held out. If there is no test, or test has no class
-    folders, val is evaluated. Without train, a net can be evaluated if another split has a folder
-    for every class.
+    `training`, `testing` and capital letters are allowed if `root` contains only splits. Class ids
+    follow the sorted names of the class folders of train. If `root` contains class folders but no
+    splits, all images belong to train, or to test with `evaluates_whole`. If there is no val, a
+    fixed tenth of train is held out. If there is no test, or test has no class folders, val is
+    evaluated. Without train, a net can be evaluated if another split has a folder for every class.
     """
 
     UNREAD = ("image_column", "label_column")
@@ -72,7 +77,7 @@ class ImageFolder(EncodedImageData):
         Raises:
             UsageError: `data.root` is not set, or lacks the folders `train/<class>/*` etc.; the
                 number of classes differs from `data.num_classes`; a split has a class that the
-                first split lacks; or a split has no images.
+                first split lacks; or a split, or a class of train, has no images.
         """
         folders = self._folders()
         classes = self.classes()
@@ -95,9 +100,13 @@ class ImageFolder(EncodedImageData):
                     f"must be a class of the {first_split} split: {', '.join(classes[:10])} ..."
                 )
             files = _labelled_files(folder, classes)
-            if not files:
+            empty = folder if not files else None
+            if files and split == "train":
+                missing = set(range(len(classes))) - {label for _, label in files}
+                empty = folder / classes[min(missing)] if missing else None
+            if empty is not None:
                 raise UsageError(
-                    f"{folder}: has no images; must contain files that end in "
+                    f"{empty}: has no images; must contain files that end in "
                     f"{', '.join(EXTENSIONS)}"
                 )
             splits[split] = FileImages(files, str(folder), self.settings)
@@ -106,9 +115,13 @@ class ImageFolder(EncodedImageData):
     def _folders(self) -> dict[str, Path]:
         """Folder of each existing split; the first split defines the classes."""
         root = data_folder(self.settings.root, LAYOUT)
+        present = {name: root / name for name in class_names(root)}
+        split_names = set(itertools.chain.from_iterable(FOLDERS.values()))
+        if all(name.lower() in split_names for name in present):
+            present = {name.lower(): folder for name, folder in present.items()}
         folders: dict[str, Path] = {}
         for split, names in FOLDERS.items():
-            existing = [root / name for name in names if (root / name).is_dir()]
+            existing = [present[name] for name in names if name in present]
             if existing:
                 folders[split] = existing[0]
         if folders:

@@ -75,17 +75,16 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 
     This happens if modules of the model were replaced after timm built it.
     """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            load(path)
-        except UsageError as error:
-            raise UsageError(
-                f"save: written, but qat.load cannot rebuild the model: {error}"
-            ) from error
+    try:
+        load(path)
+    except UsageError as error:
+        raise UsageError(
+            f"save: written, but qat.load cannot rebuild the model: {error}"
+        ) from error
 
 
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
-    """Rebuild a model from a file, without data, in eval mode.
+    """Rebuild a model from a file, without data, in eval mode; torch's random state is unchanged.
 
     The file is one of `qat.save`, of a run (`last.ckpt`, `best.ckpt`) or of `format=packed`.
 
@@ -101,7 +100,8 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
     """
     for name in imports:
         importlib.import_module(name)
-    return build_from(read_checkpoint(path))
+    with torch.random.fork_rng(devices=[]):
+        return build_from(read_checkpoint(path))
 
 
 def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> nn.Module:

@@ -245,8 +245,12 @@ class AttentionInterface:
             if rules.attention != "float":
                 products = HeadProducts(SwapContext(rules, "block"))
                 attention.add_module(CHILD, products.train(attention.training))
-        # If all attentions stay float, restore the model's own implementation.
-        if not any(CHILD in attention._modules for attention in self.attentions):
+        if any(CHILD in attention._modules for attention in self.attentions):
+            for model in self.models:
+                for module in _all_hf_models(model):
+                    module.set_attn_implementation = _refuse_implementation
+        else:
+            # If all attentions stay float, restore the model's own implementation.
             for module, config in self.original_configs:
                 implementation = config._attn_implementation_internal
                 module.config._attn_implementation_internal = implementation
@@ -257,6 +261,7 @@ class AttentionInterface:
         for attention in self.attentions:
             attention._modules.pop(CHILD, None)
         for module, config in self.original_configs:
+            vars(module).pop("set_attn_implementation", None)
             module.config = config
 
     def write_config(self, recipe: dict[str, Any], input_size: Sequence[int], signs: str) -> None:
@@ -271,10 +276,7 @@ class AttentionInterface:
         """
         if self.models == [self.net]:
             model = self.models[0]
-            # `Trainer` cannot resume from files with the names of older versions.
-            model.save_pretrained = functools.partial(
-                model.save_pretrained, save_original_format=False
-            )
+            save_in_new_format(model)
             model.config.quantization_config = {
                 "quant_method": NAME,
                 "recipe": recipe,
@@ -291,6 +293,23 @@ class AttentionInterface:
             if id(config) in copies:
                 self.original_configs.append((module, config))
                 module.config = copies[id(config)]
+
+
+def save_in_new_format(model: Any) -> None:
+    """Let `save_pretrained` write the names of tensors that the installed version uses.
+
+    `Trainer` cannot resume from files with the names of older versions.
+    """
+    save = type(model).save_pretrained.__get__(model)
+    model.save_pretrained = functools.partial(save, save_original_format=False)
+
+
+def _refuse_implementation(implementation: Any, *_: Any, **__: Any) -> None:
+    """Take the place of `set_attn_implementation`, which would turn the quantizers off."""
+    raise UsageError(
+        f"set_attn_implementation({implementation!r}): the attention of this model is quantized; "
+        "output_attentions=True works without it"
+    )
 
 
 def _all_hf_models(net: nn.Module) -> list[Any]:

@@ -73,6 +73,14 @@ def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forwar
     assert checked > 500
 
 
+def test_a_second_run_begins_without_frozen_weights():
+    callback = run(max_epochs=2)[2]
+    assert callback._freezing_states
+    again = run(max_epochs=2, lr=0.02, callback=callback)[1]
+    alone = run(max_epochs=2, lr=0.02)[1]
+    assert identical(again.net.state_dict(), alone.net.state_dict())
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
 def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(

@@ -46,6 +46,24 @@ def test_images_and_labels_are_torchvisions(tmp_path, size):
     assert found.evaluation_split == "test"
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [(("Training", "Testing"), ("train", "val", "test")), (("train", "Val"), ("train", "val"))],
+)
+def test_other_names_of_splits(tmp_path, names, splits):
+    root = write_folder(tmp_path, tuple((name, 20) for name in names))
+    assert data(root).splits == splits
+    assert len(data(root).split(splits[-1])) == 40
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    root = write_folder(tmp_path)
+    shutil.rmtree(root / "train" / "bee")
+    (root / "train" / "bee").mkdir()
+    (root / "train" / "bee" / "1.heic").write_bytes(b"0")
+    assert lines(root).startswith(f"{root / 'train' / 'bee'}: has no images; must contain")
+
+
 def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path):
     found = data(write_folder(tmp_path, (("train", 20),)))
     assert found.split("val").labels.tolist() == [0, 0, 1, 1]

@@ -70,7 +70,9 @@ def refused(path, *said):
 def test_round_trip(preset, name, path):
     net = quantized(preset, name, **({} if preset == "fp" else {"bits": 2})).train()
     qat.save(net, path)
+    random_state = torch.get_rng_state()
     loaded = qat.load(path)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert not loaded.training
     assert type(loaded) is type(net)
     assert torch.equal(logits(loaded), logits(net))

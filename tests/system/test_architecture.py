@@ -209,11 +209,11 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 39300,
-    "qat": 195500,
+    "qat": 196000,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
-    "qat/data": 11350,
+    "qat/data": 11500,
     "qat/export": 15500,
     "qat/functional": 12400,
     "qat/kernels": 20500,
@@ -221,13 +221,13 @@ BUDGETS = {
     "qat/lit": 7850,
     "qat/losses": 1970,
     "qat/model": 25800,
-    "qat/nn": 14650,
+    "qat/nn": 14700,
     "qat/ptq": 9700,
     "qat/quantizers": 7560,
     "qat/report": 5300,
     "qat/tasks": 25700,
     "qat/utils": 5560,
-    "tests": 261400,
+    "tests": 262400,
 }
 LAYOUT = {
     tokenize.COMMENT,
