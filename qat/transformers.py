@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,13 +84,7 @@ class QatQuantizer(HfQuantizer):
 
     quantization_config: QatConfig
     # Tensors that the float model does not have, as a conversion sets them.
-    _new_tensors: Mapping[str, Tensor] = MappingProxyType({})
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
-        """Dtype of a tensor from a file; step sizes keep their dtype."""
-        if self._new_tensors.keys() & set(converter.target_patterns):
-            return None
-        return super().get_new_dtype(converter, param, dtype)
+    _new_tensors: dict[str, Tensor]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if not self.pre_quantized:
@@ -102,9 +96,13 @@ class QatQuantizer(HfQuantizer):
             recipe = recipe_from(config.recipe)
             apply_recipe(twin, recipe, input_size=config.input_size, signs=config.signs)
         float_names = model.state_dict().keys()
-        self._new_tensors = {
-            name: tensor for name, tensor in twin.state_dict().items() if name not in float_names
-        }
+        self._new_tensors = {}
+        for name, tensor in twin.state_dict(keep_vars=True).items():
+            if name not in float_names:
+                if tensor.is_floating_point():
+                    # Transformers would round the values of the file to the dtype of the weights.
+                    tensor.data = tensor.data.float()
+                self._new_tensors[name] = tensor.detach().clone()
         for module in twin.modules():
             # Otherwise, buffers that files do not store would get no values.
             vars(module).pop("_is_hf_initialized", None)

@@ -82,6 +82,8 @@ def test_another_dtype(net, folder):
 @pytest.mark.parametrize("is_encoder", [False, True])
 def test_scales_that_a_folder_lacks_are_not_set(folder, is_encoder, tmp_path):
     options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    if not (is_encoder or hasattr(transformers.quantizers.HfQuantizer, "get_new_dtype")):
+        pytest.skip("older versions ignore num_labels if the model is quantized")
     if is_encoder:
         folder, options = tmp_path, {}
         encoder = qat.convert(VIT.build().vit, qat.recipe("seq", bits=4))

@@ -432,8 +432,8 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
     folder = _local_folder(str(source), origin)
     if not is_ours(folder):
         raise UsageError(
-            f"{origin}: qat.save_pretrained did not write its {CONFIG}; "
-            "timm.create_model loads models of timm"
+            f"{origin}: qat.save_pretrained did not write its {CONFIG}; timm.create_model "
+            "loads models of timm, AutoModel.from_pretrained those of Transformers"
         )
     return load(folder / WEIGHTS, imports=imports)
 
