@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from evidence.peers.nets import PEERS, quantized
+from evidence.peers.parq import optimizer_factory
 from qat.lit import QATModule
 from qat.lit.loggers import end_wandb_runs
 from qat.tasks import build, fit
@@ -58,7 +59,9 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
         quantized(library, start.net, batches, bits),
         loss,
         num_classes=data.settings.num_classes,
-        optimizer=fit.build_optimizer_factory(cfg, trainer),
+        optimizer=optimizer_factory(
+            library, fit.build_optimizer_factory(cfg, trainer), bits, trainer
+        ),
         scheduler=fit.build_scheduler_factory(cfg),
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,

@@ -99,13 +99,36 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
     The initial values minimize the squared error.
     """
+    learn_inputs(net, batches, bits)
+    for module, width in weight_widths(net, bits).items():
+        weight: Any = module.weight
+        parametrize.register_parametrization(module, "weight", _learnable_weight(weight, width))
+    return net
+
+
+def parq(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
+    """PARQ of torchao: the optimizer quantizes the weights, see `evidence.peers.parq`.
+
+    PARQ has no quantizers of activations: those are PyTorch's, as in `torch_ao`.
+    """
+    learn_inputs(net, batches, bits)
+    return net
+
+
+def weight_widths(net: nn.Module, bits: int) -> dict[nn.Module, int]:
+    """Width of each linear layer and convolution: `bits`, or 8 in the first and the last layer."""
     config: Any = net.pretrained_cfg
     ends = {config["classifier"], config["first_conv"]}
-    widths = {
+    return {
         module: ENDS_BITS if name in ends else bits
         for name, module in net.named_modules()
         if type(module) in {nn.Linear, nn.Conv2d}
     }
+
+
+def learn_inputs(net: nn.Module, batches: Sequence[Tensor], bits: int) -> None:
+    """Quantize the inputs of all layers, with learned step sizes and zero points of PyTorch."""
+    widths = weight_widths(net, bits)
     quantizers: dict[nn.Module, nn.Module] = {}
 
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -116,10 +139,6 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     for module, quantizer in quantizers.items():
         module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
-        weight: Any = module.weight
-        parametrization = _learnable_weight(weight, widths[module])
-        parametrize.register_parametrization(module, "weight", parametrization)
-    return net
 
 
 def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
@@ -197,6 +216,8 @@ PEERS = {
     "brevitas": ("brevitas", brevitas),
     "torchao": ("torchao", torchao),
     "torch_ao": ("torch", torch_ao),
+    "parq": ("torchao", parq),
+    "parq_hard": ("torchao", parq),
 }
 
 

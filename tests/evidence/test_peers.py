@@ -1,6 +1,8 @@
 """Other libraries in the place of our nets. Oracle: codes counted; errors by hand; the table of a run."""
 
 import csv
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch import nn
 
 from evidence.peers.__main__ import main
 from evidence.peers.nets import fitting, quantized
-from qat.lit.optim import parameter_groups
+from evidence.peers.parq import optimizer_factory
+from qat.lit.optim import build_optimizer, parameter_groups
 from tests.conftest import TINY, results
 from tests.nets import FAMILIES
 
@@ -42,6 +45,30 @@ def test_layers_have_few_levels_and_learned_steps_no_weight_decay():
     (decay,) = (group for group in parameter_groups(net, weight_decay=0.1) if group["weight_decay"])
     assert not learned & set(decay["params"])
     assert weights & set(decay["params"])
+
+
+@pytest.mark.parametrize("library", ["parq", "parq_hard"])
+def test_parq_moves_weights_to_their_levels(library):
+    torch.manual_seed(0)
+    images = FAMILIES["vit"].images(8, 0)
+    net = quantized(library, FAMILIES["vit"].build(), [images], 2)
+    build = partial(build_optimizer, lr=1e-3, weight_decay=0.1)
+    trainer = SimpleNamespace(estimated_stepping_batches=4)
+    optimizer = optimizer_factory(library, build, 2, trainer)(net)
+    seen = []
+
+    def closure():
+        seen.append(net.blocks[0].mlp.fc1.weight.detach().clone())
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert max(len(row.unique()) for row in seen[-1]) <= 4
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            num_levels = max(len(row.unique()) for row in module.weight.flatten(1))
+            assert (num_levels > 4) == (name in {"head", "patch_embed.proj"})
 
 
 def test_the_step_that_fits_best_is_found_among_forty():
