@@ -167,6 +167,12 @@ class Callback(TrainerCallback):
         Raises:
             UsageError: the run resumes from a checkpoint that is not in `output_dir`.
         """
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step and not folder.exists():
+            raise UsageError(
+                f"resume_from_checkpoint: {type(self.callback).__name__} reads its state from "
+                f"{folder}, which does not exist; the checkpoint must be in output_dir"
+            )
         optimizer = kwargs["optimizer"]
         self._lightning_module.net = kwargs["model"]
         self._lightning_trainer.optimizers = [getattr(optimizer, "optimizer", optimizer)]
@@ -177,12 +183,6 @@ class Callback(TrainerCallback):
         self.callback.setup(self._lightning_trainer, self._lightning_module, "fit")
         self.callback.on_fit_start(self._lightning_trainer, self._lightning_module)
         self.callback.on_train_start(self._lightning_trainer, self._lightning_module)
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step and not folder.exists():
-            raise UsageError(
-                f"resume_from_checkpoint: {type(self.callback).__name__} reads its state from "
-                f"{folder}, which does not exist; the checkpoint must be in output_dir"
-            )
         if state.global_step and (folder / _STATE).exists():
             self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
 

@@ -41,8 +41,8 @@ def optimizer_factory(
 def _with_parq(
     net: nn.Module, *, library: str, build: OptimizerFactory, bits: int, trainer: Trainer
 ) -> torch.optim.Optimizer:
+    from torchao.prototype.parq.api import QuantConfig
     from torchao.prototype.parq.optim import ProxHardQuant, ProxPARQ, QuantOptimizer
-    from torchao.prototype.parq.quant import StretchedUnifTorchaoQuantizer, UnifTorchaoQuantizer
 
     base = build(net)
     widths = {module.weight: width for module, width in weight_widths(net, bits).items()}
@@ -54,10 +54,7 @@ def _with_parq(
             parameters = [parameter for parameter in quantized if widths[parameter] == width]
             own = {"params": parameters, "quant_bits": width, "name": f"{group['name']}_{width}bit"}
             base.add_param_group({**group, **own})
-            is_few = width < 4  # torchao's own rule
-            quantizers.append(
-                StretchedUnifTorchaoQuantizer(b=width) if is_few else UnifTorchaoQuantizer()
-            )
+            quantizers.append(QuantConfig(width).quantizer)
     base.param_groups = [group for group in base.param_groups if group["params"]]
     proximal_map = ProxHardQuant()
     if library == "parq":

@@ -100,13 +100,12 @@ class ImageFolder(EncodedImageData):
                     f"must be a class of the {first_split} split: {', '.join(classes[:10])} ..."
                 )
             files = _labelled_files(folder, classes)
-            empty = folder if not files else None
-            if files and split == "train":
-                missing = set(range(len(classes))) - {label for _, label in files}
-                empty = folder / classes[min(missing)] if missing else None
-            if empty is not None:
+            labels = {label for _, label in files}
+            empty_classes = [name for label, name in enumerate(classes) if label not in labels]
+            if not files or (split == "train" and empty_classes):
+                empty_folder = folder / empty_classes[0] if files else folder
                 raise UsageError(
-                    f"{empty}: has no images; must contain files that end in "
+                    f"{empty_folder}: has no images; must contain files that end in "
                     f"{', '.join(EXTENSIONS)}"
                 )
             splits[split] = FileImages(files, str(folder), self.settings)

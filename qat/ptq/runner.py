@@ -156,9 +156,9 @@ class Runner:
         return self.order.position.get(name, len(self.order.position))
 
     def _check_outputs(self, *, needs_net_output: bool) -> None:
-        """Find the modules at which a run cannot start, because the output would change by a bit.
+        """Find the modules at which a run cannot start: the net's output would not be the same.
 
-        It changes if, after the module, the net reads outputs of earlier modules again.
+        It differs if, after the module, the net reads outputs of earlier modules again.
         """
         all_batches = self.batches
         cache_bytes = self.cache_bytes
