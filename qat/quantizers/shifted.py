@@ -19,9 +19,11 @@ class Shifted(Quantizer):
     Attributes:
         quantizer: the quantizer q.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
-            the input; zero at first.
-        offset_after: c, in the shape of a, zero at first; None if the spec has `offsets="before"`,
-            because this offset would have no effect.
+            the input; zero at first. Flat, because optimizers exempt 1-D parameters from weight
+            decay, also where a model is part of another module.
+        offset_after: c, like a; None if the spec has `offsets="before"`, because this offset would
+            have no effect.
+        offset_shape: shape of the dimensions with offsets.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -34,10 +36,31 @@ class Shifted(Quantizer):
         """Create offsets of zero, and the state of the inner quantizer."""
         self.quantizer.allocate(shape, device)
         self.axis = self.quantizer.axis
-        offset_shape = shape[len(shape) - self.spec.offset_ndim :]
-        self.offset_before = nn.Parameter(torch.zeros(offset_shape, device=device))
+        self.offset_shape = shape[len(shape) - self.spec.offset_ndim :]
+        size = self.offset_shape.numel()
+        self.offset_before = nn.Parameter(torch.zeros(size, device=device))
         if self.spec.offsets == "both":
-            self.offset_after = nn.Parameter(torch.zeros(offset_shape, device=device))
+            self.offset_after = nn.Parameter(torch.zeros(size, device=device))
+
+    @property
+    def before(self) -> Tensor:
+        """The offset a in the shape `offset_shape`."""
+        return self.offset_before.view(self.offset_shape)
+
+    @property
+    def after(self) -> Tensor | None:
+        """The offset c in the shape `offset_shape`, or None."""
+        if self.offset_after is None:
+            return None
+        return self.offset_after.view(self.offset_shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load offsets that older files store as maps, too."""
+        for name in ("offset_before", "offset_after"):
+            offset = state_dict.get(prefix + name)
+            if offset is not None:
+                state_dict[prefix + name] = offset.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def share_scale(self) -> None:
         """Use one scale for the inner quantizer."""
@@ -46,11 +69,11 @@ class Shifted(Quantizer):
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Calibrate the inner quantizer on the shifted input."""
-        self.quantizer.calibrate(self._add_offset(x.detach(), self.offset_before.detach()), state)
+        self.quantizer.calibrate(self._add_offset(x.detach(), self.before.detach()), state)
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
-        return self.quantizer.quantize_shifted(x, self.offset_before, self.offset_after).to(x.dtype)
+        return self.quantizer.quantize_shifted(x, self.before, self.after).to(x.dtype)
 
     def fused_params(self) -> LSQParams | None:
         """Parameters of the inner quantizer, with offsets.
@@ -65,19 +88,19 @@ class Shifted(Quantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""
-        return self.quantizer.codes(self._add_offset(x, self.offset_before))
+        return self.quantizer.codes(self._add_offset(x, self.before))
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
         """Grid of the inner quantizer, with the offsets."""
         if x is not None:
-            x = self._add_offset(x, self.offset_before)
+            x = self._add_offset(x, self.before)
         grid = self.quantizer.grid(x)
         if grid is None:
             return None
         return dataclasses.replace(
             grid,
-            before=self._detached(self.offset_before),
-            after=self._detached(self.offset_after),
+            before=self._detached(self.before),
+            after=self._detached(self.after),
         )
 
     @staticmethod

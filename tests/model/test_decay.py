@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_weight_decay
+from torch import nn
 
 import qat
 from tests.nets import FAMILIES
@@ -40,6 +41,13 @@ def test_timms_optimizers_find_it(net, wrap):
     assert decayed(optimizer.param_groups, net) == wanted
     groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay())
     assert decayed(groups, net) == wanted
+
+
+def test_in_a_module_of_ones_own_only_tokens_decay_besides_weights(net):
+    """There timm asks nobody, and goes by the number of dimensions, as in float."""
+    optimizer = create_optimizer_v2(nn.Sequential(net), opt="adamw", lr=1e-3, weight_decay=0.05)
+    exempt = decayed(optimizer.param_groups, net) & qat.no_weight_decay(net)
+    assert exempt == {"cls_token", "pos_embed"}
 
 
 def test_deviates_from_reference_swins_table_does_not_decay():

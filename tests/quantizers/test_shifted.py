@@ -26,6 +26,18 @@ def test_offsets_start_at_zero():
     assert torch.equal(made(x), calibrated("lsq", x, axis=-2)(x))
 
 
+def test_offsets_that_older_files_store_as_a_map_are_loaded():
+    x = randn(2, 3, 4)
+    made = shifted(x, map_scales="tensor", offset_ndim=2)
+    assert made.before.shape == made.after.shape == (3, 4)
+    state = made.state_dict()
+    maps = {name: state[name].view(3, 4) for name in ("offset_before", "offset_after")}
+    other = shifted(-x, map_scales="tensor", offset_ndim=2)
+    other.load_state_dict({**state, **maps})
+    assert torch.equal(other(x), made(x))
+    assert other.offset_before.shape == (12,)
+
+
 def test_codes_of_a_net_in_half_precision_are_those_of_its_forward():
     x = randn(2, 50, 40).bfloat16()
     made = shifted(randn(2, 50, 40), "both", axis=-2).bfloat16()

@@ -209,7 +209,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40000,
-    "qat": 196000,
+    "qat": 196100,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -223,11 +223,11 @@ BUDGETS = {
     "qat/model": 25800,
     "qat/nn": 14700,
     "qat/ptq": 9700,
-    "qat/quantizers": 7560,
+    "qat/quantizers": 7610,
     "qat/report": 5300,
     "qat/tasks": 25700,
     "qat/utils": 5560,
-    "tests": 262400,
+    "tests": 262600,
 }
 LAYOUT = {
     tokenize.COMMENT,

@@ -114,7 +114,7 @@ def test_deviates_from_reference_calibrated_range_holds_zero():
 def test_deviates_from_reference_images_need_not_be_square():
     # There the offset map is 224 x 224 whatever the image.
     net = qat.convert(vit(img_size=(8, 12)), qat.recipe("ofq", bits=2), input_size=(1, 8, 12))
-    assert net.patch_embed.proj.input_quantizer.offset_before.shape == (8, 12)
+    assert net.patch_embed.proj.input_quantizer.before.shape == (8, 12)
     x = randn(4, 1, 8, 12)
     qat.initialize_scales(net, [x])
     assert logits(net, x).isfinite().all()
