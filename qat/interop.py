@@ -1,8 +1,8 @@
 """Load checkpoints of the paper's own code (nbasyl/OFQ 7ed37d1) as models with the same logits.
 
 The state dicts of these checkpoints contain latent weights, LSQ step sizes and offsets under other
-names. They contain no bits and, for DeiT without QKR, no number of heads; everything else follows
-from the shapes of tensors.
+names. They state neither the bit-widths nor, for DeiT without QKR, the number of heads; everything
+else follows from the shapes of tensors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qat.model.foreign_weights import add_biases
 from qat.model.scales import check_finite
 from qat.spec import recipe
 
-# Offsets that the authors' files have and our models do not: an offset after the quantizer of the
-# key or of the product only shifts whole rows of the softmax.
+# Offsets that the authors' files have and our models do not: an offset after the quantizer of keys
+# or, with QKR, of the product that replaces keys, only shifts whole rows of the softmax.
 _UNUSED_OFFSETS = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
 
 # Patterns of our names, and the authors' names; the first match counts. `read_checkpoint` has

@@ -63,12 +63,13 @@ def check_quantizer(setting: str, name: object, allowed: Sequence[str] = QUANTIZ
 class QuantSpec:
     """How one tensor is quantized.
 
+    Specs that differ only in `step_init`, `steps` or `observer` are equal.
+
     Attributes:
         role: kind of tensor, one of `ROLES` or `OUTPUT_ROLES`.
         quantizer: registered name, or `package.module:Class`.
         bits: bits of a code; 32 with the float quantizer.
-        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1]; None = data
-            decide when scales are initialised.
+        signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = [0, 2^b-1]; None = decided by data.
         axis: dimension along which scales differ; None = one scale for the tensor. For
             `BLOCK_FLOATS`, the dimension along which blocks extend; None = channels (B, C, H, W).
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
@@ -77,11 +78,9 @@ class QuantSpec:
         map_scales: scales of an input that is a feature map (B, H, W, C) before a linear layer:
             `tensor` = one scale, `column` = scales along `axis`.
         step_init: initial value of a learned step size: `lsq` = as in the LSQ paper; `mse` = the
-            step size with the least squared error. Specs that differ only in `step_init` are equal.
-        steps: how step sizes are learned: `relative` to their initial value, or `absolute`. Specs
-            that differ only in `steps` are equal.
-        observer: method by which post-training quantization chooses the range. Specs that differ
-            only in `observer` are equal.
+            step size with the least squared error.
+        steps: how step sizes are learned: `relative` to their initial value, or `absolute`.
+        observer: method by which post-training quantization chooses the range.
         bias_correction: True = every row of a fake-quantized weight keeps the mean and the standard
             deviation of the float row.
     """
@@ -106,12 +105,12 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        """Lowest code."""
+        """Lowest code; of unsigned codes if `signed` is None."""
         return -(2 ** (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
-        """Highest code."""
+        """Highest code; of unsigned codes if `signed` is None."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 
@@ -146,7 +145,7 @@ class QuantRecipe:
     """Quantization of a whole model: the settings of `quant/*.yaml`.
 
     Attributes:
-        name: the preset that the recipe was made from; `fp` leaves a model in float.
+        name: a name for results, such as that of its preset; `fp` leaves a model in float.
         bits: bits of the weights in blocks: 2 to 8, or 32 with the float quantizer.
         act_bits: bits of the activations in blocks; None = `bits`.
         attention: `qkr` (query-key reparameterization); `standard`; or `float`, which quantizes
@@ -221,6 +220,8 @@ class QuantRecipe:
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
             raise UsageError(f"quant.offsets=true: must be false with {self.act_quantizer}")
+        if self.fits_int8 and self.act_quantizer == "minmax":
+            raise UsageError("quant.fits_int8=true: must be false with minmax (codes up to 255)")
         self._check_overrides()
 
     def _check_unchanged_if_float(self) -> None:
@@ -269,7 +270,8 @@ class QuantRecipe:
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
         """The recipe for one module: rules of `overrides` apply if they match a name of the module.
 
-        A rule's `bits` imply `stem_bits`, `head_bits` and (`rule_bits=both`) `act_bits` if missing.
+        The `bits` of a rule also set `stem_bits` and `head_bits`, and with `rule_bits=both` also
+        `act_bits`, unless the rule sets these itself.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
@@ -354,7 +356,7 @@ class QuantRecipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data for a checkpoint; `recipe_from` reads it."""
+        """The recipe as plain data for a checkpoint; `qat.model.ptq_spec.recipe_from` reads it."""
         return dataclasses.asdict(self)
 
 
@@ -443,8 +445,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-
-# Presets and their bits, by those names for `quant=` that are not names of presets.
+# Further names for `quant=`, each with its preset and the bits that it sets.
 CHOICES: dict[str, tuple[str, dict[str, int]]] = {
     f"{preset}_{bits}bit": (preset, {"bits": bits})
     for preset in ("lsq", "ofq", "ofq_noqkr", "seq", "statsq")
@@ -470,8 +471,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4 and nvfp4 (blocks of 4-bit floats; mxfp4
-            also allows `act_bits=8`), fp8 (8-bit floats); or a choice of `quant=`, such as
-            seq_2bit.
+            also allows `act_bits=8`), fp8; or a choice of `quant=`, such as seq_2bit.
         knobs: fields of `QuantRecipe` to change; rules of `overrides` come after the recipe's own.
 
     Raises:

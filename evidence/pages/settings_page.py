@@ -87,14 +87,15 @@ def settings(path: Path, prefix: str) -> Iterator[Setting]:
         prefix: name of its group; empty for a command.
     """
     parents: list[tuple[int, str]] = [(-1, prefix)] if prefix else []
-    remark = ""
+    comments_above: list[str] = []
     for line in path.read_text().splitlines():
         match = _LINE.match(line)
         if match is None:
-            remark = line.strip().removeprefix("# ") if "# " in line else ""
+            text = line.strip()
+            comments_above = [*comments_above, text[2:]] if text.startswith("# ") else []
             continue
-        note = match["note"] or remark
-        remark = ""
+        note = match["note"] or " ".join(comments_above)
+        comments_above = []
         passes_on_value = not note and (match["value"] or "").startswith("${")
         if match["key"].startswith(("_", "defaults", "command")) or passes_on_value:
             continue

@@ -71,8 +71,8 @@ class ImageSet:
             correct = (logits.argmax(-1) == target).sum().double()
             loss_sum = F.cross_entropy(logits, target, reduction="sum").double()
             sums.append(torch.stack([correct, loss_sum]))
-        n_correct, loss = torch.stack(sums).sum(0).tolist()
-        return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
+        n_correct, total_loss = torch.stack(sums).sum(0).tolist()
+        return {"top1": 100 * n_correct / self.n_images, "loss": total_loss / self.n_images}
 
 
 # A function that computes numbers from a model, which maps images to logits.

@@ -37,7 +37,10 @@ KINDS = (
     "norms",
     "other",
 )
-COLUMN_UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
+COLUMN_UNITS = {
+    "bytes": "bytes of the stored model",
+    "bit operations": "bit operations of one image",
+}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -74,7 +77,10 @@ class CostAnalysis(Analysis):
 
 
 def _float_cost(studied_net: StudiedNet) -> Row:
-    """Cost of the model without quantization; empty if the model is float or cannot be rebuilt."""
+    """Cost of the model without quantization.
+
+    The result is empty if the model is float, or does not record how timm built it.
+    """
     if conversion_of(studied_net.net) is None:
         return {}
     try:

@@ -144,7 +144,7 @@ def random_plane(
         after the block, it is unchanged, bit for bit.
 
     Raises:
-        UsageError: no quantized weight matches `targets`.
+        UsageError: no weight on a uniform grid matches `targets`.
     """
     generators = [torch.Generator().manual_seed(2 * seed + direction) for direction in (0, 1)]
     directions = {}
@@ -162,7 +162,7 @@ def random_plane(
         ]
     if not directions:
         raise UsageError(
-            f"analysis.targets={list(targets)}: must match a quantized weight; "
+            f"analysis.targets={list(targets)}: must match a weight on a uniform grid; "
             "names look like 'blocks.0.mlp.fc1.weight'"
         )
 

@@ -117,8 +117,8 @@ def weight_sites(
             one step size for the whole tensor.
 
     Returns:
-        The model to evaluate, and its weights. For a model without quantizers, this is a converted
-        copy that shares the tensors of `net`.
+        The model to evaluate, and its weights. If `net` has no quantizers, the model to evaluate is
+        a converted copy that shares the tensors of `net`.
     """
     if conversion_of(net) is None:
         shared_tensors = {id(t): t for t in (*net.parameters(), *net.buffers())}
@@ -172,7 +172,10 @@ def block_weights(sites: Sequence[WeightSite]) -> list[WeightSite]:
 
 
 def requantize_weights(sites: Sequence[WeightSite], **change: Any) -> AbstractContextManager[None]:
-    """Requantize weights with a change inside a `with` block; no tensor is modified."""
+    """Requantize weights inside a `with` block; no tensor is modified.
+
+    `change` contains arguments of `requantize`.
+    """
     forwards: dict[nn.Module, Forward] = {}
     for site in sites:
         forwards[site.quantizer] = functools.partial(requantize, site.requantizer, **change)

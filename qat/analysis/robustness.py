@@ -69,7 +69,9 @@ class Robustness(Analysis):
     """The settings of `analysis/robustness.yaml`.
 
     Attributes:
-        parts: parts to run, from `PARTS`; None = all parts that the model allows.
+        parts: parts to run: `steps` (factors on all step sizes), `bits` (other bit-widths) and
+            `power_of_two` (step sizes rounded to powers of two); None = all parts that the model
+            allows.
         low: lowest factor of the step sizes.
         high: highest factor of the step sizes.
         ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added to

@@ -57,7 +57,9 @@ class BandGate:
 
 
 class CGA(Callback):
-    """Freezes weights on half steps (StatsQ, SEQ) that are far from a threshold during annealing.
+    """During annealing, freezes weights on a half-step grid that are far from a threshold.
+
+    StatsQ and SEQ have such a grid: zero is half-way between two values.
 
     The frozen entries are chosen again in each step. Frozen entries get no gradient and are
     restored after the step (`EntryFreezer`), so that neither weight decay nor momentum changes
@@ -77,8 +79,9 @@ class CGA(Callback):
             frozen.
 
     Raises:
-        UsageError: a setting is invalid. In `setup`: the run is too short for the epochs of
-            annealing, there is nothing to anneal, or `IterativeFreezing` is used too.
+        UsageError: a setting is invalid. In `setup`: the run ends before `start_epoch` or, without
+            `start_epoch`, is shorter than `epochs`; there is nothing to anneal; or
+            `IterativeFreezing` is used too.
     """
 
     # CGA reads and restores single entries of weights between steps.
@@ -228,7 +231,7 @@ class CGA(Callback):
 
 
 def _is_on_half_steps(site: Site) -> bool:
-    """True for weights on half steps, whose values are symmetric around zero, as in OFQ."""
+    """True for weights on a half-step grid, whose values are symmetric around zero, as in OFQ."""
     if not site.is_weight:
         return False
     grid = site.quantizer.grid(site.latent().detach())

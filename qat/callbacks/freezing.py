@@ -32,11 +32,12 @@ _MAX_DRIFT = 0.25
 class IterativeFreezing(Callback):
     """Freezes weights that oscillate more often than a threshold, which falls along a cosine.
 
-    A code is always computed from its latent weight. Therefore, the latent weight of a frozen entry
-    is moved to the middle of its cell (the values that round to its code), kept there in every step
-    (`EntryFreezer`), and moved again when a change of the step size moves the cell away. As in the
-    authors' code, freezing takes effect in the next forward pass. The folded matrix of query-key
-    reparameterization has no latent weights, and is not frozen.
+    A code is always computed from its latent weight. Therefore, a step does not change the latent
+    weight of a frozen entry (`EntryFreezer`). If this weight is more than a quarter of a code from
+    the middle of its cell (the values that round to its code), for example after a change of the
+    step size, it is moved to the middle. As in the authors' code, freezing takes effect in the next
+    forward pass. The folded matrix of query-key reparameterization has no latent weights, and is
+    not frozen.
 
     Args:
         threshold: oscillation frequency above which a weight is frozen, at the start of the run;
@@ -127,14 +128,14 @@ class IterativeFreezing(Callback):
             weight.copy_(torch.where(has_drifted, center, weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """Codes, frequencies and frozen integers of every weight: 13 bytes for each entry."""
+        """Oscillation and freezing states of every weight: 13 bytes for each entry."""
         return {
             "codes": {name: state._asdict() for name, state in self._oscillation_states.items()},
             "frozen": {name: state._asdict() for name, state in self._freezing_states.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore codes, frequencies and frozen integers."""
+        """Restore the oscillation and freezing states."""
         self._oscillation_states = {
             name: OscillationState(**state) for name, state in state_dict["codes"].items()
         }

@@ -150,7 +150,8 @@ def _find_task(
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     slurm.check_processes(trainer)
-    # These commands refuse several devices themselves, so no processes are started for them.
+    # `analyze` and predictions refuse several devices themselves, and `export` has no trainer. No
+    # processes are started for them.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
     num_processes = 0
     if not has_one_process:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Error of a job that requests several processes on this machine.
 SEVERAL_PROCESSES = (
     "trainer.devices={!r}: a job of a sweep (-m) has one process on this machine; must be 1, "
-    "or hydra/launcher=slurm_8gpu trainer=slurm, with which submitit starts one process per GPU"
+    "or use hydra/launcher=slurm_8gpu trainer=slurm; submitit then starts one process per GPU"
 )
 # File in a job's folder with the error of the job; it contains `KILLED_MESSAGE` until the job ends.
 ERROR_FILE = Path(".hydra") / "error.txt"
@@ -148,7 +148,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
 
     Raises:
-        UsageError: there are no jobs, or another analysis is requested too.
+        UsageError: there are no jobs; or `ckpt`, `run` or `analysis` is set, too.
     """
     from qat.report.sweep import publish
 

@@ -102,8 +102,8 @@ class ImageData(LightningDataModule, ABC):
     """Base of all datasets; a subclass implements `read`.
 
     Args:
-        settings: fields of `DataSettings`. A field that is left out takes its value from the
-            `DEFAULTS` of the class, if it is there.
+        settings: fields of `DataSettings`. If a field is left out, the value in the `DEFAULTS` of
+            the class is used, or else the default of `DataSettings`.
 
     Attributes:
         requested_split: the split for evaluation; None = `test`, or `val` if the data have no test

@@ -62,11 +62,12 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
-    `training`, `testing` and capital letters are allowed if `root` contains only splits. Class ids
-    follow the sorted names of the class folders of train. If `root` contains class folders but no
-    splits, all images belong to train, or to test with `evaluates_whole`. If there is no val, a
-    fixed tenth of train is held out. If there is no test, or test has no class folders, val is
-    evaluated. Without train, a net can be evaluated if another split has a folder for every class.
+    `training` and `testing` are allowed, too, and capital letters if `root` contains only splits.
+    Class ids follow the sorted names of the class folders of train. If `root` contains class
+    folders but no splits, all images belong to train, or to test with `evaluates_whole`. If there
+    is no val, a fixed tenth of train is held out. If there is no test, or test has no class
+    folders, val is evaluated. Without train, a net can be evaluated if another split has a folder
+    for every class.
     """
 
     UNREAD = ("image_column", "label_column")
@@ -82,9 +83,10 @@ class ImageFolder(EncodedImageData):
         folders = self._folders()
         classes = self.classes()
         if len(classes) != self.settings.num_classes:
+            first_folder = next(iter(folders.values())).name
             raise UsageError(
-                f"data.num_classes={self.settings.num_classes}: "
-                f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}; "
+                f"data.num_classes={self.settings.num_classes}: data.root={self.settings.root!r} "
+                f"has {len(classes)} class folders in {first_folder}/<class>/*; "
                 "the two numbers must be equal"
             )
         first_split = next(iter(folders))

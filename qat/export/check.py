@@ -66,7 +66,8 @@ class Agreement:
         same_top1: number of images on which file and model predict the same class: for a detector,
             in all matched queries; for a segmentation, in all pixels. 0 for encoders.
         num_differing: number of images whose outputs differ by more than `TOLERANCE`.
-        max_error: maximum difference between outputs on images that differ by at most `TOLERANCE`.
+        max_error: maximum difference between outputs, over the images whose outputs differ by at
+            most `TOLERANCE`.
         relative_error: maximum difference of an output on any image, relative to the largest value
             of the output.
         boxes: maximum difference of a detector's boxes, for matched queries, as a fraction of the
@@ -92,7 +93,7 @@ class Agreement:
         """Describe the comparison in one line for the user."""
         if self.cosine is not None:
             difference = f"{self.relative_error:.1e} of the largest number"
-            return f"cosine at least {self.cosine:.6f}, apart by up to {difference}"
+            return f"cosine at least {self.cosine:.6f}, outputs apart by up to {difference}"
         text = f"same class on {self.same_top1} of {self.images} images"
         if self.boxes is not None:
             text += f", boxes of matched queries apart by up to {self.boxes:.1e}"
@@ -184,7 +185,8 @@ def check_difference(
         images: (B, C, H, W) each.
         rounding: function that changes images slightly, to show how much values on thresholds can
             change the outputs.
-        factor: this multiple of the change is allowed; `MAX_RELATIVE_ERROR` is allowed in any case.
+        factor: outputs may differ by this multiple of what `rounding` changes in them, and by
+            `MAX_RELATIVE_ERROR` in any case.
     """
     rounded = compare(net, lambda x: net(rounding(x)), None, images)
     allowed = max(MAX_RELATIVE_ERROR, factor * rounded.relative_error)

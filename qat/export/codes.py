@@ -163,8 +163,8 @@ class StoredWeight(_CodeTensor):
         is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
-        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, plus the offset
-            after the quantizer (such as of bias correction); None = 0.
+        constant: (n,), number added to each row: half a step size for 8-bit StatsQ or SEQ, plus the
+            offset after the quantizer, for example of bias correction; None = 0.
         graph: see `QuantizedTensor`; None before a graph is written.
     """
 
@@ -206,6 +206,8 @@ def store_weights(
 ) -> dict[str, StoredWeight]:
     """Call `store_weight` for all weights of a frozen model; return the results by name.
 
+    `form` is the format that messages name; only `TENSORRT` allows 8-bit floats.
+
     Raises:
         UsageError: the model has blocks of floats, for which runtimes have no CPU kernels, or 8-bit
             floats and the target is not TensorRT.
@@ -242,7 +244,8 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
         weight: the frozen weight.
         min_width: minimum width of the stored type: 2; 4 for files that OpenVINO reads; 8 for
             TensorRT and ExecuTorch.
-        cpu: `any` stores codes beyond `MAX_INT8_CODE` as uint8; `fast` stores all codes as int8.
+        cpu: `any` stores a weight with codes beyond `MAX_INT8_CODE` as uint8; `fast` stores all
+            weights as int8.
     """
     if isinstance(weight, FrozenFp8):
         return StoredWeight(

@@ -36,7 +36,7 @@ from qat.export.write import (
 from qat.model.convert import check_input, conversion_of
 from qat.model.freeze import freeze
 from qat.model.frozen import is_frozen
-from qat.model.metadata import data_of, describe
+from qat.model.metadata import data_of, describe, recorded_constructor
 from qat.model.transform import data_config
 from qat.nn import named_outputs
 from qat.utils.files import check_not_folder, replace_atomically
@@ -161,7 +161,9 @@ def export_onnx(
             "export_onnx: the model returns several tensors without names; "
             "must be a classifier, which returns (1, classes), or a model of Transformers"
         )
-    meta = describe(frozen) | {"preprocessing": None}
+    name, kwargs = recorded_constructor(frozen)
+    meta = describe(frozen, model=name or type(frozen).__name__, model_kwargs=kwargs or {})
+    meta["preprocessing"] = None
     is_square = input_size[1] == input_size[2]
     if is_square and (data_of(net) or hasattr(net, "pretrained_cfg")):
         meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
@@ -303,7 +305,9 @@ def to_onnx(
         write_in_graph(net, stored, planner)
         net(image)
         writer = Writer(net, planner)
-        net.onnx = writer
+        # `nn.Sequential` would call it.
+        owner = next(module for module in net.modules() if not isinstance(module, nn.Sequential))
+        owner.onnx = writer
         write_in_graph(net, stored, writer)
         net.register_forward_pre_hook(writer.restart)
     model = _trace(net, image, names, dynamic_batch=settings.dynamic_batch)
@@ -324,7 +328,7 @@ def to_onnx(
 @quiet()
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
-    """Write any model in ONNX, for any number of images, with torch's exporter."""
+    """Translate any model to ONNX, for any number of images, with torch's exporter."""
     net = copy_unfused(net)
     names = _name_outputs(net, image)
     return _to_proto(_trace(net, image, names, dynamic_batch=True))

@@ -124,11 +124,11 @@ class Planner:
         zero = torch.zeros(())
         if quantizer.zero_point is not None:
             zero = view_along(quantizer.zero_point, x.ndim, quantizer.axis)
-        first_code = integer_zero_point(quantizer)
+        integer_zero = integer_zero_point(quantizer)
         scale = view_along(quantizer.scale, x.ndim, quantizer.axis).float().expand(x.shape)
-        shift = (first_code - zero).float().expand(x.shape)
+        shift = (integer_zero - zero).float().expand(x.shape)
         after = None if quantizer.after is None else quantizer.after.float().expand(x.shape)
-        zero_code = code_offset(quantizer, self.cpu) + first_code
+        zero_code = code_offset(quantizer, self.cpu) + integer_zero
         return QuantizedTensor(x, scale, shift, after, quantizer.name, zero_code, self)
 
     def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
@@ -318,7 +318,7 @@ def _has_token_scales(quantizer: FrozenActivation) -> bool:
 
 
 def integer_zero_point(quantizer: FrozenActivation) -> int:
-    """The code that products subtract: of 0, or if 0 has none, of the first value above 0."""
+    """The code that products subtract: of 0 (mean of zero points), or of the first value above."""
     zero = 0.0
     if quantizer.zero_point is not None:
         zero = float(quantizer.zero_point.float().mean().ceil())

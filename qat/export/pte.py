@@ -69,7 +69,7 @@ def write_pte(
 @quiet()
 @torch.no_grad()
 def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
-    """Write a model that takes one image at a time.
+    """Translate a model to the content of an ExecuTorch file, which takes one image at a time.
 
     Args:
         net: a result of `qat.freeze`, or a float model.

@@ -159,7 +159,7 @@ def separate_divisions(model: ir.Model) -> None:
     """Make quantizers after MaxPool, Conv or Gemm divide by the step size in a separate operator.
 
     Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
-    8-bit MaxPool takes a hundred times as long as the float MaxPool. Onnxruntime also rounds the
+    8-bit MaxPool takes a hundred times as long as the float MaxPool. It would also round the
     weights of a Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
     """
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]

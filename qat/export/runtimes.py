@@ -216,7 +216,7 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
 
 @quiet()
 def quantize_8bit(source: Path, target: Path) -> None:
-    """Quantize a float file by onnxruntime: 8-bit weights, input ranges measured at run time."""
+    """Quantize a float file with onnxruntime: 8-bit weights, input ranges measured at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow import)
 
     quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)

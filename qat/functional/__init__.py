@@ -1,7 +1,8 @@
-"""Pure functions: tensors in, tensors out, no state.
+"""Functions without state: tensors in, tensors out. Only `fake_quantize_affine_` changes its input.
 
 `axis` is the dimension along which scales differ; None = one scale for the tensor. The functions of
-the evolutionary search are in `qat.functional.evolution` and are not exported here.
+DoReFa, of packing and of the evolutionary search are not exported here: import them from
+`qat.functional.dorefa`, `qat.functional.packing` and `qat.functional.evolution`.
 """
 
 from qat.functional.affine import (

@@ -172,8 +172,8 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     """Give every slice of `quantized` along `axis` the mean and standard deviation of `w` there.
 
     The result is (q - mean q) std w / (std q + 1e-8) + mean w, with unbiased standard deviations.
-    Its values are therefore not on the grid of q: each slice has an affine map of this grid. A
-    slice of one element becomes w.
+    Its values are therefore not on the grid of q: each slice is on a scaled and shifted copy of
+    this grid. A slice of one element becomes w.
 
     Source: Banner et al., arXiv 1810.05723, as used by Evol-Q (arXiv 2308.10814).
 

@@ -88,7 +88,7 @@ def kure_from_kurtoses(
 def kure_loss(
     weights: Iterable[Tensor], target: float = UNIFORM_KURTOSIS, reduction: str = "mean"
 ) -> Tensor:
-    """(K_i - target)^2 of the kurtosis of each tensor, reduced to a scalar.
+    """(K - target)^2 for the kurtosis K of each tensor, reduced to a scalar.
 
     Args:
         weights: tensors of any shapes and float dtypes, or a single tensor.

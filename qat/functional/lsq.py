@@ -62,7 +62,7 @@ class CodeRange(NamedTuple):
         return SCALE_FLOOR
 
     def nearest(self, clamped: Tensor) -> Tensor:
-        """Grid values, in steps, nearest to x / s clamped to `ends`; tied codes round to even."""
+        """Grid values, in steps, nearest to x / s clamped to `ends`; ties go to the even code."""
         # As in the paper, clamping precedes rounding: `lsq_backward` needs the clamped values.
         if self.half:
             return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5
@@ -292,8 +292,8 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
         qmax: highest code.
         axis: dimension along which scales differ; None = one scale for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(qmax * m), with
-            m elements per scale. The upper bound replaces qmax with half steps (qmax + 1), and if
-            `sign` is at most 0 (qmax - qmin).
+            m elements per scale. With half steps, qmax + 1 replaces qmax in this formula; if `sign`
+            is at most 0, qmax - qmin replaces it.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
         sign: None, or a one-element tensor: a value of at most 0 selects the codes from 0 to
@@ -304,6 +304,9 @@ def lsq(  # noqa: PLR0913, PLR0917  (codes, and offsets around them)
     Returns:
         The shape and dtype of `x`. The gradient of `x` passes inside the closed range and is zero
         outside. The gradient of `scale` is LSQ's, straight through the floor of 1e-5.
+
+    Raises:
+        UsageError: `scale` or `before` does not fit the shape of `x`.
     """
     codes = CodeRange(qmin, qmax, axis, half)
     return LSQFunction.apply(x, scale, before, after, sign, codes, grad_factor)
@@ -433,8 +436,8 @@ def _search_step(
     steps = initial_step.clamp(min=SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
-    # Use the plain path where a kernel would return other results: for other layouts, sums are
-    # rounded in another order, and kernels raise step sizes below `SCALE_FLOOR`.
+    # Use the plain path where a kernel would return other results: if `x` is not contiguous, sums
+    # are rounded in another order, and kernels raise step sizes below `SCALE_FLOOR`.
     if quantize is None or not x.is_contiguous() or (steps < SCALE_FLOOR).any():
         quantize = _fake_quantize
     is_possible = _mark_possible_steps(x, steps, codes)

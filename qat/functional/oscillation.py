@@ -79,9 +79,9 @@ def freezing_step(
 ) -> FreezingState | None:
     """Freeze entries that oscillate too often, at the rounded mean of their codes.
 
-    The mean does not yet include this update. The frequency of a frozen entry can only fall; while
-    the frequency is above the threshold, the frozen code is computed again from the mean, as in the
-    authors' code.
+    The mean does not yet include this update. While the frequency of a frozen entry is above the
+    threshold, the frozen code is computed again from the mean, as in the authors' code; otherwise
+    the frozen code stays.
 
     Args:
         state: the result of the last update; None at the first update.

@@ -82,8 +82,8 @@ def unpack_codes(
     n = torch.Size(shape).numel()
     if packed.shape != (packed_bytes(n, bits),):
         raise ValueError(
-            f"{tuple(packed.shape)} bytes for {n} codes of {bits} bits, "
-            f"expected {packed_bytes(n, bits)}"
+            f"packed has shape {tuple(packed.shape)}, "
+            f"expected {packed_bytes(n, bits)} bytes for {n} codes of {bits} bits"
         )
     stream = _to_bits(packed.to(torch.int16), _BYTE)[: n * bits]
     codes = _from_bits(stream, bits)

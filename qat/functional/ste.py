@@ -118,7 +118,11 @@ def group_size(x: Tensor, axis: int | None) -> int:
 
 
 def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean magnitude of slices along `axis`: (x.shape[axis],), or (1,) if `axis` is None."""
+    """Mean magnitude of slices along `axis`, computed and returned in `dtype`.
+
+    Returns:
+        (x.shape[axis],), or (1,) if `axis` is None.
+    """
     return sum_along(x.to(dtype).abs(), axis) / group_size(x, axis)
 
 

@@ -1,5 +1,5 @@
-// Computes functional/block_floats.py in one pass over memory; results are bit-identical. The text of cpu.cpp
-// precedes this file when it is compiled.
+// Compute `round_blocks` of functional/block_floats.py in one pass over memory; results are
+// bit-identical. The text of cpu.cpp precedes this file when it is compiled.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -1,6 +1,7 @@
-// Computes reference.py in one pass over memory. Forward results are bit-identical: products and sums are not fused, division rounds to
-// nearest, rounding is half to even, and comparisons let NaN pass unchanged. `omp simd` is allowed where two arguments are the same
-// memory, because each element is read before it is written.
+// Compute the LSQ and StatsQ functions of reference.py in one pass over memory. Forward results are
+// bit-identical: products and sums are not fused, division rounds to nearest, rounding is half to
+// even, and comparisons let NaN pass unchanged. `omp simd` is allowed where two arguments are the
+// same memory, because each element is read before it is written.
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
@@ -38,9 +39,12 @@ inline float quantized(float x, float s, float low, float high) {
     return rounded<HALF>(clamped(x / s, low, high), high) * s;
 }
 
-// The gradient passes where the value is in the range or is NaN; elsewhere it is zero. The comparison uses the clamped value, because
-// compilers turn a comparison with the bounds into branches, which take four times as long.
-inline float passed(float upstream, float u, float code) { return code == u || !(u == u) ? upstream : 0.0f; }
+// The gradient passes where the value is in the range or is NaN; elsewhere it is zero. The
+// comparison uses the clamped value, because compilers turn a comparison with the bounds into
+// branches, which take four times as long.
+inline float passed(float upstream, float u, float clamped_u) {
+    return clamped_u == u || !(u == u) ? upstream : 0.0f;
+}
 
 struct Part {
     size_t first, last;
@@ -61,12 +65,13 @@ inline float backward_row(const float* g, const float* x, const float* a, const 
     float step_grad = 0;
 #pragma omp simd reduction(+ : step_grad)
     for (size_t i = 0; i < length; i++) {
-        const float u = (BEFORE ? x[i] + a[i] : x[i]) / s, code = clamped(u, low, high);
-        const float upstream = g[i], inner = passed(upstream, u, code), level = rounded<HALF>(code, high);  // dx may be g
+        const float u = (BEFORE ? x[i] + a[i] : x[i]) / s, clamped_u = clamped(u, low, high);
+        const float upstream = g[i], inner = passed(upstream, u, clamped_u);  // dx may be g
+        const float rounded_u = rounded<HALF>(clamped_u, high);
         dx[i] = inner;
-        step_grad += upstream * level - inner * code;
-        if (LEVELS == BARE) y[i] = level * s;
-        if (LEVELS == SHIFTED) y[i] = level * s + c[i];
+        step_grad += upstream * rounded_u - inner * clamped_u;
+        if (LEVELS == BARE) y[i] = rounded_u * s;
+        if (LEVELS == SHIFTED) y[i] = rounded_u * s + c[i];
     }
     return step_grad;
 }
@@ -82,10 +87,11 @@ inline void backward_columns(const float* g, const float* x, const float* a, flo
                              float* step_grad) {
 #pragma omp simd
     for (size_t i = 0; i < length; i++) {
-        const float u = (BEFORE ? x[i] + a[i] : x[i]) / at_least_floor(s[i]), code = clamped(u, low, high);
-        const float upstream = g[i], inner = passed(upstream, u, code);  // dx may be g
+        const float u = (BEFORE ? x[i] + a[i] : x[i]) / at_least_floor(s[i]);
+        const float clamped_u = clamped(u, low, high);
+        const float upstream = g[i], inner = passed(upstream, u, clamped_u);  // dx may be g
         dx[i] = inner;
-        step_grad[i] += upstream * rounded<HALF>(code, high) - inner * code;
+        step_grad[i] += upstream * rounded<HALF>(clamped_u, high) - inner * clamped_u;
     }
 }
 
@@ -131,7 +137,8 @@ void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t leng
     }
 }
 
-// step_grads: gradients of the step sizes, one number per row, or with by_column one per column and thread; zero at first.
+// step_grads: gradients of the step sizes, one number per row (overwritten), or with by_column one
+// per column and thread (zero at first, added to).
 // sum_dx, sum_g: column sums of dx and g, one row per thread and zero at first, or null.
 // levels: where the forward result is written, or null; always null with by_column.
 // softmax: true if x is the result of a softmax and dx the gradient of the scores; needs whole rows, and is false with by_column.

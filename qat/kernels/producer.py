@@ -21,7 +21,8 @@ class Producer(NamedTuple):
             `softmax` = x is the result of a softmax, and gradients are with respect to the scores;
             empty = no operation, so the quantizer's input is x itself.
         eps: eps of a LayerNorm.
-        factor: for both kinds of softmax, the factor on the scores.
+        factor: for both kinds of softmax, the factor by which the scores were multiplied before the
+            softmax; gradients are with respect to the unscaled scores.
     """
 
     kind: str = ""
@@ -50,7 +51,7 @@ class Producer(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias; for both kinds of softmax, of the scores instead of x.
+        """Gradients of x, weight and bias; for both kinds of softmax, of the unscaled scores.
 
         Args:
             grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.

@@ -12,7 +12,8 @@ from qat.kernels.rows import Layout, row_stride
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Usual number of elements in the tile of a program.
 TILE = 2048
-# Limits on the columns of a tile, for kernels that may divide a row into several tiles.
+# For kernels that may divide a row into several tiles: maximum number of columns of a tile, and
+# minimum number for a tile that divides the row evenly.
 MAX_TILE_WIDTH = 1024
 MIN_TILE_WIDTH = 64
 

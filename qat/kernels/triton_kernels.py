@@ -160,7 +160,7 @@ def _produce_backward(  # noqa: PLR0913
     factor: tensor,
     PRODUCER: constexpr,
 ) -> tensor:
-    """Gradient of x from the gradient of the result of `_produce`."""
+    """Gradient of x, or of the unscaled scores, from the gradient of the result of `_produce`."""
     if PRODUCER == "norm":
         grad = grad if weight is None else grad * weight
         inverse_length = tl.div_rn(1.0, 1.0 * length)
@@ -290,8 +290,9 @@ def lsq_backward(  # noqa: PLR0913
     written to `y` unless `y` is None.
 
     PRODUCER is the operation that computed the input of the quantizer from `x`: "norm" = LayerNorm
-    and "scores" = softmax, both with whole rows in a tile, or "gelu" = GELU. `grad_x` is always the
-    gradient of `x`.
+    and "scores" = softmax, both with whole rows in a tile, or "gelu" = GELU. `grad_x` is the
+    gradient of `x`, except that with "scores", it is the gradient before the multiplication by
+    `factor`: the gradient of the unscaled scores.
 
     Length and strides of rows are in UNITs, so that the compiler knows them to be multiples of
     UNIT. Triton detects multiples of 16 by itself, but 8 elements of half precision are already the

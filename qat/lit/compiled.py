@@ -58,7 +58,8 @@ def _kernel_source_hash() -> str:
 def register_decompositions() -> None:
     """Register decompositions of our operators, so that inductor fuses them with other operations.
 
-    Compilation takes longer; with `ROUNDING`, results are bit-identical to eager mode.
+    Compilation takes longer; with `ROUNDING`, a decomposition returns the same bits as the
+    operator.
     """
     decompositions.update(operators.DECOMPOSITIONS)
     # Torch may already have copied the table of decompositions.

@@ -245,7 +245,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint. The file before a new `last.ckpt` is kept as `last.prev.ckpt`.
+        """Write a checkpoint; an existing `last.ckpt` is kept as `last.prev.ckpt`.
 
         Raises:
             UsageError: the file cannot be written.

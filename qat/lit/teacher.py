@@ -78,8 +78,9 @@ class Teacher:
         self.head = head
         self._predict: Callable[[Tensor], Tensor] = net
         self._outputs: dict[str | None, OutputRecorder] = {}
-        # Recorded in a forward of the net, because the net itself chooses the features of the class
-        # head: a token in a distilled DeiT, the mean of tokens in LeViT.
+        # The class head's logits are recorded in a forward pass of the net, because the net itself
+        # chooses the features of this head: a token in a distilled DeiT, the mean of tokens in
+        # LeViT.
         recorded_heads = [net.head] if self.uses_one_of_two_heads else []
         self._class_head_recorder = OutputRecorder(recorded_heads)  # type: ignore[arg-type]
 

@@ -109,7 +109,8 @@ class FeatureDistillation(LossTerm):
         """The loss, a scalar, multiplied by the schedule.
 
         Raises:
-            UsageError: the blocks of net and teacher return different shapes.
+            UsageError: the net has no blocks, or the blocks of net and teacher return different
+                shapes.
         """
         shapes = [tuple(feature.shape[1:]) for feature in step.features]
         teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]

@@ -122,7 +122,7 @@ class Dampening(LossTerm):
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid):
                 clipped_weight = weight.clamp(*grid.ends(weight.ndim))
-                # `detach`, because the step size gets no gradient.
+                # Detached, so that the step size gets no gradient from this term.
                 quantized_weight = site.quantizer(weight).detach()
                 squared_distances.append((quantized_weight - clipped_weight).square().sum())
         if not squared_distances:

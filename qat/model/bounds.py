@@ -25,6 +25,7 @@ SIZE_FACTOR = 8
 SPARE_TENSORS = 2000
 SPARE_NUMBERS = 2**24
 SPARE_COMPUTED = 2**28
+# Errors of building or calling a model, other than the `ValueError` of `SizeLimit`.
 OTHER_ERRORS = (
     ArithmeticError,
     AssertionError,

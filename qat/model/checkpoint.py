@@ -66,7 +66,8 @@ def read_checkpoint(
 
     Args:
         path: the file.
-        fmt: one of `FORMATS`; `ofq` = a file of OFQ's own code, from which `qat.interop` builds a
+        fmt: one of `FORMATS`: `auto` = any file; `qat` = only a checkpoint of qat; `timm` = ignore
+            the metadata of qat; `ofq` = a file of OFQ's own code, from which `qat.interop` builds a
             model.
         setting: name of the setting for the file, for error messages.
 

@@ -50,7 +50,7 @@ class Conversion:
             created.
         signs: which inputs have unsigned grids: `probe` = all inputs that come from an activation
             function; `tails` = these except inputs of convolutions after SiLU or Hardswish; `mlp` =
-            only such inputs in timm's `Mlp`, as in older files.
+            only inputs of `fc2` in timm's `Mlp` after an activation function, as in older files.
     """
 
     recipe: QuantRecipe
@@ -257,7 +257,7 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
     if rate and has_token_scales and recipe.GROUP == "quant":
         raise UsageError(
             f"model.args.patch_drop_rate={rate}: {recipe.name} has scales for each token; "
-            "must be 0, or quant.act_scales=tensor"
+            "must be 0, or use quant.act_scales=tensor"
         )
 
 
@@ -321,7 +321,7 @@ class _Walk:
         swapped: parent, name and replaced module of each swap.
         replacements: new modules by old module and kind of input (`SwapContext.input`). A module
             with several names thus gets only one replacement.
-        in_float: names of modules that a swap leaves in float on purpose.
+        in_float: names of modules that stay in float on purpose.
     """
 
     recipe: QuantRecipe
@@ -419,6 +419,8 @@ def check_input(
     net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()
 ) -> dict[str, Tensor]:
     """Run a model on one image of zeros, of the size `input_size` (channels, height, width).
+
+    Afterwards, the hooks whose handles are in `hooks` are removed.
 
     Returns:
         The outputs by name, see `named_outputs`.

@@ -51,7 +51,7 @@ class ModuleCost:
         code_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix).
         scale_bytes: bytes of scales and zero points of weights and activations (4 each; 1 for the
             scale of a block of floats), including scales that training computes from the weights.
-        offset_bytes: bytes of learned offsets, and of those of bias correction.
+        offset_bytes: bytes of learned offsets and of the offsets of bias correction.
         float_bytes: bytes of everything else.
         products: the matrix products for one image.
     """

@@ -34,7 +34,7 @@ NOT_PLAIN_MESSAGE = (
     "is pruned or parametrized; must have plain weights: "
     "prune.remove and remove_parametrizations of torch.nn.utils keep the values"
 )
-# Attentions that pass the output of `qkv` to the quantizers unchanged.
+# Attentions in which at most norms change the output of `qkv` before the quantizers.
 DIRECT_ATTENTIONS = (QuantVitAttention, QuantWindowAttention)
 
 
@@ -42,13 +42,13 @@ def freeze(net: nn.Module) -> nn.Module:
     """Return a copy of a quantized model with integer codes in place of float weights.
 
     Parameters of the copy cannot be trained. A weight becomes codes with the scales of its
-    quantizer; StatsQ's code k means (k + 1/2) * step size. With query-key reparameterization, only
-    the codes of the folded matrix remain. If an offset c after the quantizer of a linear layer's
-    input has one number per channel, it becomes part of the layer's bias (W c). In attentions of
-    ViT and Swin, offsets before the quantizers of queries, keys and values become part of the bias
-    of the layer that computes them; if a norm changes queries or keys, or with query-key
-    reparameterization, only those before values do. Other offsets stay where they are; offsets that
-    are zero are removed.
+    quantizer; a code k of StatsQ or SEQ means (k + 1/2) * step size. With query-key
+    reparameterization, only the codes of the folded matrix remain. If an offset c after the
+    quantizer of a linear layer's input has one number per channel, it becomes part of the layer's
+    bias (W c). In attentions of ViT and Swin, offsets before the quantizers of queries, keys and
+    values become part of the bias of the layer that computes them; if a norm changes queries or
+    keys, or with query-key reparameterization, only those before values do. Other offsets stay
+    where they are; offsets that are zero are removed.
 
     Args:
         net: a converted model whose scales are all set; it is not changed.

@@ -42,8 +42,8 @@ class FrozenWeight(Frozen):
     Attributes:
         stored: codes, int8 or uint8, in the shape of the weight.
         scale: step sizes, (n,): one per row, or one for all rows.
-        shift: (n,), in units of codes, multiples of 1/2: 1/2 for StatsQ, the negative zero point
-            for affine grids.
+        shift: (n,), in units of codes, multiples of 1/2: 1/2 for StatsQ and SEQ, the negative zero
+            point for affine grids.
         after: (n,), number added to each row by bias correction or an offset of the quantizer; None
             = 0.
     """
@@ -234,7 +234,7 @@ class FrozenActivation(Frozen):
 
 
 def _zero_point(grid: UniformGrid) -> Tensor | None:
-    """The zero point of a grid as a tensor (n,), or None for 0."""
+    """The zero point of a grid as a tensor (n,), or None if the quantizer fixes it at 0."""
     if isinstance(grid.zero_point, Tensor):
         return grid.zero_point
     return torch.full_like(grid.step, grid.zero_point) if grid.zero_point else None

@@ -51,6 +51,13 @@ def classes_of(net: nn.Module) -> list[str] | None:
     return getattr(net, "qat_classes", None)
 
 
+def recorded_constructor(net: nn.Module) -> tuple[str | None, dict[str, Any] | None]:
+    """Name and arguments with which timm builds the model; None where they are not recorded."""
+    config = getattr(net, "pretrained_cfg", None) or {}
+    timm_record = config.get("architecture"), getattr(net, "_model_args", None)
+    return constructor_of(net) or timm_record
+
+
 def describe(
     net: nn.Module,
     *,
@@ -81,11 +88,7 @@ def describe(
     if classes is None:
         classes = classes_of(net)
     _check_data_and_classes(data, classes)
-    config = getattr(net, "pretrained_cfg", None) or {}
-    own_name, own_kwargs = constructor_of(net) or (
-        config.get("architecture"),
-        getattr(net, "_model_args", None),
-    )
+    own_name, own_kwargs = recorded_constructor(net)
     name = model or own_name
     kwargs = own_kwargs if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
@@ -105,6 +108,7 @@ def describe(
         )
     conversion = conversion_of(net)
     recipe = recipe_of(net)
+    config = getattr(net, "pretrained_cfg", None) or {}
     image_config = {}
     for key in IMAGE_KEYS:
         if config.get(key) is not None:

@@ -48,8 +48,8 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         meta: metadata from `qat.model.metadata.describe`.
 
     Returns:
-        A dict with the bytes of codes, of scales (with zero points), of offsets, of all other
-        floats, and of the header (index, recipe, classes).
+        A dict with the bytes of `codes`, `scales` (with zero points), `offsets`, `rest` (all other
+        floats) and `header` (index, recipe, classes).
     """
     packer = _Packer(net)
     for name, tensor in net.state_dict().items():
@@ -121,7 +121,7 @@ class _Packer:
         self.sizes["codes"] += len(codes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of the file, by name."""
+        """Tensors of the file, by name; the bytes of blocks of floats are added to `sizes`."""
         tensors = {
             "codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *self._codes]),
             "floats": torch.cat([torch.zeros(0), *self._floats]),
@@ -146,7 +146,10 @@ def _size_key(name: str) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], *header: str) -> str:
-    """CRC-32 (eight digits) of codes, floats, other tensors by name, and texts of the header."""
+    """CRC-32 (eight hexadecimal digits) of codes, floats, other tensors, and texts of the header.
+
+    The other tensors are sorted by name; names are not part of the checksum.
+    """
     checksum = 0
     for name in ("codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})):
         checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
@@ -189,7 +192,10 @@ def _unpack(index: list[list[Any]], tensors: dict[str, Tensor]) -> dict[str, Ten
     """Read weights by name from the tensors of a file, according to the file's index."""
     num_constants = sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")
     if num_constants > MAX_CONSTANT_NUMBERS:
-        raise ValueError(f"the index lists {num_constants} numbers that are missing from the file")
+        raise ValueError(
+            f"the index lists constant tensors of {num_constants} numbers; "
+            f"must be at most {MAX_CONSTANT_NUMBERS}"
+        )
     state = {}
     codes = _Cursor(tensors["codes"])
     floats = _Cursor(tensors["floats"])

@@ -183,11 +183,13 @@ def transformers_folder(
     Args:
         name: a folder that Transformers' `save_pretrained` wrote, or `user/name` on the hub.
         origin: name of the folder in error messages.
-        architecture: name of the model class; None = the class that the config names.
+        architecture: name of the model class; None = the image classifier that the config names,
+            or else the first one of its `model_type`.
         changes: settings that replace those of the config, also in nested configs.
 
     Returns:
-        The folder (see `fetch`), and arguments of `TransformersClassifier`, without preprocessing.
+        The folder (see `fetch`), and the arguments `architecture` and `config` of
+        `TransformersClassifier`.
 
     Raises:
         UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
@@ -383,10 +385,10 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
         tags=["quantization", "vision"],
     )
     if source.endswith(".safetensors"):
-        load = f'qat.load("{source}")'
+        load_call = f'qat.load("{source}")'
         setting = f"ckpt={source}"
     else:
-        load = f'qat.from_pretrained("{source}")'
+        load_call = f'qat.from_pretrained("{source}")'
         setting = f"model={PREFIX}{source}"
     command = f"On the command line: `qat eval {setting} predict=PHOTOS`."
     return f"""---
@@ -404,7 +406,7 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
 ```python
 import qat
 
-net = {load}
+net = {load_call}
 image = qat.transform(net)("photo.jpg")
 out = net(image[None])
 ```

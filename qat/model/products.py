@@ -176,7 +176,8 @@ class _ProductRecorder(TorchFunctionMode):
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
     """List the matrix products of one forward pass on an image of zeros.
 
-    The products of our attentions are computed from their shapes; all other products are recorded.
+    Products of our attentions are computed from the shapes of inputs; all other products are
+    recorded.
     """
     modules = dict(net.named_modules())
     attentions = {

@@ -164,8 +164,7 @@ class PtqRecipe(QuantRecipe):
 
     def _check_bits(self, knobs: tuple[str, ...], quantizer: str) -> None:
         for knob in knobs:
-            # With blocks of floats, stem and heads are affine, so check their bits as integers
-            # ("").
+            # With blocks of floats, stem and heads are affine, so they may have 2 to 8 bits.
             is_affine = knob in _OUTER_BITS and quantizer in BLOCK_FLOATS
             check_bits(f"ptq.{knob}", getattr(self, knob), "" if is_affine else quantizer)
 

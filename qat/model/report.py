@@ -15,7 +15,7 @@ from qat.utils.validate import FLOAT_BITS
 
 
 class ReportRow(NamedTuple):
-    """One quantizer of a conversion report."""
+    """One quantizer of a conversion report; `scales` counts only stored scales."""
 
     module: str
     role: str

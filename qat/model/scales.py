@@ -122,7 +122,7 @@ class _Progress:
         self.last = self.began
 
     def begin_batch(self, images: int) -> None:
-        """Forward pre-hook of the model that counts the images of a batch."""
+        """Add the images of a batch to the count, and begin to count quantizers again."""
         self.images += images
         self.calibrated = 0
 

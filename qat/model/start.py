@@ -1,6 +1,7 @@
-"""Build the initial model of a run, with random weights, timm's weights or a file's.
+"""Build the initial model of a run: with random weights, timm's weights, or those of a file.
 
-The file may be a checkpoint of qat with any recipe, a timm checkpoint, or a plain state dict.
+The file may be a checkpoint of qat with any recipe, a timm checkpoint, a plain state dict, or a
+folder that Transformers' `save_pretrained` wrote.
 """
 
 from __future__ import annotations
@@ -231,8 +232,8 @@ def from_state(
             another model or are not finite.
     """
     untrained = _create(model, kwargs)
-    added_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
-    state = {name: tensor for name, tensor in state.items() if name not in added_biases}
+    bias_tensors = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
+    state = {name: tensor for name, tensor in state.items() if name not in bias_tensors}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     own_state = untrained.state_dict()
     state, head_notes, difference = _replace_heads(state, own_state, cfg["classifier"])
@@ -257,7 +258,7 @@ def from_state(
     net.pretrained_cfg = cfg  # type: ignore[assignment]
     net.default_cfg = cfg  # type: ignore[assignment]
     add_biases(net, biases)
-    net.load_state_dict(added_biases, strict=False)
+    net.load_state_dict(bias_tensors, strict=False)
     check_finite(net, origin)
     return Start(net, [f"weights of {origin}", *head_notes])
 

@@ -86,7 +86,7 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
     """Rebuild a model from a file, without data, in eval mode; torch's random state is unchanged.
 
-    The file is one of `qat.save`, of a run (`last.ckpt`, `best.ckpt`) or of `format=packed`.
+    The file comes from `qat.save`, from a run (`last.ckpt`, `best.ckpt`) or from `format=packed`.
 
     Args:
         path: the file.
@@ -109,8 +109,8 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
 
     Args:
         checkpoint: the file.
-        image_size: (height, width) of the images with which the model will be called; None = the
-            size in the file.
+        image_size: (height, width) of images with which the model will also be called, for the
+            check of the memory they take; None = check only the sizes in the file.
 
     Raises:
         UsageError: the file does not state its model, or a newer version of qat wrote it; its model
@@ -120,7 +120,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
     origin = f"ckpt={str(checkpoint.path)!r}"
     meta = checkpoint.meta
     if meta is None:
-        raise UsageError(f"{origin}: does not name its model; set model=...")
+        raise UsageError(f"{origin}: does not name its model; set model=NAME on the command line")
     version = meta.get("format_version", 0)
     if version > FORMAT_VERSION:
         raise UsageError(

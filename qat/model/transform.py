@@ -28,8 +28,8 @@ def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
     colours for grey images), at the model's input size.
 
     Raises:
-        UsageError: the model has neither a data config nor a `pretrained_cfg`, does not take square
-            images, or its data class is neither part of qat nor imported.
+        UsageError: the model has neither a data config with mean and std nor a `pretrained_cfg`,
+            does not take square images, or its data class is neither part of qat nor imported.
     """
     from qat.data import image_transform  # qat.data imports Lightning
 
@@ -41,16 +41,17 @@ def data_config(net: nn.Module) -> Mapping[str, Any]:
     stored = data_of(net) or {}
     if "_target_" in stored:
         return stored
-    return {**_settings_of_timm(net), **stored}
-
-
-def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
-    if not config:
+    if not config and not {"mean", "std"} <= stored.keys():
         raise UsageError(
             "transform: this model does not record how its images are prepared; "
-            "qat.save(model, path, data={...}) stores this"
+            "qat.save(model, path, data={'mean': [...], 'std': [...]}) stores this"
         )
+    return {**_settings_of_model(net, config or {}), **stored}
+
+
+def _settings_of_model(net: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of timm's `pretrained_cfg`, and those that follow from the model itself."""
     conversion = conversion_of(net)
     input_size = own_input_size(net) if conversion is None else conversion.input_size
     channels, height, width = input_size
@@ -58,13 +59,7 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
         raise UsageError(
             f"transform: the model takes images of {height} x {width} pixels; must be square"
         )
-    resolved = timm.data.resolve_data_config({}, pretrained_cfg=config)
-    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-    settings = {name: resolved[name] for name in names}
-    if channels != len(settings["mean"]):
-        for name in ("mean", "std"):
-            average = sum(settings[name]) / len(settings[name])
-            settings[name] = [average] * channels
+    settings = _preparation_of_timm(config, channels) if config else {}
     # A backbone has no classes; any number will do, because preparing images does not depend on it.
     num_classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1
     return settings | {
@@ -73,6 +68,18 @@ def _settings_of_timm(net: nn.Module) -> dict[str, Any]:
         "in_chans": channels,
         "num_classes": num_classes,
     }
+
+
+def _preparation_of_timm(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Settings of timm's `pretrained_cfg`; mean and std are averaged if the channels differ."""
+    resolved = timm.data.resolve_data_config({}, pretrained_cfg=config)
+    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    settings = {name: resolved[name] for name in names}
+    if channels != len(settings["mean"]):
+        for name in ("mean", "std"):
+            average = sum(settings[name]) / len(settings[name])
+            settings[name] = [average] * channels
+    return settings
 
 
 def renormalize(net: nn.Module, image_stats: Sequence[Any], training_stats: Sequence[Any]) -> None:

@@ -151,9 +151,10 @@ class QuantAttention(ScoredAttention):
         return self.q_norm(q_heads), self.k_norm(k_heads)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d).
+        """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h/g, M, d).
 
-        If step sizes differ by token, all heads of a token share a step size.
+        Each group of g query heads shares a head of keys; g is `heads_per_group`. If step sizes
+        differ by token, all heads of a token share a step size.
         """
         q_q = quantize_heads(q, self.q_quantizer)
         k_q = self.repeat_groups(quantize_heads(k, self.k_quantizer))

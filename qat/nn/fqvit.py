@@ -44,7 +44,7 @@ class IntegerLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to multiples of the step size of the quantizer after the norm.
 
-        While `convert` counts scales, the norm computes in float.
+        While `convert` creates the scales, the norm computes in float.
         """
         before, after = self.outer_quantizers
         if after.scale is None:
@@ -200,10 +200,9 @@ class FqNet(VisionTransformer):
             has_token_scales = TOKEN_AXIS in {spec_before.axis, spec_after.axis}
             can_sum = spec_before.axis is None or spec_before.observer == "ptf"
             if has_token_scales or not can_sum:
-                required_scales = "one scale, or one for each channel by ptq.residual_observer=ptf"
                 raise UsageError(
-                    f"ptq.layernorm='integer': {name} needs {required_scales} before it, "
-                    "and no scale per token after it"
+                    f"ptq.layernorm='integer': before {name}, there must be one scale, or one for "
+                    "each channel with ptq.residual_observer=ptf; after it, no scale per token"
                 )
             norm.outer_quantizers = (before, after)  # type: ignore[assignment]
 

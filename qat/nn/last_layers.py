@@ -35,7 +35,7 @@ def named_outputs(out: object) -> dict[str, Tensor]:
 
 
 def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:
-    """Layers whose output reaches a model output without passing another layer.
+    """Layers whose output reaches a model output without passing through another layer.
 
     These are classifiers, the last layers of box and mask predictors, and projections of
     embeddings. An encoder has no such layers.

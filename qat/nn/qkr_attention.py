@@ -86,7 +86,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return scores + F.linear(xq, _cast_like(xq, per_key)).transpose(1, 2).unsqueeze(2)
 
     def per_key_weight(self) -> Tensor | None:
-        """The folded query bias (h, C), which is added to the scores of each key.
+        """The folded query bias c (h, C), which adds c_h . Xq[m] to the scores of key m.
 
         Returns None without a query bias.
         """

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 def shallow_cast(cls: type[M], module: nn.Module) -> M:
     """A module of class `cls` that shares parameters, buffers, children and settings of `module`.
 
-    Nothing is copied.
+    No tensor or child is copied, but children added to the result are not added to `module`.
     """
     cast = cls.__new__(cls)
     cast.__dict__.update(module.__dict__)

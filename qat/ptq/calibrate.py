@@ -58,7 +58,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     The net runs in float, so ranges do not depend on the rounding of other quantizers. Every batch
     counts for a range: its ends are the smallest and largest value or, with ema and percentile,
     moving averages. For activations, the methods omse, mse, mse_ends and ptf then try candidates on
-    the last batch, which runs once more. Equal batches lead to bit-identical scales.
+    the last batch, which runs once more. Two calibrations on the same batches set bit-identical
+    scales.
 
     Args:
         net: a net converted with a `PtqRecipe`. It runs in eval mode, and its mode is restored

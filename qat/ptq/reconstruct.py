@@ -128,7 +128,7 @@ def reconstruct(
             write no files.
         resume: resume from `reconstruct.ckpt`, if the file exists.
         run: settings of the whole run; see `Progress`.
-        context: returns a context manager for each forward of a training step, such as autocast.
+        context: returns a context manager for each forward of a unit, such as autocast.
 
     Returns:
         A dict: `units` (number of units), `steps` (training steps per unit), `images` (number of

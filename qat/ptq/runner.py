@@ -156,9 +156,10 @@ class Runner:
         return self.order.position.get(name, len(self.order.position))
 
     def _check_outputs(self, *, needs_net_output: bool) -> None:
-        """Find the modules at which a run cannot start: the net's output would not be the same.
+        """Find the modules at which a run cannot start, because the output would not be the same.
 
-        It differs if, after the module, the net reads outputs of earlier modules again.
+        With `needs_net_output`, this is the output of the net, else that of the module. It differs
+        if, after the start, the net reads outputs of earlier modules again.
         """
         all_batches = self.batches
         cache_bytes = self.cache_bytes

@@ -87,7 +87,7 @@ class Fp8(LSQ):
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        # A scale from the largest value is used as it is, however small.
+        # A scale from the largest value is reliable, however small.
         self.min_reliable = 0.0
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:

@@ -44,7 +44,10 @@ class Grid(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The values that codes stand for, float32; codes have the shape of the tensor."""
+        """The values that codes of `Quantizer.codes` stand for, float32, in the shape of the codes.
+
+        In `FloatGrid`, these codes are not the numbers that the method `codes` returns.
+        """
 
     def to_sorted_index(self, codes: Tensor) -> Tensor:
         """Codes, numbered from qmin to qmax so that consecutive codes have neighbouring values."""

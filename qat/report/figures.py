@@ -31,7 +31,7 @@ CURVES = {
     "Validation top-1, %": "val/top1",
     "Learning rate": "lr-.*",
     "Share of weights that oscillate": "osc/share",
-    "Share of weights that annealing lets train": "cga/trainable",
+    "Share of weights that annealing trains": "cga/trainable",
 }
 
 

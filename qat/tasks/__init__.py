@@ -1,4 +1,4 @@
-"""Commands: each module named like a command has one function of the same name.
+"""Commands: `train`, `evaluate`, `ptq`, `analyze` and `export`, each in a module of the same name.
 
-Modules outside this package do not get Hydra configs.
+Only this package and `qat.cli` get Hydra configs.
 """

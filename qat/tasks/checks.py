@@ -250,7 +250,7 @@ def check_combinations(
     # those below 1/4096. So most codes would never change.
     if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
-            f"trainer.precision={precision!r}: a quantized model needs float weights; "
+            f"trainer.precision={precision!r}: a quantized model needs weights of 32 bits or more; "
             "must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
         )
     if trainer.get("strategy") != SHARDED:

@@ -149,8 +149,8 @@ def _setting_comments(command: str) -> dict[str, str]:
 def display_name(name: str, args: Mapping[str, Any]) -> str:
     """The name by which users know a model.
 
-    Before timm's name comes the choice of `model=` whose arguments the model has, if there is one.
-    A model of Transformers is named by its class.
+    If a choice of `model=` has this name and arguments of this model, the name of the choice comes
+    first: `CHOICE (NAME)`. A model of Transformers is named by its class.
 
     Args:
         name: name for `timm.create_model`.

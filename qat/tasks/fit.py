@@ -102,7 +102,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
-    """Build the callbacks of `cfg.callbacks`, without progress bars if the output is no terminal.
+    """Build the callbacks of `cfg.callbacks`; leave out progress bars if stdout is not a terminal.
 
     Checkpoints go to `run_dir/checkpoints/` unless a callback has another folder.
     """
@@ -216,7 +216,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        # If this were True without such a callback, Lightning would add its own.
+        # If this were True without a checkpoint callback, Lightning would add its own.
         "enable_checkpointing": any(isinstance(callback, Checkpointing) for callback in callbacks),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
     }

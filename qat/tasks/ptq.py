@@ -91,7 +91,7 @@ def ptq(cfg: DictConfig) -> float:
     if trainer.world_size > 1 and (changes_weights or search_settings):
         raise UsageError(
             f"trainer.devices={trainer.world_size}: must be 1 with a search or "
-            "ptq.method=compensate, reconstruct"
+            "ptq.method=compensate or reconstruct"
         )
     quantized = subject
     if recipe is not None:

@@ -85,7 +85,7 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
     """
     settings = dict(meta.get("data") or {})
     target = settings.get("_target_")
-    # Also the keys and values inside of values.
+    # The text also contains the keys and values of nested dicts and lists.
     text_of_values = repr([value for key, value in settings.items() if key != "_target_"])
     if "_target_" in settings and target not in DATASETS:
         raise UsageError(

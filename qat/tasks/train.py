@@ -90,12 +90,12 @@ def train(cfg: DictConfig) -> float:
     first_step = (resume_checkpoint.step or 0) if resume_checkpoint else 0
     loggers = fit.build_loggers(cfg, resume_step=first_step)
     trainer = fit.build_trainer(cfg, callbacks, loggers)
-    optimizer = fit.build_optimizer_factory(cfg, trainer)
-    scheduler = fit.build_scheduler_factory(cfg)
+    optimizer_factory = fit.build_optimizer_factory(cfg, trainer)
+    scheduler_factory = fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
     data.batch_mixup()  # fails early if a mixup setting is invalid
-    start = _build_start(cfg, resume_checkpoint, recipe, data, trainer, optimizer)
+    start = _build_start(cfg, resume_checkpoint, recipe, data, trainer, optimizer_factory)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
     teacher_digest = None if teacher is None else hash_tensors(teacher.net.state_dict().values())
@@ -118,8 +118,8 @@ def train(cfg: DictConfig) -> float:
         start.net,
         loss,
         num_classes=data.settings.num_classes,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        optimizer=optimizer_factory,
+        scheduler=scheduler_factory,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
         describe=metadata,
@@ -129,7 +129,8 @@ def train(cfg: DictConfig) -> float:
     data.share_images(trainer)
     if is_first():
         _begin_run_dir(cfg, outdated_files)
-        announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])
+        lr = optimizer_factory.keywords["lr"]
+        announce_run(cfg, recipe, data, start, module, trainer, lr)
     teacher_top1 = announce_teacher(teacher, data, trainer)
     fit.compile_nets(cfg, module.net, teacher)
     with end_wandb_runs(trainer.loggers):
@@ -205,7 +206,7 @@ def _build_start(
     recipe: QuantRecipe,
     data: ImageData,
     trainer: Trainer,
-    optimizer: OptimizerFactory,
+    optimizer_factory: OptimizerFactory,
 ) -> Start:
     """The model to train on its device, either new or from the checkpoint of a resumed run."""
     if resume_checkpoint:
@@ -221,7 +222,7 @@ def _build_start(
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)
     if resume_checkpoint:
-        check_optimizer(resume_checkpoint, optimizer(start.net))
+        check_optimizer(resume_checkpoint, optimizer_factory(start.net))
     else:
         start.notes += build.quantize(
             start, recipe, data, init=cfg.model.init, processes=trainer.world_size

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import qat
@@ -492,6 +493,19 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert [value.name for value in values] == ["image", "logits"]
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
+
+
+def test_a_net_that_timm_did_not_build(tmp_path):
+    layers = [nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Flatten(), nn.Linear(32, 10)]
+    net = nn.Sequential(*layers).eval()
+    x = tiny.randn(8, 3, 8, 8)
+    qat.convert(net, DEPLOY["deploy_w8a8"], input_size=(3, 8, 8))
+    qat.initialize_scales(net, [x])
+    checked = qat.export_onnx(net, tmp_path / "net.onnx", images=x)
+    assert checked.problem is None
+    metadata = onnx.load(tmp_path / "net.onnx").metadata_props
+    stored = {entry.key: json.loads(entry.value) for entry in metadata}
+    assert stored["qat"]["model"] == {"name": "Sequential", "kwargs": {}}
 
 
 @pytest.mark.long

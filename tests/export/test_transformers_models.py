@@ -67,7 +67,11 @@ def quantized(build, recipe="deploy_w8a8"):
     ("build", "names", "text"),
     [
         (classifier, ["logits"], "same class on 3 of 3 images"),
-        (encoder, ["last_hidden_state", "pooler_output"], "cosine at least 1.000000, apart by up "),
+        (
+            encoder,
+            ["last_hidden_state", "pooler_output"],
+            "cosine at least 1.000000, outputs apart by up ",
+        ),
         (detector, ["logits", "pred_boxes"], "same class on 3 of 3 images, boxes of matched "),
     ],
 )

@@ -102,6 +102,21 @@ def test_what_data_says_comes_before_timm(tmp_path):
     assert torch.equal(qat.transform(saved(tmp_path, model))(pixels), found)
 
 
+def test_a_model_of_transformers_takes_images_as_its_data_say(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = transformers.ViTForImageClassification(config)
+    with usage_error("does not record how its images are prepared"):
+        qat.transform(saved(tmp_path, model, data={"image_size": 8}))
+    data = {"image_size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    found = qat.transform(saved(tmp_path, model, data=data))(pixels)
+    wanted = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)
+
+
 def test_a_wrong_image_is_named(tmp_path):
     apply = qat.transform(net(img_size=16))
     (tmp_path / "x.png").write_bytes(b"nothing")

@@ -118,6 +118,7 @@ def test_callbacks_that_need_steps(name, bits, callback):
         ("fp8", {"act_bits": 4}, "quant.act_bits=4: must be 8 with fp8"),
         ("fp8", {"head_bits": 4}, "quant.head_bits=4: must be 8 with fp8"),
         ("fp8", {"offsets": True}, "quant.offsets=true: must be false with fp8"),
+        ("minmax", {"fits_int8": True}, "quant.fits_int8=true: must be false with minmax"),
         ("fp8", {"weight_quantizer": "fp8_held"}, "quant.weight_quantizer='fp8_held': must be one"),
     ],
 )

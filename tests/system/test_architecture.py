@@ -209,7 +209,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40000,
-    "qat": 196100,
+    "qat": 196300,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -220,7 +220,7 @@ BUDGETS = {
     "qat/launch": 3800,
     "qat/lit": 7850,
     "qat/losses": 1970,
-    "qat/model": 25800,
+    "qat/model": 25950,
     "qat/nn": 14700,
     "qat/ptq": 9700,
     "qat/quantizers": 7610,
