@@ -1,27 +1,11 @@
-"""Affine quantization. Oracle: closed forms and round trips."""
+"""Affine quantization. Oracle: torch, and gradients written out."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qat import functional as F
 from tests.tiny import randn
-
-BITS = [2, 4, 8]
-
-
-@given(st.integers(0, 2**31), st.sampled_from(BITS), st.sampled_from([0, 1, -1, None]))
-@settings(max_examples=60, deadline=None)
-def test_unsigned_codes_miss_by_one_step_at_most(seed, bits, axis):
-    x = randn(3, 40, seed=seed)
-    scale, zero_point = F.affine_scale(x, bits, False, axis)
-    low, high = F.min_max(x, axis)
-    spans_zero = F.view_along((low <= 0) & (high >= 0), 2, axis).expand_as(x)
-    out = F.fake_quantize_affine(x, scale, zero_point, *F.code_range(bits, signed=False), axis)
-    # Half a step, and another half at the ends because the zero point is rounded.
-    assert ((out - x).abs() <= F.view_along(scale, 2, axis) * 1.001)[spans_zero].all()
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,6 @@ INPUTS = {
 }
 
 
-def test_all_256_codes_come_back():
-    codes = torch.arange(256, dtype=torch.uint8)
-    again = fp8_codes(codes.view(torch.float8_e4m3fn).float(), ONE, None)
-    is_nan = codes & 127 == 127
-    assert torch.equal(again[~is_nan], codes[~is_nan])
-    assert (again[is_nan] & 127 == 127).all()
-
-
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("scale", [1.0, 0.0123, 3e-7])
 @pytest.mark.parametrize("sign", [1, -1])

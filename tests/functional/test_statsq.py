@@ -1,25 +1,13 @@
-"""StatsQ. Oracle: its closed form, levels s * (k + 1/2) / 2^(b-1) with s = 2 * mean|w| per output row."""
+"""StatsQ where goldens do not reach: memory, dtypes, bits. Oracle: its closed form, float32."""
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from qat import functional as F
 from tests.errors import usage_error
 from tests.tiny import randn
 
 BITS = [2, 3, 4, 8]
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_every_value_is_the_level_nearest_to_it(bits):
-    w = randn(3, 50)
-    n = 2 ** (bits - 1)
-    levels = (F.statsq_scale(w).unsqueeze(-1) * (torch.arange(-n, n) + 0.5) / n).expand(
-        3, 50, 2 * n
-    )
-    nearest = (w.unsqueeze(-1) - levels).abs().argmin(-1, keepdim=True)
-    assert_close(F.statsq(w, bits), levels.gather(-1, nearest).squeeze(-1))
 
 
 def test_three_dimensions_take_one_mean_after_the_other():

@@ -152,17 +152,6 @@ def hooks(net):
     return [hook for module in net.modules() for hook in module._forward_pre_hooks.values()]
 
 
-def test_training_without_scales_raises_before_a_parameter_changes():
-    net = converted().train()
-    before = copy.deepcopy(net.state_dict())
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
-    with usage_error(UNSET):
-        net(images()).sum().backward()
-    optimizer.step()
-    for name, value in net.state_dict().items():
-        assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-
-
 def test_a_net_without_scales_raises_wherever_it_is():
     net = converted()
     assert refuses(net)

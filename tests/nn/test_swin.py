@@ -1,4 +1,4 @@
-"""Window attention and Swin's layers on maps. Oracle: timm's where nothing is rounded, the formula written out where something is."""
+"""Window attention and Swin's layers on maps. Oracle: timm's where nothing is rounded; the reference's values are in test_goldens.py."""
 
 import copy
 
@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as QF
-from tests.nn.shown import attend, heads
 from tests.tiny import float_recipe, logits, randn, shake, sites
 
 HEADS, WIDTH, WINDOW = 2, 16, 4
@@ -77,29 +76,6 @@ def test_scales_are_those_of_positions_in_a_window(preset):
     if preset == "ofq":
         of_input = {"input": n, "k": n * HEADS}
     assert scales == {**of_input, "v": WIDTH, "probs": n, "proj.input": n}
-
-
-def windows(x, shift):
-    """Normalised tokens (B*windows, N, C) as timm's block cuts them."""
-    x = torch.roll(x, (-shift, -shift), (1, 2))
-    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))
-    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
-
-
-@pytest.mark.parametrize("shift", [0, 2])
-def test_step_by_step(shift):
-    """Without reparameterization; with it, tests/nn/test_goldens.py has the reference's values."""
-    net = swapped(block(8, shift), qat.recipe("ofq_noqkr", bits=2))
-    qat.initialize_scales(net, [maps(seed=1)])
-    whole, attn = net.block, net.block.attn
-    x = windows(whole.norm1(maps().permute(0, 2, 3, 1)), shift)
-    q, k, v = attn.qkv(x).chunk(3, -1)
-    scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
-    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
-    scores = scores / (WIDTH // HEADS) ** 0.5 + bias.view(16, 16, HEADS).permute(2, 0, 1)
-    if shift:
-        scores = scores + whole.attn_mask.repeat(2, 1, 1).unsqueeze(1)
-    assert_close(attn(x, whole.attn_mask), attend(attn, scores, v))
 
 
 def test_positions_that_are_always_padding():

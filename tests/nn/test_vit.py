@@ -30,10 +30,3 @@ def test_deviates_from_reference_product_offset_is_a_bias(qk_bias):
         scores.append(score / 4)
     v = F.linear(xq, QF.statsq(attn.v.weight, 2), attn.v.bias)
     assert_close(attn(x), attend(attn, torch.stack(scores, 1), v))
-
-
-def test_latent_of_qk_is_the_folded_weight():
-    attn = quantized().blocks[0].attn
-    assert torch.equal(attn.latent("qk"), QF.fold_qk(attn.q_weight, attn.k_weight, 2))
-    with pytest.raises(KeyError, match="weight"):
-        attn.latent("weight")

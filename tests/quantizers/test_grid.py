@@ -9,7 +9,7 @@ from qat.quantizers import LSQ, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 from tests import tiny
 from tests.analysis.common import KINDS, net_of
-from tests.quantizers.common import allocated, build
+from tests.quantizers.common import build
 
 
 @pytest.mark.sample(6)
@@ -99,13 +99,6 @@ def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     assert found[Odd] == found[Doubled] == found[Noisy] == (None, None)
     grid, operand = found[Renamed]
     assert (grid.qmax, operand.codes) == (1, (-2, 1, None, False))
-
-
-@pytest.mark.parametrize(
-    ("name", "fuses"), [("lsq", True), ("seq", True), ("statsq", False), ("minmax_dynamic", False)]
-)
-def test_what_products_are_fused_with(name, fuses):
-    assert (allocated(name, torch.ones(2, 3, 4), signed=True).fused_params() is not None) is fuses
 
 
 def test_zeros_on_a_step_of_zero_sit_on_the_threshold():
