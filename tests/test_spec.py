@@ -33,9 +33,8 @@ WRONG_KNOBS = [
 
 @pytest.mark.parametrize(("knobs", "message"), WRONG_KNOBS, ids=[str(k) for k, _ in WRONG_KNOBS])
 def test_wrong_knobs_are_named(knobs, message):
-    with usage_error(message) as caught:
+    with usage_error(message):
         recipe("ofq", **knobs)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -119,36 +118,35 @@ def test_rules_of_a_stored_recipe_keep_their_meaning():
 
 
 @pytest.mark.parametrize(
-    ("place", "role", "expected"),
+    ("place", "expected"),
     [
-        ("block", "weight", QuantSpec("weight", "statsq", 2, axis=0)),
-        ("block", "qk", QuantSpec("qk", "statsq", 2, axis=0)),
-        ("stem", "weight", QuantSpec("weight", "lsq", 8, axis=0)),
-        ("head", "weight", QuantSpec("weight", "lsq", 8, axis=0)),
+        ("block", QuantSpec("weight", "statsq", 2, axis=0)),
+        ("block", QuantSpec("qk", "statsq", 2, axis=0)),
+        ("stem", QuantSpec("weight", "lsq", 8, axis=0)),
+        ("head", QuantSpec("weight", "lsq", 8, axis=0)),
     ],
 )
-def test_weights_of_ofq(place, role, expected):
-    assert recipe("ofq", bits=2).weight_spec(place, role) == expected
+def test_weights_of_ofq(place, expected):
+    assert recipe("ofq", bits=2).weight_spec(place, expected.role) == expected
 
 
 @pytest.mark.parametrize(
-    ("role", "place", "expected"),
+    ("place", "expected"),
     [
-        ("input", "block", QuantSpec("input", "lsq", 3, axis=-2, offsets="both")),
-        ("q", "block", QuantSpec("q", "lsq", 3, axis=-2, offsets="both")),
-        ("k", "block", QuantSpec("k", "lsq", 3, axis=-2, offsets="before")),
-        ("v", "block", QuantSpec("v", "lsq", 3, axis=-1, offsets="both")),
-        ("probs", "block", QuantSpec("probs", "lsq", 3, signed=False, axis=-2)),
+        ("block", QuantSpec("input", "lsq", 3, axis=-2, offsets="both")),
+        ("block", QuantSpec("q", "lsq", 3, axis=-2, offsets="both")),
+        ("block", QuantSpec("k", "lsq", 3, axis=-2, offsets="before")),
+        ("block", QuantSpec("v", "lsq", 3, axis=-1, offsets="both")),
+        ("block", QuantSpec("probs", "lsq", 3, signed=False, axis=-2)),
         (
-            "image",
             "stem",
             QuantSpec("image", "lsq", 8, signed=None, axis=1, offsets="both", offset_ndim=2),
         ),
-        ("input", "head", QuantSpec("input", "lsq", 8, axis=None, offsets="both")),
+        ("head", QuantSpec("input", "lsq", 8, axis=None, offsets="both")),
     ],
 )
-def test_activations_of_ofq(role, place, expected):
-    assert recipe("ofq", bits=2, act_bits=3).act_spec(role, place) == expected
+def test_activations_of_ofq(place, expected):
+    assert recipe("ofq", bits=2, act_bits=3).act_spec(expected.role, place) == expected
 
 
 def test_float_quantizers_are_everywhere_or_nowhere():
@@ -165,11 +163,3 @@ def test_steps_are_relative_unless_they_come_from_an_older_file(name):
     assert {made.weight_spec("head").steps, made.act_spec("input", "block").steps} <= {"relative"}
     older = {key: value for key, value in made.to_dict().items() if key != "steps"}
     assert recipe_from(older).steps == "absolute"
-
-
-def test_steps_of_a_tensor():
-    made = recipe("seq", act_scales="tensor")
-    assert {
-        made.act_spec(role, "block").axis for role in ("input", "q", "k", "v", "probs", "image")
-    } == {None}
-    assert recipe("seq").act_spec("input", "block").axis == -2

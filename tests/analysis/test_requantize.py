@@ -119,14 +119,6 @@ def test_another_width_of_ptq_is_what_calibration_would_have_given(knobs):
         assert torch.equal(requantize(quantizer, weight, bits=3), theirs.quantizer(weight))
 
 
-@torch.no_grad()
-def test_least_error_of_an_affine_grid_is_that_of_affine_scale():
-    for _, weight, quantizer in sites_of(net_of("signed")):
-        scale, zero = qat.functional.affine_scale(weight, 3, signed=True, axis=0, method="mse")
-        expected = qat.functional.fake_quantize_affine(weight, scale, zero, -4, 3, 0)
-        assert torch.equal(requantize(quantizer, weight, bits=3, steps_from="mse"), expected)
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -103,28 +103,34 @@ def test_callbacks_that_need_steps(name, bits, callback):
 
 
 @pytest.mark.parametrize(
-    ("preset", "knobs", "line"),
+    ("preset", "setting", "value", "needed"),
     [
-        ("nvfp4", {"bits": 8}, "quant.bits=8: must be 4"),
-        ("nvfp4", {"act_bits": 8}, "quant.act_bits=8: must be 4"),
-        ("mxfp4", {"bits": 3}, "quant.bits=3: must be 4 or 8"),
-        (
-            "mxfp4",
-            {"overrides": {"blocks.0.*": {"bits": 2}}},
-            r"quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8",
-        ),
-        ("mxfp4", {"offsets": True}, "quant.offsets=true: must be false"),
-        ("fp8", {"bits": 4}, "quant.bits=4: must be 8 with fp8"),
-        ("fp8", {"act_bits": 4}, "quant.act_bits=4: must be 8 with fp8"),
-        ("fp8", {"head_bits": 4}, "quant.head_bits=4: must be 8 with fp8"),
-        ("fp8", {"offsets": True}, "quant.offsets=true: must be false with fp8"),
-        ("minmax", {"fits_int8": True}, "quant.fits_int8=true: must be false with minmax"),
-        ("fp8", {"weight_quantizer": "fp8_held"}, "quant.weight_quantizer='fp8_held': must be one"),
+        ("nvfp4", "bits", 8, "4"),
+        ("nvfp4", "act_bits", 8, "4"),
+        ("mxfp4", "bits", 3, "4 or 8"),
+        ("fp8", "bits", 4, "8 with fp8"),
+        ("fp8", "act_bits", 4, "8 with fp8"),
+        ("fp8", "head_bits", 4, "8 with fp8"),
+        ("fp8", "weight_quantizer", "fp8_held", "one"),
     ],
 )
-def test_recipes_that_cannot_be(preset, knobs, line):
-    with usage_error(f"^{line}"):
-        qat.recipe(preset, **knobs)
+def test_recipes_that_cannot_be(preset, setting, value, needed):
+    with usage_error(f"^quant.{setting}={value!r}: must be {needed}"):
+        qat.recipe(preset, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("preset", "switch"), [("mxfp4", "offsets"), ("fp8", "offsets"), ("minmax", "fits_int8")]
+)
+def test_what_a_format_cannot_have(preset, switch):
+    with usage_error(f"^quant.{switch}=true: must be false with"):
+        qat.recipe(preset, **{switch: True})
+
+
+def test_a_rule_for_a_block_needs_a_format_too():
+    rules = {"blocks.0.*": {"bits": 2}}
+    with usage_error(r"^quant.overrides\['blocks.0.\*'\]: quant.bits=2: must be 4 or 8"):
+        qat.recipe("mxfp4", overrides=rules)
 
 
 @pytest.mark.parametrize(
