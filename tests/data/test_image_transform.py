@@ -128,9 +128,8 @@ def test_code_named_in_a_config_is_not_imported(target):
     ],
 )
 def test_what_is_no_image_is_refused(image, message):
-    with usage_error(f"^{message}") as caught:
+    with usage_error(f"^{message}"):
         image_transform(COLOURS)(image)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

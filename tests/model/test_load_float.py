@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qat
+from tests.errors import usage_error
 from tests.tiny import convert, quantized, vit, with_scales
 
 
@@ -27,9 +28,6 @@ def test_a_head_for_another_number_of_classes_is_new(path, num_classes):
 
 
 def test_needs_float_weights(path):
-    torch.save(vit().state_dict(), path)
-    with pytest.raises(qat.UsageError, match="does not name its model"):
-        qat.load_float(path)
     qat.save(qat.freeze(quantized("ofq")), path)
-    with pytest.raises(qat.UsageError, match="contains only integer codes"):
+    with usage_error("contains only integer codes"):
         qat.load_float(path)

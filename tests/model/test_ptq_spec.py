@@ -40,9 +40,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("knobs", "message"), WRONG, ids=[str(k) for k, _ in WRONG])
 def test_wrong_knobs_are_named(knobs, message):
-    with usage_error(message) as caught:
+    with usage_error(message):
         qat.PtqRecipe(**knobs)
-    assert "\n" not in str(caught.value)
 
 
 def test_none_follows_another_knob():
