@@ -76,6 +76,18 @@ def convert(net, recipe="ofq", **knobs):
     return qat.convert(net, recipe, input_size=SIZE)
 
 
+def fitted(net, x, recipe="ofq", **knobs):
+    """The net in eval mode, quantized for images like these, with scales from them; by a recipe or a preset."""
+    if isinstance(recipe, str):
+        recipe = qat.recipe(recipe, **knobs)
+    qat.convert(net, recipe, input_size=tuple(x.shape[1:]))
+    if isinstance(recipe, qat.PtqRecipe):
+        qat.ptq.calibrate(net, [x])
+    else:
+        qat.initialize_scales(net, [x])
+    return net.eval()
+
+
 def with_scales(net):
     """The net with scales from data."""
     return qat.initialize_scales(net, [images()])

@@ -7,7 +7,6 @@ import torch
 
 from qat.analysis import ImageSet, StudiedNet
 from qat.model.ptq_spec import PtqRecipe
-from qat.ptq import calibrate
 from qat.quantizers import LSQ, Affine
 from qat.spec import QuantSpec
 from tests import tiny
@@ -48,9 +47,7 @@ def net_of(kind):
 
 @functools.cache
 def _ptq(knobs):
-    net = tiny.convert(tiny.vit(), PtqRecipe(**dict(knobs)))
-    calibrate(net, [tiny.images(seed=1)])
-    return net.eval()
+    return tiny.fitted(tiny.vit(), tiny.images(seed=1), PtqRecipe(**dict(knobs)))
 
 
 @functools.cache

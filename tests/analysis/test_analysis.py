@@ -26,15 +26,7 @@ from qat.analysis.analysis import panels
 from qat.data import Digits
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, state
-
-DIGITS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.3051],
-    "std": [0.3759],
-}
+from tests.data.files import DIGITS
 
 
 def points_of(net, shifts):

@@ -25,7 +25,6 @@ from qat.model.convert import conversion_of
 from qat.model.cost import size_bytes
 from qat.model.ptq_spec import PtqRecipe
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.ptq import calibrate
 from qat.ptq.calibrate import in_float
 from qat.quantizers import Float
 from qat.utils.text import format_count
@@ -56,9 +55,8 @@ def without_quantizers(net, names):
 def converted_anew(kind, overrides):
     """The net of this kind with rules, its tensors those of the net without them."""
     if kind in PTQ:
-        net = tiny.convert(tiny.vit(), PtqRecipe(**PTQ[kind], overrides=overrides))
-        calibrate(net, [tiny.images(seed=1)])
-        return net.eval()
+        recipe = PtqRecipe(**PTQ[kind], overrides=overrides)
+        return tiny.fitted(tiny.vit(), tiny.images(seed=1), recipe)
     preset, knobs = QAT[kind]
     net = tiny.convert(tiny.vit(), preset, **knobs, overrides=overrides)
     if kind == "lsq4":
@@ -267,11 +265,3 @@ def test_the_smallest_size_that_is_printed_can_be_typed():
     printed = re.search(r"must be at least ([\d.]+)", str(error.value))[1]
     _, summary, _ = run(net, bits=[2, 8], budget_mb=float(printed))
     assert set(summary["suggestion"]["bits_of_layers"].values()) == {2}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"), [("bits", [1], "1"), ("bits", [], r"\[\]"), ("budget_mb", 0, "0")]
-)
-def test_settings_that_cannot_work(name, value, said):
-    with usage_error(rf"^analysis\.{name}={said}: must be "):
-        Sensitivity(**{name: value})

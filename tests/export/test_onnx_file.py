@@ -19,7 +19,6 @@ import qat
 from qat.export import check
 from qat.export.check import check_onnx, graph_codes
 from qat.export.onnx_file import OnnxSettings, to_onnx
-from qat.export.pte import to_pte
 from qat.export.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
@@ -36,15 +35,10 @@ from tests.model.frozen.test_freeze import RECIPES, made, trained
 from tests.nets import FAMILIES
 
 DEPLOY = {name: qat.recipe(name) for name in ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4")}
+LOG2 = {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True}
 PTQ = {
-    "log2": (
-        "deit",
-        {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True},
-    ),
-    "log2_swin": (
-        "swin",
-        {"bits": 4, "softmax_bits": 4, "softmax_quantizer": "log2", "bias_correction": True},
-    ),
+    "log2": ("deit", LOG2),
+    "log2_swin": ("swin", LOG2),
     "ptf": (
         "deit",
         {"bits": 4, "act_observer": "omse", "residual_observer": "ptf"},
@@ -79,15 +73,9 @@ def assert_agrees(net, path, images, **settings):
     assert done.agreement[ONNXRUNTIME].images == len(images)
 
 
-def deployed(net, images, recipe="deploy_w8a8"):
-    """The net on integers, with scales from these images."""
-    qat.convert(net, qat.recipe(recipe), input_size=tuple(images.shape[1:]))
-    return qat.initialize_scales(net, [images]).eval()
-
-
 @pytest.fixture
 def net():
-    return deployed(tiny.vit(depth=1), tiny.images())
+    return tiny.fitted(tiny.vit(depth=1), tiny.images(), "deploy_w8a8")
 
 
 @pytest.mark.slow
@@ -117,7 +105,7 @@ def test_fused_attention_of_five_axes(tmp_path):
         num_classes=5,
     )
     images = torch.randn(4, 3, 64, 64)
-    assert_agrees(deployed(net, images), tmp_path / "net.onnx", images)
+    assert_agrees(tiny.fitted(net, images, "deploy_w8a8"), tmp_path / "net.onnx", images)
 
 
 @pytest.mark.long
@@ -129,7 +117,7 @@ def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
             module.weight.data[0] *= 20
     net.fc.weight.data *= 0.001
     images = torch.randn(8, 3, 32, 32)
-    assert_agrees(deployed(net, images), tmp_path / "net.onnx", images)
+    assert_agrees(tiny.fitted(net, images, "deploy_w8a8"), tmp_path / "net.onnx", images)
 
 
 @pytest.mark.long
@@ -152,10 +140,9 @@ def test_families(name, attention, bits, tmp_path):
 @pytest.mark.parametrize("name", often("two_bits", PTQ))
 def test_post_training_quantization(name, tmp_path):
     family, knobs = FAMILIES[PTQ[name][0]], PTQ[name][1]
-    net = family.converted(qat.PtqRecipe(**knobs))
-    qat.ptq.calibrate(net, [family.images(8)])
+    net = tiny.fitted(family.build(), family.images(8), qat.PtqRecipe(**knobs))
     # OpenVINO is wrong about a product of a convolution and a quantizer for any number of images.
-    assert_agrees(net.eval(), tmp_path / "net.onnx", family.images(8, 1), dynamic_batch=False)
+    assert_agrees(net, tmp_path / "net.onnx", family.images(8, 1), dynamic_batch=False)
 
 
 @pytest.mark.long
@@ -164,9 +151,9 @@ def test_a_zero_point_has_the_shape_of_its_scale():
     net = tiny.vit()
     for block in net.blocks:
         block.attn.qkv.weight.data += 0.5
-    net = tiny.convert(net, qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor"))
-    qat.ptq.calibrate(net, [tiny.images()])
-    graph = to_onnx(qat.freeze(net.eval()), tiny.images(1)).graph
+    recipe = qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor")
+    frozen = qat.freeze(tiny.fitted(net, tiny.images(), recipe))
+    graph = to_onnx(frozen, tiny.images(1)).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     inputs = [
         node.input
@@ -184,7 +171,7 @@ def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
         "vit_tiny_r_s16_p8_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=10
     )
     images = torch.randn(8, 3, 64, 64)
-    assert_agrees(deployed(net, images, "deploy_w4a8"), tmp_path / "net.onnx", images)
+    assert_agrees(tiny.fitted(net, images, "deploy_w4a8"), tmp_path / "net.onnx", images)
     model = onnx.load(tmp_path / "net.onnx")
     assert (
         model.opset_import[0].version,
@@ -462,14 +449,6 @@ def test_a_file_with_another_weight_is_a_problem(settings, change, problem, tmp_
     assert problem in check_onnx(net, tmp_path / "net.onnx", [tiny.images(4, 1)]).problem
 
 
-@pytest.mark.parametrize("write", [to_onnx, to_pte])
-def test_floats_of_8_bits_are_for_tensorrt(write):
-    with usage_error(
-        r"^format=(onnx|executorch): patch_embed.proj.input_quantizer has 8-bit floats"
-    ):
-        write(qat.freeze(tiny.quantized("fp8")), tiny.images(1))
-
-
 def test_one_type_in_a_file_for_tensorrt():
     deploy = {"weight_quantizer": "lsq", "act_quantizer": "lsq", "act_scales": "tensor"}
     net = tiny.quantized("fp8", fits_int8=True, overrides={"blocks.0.*": deploy})
@@ -530,7 +509,8 @@ def test_images_that_do_not_fit(net, tmp_path, shape, value):
 
 @pytest.mark.long
 def test_images_that_are_not_square(tmp_path):
-    net = deployed(tiny.vit(depth=1, img_size=(8, 16)), torch.randn(8, 1, 8, 16))
+    images = torch.randn(8, 1, 8, 16)
+    net = tiny.fitted(tiny.vit(depth=1, img_size=(8, 16)), images, "deploy_w8a8")
     checked = qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx")
     assert checked.agreement["onnxruntime"].images == 16  # of noise
     keys = {entry.key for entry in onnx.load(tmp_path / "net.onnx").metadata_props}

@@ -8,9 +8,8 @@ import qat
 from qat.export.onnx_file import OnnxSettings, to_onnx
 from qat.export.runtimes import ONNXRUNTIME, open_session
 from tests import tiny
+from tests.export.test_onnx_file import DEPLOY
 from tests.model.frozen.test_freeze import RECIPES, made
-
-DEPLOY = {name: qat.recipe(name) for name in ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4")}
 
 
 @pytest.fixture(scope="module")

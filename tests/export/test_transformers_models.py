@@ -10,6 +10,7 @@ import qat
 from qat.export.check import TOLERANCE, compare
 from qat.export.runtimes import open_session, session_outputs
 from tests.errors import usage_error
+from tests.tiny import fitted
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,8 +58,7 @@ def images(n):
 
 def quantized(build, recipe="deploy_w8a8"):
     torch.manual_seed(0)
-    net = qat.convert(build().eval(), qat.recipe(recipe), input_size=(3, 16, 16))
-    return qat.initialize_scales(net, [images(8)])
+    return fitted(build(), images(8), recipe)
 
 
 @pytest.mark.long

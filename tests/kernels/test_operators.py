@@ -7,14 +7,13 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import qat
 import qat.kernels.fused  # noqa: F401  (registers operators)
 from qat import kernels
 from qat.kernels import Producer
 from tests.errors import usage_error
 from tests.kernels.calls import ITSELF
 from tests.nets import FAMILIES
-from tests.tiny import identical, randn
+from tests.tiny import fitted, identical, randn
 
 X = randn(2, 5, 6)
 OFFSET = randn(6, seed=1)
@@ -58,9 +57,7 @@ def deit(preset="ofq", n=4, **knobs):
     """A quantized DeiT and `n` images."""
     family = FAMILIES["deit"]
     images = family.images(n)
-    net = family.build(depth=1)
-    qat.convert(net, qat.recipe(preset, **knobs), input_size=family.input_size)
-    return qat.initialize_scales(net, [images]), images
+    return fitted(family.build(depth=1), images, preset, **knobs), images
 
 
 def step(net, function, images):
@@ -170,8 +167,7 @@ class Written(nn.Module):
 def test_a_graph_does_not_go_through_what_was_written_into(in_place):
     x = randn(4, 3, 5, 8)
     net = nn.Sequential(Written(in_place=in_place))
-    qat.convert(net, qat.recipe("lsq", bits=4, attention="float"), input_size=(3, 5, 8))
-    qat.initialize_scales(net, [x])
+    fitted(net, x, "lsq", bits=4, attention="float")
     expected = step(net, net, x)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     if in_place:

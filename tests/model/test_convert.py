@@ -27,6 +27,7 @@ from tests.tiny import (
     VIT,
     convert,
     converted,
+    fitted,
     float_recipe,
     images,
     logits,
@@ -39,25 +40,6 @@ from tests.tiny import (
 )
 
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
-
-
-@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"qkv_bias": False},
-        {"reg_tokens": 2},
-        {"class_token": False, "global_pool": "avg"},
-        {"init_values": 0.1},
-        {"proj_bias": False},
-        {"pre_norm": True},
-    ],
-    ids=str,
-)
-def test_variants_of_timms_vit(changes, attention):
-    expected = logits(vit(**changes))
-    net = convert(vit(**changes), float_recipe(attention))
-    assert_close(logits(net), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_distilled_heads_in_training_mode():
@@ -432,10 +414,9 @@ def test_reparameterization_loses_no_hook():
 def test_a_hook_in_a_pool_that_nothing_takes_apart_stays(recipe):
     net, calls = timm.create_model("vit_base_patch16_siglip_224", **KWARGS), []
     net.attn_pool.kv.register_forward_hook(lambda *_: calls.append(1))
-    converted_net = convert(net, recipe)
-    qat.initialize_scales(converted_net, [randn(2, *SIZE)])
+    fitted(net, images(2), recipe)
     calls.clear()
-    converted_net(randn(2, *SIZE))
+    net(images(2))
     assert calls == [1]
 
 
@@ -453,9 +434,9 @@ def test_dropped_tokens_have_no_scales_of_their_own(model, changes):
     net = timm.create_model(model, **changes, patch_drop_rate=0.5)
     with usage_error(r"^model\.args\.patch_drop_rate=0\.5: .*quant\.act_scales=tensor$"):
         qat.convert(net, qat.recipe("lsq"), input_size=size)
-    qat.convert(net, qat.recipe("lsq", act_scales="tensor"), input_size=size)
-    qat.initialize_scales(net, [randn(2, *size)])
-    net.train()(randn(2, *size)).sum().backward()
+    fitted(net, randn(2, *size), "lsq", act_scales="tensor").train()(
+        randn(2, *size)
+    ).sum().backward()
     assert next(iter(qat.iter_quantizers(net))).owner.weight.grad.isfinite().all()
 
 

@@ -23,6 +23,7 @@ from tests.tiny import (
     VIT,
     convert,
     converted,
+    fitted,
     images,
     logits,
     quantized,
@@ -160,9 +161,8 @@ def test_colour_weights_are_summed_for_grey_images(path):
 )
 def test_weights_of_another_net(path, state, why):
     torch.save(state, path)
-    with usage_error(rf"ckpt='{path}': the weights do not fit {VIT} \({why}") as caught:
+    with usage_error(rf"ckpt='{path}': the weights do not fit {VIT} \({why}"):
         start(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_unknown_model_shows_what_is_near():
@@ -243,10 +243,8 @@ def test_learned_steps_take_the_grids_of_post_training_quantization():
         head_bits=8,
         outer_act_bits=8,
     )
-    source = convert(vit(), recipe)
-    qat.ptq.calibrate(source, [images()])
-    target = converted("deploy_w4a4")
-    copied, missing = copy_scales(source.eval(), target)
+    source, target = fitted(vit(), images(), recipe), converted("deploy_w4a4")
+    copied, missing = copy_scales(source, target)
     # Behind GELU learned steps have codes from 0 up.
     assert missing == [f"blocks.{i}.mlp.fc2.input_quantizer" for i in range(2)]
     assert len(copied) == len(sites(target)) - 2

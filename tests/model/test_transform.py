@@ -16,17 +16,9 @@ from qat.data.image_transform import data_settings
 from qat.export.onnx_file import preprocessing
 from qat.model.transform import data_config
 from tests.conftest import train
-from tests.data.files import write_folder, write_image
+from tests.data.files import DIGITS, write_folder, write_image
 from tests.errors import usage_error
 
-DIGITS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.3051],
-    "std": [0.3759],
-}
 NETS = {
     "grey": {"img_size": 16, "in_chans": 1, "num_classes": 3},
     "colour": {"img_size": 32},
@@ -46,7 +38,7 @@ def saved(tmp_path, model, **options):
 
 def test_digits_as_the_loader_has_them(run_4bit):
     loaded = qat.load(run_4bit / "checkpoints" / "best.ckpt")
-    data = Digits(**DIGITS)
+    data = Digits()
     pixels = data.split("test").images
     wanted = torch.cat([images for images, _ in data.test_dataloader()])
     made = [qat.transform(loaded)(image) for image in pixels]

@@ -37,8 +37,7 @@ def beit():
 @pytest.mark.parametrize(("name", "scores"), [("deit", 2 * 25), ("swin", 4 * 2 * 16**2)])
 def test_number_of_scores(name, scores):
     family = ATTENTIONS[name]
-    net = qat.convert(family.build(), qat.recipe("ofq_noqkr"), input_size=family.input_size)
-    qat.initialize_scales(net, [family.images(1)])
+    net = family.quantized("ofq_noqkr")
     attn = next(m for m in net.modules() if isinstance(m, attention.ScoredAttention))
     seen = []
     attn.register_forward_pre_hook(lambda m, args: seen.append(m.num_scores(args[0])))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.nn import QuantConv2d
-from tests.tiny import float_recipe, images, randn
+from tests.tiny import fitted, float_recipe, images, randn
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,8 @@ def test_settings_of_the_convolution_are_kept(settings):
 def test_convolutions_inside_have_one_scale_and_no_offsets():
     # What a convolution pads with is zero, and has to be on the grid.
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3, padding=1, groups=2))
-    qat.convert(net, qat.recipe("ofq", bits=2), input_size=(1, 8, 8))
+    fitted(net, images(), bits=2)
     assert [type(m) for m in net] == [QuantConv2d, QuantConv2d]
-    qat.initialize_scales(net, [images()])
     inner = net[1].input_quantizer
     assert (inner.spec.role, inner.spec.bits, inner.num_stored_scales) == ("input", 2, 1)
     assert [n for n, _ in net[1].named_parameters() if "offset" in n] == []

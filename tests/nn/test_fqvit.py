@@ -1,11 +1,10 @@
-"""Quantizers behind layers. Oracle: FQ-ViT's forward, written out here, and timm's own where nothing is rounded."""
+"""Quantizers behind layers. Oracle: names written out, and timm's own net; FQ-ViT's outputs are in tests/ptq."""
 
 import copy
 
 import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 import qat
@@ -13,8 +12,8 @@ from qat.functional import integer_layer_norm
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.transfer import timm_state_dict
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.ptq import calibrate, in_float
-from tests.tiny import DISTILLED, SIZE, VIT, images, logits, randn, vit
+from qat.ptq import in_float
+from tests.tiny import DISTILLED, SIZE, VIT, fitted, images, logits, randn, vit
 
 ATTENTION = ("qkv.input", "qkv", "scores", "probs", "proj.input", "output")
 BLOCK = ("residual1", "mlp.fc1.input", "mlp.fc2.input", "mlp", "residual2")
@@ -24,11 +23,7 @@ OUTSIDE = {*STEM, "head.input", "head.output"}
 
 
 def placed(name=VIT, kwargs=None, **knobs):
-    net = qat.convert(
-        vit(name, **(kwargs or {})), PtqRecipe(**{"bits": 4, **knobs}), input_size=SIZE
-    )
-    calibrate(net, [images()])
-    return net
+    return fitted(vit(name, **(kwargs or {})), images(), PtqRecipe(**{"bits": 4, **knobs}))
 
 
 @pytest.mark.parametrize(
@@ -40,32 +35,6 @@ def test_where_activations_are_quantized(name, more):
     assert len(sites) == len(set(sites))
     in_blocks = {f"blocks.{i}.{site}" for i in range(2) for site in IN_BLOCK}
     assert set(sites) == {f"{site}_quantizer" for site in OUTSIDE | more | in_blocks}
-
-
-def block_by_hand(block, x):
-    attn, n = block.attn, block.norm1.normalized_shape
-    y = F.layer_norm(x, n, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    q, k, v = attn.qkv_quantizer(attn.qkv(y)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-    probs = attn.probs_quantizer(attn.scores_quantizer(q @ k.transpose(-1, -2) / 4).softmax(-1))
-    x = block.residual1_quantizer(
-        x + attn.output_quantizer(attn.proj((probs @ v).transpose(1, 2).flatten(2)))
-    )
-    y = F.layer_norm(x, n, block.norm2.weight, block.norm2.bias, block.norm2.eps)
-    return block.residual2_quantizer(
-        x + block.mlp_quantizer(block.mlp.fc2(F.gelu(block.mlp.fc1(y))))
-    )
-
-
-@torch.no_grad()
-def test_step_by_step():
-    net = placed(residual_observer="ptf")
-    x = net.patch_embed.output_quantizer(net.patch_embed.proj(images()).flatten(2).transpose(1, 2))
-    x = net.tokens_quantizer(torch.cat([net.cls_token.expand(8, -1, -1), x], 1))
-    x = net.embedding_quantizer(x + net.positions_quantizer(net.pos_embed))
-    for block in net.blocks:
-        assert_close(block(x), block_by_hand(block, x))
-        x = block(x)
-    assert_close(net(images()), net.head(net.norm(x)[:, 0]))
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,20 @@
 """Quantizers behind the layers of Swin. Oracle: timm's own net where nothing is rounded, FQ-ViT's list of places."""
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 import qat
 from qat.model.ptq_spec import PtqRecipe
-from qat.ptq import calibrate, in_float
+from qat.ptq import in_float
 from tests.nets import FAMILIES
 from tests.nn.test_fqvit import ATTENTION, BLOCK
-from tests.tiny import logits
+from tests.tiny import fitted, logits
 
 SWIN = FAMILIES["swin"]
 
 
 def placed(**knobs):
-    net = qat.convert(SWIN.build(), PtqRecipe(**{"bits": 8, **knobs}), input_size=SWIN.input_size)
-    calibrate(net, [SWIN.images(4)])
-    return net
+    return fitted(SWIN.build(), SWIN.images(4), PtqRecipe(bits=8, **knobs))
 
 
 @pytest.mark.parametrize("placement", ["inputs", "fqvit"])
@@ -44,9 +41,3 @@ def test_where_activations_are_quantized():
     blocks = ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1")
     expected = outside | {f"{name}.{site}" for name in blocks for site in block}
     assert sites == {f"{site}_quantizer" for site in expected}
-
-
-def test_a_file_gives_the_same_logits(tmp_path):
-    net, x = placed(residual_observer="ptf", bits=4), SWIN.images(2)
-    qat.save(net, tmp_path / "net.ckpt")
-    assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), x), logits(net, x))

@@ -9,7 +9,7 @@ import qat
 from qat.kernels.fused import heads
 from qat.nn import attention, linear, qkr_attention
 from tests.nets import FAMILIES
-from tests.tiny import images, kept_bytes, quantized
+from tests.tiny import fitted, images, kept_bytes, quantized
 
 NETS = [FAMILIES[name] for name in ("vit", "deit", "swin")]
 
@@ -70,9 +70,8 @@ def test_nets_are_the_same(rows, family, kind, unfused, monkeypatch):
     if recipe.attention == "qkr" and not family.qkr:
         pytest.skip("no single matrix M")
     net = family.build(qkv_bias=kind != "without biases")
-    qat.convert(net, recipe, input_size=family.input_size)
     x = family.images(4)
-    qat.initialize_scales(net, [x])
+    fitted(net, x, recipe)
     for site in qat.iter_quantizers(net):
         if site.role == "weight":
             site.owner.weight.requires_grad = kind != "frozen weights"
@@ -90,9 +89,8 @@ def test_a_net_may_write_into_what_a_layer_gave(recipe, unfused):
     net = timm.create_model(
         "naflexvit_base_patch16_gap", embed_dim=48, depth=1, num_heads=3, num_classes=10
     )
-    qat.convert(net, qat.recipe(recipe, bits=4), input_size=(3, 64, 64))
     x = torch.randn(2, 3, 64, 64)
-    qat.initialize_scales(net, [x])
+    fitted(net, x, recipe, bits=4)
     fused = step(net, x)
     unfused()
     same(fused, step(net, x))
@@ -102,9 +100,7 @@ def deit(knobs, depth, x, recipe="ofq", memory="save"):
     torch.manual_seed(0)
     net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)
     if knobs is not None:
-        qat.initialize_scales(
-            qat.convert(net, qat.recipe(recipe, bits=2, **knobs), input_size=(3, 64, 64)), [x]
-        )
+        fitted(net, x, recipe, bits=2, **knobs)
     return qat.set_execution(net, memory=memory).train()
 
 
@@ -129,15 +125,6 @@ def test_a_quantized_block_keeps_less_than_a_float_block(attention, memory, most
         return two - one
 
     assert of_a_block({"attention": attention}) - folded < most * of_a_block(None)
-
-
-def test_blocks_may_be_run_again_instead_of_kept():
-    x, grads = images(), []
-    for again in (False, True):
-        net = quantized().train()
-        net.set_grad_checkpointing(again)
-        grads.append(step(net, x))
-    same(*grads)
 
 
 @pytest.mark.parametrize(

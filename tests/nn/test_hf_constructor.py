@@ -10,7 +10,7 @@ from qat.lit.optim import parameter_groups
 from qat.nn.hf_constructor import TransformersClassifier
 from tests.errors import usage_error
 from tests.hf_models import KINDS, are_equal, outputs, transformers
-from tests.tiny import identical, shake
+from tests.tiny import fitted, identical, shake
 
 VIT = KINDS["ViTForImageClassification"]
 
@@ -28,14 +28,6 @@ def test_files_give_the_model_again(name, tmp_path):
     packed = qat.from_pretrained(qat.save_pretrained(net, tmp_path / "packed"))
     assert are_equal(outputs(packed, x), outputs(frozen, x))
     assert f"`{name}` of Transformers" in (tmp_path / "packed" / "README.md").read_text()
-
-
-def test_a_float_model(tmp_path):
-    net = VIT.build()
-    qat.save(net, tmp_path / "net.ckpt")
-    again = qat.load(tmp_path / "net.ckpt")
-    assert type(again) is VIT.cls
-    assert are_equal(outputs(again, VIT.images()), outputs(net, VIT.images()))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +50,8 @@ def test_a_file_that_asks_for_something_else(changes, message, tmp_path):
     kwargs["config"] |= {name: v for name, v in changes.items() if name != "architecture"}
     kwargs["architecture"] = changes.get("architecture", kwargs["architecture"])
     torch.save(content, path)
-    with usage_error(message) as caught:
+    with usage_error(message):
         qat.load(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_code_that_a_config_names_is_not_run(tmp_path):
@@ -83,8 +74,7 @@ def classifier(name):
     kind = KINDS[name]
     torch.manual_seed(0)
     net = shake(TransformersClassifier(name, kind.config().to_dict(), 5))
-    qat.convert(net, qat.recipe("seq", bits=4), input_size=kind.input_size)
-    return qat.initialize_scales(net, [kind.images(4)])
+    return fitted(net, kind.images(4), "seq", bits=4)
 
 
 def backward(net, x):

@@ -35,9 +35,7 @@ def unsigned_layers(net):
     }.items(),
 )
 def test_layers_after_an_activation(name, layers):
-    family = FAMILIES[name]
-    recipe = qat.recipe("lsq", attention="standard")
-    net = qat.convert(family.build(), recipe, input_size=family.input_size)
+    net = FAMILIES[name].converted("lsq", attention="standard")
     inputs = {site.layer for site in qat.iter_quantizers(net) if site.role == "input"}
     assert unsigned_layers(net) == {layer for layer in inputs if re.fullmatch(layers, layer)}
 
@@ -94,9 +92,8 @@ def test_convolutions_keep_long_negative_tails(function, has_tail, signs):
 
 
 def test_values_are_followed_in_inference_mode():
-    family = FAMILIES["siglip"]
     with torch.inference_mode():
-        net = qat.convert(family.build(), qat.recipe("lsq"), input_size=family.input_size)
+        net = FAMILIES["siglip"].converted("lsq")
     assert "blocks.0.mlp.fc2" in unsigned_layers(net)
 
 

@@ -16,9 +16,7 @@ FAMILY = ATTENTIONS["swinv2"]
 
 
 def test_normalised_then_quantized():
-    net = qat.convert(FAMILY.build(), qat.recipe("ofq_noqkr", bits=2), input_size=FAMILY.input_size)
-    qat.initialize_scales(net, [FAMILY.images()])
-    attn = net.layers[0].blocks[0].attn
+    attn = FAMILY.quantized("ofq_noqkr", bits=2).layers[0].blocks[0].attn
     assert isinstance(attn, QuantCosineAttention)
     x = randn(8, 16, 16)
 
@@ -35,6 +33,6 @@ def test_normalised_then_quantized():
 
 def test_the_net_that_makes_the_bias_stays_float():
     for family, part in ((FAMILY, "cpb_mlp"), (GENERIC["swinv2_cr"], "meta_mlp")):
-        net = qat.convert(family.build(), qat.recipe("ofq_noqkr"), input_size=family.input_size)
+        net = family.converted("ofq_noqkr")
         assert not [site.name for site in qat.iter_quantizers(net) if part in site.name]
         assert [name for name, _ in qat.conversion_report(net).stays_float if part in name]

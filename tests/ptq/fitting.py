@@ -5,7 +5,6 @@ import copy
 import torch
 
 import qat
-from qat.ptq import calibrate
 from tests import tiny
 
 KNOBS = {
@@ -21,9 +20,7 @@ KNOBS = {
 def calibrated(reference, images, method="reconstruct", **knobs):
     """The calibrated net of a float one."""
     recipe = qat.PtqRecipe(**KNOBS | {"method": method} | knobs)
-    net = qat.convert(copy.deepcopy(reference), recipe, input_size=tuple(images.shape[1:]))
-    calibrate(net, [images])
-    return net.eval()
+    return tiny.fitted(copy.deepcopy(reference), images, recipe)
 
 
 def pair(name=tiny.VIT, method="compensate", **knobs):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import qat
 from qat.model.sites import find_blocks
 from qat.ptq.runner import Runner
 from tests import tiny
@@ -39,10 +38,7 @@ def runner(net, parts, limit=float("inf"), entry=""):
 def test_every_block_leads_to_the_same_logits_and_what_comes_before_does_not_run(name, caplog):
     family, changes = NETS[name]
     images = family.images(5)
-    net = family.build(**changes)
-    recipe = qat.recipe("minmax", weight_quantizer=WEIGHTS)
-    qat.convert(net, recipe, input_size=family.input_size)
-    qat.initialize_scales(net, [images])
+    net = tiny.fitted(family.build(**changes), images, "minmax", weight_quantizer=WEIGHTS)
     parts, calls = images.split(2), []
     whole, runs = [net(part) for part in parts], runner(net, parts)
     first = next(iter(find_blocks(net)))

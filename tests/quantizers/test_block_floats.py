@@ -122,8 +122,7 @@ def test_bits_that_have_no_format():
 
 
 def test_post_training():
-    net = tiny.convert(tiny.vit(), ptq("nvfp4"))
-    qat.ptq.calibrate(net, [tiny.images()])
+    net = tiny.fitted(tiny.vit(), tiny.images(), ptq("nvfp4"))
     assert kinds(specs(net, "patch", "head").values()) == {("affine", 8)}
     trained, ours = (
         {

@@ -78,14 +78,11 @@ def test_codes_of_fp8_are_bytes_of_e4m3():
 
 
 def test_rows_of_an_odd_length(tmp_path):
-    net = qat.convert(
-        torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19)),
-        qat.recipe("nvfp4"),
-        input_size=(3, 8, 8),
-    )
-    qat.initialize_scales(net.eval(), [tiny.randn(2, 3, 8, 8)])
+    x = tiny.randn(2, 3, 8, 8)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19))
+    net = tiny.fitted(layers, x, "nvfp4")
     frozen = qat.freeze(net)
-    assert torch.equal(frozen(tiny.randn(2, 3, 8, 8)), net(tiny.randn(2, 3, 8, 8)))
+    assert torch.equal(frozen(x), net(x))
     weight = frozen[1].weight_quantizer
     parts = weight.pack()
     assert (parts["qdata"].shape, parts["scale"].shape) == ((19, 11), (19, 2))
@@ -115,10 +112,16 @@ def test_torchao_opens_a_weight(name, tmp_path):
     assert torch.equal(theirs.dequantize(torch.float32), ours)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4_a8"])
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("nvfp4", "blocks.0.attn.v_quantizer has blocks of nvfp4"),
+        ("mxfp4_a8", "blocks.0.attn.v_quantizer has blocks of mxfp"),
+        ("fp8", "patch_embed.proj.input_quantizer has 8-bit floats"),
+    ],
+)
 @pytest.mark.parametrize("write", [to_onnx, to_pte])
-def test_files_for_cpus_are_refused(name, write):
+def test_files_for_cpus_are_refused(name, line, write):
     pytest.importorskip("onnxscript")
-    message = "^format=(onnx|executorch): blocks.0.attn.v_quantizer has blocks of (nvfp4|mxfp)"
-    with usage_error(message):
+    with usage_error(f"^format=(onnx|executorch): {line}"):
         write(qat.freeze(made(name)), tiny.images(1))

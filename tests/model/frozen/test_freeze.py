@@ -76,17 +76,14 @@ def test_logits_are_those_of_the_net(name):
 @pytest.mark.parametrize("name", families())
 def test_every_family_is_frozen(name, method):
     family = FAMILIES[name]
-    if method == "train":
-        net = family.converted(bits=2, attention=family.attention)
-        trained(qat.initialize_scales(net, [family.images(8, 1)]))
-    else:
+    recipe = qat.recipe("ofq", bits=2, attention=family.attention)
+    if method == "ptq":
         recipe = qat.PtqRecipe(
             bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True
         )
-        net = family.converted(recipe)
-        qat.ptq.calibrate(net, [family.images(8, 1)])
+    net = trained(tiny.fitted(family.build(), family.images(8, 1), recipe))
     # One by one: a convolution of several images may sum in another order, and a value on a threshold takes another code.
-    assert_agrees(net.eval(), family.images(8).split(1))
+    assert_agrees(net, family.images(8).split(1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -170,8 +167,7 @@ def test_weights_that_are_made_from_others_are_refused(recipe, change, tmp_path)
 
 def test_a_net_in_bfloat16_is_frozen_in_float32():
     images = tiny.images(4).bfloat16()
-    net = tiny.convert(tiny.vit().bfloat16(), "deploy_w8a8")
-    qat.initialize_scales(net, [images]).eval()
+    net = tiny.fitted(tiny.vit().bfloat16(), images, "deploy_w8a8")
     frozen, whole = qat.freeze(net), qat.freeze(copy.deepcopy(net).float())
     assert torch.equal(frozen(images.float()), whole(images.float()))
     assert next(net.parameters()).dtype == torch.bfloat16

@@ -50,8 +50,8 @@ def quantized(cls):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05)
-    tiny.convert(net, "ofq_noqkr", bits=4, weight_quantizer=f"{__name__}:{cls.__name__}")
-    return qat.initialize_scales(net, [tiny.images(8)]).eval()
+    name = f"{__name__}:{cls.__name__}"
+    return tiny.fitted(net, tiny.images(), "ofq_noqkr", bits=4, weight_quantizer=name)
 
 
 def test_an_offset_behind_each_row(tmp_path):

@@ -46,13 +46,9 @@ def test_a_file_gives_the_frozen_net_back(name, tmp_path):
 
 
 def test_what_was_found_by_calibration_comes_back(tmp_path):
-    net = tiny.convert(
-        tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True, layernorm="integer", act_bits=8)
-    )
-    qat.ptq.calibrate(
-        net, [tiny.images().abs()]
-    )  # an image without negative values: the range of its codes is not in the recipe
-    frozen = qat.freeze(net.eval())
+    recipe = qat.PtqRecipe(bits=4, bias_correction=True, layernorm="integer", act_bits=8)
+    # An image without negative values: the range of its codes is not in the recipe.
+    frozen = qat.freeze(tiny.fitted(tiny.vit(), tiny.images().abs(), recipe))
     written(frozen, tmp_path / "net.safetensors")
     assert torch.equal(qat.load(tmp_path / "net.safetensors")(tiny.images()), frozen(tiny.images()))
 
