@@ -31,6 +31,7 @@ from qat.functional.packing import unpack_codes
 from qat.model.frozen import FrozenActivation
 from tests import tiny
 from tests.errors import usage_error
+from tests.export.graphs import constants_of, makers_of, nodes_of
 from tests.model.frozen.test_freeze import RECIPES, made, trained
 from tests.nets import FAMILIES
 
@@ -153,13 +154,10 @@ def test_a_zero_point_has_the_shape_of_its_scale():
         block.attn.qkv.weight.data += 0.5
     recipe = qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor")
     frozen = qat.freeze(tiny.fitted(net, tiny.images(), recipe))
-    graph = to_onnx(frozen, tiny.images(1)).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    inputs = [
-        node.input
-        for node in graph.node
-        if node.op_type == "DequantizeLinear" and len(node.input) == 3
-    ]
+    model = to_onnx(frozen, tiny.images(1))
+    shapes = {name: array.shape for name, array in constants_of(model).items()}
+    nodes = nodes_of(model, "DequantizeLinear")
+    inputs = [node.input for node in nodes if len(node.input) == 3]
     assert [shapes[scale] for _, scale, zero in inputs if shapes[zero] == (96,)] == [(96,), (96,)]
     assert all(shapes[scale] == shapes[zero] for _, scale, zero in inputs)
 
@@ -173,23 +171,20 @@ def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
     images = torch.randn(8, 3, 64, 64)
     assert_agrees(tiny.fitted(net, images, "deploy_w4a8"), tmp_path / "net.onnx", images)
     model = onnx.load(tmp_path / "net.onnx")
-    assert (
-        model.opset_import[0].version,
-        "GroupNormalization" in {node.op_type for node in model.graph.node},
-    ) == (21, False)
+    assert model.opset_import[0].version == 21
+    assert nodes_of(model, "GroupNormalization") == []
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     settings.optimized_model_filepath = str(tmp_path / "changed.onnx")
     onnxruntime.InferenceSession(
         str(tmp_path / "net.onnx"), settings, providers=["CPUExecutionProvider"]
     )
-    graph = onnx.load(tmp_path / "changed.onnx").graph
-    makers = {name: node.op_type for node in graph.node for name in node.output}
-    assert [makers[node.input[0]] for node in graph.node if node.op_type == "MaxPool"] == ["Pad"]
-    assert [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"] == [
-        None,
-        None,
-    ]
+    changed = onnx.load(tmp_path / "changed.onnx")
+    makers = makers_of(changed)
+    (pool,) = nodes_of(changed, "MaxPool")
+    assert makers[pool.input[0]].op_type == "Pad"
+    convolutions = nodes_of(changed, "Conv")
+    assert [makers.get(node.input[1]) for node in convolutions] == [None, None]
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +215,11 @@ def test_only_standard_operators(two_bit):
 
 def test_factors_of_scores_and_offsets_of_norms_are_in_other_constants(two_bit):
     _, model, _ = two_bit
-    makers = {name: node for node in model.graph.node for name in node.output}
-    for node in model.graph.node:
-        made = makers.get(node.input[0]) if node.op_type in {"Add", "Mul"} else None
-        assert made is None or (node.op_type, made.op_type) not in {
-            ("Mul", "Mul"),
-            ("Add", "LayerNormalization"),
-        }
+    makers = makers_of(model)
+    for node in nodes_of(model, "Add", "Mul"):
+        maker = makers.get(node.input[0])
+        foldable = {"Mul": "Mul", "Add": "LayerNormalization"}[node.op_type]
+        assert maker is None or maker.op_type != foldable
 
 
 def test_weights_are_stored_at_their_width(two_bit):
@@ -296,11 +289,9 @@ def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(DEPLOY[name])
     frozen = qat.freeze(net)
     model = file(frozen, tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
-    constants = {
-        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-    }
-    makers = {name: node for node in model.graph.node for name in node.output}
-    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    constants = constants_of(model)
+    makers = makers_of(model)
+    pairs = nodes_of(model, "QuantizeLinear")
     assert len(pairs) == sum(isinstance(module, FrozenActivation) for module in frozen.modules())
     for node in pairs:
         _, step, zero = node.input
@@ -309,12 +300,8 @@ def test_what_tensorrt_asks_for(name, tmp_path):
             "int8",
             0,
         )
-    factors = [
-        name
-        for node in model.graph.node
-        if node.op_type in {"MatMul", "Gemm", "Conv"}
-        for name in node.input[:2]
-    ]
+    products = nodes_of(model, "MatMul", "Gemm", "Conv")
+    factors = [name for node in products for name in node.input[:2]]
     seen = {makers[name].op_type for name in factors}
     assert seen <= {"DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Gather", "Split"}
     assert {
@@ -353,7 +340,7 @@ def test_floats_of_8_bits_for_tensorrt(knobs, tmp_path):
     net = tiny.quantized("fp8", **knobs)
     model = file(qat.freeze(net), tiny.images(1), tmp_path / "net.onnx", **FP32)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    pairs = nodes_of(model, "QuantizeLinear")
     activations = [site for site in qat.iter_quantizers(net) if not site.is_weight]
     assert len(pairs) == sum(not site.quantizer.is_float for site in activations)
     for node in pairs:
@@ -402,21 +389,19 @@ def test_files_for_tensorrt_are_float16_but_for_image_and_logits(name, tmp_path)
     types = types_of_values(model)
     assert {value for value, kind in types.items() if kind == "FLOAT"} == {"image", "logits"}
     codes = "FLOAT8E4M3FN" if name in {"fp8", "swin"} else "INT8"
-    for node in model.graph.node:
-        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
-            x, scale = (types[value] for value in node.input[:2])
-            assert {x, scale, types[node.output[0]]} == {"FLOAT16", codes}
-        if node.op_type == "LayerNormalization":  # its sums are in float32 by default
-            assert not any(
-                attribute.name == "stash_type" and attribute.i != 1 for attribute in node.attribute
-            )
+    for node in nodes_of(model, "QuantizeLinear", "DequantizeLinear"):
+        x, scale = (types[value] for value in node.input[:2])
+        assert {x, scale, types[node.output[0]]} == {"FLOAT16", codes}
+    for node in nodes_of(model, "LayerNormalization"):  # its sums are in float32 by default
+        assert not any(
+            attribute.name == "stash_type" and attribute.i != 1 for attribute in node.attribute
+        )
     if "attention" not in name:  # so that TensorRT can fuse the attention
-        makers = {value: node for node in model.graph.node for value in node.output}
+        makers = makers_of(model)
         weights = [value for value in types if value.endswith("onnx_codes")]
-        rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-        assert len(weights) == len(rounded)
-        softmax = [node for node in model.graph.node if node.op_type == "Softmax"]
-        assert all(makers[node.input[0]].op_type != "DequantizeLinear" for node in softmax)
+        assert len(weights) == len(nodes_of(model, "QuantizeLinear"))
+        sources = [makers[node.input[0]] for node in nodes_of(model, "Softmax")]
+        assert all(source.op_type != "DequantizeLinear" for source in sources)
     checked = check_onnx(net, tmp_path / "net.onnx", [images]).agreement[ONNXRUNTIME]
     assert checked.problem is None
     assert 0 < checked.relative_error < 0.15

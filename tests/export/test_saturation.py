@@ -8,6 +8,7 @@ import qat
 from qat.export.onnx_file import OnnxSettings, to_onnx
 from qat.export.runtimes import ONNXRUNTIME, open_session
 from tests import tiny
+from tests.export.graphs import constants_of, makers_of, nodes_of
 from tests.export.test_onnx_file import DEPLOY
 from tests.model.frozen.test_freeze import RECIPES, made
 
@@ -24,19 +25,17 @@ def net_8bit():
 
 def products(model, images):
     """Codes of the factors of every integer product, as a session on images computes them."""
-    made_by = {name: node for node in model.graph.node for name in node.output}
+    makers = makers_of(model)
     factors = []
-    for node in model.graph.node:
-        sources = [made_by.get(name) for name in node.input]
+    for node in nodes_of(model, "MatMul"):
+        sources = [makers.get(name) for name in node.input]
         is_integer = all(
             source is not None and source.op_type == "DequantizeLinear" for source in sources
         )
-        if node.op_type == "MatMul" and is_integer:
+        if is_integer:
             factors.append([source.input[0] for source in sources])
     names = sorted({name for pair in factors for name in pair})
-    constants = {
-        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-    }
+    constants = constants_of(model)
     computed = [name for name in names if name not in constants]
     shown = onnx.ModelProto()
     shown.CopyFrom(model)

@@ -10,7 +10,8 @@ import qat
 from qat.export.check import TOLERANCE, compare
 from qat.export.runtimes import open_session, session_outputs
 from tests.errors import usage_error
-from tests.tiny import fitted
+from tests.export.graphs import makers_of, nodes_of
+from tests.tiny import fitted, randn
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,7 +54,7 @@ def detector():
 
 
 def images(n):
-    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n))
+    return randn(n, 3, 16, 16, seed=n)
 
 
 def quantized(build, recipe="deploy_w8a8"):
@@ -99,9 +100,8 @@ def test_outputs_for_tensorrt_are_float32(tmp_path):
 @pytest.mark.long
 def test_products_of_attention_are_on_integers(tmp_path):
     qat.export_onnx(quantized(classifier), tmp_path / "net.onnx", images=images(1))
-    graph = onnx.load(tmp_path / "net.onnx").graph
-    makers = {name: node for node in graph.node for name in node.output}
-    products = [node for node in graph.node if node.op_type == "MatMul"]
+    model = onnx.load(tmp_path / "net.onnx")
+    makers, products = makers_of(model), nodes_of(model, "MatMul")
     assert len(products) == 9  # six layers and two products of the attention; the head
     for node in products:
         for name in node.input:
@@ -150,7 +150,7 @@ def test_queries_are_compared_in_any_order():
 
 
 def test_embeddings_are_equal_within_a_share_of_their_largest_number():
-    embeddings = torch.randn(2, 8)
+    embeddings = randn(2, 8)
     scaled = 100 * embeddings / embeddings.abs().max()
     nearly = scaled + torch.tensor([[0.5 * 100 * TOLERANCE], [2 * 100 * TOLERANCE]])
     agreement = compare(
