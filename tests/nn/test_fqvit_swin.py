@@ -7,7 +7,6 @@ import qat
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import in_float
 from tests.nets import FAMILIES
-from tests.nn.test_fqvit import ATTENTION, BLOCK
 from tests.tiny import fitted, logits
 
 SWIN = FAMILIES["swin"]
@@ -28,8 +27,9 @@ def test_without_rounding_it_is_timms_net(placement):
 
 def test_where_activations_are_quantized():
     sites = {site.name for site in qat.iter_quantizers(placed()) if not site.is_weight}
-    attention = (*ATTENTION, "table", "biased")
-    block = (*(f"attn.{site}" for site in attention), *BLOCK)
+    attention = "qkv.input qkv table scores biased probs proj.input output"
+    block = ["residual1", "mlp.fc1.input", "mlp.fc2.input", "mlp", "residual2"]
+    block += [f"attn.{site}" for site in attention.split()]
     merging = ("layers.1.downsample.reduction.input", "layers.1.downsample.output")
     outside = {
         "patch_embed.proj.input",
