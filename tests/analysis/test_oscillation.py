@@ -7,7 +7,6 @@ import torch
 
 from qat.analysis import NO_IMAGES, StudiedNet
 from qat.analysis.oscillation import FLIPS, OSCILLATING, OscillationAnalysis, read_curves
-from qat.errors import UsageError
 from tests.conftest import train
 from tests.errors import usage_error
 
@@ -69,12 +68,8 @@ def test_several_runs_lie_over_each_other(tmp_path):
 @pytest.mark.parametrize("lines", [[], ["0,,,,,4"]])
 def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
     net = write_run(tmp_path / "run", lines)
-    with pytest.raises(UsageError) as error:
+    with usage_error(f"^ckpt='{net.path}': .*callbacks=.default,oscillation.$"):
         analysed(net)
-    assert (
-        str(error.value)
-        == f"ckpt={str(net.path)!r}: this run did not track oscillation; train with callbacks=[default,oscillation]"
-    )
     with usage_error(r"ckpt='None': this run did not track oscillation"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 

@@ -147,17 +147,10 @@ def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):
 @torch.no_grad()
 def test_activation_codes_are_those_of_the_quantizers():
     net, images = net_of("ofq2"), tiny.images()
-    quantizer, seen = tiny.sites(net)["blocks.0.attn.input_quantizer"].quantizer, []
-    with torch.no_grad():
-        hook = quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        net(images)
-        hook.remove()
-    (row,) = [
-        row
-        for row in activation_rows(net, images)
-        if row["quantizer of"] == "blocks.0.attn.input_quantizer"
-    ]
-    (x,) = seen
+    name = "blocks.0.attn.input_quantizer"
+    quantizer = net.get_submodule(name)
+    x, _ = tiny.watched(net)[name]
+    (row,) = [row for row in activation_rows(net, images) if row["quantizer of"] == name]
     codes = quantizer.codes(x)
     assert row["at the end codes, %"] == pytest.approx(
         100 * float(((codes == -2) | (codes == 1)).float().mean()), rel=1e-5

@@ -15,6 +15,7 @@ from qat.data.transforms import MIXING_STREAM
 from qat.losses import CrossEntropy, StepContext
 from tests.data.files import DIGITS
 from tests.errors import usage_error
+from tests.tiny import randn
 
 
 def mixing(**changes):
@@ -94,7 +95,7 @@ def test_images_keep_their_dtype_and_targets_are_float32(dtype):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
     images, target = batch()
-    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
+    logits = randn(8, 10, seed=1)
     _, shares = mixing()(images, target, epoch=0, step=4)
     found = CrossEntropy(label_smoothing=smoothing)(
         StepContext(logits, shares, None, torch.nn.Identity())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import qat
 from evidence.claims.arms import ROOT, Arms, preset
@@ -17,6 +16,7 @@ from tests.commands import typed
 from tests.conftest import compose, results
 from tests.errors import usage_error
 from tests.evidence import made
+from tests.tiny import identical
 
 ARMS = {
     "float": {"use": ["cifar"], "seeds": [0], "keep": True},
@@ -190,7 +190,7 @@ def test_a_run_leaves_a_record(tmp_path, monkeypatch):
             run_dir / "checkpoints" / "best.ckpt",
         )
     )
-    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert identical(kept, best)
     assert named(arms.to_do()) == []
 
 

@@ -5,6 +5,7 @@ import torch
 
 from qat.functional import evolution
 from qat.functional.evolution import Population
+from tests.tiny import identical
 
 
 def population(*losses):
@@ -40,8 +41,7 @@ def test_draws_are_functions_of_seed_and_place():
     drawn = evolution.draw(1, (2, 3, 4), 50, 0.1)
     torch.manual_seed(5)
     again = evolution.draw(1, (2, 3, 4), 50, 0.1)
-    assert torch.equal(drawn.noise, again.noise)
-    assert torch.equal(drawn.members, again.members)
+    assert identical(drawn, again)
     others = [(2, (2, 3, 4)), (1, (3, 3, 4)), (1, (2, 4, 4)), (1, (2, 3, 5)), (1, (3, 2, 4))]
     assert all(
         not torch.equal(evolution.draw(seed, place, 50, 0.1).noise, drawn.noise)

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from qat.losses import CrossEntropy, Distillation, StepContext
 from tests.errors import usage_error
+from tests.tiny import randn
 
-CLS, DIST, TEACHER = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+CLS, DIST, TEACHER = randn(3, 5, 4)
 CLASSES = torch.tensor([0, 3, 1, 1, 2])
 
 
@@ -29,7 +30,7 @@ def test_one_head_gets_both_targets():
 
 
 def test_probabilities_as_target():
-    target = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    target = randn(5, 4, seed=1).softmax(-1)
     expected = -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST)
     assert_close(loss((CLS, DIST), target), expected)
 

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from qat.losses import CrossEntropy, StepContext
 from tests.errors import usage_error
+from tests.tiny import randn
 
-LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+LOGITS = randn(6, 4)
 LOG_P = LOGITS - LOGITS.exp().sum(-1, keepdim=True).log()
 CLASSES = torch.tensor([0, 3, 1, 1, 2, 0])
 HARD = -LOG_P[torch.arange(6), CLASSES].mean()
@@ -29,7 +30,7 @@ def test_label_smoothing_moves_mass_to_all_classes():
 
 
 def test_two_heads_are_averaged_before_the_loss():
-    shift = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    shift = randn(6, 4, seed=2)
     assert_close(loss((LOGITS + shift, LOGITS - shift), CLASSES), HARD)
 
 

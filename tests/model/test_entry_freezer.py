@@ -15,7 +15,7 @@ def start(optimizer="adamw", **settings):
 
 
 def gradient(t):
-    return torch.randn(6, 5, generator=torch.Generator().manual_seed(100 + t))
+    return randn(6, 5, seed=100 + t)
 
 
 MASK = torch.arange(30).reshape(6, 5) % 3 > 0

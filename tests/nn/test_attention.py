@@ -15,7 +15,7 @@ from qat.nn import attention
 from tests.errors import usage_error
 from tests.nets import ATTENTIONS
 from tests.nn.shown import WIDTH, attend, heads, merged, swapped
-from tests.tiny import randn, shake, sites
+from tests.tiny import identical, randn, shake, sites
 
 TOKENS = 10
 FOLD = qat.recipe("ofq", qk_bias="fold")
@@ -59,8 +59,7 @@ def test_weights_go_back_under_timms_names(make, qk_bias, lost):
     expected = {f"attn.{name}": value.clone() for name, value in make().state_dict().items()}
     expected["attn.qkv.bias" if make is vit else "attn.q_bias"][lost] = 0
     kept = timm_state_dict(swapped(make(), qat.recipe("ofq", qk_bias=qk_bias), TOKENS))
-    assert set(kept) == set(expected)
-    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert identical(kept, expected)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Oracle: statistics of the float net's own tensors, caught by hooks here; formula
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.tiny import (
     quantized,
     sites,
     vit,
+    watched,
     with_scales,
 )
 
@@ -43,20 +45,15 @@ def ptq(name=VIT, n=2, **knobs):
 
 @pytest.mark.parametrize("placement", ["inputs", "fqvit"])
 def test_every_range_is_that_of_the_float_net(placement):
-    net, seen = ptq(placement=placement), {}
-    handles = [
-        site.quantizer.register_forward_pre_hook(
-            lambda _, args, name=site.name: seen.setdefault(name, []).append(args[0])
-        )
-        for site in qat.iter_quantizers(net)
-        if not site.is_weight
-    ]
+    net = ptq(placement=placement)
     with in_float(net):
-        logits(net, images(seed=0)), logits(net, images(seed=1))
-    for handle in handles:
-        handle.remove()
+        seen = [watched(net, partial(logits, x=images(seed=seed))) for seed in (0, 1)]
     for site in qat.iter_quantizers(net):
-        x = site.latent().detach() if site.is_weight else torch.stack(seen[site.name])
+        x = (
+            site.latent().detach()
+            if site.is_weight
+            else torch.stack([run[site.name][0] for run in seen])
+        )
         rows = x.flatten(1) if site.is_weight else x.flatten().unsqueeze(0)
         low, high = rows.amin(1), rows.amax(1)
         around_zero = (low <= 0) & (high >= 0)  # the others: below
