@@ -9,7 +9,7 @@ from qat import functional as F
 from qat.functional import observers
 from tests.tiny import randn
 
-BATCHES = [randn(4, 5, 6, seed=s) * (1 + s) for s in range(3)]
+BATCHES = [randn(4, 5, 6, seed=s) * (1 + s) for s in (0, 2, 1)]
 
 
 def seen(method, axis, batches=BATCHES):

@@ -213,3 +213,14 @@ def test_scales_that_are_loaded_as_nan_are_found(around, assign):
     net.load_state_dict(state)
     assert logits(net).isfinite().all()
     assert hooks(net) == []
+
+
+def test_scales_that_a_partial_load_leaves_out_are_named():
+    net = converted()
+    state = quantized().state_dict()
+    del state["blocks.1.mlp.fc1.input_quantizer.quantizer.start"]
+    net.load_state_dict(state, strict=False)
+    with usage_error(r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+        net(images())
+    with_scales(net)
+    assert logits(net).isfinite().all()

@@ -11,7 +11,7 @@ from tests.tiny import randn
 
 @pytest.mark.parametrize("axis", [-1, 1, None])
 def test_several_batches_join_their_ranges(axis):
-    batches = [randn(4, 5, 6, seed=s) * (s + 1) for s in range(3)]
+    batches = [randn(4, 5, 6, seed=s) * (s + 1) for s in (0, 2, 1)]
     made, state = allocated("minmax", batches[0], axis=axis), {}
     for batch in batches:
         made.calibrate(batch, state)
