@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.analysis import NO_IMAGES, Table, write_outcome
+from qat.analysis import NO_IMAGES, Table
 from qat.analysis.weights import WeightAnalysis, activation_rows, iter_latent_weights, weight_row
 from qat.functional import kurtosis, near_threshold
 from qat.quantizers import StatsQ
@@ -114,7 +114,7 @@ def test_every_kind_of_net(kind):
     assert all("nan" not in drawing.alt for drawing in found.drawings)
 
 
-def test_a_float_net_has_its_layers_in_order(tmp_path):
+def test_a_float_net_has_its_layers_in_order():
     net = tiny.vit()
     found = analysed(net, image_set())
     names = [
@@ -125,8 +125,7 @@ def test_a_float_net_has_its_layers_in_order(tmp_path):
     assert [layer for layer, *_ in iter_latent_weights(net)] == names
     (table,) = found.tables
     assert [row["layer"] for row in table.rows] == names
-    write_outcome(tmp_path, "weights", {}, found)
-    assert (tmp_path / "weights_histograms.png").stat().st_size > 5000
+    assert [drawing.name for drawing in found.drawings] == ["weights_histograms"]
 
 
 def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):

@@ -50,6 +50,14 @@ def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gra
     assert_close(logits.grad, centred / (4 * 5), rtol=1e-2, atol=1e-4)
 
 
+def test_half_precision_logits_give_a_float32_loss():
+    cls, dist, teacher = (logits.bfloat16() for logits in (CLS, DIST, TEACHER))
+    value = loss((cls, dist), teacher=teacher)
+    assert value.dtype == torch.float32
+    expected = loss((cls.float(), dist.float()), teacher=teacher.float())
+    assert torch.equal(value, expected)
+
+
 @pytest.mark.parametrize(("setting", "value"), [("temperature", 0), ("hard_weight", -1)])
 def test_settings_outside_the_range_are_refused(setting, value):
     with usage_error(rf"^loss\.{setting}={value}: "):

@@ -90,9 +90,14 @@ def test_cost_counts_codes(tmp_path):
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
 
 
-def test_a_file_of_another_version_is_one_line(tmp_path):
-    path = tmp_path / "net.safetensors"
-    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+@pytest.fixture
+def path(tmp_path):
+    """A packed file."""
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def test_a_file_of_another_version_is_one_line(path):
     path.write_bytes(path.read_bytes().replace(b'"format":"packed-1"', b'"format":"packed-9"'))
     with usage_error("format 'packed-9'"):
         qat.load(path)
@@ -112,9 +117,7 @@ def save_older(path, metadata, tensors):
     safetensors.torch.save_file(tensors, path, metadata | {"crc32": checksum})
 
 
-def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
-    path = tmp_path / "net.safetensors"
-    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(path):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     for at in [*range(0, header, 7), *range(header, len(whole), 1009)]:
@@ -152,9 +155,7 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
         "a large index",
     ],
 )
-def test_a_file_that_lies_is_one_line(index, line, tmp_path):
-    path = tmp_path / "net.safetensors"
-    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+def test_a_file_that_lies_is_one_line(index, line, path):
     metadata, tensors = parts_of(path)
     metadata["index"] = base64.b64encode(zlib.compress(json.dumps(index).encode())).decode()
     save_older(path, metadata, tensors)
