@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.testing import assert_close
 
 import qat
@@ -13,6 +14,7 @@ from qat.callbacks.cga import BandGate
 from qat.lit import cosine_schedule
 from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net
 from tests.errors import usage_error
+from tests.processes import in_processes
 from tests.tasks.test_resume import assert_same_run, killed_at, last, metrics, run
 from tests.tiny import sites
 
@@ -311,21 +313,16 @@ def test_averages_see_held_weights():
             assert torch.equal(copies[t][name][frozen], steps.before[t][name][frozen])
 
 
-def test_two_processes_agree(tmp_path):
-    def save(trainer, learner):
-        torch.save(learner.net.state_dict(), tmp_path / f"{trainer.global_rank}.pt")
-
+def anneal_in_a_process(folder):
     learner = module(net())
-    start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
-    fit(
-        learner,
-        annealing(qk="product"),
-        LambdaCallback(on_train_end=save),
-        strategy="ddp_fork",
-        devices=2,
-        max_epochs=1,
-        limit_train_batches=1,
-    )
+    settings = {"strategy": "ddp", "devices": 2, "max_epochs": 1, "limit_train_batches": 1}
+    fit(learner, annealing(qk="product"), **settings)
+    torch.save(learner.net.state_dict(), folder / f"{dist.get_rank()}.pt")
+
+
+def test_two_processes_agree(tmp_path):
+    start = net().state_dict()
+    assert in_processes(2, anneal_in_a_process, tmp_path) == ["", ""]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert differing(first, second) == []
     for name in masked("ofq"):

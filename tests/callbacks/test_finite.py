@@ -16,6 +16,7 @@ from qat.losses import LossTerm
 from tests.callbacks.fitting import QUIET, added, differing, module, net
 from tests.callbacks.fitting import fit as fit_net
 from tests.conftest import results, tiny, train
+from tests.processes import in_processes
 from tests.tiny import identical
 
 
@@ -171,19 +172,15 @@ class SickProcess(LossTerm):
         return torch.tensor(torch.nan if dist.get_rank() == 1 and self.steps == 2 else 0.0)
 
 
-def test_a_loss_of_one_process_ends_all_of_them():
+def train_in_a_process():
     learner = module(net(), terms={"sick": SickProcess()})
-    with pytest.raises(
-        Exception, match="training step 1 is not finite; first non-finite: the loss "
-    ):
-        fit_net(
-            learner,
-            FiniteCheck(),
-            strategy="ddp_fork",
-            devices=2,
-            max_epochs=2,
-            limit_train_batches=2,
-        )
+    settings = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "limit_train_batches": 2}
+    fit_net(learner, FiniteCheck(), **settings)
+
+
+def test_a_loss_of_one_process_ends_all_of_them():
+    for error in in_processes(2, train_in_a_process):
+        assert "training step 1 is not finite; first non-finite: the loss " in error
 
 
 # --- in runs of the command
