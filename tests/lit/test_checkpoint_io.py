@@ -21,6 +21,7 @@ def test_code_inside_a_file_is_refused_whatever_the_caller_says(tmp_path, weight
     "error",
     [
         OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
         RuntimeError("[enforce fail at inline_container.cc] . unexpected pos"),
     ],
 )
@@ -28,7 +29,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch)
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, path)
 
-    def fail(*_):
+    def fail(_, file):
+        file.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", fail)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from qat.lit import build_optimizer, cosine_schedule, parameter_groups
 from tests.callbacks.fitting import fit, module
 from tests.errors import usage_error
 from tests.tiny import DISTILLED, SIZE, identical, vit
@@ -151,17 +151,6 @@ def test_layer_decay_is_timms():
         0.6,
         1.0,
     ])  # embedding, first block, second block and norm, heads
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, 0.1),
-        ({"lr_base_batch": 512}, 0.2),
-    ],
-)
-def test_rate_follows_the_batch(settings, expected):
-    assert scaled_lr(0.1, global_batch=1024, **settings) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
 
 
 MISTAKES = {
+    "ckpt={four}": "analysis is not set: must be one of cost, landscape, oscillation, robustness, sensitivity, weights; or set run=DIR",
     "analysis=robustness analysis.low=0 ckpt={four}": "analysis.low=0: must be a number above 0",
     "analysis=cost ckpt=[{four},{four}]": "ckpt=['{four}', '{four}']: the paths give equal labels; set labels",
     "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
@@ -145,10 +146,3 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
     line = refused("analyze", cfg)
     assert line.startswith("error: " + MISTAKES[typed].format(**paths))
     assert contents(run) == before
-
-
-def test_an_analysis_has_to_be_chosen(tmp_path, refused):
-    choices = "cost, landscape, oscillation, robustness, sensitivity, weights"
-    assert f"analysis is not set: must be one of {choices}; or set run=DIR" in refused(
-        "analyze", compose("analyze", f"run_dir={tmp_path}")
-    )

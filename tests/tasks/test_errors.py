@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from qat.cli import mistakes
 from qat.model import pretrained
-from tests.conftest import compose, contents, results, tiny
+from tests.conftest import compose, contents, tiny
 from tests.payload import Payload
 
 WHOLE = "must be an integer (?:of at least|from)"
@@ -228,10 +228,8 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
 
 
 def test_a_validation_that_no_epoch_reaches(tmp_path, refused):
-    line = r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; for a longer "
-    assert re.search(
-        line, refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
-    )
+    line = refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
+    assert "trainer.val_check_interval=99: must be at most the 2 batches of an epoch; " in line
 
 
 @pytest.mark.parametrize(("typed", "line"), EVAL, ids=[typed for typed, _ in EVAL])
@@ -273,35 +271,3 @@ def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(
     assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the" in message
     assert "timed out" in message
     assert time.monotonic() - began < 5
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")],
-    ids=["full", "denied"],
-)
-def test_a_checkpoint_that_cannot_be_written_costs_only_itself(
-    tmp_path, refused, monkeypatch, error
-):
-    save, calls = torch.save, []
-
-    def fails_later(content, path):
-        calls.append(path)
-        if len(calls) > 1:
-            path.write_bytes(b"half")
-            raise error
-        save(content, path)
-
-    monkeypatch.setattr(torch, "save", fails_later)
-    run = tmp_path / "run"
-    message = refused(
-        "train", tiny(run, "trainer.limit_train_batches=6", "checkpoint.every_n_steps=2")
-    )
-    assert re.search(
-        rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the previous checkpoint is intact",
-        message,
-    )
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-    assert "cannot be written" in results(run)["error"]

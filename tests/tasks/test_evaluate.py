@@ -203,16 +203,6 @@ def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refus
     assert message.endswith(f"{setting}='{tmp_path}/w.pt': has 5 classes, the data 10")
 
 
-def test_nothing_to_evaluate_is_refused(tmp_path, refused):
-    line = (
-        "ckpt is not set: must be a checkpoint; "
-        "or set model=NAME with model.pretrained=true or model.weights=FILE"
-    )
-    assert line in refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
-    assert results(tmp_path)["command"] == "eval"
-    assert "ckpt is not set" in results(tmp_path)["error"]
-
-
 def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused, run_4bit):
     path = edited(
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"}

@@ -1,7 +1,6 @@
 """`compile=graphs` without CUDA: nets that give what they give in memory which the next step overwrites. Oracle: the eager run."""
 
 import logging
-import re
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from qat.tasks import fit
 from tests.callbacks.fitting import batches, differing, module, net
 from tests.callbacks.fitting import fit as fit_lightning
 from tests.conftest import compose
-from tests.errors import usage_error
 from tests.tasks.test_resume import assert_same_run, killed_at, run
 
 
@@ -63,15 +61,6 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", made.compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", made.begin)
     return made
-
-
-@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
-def test_graphs_are_refused_without_cuda(accelerator):
-    line = f"compile=graphs: CUDA graphs need CUDA, which is not available with trainer.accelerator='{accelerator}'; must be one of true, false, auto"
-    with usage_error(f"^{re.escape(line)}$"):
-        fit.build_callbacks(
-            compose("train", "compile=graphs", f"trainer.accelerator={accelerator}", "run_dir=a")
-        )
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         (
             "lsq",
             (*SEARCH, *SMALL),
-            "must be a float model; ptq=keep search=evolution accepts a quantized one",
+            "is quantized already (lsq); must be a float model; ptq=keep search=evolution accepts",
         ),
         (
             "float",

@@ -96,22 +96,6 @@ def test_a_state_without_settings_beside_a_damaged_config(tmp_path, text):
     assert _settings_to_resume(tmp_path / "search.ckpt") == {"ptq": {"method": "calibrate"}}
 
 
-def test_what_cannot_work_is_one_line(tmp_path, float_run):
-    for overrides, line in (
-        (
-            ("ptq=reconstruct_w4a4", "ptq.reconstruct.batch=65"),
-            r"ptq\.reconstruct\.batch=65: must be at most the number",
-        ),
-        (("ptq=reconstruct_w4a4", "ptq.bits=1"), r"ptq\.bits=1: must be an integer from 2 to 8"),
-        (
-            ("ptq=compensate_w4a4", "trainer.devices=2"),
-            r"trainer\.devices=2: must be 1 with a search or ptq\.method=comp",
-        ),
-        (
-            ("ptq=reconstruct_w4a4", "+ptq.reconstruct.rate=1"),
-            r"ptq\.reconstruct\.rate: must be one of steps",
-        ),
-        (("ptq=compensate_w4a4", "resume=true"), r"has no search\.ckpt and no reconstruct\.ckpt"),
-    ):
-        with usage_error(line):
-            quantize(tmp_path / "q", float_run, *overrides)
+def test_compensation_runs_on_one_device(tmp_path, float_run):
+    with usage_error(r"trainer\.devices=2: must be 1 with a search or ptq\.method=comp"):
+        quantize(tmp_path, float_run, "ptq=compensate_w4a4", "trainer.devices=2")

@@ -1,6 +1,5 @@
 """`report.html` of commands. Oracle: the files of the run beside it; `report=false`, which leaves a run without it."""
 
-import ast
 import errno
 import shutil
 
@@ -10,7 +9,7 @@ import qat
 from qat.tasks import report
 from qat.tasks.report import rebuild_report
 from tests.commands import typed
-from tests.conftest import ROOT, TINY, compose, results, train
+from tests.conftest import TINY, compose, results, train
 from tests.report.pages import read
 from tests.tiny import quantized
 
@@ -72,27 +71,6 @@ def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
         )
         assert "Cost by kind of layer" in page(tmp_path).text
         assert not (tmp_path / "analysis").exists()
-
-
-def test_a_run_starts_without_what_makes_a_page():
-    seen, waiting = set(), ["qat.tasks.train", "qat.tasks.ptq"]
-    while waiting:
-        module = waiting.pop()
-        path = ROOT / module.replace(".", "/")
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if module in seen or not path.exists():
-            continue
-        seen.add(module)
-        waiting.append(module.rpartition(".")[0])
-        for node in ast.parse(path.read_text()).body:  # not what a function imports
-            if isinstance(node, ast.ImportFrom):
-                waiting += [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [one.name for one in node.names]
-    assert {"qat.data.sources", "qat.nn.linear", "qat.tasks.fit"} <= seen
-    assert [
-        module for module in sorted(seen) if module.startswith(("qat.report", "qat.analysis"))
-    ] == []
 
 
 def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):

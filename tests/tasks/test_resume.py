@@ -193,26 +193,6 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
     assert (full / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            ["quant=lsq_4bit"],
-            r"resume: .*last.ckpt has another recipe \(quant: .*weight_quantizer.*\); use ckpt=PATH to start from it",
-        ),
-        (["quant=fp"], r"resume: .*last.ckpt has another recipe"),
-        (
-            ["model.args.depth=2"],
-            r"resume: .*last.ckpt contains .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2",
-        ),
-        (["resume=maybe"], r"resume='maybe': must be one of false, true, auto"),
-    ],
-)
-def test_another_run_is_not_continued(overrides, message, full):
-    with usage_error(message):
-        run(full, *(["resume=true", *overrides]))
-
-
 @pytest.mark.long
 def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
@@ -462,27 +442,28 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("change", "line"),
     [
         (
-            ["optimizer.lr=0.1"],
-            r"^optimizer\.lr=0\.1 \(the run had 0\.001\): a resumed run keeps its optimizer and schedule; ",
+            "optimizer.lr=0.1",
+            r"optimizer\.lr=0\.1 \(the run had 0\.001\): a resumed run keeps its ",
+        ),
+        ("optimizer=sgd", r"optimizer\.opt='sgd' \(the run had 'adamw'\)"),
+        (
+            "trainer.max_epochs=1",
+            r"trainer\.max_epochs=1: .*last\.ckpt was already trained for 2 ep",
         ),
         (
-            ["optimizer=sgd"],
-            r"^optimizer\.opt='sgd' \(the run had 'adamw'\)",
+            "quant=lsq_4bit",
+            r"resume: .*last\.ckpt has another recipe \(quant: .*weight_quantizer.*\)",
         ),
-        (
-            ["trainer.max_epochs=1"],
-            r"^trainer\.max_epochs=1: .*last\.ckpt was already trained for 2 epochs; must be at least 2$",
-        ),
+        ("model.args.depth=2", r"resume: .* contains .*'depth': 1.*not model .* with .*'depth': 2"),
     ],
-    ids=["rate", "optimizer", "epochs"],
 )
-def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
+def test_what_a_run_cannot_take_any_more_is_refused(change, line, full):
     before = (full / "config.yaml").read_bytes()
-    with usage_error(line):
-        run(full, "resume=true", *changes)
+    with usage_error(f"^{line}"):
+        run(full, "resume=true", change)
     assert (full / "config.yaml").read_bytes() == before
 
 
@@ -516,7 +497,7 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
 
 
 def test_a_dry_run_leaves_a_run_alone(full):
-    before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
+    before = contents(full)
     with usage_error(r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "):
         run(full, "resume=auto", "overwrite=true", "trainer.fast_dev_run=true")
-    assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before
+    assert contents(full) == before

@@ -128,18 +128,6 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
     assert not torch.equal(first["head.weight"], third["head.weight"])
 
 
-def test_fast_dev_run_writes_results_and_no_checkpoint(tmp_path):
-    run = train(
-        tmp_path / "run",
-        "trainer.fast_dev_run=true",
-        "trainer.max_epochs=30",
-        "scheduler.warmup_epochs=5",
-    )
-    assert not list(run.rglob("*.ckpt"))
-    assert set(KEYS) <= set(results(run))
-    assert results(run)["weights"] == "final"
-
-
 def test_without_logger_or_callbacks(tmp_path):
     run = train(tmp_path / "run", "~logger", "~callbacks")
     assert results(run)["weights"] == "final"
@@ -180,37 +168,37 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         assert (run / name).read_text() == '{"top1": 77}'
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
-def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(
-    tmp_path, refused, monkeypatch, again
-):
-    def fails(*_, **__):
-        raise qat.UsageError("the first step fails")
+def press_ctrl_c(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
 
+
+def fail(*_, **__):
+    raise qat.UsageError("the first step fails")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("end", "code", "error", "again"),
+    [
+        (fail, 1, "the first step fails", ()),
+        (fail, 1, "the first step fails", ("resume=auto",)),
+        (press_ctrl_c, 130, "stopped by Ctrl-C", ()),
+    ],
+)
+def test_a_run_that_ended_before_it_saved_anything_may_be_repeated(
+    tmp_path, refused, monkeypatch, end, code, error, again
+):
     run = tmp_path / "run"
     refused("train", tiny(run, "quant.bits=9"))
     assert "quant.bits=9" in results(run)["error"]
     with monkeypatch.context() as patch:
-        patch.setattr("lightning.pytorch.Trainer.fit", fails)
-        refused("train", tiny(run))
-    assert (run / "config.yaml").exists()
-    train(run, *again)
-    assert "error" not in results(run)
-
-
-@pytest.mark.long
-def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
-        )
+        patch.setattr("lightning.pytorch.Trainer.fit", end)
         with pytest.raises(SystemExit) as stop:
             job.run_task(tiny(run))
-    assert stop.value.code == 130
-    assert results(run)["error"] == "stopped by Ctrl-C"
-    train(run)
+    assert stop.value.code == code
+    assert results(run)["error"] == error
+    assert (run / "config.yaml").exists()
+    train(run, *again)
     assert "error" not in results(run)
 
 
