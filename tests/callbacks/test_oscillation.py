@@ -1,7 +1,5 @@
 """Oscillation in real trainers. Oracles: the exact tracker on copies of the weights, codes by hand, a hook-free look at activations."""
 
-import csv
-
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -9,6 +7,7 @@ from lightning.pytorch import Callback
 from qat import functional as F
 from qat.callbacks import Oscillation
 from qat.callbacks.oscillation import track_codes
+from qat.utils.files import csv_rows
 from tests.callbacks.fitting import fit, module, net
 from tests.errors import usage_error
 from tests.tiny import sites, vit
@@ -21,13 +20,11 @@ class Seen(Callback):
         self.codes, self.logged = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        found = {
-            n: s.quantizer.codes(s.latent()) for n, s in sites(pl_module.net).items() if s.is_weight
-        }
-        self.latents = {
-            n: s.latent().detach().clone() for n, s in sites(pl_module.net).items() if s.is_weight
-        }
-        self.codes.append({n: c.clone() for n, c in found.items()})
+        tracked = {name: site for name, site in sites(pl_module.net).items() if site.is_weight}
+        self.latents = {name: site.latent().detach().clone() for name, site in tracked.items()}
+        self.codes.append({
+            name: site.quantizer.codes(site.latent()).clone() for name, site in tracked.items()
+        })
 
     def on_train_batch_end(self, trainer, *_):
         self.logged.append({
@@ -74,14 +71,6 @@ def test_tracked_are_weights_of_few_bits():
     }
 
 
-@pytest.mark.parametrize("bits", [1, 32])
-def test_floats_have_no_codes_to_track(bits):
-    with usage_error(
-        f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8",
-    ):
-        Oscillation(max_bits=bits)
-
-
 def test_codes_of_eight_bits_without_a_sign_are_tracked():
     looks, state = torch.tensor([[126.0, 0], [127, 255], [128, 0], [127, 255], [255, 254]]), None
     for codes in looks:
@@ -115,8 +104,7 @@ def test_deviates_from_reference_oscillations_are_measured():
 def test_the_table(tmp_path):
     callback, seen = Oscillation(dirpath=str(tmp_path), threshold=0.005), Seen()
     fit(module(net(), lr=0.03), callback, seen)
-    with (tmp_path / "oscillation.csv").open(newline="") as file:
-        *rows, total = csv.DictReader(file)
+    *rows, total = csv_rows(tmp_path / "oscillation.csv")
     assert len(rows) == 10
     row = next(r for r in rows if r["layer"] == "blocks.1.mlp.fc2")
     state = exact(seen.codes, "blocks.1.mlp.fc2.weight_quantizer", 0.01)
