@@ -49,11 +49,12 @@ def typed(script, *arguments, cwd):
 
 
 def run_python(*arguments, cwd=ROOT, timeout=600, **environment):
-    """Run `python ARGUMENTS` as a process of its own; gives what `subprocess.run` does."""
+    """Run `python ARGUMENTS` as a process of its own; gives what `subprocess.run` does. A variable that is None is not set."""
+    variables = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | environment,
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -2,14 +2,12 @@
 
 import logging
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 
 from qat.lit.quiet import quiet_libraries
-from tests.conftest import ROOT
+from tests.commands import run_python
 
 IMPORTS = """
 import logging, os, sys, warnings
@@ -32,15 +30,8 @@ assert not [name for name in sys.modules if name.startswith(("qat.report", "qat.
 @pytest.mark.long
 def test_imports_change_no_global_state():
     names = ("MLFLOW", "WANDB", "TORCH", "PYTHONWARNINGS")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}
-    process = subprocess.run(
-        [sys.executable, "-c", IMPORTS],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    unset = dict.fromkeys(name for name in os.environ if name.startswith(names))
+    process = run_python("-c", IMPORTS, **unset)
     assert process.returncode == 0, process.stderr
 
 

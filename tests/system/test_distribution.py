@@ -44,10 +44,9 @@ def test_what_is_in_the_wheel(wheel):
             for name in archive.namelist()
             if name.endswith("entry_points.txt")
         ]
-    package = {f"qat/{path.relative_to(ROOT / 'qat')}" for path in (ROOT / "qat").rglob("*.py")}
-    package |= {
+    package = {
         f"qat/{path.relative_to(ROOT / 'qat')}"
-        for pattern in ("report/templates/*", "kernels/*.cpp")
+        for pattern in ("**/*.py", "report/templates/*", "kernels/*.cpp")
         for path in (ROOT / "qat").glob(pattern)
     }
     configs = {f"qat/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
@@ -83,8 +82,9 @@ def qat(wheel, tmp_path_factory):
         done = subprocess.run(
             command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=500, check=False
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        return said
 
     return run
 
@@ -99,9 +99,13 @@ def test_trains_and_evaluates_from_an_empty_folder(qat, tmp_path):
     ).split()
     assert all("site-packages/qat/" in path for path in where)
     assert not any(Path(path).is_relative_to(ROOT) for path in where)
-    qat("train", *RUN, "run_dir=run", cwd=tmp_path)
-    qat("eval", "ckpt=run/checkpoints/best.ckpt", "run_dir=eval", cwd=tmp_path)
-    assert results(tmp_path / "eval")["top1"] == results(tmp_path / "run")["top1"]
+    trained = qat("train", *RUN, "run_dir=run", cwd=tmp_path)
+    evaluated = qat("eval", "ckpt=run/checkpoints/best.ckpt", "run_dir=eval", cwd=tmp_path)
+    top1 = results(tmp_path / "run")["top1"]
+    assert results(tmp_path / "eval")["top1"] == top1
+    assert f"test top-1 {top1:.2f} %" in trained
+    assert f"top-1  {top1:.2f} %" in evaluated
+    assert "Warning" not in trained + evaluated
 
 
 @pytest.mark.long

@@ -1,12 +1,10 @@
 """Commands killed with SIGKILL by `make stress`. Oracle: the same commands, not killed."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.commands import run_python
 from tests.conftest import ROOT
 
 KINDS = ("annealed", "evolq")
@@ -14,22 +12,9 @@ KINDS = ("annealed", "evolq")
 
 @pytest.mark.long
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "evidence/stress.py"),
-        "--kills=2",
-        "--seed=1",
-        "--kinds",
-        *KINDS,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ("--kills=2", "--seed=1", "--kinds", *KINDS)
+    script = str(ROOT / "evidence/stress.py")
+    done = run_python(script, *arguments, cwd=tmp_path, timeout=None, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr
     _, *lines, total = done.stdout.splitlines()
     assert re.fullmatch(r"\d+ kills: 0 differences", total)
