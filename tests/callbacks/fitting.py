@@ -58,6 +58,11 @@ def added(*callbacks):
         yield
 
 
+def weights(net):
+    """Copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
 class Steps(Callback):
     """Weights before and after every optimizer step, rates and gradients of it; put after the callback that is tested."""
 
@@ -70,14 +75,14 @@ class Steps(Callback):
         )
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.before.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
+        self.before.append(weights(pl_module.net))
         self.gradients.append({
             n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
         })
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step > len(self.after):
-            self.after.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
+            self.after.append(weights(pl_module.net))
 
 
 def moved(steps, t, name):

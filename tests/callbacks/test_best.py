@@ -16,23 +16,19 @@ def record(content):
 
 
 def best(run_dir):
-    return torch.load(run_dir / "checkpoints" / "best.ckpt", weights_only=True)
+    return torch.load(f"{run_dir}/checkpoints/best.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A run killed in its last epoch, after step 15, whose best score no later epoch reaches."""
-    with pytest.MonkeyPatch.context() as patch:
-        run_dir = killed_at(16, tmp_path_factory.mktemp("killed") / "run", patch)
-    path, content = run_dir / "checkpoints" / "last.ckpt", last(run_dir)
+    run_dir = killed_at(16, tmp_path_factory.mktemp("killed") / "run")
+    content = last(run_dir)
     state = record(content)
     score = torch.tensor(99.0)
-    state.update(
-        best_model_score=score,
-        kth_value=score,
-        best_k_models=dict.fromkeys(state["best_k_models"], score),
-    )
-    torch.save(content, path)
+    state["best_model_score"] = state["kth_value"] = score
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], score)
+    torch.save(content, run_dir / "checkpoints" / "last.ckpt")
     return run_dir
 
 

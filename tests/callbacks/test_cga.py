@@ -12,7 +12,7 @@ from qat import functional as F
 from qat.callbacks import CGA, IterativeFreezing
 from qat.callbacks.cga import BandGate
 from qat.lit import cosine_schedule
-from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net
+from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net, weights
 from tests.errors import usage_error
 from tests.processes import in_processes
 from tests.tasks.test_resume import assert_same_run, killed_at, last, metrics, run
@@ -36,8 +36,11 @@ def near(weight):
     return F.near_threshold(weight, 2, RANGE)
 
 
+of_both_attentions = pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+
+
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+@of_both_attentions
 def test_only_what_is_near_a_threshold_moves(preset):
     steps = Steps()
     fit(module(net(preset)), annealing(), steps)
@@ -56,7 +59,7 @@ def test_only_what_is_near_a_threshold_moves(preset):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+@of_both_attentions
 def test_everything_else_trains_as_before(preset):
     # Until the first frozen weight matters, after one step, a run without annealing is the oracle.
     plain, annealed = Steps(), Steps()
@@ -200,22 +203,6 @@ def test_which_epochs(settings, epochs):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"boundary_range": 0.5},
-            r"callbacks\.cga\.boundary_range=0\.5: must be a number above 0 to below 0\.5",
-        ),
-        ({"epochs": 0}, r"callbacks\.cga\.epochs=0: must be an integer of at least 1"),
-        ({"qk": "both"}, r"callbacks\.cga\.qk='both': must be one of reference, product, freeze"),
-    ],
-)
-def test_impossible_settings(settings, message):
-    with usage_error(message):
-        CGA(**settings)
-
-
-@pytest.mark.parametrize(
     ("start", "callbacks", "message"),
     [
         (
@@ -280,8 +267,8 @@ def annealed(tmp_path_factory):
 
 # Before annealing, so that the resumed run begins it; in the middle of an epoch of it.
 @pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.long), 14])
-def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, annealed):
-    run_dir = killed_at(step, tmp_path / "run", monkeypatch, *SETTINGS)
+def test_resumed_equals_uninterrupted(step, tmp_path, annealed):
+    run_dir = killed_at(step, tmp_path / "run", *SETTINGS)
     run(run_dir, "resume=true", *SETTINGS)
     assert_same_run(run_dir, annealed)
     assert metrics(run_dir) == metrics(annealed)
@@ -300,10 +287,7 @@ def test_averages_see_held_weights():
 
     class Copy(Callback):
         def on_train_batch_end(self, *_):
-            copies.append({
-                n: p.detach().clone()
-                for n, p in average._average_model.module.net.named_parameters()
-            })
+            copies.append(weights(average._average_model.module.net))
 
     fit(module(net()), average, annealing(), steps, Copy())
     for t in range(8):

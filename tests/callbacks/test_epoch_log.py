@@ -3,7 +3,6 @@
 import logging
 import re
 
-import pytest
 from lightning.pytorch import Callback
 
 from qat.callbacks import EpochLog
@@ -21,21 +20,18 @@ class Metrics(Callback):
         self.epochs.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO)
-    return lambda: [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.progress"]
-
-
-def test_one_line_an_epoch_with_the_accuracy_of_that_epoch(lines):
+def test_one_line_an_epoch_with_the_accuracy_of_that_epoch(caplog):
+    caplog.set_level(logging.INFO, "qat.callbacks.progress")
     seen = Metrics()
     trainer(max_epochs=3, check_val_every_n_epoch=2, callbacks=[seen, EpochLog()]).fit(
         module(vit()), batches(8), batches(16)
     )
-    for number, (line, metrics) in enumerate(zip(lines(), seen.epochs, strict=True), start=1):
+    for number, (line, metrics) in enumerate(
+        zip(caplog.messages, seen.epochs, strict=True), start=1
+    ):
         assert line.startswith(f"epoch {number}/3  loss {metrics['train/loss']:.4g}  ")
         assert (f"  val accuracy {metrics.get('val/top1', 0):.2f} %  lr 1.00e-02" in line) == (
             number == 2
         )
         assert int(re.search(r"(\d+) img/s", line)[1]) > 0
-    assert lines()[-1].endswith("left 0:00:00")
+    assert caplog.messages[-1].endswith("left 0:00:00")

@@ -190,7 +190,7 @@ SIX = ("trainer.limit_train_batches=6", "checkpoint.every_n_steps=2")
 
 def poisoned(refused, run_dir, poison, *overrides):
     with added(poison):
-        return refused("train", tiny(run_dir, *SIX, *overrides))
+        return refused(tiny(run_dir, *SIX, *overrides))
 
 
 def checkpoints(run_dir):

@@ -57,8 +57,11 @@ def replay(callback, used, name):
     return history
 
 
+of_both_quantizers = pytest.mark.parametrize("preset", ["ofq", "lsq"])
+
+
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("preset", ["ofq", "lsq"])
+@of_both_quantizers
 def test_frozen_codes_follow_the_functions_and_are_in_force_from_the_next_forward(preset):
     _, learner, callback, codes, _ = run(preset)
     followers = [*codes.used[1:], codes_of(learner.net)]
@@ -82,7 +85,7 @@ def test_a_second_run_begins_without_frozen_weights():
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("preset", ["ofq", "lsq"])
+@of_both_quantizers
 def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(
     preset,
 ):

@@ -11,8 +11,7 @@ from qat.callbacks import LastCheckpoint, Preemption
 from qat.cli import job
 from qat.launch import signals
 from qat.launch.signals import Preempted
-from qat.tasks import fit
-from tests.callbacks.fitting import batches, module, net
+from tests.callbacks.fitting import added, batches, module, net
 from tests.callbacks.fitting import fit as train_module
 from tests.conftest import compose
 from tests.processes import in_processes
@@ -33,21 +32,11 @@ class Send(Callback):
             self.step = -1
 
 
-def stopped(run_dir, monkeypatch, sender, *overrides):
+def stopped(run_dir, sender, *overrides):
     """Run the command until a signal ends it; gives the exit code."""
-    make = fit.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), sender])
-        with pytest.raises(SystemExit) as stop:
-            job.run_task(
-                compose(
-                    "train",
-                    *SETTINGS,
-                    "checkpoint.every_n_steps=null",
-                    f"run_dir={run_dir}",
-                    *overrides,
-                )
-            )
+    settings = (*SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides)
+    with added(sender), pytest.raises(SystemExit) as stop:
+        job.run_task(compose("train", *settings))
     return stop.value.code
 
 
@@ -71,17 +60,13 @@ STOPS = [
 ]
 
 
-def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
+def test_it_goes_on_where_it_stopped(tmp_path, caplog, full):
     run_dir = tmp_path / "run"
     for sender, saved_at, code, verb in STOPS:
         caplog.clear()
-        assert stopped(run_dir, monkeypatch, sender, "resume=auto") == code
+        assert stopped(run_dir, sender, "resume=auto") == code
         assert last(run_dir)["global_step"] == saved_at
-        (line,) = [
-            record.getMessage()
-            for record in caplog.records
-            if "last.ckpt written" in record.getMessage()
-        ]
+        (line,) = [text for text in caplog.messages if "last.ckpt written" in text]
         assert (
             line
             == f"{verb} after training step {saved_at}: last.ckpt written; the same command resumes with resume=auto run_dir={run_dir}"
@@ -92,25 +77,15 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
     assert metrics(run_dir) == metrics(full)
 
 
-def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog):
-    assert (
-        stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null")
-        == 143
-    )
-    assert (
-        "stopped by SIGTERM after training step 3: no last.ckpt written; the same command resumes"
-        in caplog.text
-    )
-
-
-def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, is_saved):
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    writer = LastCheckpoint(dirpath=str(tmp_path))
+    callbacks = [Preemption(), Send(2, signal.SIGTERM)]
+    if is_saved:
+        callbacks.append(LastCheckpoint(dirpath=str(tmp_path)))
     with pytest.raises(Preempted) as stop:
-        train_module(
-            module(net()), writer, Preemption(), Send(2, signal.SIGTERM), enable_checkpointing=True
-        )
-    assert (stop.value.step, stop.value.saved) == (3, tmp_path / "last.ckpt")
+        train_module(module(net()), *callbacks, enable_checkpointing=True)
+    assert (stop.value.step, stop.value.saved) == (3, tmp_path / "last.ckpt" if is_saved else None)
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 

@@ -2,7 +2,6 @@
 
 import re
 
-import hydra
 import pytest
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
@@ -10,6 +9,7 @@ from omegaconf import OmegaConf
 from qat.report.sweep import overrides_of
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
+from tests.system.test_launchers import with_hydra
 
 FEW = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
 QUICK = (*TINY, *FEW, "report=false")
@@ -25,6 +25,11 @@ class Ends(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.hit and trainer.global_step == 3:
             exit(3)
+
+
+def jobs(folder, count, read=results):
+    """What is read in the directories of the jobs."""
+    return [read(folder / str(number)) for number in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def test_the_same_command_goes_on(swept):
     assert "resumed at training step 4" in out, "the one that was done is not trained again"
     assert "resumed at training step 2" in out
     assert (cwd / "sweep" / "0" / "checkpoints" / "last.ckpt").read_bytes() == first
-    found = [results(cwd / "sweep" / str(number)) for number in range(3)]
+    found = jobs(cwd / "sweep", 3)
     assert [one["seed"] for one in found] == [1, 2, 3]
     mean = sum(one["top1"] for one in found) / 3
     assert f"{mean:.2f} ± " in out
@@ -81,9 +86,7 @@ def test_analyze_gathers_it_again(swept):
     ],
 )
 def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):
-    assert re.search(
-        line, refused("analyze", compose("analyze", f"run_dir={tmp_path}", *typed_in.split()))
-    )
+    assert re.search(line, refused(compose("analyze", f"run_dir={tmp_path}", *typed_in.split())))
 
 
 @pytest.mark.long
@@ -109,7 +112,7 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     code, out = typed("train.py", *given, "hydra.sweeper.n_trials=4", cwd=tmp_path)
     assert code == 1
     assert "Traceback" not in out
-    first = [results(tmp_path / "study" / str(number)) for number in range(4)]
+    first = jobs(tmp_path / "study", 4)
     failed = [number for number, one in enumerate(first) if one.get("error")]
     assert 0 < len(failed) < 4
     assert all(first[number]["error"].startswith("data.batch_size=-4: ") for number in failed)
@@ -118,17 +121,12 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     # One of them is killed: it is tried again where it was.
     killed = next(number for number in range(4) if number not in failed)
     (tmp_path / "study" / str(killed) / "results.json").unlink()
-    before = [overrides_of(tmp_path / "study" / str(number)) for number in range(4)]
+    before = jobs(tmp_path / "study", 4, overrides_of)
     code, out = typed("train.py", *given, "hydra.sweeper.n_trials=5", cwd=tmp_path)
     assert "5 jobs: " in out
-    assert sorted(path.name for path in (tmp_path / "study").iterdir() if path.name.isdigit()) == [
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-    ]
-    after = [overrides_of(tmp_path / "study" / str(number)) for number in range(5)]
+    names = sorted(path.name for path in (tmp_path / "study").iterdir() if path.name.isdigit())
+    assert names == list("01234")
+    after = jobs(tmp_path / "study", 5, overrides_of)
     assert [one["optimizer.lr"] for one in after[:4]] == [one["optimizer.lr"] for one in before]
     assert len({one["optimizer.lr"] for one in after}) == 5
     assert results(tmp_path / "study" / str(killed))["val_top1"] == first[killed]["val_top1"]
@@ -139,10 +137,7 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     "search", sorted(path.stem for path in (ROOT / "conf" / "hparams_search").glob("*.yaml"))
 )
 def test_searches_are_repeatable_and_name_settings_that_exist(search):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose(
-            "train", [f"hparams_search={search}", "run_dir=a"], return_hydra_config=True
-        )
+    cfg = with_hydra(f"hparams_search={search}", "run_dir=a")
     assert cfg.hydra.mode.name == "MULTIRUN"
     sweeper = cfg.hydra.sweeper
     assert sweeper.sampler.seed is not None
@@ -163,7 +158,7 @@ def test_in_a_sweep_a_mistake_stops_its_job_alone(tmp_path):
         "train.py", "-m", *TINY, "quant.bits=9,2", *spoil, "run_dir=sweep", cwd=tmp_path
     )
     assert code == 1
-    found = [results(tmp_path / "sweep" / str(number)) for number in range(4)]
+    found = jobs(tmp_path / "sweep", 4)
     assert [one.get("error", "")[:20] for one in found] == ["quant.bits=9: must be"[:20]] * 2 + [
         "training stopped: the loss"[:20],
         "",

@@ -54,24 +54,24 @@ TRAINERS = {"there": "trainer=gpu", "here": "trainer=cpu"}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_run(device, way, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run(device, way, tmp_path):
     """Mixup, dropout, drop path, averaged weights; stopped between two saves."""
     settings = (*ON_DEVICE, *WAYS[way])
     whole = run(tmp_path / "whole", *settings)
-    stopped = killed_at(5, tmp_path / "run", monkeypatch, *settings)
+    stopped = killed_at(5, tmp_path / "run", *settings)
     run(stopped, "resume=auto", *settings)
     assert_same_run(stopped, whole)
 
 
 @pytest.mark.parametrize("way", GRAPHS)
-def test_a_resumed_run_of_graphs_is_the_compiled_run(device, way, tmp_path, monkeypatch, recorded):
+def test_a_resumed_run_of_graphs_is_the_compiled_run(device, way, tmp_path, recorded):
     """Gradients that are added to, outputs and a teacher's features, in memory that a later step overwrites."""
     teacher = run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false")
     teacher = teacher / "checkpoints" / "last.ckpt"
     settings = [*ON_DEVICE, *(one.format(float=teacher) for one in GRAPHS[way])]
     whole = run(tmp_path / "whole", *settings, "compile=true")
     torch._dynamo.utils.counters.clear()
-    stopped = killed_at(5, tmp_path / "run", monkeypatch, *settings, "compile=graphs")
+    stopped = killed_at(5, tmp_path / "run", *settings, "compile=graphs")
     run(stopped, "resume=auto", *settings, "compile=graphs")
     assert len(recorded) > 4  # both ways, in both parts of the run
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

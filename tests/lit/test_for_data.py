@@ -87,7 +87,6 @@ def test_settings_reach_the_optimizer(data):
     [
         (7, {}, r"^data\.num_classes=10: must be 7"),
         (10, {"loss": {"kd": Distillation()}}, "teacher=None: must be a model"),
-        (10, {"lr": 0.0}, r"^optimizer\.lr=0\.0"),
         (10, {"warmup_epochs": 1}, r"^scheduler\.warmup_epochs=1"),
         (10, {"speed": 3}, r"optimizer\.speed=3"),
     ],

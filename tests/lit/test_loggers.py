@@ -15,6 +15,7 @@ from qat.utils import files
 from qat.utils.files import csv_rows
 from tests.conftest import column, results, train
 from tests.errors import usage_error
+from tests.tasks.test_resume import metrics as read
 
 ROWS = [
     {"a": 1.5, "step": 0},
@@ -30,13 +31,6 @@ def log(folder, rows, resume_step=0):
     for row in rows:
         one.log_metrics({key: value for key, value in row.items() if key != "step"}, row["step"])
     return one
-
-
-def read(folder):
-    return [
-        {key: value for key, value in row.items() if value}
-        for row in csv_rows(folder / "metrics.csv")
-    ]
 
 
 def texts(rows):

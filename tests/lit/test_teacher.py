@@ -17,11 +17,6 @@ def test_class_head_of_a_distilled_net():
     assert (expected - logits(net)).abs().max() > 0.1
 
 
-def test_mean_of_both_heads_is_the_nets_own_evaluation():
-    net = vit(DISTILLED)
-    assert_close(Teacher(net, "mean")(images()), logits(net), rtol=0, atol=0)
-
-
 def test_blocks_are_those_that_are_asked_for():
     teacher = Teacher(vit())
     (last,), every = (
@@ -32,9 +27,9 @@ def test_blocks_are_those_that_are_asked_for():
     assert_close(every[-1], last, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("head", ["cls", "mean"])
-def test_a_plain_net_has_one_answer(head):
-    net = vit()
+@pytest.mark.parametrize(("name", "head"), [(VIT, "cls"), (VIT, "mean"), (DISTILLED, "mean")])
+def test_the_one_head_or_the_mean_of_both_is_the_nets_own_evaluation(name, head):
+    net = vit(name)
     assert_close(Teacher(net, head)(images()), logits(net), rtol=0, atol=0)
 
 

@@ -39,6 +39,12 @@ this run,head,weight,4,1.75
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="400" height="200"><rect width="9" height="9"/></svg>'
 
 
+def cells(text):
+    """Rows of a table on the terminal."""
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if "│" in line]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
 def write_analysis(folder, name, title="A title", alt="In words.", rows=LAYERS, summary=None):
     """What an analysis leaves: its index, a table, a picture."""
     folder.mkdir(parents=True, exist_ok=True)

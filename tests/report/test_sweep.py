@@ -1,6 +1,5 @@
 """Gathering a sweep, and the table of several runs. Oracle: hand-made directories; means and deviations worked out by hand."""
 
-import csv
 import json
 
 import pytest
@@ -8,8 +7,9 @@ import yaml
 
 from qat.report.__main__ import main
 from qat.report.sweep import gather, group_rows, publish
+from qat.utils.files import csv_rows
 from tests.errors import usage_error
-from tests.report.pages import HOSTILE, RESULTS, read
+from tests.report.pages import HOSTILE, RESULTS, cells, read
 
 EPOCHS = ("trainer.max_epochs=5", "run_dir=a")
 
@@ -50,9 +50,7 @@ def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(fo
         "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still running",
         f"in {folder}: sweep.csv",
     ]
-    rows = [
-        [cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line
-    ]
+    rows = [row[:3] for row in cells(out)]
     # 90, 92, 97: mean 93, squares 9 + 1 + 16 over n - 1 = 2, so the deviation is sqrt(13).
     assert rows == [["ofq_2bit", "3", "93.00 ± 3.61"], ["ofq_4bit", "1", "80.00"]]
     assert not (folder / "report.html").exists()
@@ -60,8 +58,7 @@ def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(fo
 
 def test_the_csv_has_a_row_for_each_job(folder):
     publish(folder, report=False)
-    with (folder / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(folder / "sweep.csv")
     assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
     assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "not finished"]
     assert {
@@ -183,11 +180,7 @@ def test_a_table_of_several_runs(folder, capsys):
     job(folder / "seed1" / "fp", quant="fp", recipe=None, seed=1, top1=95.0)
     job(folder / "seed2" / "fp", quant="fp", recipe=None, seed=2, top1=97.0)
     assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp")]) == 0
-    rows = [
-        [cell.strip() for cell in line.split("│")[1:4]]
-        for line in capsys.readouterr().out.splitlines()
-        if "│" in line
-    ]
+    rows = [row[:3] for row in cells(capsys.readouterr().out)]
     assert rows[0] == ["ofq_2bit", "W2 A2", "90.00"]
     assert ["fp", "W32 A32", "96.00 ± 1.41"] in rows
     assert main([str(folder / "10")]) == 1

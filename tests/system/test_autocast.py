@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat
 from qat.model.cost import cost
-from tests.callbacks.fitting import batches, fit, module
+from tests.callbacks.fitting import batches, fit, module, weights
 from tests.tiny import SIZE, images, quantized, watched
 
 PRESETS = ("ofq_noqkr", "ofq")
@@ -135,7 +135,7 @@ def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not(net, memory)
 )
 def test_a_net_trains(precision, dtype):
     learner = module(quantized(), lr=0.05)
-    before = {name: p.detach().clone() for name, p in learner.net.named_parameters()}
+    before = weights(learner.net)
     trainer = fit(learner, precision=precision, accumulate_grad_batches=2)
     assert trainer.global_step == 4
     moved = [name for name, p in learner.net.named_parameters() if (p != before[name]).any()]

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import qat
 from qat.ptq.search import logits_of
 from qat.tasks.train import train
+from tests.callbacks.fitting import weights as copies
 from tests.conftest import tiny
 from tests.errors import usage_error
 from tests.nets import FAMILIES
@@ -60,7 +61,7 @@ def test_from_conversion_to_a_packed_file(kind, tmp_path):
     with usage_error("are not initialised; call qat.initialize_scales"):
         net(x)
     qat.initialize_scales(net, [family.images(4)])
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    before = copies(net)
     optimizer = create_optimizer_v2(net.train(), opt="adamw", lr=1e-3, weight_decay=0.05)
     sum(found.square().mean() for found in net(x)).backward()
     optimizer.step()

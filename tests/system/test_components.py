@@ -8,35 +8,21 @@ from tests.conftest import compose
 from tests.nets import ATTENTIONS
 from tests.tiny import convert, images, moved_by_a_step, sites, vit, with_scales
 
-# Overrides, and per role of the net what quantizes it inside the blocks; roles that are left out are the same as without the switch.
+ACTIVATIONS = ("input", "k", "v", "probs")
+# What quantizes roles of the net inside the blocks, by what is typed; roles that are left out are the same as without it.
 SWITCHES = {
-    "nothing": ((), {}),
-    "weights alone": (
-        ["quant.act_quantizer=float"],
-        {"input": "float", "k": "float", "v": "float", "probs": "float"},
-    ),
-    "activations alone": (["quant.weight_quantizer=float"], {"weight": "float", "qk": "float"}),
-    "no reparameterization": (["quant.attention=standard"], {"q": "lsq", "qk": None}),
-    "attention in float": (
-        ["quant.attention=float"],
-        {"qk": None, "k": None, "v": None, "probs": None},
-    ),
-    "no offsets": (["quant.offsets=false"], {}),
-    "query bias kept": (["quant.qk_bias=fold"], {}),
-    "learned steps for weights": (["quant.weight_quantizer=lsq"], {"weight": "lsq", "qk": "lsq"}),
-    "min-max weights": (
-        ["quant.weight_quantizer=minmax"],
-        {"weight": "minmax_dynamic", "qk": "minmax_dynamic"},
-    ),
-    "min-max activations": (
-        ["quant.act_quantizer=minmax"],
-        {"input": "minmax", "k": "minmax", "v": "minmax", "probs": "minmax"},
-    ),
-    "statistics for activations": (
-        ["quant.act_quantizer=statsq"],
-        {"input": "statsq", "k": "statsq", "v": "statsq", "probs": "statsq"},
-    ),
-    "float stem and head": (["quant.stem_bits=4", "quant.head_bits=4"], {}),
+    "": {},
+    "quant.act_quantizer=float": dict.fromkeys(ACTIVATIONS, "float"),
+    "quant.weight_quantizer=float": {"weight": "float", "qk": "float"},
+    "quant.attention=standard": {"q": "lsq", "qk": None},
+    "quant.attention=float": {"qk": None, "k": None, "v": None, "probs": None},
+    "quant.offsets=false": {},
+    "quant.qk_bias=fold": {},
+    "quant.weight_quantizer=lsq": {"weight": "lsq", "qk": "lsq"},
+    "quant.weight_quantizer=minmax": {"weight": "minmax_dynamic", "qk": "minmax_dynamic"},
+    "quant.act_quantizer=minmax": dict.fromkeys(ACTIVATIONS, "minmax"),
+    "quant.act_quantizer=statsq": dict.fromkeys(ACTIVATIONS, "statsq"),
+    "quant.stem_bits=4 quant.head_bits=4": {},
 }
 OFQ = {"weight": "statsq", "input": "lsq", "qk": "statsq", "k": "lsq", "v": "lsq", "probs": "lsq"}
 
@@ -49,14 +35,13 @@ def net(*overrides):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_one_switch_changes_one_thing(switch):
-    overrides, changed = SWITCHES[switch]
-    model = net(*overrides)
+    model = net(*switch.split())
     inside = {
         site.role: site.quantizer.spec.quantizer
         for name, site in sites(model).items()
         if name.startswith("blocks.")
     }
-    expected = OFQ | changed
+    expected = OFQ | SWITCHES[switch]
     assert inside == {role: name for role, name in expected.items() if name is not None}
     for site in qat.iter_quantizers(model):
         assert site.quantizer.spec.quantizer != "float" or site.quantizer.spec.bits == 32

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
-from qat.callbacks import CGA
 from qat.lit import Teacher
 from qat.losses import Distillation, StepContext
 from qat.model.transfer import add_random_biases, reset_attention_weights
 from qat.nn import QkrAttention
-from tests.callbacks.fitting import Steps, fit, module, moved
+from tests.callbacks.fitting import Steps, fit, module, moved, weights
+from tests.callbacks.test_cga import annealing
 from tests.conftest import ROOT
 from tests.nets import ATTENTIONS
 from tests.tiny import (
@@ -124,7 +124,7 @@ def test_deviates_from_reference_images_need_not_be_square():
 def test_deviates_from_reference_attention_weights_are_lost_only_on_request(preset):
     # `model.init=reference` does what the reference's conversion does: proj, and qkv without QKR, are drawn anew; nothing else is.
     net = converted(preset)
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    before = weights(net)
     lost = reset_attention_weights(net)
     changed = {
         name
@@ -192,8 +192,7 @@ def test_deviates_from_reference_annealing_masks_under_mixed_precision(precision
             weight.grad[~F.near_threshold(weight, 2, 0.05)] = torch.nan
 
     steps = Steps()
-    annealing = CGA(boundary_range=0.05, start_epoch=0, lr=1e-3)
-    fit(module(quantized(bits=2)), Poison(), annealing, steps, max_epochs=1, precision=precision)
+    fit(module(quantized(bits=2)), Poison(), annealing(), steps, max_epochs=1, precision=precision)
     name = "blocks.0.mlp.fc1.weight"
     for t in range(4):
         changed = moved(steps, t, name)
@@ -205,8 +204,7 @@ def test_deviates_from_reference_annealing_masks_under_mixed_precision(precision
 def test_deviates_from_reference_a_mask_is_on_the_grid_of_its_own_weight():
     # There one number of bits, which a quantized teacher can change, makes the masks of all weights.
     start, steps = quantized(bits=2, overrides={"blocks.1.*": {"bits": 4}}), Steps()
-    annealing = CGA(boundary_range=0.05, start_epoch=0, lr=1e-3)
-    fit(module(start), annealing, steps, max_epochs=1, limit_train_batches=1)
+    fit(module(start), annealing(), steps, max_epochs=1, limit_train_batches=1)
     for block, bits, other in ((0, 2, 4), (1, 4, 2)):
         name = f"blocks.{block}.mlp.fc1.weight"
         before, changed = steps.before[0][name], moved(steps, 0, name)

@@ -344,7 +344,7 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(shelf["best.ckpt"].read_bytes())
     write_image(tmp_path / "PHOTOS" / "cat.jpg", 40, 30)
-    frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))
+    frozen = qat.freeze(qat.load(f"{shelf['quantized']}/checkpoints/best.ckpt"))
     write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
     code = code.replace(
         '"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=1, '

@@ -201,7 +201,7 @@ def extended(tmp_path, monkeypatch):
 
 def test_a_quantizer(tmp_path, extended, refused):
     run = train(tmp_path / "run", extended, "quant=mine")
-    net = qat.load(run / "checkpoints" / "last.ckpt")
+    net = qat.load(f"{run}/checkpoints/last.ckpt")
     weights = [site for site in qat.iter_quantizers(net) if site.is_weight]
     assert {type(site.quantizer).__name__ for site in weights} == {"Sign"}
     for site in weights:
@@ -210,7 +210,7 @@ def test_a_quantizer(tmp_path, extended, refused):
     assert evaluate(tmp_path / "eval", best)["top1"] == results(run)["top1"]
     # In a process of its own, a quantizer of a file is imported only by its user.
     del sys.modules["ext_quantizer"]
-    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
+    said = refused(compose("eval", best, f"run_dir={tmp_path}/refused"))
     assert "quantizer='ext_quantizer:Sign': must be" in said
     assert "ext_quantizer" not in sys.modules
     again = evaluate(tmp_path / "again", best, "model.imports=[ext_quantizer]")
@@ -239,7 +239,7 @@ def exported(folder, run, *overrides):
 
 @pytest.mark.long
 def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_steps):
-    net = qat.load(half_steps / "checkpoints" / "last.ckpt", imports=["ext_half"])
+    net = qat.load(f"{half_steps}/checkpoints/last.ckpt", imports=["ext_half"])
     assert any(
         (ratio != 1).any() for name, ratio in net.named_parameters() if name.endswith("ratio")
     )
@@ -278,12 +278,12 @@ def test_a_dataset(tmp_path, extended, refused):
     run = train(tmp_path / "run", extended, "data=mine")
     found = results(run)
     assert (found["data"], found["split"]) == ("bright", "val")
-    assert qat.load(run / "checkpoints" / "last.ckpt").num_classes == 2
+    assert qat.load(f"{run}/checkpoints/last.ckpt").num_classes == 2
     best = f"ckpt={run}/checkpoints/best.ckpt"
     again = evaluate(tmp_path / "eval", extended, "data=mine", best)
     assert again["top1"] == found["top1"]
     # Of a dataset of one's own, evaluation has to be told.
-    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/unnamed"))
+    said = refused(compose("eval", best, f"run_dir={tmp_path}/unnamed"))
     assert "was trained on 'ext_dataset.Bright', which is not a dataset of qat" in said
 
 
@@ -304,7 +304,7 @@ def test_a_model_family(tmp_path, extended):
     args = [o for o in TINY if "model.args" not in o]
     run = f"run_dir={tmp_path}/run"
     train_task(compose("train", extended, *args, "model=mine", "quant=ofq_2bit", run))
-    net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    net = qat.load(f"{tmp_path}/run/checkpoints/last.ckpt")
     assert type(net.gate).__name__ == "QuantGate"
     assert {site.name for site in qat.iter_quantizers(net) if site.is_weight} == {
         "gate.weight_quantizer",
@@ -363,4 +363,4 @@ def test_all_at_once_from_the_command_line(tmp_path, extended):
     ],
 )
 def test_a_class_that_is_not_there_is_named(tmp_path, extended, refused, override, message):
-    assert message in refused("train", tiny(tmp_path / "run", override))
+    assert message in refused(tiny(tmp_path / "run", override))

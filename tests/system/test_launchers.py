@@ -18,11 +18,14 @@ EXPECTED = {
 }
 
 
-def launcher(preset):
+def with_hydra(*overrides):
+    """The config of a training run with Hydra's own part."""
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose(
-            "train", [f"hydra/launcher={preset}", "run_dir=sweep"], return_hydra_config=True
-        )
+        return hydra.compose("train", list(overrides), return_hydra_config=True)
+
+
+def launcher(preset):
+    cfg = with_hydra(f"hydra/launcher={preset}", "run_dir=sweep")
     cfg.hydra.job.name = "train"  # which Hydra takes from the script
     cfg.hydra.sweep.dir = "sweep"
     return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)

@@ -1,7 +1,5 @@
 """Runs whose processes share the weights. Oracle: the same run in one process, with the same global batch."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -13,46 +11,32 @@ from qat.data import Digits
 from qat.errors import UsageError
 from qat.launch import ranks
 from qat.lit.strategies import local_part
-from qat.tasks import fit
 from qat.tasks.train import train
-from qat.utils.files import read_torch
+from tests.callbacks.fitting import added
 from tests.conftest import compose
 from tests.errors import usage_error
 from tests.processes import in_processes
-from tests.tasks.test_processes import KilledError, farthest, leaves
+from tests.tasks.test_processes import KilledError, farthest, leaves, with_images
+from tests.tasks.test_resume import last
 
 # W2A2 with QKR; momentum and clipping, so that moments and the norm of all gradients are shared out too.
 SETTINGS = (
-    *(
-        "model.args.embed_dim=24",
-        "model.args.depth=1",
-        "report=false",
-        "scheduler.warmup_epochs=0",
-        "quant=ofq_2bit",
-        "logger=[]",
-    ),
-    *(
-        "optimizer.opt=sgd",
-        "optimizer.lr=0.03",
-        "trainer.max_epochs=2",
-        "trainer.limit_train_batches=2",
-        "trainer.gradient_clip_val=0.5",
-    ),
-    *("data.calibration_images=64", "checkpoint.every_n_steps=3"),
+    "model.args.embed_dim=24",
+    "model.args.depth=1",
+    "scheduler.warmup_epochs=0",
+    "quant=ofq_2bit",
+    "logger=[]",
+    "optimizer.opt=sgd",
+    "optimizer.lr=0.03",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=2",
+    "trainer.gradient_clip_val=0.5",
+    "data.calibration_images=64",
+    "checkpoint.every_n_steps=3",
 )
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "data.batch_size=60", *SETTINGS)
-READ, MAKE_CALLBACKS = Digits.read, fit.build_callbacks
-
-
-def odd(self):
-    """Two processes have 61 and 60 images to validate: two batches and one."""
-    splits = READ(self)
-    return {
-        **splits,
-        "val": replace(
-            splits["val"], images=splits["val"].images[:121], labels=splits["val"].labels[:121]
-        ),
-    }
+# Two processes have 61 and 60 images to validate: two batches and one.
+odd = with_images(val=121)
 
 
 class Act(Callback):
@@ -95,11 +79,8 @@ class Act(Callback):
 
 def run(folder, *overrides, **what):
     folder.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, added(Act(folder, **what)):
         patch.setattr(Digits, "read", odd)
-        patch.setattr(
-            fit, "build_callbacks", lambda cfg: [*MAKE_CALLBACKS(cfg), Act(folder, **what)]
-        )
         train(compose("train", f"run_dir={folder}", *overrides))
 
 
@@ -124,10 +105,6 @@ def root(tmp_path_factory):
     run(root / "one", "data.batch_size=120", *SETTINGS)
     assert in_processes(2, runs, root) == [""] * 2
     return root
-
-
-def last(folder):
-    return read_torch(folder / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.long
@@ -155,7 +132,7 @@ def test_the_file_is_that_of_one_process(root):
     noted = torch.load(root / "whole" / "end-0.pt", weights_only=True)
     with torch.no_grad():
         assert torch.equal(
-            qat.load(root / "whole" / "checkpoints" / "last.ckpt")(noted["images"]), noted["logits"]
+            qat.load(f"{root}/whole/checkpoints/last.ckpt")(noted["images"]), noted["logits"]
         )
 
 
@@ -179,49 +156,28 @@ def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
         assert (root / f"weight-{rank}.txt").read_text().startswith(f"training stopped: {weight}; ")
 
 
+FSDP = r"trainer\.strategy='fsdp'"
 ALLOWED = "needs unsharded weights; must be ddp$"
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        (("callbacks=[default,cga]",), f"callbacks.cga {ALLOWED}"),
-        *(
-            pytest.param(
-                (f"callbacks=[default,{name}]",),
-                f"callbacks.{name} {ALLOWED}",
-                marks=pytest.mark.long,
-            )
-            for name in ("freeze", "oscillation", "ema")
-        ),
-        (("loss=ce_dampening",), f"the loss term dampening {ALLOWED}"),
-        (("loss.kure=1",), f"the loss term kure {ALLOWED}"),
-    ],
-)
-def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
-    with usage_error(rf"^trainer\.strategy='fsdp': {line}"):
-        train(
-            compose(
-                "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", *settings
-            )
-        )
-
-
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
-        ("compile=graphs", r"^compile=graphs: trainer\.strategy='fsdp' .*; must be false$"),
+        *(
+            (f"callbacks=[default,{name}]", f"{FSDP}: callbacks.{name} {ALLOWED}")
+            for name in ("cga", "freeze", "oscillation", "ema")
+        ),
+        ("loss=ce_dampening", f"{FSDP}: the loss term dampening {ALLOWED}"),
+        ("loss.kure=1", f"{FSDP}: the loss term kure {ALLOWED}"),
+        ("compile=true", f"compile=true: {FSDP} .*; must be false$"),
+        ("compile=graphs", f"compile=graphs: {FSDP} .*; must be false$"),
         (
             "trainer.precision=16-mixed",
-            r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$",
+            rf"trainer\.precision='16-mixed': {FSDP} .*; must be 32-true or bf16-mixed$",
         ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
-    with usage_error(line):
-        train(
-            compose(
-                "train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting
-            )
-        )
+    with usage_error(f"^{line}"):
+        train(compose("train", f"run_dir={tmp_path}", *TWO[:2], setting))

@@ -4,14 +4,13 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from torch import nn
 
 import qat
 from qat.callbacks import GraphSteps
 from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.tasks import fit
-from tests.callbacks.fitting import batches, differing, module, net
+from tests.callbacks.fitting import Steps, batches, differing, module, net
 from tests.callbacks.fitting import fit as fit_lightning
 from tests.conftest import compose
 from tests.tasks.test_resume import assert_same_run, killed_at, run
@@ -90,23 +89,13 @@ def test_what_a_call_gives_stays_as_it_is_a_copy(copies, graphs):
     assert [torch.equal(ours, theirs) for ours, theirs in found] == [copies, True]
 
 
-class Grads(Callback):
-    def __init__(self):
-        self.seen = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append({
-            n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None
-        })
-
-
 def gradients(*callbacks, compiled=False, **settings):
     """Of each step: two epochs of 16 images, and a validation of each."""
-    learner, grads = module(net()), Grads()
+    learner, steps = module(net()), Steps()
     if compiled:
         compile_in_place(learner.net, cuda_graphs=True)
-    fit_lightning(learner, grads, *callbacks, data=batches(), **settings)
-    return grads.seen
+    fit_lightning(learner, steps, *callbacks, data=batches(), **settings)
+    return steps.gradients
 
 
 @pytest.mark.sample(1)
@@ -134,25 +123,20 @@ def test_validation_and_test_begin_steps(graphs):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "settings",
+    "typed",
     [
-        ("callbacks=[default,ema,cga]", "callbacks.cga.epochs=1", "trainer.gradient_clip_val=0.1"),
-        (
-            "data.batch_size=64",
-            "trainer.accumulate_grad_batches=2",
-            "trainer.limit_train_batches=18",
-            "trainer.precision=bf16-mixed",
-        ),
-        ("loss=kd_features", "quant=seq_2bit", "teacher.ckpt={float}"),
+        "callbacks=[default,ema,cga] callbacks.cga.epochs=1 trainer.gradient_clip_val=0.1",
+        "data.batch_size=64 trainer.accumulate_grad_batches=2 trainer.limit_train_batches=18 trainer.precision=bf16-mixed",
+        "loss=kd_features quant=seq_2bit teacher.ckpt={float}/checkpoints/last.ckpt",
     ],
     ids=["averaged, annealed, clipped", "accumulated in bfloat16", "with a teacher"],
 )
-def test_a_resumed_run_is_the_eager_run(settings, tmp_path, monkeypatch, graphs, float_run):
-    settings = [one.format(float=float_run / "checkpoints" / "last.ckpt") for one in settings]
+def test_a_resumed_run_is_the_eager_run(typed, tmp_path, monkeypatch, graphs, float_run):
+    settings = typed.replace("{float}", str(float_run)).split()
     eager = run(tmp_path / "eager", *settings)
     assert not graphs.steps
     monkeypatch.setattr(fit, "compile_mode", lambda _: "graphs")
-    ours = killed_at(5, tmp_path / "ours", monkeypatch, *settings)
+    ours = killed_at(5, tmp_path / "ours", *settings)
     run(ours, "resume=auto", *settings)
     assert graphs.steps > 18
     assert_same_run(ours, eager)
@@ -178,6 +162,6 @@ def test_why_a_step_has_no_graph_is_one_line_once(said, reason, graphs, caplog):
     theirs = logging.getLogger("torch._inductor.cudagraph_utils.__cudagraphs")
     for _ in range(2):
         theirs.warning(said)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert caplog.messages == [
         f"compile=graphs: part of the training step runs without CUDA graphs: {reason}"
     ]

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from qat.callbacks import EMAWeightAveraging
 from qat.tasks import fit
+from tests.callbacks.fitting import added, weights
 from tests.conftest import column, compose, evaluate, results, train
 from tests.errors import usage_error
 
@@ -26,43 +27,30 @@ class Steps(Callback):
     """Weights after every step, and what each step was given."""
 
     def __init__(self):
-        self.weights, self.batches, self.norms = [], [], []
+        self.weights, self.batches = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append([part.clone() for part in batch])
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.weights.append({
-            name: p.detach().clone() for name, p in pl_module.net.named_parameters()
-        })
+        self.weights.append(weights(pl_module.net))
 
 
-@pytest.fixture
-def watched(monkeypatch, tmp_path):
-    """Train with `Steps` before the config's callbacks; gives the run directory and the callback."""
-
-    def run(*overrides, name="run"):
-        steps, make = Steps(), fit.build_callbacks
-        with monkeypatch.context() as patch:
-            patch.setattr(fit, "build_callbacks", lambda cfg: [steps, *make(cfg)])
-            train(tmp_path / name, *overrides)
-        return tmp_path / name, steps
-
-    return run
+def watched(run_dir, *overrides):
+    """Train; gives what `Steps` saw."""
+    steps = Steps()
+    with added(steps):
+        train(run_dir, *overrides)
+    return steps
 
 
-def load(run_dir, name="last.ckpt"):
-    return torch.load(run_dir / "checkpoints" / name, weights_only=True)
-
-
-def test_averaged_weights(watched):
-    run_dir, steps = watched(
-        "callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.limit_train_batches=4"
-    )
+def test_averaged_weights(tmp_path):
+    averaged = ("callbacks=[default,ema]", "callbacks.ema.decay=0.5")
+    steps = watched(tmp_path, *averaged, "trainer.limit_train_batches=4")
     average = steps.weights[0]
-    for weights in steps.weights[1:]:
-        average = {name: 0.5 * average[name] + 0.5 * value for name, value in weights.items()}
-    file = load(run_dir)
+    for step in steps.weights[1:]:
+        average = {name: 0.5 * average[name] + 0.5 * value for name, value in step.items()}
+    file = torch.load(f"{tmp_path}/checkpoints/last.ckpt", weights_only=True)
     for name, value in average.items():
         torch.testing.assert_close(file["state_dict"][f"net.{name}"], value, rtol=0, atol=1e-6)
         assert torch.equal(file["current_model_state"][f"net.{name}"], steps.weights[-1][name])
@@ -96,15 +84,15 @@ def test_averages_end_with_the_training_and_are_not_dropped_on_resume(tmp_path):
         train(tmp_path / "run", "resume=true", *noisy[:2], "trainer.max_epochs=4", "optimizer.lr=1")
 
 
-def test_accumulated_batches_are_one_large_one(watched):
-    _, small = watched(
+def test_accumulated_batches_are_one_large_one(tmp_path):
+    small = watched(
+        tmp_path / "small",
         *SGD,
         "data.batch_size=32",
         "trainer.accumulate_grad_batches=4",
         "trainer.limit_train_batches=8",
-        name="small",
     )
-    _, large = watched(*SGD, "data.batch_size=128", name="large")
+    large = watched(tmp_path / "large", *SGD, "data.batch_size=128")
     for name, value in large.weights[-1].items():
         torch.testing.assert_close(small.weights[-1][name], value, rtol=1e-5, atol=1e-6)
     assert len(small.weights) == 8
@@ -122,16 +110,10 @@ def test_settings_reach_the_trainer():
     assert (trainer.gradient_clip_val, trainer.precision) == (0.5, "bf16-mixed")
 
 
-def test_mixup_reaches_the_step(watched):
-    _, steps = watched(
-        "data.mixup=0.8",
-        "data.cutmix=1.0",
-        "data.augment=none",
-        "trainer.limit_train_batches=4",
-        "data.batch_size=64",
-        name="mixed",
-    )
-    _, plain = watched("data.augment=none", "trainer.limit_train_batches=4", name="plain")
+def test_mixup_reaches_the_step(tmp_path):
+    settings = ("data.augment=none", "trainer.limit_train_batches=4")
+    steps = watched(tmp_path / "mixed", *settings, "data.mixup=0.8", "data.cutmix=1.0")
+    plain = watched(tmp_path / "plain", *settings)
     for (mixed, target), (images, ids) in zip(steps.batches, plain.batches, strict=True):
         assert target.shape == (len(ids), 10)
         assert target.sum(1) == pytest.approx(torch.ones(len(ids)))
@@ -144,7 +126,7 @@ def test_mixup_reaches_the_step(watched):
         assert not torch.equal(mixed, images)
 
 
-def test_the_rate_follows_the_batch(watched, caplog):
+def test_the_rate_follows_the_batch(tmp_path, caplog):
     caplog.set_level("INFO")
     scaling = (
         "optimizer.lr_base_batch=32",
@@ -152,9 +134,8 @@ def test_the_rate_follows_the_batch(watched, caplog):
         "trainer.accumulate_grad_batches=4",
         "trainer.limit_train_batches=4",
     )
-    run_dir, _ = watched(
-        "optimizer.lr=0.001", "scheduler.min_lr=0.01", *scaling, "trainer.log_every_n_steps=1"
-    )
+    rates = ("optimizer.lr=0.001", "scheduler.min_lr=0.01", "trainer.log_every_n_steps=1")
+    run_dir = train(tmp_path, *rates, *scaling)
     assert "global batch 64, adamw lr 0.002," in caplog.text
     assert "scheduler.min_lr=0.01: is above the learning rate 0.002 (optimizer.lr)" in caplog.text
     assert column(run_dir, "lr-AdamW/decay")[0] == pytest.approx(0.002)

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 
-from qat.tasks import fit
+from tests.callbacks.fitting import added
 from tests.conftest import results
 from tests.tasks.test_resume import assert_same_checkpoint, killed_at, last, metrics, run
 
@@ -29,13 +29,6 @@ class At(Callback):
             self.what(trainer)
 
 
-def with_callback(callback, monkeypatch, run_dir, *settings):
-    make = fit.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "build_callbacks", lambda cfg: [callback, *make(cfg)])
-        return run(run_dir, *settings)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Three epochs of four steps."""
@@ -50,8 +43,8 @@ def ten(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("step", [4, 6])
-def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
-    run_dir = killed_at(step, tmp_path / "run", monkeypatch, *EPOCHS, "trainer.max_steps=10")
+def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, ten):
+    run_dir = killed_at(step, tmp_path / "run", *EPOCHS, "trainer.max_steps=10")
     run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=auto")
     assert last(run_dir)["global_step"] == 10
     assert_same_checkpoint(run_dir, ten, "current_model_state")
@@ -78,11 +71,10 @@ def test_a_run_at_its_limit_of_steps_stays_there(tmp_path, ten):
     assert [results(again)[key] for key in kept] == [results(ten)[key] for key in kept]
 
 
-def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
+def test_a_later_limit_of_time_loses_no_image(tmp_path, whole):
     run_dir = tmp_path / "run"
-    with_callback(
-        At(6, lambda trainer: setattr(trainer, "should_stop", True)), monkeypatch, run_dir, *EPOCHS
-    )
+    with added(At(6, lambda trainer: setattr(trainer, "should_stop", True))):
+        run(run_dir, *EPOCHS)
     assert last(run_dir)["global_step"] == 6
     run(run_dir, *EPOCHS, "resume=true")
     assert_same_checkpoint(run_dir, whole, "current_model_state")

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback
 
 from qat.data import Digits
 from qat.launch import ranks
-from qat.tasks import fit
 from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
 from qat.utils.files import csv_rows
+from tests.callbacks.fitting import added
 from tests.conftest import compose, results
 from tests.processes import in_processes
 from tests.tiny import identical
@@ -20,21 +20,21 @@ from tests.tiny import identical
 NET = (
     "model.args.embed_dim=24",
     "model.args.depth=2",
-    "report=false",
     "scheduler.warmup_epochs=0",
     "logger=[]",
 )
 TEN_STEPS = (
-    *(
-        "optimizer.opt=sgd",
-        "optimizer.lr=0.03",
-        "trainer.max_epochs=1",
-        "trainer.limit_train_batches=10",
-        "trainer.limit_val_batches=0",
-    ),
-    *("callbacks.best=null", "data.calibration_images=64"),
+    "optimizer.opt=sgd",
+    "optimizer.lr=0.03",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=10",
+    "trainer.limit_val_batches=0",
+    "callbacks.best=null",
+    "data.calibration_images=64",
 )
-MAKE_CALLBACKS = fit.build_callbacks
+
+
+READ = Digits.read
 
 
 class Notes(Callback):
@@ -71,11 +71,8 @@ class Notes(Callback):
 
 def run(folder, *overrides):
     folder.mkdir(exist_ok=True)
-    fit.build_callbacks = lambda cfg: [*MAKE_CALLBACKS(cfg), Notes(folder)]
-    try:
+    with added(Notes(folder)):
         train(compose("train", f"run_dir={folder}", *NET, *overrides))
-    finally:
-        fit.build_callbacks = MAKE_CALLBACKS
     return folder
 
 
@@ -127,17 +124,11 @@ def farthest(found, expected):
     )
 
 
-CASES = [
-    ("ofq_2bit", 0),
-    *(
-        pytest.param(*case, marks=pytest.mark.long)
-        for case in (("lsq_2bit", 2), ("ofq_2bit", 1), ("ofq_noqkr_4bit", 3))
-    ),
-]
-
-
 # In none of these runs does a value lie on a tie: all that differs is the order in which float32 numbers are added.
-@pytest.mark.parametrize(("quant", "seed"), CASES)
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("quant", "seed"), [("ofq_2bit", 0), ("lsq_2bit", 2), ("ofq_2bit", 1), ("ofq_noqkr_4bit", 3)]
+)
 def test_two_processes_equal_one(tmp_path, quant, seed):
     settings = (f"quant={quant}", f"seed={seed}", *TEN_STEPS)
     one = run(tmp_path / "one", *settings, "data.batch_size=120")
@@ -190,19 +181,21 @@ def test_what_callbacks_know_is_the_same_in_all_processes(tmp_path):
         assert farthest(first, alone) <= 1e-5
 
 
-def odd(self, read=Digits.read):
-    """Validation and test images whose number no number of processes divides."""
-    splits = read(self)
-    cut = {
-        name: replace(
-            splits[name], images=splits[name].images[:count], labels=splits[name].labels[:count]
-        )
-        for name, count in SIZES
-    }
-    return {**splits, **cut}
+def with_images(**counts):
+    """`Digits.read` with fewer images in some splits."""
+
+    def read(self):
+        splits = READ(self)
+        for name, count in counts.items():
+            images, labels = splits[name].images[:count], splits[name].labels[:count]
+            splits[name] = replace(splits[name], images=images, labels=labels)
+        return splits
+
+    return read
 
 
-SIZES = (("val", 37), ("test", 53))
+# Validation and test images whose number no number of processes divides.
+odd = with_images(val=37, test=53)
 
 
 @pytest.mark.long
