@@ -134,7 +134,7 @@ def refused(caplog):
     """Run a command that has to fail on a known mistake; gives the line it prints."""
     from qat.cli import job
 
-    def line(_, cfg):
+    def line(cfg):
         caplog.clear()
         with pytest.raises(SystemExit) as stop:
             job.run_task(cfg)

@@ -38,20 +38,6 @@ def test_a_command_starts_what_devices_asks_for(devices, expected):
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({"LOCAL_RANK": "0"}, 0),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, 0),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, 2),
-    ],
-)
-def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, expected):
-    for name, value in found.items():
-        monkeypatch.setenv(name, value)
-    assert count(devices=2) == expected
-
-
-@pytest.mark.parametrize(
     ("trainer", "line"),
     [
         ({"strategy": "ddp_spawn"}, r"^trainer\.strategy='ddp_spawn': must be .*auto, ddp, fsdp"),
@@ -68,20 +54,23 @@ def test_what_cannot_be_started_is_refused(trainer, line):
 
 
 @pytest.mark.parametrize(
-    ("found", "number"),
+    ("found", "number", "started"),
     [
-        ({}, 0),
-        ({"RANK": "3"}, 3),
-        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "2"}, 2),
-        ({"SLURM_PROCID": "2"}, 0),  # what an allocation leaves in a shell
-        ({"RANK": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, 1),
+        ({}, 0, 2),
+        ({"RANK": "3"}, 3, 2),
+        ({"LOCAL_RANK": "0"}, 0, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, 1, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "2"}, 2, 2),
+        ({"SLURM_PROCID": "2"}, 0, 2),  # what an allocation leaves in a shell
+        ({"RANK": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, 1, None),
     ],
 )
-def test_rank(monkeypatch, found, number):
+def test_rank_and_whether_processes_are_there(monkeypatch, found, number, started):
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     assert ranks.rank() == number
     assert ranks.is_first() == (number == 0)
+    assert started is None or count(devices=2) == started
 
 
 def test_the_process_becomes_torchrun_of_the_same_command(monkeypatch):

@@ -66,56 +66,56 @@ def place(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "overrides", "message"),
+    ("variables", "typed", "message"),
     [
         (
             BATCH,
-            [],
+            "",
             f"SLURM has 2 tasks for this job, and this process is not one of them; {WAYS}",
         ),
         (
             TASK,
-            [],
+            "",
             "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets",
         ),
         (
             TASK,
-            ["trainer.devices=4"],
+            "trainer.devices=4",
             "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets",
         ),
         (
             PAIR,
-            ["trainer.devices=1"],
+            "trainer.devices=1",
             "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets",
         ),
     ],
     ids=["no-srun", "devices", "more-devices", "nodes"],
 )
-def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
+def test_processes_that_would_wait_for_each_other_are_refused(place, variables, typed, message):
     place(variables)
     with pytest.raises(UsageError) as error:
-        slurm.check_processes(compose("train", *overrides, "run_dir=a").trainer)
+        slurm.check_processes(compose("train", *typed.split(), "run_dir=a").trainer)
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
-    ("variables", "overrides"),
+    ("variables", "typed"),
     [
-        ({}, []),
-        (TASK, ["trainer=slurm"]),
+        ({}, ""),
+        (TASK, "trainer=slurm"),
         (
             {**TASK, "SLURM_JOB_NAME": "interactive"},
-            ["trainer=slurm"],
+            "trainer=slurm",
         ),  # which Lightning alone would take for two single runs
-        ({**BATCH, "SLURM_JOB_NAME": "bash"}, []),  # a person tries something in an allocation
-        ({**BATCH, "TORCHELASTIC_RUN_ID": "none"}, ["trainer.devices=8"]),
-        ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, []),  # srun --ntasks=1 in a job of two
-        ({**JOB, "SLURM_NTASKS": "1"}, ["trainer.devices=4"]),  # processes of our own
+        ({**BATCH, "SLURM_JOB_NAME": "bash"}, ""),  # a person tries something in an allocation
+        ({**BATCH, "TORCHELASTIC_RUN_ID": "none"}, "trainer.devices=8"),
+        ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, ""),  # srun --ntasks=1 in a job of two
+        ({**JOB, "SLURM_NTASKS": "1"}, "trainer.devices=4"),  # processes of our own
     ],
 )
-def test_others_are_not(place, variables, overrides):
+def test_others_are_not(place, variables, typed):
     place(variables)
-    slurm.check_processes(compose("train", *overrides, "run_dir=a").trainer)
+    slurm.check_processes(compose("train", *typed.split(), "run_dir=a").trainer)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def scontrol(tmp_path, monkeypatch):
 def left(caplog, stop, run_dir="runs/a"):
     caplog.clear()
     code = slurm.end_preempted(stop, Path(run_dir), "WAY ON")
-    return code, [record.getMessage() for record in caplog.records]
+    return code, caplog.messages
 
 
 REFUSAL = "slurm_requeue error: Requested operation is presently disabled"

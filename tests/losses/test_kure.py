@@ -52,7 +52,7 @@ def test_it_is_the_same_under_autocast(dtype):
 )
 def test_impossible_settings(tmp_path, refused, setting):
     name, value = setting.split("=")
-    message = refused("train", tiny(tmp_path / "run", setting))
+    message = refused(tiny(tmp_path / "run", setting))
     assert re.search(f"{name}='?{value}'?: must be ", message)
 
 

@@ -1,6 +1,5 @@
 """`analyze.py`: nets from files, images of a split, files of results. Oracle: the nets loaded and scored here."""
 
-import csv
 import dataclasses
 import json
 from typing import ClassVar
@@ -13,6 +12,7 @@ from qat.analysis import Analysis, Outcome, Table
 from qat.data import Digits
 from qat.tasks.analyze import analyze as task
 from qat.tasks.analyze import make_labels
+from qat.utils.files import csv_rows
 from tests.conftest import compose, contents, results
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
 
@@ -23,11 +23,6 @@ def analyze(run_dir, *overrides):
     """Analyse; gives the results back."""
     task(compose("analyze", f"run_dir={run_dir}", *overrides))
     return results(run_dir)
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.sample(2)
@@ -70,7 +65,7 @@ def bare(run_dir, *overrides, **settings):
     cfg = compose("analyze", f"run_dir={run_dir}", "analysis=cost", *overrides)
     cfg.analysis = {"_target_": f"{__name__}.Bare", **settings}
     task(cfg)
-    return table(run_dir / "bare.csv")
+    return csv_rows(run_dir / "bare.csv")
 
 
 def test_an_analysis_of_ones_own_is_a_class(tmp_path, run_4bit):
@@ -143,6 +138,6 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
         (run / name).write_text("{}\n")
     before = contents(run)
     cfg = compose("analyze", f"run_dir={run}", "images=40", *typed.format(**paths).split())
-    line = refused("analyze", cfg)
+    line = refused(cfg)
     assert line.startswith("error: " + MISTAKES[typed].format(**paths))
     assert contents(run) == before

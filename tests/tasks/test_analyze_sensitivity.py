@@ -18,30 +18,19 @@ def weight_bits(path):
     }
 
 
-def suggested(folder, ckpt, budget):
-    """Setting as it is printed, and what the results say of it."""
-    command = (
-        "analysis=sensitivity",
-        "analysis.bits=[2,8]",
-        f"analysis.budget_mb={budget}",
-        "images=40",
-        "split=val",
-    )
-    code, out = typed("analyze.py", f"ckpt={ckpt}", f"run_dir={folder}/run", *command, cwd=folder)
-    assert code == 0, out
-    (line,) = [line for line in out.splitlines() if ".overrides={" in line]
-    (summary,) = [
-        entry for entry in results(folder / "run")["summary"].values() if "suggestion" in entry
-    ]
-    (argument,) = shlex.split(line.strip())
-    assert argument == summary["suggestion"]["setting"]
-    return argument, summary["suggestion"]
-
-
 @pytest.mark.long
 def test_bits_for_training_can_be_typed(tmp_path, run_4bit):
-    argument, entry = suggested(tmp_path, last(run_4bit), 0.011)
-    again = train(tmp_path / "again", "quant=ofq_4bit", argument, f"ckpt={last(run_4bit)}")
+    ckpt = f"ckpt={last(run_4bit)}"
+    command = ("analysis=sensitivity", "analysis.bits=[2,8]", "analysis.budget_mb=0.011")
+    few = ("images=40", "split=val", "run_dir=run")
+    code, out = typed("analyze.py", ckpt, *command, *few, cwd=tmp_path)
+    assert code == 0, out
+    (line,) = [line for line in out.splitlines() if ".overrides={" in line]
+    summaries = results(tmp_path / "run")["summary"].values()
+    (entry,) = [summary["suggestion"] for summary in summaries if "suggestion" in summary]
+    (argument,) = shlex.split(line.strip())
+    assert argument == entry["setting"]
+    again = train(tmp_path / "again", "quant=ofq_4bit", argument, ckpt)
     found = weight_bits(last(again))
     assert {name: found[name] for name in entry["bits_of_layers"]} == entry["bits_of_layers"]
     assert len(set(entry["bits_of_layers"].values())) > 1

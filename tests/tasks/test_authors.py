@@ -12,7 +12,7 @@ from qat.data import Digits
 from tests.conftest import compose, evaluate
 from tests.interop import authors
 from tests.tasks.test_ptq import SMALL, quantize
-from tests.tiny import DISTILLED
+from tests.tiny import DISTILLED, images
 
 NET = ("model=deit_t_distilled", "++model.args.depth=1", "++model.args.embed_dim=192")
 STILL = (
@@ -64,54 +64,52 @@ def test_eval_gives_the_accuracy_of_their_logits(tmp_path, path, theirs, how):
 
 def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
     run = train(tmp_path / "run", f"ckpt={path}", "ckpt_format=ofq", "quant=ofq_2bit")
-    net = qat.load(run / "checkpoints" / "last.ckpt")
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = qat.load(f"{run}/checkpoints/last.ckpt")
+    x = images(4)
     with torch.no_grad():
         assert_close(net(x), authors.deit_logits(theirs, x, 2, 2), rtol=0, atol=1e-4)
 
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("command", "overrides", "message"),
+    ("command", "typed", "message"),
     [
         (
-            "evaluate",
-            ["ckpt_bits=3"],
+            "eval",
+            "ckpt_bits=3",
             "bits=3: ckpt='{}' was trained with 2, according to the arguments in the file",
         ),
         (
-            "evaluate",
-            ["data=digits", "data.image_size=16"],
+            "eval",
+            "data=digits data.image_size=16",
             "data.image_size=16: images must be (1, 8, 8), for which the model is quantized, not (1, 16, 16)",
         ),
         (
-            "evaluate",
-            ["ckpt_format=qat"],
+            "eval",
+            "ckpt_format=qat",
             "ckpt='{}': must be a checkpoint of qat; for other files, ckpt_format must be one of auto, timm, ofq",
         ),
         (
             "train",
-            [*NET, "model=deit_s_distilled"],
+            "model=deit_s_distilled",
             "model='deit_small_distilled_patch16_224': the weights of ckpt='{}' do not fit it",
         ),
         (
             "train",
-            [*NET, "loss=kd"],
+            "loss=kd",
             "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt to",
         ),
         (
             "train",
-            [*NET, "data.num_classes=4"],
+            "data.num_classes=4",
             "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives the model a new head",
         ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, message):
-    config = "eval" if command == "evaluate" else "train"
-    line = refused(
-        command, compose(config, f"ckpt={path}", f"run_dir={tmp_path / 'run'}", *overrides)
-    )
-    assert message.format(path) in line
+def test_mistakes_are_one_line(tmp_path, refused, path, command, typed, message):
+    net = NET if command == "train" else ()
+    given = (f"ckpt={path}", f"run_dir={tmp_path}/run", *net, *typed.split())
+    assert message.format(path) in refused(compose(command, *given))
 
 
 @pytest.mark.long

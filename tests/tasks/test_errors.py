@@ -221,22 +221,20 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     except HydraException as error:
         message = mistakes.error_line(error)
     else:
-        message = refused("train", cfg)
+        message = refused(cfg)
     assert re.search(line, message), message
     assert not list(tmp_path.rglob("*.ckpt"))
     assert contents(float_run) == before
 
 
 def test_a_validation_that_no_epoch_reaches(tmp_path, refused):
-    line = refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
+    line = refused(tiny(tmp_path / "run", "+trainer.val_check_interval=99"))
     assert "trainer.val_check_interval=99: must be at most the 2 batches of an epoch; " in line
 
 
 @pytest.mark.parametrize(("typed", "line"), EVAL, ids=[typed for typed, _ in EVAL])
 def test_evaluate(tmp_path, refused, no_step, places, typed, line):
-    message = refused(
-        "evaluate", compose("eval", f"run_dir={tmp_path}/run", *overrides(typed, places))
-    )
+    message = refused(compose("eval", f"run_dir={tmp_path}/run", *overrides(typed, places)))
     assert re.search(line, message), message
 
 
@@ -251,7 +249,7 @@ def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting)
         {"state_dict": {"a": torch.zeros(1)}, "more": Payload(tmp_path / "made")},
         tmp_path / "a.ckpt",
     )
-    message = refused("train", tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
+    message = refused(tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
     assert "a.ckpt': not a checkpoint that can be read safely" in message
     assert not (tmp_path / "made").exists()
 
@@ -267,7 +265,7 @@ def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         began = time.monotonic()
-        message = refused("train", cfg)
+        message = refused(cfg)
     assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the" in message
     assert "timed out" in message
     assert time.monotonic() - began < 5

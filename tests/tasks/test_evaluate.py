@@ -56,10 +56,10 @@ def assert_scores(results, net, data, split="test"):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    ("typed", "split"), [((), "test"), (("split=train",), "train"), (("split=val",), "val")]
+    ("typed", "split"), [("", "test"), ("split=train", "train"), ("split=val", "val")]
 )
 def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit, typed, split):
-    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", *typed)
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", *typed.split())
     data = Digits(**DIGITS)
     assert_scores(found, qat.load(last(run_4bit)), data, split)
     assert [found[key] for key in ("command", "quant", "data")] == ["eval", "ofq_4bit", "digits"]
@@ -68,23 +68,21 @@ def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit, typed, split):
 
 
 @pytest.mark.parametrize(
-    ("command", "more"),
+    ("command", "typed"),
     [
-        ("evaluate", ()),
-        ("analyze", ("analysis=weights",)),
-        ("export", ("format=packed",)),
-        ("ptq", ("resume=auto",)),
+        ("eval", ""),
+        ("analyze", "analysis=weights"),
+        ("export", "format=packed"),
+        ("ptq", "resume=auto"),
     ],
 )
-def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
+def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, typed):
     run = tmp_path / "run"
     shutil.copytree(run_4bit, run)
     before = contents(run)
-    cfg = compose(
-        "eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more
-    )
+    cfg = compose(command, f"ckpt={last(run)}", f"run_dir={run}", *typed.split())
     line = f"run_dir={str(run)!r} contains checkpoints/best.ckpt already; choose another run_dir"
-    assert refused(command, cfg) == f"error: {line}"
+    assert refused(cfg) == f"error: {line}"
     assert contents(run) == before
 
 
@@ -94,8 +92,8 @@ def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
     start = (f"ckpt={last(float_run)}", f"run_dir={tmp_path}")
     content = f"results.json of eval.py {last(run_4bit)}"
     line = f"error: run_dir={str(tmp_path)!r} contains {content} already; choose another run_dir"
-    assert refused("evaluate", compose("eval", *start)) == line
-    assert refused("ptq", compose("ptq", *start, "resume=auto")) == line
+    assert refused(compose("eval", *start)) == line
+    assert refused(compose("ptq", *start, "resume=auto")) == line
     assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
@@ -108,10 +106,10 @@ def test_a_file_does_not_name_all_folders_of_a_machine(tmp_path, refused, monkey
     (tmp_path / "link").symlink_to("/")
     stored = {"_target_": "qat.data.HfParquet", **DIGITS, "root": root.format(home="users/me")}
     qat.save(quantized(), tmp_path / "x.ckpt", data=stored)
-    line = refused("evaluate", compose("eval", "ckpt=x.ckpt", f"run_dir={tmp_path}/e"))
+    line = refused(compose("eval", "ckpt=x.ckpt", f"run_dir={tmp_path}/e"))
     assert "must be the folder of a dataset; set data.root=FOLDER" in line
     other = compose("eval", "ckpt=x.ckpt", "data.root=users", f"run_dir={tmp_path}/e")
-    assert "data.root='users'" in refused("evaluate", other)
+    assert "data.root='users'" in refused(other)
 
 
 def test_images_for_a_file_have_bounds(tmp_path):
@@ -142,12 +140,12 @@ def test_the_stored_data_with_another_root(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "typed", "workers"),
-    [("eval", [], None), ("ptq", [], None), ("analyze", ["data.num_workers=1"], 1)],
+    [("eval", "", None), ("ptq", "", None), ("analyze", "data.num_workers=1", 1)],
 )
 def test_the_workers_of_a_file_are_not_started(tmp_path, float_run, command, typed, workers):
     data = read_checkpoint(last(float_run)).meta["data"]
     file = edited(last(float_run), tmp_path / "a.ckpt", data | {"num_workers": 200})
-    cfg = compose(command, f"ckpt={file}", f"run_dir={tmp_path}/run", *typed)
+    cfg = compose(command, f"ckpt={file}", f"run_dir={tmp_path}/run", *typed.split())
     choose_data(cfg, read_checkpoint(file))
     assert cfg.data.num_workers == workers
     assert build.build_data(cfg).sample("test").num_workers == (workers or 0)
@@ -176,7 +174,6 @@ def test_logits_that_are_not_finite_are_an_error(
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
     message = refused(
-        "evaluate",
         compose(
             "eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}/eval", to.format(photo=photo)
         ),
@@ -199,7 +196,7 @@ def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refus
         "data=digits",
         f"run_dir={tmp_path}/a",
     ]
-    message = refused(command.replace("eval", "evaluate"), compose(command, *settings))
+    message = refused(compose(command, *settings))
     assert message.endswith(f"{setting}='{tmp_path}/w.pt': has 5 classes, the data 10")
 
 
@@ -207,7 +204,7 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
     path = edited(
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"}
     )
-    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
+    message = refused(compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
     line = f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not a dataset of qat; "
     assert f"{line}choose it with data=..." in message
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
@@ -229,7 +226,7 @@ def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
     path = edited(
         last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "qat.data.Timm", **named}
     )
-    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
+    message = refused(compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
     download = " data.download=true" if "download" in named else ""
     assert message.endswith(f": set data=timm data.name={named['name']}{download}")
     write_image(tmp_path / "photo.png", 8, 8)
@@ -237,40 +234,28 @@ def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
     assert (tmp_path / "b" / "predictions.csv").is_file()
 
 
+CODE = {"_target_": "os.mkdir", "path": "made"}
+OURS = {"_target_": "qat.data.Digits", **DIGITS}
+NO_DATASET = "which is not a dataset of qat; choose it with data=..."
+NO_VALUE = "a value in its data config contains a class name or '${'; choose the data with data=..."
+HOSTILE = {
+    "through our imports": ({**CODE, "_target_": "qat.data.sampler.random._os.mkdir"}, NO_DATASET),
+    "a function of ours": ({"_target_": "qat.data.image_transform", "settings": CODE}, NO_DATASET),
+    "in a field": ({**OURS, "root": CODE}, NO_VALUE),
+    "in a list": ({**OURS, "mean": [CODE]}, "data.mean=[{"),
+    "without a dataset": ({**DIGITS, "mean": [CODE]}, "data.mean=[{"),
+    "a term": ({**OURS, "root": "${oc.env:HOME}"}, NO_VALUE),
+}
+
+
 @pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
-@pytest.mark.parametrize(
-    "where",
-    [
-        "through our imports",
-        "a function of ours",
-        "in a field",
-        "in a list",
-        "without a dataset",
-        "a term",
-    ],
-)
-def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
+@pytest.mark.parametrize(("data", "line"), HOSTILE.values(), ids=HOSTILE)
+def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, data, line, asked, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path / "photo.png", 8, 8)
-    code = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
-    data = {
-        "through our imports": {**code, "_target_": "qat.data.sampler.random._os.mkdir"},
-        "a function of ours": {"_target_": "qat.data.image_transform", "settings": code},
-        "without a dataset": {**DIGITS, "mean": [code]},
-        "in a field": {"_target_": "qat.data.Digits", **DIGITS, "root": code},
-        "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
-        "a term": {"_target_": "qat.data.Digits", **DIGITS, "root": "${oc.env:HOME}"},
-    }[where]
     path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
-    message = refused(
-        "evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run", *asked)
-    )
+    message = refused(compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run", *asked))
     assert not (tmp_path / "made").exists()
-    line = "a value in its data config contains a class name or '${'; choose the data with data=..."
-    if "mean" in data and type(data["mean"][0]) is dict:
-        line = "data.mean=[{"
-    elif data["_target_"] != "qat.data.Digits":
-        line = "which is not a dataset of qat; choose it with data=..."
     assert line in message
 
 

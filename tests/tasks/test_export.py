@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -17,8 +15,11 @@ import qat
 import qat.tasks.export
 from qat.export.runtimes import open_session, session_logits
 from qat.tasks.export import export
-from tests.conftest import ROOT, compose, results, train
+from tests.commands import run_python
+from tests.conftest import compose, results, train
 from tests.errors import usage_error
+from tests.tasks.test_evaluate import last
+from tests.tiny import images
 
 SMALL = {
     "img_size": 8,
@@ -39,10 +40,6 @@ def exported(run_dir, *overrides):
     return results(run_dir)
 
 
-def last(run):
-    return run / "checkpoints" / "last.ckpt"
-
-
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory, run_2bit):
     run_dir = tmp_path_factory.mktemp("onnx")
@@ -56,7 +53,7 @@ def run_2bit(tmp_path_factory):
 
 def test_an_onnx_file(onnx_file, run_2bit):
     path, found = onnx_file
-    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = images(5)
     torch.testing.assert_close(
         session_logits(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4
     )
@@ -93,13 +90,11 @@ def test_the_example_needs_no_torch(onnx_file, run_2bit, tmp_path):
     blocked = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = sys.modules['timm'] = None; import runpy;"
     arguments = ["", str(path), str(tmp_path / "image.png")]
     code = f"{blocked} sys.argv = {arguments!r}; runpy.run_path('examples/classify.py', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", code)
     net = qat.load(last(run_2bit))
     shares = net(qat.transform(net)(tmp_path / "image.png")[None]).softmax(-1)[0]
     expected = [f"{100 * shares[i]:5.1f} %  {i}" for i in shares.argsort(descending=True)[:5]]
-    assert done.stdout.splitlines() == expected
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +111,11 @@ def deployable(tmp_path_factory):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    ("settings", "is_without_vnni", "expected"),
+    ("typed", "is_without_vnni", "expected"),
     [
-        (["format=packed"], False, {"qat": r"qat\.load"}),
+        ("format=packed", False, {"qat": r"qat\.load"}),
         (
-            [],
+            "",
             False,
             {
                 "onnxruntime, with VNNI or on ARM": "with format.cpu=fast .* of float's time",
@@ -129,7 +124,7 @@ def deployable(tmp_path_factory):
             },
         ),
         (
-            ["format.cpu=any"],
+            "format.cpu=any",
             True,
             {
                 "onnxruntime, with VNNI or on ARM": "8-bit weights are faster$",
@@ -138,7 +133,7 @@ def deployable(tmp_path_factory):
             },
         ),
         (
-            ["format.cpu=fast"],
+            "format.cpu=fast",
             False,
             {
                 "onnxruntime, with VNNI or on ARM": "default settings; .* of float's time",
@@ -146,16 +141,16 @@ def deployable(tmp_path_factory):
                 "OpenVINO": "only with VNNI or on ARM; .* of float's time",
             },
         ),
-        (["format.target=tensorrt"], False, {"TensorRT": "qat has not tested it$"}),
+        ("format.target=tensorrt", False, {"TensorRT": "qat has not tested it$"}),
     ],
 )
 def test_a_line_for_each_target_of_a_file(
-    settings, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
+    typed, is_without_vnni, expected, deployable, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level("INFO")
     monkeypatch.setattr(qat.tasks.export, "int8_sums_saturate", lambda: is_without_vnni)
-    exported(tmp_path, f"ckpt={deployable}", *settings)
-    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("run it in")]
+    exported(tmp_path, f"ckpt={deployable}", *typed.split())
+    (text,) = [text for text in caplog.messages if text.startswith("run it in")]
     lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines()[1:])
     assert list(lines) == list(expected)
     assert all(re.search(pattern, lines[target]) for target, pattern in expected.items()), lines
@@ -175,11 +170,7 @@ def test_an_executorch_file(deployable, tmp_path, caplog):
     )
     assert set(found["latency_ms"]["executorch"]) == {"float", "this"}
     assert found["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
-    assert re.search(
-        RATIO % "ExecuTorch",
-        "\n".join(record.getMessage() for record in caplog.records),
-        re.MULTILINE,
-    )
+    assert re.search(RATIO % "ExecuTorch", "\n".join(caplog.messages), re.MULTILINE)
 
 
 def test_executorch_that_is_not_installed_is_one_line(deployable, tmp_path, monkeypatch):
@@ -193,7 +184,7 @@ def test_executorch_that_is_not_installed_is_one_line(deployable, tmp_path, monk
 
 def test_a_packed_file(run_2bit, tmp_path):
     found = exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed")
-    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = images(5)
     net = qat.load(tmp_path / "net.safetensors")
     assert torch.equal(net(x), qat.freeze(qat.load(last(run_2bit)))(x))
     assert found["size_bytes"] == (tmp_path / "net.safetensors").stat().st_size
@@ -236,27 +227,23 @@ def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, mo
 
 
 MISTAKES = {
-    "ckpt is not set": [],
-    "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
-    "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
-    "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
-    "format.precision='bf16': must be one of fp16, fp32": ["format.precision=bf16"],
-    "format.name='tflite': must be one of onnx, packed, executorch": ["format.name=tflite"],
-    "dynamic_batch=false: works only with format=onnx; must be true with format=packed": [
-        "format=packed",
-        "dynamic_batch=false",
-    ],
-    "images=0: must be an integer of at least 1": ["images=0"],
-    "file='net.bin': must end in .onnx with format=onnx": ["file=net.bin"],
-    "split='all': must be one of train, val, test": ["split=all"],
+    "ckpt=null": "ckpt is not set",
+    "ckpt=nowhere.ckpt": "ckpt='nowhere.ckpt': no such file",
+    "format.two_bit=int3": "format.two_bit='int3': must be one of int4, int2",
+    "format.target=gpu": "format.target='gpu': must be one of cpu, tensorrt",
+    "format.precision=bf16": "format.precision='bf16': must be one of fp16, fp32",
+    "format.name=tflite": "format.name='tflite': must be one of onnx, packed, executorch",
+    "format=packed dynamic_batch=false": "dynamic_batch=false: works only with format=onnx; must be true with format=packed",
+    "images=0": "images=0: must be an integer of at least 1",
+    "file=net.bin": "file='net.bin': must end in .onnx with format=onnx",
+    "split=all": "split='all': must be one of train, val, test",
 }
 
 
-@pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes_are_one_line(line, run_2bit, tmp_path):
-    ckpt = [] if line.startswith("ckpt") else [f"ckpt={last(run_2bit)}"]
-    with usage_error(line):
-        exported(tmp_path, *ckpt, *MISTAKES[line])
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_mistakes_are_one_line(typed, run_2bit, tmp_path):
+    with usage_error(MISTAKES[typed]):
+        exported(tmp_path, f"ckpt={last(run_2bit)}", *typed.split())
     assert list(tmp_path.glob("net*")) == []
 
 

@@ -6,24 +6,10 @@ import pytest
 import torch
 
 import qat
-from qat.model.checkpoint import read_checkpoint
 from qat.tasks import fit
-from tests.callbacks.fitting import differing
 from tests.conftest import compose, train
 from tests.errors import usage_error
 from tests.tiny import images, quantized
-
-
-def weights(run_dir):
-    return read_checkpoint(run_dir / "checkpoints" / "last.ckpt").state
-
-
-@pytest.mark.long
-def test_checkpointing_computes_the_same(tmp_path):
-    settings = ("model.args.drop_path_rate=0.3", "++model.args.depth=2")
-    plain = train(tmp_path / "plain", *settings)
-    saved = train(tmp_path / "saved", "model.grad_checkpointing=true", *settings)
-    assert differing(weights(saved), weights(plain)) == []
 
 
 def test_checkpointing_switches_the_net():
@@ -51,9 +37,7 @@ def test_no_compiler(asked, monkeypatch, caplog):
     why = "torch cannot compile for cpu here (no C++ compiler found)"
     if asked == "auto":
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
-        assert [r.getMessage() for r in caplog.records] == [
-            f"compile=auto: the model is not compiled: {why}"
-        ]
+        assert caplog.messages == [f"compile=auto: the model is not compiled: {why}"]
         return
     with usage_error(re.escape(f"compile={asked}: {why}; must be false")):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
@@ -68,7 +52,7 @@ def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
     # That of the check for a compiler, training, and evaluation, which validation and test share; none for the last images of a set.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert qat.load(run / "checkpoints" / "best.ckpt")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert qat.load(f"{run}/checkpoints/best.ckpt")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("memory", ["recompute", "save"])
@@ -83,16 +67,17 @@ def test_a_compiler_saves_memory_if_asked(memory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("typed", "expected"),
     [
-        ((), True),
-        (("trainer.accelerator=cpu",), False),
-        (("compile=false",), False),
-        (("trainer.accelerator=cpu", "compile=true"), True),
-        (("compile=graphs",), "graphs"),
-        (("trainer=fsdp",), False),
+        ("", True),
+        ("trainer.accelerator=cpu", False),
+        ("compile=false", False),
+        ("trainer.accelerator=cpu compile=true", True),
+        ("compile=graphs", "graphs"),
+        ("trainer=fsdp", False),
     ],
 )
-def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
+def test_auto_compiles_on_cuda(typed, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fit.compile_mode(compose("train", "trainer=gpu", *settings, "run_dir=a")) == expected
+    cfg = compose("train", "trainer=gpu", "run_dir=a", *typed.split())
+    assert fit.compile_mode(cfg) == expected

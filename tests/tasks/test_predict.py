@@ -124,7 +124,7 @@ def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, p
 def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
     photos[3].write_bytes(photos[3].read_bytes()[:40])
     asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
-    message = refused("evaluate", compose("eval", *asked, f"run_dir={tmp_path}/a"))
+    message = refused(compose("eval", *asked, f"run_dir={tmp_path}/a"))
     assert f"{photos[3]} cannot be decoded" in message
     assert not (tmp_path / "a" / "predictions.csv").exists()
     caplog.set_level("INFO")
@@ -151,7 +151,6 @@ def test_wrong_paths_are_refused_before_a_net_is_read(
 ):
     monkeypatch.chdir(tmp_path)
     assert message in refused(
-        "evaluate",
         compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"),
     )
 
@@ -204,5 +203,5 @@ def test_one_device_is_required_before_the_run_waits_for_others(
         f"run_dir={tmp_path}/run",
     )
     assert "trainer.devices=2: predictions are made on one device; must be 1" in refused(
-        "evaluate", compose("eval", *asked)
+        compose("eval", *asked)
     )

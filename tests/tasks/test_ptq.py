@@ -11,7 +11,6 @@ from qat.data import Digits
 from qat.tasks import build
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
-from tests.callbacks.fitting import differing
 from tests.conftest import TINY, compose, results, tiny, train
 from tests.system.test_configs import choices
 from tests.tasks.test_evaluate import DIGITS, counted, last
@@ -63,15 +62,16 @@ def test_what_a_run_leaves_behind(quantized_run, trained):
         "config.yaml",
         "conversion.txt",
     }
-    assert (found["command"], found["quant"], found["data"], found["split"]) == (
-        "ptq",
-        "fqvit_w4a8",
-        "digits",
-        "test",
-    )
-    assert (found["weights"], found["model"]) == (str(last(trained)), "vit_tiny_patch16_224")
-    calibration = found["calibration"]
-    assert (calibration["images"], calibration["batches"], calibration["seed"]) == (1000, 10, 0)
+    expected = {
+        "command": "ptq",
+        "quant": "fqvit_w4a8",
+        "data": "digits",
+        "split": "test",
+        "weights": str(last(trained)),
+        "model": "vit_tiny_patch16_224",
+    }
+    assert expected.items() <= found.items()
+    assert {"images": 1000, "batches": 10, "seed": 0}.items() <= found["calibration"].items()
     table = (quantized_run / "conversion.txt").read_text().replace("│", " ")
     rows = [line.split() for line in table.splitlines()]
     assert ["blocks.1.attn.qkv", "weight", "affine", "4", "0", "144", "none"] in rows
@@ -141,26 +141,20 @@ def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    "overrides",
+    "typed",
     [
-        ("ptq=fqvit_integer_w4a8",),
-        ("ptq=fqvit_w4a4", "ptq.softmax_bits=3"),
-        ("model=deit_t_distilled", "++model.args.depth=1", "ptq.overrides={head:{bits:8}}"),
+        "ptq=fqvit_integer_w4a8",
+        "ptq=fqvit_w4a4 ptq.softmax_bits=3",
+        "model=deit_t_distilled ++model.args.depth=1 ptq.overrides={head:{bits:8}}",
         pytest.param(
-            (
-                "model=swin_t",
-                "++model.args.depths=[1,1,1,1]",
-                "ptq.batch=10",
-                "data.calibration_images=10",
-                "trainer.limit_test_batches=1",
-            ),
+            "model=swin_t ++model.args.depths=[1,1,1,1] trainer.limit_test_batches=1",
             marks=pytest.mark.long,
         ),
     ],
 )
-def test_other_recipes_and_models(tmp_path, overrides):
-    model = () if any(o.startswith("model=") for o in overrides) else MODEL
-    found = quantize(tmp_path, *model, *SMALL, *overrides)
+def test_other_recipes_and_models(tmp_path, typed):
+    model = () if typed.startswith("model=") else MODEL
+    found = quantize(tmp_path, *model, *SMALL, *typed.split())
     assert qat.load(tmp_path / "quantized.ckpt") is not None
     assert found["loss"] == found["loss"]
     assert found["weights"] == "random"
@@ -189,7 +183,7 @@ MISTAKES = {
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_mistakes_are_one_line(tmp_path, float_run, refused, typed):
     given = (f"ckpt={last(float_run)}", f"run_dir={tmp_path}/run", *typed.split())
-    assert MISTAKES[typed] in refused("ptq", compose("ptq", *given))
+    assert MISTAKES[typed] in refused(compose("ptq", *given))
     assert not (tmp_path / "run" / "quantized.ckpt").exists()
 
 
@@ -200,28 +194,10 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
     arguments = (f"run_dir={run}", f"ckpt={last(float_run)}", *SMALL)
     assert (
         "contains quantized.ckpt already; choose another run_dir or set overwrite=true"
-        in refused("ptq", compose("ptq", *arguments))
+        in refused(compose("ptq", *arguments))
     )
     assert (run / "quantized.ckpt").read_bytes() == before
     (run / "results.json").unlink()
-    assert "contains quantized.ckpt already" in refused("export", compose("export", *arguments[:2]))
+    assert "contains quantized.ckpt already" in refused(compose("export", *arguments[:2]))
     quantize(run, *arguments[1:], "overwrite=true")
     assert (run / "quantized.ckpt").read_bytes() != before
-
-
-def test_a_search_runs_between_calibration_and_evaluation(tmp_path, trained):
-    start = (f"ckpt={last(trained)}", "ptq=minmax_w4a8", *SMALL)
-    found = quantize(
-        tmp_path, *start, "+search.passes=1", "+search.cycles=2", "+search.population=3"
-    )
-    assert found["search"]["fitness"] <= found["search"]["fitness_before"]
-    assert found["search"]["evaluations"] == 2 * 2
-    net = qat.load(tmp_path / "quantized.ckpt")
-    assert found["top1"] == pytest.approx(counted(net, Digits(**DIGITS))[0])
-    quantize(tmp_path / "without", *start)
-    before = qat.load(tmp_path / "without" / "quantized.ckpt").state_dict()
-    assert set(differing(net.state_dict(), before)) <= {
-        f"blocks.{b}.attn.{layer}.weight_quantizer.scale"
-        for b in range(2)
-        for layer in ("qkv", "proj")
-    }

@@ -3,23 +3,24 @@
 Oracles: the file's own tensors, the float nets' logits, and the fitness that the search before ended with.
 """
 
-import csv
-
 import pytest
 import torch
 
 import qat
+from qat.data import Digits
 from qat.ptq.search import SearchSettings
 from qat.tasks.ptq import ptq
 from qat.tasks.ptq_start import calibration_batches
 from qat.tasks.subject import build_evaluated_net
+from qat.utils.files import csv_rows
 from tests.callbacks.fitting import differing
 from tests.conftest import compose, evaluate, results, train
 from tests.ptq.searching import whole_fitness
-from tests.tasks.test_evaluate import last
+from tests.tasks.test_evaluate import DIGITS, counted, last
 from tests.tasks.test_ptq import SMALL, quantize
 
-SEARCH = ("search=evolution", "search.passes=2", "search.radius=0.1", "search.relative=true")
+EVOLUTION = "search=evolution search.passes=2 search.radius=0.1 search.relative=true"
+SEARCH = EVOLUTION.split()
 KEEP = ("ptq=keep", *SEARCH, *SMALL)
 ACTIVATIONS = "search.targets=[attn.input,attn.proj.input,mlp.*.input]"
 
@@ -58,8 +59,8 @@ def changed(one, two):
 
 
 def fitnesses(folder):
-    with (folder / "search.csv").open() as file:
-        return [float(line["fitness"]) for line in csv.DictReader(file) if line["accepted"] == "1"]
+    rows = csv_rows(folder / "search.csv")
+    return [float(row["fitness"]) for row in rows if row["accepted"] == "1"]
 
 
 def test_a_net_trained_with_lsq_gets_other_weight_scales_and_nothing_else(
@@ -71,6 +72,8 @@ def test_a_net_trained_with_lsq_gets_other_weight_scales_and_nothing_else(
         f"blocks.0.attn.{layer}.weight_quantizer" for layer in ("qkv", "proj")
     }
     assert found["search"]["fitness"] < found["search"]["fitness_before"]
+    net = qat.load(tmp_path / "quantized.ckpt")
+    assert found["top1"] == pytest.approx(counted(net, Digits(**DIGITS))[0])
     assert (found["quant"], found["calibration"]) == ("lsq_3bit", None)
     assert found["top1_fp"] == pytest.approx(
         evaluate(tmp_path / "fp", f"ckpt={last(float_run)}")["top1"]
@@ -105,7 +108,7 @@ def test_a_net_with_statsq_weights_has_scales_of_activations(
     tmp_path, run_4bit, float_run, refused
 ):
     start = (*KEEP, f"ckpt={last(run_4bit)}", f"teacher.ckpt={last(float_run)}")
-    line = refused("ptq", compose("ptq", *start, f"run_dir={tmp_path}/refused"))
+    line = refused(compose("ptq", *start, f"run_dir={tmp_path}/refused"))
     assert (
         "search.targets=['attn*.*.weight', 'attention.*.weight', 'self_attn.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, "
         in line
@@ -140,45 +143,51 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("start", "overrides", "message"),
+    ("start", "typed", "message"),
     [
-        ("float", KEEP, "ptq=keep: the model is in float; must be a recipe of conf/ptq"),
+        (
+            "float",
+            f"ptq=keep {EVOLUTION}",
+            "ptq=keep: the model is in float; must be a recipe of conf/ptq",
+        ),
         (
             "lsq",
-            ("ptq=keep", *SMALL),
+            "ptq=keep",
             "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution",
         ),
         (
             "lsq",
-            KEEP,
+            f"ptq=keep {EVOLUTION}",
             "contains a quantized model whose weights were trained (lsq), so it has no float logits as targets; set teacher.ckpt=FILE",
         ),
         (
             "lsq",
-            (*KEEP, "+ptq.bits=8"),
+            f"ptq=keep {EVOLUTION} +ptq.bits=8",
             "ptq.bits: ptq=keep keeps the model's quantizers and accepts only ptq.batch",
         ),
         (
             "lsq",
-            (*KEEP, "teacher.ckpt={lsq}"),
+            f"ptq=keep {EVOLUTION} teacher.ckpt={{lsq}}",
             "is quantized; must be a float model, whose logits are the targets of the search",
         ),
-        ("lsq", (*KEEP, "teacher.ckpt=nowhere.ckpt"), "teacher.ckpt='nowhere.ckpt': no such file"),
         (
             "lsq",
-            (*SEARCH, *SMALL),
+            f"ptq=keep {EVOLUTION} teacher.ckpt=nowhere.ckpt",
+            "teacher.ckpt='nowhere.ckpt': no such file",
+        ),
+        (
+            "lsq",
+            EVOLUTION,
             "is quantized already (lsq); must be a float model; ptq=keep search=evolution accepts",
         ),
         (
             "float",
-            (*SEARCH, *SMALL, "teacher.ckpt={float}"),
+            f"{EVOLUTION} teacher.ckpt={{float}}",
             "only with ptq=keep; otherwise the targets are the logits of the float model itself",
         ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, refused, float_run, lsq_run, start, overrides, message):
+def test_mistakes_are_one_line(tmp_path, refused, float_run, lsq_run, start, typed, message):
     paths = {"float": last(float_run), "lsq": last(lsq_run)}
-    given = [o.format(**paths) if o.startswith("teacher.") else o for o in overrides]
-    assert message in refused(
-        "ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={paths[start]}", *given)
-    )
+    given = (f"run_dir={tmp_path}", f"ckpt={paths[start]}", *typed.format(**paths).split(), *SMALL)
+    assert message in refused(compose("ptq", *given))

@@ -33,7 +33,6 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
     packed = tmp_path / "packed" / FILE_NAMES["packed"]
     assert evaluate(tmp_path / "p", f"ckpt={packed}")["top1"] == found["top1"]
     line = refused(
-        "ptq",
         compose(
             "ptq",
             f"run_dir={tmp_path / 'k'}",

@@ -1,20 +1,20 @@
 """A run that was stopped goes on as if nothing had happened. Oracle: the same run, uninterrupted."""
 
-import csv
 import resource
 import shutil
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from PIL import Image
 
 import qat
 from qat.lit.strategies import AtomicCheckpointIO
-from qat.tasks import build, fit
+from qat.tasks import build
 from qat.tasks.resume import find_resume
-from tests.callbacks.fitting import differing
+from qat.utils.files import csv_rows
+from tests.callbacks.fitting import added, differing
 from tests.conftest import compose, contents, results, train
+from tests.data.files import write_folder
 from tests.errors import usage_error
 
 # Nine steps an epoch, two epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
@@ -57,24 +57,21 @@ def run(run_dir, *overrides):
     return run_dir
 
 
-def killed_at(step, run_dir, monkeypatch, *overrides, batch=0):
+def killed_at(step, run_dir, *overrides, batch=0):
     """Run until just before a step, or a batch for it."""
-    make = fit.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), Kill(step, batch)])
-        with pytest.raises(Killed):
-            run(run_dir, *overrides)
+    with added(Kill(step, batch)), pytest.raises(Killed):
+        run(run_dir, *overrides)
     return run_dir
 
 
 def last(run_dir):
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return torch.load(f"{run_dir}/checkpoints/last.ckpt", weights_only=True)
 
 
 def metrics(run_dir):
     """Rows of `metrics.csv` without empty cells."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    rows = csv_rows(run_dir / "metrics.csv")
+    return [{name: value for name, value in row.items() if value} for row in rows]
 
 
 def assert_same_checkpoint(run_dir, full, *averages):
@@ -103,11 +100,10 @@ def assert_same_run(run_dir, full):
 
 
 # Before the first save; between two saves; right after one; at an epoch's first step; at the last step of all.
-@pytest.mark.parametrize(
-    "step", [5, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12, 17))]
-)
-def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
-    run_dir = killed_at(step, tmp_path / "run", monkeypatch)
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("step", [5, 1, 9, 12, 17])
+def test_resumed_equals_uninterrupted(step, tmp_path, full):
+    run_dir = killed_at(step, tmp_path / "run")
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
     assert metrics(run_dir) == metrics(full)
@@ -117,10 +113,7 @@ def test_a_kill_right_after_a_save_loses_no_row(tmp_path, monkeypatch):
     rows = []
 
     def save(self, checkpoint, path, storage_options=None):
-        rows.append((
-            checkpoint["global_step"],
-            list(csv.DictReader((tmp_path / "run" / "metrics.csv").open())),
-        ))
+        rows.append((checkpoint["global_step"], csv_rows(tmp_path / "run" / "metrics.csv")))
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
     run(
@@ -133,15 +126,15 @@ def test_a_kill_right_after_a_save_loses_no_row(tmp_path, monkeypatch):
     for step, there in rows:
         written = [row["train/loss_step"] for row in there if row["train/loss_step"]]
         assert len(written) == step
-    whole = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    whole = csv_rows(tmp_path / "run" / "metrics.csv")
     assert [row for row in whole if row["train/loss"]] == [
         row | {name: "" for name in whole[0].keys() - row} for row in there if row["train/loss"]
     ]
 
 
 @pytest.mark.long
-def test_time_before_the_interruption_counts(tmp_path, monkeypatch):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+def test_time_before_the_interruption_counts(tmp_path):
+    run_dir = killed_at(5, tmp_path / "run")
     content = last(run_dir)
     before = content["callbacks"]["LastCheckpoint"]
     assert 0 < before["seconds"] < 600
@@ -153,15 +146,15 @@ def test_time_before_the_interruption_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch, "data.num_workers=2")
-    killed_at(13, run_dir, monkeypatch, "resume=true", "data.num_workers=2")
+def test_killed_twice_with_loader_processes(tmp_path, full):
+    run_dir = killed_at(5, tmp_path / "run", "data.num_workers=2")
+    killed_at(13, run_dir, "resume=true", "data.num_workers=2")
     run(run_dir, "resume=true", "data.num_workers=1")
     assert_same_run(run_dir, full)
 
 
 @pytest.mark.long
-def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch):
+def test_accumulated_batches_and_validations_in_the_middle(tmp_path):
     """Nothing is saved between batches that are accumulated, also not by a run that was resumed there; no validation is left out."""
     settings = (
         "trainer.accumulate_grad_batches=2",
@@ -174,10 +167,10 @@ def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch
         "trainer.limit_train_batches=8",
     )
     whole = run(tmp_path / "whole", *settings)
-    run_dir = killed_at(2, tmp_path / "run", monkeypatch, *settings)
+    run_dir = killed_at(2, tmp_path / "run", *settings)
     assert last(run_dir)["global_step"] == 2
     for _ in range(2):
-        killed_at(2, run_dir, monkeypatch, "resume=true", *settings, batch=5)
+        killed_at(2, run_dir, "resume=true", *settings, batch=5)
     run(run_dir, "resume=true", *settings)
     ours, theirs = last(run_dir)["current_model_state"], last(whole)["current_model_state"]
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
@@ -185,7 +178,7 @@ def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch
     assert sum("val/top1" in row for row in metrics(whole)) == 2
 
 
-def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
+def test_a_finished_run_is_evaluated_again(tmp_path, full):
     before = (full / "checkpoints" / "last.ckpt").read_bytes()
     (full / "results.json").rename(tmp_path / "results.json")
     run(full, "resume=true")
@@ -194,8 +187,8 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, full):
+    run_dir = killed_at(5, tmp_path / "run")
     path = run_dir / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
     assert content["qat"]["recipe"].pop("step_init") == "lsq"
@@ -245,14 +238,14 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
 
 
 @pytest.mark.long
-def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+def test_no_room_for_the_checkpoint(tmp_path, full, refused):
+    run_dir = killed_at(5, tmp_path / "run")
     before = contents(run_dir / "checkpoints")
     path = run_dir / "checkpoints" / "last.ckpt"
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limit[1]))
     try:
-        line = refused("train", compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
+        line = refused(compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     fault = f"{path} cannot be written (File too large); the previous checkpoint is intact"
@@ -294,45 +287,32 @@ def said(run_dir, caplog, *overrides):
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    ("overrides", "lines"),
+    ("typed", "lines"),
     [
-        (["trainer.precision=bf16-mixed"], ["trainer.precision was '32-true', is 'bf16-mixed'"]),
+        ("trainer.precision=bf16-mixed", ["trainer.precision was '32-true', is 'bf16-mixed'"]),
         (
-            ["trainer.gradient_clip_val=0.5", "seed=3"],
+            "trainer.gradient_clip_val=0.5 seed=3",
             [
                 "seed was 0, is 3",
                 "data.seed was 0, is 3",
                 "trainer.gradient_clip_val was None, is 0.5",
             ],
         ),
-        (["trainer.max_epochs=4"], ["trainer.max_epochs was 2, is 4" + IN_STEPS]),
+        ("trainer.max_epochs=4", ["trainer.max_epochs was 2, is 4" + IN_STEPS]),
+        ("trainer.limit_train_batches=3", ["trainer.limit_train_batches was 1.0, is 3" + IN_STEPS]),
+        ("teacher.ckpt=other.ckpt", ["teacher.ckpt was None, is 'other.ckpt'"]),
+        ("callbacks.ema.decay=0.9", ["callbacks.ema.decay was 0.8, is 0.9"]),
+        ("+callbacks.stop={patience:3}", ["callbacks.stop.patience was 'not set', is 3"]),
         (
-            ["trainer.limit_train_batches=3"],
-            ["trainer.limit_train_batches was 1.0, is 3" + IN_STEPS],
-        ),
-        (["teacher.ckpt=other.ckpt"], ["teacher.ckpt was None, is 'other.ckpt'"]),
-        (["callbacks.ema.decay=0.9"], ["callbacks.ema.decay was 0.8, is 0.9"]),
-        (["+callbacks.stop={patience:3}"], ["callbacks.stop.patience was 'not set', is 3"]),
-        (
-            ["compile=true", "memory=recompute"],
+            "compile=true memory=recompute",
             ["compile was 'auto', is True", "memory was 'save', is 'recompute'"],
         ),
-        (
-            [
-                "data.num_workers=2",
-                "data.memory_mb=0",
-                "report=false",
-                "checkpoint.every_n_steps=1",
-                "logger=[]",
-            ],
-            [],
-        ),
-        (["callbacks.progress=null", "data.root=/elsewhere", "trainer.log_every_n_steps=1"], []),
+        ("data.num_workers=2 data.memory_mb=0 report=false checkpoint.every_n_steps=1", []),
+        ("logger=[] callbacks.progress=null data.root=/elsewhere trainer.log_every_n_steps=1", []),
     ],
-    ids=lambda value: value[0].partition("=")[0] if value else "none",
 )
-def test_every_setting_that_changes_is_named(overrides, lines, full, caplog):
-    assert said(full, caplog, *overrides) == [f"resume: {line}" for line in lines]
+def test_every_setting_that_changes_is_named(typed, lines, full, caplog):
+    assert said(full, caplog, *typed.split()) == [f"resume: {line}" for line in lines]
 
 
 @pytest.mark.long
@@ -354,53 +334,21 @@ def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A run of two epochs on a folder of images, and the folder."""
+    """A run on a folder of images, and the folder."""
     root = tmp_path_factory.mktemp("photos")
-    for split, count in (("train", 8), ("val", 4)):
-        for number, name in enumerate(("cat", "dog")):
-            folder = root / "data" / split / name
-            folder.mkdir(parents=True)
-            for image in range(count):
-                Image.new("L", (8, 8), 100 * number + image).save(folder / f"{image}.png")
-    return photo_run(root / "run", root / "data"), root / "data"
+    folder = write_folder(root / "data", classes=("cat", "dog"))
+    return photo_run(root / "run", folder), folder
 
 
 def photo_run(run_dir, folder, *overrides):
-    from qat.tasks.train import train
-
-    small = (
-        "model.args.embed_dim=24",
-        "model.args.depth=1",
-        "data.num_classes=2",
-        "data.in_chans=1",
-        "data.image_size=8",
-        "data.patch_size=4",
-    )
-    small += (
-        "data.mean=[0.5]",
-        "data.std=[0.5]",
-        "data.crop_pct=null",
-        "data.batch_size=4",
-        "data.num_workers=0",
-        "report=false",
-    )
-    train(
-        compose(
-            "train",
-            "data=imagefolder",
-            *small,
-            f"data.root={folder}",
-            f"run_dir={run_dir}",
-            "trainer.max_epochs=1",
-            *overrides,
-        )
-    )
-    return run_dir
+    sizes = ("data.image_size=8", "data.patch_size=4", "data.batch_size=4", "data.num_classes=2")
+    small = (*sizes, "data.calibration_images=8", "data.num_workers=0")
+    return train(run_dir, "data=imagefolder", f"data.root={folder}", *small, *overrides)
 
 
 def rename_a_class(folder):
-    (folder / "train" / "dog").rename(folder / "train" / "ant")
-    (folder / "val" / "dog").rename(folder / "val" / "ant")
+    for split in ("train", "val"):
+        (folder / split / "dog").rename(folder / split / "ant")
 
 
 @pytest.mark.sample(1)
@@ -412,15 +360,15 @@ def rename_a_class(folder):
             r"^data: class 0 is 'ant'; must be 'cat', as in .*last\.ckpt; use ckpt=PATH in another run_dir to start a new run$",
         ),
         (
-            lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"),
+            lambda folder: shutil.copy(folder / "train/cat/000.png", folder / "train/cat/999.png"),
             r"^data: the images of train are not those",
         ),
         (
-            lambda folder: (folder / "val/dog/3.png").unlink(),
+            lambda folder: (folder / "val/dog/003.JPEG").unlink(),
             r"^data: the images of val are not those .*; set allow_changed_data=true to resume",
         ),
         (
-            lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"),
+            lambda folder: (folder / "val/dog/003.JPEG").rename(folder / "val/dog/004.JPEG"),
             r"^data: the images of val are not those",
         ),
     ],
@@ -468,9 +416,9 @@ def test_what_a_run_cannot_take_any_more_is_refused(change, line, full):
 
 
 @pytest.mark.long
-def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+def test_another_loss_in_the_middle_of_an_epoch(tmp_path):
     short = ("trainer.max_epochs=1", "trainer.limit_train_batches=4")
-    run_dir = killed_at(3, tmp_path / "run", monkeypatch, *short)
+    run_dir = killed_at(3, tmp_path / "run", *short)
     run(
         run_dir,
         *short,
@@ -482,8 +430,8 @@ def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
-    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+def test_auto_starts_behind_a_best_alone(tmp_path, full):
+    run_dir = killed_at(5, tmp_path / "run")
     folder = run_dir / "checkpoints"
     for path in folder.glob("last*"):
         path.unlink()

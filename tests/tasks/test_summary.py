@@ -13,6 +13,7 @@ from qat.model.cost import cost, matmuls
 from qat.tasks import build, summary
 from qat.tasks.conf import display_name
 from tests.conftest import compose
+from tests.report.pages import cells
 from tests.tasks.test_evaluate import DIGITS
 from tests.tiny import SIZE, converted, quantized, vit
 
@@ -27,9 +28,10 @@ from tests.tiny import SIZE, converted, quantized, vit
 )
 def test_shares_of_weights_and_products(tmp_path, preset, knobs, widths, of_products):
     net = converted(preset, **knobs)
-    title, *table = summary.write_conversion(net, tmp_path).splitlines()
+    text = summary.write_conversion(net, tmp_path)
+    title, *table = text.splitlines()
     assert title == "quantized"
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if "│" in line]
+    rows = cells(text)
     assert rows[0] == ["share of", "weights", "products"]
     shares = {name: re.findall(r"[\d.]+", " ".join(cells)) for name, *cells in rows[1:]}
     assert list(shares) == widths
@@ -80,22 +82,21 @@ ALL = ["crop_pct", "interpolation", "mean", "std"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "stored", "assumed"),
+    ("typed", "stored", "assumed"),
     [
-        ((), None, []),
-        (("model.pretrained=true",), None, []),
-        (("ckpt=f",), None, ALL),
-        (("model.weights=f",), None, ALL),
-        (("ckpt=f",), {"mean": [0.5]}, ["crop_pct", "interpolation", "std"]),
-        (("ckpt=f",), {"_target_": "qat.data.Digits"}, []),
-        (("ckpt=f", "data.mean=[0.5,0.5,0.5]"), None, ["crop_pct", "interpolation", "std"]),
-        (("ckpt=f", "data=cifar10"), None, ALL),
+        ("", None, []),
+        ("model.pretrained=true", None, []),
+        ("ckpt=f", None, ALL),
+        ("model.weights=f", None, ALL),
+        ("ckpt=f", {"mean": [0.5]}, ["crop_pct", "interpolation", "std"]),
+        ("ckpt=f", {"_target_": "qat.data.Digits"}, []),
+        ("ckpt=f data.mean=[0.5,0.5,0.5]", None, ["crop_pct", "interpolation", "std"]),
+        ("ckpt=f data=cifar10 data.num_classes=10", None, ALL),
     ],
 )
-def test_what_no_file_states_of_images_is_assumed(overrides, stored, assumed):
-    if "data=cifar10" not in overrides:
-        overrides += ("data=imagefolder", "data.num_classes=3")
-    cfg = compose("train", "run_dir=a", *overrides)
+def test_what_no_file_states_of_images_is_assumed(typed, stored, assumed):
+    photos = ("data=imagefolder", "data.num_classes=3")
+    cfg = compose("train", "run_dir=a", *photos, *typed.split())
     net = nn.Identity()
     net.qat_data = stored
     assert summary.assumed_settings(cfg, cfg.data, net, build.build_data(cfg)) == assumed
@@ -121,34 +122,29 @@ def test_data_in_words():
     assert data == "digits: 1257 train, 180 val, 360 test images, 10 classes"
 
 
+OF_64 = "41 of 1257 images left out of each"
+
+
 @pytest.mark.parametrize(
-    ("changes", "steps", "is_short"),
+    ("typed", "steps", "is_short"),
     [
         # 1,257 images: 19 batches of 64 and 41 more; 2 of 512 and 233 more.
-        ({}, "30 epochs x 19 steps, 41 of 1257 images left out of each", False),
+        ("", f"30 epochs x 19 steps, {OF_64}", False),
+        ("data.batch_size=512", "30 epochs x 2 steps, 233 of 1257 images left out of each", True),
+        ("data.batch_size=419", "30 epochs x 3 steps", True),
+        ("data.batch_size=2048", "30 epochs x 1 step", True),
+        ("trainer.accumulate_grad_batches=4", f"30 epochs x 5 steps, {OF_64}", False),
+        ("trainer.limit_train_batches=3", "30 epochs x 3 steps", False),
+        ("trainer.limit_train_batches=0.5", "30 epochs x 9 steps", False),
         (
-            {"data.batch_size": 512},
-            "30 epochs x 2 steps, 233 of 1257 images left out of each",
-            True,
-        ),
-        ({"data.batch_size": 419}, "30 epochs x 3 steps", True),
-        ({"data.batch_size": 2048}, "30 epochs x 1 step", True),
-        (
-            {"trainer.accumulate_grad_batches": 4},
-            "30 epochs x 5 steps, 41 of 1257 images left out of each",
-            False,
-        ),
-        ({"trainer.limit_train_batches": 3}, "30 epochs x 3 steps", False),
-        ({"trainer.limit_train_batches": 0.5}, "30 epochs x 9 steps", False),
-        (
-            {"trainer.max_epochs": 1, "trainer.fast_dev_run": True},
-            "1 epoch x 19 steps, 41 of 1257 images left out of each",
+            "trainer.max_epochs=1 trainer.fast_dev_run=true",
+            f"1 epoch x 19 steps, {OF_64}",
             False,
         ),
     ],
 )
-def test_steps_and_unused_images_are_counted(caplog, changes, steps, is_short):
-    cfg = compose("train", "run_dir=a", *(f"{name}={value}" for name, value in changes.items()))
+def test_steps_and_unused_images_are_counted(caplog, typed, steps, is_short):
+    cfg = compose("train", "run_dir=a", *typed.split())
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -159,19 +155,19 @@ def test_steps_and_unused_images_are_counted(caplog, changes, steps, is_short):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "warns"),
+    ("typed", "warns"),
     [
-        ((), True),
-        (("trainer.fast_dev_run=true",), False),
-        (("model.weights=float.safetensors",), False),
-        (("ckpt=float.safetensors",), False),
+        ("", True),
+        ("trainer.fast_dev_run=true", False),
+        ("model.weights=float.safetensors", False),
+        ("ckpt=float.safetensors", False),
     ],
 )
 def test_quantized_training_from_random_weights_is_warned_of(
-    tmp_path, monkeypatch, caplog, overrides, warns
+    tmp_path, monkeypatch, caplog, typed, warns
 ):
     monkeypatch.chdir(tmp_path)
-    cfg = compose("train", "run_dir=a", *overrides)
+    cfg = compose("train", "run_dir=a", *typed.split())
     weights = build.from_scratch(cfg.model.name, build.model_args(cfg)).net.state_dict()
     save_file(weights, "float.safetensors")
     is_dry_run = bool(cfg.trainer.fast_dev_run)

@@ -1,6 +1,5 @@
 """Training runs from config to files. Oracles: what the files say about each other, and nets rebuilt from them."""
 
-import csv
 import os
 import re
 import signal
@@ -20,25 +19,30 @@ from qat.model.start import from_scratch
 from qat.tasks import build
 from qat.tasks.teacher import build_teacher
 from tests.conftest import column, evaluate, results, tiny, train
+from tests.tasks.test_resume import last, metrics
 from tests.tiny import identical
 
+# What scripts outside this repository rely on.
 KEYS = [
-    *(
-        "command",
-        "model",
-        "quant",
-        "data",
-        "seed",
-        "split",
-        "weights",
-        "top1",
-        "top5",
-        "loss",
-        "val_top1",
-        "top1_fp",
-    ),
-    *("n_params", "size_bytes", "bitops", "wall_seconds", "git_commit", "versions"),
-]  # what scripts outside this repository rely on
+    "command",
+    "model",
+    "quant",
+    "data",
+    "seed",
+    "split",
+    "weights",
+    "top1",
+    "top5",
+    "loss",
+    "val_top1",
+    "top1_fp",
+    "n_params",
+    "size_bytes",
+    "bitops",
+    "wall_seconds",
+    "git_commit",
+    "versions",
+]
 
 
 # Two steps at this rate move zeros alone, by less than the tolerance.
@@ -70,8 +74,6 @@ def test_outputs(run_2bit):
         "conversion.txt",
         "metrics.csv",
         "results.json",
-        "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt",
     }
     assert {n for n in names if n.endswith(".ckpt")} == {
         f"checkpoints/{name}.ckpt" for name in ("best", "last", "last.prev")
@@ -81,22 +83,21 @@ def test_outputs(run_2bit):
 def test_results(run_2bit):
     found = results(run_2bit)
     assert set(KEYS) <= set(found)
-    assert (found["command"], found["model"], found["quant"], found["data"]) == (
-        "train",
-        "vit_tiny_patch16_224",
-        "ofq_2bit",
-        "digits",
-    )
-    assert (found["seed"], found["split"], found["weights"], found["top1_fp"]) == (
-        3,
-        "test",
-        "best.ckpt",
-        None,
-    )
+    expected = {
+        "command": "train",
+        "model": "vit_tiny_patch16_224",
+        "quant": "ofq_2bit",
+        "data": "digits",
+        "seed": 3,
+        "split": "test",
+        "weights": "best.ckpt",
+        "top1_fp": None,
+    }
+    assert expected.items() <= found.items()
     assert found["val_top1"] == pytest.approx(max(column(run_2bit, "val/top1")))
     assert 0 <= found["top1"] <= found["top5"] <= 100
     assert found["n_params"] == sum(
-        p.numel() for p in qat.load(run_2bit / "checkpoints" / "last.ckpt").parameters()
+        p.numel() for p in qat.load(f"{run_2bit}/checkpoints/last.ckpt").parameters()
     )
     assert set(found["versions"]) >= {"python", "torch", "timm", "lightning"}
 
@@ -104,7 +105,7 @@ def test_results(run_2bit):
 def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
     trained = results(run_2bit)
     found = evaluate(tmp_path / "eval", f"ckpt={run_2bit}/checkpoints/best.ckpt")
-    for key in (
+    for key in [
         "model",
         "quant",
         "data",
@@ -115,7 +116,7 @@ def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
         "n_params",
         "size_bytes",
         "bitops",
-    ):
+    ]:
         assert found[key] == trained[key], key
     assert found["command"] == "eval"
 
@@ -158,7 +159,7 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         [],
         ["seed=-1"],
     ):  # neither by a run nor by the error of one that is refused, which would make it look like a failed run
-        message = refused("train", tiny(run, *mistake))
+        message = refused(tiny(run, *mistake))
         assert (
             mistake
             or f"contains {(run / name).name} already; choose another run_dir or set overwrite=true"
@@ -189,7 +190,7 @@ def test_a_run_that_ended_before_it_saved_anything_may_be_repeated(
     tmp_path, refused, monkeypatch, end, code, error, again
 ):
     run = tmp_path / "run"
-    refused("train", tiny(run, "quant.bits=9"))
+    refused(tiny(run, "quant.bits=9"))
     assert "quant.bits=9" in results(run)["error"]
     with monkeypatch.context() as patch:
         patch.setattr("lightning.pytorch.Trainer.fit", end)
@@ -204,7 +205,8 @@ def test_a_run_that_ended_before_it_saved_anything_may_be_repeated(
 
 def test_overwrite_removes_what_a_run_makes_and_follows_no_link(tmp_path):
     run = train(tmp_path / "run")
-    for name in ("mine.ckpt", "checkpoints/mine.ckpt", "analysis/mine.csv", "notes.csv"):
+    mine = ("mine.ckpt", "checkpoints/mine.ckpt", "analysis/mine.csv", "notes.csv")
+    for name in mine:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
     elsewhere = tmp_path / "elsewhere.ckpt"
@@ -215,50 +217,35 @@ def test_overwrite_removes_what_a_run_makes_and_follows_no_link(tmp_path):
     assert elsewhere.read_bytes() == before
     assert not (run / "checkpoints" / "best.ckpt").is_symlink()
     assert {path.name for path in run.rglob("*.ckpt")} == {"best.ckpt", "mine.ckpt"}
-    for name in ("mine.ckpt", "checkpoints/mine.ckpt", "analysis/mine.csv", "notes.csv"):
+    for name in mine:
         assert (run / name).read_text() == "mine"
-
-
-def epochs_and_scores(run):
-    return [
-        (row["epoch"], row["step"], row["val/top1"], row["test/top1"])
-        for row in csv.DictReader((run / "metrics.csv").open())
-    ]
 
 
 @pytest.mark.long
 def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     chosen = (
+        "trainer.max_epochs=9",
         "callbacks=[default,early_stop,best_k]",
+        "callbacks.best_k.save_top_k=2",
         "callbacks.early_stop.min_delta=100",
         "callbacks.early_stop.patience=2",
     )
-    run = train(tmp_path / "run", "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen)
+    run = train(tmp_path / "run", *chosen)
     kept = sorted(path.name for path in (run / "checkpoints").glob("best-epoch*"))
     assert len(kept) == 2
     assert all(re.fullmatch(r"best-epoch00\d-top1-\d+\.\d\d\.ckpt", name) for name in kept)
-    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["epoch"] == 2
-    (state,) = (
-        state for state in last["callbacks"].values() if len(state.get("best_k_models", ())) == 2
+    before = last(run)
+    assert before["epoch"] == 2
+    (record,) = (
+        entry for entry in before["callbacks"].values() if len(entry.get("best_k_models", ())) == 2
     )
-    assert sorted(Path(path).name for path in state["best_k_models"]) == kept
-    rows = epochs_and_scores(run)
-    train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen, "resume=true")
-    assert (
-        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-        == last["global_step"]
-    )
-    assert epochs_and_scores(run) == rows
-    train(
-        run,
-        "trainer.max_epochs=9",
-        "callbacks.best_k.save_top_k=2",
-        *chosen[:2],
-        "callbacks.early_stop.patience=3",
-        "resume=true",
-    )
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
+    assert sorted(Path(path).name for path in record["best_k_models"]) == kept
+    rows = metrics(run)
+    train(run, *chosen, "resume=true")
+    assert last(run)["global_step"] == before["global_step"]
+    assert metrics(run) == rows
+    train(run, *chosen, "callbacks.early_stop.patience=3", "resume=true")
+    assert last(run)["epoch"] == 3
     train(run, "overwrite=true")
     assert not list((run / "checkpoints").glob("best-epoch*"))
 
@@ -340,7 +327,7 @@ def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, 
         results(float_run)["top1"], abs=0.3
     )  # an image at a boundary
     line = f"ckpt='{file}': trained on images of mean [0.3051] and std [0.3759]; data.mean and data.std set mean [0.9] and std [0.02]"
-    assert [r.getMessage() for r in caplog.records if "trained on images" in r.getMessage()] == (
+    assert [text for text in caplog.messages if "trained on images" in text] == (
         [line] if setting == "ckpt" else []
     )
 
@@ -382,7 +369,7 @@ class Photos(EncodedImageData):
 def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     caplog.set_level("INFO")
     run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
-    net = qat.load(run / "checkpoints" / "last.ckpt")
+    net = qat.load(f"{run}/checkpoints/last.ckpt")
     with (
         torch.no_grad()
     ):  # the class head always says 8, the rarest digit; the mean of both 3, the most frequent one
@@ -401,17 +388,10 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
 
 
-def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
-    run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
-    assert results(run)["top1"] is not None
-    assert 1 <= len(column(run, "val/top1")) < 1000
-    assert "Time limit reached." in caplog.text
-
-
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
 def test_a_teacher_with_a_new_head_is_refused(tmp_path, refused, setting):
     # Its logits would be random.
     plain_weights(tmp_path / "w.pt", classes=5)
-    message = refused("train", tiny(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt"))
+    message = refused(tiny(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt"))
     assert f"{setting}='{tmp_path}/w.pt'" in message
     assert "5 classes, the data 10" in message

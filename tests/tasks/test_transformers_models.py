@@ -14,10 +14,11 @@ import qat
 from qat.data import image_transform
 from qat.data.hf_processor import processor_settings
 from qat.model.sites import find_blocks
-from qat.tasks import build, fit
+from qat.tasks import build
 from qat.tasks.ptq import ptq
 from qat.tasks.set_up import set_up
 from qat.tasks.train import train
+from tests.callbacks.fitting import added
 from tests.conftest import compose, evaluate, results
 from tests.errors import usage_error
 from tests.tasks.test_resume import Kill, Killed, last
@@ -103,22 +104,23 @@ def trained(home):
     return home / "run" / "checkpoints" / "last.ckpt"
 
 
-def test_a_resumed_run_equals_one_without_interruption(home, trained, tmp_path, monkeypatch):
-    make = fit.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), Kill(5)])
-        with pytest.raises(Killed):
-            train(settings(home, tmp_path))
+def test_a_resumed_run_equals_one_without_interruption(home, trained, tmp_path):
+    with added(Kill(5)), pytest.raises(Killed):
+        train(settings(home, tmp_path))
     train(settings(home, tmp_path, "resume=true"))
     resumed, full = last(tmp_path), last(home / "run")
     for name, tensor in full["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], tensor), name
 
 
-def test_a_trained_file_stands_by_itself(home, trained, tmp_path):
-    net = qat.load(trained)
+def assert_attention_is_quantized(net):
     roles = {site.role for site in qat.iter_quantizers(net)}
     assert {"q", "k", "v", "probs", "weight"} <= roles
+
+
+def test_a_trained_file_stands_by_itself(home, trained, tmp_path):
+    net = qat.load(trained)
+    assert_attention_is_quantized(net)
     (classifier,) = [
         s for s in qat.iter_quantizers(net) if s.name.endswith("classifier.weight_quantizer")
     ]
@@ -151,8 +153,7 @@ def test_ptq_from_a_folder(home, name, choice, tmp_path):
     ptq(compose("ptq", f"ptq={choice}", *start, *few, *SHORT_PTQ[choice]))
     net = qat.load(tmp_path / "run" / "quantized.ckpt")
     assert list(find_blocks(net)) == [f"model.{PTQ_MODELS[name]}.0"]
-    roles = {site.role for site in qat.iter_quantizers(net)}
-    assert {"q", "k", "v", "probs", "weight"} <= roles
+    assert_attention_is_quantized(net)
     search = results(tmp_path / "run").get("search")
     assert (search is None) == (choice != "evolq_w4a8")
 
@@ -185,7 +186,7 @@ def test_an_encoder_gets_a_new_head(home, tmp_path, caplog):
     few = ("trainer.limit_train_batches=1", "trainer.max_epochs=1")
     train(settings(home, tmp_path / "run", f"model.name={tmp_path / 'dino'}", *few))
     assert "new model.classifier for 3 classes" in caplog.text
-    net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    net = qat.load(f"{tmp_path}/run/checkpoints/last.ckpt")
     assert type(net.model).__name__ == "Dinov2ForImageClassification"
     # As timm's models: tokens and positions are not decayed.
     assert "model.dinov2.embeddings.cls_token" in net.no_weight_decay()
@@ -209,7 +210,7 @@ def test_settings_of_training(home, tmp_path):
             "trainer.max_epochs=1",
         )
     )
-    net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    net = qat.load(f"{tmp_path}/run/checkpoints/last.ckpt")
     assert net.model.config.drop_path_rate == 0.3
     assert net.model.config.hidden_act == "relu"
     assert net.pretrained_cfg["mean"] == [0.4]
@@ -295,102 +296,100 @@ def test_a_processor_that_cannot_be_expressed(processor, message, tmp_path):
         processor_settings(tmp_path)
 
 
-def broken(home, folder, changes, missing):
-    """A copy of the classifier's folder with another config and without a file."""
-    shutil.copytree(home / "vit", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    if missing:
-        (folder / missing).unlink()
+def broken(home, folder, file, change):
+    """A copy of the classifier's folder without a file, with so many bytes of it, or with other settings in it."""
+    path = shutil.copytree(home / "vit", folder) / file
+    if change is None:
+        path.unlink()
+    elif isinstance(change, int):
+        path.write_bytes(path.read_bytes()[:change])
+    else:
+        settings = json.loads(path.read_text()) | change if isinstance(change, dict) else change
+        path.write_text(json.dumps(settings))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "missing", "message"),
+    ("change", "message"),
     [
-        ({"model_type": "bert"}, None, "transformers has no image classifier of model_type 'bert'"),
-        ({"model_type": "detr"}, None, "transformers has no image classifier of model_type 'detr'"),
+        ({"model_type": "bert"}, "transformers has no image classifier of model_type 'bert'"),
+        ({"model_type": "detr"}, "transformers has no image classifier of model_type 'detr'"),
         (
             {"model_type": "own", "auto_map": {"AutoModel": "own.Own"}},
-            None,
             "transformers has no image classifier of model_type 'own'",
         ),
-        ({"quantization_config": {"quant_method": "qat"}}, None, "the model is already quantized"),
-        ({"hidden_size": 4096}, None, "the model is much larger than the weights"),
-        (
-            {"hidden_size": 64},
-            None,
-            "classifier.weight has the shape [3, 32]; the model has [3, 64]",
-        ),
-        ({"num_hidden_layers": 2}, None, "weights do not fit"),
-        ({"hidden_dropout_prob": "high"}, None, "expected float, got str"),
-        ({"hidden_act": "nope"}, None, "config.json cannot be used ('nope')"),
-        ({"patch_size": 0}, None, "config.json cannot be used (integer division"),
-        ({"architectures": 3}, None, "config.json cannot be used ('int' object"),
-        ({"hidden_act": "${oc.env:HOME}"}, None, "the config contains '${'"),
-        ({}, "model.safetensors", "has no model.safetensors"),
-        ({}, "preprocessor_config.json", "preprocessor_config.json: cannot be used"),
+        ({"quantization_config": {"quant_method": "qat"}}, "the model is already quantized"),
+        ({"hidden_size": 4096}, "the model is much larger than the weights"),
+        ({"hidden_size": 64}, "classifier.weight has the shape [3, 32]; the model has [3, 64]"),
+        ({"num_hidden_layers": 2}, "weights do not fit"),
+        ({"hidden_dropout_prob": "high"}, "expected float, got str"),
+        ({"hidden_act": "nope"}, "config.json cannot be used ('nope')"),
+        ({"patch_size": 0}, "config.json cannot be used (integer division"),
+        ({"architectures": 3}, "config.json cannot be used ('int' object"),
+        ({"hidden_act": "${oc.env:HOME}"}, "the config contains '${'"),
+        ([1], "config.json cannot be used (it must be a JSON object)"),
+        (1, "config.json cannot be used (it must be a JSON object)"),
     ],
 )
-def test_a_folder_that_cannot_be_used(home, changes, missing, message, tmp_path, refused):
-    folder = broken(home, tmp_path / "model", changes, missing)
-    line = refused("train", settings(home, tmp_path / "run", f"model.name={folder}"))
-    assert message in line
-    assert str(folder) in line
-    assert len(line) < 600
+def test_a_config_that_cannot_be_used(home, change, message, tmp_path, refused):
+    assert_refused(home, tmp_path, refused, "config.json", change, message)
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
+    ("file", "kept", "message"),
     [
-        ("config.json", b"{", "config.json cannot be used (it must be a JSON object)"),
-        ("config.json", b"[1]", "config.json cannot be used (it must be a JSON object)"),
-        ("model.safetensors", b"", "model.safetensors cannot be used"),
-        ("model.safetensors", None, "model.safetensors cannot be used"),
+        ("model.safetensors", None, "has no model.safetensors"),
+        ("model.safetensors", 0, "model.safetensors cannot be used"),
+        ("model.safetensors", -1000, "model.safetensors cannot be used"),
+        ("preprocessor_config.json", None, "preprocessor_config.json: cannot be used"),
     ],
 )
-def test_a_damaged_file(home, file, content, message, tmp_path, refused):
-    folder = broken(home, tmp_path / "model", {}, None)
-    whole = (folder / file).read_bytes()
-    (folder / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
-    line = refused("train", settings(home, tmp_path / "run", f"model.name={folder}"))
+def test_a_file_that_is_gone_or_cut(home, file, kept, message, tmp_path, refused):
+    assert_refused(home, tmp_path, refused, file, kept, message)
+
+
+def assert_refused(home, tmp_path, refused, file, change, message):
+    folder = broken(home, tmp_path / "model", file, change)
+    line = refused(settings(home, tmp_path / "run", f"model.name={folder}"))
     assert message in line
+    assert str(folder) in line
+    assert len(line) < 600
 
 
 def test_blocks_of_the_file_are_not_dropped(home, tmp_path, refused):
     larger = {**SMALL, "num_hidden_layers": 2}
     save_model(tmp_path / "vit", transformers.ViTForImageClassification, **larger, **LABELS)
     fewer = (f"model.name={tmp_path / 'vit'}", "++model.args.config.num_hidden_layers=1")
-    line = refused("train", settings(home, tmp_path / "run", *fewer))
+    line = refused(settings(home, tmp_path / "run", *fewer))
     assert "the weights do not fit the config (the model has no vit.layers.1." in line
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (["quant=ofq_2bit"], "attentions of Transformers compute queries and keys themselves"),
-        (["data.image_size=64"], "the model does not accept images of this size"),
-        (["model.weights=x.safetensors"], "model.weights='x.safetensors': must be null"),
-        (["model.name=nobody/nothing"], "nothing is not in the local cache and"),
-        (["model.name=nowhere"], "must be an existing folder, or user/name on the hub"),
-        (["++model.args.depth=3"], "model.args.depth=3: unknown; must be one of architecture"),
+        ("quant=ofq_2bit", "attentions of Transformers compute queries and keys themselves"),
+        ("data.image_size=64", "the model does not accept images of this size"),
+        ("model.weights=x.safetensors", "model.weights='x.safetensors': must be null"),
+        ("model.name=nobody/nothing", "nothing is not in the local cache and"),
+        ("model.name=nowhere", "must be an existing folder, or user/name on the hub"),
+        ("++model.args.depth=3", "model.args.depth=3: unknown; must be one of architecture"),
         (
-            ["model.args.drop_path_rate=0.1"],
+            "model.args.drop_path_rate=0.1",
             "drop_path_rate=0.1: unknown setting of model_type 'vit'",
         ),
-        (["model.args.drop_path_rate=1"], "drop_path_rate=1: must be a number from 0 to below 1"),
-        (["model.args.architecture=BeitModel"], "'BeitModel': must be one of ViTFor"),
-        (["model.args.config=5"], "model.args.config=5: must be a group of settings"),
+        ("model.args.drop_path_rate=1", "drop_path_rate=1: must be a number from 0 to below 1"),
+        ("model.args.architecture=BeitModel", "'BeitModel': must be one of ViTFor"),
+        ("model.args.config=5", "model.args.config=5: must be a group of settings"),
         (
-            ["++model.args.config.qkv_bia=true"],
+            "++model.args.config.qkv_bia=true",
             "config.qkv_bia=True: unknown .*; closest: qkv_bias",
         ),
-        (["++model.args.config.hidden_act=nope"], "config.json with {'hidden_act': 'nope'} cannot"),
-        (["model.init=reference"], "model.init='reference': must be full"),
+        ("++model.args.config.hidden_act=nope", "config.json with {'hidden_act': 'nope'} cannot"),
+        ("model.init=reference", "model.init='reference': must be full"),
     ],
 )
-def test_settings_that_cannot_work(home, overrides, message, tmp_path, refused, monkeypatch):
+def test_settings_that_cannot_work(home, override, message, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    line = refused("train", settings(home, tmp_path / "run", *overrides))
+    line = refused(settings(home, tmp_path / "run", override))
     assert re.search(re.escape(message).replace(r"\.\*", ".*"), line)
     assert len(line) < 600
