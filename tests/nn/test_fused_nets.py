@@ -127,6 +127,15 @@ def test_a_quantized_block_keeps_less_than_a_float_block(attention, memory, most
     assert of_a_block({"attention": attention}) - folded < most * of_a_block(None)
 
 
+def test_blocks_may_be_run_again_instead_of_kept():
+    x, grads = images(), []
+    for again in (False, True):
+        net = quantized().train()
+        net.set_grad_checkpointing(again)
+        grads.append(step(net, x))
+    same(*grads)
+
+
 @pytest.mark.parametrize(
     ("attention", "name"),
     [
