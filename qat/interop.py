@@ -153,8 +153,7 @@ def net_from_ofq(
         check_net(name, kwargs, state, [(image_size, image_size)])
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{origin}: the shapes do not match any {name} ({reason})") from error
+        raise UsageError(f"{origin}: the shapes do not match any {name} ({error})") from error
     _add_merging_biases(net, state)
     convert(net, quant_recipe, input_size=(kwargs["in_chans"], image_size, image_size))
     _load_tensors(net, state, qkr=has_qkr, origin=origin)

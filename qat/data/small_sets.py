@@ -110,9 +110,8 @@ class FashionMnist(ImageData):
         try:
             dataset = self.DATASET(root, train=is_train, download=False)
         except Exception as error:  # on damaged files, torchvision may raise any exception
-            reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.root={str(root)!r}: must contain complete {self.LAYOUT} ({reason})"
+                f"data.root={str(root)!r}: must contain complete {self.LAYOUT} ({error})"
             ) from error
         images = [Image.fromarray(image) for image in np.asarray(dataset.data)]
         pixels = [to_pixels(image, self.settings.in_chans) for image in images]

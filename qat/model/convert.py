@@ -432,10 +432,9 @@ def check_input(
         with probing(net, hooks):
             out = net(zero_image(net, input_size))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
         own_size = "the size in the model's config" if hf_models(net) else "model.args.img_size"
         raise UsageError(
-            f"input_size={input_size}: the model does not accept images of this size ({reason}); "
+            f"input_size={input_size}: the model does not accept images of this size ({error}); "
             f"data.image_size and {own_size} must agree"
         ) from error
     return named_outputs(out)

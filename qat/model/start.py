@@ -91,9 +91,8 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except expected_errors as error:
-        reason = " ".join(str(error).split())
         arguments = {key: value for key, value in kwargs.items() if not isinstance(value, dict)}
-        raise UsageError(f"model.name={model!r} with {arguments}: {reason}") from error
+        raise UsageError(f"model.name={model!r} with {arguments}: {error}") from error
     return net
 
 

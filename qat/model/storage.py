@@ -177,9 +177,8 @@ def _build_with_limits(
         AssertionError,
         RuntimeError,
     ) as error:
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"{origin}: cannot build the model that the file describes ({reason})"
+            f"{origin}: cannot build the model that the file describes ({error})"
         ) from error
 
 

@@ -133,13 +133,16 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(path):
 @pytest.mark.parametrize(
     ("index", "line"),
     [
-        ([["head.weight", [2**40], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
+        (
+            [["head.weight", [2**40], "c", 0.0, "float32"]],
+            "constant tensors of 1099511627776 numbers",
+        ),
         (
             [
                 ["head.weight", [2**40], "c", 0.0, "float32"],
                 ["head.bias", [-(2**40)], "c", 0.0, "float32"],
             ],
-            "lists 1099511627776 numbers",
+            "constant tensors of 1099511627776 numbers",
         ),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
