@@ -15,6 +15,8 @@ SIZE = 64
 SQUARE, DISC, TRIANGLE = range(3)
 STEPS = 600
 LR = 1e-3
+# For both models that are trained further. At 1e-3, 4 bits cost 3 points instead of 1.
+FURTHER_LR = 4e-3
 
 
 def shape(kind, x, y, side):
@@ -138,16 +140,16 @@ def test_a_detector_at_four_bits_is_nearly_as_precise_as_in_float(tmp_path):
     transformers.set_seed(0)
     scenes = [scene(seed) for seed in range(2000)]
     others = [scene(10**6 + seed) for seed in range(256)]
-    start = fit(build(), scenes, tmp_path, 2 * STEPS, LR)
-    control = fit(copy.deepcopy(start), scenes, tmp_path, STEPS, LR)
+    start = fit(build(), scenes, tmp_path, 4 * STEPS, LR)
+    control = fit(copy.deepcopy(start), scenes, tmp_path, STEPS, FURTHER_LR)
     recipe = qat.recipe("lsq", bits=4, act_scales="tensor", step_init="mse")
     model = qat.convert(copy.deepcopy(start), recipe, input_size=(3, SIZE, SIZE))
     qat.initialize_scales(model, [collate(scenes[:64])["pixel_values"]])
-    fit(model, scenes, tmp_path, STEPS, LR)
+    fit(model, scenes, tmp_path, STEPS, FURTHER_LR)
     in_float = mean_average_precision(control, others)
     assert in_float > 60
-    # Measured with one thread: 73.4 in float, 70.1 at 4 bits; half the learning rate: 68.3, 63.7.
-    assert mean_average_precision(model, others) > in_float - 4
+    # Measured with one thread: 81.3 in float, 80.4 at 4 bits.
+    assert mean_average_precision(model, others) > in_float - 2
     images = collate(others[:8])["pixel_values"]
     path = tmp_path / "net.onnx"
     checked = qat.export_onnx(model, path, images=images, dynamic_batch=False)
