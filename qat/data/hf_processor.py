@@ -43,7 +43,7 @@ def processor_settings(folder: Path) -> dict[str, Any]:
         )
         settings = _matching_settings(processor)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise UsageError(
             f"{folder / PROCESSOR_FILE}: cannot be used ({reason}); {advice}"
         ) from error

@@ -71,7 +71,7 @@ class DataSettings:
         num_classes: number of classes.
         mean: mean per channel of pixel values in [0, 1]; photos: None = from `model`.
         std: standard deviation per channel of pixel values in [0, 1]; photos: None = from `model`.
-        batch_size: images per process and batch.
+        batch_size: images of a batch in each process.
         num_workers: loader processes; None = see `workers`.
         augment: `none` (no crop, flip, colour change, erasing or `repeats`), `light` (shifted crop
             and flip; if `crop_pct` is set, random resized crop and flip) or `timm` (random resized

@@ -137,8 +137,7 @@ def decode(open_image_file: Callable[[], Image.Image], chans: int, name: str) ->
     try:
         return to_pixels(open_image_file(), chans)
     except Exception as error:  # on damaged files, Pillow's readers may raise any exception
-        reason = " ".join(str(error).split())
-        reason = re.sub(r" <[^>]*>", "", reason)  # object reprs with memory addresses
+        reason = re.sub(r" <[^>]*>", "", str(error))  # object reprs with memory addresses
         raise ImageError(f"{name} cannot be decoded ({reason})") from error
 
 

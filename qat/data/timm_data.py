@@ -89,10 +89,9 @@ class TimmImages(EncodedImages):
                 reader.loader = open_file
             labels = np.asarray(targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` may raise any exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"data.name={settings.name!r}: must be a dataset that timm can read; "
-                f"for split {split!r} timm reports: {reason}"
+                f"for split {split!r} timm reports: {type(error).__name__}: {error}"
             ) from error
         super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
         self.reader = reader

@@ -369,8 +369,8 @@ def _trace(
             optimize=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UsageError(f"format=onnx: torch cannot export this model: {cause[:300]}") from error
+        cause = str(error.__cause__ or error)[:300]
+        raise UsageError(f"format=onnx: torch cannot export this model: {cause}") from error
 
     shape = program.model.graph.inputs[0].shape
     if dynamic_batch and isinstance(shape[0], int):

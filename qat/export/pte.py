@@ -104,9 +104,9 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
         )
         content = lowered_program.to_executorch().buffer
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = str(error)[:300]
         raise UsageError(
-            f"format=executorch: ExecuTorch cannot export this model: {cause[:300]}"
+            f"format=executorch: ExecuTorch cannot export this model: {cause}"
         ) from error
     outside_xnnpack: Counter[str] = Counter()
     for node in lowered_program.exported_program().graph.nodes:

@@ -94,7 +94,7 @@ def _open_onnxruntime(content: bytes, threads: int) -> Session:
             content, settings, providers=["CPUExecutionProvider"]
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise UsageError(f"format=onnx: onnxruntime cannot open the file ({reason})") from error
     return lambda names, images: session.run(list(names), {INPUT: images})
 

@@ -253,7 +253,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_torch(path, checkpoint, previous=PREVIOUS_NAMES.get(Path(path).name))
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"{path} cannot be written ({reason}); the previous checkpoint is intact"
             ) from error

@@ -134,7 +134,7 @@ def _download(repository: str, origin: str) -> None:
     try:
         huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS, PROCESSOR])
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise UsageError(
             f"{origin}: cannot be downloaded ({reason}); "
             "a private repository needs a token (hf auth login)"
@@ -216,7 +216,7 @@ def transformers_folder(
         raise
     except (*OTHER_ERRORS, ValueError, safetensors.SafetensorError) as error:
         file = WEIGHTS if isinstance(error, safetensors.SafetensorError) else CONFIG
-        reason = " ".join(str(error).split())[:300]
+        reason = str(error)[:300]
         changed = f" with {dict(changes)}" if changes else ""
         raise UsageError(f"{origin}: {file}{changed} cannot be used ({reason})") from error
     return folder, arguments
@@ -479,6 +479,6 @@ def push_to_hub(
                 repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}"
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = str(error)[:200]
             raise UsageError(f"{origin}: the hub rejected the upload ({reason})") from error
     return str(getattr(commit, "commit_url", commit))

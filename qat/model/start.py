@@ -145,7 +145,7 @@ def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False)
         http.client.HTTPException,
         safetensors.SafetensorError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise UsageError(
             f"model.pretrained=true: the weights of {model!r} cannot be fetched "
             f"or read, or do not fit ({reason}); {advice}"
@@ -182,7 +182,7 @@ def from_transformers(
             ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = str(error)[:300]
         raise UsageError(f"{origin}: the weights cannot be read ({reason})") from error
     misfit = f"{origin}: the weights do not fit the config"
     for name, file_shape, shape in sorted(loading["mismatched_keys"]):
@@ -246,7 +246,7 @@ def from_state(
     try:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = str(error)[:300]
         file_size = _describe_size(state, cfg["first_conv"])
         model_size = _describe_size(own_state, cfg["first_conv"])
         if file_size and file_size != model_size:

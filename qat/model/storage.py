@@ -133,7 +133,7 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = str(error)[:300]
         name = meta["model"]["name"]
         raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
     check_finite(net, origin, unset=True)

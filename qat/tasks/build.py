@@ -71,7 +71,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = error.__cause__ or error
         raise UsageError(
             f"{setting}._target_={node.get('_target_')!r}: {reason} (with {arguments})"
         ) from error
