@@ -78,7 +78,7 @@ ATTENTIONS = {
     "vit": _vit("ViT (`vit_*`), CLIP", "vit_tiny_patch16_224"),
     "vit_reg": _vit("ViT with register tokens (`vit_*_reg*`)", "vit_betwixt_patch16_reg4_gap_256"),
     "vit_qk_norm": _vit(
-        "ViT with normalised queries and keys", "vit_tiny_patch16_224", qkr=False, qk_norm=True
+        "ViT with normalized queries and keys", "vit_tiny_patch16_224", qkr=False, qk_norm=True
     ),
     "deit": _vit("DeiT (`deit_*`)", "deit_tiny_patch16_224"),
     "deit_distilled": _vit(

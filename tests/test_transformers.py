@@ -89,7 +89,7 @@ def test_scales_that_a_folder_lacks_are_not_set(folder, is_encoder, tmp_path):
         encoder = qat.convert(VIT.build().vit, qat.recipe("seq", bits=4))
         qat.initialize_scales(encoder, [X]).save_pretrained(folder)
     other = AutoModelForImageClassification.from_pretrained(folder, **options)
-    with usage_error("scales of classifier.* are not initialised"):
+    with usage_error("scales of classifier.* are not initialized"):
         other(X)
     assert qat.initialize_scales(other, [X])(X).logits.isfinite().all()
 
@@ -135,7 +135,7 @@ def test_a_float_folder_is_converted(recipe, tmp_path):
     knobs = {"bits": 4} if isinstance(recipe, str) else {}
     config = qat.transformers.QatConfig(recipe, **knobs)
     again = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=config)
-    with usage_error("scales of .* are not initialised"):
+    with usage_error("scales of .* are not initialized"):
         again(X)
     ours = qat.initialize_scales(VIT.converted(bits=4), [X])
     assert are_equal(outputs(qat.initialize_scales(again, [X]), X), outputs(ours, X))

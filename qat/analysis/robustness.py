@@ -190,7 +190,7 @@ class Robustness(Analysis):
         return points
 
     def _all_ratios(self) -> list[float]:
-        """Factors of the step sizes in ascending order, including 1."""
+        """Factors on the step sizes in ascending order, including 1."""
         ratios = {1.0}
         for ratio in torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist():
             ratios.add(float(f"{ratio:.6g}"))

@@ -53,7 +53,7 @@ def run_task(
         command: the words that were typed.
 
     Returns:
-        The result of the task: the number that a sweep optimises.
+        The result of the task: the number that a sweep optimizes.
     """
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if HydraConfig.initialized():

@@ -203,7 +203,7 @@ class ImageData(LightningDataModule, ABC):
         return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash of each split, by which changed data are recognised.
+        """Hash of each split, by which changed data are recognized.
 
         The hash does not depend on `data.root`, and is made without reading image files
         (`EncodedImages.fingerprint`).

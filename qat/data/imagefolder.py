@@ -73,7 +73,7 @@ class ImageFolder(EncodedImageData):
     UNREAD = ("image_column", "label_column")
 
     def encoded(self) -> dict[str, EncodedImages]:
-        """All existing splits.
+        """All existing splits, except a test split without class folders.
 
         Raises:
             UsageError: `data.root` is not set, or lacks the folders `train/<class>/*` etc.; the

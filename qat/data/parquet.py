@@ -25,8 +25,8 @@ def find_parquet(root: Path, split: str) -> list[Path]:
     """Sorted parquet files below `root` whose names start with `split`.
 
     Raises:
-        UsageError: the files are in several folders. The folders may be two revisions of a dataset,
-            which would mix validation images into train.
+        UsageError: the files are in several folders. These may be two revisions of a dataset; read
+            together, they could mix validation images into train.
     """
     files = sorted(path for path in root.rglob(f"{split}*.parquet") if path.is_file())
     folders = {str(path.parent) for path in files}

@@ -121,7 +121,7 @@ class ResumableLoader(DataLoader):
         return (self.batch_size or 1) * world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Used batches of this epoch, and the number of their images in all processes together."""
+        """Number of batches used in this epoch, and of their images in all processes together."""
         return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

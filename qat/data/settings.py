@@ -101,7 +101,7 @@ class DataSettings:
         mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability of cutmix if both are on.
         mixup_off_epoch: first epoch in which no batch is mixed; 0 = mixing never ends.
-        calibration_images: number of images from which scales are initialised.
+        calibration_images: number of images from which scales are initialized.
         seed: seed of order, augmentation and calibration images.
         root: folder with the data.
         on_error: reaction to an image that cannot be decoded: `raise` ends the run, `skip` warns

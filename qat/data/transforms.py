@@ -1,4 +1,4 @@
-"""Transforms from pixels to normalised tensors, with augmentation, and mixing of batches.
+"""Transforms from pixels to normalized tensors, with augmentation, and mixing of batches.
 
 Papers: mixup arXiv 1710.09412, cutmix arXiv 1905.04899.
 """
@@ -56,7 +56,7 @@ def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
 
 
-def _make_normalisation(settings: DataSettings) -> Callable[[Tensor], Tensor]:
+def _make_normalization(settings: DataSettings) -> Callable[[Tensor], Tensor]:
     return v2.Compose([
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(settings.mean), list(settings.std), inplace=True),
@@ -67,11 +67,11 @@ def eval_transform(settings: DataSettings) -> Transform:
     """Preprocessing for evaluation, for an image of any size with `in_chans` channels.
 
     The image is resized to a square or, if `crop_pct` is set, scaled and cropped by timm; then
-    values are scaled to [0, 1] and normalised.
+    values are scaled to [0, 1] and normalized.
     """
     if settings.crop_pct is None:
         apply = v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor])
-        return Transform(apply, finish=_make_normalisation(settings))
+        return Transform(apply, finish=_make_normalization(settings))
     preprocessing = _timm_transform(
         settings,
         crop_pct=settings.crop_pct,
@@ -129,7 +129,7 @@ def _light_augmentation(settings: DataSettings) -> Transform:
     if shift:
         steps.append(v2.RandomCrop(settings.image_size, padding=shift))
     steps.append(v2.RandomHorizontalFlip(settings.hflip))
-    return Transform(v2.Compose(steps), is_random=True, finish=_make_normalisation(settings))
+    return Transform(v2.Compose(steps), is_random=True, finish=_make_normalization(settings))
 
 
 def _limit_levels(augmentation: Any) -> None:
@@ -204,7 +204,7 @@ class BatchMixup:
                 "data.mixup, data.cutmix: images are mixed in pairs; "
                 f"the number of images in a batch must be even, got {len(images)}"
             )
-        # timm gives the probabilities the dtype of the images, so mix in float32 at least.
+        # timm mixes in the dtype of the images and rounds several times, so use float32 at least.
         mixing_dtype = torch.promote_types(images.dtype, torch.float32)
         with isolated_rng(self.seed, step, rank, MIXING_STREAM):
             mixed_images, probabilities = self._mixup(images.to(mixing_dtype, copy=True), target)

@@ -87,8 +87,8 @@ def freezing_step(
         state: the result of the last update; None at the first update.
         codes: codes of this update, in which `replace_frozen` has replaced the frozen entries.
         frequency: frequencies of `oscillation_step` in this update.
-        threshold: maximum frequency at which an entry is not frozen; at 0 or below, nothing is
-            tracked or frozen.
+        threshold: frequency above which an entry is frozen; at 0 or below, nothing is tracked or
+            frozen.
         momentum: weight of the new codes in the mean.
     """
     if threshold <= 0:

@@ -15,8 +15,8 @@ from torch.autograd.function import FunctionCtx
 from qat.functional.ste import TINY, code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
-# Upper clip of w / s, just below the end 1 of the range, so that a value at the end gets the
-# highest code.
+# Upper clip of w / s, just below 1, so that a value at the end of the range gets the highest
+# code.
 TOP_CLIP = 1 - 1e-6
 # For each number of bits, the outermost level, in standard deviations, for which 2^bits evenly
 # spaced levels have the least squared error on normal values.
@@ -126,7 +126,7 @@ def statsq(w: Tensor, bits: int) -> Tensor:
 
     Returns:
         The shape and dtype of `w`. An all-zero row becomes zeros. The gradient is the identity
-        everywhere, also outside the range of the levels; no gradient flows through the scale.
+        everywhere, even outside the range of the levels; no gradient flows through the scale.
     """
     check_bits("bits", bits)
     return statsq_with_scale(w, statsq_scale(w), bits)

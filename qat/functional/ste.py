@@ -96,7 +96,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
     """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) if `axis` is None.
 
-    Trailing dimensions are summed before leading dimensions: inductor vectorises `sum(-1).sum(0)`,
+    Trailing dimensions are summed before leading dimensions: inductor vectorizes `sum(-1).sum(0)`,
     but not `sum((0, 2))`. The code uses `reshape` because batched gradients do not support
     `flatten`.
     """

@@ -124,7 +124,7 @@ def _produce(  # noqa: PLR0913, PLR0917
 ) -> tuple[tensor, tensor, tensor]:
     """Compute the input of the quantizer from x by PRODUCER, and tensors for `_produce_backward`.
 
-    The tensors for backward, `saved` and `inverse_std`, are the normalised rows of a LayerNorm and
+    The tensors for backward, `saved` and `inverse_std`, are the normalized rows of a LayerNorm and
     the reciprocals of the rows' standard deviations. For a GELU, `saved` is the normal distribution
     function of x, and for a softmax the probabilities; `inverse_std` is then unused.
     """

@@ -44,7 +44,7 @@ class QATModule(LightningModule):
     Args:
         net: a float net, or a converted net with scales; checkpoints store its state dict under
             `net.`.
-        loss: the loss to minimise.
+        loss: the loss to minimize.
         num_classes: number of classes.
         optimizer: builds the optimizer from the net; None = the module only evaluates.
         scheduler: builds the schedule and its interval from the optimizer, the number of epochs and

@@ -44,7 +44,7 @@ class Distillation(LossTerm):
 
     Args:
         label_smoothing: probability mass moved from the labels to all classes, in [0, 1).
-        weight: factor in the sum.
+        weight: factor on the whole term.
         hard_weight: factor on the hard part, 0 or more. At 0 the net only follows the teacher, and
             the class head of a net with a distillation head learns nothing.
         temperature: T of the soft part (see `soft_cross_entropy`), above 0; 1 in OFQ.

@@ -40,7 +40,7 @@ def assert_ready(net: nn.Module) -> None:
         is_affine = type(site.quantizer) is Affine
         function = "qat.ptq.calibrate" if is_affine else "qat.initialize_scales"
         raise UsageError(
-            f"scales of {site.name} are not initialised; "
+            f"scales of {site.name} are not initialized; "
             f"call {function}(net, batches) or load a checkpoint"
         )
     for module in net.modules():
@@ -79,7 +79,7 @@ def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
             kind = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
             raise UsageError(
                 f"{origin}: {kind} {name} is NaN or infinite: "
-                "the run diverged, or scales were never initialised"
+                "the run diverged, or scales were never initialized"
             )
 
 

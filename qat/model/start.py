@@ -265,7 +265,7 @@ def from_state(
 def _replace_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace heads whose class count differs by the heads of the new model.
+    """Replace each head that has another class count with the new model's head.
 
     Returns:
         The new state; a note for each new head; and a description of the difference, or "".

@@ -89,7 +89,7 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
 
 
 def reset_attention_weights(net: nn.Module) -> list[str]:
-    """Reinitialise the weights that OFQ's code loses when it converts a model.
+    """Reinitialize the weights that OFQ's code loses when it converts a model.
 
     These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
     biases.
@@ -129,7 +129,7 @@ def add_random_biases(net: nn.Module) -> list[str]:
     add_biases(net, names)
     for name in names:
         linear: Any = net.get_submodule(name)
-        bound = linear.in_features**-0.5  # as torch initialises biases
+        bound = linear.in_features**-0.5  # as torch initializes biases
         nn.init.uniform_(linear.bias, -bound, bound)
     return names
 

@@ -142,7 +142,7 @@ class QuantAttention(ScoredAttention):
         return qkv.chunk(3, dim=-1)
 
     def to_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Reshape queries and keys (B, N, h*d) to (B, h, N, d) and normalise them.
+        """Reshape queries and keys (B, N, h*d) to (B, h, N, d) and normalize them.
 
         Keys have fewer heads if groups of heads share keys.
         """

@@ -57,7 +57,7 @@ def _obstacle_to_qkr(module: Any, qkr: Callable[..., Any] | str) -> str | None:
         if not isinstance(getattr(module, name, None), nn.Identity | None):
             has_norms = True
     if isinstance(qkr, str) or has_norms:
-        property_of_model = qkr if isinstance(qkr, str) else "normalises queries and keys"
+        property_of_model = qkr if isinstance(qkr, str) else "normalizes queries and keys"
         return f"this model {property_of_model}, so its scores cannot be computed from Wq^T Wk"
     if is_plain_layer(module.qkv) and not is_hooked(module.qkv):
         return None

@@ -142,7 +142,7 @@ class _FqOutput(nn.Module):
 
 
 class FqPatchEmbed(_FqOutput, timm_layers.PatchEmbed):
-    """`PatchEmbed` with quantized output: (B, I, H, W) to (B, N, C), or to a shape set in timm."""
+    """`PatchEmbed` with quantized output: (B, I, H, W) to (B, N, C), or to another `output_fmt`."""
 
 
 class FqPatchMerging(_FqOutput, PatchMerging):

@@ -133,7 +133,7 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
 def is_plain_layer(layer: nn.Module) -> bool:
     """True for a Linear or convolution of a registered class with only a weight and a bias.
 
-    A pruned, normalised or adapted layer has additional parameters, buffers or children.
+    A pruned, normalized or adapted layer has additional parameters, buffers or children.
     """
     is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
     has_extras = bool(layer._buffers or layer._modules)

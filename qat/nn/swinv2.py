@@ -24,7 +24,7 @@ _MAX_BIAS = 16
 
 
 class QuantCosineAttention(QuantAttention):
-    """Window attention on normalised queries and keys, which are quantized after the norm.
+    """Window attention on normalized queries and keys, which are quantized after the norm.
 
     `cpb_mlp` stays float: it computes the same table for all images.
     """
@@ -56,7 +56,7 @@ class QuantCosineAttention(QuantAttention):
 register_attention(
     WindowAttention,
     QuantCosineAttention,
-    "normalises queries and keys (cosine attention)",
+    "normalizes queries and keys (cosine attention)",
     inputs={"cpb_mlp": "float"},
     also_float=True,
 )

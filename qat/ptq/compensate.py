@@ -104,7 +104,7 @@ def _fit_channels(
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """The gain g that minimises E(t - g y - b)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant y.
+    """The gain g that minimizes E(t - g y - b)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant y.
 
     b is the best bias, or 0 if the layer has none. g is clamped to `_GAIN_RANGE`. A channel counts
     as constant if its variance is within the rounding error of E y^2.

@@ -1,9 +1,9 @@
 """Run only the part of a net from a given module onwards, with cached results of earlier modules.
 
-The given module gets the arguments that it got in an earlier forward. Blocks before it return their
-input, because caching the output of every block would take too much memory; other modules before it
-return their cached outputs. In this way, the net's own forward continues from the given module, for
-any family of nets.
+The given module gets the arguments that it got in an earlier forward. Earlier blocks that keep the
+shape of their input return it, because caching the output of every block would take too much
+memory; other earlier modules return their cached outputs. In this way, the net's own forward
+continues from the given module, for any family of nets.
 """
 
 from __future__ import annotations

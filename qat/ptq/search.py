@@ -184,7 +184,7 @@ class Evaluator:
         self.runner = Runner(net, entries, micro_batches, cache_bytes, needs_net_output=True)
 
     def _cache_entries(self, block: str) -> list[str]:
-        """Modules of a block before which outputs may be cached."""
+        """Candidates for the entry of a block; see `Runner`."""
         sites = self.vectors[block].sites
         if all(site.is_weight for site in sites):
             return [site.name for site in sites]

@@ -21,7 +21,7 @@ class Progress:
         group: group of the settings, such as `ptq.reconstruct`; NAME is its last part.
         columns: names of the columns of the table.
         settings: settings of the job, a dataclass.
-        tensors: all inputs of the job, to recognise them in a resumed run.
+        tensors: all inputs of the job, to recognize them in a resumed run.
         run: settings of the whole run, stored so that `read_state` returns them.
 
     Attributes:

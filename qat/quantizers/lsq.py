@@ -71,7 +71,7 @@ class LSQ(Quantizer):
 
     Attributes:
         scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
-            initialised. A parameter if step sizes are absolute, else computed from `start` and
+            initialized. A parameter if step sizes are absolute, else computed from `start` and
             `change`.
         start: s0 of `qat.functional.relative_step`, (n,), the initial step size; None if step sizes
             are absolute.
@@ -190,7 +190,7 @@ class AutoSignLSQ(LSQ):
     """LSQ for images, with signed codes if the calibration data have values below `NEGATIVE`.
 
     Attributes:
-        signed: 1.0 or 0.0, NaN until initialised. It is a buffer, so every checkpoint contains it,
+        signed: 1.0 or 0.0, NaN until initialized. It is a buffer, so every checkpoint contains it,
             and a forward reads it without waiting for the device.
     """
 

@@ -27,7 +27,7 @@ class Quantizer(nn.Module, ABC):
     A subclass implements `forward` and `codes`; with scales also `allocate` and `calibrate`.
     Without `grid`, tensors can be neither frozen nor exported, and reports say less about them.
     From conversion on, scales exist in their final shape, filled with NaN. The set of parameters
-    therefore never changes, and a quantizer that was not initialised returns NaN instead of
+    therefore never changes, and a quantizer that was not initialized returns NaN instead of
     plausible numbers (`qat.model.scales.guard` raises an error).
 
     Args:

@@ -261,7 +261,7 @@ def quantize(
         return []
     if as_reference:
         reset_names += reset_attention_weights(start.net)
-    notes = [f"re-initialised, as in OFQ's code: {', '.join(reset_names)}"] if reset_names else []
+    notes = [f"re-initialized, as in OFQ's code: {', '.join(reset_names)}"] if reset_names else []
     copied_names: list[str] = []
     missing_names: list[str] = []
     if start.source is not None:
@@ -277,7 +277,7 @@ def quantize(
         names = ", ".join(missing_names)
         counts = f"of {len(copied_names)} quantizers copied, of {len(missing_names)} ({names}) "
     num_images = sum(map(len, batches))
-    return [*notes, f"scales {counts}initialised from {num_images} training images"]
+    return [*notes, f"scales {counts}initialized from {num_images} training images"]
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:

@@ -58,7 +58,7 @@ NOT_COMPARED = {
 }
 # Prefixes of settings that must not change.
 _FIXED_PREFIXES = ("optimizer.", "scheduler.")
-# Prefixes of settings of the model, which is compared with the model in the checkpoint.
+# Prefixes of settings that are not compared, because the model itself is compared.
 _MODEL_PREFIXES = ("model.args", "model.name", "quant.")
 # Settings that change the number of steps. The schedule keeps the number from the start of the run.
 _STEP_SETTINGS = (

@@ -49,7 +49,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         dataset_class = DATASETS.get(own_settings["_target_"], ImageData)
         reads_model = "model" in cfg.data and "model" not in dataset_class.UNREAD
         if meta and reads_model and cfg.data.model is None:
-            # Crop and normalise photos as the model expects.
+            # Crop and normalize photos as the model expects.
             cfg.data.model = meta["model"]["name"]
             if cfg.data.model == CLASSIFIER:  # timm does not know this model
                 image_config = meta.get("pretrained_cfg") or {}

@@ -63,8 +63,8 @@ def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
     data = build.build_data(cfg)
     data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
     net, name = _load_net(cfg, checkpoint, data)
-    # Messages with this setting are about a file: random weights, and those of timm, are finite and
-    # have no class names.
+    # Only weights from a file can fail the checks that name this setting: random weights and timm's
+    # are finite and have no class names.
     setting = "ckpt" if cfg.ckpt else "model.weights"
     check_finite(net, f"{setting}={origin(cfg)!r}")
     _check_fit(net, data)

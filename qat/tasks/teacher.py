@@ -126,7 +126,7 @@ def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> Non
 
 
 def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that the data are normalised with."""
+    """Mean and standard deviation that the data are normalized with."""
     return list(data.settings.mean), list(data.settings.std)
 
 

@@ -140,7 +140,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Make the text of a CSV file from rows of cells, without formulas and control characters."""
+    """Make the text of a CSV file from rows of cells; escape formulas and control characters."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([csv_cell(cell) for cell in row] for row in rows)

@@ -1,6 +1,6 @@
 """Training steps without Lightning: none waits for the device, each compiles as one graph, and a run that is resumed is the run.
 
-Oracle: the driver's own word on synchronisation; the uninterrupted run, bit for bit.
+Oracle: the driver's own word on synchronization; the uninterrupted run, bit for bit.
 """
 
 import copy

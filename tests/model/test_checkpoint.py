@@ -82,7 +82,7 @@ def test_round_trip(preset, name, path):
 
 def test_missing_scales_survive_as_missing(path):
     qat.save(converted(), path)
-    with usage_error("not initialised"):
+    with usage_error("not initialized"):
         qat.assert_ready(qat.load(path))
 
 

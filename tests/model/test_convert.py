@@ -337,7 +337,7 @@ MORE = {
     "parameter": with_parameter,
     "patched": patched,
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    "normalised": torch.nn.utils.parametrizations.weight_norm,
+    "normalized": torch.nn.utils.parametrizations.weight_norm,
 }
 
 

@@ -33,7 +33,7 @@ def test_assert_ready_names_the_first_gap():
     qat.assert_ready(net)
     with torch.no_grad():
         net.blocks[1].mlp.fc1.input_quantizer.quantizer.start[3] = torch.nan
-    with usage_error("scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+    with usage_error("scales of blocks.1.mlp.fc1.input_quantizer are not initialized"):
         qat.assert_ready(net)
     with usage_error(r"scales of patch_embed.proj.input_quantizer are not"):
         qat.assert_ready(converted())
@@ -41,7 +41,7 @@ def test_assert_ready_names_the_first_gap():
 
 @pytest.mark.parametrize("batches", [[], iter(())])
 def test_no_data_is_an_error(batches):
-    with usage_error(r"scales of .* are not initialised"):
+    with usage_error(r"scales of .* are not initialized"):
         qat.initialize_scales(converted(), batches)
 
 
@@ -136,7 +136,7 @@ def test_each_quantizer_sees_its_input_behind_the_others(name):
     assert (scale - F.lsq_init_scale(watched(float_net)[name][0], -2, 1, -2)).abs().max() > 1e-3
 
 
-UNSET = r"scales of \S+input_quantizer are not initialised"
+UNSET = r"scales of \S+input_quantizer are not initialized"
 
 
 def refuses(net):
@@ -220,7 +220,7 @@ def test_scales_that_a_partial_load_leaves_out_are_named():
     state = quantized().state_dict()
     del state["blocks.1.mlp.fc1.input_quantizer.quantizer.start"]
     net.load_state_dict(state, strict=False)
-    with usage_error(r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+    with usage_error(r"scales of blocks.1.mlp.fc1.input_quantizer are not initialized"):
         net(images())
     with_scales(net)
     assert logits(net).isfinite().all()

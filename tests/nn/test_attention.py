@@ -90,7 +90,7 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
         (EvaAttention, {"scale_norm": False}),
         (AttentionRope, {"scale_norm": False}),
     ],
-    ids=["normalised", "eva", "rotated"],
+    ids=["normalized", "eva", "rotated"],
 )
 def test_reparameterization_is_refused(cls, settings):
     message = "^quant.attention='qkr': .* must be one of standard, float"

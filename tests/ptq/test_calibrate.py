@@ -121,7 +121,7 @@ def test_a_file_gives_the_same_logits_to_the_last_bit(tmp_path, knobs):
 def test_a_net_that_is_not_calibrated_says_so():
     net = converted()
     assert not is_ready(net.blocks[0].residual1_quantizer)
-    with usage_error(r"are not initialised; call qat.ptq.calibrate\(net"):
+    with usage_error(r"are not initialized; call qat.ptq.calibrate\(net"):
         logits(net)
     with usage_error(r"does not set affine scales of activations .*; call qat\.ptq\.calibrate"):
         with_scales(net)

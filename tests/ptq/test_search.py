@@ -242,7 +242,7 @@ def flat():
             {},
             "search: must be null for this model, which has no blocks",
         ),
-        (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialised"),
+        (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialized"),
     ],
 )
 def test_what_cannot_be_searched(build, knobs, message):

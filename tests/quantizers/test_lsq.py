@@ -52,7 +52,7 @@ def test_a_later_batch_can_still_show_the_sign():
     assert_close(made.scale.detach(), 2 * mean_abs / 127**0.5)
 
 
-def test_deviates_from_reference_sign_of_images_is_found_at_initialisation():
+def test_deviates_from_reference_sign_of_images_is_found_at_initialization():
     # There any forward pass with a negative pixel makes the codes signed for good.
     made = calibrated("lsq", image(0.0), role="image", bits=8, signed=None, axis=1)
     made(image(-3.0))

@@ -15,7 +15,7 @@ WITH_SCALES = ["lsq", "minmax"]
 
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
 @pytest.mark.parametrize("offsets", ["none", "before", "both"])
-def test_nan_until_initialised(quantizer, offsets):
+def test_nan_until_initialized(quantizer, offsets):
     x = randn(2, 3, 4)
     made = allocated(quantizer, x, axis=-2, offsets=offsets)
     assert made(x).isnan().all()

@@ -58,7 +58,7 @@ def test_from_conversion_to_a_packed_file(kind, tmp_path):
     recipe = qat.recipe("ofq", bits=4, attention=family.attention)
     qat.convert(net, recipe, input_size=family.input_size)
     x = family.images()
-    with usage_error("are not initialised; call qat.initialize_scales"):
+    with usage_error("are not initialized; call qat.initialize_scales"):
         net(x)
     qat.initialize_scales(net, [family.images(4)])
     before = copies(net)

@@ -47,7 +47,7 @@ OFTEN = {
     "swinv2_t",
     "eva02_t",
 }
-# Queries and keys of these are rotated or normalised.
+# Queries and keys of these are rotated or normalized.
 NO_QKR = {"eva02_t", "swinv2_t"}
 # A recipe of each kind; what a net makes of it does not depend on the bits.
 KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "seq_2bit", "minmax_8bit")
@@ -118,7 +118,7 @@ def test_every_recipe_fits_every_model(model, quant):
     start = build.build_start(cfg)
     recipe = build.build_recipe(cfg)
     if model in NO_QKR and recipe.attention == "qkr":
-        with usage_error("quant.attention='qkr': this model (normalises|rotates) queries and keys"):
+        with usage_error("quant.attention='qkr': this model (normalizes|rotates) queries and keys"):
             qat.convert(start.net, recipe, input_size=(1, 8, 8))
         return
     qat.convert(start.net, recipe, input_size=(1, 8, 8))

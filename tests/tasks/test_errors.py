@@ -53,7 +53,7 @@ TRAIN = [
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\]: must match .* names look like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
-    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*must be one of standard, float"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalizes queries and keys.*must be one of standard, float"),
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),

@@ -260,7 +260,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, data, line, aske
 
 
 def test_photos_are_treated_as_the_checkpoint_s_model_wants(float_run, tmp_path):
-    # Its normalisation and crop come from the model; with ckpt= alone no model is named on the command line.
+    # Its normalization and crop come from the model; with ckpt= alone no model is named on the command line.
     checkpoint = read_checkpoint(float_run / "checkpoints" / "best.ckpt")
     cfg = compose("eval", "data=imagenet", f"data.root={tmp_path}", f"run_dir={tmp_path}/eval")
     assert cfg.data.model is None

@@ -134,7 +134,7 @@ def test_offsets_are_folded_where_that_is_exact():
     ("net", "message"),
     [
         (tiny.vit, "^freeze: the model is not quantized"),
-        (tiny.converted, "scales of patch_embed.proj.input_quantizer are not initialised"),
+        (tiny.converted, "scales of patch_embed.proj.input_quantizer are not initialized"),
         (lambda: qat.freeze(tiny.quantized()), "^freeze: the model is already frozen"),
         (
             lambda: tiny.quantized("ofq_noqkr", act_quantizer="statsq"),
