@@ -4,7 +4,8 @@ Settings are those of `ptq.py`. The encoder of `evidence.real.weights` gets imag
 112 x 112 pixels, 65 tokens. It has no classifier, so its features are judged by a linear probe.
 `measure=encoder` measures the largest activations of the float encoder instead, and `measure=small`
 those of the small model of the other claims; `measure=inputs` measures which rounded inputs change
-the features most.
+the features most. `measure=classifier` saves the first blocks of the encoder with a new classifier
+head, for `train.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import functools
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 import numpy as np
+import timm
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -29,7 +32,7 @@ from torch.nn import functional as F
 
 import qat
 from evidence.claims.arms import ROOT
-from evidence.real.weights import build
+from evidence.real.weights import MODEL, build
 from qat.data import Cifar10
 from qat.model.sites import iter_quantizers
 from qat.ptq.compensate import compensate
@@ -47,6 +50,7 @@ SMALL_NET = ROOT / "evidence/weights/START/float-seed0.pt"
 FIT_IMAGES = 5_000
 TEST_IMAGES = 2_000
 PROFILED_IMAGES = 100
+CLASSIFIER_DEPTH = 8
 IMAGES = (
     "data=cifar10",
     "data.image_size=112",
@@ -88,7 +92,9 @@ def main(arguments: list[str]) -> None:
     settings = {name: value for name, value in cfg.data.items() if name != "_target_"}
     data = Cifar10(**settings)
     encoder = build(FOLDER, data.settings.image_size)
-    if "measure=encoder" in arguments:
+    if "measure=classifier" in arguments:
+        save_classifier(cfg, encoder, data)
+    elif "measure=encoder" in arguments:
         measure_activations(cfg, "vit_small_patch14", encoder, data)
     elif "measure=inputs" in arguments:
         measure_inputs(cfg, encoder, data)
@@ -139,6 +145,24 @@ def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
         **correct_field(torch.tensor(is_correct)),
         wall_seconds=round(time.monotonic() - start, 1),
     )
+
+
+def save_classifier(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
+    """Save the first blocks of the encoder with a random head, and write `results.json`."""
+    settings = data.settings
+    torch.manual_seed(cfg.seed)
+    net = timm.create_model(
+        MODEL,
+        img_size=settings.image_size,
+        num_classes=settings.num_classes,
+        depth=CLASSIFIER_DEPTH,
+    )
+    # The encoder has more blocks, and no head.
+    net.load_state_dict(encoder.state_dict(), strict=False)
+    path = Path(cfg.run_dir) / "checkpoints" / "best.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    qat.save(net, path)
+    write_results(cfg, command="real", model="vit_small_patch14", quant="fp")
 
 
 def measure_activations(cfg: DictConfig, name: str, net: nn.Module, data: Cifar10) -> None:

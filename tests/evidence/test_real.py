@@ -7,9 +7,10 @@ import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import qat
 from evidence.claims.arms import Arms
 from evidence.real import __main__ as real
-from evidence.real.weights import WHEEL, build, tensors_of
+from evidence.real.weights import MODEL, WHEEL, build, tensors_of
 from tests.conftest import compose, results, write_cifar
 from tests.errors import usage_error
 
@@ -55,6 +56,18 @@ def test_features_are_compared_with_those_in_float(recipe, small, tmp_path):
     assert cosines[2] < cosines[8]
     # In a random net the class token is small, and the grids of FQ-ViT are coarse for it.
     assert (0.85 if recipe.startswith("evolq") else 0.99) < cosines[8] < 1
+
+
+def test_a_classifier_has_the_first_blocks_of_the_encoder(small, tmp_path, monkeypatch):
+    encoder = timm.create_model(MODEL, img_size=112, num_classes=0, depth=9)
+    monkeypatch.setattr(real, "build", lambda folder, image_size: encoder)
+    real.main([f"run_dir={tmp_path}/run", "measure=classifier", *small])
+    state = qat.load(tmp_path / "run/checkpoints/best.ckpt").state_dict()
+    assert state.pop("head.weight").shape == (10, 384)
+    assert not state.pop("head.bias").any()
+    expected = {k: v for k, v in encoder.state_dict().items() if not k.startswith("blocks.8.")}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_largest_activations_are_measured_by_block(small, tmp_path):

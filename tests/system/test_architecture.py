@@ -172,7 +172,7 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
-    "evidence": 40000,
+    "evidence": 40200,
     "qat": 196300,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
