@@ -231,13 +231,13 @@ def panels(
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#E6E6E6", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8, length=3)
-        axis.xaxis.label.set_size(9)
-        axis.yaxis.label.set_size(9)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#E6E6E6", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=8, length=3)
+        panel.xaxis.label.set_size(9)
+        panel.yaxis.label.set_size(9)
     return figure, axes
 
 

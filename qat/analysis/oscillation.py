@@ -46,8 +46,11 @@ class OscillationAnalysis(Analysis):
         curves: dict[str, dict[str, Curve]] = {}
         layers: list[Row] = []
         for studied_net in nets:
-            # The run directory of a model without a file is the current directory.
-            folder = (studied_net.path or Path("-")).resolve().parent
+            if studied_net.path is None:
+                raise UsageError(
+                    "ckpt=null: must be a checkpoint of a run that tracked oscillation"
+                )
+            folder = studied_net.path.resolve().parent
             if folder.name == "checkpoints":
                 folder = folder.parent
             curves[studied_net.label] = read_curves(folder / "metrics.csv")

@@ -119,9 +119,11 @@ def sweep_result(value: float | None) -> float | None:
     A failed job has the result NaN. For optuna, NaN is replaced by None, because optuna would end
     the sweep at NaN.
     """
-    if value is None or not math.isnan(value) or not HydraConfig.initialized():
+    if value is None or not math.isnan(value):
         return value
-    is_optuna = "optuna" in str(HydraConfig.get().sweeper._target_)
+    is_optuna = False
+    if HydraConfig.initialized():
+        is_optuna = "optuna" in str(HydraConfig.get().sweeper._target_)
     return None if is_optuna else value
 
 

@@ -79,6 +79,7 @@ def eval_transform(settings: DataSettings) -> Transform:
         interpolation=settings.interpolation or "bicubic",
     )
     if settings.crop_mode == "center_floor":
+        # timm does not know this mode, and crops as for `center`.
         for index, step in enumerate(preprocessing.transforms):
             if isinstance(step, CenterCrop):
                 preprocessing.transforms[index] = partial(_crop_floor, size=settings.image_size)

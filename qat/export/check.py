@@ -297,15 +297,14 @@ def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
         return actual
     from scipy.optimize import linear_sum_assignment
 
-    left, right = (
-        torch.cat([outputs[BOXES], outputs[LOGITS].sigmoid()], -1) for outputs in (expected, actual)
-    )
+    expected_points = torch.cat([expected[BOXES], expected[LOGITS].sigmoid()], -1)
+    points = torch.cat([actual[BOXES], actual[LOGITS].sigmoid()], -1)
     # Distances that are computed by matrix products would not be exact enough.
-    distances = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(expected_points, points, compute_mode="donot_use_mm_for_euclid_dist")
     # `linear_sum_assignment` takes no NaN.
     costs = distances.nan_to_num(nan=1e6).cpu()
     queries = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs])
-    image_indices = torch.arange(len(left)).unsqueeze(1)
+    image_indices = torch.arange(len(points)).unsqueeze(1)
     return {name: output[image_indices, queries] for name, output in actual.items()}
 
 

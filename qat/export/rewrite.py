@@ -35,7 +35,11 @@ _NARROW_TYPES = {4: ml_dtypes.int4, 2: ml_dtypes.int2}
 
 
 def simplify(model: ir.Model) -> None:
-    """Simplify a graph in place by rules that do not change what it computes."""
+    """Rewrite a graph in place by rules that do not change what it computes.
+
+    Two rules simplify the graph; `_keep_dimensions` and `_add_dimension` add operators that keep
+    OpenVINO from fusing wrongly.
+    """
     rules = {
         "Add": _fold_into_layer_norm,
         "Reshape": _skip_reshape,

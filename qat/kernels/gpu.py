@@ -93,7 +93,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
-    """`reference.lsq_forward`, rounded to the dtype in `args` when it is written."""
+    """`reference.lsq_forward`; its result is rounded to the dtype in `args` when it is written."""
     q, dtype = split_operator_args(args)
     layout = layout_of(x, q) if dtype in DTYPES and are_supported(DTYPES, x, *q[:4]) else None
     if layout is None:
@@ -237,9 +237,10 @@ def step_and_slope(
         return None
     step = torch.empty_like(start)
     slope = torch.empty_like(start)
+    num_programs = math.ceil(start.numel() / TILE)
     _launch(
         "step_and_slope",
-        (-(-start.numel() // TILE),),
+        (num_programs,),
         (step, slope, start, growth, change),
         start.numel(),
         min_reliable,

@@ -56,10 +56,10 @@ def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def check_logits(loss: float, subject: str) -> None:
-    """Raise `UsageError` if `loss`, a mean of `mean_cross_entropy`, is NaN.
+    """Raise `UsageError` if `loss` is NaN, which tells that a logit is NaN or infinite.
 
     Args:
-        loss: mean over all images.
+        loss: a number that is NaN if any logit is not finite, such as `mean_cross_entropy`.
         subject: start of the message, such as a setting with its value.
     """
     if math.isnan(loss):

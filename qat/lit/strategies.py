@@ -36,7 +36,8 @@ def choose_strategy(name: Any, processes: int) -> Any:
     """The name or object of Lightning's strategy for the setting `trainer.strategy`.
 
     Args:
-        name: the setting; names that only Lightning knows are returned unchanged.
+        name: the setting; names that only Lightning knows are returned unchanged, and in a run of
+            one process all names except `fsdp`.
         processes: number of processes of the run.
     """
     if processes == 1:

@@ -79,7 +79,7 @@ def check_loads(path: str | os.PathLike[str]) -> None:
         load(path)
     except UsageError as error:
         raise UsageError(
-            f"save: written, but qat.load cannot rebuild the model: {error}"
+            f"the file was written, but qat.load cannot rebuild the model: {error}"
         ) from error
 
 

@@ -52,7 +52,9 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
         layers[out.grad_fn] = layer
 
     def record_outputs(_: nn.Module, __: object, out: object) -> None:
-        for name, value in out.items() if isinstance(out, Mapping) else ():
+        if not isinstance(out, Mapping):
+            return
+        for name, value in out.items():
             if not any(part in name for part in _FEATURES):
                 outputs.extend(tree_leaves(value))
 

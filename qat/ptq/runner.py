@@ -167,18 +167,18 @@ class Runner:
         self.cache_bytes = float("inf")
         names = [name for name in self.entries if name not in self._uncacheable]
 
-        def compute_output(name: str) -> list[Any]:
-            if needs_net_output:
-                return tree_leaves(self(0))
-            return tree_leaves(self.output(name, 0)[1])
+        def compute_output(name: str) -> list[Tensor]:
+            output = self(0) if needs_net_output else self.output(name, 0)[1]
+            return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
         with probing(self.net, ()):
             expected_outputs = {name: compute_output(name) for name in names}
             for name in reversed(names):
                 with self.at(name):
-                    if not all(map(torch.equal, compute_output(name), expected_outputs[name])):
+                    output = compute_output(name)
+                    if not all(map(torch.equal, output, expected_outputs[name])):
                         log.warning(
-                            "%s does not return the same output when the model starts there; the "
+                            "%s: the output is not the same when the model starts there; the "
                             "whole model runs instead",
                             name,
                         )

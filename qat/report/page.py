@@ -204,7 +204,10 @@ def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tup
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
-    """Rows for a quantized model and for its float version; empty columns are left out."""
+    """Rows for the model and, if it is quantized, before it a row for its float version.
+
+    Empty columns are left out. There are no rows if the size of the model is unknown.
+    """
     if not results.get("size_bytes"):
         return []
     bits = bits_of(results.get("recipe"))

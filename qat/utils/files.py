@@ -196,7 +196,8 @@ def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[
 
     Args:
         folder: the folder.
-        hidden: True = include files below folders whose names begin with a dot.
+        hidden: True = include files below folders whose names begin with a dot. Files whose own
+            names begin with a dot are always included.
     """
     paths: list[str] = []
     visited_folders: set[str] = set()
@@ -206,7 +207,7 @@ def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[
             folders.clear()
             continue
         visited_folders.add(real_parent)
-        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         paths += [os.path.join(parent, name) for name in files]
     return sorted(paths)
 

@@ -90,6 +90,41 @@ def test_what_runs_in_the_block_before_its_entry_is_remembered_too(monkeypatch):
         assert all(torch.equal(runs(i), logits) for i, logits in enumerate(whole))
 
 
+class PassesNone(nn.Module):
+    """A block that returns a second value, None, as some blocks of Transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None):
+        return self.linear(x), mask
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(64, 8)
+        self.blocks = nn.ModuleList(PassesNone() for _ in range(3))
+
+    def forward(self, x):
+        x, mask = self.stem(x.flatten(1)), None
+        for block in self.blocks:
+            x, mask = block(x, mask)
+        return x
+
+
+@torch.no_grad()
+def test_a_block_may_return_none_beside_its_output(caplog):
+    net, images = Pairs(), tiny.images(3)
+    runs = Runner(net, {f"blocks.{i}": [f"blocks.{i}"] for i in range(3)}, [images])
+    expected = net(images)
+    assert caplog.messages == []
+    for i in range(3):
+        with runs.at(f"blocks.{i}"):
+            assert torch.equal(runs(0), expected)
+
+
 class Again(nn.Module):
     """A net that looks at the output of its first block again after the last."""
 
@@ -108,7 +143,7 @@ def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
     net, images = Again(), tiny.images(3)
     runs = runner(net, [images])
     assert caplog.messages == [
-        f"blocks.{i} does not return the same output when the model starts there; "
+        f"blocks.{i}: the output is not the same when the model starts there; "
         "the whole model runs instead"
         for i in (2, 1)
     ]

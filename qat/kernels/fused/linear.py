@@ -52,7 +52,7 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 class _LsqLinear(torch.autograd.Function):
-    """LSQ and a Linear; backward quantizes the input and the weight again."""
+    """LSQ and a Linear; backward quantizes the input again, and outside CUDA also the weight."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -60,6 +60,7 @@ class _LsqLinear(torch.autograd.Function):
         source = inputs.source
         dtype = product_dtype(source.origin)
         weight_q, weight_params = inputs.weight_params.quantize_and_save(inputs.weight, dtype)
+        # Backward computes `result` again from `origin`.
         saved = inputs._replace(source=source._replace(result=None), weight_params=weight_params)
         save_for_backward(ctx, *_flatten(saved), dtype)
 
