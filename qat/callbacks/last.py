@@ -87,7 +87,8 @@ class LastCheckpoint(Checkpoint):
         Lightning does not store that a run has stopped, and would train another epoch each time.
         """
         for stopping in trainer.early_stopping_callbacks:
-            has_no_patience = stopping.wait_count >= stopping.patience
+            # With a patience of 0, the first validation without improvement stops the run.
+            has_no_patience = stopping.wait_count >= max(stopping.patience, 1)
             trainer.should_stop |= (
                 has_no_patience or stopping.stopping_reason not in _CONTINUING_REASONS
             )

@@ -58,12 +58,12 @@ class ParquetImages(EncodedImages):
             names = dataset.schema.names
             image_column = _find_column(settings.image_column, IMAGE_COLUMNS, names)
             label_column = _find_column(settings.label_column, LABEL_COLUMNS, names)
-            if image_column is None or label_column is None:
-                raise UsageError(
-                    f"{origin}: data.image_column={settings.image_column!r} and "
-                    f"data.label_column={settings.label_column!r}: "
-                    f"must be two of {', '.join(names)}"
-                )
+            for setting, column in (("image_column", image_column), ("label_column", label_column)):
+                if column is None:
+                    raise UsageError(
+                        f"{origin}: data.{setting}={getattr(settings, setting)!r}: the files have "
+                        f"no such column; must be one of {', '.join(names)}"
+                    )
             self.cells, labels = dataset.read([image_column, label_column]).columns
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{origin}: cannot be read as parquet ({error})") from error
@@ -93,7 +93,7 @@ def _find_column(
     setting: str | None, usual_names: Sequence[str], names: Sequence[str]
 ) -> str | None:
     """Return the name of the column to read, or None if the files lack it."""
-    candidates = [setting] if setting else usual_names
+    candidates = usual_names if setting is None else [setting]
     for candidate in candidates:
         if candidate in names:
             return candidate

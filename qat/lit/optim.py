@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,9 @@ def build_optimizer(
     names = [str(name) for name in timm.optim.list_optimizers()]
     if str(opt).lower() not in names:
         raise UsageError(unknown_message(f"optimizer.opt={opt!r}", str(opt), names))
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"optimizer.{name}={value!r}: must be a finite number")
     groups = parameter_groups(
         net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay
     )

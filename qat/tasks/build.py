@@ -36,6 +36,7 @@ from qat.nn.hf_constructor import CLASSIFIER
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
 from qat.tasks.checks import check_unread
+from qat.utils.validate import check_number
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -153,6 +154,8 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
         UsageError: the arguments contradict the data.
     """
     args = {key: value for key, value in to_plain(cfg.model.args).items() if value is not None}
+    if "drop_path_rate" in args:
+        check_number("model.args.drop_path_rate", args["drop_path_rate"], 0, below=1)
     for name in ("num_classes", "in_chans"):
         # These values come from the data, not from timm's defaults.
         args.setdefault(name, cfg.data[name])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
 from torch import nn
 
 import qat.data
+from qat.callbacks.last import FILE_NAME as LAST_FILE
+from qat.callbacks.last import LastCheckpoint
 from qat.data import DataSettings, ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
@@ -86,6 +89,10 @@ def check_callback(name: str, callback: object) -> None:
     for unfit, instead in UNFIT.items():
         if isinstance(callback, unfit):
             raise UsageError(f"callbacks.{name}: a run cannot have {kind}; {instead}")
+    if isinstance(callback, callbacks.EarlyStopping):
+        check_int(f"callbacks.{name}.patience", callback.patience, 0)
+        # Lightning changes its sign if the best value is the highest.
+        check_number(f"callbacks.{name}.min_delta", abs(callback.min_delta), 0)
     _check_mode(name, callback)
     _check_file_names(name, callback)
     monitor = getattr(callback, "monitor", None)
@@ -129,6 +136,35 @@ def _check_file_names(name: str, callback: Callback) -> None:
         f"callbacks.{name}.save_top_k={save_top_k}: must be 1, as all files are {filename}.ckpt; "
         "callbacks=[default,best_k] keeps several"
     )
+
+
+def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> None:
+    """Check that no earlier callback writes to the checkpoint file of this one.
+
+    Args:
+        name: name of the callback in `callbacks.*`.
+        callback: the callback; only those that write checkpoints are checked.
+        writers: names of the earlier callbacks by file; the callback is added.
+
+    Raises:
+        UsageError: two callbacks write to the same file.
+    """
+    if isinstance(callback, LastCheckpoint):
+        filename = LAST_FILE
+    elif isinstance(callback, callbacks.ModelCheckpoint):
+        # Lightning's own names contain the epoch and the step.
+        filename = f"{callback.filename or '{epoch}-{step}'}.ckpt"
+    else:
+        return
+    if "{" in filename:
+        return
+    path = Path(callback.dirpath or "") / filename
+    if path in writers:
+        raise UsageError(
+            f"callbacks.{writers[path]} and callbacks.{name}: both write {filename}; "
+            "their filenames must differ"
+        )
+    writers[path] = name
 
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:
@@ -313,7 +349,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     # `00:00:00:00` and `{hours: 0}` contain no digit except 0.
     if max_time is not None and not re.search("[1-9]", str(max_time)):
         raise UsageError(
-            f"trainer.max_time={str(max_time)!r}: must be above 0, "
+            f"trainer.max_time={str(max_time)!r}: must be DD:HH:MM:SS and above 0, "
             "so that at least one step is taken"
         )
     epochs = settings["max_epochs"]

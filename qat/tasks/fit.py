@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import (
+    EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
@@ -39,7 +40,7 @@ from qat.lit.optim import build_optimizer, scaled_lr, scheduler_factory
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, choose_strategy
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, to_plain
-from qat.tasks.checks import check_callback, check_sharding
+from qat.tasks.checks import check_callback, check_sharding, check_writers
 from qat.tasks.conf import display_name
 from qat.utils.validate import check_int, check_number, unknown_message
 
@@ -107,6 +108,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     Checkpoints go to `run_dir/checkpoints/` unless a callback has another folder.
     """
     callbacks: list[Callback] = []
+    writers: dict[Path, str] = {}
     for name, callback_cfg in (cfg.callbacks or {}).items():
         if callback_cfg is None:  # callbacks.best=null
             continue
@@ -115,6 +117,12 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         check_sharding(cfg.trainer.get("strategy"), f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
+        check_writers(name, callback, writers)
+        if isinstance(callback, EarlyStopping) and cfg.trainer.get("limit_val_batches") == 0:
+            raise UsageError(
+                f"trainer.limit_val_batches=0: callbacks.{name} needs {callback.monitor}; "
+                "must be above 0"
+            )
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
     _check_weight_averaging(callbacks)

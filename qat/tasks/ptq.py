@@ -55,6 +55,7 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 QUANTIZED_FILE = "quantized.ckpt"
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def ptq(cfg: DictConfig) -> float:
@@ -92,6 +93,11 @@ def ptq(cfg: DictConfig) -> float:
         raise UsageError(
             f"trainer.devices={trainer.world_size}: must be 1 with a search or "
             "ptq.method=compensate or reconstruct"
+        )
+    if trainer.precision not in PRECISIONS:
+        raise UsageError(
+            f"trainer.precision={trainer.precision!r}: would round the float weights, which are "
+            f"kept; must be one of {', '.join(PRECISIONS)}"
         )
     quantized = subject
     if recipe is not None:

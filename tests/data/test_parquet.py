@@ -83,7 +83,7 @@ def test_columns_can_be_named(tmp_path):
     made = write(tmp_path, column="photo", label_column="kind")
     columns = {"image_column": "photo", "label_column": "kind"}
     assert same(data(tmp_path, **columns).split("val"), made["validation-00000-of-00001"])
-    with usage_error(r"data\.image_column=None and data\.label_column=None: .* photo, kind$"):
+    with usage_error(r"data\.image_column=None: .* photo, kind$"):
         data(tmp_path).split("val")
 
 

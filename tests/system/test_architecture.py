@@ -173,7 +173,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40200,
-    "qat": 196300,
+    "qat": 196600,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -189,7 +189,7 @@ BUDGETS = {
     "qat/ptq": 9700,
     "qat/quantizers": 7610,
     "qat/report": 5300,
-    "qat/tasks": 25700,
+    "qat/tasks": 26000,
     "qat/utils": 5560,
     "tests": 255000,
 }

@@ -164,6 +164,7 @@ MISTAKES = {
     "ptq.bits=9": "ptq.bits=9: must be an integer from 2 to 8",
     "+ptq.colour=red": "ptq.colour: must be one of name, bits",
     "ptq.reconstruct=3": "ptq.reconstruct=3: must be a group of settings",
+    "trainer.precision=bf16-true": "trainer.precision='bf16-true': would round the float weights, which are kept; must be one of 32-true, bf16-mixed, 16-mixed",
     "ptq.batch=0": "ptq.batch=0: must be an integer of at least 1",
     "data.calibration_images=50": "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100",
     "ptq.batch=2000 data.calibration_images=2000": "ptq.batch=2000: the data have 1257 training images",

@@ -250,6 +250,19 @@ def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     assert not list((run / "checkpoints").glob("best-epoch*"))
 
 
+def test_without_patience_the_first_validation_that_is_no_better_ends_the_run(tmp_path):
+    chosen = (
+        "trainer.max_epochs=4",
+        "callbacks=[default,early_stop]",
+        "callbacks.early_stop.min_delta=100",
+        "callbacks.early_stop.patience=0",
+    )
+    run = train(tmp_path / "run", *chosen)
+    assert last(run)["epoch"] == 1
+    train(run, *chosen, "resume=true")
+    assert last(run)["epoch"] == 1
+
+
 # --- where weights come from
 
 
