@@ -25,6 +25,7 @@ from evidence.claims.claim import Arm
 from evidence.claims.records import Record, add_record
 from evidence.claims.results import read_figures
 from evidence.speed.timing import processor_type
+from qat.errors import UsageError
 
 log = logging.getLogger("qat.evidence")
 
@@ -81,7 +82,13 @@ def run_all(names: Sequence[str], root: str | None, workers: int, arms: Arms) ->
 
 
 def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
-    """Run an arm with a seed and its further commands, and write the record."""
+    """Run an arm with a seed and its further commands, and write the record.
+
+    Raises:
+        UsageError: the arm has no such seed.
+    """
+    if seed not in arm.seeds:
+        raise UsageError(f"--seed {seed}: {arm.path} has the seeds {list(arm.seeds)}")
     run_dir = arms.run_dir(arm, seed)
     commands = [Command(arm.command, run_dir, arms.settings(arm, seed))]
     for name, further in arm.further.items():

@@ -102,6 +102,8 @@ def test_runs_come_after_those_they_need_and_once(tmp_path):
         arms.ordered(["C7"])
     with usage_error("C1/a needs 'C91/float': must be one of the arms of"):
         arms_of(tmp_path, {"a": {"ckpt": "C91/float"}})
+    with usage_error(r"--seed 1: C1/float has the seeds \[0\]"):
+        run_one(arms["C1/float"], 1, None, arms)
 
 
 def test_what_a_run_starts_from_is_made_again_where_it_is_lost(tmp_path):
