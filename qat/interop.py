@@ -344,7 +344,7 @@ def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, ori
         tensor = tensor.reshape(shape)
         tensors[name] = tensor if third is None else tensor.chunk(3)[third]
         used_names.add(authors_name)
-    for name in state.keys() - used_names:
+    for name in sorted(state.keys() - used_names):
         is_clip_of_two = name.endswith("clip_val") and bool((state[name] == 2).all())
         if not is_clip_of_two and not _UNUSED_OFFSETS.search(name):
             raise UsageError(

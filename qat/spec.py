@@ -349,7 +349,7 @@ class QuantRecipe:
         return QuantSpec(
             role,
             name,
-            FLOAT_BITS if name == "float" else int(bits or 0),
+            FLOAT_BITS if name == "float" else int(bits or 0),  # never 0; narrows the type
             step_init=self.step_init,
             steps=self.steps,
             **layout,

@@ -25,6 +25,7 @@ from qat.model.ptq_spec import recipe_from
 from qat.nn.attention_interface import NAME, save_in_new_format
 from qat.spec import QuantRecipe
 from qat.spec import recipe as preset
+from qat.utils.files import write_torch
 
 _STATE = "qat_callback.pt"  # in each checkpoint folder
 
@@ -201,8 +202,9 @@ class Callback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the state of the callback in the checkpoint folder."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.callback.state_dict(), folder / _STATE)
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_torch(folder / _STATE, self.callback.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks from the optimizer."""

@@ -148,11 +148,11 @@ def _draw_bars(rows: Sequence[Row]) -> Drawing:
     labels = list(dict.fromkeys(row["net"] for row in rows))
     figure, axes = panels(2, height=1.6 + 0.9 * len(labels))
     totals_in_words = []
-    for axis, (column, unit) in zip(axes, COLUMN_UNITS.items(), strict=True):
+    for panel, (column, unit) in zip(axes, COLUMN_UNITS.items(), strict=True):
         lengths = dict.fromkeys(labels, 0)
         for row in rows:
             if row[column]:
-                axis.barh(
+                panel.barh(
                     row["net"],
                     row[column] / 1e6,
                     left=lengths[row["net"]] / 1e6,
@@ -162,12 +162,12 @@ def _draw_bars(rows: Sequence[Row]) -> Drawing:
                 )
             lengths[row["net"]] += row[column]
         for y, (label, length) in enumerate(lengths.items()):
-            axis.text(length / 1e6, y, f" {format_si(length)}", va="center", fontsize=8)
+            panel.text(length / 1e6, y, f" {format_si(length)}", va="center", fontsize=8)
             totals_in_words.append(f"{label}: {format_si(length)} {unit}")
-        axis.set_xlabel(f"{unit}, millions")
-        axis.margins(x=0.12)
-        axis.grid(axis="y", visible=False)
-        axis.invert_yaxis()
+        panel.set_xlabel(f"{unit}, millions")
+        panel.margins(x=0.12)
+        panel.grid(axis="y", visible=False)
+        panel.invert_yaxis()
     patches = [Patch(color=color, label=kind) for kind, color in zip(KINDS, PALETTE, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return Drawing("cost", "Cost by kind of layer", "; ".join(totals_in_words), figure)

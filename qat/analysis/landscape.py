@@ -152,6 +152,7 @@ def random_plane(
         if not site.is_weight:
             continue
         grid = site.quantizer.grid(site.latent().detach())
+        # With the dot in front, a glob can also match the whole name.
         name = f".{site.layer}.{site.role}"
         is_target = any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets)
         if not is_target or not isinstance(grid, UniformGrid):
@@ -163,7 +164,7 @@ def random_plane(
     if not directions:
         raise UsageError(
             f"analysis.targets={list(targets)}: must match a weight on a uniform grid; "
-            "names look like 'blocks.0.mlp.fc1.weight'"
+            "names look like 'blocks.0.mlp.fc1.weight'; a float model has no such weight"
         )
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
@@ -206,13 +207,13 @@ def _draw_contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], lo
     """Draw lines of equal loss with a colour scale per model; a cross marks the unchanged model."""
     figure, axes = panels(1, len(grids), width=max(3.6 * len(grids), 4.8))
     descriptions = []
-    for axis, (label, losses) in zip(axes, grids.items(), strict=True):
+    for panel, (label, losses) in zip(axes, grids.items(), strict=True):
         centre = float(losses[len(coordinates) // 2, len(coordinates) // 2])
         loss_changes = (losses - centre).numpy()
-        filled_contours = axis.contourf(
+        filled_contours = panel.contourf(
             coordinates, coordinates, loss_changes, levels=CONTOUR_LEVELS, cmap=SEQUENTIAL_COLORMAP
         )
-        axis.contour(
+        panel.contour(
             coordinates,
             coordinates,
             loss_changes,
@@ -221,12 +222,12 @@ def _draw_contours(grids: Mapping[str, Tensor], coordinates: Sequence[float], lo
             linewidths=0.4,
             linestyles="solid",
         )
-        axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
-        axis.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
-        axis.grid(visible=False)
-        axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
-        axis.locator_params(nbins=5)
-        colorbar = figure.colorbar(filled_contours, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
+        panel.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
+        panel.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
+        panel.grid(visible=False)
+        panel.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
+        panel.locator_params(nbins=5)
+        colorbar = figure.colorbar(filled_contours, ax=panel, shrink=0.8, ticks=MaxNLocator(5))
         colorbar.ax.tick_params(labelsize=7)
         descriptions.append(
             f"{label}: {centre:.4f} in the middle, "

@@ -67,7 +67,7 @@ class OscillationAnalysis(Analysis):
         for label, curves_of_run in curves.items():
             for name, curve in curves_of_run.items():
                 if curve:
-                    summary[label][name] = [*curve.values()][-1]
+                    summary[label][name] = list(curve.values())[-1]
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
         drawings = [_draw_curves(curves)] if any(summary.values()) else []
         return Outcome(summary, tables, drawings)
@@ -107,19 +107,19 @@ def _draw_curves(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
             names.append(name)
     figure, axes = panels(len(names), height=0.7 + 1.7 * len(names), sharex=True)
     descriptions = []
-    for axis, name in zip(axes, names, strict=True):
+    for panel, name in zip(axes, names, strict=True):
         for i, (label, curves_of_run) in enumerate(curves.items()):
             steps = list(curves_of_run[name])
             values = list(curves_of_run[name].values())
             style = "--" if i else "-"
             color = PALETTE[i % len(PALETTE)]
-            axis.plot(steps, values, style, color=color, linewidth=1.3, label=label)
+            panel.plot(steps, values, style, color=color, linewidth=1.3, label=label)
             if values:
                 descriptions.append(
                     f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, "
                     f"{values[-1]:.2f} at the end"
                 )
-        axis.set(ylabel=name, ylim=(0, None))
+        panel.set(ylabel=name, ylim=(0, None))
     axes[-1].set_xlabel("optimizer step")
     axes[0].legend(fontsize=8, frameon=False)
     title = "Oscillation over the training"

@@ -98,8 +98,9 @@ class Robustness(Analysis):
     name: ClassVar[str] = "robustness"
 
     def __post_init__(self) -> None:
-        for part in () if self.parts is None else check_list("analysis.parts", self.parts):
-            check_choice("analysis.parts", part, PARTS)
+        if self.parts is not None:
+            for part in check_list("analysis.parts", self.parts):
+                check_choice("analysis.parts", part, PARTS)
         for bits in check_list("analysis.bits", self.bits):
             check_bits("analysis.bits", bits, "float")
         check_number("analysis.low", self.low, 0, exclusive_lowest=True)
@@ -143,7 +144,7 @@ class Robustness(Analysis):
                 f"analysis=robustness: {studied_net.label} has no weights on a uniform grid "
                 "besides stem and heads; choose another analysis"
             )
-        parts = {*(self.parts or PARTS)}
+        parts = set(self.parts or PARTS)
         # Step sizes are changed in a quantized model, so a float model is quantized first.
         sites = [site for site in weights if site.bits != FLOAT_BITS]
         float_change: dict[str, Any] = {}
@@ -242,15 +243,16 @@ def _summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def _draw_curves(part: str, table: Sequence[Row]) -> Drawing:
     """Draw a curve over ratios or bits for each model."""
     name, title, xlabel = FIGURES[part]
-    figure, (axis,) = panels()
-    axis.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
+    figure, (panel,) = panels()
+    panel.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
     rows_of_net: dict[str, list[Row]] = defaultdict(list)
     for row in table:
         rows_of_net[row["net"]].append(row)
     curves = []
     for i, (label, rows) in enumerate(rows_of_net.items()):
+        # Float weights have 32 bits, so `min` puts them at `FLOAT_POSITION`.
         xs = [row["ratio"] or min(row["bits"], FLOAT_POSITION) for row in rows]
-        axis.plot(
+        panel.plot(
             xs,
             [row["top-1 (%)"] for row in rows],
             "-o",
@@ -262,7 +264,7 @@ def _draw_curves(part: str, table: Sequence[Row]) -> Drawing:
         values = ", ".join(f"{row['top-1 (%)']:.1f} % at {_tick_label(row)}" for row in rows)
         curves.append(f"{label}: {values}")
         if part == BITS:
-            axis.set_xticks(xs, list(map(_tick_label, rows)))
+            panel.set_xticks(xs, list(map(_tick_label, rows)))
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return Drawing(name, title, f"{title}. {'; '.join(curves)}.", figure)
 

@@ -89,15 +89,15 @@ class PairedScore:
     def __call__(self, net: nn.Module) -> dict[str, float]:
         """Top-1, mean loss and noise of a model."""
         targets = (target for _, target in self.images.batches)
-        batches: list[Tensor] = []
+        loss_batches: list[Tensor] = []
 
         def predict(images: Tensor) -> Tensor:
             logits: Tensor = net(images)
-            batches.append(F.cross_entropy(logits.float(), next(targets), reduction="none"))
+            loss_batches.append(F.cross_entropy(logits.float(), next(targets), reduction="none"))
             return logits
 
         score = self.images.score(predict)
-        losses = torch.cat(batches).double()
+        losses = torch.cat(loss_batches).double()
         if self.losses_of_first_model is None:
             self.losses_of_first_model = losses
         noise = math.nan
@@ -242,6 +242,11 @@ class Sensitivity(Analysis):
         # In a quantized model, only weights in blocks may change: in training, a rule that sets the
         # bits of a stem or head also sets the bits of its input.
         adjustable = sites if all_float(sites) else block_weights(sites)
+        if not adjustable:
+            raise UsageError(
+                f"analysis.budget_mb={self.budget_mb}: {studied_net.label} has no weights on a "
+                "uniform grid besides stem and heads; must be null"
+            )
         fixed_bytes, sizes = sizes_by_bits(net, adjustable, self.bits)
         min_bytes = fixed_bytes + sum(min(layer_sizes.values()) for layer_sizes in sizes.values())
         if min_bytes > budget_bytes:
@@ -307,9 +312,7 @@ def bypass_quantizers(
     """
     forwards: dict[nn.Module, Forward] = {quantizer: lambda x: x for quantizer in quantizers}
     for module in net.modules():
-        if isinstance(module, IntegerLayerNorm) and not {*quantizers}.isdisjoint(
-            module.outer_quantizers
-        ):
+        if isinstance(module, IntegerLayerNorm) and set(quantizers) & set(module.outer_quantizers):
             forwards[module] = module.in_float
     return patch_forwards(forwards)
 
@@ -418,31 +421,31 @@ def _draw_heat_map(name: str, label: str, rows: Sequence[Row]) -> Drawing:
     """Draw loss changes on a logarithmic colour scale; changes within noise get no colour."""
     keys = sorted({key for row in rows for key in row if key.endswith("loss change")})
     columns = [key.partition(":")[0] for key in keys]
-    losses = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)
+    loss_changes = torch.full((len(rows), len(keys)), math.nan, dtype=torch.float64)
     for (y, row), (x, key) in itertools.product(enumerate(rows), enumerate(keys)):
         if abs(row.get(key, 0.0)) > row.get(key.replace("change", "noise"), 0.0):
-            losses[y, x] = row[key]
-    limit = float(losses.nan_to_num().abs().max()) or 1.0
+            loss_changes[y, x] = row[key]
+    limit = float(loss_changes.nan_to_num().abs().max()) or 1.0
     norm = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
-    figure, (axis,) = panels(width=0.7 * FIGURE_WIDTH, height=1.1 + 0.19 * len(rows))
-    image = axis.imshow(losses.numpy(), aspect="auto", cmap="PuOr_r", norm=norm)
+    figure, (panel,) = panels(width=0.7 * FIGURE_WIDTH, height=1.1 + 0.19 * len(rows))
+    image = panel.imshow(loss_changes.numpy(), aspect="auto", cmap="PuOr_r", norm=norm)
     for (y, row), (x, key) in itertools.product(enumerate(rows), enumerate(keys)):
         value = row.get(key)
         if value is None:
             continue
         color = GREY
-        if not losses[y, x].isnan():
+        if not loss_changes[y, x].isnan():
             is_dark = abs(float(norm(value)) - 0.5) > 0.33
             color = "white" if is_dark else "black"
-        axis.text(x, y, f"{value:+.2g}", ha="center", va="center", fontsize=6.5, color=color)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), [row["layer"] for row in rows])
-    axis.grid(visible=False)
+        panel.text(x, y, f"{value:+.2g}", ha="center", va="center", fontsize=6.5, color=color)
+    panel.set_xticks(range(len(columns)), columns)
+    panel.set_yticks(range(len(rows)), [row["layer"] for row in rows])
+    panel.grid(visible=False)
     ticks = [-limit, 0, limit]
-    figure.colorbar(image, ax=axis, label="loss change", shrink=0.8, ticks=ticks, format="%.2g")
+    figure.colorbar(image, ax=panel, label="loss change", shrink=0.8, ticks=ticks, format="%.2g")
 
     worst_layers = []
-    for column, changes in zip(columns, losses.T, strict=True):
+    for column, changes in zip(columns, loss_changes.T, strict=True):
         if not (changes > 0).any():
             worst_layers.append(f"{column}: no layer adds more than noise")
             continue

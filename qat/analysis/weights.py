@@ -214,17 +214,17 @@ def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight
     num_rows = math.ceil(len(weights) / num_columns)
     figure, axes = panels(num_rows, num_columns, height=0.5 + 1.75 * num_rows)
     descriptions = []
-    for axis, ((layer, role, weight, quantizer), row) in zip(axes, weights, strict=False):
+    for panel, ((layer, role, weight, quantizer), row) in zip(axes, weights, strict=False):
         name = layer if role == "weight" else f"{layer} ({role})"
         statistics = f"kurtosis {row['kurtosis']:.2f}"
         if quantizer is not None:
             statistics += f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB"
         descriptions.append(f"{name}: {statistics}")
-        axis.set_title(f"{name[-34:]}\n{statistics}", fontsize=7, loc="left")
-        axis.grid(visible=False)
-        _draw_histogram(axis, weight.float(), quantizer)
-    for axis in axes[len(weights) :]:
-        axis.remove()
+        panel.set_title(f"{name[-34:]}\n{statistics}", fontsize=7, loc="left")
+        panel.grid(visible=False)
+        _draw_histogram(panel, weight.float(), quantizer)
+    for panel in axes[len(weights) :]:
+        panel.remove()
     figure.supylabel("weights, %", fontsize=9)
     caption = (
         "Histograms of float weights; with codes, dots are the levels and dashed lines the "
@@ -233,7 +233,7 @@ def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight
     return Drawing(file, title, f"{caption}. {'; '.join(descriptions)}.", figure)
 
 
-def _draw_histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
+def _draw_histogram(panel: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
     """Draw one panel; the outermost bins include all weights beyond them."""
     grid = None if quantizer is None else quantizer.grid(weight)
     if grid is None:
@@ -248,7 +248,7 @@ def _draw_histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> 
         high = grid.qmax + 1.5
         levels = range(grid.qmin, grid.qmax + 1)
         if len(levels) <= MAX_LEVELS:
-            _draw_levels(axis, levels)
+            _draw_levels(panel, levels)
         else:
             # With so many levels, most may be unused, so draw only the range of the weights.
             low = max(low, float(values.min()) - 0.5)
@@ -256,17 +256,17 @@ def _draw_histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> 
     counts = torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high)
     percents = 100 * counts / values.numel()
     edges = torch.linspace(low, high, BINS + 1)
-    axis.stairs(percents.cpu(), edges, fill=True, color=PALETTE[0], alpha=0.75)
-    axis.set_xlabel(xlabel, fontsize=7, labelpad=1)
-    axis.set(xlim=(low, high), ylim=(0, None))
+    panel.stairs(percents.cpu(), edges, fill=True, color=PALETTE[0], alpha=0.75)
+    panel.set_xlabel(xlabel, fontsize=7, labelpad=1)
+    panel.set(xlim=(low, high), ylim=(0, None))
 
 
-def _draw_levels(axis: Axes, levels: Sequence[int]) -> None:
+def _draw_levels(panel: Axes, levels: Sequence[int]) -> None:
     """Draw levels as dots, and thresholds as dashed lines."""
     thresholds = [level - 0.5 for level in levels[1:]]
-    transform = axis.get_xaxis_transform()
-    axis.vlines(thresholds, 0, 1, GREY, "--", linewidth=0.7, transform=transform)
-    axis.plot(
+    transform = panel.get_xaxis_transform()
+    panel.vlines(thresholds, 0, 1, GREY, "--", linewidth=0.7, transform=transform)
+    panel.plot(
         levels,
         [0] * len(levels),
         "o",

@@ -150,6 +150,7 @@ class LastCheckpoint(Checkpoint):
         Lightning would not call `on_train_end` of the callbacks, and tables and averaged weights
         would be missing.
         """
+        # If there is a start time, Lightning has trained, and has called `on_train_end` itself.
         if self._start_time is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # The checkpoint records its epoch as unfinished, so mark the epoch as completed.

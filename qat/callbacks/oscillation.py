@@ -57,6 +57,7 @@ def track_codes(state: OscillationState | None, codes: Tensor, momentum: float) 
     if state is not None:
         state = OscillationState(*(tensor.to(codes.device) for tensor in state))
         flips = state.flips
+        # Count only the flips of this update; they are added to the sum below.
         state = state._replace(flips=torch.zeros_like(state.frequency))
     state = oscillation_step(state, codes, momentum)
     flips = flips + state.flips.sum(dtype=torch.int64)

@@ -27,8 +27,8 @@ ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 def to_hydra(arguments: Sequence[str]) -> list[str]:
     """Translate arguments for Hydra.
 
-    `~` is expanded, paths are quoted where Hydra's grammar needs quotes, settings that may be
-    missing get `++`, and a timm or hub model in `model=NAME` is replaced by its settings.
+    A leading `~` is expanded, paths are quoted where Hydra's grammar needs quotes, settings that
+    may be missing get `++`, and a timm or hub model in `model=NAME` is replaced by its settings.
     """
     is_multirun = "-m" in arguments or "--multirun" in arguments
     hydra_arguments = []
@@ -54,8 +54,7 @@ def _quote_path(value: str, *, is_multirun: bool) -> str:
     The value may also be a list or a sweep of paths; `range(...)` and `interval(...)` stay as is.
     """
     is_sweep = is_multirun and SWEEP.search(value)
-    needs_quotes = not PLAIN.fullmatch(value) and not GRAMMAR.match(value) and not is_sweep
-    if needs_quotes:
+    if not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
         value = _quote(value)
     if SWEEP_OF_NUMBERS.search(value):
         return value

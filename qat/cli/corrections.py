@@ -42,6 +42,8 @@ def refuse_flags(arguments: Sequence[str]) -> None:
     if not flags:
         return
     flag = flags[0]
+    if not flag.startswith("-"):
+        raise UsageError(f"{flag}: options such as -m must come before all settings")
     later_arguments = arguments[arguments.index(flag) + 1 :]
     name, _, value = flag.lstrip("-").replace("-", "_").partition("=")
     has_value = (
@@ -100,11 +102,11 @@ def _our_name(setting: str) -> str:
 
 def _suggest_recipes(group: str, value: str) -> str | None:
     """Return recipes with the bits in a name such as `w4a8` or `int4`, or None for other names."""
-    bits = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
-    if bits is None:
+    match = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
+    if match is None:
         return None
-    weight_bits = bits[1]
-    act_bits = bits[2] or weight_bits
+    weight_bits = match[1]
+    act_bits = match[2] or weight_bits
     names = [f"deploy_w{weight_bits}a{act_bits}", f"reconstruct_w{weight_bits}a{act_bits}"]
     if weight_bits == act_bits:
         names += [f"seq_{weight_bits}bit", f"minmax_{weight_bits}bit"]

@@ -233,11 +233,11 @@ class ImageData(LightningDataModule, ABC):
             counts = np.bincount(labels)
         else:
             counts = confusion.sum(1).numpy()
-        majority_percent = 100 * float(counts.max()) / counts.sum()
+        majority_percent = float(100 * counts.max() / counts.sum())
         return {
             "split": self.evaluation_split,
             "images": int(counts.sum()),
-            "majority_share": round(float(majority_percent), 4),
+            "majority_share": round(majority_percent, 4),
         }
 
     def _check_split(self, split: str, source: ImageSource) -> None:
@@ -417,7 +417,7 @@ class EncodedImageData(ImageData):
     def __init__(self, **settings: Any) -> None:
         counts_classes = settings.get("num_classes") is None
         if counts_classes:
-            settings["num_classes"] = 1
+            settings["num_classes"] = 1  # a placeholder: counting needs the other settings
         super().__init__(**settings)
         if counts_classes:
             self.settings = replace(self.settings, num_classes=max(self.count_classes(), 1))

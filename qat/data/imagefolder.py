@@ -191,7 +191,7 @@ def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
     """Paths and class ids of the images of all classes."""
     files = []
     for class_id, name in enumerate(classes):
-        for path in files_below(folder / name):
+        for path in files_below(os.path.join(folder, name)):
             if is_image_file(path):
                 files.append((path, class_id))
     return files

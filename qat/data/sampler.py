@@ -133,16 +133,19 @@ class ResumableLoader(DataLoader):
         self._num_to_skip = state["batches"]
         images = state.get("images")
         if images is not None and images != self._num_to_skip * self._global_batch_size:
-            processes = f"{self.sampler.world_size} processes"
             raise UsageError(
-                f"resume: data.batch_size={self.batch_size} in {processes}: "
+                f"resume: data.batch_size={self.batch_size} "
+                f"in {getattr(self.sampler, 'world_size', 1)} processes: "
                 f"batch size x processes must stay {images // self._num_to_skip} "
                 "until this epoch ends"
             )
 
 
 def combine_seeds(*numbers: int) -> int:
-    """Mix several numbers into one 63-bit seed; similar numbers result in unrelated seeds."""
+    """Mix several numbers into one 63-bit seed; similar numbers result in unrelated seeds.
+
+    Zeros at the end do not count: (1, 2) and (1, 2, 0) result in the same seed.
+    """
     sequence = np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -185,7 +185,7 @@ class DataSettings:
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))  # without the cores of srun's other tasks
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(cores // local_processes or 1, MAX_WORKERS)
+        return min(max(cores // local_processes, 1), MAX_WORKERS)
 
     @property
     def mixes(self) -> bool:

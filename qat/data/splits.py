@@ -85,7 +85,7 @@ def _are_equal(images: ImageSource, other_images: ImageSource) -> bool:
     """True if labels, and the pixels of a sample of images, are equal and in the same order."""
     if not np.array_equal(images.labels, other_images.labels):
         return False
-    sample = range(0, len(images), len(images) // SAMPLE_SIZE or 1)
+    sample = range(0, len(images), max(len(images) // SAMPLE_SIZE, 1))
     try:
         return all(np.array_equal(images[i][0], other_images[i][0]) for i in sample)
     except ImageError:  # the error is raised again when a run needs the image

@@ -50,7 +50,7 @@ class TimmSettings(DataSettings):
                 raise UsageError(
                     f"data.{column}={value!r}: with data=timm, works only for data.name=hfds/NAME"
                 )
-        if self.train_split is self.val_split is self.test_split is None:
+        if self.train_split is None and self.val_split is None and self.test_split is None:
             raise UsageError(
                 "data.train_split, data.val_split and data.test_split are null: "
                 "one must be the name of a split"
@@ -78,7 +78,7 @@ class TimmImages(EncodedImages):
         else:
             data_folder(settings.root, "the dataset, or the path of a tar file")
         try:
-            root = settings.root and str(settings.root)
+            root = None if settings.root is None else str(settings.root)
             dataset = timm.data.create_dataset(
                 settings.name, root=root, split=split, download=settings.download, **options
             )

@@ -99,17 +99,18 @@ def train_transform(settings: DataSettings) -> Transform:
         return eval_transform(settings)
     if settings.augment == "light" and settings.crop_pct is None:
         return _light_augmentation(settings)
-    options: dict[str, Any] = {
-        "color_jitter": None,
-        "interpolation": settings.interpolation or "bicubic",
-    }
     if settings.augment == "timm":
-        options = {
+        options: dict[str, Any] = {
             "auto_augment": settings.rand_augment,
             "color_jitter": settings.color_jitter,
             "re_prob": settings.random_erasing,
             "re_mode": "pixel",
             "interpolation": settings.train_interpolation,
+        }
+    else:
+        options = {
+            "color_jitter": None,
+            "interpolation": settings.interpolation or "bicubic",
         }
     augmentation = _timm_transform(
         settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options
@@ -136,6 +137,7 @@ def _light_augmentation(settings: DataSettings) -> Transform:
 def _limit_levels(augmentation: Any) -> None:
     """Keep the levels of timm's augmentation operations inside their ranges."""
     for step in augmentation.transforms:
+        # RandAugment and AugMix have a list `ops`, AutoAugment has a list of lists `policy`.
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
                 # Stay just below level 10, at which operations reach the end of their range. A

@@ -236,7 +236,7 @@ def compare(
         images=len(images),
         num_differing=len(differing_images),
         max_error=max([0.0, *differences[is_same].tolist()]),
-        relative_error=max(map(_relative_error, expected.values(), actual.values())),
+        relative_error=_largest(map(_relative_error, expected.values(), actual.values())),
     )
     if LOGITS in expected:
         is_same_class = _classes(expected[LOGITS]) == _classes(actual[LOGITS])
@@ -257,14 +257,14 @@ def compare(
         if agreement.relative_error <= MAX_RELATIVE_ERROR:
             allowed = max(allowed, MAX_ROUNDING_RATIO * _effect_of_rounding(net, images[i]))
         equals_graph = float(_differences(image_outputs, graph_result[0])) <= allowed
-        agreement.num_unexplained += not equals_graph
+        if not equals_graph:
+            agreement.num_unexplained += 1
         if agreement.problem is None:
             expected_codes = outputs_and_codes(net, images[i])
             agreement.problem = _first_difference(expected_codes, graph_result)
     # Extrapolate from the examined images to all images whose outputs differ.
-    extrapolated = agreement.num_unexplained * len(differing_images)
-    is_unexplained = extrapolated > MAX_UNEXPLAINED * len(images) * len(examined_images)
-    if agreement.problem is None and is_unexplained:
+    extrapolated = agreement.num_unexplained * len(differing_images) / len(examined_images)
+    if agreement.problem is None and extrapolated > MAX_UNEXPLAINED * len(images):
         agreement.problem = (
             f"on {agreement.num_unexplained} of {len(examined_images)} images, the output differs "
             "from that of the file's graph run operator by operator"
@@ -323,6 +323,11 @@ def _differences(expected: Outputs, actual: Outputs) -> Tensor:
 def _relative_error(expected: Tensor, actual: Tensor) -> float:
     """Maximum difference, relative to the largest expected value."""
     return float((expected - actual).abs().max() / expected.abs().max().clamp_min(TOLERANCE))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if one of them is NaN, which Python's `max` may ignore."""
+    return float(torch.tensor(list(values)).max())
 
 
 def _min_cosine(expected: Tensor, actual: Tensor) -> float:

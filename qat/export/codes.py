@@ -258,7 +258,7 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
             constant=None,
         )
     bits = weight.spec.bits
-    width = next(width for width in OPSETS if width >= max(bits, min_width))
+    width = min(width for width in OPSETS if width >= max(bits, min_width))
     # Move unsigned codes to the range of signed codes.
     middle = 0 if weight.stored.dtype == torch.int8 else 2 ** (bits - 1)
     codes = weight.stored.to(torch.int16) - middle
@@ -267,7 +267,7 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
     zero_point = None
     constant = weight.after
     is_doubled = False
-    is_integer = not bool((shift % 1 != 0).any())
+    is_integer = bool((shift % 1 == 0).all())
     if is_integer:
         if bool(shift.any()):
             zero_point = (-shift).to(torch.int8)

@@ -154,6 +154,7 @@ def export_onnx(
             f"images of shape {tuple(images.shape)}: must have shape (N, *{input_size}) with N at "
             "least 1, and only finite numbers"
         )
+    # Transformers' own `float` method refuses quantized models.
     net = nn.Module.float(copy_net(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
     if not check_input(frozen, input_size):
@@ -305,7 +306,7 @@ def to_onnx(
         write_in_graph(net, stored, planner)
         net(image)
         writer = Writer(net, planner)
-        # `nn.Sequential` would call it.
+        # Constants of the graph must be buffers of the net. `nn.Sequential` would call the writer.
         owner = next(module for module in net.modules() if not isinstance(module, nn.Sequential))
         owner.onnx = writer
         write_in_graph(net, stored, writer)
@@ -338,7 +339,7 @@ def _name_outputs(net: nn.Module, image: Tensor) -> list[str]:
     """Return the names of a model's outputs; make the model return a tensor or a tuple."""
     out = net(image)
     if not isinstance(out, Tensor):
-        net.register_forward_hook(lambda *results: tuple(named_outputs(results[-1]).values()))
+        net.register_forward_hook(lambda _, __, output: tuple(named_outputs(output).values()))
     return list(named_outputs(out))
 
 

@@ -167,8 +167,8 @@ class Planner:
             self.plans.append(_plan_weight_product(a, b, bias, token_steps, steps))
         else:
             if token_steps is not None:
-                blocks = steps.unflatten(0, (token_steps.shape[1], -1))
-                steps = (blocks * token_steps.unsqueeze(-1)).flatten(1)
+                block_steps = steps.unflatten(0, (token_steps.shape[1], -1))
+                steps = (block_steps * token_steps.unsqueeze(-1)).flatten(1)
             self._product_of_numbers(a, b, steps)
         return F.linear(a.codes, b.value, bias)
 

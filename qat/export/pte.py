@@ -87,6 +87,9 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     net = copy_unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
+    for module in net.modules():
+        if isinstance(module, FrozenActivation) and module.before is not None:
+            raise UsageError(f"format=executorch: {module.name} must have no offset")
     # ExecuTorch is an optional dependency.
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
@@ -134,10 +137,11 @@ def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[st
             weight.frozen.stored = weight.value
             weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
     float_layers: dict[str, None] = {}  # in order, without repetitions
-    for grid in net.modules():
-        if isinstance(grid, FrozenActivation) and grid not in integer_quantizers:
-            grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)
-            name = re.sub(r"\.\d+(?=\.)", ".*", grid.name)
+    for module in net.modules():
+        if isinstance(module, FrozenActivation) and module not in integer_quantizers:
+            step = float(module.scale)
+            module.in_graph = functools.partial(_round, step, module.qmin, module.qmax)
+            name = re.sub(r"\.\d+(?=\.)", ".*", module.name)
             float_layers[name.rpartition(".")[0]] = None
     return list(float_layers)
 
@@ -151,10 +155,10 @@ def _round(step: float, qmin: int, qmax: int, x: Tensor) -> Tensor:
     return operators.dequantize_per_tensor(codes, *grid)
 
 
-def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
+def _multiply_codes(layer: Any, quantizer: FrozenActivation, weight: StoredWeight) -> None:
     """Make XNNPACK run a linear layer on integers: an 8-bit input and a 4- or 8-bit weight."""
     operators = torch.ops.quantized_decomposed
-    step = float(grid.scale)
+    step = float(quantizer.scale)
     bounds = (INT8_MIN, INT8_MAX)
     if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7:
         bounds = (-8, 7)
@@ -169,7 +173,7 @@ def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) ->
         # The first call sets `ends`; torch traces a later call.
         if layer.ends is None:
             layer.ends = torch.tensor([INT8_MIN * step, INT8_MAX * step]).repeat(*x.shape[:-1], 1)
-        x = torch.cat([x.clamp(grid.qmin * step, grid.qmax * step), layer.ends], -1)
+        x = torch.cat([x.clamp(quantizer.qmin * step, quantizer.qmax * step), layer.ends], -1)
         row_grid = (
             *operators.choose_qparams_per_token_asymmetric(x, torch.int8),
             INT8_MIN,

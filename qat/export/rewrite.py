@@ -74,10 +74,12 @@ def _single_use(value: ir.Value | None, kind: str) -> Any:
 
     Returns None for an operator of another type, and if `value` is used more than once.
     """
-    node = value and value.producer()
-    if not node or node.op_type != kind:
+    if value is None:
         return None
-    return node if len(value.uses()) == 1 else None  # type: ignore[union-attr]
+    node = value.producer()
+    if node is None or node.op_type != kind or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    return node
 
 
 def _insert(
@@ -99,7 +101,7 @@ def _store(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     """Replace LayerNormalization(x, g, b) + c by LayerNormalization(x, g, b + c)."""
     parts = _split_constant(node)
-    if parts is None:
+    if parts is None or node.outputs[0].is_graph_output():
         return
     normalized, offset = parts
     norm = _single_use(normalized, "LayerNormalization")
@@ -127,6 +129,8 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
     """
     if node.attributes.get_int("keepdims", 1) or len(node.inputs) < 2:
         return
+    if node.outputs[0].is_graph_output():  # no quantizer follows
+        return
     node.attributes["keepdims"] = ir.AttrInt64("keepdims", 1)
     squeeze_node = ir.node("Squeeze", [node.outputs[0], node.inputs[1]])
     node.outputs[0].replace_all_uses_with(squeeze_node.outputs[0])
@@ -142,9 +146,13 @@ def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
     unless it is itself part of a larger fused operator.
     """
     clip = _single_use(node.inputs[0], "Clip")
-    mul = clip and _single_use(clip.inputs[0], "Mul")
-    parts = mul and _split_constant(mul)
-    if not parts:
+    if clip is None:
+        return
+    mul = _single_use(clip.inputs[0], "Mul")
+    if mul is None:
+        return
+    parts = _split_constant(mul)
+    if parts is None:
         return
     x, step = parts
     producer = x.producer()

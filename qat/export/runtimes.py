@@ -191,7 +191,8 @@ def session_outputs(
     for part in images.cpu().float().split(batch or len(images)):
         parts.append(session(names, part.numpy()))
     outputs = {}
-    for name, arrays in zip(names, zip(*parts, strict=True), strict=True):
+    arrays_of_outputs = zip(*parts, strict=True)
+    for name, arrays in zip(names, arrays_of_outputs, strict=True):
         outputs[name] = torch.cat(list(map(torch.from_numpy, arrays)))
     return outputs
 

@@ -60,9 +60,9 @@ def write_in_graph(
 ) -> None:
     """Make quantizers return code tensors of the graph, or numbers if no product uses the codes."""
 
-    def activation(grid: Any, x: Tensor) -> Any:
-        quantized = graph.activation(grid, x)
-        return dequantize(quantized) if grid.spec.role in _FLOAT_ROLES else quantized
+    def activation(quantizer: Any, x: Tensor) -> Any:
+        quantized = graph.activation(quantizer, x)
+        return dequantize(quantized) if quantizer.spec.role in _FLOAT_ROLES else quantized
 
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
@@ -131,8 +131,8 @@ class Writer(nn.Module):
             is_predivided = quantizer in planner.predivided
             # QuantizeLinear takes twelve times as long with a step size per token as with one step
             # size.
-            has_one_scale = quantizer.scale.numel() == 1 and quantizer.zero_point is None
-            has_step = has_one_scale and not is_predivided
+            has_one_scale = quantizer.scale.numel() == 1
+            has_step = has_one_scale and quantizer.zero_point is None and not is_predivided
             step = quantizer.scale.reshape(()) if has_step else torch.ones(())
             input_factor = None if has_step or is_predivided else 1 / quantizer.scale
             _register_activation(quantizer, step, code_offset(quantizer, planner.cpu), input_factor)
@@ -141,7 +141,7 @@ class Writer(nn.Module):
         """Return to the first plan before the model runs again."""
         self.position = 0
 
-    def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
+    def activation(self, quantizer: Any, x: Tensor) -> QuantizedTensor:
         """Map to coordinates of codes, clip, and round to 8 bits.
 
         QuantizeLinear rounds and then adds its zero point, which here only makes codes fit 8
@@ -150,14 +150,14 @@ class Writer(nn.Module):
         step sizes of two grids differ by a power of two.
         """
         u = x
-        if grid.before is not None:
-            u = u + grid.before
-        if grid.onnx_inverse is not None:
-            u = u * view_along(grid.onnx_inverse, x.ndim, grid.axis)
-        if grid.zero_point is not None:
-            u = u + view_along(grid.zero_point, x.ndim, grid.axis)
-        codes = _quantize(u, grid)
-        return QuantizedTensor(codes, None, None, None, grid.name, grid.onnx_zero, self)
+        if quantizer.before is not None:
+            u = u + quantizer.before
+        if quantizer.onnx_inverse is not None:
+            u = u * view_along(quantizer.onnx_inverse, x.ndim, quantizer.axis)
+        if quantizer.zero_point is not None:
+            u = u + view_along(quantizer.zero_point, x.ndim, quantizer.axis)
+        codes = _quantize(u, quantizer)
+        return QuantizedTensor(codes, None, None, None, quantizer.name, quantizer.onnx_zero, self)
 
     def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """Write the dequantization (codes + row) * scale + constant; see `Plan`."""
@@ -282,11 +282,11 @@ def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight
             )
 
 
-def _is_int8(grid: FrozenActivation) -> bool:
-    has_zero_point = grid.zero_point is not None and bool(grid.zero_point.any())
-    if has_zero_point or grid.after is not None:
+def _is_int8(quantizer: FrozenActivation) -> bool:
+    has_zero_point = quantizer.zero_point is not None and bool(quantizer.zero_point.any())
+    if has_zero_point or quantizer.after is not None:
         return False
-    return grid.scale.numel() == 1 and grid.qmax <= 127
+    return quantizer.scale.numel() == 1 and quantizer.qmax <= 127
 
 
 class TensorRT:
@@ -306,14 +306,15 @@ class TensorRT:
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
         require_int8("format.target=tensorrt", net, stored)
-        examples = {}
+        name_by_is_fp8 = {}
         for site in iter_quantizers(net):
             if not site.quantizer.is_float:
-                examples[site.quantizer.spec.quantizer in FP8] = site.name
-        if len(examples) == 2:
+                is_fp8 = site.quantizer.spec.quantizer in FP8
+                name_by_is_fp8[is_fp8] = site.name
+        if len(name_by_is_fp8) == 2:
             raise UsageError(
-                f"format.target=tensorrt: {examples[True]} has 8-bit floats and {examples[False]} "
-                "integers; must be floats or integers in the whole model"
+                f"format.target=tensorrt: {name_by_is_fp8[True]} has 8-bit floats and "
+                f"{name_by_is_fp8[False]} integers; must be floats or integers in the whole model"
             )
         for quantizer in net.modules():
             if isinstance(quantizer, FrozenActivation):
@@ -324,10 +325,12 @@ class TensorRT:
                 quantizer.register_buffer("onnx_step", step.detach().reshape(()))
                 quantizer.register_buffer("onnx_added", torch.zeros((), dtype=torch.float8_e4m3fn))
 
-    def activation(self, grid: Any, x: Tensor) -> Tensor:
+    def activation(self, quantizer: Any, x: Tensor) -> Tensor:
         """Quantize and dequantize an activation."""
-        codes = _quantize(x if grid.before is None else x + grid.before, grid)
-        return _dequantize(codes, grid.onnx_step, grid.onnx_added)
+        if quantizer.before is not None:
+            x = x + quantizer.before
+        codes = _quantize(x, quantizer)
+        return _dequantize(codes, quantizer.onnx_step, quantizer.onnx_added)
 
     def dequantize(self, weight: StoredWeight) -> Tensor:
         """Dequantize a weight."""
@@ -356,17 +359,17 @@ def compute_in_half(net: nn.Module) -> None:
     net.register_forward_hook(lambda _, args, outputs: tree_map(Tensor.float, outputs))
 
 
-def _quantize(u: Tensor, grid: Any) -> Tensor:
+def _quantize(u: Tensor, quantizer: Any) -> Tensor:
     """Write QuantizeLinear with one step size, after a Clip to the ends of the grid if needed."""
-    if grid.onnx_bounds is not None:
-        u = u.clamp(*grid.onnx_bounds)
+    if quantizer.onnx_bounds is not None:
+        u = u.clamp(*quantizer.onnx_bounds)
     codes: Tensor = torch.onnx.ops.symbolic(
         "QuantizeLinear",
-        (u, grid.onnx_step, grid.onnx_added),
+        (u, quantizer.onnx_step, quantizer.onnx_added),
         {},
-        dtype=grid.onnx_added.dtype,
+        dtype=quantizer.onnx_added.dtype,
         shape=u.shape,
-        metadata_props={SITE: grid.name},
+        metadata_props={SITE: quantizer.name},
     )
     return codes
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.functional.ste import without_autocast
+
 Fitness = Callable[[Tensor, Tensor], Tensor]
 FITNESSES = ("infonce", "mse", "kl", "cosine")
 TEMPERATURE = 3.0
@@ -33,7 +35,8 @@ def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """
     q = F.normalize(q.float(), dim=1)
     k = F.normalize(k.detach().float(), dim=1)
-    cosines = q @ k.T
+    with without_autocast(q):
+        cosines = q @ k.T
     positives = torch.arange(len(q), device=q.device)
     return 2 * temperature * F.cross_entropy(cosines / temperature, positives)
 

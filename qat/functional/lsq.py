@@ -408,13 +408,14 @@ def _mark_possible_steps(x: Tensor, candidates: Tensor, codes: CodeRange) -> Ten
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
     sum_of_squares = norms.square()
     step_sizes = candidates.T.double().contiguous()
-    highest = codes.qmax + codes.half / 2
+    shift = 0.5 if codes.half else 0.0  # code k stands for k + shift steps
+    highest = codes.qmax + shift
     # Sums of x * q and of q * q over the values x, where q * s is the quantized x. First take the
     # highest code for all values; then lower it for the values below each threshold.
     sum_xq = highest * prefix_sums[:, -1:]
     sum_qq = torch.full_like(step_sizes, highest**2 * num_values)
     for code in range(codes.qmin, codes.qmax):
-        threshold = code + 0.5 + codes.half / 2
+        threshold = code + 0.5 + shift
         num_below = torch.searchsorted(sorted_rows, (threshold * step_sizes).float())
         sum_xq = sum_xq - prefix_sums.gather(1, num_below)
         # Without `double`, torch would multiply integers by a Python number in float32.
@@ -422,6 +423,7 @@ def _mark_possible_steps(x: Tensor, candidates: Tensor, codes: CodeRange) -> Ten
     error = (sum_of_squares - 2 * step_sizes * sum_xq + step_sizes**2 * sum_qq).clamp(min=0)
     # Upper bound of the rounding errors of float32 and of the sums above.
     margin = 2e-5 * error + 1e-6 * (error * sum_of_squares).sqrt() + 1e-9 * sum_of_squares
+    # The negation also marks step sizes whose error is NaN.
     return ~(error - margin > (error + margin).amin(1, keepdim=True)).T
 
 

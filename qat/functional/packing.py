@@ -103,7 +103,7 @@ def pack_pairs(codes: Tensor) -> Tensor:
         (..., ceil(n / 2)), uint8.
     """
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
-    return codes[..., ::2] | codes[..., 1::2] << 4
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_pairs(packed: Tensor, n: int) -> Tensor:

@@ -107,7 +107,7 @@ def _launch(
     fits_few_warps = q.itemsize == 2 and head_dim <= 64
     gpu._launch(
         name,
-        (-(-num_tokens // tile_rows), num_heads, num_images),
+        (math.ceil(num_tokens / tile_rows), num_heads, num_images),
         (*tensors, scale.expand(num_tokens).contiguous(), *others),
         float(settings.qmax),
         settings.factor / math.log(2),

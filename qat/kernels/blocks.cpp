@@ -51,12 +51,13 @@ inline void find_scales(const float* largest, float* scales, size_t n, float hig
 #pragma omp simd
         for (size_t i = 0; i < n; i++) scales[i] = nearest(largest[i] / highest / divisor, 0.125f, 1.0f / 64, 448.0f) * of_tensor;
     } else {
-        const float unit = power_below(highest), most = float_of(254u << 23) / unit * 2;
+        // The highest scale is 2^128 / unit; 254u << 23 are the bits of 2^127.
+        const float unit = power_below(highest), highest_scale = float_of(254u << 23) / unit * 2;
 #pragma omp simd
         for (size_t i = 0; i < n; i++) {
             float scale = power_below(largest[i]) / unit;
             scale = scale < TINY ? 0.0f : scale;
-            scale = scale > most ? most : scale;
+            scale = scale > highest_scale ? highest_scale : scale;
             scales[i] = largest[i] == largest[i] ? scale : largest[i];
         }
     }

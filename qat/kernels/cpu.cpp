@@ -117,7 +117,7 @@ void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t leng
     for (size_t r = 0; r < rows; r++) {
         const float* in = x + r * x_stride;
         float* out = y + r * length;
-        const float s = at_least_floor(scale[by_column ? 0 : r % steps]);
+        const float s = at_least_floor(scale[r % steps]);  // not used with by_column
         if (by_column) {
 #pragma omp simd
             for (size_t i = 0; i < length; i++) {

@@ -173,8 +173,10 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
         was not requested.
     """
     layout = _backward_layout(grad, x, q, out, dequantized, weight, bias, producer)
-    out_stride = None if layout is None else row_stride(out, layout.length)
-    if layout is None or out_stride is None:
+    if layout is None:
+        return None
+    out_stride = row_stride(out, layout.length)
+    if out_stride is None:
         return None
     rows, length, stride, num_scales, by_column = layout
     needs_whole_row = producer.kind in WHOLE_ROW_KINDS
@@ -184,9 +186,9 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     # A program processes a strip of rows. Probabilities need no sums over rows, so there a strip is
     # a single tile.
     from_scores = producer.kind == "scores"
-    tiles_per_strip = 1 if from_scores else -(-tiles_down * tiles_across // NUM_PROGRAMS)
+    tiles_per_strip = 1 if from_scores else math.ceil(tiles_down * tiles_across / NUM_PROGRAMS)
     rows_per_strip = block["BLOCK_R"] * tiles_per_strip
-    num_strips = -(-rows // rows_per_strip)
+    num_strips = math.ceil(rows / rows_per_strip)
 
     step_grads_shape: tuple[int, ...] = (rows // num_scales, num_scales, tiles_across)
     if by_column:

@@ -69,9 +69,9 @@ def check_not_double_backward() -> None:
 
 def check_kernels(language: str, compare: Callable[[], bool]) -> bool:
     """True if the kernels compile and agree with the reference; log the reason if False."""
+    reason = "its kernels disagree with the reference implementation"
     try:
         are_usable = compare()
-        reason = "its kernels disagree with the reference implementation"
     except Exception as error:  # a driver, compiler or linker may fail
         are_usable = False
         reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -61,8 +62,10 @@ def tiles_of(
         columns = min(columns, max_row_length)
     else:
         divisor = layout.length & -layout.length  # the largest power of two in the length
-        columns = min(divisor if divisor >= MIN_TILE_WIDTH else columns, MAX_TILE_WIDTH)
+        if divisor >= MIN_TILE_WIDTH:
+            columns = divisor
+        columns = min(columns, MAX_TILE_WIDTH)
     rows = min(1 << (layout.rows - 1).bit_length(), max(TILE // columns, 1))
-    tiles_down = -(-layout.rows // rows)
-    tiles_across = -(-layout.length // columns)
+    tiles_down = math.ceil(layout.rows / rows)
+    tiles_across = math.ceil(layout.length / columns)
     return {"BLOCK_R": rows, "BLOCK_C": columns}, (tiles_down, tiles_across)

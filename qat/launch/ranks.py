@@ -107,7 +107,7 @@ def local_processes(trainer: Mapping[str, Any]) -> int:
     with contextlib.suppress(Exception):  # the run itself raises Lightning's error
         probe = Trainer(
             accelerator=trainer.get("accelerator", "auto"),
-            devices=trainer.get("devices", "auto"),
+            devices=devices,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,

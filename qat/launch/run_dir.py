@@ -116,7 +116,7 @@ def lock(run_dir: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     is_restart = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     deadline = time.monotonic() + (LOCK_TIMEOUT_S if is_restart else 0)
-    while folder not in _locked:
+    while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +144,10 @@ def lock(run_dir: str) -> None:
 
 
 def _in_use_error(run_dir: str, path: Path) -> UsedError:
-    owner = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    owner = ""
+    with contextlib.suppress(OSError):  # the other process may have just ended
+        owner = path.read_text(encoding="utf-8", errors="replace").strip()
+    owner = owner or "another process"
     return UsedError(
         f"run_dir={str(run_dir)!r}: is in use by {owner}; "
         "must be another directory, or wait until that process ends"
@@ -219,8 +222,9 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
     if command != "ptq":
         names += ["quantized", "reconstruct", "search"]
     for name in names:
-        for path in sorted(run_dir.glob(f"{name}.ckpt")):
-            raise _already_used_error(run_dir, str(path.relative_to(run_dir)))
+        paths = sorted(run_dir.glob(f"{name}.ckpt"))
+        if paths:
+            raise _already_used_error(run_dir, str(paths[0].relative_to(run_dir)))
 
     if not is_finished(run_dir):
         return

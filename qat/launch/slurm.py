@@ -56,7 +56,8 @@ def slurm_nodes() -> int:
 def check_processes(trainer: Mapping[str, Any]) -> None:
     """Compare the processes that SLURM started with `trainer.devices` and `trainer.num_nodes`.
 
-    If the numbers differed, processes would wait for each other.
+    If the numbers differed, processes would wait for each other. On a single node, this function
+    also sets the address at which the processes connect.
 
     Raises:
         UsageError: the numbers differ, or srun did not start this process of a job of several

@@ -43,7 +43,7 @@ def _allow_open_files() -> None:
     limit = MAX_OPEN_FILES
     if hard != resource.RLIM_INFINITY:
         limit = min(hard, MAX_OPEN_FILES)
-    if resource.RLIM_INFINITY != soft < limit:
+    if soft != resource.RLIM_INFINITY and soft < limit:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 

@@ -264,6 +264,12 @@ class QATModule(LightningModule):
         """Accumulate validation metrics."""
         self._evaluate(batch, self.val_metrics, self.val_loss)
 
+    def on_test_epoch_start(self) -> None:
+        """Forget the predictions of earlier tests, which may have failed."""
+        self._correct_batches.clear()
+        if self.test_confusion is not None:
+            self.test_confusion.reset()
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
@@ -280,10 +286,8 @@ class QATModule(LightningModule):
         check_logits(float(self.test_loss.compute()), "evaluation")
         if self.trainer.world_size == 1:
             self.correct = torch.cat(self._correct_batches).cpu()
-        self._correct_batches.clear()
         if self.test_confusion is not None:
             self.confusion = self.test_confusion.compute().cpu()
-            self.test_confusion.reset()
 
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss
@@ -412,10 +416,16 @@ def steps_per_epoch(trainer: Trainer) -> int:
     resumed run would not learn at which batch to continue.
 
     Raises:
-        UsageError: `trainer.val_check_interval` is longer than an epoch.
+        UsageError: `trainer.val_check_interval` is longer than an epoch, or the train loader has no
+            length.
     """
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:
+        if trainer.estimated_stepping_batches < 0:
+            raise UsageError(
+                "the train loader has no length; give it __len__, or set limit_train_batches of "
+                "the Trainer to a number of batches"
+            )
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches

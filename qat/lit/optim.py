@@ -107,8 +107,9 @@ def _layers_of_transformers(net: nn.Module, blocks: list[str]) -> dict[str, int]
     layers = {}
     number = 0
     for name, _ in net.named_parameters():
-        while any(name.startswith(f"{block}.") for block in blocks[number:]):
-            number += 1
+        for index, block in enumerate(blocks):
+            if name.startswith(f"{block}."):
+                number = index + 1
         is_head = number > 0 and not name.startswith(f"{encoder}.")
         layers[name] = len(blocks) + 1 if is_head else number
     return layers
@@ -173,7 +174,8 @@ def build_optimizer(
         group["lr"] = lr * group["lr_scale"]
     settings = [f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items()]
     is_sharded = any(type(parameter) is not nn.Parameter for parameter in net.parameters())
-    if opt.lower() in _FUSED and not is_sharded:
+    has_other_form = options.get("foreach") or options.get("differentiable")
+    if opt.lower() in _FUSED and not is_sharded and not has_other_form:
         options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(

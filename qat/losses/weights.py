@@ -23,8 +23,8 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     """Float weights of Linears and convolutions, except for stem and heads (as in KURE's paper).
 
     Args:
-        net: the net. If it is quantized, the result contains only weights that are quantized, and
-            the folded matrices of query-key reparameterization.
+        net: the net. If it is quantized, the result contains only weights with a quantizer (float
+            quantizers count), and the folded matrices of query-key reparameterization.
 
     Returns:
         The weights in the order of the modules; a weight that layers share appears once.

@@ -109,7 +109,8 @@ def check_net(
             if it is timm's own value, which models for smaller images keep.
     """
     for argument, value in kwargs.items():
-        for number in value if isinstance(value, list | tuple) else [value]:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        for number in numbers:
             if isinstance(number, int | float) and abs(number) > MAX_ARGUMENT:
                 raise ValueError(
                     f"argument {argument}={value!r}: numbers must be from {-MAX_ARGUMENT} to "

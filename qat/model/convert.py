@@ -176,7 +176,7 @@ def apply_recipe(
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
         _check_dropping(net, recipe)
-    except Exception:
+    except BaseException:  # also when interrupted
         for parent, name, child in reversed(swapped):
             _set_child(parent, name, child)
         net.__class__ = original_class
@@ -274,11 +274,14 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
         config = getattr(module, "pretrained_cfg", None) or {}
         for key, place in (("classifier", "head"), ("first_conv", "stem")):
             parts = config.get(key) or ()
-            for part in [parts] if isinstance(parts, str) else parts:
+            if isinstance(parts, str):
+                parts = [parts]
+            for part in parts:
                 places[f"{name}.{part}".lstrip(".")] = place
     if not any(places.get(name) == "stem" for name in modules):
-        convolutions = (name for name, m in modules.items() if isinstance(m, nn.Conv2d))
-        places[next(convolutions, "")] = "stem"
+        convolutions = [name for name, m in modules.items() if isinstance(m, nn.Conv2d)]
+        if convolutions:
+            places[convolutions[0]] = "stem"
     return places
 
 
@@ -465,10 +468,11 @@ def _allocate(
     for site in iter_quantizers(net):
         is_allocated = site.quantizer in num_scales_by_quantizer
         is_called[site.owner] = is_called.get(site.owner, False) or is_allocated
-    never_called = [
-        entry for entry in swapped if not is_called.get(getattr(entry[0], entry[1]), True)
-    ]
-    for entry in never_called:
-        parent, name, old = entry
-        _set_child(parent, name, old.train(getattr(parent, name).training))
-        swapped.remove(entry)
+    never_called = []
+    for parent, name, old in swapped:
+        if not is_called.get(getattr(parent, name), True):
+            never_called.append((parent, name, old))
+    for parent, name, old in never_called:
+        old.train(getattr(parent, name).training)
+        _set_child(parent, name, old)
+        swapped.remove((parent, name, old))

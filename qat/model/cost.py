@@ -184,7 +184,8 @@ def _weight_sizes(site: Site) -> Counter[str]:
     else:
         weight = site.latent()
         sizes["scale_bytes"] = _computed_scale_bytes(quantizer, weight)
-        sizes["offset_bytes"] = FLOAT_BYTES * len(weight) * spec.bias_correction
+        if spec.bias_correction:
+            sizes["offset_bytes"] = FLOAT_BYTES * len(weight)
     if quantizer.in_blocks:
         # The codes of each row of blocks start at a new byte.
         row_length = weight.shape[spec.axis or 0]
@@ -204,7 +205,7 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
     if quantizer.spec.bias_correction:
         # Bias correction needs a scale and a zero point for each row.
         return FLOAT_BYTES * 2 * (rows - quantizer.num_stored_scales)
-    return 0 if quantizer.num_stored_scales else FLOAT_BYTES * rows
+    return 0 if quantizer.num_stored_scales else FLOAT_BYTES * quantizer.num_scales(weight.shape)
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:

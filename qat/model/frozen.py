@@ -112,10 +112,11 @@ class FrozenBlocks(FrozenWeight):
             weight.movedim(quantizer.dim, -1), quantizer.form
         )
         is_power_of_two = tensor_scale is None
-        self.scale_dtype = torch.float8_e8m0fnu if is_power_of_two else torch.float8_e4m3fn
-        scale = factors.to(self.scale_dtype).view(torch.uint8)
+        scale_dtype = torch.float8_e8m0fnu if is_power_of_two else torch.float8_e4m3fn
+        scale = factors.to(scale_dtype).view(torch.uint8)
         stored = codes.movedim(-1, quantizer.dim).contiguous()
         super().__init__(quantizer.spec, quantizer.axis, name, (stored, scale, None, None))
+        self.scale_dtype = scale_dtype
         self.register_buffer("per_tensor_scale", tensor_scale)
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.empty_grid = quantizer.grid()

@@ -107,6 +107,9 @@ def fetch(repository: str, origin: str) -> Path:
         raise UsageError(f"{origin}: must be user/name, a repository on the hub")
     if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
         _download(repository, origin)
+    for name in (CONFIG, WEIGHTS):
+        if find_cached(repository, (name,)) is None:
+            raise UsageError(f"{origin}: the repository has no {name}")
     folder = Path(str(find_cached(repository, (CONFIG,)))).parent
     try:
         _check_config(folder)

@@ -85,7 +85,10 @@ def _added_matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _projection_macs(operands: tuple[Any, ...], _: object) -> list[int]:
-    """Multiply-accumulates of the projections of `nn.MultiheadAttention`."""
+    """Multiply-accumulates of the projections of `nn.MultiheadAttention`.
+
+    The output, which is also projected, has the shape of the queries.
+    """
     query, key, value, *_ = operands
     width = query.shape[-1]
     return [t.numel() * width for t in (query, key, value, query)]

@@ -170,9 +170,9 @@ class PtqRecipe(QuantRecipe):
 
     def _check_floats(self) -> None:
         for name in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)):
-            required = _REQUIRED_WITH_FP8 if name in FP8 else _REQUIRED_WITH_BLOCKS
             if name not in (*BLOCK_FLOATS, *FP8):
                 continue
+            required = _REQUIRED_WITH_FP8 if name in FP8 else _REQUIRED_WITH_BLOCKS
             for knob, value in required.items():
                 if getattr(self, knob) != value:
                     raise UsageError(

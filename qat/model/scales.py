@@ -45,8 +45,9 @@ def assert_ready(net: nn.Module) -> None:
         )
     for module in net.modules():
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _check_before_forward]:
-            hooks.pop(key, None)
+        for key, hook in list(hooks.items()):
+            if hook is _check_before_forward:
+                hooks.pop(key, None)
 
 
 def _check_has_values(net: nn.Module) -> None:
@@ -194,6 +195,8 @@ def initialize_scales(
             for images in _first_images(batches, net, max_images):
                 progress.begin_batch(len(images))
                 net(images)
+            if not progress.images:
+                raise UsageError("batches: must contain at least one batch of images")
             assert_ready(net)
     except BaseException:
         # Otherwise, scales from only a few batches would look like the result of all batches.

@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import safetensors
 import timm
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from qat.errors import UsageError
@@ -68,7 +69,8 @@ def check_model(setting: str, model: object) -> None:
     """Raise `UsageError` unless timm has a model of this name."""
     if isinstance(model, str) and timm.is_model(model):
         return
-    # Compare only prefixes, because names end with patch and image sizes.
+    # Compare only prefixes, because names end with patch and image sizes. Of names with
+    # the same prefix, `reversed` keeps the first.
     length = len(str(model)) + 1
     prefixes = {name[:length]: name for name in reversed(timm.list_models())}
     closest = difflib.get_close_matches(str(model), prefixes, cutoff=0)
@@ -150,8 +152,8 @@ def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False)
             f"model.pretrained=true: the weights of {model!r} cannot be fetched "
             f"or read, or do not fit ({reason}); {advice}"
         ) from error
-    origin = " (cached)" if cached is not None else ""
-    return Start(net, [f"timm's pretrained weights of {model}{origin}"])
+    suffix = " (cached)" if cached is not None else ""
+    return Start(net, [f"timm's pretrained weights of {model}{suffix}"])
 
 
 def from_transformers(
@@ -185,7 +187,8 @@ def from_transformers(
         reason = str(error)[:300]
         raise UsageError(f"{origin}: the weights cannot be read ({reason})") from error
     misfit = f"{origin}: the weights do not fit the config"
-    for name, file_shape, shape in sorted(loading["mismatched_keys"]):
+    if loading["mismatched_keys"]:
+        name, file_shape, shape = min(loading["mismatched_keys"])
         shapes = f"{list(file_shape)}; the model has {list(shape)}"
         raise UsageError(f"{misfit} ({name} has the shape {shapes})")
     patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
@@ -235,8 +238,8 @@ def from_state(
     state = {name: tensor for name, tensor in state.items() if name not in bias_tensors}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     own_state = untrained.state_dict()
-    state, head_notes, difference = _replace_heads(state, own_state, cfg["classifier"])
-    stem = state.get(f"{cfg['first_conv']}.weight")
+    state, head_notes, difference = _replace_heads(state, own_state, cfg.get("classifier") or ())
+    stem = state.get(f"{cfg.get('first_conv')}.weight")
     channels = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {
         "state_dict": state,
@@ -247,11 +250,12 @@ def from_state(
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         reason = str(error)[:300]
-        file_size = _describe_size(state, cfg["first_conv"])
-        model_size = _describe_size(own_state, cfg["first_conv"])
+        file_size = _describe_size(state, cfg.get("first_conv"))
+        model_size = _describe_size(own_state, cfg.get("first_conv"))
         if file_size and file_size != model_size:
             reason = f"the file has {file_size}; the model has {model_size}"
         raise UsageError(f"{origin}: the weights do not fit {model} ({reason})") from error
+    # Only now, because the weights of another model would also have another head.
     if keep_head and difference:
         raise UsageError(f"{origin}: {difference}{hint}")
     net.pretrained_cfg = cfg  # type: ignore[assignment]
@@ -272,7 +276,10 @@ def _replace_heads(
     """
     notes = []
     difference = ""
-    for name in [classifier] if isinstance(classifier, str) else classifier:
+    names = [classifier] if isinstance(classifier, str) else classifier
+    for name in names:
+        if f"{name}.weight" not in own_state:  # num_classes=0
+            continue
         num_classes = own_state[f"{name}.weight"].shape[0]
         weight = state.get(f"{name}.weight")
         num_stored = 0 if weight is None else weight.shape[0]
@@ -287,7 +294,7 @@ def _replace_heads(
     return state, notes, difference
 
 
-def _describe_size(state: Mapping[str, Tensor], stem: str) -> str:
+def _describe_size(state: Mapping[str, Tensor], stem: str | None) -> str:
     """Describe the size of the model that the weights belong to; "" if it has no blocks.
 
     If the weights do not include the first convolution `stem`, the result names one of the weights.
@@ -327,14 +334,18 @@ def from_checkpoint(
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
         return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
-    return from_net(
+    source = build_from(checkpoint)
+    start = from_net(
         model,
         kwargs,
-        build_from(checkpoint),
+        source,
         origin=origin,
         reset_head=reset_head and not keep_head,
         hint="" if keep_head else NEW_HEAD,
     )
+    if "global_pool" not in kwargs:
+        _copy_pooling(source, start.net)
+    return start
 
 
 def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) -> nn.Module:
@@ -355,7 +366,9 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     origin = f"ckpt={str(path)!r}"
-    return from_net(model["name"], kwargs, source, origin=origin, reset_head=True).net
+    net = from_net(model["name"], kwargs, source, origin=origin, reset_head=True).net
+    _copy_pooling(source, net)
+    return net
 
 
 def from_net(
@@ -391,3 +404,12 @@ def from_net(
     )
     start.source = source
     return start
+
+
+def _copy_pooling(source: nn.Module, net: Any) -> None:
+    """Make `net` pool as `source` does, whose pooling may have changed after it was built."""
+    pool = get_model_args(source).get("global_pool")
+    if pool is not None and pool != get_model_args(net).get("global_pool"):
+        weights = net.state_dict()
+        net.reset_classifier(net.num_classes, pool)
+        net.load_state_dict(weights)

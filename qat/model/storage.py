@@ -160,11 +160,14 @@ def _build_with_limits(
         _check_constructor(meta)
         pretrained_cfg = meta.get("pretrained_cfg") or {}
         check_images("pretrained_cfg", pretrained_cfg)
+        image_sizes = _image_sizes(meta)
+        if image_size is not None:
+            image_sizes.append(image_size)
         check_net(
             meta["model"]["name"],
             meta["model"]["kwargs"],
             weights,
-            [*_image_sizes(meta), *([image_size] if image_size else [])],
+            image_sizes,
             pretrained_cfg.get("input_size"),
         )
         return _build(meta)
@@ -201,8 +204,9 @@ def _check_constructor(meta: Mapping[str, Any]) -> None:
     name = meta["model"]["name"]
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
-    for argument in sorted(FETCHING_ARGS & set(meta["model"]["kwargs"])):
-        raise ValueError(f"argument {argument} is not allowed: it loads another file")
+    fetching = sorted(FETCHING_ARGS & set(meta["model"]["kwargs"]))
+    if fetching:
+        raise ValueError(f"argument {fetching[0]} is not allowed: it loads another file")
 
 
 def _build(meta: Mapping[str, Any]) -> nn.Module:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.model.foreign_weights import add_biases
-from qat.model.frozen import FrozenWeight
+from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import LSQ, Affine, Quantizer
+from qat.quantizers.lsq import AutoSignLSQ
 
 # Name of Swin's table of biases, and the standard deviation of its initial values.
 _TABLE = "relative_position_bias_table"
@@ -155,10 +156,15 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
         return False
     target.load_state_dict({name: donor_state[name] for name in common_names}, strict=False)
     for donor_module, target_module in zip(donor.modules(), target.modules(), strict=True):
-        if not (isinstance(donor_module, LSQ) and isinstance(target_module, LSQ)):
+        if not isinstance(target_module, LSQ):
             continue
-        if (donor_module.change is None) != (target_module.change is None):
-            target_module.set_scale(donor_module.scale.detach())
+        # A frozen quantizer stores each step size as an absolute one.
+        is_donor_relative = getattr(donor_module, "change", None) is not None
+        if is_donor_relative != (target_module.change is not None):
+            step: Any = donor_module.scale
+            target_module.set_scale(step.detach())
+        if isinstance(target_module, AutoSignLSQ) and isinstance(donor_module, FrozenActivation):
+            target_module.signed.fill_(float(donor_module.qmin < 0))
     return True
 
 

@@ -139,7 +139,10 @@ def attend(
     search = _search.get()
     # Do not record attentions of language models: quantized attention does not add their causal
     # masks and position biases.
-    is_causal = attention_mask is None and settings.get("is_causal", module.is_causal)
+    is_causal = settings.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)  # as in Transformers
+    is_causal = is_causal and attention_mask is None
     if search is not None and not is_causal and settings.get("position_bias") is None:
         search.record_call(module, result[0])
     return result
@@ -151,7 +154,9 @@ def activation_classes() -> tuple[type[nn.Module], ...]:
     The result is empty if no model of Transformers was imported.
     """
     activations = sys.modules.get("transformers.activations")
-    return tuple(getattr(activations, name) for name in _ACTIVATIONS if activations)
+    if activations is None:
+        return ()
+    return tuple(getattr(activations, name) for name in _ACTIVATIONS)
 
 
 def hf_models(net: nn.Module) -> list[Any]:
@@ -207,9 +212,10 @@ class AttentionInterface:
                     module.config._attn_implementation_internal = NAME
         token = _search.set(self)
         hooks = []
-        for module in self.net.modules() if self.models else ():
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(self._record_projection))
+        if self.models:
+            for module in self.net.modules():
+                if isinstance(module, nn.Linear):
+                    hooks.append(module.register_forward_pre_hook(self._record_projection))
         try:
             yield
         finally:
@@ -327,8 +333,9 @@ def _check_inputs(model: Any) -> None:
     if set(inputs) == {"pixel_values"}:
         return
     advice = ""
+    inner_models = _all_hf_models(model)[1:]  # the first one is `model` itself
     for name, module in model.named_modules():
-        if module in _all_hf_models(model)[1:] and module.main_input_name == "pixel_values":
+        if module in inner_models and module.main_input_name == "pixel_values":
             advice = f"; convert model.{name}"
             break
     raise UsageError(

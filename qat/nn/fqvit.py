@@ -254,10 +254,10 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
             "ptq.placement='fqvit': this model takes images of any size, but quantized positions "
             "need one size; must be inputs"
         )
-    ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
+    is_norm_before_head = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]
-    if not ends_in_token:
+    if not is_norm_before_head:
         return Swap(module)
     return Swap(module, children={"norm": make_norm(module.norm, context)})
 

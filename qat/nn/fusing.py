@@ -21,7 +21,8 @@ def _fused_params_of(quantizer: nn.Module) -> LSQParams | WeightParams | None:
     """
     if not isinstance(quantizer, Quantizer) or is_hooked(quantizer):
         return None
-    if is_hooked(getattr(quantizer, "quantizer", quantizer)):
+    inner = getattr(quantizer, "quantizer", quantizer)  # a quantizer with offsets contains another
+    if is_hooked(inner):
         return None
     return quantizer.fused_params()
 

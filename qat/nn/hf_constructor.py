@@ -32,6 +32,7 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
     config: Any = net.config
     settings = json.loads(config.to_json_string(use_diff=False))
     settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)  # may be a folder of this machine
     return transformers_model.__name__, {"architecture": type(net).__name__, "config": settings}
 
 
@@ -139,8 +140,8 @@ class TransformersClassifier(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 convolutions.append(name)
-            is_linear = isinstance(module, nn.Linear) and module.out_features == num_classes
-            if is_linear and not name.startswith(body):
+            fits_classes = isinstance(module, nn.Linear) and module.out_features == num_classes
+            if fits_classes and not name.startswith(body):
                 classifiers.append(name)
         if not classifiers:
             raise ValueError(f"{architecture} has no classifier")

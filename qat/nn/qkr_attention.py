@@ -124,6 +124,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         quantizers = self._quantizer_params()
         if quantizers is None:
             return None
+        # Without gradients, only the cached quantized matrix is read, so there is no need to fold.
         matrix = matrix_params.cached
         if matrix is None or torch.is_grad_enabled():
             matrix = self.latent("qk")

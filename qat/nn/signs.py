@@ -90,7 +90,8 @@ class ActivationTracer(TorchFunctionMode):
         output = self._find_output(args)
         is_unsigned = output is not None
         if output is not None and self.signed_tails and isinstance(layer, nn.Conv2d):
-            is_unsigned = not output[2]
+            _, _, has_tail = output
+            is_unsigned = not has_tail
         self.layers[layer] = is_unsigned and self.layers.get(layer, True)
 
     def _find_output(self, args: tuple[Any, ...]) -> tuple[Tensor, int, bool] | None:

@@ -86,8 +86,6 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             "calibrate: the model has no affine or fp8 scales; convert it first, with a "
             "qat.PtqRecipe"
         )
-    for quantizer, site in weights:
-        quantizer.calibrate(site.latent(), {})
     states: dict[Any, RangeState] = {}
 
     def observe_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
@@ -106,6 +104,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             num_batches += 1
     if images is None:
         raise UsageError("calibrate: batches is empty; must contain at least one batch of images")
+    for quantizer, site in weights:
+        quantizer.calibrate(site.latent(), {})
     _set_activation_scales(net, activations, states, images)
     assert_ready(net)
     scales = sum(quantizer.num_stored_scales for quantizer, _ in weights)

@@ -173,6 +173,7 @@ class Runner:
 
         with probing(self.net, ()):
             expected_outputs = {name: compute_output(name) for name in names}
+            # Begin with the last module: this fills the cache for all modules at once.
             for name in reversed(names):
                 with self.at(name):
                     output = compute_output(name)

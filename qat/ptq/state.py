@@ -85,8 +85,9 @@ class Progress:
             "rows": self.rows,
             "state": dict(state),
         }
-        write_torch(self.folder / f"{self.name}.ckpt", content)
+        # The table first: a run that is killed in between then writes both again.
         write_text(self.folder / f"{self.name}.csv", csv_lines([self.columns, *self.rows]))
+        write_torch(self.folder / f"{self.name}.ckpt", content)
 
 
 def read_state(path: Path) -> dict[str, Any]:

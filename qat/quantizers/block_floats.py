@@ -6,6 +6,7 @@ There are no parameters: each forward computes the scales of the blocks from the
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +135,6 @@ class BlockFloat(Quantizer):
         """Bytes of the scales of a tensor: 1 per block, and 4 more in a two-level format."""
         row_length = shape[self.dim]
         num_rows = shape.numel() // row_length
-        blocks_per_row = -(-row_length // self.form.block_size)
+        blocks_per_row = math.ceil(row_length / self.form.block_size)
         tensor_bytes = 4 if self.form.two_level else 0
         return num_rows * blocks_per_row + tensor_bytes

@@ -121,22 +121,23 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             return []
         percentages.append([100 * count / max(sum(counts), 1) for count in counts])
     side = 2.2 + 0.16 * len(names)
-    figure, (axis,) = panels(width=side + 0.8, height=side)
-    axis.grid(visible=False)
+    figure, (panel,) = panels(width=side + 0.8, height=side)
+    panel.grid(visible=False)
     # The square-root scale keeps a few mistakes visible next to a hundred correct predictions.
-    image = axis.imshow(
+    image = panel.imshow(
         percentages, cmap=SEQUENTIAL_COLORMAP, norm=PowerNorm(0.5, vmin=0, vmax=100)
     )
     labels = [name[:MAX_LABEL_LENGTH] for name in names]
-    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), labels, fontsize=7)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    figure.colorbar(image, ax=axis, label="% of the images of a class", shrink=0.8)
+    panel.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+    panel.set_yticks(range(len(names)), labels, fontsize=7)
+    panel.set_xlabel("predicted")
+    panel.set_ylabel("true")
+    figure.colorbar(image, ax=panel, label="% of the images of a class", shrink=0.8)
     percent_correct = [
         percentages_of_class[index] for index, percentages_of_class in enumerate(percentages)
     ]
-    worst_class = percent_correct.index(min(percent_correct))
+    classes_with_images = [index for index, row in enumerate(percentages) if sum(row)]
+    worst_class = min(classes_with_images, key=percent_correct.__getitem__, default=0)
     description = (
         f"Rows are true classes, columns predicted ones. Lowest: {names[worst_class]}, "
         f"{percent_correct[worst_class]:.1f} % right. All counts are in confusion.csv."
@@ -156,11 +157,11 @@ def _curve(
             ys.append(y)
     if not xs:
         return None
-    figure, (axis,) = panels(width=WIDTH, height=2.5)
+    figure, (panel,) = panels(width=WIDTH, height=2.5)
     line = "o-" if len(xs) <= MAX_POINTS_WITH_DOTS else "-"
-    axis.plot(xs, ys, line, color=PALETTE[0], markersize=3)
-    axis.set_xlabel(xlabel)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panel.plot(xs, ys, line, color=PALETTE[0], markersize=3)
+    panel.set_xlabel(xlabel)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     first_point = f"{format_value(ys[0])} at {xlabel} {format_value(xs[0])}"
     last_point = f"{format_value(ys[-1])} at {xlabel} {format_value(xs[-1])}"
     description = first_point if first_point == last_point else f"{first_point} to {last_point}"

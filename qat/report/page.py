@@ -126,7 +126,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's non-empty columns, each with True if the column contains only numbers.
+    """Names of a table's non-empty columns, each with True if all cells begin like a number.
 
     The first column contains the names of the rows.
     """
@@ -151,7 +151,8 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
     rows = csv_rows(path) if is_inside(path, folder) else []
     if not rows:
         return []
-    selected = [name for name in rows[0] if name in names or not names]
+    wanted = names or rows[0]
+    selected = [name for name in rows[0] if name in wanted]
     if "net" in selected and len({row.get("net") for row in rows}) == 1:
         selected.remove("net")
     table: list[Row] = []
@@ -167,9 +168,8 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 def _float_cost(folder: Path) -> dict[str, float]:
     """Cost of the float model, from the cost analysis; empty if the analysis did not compute it."""
     summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
-    for cost in summary.values():
-        return cost.get("in_float") or {}
-    return {}
+    cost: dict[str, Any] = next(iter(summary.values()), {})
+    return cost.get("in_float") or {}
 
 
 def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -276,7 +276,9 @@ def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
 def _existing_entries(entries: object, subfolder: Path, folder: Path) -> list[tuple[Row, Path]]:
     """Entries of an index whose file exists in the folder, each with the path of the file."""
     existing_entries: list[tuple[Row, Path]] = []
-    for entry in entries if isinstance(entries, list) else ():
+    if not isinstance(entries, list):
+        return existing_entries
+    for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
             continue
         path = subfolder / entry["file"]

@@ -28,7 +28,7 @@ from qat.utils.text import MISSING, format_count, is_inside, json_object, one_li
 MEASURES = {
     "top1": ("top-1 %", ".2f"),
     "top5": ("top-5 %", ".2f"),
-    "loss": ("loss", ".4f"),
+    "loss": ("mean loss", ".4f"),
     "val_top1": ("val top-1 %", ".2f"),
     "size_bytes": ("bytes", ",.0f"),
     "wall_seconds": ("seconds", ",.1f"),
@@ -51,7 +51,8 @@ def gather(folder: Path) -> list[Row]:
 
 def _natural_sort_key(row: Row) -> list[str]:
     """Sort key that puts job 2 before job 10."""
-    return [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])]
+    parts = re.findall(r"\d+|\D+", row["job"])
+    return [part.zfill(9) if part.isdigit() else part for part in parts]
 
 
 def _job_row(folder: Path, job: str) -> Row:
@@ -266,11 +267,11 @@ def _figure(jobs: Sequence[Row]) -> dict[str, str]:
         if finished_values(group, "top1"):
             groups.append((join_settings(settings), group))
     groups = groups[:MAX_GROUPS]
-    figure, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
+    figure, (panel,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
     for y, (_, group) in enumerate(groups):
         top1 = finished_values(group, "top1")
         deviation = statistics.stdev(top1) if len(top1) > 1 else 0
-        axis.errorbar(
+        panel.errorbar(
             statistics.fmean(top1),
             y,
             xerr=deviation,
@@ -279,10 +280,10 @@ def _figure(jobs: Sequence[Row]) -> dict[str, str]:
             markersize=5,
             capsize=3 if deviation else 0,
         )
-        axis.plot(top1, [y] * len(top1), ".", color=PALETTE[1], markersize=4)
-    axis.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
-    axis.margins(y=0.2)
-    axis.invert_yaxis()
+        panel.plot(top1, [y] * len(top1), ".", color=PALETTE[1], markersize=4)
+    panel.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
+    panel.margins(y=0.2)
+    panel.invert_yaxis()
     means = "; ".join(f"{name}: {format_mean(group, 'top1')} %" for name, group in groups)
     description = f"{means}. Small dots: jobs. Large dots: mean ± sample standard deviation."
     return picture("Top-1, %", description, figure)

@@ -46,7 +46,8 @@ def analyze(cfg: DictConfig) -> None:
 
     paths = list(cfg.ckpt) if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
     jobs: list[Any] = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
-    subjects = [build_evaluated_net(job) for job in jobs]
+    tests_only = analysis.split == "test"
+    subjects = [build_evaluated_net(job, tests_only=tests_only) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_same_images(subjects, origins)
     cfg.data = jobs[0].data  # so that the data in use are recorded
@@ -76,12 +77,14 @@ def analyze(cfg: DictConfig) -> None:
     # The analysis has succeeded, so files of an older run may be replaced.
     record_run(cfg)
     write_outcome(run_dir, analysis.name, build.to_plain(cfg.analysis), outcome)
-    weights = [str(path) for path in paths if path is not None]
+    weights: Any = [str(path) for path in paths if path is not None]
+    if len(weights) < 2:
+        weights = weights[0] if weights else None
     write_results(
         cfg,
         model=subjects[0].name,
         **recipe_fields(subjects[0].recipe),
-        weights=weights[0] if len(weights) == 1 else weights or None,
+        weights=weights,
         split=images.split or None,
         analysis=analysis.name,
         summary=outcome.summary,

@@ -48,6 +48,13 @@ NUMBERS = (
     "overfit_batches",
     "val_check_interval",
 )
+NOT_NULL = (
+    "max_epochs",
+    "max_steps",
+    "num_nodes",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+)
 NOT_ZERO = ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Datasets by the names that configs and checkpoints use.
@@ -130,12 +137,13 @@ def _check_file_names(name: str, callback: Callback) -> None:
     save_top_k = getattr(callback, "save_top_k", 1)
     filename = getattr(callback, "filename", None)
     has_version = getattr(callback, "_enable_version_counter", True)
-    if save_top_k in {0, 1} or not filename or "{" in filename or has_version:
-        return
-    raise UsageError(
-        f"callbacks.{name}.save_top_k={save_top_k}: must be 1, as all files are {filename}.ckpt; "
-        "callbacks=[default,best_k] keeps several"
-    )
+    keeps_several = save_top_k not in {0, 1}
+    has_fixed_name = filename and "{" not in filename and not has_version
+    if keeps_several and has_fixed_name:
+        raise UsageError(
+            f"callbacks.{name}.save_top_k={save_top_k}: must be 1, "
+            f"as all files are {filename}.ckpt; callbacks=[default,best_k] keeps several"
+        )
 
 
 def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> None:
@@ -149,22 +157,20 @@ def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> No
     Raises:
         UsageError: two callbacks write to the same file.
     """
-    if isinstance(callback, LastCheckpoint):
-        filename = LAST_FILE
-    elif isinstance(callback, callbacks.ModelCheckpoint):
-        # Lightning's own names contain the epoch and the step.
-        filename = f"{callback.filename or '{epoch}-{step}'}.ckpt"
-    else:
-        return
-    if "{" in filename:
-        return
-    path = Path(callback.dirpath or "") / filename
-    if path in writers:
-        raise UsageError(
-            f"callbacks.{writers[path]} and callbacks.{name}: both write {filename}; "
-            "their filenames must differ"
-        )
-    writers[path] = name
+    filenames = []
+    if isinstance(callback, LastCheckpoint) or getattr(callback, "save_last", False):
+        filenames.append(LAST_FILE)
+    filename = getattr(callback, "filename", None)
+    if filename and "{" not in filename:
+        filenames.append(f"{filename}.ckpt")
+    for filename in filenames:
+        path = Path(getattr(callback, "dirpath", None) or "") / filename
+        if path in writers:
+            raise UsageError(
+                f"callbacks.{writers[path]} and callbacks.{name}: both write {filename}; "
+                "their files must differ"
+            )
+        writers[path] = name
 
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:
@@ -332,10 +338,12 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     Raises:
         UsageError: a value is not allowed; the message names the first one.
     """
+    for name in NOT_NULL:
+        if settings.get(name, 1) is None:
+            raise UsageError(f"trainer.{name}=null: must be a number")
     for name, minimum in INTEGERS.items():
-        value = settings.get(name)
-        if value is not None or name == "max_epochs":
-            check_int(f"trainer.{name}", value, minimum)
+        if settings.get(name) is not None:
+            check_int(f"trainer.{name}", settings[name], minimum)
     for name in NUMBERS:
         if settings.get(name) is not None:
             check_number(f"trainer.{name}", settings[name], 0)

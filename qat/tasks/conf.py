@@ -128,6 +128,7 @@ def config_in_words(*, _root_: DictConfig) -> str:
         if name in hidden_names:
             continue
         lines.append(f"{line}  # {comments[name]}" if name in comments else line)
+    # Hydra substitutes `$NAME` in the text.
     return "\n".join(lines).replace("$", "$$")
 
 

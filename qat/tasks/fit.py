@@ -123,7 +123,8 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
                 f"trainer.limit_val_batches=0: callbacks.{name} needs {callback.monitor}; "
                 "must be above 0"
             )
-        if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
+        is_hidden = isinstance(callback, ProgressBar) and not sys.stdout.isatty()
+        if not is_hidden:
             callbacks.append(callback)
     _check_weight_averaging(callbacks)
     if compile_mode(cfg) == "graphs":

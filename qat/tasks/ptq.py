@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.launch.ranks import connect, is_first
+from qat.launch.run_dir import RESULTS
+from qat.launch.slurm import write_owner
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import end_wandb_runs
 from qat.model.convert import convert
@@ -36,6 +38,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.evaluate import measure
 from qat.tasks.ptq_start import (
     KEEP,
+    STATE_FILES,
     build_ptq_recipe,
     build_reconstruct,
     build_search,
@@ -81,7 +84,7 @@ def ptq(cfg: DictConfig) -> float:
     check_run_dir(cfg)
     build.import_modules(cfg.model.imports)
 
-    subject = build_evaluated_net(cfg)
+    subject = build_evaluated_net(cfg, tests_only=False)
     check_start(cfg, subject, has_search=search_settings is not None)
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
@@ -109,7 +112,7 @@ def ptq(cfg: DictConfig) -> float:
 
     connect(trainer)
     if is_first():
-        record_run(cfg)
+        _begin_run_dir(cfg)
         _announce(cfg, quantized, batches, trainer)
     with end_wandb_runs(trainer.loggers):
         facts = _measure_float(trainer, subject, teacher)
@@ -148,6 +151,15 @@ def ptq(cfg: DictConfig) -> float:
     )
     report_run(cfg, quantized.net, subject.data.input_size)
     return float(results["top1"])
+
+
+def _begin_run_dir(cfg: DictConfig) -> None:
+    run_dir = Path(cfg.run_dir)
+    if not cfg.resume:
+        for name in (*STATE_FILES, QUANTIZED_FILE, RESULTS):
+            (run_dir / name).unlink(missing_ok=True)
+    write_owner(run_dir)
+    record_run(cfg)
 
 
 def _save(cfg: DictConfig, quantized: EvaluatedNet, subject: EvaluatedNet) -> None:

@@ -94,7 +94,7 @@ def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
 
 def _find_checkpoint(folder: Path) -> Path | None:
     for name in ("best", "last", "quantized"):
-        for path in folder.rglob(f"{name}.ckpt"):
+        for path in sorted(folder.rglob(f"{name}.ckpt")):
             if is_inside(path, folder):
                 return path
     return None

@@ -340,7 +340,8 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     used_files = outputs.used_files(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
     # A run that was killed before its first `last.ckpt` cannot be resumed, so it may be replaced.
-    is_unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
+    has_only_best = all(name.startswith("best") for name in checkpoints)
+    is_unsaved = has_only_best and not outputs.is_finished(run_dir)
     may_replace = cfg.overwrite or (cfg.resume == "auto" and is_unsaved)
     if used_files and not may_replace:
         hint = f"; resume=true resumes from {FILE_NAME}" if FILE_NAME in checkpoints else ""

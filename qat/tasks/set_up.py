@@ -106,6 +106,8 @@ def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any])
     pretrained_cfg = config.get("pretrained_cfg") or {}
     if isinstance(pretrained_cfg, dict):
         set_preprocessing(cfg.data, pretrained_cfg)
+        if "default_photos" in cfg:  # the data of a prediction are chosen later
+            set_preprocessing(cfg.default_photos, pretrained_cfg)
 
 
 def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
@@ -133,8 +135,8 @@ def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
     with open_dict(cfg):
         if cfg.get("predict") is not None and "_target_" not in cfg.data:
             # Images to predict come without preprocessing settings; the processor's are used.
-            # By default, Transformers has two classes.
-            num_classes = len(args["config"].get("id2label") or "01")
+            class_names = args["config"].get("id2label")
+            num_classes = len(class_names) if class_names else 2  # the default of Transformers
             null_settings = dict.fromkeys((*_PREPROCESSING, "image_size"))
             cfg.data.update({**null_settings, "num_classes": num_classes})
         if any(key in cfg.data and cfg.data[key] is None for key in _PREPROCESSING):

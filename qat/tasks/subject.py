@@ -49,10 +49,15 @@ class EvaluatedNet:
     assumed: Sequence[str] = ()
 
 
-def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
+def build_evaluated_net(cfg: DictConfig, *, tests_only: bool = True) -> EvaluatedNet:
     """Build the model of `ckpt` or `model`, with its data and classes.
 
     `cfg.data` is set to the config of these data.
+
+    Args:
+        cfg: config of a command.
+        tests_only: True if the command reads only images for testing. These are then all images of
+            a folder without splits, unless the model was trained on it.
 
     Raises:
         UsageError: a setting or file cannot be used, or the data do not suit the model.
@@ -61,7 +66,8 @@ def build_evaluated_net(cfg: DictConfig) -> EvaluatedNet:
     own_data = build.to_plain(cfg.data)
     choose_data(cfg, checkpoint)
     data = build.build_data(cfg)
-    data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
+    is_unused = tests_only and not _is_trained_on(checkpoint, data)
+    data.evaluates_whole = is_unused and cfg.get("split") is None
     net, name = _load_net(cfg, checkpoint, data)
     # Only weights from a file can fail the checks that name this setting: random weights and timm's
     # are finite and have no class names.
@@ -123,6 +129,7 @@ def _load_net(
                 "or set model=NAME with model.pretrained=true or model.weights=FILE"
             )
         return build.build_start(cfg, keep_head=True).net.eval(), name
+    ofq_net = build.find_ofq_net(cfg, checkpoint)
     if checkpoint.meta is not None:
         stored_name = checkpoint.meta["model"]["name"]
         if name not in {None, stored_name}:
@@ -130,7 +137,6 @@ def _load_net(
                 f"model.name={name!r}: ckpt={cfg.ckpt!r} contains {stored_name}; leave model out"
             )
         return build_from(checkpoint, data.input_size[1:]), stored_name
-    ofq_net = build.find_ofq_net(cfg, checkpoint)
     if ofq_net is not None:
         log.info("%s", ofq_net.note)
         return ofq_net.net, ofq_net.model

@@ -218,7 +218,8 @@ def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | N
         try:
             torch.save(content, temporary)
         except RuntimeError as error:
-            # Raise the operating system's error instead, which says why torch cannot write.
+            # Write more, so that the operating system raises its own error, which says why torch
+            # cannot write.
             with temporary.open("ab") as file:
                 file.write(bytes(2**16))
                 file.flush()

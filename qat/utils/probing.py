@@ -39,7 +39,7 @@ def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     for tensor in itertools.chain(net.parameters(), net.buffers()):
         if tensor.is_floating_point():
             return tensor.new_zeros(1, *input_size)
-    return torch.zeros(()).new_zeros(1, *input_size)
+    return torch.zeros(1, *input_size)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ def unknown_message(
         elsewhere: full names of settings in other groups, whose last parts `name` is compared with.
     """
     choices = sorted(allowed)
+    # Reversed, so that of several settings with the same last part the first one counts.
     full_names = {full_name.rpartition(".")[2]: full_name for full_name in reversed(elsewhere)}
     full_names |= {choice: choice for choice in choices}
     if name in full_names:
@@ -53,7 +54,7 @@ def unknown_message(
         closest = closest or difflib.get_close_matches(name, full_names)
     if not closest:
         return f"{setting}: unknown; must be one of {', '.join(choices)}"
-    if name.startswith(closest[0]):
+    if name.startswith(closest[0]):  # a longer form of this choice: deit_tiny means deit_t
         closest = closest[:1]
     suggestions = [full_names[match] for match in closest]
     return f"{setting}: unknown; closest: {', '.join(suggestions)}"

@@ -70,7 +70,7 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
     net = write_run(tmp_path / "run", lines)
     with usage_error(f"^ckpt='{net.path}': .*callbacks=.default,oscillation.$"):
         analysed(net)
-    with usage_error(r"ckpt=null: must be a run"):
+    with usage_error(r"ckpt=null: must be a checkpoint"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
 

@@ -258,6 +258,12 @@ def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
     assert f"'{suggested['setting']}'" in caplog.text
 
 
+def test_a_budget_needs_weights_whose_bits_can_be_chosen():
+    net = tiny.fitted(tiny.vit(), tiny.images(), "mxfp4")
+    with usage_error(r"analysis.budget_mb=1: .* no weights on a uniform grid .*must be null"):
+        run(net, bits=[2], budget_mb=1)
+
+
 def test_the_smallest_size_that_is_printed_can_be_typed():
     net = net_of("ofq2")
     with usage_error("must be at least ") as error:

@@ -155,6 +155,7 @@ LINES = [
     ("--epochs 3", "--epochs 3: must be trainer.max_epochs=3"),
     ("--batch-size=8", "--batch-size=8: must be data.batch_size=8"),
     ("--seed 1", "--seed 1: must be seed=1"),
+    ("-m seed=1", "seed=1: options such as -m must come before all settings"),
     ("--overwrite seed=1", "--overwrite: must be overwrite=VALUE"),
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
     ("warmup=1", "warmup: unknown; closest: scheduler.warmup_lr, scheduler.warmup_epochs"),
@@ -179,7 +180,7 @@ LINES = [
 @pytest.mark.parametrize(("argument", "line"), LINES, ids=[argument for argument, _ in LINES])
 def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argument, line):
     (tmp_path / "file").touch()
-    words = argument.split() if argument.startswith("--") else [argument]
+    words = argument.split() if argument.startswith("-") else [argument]
     code, out = typed("train.py", "run_dir=run", *words, cwd=tmp_path)
     assert (out or code) in {f"error: {line}\n", f"error: {line}"}
     assert code

@@ -69,6 +69,12 @@ def test_of_photos_only_the_folder_is_needed(tmp_path):
     assert data.config()["mean"] == (0.485, 0.456, 0.406)
 
 
+def test_the_fingerprint_does_not_depend_on_how_the_folder_is_typed(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, (("train", 20),), classes=("a", "b", "c")) / "train"
+    monkeypatch.chdir(root)
+    assert ImageFolder(root=".").fingerprints() == ImageFolder(root=str(root)).fingerprints()
+
+
 def test_without_a_test_split_validation_is_evaluated():
     data = Numbered(**DIGITS)
     assert data.evaluation_split == "val"

@@ -199,3 +199,8 @@ def test_fused_steps_clip_gradients_under_autocast():
     before = learner.net.head.weight.detach().clone()
     fit(learner, max_epochs=1, precision="bf16-mixed", gradient_clip_val=1.0)
     assert not torch.equal(learner.net.head.weight, before)
+
+
+def test_another_form_of_the_optimizer_may_be_chosen():
+    optimizer = build_optimizer(nn.Linear(2, 2), lr=1e-3, weight_decay=0.0, foreach=True)
+    assert not optimizer.param_groups[0]["fused"]

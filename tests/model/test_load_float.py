@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from tests.tiny import convert, quantized, vit, with_scales
+from tests.tiny import convert, identical, images, quantized, vit, with_scales
 
 
 @pytest.fixture
@@ -24,3 +24,17 @@ def test_a_head_for_another_number_of_classes_is_new(path, num_classes):
     assert changed == (set() if num_classes == 10 else {"head.weight", "head.bias"})
     assert net.num_classes == num_classes
     with_scales(convert(net, "seq"))
+
+
+def test_pooling_that_was_changed_later_stays(path):
+    net = vit()
+    net.reset_classifier(10, "avg")
+    qat.save(net, path)
+    x = images()
+    assert torch.equal(qat.load_float(path).eval()(x), net.eval()(x))
+
+
+def test_a_model_without_a_classifier(path):
+    net = vit(num_classes=0)
+    qat.save(net, path)
+    assert identical(qat.load_float(path).state_dict(), net.state_dict())

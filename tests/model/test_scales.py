@@ -41,7 +41,7 @@ def test_assert_ready_names_the_first_gap():
 
 @pytest.mark.parametrize("batches", [[], iter(())])
 def test_no_data_is_an_error(batches):
-    with usage_error(r"scales of .* are not initialized"):
+    with usage_error("batches: must contain at least one batch of images"):
         qat.initialize_scales(converted(), batches)
 
 

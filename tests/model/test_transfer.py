@@ -183,6 +183,24 @@ def test_all_scales_are_copied_between_equal_recipes():
     assert torch.equal(logits(target), logits(source))
 
 
+@pytest.mark.parametrize("steps", ["absolute", "relative"])
+def test_trained_step_sizes_are_copied_from_a_frozen_net(steps):
+    source = quantized("lsq", steps=steps)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if name.endswith((".scale", ".change")):
+                parameter.add_(0.1)
+    target = converted("lsq", steps=steps)
+    _, missing = copy_scales(qat.freeze(source), target)
+    assert missing == []
+    theirs = {site.name: site.quantizer for site in qat.iter_quantizers(source)}
+    for site in qat.iter_quantizers(target):
+        if site.quantizer.num_stored_scales:
+            grid = site.quantizer.grid(site.latent() if site.is_weight else None)
+            expected = theirs[site.name].grid(site.latent() if site.is_weight else None)
+            assert_close(grid.step, expected.step, rtol=0, atol=0)
+
+
 def timm_like(net):
     """Everything but quantizer state and the offset in front of the product."""
     return {

@@ -153,6 +153,16 @@ def test_nothing_in_a_sweep_is_taken_for_markup(tmp_path):
     assert len(found.all("script")) == 1
 
 
+def test_a_setting_named_loss_and_the_mean_loss_have_columns_of_their_own(tmp_path):
+    for name in ("ce", "kd", "infonce"):
+        job(tmp_path / name, f"loss={name}", loss=0.5)
+    assert [row["job"] for row in gather(tmp_path)] == ["ce", "infonce", "kd"]
+    rows = group_rows(gather(tmp_path))
+    assert [(row["loss"], row["mean loss"]) for row in rows] == [
+        (name, "0.5000") for name in ("ce", "infonce", "kd")
+    ]
+
+
 def test_a_sweep_of_few_classes_has_no_top5(tmp_path, capsys):
     job(tmp_path / "0", "seed=1", top1=90.0, top5=None)
     publish(tmp_path, report=False)

@@ -12,6 +12,7 @@ from qat.tasks import build
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
 from tests.conftest import TINY, compose, results, tiny, train
+from tests.data.files import write_folder
 from tests.system.test_configs import choices
 from tests.tasks.test_evaluate import DIGITS, counted, last
 from tests.tiny import identical
@@ -200,5 +201,15 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
     assert (run / "quantized.ckpt").read_bytes() == before
     (run / "results.json").unlink()
     assert "contains quantized.ckpt already" in refused(compose("export", *arguments[:2]))
+    (run / "search.ckpt").touch()  # of the older run
     quantize(run, *arguments[1:], "overwrite=true")
     assert (run / "quantized.ckpt").read_bytes() != before
+    assert not (run / "search.ckpt").exists()
+
+
+def test_images_without_splits_are_split(tmp_path, quantized_run):
+    root = write_folder(tmp_path, (("train", 60),), classes=("a", "b", "c")) / "train"
+    settings = ("model=vit_tiny_demo", "data=imagefolder", f"data.root={root}")
+    sizes = ("data.num_classes=3", "data.image_size=16", "data.calibration_images=4", "ptq.batch=4")
+    quantize(tmp_path / "run", *settings, *sizes, "ptq=minmax_w8a8")
+    assert results(tmp_path / "run")["split"] == "val"

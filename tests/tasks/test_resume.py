@@ -442,6 +442,10 @@ def test_auto_starts_behind_a_best_alone(tmp_path, full):
         run(run_dir, "resume=false")
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
+    for path in folder.glob("last*"):
+        path.unlink()
+    with usage_error(r"contains best.ckpt already"):  # the run has ended
+        run(run_dir, "resume=auto")
 
 
 def test_a_dry_run_leaves_a_run_alone(full):

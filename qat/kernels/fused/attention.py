@@ -165,6 +165,7 @@ def _tiled_backward(
     *grads, grad_scale = tiled_attention.backward(
         grad, log_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
     )
+    # `gradient_scale` uses only the shape of the scores, which do not exist.
     scores = log_sums.unsqueeze(-1).expand(*log_sums.shape, log_sums.shape[-1])
     return grads, grad_scale * gradient_scale(scores, probs.codes, probs.grad_factor), None
 
