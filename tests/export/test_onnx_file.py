@@ -85,6 +85,13 @@ def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     assert_agrees(made((RECIPES | DEPLOY)[name]), tmp_path / "net.onnx", tiny.images(32, 1))
 
 
+def test_a_graph_may_end_in_a_mean_over_the_tokens(tmp_path):
+    net = tiny.vit(num_classes=0, global_pool="avg", fc_norm=False)
+    assert_agrees(
+        tiny.fitted(net, tiny.images(), "deploy_w8a8"), tmp_path / "net.onnx", tiny.images(4)
+    )
+
+
 @pytest.mark.long
 def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tmp_path):
     net = FAMILIES["levit"].quantized("deploy_w8a8").eval()
@@ -577,6 +584,18 @@ def test_values_on_thresholds_are_not_a_problem(net):
     found = check.compare(net, lambda x: net(x * (1 - 1e-6)), lambda: graph, [x])
     assert found.num_differing > 5
     assert (found.problem, found.num_unexplained) == (None, 0)
+
+
+def test_nan_in_any_output_is_a_difference(net):
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return {"pooled": net(x), "features": x}
+
+    def broken(x):
+        return {"pooled": net(x), "features": x * torch.nan}
+
+    found = check.compare(Pair().eval(), broken, None, [tiny.images(2)])
+    assert found.relative_error != found.relative_error
 
 
 @pytest.mark.parametrize(("factor", "num_unexplained"), [(1.01, 0), (1.06, 10)])

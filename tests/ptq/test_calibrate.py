@@ -21,6 +21,7 @@ from tests.errors import usage_error
 from tests.tiny import (
     VIT,
     convert,
+    identical,
     images,
     logits,
     parameters,
@@ -139,6 +140,16 @@ def test_a_net_that_is_not_calibrated_says_so():
 def test_mistakes(net, batches, message):
     with usage_error(message):
         calibrate(net(), batches)
+
+
+def test_scales_that_cannot_be_replaced_by_others_stay():
+    net = ptq()
+    with torch.no_grad():
+        net.head.weight.mul_(2)
+    before = copy.deepcopy(net.state_dict())
+    with usage_error("batches is empty"):
+        calibrate(net, [])
+    assert identical(net.state_dict(), before)
 
 
 def test_deviates_from_reference_a_range_far_from_zero_reaches_it():

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +10,8 @@ import torch
 
 import qat
 from qat.data import Cifar10, FashionMnist, ImageNet
+from qat.tasks.set_up import _apply_timm_folder
+from qat.tasks.stored_data import choose_data
 from qat.tasks.subject import class_names
 from qat.utils.text import printable
 from tests.commands import typed
@@ -153,6 +156,15 @@ def test_wrong_paths_are_refused_before_a_net_is_read(
     assert message in refused(
         compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"),
     )
+
+
+def test_images_are_prepared_as_the_config_of_a_timm_folder_says():
+    cfg = compose("eval", "model=vit_s", "model.pretrained=true", "predict=a.png", "run_dir=a")
+    expected = {"mean": [0.1, 0.2, 0.3], "crop_pct": 1.0, "interpolation": "bilinear"}
+    config = {"architecture": "vit_small_patch16_224", "pretrained_cfg": expected}
+    _apply_timm_folder(cfg, Path("folder"), config)
+    choose_data(cfg, None)
+    assert {name: cfg.data[name] for name in expected} == expected
 
 
 def test_known_classes():
