@@ -202,7 +202,7 @@ class Callback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the state of the callback in the checkpoint folder."""
-        if state.is_world_process_zero:
+        if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_torch(folder / _STATE, self.callback.state_dict())
 

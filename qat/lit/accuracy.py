@@ -56,7 +56,7 @@ def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def check_logits(loss: float, subject: str) -> None:
-    """Raise `UsageError` if `loss` is NaN, which tells that a logit is NaN or infinite.
+    """Raise `UsageError` if `loss` is NaN, which means that a logit is not finite.
 
     Args:
         loss: a number that is NaN if any logit is not finite, such as `mean_cross_entropy`.

@@ -120,6 +120,8 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if not all(map(is_drawable, counts)):
             return []
         percentages.append([100 * count / max(sum(counts), 1) for count in counts])
+    if not any(map(any, percentages)):
+        return []
     side = 2.2 + 0.16 * len(names)
     figure, (panel,) = panels(width=side + 0.8, height=side)
     panel.grid(visible=False)
@@ -133,13 +135,13 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     panel.set_xlabel("predicted")
     panel.set_ylabel("true")
     figure.colorbar(image, ax=panel, label="% of the images of a class", shrink=0.8)
-    percent_correct = [
-        percentages_of_class[index] for index, percentages_of_class in enumerate(percentages)
-    ]
-    classes_with_images = [index for index, row in enumerate(percentages) if sum(row)]
-    worst_class = min(classes_with_images, key=percent_correct.__getitem__, default=0)
+    percent_correct = {}
+    for index, row_percentages in enumerate(percentages):
+        if any(row_percentages):  # the class has images
+            percent_correct[names[index]] = row_percentages[index]
+    worst_class = min(percent_correct, key=percent_correct.__getitem__)
     description = (
-        f"Rows are true classes, columns predicted ones. Lowest: {names[worst_class]}, "
+        f"Rows are true classes, columns predicted ones. Lowest: {worst_class}, "
         f"{percent_correct[worst_class]:.1f} % right. All counts are in confusion.csv."
     )
     return [picture("Predictions of each class", description, figure)]

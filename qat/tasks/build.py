@@ -294,10 +294,11 @@ def build_loss(cfg: DictConfig) -> CompositeLoss:
         terms[name] = instantiate(term, f"loss.terms.{name}")
     for name, term in (cfg.loss.get("regularizers") or {}).items():
         regularizer = instantiate(term, f"loss.regularizers.{name}")
+        if getattr(regularizer, "weight", None) == 0:
+            continue
         if name in terms:
             raise UsageError(
                 f"loss.terms.{name}: must have another name than loss.regularizers.{name}"
             )
-        if getattr(regularizer, "weight", None) != 0:
-            terms[name] = regularizer
+        terms[name] = regularizer
     return CompositeLoss(terms)

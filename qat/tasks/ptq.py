@@ -155,7 +155,7 @@ def ptq(cfg: DictConfig) -> float:
 
 def _begin_run_dir(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
-    if not cfg.resume:
+    if not cfg.resume and not cfg.trainer.fast_dev_run:
         for name in (*STATE_FILES, QUANTIZED_FILE, RESULTS):
             (run_dir / name).unlink(missing_ok=True)
     write_owner(run_dir)

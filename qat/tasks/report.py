@@ -94,7 +94,9 @@ def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
 
 def _find_checkpoint(folder: Path) -> Path | None:
     for name in ("best", "last", "quantized"):
-        for path in sorted(folder.rglob(f"{name}.ckpt")):
+        # A folder may contain other runs, whose files are deeper.
+        paths = sorted(folder.rglob(f"{name}.ckpt"), key=lambda path: (len(path.parts), path))
+        for path in paths:
             if is_inside(path, folder):
                 return path
     return None
