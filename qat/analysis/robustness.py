@@ -102,7 +102,7 @@ class Robustness(Analysis):
             for part in check_list("analysis.parts", self.parts):
                 check_choice("analysis.parts", part, PARTS)
         for bits in check_list("analysis.bits", self.bits):
-            check_bits("analysis.bits", bits, "float")
+            check_bits("analysis.bits", bits, quantizer="float")  # which also allows 32
         check_number("analysis.low", self.low, 0, exclusive_lowest=True)
         check_number("analysis.high", self.high, self.low, exclusive_lowest=True)
         check_int("analysis.ratios", self.ratios, 2)

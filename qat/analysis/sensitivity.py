@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -398,22 +399,25 @@ def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> 
         `quant.overrides={...}` for `train.py`, or `ptq.overrides={...}` for `ptq.py`.
     """
     group = "ptq"
-    rules: dict[str, dict[str, Any]] = {name: {"bits": width} for name, width in bits.items()}
+    rules: dict[str, dict[str, Any]] = {name: {} for name in bits}
     if conversion is not None:
         recipe = conversion.recipe
         group = recipe.GROUP
-        rules = {
-            **{name: dict(rule) for name, rule in recipe.overrides.items() if name not in rules},
-            **{name: {**recipe.overrides.get(name, {}), **rule} for name, rule in rules.items()},
-        }
-        if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
-            for name in bits:
-                rules[name]["act_bits"] = recipe.at(name).act_bits
-    # In Hydra's grammar, keys have no quotes.
+        rules = {name: dict(rule) for name, rule in recipe.overrides.items() if name not in bits}
+        for name in bits:
+            layer_recipe = recipe.at(name)  # a later pattern may win over the layer's own rule
+            knobs = recipe.overrides.get(name, {})
+            rules[name] = {knob: getattr(layer_recipe, knob) for knob in knobs}
+            if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
+                rules[name]["act_bits"] = layer_recipe.act_bits
+    for name, width in bits.items():
+        rules[name]["bits"] = width
+    # In Hydra's grammar, keys have no quotes, and brackets are escaped.
     entries = []
     for name, rule in rules.items():
+        key = re.sub(r"([\[\]])", r"\\\1", name)
         values = ",".join(f"{knob}:{json.dumps(value)}" for knob, value in rule.items())
-        entries.append(f"{name}:{{{values}}}")
+        entries.append(f"{key}:{{{values}}}")
     return f"{group}.overrides={{{','.join(entries)}}}"
 
 

@@ -81,7 +81,8 @@ class CGA(Callback):
     Raises:
         UsageError: a setting is invalid. In `setup`: the run ends before `start_epoch` or, without
             `start_epoch`, is shorter than `epochs`; there is nothing to anneal; or
-            `IterativeFreezing` is used too.
+            `IterativeFreezing` is used too. In `on_train_start`: `trainer.max_steps` ends the run
+            before annealing.
     """
 
     # CGA reads and restores single entries of weights between steps.
@@ -147,6 +148,16 @@ class CGA(Callback):
         self._hook_handles = [
             site.quantizer.register_forward_pre_hook(gate) for site, gate in self._gates
         ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that `trainer.max_steps` does not end the run before annealing."""
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        first_step = self._first_epoch * steps_per_epoch
+        if trainer.max_steps != -1 and trainer.max_steps <= first_step:
+            raise UsageError(
+                f"trainer.max_steps={trainer.max_steps}: must be above {first_step:g}, the first "
+                "step of annealing; or set callbacks.cga.start_epoch"
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -58,6 +58,7 @@ def _quote_path(value: str, *, is_multirun: bool) -> str:
         value = _quote(value)
     if SWEEP_OF_NUMBERS.search(value):
         return value
+    # Group 1 is a text that already has quotes.
     return ELEMENT.sub(lambda match: match[1] or f"'{match[0]}'", value)
 
 

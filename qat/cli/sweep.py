@@ -84,7 +84,7 @@ class SweepCallback(Callback):
 
 
 def _lock_directory(config: DictConfig, folder: str) -> None:
-    """Lock the directory of a command.
+    """Check the processes and the directory of a command, and lock the directory.
 
     Hydra turns errors of its callbacks into warnings, so this function itself ends the process.
     """

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from qat.errors import UsageError
+from qat.launch.ranks import num_cores
 from qat.utils.validate import (
     CROP_MODES,
     INTERPOLATIONS,
@@ -181,11 +182,8 @@ class DataSettings:
             return self.num_workers
         if images < MIN_IMAGES_FOR_WORKERS:
             return 0
-        cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))  # without the cores of srun's other tasks
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(max(cores // local_processes, 1), MAX_WORKERS)
+        return min(max(num_cores() // local_processes, 1), MAX_WORKERS)
 
     @property
     def mixes(self) -> bool:

@@ -163,8 +163,8 @@ class StoredWeight(_CodeTensor):
         is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
-        constant: (n,), number added to each row: half a step size for 8-bit StatsQ or SEQ, plus the
-            offset after the quantizer, for example of bias correction; None = 0.
+        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, SEQ or DoReFa,
+            plus the offset after the quantizer, for example of bias correction; None = 0.
         graph: see `QuantizedTensor`; None before a graph is written.
     """
 
@@ -234,9 +234,9 @@ def store_weights(
 def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") -> StoredWeight:
     """Store a weight exactly, in the smallest type that the runtime can read.
 
-    The values of grids with half steps (StatsQ, SEQ) are (k + 1/2) steps. Products use the odd
-    numbers 2k + 1 instead. If 2k + 1 fits the type (2 and 3 bits in INT4, 5 to 7 bits in INT8), it
-    is stored. If it does not fit (4 bits in INT4, 2 bits in INT2), k is stored, and 2k + 1 is
+    The values of grids with half steps (StatsQ, SEQ, DoReFa) are (k + 1/2) steps. Products use the
+    odd numbers 2k + 1 instead. If 2k + 1 fits the type (2 and 3 bits in INT4, 5 to 7 bits in INT8),
+    it is stored. If it does not fit (4 bits in INT4, 2 bits in INT2), k is stored, and 2k + 1 is
     computed when the file is opened. With 8 bits, not even a product could use 2k + 1, so products
     use k and half a step is added. Docs: docs/deployment.md.
 

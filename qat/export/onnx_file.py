@@ -157,7 +157,8 @@ def export_onnx(
     # Transformers' own `float` method refuses quantized models.
     net = nn.Module.float(copy_net(net).cpu())
     frozen = net if is_frozen(net) else freeze(net)
-    if not check_input(frozen, input_size):
+    outputs = check_input(frozen, input_size)
+    if not outputs:
         raise UsageError(
             "export_onnx: the model returns several tensors without names; "
             "must be a classifier, which returns (1, classes), or a model of Transformers"

@@ -1,7 +1,7 @@
-"""Rules that rewrite a graph of torch and onnxscript for onnxruntime and OpenVINO.
+"""Rules that rewrite a graph written by torch and onnxscript for onnxruntime and OpenVINO.
 
-For example, an offset added to a LayerNormalization becomes part of the bias, and codes of weights
-of few bits are stored as INT4 or INT2.
+For example, an offset added to a LayerNormalization becomes part of the bias, and the codes of
+low-bit weights are stored as INT4 or INT2.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def slices_along(x: Tensor, axis: int | None) -> Tensor:
     x = x.detach().float()
     if axis is None:
         return x.reshape(1, -1)
+    # With one more dimension, a vector can be flattened, too.
     return x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 

@@ -105,6 +105,7 @@ def _block_factors(blocks: Tensor, form: BlockFormat, tensor_scale: Tensor | Non
         divisor = torch.where(tensor_scale == 0, torch.inf, tensor_scale)
         return nearest_float(largest / form.max_value / divisor, _E4M3)
     exponent = int(math.log2(form.max_value))
+    # At this scale an infinite value stays infinite; an infinite scale would make it NaN.
     highest_scale = 2.0 ** (_BIAS + 1 - exponent)
     scale = (_power_below(largest) * 2.0**-exponent).clamp(max=highest_scale)
     scale = torch.where(scale < TINY, 0.0, scale)

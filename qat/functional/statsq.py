@@ -120,6 +120,8 @@ def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 def statsq(w: Tensor, bits: int) -> Tensor:
     """Quantize a weight to the 2^bits levels s * (k + 1/2) / n, k in [-n, n - 1], n = 2^(bits-1).
 
+    s is `statsq_scale(w)`.
+
     Args:
         w: (out, in), (d0, d1, d2) or (O, I, kh, kw); any float dtype, computed in float32.
         bits: 2 to 8.

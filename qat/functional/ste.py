@@ -32,7 +32,7 @@ def nearest_codes(u: Tensor, qmin: int, qmax: int) -> Tensor:
 def dequantize_nearest_(
     u: Tensor, step: Tensor, zero: Tensor | float | None, qmin: int, qmax: int
 ) -> Tensor:
-    """(`nearest_codes`(u + z) - z) * s in place, with the zero point z; None = 0.
+    """(`nearest_codes`(u + zero) - zero) * step, in place; None = a zero point of 0.
 
     Working in one buffer is several times faster, above all in searches.
     """

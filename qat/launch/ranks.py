@@ -137,6 +137,13 @@ def connect(trainer: Trainer) -> None:
         trainer.strategy.setup_environment()
 
 
+def num_cores() -> int:
+    """Number of cores that this process may use; without those of other tasks of srun."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def become_torchrun(num_processes: int, command: Sequence[str]) -> NoReturn:
     """Replace this process by torchrun; no rank outlives torchrun.
 
@@ -145,8 +152,8 @@ def become_torchrun(num_processes: int, command: Sequence[str]) -> NoReturn:
         command: script and arguments of each rank.
     """
     os.environ[LAUNCHER] = str(os.getpid())
-    # If each process used one thread per core of the machine, all processes would be slow.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
+    # If each process used one thread per core, all processes would be slow.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores() // num_processes, 1)))
     script = str(Path(__file__).with_name("torchrun.py"))
     options = [
         "--standalone",

@@ -229,6 +229,7 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
     for parent, name, old in swapped:
         if isinstance(getattr(parent, name), QkrAttention) and old not in attentions:
             attentions.append(old)
+    # The swaps have already removed the weights of these attentions from `net`.
     used_parameters = set(net.parameters())
     for attention in attentions:
         parameters = set(attention.qkv.parameters())  # type: ignore[union-attr]

@@ -42,7 +42,7 @@ def freeze(net: nn.Module) -> nn.Module:
     """Return a copy of a quantized model with integer codes in place of float weights.
 
     Parameters of the copy cannot be trained. A weight becomes codes with the scales of its
-    quantizer; a code k of StatsQ or SEQ means (k + 1/2) * step size. With query-key
+    quantizer; a code k of StatsQ, SEQ or DoReFa means (k + 1/2) * step size. With query-key
     reparameterization, only the codes of the folded matrix remain. If an offset c after the
     quantizer of a linear layer's input has one number per channel, it becomes part of the layer's
     bias (W c). In attentions of ViT and Swin, offsets before the quantizers of queries, keys and
@@ -198,6 +198,7 @@ def _fold_bias_correction(frozen: FrozenWeight, weight: Tensor) -> FrozenWeight:
     corrected = correct_mean_and_std(dequantized, weight, axis).movedim(axis, 0).flatten(1)
     centered = rows - rows.mean(1, keepdim=True)
     mean = corrected.mean(1, keepdim=True)
+    # The factor of the map, by least squares.
     sum_of_squares = centered.square().sum(1)
     covariance = ((corrected - mean) * centered).sum(1)
     ratio = torch.where(sum_of_squares > 0, covariance / sum_of_squares, 1.0)

@@ -42,8 +42,8 @@ class FrozenWeight(Frozen):
     Attributes:
         stored: codes, int8 or uint8, in the shape of the weight.
         scale: step sizes, (n,): one per row, or one for all rows.
-        shift: (n,), in units of codes, multiples of 1/2: 1/2 for StatsQ and SEQ, the negative zero
-            point for affine grids.
+        shift: (n,), in units of codes, multiples of 1/2: 1/2 for StatsQ, SEQ and DoReFa, minus the
+            zero point for affine grids, 0 for other grids.
         after: (n,), number added to each row by bias correction or an offset of the quantizer; None
             = 0.
     """

@@ -258,6 +258,7 @@ def _quantized_products(
 
 
 def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
+    """The products of QKR: M x, the scores, the sums of values, and x with a folded query bias."""
     width = x.shape[-1]
     num_scores = attention.num_scores(x)
     num_product_elements = attention.num_heads * x.numel()

@@ -50,7 +50,7 @@ def analyze(cfg: DictConfig) -> None:
     subjects = [build_evaluated_net(job, tests_only=tests_only) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_same_images(subjects, origins)
-    cfg.data = jobs[0].data  # so that the data in use are recorded
+    cfg.data = jobs[0].data  # which `build_evaluated_net` has set; the run records it
     device = _single_device(cfg)
     labels = make_labels(cfg.labels, origins)
     nets = []
@@ -64,7 +64,8 @@ def analyze(cfg: DictConfig) -> None:
     for subject, studied_net in zip(subjects, nets, strict=True):
         model = summary.describe_model(subject.name, subject.net, subject.data.input_size)
         entries[studied_net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
-    data = subjects[0].data
+    # If one model was trained on part of these images, the others are tested on the same images.
+    data = min((subject.data for subject in subjects), key=lambda data: data.evaluates_whole)
     if analysis.split is not None:
         default = data.evaluation_split if analysis.split == "test" else analysis.split
         images = _load_images(data, cfg.split or default, cfg.images, device)
@@ -150,7 +151,7 @@ def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str])
 
 def _image_facts(data: ImageData) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": type(data).__name__}
-    for name in ("in_chans", "image_size", "num_classes", "mean", "std"):
+    for name in ("in_chans", "image_size", "num_classes", "mean", "std", "root"):
         facts[name] = getattr(data.settings, name)
     return facts
 

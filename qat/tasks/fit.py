@@ -40,7 +40,7 @@ from qat.lit.optim import build_optimizer, scaled_lr, scheduler_factory
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, choose_strategy
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, to_plain
-from qat.tasks.checks import check_callback, check_sharding, check_writers
+from qat.tasks.checks import VAL_METRICS, check_callback, check_sharding, check_writers
 from qat.tasks.conf import display_name
 from qat.utils.validate import check_int, check_number, unknown_message
 
@@ -65,6 +65,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
             cfg.scheduler.min_lr,
             settings["lr"],
         )
+    # `layer_decay` needs a whole model, whose layers can be numbered.
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 
@@ -118,7 +119,8 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         check_writers(name, callback, writers)
-        if isinstance(callback, EarlyStopping) and cfg.trainer.get("limit_val_batches") == 0:
+        needs_val = isinstance(callback, EarlyStopping) and callback.monitor in VAL_METRICS
+        if needs_val and cfg.trainer.get("limit_val_batches") == 0:
             raise UsageError(
                 f"trainer.limit_val_batches=0: callbacks.{name} needs {callback.monitor}; "
                 "must be above 0"

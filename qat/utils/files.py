@@ -262,7 +262,7 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
             # No checksum covers this mark.
             folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER_MARK]
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) or type(error).__name__
     if damaged_entry is not None:
         return f"the checksum of {damaged_entry} does not match"
     return f"{folders[0]} is marked as a folder" if folders else None

@@ -204,13 +204,16 @@ def test_sizes_and_bits_are_those_of_nets_converted_with_the_setting(kind):
 
 def test_rules_that_a_net_has_stay():
     own = {"bits": 8, "act_bits": 6, "act_observer": "omse"}
-    rules = {"blocks.0.mlp.fc1": own, "*.proj": {"act_bits": 5}}
+    # The last rule wins over the first.
+    last = {"blocks.[01].*.fc1": {"act_observer": "minmax"}}
+    rules = {"blocks.0.mlp.fc1": own, "*.proj": {"act_bits": 5}, **last}
     net = tiny.convert(tiny.vit(), PtqRecipe(bits=4, overrides=rules))
     bits = {"blocks.0.mlp.fc1": 2, "blocks.1.attn.proj": 3}
     _, found = overrides(override_setting(conversion_of(net), bits))
     assert found["*.proj"] == {"act_bits": 5}
-    assert (own | {"bits": 2}).items() <= found["blocks.0.mlp.fc1"].items()
-    assert list(found)[0] == "*.proj"
+    settled = own | {"bits": 2, "act_observer": "minmax"}
+    assert settled.items() <= found["blocks.0.mlp.fc1"].items()
+    assert list(found)[:2] == ["*.proj", *last]
     assert found["blocks.1.attn.proj"]["bits"] == 3
 
 

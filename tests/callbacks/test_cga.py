@@ -232,6 +232,12 @@ def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do(
         fit(learner, *callbacks)
 
 
+def test_refuses_a_run_whose_steps_end_before_annealing():
+    with usage_error(r"trainer\.max_steps=4: must be above 4, the first step of annealing"):
+        fit(module(net()), CGA(), max_steps=4)
+    fit(module(net()), CGA(), max_steps=5)
+
+
 def hooks(trainer, learner):
     gates = sum(len(s.quantizer._forward_pre_hooks) for s in sites(learner.net).values())
     return len(trainer.optimizers[0]._optimizer_step_post_hooks), gates

@@ -78,7 +78,7 @@ def test_the_process_becomes_torchrun_of_the_same_command(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *given: called.append(given))
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     ranks.become_torchrun(4, ["train.py", "a=1"])
     ((program, arguments),) = called
     assert program == arguments[0] == sys.executable

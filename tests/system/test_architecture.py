@@ -191,7 +191,7 @@ BUDGETS = {
     "qat/report": 5350,
     "qat/tasks": 26250,
     "qat/utils": 5560,
-    "tests": 255400,
+    "tests": 256000,
 }
 LAYOUT = {
     tokenize.COMMENT,

@@ -10,10 +10,13 @@ import torch
 import qat
 from qat.analysis import Analysis, Outcome, Table
 from qat.data import Digits
+from qat.model.metadata import META_KEY
 from qat.tasks.analyze import analyze as task
 from qat.tasks.analyze import make_labels
 from qat.utils.files import csv_rows
 from tests.conftest import compose, contents, results
+from tests.data.files import write_folder
+from tests.errors import usage_error
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
 
 SMALL = ("analysis.parts=[steps,bits]", "analysis.ratios=3", "analysis.bits=[2,4,32]")
@@ -102,6 +105,24 @@ def test_several_checkpoints_are_compared(tmp_path, run_4bit, float_run):
 )
 def test_labels_are_the_shortest_ends_that_differ(paths, labels):
     assert make_labels(None, paths) == labels
+
+
+def test_no_order_of_checkpoints_tests_a_model_on_its_training_images(tmp_path, run_4bit):
+    """Folders without splits: whoever was trained on one is tested on its validation images."""
+    classes = [str(number) for number in range(10)]
+    paths = {}
+    for name in ("own", "other"):
+        root = write_folder(tmp_path / name, (("all", 20),), classes=classes) / "all"
+        stored = torch.load(last(run_4bit), weights_only=True)[META_KEY]["data"]
+        stored |= {"_target_": "qat.data.ImageFolder", "root": str(root)}
+        paths[name] = edited(last(run_4bit), tmp_path / f"{name}.ckpt", stored)
+    root = f"data.root={tmp_path / 'own' / 'all'}"
+    for order in ([paths["own"], paths["other"]], [paths["other"], paths["own"]]):
+        listed = f"ckpt=[{order[0]},{order[1]}]"
+        bare(tmp_path / "run", listed, root, "images=null")
+        assert results(tmp_path / "run")["summary"]["n"] == 20
+    with usage_error(rf"ckpt='{paths['other']}': the data have root {tmp_path}/other/all, "):
+        bare(tmp_path / "run", f"ckpt=[{paths['own']},{paths['other']}]")
 
 
 MISTAKES = {

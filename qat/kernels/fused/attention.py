@@ -128,11 +128,10 @@ class _Attention(torch.autograd.Function):
         qkv = inputs.qkv
         qkv_q = _quantize_qkv(inputs, shape.dtype)
         grad = grad.to(shape.dtype)
-        if ctx.is_tiled:
-            quantized_grads = _tiled_backward(grad, saved_softmax, qkv_q, inputs, shape)
-        else:
-            quantized_grads = _plain_backward(grad, saved_softmax, qkv_q, inputs, shape)
-        grads_qkv_q, grad_probs_scale, grad_bias = quantized_grads
+        backward = _tiled_backward if ctx.is_tiled else _plain_backward
+        grads_qkv_q, grad_probs_scale, grad_bias = backward(
+            grad, saved_softmax, qkv_q, inputs, shape
+        )
 
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         quantizer_grads = []
