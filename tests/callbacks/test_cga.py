@@ -310,6 +310,7 @@ def anneal_in_a_process(folder):
     torch.save(learner.net.state_dict(), folder / f"{dist.get_rank()}.pt")
 
 
+@pytest.mark.long
 def test_two_processes_agree(tmp_path):
     start = net().state_dict()
     assert in_processes(2, anneal_in_a_process, tmp_path) == ["", ""]

@@ -54,6 +54,7 @@ def test_operations(function, shapes, expected):
     assert (found.bytes, found.kernels, found.triton) == expected
 
 
+@pytest.mark.long
 def test_a_step_of_each_row_moves_more_than_the_float_step():
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     found = {

@@ -346,9 +346,10 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     write_image(tmp_path / "PHOTOS" / "cat.jpg", 40, 30)
     frozen = qat.freeze(qat.load(f"{shelf['quantized']}/checkpoints/best.ckpt"))
     write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
+    # Twelve blocks take a minute to export.
     code = code.replace(
-        '"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=1, '
-    )  # twelve blocks take a minute to export
+        'create_model("deit_tiny_patch16_224"', 'create_model("deit_tiny_patch16_224", depth=1'
+    )
     # What an example leaves to its reader.
     exec(compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)]})
 

@@ -71,6 +71,7 @@ def test_a_run_at_its_limit_of_steps_stays_there(tmp_path, ten):
     assert [results(again)[key] for key in kept] == [results(ten)[key] for key in kept]
 
 
+@pytest.mark.long
 def test_a_later_limit_of_time_loses_no_image(tmp_path, whole):
     run_dir = tmp_path / "run"
     with added(At(6, lambda trainer: setattr(trainer, "should_stop", True))):
