@@ -169,7 +169,7 @@ def net_from_ofq(
 def _bits(
     checkpoint: Checkpoint, bits: int | None, act_bits: int | None, origin: str
 ) -> tuple[int, int | None]:
-    """Bits of weights and activations: those that the file states, or else the arguments.
+    """Bits of weights and activations: as the file states, or else `bits` and `act_bits`.
 
     If there was a quantized teacher, the file's bits are ignored: the authors' script overwrites
     the student's bits with the teacher's before saving.

@@ -41,7 +41,8 @@ _CHOICES = {
     "act_scales": ("token", "tensor"),
 }
 
-# Quantizer of stem and heads, which in OFQ have 8 bits and learned step sizes (paper, section 3).
+# Weight quantizers of stem and heads, by the weight quantizer of the blocks. In OFQ, stem and heads
+# have 8 bits and learned step sizes (paper, section 3).
 _OUTER_QUANTIZERS = dict.fromkeys(("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS), "lsq")
 # With `minmax`, each forward computes the ranges of weights; those of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
@@ -264,6 +265,7 @@ class QuantRecipe:
                     f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
                     f"must be {{setting: value}} with settings among {', '.join(sorted(knobs))}"
                 )
+            # Building the recipe checks the values of the rule.
             self._with_knobs(pattern, self._with_implied_bits(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
@@ -493,8 +495,12 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
             raise TypeError(f"recipe: {unknown_message(knob, knob, knob_names)}")
     check_choice("recipe", name, (*PRESETS, *CHOICES))
     preset, preset_bits = CHOICES.get(str(name), (str(name), {}))
-    own_rules = PRESETS[preset].get("overrides", {})
     rules = knobs.get("overrides")
     if isinstance(rules, Mapping | None):
-        knobs["overrides"] = {**own_rules, **(rules or {})}
+        rules_by_pattern = dict(PRESETS[preset].get("overrides", {}))
+        for pattern, rule in (rules or {}).items():
+            # A rule for a pattern of the recipe extends its rule, and moves it to the new place.
+            own_rule = rules_by_pattern.pop(pattern, {})
+            rules_by_pattern[pattern] = {**own_rule, **rule} if isinstance(rule, Mapping) else rule
+        knobs["overrides"] = rules_by_pattern
     return QuantRecipe(**{"name": preset, **PRESETS[preset], **preset_bits, **knobs})

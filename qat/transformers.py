@@ -155,7 +155,7 @@ class Callback(TrainerCallback):
         self.callback = callback
         # Stand-ins with the attributes that callbacks read from Lightning's trainer and module.
         self._lightning_trainer = SimpleNamespace(
-            callbacks=[callback], fast_dev_run=False, is_last_batch=False
+            callbacks=[callback], fast_dev_run=False, is_last_batch=False, max_steps=-1
         )
         # Transformers' `Trainer` does not log the fraction of frozen weights, so no step counts as
         # a logging step.
@@ -207,7 +207,7 @@ class Callback(TrainerCallback):
             write_torch(folder / _STATE, self.callback.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the hooks from the optimizer."""
+        """Remove the hooks of `CGA` from the optimizer and the model."""
         self.callback.teardown(self._lightning_trainer, self._lightning_module, "fit")
 
     def _update_progress(self, state: Any) -> None:

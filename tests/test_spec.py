@@ -90,6 +90,9 @@ def test_rules_of_a_preset_stay_beside_others_and_can_be_replaced():
         "*.attn.proj": {"act_quantizer": "seq"}
     }
     assert recipe("seq", overrides=None).overrides == own
+    rules = {"blocks.*": {"bits": 8}, "*.attn.proj": {"bits": 4}}
+    layer = recipe("seq", bits=2, overrides=rules).at("blocks.0.attn.proj")
+    assert (layer.bits, layer.act_quantizer) == (4, "lsq"), "the last rule wins and keeps the rest"
 
 
 def test_recipes_to_deploy_have_one_step_a_tensor_and_codes_of_int8():

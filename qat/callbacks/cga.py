@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat.callbacks.freezing import IterativeFreezing
 from qat.callbacks.oscillation import log_fraction
+from qat.callbacks.progress import StepLimit
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -151,11 +152,17 @@ class CGA(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that `trainer.max_steps` does not end the run before annealing."""
+        max_steps = trainer.max_steps
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepLimit):  # commands use it in place of `max_steps`
+                max_steps = callback.steps
+        if max_steps == -1 or trainer.num_training_batches == math.inf:
+            return
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         first_step = self._first_epoch * steps_per_epoch
-        if trainer.max_steps != -1 and trainer.max_steps <= first_step:
+        if max_steps <= first_step:
             raise UsageError(
-                f"trainer.max_steps={trainer.max_steps}: must be above {first_step:g}, the first "
+                f"trainer.max_steps={max_steps}: must be above {first_step:g}, the first "
                 "step of annealing; or set callbacks.cga.start_epoch"
             )
 
@@ -199,6 +206,12 @@ class CGA(Callback):
             weights_and_masks.append((weight, torch.ones_like(weight, dtype=torch.bool)))
         self._freezer.freeze(weights_and_masks)
         log_fraction(trainer, pl_module, "cga/trainable", trainable_masks)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the hooks, because Lightning does not call `teardown` after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""

@@ -153,6 +153,9 @@ class EncodedImages(ABC):
 
     Attributes:
         rows: (N,), number of each image among the stored images.
+
+    Raises:
+        UsageError: there are no images.
     """
 
     def __init__(self, labels: NDArray[np.int64], origin: str, settings: DataSettings) -> None:

@@ -64,6 +64,9 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         splits: `ImageArrays` or encoded images, by name.
+
+    Raises:
+        UsageError: a class has too few images to hold out a part.
     """
     for name, other_name in itertools.combinations(splits, 2):
         if is_first() and _are_equal(splits[name], splits[other_name]):

@@ -121,7 +121,7 @@ class CheckResult:
 
     @property
     def top1(self) -> float:
-        """Percentage of images with the same predicted class: the lowest of all runtimes."""
+        """Lowest percentage of images with the same class, of all runtimes; 0 for encoders."""
         agreements = [agreement for agreement in self.agreement.values() if agreement.images]
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 

@@ -217,7 +217,7 @@ def _fold_factor(planner: Planner, products: HeadProducts) -> None:
 
 
 def _score_quantizers(attention: Any) -> tuple[object, object]:
-    """Quantizers of the two operands whose product is the scores."""
+    """Quantizers of the two operands whose product is the scores; None if norms follow them."""
     if isinstance(attention, FqAttention):
         quantizer = attention.qkv_quantizer if _has_no_norms(attention) else None
         return quantizer, quantizer
@@ -318,7 +318,7 @@ def _has_token_scales(quantizer: FrozenActivation) -> bool:
 
 
 def integer_zero_point(quantizer: FrozenActivation) -> int:
-    """The code that products subtract: of 0 (mean of zero points), or of the first value above."""
+    """The code of 0 (mean of zero points), or of the first value above 0; products subtract it."""
     zero = 0.0
     if quantizer.zero_point is not None:
         zero = float(quantizer.zero_point.float().mean().ceil())

@@ -139,7 +139,7 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
-    """Before multiplying by step sizes along dimension 1, insert a dimension before dimension 1.
+    """Before multiplying by 1 / step sizes along dimension 1, insert a dimension before it.
 
     OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear, except if step sizes vary along dimension 2.
     In files for any number of images, the fused operator uses the first step size for all values,

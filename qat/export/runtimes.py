@@ -66,6 +66,7 @@ def open_session(
 
     Raises:
         UsageError: onnxruntime cannot open the file.
+        RuntimeError: OpenVINO cannot open the file.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:

@@ -25,8 +25,8 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
 
     Args:
         z: coordinates on the axis of codes, float32; a rounded coordinate is the code.
-        qmin: lowest code.
-        qmax: highest code.
+        qmin: lowest code of the grid.
+        qmax: highest code of the grid.
         boundary: half-width of the band in codes. It is below 0.5, so that only the threshold
             floor(z) + 1/2 can be near.
     """

@@ -97,7 +97,7 @@ def best_candidate(population: Population) -> tuple[Tensor, float]:
 def select_parent(population: Population, members: Tensor) -> Tensor:
     """The candidate (n,) with the lowest loss among `members` (S,).
 
-    If several losses are equal, return the first candidate.
+    If several losses are equal, return the first of them in `members`.
     """
     winner = members[population.losses[members].argmin()]
     return population.scales[winner]

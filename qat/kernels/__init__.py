@@ -1,9 +1,9 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
-These are C++ kernels on a CPU, Triton kernels on CUDA, and the tensor operations of
-`qat.functional` elsewhere. In float32, all three return bit-identical results in the forward pass,
-except that fused attention and StatsQ's scale on CUDA differ by rounding. Sums in gradients also
-differ by rounding.
+These are C++ kernels on a CPU, Triton kernels on CUDA (none for block floats), and the tensor
+operations of `qat.functional` elsewhere. In float32, all three return bit-identical results in the
+forward pass, except that fused attention and StatsQ's scale on CUDA differ by rounding. Sums in
+gradients also differ by rounding.
 """
 
 from __future__ import annotations

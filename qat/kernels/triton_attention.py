@@ -4,7 +4,8 @@ A program processes a tile of queries or keys of one head and image; the grid of
 heads, images). Forward and backward compute a probability by the same operations, from the base-2
 logarithm of the softmax's denominator, so the codes are the same in all passes. `factor` includes
 the factor that turns a power of e into a power of 2. `probs_in_steps` are probabilities times the
-reciprocal of the step size. Matrix products are accumulated in float32.
+reciprocal of the step size. Matrix products are accumulated in float32. `grad_factor` is `factor`
+without the factor that turns a power of e into a power of 2.
 
 The `rows` of an image are consecutive in memory, and so are images, with `stride` elements from one
 row to the next. A head has SIZE elements of each row; they fit in a tile of BLOCK_D columns.

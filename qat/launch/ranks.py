@@ -138,7 +138,7 @@ def connect(trainer: Trainer) -> None:
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use; without those of other tasks of srun."""
+    """Number of cores that this process may use, which excludes cores of other srun tasks."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -123,9 +123,11 @@ def lock(run_dir: str) -> None:
             # Try again if the previous run has just removed this file: another process could lock a
             # new one.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
                 _locked[folder] = handle
+                owner = f"process {os.getpid()} on host {socket.gethostname()}\n"
+                with contextlib.suppress(OSError):  # for example a full disk
+                    os.ftruncate(handle, 0)
+                    os.write(handle, owner.encode())
                 return
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:

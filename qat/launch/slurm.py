@@ -60,14 +60,20 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
     also sets the address at which the processes connect.
 
     Raises:
-        UsageError: the numbers differ, or srun did not start this process of a job of several
-            tasks.
+        UsageError: the numbers differ or are unknown, or srun did not start this process of a job
+            of several tasks.
     """
     if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     if not is_srun_task():
         _check_single_process()
         return
+    tasks = env_number("SLURM_NTASKS")
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UsageError(
+            f"SLURM has {tasks} tasks for this job, but does not say how many run on a node; "
+            "set --ntasks-per-node instead of --ntasks"
+        )
     counts = (
         ("devices", local_processes(trainer), slurm_tasks_per_node(), "tasks on each node"),
         ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes(), "nodes"),

@@ -85,7 +85,7 @@ class QATModule(LightningModule):
         self._output_recorder = OutputRecorder.for_blocks(net, loss.blocks)
         self._num_accumulated = 1  # number of batches in the current step
         self._num_groups = 0  # parameter groups of all optimizers when training starts
-        self._initially_frozen: list[nn.Parameter] = []  # parameters, when training starts
+        self._initially_frozen: list[nn.Parameter] = []  # frozen parameters when training starts
         self._num_steps = math.inf  # steps of the whole run; known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
@@ -166,14 +166,15 @@ class QATModule(LightningModule):
     def _set_accumulation(self, batches: int) -> None:
         """Set the number of batches that the next step accumulates, and LSQ's gradient scale."""
         self._num_accumulated = batches
-        if self.lsq_grad_batch != "global":
-            return
+        factor = 1.0
+        if self.lsq_grad_batch == "global":
+            factor = (self.trainer.world_size * batches) ** -0.5
         for site in iter_quantizers(self.net):
             if site.is_weight:
                 continue
             for quantizer in site.quantizer.modules():
                 if isinstance(quantizer, LSQ):
-                    quantizer.grad_factor = (self.trainer.world_size * batches) ** -0.5
+                    quantizer.grad_factor = factor
 
     def on_fit_start(self) -> None:
         """Move the teacher, which Lightning does not know, to the device and dtype of the net."""
@@ -248,7 +249,10 @@ class QATModule(LightningModule):
             )
 
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
-        """Run teacher and net on a batch (images, targets), and collect the inputs of the loss."""
+        """Run teacher and net on a batch (images, targets), and collect the inputs of the loss.
+
+        `progress` is the completed fraction of the run, 0 to 1.
+        """
         images, target = batch
         teacher_logits: Tensor | None = None
         teacher_features: list[Tensor] = []

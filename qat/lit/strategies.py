@@ -42,7 +42,7 @@ def choose_strategy(name: Any, processes: int) -> Any:
     """
     if processes == 1:
         return "auto" if name == SHARDED else name
-    if name in ("auto", "ddp"):
+    if name in ("auto", "ddp", "ddp_find_unused_parameters_false"):
         return data_parallel()
     if name == FIND_UNUSED:
         return data_parallel(find_unused_parameters=True)

@@ -40,9 +40,10 @@ class OutputRecorder:
         """Return the same object: a copy of the net holds averaged weights, and is not trained."""
         return self
 
-    def _record(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._is_open:
-            self._outputs.append(output)
+            # Some blocks of Transformers return a tuple that starts with the hidden states.
+            self._outputs.append(output[0] if isinstance(output, tuple) else output)
 
     @contextmanager
     def record_pass(self) -> Generator[list[Tensor]]:

@@ -98,7 +98,8 @@ class Dampening(LossTerm):
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
-        max_bits: maximum number of bits; weights with more bits are skipped.
+        max_bits: maximum number of bits; weights with more bits, or with values that are not evenly
+            spaced in the unit of the weight, are skipped.
     """
 
     needs_whole_weights = True

@@ -208,12 +208,12 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
     """Check that each rule matches a module with quantizers, or an attention.
 
     A rule for an attention is accepted because it may be the reason why there are no quantizers.
-    Rules that belong to the recipe's preset need no match, because not every model has attentions.
+    Rules that belong to a preset need no match, because not every model has attentions.
     """
     names = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
-    own_rules = PRESETS.get(recipe.name, {}).get("overrides", {})
+    preset_rules = {rule for preset in PRESETS.values() for rule in preset.get("overrides", {})}
     for pattern in recipe.overrides:
-        if pattern in own_rules or fnmatch.filter(names, pattern):
+        if pattern in preset_rules or fnmatch.filter(names, pattern):
             continue
         names += [name for name, _ in net.named_modules()]
         example = next((name for name in names if name.count(".") >= 2), names[-1])
@@ -456,12 +456,12 @@ def _allocate(
     """
     num_scales_by_quantizer: dict[Quantizer, int] = {}
 
-    def allocate(module: Any, args: tuple[Tensor, ...]) -> None:
+    def allocate(quantizer: Any, args: tuple[Tensor, ...]) -> None:
         shape = args[0].shape
-        num_scales = module.num_scales(shape)
-        if num_scales_by_quantizer.setdefault(module, num_scales) != num_scales:
-            module.share_scale()
-        module.allocate(shape, args[0].device)
+        num_scales = quantizer.num_scales(shape)
+        if num_scales_by_quantizer.setdefault(quantizer, num_scales) != num_scales:
+            quantizer.share_scale()
+        quantizer.allocate(shape, args[0].device)
 
     hooks = [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)]
     check_input(net, input_size, hooks)

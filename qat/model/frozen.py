@@ -266,6 +266,7 @@ class FrozenNonuniform(Frozen):
 class FrozenFp8Activation(FrozenNonuniform):
     """Rounds an activation to E4M3 floats with one scale."""
 
+    # Export reads these attributes of every frozen activation: no offset, no Clip.
     before = None
     onnx_bounds = None
 

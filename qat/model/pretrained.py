@@ -52,6 +52,7 @@ INSTALL = (
     "`pip install -c constraints.txt -e . --config-settings editable_mode=compat`"
 )
 TIMEOUT_S = 4
+# The folders of a path that begins with /, \, ~, ./, ../ or a drive such as C:/.
 _PATH_PREFIX = re.compile(
     r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL
 )
@@ -196,7 +197,8 @@ def transformers_folder(
 
     Raises:
         UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
-            or a name in `changes` is not a setting of the config.
+            `architecture` does not fit the config, or a name in `changes` is not one of its
+            settings.
     """
     folder = _local_folder(name, origin)
     for file in (CONFIG, WEIGHTS):
@@ -301,7 +303,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UsageError: see `qat.save` and `qat.freeze`; a result is not a number.
+        UsageError: see `qat.save` and `qat.freeze`; or `top1`, `top5` or `images` of `results` is
+            not a number of at least 0.
     """
     folder = Path(folder)
     measured = {}

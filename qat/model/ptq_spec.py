@@ -101,6 +101,7 @@ class PtqRecipe(QuantRecipe):
         layernorm: `float`; or `integer`, which computes with the scales of the quantizers around
             the norm (only with `fqvit`).
         overrides: `{module name glob: {setting: value}}`; later rules win.
+        rule_bits: see `QuantRecipe`.
 
     Raises:
         UsageError: a setting has a value that is not allowed.

@@ -94,7 +94,8 @@ def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
     In timm's models, a block is a child of a module named `blocks`, or a `downsample` that contains
     an attention (LeViT). If these are nested, only the outermost blocks count. In models of
     Transformers, a block is a child of a list whose name is in `HF_CONTAINERS`. If lists are
-    nested, only children of the innermost lists count.
+    nested, only children of the innermost lists count. Without such a list, the rule for timm's
+    models applies.
     """
     blocks = _blocks_of_transformers(net) if hf_models(net) else {}
     if blocks:

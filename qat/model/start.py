@@ -1,7 +1,7 @@
 """Build the initial model of a run: with random weights, timm's weights, or those of a file.
 
-The file may be a checkpoint of qat with any recipe, a timm checkpoint, a plain state dict, or a
-folder that Transformers' `save_pretrained` wrote.
+The file may be a checkpoint of qat with any recipe, a timm checkpoint, or a plain state dict.
+Weights may also come from a folder that Transformers' `save_pretrained` wrote.
 """
 
 from __future__ import annotations

@@ -198,8 +198,9 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
         net: a converted model; other models stay unchanged.
         memory: `save` = save the tensors that take long to compute. `recompute` = use less memory
             and up to 15 % more time: backward recomputes the probabilities of quantized attentions,
-            and the products with the folded matrices of reparameterized attentions. In compiled
-            models, the compiler decides which other tensors to save.
+            and the products with the folded matrices of reparameterized attentions. This has an
+            effect only on attentions of ViT, DeiT and Swin that are computed as one Function (see
+            `compute_fused`). In compiled models, the compiler decides which other tensors to save.
 
     Returns:
         `net` itself.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 # Parts of the names of outputs that are features, to be read by other layers.
@@ -64,8 +66,11 @@ def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[n
             if isinstance(module, nn.Linear | nn.Conv2d):
                 hooks.append(module.register_forward_hook(record_layer))
     try:
-        with torch.enable_grad():
-            net(image.requires_grad_())
+        # Inference tensors have no gradient, so the model runs with copies of them.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            tensors = itertools.chain(net.named_parameters(), net.named_buffers())
+            copies = {name: tensor.clone() for name, tensor in tensors if tensor.is_inference()}
+            functional_call(net, copies, (image.clone().requires_grad_(),))
     finally:
         for hook in hooks:
             hook.remove()

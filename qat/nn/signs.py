@@ -57,6 +57,7 @@ class ActivationTracer(TorchFunctionMode):
         super().__init__()
         self.classes = (*NEARLY_POSITIVE, *classes)
         self.signed_tails = signed_tails
+        # For each layer, whether all of its inputs so far are unsigned.
         self.layers: dict[nn.Module, bool] = {}
         # For each storage, a tensor that keeps the storage alive, the version of its values, and
         # whether the activation has a long tail.
@@ -78,7 +79,7 @@ class ActivationTracer(TorchFunctionMode):
 
         With `signed_tails`, convolutions that received an output of SiLU or Hardswish are left out.
         """
-        return frozenset(layer for layer, is_output in self.layers.items() if is_output)
+        return frozenset(layer for layer, is_unsigned in self.layers.items() if is_unsigned)
 
     def _after_activation(self, module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
         self._record(out, has_tail=isinstance(module, _LONG_TAILS))

@@ -69,7 +69,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
 
     Raises:
         UsageError: the net has no affine or fp8 scales, there is no batch, a batch contains
-            anything but finite images, or a quantizer did not run.
+            anything but finite images, or a quantizer without scales did not run.
     """
     weights: list[tuple[Any, Site]] = []
     activations: list[Any] = []

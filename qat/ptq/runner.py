@@ -210,7 +210,8 @@ class Runner:
     def at(self, name: str) -> Generator[None]:
         """Let `self(i)` begin at this module inside a `with` block.
 
-        Do not change modules before this module there.
+        Do not change modules before this module there. If the net cannot continue from the module,
+        the whole net runs.
         """
         if name in self._uncacheable:
             yield

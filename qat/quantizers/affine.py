@@ -129,7 +129,7 @@ class MinMax(Affine):
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Extend the range in `state` by a batch and to zero, and set scale and zero point.
+        """Extend the range in `state` to include a batch and zero; set scale and zero point.
 
         The range includes zero, because the zero point must be one of the codes.
         """

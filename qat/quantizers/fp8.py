@@ -101,7 +101,7 @@ class Fp8(LSQ):
         self.set_from_range(state["range"], x)
 
     def set_from_range(self, state: RangeState, x: Tensor) -> None:
-        """Set the scale from the range of all batches."""
+        """Set the scale from the range of all batches; `x` is not read."""
         self.set_scale(fp8_scale(*state))
 
     @property

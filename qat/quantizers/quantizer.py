@@ -112,7 +112,8 @@ class Quantizer(nn.Module, ABC):
         """
         axis = self.spec.axis
         is_batch_axis = axis is not None and axis < 0 and axis + len(shape) == 0
-        is_feature_map = self.spec.role == "input" and len(shape) > 3
+        may_be_map = self.spec.role in {"input", "output", "residual"}  # scores are (B, h, N, M)
+        is_feature_map = may_be_map and len(shape) > 3
         if is_batch_axis or (is_feature_map and self.spec.map_scales == "tensor"):
             self.axis = None
 

@@ -98,7 +98,7 @@ def check_callback(name: str, callback: object) -> None:
             raise UsageError(f"callbacks.{name}: a run cannot have {kind}; {instead}")
     if isinstance(callback, callbacks.EarlyStopping):
         check_int(f"callbacks.{name}.patience", callback.patience, 0)
-        # Lightning changes its sign if the best value is the highest.
+        # Lightning has changed its sign if the best value is the lowest.
         check_number(f"callbacks.{name}.min_delta", abs(callback.min_delta), 0)
     _check_mode(name, callback)
     _check_file_names(name, callback)

@@ -210,7 +210,7 @@ def _load_source(cfg: DictConfig) -> _Source:
         subject.name,
         data.settings,
         images,
-        data=build.to_plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net)),
+        data=build.to_plain(cfg.data),
         classes=subject.classes,
         description=f"{num_images} of {type(data).__name__.lower()}",
     )

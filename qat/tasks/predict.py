@@ -66,9 +66,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     num_ranks = min(TOP_K, len(subject.classes))
     rows = _predicted_rows(subject, paths, trainer, num_ranks, setting)
     if not rows:
-        raise UsageError(
-            f"data.on_error=skip: none of {len(paths)} images below {setting} can be decoded"
-        )
+        raise UsageError(f"data.on_error=skip: {setting} has no image that can be decoded")
     header = ["path"]
     for rank in range(1, num_ranks + 1):
         header += [f"class_{rank}", f"probability_{rank}"]

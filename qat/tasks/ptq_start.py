@@ -105,7 +105,7 @@ def _state_file(run_dir: Path) -> Path | None:
 
 
 def _settings_to_resume(state_file: Path) -> dict[str, Any]:
-    """Settings of the run that wrote a state file; if an old file lacks them, of `config.yaml`.
+    """Settings of the run that wrote a state file; if the file lacks them, those in `config.yaml`.
 
     Raises:
         UsageError: the settings cannot be read.

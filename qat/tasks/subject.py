@@ -57,7 +57,7 @@ def build_evaluated_net(cfg: DictConfig, *, tests_only: bool = True) -> Evaluate
     Args:
         cfg: config of a command.
         tests_only: True if the command reads only images for testing. These are then all images of
-            a folder without splits, unless the model was trained on it.
+            a folder without splits, unless the model was trained on it or `split` is set.
 
     Raises:
         UsageError: a setting or file cannot be used, or the data do not suit the model.

@@ -208,7 +208,7 @@ def _build_start(
     trainer: Trainer,
     optimizer_factory: OptimizerFactory,
 ) -> Start:
-    """The model to train on its device, either new or from the checkpoint of a resumed run."""
+    """The model to train, on the trainer's device; new, or from the checkpoint of a resumed run."""
     if resume_checkpoint:
         check_data(resume_checkpoint, data, allow_changed_data=cfg.allow_changed_data)
         note = f"step {resume_checkpoint.step} of this run ({resume_checkpoint.path.name})"

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_TIMEOUT = 60
+_TIMEOUT = 60  # seconds
 # These options do not change results; do not add options such as -ffast-math, which do.
 _FLAGS = (
     "-O3",

@@ -11,6 +11,7 @@ import qat
 from qat import functional as F
 from qat.callbacks import CGA, IterativeFreezing
 from qat.callbacks.cga import BandGate
+from qat.callbacks.progress import StepLimit
 from qat.lit import cosine_schedule
 from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net, weights
 from tests.errors import usage_error
@@ -232,10 +233,16 @@ def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do(
         fit(learner, *callbacks)
 
 
-def test_refuses_a_run_whose_steps_end_before_annealing():
+@pytest.mark.parametrize("in_a_command", [False, True])
+def test_refuses_a_run_whose_steps_end_before_annealing(in_a_command):
+    def train(steps):
+        if in_a_command:
+            return fit(module(net()), CGA(), StepLimit(steps))
+        return fit(module(net()), CGA(), max_steps=steps)
+
     with usage_error(r"trainer\.max_steps=4: must be above 4, the first step of annealing"):
-        fit(module(net()), CGA(), max_steps=4)
-    fit(module(net()), CGA(), max_steps=5)
+        train(4)
+    assert train(5).global_step == 5
 
 
 def hooks(trainer, learner):
@@ -254,6 +261,17 @@ def test_hooks_are_gone_afterwards():
     trainer = fit(learner, CGA(qk="product", start_epoch=0), Look(), max_epochs=1)
     assert hooks(trainer, learner) == (0, 0)
     assert seen[0] == (1, 2)
+
+
+def test_hooks_are_gone_after_an_exception():
+    class Fail(Callback):
+        def on_train_batch_end(self, *_):
+            raise ValueError
+
+    learner = module(net())
+    with pytest.raises(ValueError, match="^$"):
+        fit(learner, CGA(qk="product", start_epoch=0), Fail())
+    assert sum(len(s.quantizer._forward_pre_hooks) for s in sites(learner.net).values()) == 0
 
 
 SETTINGS = (

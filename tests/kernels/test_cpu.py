@@ -136,6 +136,13 @@ def test_a_step_for_each_row_or_no_kernel(n):
         calls.lsq_forward(x, scale, None, None, grid)
 
 
+@pytest.mark.parametrize("batch", [5, 6])
+def test_scales_of_tokens_are_not_those_of_images(batch):
+    """As many tokens as images, with a scale for each token."""
+    x, scale = randn(batch, 6, 8), torch.linspace(0.5, 3, 6).view(1, 6, 1)
+    assert torch.equal(kernels.statsq(x, scale, 4), F.statsq_with_scale(x, scale, 4))
+
+
 def test_an_empty_batch():
     x, scale = torch.empty(0, 5, 8, requires_grad=True), torch.ones(5, requires_grad=True)
     F.lsq(x, scale, -2, 1, 1).sum().backward()

@@ -88,8 +88,13 @@ def place(monkeypatch):
             "trainer.devices=1",
             "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets",
         ),
+        (
+            {name: value for name, value in TASK.items() if name != "SLURM_NTASKS_PER_NODE"},
+            "trainer.devices=2",
+            "SLURM has 2 tasks for this job, but does not say how many run on a node; set --ntasks-per-node instead of --ntasks",
+        ),
     ],
-    ids=["no-srun", "devices", "more-devices", "nodes"],
+    ids=["no-srun", "devices", "more-devices", "nodes", "ntasks"],
 )
 def test_processes_that_would_wait_for_each_other_are_refused(place, variables, typed, message):
     place(variables)

@@ -9,7 +9,12 @@ from qat.lit.strategies import SyncBatchNorms, choose_strategy
 
 
 @pytest.mark.parametrize(
-    ("name", "searches"), [("ddp", False), ("ddp_find_unused_parameters_true", True)]
+    ("name", "searches"),
+    [
+        ("ddp", False),
+        ("ddp_find_unused_parameters_false", False),
+        ("ddp_find_unused_parameters_true", True),
+    ],
 )
 def test_no_form_of_ddp_sends_buffers(name, searches):
     """Where one process has a batch more than another in a validation, a broadcast in each forward would wait for ever."""

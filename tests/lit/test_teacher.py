@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from qat.lit import Teacher
+from qat.lit.teacher import OutputRecorder
 from qat.model.transform import renormalize
 from tests.tiny import DISTILLED, VIT, images, logits, vit
 
@@ -55,3 +56,13 @@ def test_it_answers_in_the_students_autocast_dtype_and_keeps_nothing():
     assert found.dtype == torch.bfloat16
     assert found.grad_fn is None
     assert kept == []
+
+
+def test_of_a_block_that_returns_a_tuple_the_hidden_states_count():
+    hf_models = pytest.importorskip("tests.hf_models")
+    swin = hf_models.KINDS["SwinForImageClassification"]
+    net = swin.build()
+    recorder = OutputRecorder.for_blocks(net, "all")
+    with recorder.record_pass() as outputs:
+        net(torch.randn(2, 3, swin.size, swin.size))
+        assert [out.ndim for out in outputs] == [3, 3]

@@ -41,3 +41,12 @@ def test_where_activations_are_quantized():
     blocks = ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1")
     expected = outside | {f"{name}.{site}" for name in blocks for site in block}
     assert sites == {f"{site}_quantizer" for site in expected}
+
+
+def test_a_map_of_tokens_has_one_scale_where_a_sequence_has_one_a_token():
+    net = placed(placement="fqvit", act_scales="token")
+    found = {site.name: site.quantizer.scale.numel() for site in qat.iter_quantizers(net)}
+    block = "layers.0.blocks.0"
+    for name in ("patch_embed.output", f"{block}.residual1", "layers.1.downsample.output"):
+        assert found[f"{name}_quantizer"] == 1
+    assert found[f"{block}.residual2_quantizer"] > 1

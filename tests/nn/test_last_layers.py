@@ -1,6 +1,7 @@
 """Which layers are heads and stems. Oracle: the forward methods of Transformers' classes, read by hand."""
 
 import pytest
+import torch
 
 import qat
 from tests.hf_models import KINDS
@@ -29,6 +30,12 @@ def test_heads_and_stems_have_bits_of_their_own(name):
     assert layers[7] == set(HEADS[name].split())
     assert len(layers[6]) == 1
     assert STEMS.get(name, "patch_embed") in layers[6].pop()
+
+
+def test_heads_are_found_in_inference_mode():
+    with torch.inference_mode():
+        net = KINDS["ViTForImageClassification"].converted(bits=4, head_bits=7)
+    assert net.classifier.weight_quantizer.spec.bits == 7
 
 
 @pytest.mark.long

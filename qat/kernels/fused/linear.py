@@ -104,7 +104,7 @@ class _LsqLinear(torch.autograd.Function):
         grad_weight = None
         grad_weight_scale = None
         if grads.dequantized is not None:
-            grad_weight_q = grad.t() @ grads.dequantized.flatten(0, -2)
+            grad_weight_q = grad.t() @ grads.dequantized.reshape(-1, grads.dequantized.shape[-1])
             grad_weight, grad_weight_scale = inputs.weight_params.backward(
                 grad_weight_q, inputs.weight
             )

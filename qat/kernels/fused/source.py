@@ -3,6 +3,9 @@
 If the input of a fused Function has such a record, called its source, the Function saves the input
 of the recorded operation, which autograd saves anyway. In backward, the Function recomputes its own
 input.
+
+In the autograd graph, the Function then depends on the recorded tensors, not on its own input. To
+get a gradient of the input, call `retain_grad` on the input before the Function runs.
 """
 
 from __future__ import annotations
