@@ -158,6 +158,7 @@ def apply_recipe(
     attentions = [name for name, module in net.named_modules() if is_attention(module)]
     original_class = type(net)
     original_modules = dict(net._modules)
+    is_rebuilt = signs is not None
     if signs is None:
         signs = "tails" if hf_models(net) else "probe"
     tracer = ActivationTracer(activation_classes(), signed_tails=signs == "tails")
@@ -174,7 +175,8 @@ def apply_recipe(
         attentions += interface.add_quantizers(recipe)
         _check_tied(net, swapped)
         _allocate(net, size, swapped)
-        _check_rules(net, recipe, attentions)
+        if not is_rebuilt:  # the rules of a file may name a head that was removed later
+            _check_rules(net, recipe, attentions)
         _check_dropping(net, recipe)
     except BaseException:  # also when interrupted
         for parent, name, child in reversed(swapped):
@@ -305,10 +307,12 @@ def recipe_of(net: nn.Module) -> QuantRecipe | None:
     conversion = conversion_of(net)
     if conversion is None:
         return None
+    net = getattr(net, "_orig_mod", net)  # a compiled model
     modules = dict(net.named_modules())
     overrides = dict(conversion.recipe.overrides)
     for name, place in stem_and_heads(net).items():
         if place == "head" and type(modules.get(name)) in {nn.Linear, nn.Conv2d}:
+            overrides.pop(name, None)  # so that the new rule becomes the last one
             overrides[name] = {"weight_quantizer": "float", "act_quantizer": "float"}
     return dataclasses.replace(conversion.recipe, overrides=overrides)
 

@@ -484,7 +484,7 @@ def push_to_hub(
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
             reason = str(error)[:200]
             raise UsageError(f"{origin}: the hub rejected the upload ({reason})") from error
     return str(getattr(commit, "commit_url", commit))

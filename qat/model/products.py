@@ -80,6 +80,11 @@ def _layer_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     return [out.numel() * math.prod(weight.shape[1:])]
 
 
+def _transposed_macs(operands: tuple[Any, ...], _: object) -> list[int]:
+    images, weight = operands[:2]
+    return [images.numel() * math.prod(weight.shape[1:])]
+
+
 def _added_matmul_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     return [out.numel() * operands[1].shape[-1]]
 
@@ -124,6 +129,7 @@ _MACS_OF_LAYERS: dict[Any, _CountMacs] = {
     F.conv1d: _layer_macs,
     F.conv2d: _layer_macs,
     F.conv3d: _layer_macs,
+    F.conv_transpose2d: _transposed_macs,
     F.multi_head_attention_forward: _projection_macs,
 }
 

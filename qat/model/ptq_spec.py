@@ -155,11 +155,11 @@ class PtqRecipe(QuantRecipe):
         self._check_bits(("act_bits", "outer_act_bits"), self.act_quantizer)
         self._check_bits(("softmax_bits",), str(self.softmax_quantizer))
         self._check_floats()
-        is_affine_around_norms = self.placement == "fqvit" and self.act_quantizer == "affine"
-        if self.layernorm == "integer" and not is_affine_around_norms:
+        # `FqNet.connect_norms` checks the quantizers around each norm.
+        if self.layernorm == "integer" and self.placement != "fqvit":
             raise UsageError(
                 "ptq.layernorm='integer': needs affine quantizers on both sides of a norm; "
-                "must be float, or set ptq.placement=fqvit and ptq.act_quantizer=affine"
+                "must be float, or set ptq.placement=fqvit"
             )
         self._check_overrides()
 

@@ -27,7 +27,7 @@ from qat.model.freeze import can_recover_weights
 from qat.model.metadata import describe
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
-from qat.model.storage import build_from
+from qat.model.storage import build_from, float_twin
 from qat.model.transfer import timm_state_dict
 from qat.nn.hf_constructor import CLASSIFIER, model_class, model_config, package
 
@@ -252,7 +252,7 @@ def from_state(
         reason = str(error)[:300]
         file_size = _describe_size(state, cfg.get("first_conv"))
         model_size = _describe_size(own_state, cfg.get("first_conv"))
-        if file_size and file_size != model_size:
+        if file_size and model_size and file_size != model_size:
             reason = f"the file has {file_size}; the model has {model_size}"
         raise UsageError(f"{origin}: the weights do not fit {model} ({reason})") from error
     # Only now, because the weights of another model would also have another head.
@@ -333,7 +333,10 @@ def from_checkpoint(
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
-        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
+        state = checkpoint.state
+        if model == CLASSIFIER:  # `read_checkpoint` has removed the prefix of all names
+            state = {f"model.{name}": tensor for name, tensor in state.items()}
+        return from_state(model, kwargs, state, origin=origin, keep_head=keep_head)
     source = build_from(checkpoint)
     start = from_net(
         model,
@@ -360,15 +363,28 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
         UsageError: qat did not write the file, or its float weights cannot be recovered.
     """
     checkpoint = read_checkpoint(path)
+    origin = f"ckpt={str(path)!r}"
     source = build_from(checkpoint)
+    if getattr(source, "num_classes", None) is None:  # a backbone or a model of Transformers
+        return _float_version(source, num_classes, origin)
     model = describe(source)["model"]
     kwargs = dict(model["kwargs"])
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    origin = f"ckpt={str(path)!r}"
     net = from_net(model["name"], kwargs, source, origin=origin, reset_head=True).net
     _copy_pooling(source, net)
     return net
+
+
+def _float_version(source: nn.Module, num_classes: int | None, origin: str) -> nn.Module:
+    """A float model with the weights of a model whose class count cannot be changed."""
+    if num_classes is not None:
+        raise UsageError(f"{origin}: num_classes={num_classes}: must be None for this model")
+    if not can_recover_weights(source):
+        raise UsageError(f"{origin}: contains only integer codes")
+    net = float_twin(source)
+    net.load_state_dict(timm_state_dict(source))
+    return net.train()
 
 
 def from_net(

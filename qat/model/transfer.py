@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from qat.model.foreign_weights import add_biases
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenActivation, FrozenNonuniform, FrozenWeight
 from qat.model.scales import is_ready
-from qat.model.sites import iter_quantizers
+from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import LSQ, Affine, Quantizer
 from qat.quantizers.lsq import AutoSignLSQ
@@ -73,13 +73,21 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if not site.quantizer.state_dict():
             continue
         donor = donors.get(site.name)
-        if donor is None or not _copy_state(donor.quantizer, site.quantizer):
+        if donor is None or _rounds_product(donor) != _rounds_product(site):
+            missing.append(site.name)
+            continue
+        if not _copy_state(donor.quantizer, site.quantizer):
             missing.append(site.name)
             continue
         copied.append(site.name)
-        if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
-            _copy_product_offset(donor.owner, site.owner)
+        if _rounds_product(site):
+            _copy_product_offset(donor.owner, cast(QkrAttention, site.owner))
     return copied, missing
+
+
+def _rounds_product(site: Site) -> bool:
+    """True for the quantizer of QKR's product, which has the name of a quantizer of keys."""
+    return isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer
 
 
 def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
@@ -143,6 +151,8 @@ def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
     Returns:
         True if the state was copied.
     """
+    if isinstance(donor, FrozenNonuniform):
+        donor = donor.quantizer
     if not is_ready(donor):
         return False
     if _copy_affine(donor, target):

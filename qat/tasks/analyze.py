@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,18 @@ from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_evaluated_net, origin
 
 log = logging.getLogger(__name__)
+# Settings in which the data of all models must agree, besides the folder.
+_IMAGE_FACTS = (
+    "in_chans",
+    "image_size",
+    "num_classes",
+    "mean",
+    "std",
+    "crop_pct",
+    "crop_mode",
+    "interpolation",
+    "name",
+)
 
 
 def analyze(cfg: DictConfig) -> None:
@@ -151,8 +164,11 @@ def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str])
 
 def _image_facts(data: ImageData) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": type(data).__name__}
-    for name in ("in_chans", "image_size", "num_classes", "mean", "std", "root"):
-        facts[name] = getattr(data.settings, name)
+    for name in _IMAGE_FACTS:
+        value = getattr(data.settings, name, None)  # only data=timm has a name
+        facts[name] = list(value) if isinstance(value, tuple) else value
+    root = data.settings.root
+    facts["root"] = None if root is None else os.path.realpath(root)
     return facts
 
 

@@ -99,7 +99,8 @@ def check_callback(name: str, callback: object) -> None:
     if isinstance(callback, callbacks.EarlyStopping):
         check_int(f"callbacks.{name}.patience", callback.patience, 0)
         # Lightning has changed its sign if the best value is the lowest.
-        check_number(f"callbacks.{name}.min_delta", abs(callback.min_delta), 0)
+        sign = 1 if callback.mode == "max" else -1
+        check_number(f"callbacks.{name}.min_delta", sign * callback.min_delta, 0)
     _check_mode(name, callback)
     _check_file_names(name, callback)
     monitor = getattr(callback, "monitor", None)
@@ -303,7 +304,7 @@ def check_combinations(
         raise UsageError(
             f"{setting}: {strategy} gathers weights inside the compiled graph; must be false"
         )
-    if precision == "16-mixed":
+    if precision in {"16-mixed", "16"}:
         raise UsageError(
             f"trainer.precision={precision!r}: {strategy} has no gradient scaler; "
             "must be 32-true or bf16-mixed"

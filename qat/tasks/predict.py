@@ -91,11 +91,12 @@ def _predicted_rows(
         num_workers=settings.workers(len(paths)),
     )
     device = trainer.strategy.root_device
-    net = subject.net.to(device).eval()
+    precision = trainer.precision_plugin
+    net = precision.convert_module(subject.net.to(device)).eval()
     rows = []
     for indices, images in loader:
-        with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            logits = net(images.to(device)).float()
+        with torch.inference_mode(), precision.forward_context():
+            logits = net(precision.convert_input(images.to(device))).float()
             top = logits.softmax(dim=-1).topk(num_ranks)
             probabilities = top.values.cpu().tolist()
             classes = top.indices.cpu().tolist()

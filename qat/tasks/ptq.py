@@ -39,6 +39,7 @@ from qat.tasks.evaluate import measure
 from qat.tasks.ptq_start import (
     KEEP,
     STATE_FILES,
+    TABLES,
     build_ptq_recipe,
     build_reconstruct,
     build_search,
@@ -156,7 +157,7 @@ def ptq(cfg: DictConfig) -> float:
 def _begin_run_dir(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     if not cfg.resume and not cfg.trainer.fast_dev_run:
-        for name in (*STATE_FILES, QUANTIZED_FILE, RESULTS):
+        for name in (*STATE_FILES, *TABLES, QUANTIZED_FILE, RESULTS):
             (run_dir / name).unlink(missing_ok=True)
     write_owner(run_dir)
     record_run(cfg)
@@ -254,7 +255,7 @@ def _fit_weights(
         torch.cat(batches),
         settings,
         context=trainer.precision_plugin.forward_context,
-        run_dir=cfg.run_dir,
+        run_dir=None if cfg.trainer.fast_dev_run else cfg.run_dir,
         resume=bool(cfg.resume),
         run=comparable_settings(cfg),
     )
@@ -288,7 +289,7 @@ def _search(
         batches,
         float_logits,
         settings,
-        run_dir=cfg.run_dir,
+        run_dir=None if cfg.trainer.fast_dev_run else cfg.run_dir,
         resume=bool(cfg.resume),
         run=comparable_settings(cfg),
         validate=accuracy,

@@ -29,6 +29,7 @@ from qat.tasks.teacher import adapt_teacher, net_of_file
 
 KEEP = "keep"
 STATE_FILES = ("search.ckpt", "reconstruct.ckpt")
+TABLES = ("search.csv", "reconstruct.csv")
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
@@ -104,16 +105,17 @@ def _state_file(run_dir: Path) -> Path | None:
     return max(state_files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def _settings_to_resume(state_file: Path) -> dict[str, Any]:
-    """Settings of the run that wrote a state file; if the file lacks them, those in `config.yaml`.
+def _settings_to_resume(run_dir: Path) -> dict[str, Any]:
+    """Settings of a run from its state file; if it has none, those in `config.yaml`.
 
     Raises:
         UsageError: the settings cannot be read.
     """
-    run = read_state(state_file)["run"]
+    state_file = _state_file(run_dir)
+    run = None if state_file is None else read_state(state_file)["run"]
     if isinstance(run, dict):
         return run
-    path = state_file.with_name(CONFIG)
+    path = run_dir / CONFIG
     try:
         return dict(build.to_plain(OmegaConf.load(path)))
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
@@ -132,14 +134,13 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> 
             no target for one; with a recipe, `teacher.ckpt` is set; or the run to resume had other
             settings of `ptq.*`.
     """
-    state_file = _state_file(Path(cfg.run_dir))
-    if cfg.resume and state_file is not None:
+    run_dir = Path(cfg.run_dir)
+    is_finished = outputs.is_finished(run_dir) and not cfg.overwrite
+    if cfg.resume and (is_finished or _state_file(run_dir) is not None):
         reason = (
             "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
         )
-        compare_settings(
-            _settings_to_resume(state_file), comparable_settings(cfg), ("ptq.",), reason
-        )
+        compare_settings(_settings_to_resume(run_dir), comparable_settings(cfg), ("ptq.",), reason)
     file = f"ckpt={str(cfg.ckpt)!r}"
     teacher_file = cfg.teacher.ckpt
     if cfg.ptq.get("name") == KEEP:

@@ -93,12 +93,14 @@ def _describe_checkpoint(cfg: DictConfig, folder: Path) -> None:
 
 
 def _find_checkpoint(folder: Path) -> Path | None:
-    for name in ("best", "last", "quantized"):
-        # A folder may contain other runs, whose files are deeper.
-        paths = sorted(folder.rglob(f"{name}.ckpt"), key=lambda path: (len(path.parts), path))
-        for path in paths:
-            if is_inside(path, folder):
-                return path
+    names = ("best.ckpt", "last.ckpt", "quantized.ckpt")
+    paths = [parent / name for name in names for parent in (folder / "checkpoints", folder)]
+    # The folder may contain other runs, whose files are deeper.
+    for name in names:
+        paths += sorted(folder.rglob(name), key=lambda path: (len(path.parts), path))
+    for path in paths:
+        if path.is_file() and is_inside(path, folder):
+            return path
     return None
 
 

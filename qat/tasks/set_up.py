@@ -24,7 +24,7 @@ from qat.model.pretrained import (
 from qat.model.start import check_model
 from qat.nn.hf_constructor import CLASSIFIER
 from qat.tasks.build import fill_in_num_classes, to_plain
-from qat.tasks.checks import check_trainer
+from qat.tasks.checks import DATASETS, check_trainer
 from qat.tasks.settings import check as check_settings
 from qat.utils.text import json_object
 from qat.utils.validate import check_number, unknown_message
@@ -76,6 +76,11 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
 def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
     """Set `ckpt` to the weights of a folder that qat wrote."""
     cfg.model.pretrained = False
+    if cfg.command == "train":
+        raise UsageError(
+            f"model={cfg.model.name}: training starts from models of qat only with ckpt=FILE; "
+            f"set ckpt={folder / WEIGHTS} and model=NAME"
+        )
     if cfg.ckpt or cfg.model.weights:
         setting = "ckpt" if cfg.ckpt else "model.weights"
         raise UsageError(
@@ -105,7 +110,9 @@ def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any])
         cfg.model.weights = str(folder / WEIGHTS)
     pretrained_cfg = config.get("pretrained_cfg") or {}
     if isinstance(pretrained_cfg, dict):
-        set_preprocessing(cfg.data, pretrained_cfg)
+        dataset_class = DATASETS.get(cfg.data.get("_target_"))
+        if dataset_class is None or "model" not in dataset_class.UNREAD:  # follows the model
+            set_preprocessing(cfg.data, pretrained_cfg)
         if "default_photos" in cfg:  # the data of a prediction are chosen later
             set_preprocessing(cfg.default_photos, pretrained_cfg)
 

@@ -49,7 +49,8 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         dataset_class = DATASETS.get(own_settings["_target_"], ImageData)
         reads_model = "model" in cfg.data and "model" not in dataset_class.UNREAD
         if meta and reads_model and cfg.data.model is None:
-            # Crop and normalize photos as the model expects.
+            # Crop and normalize photos as the file states, else as the model expects.
+            set_preprocessing(cfg.data, meta.get("data") or {})
             cfg.data.model = meta["model"]["name"]
             if cfg.data.model == CLASSIFIER:  # timm does not know this model
                 image_config = meta.get("pretrained_cfg") or {}
@@ -92,7 +93,7 @@ def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool)
             f"ckpt={ckpt!r} was trained on {target!r}, which is not a dataset of qat; "
             "choose it with data=..."
         )
-    if "_target_" in text_of_values or "${" in text_of_values:
+    if "'_target_'" in text_of_values or "${" in text_of_values:
         raise UsageError(
             f"ckpt={ckpt!r}: a value in its data config contains a class name or '${{'; "
             "choose the data with data=..."

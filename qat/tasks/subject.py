@@ -66,7 +66,7 @@ def build_evaluated_net(cfg: DictConfig, *, tests_only: bool = True) -> Evaluate
     own_data = build.to_plain(cfg.data)
     choose_data(cfg, checkpoint)
     data = build.build_data(cfg)
-    is_unused = tests_only and not _is_trained_on(checkpoint, data)
+    is_unused = tests_only and not _is_trained_on(cfg, checkpoint, data)
     data.evaluates_whole = is_unused and cfg.get("split") is None
     net, name = _load_net(cfg, checkpoint, data)
     # Only weights from a file can fail the checks that name this setting: random weights and timm's
@@ -107,14 +107,20 @@ def class_names(stored_names: object, data: ImageData) -> list[str]:
     return [str(number) for number in range(num_classes)]
 
 
-def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
-    """True if a checkpoint was trained on the data's folder, so it has seen some of the images."""
+def _is_trained_on(cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageData) -> bool:
+    """True if a checkpoint was trained on the folder of the data, which may have moved since."""
     meta = checkpoint.meta if checkpoint is not None else None
-    stored_root = ((meta or {}).get("data") or {}).get("root")
+    meta = meta or {}
+    stored_root = (meta.get("data") or {}).get("root")
     root = data.settings.root
     if not stored_root or not root:
         return False
-    return os.path.realpath(str(stored_root)) == os.path.realpath(str(root))
+    if os.path.realpath(str(stored_root)) == os.path.realpath(str(root)):
+        return True
+    fingerprints = meta.get("run", {}).get("images") or {}
+    if "train" not in fingerprints or "test" in fingerprints:
+        return False
+    return fingerprints["train"] == build.build_data(cfg).fingerprints().get("train")
 
 
 def _load_net(

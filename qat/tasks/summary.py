@@ -239,7 +239,7 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
     num_batches = len(loader)
     batch_size = data.settings.batch_size
     num_unused = max(num_images - num_batches * batch_size, 0) * trainer.world_size
-    limit = cfg.trainer.limit_train_batches
+    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.limit_train_batches
     # The integer 1 is one batch.
     is_whole = limit == 1.0 and isinstance(limit, float)
     if not is_whole:

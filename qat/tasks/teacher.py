@@ -24,6 +24,7 @@ from qat.model.storage import build_from
 from qat.model.transform import data_config, renormalize
 from qat.tasks.build import build_start, model_args
 from qat.tasks.checks import check_classes
+from qat.tasks.conf import timm_argument
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,7 @@ QUANTIZED_ERROR = (
     "is already quantized and cannot be the float teacher; "
     "set teacher.ckpt to a float checkpoint, or use teacher.pretrained=true"
 )
-# Arguments that every vision transformer accepts; other arguments of the student may not fit the
-# teacher.
+# Arguments of the student that the teacher shares, if its model has them.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 # In messages of `from_timm`: settings of the student, and those of the teacher in their place.
 OWN_SETTINGS = {
@@ -168,7 +168,11 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     name = cfg.teacher.model or cfg.model.name
     args = model_args(cfg)
     if cfg.teacher.model:
-        args = {key: args[key] for key in COMMON_ARGS if key in args}
+        args = {
+            key: value
+            for key, value in args.items()
+            if key in COMMON_ARGS and timm_argument(name, key, value) is not None
+        }
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:

@@ -86,6 +86,8 @@ def train(cfg: DictConfig) -> float:
     resume_checkpoint = find_resume(cfg, recipe, model_args)
     settings = comparable_settings(cfg)
     outdated_files = [] if resume_checkpoint else outputs_to_replace(cfg)
+    if cfg.trainer.fast_dev_run:  # writes no checkpoints, so the old ones stay
+        outdated_files = []
     callbacks = fit.build_callbacks(cfg)
     first_step = (resume_checkpoint.step or 0) if resume_checkpoint else 0
     loggers = fit.build_loggers(cfg, resume_step=first_step)

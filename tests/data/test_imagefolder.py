@@ -164,9 +164,12 @@ def test_a_model_learns_and_is_evaluated_on_class_folders(tmp_path):
     best = tmp_path / "run" / "checkpoints" / "best.ckpt"
     again = evaluate(tmp_path / "again", f"ckpt={best}")
     assert (again["split"], again["images"]) == ("val", 6)
-    other = shutil.copytree(flat, tmp_path / "other")
+    moved = shutil.copytree(flat, tmp_path / "moved")
+    assert evaluate(tmp_path / "held_out", f"ckpt={best}", f"data.root={moved}")["images"] == 6
+    other = write_folder(tmp_path / "more", (("all", 20),), classes=("a", "b", "c")) / "all"
+    write_image(other / "c" / "another.png", 12, 12)
     found = evaluate(tmp_path / "eval", f"ckpt={best}", f"data.root={other}")
-    assert (found["split"], found["images"]) == ("test", 60)
+    assert (found["split"], found["images"]) == ("test", 61)
 
 
 @pytest.mark.parametrize("source", ["train", "val"])

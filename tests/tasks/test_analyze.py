@@ -133,6 +133,7 @@ MISTAKES = {
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",
     "analysis=cost ckpt=[{four},{large}]": "ckpt='{large}': the data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... for both",
+    "analysis=cost ckpt=[{four},{cropped}]": "ckpt='{cropped}': the data have crop_pct 0.5, but the data of '{four}' have None; ",
     "analysis=cost ckpt=[{four},{fashion}]": "ckpt='{fashion}': the data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
@@ -147,10 +148,11 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(
     tmp_path, run_4bit, float_run, refused, typed
 ):
     paths = {"four": last(run_4bit), "float": last(float_run)}
-    for name in ("large", "fashion", "frozen"):
+    for name in ("large", "cropped", "fashion", "frozen"):
         paths[name] = tmp_path / f"{name}.ckpt"
     stored = torch.load(paths["four"], weights_only=True)["qat"]["data"]
     edited(paths["four"], paths["large"], {**stored, "mean": [0.5]})
+    edited(paths["four"], paths["cropped"], {**stored, "crop_pct": 0.5})
     edited(paths["four"], paths["fashion"], {**stored, "_target_": "qat.data.FashionMnist"})
     qat.save(qat.freeze(qat.load(paths["four"])), paths["frozen"])
     run = tmp_path / "run"

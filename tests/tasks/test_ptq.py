@@ -189,7 +189,9 @@ def test_mistakes_are_one_line(tmp_path, float_run, refused, typed):
     assert not (tmp_path / "run" / "quantized.ckpt").exists()
 
 
-def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_run, quantized_run):
+def test_a_directory_with_a_result_is_not_overwritten(
+    tmp_path, refused, float_run, trained, quantized_run
+):
     run = tmp_path / "run"
     shutil.copytree(quantized_run, run)
     before = (run / "quantized.ckpt").read_bytes()
@@ -198,6 +200,9 @@ def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_r
         "contains quantized.ckpt already; choose another run_dir or set overwrite=true"
         in refused(compose("ptq", *arguments))
     )
+    assert (run / "quantized.ckpt").read_bytes() == before
+    other = (f"run_dir={run}", f"ckpt={last(trained)}", "ptq=fqvit_w4a4", "resume=auto")
+    assert "ptq.act_bits=4 (the run had 8)" in refused(compose("ptq", *other))
     assert (run / "quantized.ckpt").read_bytes() == before
     (run / "results.json").unlink()
     assert "contains quantized.ckpt already" in refused(compose("export", *arguments[:2]))

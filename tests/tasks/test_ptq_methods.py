@@ -82,6 +82,10 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
         r"ptq\.method='compensate' \(the run had 'reconstruct'\): a resumed run keeps its method",
     ):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
+    files = [path for path in (tmp_path / "q").iterdir() if path.suffix in {".ckpt", ".csv"}]
+    before = [path.read_bytes() for path in files]
+    quantize(tmp_path / "q", float_run, *overrides, "overwrite=true", "trainer.fast_dev_run=true")
+    assert [path.read_bytes() for path in files] == before, "a dry run keeps them"
 
 
 @pytest.mark.parametrize("text", ["ptq: [", "- 1", "\0", "a: ${b}", "a: {", None])
@@ -90,9 +94,9 @@ def test_a_state_without_settings_beside_a_damaged_config(tmp_path, text):
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with usage_error(r"^resume: .*config\.yaml cannot be read; [^\n]+$"):
-        _settings_to_resume(tmp_path / "search.ckpt")
+        _settings_to_resume(tmp_path)
     (tmp_path / "config.yaml").write_text("ptq: {method: calibrate}")
-    assert _settings_to_resume(tmp_path / "search.ckpt") == {"ptq": {"method": "calibrate"}}
+    assert _settings_to_resume(tmp_path) == {"ptq": {"method": "calibrate"}}
 
 
 def test_compensation_runs_on_one_device(tmp_path, float_run):

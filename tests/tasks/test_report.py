@@ -76,6 +76,10 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
     if not is_finished:
         (run / "results.json").unlink()
     (run / "checkpoints/best-epoch000.ckpt").touch()
+    if is_finished:  # the best of another run is not this run's
+        (run / "checkpoints/best.ckpt").unlink()
+        (run / "other/checkpoints").mkdir(parents=True)
+        (run / "other/checkpoints/best.ckpt").touch()
     before = {path.name for path in run.iterdir()}
     rebuild_report(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert {path.name for path in run.iterdir()} - before == {"report.html", "analysis"}

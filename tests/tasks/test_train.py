@@ -370,6 +370,16 @@ def test_what_a_teacher_was_trained_with(tmp_path, monkeypatch, typed, own):
     assert_close(found[0], torch.full_like(images, (0.7 - own) / {0.5: 0.5, 0.3051: 0.3759}[own]))
 
 
+def test_a_convolutional_teacher(tmp_path):
+    """It has no `img_size`."""
+    net = timm.create_model("resnet10t", in_chans=1, num_classes=10)
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    given = ("teacher.model=resnet10t", f"teacher.ckpt={tmp_path}/w.pt")
+    cfg = tiny(tmp_path / "run", "loss=kd", *given)
+    teacher = build_teacher(cfg, build.build_loss(cfg), build.build_data(cfg))
+    assert_close(teacher.net(torch.ones(1, 1, 32, 32)), net.eval()(torch.ones(1, 1, 32, 32)))
+
+
 class Photos(EncodedImageData):
     """What images a net is for; none are read."""
 
