@@ -40,9 +40,7 @@ _CHOICES = {
     "steps": ("relative", "absolute"),
     "act_scales": ("token", "tensor"),
 }
-
-# Weight quantizers of stem and heads, by the weight quantizer of the blocks. In OFQ, stem and heads
-# have 8 bits and learned step sizes (paper, section 3).
+# Weight quantizers of stem and heads by that of the blocks; see OFQ's paper, section 3.
 _OUTER_QUANTIZERS = dict.fromkeys(("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS), "lsq")
 # With `minmax`, each forward computes the ranges of weights; those of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
@@ -265,8 +263,7 @@ class QuantRecipe:
                     f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: "
                     f"must be {{setting: value}} with settings among {', '.join(sorted(knobs))}"
                 )
-            # Building the recipe checks the values of the rule.
-            self._with_knobs(pattern, self._with_implied_bits(rule))
+            self._with_knobs(pattern, self._with_implied_bits(rule))  # checks the values
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str, *aliases: str) -> QuantRecipe:
@@ -483,8 +480,6 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     Examples:
         >>> recipe("ofq", bits=2).act_bits
         2
-        >>> recipe("seq_2bit") == recipe("seq", bits=2)
-        True
     """
     knob_names = [knob.name for knob in dataclasses.fields(QuantRecipe)]
     our_names = {other: knob for knob, others in ALIASES.items() for other in others.split()}
@@ -499,8 +494,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
     if isinstance(rules, Mapping | None):
         rules_by_pattern = dict(PRESETS[preset].get("overrides", {}))
         for pattern, rule in (rules or {}).items():
-            # A rule for a pattern of the recipe extends its rule, and moves it to the new place.
-            own_rule = rules_by_pattern.pop(pattern, {})
+            own_rule = rules_by_pattern.pop(pattern, {})  # the new rule has the last place
             rules_by_pattern[pattern] = {**own_rule, **rule} if isinstance(rule, Mapping) else rule
         knobs["overrides"] = rules_by_pattern
     return QuantRecipe(**{"name": preset, **PRESETS[preset], **preset_bits, **knobs})

@@ -132,6 +132,22 @@ def test_a_new_head_of_a_quantized_net_is_in_float(path, preset, name):
     assert torch.equal(logits(qat.load(path)), logits(frozen))
 
 
+@pytest.mark.parametrize("rules", [{}, {"*": {"act_quantizer": "lsq"}}])
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_rules_for_a_head_do_not_hold_for_its_successor(path, num_classes, rules):
+    net = quantized("lsq", overrides={"head": {"bits": 8}, **rules})
+    net.reset_classifier(num_classes)
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_a_new_head_of_a_compiled_net(path):
+    net = torch.compile(quantized("lsq"), backend="eager")
+    net.reset_classifier(3)
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
 def test_a_head_that_was_put_there_by_hand_is_refused(path):
     net = vit()
     net.head = nn.Linear(net.head.in_features, 7)

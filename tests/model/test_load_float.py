@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qat
+from tests.errors import usage_error
 from tests.tiny import convert, identical, images, quantized, vit, with_scales
 
 
@@ -38,3 +39,20 @@ def test_a_model_without_a_classifier(path):
     net = vit(num_classes=0)
     qat.save(net, path)
     assert identical(qat.load_float(path).state_dict(), net.state_dict())
+
+
+def test_a_model_of_transformers(path):
+    kind = pytest.importorskip("tests.hf_models").KINDS["ViTForImageClassification"]
+    net = kind.converted(bits=4)
+    qat.save(net, path)
+    assert identical(qat.load_float(path).state_dict(), kind.build().state_dict())
+    with usage_error(rf"^ckpt='{path}': num_classes=3: must be None for this model$"):
+        qat.load_float(path, num_classes=3)
+
+
+def test_a_backbone(path):
+    net = vit(features_only=True, out_indices=(0, 1))
+    qat.save(convert(net, "lsq"), path)
+    assert identical(
+        qat.load_float(path).state_dict(), vit(features_only=True, out_indices=(0, 1)).state_dict()
+    )

@@ -183,6 +183,22 @@ def test_all_scales_are_copied_between_equal_recipes():
     assert torch.equal(logits(target), logits(source))
 
 
+def test_the_scale_of_keys_is_not_that_of_the_product_of_query_key_reparameterization():
+    knobs = {"offsets": False, "act_scales": "tensor"}
+    source = quantized("lsq", attention="standard", **knobs)
+    target = converted("lsq", attention="qkr", **knobs)
+    copied, missing = copy_scales(source, target)
+    assert {f"blocks.{i}.attn.k_quantizer" for i in (0, 1)} <= set(missing)
+    assert "blocks.0.attn.v_quantizer" in copied
+
+
+def test_scales_of_fp8_are_copied_from_a_frozen_net():
+    source, target = quantized("fp8"), converted("fp8")
+    copied, _ = copy_scales(source, target)
+    assert copied == copy_scales(qat.freeze(source), converted("fp8"))[0]
+    assert copied
+
+
 @pytest.mark.parametrize("steps", ["absolute", "relative"])
 def test_trained_step_sizes_are_copied_from_a_frozen_net(steps):
     source = quantized("lsq", steps=steps)

@@ -13,6 +13,7 @@ from qat.model.ptq_spec import PtqRecipe
 from qat.model.transfer import timm_state_dict
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import in_float
+from tests.errors import usage_error
 from tests.tiny import DISTILLED, SIZE, VIT, fitted, images, logits, randn, sites, vit
 
 
@@ -51,6 +52,14 @@ def test_the_net_stays_the_object_it_is_with_timms_names():
     assert isinstance(net, VisionTransformerDistilled)
     assert set(timm_state_dict(net)) == names
     assert net.blocks[0].attn.qkv.weight is weight
+
+
+def test_integer_norms_need_affine_grids_only_around_them():
+    rules = {"*.mlp.fc2": {"act_quantizer": "float"}}
+    settings = {"layernorm": "integer", "residual_observer": "ptf", "bits": 8}
+    assert logits(placed(**settings, overrides=rules)).isfinite().all()
+    with usage_error("layernorm"):
+        placed(**settings, act_quantizer="float")
 
 
 def test_integer_norms_work_on_the_scales_around_them():
