@@ -320,7 +320,8 @@ def find_units(
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
-    Blocks and layers that run several times in a forward are left out.
+    Blocks and layers that run several times in a forward are left out, as are layers that do not
+    run in `reference`, because a float attention multiplies by their weights itself.
 
     Args:
         net: a converted net whose scales are set.
@@ -359,7 +360,9 @@ def find_units(
         sites_of.setdefault(unit_of[site.name], []).append(site)
     units = {name: sites_of[name] for name in order.position if name in sites_of}
     entries = {name: [name] for name in units}
-    return units, Runner(net, entries, batches), Runner(reference, entries, batches)
+    float_runner = Runner(reference, entries, batches)
+    units = {name: sites for name, sites in units.items() if name in float_runner.entries}
+    return units, Runner(net, entries, batches), float_runner
 
 
 def check_unit_finite(value: Tensor, unit: str, setting: str) -> None:

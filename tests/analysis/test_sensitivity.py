@@ -217,6 +217,12 @@ def test_rules_that_a_net_has_stay():
     assert found["blocks.1.attn.proj"]["bits"] == 3
 
 
+def test_float_weights_get_a_quantizer():
+    net = tiny.convert(tiny.vit(), PtqRecipe(weight_quantizer="float"))
+    _, found = overrides(override_setting(conversion_of(net), {"head": 3}))
+    assert found == {"head": {"bits": 3, "weight_quantizer": "affine"}}
+
+
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
