@@ -140,8 +140,8 @@ def _limit_levels(augmentation: Any) -> None:
         # RandAugment and AugMix have a list `ops`, AutoAugment has a list of lists `policy`.
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
-                # Stay just below level 10, at which operations reach the end of their range. A
-                # string with `mmax` sets its own maximum.
+                # timm stops at level 10. Stay just below, because there Solarize changes nothing
+                # and PosterizeIncreasing keeps no bits. A string with `mmax` sets its own maximum.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize

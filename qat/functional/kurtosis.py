@@ -49,8 +49,9 @@ def kurtosis(w: Tensor) -> Tensor:
     """
     values = w.to(_kurtosis_dtype(w))
     low, high = values.detach().aminmax()
-    # The deviations of a constant tensor are rounding errors, but its range is exactly zero. The
-    # comparison is false for NaN, so NaN stays NaN.
+    # The deviations of a constant tensor are rounding errors, but its range is exactly zero. Ranges
+    # below `tiny`, whose inverse may overflow, count as zero. The comparison is false for NaN, so
+    # NaN stays NaN.
     width = high - low
     is_constant = width < torch.finfo(values.dtype).tiny
     inverse_width = torch.where(is_constant, 0.0, 1 / width)

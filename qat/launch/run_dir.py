@@ -232,7 +232,7 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
         return
     results = json_object(run_dir / RESULTS)
     is_other_command = results.get("command") not in {None, command}
-    has_other_weights = weights is not None and results.get("weights") not in {None, weights}
+    has_other_weights = weights is not None and results.get("weights") not in (None, weights)
     if is_other_command or has_other_weights:
         owner = f"{results.get('command')}.py {results.get('weights') or ''}".rstrip()
         raise _already_used_error(run_dir, f"{RESULTS} of {owner}")

@@ -187,8 +187,8 @@ def make_labels(own_labels: Sequence[str] | None, paths: Sequence[str]) -> list[
         return labels
     all_parts = []
     for path in paths:
-        parts = Path(path).with_suffix("").parts
-        all_parts.append([part for part in parts if part != "checkpoints"])
+        *folders, name = Path(path).with_suffix("").parts
+        all_parts.append([*(folder for folder in folders if folder != "checkpoints"), name])
     max_parts = max(len(parts) for parts in all_parts)
     for num_parts in range(1, max_parts + 1):
         labels = ["/".join(parts[-num_parts:]) for parts in all_parts]

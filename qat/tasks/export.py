@@ -204,7 +204,7 @@ def _load_source(cfg: DictConfig) -> _Source:
     data = subject.data
     split = cfg.split or data.evaluation_split
     images = [batch for batch, _ in data.sample(split, cfg.images)]
-    num_images = format_count(sum(map(len, images)), "image")
+    num_images = sum(map(len, images))
     return _Source(
         subject.net,
         subject.name,
@@ -212,7 +212,7 @@ def _load_source(cfg: DictConfig) -> _Source:
         images,
         data=build.to_plain(cfg.data),
         classes=subject.classes,
-        description=f"{num_images} of {type(data).__name__.lower()}",
+        description=f"{format_count(num_images, 'image')} of {type(data).__name__.lower()}",
     )
 
 

@@ -14,7 +14,7 @@ from qat.model.metadata import META_KEY
 from qat.tasks.analyze import analyze as task
 from qat.tasks.analyze import make_labels
 from qat.utils.files import csv_rows
-from tests.conftest import compose, contents, results
+from tests.conftest import compose, contents, evaluate, results
 from tests.data.files import write_folder
 from tests.errors import usage_error
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
@@ -92,6 +92,8 @@ def test_several_checkpoints_are_compared(tmp_path, run_4bit, float_run):
     for path, row in zip(paths, rows, strict=True):
         (alone,) = bare(tmp_path / row["net"], f"ckpt={path}")
         assert {**alone, "net": row["net"]} == row
+    with usage_error("contains results.json of analyze.py"):
+        evaluate(tmp_path, f"ckpt={paths[0]}")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_several_checkpoints_are_compared(tmp_path, run_4bit, float_run):
         (["a/x/checkpoints/best.ckpt", "a/y/checkpoints/best.ckpt"], ["x/best", "y/best"]),
         (["best.ckpt", "a/best.ckpt"], ["best", "a/best"]),
         (["a/one.ckpt"], ["one"]),
+        (["checkpoints.ckpt"], ["checkpoints"]),
     ],
 )
 def test_labels_are_the_shortest_ends_that_differ(paths, labels):

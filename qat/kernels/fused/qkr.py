@@ -140,8 +140,8 @@ def _compute_probs(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: Score
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
-    # Multiplying by a power of two does not round, so the factor may be applied to both terms of
-    # the scores separately.
+    # Multiplying by a power of two does not round, so it may be applied to both terms of the scores
+    # separately. For any other `shape.factor`, `factor` is 1, and the sum is multiplied at the end.
     factor = exact_factor(shape.factor)
     heads_product(queries, keys.transpose(-2, -1), scores, factor)
     per_key = inputs.weights.per_key
