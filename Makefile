@@ -59,7 +59,7 @@ stress: $(READY) ## kill -9 commands at random moments, run them again, compare 
 	@PYTHONPATH=. $(BIN)/python evidence/stress.py --kills 40 --seed $(SEED)
 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
-	@PYTHONPATH=. $(BIN)/python evidence/pages/models_page.py
+	@$(BIN)/python -m evidence.pages.models_page
 
 transformers-page: $(READY) ## write docs/transformers_models.md: what conversion does to each class of Transformers (2 minutes)
 	$(BIN)/python -m evidence.pages.transformers_page

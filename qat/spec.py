@@ -471,7 +471,7 @@ def recipe(name: str | None = None, **knobs: Any) -> QuantRecipe:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (only weights), lsq, seq, minmax,
             deploy_w8a8, deploy_w4a8, deploy_w4a4, mxfp4 and nvfp4 (blocks of 4-bit floats; mxfp4
             also allows `act_bits=8`), fp8; or a choice of `quant=`, such as seq_2bit.
-        knobs: fields of `QuantRecipe` to change; rules of `overrides` come after the recipe's own.
+        knobs: fields of `QuantRecipe` to change; rules of `overrides` extend the recipe's own.
 
     Raises:
         UsageError: the name is unknown, or a value is not allowed.

@@ -155,7 +155,7 @@ class Callback(TrainerCallback):
         self.callback = callback
         # Stand-ins with the attributes that callbacks read from Lightning's trainer and module.
         self._lightning_trainer = SimpleNamespace(
-            callbacks=[callback], fast_dev_run=False, is_last_batch=False, max_steps=-1
+            callbacks=[callback], fast_dev_run=False, is_last_batch=False
         )
         # Transformers' `Trainer` does not log the fraction of frozen weights, so no step counts as
         # a logging step.

@@ -407,7 +407,11 @@ def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> 
         for name in bits:
             layer_recipe = recipe.at(name)  # a later pattern may win over the layer's own rule
             knobs = recipe.overrides.get(name, {})
-            rules[name] = {knob: getattr(layer_recipe, knob) for knob in knobs}
+            rules[name] = {
+                knob: getattr(layer_recipe, knob)
+                for knob in knobs
+                if knob not in {"bits", "stem_bits", "head_bits"}
+            }
             if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
                 rules[name]["act_bits"] = layer_recipe.act_bits
     for name, width in bits.items():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qat.callbacks.freezing import IterativeFreezing
 from qat.callbacks.oscillation import log_fraction
-from qat.callbacks.progress import StepLimit
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -82,8 +81,7 @@ class CGA(Callback):
     Raises:
         UsageError: a setting is invalid. In `setup`: the run ends before `start_epoch` or, without
             `start_epoch`, is shorter than `epochs`; there is nothing to anneal; or
-            `IterativeFreezing` is used too. In `on_train_start`: `trainer.max_steps` ends the run
-            before annealing.
+            `IterativeFreezing` is used too.
     """
 
     # CGA reads and restores single entries of weights between steps.
@@ -130,8 +128,8 @@ class CGA(Callback):
         sites = [site for site in all_sites if _is_on_half_steps(site)]
         if not sites:
             raise UsageError(
-                "callbacks.cga: this model has no weights on a half-step grid (statsq, seq); "
-                "use another quant=... or leave cga out"
+                "callbacks.cga: this model has no weights on a half-step grid "
+                "(statsq, seq, dorefa); use another quant=... or leave cga out"
             )
         self._sites = [site for site in sites if site.role == "weight"]
         self._qk_weights = []
@@ -150,17 +148,20 @@ class CGA(Callback):
             site.quantizer.register_forward_pre_hook(gate) for site, gate in self._gates
         ]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that `trainer.max_steps` does not end the run before annealing."""
-        max_steps = trainer.max_steps
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StepLimit):  # commands use it in place of `max_steps`
-                max_steps = callback.steps
-        if max_steps == -1 or trainer.num_training_batches == math.inf:
-            return
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        first_step = self._first_epoch * steps_per_epoch
-        if max_steps <= first_step:
+    def check_steps(self, trainer: Trainer, max_steps: int, steps_per_epoch: int) -> None:
+        """Check that the run does not end before annealing.
+
+        Args:
+            trainer: trainer of the run.
+            max_steps: optimizer steps of the whole run; -1 = no limit.
+            steps_per_epoch: optimizer steps of an epoch.
+
+        Raises:
+            UsageError: annealing would begin after the last step.
+        """
+        first_epoch, _ = self._annealing_epochs(trainer)
+        first_step = first_epoch * steps_per_epoch
+        if max_steps != -1 and max_steps <= first_step:
             raise UsageError(
                 f"trainer.max_steps={max_steps}: must be above {first_step:g}, the first "
                 "step of annealing; or set callbacks.cga.start_epoch"

@@ -21,7 +21,7 @@ GRAMMAR = re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 SWEEP_OF_NUMBERS = re.compile(r"\b(range|interval)\(")
 # Settings that may be missing from the config; Hydra adds them with `++`.
-ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
+ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*|data\.image_size")
 
 
 def to_hydra(arguments: Sequence[str]) -> list[str]:

@@ -367,7 +367,7 @@ class ImageData(LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            # In a script without a trainer, nothing is saved before the workers end.
+            # In a script that iterates the loader itself, the workers must end with the script.
             worker_init_fn=ignore_signals if self.trainer else None,
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle and len(sampler) >= self.settings.batch_size,

@@ -159,7 +159,8 @@ class Timm(EncodedImageData):
             setting = f"data.{split}_split={name!r}"
             images = TimmImages(self.settings, name)
             for other_split, other_images in splits.items():
-                if images.files & other_images.files:
+                other_name = getattr(self.settings, f"{other_split}_split")
+                if images.files & other_images.files or _contains_slice(name, other_name):
                     raise UsageError(
                         f"{setting}: shares files with the {other_split} split; "
                         f"must have other files, or be null if there is no {split} split"
@@ -178,6 +179,11 @@ class Timm(EncodedImageData):
         if len(classes) != self.settings.num_classes:
             return None
         return sorted(classes, key=classes.__getitem__)
+
+
+def _contains_slice(name: str, other_name: str) -> bool:
+    """True if one split is a slice of the other, as `train[90%:]` is of `train`."""
+    return name.startswith(f"{other_name}[") or other_name.startswith(f"{name}[")
 
 
 def _renumber_labels(

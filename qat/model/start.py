@@ -234,6 +234,9 @@ def from_state(
             another model or are not finite.
     """
     untrained = _create(model, kwargs)
+    if model == CLASSIFIER and not all(name.startswith("model.") for name in state):
+        # `read_checkpoint` removes a prefix that all names have.
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
     bias_tensors = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
     state = {name: tensor for name, tensor in state.items() if name not in bias_tensors}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
@@ -333,10 +336,7 @@ def from_checkpoint(
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
-        state = checkpoint.state
-        if model == CLASSIFIER:  # `read_checkpoint` has removed the prefix of all names
-            state = {f"model.{name}": tensor for name, tensor in state.items()}
-        return from_state(model, kwargs, state, origin=origin, keep_head=keep_head)
+        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
     source = build_from(checkpoint)
     start = from_net(
         model,

@@ -62,7 +62,8 @@ def analyze(cfg: DictConfig) -> None:
     tests_only = analysis.split == "test"
     subjects = [build_evaluated_net(job, tests_only=tests_only) for job in jobs]
     origins = [origin(job) for job in jobs]
-    _check_same_images(subjects, origins)
+    if analysis.split is not None:
+        _check_same_images(subjects, origins)
     cfg.data = jobs[0].data  # which `build_evaluated_net` has set; the run records it
     device = _single_device(cfg)
     labels = make_labels(cfg.labels, origins)
@@ -155,10 +156,11 @@ def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str])
     for subject, path in zip(subjects[1:], origins[1:], strict=True):
         for name, value in _image_facts(subject.data).items():
             if value != first_facts[name]:
+                setting = "data" if name == "class" else f"data.{name}"
                 raise UsageError(
                     f"ckpt={path!r}: the data have {name} {value}, "
                     f"but the data of {origins[0]!r} have {first_facts[name]}; "
-                    "set data=... for both"
+                    f"set {setting}=... for both"
                 )
 
 

@@ -38,6 +38,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.evaluate import measure
 from qat.tasks.ptq_start import (
     KEEP,
+    QUANTIZED_FILE,
     STATE_FILES,
     TABLES,
     build_ptq_recipe,
@@ -58,7 +59,6 @@ from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
-QUANTIZED_FILE = "quantized.ckpt"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 

@@ -30,6 +30,7 @@ from qat.tasks.teacher import adapt_teacher, net_of_file
 KEEP = "keep"
 STATE_FILES = ("search.ckpt", "reconstruct.ckpt")
 TABLES = ("search.csv", "reconstruct.csv")
+QUANTIZED_FILE = "quantized.ckpt"
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
@@ -135,7 +136,7 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> 
             settings of `ptq.*`.
     """
     run_dir = Path(cfg.run_dir)
-    is_finished = outputs.is_finished(run_dir) and not cfg.overwrite
+    is_finished = (run_dir / QUANTIZED_FILE).is_file() and not cfg.overwrite
     if cfg.resume and (is_finished or _state_file(run_dir) is not None):
         reason = (
             "a resumed run keeps its method; use resume=false in another run_dir to start a new run"

@@ -50,7 +50,9 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         reads_model = "model" in cfg.data and "model" not in dataset_class.UNREAD
         if meta and reads_model and cfg.data.model is None:
             # Crop and normalize photos as the file states, else as the model expects.
-            set_preprocessing(cfg.data, meta.get("data") or {})
+            stored = meta.get("data") or {}
+            if stored.get("in_chans", 3) == (cfg.data.get("in_chans") or 3):
+                set_preprocessing(cfg.data, stored)
             cfg.data.model = meta["model"]["name"]
             if cfg.data.model == CLASSIFIER:  # timm does not know this model
                 image_config = meta.get("pretrained_cfg") or {}

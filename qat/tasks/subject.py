@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
 from torch import nn
 
 from qat.data import ImageData
+from qat.data.image_data import EncodedImageData
+from qat.data.splits import hold_out
 from qat.errors import UsageError
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import conversion_of
@@ -66,7 +68,7 @@ def build_evaluated_net(cfg: DictConfig, *, tests_only: bool = True) -> Evaluate
     own_data = build.to_plain(cfg.data)
     choose_data(cfg, checkpoint)
     data = build.build_data(cfg)
-    is_unused = tests_only and not _is_trained_on(cfg, checkpoint, data)
+    is_unused = tests_only and not _is_trained_on(checkpoint, data)
     data.evaluates_whole = is_unused and cfg.get("split") is None
     net, name = _load_net(cfg, checkpoint, data)
     # Only weights from a file can fail the checks that name this setting: random weights and timm's
@@ -107,7 +109,7 @@ def class_names(stored_names: object, data: ImageData) -> list[str]:
     return [str(number) for number in range(num_classes)]
 
 
-def _is_trained_on(cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageData) -> bool:
+def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
     """True if a checkpoint was trained on the folder of the data, which may have moved since."""
     meta = checkpoint.meta if checkpoint is not None else None
     meta = meta or {}
@@ -117,10 +119,16 @@ def _is_trained_on(cfg: DictConfig, checkpoint: Checkpoint | None, data: ImageDa
         return False
     if os.path.realpath(str(stored_root)) == os.path.realpath(str(root)):
         return True
-    fingerprints = meta.get("run", {}).get("images") or {}
-    if "train" not in fingerprints or "test" in fingerprints:
+    fingerprints = meta.get("run", {}).get("images")
+    if not isinstance(fingerprints, Mapping) or "test" in fingerprints:
         return False
-    return fingerprints["train"] == build.build_data(cfg).fingerprints().get("train")
+    if not isinstance(data, EncodedImageData):
+        return False
+    try:
+        splits = hold_out(data.encoded())
+    except UsageError:  # a few images, none of which can be held out
+        return False
+    return "train" in splits and splits["train"].fingerprint() == fingerprints.get("train")
 
 
 def _load_net(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import timm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -32,7 +34,7 @@ QUANTIZED_ERROR = (
     "is already quantized and cannot be the float teacher; "
     "set teacher.ckpt to a float checkpoint, or use teacher.pretrained=true"
 )
-# Arguments of the student that the teacher shares, if its model has them.
+# Arguments of the student that the teacher shares; others may not fit it.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 # In messages of `from_timm`: settings of the student, and those of the teacher in their place.
 OWN_SETTINGS = {
@@ -168,11 +170,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     name = cfg.teacher.model or cfg.model.name
     args = model_args(cfg)
     if cfg.teacher.model:
-        args = {
-            key: value
-            for key, value in args.items()
-            if key in COMMON_ARGS and timm_argument(name, key, value) is not None
-        }
+        args = _shared_arguments(name, args)
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:
@@ -187,6 +185,16 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
         for setting, own_setting in OWN_SETTINGS.items():
             message = message.replace(setting, own_setting)
         raise UsageError(message) from error
+
+
+def _shared_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's arguments that its teacher takes; timm's convolutional models take no sizes."""
+    shared = {key: args[key] for key in COMMON_ARGS if key in args}
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.models"):
+        for key in ("img_size", "patch_size"):
+            if key in shared and timm_argument(name, key, shared[key]) is None:
+                del shared[key]
+    return shared
 
 
 def _student_start(cfg: DictConfig) -> Start:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig
 
-from qat.callbacks import LastCheckpoint
+from qat.callbacks import CGA, LastCheckpoint
 from qat.data import ImageData
 from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
@@ -129,6 +129,8 @@ def train(cfg: DictConfig) -> float:
 
     connect(trainer)
     data.share_images(trainer)
+    if resume_checkpoint is None:
+        _check_annealing(cfg, callbacks, data, trainer)
     if is_first():
         _begin_run_dir(cfg, outdated_files)
         lr = optimizer_factory.keywords["lr"]
@@ -153,6 +155,15 @@ def train(cfg: DictConfig) -> float:
     }
     _write_results(cfg, recipe, module, data, metrics, outcome)
     return val_top1
+
+
+def _check_annealing(
+    cfg: DictConfig, callbacks: Sequence[Callback], data: ImageData, trainer: Trainer
+) -> None:
+    steps = summary.steps_per_epoch(cfg, data)
+    for callback in callbacks:
+        if isinstance(callback, CGA):
+            callback.check_steps(trainer, cfg.trainer.get("max_steps", -1), steps)
 
 
 def _begin_run_dir(cfg: DictConfig, outdated_files: Iterable[Path]) -> None:

@@ -11,9 +11,9 @@ import qat
 from qat import functional as F
 from qat.callbacks import CGA, IterativeFreezing
 from qat.callbacks.cga import BandGate
-from qat.callbacks.progress import StepLimit
 from qat.lit import cosine_schedule
 from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net, weights
+from tests.conftest import contents, tiny, train
 from tests.errors import usage_error
 from tests.processes import in_processes
 from tests.tasks.test_resume import assert_same_run, killed_at, last, metrics, run
@@ -233,16 +233,14 @@ def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do(
         fit(learner, *callbacks)
 
 
-@pytest.mark.parametrize("in_a_command", [False, True])
-def test_refuses_a_run_whose_steps_end_before_annealing(in_a_command):
-    def train(steps):
-        if in_a_command:
-            return fit(module(net()), CGA(), StepLimit(steps))
-        return fit(module(net()), CGA(), max_steps=steps)
-
-    with usage_error(r"trainer\.max_steps=4: must be above 4, the first step of annealing"):
-        train(4)
-    assert train(5).global_step == 5
+def test_refuses_a_run_whose_steps_end_before_annealing(tmp_path, refused):
+    run_dir = train(tmp_path / "run", "quant=ofq_2bit")
+    before = contents(run_dir)
+    given = ("quant=ofq_2bit", "callbacks=[default,cga]", "trainer.max_epochs=3", "overwrite=true")
+    line = refused(tiny(run_dir, *given, "trainer.max_steps=4"))
+    assert "trainer.max_steps=4: must be above 4, the first step of annealing" in line
+    assert contents(run_dir) == before
+    train(run_dir, *given, "trainer.max_steps=5")
 
 
 def hooks(trainer, learner):

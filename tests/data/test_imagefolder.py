@@ -168,6 +168,8 @@ def test_a_model_learns_and_is_evaluated_on_class_folders(tmp_path):
     assert evaluate(tmp_path / "held_out", f"ckpt={best}", f"data.root={moved}")["images"] == 6
     other = write_folder(tmp_path / "more", (("all", 20),), classes=("a", "b", "c")) / "all"
     write_image(other / "c" / "another.png", 12, 12)
+    few = write_folder(tmp_path / "few", (("all", 1),), classes=("a", "b", "c")) / "all"
+    assert evaluate(tmp_path / "three", f"ckpt={best}", f"data.root={few}")["images"] == 3
     found = evaluate(tmp_path / "eval", f"ckpt={best}", f"data.root={other}")
     assert (found["split"], found["images"]) == ("test", 61)
 

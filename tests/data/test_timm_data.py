@@ -134,16 +134,20 @@ def test_a_dataset_of_the_hub(monkeypatch):
     monkeypatch.setattr(
         "timm.data.readers._hfds.get_class_labels", lambda *_: {"ant": 0, "bee": 1}, raising=False
     )
-    found = Timm(
+    settings = {
         **SETTINGS,
-        name="hfds/user/photos",
-        image_column="photo",
-        label_column="kind",
-        val_split="train[:10%]",
-    )
+        "name": "hfds/user/photos",
+        "image_column": "photo",
+        "label_column": "kind",
+        "val_split": "train[:10%]",
+    }
+    with usage_error(r"^data\.val_split='train\[:10%\]': shares files with the train split"):
+        Timm(**settings).split("train")
+    asked.clear()
+    found = Timm(**settings, train_split="train[10%:]")
     assert np.array_equal(found.split("train").images, images)
     assert found.split("val").labels.tolist() == [0, 1] * 20
-    assert asked == [("user/photos", "train"), ("user/photos", "train[:10%]")]
+    assert asked == [("user/photos", "train[10%:]"), ("user/photos", "train[:10%]")]
 
 
 def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):

@@ -173,7 +173,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40200,
-    "qat": 198300,
+    "qat": 198700,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -189,9 +189,9 @@ BUDGETS = {
     "qat/ptq": 9700,
     "qat/quantizers": 7640,
     "qat/report": 5350,
-    "qat/tasks": 26600,
+    "qat/tasks": 26900,
     "qat/utils": 5560,
-    "tests": 257300,
+    "tests": 257700,
 }
 LAYOUT = {
     tokenize.COMMENT,
