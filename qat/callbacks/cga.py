@@ -163,7 +163,7 @@ class CGA(Callback):
         first_step = first_epoch * steps_per_epoch
         if max_steps != -1 and max_steps <= first_step:
             raise UsageError(
-                f"trainer.max_steps={max_steps}: must be above {first_step:g}, the first "
+                f"trainer.max_steps={max_steps}: must be above {first_step:.0f}, the first "
                 "step of annealing; or set callbacks.cga.start_epoch"
             )
 

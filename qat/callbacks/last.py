@@ -84,7 +84,7 @@ class LastCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not continue a run that had stopped early, unless its patience was raised.
 
-        Lightning does not store that a run has stopped, and would train another epoch each time.
+        Lightning does not restore `should_stop`, and would train another epoch each time.
         """
         for stopping in trainer.early_stopping_callbacks:
             # With a patience of 0, the first validation without improvement stops the run.

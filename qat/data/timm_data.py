@@ -76,7 +76,7 @@ class TimmImages(EncodedImages):
             # With this cache, worker processes would share one open file and its position.
             options = {"cache_tarfiles": False}
         else:
-            data_folder(settings.root, "the dataset, or the path of a tar file")
+            data_folder(settings.root, "the dataset, or the path of a tar file")  # only a check
         try:
             root = None if settings.root is None else str(settings.root)
             dataset = timm.data.create_dataset(

@@ -189,7 +189,8 @@ def separate_divisions(model: ir.Model) -> None:
 def _can_move_past(node: ir.Node) -> bool:
     """True if onnxruntime may move QuantizeLinear before this operator.
 
-    Mul and Add are such operators if they use a number per channel, as in a norm.
+    Mul and Add are such operators if they use a number per channel (1, C, 1, 1), as in a frozen
+    batch norm.
     """
     if node.op_type in {"Mul", "Add"}:
         parts = _split_constant(node)

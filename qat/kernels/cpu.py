@@ -141,8 +141,9 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     """`reference.lsq_backward`, and the backward of a softmax before the quantizer.
 
     The gradient of `x` is written to `out`, whose rows need not be adjacent in memory. The function
-    also returns None if the input of the quantizer must be recomputed from `x`; and with a step
-    size per column, if a softmax precedes the quantizer or `dequantized` is not None.
+    also returns None if the input of the quantizer must be recomputed from `x`; for a softmax with
+    a step size per column or with rows of another length; and for `dequantized` with a step size
+    per column.
     """
     grad = grad.float()
     x = x.float()

@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def row_stride(x: Tensor, length: int) -> int | None:
-    """Elements from one row of `length` to the next. Returns None if no such distance exists."""
+    """Stride in elements from one row of `length` elements to the next; None if there is none."""
     if x.is_contiguous():
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:

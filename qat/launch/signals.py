@@ -63,7 +63,7 @@ class _SignalState:
 
     Attributes:
         number: number of the received signal; 0 = none. Of several signals, the highest number
-            counts, so that SIGTERM outranks SIGUSR1.
+            counts, so that SIGTERM outranks SIGUSR1 on Linux.
         is_deferred: True = signals are only recorded.
         interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
         process_id: id of the process that handles signals; in its forks, `_handle` does nothing.
@@ -138,7 +138,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def end_immediately(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """End this process with one line; unfinished files do not appear, existing files stay."""
+    """End this process and print one line; files that are being written keep their old content."""
     if os.environ.get("RANK", "0") == "0":
         # Bypass Python's streams, because the interrupted code may be writing to them.
         os.write(2, b"stopped by Ctrl-C at once; files that were saved before are unchanged\n")

@@ -430,6 +430,9 @@ def steps_per_epoch(trainer: Trainer) -> int:
                 "the train loader has no length; give it __len__, or set limit_train_batches of "
                 "the Trainer to a number of batches"
             )
+        batches = trainer.num_training_batches
+        if math.isfinite(batches):
+            return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches

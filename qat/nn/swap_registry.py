@@ -88,7 +88,7 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-# A swap gets a module of the class that it is registered for, and the context.
+# A function that gets a module of the class that it is registered for, and the context.
 SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 

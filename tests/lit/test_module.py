@@ -122,6 +122,18 @@ def test_rates_follow_the_schedule(interval):
         trainer(max_epochs=None, max_steps=2).fit(module(vit(), scheduler=schedule), batches(8))
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 3}])
+def test_the_schedule_ends_with_the_epochs(settings):
+    steps_of_an_epoch = []
+
+    def schedule(optimizer, epochs, steps):
+        steps_of_an_epoch.append(steps)
+        return cosine_schedule(optimizer, periods=epochs * steps, interval="step"), "step"
+
+    trainer(max_epochs=2, **settings).fit(module(vit(), scheduler=schedule), batches())
+    assert steps_of_an_epoch == [4]
+
+
 def test_the_loss_of_an_epoch_is_a_mean_over_images():
     """The last batch is smaller than the others; at this rate every batch sees the same weights."""
     learner = module(
