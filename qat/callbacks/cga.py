@@ -59,7 +59,7 @@ class BandGate:
 class CGA(Callback):
     """During annealing, freezes weights on a half-step grid that are far from a threshold.
 
-    StatsQ and SEQ have such a grid: zero is half-way between two values.
+    StatsQ, SEQ and DoReFa have such a grid: zero is half-way between two values.
 
     The frozen entries are chosen again in each step. Frozen entries get no gradient and are
     restored after the step (`EntryFreezer`), so that neither weight decay nor momentum changes

@@ -160,7 +160,12 @@ class Timm(EncodedImageData):
             images = TimmImages(self.settings, name)
             for other_split, other_images in splits.items():
                 other_name = getattr(self.settings, f"{other_split}_split")
-                if images.files & other_images.files or _contains_slice(name, other_name):
+                if _contains_slice(str(name), str(other_name)):
+                    raise UsageError(
+                        f"{setting}: overlaps with data.{other_split}_split={other_name!r}; "
+                        "slices must not overlap, such as train[:90%] and train[90%:]"
+                    )
+                if images.files & other_images.files:
                     raise UsageError(
                         f"{setting}: shares files with the {other_split} split; "
                         f"must have other files, or be null if there is no {split} split"

@@ -234,11 +234,11 @@ def from_state(
             another model or are not finite.
     """
     untrained = _create(model, kwargs)
+    bias_tensors = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
+    state = {name: tensor for name, tensor in state.items() if name not in bias_tensors}
     if model == CLASSIFIER and not all(name.startswith("model.") for name in state):
         # `read_checkpoint` removes a prefix that all names have.
         state = {f"model.{name}": tensor for name, tensor in state.items()}
-    bias_tensors = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
-    state = {name: tensor for name, tensor in state.items() if name not in bias_tensors}
     cfg = dict(untrained.pretrained_cfg)  # type: ignore[arg-type]
     own_state = untrained.state_dict()
     state, head_notes, difference = _replace_heads(state, own_state, cfg.get("classifier") or ())

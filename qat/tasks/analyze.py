@@ -156,11 +156,11 @@ def _check_same_images(subjects: Sequence[EvaluatedNet], origins: Sequence[str])
     for subject, path in zip(subjects[1:], origins[1:], strict=True):
         for name, value in _image_facts(subject.data).items():
             if value != first_facts[name]:
-                setting = "data" if name == "class" else f"data.{name}"
+                setting = "data=..." if name == "class" else f"data=... and data.{name}=..."
                 raise UsageError(
                     f"ckpt={path!r}: the data have {name} {value}, "
                     f"but the data of {origins[0]!r} have {first_facts[name]}; "
-                    f"set {setting}=... for both"
+                    f"set {setting} for both"
                 )
 
 

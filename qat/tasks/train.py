@@ -129,8 +129,7 @@ def train(cfg: DictConfig) -> float:
 
     connect(trainer)
     data.share_images(trainer)
-    if resume_checkpoint is None:
-        _check_annealing(cfg, callbacks, data, trainer)
+    _check_annealing(cfg, callbacks, data, trainer)
     if is_first():
         _begin_run_dir(cfg, outdated_files)
         lr = optimizer_factory.keywords["lr"]

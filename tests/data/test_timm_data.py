@@ -141,7 +141,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
         "label_column": "kind",
         "val_split": "train[:10%]",
     }
-    with usage_error(r"^data\.val_split='train\[:10%\]': shares files with the train split"):
+    with usage_error(r"^data\.val_split='train\[:10%\]': overlaps with data.train_split='train';"):
         Timm(**settings).split("train")
     asked.clear()
     found = Timm(**settings, train_split="train[10%:]")

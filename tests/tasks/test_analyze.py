@@ -135,7 +135,7 @@ MISTAKES = {
     "analysis=cost ckpt=[{four},{float}] labels=[a,a]": "labels=['a', 'a']: must be 2 different names, one for each checkpoint",
     "analysis=cost ckpt=[{four},3]": "ckpt=3: must be a path",
     "analysis=cost ckpt=[]": "ckpt=[]: must be a path",
-    "analysis=robustness ckpt=[{four},{large}]": "ckpt='{large}': the data have mean [0.5], but the data of '{four}' have [0.3051]; set data.mean=... for both",
+    "analysis=robustness ckpt=[{four},{large}]": "ckpt='{large}': the data have mean [0.5], but the data of '{four}' have [0.3051]; set data=... and data.mean=... for both",
     "analysis=robustness ckpt=[{four},{cropped}]": "ckpt='{cropped}': the data have crop_pct 0.5, but the data of '{four}' have None; ",
     "analysis=robustness ckpt=[{four},{fashion}]": "ckpt='{fashion}': the data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
