@@ -1,7 +1,7 @@
 """`python -m evidence COMMAND`: run claims, write their pages, check the pages.
 
 - `run C1`: execute the runs of a claim that have no record yet.
-- `one CLAIM/ARM`: repeat a single run.
+- `one CLAIM/ARM`: write the record of a single run again; without its files, repeat the run.
 - `page`: write docs/accuracy.md and evidence/pages/ from all records.
 - `check`: list the pages that differ from the records.
 - `quick`: run a small claim in a temporary folder, then write the pages.
@@ -33,7 +33,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("run", "one", "page", "check", "quick"))
-    parser.add_argument("names", nargs="*", help="claims or arms: C1, C1/statsq_w2; none = all")
+    parser.add_argument(
+        "names", nargs="*", help="run: claims or arms (C1, C1/statsq_w2), none = all; one: arms"
+    )
     parser.add_argument(
         "--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10 [$QAT_CIFAR10]"
     )
@@ -46,13 +48,13 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     try:
-        return int(_has_failed(args))
+        return int(_run_command(args))
     except UsageError as error:
         log.error("error: %s", error)
         return 1
 
 
-def _has_failed(args: argparse.Namespace) -> bool:
+def _run_command(args: argparse.Namespace) -> bool:
     """Run the command; return True if a run failed or a page differs."""
     if args.what == "check":
         stale = page.check(ROOT)

@@ -1,8 +1,8 @@
 """Distill features on the student's grid: a replacement of `loss.features`.
 
-Use it with `model.imports=[evidence.lattice]`. The term is the mean over blocks of
-||Q(F_student) - Q(F_teacher)||^2 / var(F_teacher). F is the input of `qkv` or `fc1`; Q is the
-student's quantizer, whose step size gets no gradient from the teacher's side.
+Use it with `model.imports=[evidence.lattice]`. The term is the mean over the inputs F of `qkv` and
+`fc1` in all blocks of mean((Q(F_student) - Q(F_teacher))^2) / var(F_teacher). Q is the student's
+quantizer, whose step size gets no gradient from the teacher's side.
 """
 
 from __future__ import annotations

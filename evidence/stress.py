@@ -240,7 +240,9 @@ def same(first: Any, second: Any) -> bool:
         if first.dtype != second.dtype:
             return False
         return torch.equal(first.nan_to_num(7.25), second.nan_to_num(7.25))
-    return type(first) is type(second) and (first == second or first != first)
+    return type(first) is type(second) and (
+        first == second or (first != first and second != second)
+    )
 
 
 def disturbed_run(

@@ -1,7 +1,8 @@
 """`python -m evidence.zoo --root CIFAR10`: write the models in `zoo/`, each with a model card.
 
-The models are checkpoints of runs; `make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` trains a
-missing checkpoint. Results in a card are measured with `eval.py` on the file itself.
+The models are checkpoints of runs; `python -m evidence one C16/tensor_w4a4 --root CIFAR10` trains a
+missing checkpoint, and replaces its record. Results in a card are measured with `eval.py` on the
+file itself.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ class Arms:
                     )
 
     def __getitem__(self, path: str) -> Arm:
+        if path not in self.by_path:
+            raise UsageError(f"{path!r}: must be CLAIM/ARM of a file in evidence/claims")
         return self.by_path[path]
 
     def ordered(self, names: Sequence[str] = ()) -> list[Run]:
@@ -95,7 +97,10 @@ class Arms:
         return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
     def to_do(self, names: Sequence[str] = ()) -> list[Run]:
-        """Runs without a record, and runs whose missing weights a run without a record needs.
+        """Unfinished runs, and runs whose missing weights they need.
+
+        A run is finished if its record has all its commands and its stored weights exist. Retired
+        arms count as finished.
 
         Args:
             names: see `ordered`; the runs are in the same order.
@@ -152,7 +157,10 @@ class Arms:
         scores = {}
         for record in reversed(read_records(self.records)):
             scores[f"{record.claim}/{record.arm}"] = record.metrics.get("val_top1")
-        return max(paths, key=lambda path: scores.get(path) or 0.0)
+        for path in paths:
+            if scores.get(path) is None:
+                raise UsageError(f"{path}: must be run first, because another arm needs the choice")
+        return max(paths, key=lambda path: scores[path])
 
 
 def _seed_of(arm: Arm, seed: int) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from scipy import stats
 
 LEVEL = 0.95
-# Accuracies are decimals, which floats only approximate; with this tolerance, a margin that is met
-# exactly compares as equal.
+# Accuracies are decimals, which floats only approximate; rounded to this many digits, an end at
+# the margin compares as equal to it.
 _DIGITS = 12
 
 

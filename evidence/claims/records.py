@@ -32,7 +32,7 @@ class Record:
         command: the command that trains or quantizes.
         further_commands: the commands that follow, by name.
         starts: arms whose stored weights were the start or the teacher of the run, with their
-            digests.
+            digests; empty in records since 2026-11-27.
         metrics: name to value, as measured.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].

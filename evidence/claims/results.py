@@ -16,19 +16,19 @@ from qat.utils.files import csv_rows
 # Entries of results.json that are metrics.
 METRICS = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 REAL_METRICS = ("top1_float_probe", "cosine")
-SEARCH_METRICS = ("fitness_before", "fitness")
+SEARCH_METRICS = ("fitness_before", "fitness", "evaluations")
 # For each curve, the columns of metrics.csv for x and y, and the factor on y.
 CURVES = {
     "val_top1": ("epoch", "val/top1", 1),
     "osc_share": ("step", "osc/share", 100),
     "osc_band": ("step", "osc/band", 100),
 }
-# Approximate number of points of a curve.
+# A longer curve is thinned to at least this many points, and less than twice as many.
 POINTS = 60
 Curves = dict[str, list[list[float]]]
 
 
-def read_figures(
+def read_measurements(
     command: str, results: Mapping[str, Any], run_dir: Path
 ) -> tuple[dict[str, float], Curves, dict[str, Any]]:
     """Read metrics, curves and maps of a finished command.

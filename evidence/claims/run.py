@@ -23,7 +23,7 @@ import qat
 from evidence.claims.arms import ROOT, Arms, Run, preset
 from evidence.claims.claim import Arm
 from evidence.claims.records import Record, add_record
-from evidence.claims.results import read_figures
+from evidence.claims.results import read_measurements
 from evidence.speed.timing import processor_type
 from qat.errors import UsageError
 
@@ -99,9 +99,9 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
     if arm.keep:
         _store_weights(run_dir, arms.weights_file(arm, seed))
 
-    metrics, curves, maps = read_figures(arm.command, results[0], ROOT / run_dir)
+    metrics, curves, maps = read_measurements(arm.command, results[0], ROOT / run_dir)
     for name, command, result in zip(arm.further, commands[1:], results[1:], strict=True):
-        own_metrics, own_curves, own_maps = read_figures(
+        own_metrics, own_curves, own_maps = read_measurements(
             command.name, result, ROOT / command.run_dir
         )
         # Commands named w4_NAME, w3_NAME ... are points of a curve NAME over the bits.
@@ -111,6 +111,7 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         metrics |= _prefixed(name, own_metrics)
         curves |= _prefixed(name, own_curves)
         maps |= _prefixed(name, own_maps)
+    seconds = [result["wall_seconds"] for result in results if result.get("wall_seconds")]
     data_root = "FOLDER" if root else None
     lines = [shlex.join(command_line(*command, data_root)) for command in commands]
     record = Record(
@@ -123,7 +124,7 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         metrics=metrics,
         curves=curves,
         maps=maps,
-        wall_seconds=round(sum(result.get("wall_seconds") or 0 for result in results), 1),
+        wall_seconds=round(sum(seconds), 1) if seconds else None,
         machine=f"{processor_type()}, {os.cpu_count()} cores, 1 thread(s)",
         device=results[0]["device"],
         versions=results[0]["versions"],
@@ -155,7 +156,7 @@ def command_line(
 def execute(
     command: str, run_dir: Path, settings: Sequence[str], root: str | None
 ) -> dict[str, Any]:
-    """Run a command unless its results exist; its output goes to a log file next to `run_dir`.
+    """Run a command unless its own results exist; its output goes to a log file next to `run_dir`.
 
     Returns:
         Content of `results.json`.
@@ -164,7 +165,12 @@ def execute(
         CalledProcessError: the command failed.
     """
     path = ROOT / run_dir / "results.json"
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("error"):
+    # Results of other settings, which a claim may have had before, are not this command's.
+    settings_file = path.with_name("evidence.txt")
+    settings_text = shlex.join([command, *settings])
+    is_done = path.exists() and settings_file.exists()
+    is_done = is_done and settings_file.read_text(encoding="utf-8") == settings_text
+    if not is_done or json.loads(path.read_text(encoding="utf-8")).get("error"):
         program, *arguments = command_line(command, run_dir, settings, root)
         if command != "peers":
             program = sys.executable
@@ -182,5 +188,6 @@ def execute(
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
             )
+        settings_file.write_text(settings_text, encoding="utf-8")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return results

@@ -149,7 +149,7 @@ def _build_step(variant: Variant, device: str, *, is_dry_run: bool) -> Callable[
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    """Capture a step and its optimizer as a CUDA graph, which keeps the step's tensors alive."""
+    """Capture a step and its optimizer as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -160,7 +160,7 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return lambda: (graph.replay(), step)
+    return lambda: (graph.replay(), step)  # the reference keeps the step's tensors alive
 
 
 def turn(variant: Variant, num_steps: int, device: str) -> Row:
@@ -339,7 +339,7 @@ def _machine(args: argparse.Namespace) -> Row:
 
 
 def ratio(row: Row, base: Row | None) -> str:
-    """Median, lowest and highest ratio of times in a round; empty without a base."""
+    """Median, lowest and highest ratio of times, round by round; empty without a base."""
     if not base or not base.get("ms"):
         return ""
     ratios = [a / b for a, b in zip(row["ms"], base["ms"], strict=False)]

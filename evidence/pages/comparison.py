@@ -36,7 +36,7 @@ class Comparison:
     def verdict(self) -> str:
         """Confirmed if the whole interval is in the expected range, contradicted if none of it is.
 
-        Otherwise inconclusive; without a verdict for fewer than 3 seeds.
+        Otherwise inconclusive; `TOO_FEW` for fewer than 3 seeds.
         """
         ends = interval(self.differences)
         if ends is None or len(self.differences) < SEEDS:

@@ -160,9 +160,9 @@ class Evidence:
 
         Fields are `{arm.metric}`, `{CLAIM/arm.metric}`, `{arm.metric - other.metric:.1f}` (pairs
         of seeds), `{arm.metric - mean other.metric}`, and `{word}` of `words`. `{...:interval}`
-        shows a 95 % interval instead of the deviation, `{...:n}` the number of seeds, and
-        `{...:images}`, for a difference, an interval over test images. `{{` becomes a brace. A
-        difference of runs on two types of CPUs has a mark.
+        shows a 95 % interval instead of the deviation, `{...:mean}` neither, `{...:n}` the number
+        of seeds, and `{...:images}`, for a difference, an interval of top-1 over test images. `{{`
+        becomes a brace. A difference of runs on two types of CPUs has a mark.
 
         Raises:
             UsageError: a field names an arm or a metric that does not exist.
@@ -207,6 +207,8 @@ class _Numbers(string.Formatter):
         if other_arm.startswith("mean "):
             other_arm = other_arm.removeprefix("mean ")
             measured = self.evidence.measured(self.claim, other_arm, other_metric)
+            if not measured:
+                return _Field([]), field_name
             other = statistics.mean(measured.values())
         differences = self.evidence.differences(self.claim, (arm, metric), other)
         return _Field(differences, "+", (arm, terms[1][0])), field_name

@@ -11,7 +11,7 @@ DEFAULT_FORMAT = ".2f"
 NO_VALUE = "–"
 # Mark of a difference between runs on two types of CPUs.
 MIXED = "\\*"
-# The fewest seeds for which an interval is shown.
+# The usual number of seeds, and the fewest for which an interval is shown.
 SEEDS = 3
 
 

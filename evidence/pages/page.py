@@ -131,7 +131,7 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
-    """The page of a claim: statement, verdict, measurements, and the command that repeats them."""
+    """The page of a claim: statement, verdict, measurements, and the command for its runs."""
     comparisons = compare(claim, evidence)
     source = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", claim.source)
     statement = claim.statement.replace("\n", "\n> ")

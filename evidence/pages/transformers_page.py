@@ -85,7 +85,7 @@ def refusal(kind: Kind) -> str:
 
 
 def _products(net: nn.Module, kind: Kind) -> tuple[str, str]:
-    """Quantized attentions of all, and the share that stays float with the classes of modules."""
+    """How many attentions are quantized, and the share that stays float with its classes."""
     modules = dict(net.named_modules())
     products = matmuls(net, kind.input_size)
     in_float = [product for product in products if product.bits == (FLOAT_BITS, FLOAT_BITS)]

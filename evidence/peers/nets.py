@@ -57,6 +57,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     }
     net = layerwise_quantize(net, ends).train()
     with torch.no_grad():
+        # The last pass turns the observed ranges into parameters.
         for images in (*batches, batches[0]):
             net(images)
     return net

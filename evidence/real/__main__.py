@@ -43,6 +43,7 @@ from qat.tasks.conf import CONF
 from qat.tasks.ptq_start import build_ptq_recipe, build_reconstruct, build_search
 from qat.tasks.results import correct_field, recipe_fields, write_results
 from qat.tasks.set_up import set_up
+from qat.utils.files import replace_atomically
 
 log = logging.getLogger("qat.evidence.real")
 FOLDER = ROOT / "outputs" / "real"
@@ -67,8 +68,8 @@ INPUTS = {
     "fc1": "mlp.fc1.input",
     "fc2": "mlp.fc2.input",
 }
-# Strengths of the probe's regularization; chosen on float features.
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+# Inverse strengths of the probe's regularization; chosen on float features.
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Features(NamedTuple):
@@ -232,12 +233,11 @@ def _test_images(data: Cifar10) -> Tensor:
 
 def _float_features(encoder: nn.Module, data: Cifar10) -> Features:
     """Features of the float encoder, which are computed once and then read from a file."""
-    path = FOLDER / "float-features.npz"
+    path = FOLDER / f"float-features-{data.settings.image_size}.npz"
     if not path.exists():
         features = _features(encoder, data)
-        unfinished = path.with_suffix(".part.npz")
-        np.savez(unfinished, **features._asdict())
-        unfinished.rename(path)
+        with replace_atomically(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **features._asdict())
     with np.load(path) as arrays:
         return Features(*(arrays[name] for name in Features._fields))
 
@@ -257,29 +257,29 @@ def _features(net: nn.Module, data: Cifar10) -> Features:
     return Features(*parts)
 
 
-def _fit_probe(features: Features, strength: float | None = None) -> Pipeline:
+def _fit_probe(features: Features, inverse_strength: float | None = None) -> Pipeline:
     """Logistic regression on normalized features.
 
     Args:
         features: features and labels.
-        strength: inverse of the regularization's weight; None = the best of `STRENGTHS` on a fifth
+        inverse_strength: of the regularization; None = the best of `INVERSE_STRENGTHS` on a fifth
             of the fitted images, which are left out for this choice.
     """
-    if strength is None:
-        num_chosen = len(features.fit) // 5
+    if inverse_strength is None:
+        num_left_out = len(features.fit) // 5
         accuracies = {}
-        for candidate in STRENGTHS:
+        for candidate in INVERSE_STRENGTHS:
             probe = _probe(candidate)
-            probe.fit(features.fit[num_chosen:], features.fit_labels[num_chosen:])
-            left_out = features.fit[:num_chosen]
-            accuracies[candidate] = probe.score(left_out, features.fit_labels[:num_chosen])
-        strength = max(accuracies, key=accuracies.__getitem__)
-        log.info("regularization of the probe: %s", accuracies)
-    return _probe(strength).fit(features.fit, features.fit_labels)
+            probe.fit(features.fit[num_left_out:], features.fit_labels[num_left_out:])
+            left_out = features.fit[:num_left_out]
+            accuracies[candidate] = probe.score(left_out, features.fit_labels[:num_left_out])
+        inverse_strength = max(accuracies, key=accuracies.__getitem__)
+        log.info("accuracy of the probe by inverse strength of regularization: %s", accuracies)
+    return _probe(inverse_strength).fit(features.fit, features.fit_labels)
 
 
-def _probe(strength: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+def _probe(inverse_strength: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=inverse_strength, max_iter=2000))
 
 
 def _accuracy(probe: Pipeline, features: Features) -> float:

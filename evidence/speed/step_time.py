@@ -93,7 +93,7 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
     with functorch_config.patch(aggressive_recomputation=True):
         timings = take_turns(steps, rounds)
         saved = saved_bytes(nets[row], steps[row])
-    num_graphs = counters["stats"]["unique_graphs"] - 1
+    num_graphs = counters["stats"]["unique_graphs"] - 1  # without that of the float model
     graphs = f"{num_graphs}, {sum(counters['graph_break'].values())}"
     ratios = [ratio(timings[row], timings[base]) for base in (COMPILED_FLOAT, FLOAT)]
     return {"ratios": ratios, "saved": saved, "graphs": graphs}

@@ -102,7 +102,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; cells may contain any text."""
     lines = [_table_line(cells) for cells in (head, *rows)]
     text = "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:]))
-    return re.sub(r"\|  (?=\|)", "| ", text)
+    return re.sub(r"\|  (?=\|)", "| ", text)  # one space in an empty cell
 
 
 def _table_line(cells: Sequence[str]) -> str:

@@ -172,7 +172,7 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
-    "evidence": 40200,
+    "evidence": 40300,
     "qat": 198700,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
