@@ -159,7 +159,9 @@ class Arms:
             scores[f"{record.claim}/{record.arm}"] = record.metrics.get("val_top1")
         for path in paths:
             if scores.get(path) is None:
-                raise UsageError(f"{path}: must be run first, because another arm needs the choice")
+                raise UsageError(
+                    f"{path}: must have a record with val_top1, which another arm's choice needs"
+                )
         return max(paths, key=lambda path: scores[path])
 
 

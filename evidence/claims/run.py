@@ -156,21 +156,22 @@ def command_line(
 def execute(
     command: str, run_dir: Path, settings: Sequence[str], root: str | None
 ) -> dict[str, Any]:
-    """Run a command unless its own results exist; its output goes to a log file next to `run_dir`.
+    """Run a command unless its results exist; its output goes to a log file next to `run_dir`.
 
     Returns:
         Content of `results.json`.
 
     Raises:
+        UsageError: the folder contains a run of other settings.
         CalledProcessError: the command failed.
     """
     path = ROOT / run_dir / "results.json"
-    # Results of other settings, which a claim may have had before, are not this command's.
     settings_file = path.with_name("evidence.txt")
     settings_text = shlex.join([command, *settings])
-    is_done = path.exists() and settings_file.exists()
-    is_done = is_done and settings_file.read_text(encoding="utf-8") == settings_text
-    if not is_done or json.loads(path.read_text(encoding="utf-8")).get("error"):
+    # The claim may have had other settings when the folder was made.
+    if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings_text:
+        raise UsageError(f"{run_dir}: contains a run of other settings; delete the folder")
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("error"):
         program, *arguments = command_line(command, run_dir, settings, root)
         if command != "peers":
             program = sys.executable
@@ -178,6 +179,7 @@ def execute(
         if command in {"train", "ptq", "real"}:
             arguments.append("resume=auto")
         path.parent.mkdir(parents=True, exist_ok=True)
+        settings_file.write_text(settings_text, encoding="utf-8")
         log_file = path.parent.parent / f"{path.parent.name}.log"
         with log_file.open("ab") as output:
             subprocess.run(
@@ -188,6 +190,5 @@ def execute(
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
             )
-        settings_file.write_text(settings_text, encoding="utf-8")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return results

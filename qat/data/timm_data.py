@@ -144,8 +144,8 @@ class Timm(EncodedImageData):
         """The splits that the settings name.
 
         Raises:
-            UsageError: a split cannot be read, shares files with another split, or has a class that
-                the first split does not have.
+            UsageError: a split cannot be read, shares files or overlaps with another split, or has
+                a class that the first split does not have.
         """
         return self._images_by_split
 

@@ -11,7 +11,7 @@ import pytest
 import qat
 from evidence.claims.arms import ROOT, Arms, preset
 from evidence.claims.records import add_record, read_records
-from evidence.claims.run import PROGRAMS, command_line, run_all, run_one
+from evidence.claims.run import PROGRAMS, command_line, execute, run_all, run_one
 from tests.commands import typed
 from tests.conftest import compose, results
 from tests.errors import usage_error
@@ -80,9 +80,26 @@ def test_settings_are_presets_then_own_then_where_it_starts(tmp_path):
         f"ckpt={tmp_path}/runs/C1/calibrated-seed1/quantized.ckpt",
         "seed=1",
     ]
+    with usage_error("^C1/slow: must have a record with val_top1"):
+        arms.settings(arms["C1/chosen"], 1)
     made.record(tmp_path, arm="slow", metrics={"val_top1": 61.0})
     made.record(tmp_path, arm="fast", metrics={"val_top1": 60.0})
     assert arms.settings(arms["C1/chosen"], 1) == ["quant=fp", "optimizer.lr=1e-4", "seed=1"]
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path, monkeypatch):
+    calls = []
+
+    def write(line, **options):
+        calls.append(line)
+        (tmp_path / "results.json").write_text("{}")
+
+    monkeypatch.setattr("evidence.claims.run.subprocess.run", write)
+    for _ in range(2):
+        execute("train", tmp_path, ["a=1"], None)
+    assert len(calls) == 1
+    with usage_error("contains a run of other settings; delete the folder"):
+        execute("train", tmp_path, ["a=2"], None)
 
 
 def test_runs_come_after_those_they_need_and_once(tmp_path):
