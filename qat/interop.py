@@ -50,7 +50,8 @@ _NAMES = (
     (r"input_quantizer\.quantizer\.signed$", "input_quant_fn.signed"),
     (r"weight_quantizer\.scale$", "lsqw_fn.s"),
 )
-# Without QKR, one offset of 3C values precedes q, k and v; with QKR, only v has an offset.
+# Without QKR, the authors' files have one offset of 3C values before the quantizers of q, k and v;
+# with QKR, only v has such an offset.
 _STACKED_OFFSET = re.compile(r"attn\.([qkv])_quantizer\.offset_before$")
 
 

@@ -172,7 +172,10 @@ class ImageNet(ImageFolder):
         return names
 
     def named_classes(self) -> list[str] | None:
-        """Return timm's descriptions of the wnids, or of all 1000 classes if `root` is not set."""
+        """Return timm's descriptions of the wnids; without `root`, of all 1000 classes.
+
+        Returns None without `root` if `num_classes` is not 1000. Unknown wnids are kept.
+        """
         info = ImageNetInfo()
         all_wnids = info.label_names()
         wnids = super().named_classes()

@@ -4,7 +4,7 @@ Weights, biases and all step sizes are trained. Weights are trained with LSQ's s
 gradients (arXiv 1902.08153), not with AdaRound.
 
 Sources: BRECQ (arXiv 2102.05426) for the order of the blocks and the learned step sizes of
-activations; QDrop (arXiv 2203.05740) for the elements of the float net in the inputs.
+activations; QDrop (arXiv 2203.05740) for random input elements that come from the float net.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ MAX_GROUPS = 40  # a figure with more groups would be illegible
 
 
 def gather(folder: Path) -> list[Row]:
-    """Read a row for each job below a directory, also nested: settings, results and error."""
+    """Read a row for each job at any depth below a directory: settings, results and error."""
     job_folders = {path.parent for path in folder.rglob("results.json")}
     job_folders |= {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     job_folders.discard(folder)
