@@ -36,8 +36,8 @@ against the [recipe](glossary.md#recipe), and names the modules.
   [offsets](glossary.md#offset). A linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).
 - **Signs**: a layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs, except in
-  `deploy_w8a8` and `deploy_w4a8`. All other inputs are signed, but an
-  image may have either sign.
+  `deploy_w8a8` and `deploy_w4a8`. All other inputs are signed, except
+  images, whose sign comes from the calibration data.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|

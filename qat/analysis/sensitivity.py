@@ -414,10 +414,10 @@ def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> 
             }
             if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
                 rules[name]["act_bits"] = layer_recipe.act_bits
+            if layer_recipe.weight_quantizer == "float":
+                rules[name]["weight_quantizer"] = "affine" if group == "ptq" else "lsq"
     for name, width in bits.items():
         rules[name]["bits"] = width
-        if conversion is not None and conversion.recipe.at(name).weight_quantizer == "float":
-            rules[name]["weight_quantizer"] = "affine" if group == "ptq" else "lsq"
     # In Hydra's grammar, keys have no quotes, and brackets are escaped.
     entries = []
     for name, rule in rules.items():

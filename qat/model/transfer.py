@@ -73,10 +73,11 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if not site.quantizer.state_dict():
             continue
         donor = donors.get(site.name)
-        if donor is None or _rounds_product(donor) != _rounds_product(site):
-            missing.append(site.name)
-            continue
-        if not _copy_state(donor.quantizer, site.quantizer):
+        if (
+            donor is None
+            or _rounds_product(donor) != _rounds_product(site)
+            or not _copy_state(donor.quantizer, site.quantizer)
+        ):
             missing.append(site.name)
             continue
         copied.append(site.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qat.callbacks import CGA, GraphSteps, LastCheckpoint, Preemption, StepLimit, StepSeed
+from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import local_processes
 from qat.launch.slurm import cluster_environments
@@ -101,6 +103,23 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     return scheduler_factory(
         warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs, **settings
     )
+
+
+def batch_limit(cfg: DictConfig) -> int | float | None:
+    """Number or fraction of the batches that an epoch takes; None = all."""
+    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.limit_train_batches
+    # The integer 1 is one batch.
+    return None if limit == 1.0 and isinstance(limit, float) else limit
+
+
+def steps_per_epoch(cfg: DictConfig, data: ImageData) -> int:
+    """Number of optimizer steps of an epoch."""
+    num_batches = len(data.train_dataloader())
+    limit = batch_limit(cfg)
+    if limit is not None:
+        num_limited = limit if isinstance(limit, int) else limit * num_batches
+        num_batches = min(num_batches, int(num_limited))
+    return math.ceil(num_batches / cfg.trainer.accumulate_grad_batches)
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:

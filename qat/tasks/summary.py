@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -228,23 +227,6 @@ def bits_table(columns: Mapping[str, Counter[int]]) -> str:
     return text_table(["share of", *columns], rows)
 
 
-def _batch_limit(cfg: DictConfig) -> int | float | None:
-    """Number or fraction of the batches that an epoch takes; None = all."""
-    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.limit_train_batches
-    # The integer 1 is one batch.
-    return None if limit == 1.0 and isinstance(limit, float) else limit
-
-
-def steps_per_epoch(cfg: DictConfig, data: ImageData) -> int:
-    """Number of optimizer steps of an epoch."""
-    num_batches = len(data.train_dataloader())
-    limit = _batch_limit(cfg)
-    if limit is not None:
-        num_limited = limit if isinstance(limit, int) else limit * num_batches
-        num_batches = min(num_batches, int(num_limited))
-    return math.ceil(num_batches / cfg.trainer.accumulate_grad_batches)
-
-
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
     """Epochs and training steps, as text; warn if there are few steps.
 
@@ -255,8 +237,8 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
     num_images = len(loader.sampler)  # type: ignore[arg-type]
     batch_size = data.settings.batch_size
     num_unused = max(num_images - len(loader) * batch_size, 0) * trainer.world_size
-    is_whole = _batch_limit(cfg) is None
-    steps = steps_per_epoch(cfg, data)
+    is_whole = fit.batch_limit(cfg) is None
+    steps = fit.steps_per_epoch(cfg, data)
     epochs = cfg.trainer.max_epochs
     text = f"{format_count(epochs, 'epoch')} x {format_count(steps, 'step')}"
     if num_unused and is_whole:

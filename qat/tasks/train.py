@@ -159,7 +159,7 @@ def train(cfg: DictConfig) -> float:
 def _check_annealing(
     cfg: DictConfig, callbacks: Sequence[Callback], data: ImageData, trainer: Trainer
 ) -> None:
-    steps = summary.steps_per_epoch(cfg, data)
+    steps = fit.steps_per_epoch(cfg, data)
     for callback in callbacks:
         if isinstance(callback, CGA):
             callback.check_steps(trainer, cfg.trainer.get("max_steps", -1), steps)
