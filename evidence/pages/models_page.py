@@ -37,7 +37,7 @@ against the [recipe](glossary.md#recipe), and names the modules.
   (`quant.map_scales=column`: one per column).
 - **Signs**: a layer after GELU, ReLU, SiLU or Hardswish has unsigned inputs, except in
   `deploy_w8a8` and `deploy_w4a8`. All other inputs are signed, except
-  images, whose sign comes from the calibration data.
+  images, whose sign comes from [calibration](glossary.md#calibration).
 
 | family | attention | QKR | stays float |
 |---|---|---|---|
