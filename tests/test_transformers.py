@@ -261,8 +261,8 @@ def test_the_whole_page():
 
 
 CALLBACKS = {
-    "none": lambda: [],
     "cga": lambda: [qat.transformers.Callback(CGA(epochs=1, boundary_range=0.1))],
+    "none": lambda: [],
     "freezing": lambda: [
         qat.transformers.Callback(IterativeFreezing(threshold=0.02, momentum=0.1))
     ],
@@ -292,6 +292,7 @@ def trained(folder, callbacks, *, resume=False, **settings):
     return list(trainer.model.state_dict().values())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_trainer_resumes_exactly(name, tmp_path):

@@ -53,11 +53,11 @@ def slices_along(x: Tensor, axis: int | None) -> Tensor:
 
 
 def symmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range around 0.
+    """Scale and zero point of the range [-m, m], where m = max(|low|, |high|).
 
     Returns:
-        The scale max(|low|, |high|) / ((qmax - qmin) / 2), at least float32 eps, and the zero point
-        0. Both have the shape of `low`.
+        The scale m / ((qmax - qmin) / 2), at least float32 eps, and the zero point 0. Both have the
+        shape of `low`.
     """
     largest = torch.maximum(low.abs(), high.abs())
     scale = (largest / ((qmax - qmin) / 2)).clamp(min=_EPS)
@@ -133,7 +133,7 @@ def fake_quantize_affine(
     if not torch.is_grad_enabled():
         return dequantize_nearest_(x.float() / step, step, zero, qmin, qmax).to(x.dtype)
     u = x.float() / step + zero
-    # The mask needs the codes before they are clamped, so `nearest_codes` does not fit.
+    # The mask needs the codes before they are clamped, so `nearest_codes` cannot be used.
     unclamped_codes = u.detach().round()
     # Not `clamp`: versions of torch differ in whether its gradient passes at the bounds. Clamping
     # `round_ste(u)` fails as well: where u overflows, `round_ste` computes inf - inf.
@@ -170,7 +170,7 @@ def fake_quantize_affine_(
 
 
 def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
-    """Give every slice of `quantized` along `axis` the mean and standard deviation of `w` there.
+    """Give each slice of `quantized` along `axis` the mean and standard deviation of w's slice.
 
     The result is (q - mean q) std w / (std q + 1e-8) + mean w, with unbiased standard deviations.
     Its values are therefore not on the grid of q: each slice is on a scaled and shifted copy of

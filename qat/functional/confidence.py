@@ -41,7 +41,7 @@ def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
 def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
     """Mask of the weights that CGA trains: those within `boundary` of a threshold of StatsQ.
 
-    With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 on the current scale s, an entry is near if
+    With z = clamp(w/s, -1, 1 - 1e-6) * 2^(bits-1) - 1/2 for the scale s of `w`, an entry is near if
     |z - i - 1/2| <= boundary for an integer i, lowest <= i < highest, where lowest and highest are
     the outermost codes that occur in the tensor. The band includes both ends, as in OFQ's code.
 

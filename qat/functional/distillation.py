@@ -1,4 +1,4 @@
-"""Distillation losses: the loss of OFQ (arXiv 2302.02210) and DeiT, and a distance of features."""
+"""Distillation losses: the loss of OFQ (arXiv 2302.02210) and DeiT, and a feature distance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     Args:
         logits: (B, K), logits of the student.
         teacher_logits: (B, K), logits of the teacher.
-        temperature: T, above 0. Above 1, classes that are unlikely to the teacher count more; the
+        temperature: T, above 0. Above 1, classes that the teacher finds unlikely count more; the
             factor T^2 preserves the size of the gradient.
 
     Returns:

@@ -55,6 +55,9 @@ def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) ->
     Returns:
         The shape and dtype of `x`. The gradient of `x` passes where |x| is at most 448 s, and is
         zero elsewhere. The gradient of `scale` is LSQ's, with values of E4M3 instead of codes.
+
+    Raises:
+        UsageError: `scale` does not fit the shape of `x`.
     """
     value_range = E4M3Range(-E4M3_MAX, E4M3_MAX, axis)
     return LSQFunction.apply(x, scale, None, None, None, value_range, grad_factor)

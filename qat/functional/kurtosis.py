@@ -19,8 +19,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
 }
 REDUCTIONS = tuple(_REDUCTIONS)
-# Maximum number of values for which float64 costs no time. The rounding errors of so few float32
-# values would not average out.
+# Maximum number of values for which float64 costs no extra time. The rounding errors of so few
+# float32 values would not average out.
 MAX_FLOAT64_VALUES = 2**14
 
 

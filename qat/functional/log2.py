@@ -81,6 +81,9 @@ def log2_codes(x: Tensor, bits: int) -> Tensor:
     """Integer codes min(max(k, 0), 2^bits - 1) of `fake_quantize_log2`.
 
     The last code means both 2^-(2^bits - 1) and zero.
+
+    Returns:
+        Codes in the shape of `x`, int8 up to 7 bits, int16 for 8 bits.
     """
     check_bits("bits", bits)
     qmax = 2**bits - 1

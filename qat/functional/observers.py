@@ -211,7 +211,7 @@ class RangeState(NamedTuple):
 
 
 def quantiles(rows: Tensor, *qs: float) -> Tensor:
-    """Quantiles of every row, with linear interpolation, as `torch.quantile`, but for any length.
+    """Quantiles of every row, with linear interpolation like `torch.quantile`, but for any length.
 
     Args:
         rows: (n, m) float32.
@@ -306,7 +306,7 @@ def affine_scale(
     """Scale and zero point for `fake_quantize_affine`, from one tensor.
 
     Unsigned codes are asymmetric. Signed codes are symmetric with zero point 0, except with `omse`
-    and `ptf`.
+    and `ptf`. Asymmetric codes cover a whole range only if it includes zero (see `extend_to_zero`).
 
     Args:
         x: any shape and float dtype.

@@ -32,14 +32,17 @@ def statsq_scale(w: Tensor) -> Tensor:
     Returns:
         (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. The scale of
         an all-zero row is zero.
+
+    Raises:
+        ValueError: `w` has fewer than 2 or more than 4 dimensions.
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
     magnitude = w.detach().float().abs()
     if w.ndim == 3:
-        # Average one dimension after the other, as in OFQ's code: equal weights are ties
-        # between two codes, and the rounding error of a mean over both dimensions would break the
-        # ties.
+        # Average one dimension after the other, as in OFQ's code: weights of equal magnitude are
+        # halfway between two codes, and the rounding error of a mean over both dimensions would
+        # decide which code they get.
         return 2 * magnitude.mean(-1, keepdim=True).mean(0, keepdim=True)
     return 2 * magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
 
@@ -58,6 +61,9 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
     Returns:
         The shape of `statsq_scale(w)`, float32, without gradient. The scale of an all-zero row is
         zero.
+
+    Raises:
+        ValueError: `w` has fewer than 2 or more than 4 dimensions.
     """
     if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq_rms: w has {w.ndim} dimensions, expected 2, 3 or 4")
@@ -129,6 +135,10 @@ def statsq(w: Tensor, bits: int) -> Tensor:
     Returns:
         The shape and dtype of `w`. An all-zero row becomes zeros. The gradient is the identity
         everywhere, even outside the range of the levels; no gradient flows through the scale.
+
+    Raises:
+        ValueError: `w` has fewer than 2 or more than 4 dimensions.
+        UsageError: `bits` is out of range.
     """
     check_bits("bits", bits)
     return statsq_with_scale(w, statsq_scale(w), bits)

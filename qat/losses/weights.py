@@ -57,7 +57,7 @@ class Kure(LossTerm):
     A target of 1.8 pulls the weights to a uniform distribution.
 
     Args:
-        weight: factor in the sum; 1.0 in all published runs.
+        weight: factor in the sum; 1.0 in all runs published by the authors of KURE.
         target: target of the kurtosis, above 1.
         reduction: `mean`, `sum` or `max` over the layers.
     """
@@ -92,9 +92,10 @@ class Kure(LossTerm):
 class Dampening(LossTerm):
     """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, with w_q detached.
 
-    The factor grows from 0 along a cosine. A weight between two levels is pulled to the nearer
-    level; a weight on a level, or outside the outermost levels, is not pulled. With QKR, the folded
-    matrix is treated like any weight, and the gradient reaches both of its factors.
+    The factor on this sum grows from 0 along half a cosine wave. A weight between two levels is
+    pulled to the nearer level; a weight on a level, or outside the outermost levels, is not pulled.
+    With QKR, the folded matrix is treated like any weight, and the gradient reaches both of its
+    factors.
 
     Args:
         weight: factor at the end of the run, lambda in the paper.

@@ -27,7 +27,7 @@ from qat.nn.swap_registry import SwapContext
 from qat.spec import QuantRecipe
 
 NAME = "qat"  # name of the function, for `attn_implementation`
-CHILD = "quantized"  # name of the child of each attention that contains the quantizers
+CHILD = "quantized"  # name of an attention's child; this child has the quantizers
 
 # Activations with a small negative tail that do not call torch's functions.
 _ACTIVATIONS = (
@@ -202,7 +202,7 @@ class AttentionInterface:
 
     @contextlib.contextmanager
     def searching(self) -> Generator[None]:
-        """Find the attentions that run in this block; run the whole model inside."""
+        """Find the attentions that run in a `with` block, which must run the whole model."""
         if self.models:
             _register_functions()
         for model in self.models:

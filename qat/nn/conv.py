@@ -53,7 +53,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     @property
     def is_patchwise(self) -> bool:
-        """True without overlap, padding or groups, if the input quantizer learns."""
+        """True if the input quantizer learns, and there are no overlaps, padding or groups."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}

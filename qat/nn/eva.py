@@ -21,9 +21,9 @@ from qat.nn.vit import apply_mask
 class QuantRopeAttention(QuantAttention):
     """Attention whose queries and keys are rotated by position, then quantized.
 
-    `qkv` may be one Linear, or three Linears. Keys and values may have fewer heads than queries
-    (grouped queries): each head of keys or values is quantized once, and a group of query heads
-    shares it.
+    There is one Linear `qkv`, or one Linear each for q, k and v. Keys and values may have fewer
+    heads than queries (grouped queries): each head of keys or values is quantized once, and a group
+    of query heads shares it.
     """
 
     def __init__(self, attention: EvaAttention | AttentionRope, context: SwapContext) -> None:

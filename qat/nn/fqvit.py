@@ -108,7 +108,7 @@ class FqVitAttention(FqAttention):
 
 
 class FqBlock(Block):
-    """A `Block` with quantizers after the MLP and both residual sums; build by `shallow_cast`."""
+    """A `Block` with quantizers after the MLP and both residual sums; made by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -130,7 +130,7 @@ class FqBlock(Block):
 class _FqOutput(nn.Module):
     """Mixin that quantizes the output of the base class that is listed after it.
 
-    Build subclasses by `shallow_cast`.
+    Instances of subclasses are made by `shallow_cast`.
     """
 
     output_quantizer: nn.Module
@@ -290,7 +290,7 @@ class FqWindowAttention(RelativeBias, FqAttention):
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """A Swin block with quantizers after the MLP and both sums; build by `shallow_cast`."""
+    """A Swin block with quantizers after the MLP and both sums; made by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-# Parts of the names of outputs that are features, to be read by other layers.
+# Outputs whose names contain one of these parts are features for other layers, not predictions.
 _FEATURES = ("hidden_state", "pooler_output", "feature", "attention", "reference_points")
 LOGITS = "logits"
 BOXES = "pred_boxes"

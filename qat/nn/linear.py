@@ -62,8 +62,8 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 def swap_mlp(module: nn.Module, context: SwapContext) -> Swap:
     """Keep an `Mlp`, and mark the input of `fc2` as unsigned if it follows an activation function.
 
-    Files that were written before `ActivationTracer` existed depend on this mark (`signs="mlp"`,
-    see `qat.model.convert.Conversion`).
+    Checkpoints from versions without `ActivationTracer` depend on this mark (`signs="mlp"`, see
+    `qat.model.convert.Conversion`).
     """
     follows_activation = isinstance(module.norm, nn.Identity)
     if follows_activation and isinstance(module.act, NEARLY_POSITIVE):
@@ -121,7 +121,7 @@ class Dropout(nn.Dropout):
 
 @register_swap(nn.Dropout, "linear")
 def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
-    """Replace a dropout, because it may be between an activation and a quantized Linear."""
+    """Replace a dropout by `Dropout`, so that a Linear after it can still save the GELU's input."""
     return Swap(shallow_cast(Dropout, module))
 
 

@@ -162,7 +162,7 @@ class QkrAttention(ScoredAttention, QuantModule):
 
 
 def _cast_like(x: Tensor, weight: Tensor) -> Tensor:
-    """Convert a folded float32 weight to the dtype of `x`; integer codes stay unchanged."""
+    """Convert a folded weight to the dtype of `x`; operands of an exported graph stay unchanged."""
     if isinstance(weight, Tensor) and isinstance(x, Tensor):
         return weight.to(x.dtype)
     return weight

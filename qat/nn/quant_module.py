@@ -112,7 +112,7 @@ def keep_weights(net: nn.Module, *, keep: bool) -> None:
 
 @contextlib.contextmanager
 def cached_weights(net: nn.Module) -> Generator[None]:
-    """Keep quantized weights inside the block. Do not change the weights there."""
+    """Keep quantized weights inside a `with` block. Do not change the weights in this block."""
     keep_weights(net, keep=True)
     try:
         yield

@@ -54,7 +54,7 @@ class QkrWindowAttention(RelativeBias, QkrAttention):
 
 
 class MapMlp(timm_layers.Mlp):
-    """timm's `Mlp` on tokens (B, H*W, C) viewed as a map (B, H, W, C); build by `shallow_cast`.
+    """timm's `Mlp` on tokens (B, H*W, C) viewed as a map (B, H, W, C); made by `shallow_cast`.
 
     Attributes:
         columns: W; 0 = view the tokens as one row, because nothing depends on the shape of the map.

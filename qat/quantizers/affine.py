@@ -118,7 +118,7 @@ class Affine(Quantizer):
 
 @register("minmax")
 class MinMax(Affine):
-    """Quantizer of activations on the range of the calibration data.
+    """Quantizer of activations, with the range of the calibration data.
 
     The codes are asymmetric, whatever the sign of the spec, because a zero point suits both the
     tail of GELU and signed inputs.
@@ -144,7 +144,11 @@ class MinMax(Affine):
 
 @register("minmax_dynamic")
 class DynamicMinMax(Quantizer):
-    """Quantizer of weights on a symmetric range, which each forward computes from the weight."""
+    """Quantizer of weights, with a symmetric range that each forward computes from the weight.
+
+    The largest weight of a range is half a step outside the codes if it is positive. It is clamped
+    then, and gets no gradient, as with the symmetric ranges of torch.ao.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the range of `x`."""

@@ -39,7 +39,7 @@ class Grid(ABC):
         """
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of `x`, numbered as by `to_sorted_index`: whole float32 numbers in [qmin, qmax]."""
+        """Codes of `x`, numbered as in `to_sorted_index`: whole float32 numbers in [qmin, qmax]."""
         return nearest_codes(self.to_code_coordinates(x), self.qmin, self.qmax)
 
     @abstractmethod

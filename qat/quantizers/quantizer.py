@@ -107,11 +107,11 @@ class Quantizer(nn.Module, ABC):
         Subclasses that store scales also create them here, filled with NaN.
 
         There is one scale for the tensor if a negative axis selects the batch dimension, because a
-        scale per image of a batch would be meaningless. A feature map (B, H, W, C) also has one
-        scale, unless the spec asks for a scale per column.
+        scale per image of a batch would be meaningless, or if a vector has no such dimension. A
+        feature map (B, H, W, C) also has one scale, unless the spec asks for a scale per column.
         """
         axis = self.spec.axis
-        is_batch_axis = axis is not None and axis < 0 and axis + len(shape) == 0
+        is_batch_axis = axis is not None and axis < 0 and axis + len(shape) <= 0
         may_be_map = self.spec.role in {"input", "output", "residual"}  # scores are (B, h, N, M)
         is_feature_map = may_be_map and len(shape) > 3
         if is_batch_axis or (is_feature_map and self.spec.map_scales == "tensor"):
@@ -143,7 +143,7 @@ class Quantizer(nn.Module, ABC):
 
     def num_scales(self, shape: torch.Size) -> int:
         """Number of scales of a tensor of `shape`, one for each slice along the axis."""
-        if self.axis is None:
+        if self.axis is None or self.axis < -len(shape):
             return 1
         return shape[self.axis]
 

@@ -19,8 +19,8 @@ class Shifted(Quantizer):
     Attributes:
         quantizer: the quantizer q.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
-            the input; zero at first. Flat, because optimizers exempt 1-D parameters from weight
-            decay, also where a model is part of another module.
+            the input; zero at first. Flat, because timm exempts 1-D parameters from weight decay,
+            even where nothing calls the `no_weight_decay` of the model.
         offset_after: c, like a; None if the spec has `offsets="before"`, because this offset would
             have no effect.
         offset_shape: shape of the dimensions with offsets.
@@ -29,6 +29,7 @@ class Shifted(Quantizer):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer.spec)
         self.quantizer = quantizer
+        self.in_blocks = quantizer.in_blocks
         self.register_parameter("offset_before", None)
         self.register_parameter("offset_after", None)
 
@@ -55,7 +56,7 @@ class Shifted(Quantizer):
         return self.offset_after.view(self.offset_shape)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load offsets that older files store as maps, too."""
+        """Also load offsets that older checkpoints store as maps instead of vectors."""
         for name in ("offset_before", "offset_after"):
             offset = state_dict.get(prefix + name)
             if offset is not None:

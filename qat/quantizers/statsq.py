@@ -73,7 +73,7 @@ class StatsQ(Quantizer):
 
 
 class ActStatsQ(StatsQ):
-    """StatsQ of activations, from the statistics of each batch along the axis of the spec.
+    """StatsQ of activations, with scales from each batch, one per slice along the axis of the spec.
 
     The codes are always signed, because StatsQ's grid is symmetric.
     """

@@ -220,6 +220,7 @@ def test_only_standard_operators(two_bit):
     assert_close(outputs["logits"], frozen(tiny.images(1)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_factors_of_scores_and_offsets_of_norms_are_in_other_constants(two_bit):
     _, model, _ = two_bit
     makers = makers_of(model)
@@ -229,6 +230,7 @@ def test_factors_of_scores_and_offsets_of_norms_are_in_other_constants(two_bit):
         assert maker is None or maker.op_type != foldable
 
 
+@pytest.mark.long
 def test_weights_are_stored_at_their_width(two_bit):
     frozen, model, _ = two_bit
     kinds = collections.Counter(tensor.data_type for tensor in model.graph.initializer)
@@ -248,6 +250,7 @@ def test_weights_are_stored_at_their_width(two_bit):
     )
 
 
+@pytest.mark.long
 def test_any_number_of_images(two_bit):
     frozen, _, path = two_bit
     session = open_session(path)

@@ -103,7 +103,7 @@ def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))
 
 
-@pytest.mark.sample(60)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("quantize", [None, _fake_quantize])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("values", VALUES)

@@ -19,6 +19,7 @@ def moved(device, **knobs):
     return net.to(device), reference.to(device)
 
 
+@pytest.mark.long
 def test_compensation_is_that_of_the_cpu(anywhere):
     errors = []
     for device in (torch.device("cpu"), anywhere):
@@ -28,7 +29,7 @@ def test_compensation_is_that_of_the_cpu(anywhere):
     assert errors[1] == pytest.approx(errors[0], rel=LIKE)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_reconstruction_comes_closer_as_on_the_cpu(anywhere, dtype):
     settings = ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2)

@@ -49,7 +49,7 @@ def tokens():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.sample(200)
+@pytest.mark.sample(80)
 @pytest.mark.parametrize("name", SHARED)
 def test_numbers_of_the_reference(name):
     function, *arguments = SHARED[name]

@@ -70,8 +70,7 @@ def step(net, function, images):
     ]
 
 
-@pytest.mark.sample(1)
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr", "seq", "lsq", "deploy_w4a8"])
 def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe):
     net, images = deit(recipe)

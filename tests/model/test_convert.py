@@ -239,6 +239,28 @@ class Repeated(nn.Module):
         return self.other[0](self.layers(x.flatten(1, 2)))
 
 
+class OfAVector(nn.Module):
+    """Scales the channels of an image by a Linear of a learned vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(5))
+        self.modulation = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return x * self.modulation(self.vector)[:, None, None]
+
+
+@pytest.mark.parametrize("recipe", ["ofq_2bit", "minmax_4bit", "seq_4bit"])
+def test_a_vector_has_one_scale(recipe):
+    net = qat.convert(OfAVector(), qat.recipe(recipe), input_size=(3, 4, 4))
+    images = torch.randn(2, 3, 4, 4)
+    qat.initialize_scales(net, [images])
+    assert net.modulation.input_quantizer.num_stored_scales <= 1
+    net(images).sum().backward()
+    assert net.vector.grad.isfinite().all()
+
+
 def test_a_layer_is_one_layer_under_all_its_names():
     float_net = Repeated()
     net = qat.convert(copy.deepcopy(float_net), qat.recipe("lsq"), input_size=(1, 3, 4))

@@ -185,6 +185,7 @@ def test_of_an_analysis_all_tables_and_of_long_ones_the_first_rows(tmp_path):
 CONFUSION = "true \\ predicted,cat,dog\ncat,3,1\ndog,0,4\n"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("text", "lowest"),
     [

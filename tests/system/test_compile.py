@@ -118,8 +118,7 @@ class Quantizers(torch.nn.Module):
         return [quantizer(x) for quantizer, x in zip(self.all, given, strict=True)]
 
 
-@pytest.mark.sample(1)
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["ofq", "seq"])
 def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
     made = Quantizers(preset)

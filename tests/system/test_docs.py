@@ -324,7 +324,7 @@ def test_commands_do_what_they_should(page, wanted, shelf, tmp_path, monkeypatch
         before = run_dir
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("page", "code"),
     [

@@ -190,7 +190,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, rate,
     assert rate in caplog.text
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["deit", "swin"])
 def test_both_stages_of_a_row(tmp_path, family):
     from qat.tasks.train import train

@@ -29,7 +29,7 @@ def made(name):
     return tiny.quantized(preset, **knobs)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "family"),
     [
