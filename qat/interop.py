@@ -323,7 +323,7 @@ def _authors_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
 
 
 def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
-    """Load the authors' tensors into a model. Their maps and single numbers are flat tensors.
+    """Load the authors' tensors into a model; the authors store maps and scalars as flat tensors.
 
     Offsets that change no output are ignored, and so is StatsQ's `clip_val`, which is always 2.
 

@@ -40,7 +40,7 @@ _CHOICES = {
     "steps": ("relative", "absolute"),
     "act_scales": ("token", "tensor"),
 }
-# Weight quantizers of stem and heads by that of the blocks; see OFQ's paper, section 3.
+# Maps the weight quantizer of blocks to that of stem and heads; see OFQ's paper, section 3.
 _OUTER_QUANTIZERS = dict.fromkeys(("statsq", "statsq_rms", "seq", "dorefa", *BLOCK_FLOATS), "lsq")
 # With `minmax`, each forward computes the ranges of weights; those of activations are calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
@@ -104,12 +104,12 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        """Lowest code; of unsigned codes if `signed` is None."""
+        """Lowest code; if `signed` is None, the lowest unsigned code."""
         return -(2 ** (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
-        """Highest code; of unsigned codes if `signed` is None."""
+        """Highest code; if `signed` is None, the highest unsigned code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
 

@@ -84,7 +84,7 @@ class QatQuantizer(HfQuantizer):
     """
 
     quantization_config: QatConfig
-    # Tensors that the float model does not have, as a conversion sets them.
+    # Tensors that the float model does not have, with the values that a conversion sets.
     _new_tensors: dict[str, Tensor]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -108,7 +108,7 @@ class QatQuantizer(HfQuantizer):
             # Otherwise, buffers that files do not store would get no values.
             vars(module).pop("_is_hf_initialized", None)
         vars(model).update(vars(twin.to("meta")))
-        save_in_new_format(model)  # not the second model
+        save_in_new_format(model)  # replaces the method that is bound to the second model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
@@ -185,7 +185,8 @@ class Callback(TrainerCallback):
         self.callback.on_fit_start(self._lightning_trainer, self._lightning_module)
         self.callback.on_train_start(self._lightning_trainer, self._lightning_module)
         if state.global_step and (folder / _STATE).exists():
-            self.callback.load_state_dict(torch.load(folder / _STATE, weights_only=True))
+            state_of_callback = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+            self.callback.load_state_dict(state_of_callback)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let `CGA` switch its gates and, while annealing, set the learning rate."""

@@ -16,7 +16,7 @@ from qat.lit.strategies import local_part
 from qat.utils.probing import probing
 from qat.utils.validate import check_int
 
-OUTPUT = "the output of"  # begins a cause that is an output
+OUTPUT = "the output of"  # first words of a cause that is a module's output
 _NO_BAD_STEP = 2**62  # above every step number, so that the minimum over steps is the first bad one
 
 

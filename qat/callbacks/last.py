@@ -55,10 +55,10 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the best checkpoints, and set `patience` to its current setting.
+        """Restore the records of best checkpoints, and set `patience` to its current setting.
 
-        The run may have moved to another directory. If the best file is missing, the entry about it
-        is dropped.
+        The run may have moved to another directory. If a best file is missing, the record that
+        names it is dropped.
         """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
@@ -153,7 +153,7 @@ class LastCheckpoint(Checkpoint):
         # If there is a start time, Lightning has trained, and has called `on_train_end` itself.
         if self._start_time is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # The checkpoint records its epoch as unfinished, so mark the epoch as completed.
+        # The checkpoint was written before Lightning counted its epoch as completed, so count it.
         progress = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from qat.tasks.conf import options
 # Settings whose values are paths, written as in a shell: full names, and last parts of such names.
 PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
-# A quoted text; or a path, alone or in a list or sweep, that Hydra would read as number or bool.
+# A quoted text; or a path, also in a list or sweep, that Hydra would read as a number or bool.
 QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
 NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
 ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)

@@ -6,7 +6,7 @@ that `--help` is fast.
 
 from __future__ import annotations
 
-from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
+from qat.launch import startup  # noqa: F401  (first, to handle Ctrl-C during imports)
 
 # isort: split
 import importlib.metadata

@@ -54,7 +54,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Lock the directory of a sweep, which may contain jobs of an earlier start of the sweep.
 
-        With `resume`, a search draws the same settings again, so that these jobs continue.
+        With `resume`, optuna draws the same settings again, so that these jobs continue.
         """
         _lock_directory(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())

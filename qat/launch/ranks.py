@@ -119,7 +119,7 @@ def local_processes(trainer: Mapping[str, Any]) -> int:
 def broadcast_value(value: str) -> str:
     """Return the first process's value in all ranks of torchrun, and `value` in other processes.
 
-    After a restart of the ranks, the first value is returned again.
+    After a restart of the ranks, the value from before the restart is returned.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return value

@@ -108,7 +108,7 @@ class CompiledCall:
 
     One graph for all sizes would be slower for every batch; a graph for each size would take
     minutes to compile, only for the short batch at the end of a dataset. Eager and compiled results
-    differ by rounding.
+    may differ slightly, because sums may be added in another order.
 
     Args:
         function: the function, which calls `net`.

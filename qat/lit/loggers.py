@@ -122,7 +122,7 @@ def log_before_saving(trainer: Trainer, *, is_epoch_end: bool) -> None:
     loop = trainer.fit_loop.epoch_loop
     loggers = trainer.loggers
     trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLog)]
-    # Lightning does the same for the row of an epoch.
+    # Lightning, too, logs the row of an epoch with the number of the epoch's last step.
     num_steps_back = 1 if is_epoch_end else 0
     loop._batches_that_stepped -= num_steps_back
     if is_epoch_end or connector.should_update_logs:

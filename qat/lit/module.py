@@ -149,7 +149,9 @@ class QATModule(LightningModule):
             terms,
             num_classes=num_classes,
             optimizer=partial(build_optimizer, **settings),
-            scheduler=scheduler_factory(warmup_epochs=warmup_epochs),
+            scheduler=scheduler_factory(
+                warmup_epochs=warmup_epochs, min_lr=min(1e-5, settings["lr"])
+            ),
             teacher=None if teacher is None else Teacher(teacher),
             describe=describe(net, data=data.config(), classes=data.named_classes()),
         )
@@ -390,11 +392,12 @@ class QATModule(LightningModule):
         New terms start from zero, and so do all terms if the number of processes has changed.
 
         Raises:
-            UsageError: the run averaged its weights, but no callback continues the average.
+            UsageError: a resumed run averaged its weights, but no callback continues the average.
         """
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         has_averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
-        if "averaging_state" in checkpoint and not has_averaging:
+        is_resumed = self.trainer.state.fn == TrainerFn.FITTING
+        if is_resumed and "averaging_state" in checkpoint and not has_averaging:
             raise UsageError(
                 "resume: the run averages its weights; resume with callbacks=[default,ema], "
                 "or start from the average with ckpt=PATH"

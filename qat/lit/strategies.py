@@ -83,10 +83,10 @@ def sharded_modules(net: nn.Module) -> list[FSDPModule]:
 class ShardedStrategy(DDPStrategy):
     """Lightning's DDP, but with sharded weights instead of DDP's wrapper.
 
-    Evaluation uses unsharded nets. Lightning's own sharding strategies refuse CPUs (`fsdp`), or
-    bypass the trainer's `CheckpointIO` (`ModelParallelStrategy`). With this strategy, checkpoints
-    equal those of a single process: the first process gathers all full tensors on the CPU, one by
-    one.
+    Validations gather all weights, and tests use unsharded nets. Lightning's own sharding
+    strategies refuse CPUs (`fsdp`), or bypass the trainer's `CheckpointIO`
+    (`ModelParallelStrategy`). With this strategy, checkpoints equal those of a single process: the
+    first process gathers all full tensors on the CPU, one by one.
     """
 
     def configure_ddp(self) -> None:

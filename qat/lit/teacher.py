@@ -63,7 +63,7 @@ class OutputRecorder:
 class Teacher:
     """A frozen net in eval mode, which neither the optimizer nor checkpoints contain.
 
-    This class is not a module, so that a module with a teacher does not register its weights.
+    This class is not a module; otherwise, a module with a teacher would register these weights.
 
     Args:
         net: the net, float or quantized; its parameters are frozen.

@@ -156,10 +156,10 @@ class Runner:
         return self.order.position.get(name, len(self.order.position))
 
     def _check_outputs(self, *, needs_net_output: bool) -> None:
-        """Find the modules at which a run cannot start, because the output would not be the same.
+        """Find the modules at which a run cannot start, because this would change the output.
 
-        With `needs_net_output`, this is the output of the net, else that of the module. It differs
-        if, after the start, the net reads outputs of earlier modules again.
+        With `needs_net_output`, the output of the net is compared with that of a full run, else the
+        output of the module. It changes if the net reads outputs of earlier modules later.
         """
         all_batches = self.batches
         cache_bytes = self.cache_bytes
@@ -320,8 +320,9 @@ def find_units(
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
-    Blocks and layers that run several times in a forward are left out, as are layers that do not
-    run in `reference`, because a float attention multiplies by their weights itself.
+    Blocks and layers that run several times in a forward are left out. A layer outside blocks is
+    also left out if it does not run in `reference`, because a float attention multiplies by its
+    weight itself.
 
     Args:
         net: a converted net whose scales are set.

@@ -33,7 +33,7 @@ class ScaleVector:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Set all scales to `values` (n,), in the dtype of the net, but at least to float32 eps."""
+        """Set all scales to `values` (n,), but at least float32 eps, in the dtype of the net."""
         parts = values.split([quantizer.num_stored_scales for quantizer in self.quantizers])
         for quantizer, part in zip(self.quantizers, parts, strict=True):
             scale = part.to(quantizer.scale).clamp(min=MIN_SCALE)

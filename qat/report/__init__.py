@@ -1,4 +1,5 @@
 """Reports of results: a page for each run, and a table of several runs.
 
-Only code that writes a page or a table should import the modules of this package.
+Only code that writes a page or a table should import the modules of this package, because they
+import matplotlib.
 """

@@ -150,7 +150,7 @@ def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _curve(
     title: str, pairs: Sequence[tuple[Any, Any]], xlabel: str = "step"
 ) -> dict[str, str] | None:
-    """Draw a line through the pairs that are numbers. Returns None if no pair is."""
+    """Draw a line through all pairs of numbers. Returns None if there is no such pair."""
     xs = []
     ys = []
     for x, y in pairs:

@@ -128,7 +128,7 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     """Names of a table's non-empty columns, each with True if all cells begin like a number.
 
-    The first column contains the names of the rows.
+    The first column has False, because it contains the names of the rows.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     non_empty_columns: list[tuple[str, bool]] = []
@@ -153,7 +153,8 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
         return []
     wanted = names or rows[0]
     selected = [name for name in rows[0] if name in wanted]
-    if "net" in selected and len({row.get("net") for row in rows}) == 1:
+    # In other columns, `net` is the name of a class.
+    if selected[:1] == ["net"] and len({row.get("net") for row in rows}) == 1:
         selected.remove("net")
     table: list[Row] = []
     for row in rows:
@@ -204,7 +205,7 @@ def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tup
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
-    """Rows for the model and, if it is quantized, before it a row for its float version.
+    """A row for the model; if it is quantized, a row for its float version comes first.
 
     Empty columns are left out. There are no rows if the size of the model is unknown.
     """

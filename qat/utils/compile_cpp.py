@@ -100,7 +100,7 @@ def _processor_features() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """The cache folder, whose files are executed; None if it is not writable by this user alone."""
+    """The cache folder, whose files are executed; None unless only this user can write to it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
     if not folder.is_absolute():  # the user has no home directory
         return None

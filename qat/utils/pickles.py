@@ -32,7 +32,8 @@ _ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # pickles before the weights in a file of torch < 1.6
 _CALL_OPCODES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
 # Opcodes that leave their lowest input on the stack, such as those that add to a list, dict or set.
-# The additions do not count as values inside it: unlike a tuple, a list or dict is never hashed.
+# The additions do not count as values inside it. Shared values are costly only if a tuple that
+# contains them is hashed, which visits them each time; a list or dict is never hashed.
 _IN_PLACE_OPCODES = {
     "APPEND",
     "APPENDS",

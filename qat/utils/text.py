@@ -19,7 +19,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u20
 
 
 def printable(text: str) -> str:
-    r"""Escape what controls a terminal or cannot be encoded, as in `\x1b`, except line breaks.
+    r"""Escape what controls a terminal or cannot be encoded, except line breaks and tabs.
 
     Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"

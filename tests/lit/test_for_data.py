@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import qat
 from qat.data import Digits
@@ -80,6 +80,24 @@ def test_settings_reach_the_optimizer(data):
     (config,) = trainer.lr_scheduler_configs
     assert (config.scheduler.warmup_t, config.interval) == (1, "step")
     assert list(module.loss.terms) == ["hard"]
+
+
+def test_a_low_learning_rate_does_not_rise(data):
+    module = QATModule.for_data(vit(), data, lr=1e-6)
+    trainer = fit(module, data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] <= 1e-6
+
+
+def test_an_average_is_tested_without_the_callback_that_made_it(tmp_path, data):
+    last = ModelCheckpoint(tmp_path, "last")
+    module = QATModule.for_data(vit(), data)
+    callbacks = [EMAWeightAveraging(decay=0.5), last]
+    fit(module, data, callbacks=callbacks, enable_checkpointing=True)
+    average = read_checkpoint(last.best_model_path).state["head.weight"]
+    other = QATModule.for_data(vit(), data)
+    assert not torch.equal(other.net.head.weight, average)
+    Trainer(**BRIEF).test(other, data, ckpt_path=last.best_model_path, verbose=False)
+    assert torch.equal(other.net.head.weight, average)
 
 
 @pytest.mark.parametrize(
