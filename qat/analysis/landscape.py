@@ -1,4 +1,4 @@
-"""Loss of a model on a plane in the space of its weight scales, which a scale search explores.
+"""Loss of a model on a plane in the space of its weight scales. Evol-Q searches this space.
 
 Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
 """

@@ -1,4 +1,4 @@
-"""Oscillation of weights in training, from the callback's files. Source: arXiv 2203.11086."""
+"""Weights that oscillate in training, from the oscillation callback's files (arXiv 2203.11086)."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def change_bits(
     """Give weights other bits inside a `with` block.
 
     Args:
-        sites: weights to change; weights of a float model get the step sizes with the least error.
+        sites: all weights of a model; those of a float model get step sizes with the least error.
         bits: new bits, by name of the weight.
     """
     steps_from = "mse" if all_float(sites) else "own"

@@ -37,7 +37,7 @@ LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MAX_PANELS = 9
 ACTIVATION_IMAGES = 128
-# A weight counts as near a threshold if it is at most this many codes away, as in CGA.
+# A weight at most this many codes from a threshold counts as near, as in OFQ's annealing (CGA).
 BOUNDARY = 0.005
 # Maximum number of levels for which thresholds are drawn; a grid with more levels is drawn without
 # thresholds.
@@ -128,7 +128,7 @@ def iter_latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 
 @torch.no_grad()
 def code_use(quantizer: Quantizer, x: Tensor) -> Row:
-    """Number of unused levels of a quantizer, and percentage of values at the end codes.
+    """Number of unused levels, and percentage of values at the end codes (lowest and highest).
 
     If the quantizer has a grid, the row also has the percentage of clipped values: values more than
     half a code beyond the end codes.

@@ -106,7 +106,7 @@ def check_net(
         weights: tensors by name; only their shapes matter.
         image_sizes: (height, width) of images with which the model may be called.
         pretrained_size: (channels, height, width) in the file's `pretrained_cfg`. It is not checked
-            if it is timm's own value, which models for smaller images keep.
+            if it equals timm's own value, because models for smaller images keep this value.
     """
     for argument, value in kwargs.items():
         numbers = value if isinstance(value, list | tuple) else [value]

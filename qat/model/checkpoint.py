@@ -44,8 +44,8 @@ class Checkpoint:
         step: number of optimizer steps, for a training checkpoint.
         args: arguments of the training script that wrote the file, as timm's scripts store them.
         training: for a training checkpoint with one optimizer, `epochs`, the number of completed
-            epochs, and `groups`, the names of settings and the number of parameters of each group
-            of the optimizer; else empty.
+            epochs, and `groups`: for each group of the optimizer, the sorted names of its settings
+            and the number of its parameters; else empty.
     """
 
     path: Path

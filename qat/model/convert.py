@@ -209,7 +209,7 @@ def _set_timm_methods(net: nn.Module) -> None:
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
     """Check that each rule matches a module with quantizers, or an attention.
 
-    A rule for an attention is accepted because it may be the reason why there are no quantizers.
+    A rule for an attention needs no quantizers, because it may itself leave the attention in float.
     Rules that belong to a preset need no match, because not every model has attentions.
     """
     names = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]

@@ -32,7 +32,7 @@ class Cost:
         size_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix), of
             scales (1 for the scale of a block of floats, else 4), and of the rest in float32.
         macs: multiply-accumulates for one image.
-        bitops: sum over matrix products of macs * bits * bits.
+        bitops: bit operations: macs times the bit-widths of both operands, summed over products.
     """
 
     n_params: int
@@ -117,7 +117,7 @@ def size_bytes(net: nn.Module) -> int:
 
 
 def weights_by_bits(net: nn.Module) -> Counter[int]:
-    """Number of weights at each bit-width, without scales and offsets, of an unfrozen model."""
+    """Number of parameters of an unfrozen model by bit-width, without scales and offsets."""
     sites = {site.name: site for site in iter_quantizers(net)}
     counts: Counter[int] = Counter()
     for name, parameter in net.named_parameters():
@@ -197,7 +197,7 @@ def _weight_sizes(site: Site) -> Counter[str]:
 
 
 def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
-    """Bytes of the scales and zero points of a weight (rows, ...) that only freezing stores."""
+    """Bytes of a weight's (rows, ...) scales and zero points that only a frozen model stores."""
     rows = len(weight)
     if isinstance(quantizer, BlockFloat):
         return quantizer.scale_bytes(weight.shape)

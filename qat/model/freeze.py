@@ -34,7 +34,7 @@ NOT_PLAIN_MESSAGE = (
     "is pruned or parametrized; must have plain weights: "
     "prune.remove and remove_parametrizations of torch.nn.utils keep the values"
 )
-# Attentions in which at most norms change the output of `qkv` before the quantizers.
+# Attentions in which only norms, if any, change the output of `qkv` before the quantizers.
 DIRECT_ATTENTIONS = (QuantVitAttention, QuantWindowAttention)
 
 
@@ -47,8 +47,8 @@ def freeze(net: nn.Module) -> nn.Module:
     quantizer of a linear layer's input has one number per channel, it becomes part of the layer's
     bias (W c). In attentions of ViT and Swin, offsets before the quantizers of queries, keys and
     values become part of the bias of the layer that computes them; if a norm changes queries or
-    keys, or with query-key reparameterization, only those before values do. Other offsets stay
-    where they are; offsets that are zero are removed.
+    keys, or with query-key reparameterization, only offsets before the quantizers of values do.
+    Other offsets stay where they are; offsets that are zero are removed.
 
     Args:
         net: a converted model whose scales are all set; it is not changed.

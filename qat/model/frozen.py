@@ -266,7 +266,7 @@ class FrozenNonuniform(Frozen):
 class FrozenFp8Activation(FrozenNonuniform):
     """Rounds an activation to E4M3 floats with one scale."""
 
-    # Export reads these attributes of every frozen activation: no offset, no Clip.
+    # Export reads these attributes of every frozen activation. None = no offset, no Clip node.
     before = None
     onnx_bounds = None
 

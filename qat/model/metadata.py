@@ -19,8 +19,8 @@ from qat.utils.validate import check_images
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
-# Stored keys of timm's `pretrained_cfg`: the origin of the weights, and the preparation of images.
-# Their values differ between the pretrained tags of a model.
+# Keys of timm's `pretrained_cfg` that files store: the origin of the weights, and the preparation
+# of images. A model's name does not determine their values, which differ between its tags.
 IMAGE_KEYS = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _MAX_VALUES = 2**25  # maximum channels * height * width of images in a file
 

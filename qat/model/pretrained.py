@@ -37,7 +37,7 @@ PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"  # written for Transformers' models
-# The Hub's tasks by a part of the name of a class of Transformers; without one, `FEATURES`.
+# The Hub's task for each part of a Transformers class name; names without these: `FEATURES`.
 HUB_TASKS = {
     "ImageClassification": "image-classification",
     "ObjectDetection": "object-detection",
@@ -339,7 +339,7 @@ def save_pretrained(
 
 
 def _strip_paths(value: Any) -> Any:
-    """Copy plain data, and replace each path in it by the path's last part."""
+    """Copy plain data, and replace each path in it (see `_PATH_PREFIX`) by the path's last part."""
     if isinstance(value, dict):
         return {_strip_paths(key): _strip_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -170,7 +170,7 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _MACS_OF_LAYERS:
             self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
         if func in _MACS_OF_ACTIVATIONS:
-            # Only the first three arguments are operands; others are a mask, biases and
+            # Only the first three arguments are operands; the others are masks, biases or
             # projections.
             has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
             counts = _MACS_OF_ACTIVATIONS[func](operands, out)
@@ -264,7 +264,7 @@ def _quantized_products(
 
 
 def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
-    """The products of QKR: M x, the scores, the sums of values, and x with a folded query bias."""
+    """QKR's products: x with the folded matrix and a folded query bias, scores, sums of values."""
     width = x.shape[-1]
     num_scores = attention.num_scores(x)
     num_product_elements = attention.num_heads * x.numel()

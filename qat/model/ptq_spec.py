@@ -97,7 +97,7 @@ class PtqRecipe(QuantRecipe):
         act_scales: activations have one scale per `tensor`, per `token` or per `channel`; with
             `channel`, attention scores and probabilities have one scale per head.
         bias_correction: True = each output channel of a quantized weight keeps the mean and the
-            standard deviation of the float weight.
+            standard deviation that it has in the float weight.
         layernorm: `float`; or `integer`, which computes with the scales of the quantizers around
             the norm (only with `fqvit`).
         overrides: `{module name glob: {setting: value}}`; later rules win.

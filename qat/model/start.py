@@ -24,7 +24,7 @@ from qat.errors import UsageError
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.foreign_weights import add_biases, added_biases
 from qat.model.freeze import can_recover_weights
-from qat.model.metadata import describe
+from qat.model.metadata import classes_of, data_of, describe
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.scales import check_finite
 from qat.model.storage import build_from, float_twin
@@ -258,7 +258,7 @@ def from_state(
         if file_size and model_size and file_size != model_size:
             reason = f"the file has {file_size}; the model has {model_size}"
         raise UsageError(f"{origin}: the weights do not fit {model} ({reason})") from error
-    # Only now, because the weights of another model would also have another head.
+    # Check this only now: if the weights belong to another model, the error above is more useful.
     if keep_head and difference:
         raise UsageError(f"{origin}: {difference}{hint}")
     net.pretrained_cfg = cfg  # type: ignore[assignment]
@@ -373,7 +373,18 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
         kwargs["num_classes"] = num_classes
     net = from_net(model["name"], kwargs, source, origin=origin, reset_head=True).net
     _copy_pooling(source, net)
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        setattr(net, attribute, source.pretrained_cfg)
+    _copy_data(source, net)
     return net
+
+
+def _copy_data(source: nn.Module, net: nn.Module) -> None:
+    """Give a model the data config of `source`, and its class names if their number fits."""
+    net.qat_data = data_of(source)  # type: ignore[assignment]
+    classes = classes_of(source)
+    if classes is not None and len(classes) == getattr(net, "num_classes", len(classes)):
+        net.qat_classes = classes  # type: ignore[assignment]
 
 
 def _float_version(source: nn.Module, num_classes: int | None, origin: str) -> nn.Module:
@@ -384,6 +395,7 @@ def _float_version(source: nn.Module, num_classes: int | None, origin: str) -> n
         raise UsageError(f"{origin}: contains only integer codes")
     net = float_twin(source)
     net.load_state_dict(timm_state_dict(source))
+    _copy_data(source, net)
     return net.train()
 
 
@@ -398,7 +410,7 @@ def from_net(
 ) -> Start:
     """Start from the weights of a model with any recipe.
 
-    The model becomes the `source` of the result, so that its scales can be copied after conversion.
+    The result also contains `source`, so that its scales can be copied after the conversion.
 
     Raises:
         UsageError: see `from_state`; the class count differs without `reset_head`; or the model is

@@ -219,7 +219,7 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     _set_image_config(net, meta.get("pretrained_cfg") or {})
     add_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        # Older files do not state how signs were determined; they used timm's `Mlp`.
+        # Older files do not store `signs`; their models were converted as with `mlp`.
         signs = meta["signs"] if meta.get("signs") in {"probe", "tails"} else "mlp"
         apply_recipe(net, recipe_from(meta["recipe"]), input_size=meta["input_size"], signs=signs)
         if meta.get("frozen"):

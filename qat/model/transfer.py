@@ -22,9 +22,10 @@ _TABLE_STD = 0.02
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """Return the float weights of a model under timm's names, whatever its recipe.
 
-    The result has no quantizers. With QKR, the factors are stacked into `qkv`, a dropped query bias
-    becomes zeros, and so does the key bias, which does not change a softmax. Weights of a frozen
-    model are dequantized from the codes; call this only if `can_recover_weights` is True.
+    The result has no quantizers. With QKR, the weights of queries, keys and values are stacked into
+    `qkv`; a dropped query bias becomes zeros, and so does the key bias, which does not change a
+    softmax. Weights of a frozen model are dequantized from the codes; call this only if
+    `can_recover_weights` is True.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -87,7 +88,7 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
 
 
 def _rounds_product(site: Site) -> bool:
-    """True for the quantizer of QKR's product, which has the name of a quantizer of keys."""
+    """True for QKR's `k_quantizer`, which rounds the product of matrix and input, not keys."""
     return isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer
 
 
@@ -145,9 +146,9 @@ def add_random_biases(net: nn.Module) -> list[str]:
 
 
 def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
-    """Copy the state of a quantizer if spec and shapes are equal, or if `_copy_affine` can.
+    """Copy a quantizer's state with `_copy_affine`, or directly if spec and shapes are equal.
 
-    Step sizes may be relative in one of the two quantizers, and absolute in the other.
+    Step sizes may be relative to their initial value in one quantizer, and absolute in the other.
 
     Returns:
         True if the state was copied.

@@ -35,6 +35,18 @@ def test_pooling_that_was_changed_later_stays(path):
     assert torch.equal(qat.load_float(path).eval()(x), net.eval()(x))
 
 
+@pytest.mark.parametrize("num_classes", [10, 3])
+def test_images_are_prepared_as_the_file_says(path, num_classes):
+    net = vit()
+    net.pretrained_cfg = {**net.pretrained_cfg, "mean": (0.1,) * 3, "std": (0.2,) * 3}
+    classes = list("abcdefghij")
+    qat.save(net, path, classes=classes)
+    found = qat.load_float(path, num_classes=num_classes)
+    assert tuple(found.pretrained_cfg["mean"]) == (0.1,) * 3
+    assert tuple(found.pretrained_cfg["std"]) == (0.2,) * 3
+    assert getattr(found, "qat_classes", None) == (classes if num_classes == 10 else None)
+
+
 def test_a_model_without_a_classifier(path):
     net = vit(num_classes=0)
     qat.save(net, path)
