@@ -36,6 +36,7 @@ _CHOICES = {
     "attention": ("qkr", "standard", "float"),
     "qk_bias": ("drop", "fold"),
     "map_scales": ("tensor", "column"),
+    "offset_init": ("zero", "minimum"),
     "step_init": ("lsq", "mse"),
     "steps": ("relative", "absolute"),
     "act_scales": ("token", "tensor"),
@@ -62,7 +63,7 @@ def check_quantizer(setting: str, name: object, allowed: Sequence[str] = QUANTIZ
 class QuantSpec:
     """How one tensor is quantized.
 
-    Specs that differ only in `step_init`, `steps` or `observer` are equal.
+    Specs that differ only in `offset_init`, `step_init`, `steps` or `observer` are equal.
 
     Attributes:
         role: kind of tensor, one of `ROLES` or `OUTPUT_ROLES`.
@@ -74,6 +75,7 @@ class QuantSpec:
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions along which an offset varies (1 = channels, 2 = a
             map over pixels).
+        offset_init: see `QuantRecipe`.
         map_scales: scales of an input that is a feature map (B, H, W, C) before a linear layer:
             `tensor` = one scale, `column` = scales along `axis`.
         step_init: initial value of a learned step size: `lsq` = as in the LSQ paper; `mse` = the
@@ -91,6 +93,7 @@ class QuantSpec:
     axis: int | None = None
     offsets: str = "none"
     offset_ndim: int = 1
+    offset_init: str = field(default="zero", compare=False)
     map_scales: str = "tensor"
     step_init: str = field(default="lsq", compare=False)
     steps: str = field(default="absolute", compare=False)
@@ -156,6 +159,9 @@ class QuantRecipe:
         stem_bits: bits of the weights and input of the first convolution.
         head_bits: bits of the weights and input of heads: classifiers and other last layers.
         offsets: True = learnable offsets around activation quantizers, where OFQ has them.
+        offset_init: initial value of these offsets: `zero`, as in OFQ; or `minimum` = unsigned
+            codes start at the lowest value of the input, so that the negative values of a GELU are
+            not all rounded to 0 (LSQ+, arXiv 2004.09576).
         map_scales: scales of feature maps (B, H, W, C) before linear layers, as in Swin's MLPs: one
             scale per `tensor`, which works at any resolution, or one per `column` of the map, as in
             OFQ's code.
@@ -186,6 +192,7 @@ class QuantRecipe:
     stem_bits: int = 8
     head_bits: int = 8
     offsets: bool = True
+    offset_init: str = "zero"
     map_scales: str = "tensor"
     step_init: str = "lsq"
     steps: str = "absolute"
@@ -349,6 +356,7 @@ class QuantRecipe:
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),  # never 0; narrows the type
+            offset_init=self.offset_init,
             step_init=self.step_init,
             steps=self.steps,
             **layout,
@@ -358,6 +366,8 @@ class QuantRecipe:
         """The recipe as plain data for a checkpoint; `qat.model.ptq_spec.recipe_from` reads it."""
         return dataclasses.asdict(self)
 
+
+_OFQ = {"weight_quantizer": "statsq", "act_quantizer": "lsq", "steps": "relative"}
 
 # Settings that integer kernels support: symmetric codes, one step size for an activation, one step
 # size for each output of a weight, and no offsets.
@@ -392,24 +402,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "float",
         "offsets": False,
     },
-    "ofq": {
-        "attention": "qkr",
-        "weight_quantizer": "statsq",
-        "act_quantizer": "lsq",
-        "steps": "relative",
-    },
-    "ofq_noqkr": {
-        "attention": "standard",
-        "weight_quantizer": "statsq",
-        "act_quantizer": "lsq",
-        "steps": "relative",
-    },
-    "statsq": {
-        "attention": "standard",
-        "weight_quantizer": "statsq",
-        "act_quantizer": "float",
-        "steps": "relative",
-    },
+    "ofq": {**_OFQ, "attention": "qkr"},
+    "ofq_noqkr": {**_OFQ, "attention": "standard"},
+    "statsq": {**_OFQ, "attention": "standard", "act_quantizer": "float"},
     "lsq": {
         "attention": "standard",
         "weight_quantizer": "lsq",

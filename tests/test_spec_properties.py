@@ -87,6 +87,7 @@ def test_a_flag_is_true_or_false(knob, value):
         "attention",
         "qk_bias",
         "map_scales",
+        "offset_init",
         "step_init",
         "weight_quantizer",
         "act_quantizer",

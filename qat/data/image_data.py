@@ -265,7 +265,7 @@ class ImageData(LightningDataModule, ABC):
             )
 
     def share_images(self, trainer: Trainer) -> None:
-        """From now on, divide the images among the processes of a trainer."""
+        """Divide the images among the processes of a trainer from now on."""
         self.trainer = trainer
 
     def train_dataloader(self) -> DataLoader:
@@ -343,7 +343,7 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer:
             rank = self.trainer.global_rank
             world_size = self.trainer.world_size
-        # A process without images would make the others wait for ever.
+        # A process without images would make the other processes wait for ever.
         if len(images) < world_size:
             raise UsageError(
                 f"trainer.devices: {world_size} processes are more than "
@@ -396,7 +396,7 @@ class ImageData(LightningDataModule, ABC):
 
 
 class EncodedImageData(ImageData):
-    """Base of datasets of image files of any size, which are preprocessed for a pretrained model.
+    """Base class for datasets of image files of any size, preprocessed for a pretrained model.
 
     Args:
         settings: fields of `DataSettings`, by default for colour images of 224 x 224 pixels. If

@@ -55,7 +55,7 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
     if not isinstance(dataset, type) or not issubclass(dataset, ImageData):
         raise UsageError(
             f"data._target_={target!r}: must be a dataset of qat or of an imported module; "
-            "import it, or pass its settings"
+            "import its module, or pass the settings of the dataset"
         )
     return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 

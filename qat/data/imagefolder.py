@@ -62,7 +62,8 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
-    `training` and `testing` are allowed, too, and capital letters if `root` contains only splits.
+    The folders may also be named `training` and `testing`. Names of splits may contain capital
+    letters if `root` contains nothing else.
     Class ids follow the sorted names of the class folders of train. If `root` contains class
     folders but no splits, all images belong to train, or to test with `evaluates_whole`. If there
     is no val, a fixed tenth of train is held out. If there is no test, or test has no class

@@ -20,8 +20,9 @@ ImageKey = tuple[int, ...]
 class SeededSampler(DistributedSampler[ImageKey]):
     """Yields (epoch, index) for one process, or with repeats (epoch, index, copy).
 
-    This class is a subclass of torch's distributed sampler only because Lightning would divide the
-    images of any other sampler among the processes again.
+    This class is a subclass of torch's distributed sampler only because Lightning, with the default
+    `use_distributed_sampler=True`, would divide the images of other samplers among the processes
+    again.
 
     Args:
         length: number of images.
@@ -125,7 +126,7 @@ class ResumableLoader(DataLoader):
         return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches of `state` in the next iteration; Lightning numbers batches from there.
+        """Skip the batches of `state` in the next iteration; Lightning's own count includes them.
 
         Raises:
             UsageError: the global batch size differs from the one in the checkpoint.
@@ -152,7 +153,7 @@ def combine_seeds(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def isolated_rng(*numbers: int) -> Generator[None]:
-    """After the block, restore the three global random generators that augmentations use.
+    """Save the three global random generators that augmentations use; restore them after the block.
 
     Args:
         numbers: numbers with which the generators are seeded before the block; without numbers, the

@@ -97,8 +97,8 @@ class DataSettings:
             Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT uses 3.
         mixup: alpha of mixup (arXiv 1710.09412), which blends pairs of images in a batch and their
             classes; 0 = off.
-        cutmix: alpha of cutmix (arXiv 1905.04899), which inserts a rectangle from the other image;
-            0 = off.
+        cutmix: alpha of cutmix (arXiv 1905.04899), which copies a rectangle of one image of a pair
+            into the other image; 0 = off.
         mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability of cutmix if both are on.
         mixup_off_epoch: first epoch in which no batch is mixed; 0 = mixing never ends.

@@ -119,7 +119,7 @@ class FashionMnist(ImageData):
 
 
 class Cifar10(FashionMnist):
-    """CIFAR-10 in `train*.parquet` and `test*.parquet` below `root`, or `cifar-10-batches-py`.
+    """CIFAR-10: `train*.parquet` and `test*.parquet` below `root`, or `root/cifar-10-batches-py`.
 
     A tenth of train is held out as val. torchvision unpickles the batches only if their checksums
     match the published files.

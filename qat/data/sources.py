@@ -27,7 +27,7 @@ from qat.utils.text import read_file
 
 log = logging.getLogger(__name__)
 
-# PostScript is excluded: Pillow would run such a file in Ghostscript, even under another name.
+# PostScript is excluded: Pillow would run such a file in Ghostscript, whatever its extension.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SKIP_ADVICE = "data.on_error=skip skips images that cannot be decoded"
 
@@ -148,8 +148,8 @@ class EncodedImages(ABC):
         labels: (N,), class ids.
         origin: the file or folder of the images, for messages.
         settings: `in_chans` and `on_error` are used. `on_error=skip` replaces an image that cannot
-            be decoded, and its label, by the next image that can. The replacement is always the
-            same, and the number of images, their order and their random draws do not change.
+            be decoded, and its label, by the next decodable image and its label. The replacement is
+            always the same. The number of images, their order and random draws do not change.
 
     Attributes:
         rows: (N,), number of each image among the stored images.

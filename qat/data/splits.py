@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # This seed is fixed, so that different runs and seeds are compared on the same images.
 SPLIT_SEED = 0
 VAL_FRACTION = 0.1
-# Duplicate splits are recognized by the pixels of at least this many images, or of all.
+# Duplicate splits are recognized by the pixels of at least this many images, or of all if fewer.
 SAMPLE_SIZE = 64
 
 

@@ -38,8 +38,8 @@ class Transform:
     Attributes:
         apply: first step, on one image.
         is_random: True if `apply` draws random numbers.
-        finish: second step, on one image or a batch (..., C, H, W), with the same result; None = no
-            second step.
+        finish: second step, on one image or a batch (..., C, H, W); the result for an image does
+            not depend on the batch. None = no second step.
     """
 
     apply: Callable[[NDArray[np.uint8]], Tensor]
@@ -140,7 +140,7 @@ def _limit_levels(augmentation: Any) -> None:
         # RandAugment and AugMix have a list `ops`, AutoAugment has a list of lists `policy`.
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
-                # timm stops at level 10. Stay just below, because there Solarize changes nothing
+                # timm stops at level 10. Stay just below, because at 10 Solarize changes nothing
                 # and PosterizeIncreasing keeps no bits. A string with `mmax` sets its own maximum.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):

@@ -51,7 +51,15 @@ _REQUIRED_WITH_FP8 = {
     "act_scales": "tensor",
 }
 # Settings of `QuantRecipe` for training, which have no meaning here.
-_TRAINING_KNOBS = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
+_TRAINING_KNOBS = (
+    "qk_bias",
+    "offsets",
+    "offset_init",
+    "map_scales",
+    "step_init",
+    "steps",
+    "fits_int8",
+)
 # Axes that differ from the default in `_act_axis`: with `channel`, heads of scores (B, h, N, M) and
 # channels of an image (B, C, H, W); with `token`, an image has one scale.
 _SCALE_AXES: dict[str, dict[str, int | None]] = {

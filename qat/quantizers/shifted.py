@@ -19,8 +19,8 @@ class Shifted(Quantizer):
     Attributes:
         quantizer: the quantizer q.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
-            the input; zero at first. Flat, because timm exempts 1-D parameters from weight decay,
-            even where nothing calls the `no_weight_decay` of the model.
+            the input; see `QuantRecipe.offset_init`. Flat, because timm exempts 1-D parameters from
+            weight decay, even where nothing calls the `no_weight_decay` of the model.
         offset_after: c, like a; None if the spec has `offsets="before"`, because this offset would
             have no effect.
         offset_shape: shape of the dimensions with offsets.
@@ -69,8 +69,22 @@ class Shifted(Quantizer):
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Calibrate the inner quantizer on the shifted input."""
+        """Calibrate the inner quantizer on the shifted input.
+
+        With `offset_init="minimum"`, the first batch sets the offsets of unsigned codes.
+        """
+        is_first_batch = not state
+        if is_first_batch and self.spec.offset_init == "minimum" and self.spec.signed is False:
+            self._shift_minimum_to_zero(x)
         self.quantizer.calibrate(self._add_offset(x.detach(), self.before.detach()), state)
+
+    @torch.no_grad()
+    def _shift_minimum_to_zero(self, x: Tensor) -> None:
+        """Set the offsets so that the lowest value of `x`, if it is negative, becomes code 0."""
+        minimum = x.float().min().clamp(max=0)
+        self.offset_before.copy_(-minimum)
+        if self.offset_after is not None:
+            self.offset_after.copy_(minimum)
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""

@@ -78,7 +78,8 @@ def analyze(cfg: DictConfig) -> None:
     for subject, studied_net in zip(subjects, nets, strict=True):
         model = summary.describe_model(subject.name, subject.net, subject.data.input_size)
         entries[studied_net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
-    # If one model was trained on some of these images, test all on the others (False < True).
+    # `evaluates_whole` is False if a model was trained on some of these images. Then test all
+    # models on the images that are held out for this model (False < True).
     data = min((subject.data for subject in subjects), key=lambda data: data.evaluates_whole)
     if analysis.split is not None:
         default = data.evaluation_split if analysis.split == "test" else analysis.split

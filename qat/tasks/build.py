@@ -81,9 +81,9 @@ def instantiate(node: DictConfig, setting: str) -> Any:
 def _execution_whitelist(node: DictConfig) -> dict[str, Any]:
     """An argument for Hydra 1.4 and newer: the packages of all `_target_`s of a config node.
 
-    All packages are allowed, because the user may name any class: `stored_data.py` has already
-    refused names in a checkpoint that are not datasets of qat. Hydra itself refuses functions that
-    run commands.
+    All packages are allowed, because the user may name any class. For classes that a checkpoint
+    names, `stored_data.py` has already refused all except datasets of qat. Hydra itself refuses
+    functions that run commands.
     """
     if not hasattr(hydra.utils, "execution_whitelist"):
         return {}
@@ -168,7 +168,7 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
 
 
 def import_modules(names: Iterable[str] | None) -> None:
-    """Import `model.imports`: modules that register models in timm, or swaps for their layers.
+    """Import `model.imports`: modules that register models in timm, or quantized layers in qat.
 
     Raises:
         UsageError: a module cannot be imported.
@@ -204,9 +204,9 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
 
     Args:
         cfg: config of a command.
-        keep_head: what happens if the weights are for another number of classes. True = an error;
-            False = the model gets a new head; from a `ckpt` of qat or OFQ's code, only with
-            `model.reset_head=true`.
+        keep_head: for weights with another number of classes: True = raise an error; False = give
+            the model a new head (if `ckpt` is a file of qat or of OFQ's code, only with
+            `model.reset_head=true`).
 
     Raises:
         UsageError: a setting or file cannot be used.

@@ -69,7 +69,7 @@ COMMON_DATA = ("imagefolder", "hf_parquet")
 # instead.
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay makes early layers learn more slowly",
-    callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
+    callbacks.BaseFinetuning: "train the frozen layers in a second run with ckpt=FILE",
     callbacks.BatchSizeFinder: "set data.batch_size",
     callbacks.GradientAccumulationScheduler: (
         "set trainer.accumulate_grad_batches, one value for the whole run"
@@ -98,7 +98,7 @@ def check_callback(name: str, callback: object) -> None:
             raise UsageError(f"callbacks.{name}: a run cannot have {kind}; {instead}")
     if isinstance(callback, callbacks.EarlyStopping):
         check_int(f"callbacks.{name}.patience", callback.patience, 0)
-        # Lightning has changed its sign if the best value is the lowest.
+        # Lightning has negated `min_delta` if the lowest value is the best.
         sign = 1 if callback.mode == "max" else -1
         check_number(f"callbacks.{name}.min_delta", sign * callback.min_delta, 0)
     _check_mode(name, callback)
@@ -198,7 +198,7 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
     """Check that the class names of the data have the model's order; warn if names differ.
 
-    Do nothing if names are unknown or their numbers differ.
+    Do nothing if names are unknown, or if model and data have different numbers of classes.
 
     Raises:
         UsageError: the names are the same, but in another order.

@@ -189,8 +189,8 @@ def swin_patch(image_size: int, own_patch: int | None) -> int:
 def swin_window(image_size: int, patch: int, own_window: int) -> int:
     """The window size of a Swin in patches: its own, or the largest smaller size that fits.
 
-    A window fits if its size divides the side of the map and is smaller, because shifting needs two
-    windows. If no size fits, the model's own window size is returned.
+    A window fits if its size divides the side of the feature map and is smaller than this side,
+    because shifting needs two windows. If no size fits, the model's own window size is returned.
     """
     side = image_size // patch
     for window in (own_window, *range(own_window - 1, 1, -1)):

@@ -79,7 +79,7 @@ class _Source(NamedTuple):
         name: name of the model.
         preprocessing_settings: settings with which images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
-        data: config of the data that is stored in the file.
+        data: data config to store in the file; None = unknown data.
         classes: names of the classes.
         description: description of the images in words.
     """

@@ -224,8 +224,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     for key, value in cfg.trainer.items():
         is_object = OmegaConf.is_dict(value) and "_target_" in value
         settings[key] = instantiate(value, f"trainer.{key}") if is_object else to_plain(value)
-    # Inference mode is off in two cases: sharded weights that are gathered for a validation are
-    # trained afterwards, and a compiled model would need a second graph.
+    # Inference mode is off in two cases: sharded weights that were gathered in inference mode could
+    # not be trained afterwards, and a compiled model would need a second graph for this mode.
     if settings.get("strategy") == SHARDED or compile_mode(cfg):
         settings["inference_mode"] = False
     num_processes = local_processes(settings) * settings.get("num_nodes", 1)
@@ -335,8 +335,8 @@ def compile_mode(cfg: DictConfig) -> bool | str:
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
     """Compile student and teacher in place, each as one graph, if `compile_mode` says so.
 
-    Names in state dicts do not change. A single operation is compiled first; if torch fails, `auto`
-    leaves the models eager.
+    Names in state dicts do not change. First, a single operation is compiled as a test. If the test
+    fails with `compile=auto`, the models are not compiled.
 
     Raises:
         UsageError: torch cannot compile on this machine, and `compile` is not auto.
@@ -355,7 +355,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
             raise UsageError(f"compile={setting}: {reason}; must be false") from error
         log.warning("compile=auto: the model is not compiled: %s", reason)
         return
-    # Forget models of earlier jobs in a sweep, which count towards torch's limit of graphs.
+    # Forget compiled models of earlier jobs of a sweep: they count towards torch's limit on graphs.
     torch.compiler.reset()
     compile_in_place(net, recompute=cfg.memory == "recompute", cuda_graphs=mode == "graphs")
     if teacher is not None:

@@ -239,7 +239,7 @@ def _fit_weights(
     settings: ReconstructSettings | None,
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """Compensate the weights, and with `settings` reconstruct them; return `results.json` facts."""
+    """Compensate weights, and with `settings` reconstruct them; return facts for `results.json`."""
     fit_start_time = time.monotonic()
     layers = compensate(net, reference, batches)
     if settings is None:

@@ -213,8 +213,8 @@ def class_fields(confusion: Tensor, names: Sequence[str]) -> dict[str, list[dict
 
     Returns:
         `classes`: name, images, and top-1 in percent of each class (None for a class without
-        images); `confused`: the most frequent wrong predictions, with the number of images and the
-        percentage of the true class.
+        images); `confused`: the most frequent wrong predictions, each with the number of images and
+        the percentage of the true class's images.
     """
     class_sizes = confusion.sum(1).tolist()
     correct_counts = confusion.diagonal().tolist()

@@ -1,10 +1,10 @@
 """Resume a stopped run, or begin a new run in a used directory.
 
 Before a run is resumed, its settings, model, data, teacher and optimizer are compared with its
-checkpoint. `lit/module.py` checks that averaged weights are averaged further, `data/sampler.py`
-that the global batch stays the same within an epoch. Lightning restores weights, optimizer,
-schedule, loops and callbacks; `lit/loggers.py` deletes rows of `metrics.csv` that will be
-repeated.
+checkpoint. `lit/module.py` checks that a run with averaged weights is resumed with a callback that
+averages, `data/sampler.py` that the global batch stays the same within an epoch. Lightning restores
+weights, optimizer, schedule, loops and callbacks; `lit/loggers.py` deletes rows of `metrics.csv`
+that will be repeated.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any])
     pretrained_cfg = config.get("pretrained_cfg") or {}
     if isinstance(pretrained_cfg, dict):
         dataset_class = DATASETS.get(cfg.data.get("_target_"))
-        if dataset_class is None or "model" not in dataset_class.UNREAD:  # follows the model
+        if dataset_class is None or "model" not in dataset_class.UNREAD:  # may read `data.model`
             set_preprocessing(cfg.data, pretrained_cfg)
         if "default_photos" in cfg:  # the data of a prediction are chosen later
             set_preprocessing(cfg.default_photos, pretrained_cfg)

@@ -23,7 +23,7 @@ MAX_SEED = 2**32 - 1  # numpy accepts no higher seed
 
 @dataclass
 class Model:
-    """`model.*`; `args` go to `timm.create_model`; a Swin's window size follows `own_window`."""
+    """`model.*`; `args` go to `timm.create_model`; `own_window` is a Swin's own window size."""
 
     name: str | None = None
     row: str | None = None
@@ -249,8 +249,8 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
 def check_path(setting: str, value: Any) -> None:
     """Raise `UsageError` for a path that YAML has read as a number, and for an empty path.
 
-    An empty path comes from a shell variable that is not set; the run would then start from other
-    weights. None is allowed.
+    An empty path usually comes from a shell variable that is not set. With an empty `ckpt`, for
+    example, a run would start from other weights. None is allowed.
     """
     if value is None or (isinstance(value, str) and value):
         return

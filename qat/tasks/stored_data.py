@@ -48,7 +48,7 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     if "_target_" in own_settings:
         dataset_class = DATASETS.get(own_settings["_target_"], ImageData)
         reads_model = "model" in cfg.data and "model" not in dataset_class.UNREAD
-        if meta and reads_model and cfg.data.model is None:
+        if meta and reads_model and cfg.data.model in {None, meta["model"]["name"]}:
             # Crop and normalize photos as the file states, else as the model expects.
             stored = meta.get("data") or {}
             if stored.get("in_chans", 3) == (cfg.data.get("in_chans") or 3):

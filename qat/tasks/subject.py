@@ -38,7 +38,7 @@ class EvaluatedNet:
         net: the model.
         name: name of the model.
         recipe: recipe with which the model is quantized.
-        data: dataset; its settings prepare images for the model.
+        data: dataset; its settings describe how images are prepared for the model.
         classes: names of the classes, or class ids as text.
         assumed: names of image settings that are assumed, see `summary.assumed_settings`.
     """
@@ -58,8 +58,8 @@ def build_evaluated_net(cfg: DictConfig, *, tests_only: bool = True) -> Evaluate
 
     Args:
         cfg: config of a command.
-        tests_only: True if the command reads only images for testing. These are then all images of
-            a folder without splits, unless the model was trained on it or `split` is set.
+        tests_only: True if the command reads only images for testing. In a folder without splits,
+            all images are then used, unless the model was trained on the folder or `split` is set.
 
     Raises:
         UsageError: a setting or file cannot be used, or the data do not suit the model.

@@ -1,4 +1,4 @@
-"""Texts of a run for the console: first lines, quantized layers, teacher."""
+"""Texts that a run logs: model, data and settings, scores, quantized layers, and the teacher."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ QUANTIZED_ERROR = (
     "is already quantized and cannot be the float teacher; "
     "set teacher.ckpt to a float checkpoint, or use teacher.pretrained=true"
 )
-# Arguments of the student that the teacher shares; others may not fit it.
+# Arguments of the student that the teacher shares; others may not fit the teacher.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
-# In messages of `from_timm`: settings of the student, and those of the teacher in their place.
+# Names of settings in messages of `from_timm`, each with the teacher's setting to show instead.
 OWN_SETTINGS = {
     "model.name": "teacher.model",
     "model.pretrained": "teacher.pretrained",
@@ -188,7 +188,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
 
 
 def _shared_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The student's arguments that its teacher takes; timm's convolutional models take no sizes."""
+    """Arguments of the student for its teacher; no `img_size` if the teacher's class has none."""
     shared = {key: args[key] for key in COMMON_ARGS if key in args}
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.models"):
         for key in ("img_size", "patch_size"):

@@ -1,5 +1,6 @@
 """Learnable offsets. Oracle: q(x + a) + c written out."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -57,3 +58,27 @@ def test_gradients_of_the_offsets():
     assert not inside.all()
     assert_close(made.offset_before.grad, (upstream * inside).sum((0, 1)))
     assert_close(made.offset_after.grad, upstream.sum((0, 1)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("quantizer", ["lsq", "seq"])
+def test_unsigned_codes_may_start_at_the_lowest_input(quantizer, signed):
+    """Of the outputs of a GELU for low inputs: unsigned codes alone would round all to 0."""
+    x = torch.nn.functional.gelu(randn(2, 3, 40) - 1)
+    errors = []
+    for offset_init in ("zero", "minimum"):
+        made = calibrated(
+            quantizer,
+            x,
+            axis=-2,
+            bits=4,
+            signed=signed,
+            offsets="both",
+            offset_init=offset_init,
+            step_init="mse",
+        )
+        errors.append((made(x) - x).square().mean() / x.square().mean())
+        lowest = x.min() if offset_init == "minimum" and not signed else torch.zeros(())
+        assert torch.equal(made.offset_after, lowest.expand(40))
+        assert torch.equal(made.offset_before, -made.offset_after)
+    assert (errors[1] < 0.3 * errors[0]) is not signed

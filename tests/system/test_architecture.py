@@ -173,7 +173,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40300,
-    "qat": 198700,
+    "qat": 199000,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -182,16 +182,16 @@ BUDGETS = {
     "qat/functional": 12450,
     "qat/kernels": 20500,
     "qat/launch": 3800,
-    "qat/lit": 7900,
+    "qat/lit": 7950,
     "qat/losses": 1970,
-    "qat/model": 26400,
+    "qat/model": 26450,
     "qat/nn": 14800,
     "qat/ptq": 9700,
-    "qat/quantizers": 7640,
+    "qat/quantizers": 7750,
     "qat/report": 5350,
     "qat/tasks": 26900,
     "qat/utils": 5560,
-    "tests": 258000,
+    "tests": 258300,
 }
 LAYOUT = {
     tokenize.COMMENT,

@@ -151,6 +151,16 @@ def test_the_workers_of_a_file_are_not_started(tmp_path, float_run, command, typ
     assert build.build_data(cfg).sample("test").num_workers == (workers or 0)
 
 
+@pytest.mark.parametrize("typed", [(), ("model.name=vit_tiny_patch16_224",)])
+def test_photos_are_prepared_as_the_file_says(tmp_path, float_run, typed):
+    data = read_checkpoint(last(float_run)).meta["data"]
+    file = edited(last(float_run), tmp_path / "a.ckpt", data | {"mean": [0.25], "std": [0.75]})
+    folder = ("data=imagefolder", f"data.root={tmp_path}", "data.in_chans=1", f"ckpt={file}")
+    cfg = compose("eval", *folder, *typed, f"run_dir={tmp_path}/run")
+    choose_data(cfg, read_checkpoint(file))
+    assert (list(cfg.data.mean), list(cfg.data.std)) == ([0.25], [0.75])
+
+
 def test_a_timm_model_from_a_weight_file(tmp_path):
     net = timm.create_model("vit_tiny_patch16_224", **build.model_args(compose("train", *MODEL)))
     torch.save(net.state_dict(), tmp_path / "w.pt")

@@ -132,7 +132,16 @@ def size():
 @pytest.mark.parametrize("name", [name for name in choices("ptq") if name != "keep"])
 def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     cfg = compose("ptq", f"ptq={name}", "run_dir=a")
-    others = {"qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8", "rule_bits"}
+    others = {
+        "qk_bias",
+        "offsets",
+        "offset_init",
+        "map_scales",
+        "step_init",
+        "steps",
+        "fits_int8",
+        "rule_bits",
+    }
     assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {
         "batch",
         "reconstruct",
