@@ -36,7 +36,7 @@ MAX_EXAMINED = 16
 # The error of a float32 sum of a few hundred terms, relative to the largest value in the tensor. A
 # value this close to a threshold may get either code, which also changes the codes of later layers.
 ROUNDING_ERROR = 2e-5
-# Runtimes compute some products in integers which the graph, run operator by operator, computes in
+# Runtimes compute in integers some products that the graph, run operator by operator, computes in
 # float, so values on thresholds may be rounded the other way. An image is unexplained if its
 # outputs differ from the graph's by more than `TOLERANCE`, and by more than `MAX_ROUNDING_RATIO`
 # times the effect of multiplying the image by `SLIGHT_FACTOR`. This effect counts only if the file

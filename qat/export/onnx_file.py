@@ -123,10 +123,10 @@ def export_onnx(
         The comparison of file and model; its method `to_text()` describes it in words.
 
     Raises:
-        UsageError: the outputs have no names, the model is not quantized, its scales are not set,
-            the images do not fit, the target does not support the model, torch cannot export it,
-            onnx is not installed, or the written file disagrees with the model; the file is then
-            kept as `<path>.rejected`.
+        UsageError: a setting is not allowed, `path` is a folder, the outputs have no names, the
+            model is not quantized, its scales are not set, the images do not fit, the target does
+            not support the model, torch cannot export it, onnx is not installed, or the written
+            file disagrees with the model; the file is then kept as `<path>.rejected`.
 
     Examples:
         >>> net = timm.create_model("deit_tiny_patch16_224")  # doctest: +SKIP
@@ -329,11 +329,11 @@ def to_onnx(
 
 @quiet()
 @torch.no_grad()
-def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
-    """Translate any model to ONNX, for any number of images, with torch's exporter."""
+def export_float(net: nn.Module, image: Tensor, *, dynamic_batch: bool = True) -> onnx.ModelProto:
+    """Translate any model to ONNX, for one or any number of images, with torch's exporter."""
     net = copy_unfused(net)
     names = _name_outputs(net, image)
-    return _to_proto(_trace(net, image, names, dynamic_batch=True))
+    return _to_proto(_trace(net, image, names, dynamic_batch=dynamic_batch))
 
 
 def _name_outputs(net: nn.Module, image: Tensor) -> list[str]:

@@ -60,7 +60,7 @@ class Plan(nn.Module):
         scale: factor of the sum of products.
         columns_scale: second factor of the sum, if one factor would be a whole matrix.
         row: summand that is added to the sum before the scale.
-        ones: (K, 1), int8, all 1; a product with `ones` sums rows of the left codes in integers.
+        ones: (K, 1), int8, all 1; a product with it sums the K left codes of a row in integers.
         sums: factor of the sum over a row of the left codes, added before the scale.
         columns: factor of the sum over a column of the right codes, added before the scale.
         constant: summand that is added after the scale; it includes the bias of a Linear.
@@ -94,9 +94,9 @@ class Planner:
         channel_steps: for each weight, the step sizes that divide its outputs, (out,): one for each
             channel, or 1 for channels whose step sizes are in `token_steps`.
         steps: the step sizes that divide a product of two activations, by the names of their two
-            quantizers: (), (N, 1) or (h, 1, d) for probabilities and values, whose product is (B,
-            h, N, d). For queries and keys, this is the inverse of the factor of scores, times the
-            step size of the scores if they are quantized.
+            quantizers: (1,), (N, 1) or (h, 1, d) for probabilities and values, whose product is
+            (B, h, N, d). For queries and keys, this is a scalar: the inverse of the factor of
+            scores, times the step size of the scores if they are quantized.
     """
 
     def __init__(self, net: nn.Module, cpu: str) -> None:
@@ -398,8 +398,8 @@ def _plan_weight_product(
         constant_factor = 1 / token_steps.double().unsqueeze(-1)  # (N, blocks, 1)
         blocks = constant_factor.shape[-2]
     elif not has_one_scale and not a.zero:
-        # OpenVINO 2026.4 mistakes a scale of rows for a scale of columns, unless another operator,
-        # such as a zero point, is between them. The operator that splits into one block is enough.
+        # OpenVINO 2026.4 mistakes a scale of rows for a scale of columns, unless the codes have a
+        # zero point or an operator is between product and scale. A split into one block is enough.
         blocks = 1
     constant = _constant_of_linear(a, stored, bias)
     if constant is not None:

@@ -108,7 +108,10 @@ def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     if norm is None or len(norm.inputs) < 3:
         return
     bias = _constant_array(norm.inputs[2])
-    if bias is None or offset.size not in {1, bias.size}:
+    if bias is None:
+        return
+    is_per_channel = offset.size == bias.size and offset.shape[-1:] == bias.shape
+    if offset.size != 1 and not is_per_channel:
         return
     norm.replace_input_with(2, _store(graph, f"{norm.name}.bias", bias + offset.reshape(-1)))
     node.outputs[0].replace_all_uses_with(normalized)
@@ -139,7 +142,7 @@ def _keep_dimensions(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _add_dimension(graph: ir.Graph, node: ir.Node) -> None:
-    """Before multiplying by 1 / step sizes along dimension 1, insert a dimension before it.
+    """Move the inverse step sizes of a Mul from dimension 1 to 2, by an inserted dimension.
 
     OpenVINO 2026.4 fuses Mul, Clip and QuantizeLinear, except if step sizes vary along dimension 2.
     In files for any number of images, the fused operator uses the first step size for all values,
@@ -171,7 +174,7 @@ def separate_divisions(model: ir.Model) -> None:
     """Make quantizers after MaxPool, Conv or Gemm divide by the step size in a separate operator.
 
     Codes do not change. Without the rule, onnxruntime moves QuantizeLinear before MaxPool, and its
-    8-bit MaxPool takes a hundred times as long as the float MaxPool. It would also round the
+    8-bit MaxPool takes a hundred times as long as the float MaxPool. Onnxruntime would also round
     weights of a Conv between DequantizeLinear and QuantizeLinear to 8 bits with one scale.
     """
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]

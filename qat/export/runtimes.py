@@ -180,7 +180,7 @@ def _open_executorch(content: bytes) -> Session:
 def session_outputs(
     session: Session, names: Sequence[str], images: Tensor, batch: int | None = None
 ) -> dict[str, Tensor]:
-    """Run a session on images.
+    """Run a session on images, and return its outputs by name.
 
     Args:
         session: the session of an opened file.

@@ -97,8 +97,8 @@ def _register_activation(
         quantizer: the quantizer.
         step: scale of QuantizeLinear, ().
         offset: number that is added to codes so that they fit 8 bits, see `code_offset`.
-        input_factor: factor of the input that replaces a division by scales, which would take
-            runtimes twice as long; None = 1.
+        input_factor: number by which the input is multiplied; a division by scales would take
+            runtimes twice as long. None = 1.
     """
     quantizer.register_buffer("onnx_step", step)
     quantizer.register_buffer("onnx_inverse", input_factor)
@@ -146,8 +146,8 @@ class Writer(nn.Module):
 
         QuantizeLinear rounds and then adds its zero point, which here only makes codes fit 8
         bits. The zero point of the grid is added before the rounding, because adding an odd number
-        after it would round ties the other way (half to even). Half of all values are ties if the
-        step sizes of two grids differ by a power of two.
+        after it would round ties the other way (half to even). If the input is already on a grid
+        with half the step size, half of its values are ties.
         """
         u = x
         if quantizer.before is not None:

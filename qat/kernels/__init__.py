@@ -1,9 +1,9 @@
 """LSQ, StatsQ and block floats for quantizers, by the fastest kernels for the device.
 
 These are C++ kernels on a CPU, Triton kernels on CUDA (none for block floats), and the tensor
-operations of `qat.functional` elsewhere. In float32, all three return bit-identical results in the
-forward pass, except that fused attention and StatsQ's scale on CUDA differ by rounding. Sums in
-gradients also differ by rounding.
+operations of `qat.functional` elsewhere. In float32, all implementations return bit-identical
+results in the forward pass, except that fused attention and StatsQ's scale on CUDA differ by
+rounding. Sums in gradients also differ by rounding.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _LSQ(LSQFunction):
 
 
 def lsq(x: Tensor, q: LSQParams) -> Tensor:
-    """`qat.functional.lsq`."""
+    """`qat.functional.lsq`, computed by a kernel where possible."""
     function = LSQFunction if are_off() else _LSQ
     return function.apply(x, *q)
 
@@ -106,7 +106,7 @@ class _StatsQ(StatsQFunction):
 
 
 def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`qat.functional.statsq_with_scale`."""
+    """`qat.functional.statsq_with_scale`, computed by a kernel where possible."""
     function = StatsQFunction if are_off() else _StatsQ
     return function.apply(w, scale, bits)
 
@@ -132,7 +132,10 @@ class _RelativeStep(torch.autograd.Function):
 
 
 def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
-    """`qat.functional.relative_step` as one autograd node, which saves the derivative ds/dt."""
+    """`qat.functional.relative_step` as one autograd node.
+
+    Forward saves the derivative with respect to `change` for backward.
+    """
     if are_off() or type(change) not in PLAIN_CLASSES:
         return reference_step(start, change, min_reliable)
     return _RelativeStep.apply(start, change, min_reliable)
@@ -151,7 +154,7 @@ class _BlockFloat(BlockFloatFunction):
 
 
 def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
-    """`qat.functional.block_float`."""
+    """`qat.functional.block_float`, computed by a kernel where possible."""
     if are_off():
         return block_float(x, form)
     return _BlockFloat.apply(x, compute_tensor_scale(x, form), form)

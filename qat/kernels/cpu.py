@@ -1,7 +1,7 @@
 """Kernels for CPUs, in C++: they process float32 tensors in one pass over memory.
 
 Functions have the arguments and results of the operators of the same name; `lsq_backward` has those
-of `gpu.lsq_backward`. They return None for tensors whose layout the kernels do not support.
+of `gpu.lsq_backward`. All return None for tensors whose layout or dtype the kernels do not support.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
 
     The gradient of `x` is written to `out`, whose rows need not be adjacent in memory. The function
     also returns None if the input of the quantizer must be recomputed from `x`; for a softmax with
-    a step size per column or with rows of another length; and for `dequantized` with a step size
-    per column.
+    a step size per column, or with rows of the layout that are not rows of the softmax; and if
+    `dequantized` is requested with a step size per column.
     """
     grad = grad.float()
     x = x.float()

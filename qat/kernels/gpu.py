@@ -198,8 +198,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     requested = tuple(t is not None for t in (q.before, after, weight, bias))
     sums = _floats(x, sum(requested), num_strips, length)
     y = None if dequantized is None else x.new_empty(x.shape, dtype=dequantized)
-    # Lengths and strides are passed in units of `divisor`, so the compiler knows that it divides
-    # them.
+    # Lengths and strides are passed in units of `divisor`, so the compiler knows that they are
+    # multiples of `divisor`.
     divisor = math.gcd(8, length, grad_stride, stride, out_stride)
     low, high = q.codes.ends
     _launch(

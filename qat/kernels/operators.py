@@ -90,7 +90,7 @@ def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return statsq_forward(w, scale, bits, dtype), scale
 
 
-# Not to be decomposed: a compiler would add up the scale in another order.
+# Not to be decomposed: a compiler would add the terms of the scale in another order.
 del DECOMPOSITIONS[torch.ops.qat.statsq.default]
 step_and_slope = _with_kernels(
     "(Tensor start, Tensor growth, Tensor change, float min_reliable) -> (Tensor, Tensor)"
@@ -107,8 +107,8 @@ def split_sums(sums: Tensor, *params: Tensor | None) -> list[Tensor | None]:
 
     Args:
         sums: (n,), the concatenated sums.
-        params: parameters with the shapes and dtypes of the sums; None for each parameter without a
-            sum.
+        params: parameters, whose shapes and dtypes the results get; None for each parameter without
+            a sum.
     """
     parts = iter(sums.split([t.numel() for t in params if t is not None]))
     gradients: list[Tensor | None] = []

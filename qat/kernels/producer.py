@@ -37,7 +37,7 @@ class Producer(NamedTuple):
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         """The quantizer's input, followed by tensors for `backward`.
 
-        The input is bit-identical to the output of torch's module.
+        The quantizer's input is bit-identical to the output of torch's module.
         """
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
@@ -51,7 +51,7 @@ class Producer(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias; for both kinds of softmax, of the unscaled scores.
+        """Gradients of x, weight and bias; for a softmax, of the unscaled scores instead of x.
 
         Args:
             grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.

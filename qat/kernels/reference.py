@@ -32,7 +32,7 @@ def round_blocks(x: Tensor, tensor_scale: Tensor | None, grad: Tensor | None, bi
 def kernels_agree(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *code_ranges: CodeRange
 ) -> bool:
-    """True if LSQ kernels equal the reference bit for bit, the scale's gradient within rounding.
+    """True if LSQ kernels equal the reference: the scale's gradient up to rounding, others exactly.
 
     The inputs include values inside and outside of the range.
 

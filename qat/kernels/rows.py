@@ -139,7 +139,7 @@ def layout_by_row(w: Tensor, scale: Tensor) -> Layout | None:
 
     Returns None if the tensors have other layouts or shapes.
     """
-    # Scales (1, N, 1) of activations could otherwise pass for one scale per image if B is N.
+    # Scales (1, N, 1) of activations (B, N, C) could otherwise pass for scales of images if B is N.
     if not w.is_contiguous() or not scale.ndim == w.ndim > 1 or len(scale) != len(w):
         return None
     return layout_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))

@@ -157,7 +157,7 @@ def export(cfg: DictConfig) -> float:
     checked = write_checked(target, write)
     if file_format != "packed":
         float_net = float_twin(frozen_net)
-        results |= _compare_with_float(target, float_net, images[0][:1], checked, cfg.latency)
+        results |= _compare_with_float(cfg, target, float_net, images[0][:1], checked)
     size = target.stat().st_size
     _log_results(checked, results, f"{target}, {size:,} bytes")
     ways_to_run = _ways_to_run(file_format, settings, checked)
@@ -239,7 +239,7 @@ def _target_path(cfg: DictConfig) -> Path:
 
 
 def _compare_with_float(
-    path: Path, float_net: nn.Module, image: torch.Tensor, checked: CheckResult, repeats: int
+    cfg: DictConfig, path: Path, float_net: nn.Module, image: torch.Tensor, checked: CheckResult
 ) -> dict[str, Any]:
     """Size and time of a file, compared with files of the same model in float.
 
@@ -247,26 +247,27 @@ def _compare_with_float(
     random.
 
     Args:
+        cfg: config of the command; `latency` is the number of timed runs, 0 = do not measure times.
         path: the file.
         float_net: the same architecture in float.
         image: (1, C, H, W).
         checked: runtimes that run the file.
-        repeats: number of timed runs; 0 = do not measure times.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float"}
         if EXECUTORCH in checked.agreement:
             files["float"].write_bytes(to_pte(float_net, image)[0])
         else:
-            files["float"].write_bytes(export_float(float_net, image).SerializeToString())
+            model = export_float(float_net, image, dynamic_batch=cfg.dynamic_batch)
+            files["float"].write_bytes(model.SerializeToString())
             files["int8"] = Path(folder) / "int8"
             quantize_8bit(files["float"], files["int8"])
         files["this"] = path
         sizes = {name: file.stat().st_size for name, file in files.items()}
         times: dict[str, dict[str, float]] = {}
         for runtime, agreement in checked.agreement.items():
-            if repeats and agreement.images:
-                times[runtime] = _measure_times(files, runtime, image, repeats)
+            if cfg.latency and agreement.images:
+                times[runtime] = _measure_times(files, runtime, image, cfg.latency)
     agreements = checked.agreement.items()
     time_of_float = {}
     for runtime, runtime_times in times.items():

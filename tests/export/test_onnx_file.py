@@ -482,6 +482,27 @@ def test_a_net_that_timm_did_not_build(tmp_path):
     assert stored["qat"]["model"] == {"name": "Sequential", "kwargs": {}}
 
 
+class PositionsAfterNorm(nn.Module):
+    """As many tokens as channels, and a learned number for each token that is added after a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 4, 4, 4), nn.LayerNorm(4)
+        self.positions = nn.Parameter(torch.arange(4.0).view(1, 4, 1))
+        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(self.mlp(self.norm(tokens) + self.positions).mean(1))
+
+
+def test_a_constant_of_each_token_stays_outside_a_norm(tmp_path):
+    net, x = PositionsAfterNorm().eval(), tiny.randn(8, 3, 8, 8)
+    qat.convert(net, qat.recipe("lsq", bits=8), input_size=(3, 8, 8))
+    qat.initialize_scales(net, [x])
+    assert qat.export_onnx(net, tmp_path / "net.onnx", images=x).problem is None
+
+
 @pytest.mark.long
 def test_a_net_in_float64(net, tmp_path):
     net.double()

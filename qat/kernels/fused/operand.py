@@ -16,7 +16,10 @@ from qat.kernels.rows import PLAIN_CLASSES
 
 
 def can_fuse(x: Tensor) -> bool:
-    """True unless kernels are off, `x` has no values, or a mode intercepts torch functions."""
+    """True if kernels are on, `x` is a plain tensor, and no mode intercepts torch functions.
+
+    Tensors of subclasses and tensors on the meta device are not plain.
+    """
     is_plain_tensor = type(x) in PLAIN_CLASSES and not x.is_meta
     return not kernels.are_off() and is_plain_tensor and torch._C._len_torch_function_stack() == 0
 
@@ -34,7 +37,10 @@ def save_for_backward(ctx: Any, *args: Any) -> None:
 
 
 def load_saved(ctx: Any) -> list[Any]:
-    """The arguments of `save_for_backward`. Call it once: checkpointing then frees the tensors."""
+    """The arguments of `save_for_backward`.
+
+    Call this once: activation checkpointing frees the tensors after the first call.
+    """
     args = []
     for tensor, other in zip(ctx.saved_tensors, ctx.saved_others, strict=True):
         args.append(other if tensor is None else tensor)

@@ -37,10 +37,10 @@ class QkrWeights(NamedTuple):
     """Float weights of the matrix products.
 
     Attributes:
-        matrix: M (h*C, C), float32.
+        matrix: M (h*C, C), float32: the query and key weights of each head, folded into one matrix.
         v: Wv (h*d, C).
         v_bias: (h*d,) or None.
-        offset: (h*C,), added to the folded product before its quantizer, or None.
+        offset: (h*C,), added to the product M x before its quantizer, or None.
         per_key: c (h, C), float32, or None; it adds c_h . q(x[m]) to the scores of key m.
     """
 
@@ -119,7 +119,7 @@ def _pad_product_quantizer(quantizer: LSQParams, rows: Tensor, num_rows: int) ->
 
     Args:
         quantizer: quantizer of the rows without padding.
-        rows: (B, M*h, C), padded.
+        rows: (B, M*h, C), padded from N to M tokens.
         num_rows: N*h, the number of rows without padding.
     """
     num_padded = rows.shape[1] - num_rows

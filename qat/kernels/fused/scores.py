@@ -24,8 +24,9 @@ class Scoring(NamedTuple):
         mask: (W, N, N) without gradient, added to the W windows of each image, or None.
         num_heads: h.
         factor: factor on the scores, before bias and mask are added.
-        save_probs: True = save the probabilities, and the product with the folded matrix, for
-            backward; False = recompute both there.
+        save_probs: True = save the probabilities for backward, and with query-key
+            reparameterization also the product with its folded matrix; False = backward recomputes
+            both.
     """
 
     bias: Tensor | None
