@@ -191,7 +191,7 @@ BUDGETS = {
     "qat/report": 5350,
     "qat/tasks": 26900,
     "qat/utils": 5560,
-    "tests": 258300,
+    "tests": 258700,
 }
 LAYOUT = {
     tokenize.COMMENT,
