@@ -47,7 +47,8 @@ class ParquetImages(EncodedImages):
             the usual names in `IMAGE_COLUMNS` or `LABEL_COLUMNS`.
 
     Raises:
-        UsageError: the files are not parquet files with these columns, or a label is missing.
+        UsageError: the files are not parquet files with these columns, or a label is missing
+            or is not an integer.
     """
 
     def __init__(self, files: list[Path], settings: DataSettings) -> None:

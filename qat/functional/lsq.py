@@ -91,7 +91,8 @@ class LsqGradients(NamedTuple):
     `qat.kernels.operators.gradients` returns all of them, `lsq_backward` only the first four.
 
     Attributes:
-        x: gradient of the input.
+        x: gradient of the quantizer's input; from `gradients`, of the input of the operation before
+            the quantizer, if there is one.
         scale: gradient of the scale; from `lsq_backward`, without LSQ's factor 1/sqrt(qmax * m).
         before: gradient of the offset before the quantizer; None without such an offset.
         after: gradient of the offset after the quantizer; None unless requested.

@@ -92,6 +92,7 @@ class UniformGrid(Grid):
     """Evenly spaced values.
 
     The code of x is k = clamp(round((x + a) / s + z), qmin, qmax). Its value is (k - z) * s + c.
+    The offsets are a = `before` and c = `after`.
 
     Attributes:
         step: s, float32 in the unit of the tensor: (n,), one for each slice along `axis`, or (1,).

@@ -38,7 +38,8 @@ def import_quantizer(path: str) -> type[Quantizer]:
     Call this only for names that a user typed, never for names from a file: importing runs code.
 
     Raises:
-        UsageError: the class does not exist, or is not a subclass of `Quantizer` with all methods.
+        UsageError: the class does not exist, or is not a subclass of `Quantizer` that defines
+            `forward` and `codes`.
     """
     module_name, class_name = path.split(":")
     try:

@@ -23,7 +23,10 @@ MAX_SEED = 2**32 - 1  # numpy accepts no higher seed
 
 @dataclass
 class Model:
-    """`model.*`; `args` go to `timm.create_model`; `own_window` is a Swin's own window size."""
+    """`model.*`; `args` go to `timm.create_model`.
+
+    `own_window` is the window size, in patches, of a Swin's pretrained weights.
+    """
 
     name: str | None = None
     row: str | None = None
