@@ -236,7 +236,8 @@ class Sensitivity(Analysis):
         """The budget of bytes for the weights whose bits may be chosen.
 
         Raises:
-            UsageError: the model exceeds the budget even with the lowest bits everywhere.
+            UsageError: the model has no weights whose bits may be chosen, or exceeds the budget
+                even with the lowest bits everywhere.
         """
         assert self.budget_mb is not None  # noqa: S101  (narrows a type)
         budget_bytes = round(self.budget_mb * MB)

@@ -37,7 +37,10 @@ WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
 def refuse_flags(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` for `--name value`, because settings are typed as `name=value`."""
+    """Raise `UsageError` for `--name value`, and for options such as `-m` after settings.
+
+    Settings are typed as `name=value`, and Hydra's options must come before them.
+    """
     flags = get_args_parser().parse_known_args(arguments)[1]
     if not flags:
         return

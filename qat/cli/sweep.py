@@ -147,7 +147,9 @@ def summarize() -> None:
 
 
 def gather_sweep(cfg: DictConfig) -> None:
-    """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
+    """Print the results of the jobs below `cfg.sweep`, and write their table and page.
+
+    This is `analyze.py sweep=DIR`.
 
     Raises:
         UsageError: there are no jobs; or `ckpt`, `run` or `analysis` is set, too.

@@ -133,7 +133,8 @@ def apply_recipe(
         net: see `convert`.
         recipe: see `convert`.
         input_size: see `convert`.
-        signs: see `Conversion`; None = `tails` for models of Transformers, `probe` for others.
+        signs: see `Conversion`; None = `tails` for models of Transformers, `probe` for others. If
+            it is set, the model counts as rebuilt, and rules of the recipe need not match a module.
 
     Returns:
         Names of modules that stay in float on purpose.

@@ -146,7 +146,10 @@ def _download(repository: str, origin: str) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    """Raise `ValueError` if an untrusted config would load other files or build a huge model."""
+    """Raise `ValueError` if an untrusted config is invalid or could do harm.
+
+    It must not load other files, resolve settings (`${...}`) or build a huge model.
+    """
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():

@@ -51,7 +51,7 @@ _REQUIRED_WITH_FP8 = {
     "act_scales": "tensor",
 }
 # Settings of `QuantRecipe` for training, which have no meaning here.
-_TRAINING_KNOBS = (
+TRAINING_KNOBS = (
     "qk_bias",
     "offsets",
     "offset_init",
@@ -144,7 +144,7 @@ class PtqRecipe(QuantRecipe):
         "placement",
         "layernorm",
         "method",
-        *_TRAINING_KNOBS,
+        *TRAINING_KNOBS,
     }
 
     def __post_init__(self) -> None:

@@ -202,7 +202,10 @@ class AttentionInterface:
 
     @contextlib.contextmanager
     def searching(self) -> Generator[None]:
-        """Find the attentions that run in a `with` block, which must run the whole model."""
+        """Find the attentions that run in a `with` block, which must run the whole model.
+
+        After the block, models of Transformers still use `attend`; `restore` undoes this.
+        """
         if self.models:
             _register_functions()
         for model in self.models:

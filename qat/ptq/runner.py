@@ -284,7 +284,10 @@ class Runner:
         return modules_to_cache
 
     def _fill_cache(self, name: str) -> None:
-        """Run all batches up to the entry of `name`, and cache the tensors that `name` needs."""
+        """Run all batches up to the entry of `name`, and fill the cache.
+
+        The cache contains the tensors that the modules of `_modules_to_cache(name)` need.
+        """
         modules_to_cache = self._modules_to_cache(name)
         self._inputs = {module: [] for module in modules_to_cache}
         self._outputs = {}

@@ -32,7 +32,10 @@ def build_statsq(spec: QuantSpec) -> Quantizer:
 
 
 class StatsQ(Quantizer):
-    """StatsQ of weights (out, ...): one scale per output row, twice the mean magnitude."""
+    """StatsQ of weights (out, ...): one scale per output row, twice the mean magnitude.
+
+    Weights (d0, d1, d2) have one scale per index of d1, as in `statsq_scale`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.statsq`."""

@@ -188,7 +188,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
 
 
 def _shared_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the student for its teacher; no `img_size` if the teacher's class has none."""
+    """Arguments of the student for its teacher, except sizes that the teacher's class lacks."""
     shared = {key: args[key] for key in COMMON_ARGS if key in args}
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.models"):
         for key in ("img_size", "patch_size"):

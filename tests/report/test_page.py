@@ -191,8 +191,8 @@ CONFUSION = "true \\ predicted,cat,dog\ncat,3,1\ndog,0,4\n"
     [
         (CONFUSION, "cat, 75.0 %"),
         (CONFUSION.replace("cat", "<b>"), "<b>, 75.0 %"),
-        (CONFUSION.replace("cat", "0"), "0, 75.0 %"),
         ("true,cat,net\ncat,5,0\nnet,3,0\n", "net, 0.0 %"),
+        (CONFUSION.replace("cat", "0"), "0, 75.0 %"),
         (CONFUSION.replace("dog,0,4", "dog,0,0"), "cat, 75.0 %"),
         (CONFUSION.replace("3", "three"), None),
         ("true,cat\ncat,1\n", None),

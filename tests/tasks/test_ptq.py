@@ -8,6 +8,7 @@ import torch
 
 import qat
 from qat.data import Digits
+from qat.model.ptq_spec import TRAINING_KNOBS
 from qat.tasks import build
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
@@ -132,16 +133,7 @@ def size():
 @pytest.mark.parametrize("name", [name for name in choices("ptq") if name != "keep"])
 def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     cfg = compose("ptq", f"ptq={name}", "run_dir=a")
-    others = {
-        "qk_bias",
-        "offsets",
-        "offset_init",
-        "map_scales",
-        "step_init",
-        "steps",
-        "fits_int8",
-        "rule_bits",
-    }
+    others = {*TRAINING_KNOBS, "rule_bits"}
     assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {
         "batch",
         "reconstruct",
