@@ -196,8 +196,8 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
         step = step * scores_quantizer.scale.reshape(())
         planner.predivided.add(scores_quantizer)
     planner.steps[left.name, right.name] = step
-    if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
-        attention.folded_bias *= scale
+    if isinstance(attention, QkrAttention) and attention.per_key_weight() is not None:
+        attention.folded_bias = attention.per_key_weight() * scale
     attention.scale = 1.0
 
 

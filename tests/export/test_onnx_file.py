@@ -93,6 +93,15 @@ def test_a_graph_may_end_in_a_mean_over_the_tokens(tmp_path):
 
 
 @pytest.mark.long
+def test_a_query_bias_beside_a_folded_matrix_in_float(tmp_path):
+    net = tiny.vit(depth=1)
+    torch.nn.init.normal_(net.blocks[0].attn.qkv.bias)
+    rules = {"*.attn": {"weight_quantizer": "float"}}
+    recipe = qat.recipe("ofq", bits=4, qk_bias="fold", overrides=rules)
+    assert_agrees(tiny.fitted(net, tiny.images(), recipe), tmp_path / "net.onnx", tiny.images(8, 1))
+
+
+@pytest.mark.long
 def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tmp_path):
     net = FAMILIES["levit"].quantized("deploy_w8a8").eval()
     net(FAMILIES["levit"].images(4))
