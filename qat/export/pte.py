@@ -2,8 +2,8 @@
 
 ExecuTorch's XNNPACK backend computes linear layers on integer codes. XNNPACK derives the step size
 of each row of inputs from the smallest and largest number of the row. Therefore, each row gets two
-more numbers: the ends of the quantizer's 8-bit range, with weights of zero. XNNPACK then uses the
-trained step size, and its codes equal the model's codes.
+more numbers: -128 and 127 times the trained step size, with weights of zero. XNNPACK then uses this
+step size, and its codes equal the model's codes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from qat.export.codes import StoredWeight, store_weights
 from qat.export.runtimes import EXECUTORCH, open_session, quiet, session_logits
 from qat.export.write import copy_unfused, require_int8
 from qat.model.frozen import FrozenActivation
+from qat.nn import LOGITS, named_outputs
 from qat.nn.linear import QuantLinear
 
 INT8_MIN = -128
@@ -59,8 +60,8 @@ def write_pte(
     path.write_bytes(content)
     logits = functools.partial(session_logits, open_session(path, EXECUTORCH), batch=1)
     agreement = compare(net, logits, None, images)
-    # The codes that a file computes cannot be read. Instead, images that differ only by float
-    # rounding show how much values on thresholds can change the logits of this model.
+    # ExecuTorch does not return codes, so they cannot be compared. Images that differ only by float
+    # rounding show how much the logits change if values on thresholds get other codes.
     check_difference(agreement, net, images, lambda x: x * SLIGHT_FACTOR, MAX_ROUNDING_RATIO)
     report = report | {"logits_apart": round(agreement.relative_error, 6)}
     return CheckResult({EXECUTORCH: agreement}), report
@@ -76,13 +77,13 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
         image: (1, C, H, W), an image of the model's input size.
 
     Returns:
-        The content of the file, and a dict of what does not run on integers.
-        `float_products` lists layers whose inputs are rounded and then multiplied as floats;
-        `outside_xnnpack` counts, by operator, what runs in ExecuTorch's own kernels.
+        The content of the file, and a dict with two entries. `float_products` lists modules that
+        use rounded activations in float operators; `outside_xnnpack` counts, by name, the ATen
+        operators that run in ExecuTorch's own kernels.
 
     Raises:
-        UsageError: XNNPACK does not support a quantizer, or torch or ExecuTorch cannot export the
-            model.
+        UsageError: XNNPACK does not support a quantizer, the model is not a classifier, or torch or
+            ExecuTorch cannot export it.
     """
     net = copy_unfused(net).cpu()
     stored = store_weights("executorch", net, 8)
@@ -90,6 +91,8 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     for module in net.modules():
         if isinstance(module, FrozenActivation) and module.before is not None:
             raise UsageError(f"format=executorch: {module.name} must have no offset")
+    if list(named_outputs(net(image))) != [LOGITS]:
+        raise UsageError("format=executorch: the only output of the model must be logits")
     # ExecuTorch is an optional dependency.
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import (
@@ -125,7 +128,8 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
 def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[str]:
     """Replace linear layers and quantizers by operators that XNNPACK supports.
 
-    Returns the names of layers that compute in float, with `*` in place of numbers.
+    Returns the names of modules that use rounded activations in float operators, with `*` in place
+    of indices.
     """
     integer_quantizers = set()
     for name, weight in stored.items():

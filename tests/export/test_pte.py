@@ -19,6 +19,15 @@ def test_what_xnnpack_cannot_hold_is_one_line(name):
         to_pte(qat.freeze(made(NO_INTEGERS[name])), tiny.images(1))
 
 
+def test_a_net_with_other_outputs_than_logits_is_refused():
+    class Encoder(torch.nn.Module):
+        def forward(self, image):
+            return {"pooler_output": image.mean((1, 2, 3)), "last_hidden_state": image}
+
+    with usage_error("^format=executorch: .* must be logits$"):
+        to_pte(Encoder(), tiny.images(1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
