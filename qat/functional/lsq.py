@@ -1,7 +1,7 @@
 """LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210).
 
-`lsq_forward` and `lsq_backward` are the reference implementation. `qat.kernels` computes the same
-results in fewer passes over memory.
+`lsq_forward` and `lsq_backward` are the reference implementation. `qat.kernels` computes their
+results in fewer passes over memory; sums may differ by rounding.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class CodeRange(NamedTuple):
         qmin: lowest code.
         qmax: highest code.
         axis: dimension along which step sizes differ; None = one step size for the tensor.
-        half: True = code k stands for (k + 1/2) * s, so as many values are below zero as above,
-            and zero is not one of the values.
+        half: True = code k stands for (k + 1/2) * s, so zero is not one of the values.
     """
 
     qmin: int
@@ -81,7 +80,7 @@ class CodeRange(NamedTuple):
         return lowest, lowest + (self.qmax - self.qmin)
 
 
-# A function that maps a tensor, its step sizes and its codes to values on the grid.
+# A function that maps a tensor, its step sizes and a `CodeRange` to values on the grid.
 Quantize = Callable[[Tensor, Tensor, CodeRange], Tensor]
 
 
@@ -117,7 +116,6 @@ def broadcast_step(scale: Tensor, ndim: int, codes: CodeRange) -> Tensor:
 
 
 def _add_offset(x: Tensor, offset: Tensor | None) -> Tensor:
-    """The sum x + a in float32."""
     if offset is None:
         return x.float()
     return x.float() + offset.float()
@@ -147,6 +145,9 @@ def lsq_forward(
 
     Returns:
         The shape of `x`, float32.
+
+    Raises:
+        UsageError: `scale` or `before` does not fit the shape of `x`.
     """
     check_fit(x, scale, codes.axis, before)
     low, high = codes.bounds(sign)
@@ -170,9 +171,9 @@ def lsq_backward(
 ) -> LsqGradients:
     """Gradients of `lsq_forward`, straight through the rounding, with u = (x + a) / s.
 
-    The gradient of `x` is `grad` where u is in the closed range, else 0. The gradient of a scale is
-    a sum over all elements with this scale: of grad * (code - u) inside the range, and of grad *
-    code outside. With half steps, code + 1/2 replaces code.
+    The gradient of `x` is 0 where u is outside of `codes.bounds(sign)`, else `grad`. The gradient
+    of a scale is a sum over all elements with this scale: of grad * (code - u) inside the bounds,
+    and of grad * code outside. With half steps, code + 1/2 replaces code.
 
     Args:
         grad: gradient of the result, the shape of `x`.
@@ -214,7 +215,8 @@ def gradient_scale(
 ) -> float | Tensor:
     """LSQ's factor on the gradient of a step size: `grad_factor` / sqrt(q * m).
 
-    Here m is the number of elements of `x` per step size, and q the upper bound of `codes`.
+    Here m is the number of elements of `x` per step size (at least 1), and q the upper bound from
+    `codes.bounds`. With a sign, the result is a tensor.
     """
     _, highest = codes.bounds(sign)
     m = max(group_size(x, codes.axis), 1)
@@ -321,7 +323,7 @@ def lsq_codes(
     The arguments are those of `lsq`; with `half`, code k stands for (k + 1/2) * s.
 
     Returns:
-        Codes in the shape of `x`, int8 if the codes fit, else int16.
+        Codes in the shape of `x`, in the smallest signed integer dtype for [qmin, qmax].
     """
     codes = CodeRange(qmin, qmax, axis, half)
     u = x.detach().float() / broadcast_step(scale.detach(), x.ndim, codes)
@@ -342,7 +344,7 @@ def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
         change: t, (n,); 0 at first.
         min_reliable: u, the smallest initial step size that is reliable; at least 0.
     """
-    # All versions of torch agree that the gradient of `relu` at 0 is 0.
+    # Not `clamp(min=0)` of t: versions of torch differ in its gradient at 0.
     return start * change.exp() + (min_reliable - start).clamp(min=0) * change.relu()
 
 
@@ -366,7 +368,7 @@ def step_and_slope(
 
 
 def min_reliable_step(qmax: int) -> float:
-    """`min_reliable` for activations: 1/64 of LSQ's initial step size for N(0, 1) values."""
+    """`min_reliable` for activations: 1/64 of `lsq_init_scale` of N(0, 1) values if qmin < 0."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64
 
 
@@ -436,7 +438,7 @@ def _search_step(
     If several step sizes are equally good, the smallest is returned.
     """
     factors = torch.tensor(MSE_FACTORS, device=x.device)
-    steps = initial_step.clamp(min=SCALE_FLOOR) * factors[:, None]
+    steps = torch.where(initial_step > 0, initial_step, SCALE_FLOOR) * factors[:, None]
     if codes.half:
         steps = steps.clamp(min=SCALE_FLOOR)
     # Use the plain path where a kernel would return other results: if `x` is not contiguous, sums
@@ -483,9 +485,8 @@ def half_step_init_scale(
 ) -> Tensor:
     """Initial step size with the least squared error, for a grid of half steps.
 
-    There are 57 candidates, from 1/8 to 16 times 2 * mean|x| / n, n = qmax + 1.
-
-    See `mse_init_scale` for the arguments.
+    There are 57 candidates, from 1/8 to 16 times 2 * mean|x| / (qmax + 1). See `mse_init_scale`
+    for the arguments.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`. If several step

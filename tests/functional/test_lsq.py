@@ -103,6 +103,12 @@ def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))
 
 
+def test_the_first_step_of_few_small_values_is_in_their_unit():
+    x = torch.zeros(1, 384)
+    x[0, :10] = 0.1
+    assert_close(F.mse_init_scale(x * 1e-3, -8, 7, 0), F.mse_init_scale(x, -8, 7, 0) * 1e-3)
+
+
 @pytest.mark.sample(24)
 @pytest.mark.parametrize("quantize", [None, _fake_quantize])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -126,7 +132,8 @@ def test_the_search_finds_the_bits_of_the_loop(bounds, axis, values, transposed,
         (F.mse_init_scale, F.lsq_init_scale(x, *bounds, axis), error),
         (F.half_step_init_scale, 2 * F.mean_abs(x, axis) / (bounds[1] + 1), half_step_error),
     ):
-        errors = [error_of(step) for step in start.clamp(min=SCALE_FLOOR) * factors[:, None]]
+        first = torch.where(start > 0, start, SCALE_FLOOR)
+        errors = [error_of(step) for step in first * factors[:, None]]
         found = function(x, *bounds, axis, quantize)
         assert torch.equal(found, start * factors[torch.stack(errors).argmin(0)])
 
