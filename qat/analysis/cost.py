@@ -27,7 +27,7 @@ from qat.model.cost import ModuleCost, module_costs, total
 from qat.model.storage import float_twin
 from qat.utils.text import format_si
 
-# Kinds in the order of the bars; each kind has the same colour in every figure.
+# Kinds in the order of the segments of a bar. A kind has one colour in all figures.
 KINDS = (
     "attention weights",
     "attention products",
@@ -49,7 +49,7 @@ class CostAnalysis(Analysis):
     """Parameters, bytes, multiply-accumulates and bit operations by kind of layer.
 
     Bytes are those of the stored model, in which quantized weights are packed. Totals are also
-    computed for the float version of the model.
+    computed for the float version of a quantized model, if it can be built.
     """
 
     name: ClassVar[str] = "cost"
@@ -85,7 +85,7 @@ def _float_cost(studied_net: StudiedNet) -> Row:
         return {}
     try:
         float_net = float_twin(studied_net.net)
-    except UsageError:
+    except (UsageError, LookupError, TypeError, ValueError, RuntimeError):
         return {}
     return {"in_float": dataclasses.asdict(total(module_costs(float_net, studied_net.input_size)))}
 
@@ -106,7 +106,7 @@ def _module_row(cost: ModuleCost, kind: str) -> Row:
 
 
 def module_kinds(net: nn.Module) -> dict[str, str]:
-    """Kind (one of `KINDS`) of each module, from timm's config, else from its class or its name."""
+    """Kind (one of `KINDS`) by module path: from `stem_and_heads`, else from class and path."""
     place_of = stem_and_heads(net)
     kind_of_place = {"stem": "patch embedding", "head": "head"}
     kinds = {}
@@ -116,7 +116,7 @@ def module_kinds(net: nn.Module) -> dict[str, str]:
             kinds[name] = kind_of_place[place_of[name]]
         elif isinstance(module, _NORMS) or "norm" in name_parts[-1]:
             kinds[name] = "norms"
-        elif any("attn" in part for part in name_parts):
+        elif any("attn" in part or "attention" in part for part in name_parts):
             kinds[name] = "attention weights"
         elif any("mlp" in part for part in name_parts):
             kinds[name] = "MLP"

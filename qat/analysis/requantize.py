@@ -48,7 +48,7 @@ def requantize(
         steps_from: `own` computes step sizes by the quantizer's rule, and keeps the current step
             sizes if the bits do not change. `mse` shrinks the range of each slice until the squared
             error is smallest; grids with half steps still use the quantizer's rule.
-        resize: function that maps the step sizes of `steps_from` to those to use. The range of
+        resize: function that maps these step sizes to other ones; None = no change. The range of
             codes does not change, so values outside the range are clamped, as in deployment.
 
     Returns:
@@ -75,9 +75,9 @@ def requantize(
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
-    """Exactly 2^round(log2 x), for numbers x that are not negative; 0 stays 0."""
+    """Nearest power of two on a logarithmic scale, for x of at least 0; 0 stays 0."""
     mantissa, exponent = torch.frexp(x)
-    rounded_exponent = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
+    rounded_exponent = torch.where(mantissa.double() >= 0.5**0.5, exponent, exponent - 1)
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded_exponent), x)
 
 
@@ -87,7 +87,7 @@ class WeightSite:
 
     Attributes:
         name: name of the weight's module.
-        place: part of the model: `stem`, `block` or `head`.
+        place: `stem`, `head`, or `block` for any other part of the model.
         quantizer: the quantizer that the model calls.
         requantizer: the quantizer that `requantize` uses. Equal to `quantizer`, except for a float
             weight, where it is a quantizer with symmetric codes.

@@ -32,21 +32,20 @@ from qat.utils.probing import probing
 from qat.utils.validate import FLOAT_BITS
 
 # Layer, role (`weight`, or `qk` for the folded matrix of QKR), latent float tensor (out, ...), and
-# its quantizer, if it has one.
+# its quantizer, or None for a float weight.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MAX_PANELS = 9
 ACTIVATION_IMAGES = 128
 # A weight at most this many codes from a threshold counts as near, as in OFQ's annealing (CGA).
 BOUNDARY = 0.005
-# Maximum number of levels for which thresholds are drawn; a grid with more levels is drawn without
-# thresholds.
+# Levels and thresholds are drawn only for grids with at most this number of levels.
 MAX_LEVELS = 20
 
 
 @dataclass(frozen=True)
 class WeightAnalysis(Analysis):
-    """Histograms of float weights on the axis of their codes, kurtosis, and use of codes.
+    """Histograms of weights before rounding, their kurtosis, and use of codes.
 
     The use of codes by activations is measured on up to 128 images.
     """
@@ -68,10 +67,9 @@ class WeightAnalysis(Analysis):
             for row in rows:
                 weight_table.append({"net": label, **row})
             if images.batches:
-                batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
-                for row in activation_rows(studied_net.net, batch):
+                for row in activation_rows(studied_net.net, _spread(images)):
                     activation_table.append({"net": label, **row})
-            # Only some weights, evenly spaced in the list, get a panel.
+            # At most `MAX_PANELS` weights, evenly spaced in the list, get a panel.
             stride = math.ceil(len(rows) / MAX_PANELS)
             panel_weights = list(zip(weights, rows, strict=True))[::stride]
             file = "weights_histograms"
@@ -160,7 +158,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
     """Measure the value range and the code use of activation quantizers on images (B, C, H, W).
 
     Returns:
-        A row for each quantizer, in the order in which they ran.
+        A row for the last call of each quantizer that ran, in the order of first calls.
     """
     rows: dict[str, Row] = {}
 
@@ -197,19 +195,26 @@ def _summarize(rows: Sequence[Row]) -> Row:
     }
 
 
+def _spread(images: ImageSet) -> Tensor:
+    """At most `ACTIVATION_IMAGES` images (B, C, H, W), because those of a class may be adjacent."""
+    batch = torch.cat([batch for batch, _ in images.batches])
+    count = min(ACTIVATION_IMAGES, len(batch))
+    return batch[[i * len(batch) // count for i in range(count)]]
+
+
 def _weighted_mean(rows: Sequence[Row], column: str) -> float:
-    """Mean of a column over all weights in the rows that have the column."""
+    """Mean of a column over all weights in the rows that have the column; NaN if none has it."""
     weighted_sum = 0
     n_weights = 0
     for row in rows:
         if column in row:
             weighted_sum += row[column] * row["weights"]
             n_weights += row["weights"]
-    return weighted_sum / max(n_weights, 1)
+    return weighted_sum / n_weights if n_weights else math.nan
 
 
 def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
-    """Draw a panel for each tensor: a histogram of its float weights on the axis of codes."""
+    """Draw a panel with a histogram for each tensor."""
     num_columns = min(3, len(weights))
     num_rows = math.ceil(len(weights) / num_columns)
     figure, axes = panels(num_rows, num_columns, height=0.5 + 1.75 * num_rows)

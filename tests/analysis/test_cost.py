@@ -112,3 +112,11 @@ def test_kinds_of_a_swin():
     assert kinds["layers.1.downsample.reduction"] == "other"
     assert kinds["layers.0.blocks.1.mlp.fc2"] == "MLP"
     assert kinds["head.fc"] == "head"
+
+
+def test_kinds_of_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    kinds = module_kinds(transformers.ViTModel(config))
+    assert kinds["layers.0.attention.q_proj"] == "attention weights"
+    assert kinds["layers.0.mlp.fc1"] == "MLP"

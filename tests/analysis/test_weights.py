@@ -168,5 +168,5 @@ def test_only_so_many_images_are_read(monkeypatch):
     monkeypatch.setattr("qat.analysis.weights.ACTIVATION_IMAGES", 8)
     net, images = net_of("ofq2"), image_set(n=16, batch=6)
     (_, table) = analysed(net, images).tables
-    first = torch.cat([batch for batch, _ in images.batches])[:8]
-    assert [*table.rows] == [{"net": "net", **row} for row in activation_rows(net, first)]
+    every_second = torch.cat([batch for batch, _ in images.batches])[::2]
+    assert [*table.rows] == [{"net": "net", **row} for row in activation_rows(net, every_second)]
