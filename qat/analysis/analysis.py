@@ -46,8 +46,8 @@ class ImageSet:
     """Labelled images.
 
     Attributes:
-        batches: preprocessed images (B, C, H, W) and their class ids (B,), on the same device.
-        split: dataset split of the images.
+        batches: preprocessed images (B, C, H, W) and class ids (B,) int64, on the models' device.
+        split: dataset split of the images; empty if there are none.
     """
 
     batches: Sequence[tuple[Tensor, Tensor]]
@@ -60,7 +60,7 @@ class ImageSet:
 
     @torch.no_grad()
     def score(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Top-1 accuracy in percent, and mean cross-entropy.
+        """Compute `top1`, the accuracy in percent, and `loss`, the mean cross-entropy.
 
         Args:
             predict: function that maps images (B, C, H, W) to logits (B, K).
@@ -118,7 +118,7 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, which may lack some of the columns, for a CSV file and the report."""
+    """Rows for a CSV file and the report; a column that a row lacks is an empty cell."""
 
     name: str
     title: str
@@ -147,7 +147,7 @@ class Outcome:
     """Results of an analysis.
 
     Attributes:
-        summary: dict of plain data that is written to `results.json`.
+        summary: dict of plain data for JSON files.
         tables: tables; each becomes a CSV file.
         drawings: figures.
     """
@@ -175,10 +175,10 @@ class Analysis(ABC):
 
         Args:
             nets: one model, or several models to compare.
-            images: images of the split; `NO_IMAGES` if `split` is None.
+            images: images to evaluate, or `NO_IMAGES`.
 
         Raises:
-            UsageError: a setting does not fit the models.
+            UsageError: the analysis cannot be run with these settings and models.
         """
 
 
@@ -219,8 +219,8 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure with panels in the style of all figures of qat.
 
-    Each panel has two spines, and a pale grid behind the data. Text remains legible if the figure
-    is 720 pixels wide. Returns the figure and the axes of the panels, row by row.
+    Each panel has two spines, and a pale grid behind the data. A figure of default width remains
+    legible at 720 pixels. Returns the figure and the axes of the panels, row by row.
 
     Args:
         rows: number of rows.
@@ -246,7 +246,7 @@ def save_figure(
 ) -> None:
     """Save a figure so that equal figures become equal files.
 
-    Text is saved as text, not as outlines, and dollar signs do not start formulas. The file
+    In SVG, text is saved as text, not as outlines. Dollar signs do not start formulas. The file
     contains no date and no random names.
 
     Args:
@@ -273,7 +273,7 @@ def save_figure(
 def write_outcome(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True
 ) -> None:
-    """Write tables as CSV, figures as SVG and PNG, and then `<name>.json`.
+    """Write CSV tables, SVG figures, PNG figures if `png` is True, and then `<name>.json`.
 
     This file contains settings and summary, and lists the CSV and SVG files.
 
@@ -282,7 +282,7 @@ def write_outcome(
         name: name of the analysis.
         settings: settings of the analysis, as plain data.
         outcome: results of the analysis.
-        png: True = also write figures as PNG, which takes as long as everything else together.
+        png: True = also write figures as PNG, which takes longer.
     """
     for table in outcome.tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.rows))

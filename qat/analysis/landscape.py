@@ -51,7 +51,7 @@ class Landscape(Analysis):
 
     Attributes:
         targets: globs that select the weights whose scales change, in both directions of the plane.
-        points: number of points along each direction; must be odd.
+        points: number of points along each direction, odd and at least 3.
         radius: largest change of a scale along one direction, as a fraction of the scale.
         loss: `ce` (cross-entropy with the labels) or `infonce` (infoNCE against the logits of the
             float model).
@@ -85,7 +85,11 @@ class Landscape(Analysis):
         object.__setattr__(self, "targets", targets)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Compute the loss at every point of each model's plane."""
+        """Compute the loss at every point of each model's plane.
+
+        Raises:
+            UsageError: see `random_plane`.
+        """
         middle_index = self.points // 2
         coordinates = [self.radius * (i - middle_index) / middle_index for i in range(self.points)]
         points = []
@@ -144,7 +148,7 @@ def random_plane(
         after the block, it is unchanged, bit for bit.
 
     Raises:
-        UsageError: no weight on a uniform grid matches `targets`.
+        UsageError: no weight on a uniform grid matches `targets`, or the model is frozen.
     """
     generators = [torch.Generator().manual_seed(2 * seed + direction) for direction in (0, 1)]
     directions = {}
@@ -183,8 +187,9 @@ def measure_ruggedness(losses: Tensor) -> dict[str, float]:
     Returns:
         `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences
         along the lines of the grid; `relative_roughness`, roughness / (highest - lowest), about
-        4 / (n - 1)^2 for a smooth bowl; `local_minima`, the number of points whose loss is below
-        that of all (up to eight) neighbours. Claim C10 in docs/accuracy.md compares these numbers.
+        4 / (n - 1)^2 for a smooth bowl, 0 if all losses are equal; `local_minima`, the number of
+        points whose loss is below that of all (up to eight) neighbours. Claim C10 in
+        docs/accuracy.md compares these numbers.
     """
     lowest = float(losses.min())
     highest = float(losses.max())

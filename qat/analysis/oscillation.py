@@ -1,4 +1,4 @@
-"""Weights that oscillate in training, from the oscillation callback's files (arXiv 2203.11086)."""
+"""Weights that oscillate in training, from files of the run (source: arXiv 2203.11086)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ FLIPS = "flips a step"
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Percentage of oscillating weights and number of flips, over a run and by layer at its end.
+    """Oscillating weights and flips of codes, over a run and by layer at the end of the run.
 
-    The run must have used `callbacks=[default,oscillation]`.
+    The run must have used the callback `qat.callbacks.Oscillation`.
     """
 
     name: ClassVar[str] = "oscillation"
     split: ClassVar[str | None] = None
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Read `metrics.csv` and `oscillation.csv` of each run; make a figure and a table of them.
+        """Make a figure from `metrics.csv` and a table from `oscillation.csv`, if these have data.
 
         Raises:
-            UsageError: a run did not use the oscillation callback.
+            UsageError: a model has no checkpoint, or its run logged no oscillation.
         """
         curves: dict[str, dict[str, Curve]] = {}
         layers: list[Row] = []
@@ -74,7 +74,10 @@ class OscillationAnalysis(Analysis):
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Read the curves of a log. If a resumed run logged a step twice, the later line counts."""
+    """Read `OSCILLATING` and `FLIPS` from `metrics.csv`; without values, a curve is empty.
+
+    If a resumed run logged a step twice, the later line counts.
+    """
     rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
     fractions = _column_by_step(rows, "osc/share")
     flips = _column_by_step(rows, "osc/flips")
@@ -99,7 +102,7 @@ def _column_by_step(rows: Sequence[Row], column: str) -> dict[int, float]:
 def _draw_curves(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     """Draw a line over optimizer steps for each run.
 
-    All lines except the first are dashed, because runs with the same first steps overlap.
+    All lines except the first are dashed, so that lines that coincide can be told apart.
     """
     names = []
     for name in (OSCILLATING, FLIPS):

@@ -1,4 +1,4 @@
-"""Accuracy of a model if its weights get step sizes or bit-widths other than those in training.
+"""Accuracy of a model if its weights get other step sizes or bit-widths.
 
 Protocol: KURE, arXiv 2002.07686. Conventions: docs/analysis.md, section Robustness.
 """
@@ -52,7 +52,7 @@ BITS = "bits"
 POWER_OF_TWO = "power_of_two"
 PARTS = (STEPS, BITS, POWER_OF_TWO)
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# For each part that has a figure: its name, its title, and the label of the x axis.
+# For each part that has a figure: file name, title, and label of the x axis.
 FIGURES = {
     STEPS: (
         "step_sizes",
@@ -74,8 +74,8 @@ class Robustness(Analysis):
             allows.
         low: lowest factor of the step sizes.
         high: highest factor of the step sizes.
-        ratios: number of factors, evenly spaced from `low` to `high`; the factor 1 is added to
-            them.
+        ratios: number of factors, evenly spaced from `low` to `high`, at least 2; the factor 1 is
+            added if it is missing.
         bits: bit-widths of the weights to evaluate; 32 = float.
         steps_from: rule for step sizes at other bit-widths, one of `STEPS_FROM`.
         float_bits: bits to which a float model is quantized for the parts `steps` and
@@ -115,8 +115,8 @@ class Robustness(Analysis):
         """Compute the requested parts for each model, with a curve for `steps` and for `bits`.
 
         Raises:
-            UsageError: a requested part needs quantized weights and a model has none, or a model
-                has no weights on a uniform grid besides stem and heads.
+            UsageError: a requested part needs `float_bits` for a float model, or a model has no
+                weights on a uniform grid besides stem and heads.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -179,7 +179,7 @@ class Robustness(Analysis):
                 points.append(make_point(STEPS, sites, ratio=ratio, **float_change, resize=resize))
         if BITS in parts:
             for bits in sorted(self.bits):
-                # Weights that already have this number of bits keep their trained step sizes.
+                # Weights that already have this number of bits keep their own step sizes.
                 other_sites = [site for site in blocks if site.bits != bits]
                 points.append(
                     make_point(BITS, other_sites, width=bits, bits=bits, steps_from=self.steps_from)

@@ -59,12 +59,12 @@ Sizes = Mapping[str, Mapping[int, int]]
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that the weights may take.
+    """Bytes for the weights whose bits may be chosen.
 
     Attributes:
         fixed_bytes: bytes of everything except these weights.
-        weight_bytes: bytes that the weights may take.
-        sizes: bytes of each weight at each bit-width.
+        weight_bytes: bytes that these weights may take together.
+        sizes: bytes of each of these weights at each bit-width.
     """
 
     fixed_bytes: int
@@ -72,7 +72,7 @@ class Budget:
     sizes: Sizes
 
     def size_with(self, bits: Mapping[str, int]) -> int:
-        """Size of the model in bytes if its weights have the given bit-widths."""
+        """Size of the model in bytes with these bit-widths of all weights in `sizes`."""
         return self.fixed_bytes + sum(self.sizes[name][width] for name, width in bits.items())
 
 
@@ -88,7 +88,7 @@ class PairedScore:
         self.losses_of_first_model: Tensor | None = None
 
     def __call__(self, net: nn.Module) -> dict[str, float]:
-        """Top-1, mean loss and noise of a model."""
+        """`top1` (percent), mean `loss` and `noise` of a model."""
         targets = (target for _, target in self.images.batches)
         loss_batches: list[Tensor] = []
 
@@ -137,7 +137,8 @@ class Sensitivity(Analysis):
         """Evaluate each layer in float and at other bits; with a budget, also the suggested bits.
 
         Raises:
-            UsageError: a model exceeds the budget even with the lowest bits everywhere.
+            UsageError: with a budget, a model exceeds it even with the lowest bits everywhere, or
+                has no weights whose bits may be chosen.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -342,7 +343,7 @@ def change_bits(
 def sizes_by_bits(
     net: nn.Module, adjustable: Sequence[WeightSite], widths: Sequence[int]
 ) -> tuple[int, Sizes]:
-    """Bytes of the other tensors, and the size of each adjustable weight at each bit-width.
+    """Bytes of everything else, and the size of each adjustable weight at each bit-width.
 
     Args:
         net: the model.
@@ -413,7 +414,7 @@ def override_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> 
                 for knob in knobs
                 if knob not in {"bits", "stem_bits", "head_bits"}
             }
-            if recipe.rule_bits == "both":  # but this analysis chose only the bits of weights
+            if recipe.rule_bits == "both":  # then `bits` also sets bits of activations
                 rules[name]["act_bits"] = layer_recipe.act_bits
             if layer_recipe.weight_quantizer == "float":
                 rules[name]["weight_quantizer"] = "affine" if group == "ptq" else "lsq"

@@ -1,6 +1,6 @@
-"""Rules that rewrite a graph written by torch and onnxscript for onnxruntime and OpenVINO.
+"""Rules that rewrite a graph that torch and onnxscript have written.
 
-For example, an offset added to a LayerNormalization becomes part of the bias, and the codes of
+For example, an offset added to a LayerNormalization becomes part of its bias, and the codes of
 low-bit weights are stored as INT4 or INT2.
 """
 
@@ -60,7 +60,7 @@ def _constant_array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def _split_constant(node: ir.Node) -> Any:
-    """The variable and the constant input of an operator, if it has one of each; else None."""
+    """Return the inputs of an operator as (variable, constant array); None without a constant."""
     left, right = node.inputs
     for variable, constant in ((left, right), (right, left)):
         array = _constant_array(constant)
@@ -70,9 +70,9 @@ def _split_constant(node: ir.Node) -> Any:
 
 
 def _single_use(value: ir.Value | None, kind: str) -> Any:
-    """The operator of type `kind` that computes `value`.
+    """The operator of type `kind` that computes `value`; None if there is none.
 
-    Returns None for an operator of another type, and if `value` is used more than once.
+    Also returns None if `value` is a graph output or is not used exactly once.
     """
     if value is None:
         return None
@@ -118,7 +118,7 @@ def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _skip_reshape(graph: ir.Graph, node: ir.Node) -> None:
-    """Skip a Reshape before another Reshape, unless the second copies sizes from the first."""
+    """Skip a Reshape before a Reshape to a constant shape, unless a 0 there copies a size."""
     first = _single_use(node.inputs[0], "Reshape")
     shape = _constant_array(node.inputs[1])
     if first and shape is not None and (shape != 0).all():
@@ -190,10 +190,9 @@ def separate_divisions(model: ir.Model) -> None:
 
 
 def _can_move_past(node: ir.Node) -> bool:
-    """True if onnxruntime may move QuantizeLinear before this operator.
+    """True for `_PASSED_OPERATORS`, and for Mul and Add with a constant of four dimensions.
 
-    Mul and Add are such operators if they use a number per channel (1, C, 1, 1), as in a frozen
-    batch norm.
+    A frozen batch norm consists of such a Mul and Add, with constants (1, C, 1, 1).
     """
     if node.op_type in {"Mul", "Add"}:
         parts = _split_constant(node)
@@ -204,7 +203,7 @@ def _can_move_past(node: ir.Node) -> bool:
 def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
     """Store codes of weights of width 4 or 2 as INT4 or INT2, and add operators that widen them.
 
-    The operators cast to 8 bits and, if the factors are 2 * codes + 1, compute the factors.
+    The operators cast to 8 bits and, if `StoredWeight.is_doubled`, compute 2 * codes + 1.
     Runtimes run them only once, when they open a file.
     """
     graph = model.graph

@@ -29,13 +29,14 @@ ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
 EXECUTORCH = "executorch"
 
-# Function that takes names of values in the graph and images (B, C, H, W), and returns the values.
+# Function that takes names of outputs, and images (B, C, H, W), and returns these outputs. With
+# ExecuTorch, it ignores the names and returns all outputs.
 Session = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Suppress logs, warnings and output of the exporters and quantizers of other libraries."""
+    """Suppress what other libraries report: logs up to WARNING, warnings, and `sys.stdout`."""
     previous_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -66,7 +67,7 @@ def open_session(
 
     Raises:
         UsageError: onnxruntime cannot open the file.
-        RuntimeError: OpenVINO cannot open the file.
+        RuntimeError: OpenVINO or ExecuTorch cannot open the file.
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     if runtime == EXECUTORCH:
@@ -180,10 +181,10 @@ def _open_executorch(content: bytes) -> Session:
 def session_outputs(
     session: Session, names: Sequence[str], images: Tensor, batch: int | None = None
 ) -> dict[str, Tensor]:
-    """Run a session on images, and return its outputs by name.
+    """Run a session on images, and return its outputs (B, ...) by name.
 
     Args:
-        session: the session of an opened file.
+        session: a result of `open_session`.
         names: names of outputs.
         images: (B, C, H, W).
         batch: number of images that the file takes at a time; None = any number.
@@ -199,12 +200,12 @@ def session_outputs(
 
 
 def session_logits(session: Session, images: Tensor, batch: int | None = None) -> Tensor:
-    """Compute logits (B, classes) of images; see `session_outputs`."""
+    """Compute the output `logits` for images; see `session_outputs`."""
     return session_outputs(session, [OUTPUT], images, batch)[OUTPUT]
 
 
 def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:
-    """Median time in ms of one image in each session; the sessions run alternately."""
+    """Median time in ms of an image (1, C, H, W) in each session; the sessions run alternately."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     array = image.cpu().float().numpy()
     for _ in range(repeats + 1):

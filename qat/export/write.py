@@ -1,6 +1,6 @@
-"""Writers of a model's quantizers and products: they call operators while torch traces the model.
+"""Write a model's quantizers and products as ONNX operators, while torch traces the model.
 
-The constants that are added to codes come from `plan.py`.
+`Writer` takes the constants of the products from `plan.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qat.utils.validate import FP8
 _FLOAT_ROLES = frozenset(OUTPUT_ROLES) - {"qkv"}
 # Metadata key of an operator, for the name of its quantizer.
 SITE = "qat.site"
-# Name of the buffer for a weight's codes, which `narrow_weights` later stores in a narrower type.
+# Name of the buffer for a weight's codes, which `narrow_weights` may store in a narrower type.
 CODES = "onnx_codes"
 
 
@@ -44,7 +44,7 @@ def call_name(quantizer_name: str, used_names: Container[str]) -> str:
 
 
 def copy_unfused(net: nn.Module) -> nn.Module:
-    """Copy a model in evaluation mode; float attentions of the copy use separate operators.
+    """Return a copy in evaluation mode, in which timm's attentions use separate operators.
 
     Torch can export timm's fused attention only for tensors of four dimensions.
     """
@@ -58,7 +58,7 @@ def copy_unfused(net: nn.Module) -> nn.Module:
 def write_in_graph(
     net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT
 ) -> None:
-    """Make quantizers return code tensors of the graph, or numbers if no product uses the codes."""
+    """Make quantizers return results of `graph`: operands of products, or else numbers."""
 
     def activation(quantizer: Any, x: Tensor) -> Any:
         quantized = graph.activation(quantizer, x)
@@ -97,7 +97,7 @@ def _register_activation(
         quantizer: the quantizer.
         step: scale of QuantizeLinear, ().
         offset: number that is added to codes so that they fit 8 bits, see `code_offset`.
-        input_factor: number by which the input is multiplied; a division by scales would take
+        input_factor: (n,), factors of the input, because a division by scales would take
             runtimes twice as long. None = 1.
     """
     quantizer.register_buffer("onnx_step", step)
@@ -142,7 +142,7 @@ class Writer(nn.Module):
         self.position = 0
 
     def activation(self, quantizer: Any, x: Tensor) -> QuantizedTensor:
-        """Map to coordinates of codes, clip, and round to 8 bits.
+        """Write the quantization of an activation, and return its codes.
 
         QuantizeLinear rounds and then adds its zero point, which here only makes codes fit 8
         bits. The zero point of the grid is added before the rounding, because adding an odd number
@@ -160,7 +160,7 @@ class Writer(nn.Module):
         return QuantizedTensor(codes, None, None, None, quantizer.name, quantizer.onnx_zero, self)
 
     def dequantize(self, x: QuantizedTensor | StoredWeight) -> Tensor:
-        """Write the dequantization (codes + row) * scale + constant; see `Plan`."""
+        """Write a dequantization; of activations: (codes + row) * scale + constant, see `Plan`."""
         if isinstance(x, StoredWeight):
             return self._dequantize_weight(x)
         plan = self._next_plan()
@@ -268,7 +268,7 @@ def _broadcast_over_outputs(t: Tensor, weight: Tensor) -> Tensor:
 
 
 def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise `UsageError` unless integer kernels support all quantizers of a model directly."""
+    """Raise `UsageError` if integer kernels do not support a uniform quantizer of a model."""
     for name, module in net.named_modules():
         is_int8 = True
         if isinstance(module, FrozenActivation):
@@ -290,11 +290,11 @@ def _is_int8(quantizer: FrozenActivation) -> bool:
 
 
 class TensorRT:
-    """Writes quantizers for TensorRT, which finds the integer products itself.
+    """Writes quantizers for TensorRT, which finds the 8-bit products itself.
 
     TensorRT's explicit quantization has these rules (its developer guide, "Working with Quantized
-    Types"): codes are int8 or E4M3, zero points are 0, an activation has one scale, a weight has
-    one scale per output, and nothing is between DequantizeLinear and the product.
+    Types"): codes are all int8 or all E4M3, zero points are 0, an activation has one scale, a
+    weight has one scale per output, and nothing is between DequantizeLinear and the product.
 
     Args:
         net: a frozen model; its quantizers get buffers.

@@ -22,7 +22,11 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def code_range(bits: int, *, signed: bool) -> tuple[int, int]:
-    """Lowest and highest code of a `bits`-wide integer."""
+    """Lowest and highest code of a `bits`-wide integer.
+
+    Raises:
+        UsageError: `bits` is not 2 to 8.
+    """
     check_bits("bits", bits)
     if signed:
         return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -65,7 +69,7 @@ def symmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Te
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that map a range to all codes.
+    """Scale and zero point of the range [low, high].
 
     Returns:
         The scale (high - low) / (qmax - qmin), at least float32 eps, and the zero point
@@ -179,7 +183,7 @@ def correct_mean_and_std(quantized: Tensor, w: Tensor, axis: int = 0) -> Tensor:
     Source: Banner et al., arXiv 1810.05723, as used by Evol-Q (arXiv 2308.10814).
 
     Args:
-        quantized: the fake-quantized weight, any shape.
+        quantized: the fake-quantized weight, with at least 2 dimensions.
         w: the float weight, the same shape.
         axis: dimension of the output channels.
 

@@ -150,7 +150,7 @@ def round_blocks(
     exponent of the largest value of the format. With a tensor scale t, s is E4M3(max|block| / 6 /
     t) * t. A block becomes zero if all its values are zero, if the power of two is too small for a
     normal float32, or if E4M3 rounds the scale to zero. A block that contains a NaN becomes NaN; in
-    a two-level format, t is then NaN, and so is the whole tensor.
+    a two-level format, a NaN or infinite value makes the whole tensor NaN.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
@@ -233,8 +233,8 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
     """Codes of `block_float` (sign, exponent and mantissa as bits) and their scales.
 
     Returns:
-        Codes, uint8, in the shape of `x`; a block with a NaN (in a two-level format, every block of
-        a tensor with a NaN) has codes of 0 and a factor of NaN.
+        Codes, uint8, in the shape of `x`; a block that becomes NaN (see `round_blocks`) has codes
+        of 0 and a scale of NaN.
         Factors, float32, (..., ceil(n / block_size)): scales of blocks, divided by the tensor scale
         of a two-level format.
         The tensor scale; None for a format with one level.

@@ -13,7 +13,7 @@ from qat.utils.validate import check_bits, check_number
 
 
 def check_boundary(setting: str, boundary: object) -> None:
-    """Raise `UsageError` unless `boundary`, half the width of a band, is between 0 and 0.5."""
+    """Raise `UsageError` unless `boundary`, half the width of a band, is above 0 and below 0.5."""
     check_number(setting, boundary, 0, exclusive_lowest=True, below=0.5)
 
 
@@ -53,6 +53,10 @@ def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
 
     Returns:
         bool, the shape of `w`: True = trainable.
+
+    Raises:
+        ValueError: `w` has fewer than 2 or more than 4 dimensions.
+        UsageError: `bits` or `boundary` is out of range.
     """
     check_bits("bits", bits)
     n = 2 ** (bits - 1)

@@ -67,9 +67,9 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
     """Mean of |s - t|^2 / var(t) over features and images.
 
     Here |s - t|^2 is the mean square over the entries of one image, and var(t) the variance over
-    these entries. A student that outputs the teacher's mean for each image has distance 1, at any
-    scale of the features. Images do not mix, so the distance of a batch is the mean distance of its
-    images.
+    these entries, at least float32 eps. Above this minimum, a student that outputs the teacher's
+    mean for each image has distance 1. Images do not mix, so the distance of a batch is the mean
+    distance of its images.
 
     Args:
         student: features (B, ...), such as outputs of the blocks of a net.

@@ -1,8 +1,8 @@
 """Steady-state evolutionary search over a vector of scales.
 
-Each step depends only on its arguments, and each draw only on (seed, pass, block, cycle), so a
-stopped search resumes from its population. Vectors are float64 on the CPU, as in the reference:
-float32 would round the small mutations.
+Each step depends only on its arguments, and the random numbers of a cycle do not depend on earlier
+cycles, so a resumed search finds the same scales as one without a stop. Vectors are float64 on the
+CPU, as in the reference: float32 would round the small mutations.
 
 Source: Evol-Q, arXiv 2308.10814, and its code.
 """
@@ -35,7 +35,7 @@ class Draw(NamedTuple):
     """Random numbers of one cycle.
 
     Attributes:
-        members: (S,) int64, members that take part in the tournament, drawn with replacement.
+        members: (S,) int64, indices of the members that compete, drawn with replacement.
         noise: (n,) float64, uniform in [-radius, radius).
     """
 
@@ -88,7 +88,7 @@ def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> P
 def best_candidate(population: Population) -> tuple[Tensor, float]:
     """The candidate (n,) with the lowest loss, and this loss.
 
-    If several losses are equal, return the oldest candidate.
+    If several candidates have this loss, return the oldest.
     """
     index = int(population.losses.argmin())
     return population.scales[index], float(population.losses[index])
@@ -97,7 +97,7 @@ def best_candidate(population: Population) -> tuple[Tensor, float]:
 def select_parent(population: Population, members: Tensor) -> Tensor:
     """The candidate (n,) with the lowest loss among `members` (S,).
 
-    If several losses are equal, return the first of them in `members`.
+    If several members have this loss, return the first in `members`.
     """
     winner = members[population.losses[members].argmin()]
     return population.scales[winner]

@@ -47,7 +47,7 @@ def fp8(x: Tensor, scale: Tensor, axis: int | None, grad_factor: float = 1.0) ->
 
     Args:
         x: any shape and float dtype; computed in float32.
-        scale: s, (x.shape[axis],), or (1,) for axis None, in the unit of `x`.
+        scale: (x.shape[axis],), or (1,) for axis None, in the unit of `x`; s = max(scale, 2^-126).
         axis: dimension along which scales differ; None = one scale for the tensor.
         grad_factor: extra factor on the gradient of `scale`, besides LSQ's 1 / sqrt(448 * m), with
             m elements per scale.

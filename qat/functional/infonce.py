@@ -63,8 +63,8 @@ def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
 
     The function maps (q, k) to a float32 scalar; lower is better. `infonce`: `info_nce`. `mse`:
     mean of (q - k)^2 over all entries. `kl`: mean over the rows of KL(softmax k || softmax q).
-    `cosine`: 1 - mean cosine of q_i and k_i. The last three are 0 for equal logits and may be
-    averaged over parts of a batch.
+    `cosine`: 1 - mean cosine of q_i and k_i. The last three may be averaged over equal parts of a
+    batch.
 
     Args:
         kind: one of `FITNESSES`.

@@ -24,7 +24,7 @@ def integer_layer_norm(
 
     Args:
         x: (..., C), values that are multiples of `in_scale`.
-        in_scale: one element, or (C,): the smallest scale times powers of two (`ptf`).
+        in_scale: one element, or (C,): the smallest scale times powers of two (`ptf_scale`).
         out_scale: one element or (C,), the step size of the result. The result is not clipped.
         weight: (C,).
         bias: (C,).

@@ -81,7 +81,11 @@ def kurtoses(weights: Iterable[Tensor]) -> Tensor:
 def kure_from_kurtoses(
     values: Tensor, target: float = UNIFORM_KURTOSIS, reduction: str = "mean"
 ) -> Tensor:
-    """`kure_loss`, computed from kurtoses (L,)."""
+    """`kure_loss`, computed from kurtoses (L,).
+
+    Raises:
+        UsageError: `target` or `reduction` is not allowed.
+    """
     check_kure("target", target, "reduction", reduction)
     return _REDUCTIONS[reduction]((values - target).square())
 
@@ -93,7 +97,7 @@ def kure_loss(
 
     Args:
         weights: tensors of any shapes and float dtypes, or a single tensor.
-        target: above 1, the lowest kurtosis of a distribution.
+        target: above 1; no distribution has a kurtosis below 1.
         reduction: `mean`, `sum` or `max` over the tensors.
 
     Raises:

@@ -111,7 +111,7 @@ def _integer_exp(x: Tensor, scale: Tensor) -> Tensor:
 def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
     """Log-int-softmax: softmax in integer arithmetic over the last dimension, as powers of two.
 
-    Let e be the integer exponential of x / scale - max, and r = round(sum e / e). The result is
+    Let e be the integer exponential of x - max x, and r = round(sum e / e). The result is
     2^-k, where 2^k is the power of two nearest to r (the larger of two equally near powers). For
     k >= 2^bits, the result is zero. There is no gradient.
 

@@ -1,7 +1,7 @@
 """Affine scales from data.
 
-Every batch updates a range: its ends are extended or averaged. Some methods then try candidates on
-the last batch.
+Every batch extends the ends of a range, or enters their average. Some methods then try candidates
+for the scale on the last batch.
 
 Source: FQ-ViT (arXiv 2111.13824), as implemented in Evol-Q's code (arXiv 2308.10814).
 """
@@ -36,7 +36,7 @@ class Ends(NamedTuple):
     high: Tensor
 
 
-# Both ends of a range are multiplied by 1, 0.99, ... 0.11.
+# Factors on the ends of a range: 1, 0.99, ... 0.11.
 SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
 # Factors on the scale of the whole tensor.
 PTF_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -127,7 +127,7 @@ def mse_scale(
     """Shrink the range of each slice by the factor with the least squared error of this slice.
 
     One of the factors is 1, so the error does not grow. The range is symmetric for signed codes.
-    See `omse_scale` for the arguments.
+    See `omse_scale` for arguments and results.
     """
     bounds = code_range(bits, signed=signed)
     rule = symmetric_scale if signed else asymmetric_scale
@@ -142,7 +142,7 @@ def mse_ends_scale(
 
     Outputs of GELU need this: a factor that suits their high end leaves no code for their low end,
     -0.17. For signed codes, the range is symmetric, and the result is that of `mse_scale`. See
-    `omse_scale` for the arguments.
+    `omse_scale` for arguments and results.
     """
     if signed:
         return mse_scale(x, low, high, bits, signed=signed, axis=axis)
@@ -162,7 +162,8 @@ def ptf_scale(
     """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice.
 
     If several factors are equally good, the smallest is used. There is one zero point for the whole
-    tensor, and the range is asymmetric for signed codes too. See `omse_scale` for the arguments.
+    tensor, and the range is asymmetric for signed codes too. For arguments and results, see
+    `omse_scale`.
     """
     bounds = code_range(bits, signed=signed)
     lowest = low.amin(0, keepdim=True)
@@ -182,7 +183,7 @@ OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
 # Weight of a batch in a moving average.
 MOMENTUM = 0.01
-# Methods that average the ends of the ranges of batches; the others use the outermost ends.
+# Methods that average the ends of the batches' ranges; other methods use the outermost ends.
 _AVERAGING_METHODS = ("ema", "percentile")
 # Methods that try candidates on a batch; the other methods need only the range.
 SEARCHES = {
@@ -283,7 +284,7 @@ def affine_from_state(
     """Scale and zero point after the last batch; see `affine_scale`.
 
     Args:
-        state: result of `observe`, with the same axis and method.
+        state: result of `observe` with `axis` and `method`, or of `extend_to_zero`.
         x: the last batch, on which the methods of `SEARCHES` measure their errors.
         bits: 2 to 8.
         signed: True = codes in [-2^(b-1), 2^(b-1)-1]; False = codes in [0, 2^b-1].

@@ -1,4 +1,4 @@
-"""Measure how often weights oscillate between two codes, and freeze them.
+"""Measure how often the codes of weights oscillate, and freeze weights that oscillate often.
 
 Source: Nagel et al., arXiv 2203.11086 (ICML 2022).
 """
@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 class OscillationState(NamedTuple):
-    """Running statistics of the codes of one tensor, as float32 tensors in the shape of the codes.
+    """Running statistics of the codes of one tensor.
+
+    `oscillation_step` returns float32 tensors in the shape of the codes.
 
     Attributes:
         codes: the latest codes.
@@ -64,8 +66,8 @@ class FreezingState(NamedTuple):
 
     Attributes:
         frozen: bool, True for frozen entries.
-        codes: the code at which each entry is frozen, float32; `replace_frozen` uses it from the
-            next update on. Unused where `frozen` is False.
+        codes: the code at which each entry is frozen, in any dtype; `replace_frozen` uses it from
+            the next update on. Unused where `frozen` is False.
         mean: exponential mean of the codes, float32.
     """
 
@@ -79,16 +81,15 @@ def freezing_step(
 ) -> FreezingState | None:
     """Freeze entries that oscillate too often, at the rounded mean of their codes.
 
-    The mean does not yet include this update. While the frequency of a frozen entry is above the
-    threshold, the frozen code is computed again from the mean, as in the authors' code; otherwise
-    the frozen code stays.
+    The mean includes this update only if `state` is None. While the frequency of a frozen entry is
+    above the threshold, the frozen code is computed again from the mean, as in the authors' code;
+    otherwise the frozen code stays.
 
     Args:
         state: the result of the last update; None at the first update.
         codes: codes of this update, in which `replace_frozen` has replaced the frozen entries.
         frequency: frequencies of `oscillation_step` in this update.
-        threshold: frequency above which an entry is frozen; at 0 or below, nothing is tracked or
-            frozen.
+        threshold: frequency above which an entry is frozen; at 0 or below, the result is `state`.
         momentum: weight of the new codes in the mean.
     """
     if threshold <= 0:
@@ -116,6 +117,6 @@ def replace_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
 
 
 def cosine_between(first: float, last: float, progress: float) -> float:
-    """Value at `progress` of half a cosine wave from `first` (progress 0) to `last` (1)."""
+    """Value at `progress`, clamped to [0, 1], of half a cosine wave from `first` to `last`."""
     progress = min(max(progress, 0.0), 1.0)
     return last + (first - last) / 2 * (1 + math.cos(math.pi * progress))
