@@ -226,10 +226,6 @@ class QuantRecipe:
         self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in (*BLOCK_FLOATS, *FP8):
             raise UsageError(f"quant.offsets=true: must be false with {self.act_quantizer}")
-        if self.offset_init != "zero" and not self.offsets:
-            raise UsageError(
-                f"quant.offset_init={self.offset_init}: must be zero if quant.offsets=false"
-            )
         if self.fits_int8 and self.act_quantizer == "minmax":
             raise UsageError("quant.fits_int8=true: must be false with minmax (codes up to 255)")
         self._check_overrides()
@@ -422,6 +418,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_quantizer": "seq",
         "step_init": "mse",
         "steps": "relative",
+        "offset_init": "minimum",
         # Attention outputs are often near zero, and a grid with half steps does not contain zero.
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },

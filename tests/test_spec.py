@@ -28,10 +28,6 @@ WRONG_KNOBS = [
         r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: must be {setting: value} with settings among act_bits, .*, bits, ",
     ),
     ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: must be"),
-    (
-        {"offset_init": "minimum", "offsets": False},
-        "^quant.offset_init=minimum: must be zero if quant.offsets=false$",
-    ),
 ]
 
 

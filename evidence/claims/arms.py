@@ -143,9 +143,10 @@ class Arms:
 
     def settings(self, arm: Arm, seed: int) -> list[str]:
         """Overrides of the arm's command, without `run_dir` and `data.root`."""
-        overrides = [*preset(arm.use), *arm.set]
+        overrides = preset(arm.use)
         if arm.best_of:
             overrides += self[self._best(arm.best_of)].set
+        overrides += arm.set
         sources = {"ckpt": arm.ckpt, "teacher.ckpt": arm.teacher}
         for key, source in sources.items():
             if source:

@@ -67,7 +67,7 @@ BASE = "w2a2 statsq"
 QKR = "w2a2 statsq qkr"
 # LSQ with the best initial step sizes.
 LSQ = {"weight_quantizer": "lsq", "step_init": "mse"}
-SEQ = PRESETS["seq"]
+SEQ = {**PRESETS["seq"], "offset_init": "zero"}
 VARIANTS: dict[str, dict[str, Any]] = {
     FLOAT: {},
     BASE: {},

@@ -35,14 +35,19 @@ def test_pages_and_readme_are_what_the_records_give():
     assert page.check(ROOT) == []
 
 
-def test_recorded_commands_say_how_step_sizes_are_learned():
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [("ofq", ["quant.steps="]), ("seq", ["quant.offset_init=", "quant.offsets=false"])],
+)
+def test_recorded_commands_say_what_was_the_default_then(recipe, settings):
     commands = [
         record.command
         for record in read_records(ROOT / "evidence" / "records")
-        if " quant=ofq" in record.command
+        if f" quant={recipe}" in record.command
     ]
     assert len(commands) > 200
-    assert [command for command in commands if "quant.steps=" not in command] == []
+    unclear = [one for one in commands if not any(setting in one for setting in settings)]
+    assert unclear == []
 
 
 @pytest.mark.sample(1)

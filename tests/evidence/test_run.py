@@ -84,7 +84,7 @@ def test_settings_are_presets_then_own_then_where_it_starts(tmp_path):
         arms.settings(arms["C1/chosen"], 1)
     made.record(tmp_path, arm="slow", metrics={"val_top1": 61.0})
     made.record(tmp_path, arm="fast", metrics={"val_top1": 60.0})
-    assert arms.settings(arms["C1/chosen"], 1) == ["quant=fp", "optimizer.lr=1e-4", "seed=1"]
+    assert arms.settings(arms["C1/chosen"], 1) == ["optimizer.lr=1e-4", "quant=fp", "seed=1"]
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path, monkeypatch):
