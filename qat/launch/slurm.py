@@ -38,7 +38,7 @@ def job_id() -> str | None:
 
 
 def is_launched() -> bool:
-    """True if a scheduler, or a torchrun that the user typed, started this process."""
+    """True in a SLURM job, and in a rank of a torchrun that the user started."""
     is_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LOCK_FILE not in os.environ
     return job_id() is not None or is_by_torchrun
 
@@ -49,7 +49,7 @@ def slurm_tasks_per_node() -> int:
 
 
 def slurm_nodes() -> int:
-    """Nodes of the job (1 outside SLURM), for `${slurm_nodes:}` in config files."""
+    """Nodes of the srun step or job (1 outside SLURM), for `${slurm_nodes:}` in config files."""
     return env_number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 
@@ -57,11 +57,11 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
     """Compare the processes that SLURM started with `trainer.devices` and `trainer.num_nodes`.
 
     If the numbers differed, processes would wait for each other. On a single node, this function
-    also sets the address at which the processes connect.
+    also sets the address at which the processes connect, if it is unset.
 
     Raises:
-        UsageError: the numbers differ or are unknown, or srun did not start this process of a job
-            of several tasks.
+        UsageError: the numbers differ or are unknown, or srun did not start this process in a batch
+            job of several tasks.
     """
     if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -89,7 +89,7 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_single_process() -> None:
-    """Raise `UsageError` in a job of several tasks whose script does not call srun."""
+    """Raise `UsageError` in a batch job of several tasks if srun did not start this process."""
     tasks = env_number("SLURM_NTASKS")
     is_interactive = os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
     if tasks <= 1 or "SLURM_STEP_ID" in os.environ or is_interactive:
@@ -102,17 +102,18 @@ def _check_single_process() -> None:
 
 
 def cluster_environments() -> list[Any]:
-    """Plugins that tell Lightning which rank of the run this process is.
+    """Plugins that tell Lightning the rank of this process, unless it finds the rank itself.
 
-    By default, Lightning assumes that srun started every process of a job.
+    By default, Lightning assumes that srun started every process of a SLURM job.
     """
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
+    # Srun may have started torchrun, once for each node.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return []
     if is_srun_task():
         return [SLURMEnvironment(auto_requeue=False)]
-    if "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return [LightningEnvironment()]
-    return []
+    return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ else []
 
 
 def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
@@ -140,16 +141,16 @@ def _is_owner(run_dir: Path) -> bool:
 
 
 def write_owner(run_dir: Path) -> None:
-    """Record this job as the owner of the files in a run directory."""
+    """Record the SLURM job, if any, as the owner of the files in a run directory."""
     if "SLURM_JOB_ID" in os.environ:
         (run_dir / OWNER_FILE).write_text(f"{job_id()}\n")
 
 
 def end_preempted(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
-    """Log that a signal ended the run, and requeue the job if the signal asks for it.
+    """Log that a signal ended the run, and requeue a SLURM job if the signal asks for it.
 
     Args:
-        stop: the exception with the signal, and the step after which the run stopped.
+        stop: the exception, with the signal and, in training, the step.
         run_dir: the run directory.
         resume_hint: how a user resumes the run.
 
@@ -182,7 +183,7 @@ def _describe(stop: Preempted) -> str:
 def _requeue(run_dir: Path) -> str | None:
     """Requeue this job, which makes SLURM end srun.
 
-    Returns the reason if requeueing fails, else None.
+    Returns the reason if the job is not requeued, else None.
     """
     runs = env_number("SLURM_RESTART_COUNT", default=0) + 1
     if runs >= MAX_RUNS_WITHOUT_CHECKPOINT and not any(run_dir.rglob("*.ckpt")):

@@ -129,9 +129,10 @@ def test_others_are_not(place, variables, typed):
         (TASK, SLURMEnvironment),
         ({**JOB, "SLURM_NTASKS": "1"}, LightningEnvironment),
         ({**TASK, "TORCHELASTIC_RUN_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**TASK, "TORCHELASTIC_RUN_ID": "1"}, None),
         ({}, None),
     ],
-    ids=["srun", "alone", "torchrun", "none"],
+    ids=["srun", "alone", "torchrun", "torchrun on every node", "none"],
 )
 def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     place(variables)
