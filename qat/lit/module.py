@@ -49,8 +49,8 @@ class QATModule(LightningModule):
         optimizer: builds the optimizer from the net; None = the module only evaluates.
         scheduler: builds the schedule and its interval from the optimizer, the number of epochs and
             the steps per epoch; None = a constant learning rate.
-        teacher: the teacher, whose logits are passed to the loss; checkpoints do not contain the
-            teacher.
+        teacher: the teacher, whose outputs are passed to the loss; None = the loss needs none.
+            Checkpoints do not contain the teacher.
         describe: metadata of checkpoints (`qat.model.metadata.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale is computed for the global batch, so that
             results do not depend on the number of processes; `process` = for the batch of one
@@ -94,7 +94,7 @@ class QATModule(LightningModule):
         self.test_confusion: MulticlassConfusionMatrix | None = None
         if num_classes <= MAX_CONFUSION_CLASSES:
             self.test_confusion = MulticlassConfusionMatrix(num_classes)
-        # After a test: (K, K) on the CPU, number of images by true and by predicted class.
+        # After a test with `test_confusion`: (K, K) on the CPU, images by true and predicted class.
         self.confusion: Tensor | None = None
         # After a test in one process: (N,) on the CPU, True for each image that is classified
         # correctly. Not set with several processes, which would have to restore the order.
@@ -129,7 +129,7 @@ class QATModule(LightningModule):
                 decay 0.05.
 
         Raises:
-            UsageError: the numbers of classes of net and data differ, a term needs a teacher, or
+            UsageError: the numbers of classes of net and data differ, a term lacks its teacher, or
                 the net does not record how timm built it.
         """
         num_classes = data.settings.num_classes
@@ -157,7 +157,7 @@ class QATModule(LightningModule):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, C, H, W)."""
+        """Logits (B, K) of images (B, C, H, W), or a pair in distilled training (timm)."""
         return self.net(images)
 
     def setup(self, stage: str) -> None:
@@ -184,7 +184,7 @@ class QATModule(LightningModule):
             self.teacher.to(self.device, next(self.net.parameters()).dtype)
 
     def on_train_start(self) -> None:
-        """Set the learning rate by the schedule, which a resumed run continues."""
+        """Record the initial state, and apply the schedule, if any, at this step."""
         self._num_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._num_groups = _count_groups(self.trainer)
         self._initially_frozen = [p for p in self.net.parameters() if not p.requires_grad]
@@ -251,7 +251,7 @@ class QATModule(LightningModule):
             )
 
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
-        """Run teacher and net on a batch (images, targets), and collect the inputs of the loss.
+        """Run the net and any teacher on a batch (images, targets), and collect inputs of the loss.
 
         `progress` is the completed fraction of the run, 0 to 1.
         """
@@ -284,7 +284,7 @@ class QATModule(LightningModule):
             self.test_confusion.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        """Store which images are classified correctly, and the confusion matrix of all processes.
+        """Set `correct` in a run of one process, and `confusion` unless there are too many classes.
 
         Raises:
             UsageError: a logit is not finite.
@@ -308,7 +308,12 @@ class QATModule(LightningModule):
         return logits
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer, and the schedule if there is one."""
+        """Build the optimizer, and any schedule.
+
+        Raises:
+            RuntimeError: there is no optimizer.
+            UsageError: a setting is refused.
+        """
         if self._optimizer is None:
             raise RuntimeError(
                 "QATModule was built without an optimizer: it can evaluate, not train"
@@ -363,7 +368,7 @@ class QATModule(LightningModule):
     on_test_end = on_validation_end
 
     def _average_batch_norms(self) -> None:
-        """Average the running statistics of batch norms over the processes, in place."""
+        """In a fit, average the statistics of batch norms over the processes, in place."""
         # `trainer.training` cannot be used: it is false in the validation of a fit.
         if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
             distribute_bn(self.net, self.trainer.world_size, reduce=True)
@@ -423,22 +428,28 @@ def steps_per_epoch(trainer: Trainer) -> int:
     resumed run would not learn at which batch to continue.
 
     Raises:
-        UsageError: `trainer.val_check_interval` is longer than an epoch, or the train loader has no
-            length.
+        UsageError: `trainer.val_check_interval` must fit into an epoch and does not, or the train
+            loader has no length.
     """
+    no_length = (
+        "the train loader has no length; give it __len__, or set limit_train_batches of the "
+        "Trainer to a number of batches"
+    )
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:
         if trainer.estimated_stepping_batches < 0:
-            raise UsageError(
-                "the train loader has no length; give it __len__, or set limit_train_batches of "
-                "the Trainer to a number of batches"
-            )
+            raise UsageError(no_length)
         batches = trainer.num_training_batches
         if math.isfinite(batches):
             return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
-    batches = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches
+    try:
+        batches = len(datamodule.train_dataloader())
+    except TypeError as error:
+        if not isinstance(limit, int):
+            raise UsageError(no_length) from error
+        batches = limit
     # The limit is a number or a fraction of batches.
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     interval = trainer.val_check_interval

@@ -1,6 +1,7 @@
 """The training module in a real trainer. Oracles: one big batch, hand computation, the files that come out."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
+from qat.lit.module import steps_per_epoch
 from qat.lit.strategies import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation
 from tests.callbacks.fitting import QUIET, Steps, batches
@@ -203,3 +205,17 @@ def test_both_heads_learn_from_a_teacher():
     heads = {f"{head}.bias": net.get_parameter(f"{head}.bias") for head in ("head", "head_dist")}
     for name, expected in zip(heads, torch.autograd.grad(loss, heads.values()), strict=True):
         assert_close(seen.gradients[0][name], expected)
+
+
+def test_the_steps_of_an_epoch_whose_loader_has_no_length():
+    training = types.SimpleNamespace(
+        datamodule=types.SimpleNamespace(train_dataloader=lambda: iter(())),
+        limit_train_batches=5,
+        accumulate_grad_batches=2,
+        val_check_interval=1.0,
+        check_val_every_n_epoch=1,
+    )
+    assert steps_per_epoch(training) == 3
+    training.limit_train_batches = 1.0
+    with usage_error("^the train loader has no length"):
+        steps_per_epoch(training)
