@@ -2,7 +2,7 @@
 
 The state dicts of these checkpoints contain latent weights, LSQ step sizes and offsets under other
 names. They state neither the bit-widths nor, for DeiT without QKR, the number of heads; everything
-else follows from the shapes of tensors.
+else follows from the names and shapes of tensors.
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ def load_ofq_checkpoint(
     Args:
         path: a `.pth.tar` file of the paper's training script, or a plain state dict. Nothing in
             the file is executed.
-        model: timm name of the model; None = the shapes of tensors determine it.
+        model: timm name of the model; None = the shapes of tensors determine it, with 64 channels
+            per head in a DeiT without QKR.
         bits: bits of the weights in blocks, which tensors do not reveal; None = as in the
-            training arguments in the file.
+            training arguments in the file, unless the teacher was quantized.
         act_bits: bits of the activations; None = as in the training arguments in the file, or else
             `bits`.
         qkr: whether the model uses query-key reparameterization; None = the file decides.
@@ -139,6 +140,9 @@ def net_from_ofq(
             # The number of heads cannot be inferred from shapes.
             kwargs["num_heads"] = named_model.blocks[0].attn.num_heads  # type: ignore[union-attr, index]
         name = model
+    activation = (checkpoint.args or {}).get("act_layer", "gelu")
+    if activation != "gelu":
+        raise UsageError(f"{origin}: was trained with act_layer={activation!r}; must be 'gelu'")
     weight_bits, input_bits = _bits(checkpoint, bits, act_bits, origin)
     # For Swin's maps (B, H, W, C), the authors' code has one step size per column.
     map_scales = {"map_scales": "column"} if is_swin else {}
@@ -187,7 +191,7 @@ def _bits(
     weight_bits = args.get("wq_bitw", bits)
     if weight_bits is None:
         raise UsageError(
-            f"bits=None: {origin} does not state the bits, and tensors do not show them; "
+            f"bits=None: {origin} does not state the student's bits, nor do its tensors; "
             "set bits= (ckpt_bits= in a command)"
         )
     return weight_bits, args.get("aq_bitw", act_bits)
@@ -325,7 +329,7 @@ def _authors_name(name: str, *, qkr: bool) -> tuple[str, int | None]:
 def _load_tensors(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str) -> None:
     """Load the authors' tensors into a model; the authors store maps and scalars as flat tensors.
 
-    Offsets that change no output are ignored, and so is StatsQ's `clip_val`, which is always 2.
+    Offsets that change no output are ignored, and so is StatsQ's `clip_val` if it is 2.
 
     Raises:
         UsageError: a tensor is missing, has the wrong shape, or has no counterpart in the model.

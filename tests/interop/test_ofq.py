@@ -160,10 +160,18 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
     assert (recipe.bits, recipe.act_bits, recipe.attention, recipe.qk_bias) == (3, 4, "qkr", "drop")
 
 
+def test_another_activation_than_gelu_is_refused(tmp_path, state):
+    path = written(
+        tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=2, act_layer="relu")}
+    )
+    with usage_error(r"was trained with act_layer='relu'; must be 'gelu'$"):
+        qat.load_ofq_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
-        ({}, {}, "bits=None: {} does not state the bits"),
+        ({}, {}, "bits=None: {} does not state the student's bits"),
         ({}, {"bits": 0}, "quant.bits=0: must be"),
         ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: must be True; {} contains attn.q and attn.k"),
