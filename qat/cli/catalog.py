@@ -49,7 +49,7 @@ def _load_values(group: str, name: str) -> dict[str, Any]:
 
 
 def _remark(group: str, name: str) -> str:
-    """The comment at the top of a choice's file, or an empty text."""
+    """The comment in the first line of a choice's file, or an empty text."""
     first_line = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     return first_line[2:] if first_line.startswith("# ") else ""
 

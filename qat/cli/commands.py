@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -85,7 +86,10 @@ def run(name: str) -> int:
         name: a key of `settings.COMMANDS`.
 
     Returns:
-        The exit code: 1 if the run, or a job of a sweep, has failed, else 0.
+        The exit code: 1 after a printed error or a failed job of a sweep, else 0.
+
+    Raises:
+        Exception: any other error.
     """
     with_traceback = os.environ.get(FULL_ERROR) == "1"
     has_begun = False
@@ -101,14 +105,18 @@ def run(name: str) -> int:
     arguments = sys.argv[1:]
     command = [*_program(name), *arguments]
     try:
-        refuse_flags(arguments)
+        refuse_flags(arguments, name)
+        # Settings may be added to the end of the command.
+        overrides = get_args_parser().parse_args(arguments).overrides
+        arguments = [word for word in arguments if word not in overrides] + overrides
+        command = [*_program(name), *arguments]
         sys.argv[1:] = to_hydra(arguments)
         try:
             hydra.main(config_path=str(CONF), config_name=name, **_hydra_arguments())(job)()
         finally:
             sweep.summarize()
     except Exception as error:
-        message = None if has_begun else suggest_correction(arguments)
+        message = None if has_begun else suggest_correction(arguments, name)
         message = message or error_line(error)
         if message is None and not has_begun:
             message = " ".join(str(error).split())
@@ -127,7 +135,7 @@ def _hydra_arguments() -> dict[str, Any]:
 
 
 def _program(name: str) -> list[str]:
-    """Words of the command line before the arguments, as they were typed.
+    """Words of the command line before the arguments, as typed if this is known.
 
     Examples are `qat train`, `.venv/bin/python train.py` and `python -m train`.
     """
@@ -147,7 +155,7 @@ class TerminalHandler(logging.StreamHandler):
         logging.Handler.__init__(self)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the line without control characters, which a file or class name may contain."""
+        """Format the line as `printable` text, because names may contain control characters."""
         return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:

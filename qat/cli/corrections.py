@@ -12,7 +12,8 @@ from qat.errors import UsageError
 from qat.spec import ALIASES
 from qat.tasks.conf import options
 
-# Our settings, and their names in other tools, at the top level or in the group of the setting.
+# Our settings, and their names in other tools. A name without a group is recognized at the top
+# level and in the group of our setting.
 OTHER_NAMES = {
     "ckpt": "checkpoint checkpoint_path resume_from load_from",
     "run_dir": "output output_dir out_dir save_dir work_dir",
@@ -36,10 +37,10 @@ OFF_VALUES = {"null", "none", "false", "off"}
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
-def refuse_flags(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` for `--name value`, and for options such as `-m` after settings.
+def refuse_flags(arguments: Sequence[str], command: str) -> None:
+    """Raise `UsageError` for `--name value`, and for options such as `-m` between settings.
 
-    Settings are typed as `name=value`, and Hydra's options must come before them.
+    Settings are typed as `name=value`, and Hydra's options must not separate them.
     """
     flags = get_args_parser().parse_known_args(arguments)[1]
     if not flags:
@@ -48,17 +49,19 @@ def refuse_flags(arguments: Sequence[str]) -> None:
     if not flag.startswith("-"):
         raise UsageError(f"{flag}: options such as -m must come before all settings")
     later_arguments = arguments[arguments.index(flag) + 1 :]
-    name, _, value = flag.lstrip("-").replace("-", "_").partition("=")
+    name, _, value = flag.lstrip("-").partition("=")
+    name = name.replace("-", "_")
     has_value = (
         later_arguments and not later_arguments[0].startswith("-") and "=" not in later_arguments[0]
     )
     if value == "" and has_value:
         value = later_arguments[0]
         flag = f"{flag} {value}"
-    raise UsageError(f"{flag}: must be {OUR_NAMES.get(name, name)}={value or 'VALUE'}")
+    our_name = _our_name(name, command) or name
+    raise UsageError(f"{flag}: must be {our_name}={value or 'VALUE'}")
 
 
-def suggest_correction(arguments: Sequence[str]) -> str | None:
+def suggest_correction(arguments: Sequence[str], command: str) -> str | None:
     """Message about the first argument that is written as in another tool, or None.
 
     Call this function if Hydra cannot compose a config.
@@ -67,13 +70,13 @@ def suggest_correction(arguments: Sequence[str]) -> str | None:
         setting, equals, value = argument.partition("=")
         if not equals:
             continue
-        replacement = _replacement(setting.lstrip("+"), value)
+        replacement = _replacement(setting.lstrip("+"), value, command)
         if replacement is not None:
             return f"{argument}: must be {replacement}"
     return None
 
 
-def _replacement(setting: str, value: str) -> str | None:
+def _replacement(setting: str, value: str, command: str) -> str | None:
     if setting in SWITCH_OFF and value.lower() in OFF_VALUES:
         return SWITCH_OFF[setting]
     if value in options(setting):
@@ -90,21 +93,22 @@ def _replacement(setting: str, value: str) -> str | None:
         return f"optimizer.opt={value}" if value in list_optimizers() else None
     if setting in {"quant", "ptq"}:
         return _suggest_recipes(setting, value)
-    name = _our_name(setting)
+    name = _our_name(setting, command)
     return f"{name}={value}" if name and name != setting else None
 
 
-def _our_name(setting: str) -> str:
+def _our_name(setting: str, command: str) -> str:
     """Our name of a setting, found by its full name or its name in the group; "" if unknown."""
-    if setting in OUR_NAMES:
-        return OUR_NAMES[setting]
     group, _, last_part = setting.rpartition(".")
-    name = OUR_NAMES.get(last_part, "")
-    return name if name.partition(".")[0] == group else ""
+    name = OUR_NAMES.get(setting) or OUR_NAMES.get(last_part, "")
+    if command == "ptq" and name.startswith("quant."):
+        name = name.replace("quant.", "ptq.")
+    is_named = setting in OUR_NAMES or name.partition(".")[0] == group
+    return name if is_named else ""
 
 
 def _suggest_recipes(group: str, value: str) -> str | None:
-    """Return recipes with the bits in a name such as `w4a8` or `int4`, or None for other names."""
+    """Recipes with the bits in a name such as `w4a8` or `int4`, as one text; None if none fit."""
     match = re.fullmatch(r"(?:w|int|q)?(\d)(?:_?a(\d)|bits?)?", value.lower())
     if match is None:
         return None

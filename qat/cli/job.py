@@ -44,8 +44,9 @@ def run_task(
     """Run one job in its run directory; print a known mistake as one line.
 
     A known mistake, or any error in a job of a sweep, is written to `results.json`, unless the
-    directory contains files of another run. In any case, a single run then exits with 1; a job of a
-    sweep returns NaN (None for optuna), so that the other jobs run. Other errors are raised.
+    directory contains files of another run. A single run then exits with 1; a job of a sweep
+    returns NaN (None for optuna), so that the other jobs run. Other errors are raised. A stopped
+    run exits, too.
 
     Args:
         cfg: the composed config.
@@ -83,7 +84,7 @@ def run_task(
 def _end_stopped_run(
     cfg: DictConfig, stop: Preempted, state: run_dir.RunDirState, command: Sequence[str]
 ) -> int:
-    """End a run that a signal has stopped: log how to resume it, and return the exit code."""
+    """Log how to resume or repeat a stopped run, or requeue its job; return the exit code."""
     folder = Path(cfg.run_dir)
     if not stop.wants_requeue and state.has_begun() and not run_dir.checkpoints(folder):
         # Recording an error allows the same command to start the run again.
@@ -99,7 +100,7 @@ def _end_stopped_run(
 def _resume_hint(command: Sequence[str], folder: str) -> str:
     """How to resume a run: a command to paste, or only the settings to add.
 
-    Only the settings if a launcher started the run, or if the command is unknown.
+    The hint has only the settings if a launcher started the run or the command is unknown.
     """
     settings_to_add = ["resume=auto", f"run_dir={folder}"]
     if not command or slurm.is_launched():
@@ -115,7 +116,7 @@ def _resume_hint(command: Sequence[str], folder: str) -> str:
 def _report_failure(
     cfg: DictConfig, error: Exception, message_line: str | None, state: run_dir.RunDirState
 ) -> None:
-    """Log an error, and write it to the run directory.
+    """Report an error in the log and, if allowed, in the run directory.
 
     Args:
         cfg: the composed config.
@@ -145,7 +146,7 @@ def _find_task(
     torchrun, and the function does not return.
 
     Raises:
-        UsageError: the run cannot get the processes that it requests.
+        UsageError: a setting is invalid, or the run cannot get its processes or directory.
     """
     check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
@@ -180,7 +181,7 @@ def _command_line(cfg: DictConfig) -> list[str]:
 
 
 def _write_error(cfg: DictConfig, message: str, state: run_dir.RunDirState) -> None:
-    """Write results that contain an error, and the report if the run had begun."""
+    """If allowed, write results that contain an error, and the report if the run has begun."""
     if not ranks.is_first() or not state.may_record_error():
         return
     from qat.tasks.results import write_results

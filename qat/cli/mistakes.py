@@ -61,7 +61,7 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
 
 
 def _wrong_value(error: OmegaConfBaseException) -> str:
-    """The first line of an OmegaConf error, with the name of the setting."""
+    """The reason in an OmegaConf error's first line, with the setting's name if known."""
     first_line = str(error).partition("\n")[0]
     _, _, reason = first_line.rpartition(" raised while resolving interpolation: ")
     name = str(error.full_key or "")

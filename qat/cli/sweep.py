@@ -40,7 +40,7 @@ failures: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Hydra creates one callback per command, and copies it to the processes of a sweep's jobs."""
+    """Locks directories, and records errors of a sweep's jobs; other processes get copies."""
 
     def __init__(self) -> None:
         self.folder = ""  # directory of the sweep
@@ -48,7 +48,7 @@ class SweepCallback(Callback):
         self._num_failures = 0  # failures before the current job
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse a directory that another run writes to, before Hydra writes there."""
+        """Lock the directory of a single run before Hydra writes there."""
         _lock_directory(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
@@ -67,13 +67,13 @@ class SweepCallback(Callback):
             logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Record that the job has not ended."""
+        """In a sweep, record that the job has not ended."""
         self._num_failures = len(failures)
         if self.folder and ranks.is_first():
             _record_error(Path(config.hydra.runtime.output_dir), KILLED_MESSAGE)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Record the error of the job, or that the job has no error."""
+        """In a sweep, record the error of the job, or that the job has no error."""
         errors = failures[self._num_failures :]
         if job_return.status == JobStatus.FAILED:
             error = job_return._return_value
@@ -86,7 +86,8 @@ class SweepCallback(Callback):
 def _lock_directory(config: DictConfig, folder: str) -> None:
     """Check the processes and the directory of a command, and lock the directory.
 
-    Hydra turns errors of its callbacks into warnings, so this function itself ends the process.
+    Hydra turns errors of its callbacks into warnings, so after an error, this function itself ends
+    the process.
     """
     try:
         _check_processes(config)
@@ -128,7 +129,7 @@ def sweep_result(value: float | None) -> float | None:
 
 
 def summarize() -> None:
-    """If this process ran a sweep, print its results, and write its table and page."""
+    """If this process ran a sweep, report its results, and unlock its directory."""
     if not _running_sweeps or not ranks.is_first():
         return
     callback = _running_sweeps.pop()
@@ -147,7 +148,7 @@ def summarize() -> None:
 
 
 def gather_sweep(cfg: DictConfig) -> None:
-    """Print the results of the jobs below `cfg.sweep`, and write their table and page.
+    """Print the results of the jobs below `cfg.sweep`; write their table and, if set, the page.
 
     This is `analyze.py sweep=DIR`.
 

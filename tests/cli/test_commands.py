@@ -155,6 +155,7 @@ LINES = [
     ("--epochs 3", "--epochs 3: must be trainer.max_epochs=3"),
     ("--batch-size=8", "--batch-size=8: must be data.batch_size=8"),
     ("--seed 1", "--seed 1: must be seed=1"),
+    ("--lr=1e-3", "--lr=1e-3: must be optimizer.lr=1e-3"),
     ("-m seed=1", "seed=1: options such as -m must come before all settings"),
     ("--overwrite seed=1", "--overwrite: must be overwrite=VALUE"),
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
@@ -202,7 +203,12 @@ def test_an_argument_that_is_right_needs_no_correction():
         "callbacks=[default,ema]",
         "model.args.depth=4",
     ]
-    assert corrections.suggest_correction(given) is None
+    assert corrections.suggest_correction(given, "train") is None
+
+
+@pytest.mark.parametrize("name", ["bits", "w_bits", "ptq.w_bits"])
+def test_corrections_of_ptq_name_its_own_settings(name):
+    assert corrections.suggest_correction([f"{name}=4"], "ptq") == f"{name}=4: must be ptq.bits=4"
 
 
 @pytest.mark.sample(1)
@@ -500,14 +506,15 @@ def test_a_run_that_stops_before_it_begins_is_repeated(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_ends_a_sweep(tmp_path):
-    given = ("-m", "seed=1,2", "trainer.max_epochs=50", "report=false", "run_dir=run")
-    code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
+    given = ["seed=1,2", "trainer.max_epochs=50", "report=false"]
+    words = [ROOT / "train.py", *given, "run_dir=run", "-m"]
+    code, said = interrupted(tmp_path, "epoch 2/", *words)
     assert code == 130
     assert "Traceback" not in said
     (command,) = re.findall(
         r"stopped by Ctrl-C after training step \d+: last.ckpt written; to resume: (.*)\n", said
     )
-    words = [sys.executable, str(ROOT / "train.py"), *given[:-1]]
+    words = [sys.executable, str(ROOT / "train.py"), "-m", *given]
     assert shlex.split(command) == [*words, "resume=auto", f"run_dir={tmp_path / 'run'}"]
     assert not (tmp_path / "run" / "1").exists()
 
