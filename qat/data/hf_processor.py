@@ -32,7 +32,7 @@ def processor_settings(folder: Path) -> dict[str, Any]:
         `image_size`, `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
 
     Raises:
-        UsageError: the file cannot be read, or no settings reproduce the processor's output on
+        UsageError: the file cannot be used, or no settings reproduce the processor's output on
             images of random pixels.
     """
     auto_processor = importlib.import_module("transformers").AutoImageProcessor
@@ -56,9 +56,9 @@ def processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _matching_settings(processor: Any) -> dict[str, Any] | None:
-    """Settings that reproduce the processor's output on test images; None if no settings do.
+    """Settings that reproduce the processor's output on test images; None if none are found.
 
-    Only outputs are compared, so that the rules of the processor do not matter.
+    Only outputs are compared, because processors differ in how they resize and crop.
     """
     size = dict(processor.size)
     crop_size = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}

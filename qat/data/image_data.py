@@ -61,7 +61,7 @@ def data_folder(root: str | None, content: str) -> Path:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """The images of a source, each transformed when it is read.
+    """Images (C, H, W) of a source, transformed when they are read, with their class ids.
 
     Every random draw depends only on (seed, epoch, index, copy), not on the order of reading or on
     the number of workers.
@@ -79,7 +79,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[ImageKey | int]) -> list[tuple[Tensor, int]]:
-        """The images of a batch; the last step of the transform runs on the whole batch.
+        """Images and class ids of a batch; `Transform.finish` runs on the whole batch.
 
         torch's loaders call this method.
         """
@@ -112,7 +112,7 @@ class ImageData(LightningDataModule, ABC):
             use them for training, and hold out a part.
 
     Raises:
-        UsageError: a setting is unknown or has an invalid value.
+        UsageError: a setting is unknown, missing or invalid.
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
@@ -139,7 +139,7 @@ class ImageData(LightningDataModule, ABC):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """Check the settings of this dataset; a subclass may fill in values that are None.
+        """Check settings, ignoring `REMOVED_SETTINGS`; a subclass may fill in values that are None.
 
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.
@@ -154,7 +154,7 @@ class ImageData(LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
-        """Read the splits `train`, `val` and, if there is one, `test`.
+        """Read the existing splits among `train`, `val` and `test`.
 
         The base class calls this method once, when it needs the images.
         """
@@ -205,7 +205,7 @@ class ImageData(LightningDataModule, ABC):
     def fingerprints(self) -> dict[str, str]:
         """Hash of each split, by which changed data are recognized.
 
-        The hash does not depend on `data.root`, and is made without reading image files
+        The hash does not depend on `data.root` or, for image files, on their contents
         (`EncodedImages.fingerprint`).
         """
         return {name: self.split(name).fingerprint() for name in self.splits}
@@ -269,7 +269,7 @@ class ImageData(LightningDataModule, ABC):
         self.trainer = trainer
 
     def train_dataloader(self) -> DataLoader:
-        """Loader of training images, shuffled and augmented.
+        """Loader of training images, shuffled, with augmentation as set.
 
         An incomplete last batch is left out, unless it is the only batch.
 
@@ -282,7 +282,7 @@ class ImageData(LightningDataModule, ABC):
         """Return mixup and CutMix for training batches, or None if both are off.
 
         Raises:
-            UsageError: batches have an odd number of images.
+            UsageError: `data.batch_size` is odd.
         """
         if not self.settings.mixes:
             return None
@@ -308,7 +308,7 @@ class ImageData(LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Loader of the validation split, in order."""
+        """Loader of the validation split, in order and not augmented."""
         return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
@@ -320,7 +320,7 @@ class ImageData(LightningDataModule, ABC):
         return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
     def sample(self, split: str, count: int | None = None) -> DataLoader:
-        """A sample of images, spread evenly over a split, with the evaluation transform.
+        """Loader of images spread evenly over a split, with the evaluation transform.
 
         Args:
             split: name of the split.
@@ -374,7 +374,7 @@ class ImageData(LightningDataModule, ABC):
         )
 
     def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
-        """Training images for calibration; their choice depends only on the seed.
+        """`data.calibration_images` training images, or all if fewer, drawn by the seed.
 
         Args:
             batch_size: images per batch; None = `data.batch_size`.
@@ -404,7 +404,7 @@ class EncodedImageData(ImageData):
             is used, or else of ImageNet. If `num_classes` is None, classes are counted in the data.
 
     Raises:
-        UsageError: a setting has an invalid value, or the data cannot be read to count classes.
+        UsageError: a setting is unknown or invalid, or the data cannot be read to count classes.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -426,6 +426,8 @@ class EncodedImageData(ImageData):
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
         """Fill in preprocessing settings that are None: values of `model`, or else of ImageNet.
+
+        For one channel, colours are averaged.
 
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.

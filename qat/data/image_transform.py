@@ -27,14 +27,14 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
 
     The function accepts a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of
     uint8; it converts colours to grey, or grey to RGB, to match `in_chans`. The function raises
-    `UsageError` for other arguments, and for a file that cannot be decoded.
+    `UsageError` for other arguments, and for images that cannot be decoded.
 
     Args:
         settings: settings of a dataset (`data.settings`), or the data config of a checkpoint: a
             mapping of settings, which may contain `_target_`. No code is imported for `_target_`.
 
     Raises:
-        UsageError: a setting has an invalid value, or `_target_` is an unknown dataset.
+        UsageError: a setting is missing or invalid, or `_target_` is an unknown dataset.
     """
     if not isinstance(settings, DataSettings):
         settings = data_settings(settings)
@@ -48,7 +48,7 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
-    """Check the data config of a checkpoint, and add missing settings; see `image_transform`."""
+    """Check the data config of a checkpoint, and add defaults; errors as for `image_transform`."""
     target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)

@@ -39,7 +39,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     The last byte is padded with zeros.
 
     Args:
-        codes: integers of any shape; signed codes in [-2^(bits-1), 2^(bits-1)-1] are stored in
+        codes: n integers in [-2^(bits-1), 2^bits - 1], any shape; negative codes are stored in
             two's complement.
         bits: 2 to 8.
 
@@ -75,7 +75,7 @@ def unpack_codes(
         Codes of this shape, int8 if signed, else uint8.
 
     Raises:
-        ValueError: the number of bytes does not match the shape.
+        ValueError: the shape of `packed` does not match `shape`.
         UsageError: `bits` is out of range.
     """
     check_bits("bits", bits)
@@ -100,13 +100,13 @@ def pack_pairs(codes: Tensor) -> Tensor:
         codes: (..., n), uint8.
 
     Returns:
-        (..., ceil(n / 2)), uint8.
+        (..., ceil(n / 2)), uint8, padded with zero bits.
     """
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_pairs(packed: Tensor, n: int) -> Tensor:
-    """Codes (..., n) from the bytes of `pack_pairs`."""
+    """Codes (..., n), uint8, from the bytes of `pack_pairs`."""
     pairs = torch.stack((packed & 15, packed >> 4), -1)
     return pairs.flatten(-2)[..., :n]

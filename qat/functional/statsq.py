@@ -1,7 +1,7 @@
 """StatsQ weight quantizer.
 
 `statsq_forward` is the reference implementation. The gradient of StatsQ is the identity.
-`qat.kernels` computes the same results in one pass over memory.
+`qat.kernels` has faster implementations; their scale may differ by rounding.
 
 Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
 """
@@ -48,7 +48,7 @@ def statsq_scale(w: Tensor) -> Tensor:
 
 
 def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
-    """Scale s of StatsQ whose outermost level is `GAUSSIAN_RANGE[bits]` times the RMS of a row.
+    """Scale s for which StatsQ's outermost level is `GAUSSIAN_RANGE[bits]` times the RMS of a row.
 
     Levels reach from -s (n - 1/2) / n to s (n - 1/2) / n, n = 2^(bits-1).
 
@@ -76,7 +76,7 @@ def statsq_rms_scale(w: Tensor, bits: int) -> Tensor:
 
 
 def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Coordinate of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1).
+    """Coordinate of `w` on the axis of codes, float32, in [-n - 1/2, n - 1/2), n = 2^(bits-1).
 
     The code is the rounded coordinate.
     """
@@ -86,7 +86,7 @@ def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The level of every element: s * (k + 1/2) / 2^(bits-1).
+    """The level of every element in float32: s * (k + 1/2) / 2^(bits-1) for code k.
 
     Args:
         w: any shape.
@@ -119,7 +119,7 @@ class StatsQFunction(torch.autograd.Function):
 
 
 def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`statsq` with a given scale, which broadcasts against `w`."""
+    """`statsq` without its checks, with a given scale that broadcasts against `w`."""
     return StatsQFunction.apply(w, scale, bits)
 
 

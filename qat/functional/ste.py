@@ -34,7 +34,7 @@ def dequantize_nearest_(
 ) -> Tensor:
     """(`nearest_codes`(u + zero) - zero) * step, in place; None = a zero point of 0.
 
-    Working in one buffer is several times faster, above all in searches.
+    Working in one buffer makes searches for step sizes several times faster.
     """
     if zero is not None:
         u.add_(zero)

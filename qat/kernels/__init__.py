@@ -92,7 +92,7 @@ def lsq(x: Tensor, q: LSQParams) -> Tensor:
 
 
 def statsq_scale(w: Tensor) -> Tensor:
-    """`qat.functional.statsq_scale`, bit-identical to the scale of `operators.statsq`."""
+    """`qat.functional.statsq_scale`; with kernels on, the scale of `operators.statsq`."""
     if not w.is_cuda or are_off():
         return reference_scale(w)
     _, scale = operators.statsq(w.detach(), 2, w.dtype)
@@ -132,10 +132,7 @@ class _RelativeStep(torch.autograd.Function):
 
 
 def relative_step(start: Tensor, change: Tensor, min_reliable: float) -> Tensor:
-    """`qat.functional.relative_step` as one autograd node.
-
-    Forward saves the derivative with respect to `change` for backward.
-    """
+    """`qat.functional.relative_step`, as one autograd node where possible."""
     if are_off() or type(change) not in PLAIN_CLASSES:
         return reference_step(start, change, min_reliable)
     return _RelativeStep.apply(start, change, min_reliable)

@@ -127,10 +127,10 @@ def _launch(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    """`lsq_forward(softmax(factor * q k^T)) v` of each head.
+    """`lsq_forward(softmax(factor * q k^T)) v` of each head, for inputs that `fits` accepts.
 
     Args:
-        q: (B, N, h*d), N at most 256.
+        q: (B, N, h*d).
         k: (B, N, h*d).
         v: (B, N, h*d), like `q` and `k` in float32, bfloat16 or float16.
         scale: (N,) or (1,).

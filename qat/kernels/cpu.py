@@ -1,7 +1,7 @@
 """Kernels for CPUs, in C++: they process float32 tensors in one pass over memory.
 
 Functions have the arguments and results of the operators of the same name; `lsq_backward` has those
-of `gpu.lsq_backward`. All return None for tensors whose layout or dtype the kernels do not support.
+of `gpu.lsq_backward`. They return None for tensors that the kernels do not support.
 """
 
 from __future__ import annotations

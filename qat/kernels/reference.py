@@ -1,4 +1,4 @@
-"""Reference implementation of the kernels of LSQ, StatsQ and block floats, and a comparison."""
+"""Reference for the kernels of LSQ, StatsQ and block floats, and a comparison of LSQ kernels."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def round_blocks(x: Tensor, tensor_scale: Tensor | None, grad: Tensor | None, bi
 def kernels_agree(
     forward: Callable[..., Any], backward: Callable[..., Any], device: str, *code_ranges: CodeRange
 ) -> bool:
-    """True if LSQ kernels equal the reference: the scale's gradient up to rounding, others exactly.
+    """True if LSQ kernels agree with the reference: exactly, or in scale gradients up to rounding.
 
-    The inputs include values inside and outside of the range.
+    Gradients of offsets are not compared. Inputs include values inside and outside of the range.
 
     Args:
         forward: `lsq_forward` of `cpu` or `gpu`.
         backward: `lsq_backward` of the same module.
         device: device of the inputs.
-        code_ranges: ranges to compare, for tensors (3, 4, 37).
+        code_ranges: ranges to compare, with axis 1 of tensors (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
     scale = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32)

@@ -35,7 +35,7 @@ class LSQParams(NamedTuple):
 
 
 def split_operator_args(args: Any) -> tuple[Any, ...]:
-    """Split the arguments of an operator into the quantizer and the arguments after it."""
+    """Put the first eight arguments into `LSQParams`; return it and the other arguments."""
     scale, before, after, sign, *codes = args[:8]
     return LSQParams(scale, before, after, sign, CodeRange(*codes)), *args[8:]
 
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def row_stride(x: Tensor, length: int) -> int | None:
-    """Stride in elements from one row of `length` elements to the next; None if there is none."""
+    """Stride in elements from one row of `length` elements to the next; None if none is found."""
     if x.is_contiguous():
         return length
     if length != x.shape[-1] or x.stride(-1) != 1:
@@ -99,12 +99,12 @@ def _row_length(x: Tensor, axis: int | None, row_tensors: list[Tensor]) -> int:
 
 
 def layout_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
-    """Rows of `x` for a quantizer with one step size, or with one per row or column.
+    """Rows of `x`, each with a single step size or with a step size for each column.
 
     Args:
         x: any shape.
         q: the quantizer.
-        others: tensors that have a value for each element of a row, such as offsets.
+        others: None, or tensors with a value for each element of a row, besides the offsets.
 
     Returns:
         The rows; None if `x` has no such rows in memory, or if another tensor does not fit them.
@@ -139,7 +139,7 @@ def layout_by_row(w: Tensor, scale: Tensor) -> Layout | None:
 
     Returns None if the tensors have other layouts or shapes.
     """
-    # Scales (1, N, 1) of activations (B, N, C) could otherwise pass for scales of images if B is N.
+    # Otherwise, scales (1, N, 1) of `w` (N, N, C) could pass for scales of the first dimension.
     if not w.is_contiguous() or not scale.ndim == w.ndim > 1 or len(scale) != len(w):
         return None
     return layout_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))

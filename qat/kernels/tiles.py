@@ -31,10 +31,7 @@ def device_type() -> str:
 
 
 def with_row_stride(x: Tensor, length: int) -> tuple[Tensor, int]:
-    """Return `x`, and the number of elements from one row to the next.
-
-    If rows are unevenly spaced, return a copy of `x`.
-    """
+    """Return `x` and its `row_stride`; if that is None, a contiguous copy of `x` and its stride."""
     stride = row_stride(x, length)
     if stride is None:
         return x.contiguous(), length

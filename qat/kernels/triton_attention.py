@@ -30,7 +30,7 @@ from qat.kernels.triton_kernels import (
 def _read(
     x: tensor, row: tensor, rows: tensor, stride: tensor, SIZE: constexpr, BLOCK_D: constexpr
 ) -> tensor:
-    """Read rows of the program's head and image; elements outside of the tensor are zero."""
+    """Read rows of the program's head and image; elements outside of these are zero."""
     column = tl.arange(0, BLOCK_D)
     offsets = _offsets(tl.program_id(2) * rows + row, tl.program_id(1) * SIZE + column, stride)
     return tl.load(x + offsets, mask=_is_inside(row, column, rows, SIZE), other=0.0)
@@ -92,11 +92,11 @@ def attention_queries(  # noqa: PLR0913  (a kernel gets all addresses and stride
 ) -> None:
     """Process a tile of queries and all keys: forward, or backward if `grad` is not None.
 
-    Forward writes the result to `out`, and to `log_sums` the base-2 logarithm of the softmax's
-    denominator for each row.
+    Forward writes the result to `out`, and to `log_sums`, (images, heads, rows), the base-2
+    logarithm of the softmax's denominator for each row. `scale` is (rows,).
     Backward gets the gradient of the result as `grad`, reads `log_sums`, and writes the gradient of
-    `q` to `out`. It also writes two numbers per row: to `dots`, the term subtracted from the
-    gradients of the row's probabilities, and to `step_grads`, the row's gradient of the step size.
+    `q` to `out`. It also writes tensors shaped like `log_sums`: `dots`, the terms subtracted from
+    the gradients of the rows' probabilities, and `step_grads`, gradients of the step size by row.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -155,7 +155,7 @@ def attention_keys(  # noqa: PLR0913
     BLOCK_N: constexpr,
     BLOCK_M: constexpr,
 ) -> None:
-    """Compute the backward pass of a tile of keys and values, over all queries.
+    """Compute the gradients of a tile of keys and values, after `attention_queries` wrote `dots`.
 
     Tiles of scores have the shape (keys, queries).
     """
@@ -170,7 +170,7 @@ def attention_keys(  # noqa: PLR0913
         inside = n < rows
         q_tile = _read(q, n, rows, q_stride, SIZE, BLOCK_D)
         grad_tile = _read(grad, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
-        # With an infinite sum, probabilities of rows outside of the tensor are zero.
+        # With an infinite sum, probabilities of rows outside of the image are zero.
         log_sum = tl.load(log_sums + score_row, mask=inside, other=float("inf"))[None, :]
         step = _step_size(scale, n, inside)[None, :]
         scores = _product(k_tile, tl.trans(q_tile)) * factor

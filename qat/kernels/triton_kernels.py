@@ -1,20 +1,20 @@
-"""Triton kernels for tiles of BLOCK_R rows and BLOCK_C columns. Import the module only with Triton.
+"""Triton kernels for tiles of BLOCK_R rows and BLOCK_C columns. The import needs Triton.
 
 Kernels compute in float32; results are rounded to nearest, half to even, to the dtype of the tensor
 to which they are written.
 
-Forward results, except for StatsQ's scale, are bit-identical to `reference`: division rounds to
-nearest, rounding is half to even, every comparison lets NaN through, and `gpu` launches kernels
-without fusing products and sums. Each program writes its own sums, without atomic operations; these
-are added up afterwards, in the same order in every run. Triton evaluates the annotations, so they
-are not strings. A pointer has the name of the tensor that it points to.
+For the same quantizer input and scale, forward results are bit-identical to `reference`: division
+rounds to nearest, rounding is half to even, every comparison lets NaN through, and `gpu` launches
+kernels without fusing products and sums. Each program writes its own sums, without atomic
+operations; the sums are added up afterwards, in the same order in every run. Triton evaluates the
+annotations, so they are not strings. A pointer has the name of the tensor that it points to.
 """
 
 import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
-# Adding and then subtracting this number rounds any value below 2^22, half to even.
+# Adding and then subtracting this number rounds any u with |u| < 2^22, half to even.
 MAGIC = constexpr(1.5 * 2.0**23)
 # Quotients of at least this size are not corrected, because they are outside the range of all codes
 # or infinite.
@@ -46,10 +46,10 @@ def _clamp(u: tensor, low: tensor, high: tensor) -> tensor:
 
 @triton.jit
 def _quotient(x: tensor, step: tensor) -> tensor:
-    """`x / step`, rounded to nearest: x times the reciprocal, corrected by the remainder.
+    """`x / step`: x times the reciprocal; below `MIN_UNCORRECTED`, corrected by the remainder.
 
-    Unlike a division, this has no branches. If the reciprocal is rounded to nearest, one correction
-    is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    Unlike a division per element, this has no branches. If the reciprocal is rounded to nearest,
+    one correction rounds to nearest, too (P. Markstein, IBM J. Res. Dev. 34, 1990).
     """
     inverse = tl.div_rn(1.0, step)
     u = x * inverse
@@ -126,7 +126,7 @@ def _produce(  # noqa: PLR0913, PLR0917
 
     The tensors for backward, `saved` and `inverse_std`, are the normalized rows of a LayerNorm and
     the reciprocals of the rows' standard deviations. For a GELU, `saved` is the normal distribution
-    function of x, and for a softmax the probabilities; `inverse_std` is then unused.
+    function of x, and for a softmax the probabilities. In other cases, these tensors are unused.
     """
     out = x
     saved = x
@@ -201,7 +201,7 @@ def _store_column_sums(
 def _store_requested_sums(
     sums: tensor, tiles: tensor, column: tensor, length: tensor, REQUESTED: constexpr
 ) -> None:
-    """Write the column sums of the REQUESTED tiles; for each tile, `sums` has a row per program."""
+    """Write the column sums of the REQUESTED tiles; `sums` has a row per such tile and strip."""
     row = tl.program_id(0)
     for i in tl.static_range(4):
         if REQUESTED[i]:
@@ -228,7 +228,7 @@ def lsq_forward(  # noqa: PLR0913  (a kernel gets all addresses and strides)
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.lsq_forward`; before, after and sign may be None."""
+    """`reference.lsq_forward` of rows, see `Layout`; before, after and sign may be None."""
     low, high = _bounds(low, high, sign)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -290,9 +290,8 @@ def lsq_backward(  # noqa: PLR0913
     written to `y` unless `y` is None.
 
     PRODUCER is the operation that computed the input of the quantizer from `x`: "norm" = LayerNorm
-    and "scores" = softmax, both with whole rows in a tile, or "gelu" = GELU. `grad_x` is the
-    gradient of `x`, except that with "scores", it is the gradient before the multiplication by
-    `factor`: the gradient of the unscaled scores.
+    and "scores" = softmax, both with whole rows in a tile; "gelu" = GELU; "" = none. `grad_x` is
+    the gradient of `x`, or with "scores", of the scores before they were multiplied by `factor`.
 
     Length and strides of rows are in UNITs, so that the compiler knows them to be multiples of
     UNIT. Triton detects multiples of 16 by itself, but 8 elements of half precision are already the

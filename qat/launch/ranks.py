@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 MAX_RANKS = 1024  # per machine; a higher number is a typing mistake that would overload it
-# Lightning's strategies that copy the running process.
+# Parts of the names of Lightning's strategies that copy the running process.
 COPYING_STRATEGIES = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill by torchrun, in which a run finishes its step or validation
 # and saves.
@@ -52,7 +52,7 @@ def is_first() -> bool:
 
 
 def is_srun_task() -> bool:
-    """True for one of several processes that srun started."""
+    """True if srun started this process as one of several."""
     return "SLURM_STEP_ID" in os.environ and env_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1
 
 
@@ -95,7 +95,7 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
 def local_processes(trainer: Mapping[str, Any]) -> int:
     """Number of processes that `trainer.devices` asks for on this machine.
 
-    The number is 1 if Lightning will reject the setting.
+    The number is 1 if Lightning cannot interpret a setting such as `auto` or -1.
     """
     devices = trainer.get("devices", 1)
     if isinstance(devices, Sequence) and not isinstance(devices, str):
@@ -138,14 +138,14 @@ def connect(trainer: Trainer) -> None:
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use, which excludes cores of other srun tasks."""
+    """Number of cores that this process may use; srun may exclude cores of other tasks."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def become_torchrun(num_processes: int, command: Sequence[str]) -> NoReturn:
-    """Replace this process by torchrun; no rank outlives torchrun.
+    """Replace this process by torchrun; no rank outlives torchrun on Linux.
 
     Args:
         num_processes: number of ranks, on this machine.

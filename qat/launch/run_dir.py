@@ -33,8 +33,8 @@ CONFIG = "config.yaml"
 # notice late that the previous run's node is gone.
 LOCK_TIMEOUT_S = 120
 RETRY_S = 0.5
-# Files that a training run writes, except train.log: the run has already opened its own train.log
-# when it looks for files of earlier runs.
+# Files of a training run that a new run replaces. train.log is not among them: the new run
+# has already opened its own train.log when it looks for files of earlier runs.
 TRAINING_OUTPUTS = (
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
@@ -85,10 +85,10 @@ class UsedError(UsageError):
 
 @contextlib.contextmanager
 def hold_lock(run_dir: str) -> Generator[None]:
-    """Lock a directory during a block; unlock it afterwards even if it was locked before.
+    """Lock a directory during a block; unlock it even if this process had locked it before.
 
     Raises:
-        UsedError: another run writes into the directory.
+        UsageError: see `lock`.
     """
     lock(run_dir)
     try:
@@ -101,7 +101,7 @@ def lock(run_dir: str) -> None:
     """Lock a directory until `unlock`.
 
     Do nothing if this process or its launcher has already locked the directory, or if this process
-    is not the first one of its run.
+    is not the first one of its run. Only warn if the file system has no locks.
 
     Raises:
         UsageError: the name is empty, for example because a shell variable is not set.
@@ -171,7 +171,7 @@ def lock_for_ranks(run_dir: str) -> None:
     """Lock a directory until the program that replaces this one ends; ranks do not lock it again.
 
     Raises:
-        UsedError: another run writes into the directory.
+        UsageError: see `lock`.
     """
     lock(run_dir)
     folder = Path(run_dir).resolve()
@@ -261,7 +261,7 @@ class RunDirState:
     def may_record_error(self) -> bool:
         """True if the error of the run may be written as its results.
 
-        The error must not replace files of another run, or be written next to them.
+        The error must not replace a result, or be written next to files of another run.
         """
         return (self.has_begun() or not self._was_used) and not is_finished(self.run_dir)
 

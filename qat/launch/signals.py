@@ -2,9 +2,9 @@
 
 SIGUSR1 and SIGUSR2 announce that the machine will be taken away: save, and resume elsewhere.
 SIGTERM only means save and stop; a cluster that preempts with SIGTERM restarts the job itself.
-SIGINT (Ctrl-C) also means save and stop, and a second one ends the process immediately. Outside
-training, a signal raises `Preempted` immediately; during training, it is recorded, and
-`qat.callbacks.Preemption` acts on it after the current step. This module imports nothing heavy.
+SIGINT (Ctrl-C) also means save and stop; another one after `ECHO_S` ends the process immediately.
+Outside training, a signal raises `Preempted` immediately; during training, it is recorded, and
+`qat.callbacks.Preemption` acts on it after a step or validation. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _SignalState:
     Attributes:
         number: number of the received signal; 0 = none. Of several signals, the highest number
             counts, so that SIGTERM outranks SIGUSR1 on Linux.
-        is_deferred: True = signals are only recorded.
+        is_deferred: True = signals do not raise `Preempted`.
         interrupted_at: time of the first Ctrl-C, on the monotonic clock; None = there was none.
         process_id: id of the process that handles signals; in its forks, `_handle` does nothing.
     """
@@ -94,7 +94,7 @@ def handle_signals() -> Generator[None]:
 
 
 def install_handlers() -> None:
-    """Handle the signals from now on, even if a library has since set its own handlers."""
+    """In the main thread, handle the signals from now on, even if a library had set handlers."""
     if threading.current_thread() is not threading.main_thread():
         return
     _state.process_id = os.getpid()
@@ -105,7 +105,7 @@ def install_handlers() -> None:
 
 
 def defer(*, on: bool) -> None:
-    """If `on`, only record signals from now on; else the next signal raises `Preempted`."""
+    """If `on`, signals do not raise `Preempted` from now on; else the next signal does."""
     _state.is_deferred = on
 
 
@@ -138,7 +138,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def end_immediately(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """End this process and print one line; files that are being written keep their old content."""
+    """End this process with exit code 128 + `number`; print a line if `RANK` is 0 or not set."""
     if os.environ.get("RANK", "0") == "0":
         # Bypass Python's streams, because the interrupted code may be writing to them.
         os.write(2, b"stopped by Ctrl-C at once; files that were saved before are unchanged\n")

@@ -26,7 +26,7 @@ def _handle_ctrl_c() -> None:
 
 
 def _end_with_launcher() -> None:
-    """End this rank when torchrun is killed, even if torchrun is already gone."""
+    """End this rank when torchrun ends, or now if the torchrun of qat has already ended."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     with contextlib.suppress(AttributeError, OSError):  # Linux only
@@ -38,7 +38,7 @@ def _end_with_launcher() -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files: loader processes send more than 1024 tensors as files."""
+    """Raise the limit on open files, often 1024: loader processes send tensors as files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_OPEN_FILES
     if hard != resource.RLIM_INFINITY:
@@ -49,7 +49,7 @@ def _allow_open_files() -> None:
 
 
 def _shorten_spinning() -> None:
-    """Let threads of GNU's OpenMP sleep after waiting 0.1 ms for other threads.
+    """Let waiting threads of GNU's OpenMP sleep soon, unless the user has set this.
 
     The default, a loop of 300,000 iterations, occupies a core that the slowest thread may need.
     """

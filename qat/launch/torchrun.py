@@ -1,9 +1,8 @@
 """Run `torch.distributed.run` as a script without tracebacks.
 
-After a signal, the script exits with the code of the signal. If a rank exits with 1, the rank has
-logged its error, so the script prints nothing; if a rank ends with another code or is killed, the
-script prints torchrun's list of failed ranks. The run directory stays locked as long as a rank
-lives.
+After signal N, the script exits with 128 + N. If the first failed rank exited with 1, that rank has
+logged its error, so the script prints nothing; otherwise, the script prints torchrun's list of
+failed ranks. The run directory stays locked as long as a rank lives.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ class PercentAccuracy(MulticlassAccuracy):
 
 
 def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
-    """Top-1 and top-5 accuracy in percent; top-5 counts all classes if there are fewer than 5."""
+    """Metrics `top1` and `top5`, in percent; with 2 to 4 classes, all of them count for `top5`."""
     metrics = {}
     for k in (1, 5):
         top_k = min(k, num_classes)
@@ -50,8 +50,8 @@ class MeanLoss(MeanMetric):
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch, (); NaN if any logit is not finite."""
-    # The second term is 0, or NaN if a logit on which the loss does not depend is not finite.
+    """Mean cross-entropy, (), of logits (B, K); NaN if any logit is not finite."""
+    # The second term is 0, or NaN if any logit is not finite; the first may ignore -inf.
     return F.cross_entropy(logits, target) + (0 * logits).sum()
 
 
@@ -82,7 +82,7 @@ def evaluate(
         device: the device of `predict`.
 
     Returns:
-        `top1`, `top5` and `loss`, which is NaN if the loss of a batch is NaN.
+        `top1`, `top5` and `loss`, which is NaN without batches or if the loss of a batch is NaN.
     """
     metrics = accuracy_metrics(num_classes, "").to(device)
     mean_loss = MeanLoss().to(device)

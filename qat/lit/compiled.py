@@ -1,7 +1,4 @@
-"""Compile functions of image batches: one graph per mode, for the largest batch.
-
-Smaller batches run eagerly.
-"""
+"""Compile functions of image batches for the largest batch; smaller batches run eagerly."""
 
 from __future__ import annotations
 
@@ -94,7 +91,7 @@ def _warn_of_skipped_graph(reason: str) -> None:
 
 
 def _shorten_cudagraph_log(record: logging.LogRecord) -> bool:
-    """Replace torch's many lines about a skipped CUDA graph by one line; False drops the record."""
+    """Return False for a message about a skipped CUDA graph, and log its reason once."""
     first_line = record.getMessage().partition("\n")[0].rstrip()
     match = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", first_line)
     if match is None:
@@ -104,7 +101,7 @@ def _shorten_cudagraph_log(record: logging.LogRecord) -> bool:
 
 
 class CompiledCall:
-    """Runs a function of images (B, ...) as one compiled graph, and eagerly for smaller batches.
+    """Runs a function of images (B, ...): compiled, or eagerly if an earlier batch was larger.
 
     One graph for all sizes would be slower for every batch; a graph for each size would take
     minutes to compile, only for the short batch at the end of a dataset. Eager and compiled results
@@ -112,7 +109,7 @@ class CompiledCall:
 
     Args:
         function: the function, which calls `net`.
-        net: the net; training and evaluation mode have separate graphs.
+        net: the net; a graph is for one training mode, gradient mode and image shape.
         recompute: True = let the compiler save less for backward and recompute more.
         cuda_graphs: True = replay CUDA graphs. Gradients, and tensors that were passed to hooks in
             the net, are overwritten when the next step begins
@@ -152,7 +149,7 @@ class CompiledCall:
         # to save for backward.
         with functorch.patch(aggressive_recomputation=self._recompute):
             result = self._call(images)
-        # No graph is compiled if a caller has forced eager execution.
+        # No graph is compiled if there is one, or a caller has forced eager execution.
         if graph_counts["unique_graphs"] > count_before:
             self._compiled_batch_size[mode] = len(images)
         return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result

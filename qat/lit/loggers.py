@@ -58,7 +58,7 @@ class _Writer(ExperimentWriter):
     """Writes `metrics.csv`."""
 
     def __init__(self, log_dir: str, resume_step: int) -> None:
-        """Keep the rows before `resume_step`; a new run deletes an older file."""
+        """Keep the rows before `resume_step`, or delete the file if there are none."""
         super().__init__(log_dir)
         self._last_row = ""
         path = Path(self.metrics_file_path)
@@ -81,7 +81,7 @@ class _Writer(ExperimentWriter):
         """Keep the rows of a resumed run, which Lightning would delete."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Write a row, unless it equals the previous row (`log_before_saving`)."""
+        """Write a row, unless it repeats the last row (as after `log_before_saving`)."""
         row = f"{step} {metrics_dict}"
         if row != self._last_row:
             super().log_metrics(metrics_dict, step)
@@ -116,7 +116,7 @@ def log_before_saving(trainer: Trainer, *, is_epoch_end: bool) -> None:
 
     Args:
         trainer: the trainer.
-        is_epoch_end: True = write the row of the epoch; False = the row of the step.
+        is_epoch_end: True = write the row of the epoch; False = the row of the step, if it is due.
     """
     connector = trainer._logger_connector
     loop = trainer.fit_loop.epoch_loop

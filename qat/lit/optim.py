@@ -20,7 +20,7 @@ from qat.utils.validate import check_int, check_number, unknown_message
 
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 GROUPS = ("decay", "no_decay", "scales")
-# timm's names of torch's optimizers that have a fused form.
+# timm's names of the optimizers that are fused by default.
 _FUSED = {"adam", "adamw"}
 
 
@@ -31,14 +31,14 @@ def parameter_groups(
     scale_lr_factor: float = 1.0,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameters of a net in three groups, or with `layer_decay` in three groups for each layer.
+    """Trainable parameters of a net in three groups, or with `layer_decay` in three for each layer.
 
     The groups are weights, with weight decay; biases, norms, tokens and offsets, without weight
     decay; and scales, without weight decay and with a separate learning rate.
 
     Args:
         net: the net to train.
-        weight_decay: weight decay of the first group.
+        weight_decay: weight decay of weights.
         scale_lr_factor: learning rate of the scales relative to the other parameters.
         layer_decay: factor on the learning rate from one layer to the previous layer (1 for the
             head); None = all layers have the same learning rate.
@@ -152,7 +152,7 @@ def build_optimizer(
         scale_lr_factor: learning rate of the scales relative to `lr`.
         layer_decay: see `parameter_groups`; in (0, 1].
         options: further arguments of the optimizer (`betas`, `eps`, `momentum`). AdamW and Adam are
-            `fused` by default.
+            `fused` if the net is not sharded and the options allow it.
 
     Raises:
         UsageError: the optimizer is unknown or refuses the options, a number is out of range, or
@@ -187,7 +187,7 @@ def build_optimizer(
             "conf/optimizer has values that do"
         ) from error
     # Otherwise torch passes the factor of a gradient scaler to a fused optimizer, and Lightning
-    # clips gradients without unscaling them.
+    # refuses to clip gradients.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
@@ -209,7 +209,7 @@ def scheduler_factory(
 
     Returns:
         A function of the optimizer, the number of epochs and the steps per epoch, which returns the
-        schedule and its interval, and raises `UsageError` if the warm-up takes all epochs.
+        schedule and its interval, and raises `UsageError` if the warm-up is negative or too long.
     """
 
     def build_schedule(
@@ -246,8 +246,8 @@ def cosine_schedule(
         optimizer: the optimizer; the `lr` of each group is its peak learning rate.
         periods: length of the cosine, in epochs or steps.
         warmup: length of the warm-up, in epochs or steps.
-        min_lr: learning rate at the end.
-        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: learning rate at the end, before `lr_scale`.
+        warmup_lr: learning rate at the start of the warm-up, before `lr_scale`.
         interval: `epoch` or `step`.
     """
     for group in optimizer.param_groups:

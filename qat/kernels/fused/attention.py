@@ -71,7 +71,7 @@ def _quantize_qkv(inputs: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def _is_tiled(inputs: _Inputs, shape: ScoreShape) -> bool:
-    """True if one kernel computes the whole attention, without writing scores to memory."""
+    """True if one kernel computes everything after `_quantize_qkv`, writing no scores to memory."""
     if inputs.scoring.bias is not None or inputs.scoring.mask is not None:
         return False
     probs = inputs.quantizers.probs
@@ -164,7 +164,7 @@ def _tiled_backward(
     *grads, grad_scale = tiled_attention.backward(
         grad, log_sums, *qkv_q, probs.scale, *probs.codes, shape.num_heads, shape.factor
     )
-    # `gradient_scale` uses only the shape of the scores, which do not exist.
+    # The scores are not in memory, but `gradient_scale` needs only their shape.
     scores = log_sums.unsqueeze(-1).expand(*log_sums.shape, log_sums.shape[-1])
     return grads, grad_scale * gradient_scale(scores, probs.codes, probs.grad_factor), None
 
@@ -178,7 +178,7 @@ def _plain_backward(
 ) -> _Gradients:
     """Gradients of quantized q, k and v, of the scale of probabilities, and of the bias or None.
 
-    If the probabilities were not saved, they are computed again.
+    `probs` is the result of `to_probs`; None = compute it again.
     """
     q, k, v = qkv_q
     num_tokens = q.shape[1]
@@ -213,7 +213,7 @@ def attention(qkv: Tensor, quantizers: tuple[LSQParams, ...], scoring: Scoring) 
         scoring: operations between scores and probabilities.
 
     Returns:
-        (B, N, h*d).
+        (B, N, h*d), in the dtype of `qkv` or of autocast.
     """
     inputs = _Inputs(qkv, scoring, _Quantizers(*quantizers))
     return _Attention.apply(*_flatten(inputs))

@@ -25,7 +25,7 @@ ROW_MULTIPLES = {"cuda": 8}
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """Pad `x` (B, N, C) with zeros to a multiple of `ROW_MULTIPLES` keys."""
+    """Pad `x` (B, N, C) with tokens of zeros to the multiple in `ROW_MULTIPLES` of its device."""
     multiple = ROW_MULTIPLES.get(x.device.type, 1)
     padding = -x.shape[1] % multiple
     if padding == 0:
@@ -54,7 +54,7 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         left = a[head] if a.ndim > 3 else a
         right = b[head] if b.ndim > 3 else b
         num_elements = head_out.shape[-2] * head_out.shape[-1]
-        # torch computes an output that is not contiguous image by image. For small outputs, these
+        # On a CPU, torch computes a non-contiguous output image by image. For small outputs, these
         # calls cost more than a copy of the result.
         if head_out.is_contiguous() or head_out.is_cuda or num_elements >= MIN_IN_PLACE:
             torch.baddbmm(head_out, left, right, beta=0, alpha=alpha, out=head_out)
@@ -67,7 +67,7 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 
 @operator("(Tensor a, Tensor b, Tensor(a!) out) -> ()")
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Add the products of all heads to `out`; in half precision, the sum is rounded once.
+    """Add the products of all heads to `out`; except in float32, the sum is rounded once.
 
     Rounding once takes one product over all heads. This product copies `a`, and also `b` unless `b`
     is contiguous as (B, k, h, m).
