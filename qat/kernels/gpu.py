@@ -1,8 +1,7 @@
-"""Triton kernels for CUDA: one pass over memory, without waiting for the device.
+"""Launchers of Triton kernels for CUDA; they do not wait for the device.
 
-Functions have the arguments and results of the operators of the same name, except that
-`lsq_backward` gets the quantizer and the operation before it as NamedTuples. They return None for
-tensors whose layout or dtype the kernels do not support.
+Functions have the arguments and results of the operators of the same name, except `lsq_backward`,
+which describes its own. They return None if the kernels do not support the arguments.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ _COMPILED: dict[Any, Any] = {}
 
 @functools.cache
 def available() -> bool:
-    """True if Triton and a device are present, and the kernels agree with `reference`.
+    """True if Triton is installed, and the kernels run and agree with `reference`.
 
-    The first call compiles the kernels and waits for the device.
+    The first call may compile kernels and wait for the device.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -128,7 +127,7 @@ def _backward_layout(  # noqa: PLR0913, PLR0917
     bias: Tensor | None,
     producer: Producer,
 ) -> Layout | None:
-    """The rows of `x`. Returns None if the kernel does not support these tensors."""
+    """The rows of `x`. Returns None if the kernel does not support the arguments."""
     if producer.kind in {"gelu_tanh", "softmax"} or dequantized not in {None, *DTYPES}:
         return None
     if not are_supported(DTYPES, grad, x, *q[:4], out, weight, bias):
@@ -183,8 +182,8 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass computes all that may be 
     max_length = MAX_ROW_LENGTH if needs_whole_row else None
     block, (tiles_down, tiles_across) = tiles_of(layout, max_length)
     grad, grad_stride = with_row_stride(grad, length)
-    # A program processes a strip of rows. Probabilities need no sums over rows, so there a strip is
-    # a single tile.
+    # A program processes a strip of rows. Quantizers of probabilities usually need no sums over
+    # rows, so their strips are single tiles.
     from_scores = producer.kind == "scores"
     tiles_per_strip = 1 if from_scores else math.ceil(tiles_down * tiles_across / NUM_PROGRAMS)
     rows_per_strip = block["BLOCK_R"] * tiles_per_strip
@@ -279,7 +278,7 @@ def statsq_forward(
 
 
 def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """StatsQ of a matrix and its scale (rows, 1), in one launch."""
+    """A matrix quantized by StatsQ, and the scale (rows, 1), in one launch."""
     scale = _floats(w, len(w), 1)
     out = statsq_forward(w, scale, bits, dtype, compute_scale=True)
     return None if out is None else (out, scale)

@@ -17,14 +17,15 @@ from qat.kernels.rows import PLAIN_CLASSES
 log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
-# The dispatch mode that is active while `make_fx` traces. `make_fx` records only what goes through
-# the dispatcher, not what C++ code computes.
+# The dispatch mode that is active while `make_fx` traces. `make_fx` records only calls through the
+# dispatcher, not kernels that are called directly.
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator of the same name.
+    """Register a function, whose first argument is a tensor, as an operator of the same name.
 
+    The decorated function takes positional arguments, and raises `UsageError` under `vmap`.
     No result may be a view of an argument or of another result. Tracing calls the function with
     tensors that have no memory, and the function must then compute only shapes.
 

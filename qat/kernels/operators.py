@@ -1,6 +1,6 @@
 """LSQ, StatsQ and block floats as operators of torch, with kernels in C++ and Triton.
 
-On other devices, and for tensors that no kernel supports, operators call the reference
+If no kernel supports the device or the tensors, operators call the reference
 implementation. The fields of a quantizer are separate arguments of an operator: scale, offset
 before, offset after, sign, and the four fields of `CodeRange`. Operators with an argument `out`
 write to it.
@@ -36,7 +36,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 def _kernels_for(x: Tensor) -> Any:
     """The module with kernels for the device of `x`.
 
-    Returns None if there is no such module, and for a tensor without memory.
+    Returns None if no kernels are available, and for tensor classes that may have no memory.
     """
     if type(x) not in PLAIN_CLASSES:
         return None
@@ -183,7 +183,7 @@ def quantize(q: LSQParams, x: Tensor, dtype: torch.dtype) -> Tensor:
     return lsq_forward(x, *q[:4], *q.codes, _intermediate_dtype(x, dtype)).to(dtype)
 
 
-def gradients(  # noqa: PLR0913  (callers request what one pass over memory computes)
+def gradients(  # noqa: PLR0913  (one pass computes all that callers request)
     q: LSQParams,
     grad: Tensor,
     x: Tensor,
@@ -204,7 +204,7 @@ def gradients(  # noqa: PLR0913  (callers request what one pass over memory comp
         x: input of the operation before the quantizer.
         out: where the gradient of `x` is written; None = a new tensor in the dtype of `x`.
         with_after: True = compute the gradient of the offset after the quantizer.
-        in_place: True = write the gradient of `x` to `grad` if both have the same dtype.
+        in_place: True = use `grad` as `out` if `grad` and `x` have the same dtype.
         dequantized: dtype of the result of `quantize` to return as well; None = do not return it.
         norm: weight and bias of a LayerNorm before the quantizer.
         producer: the operation before the quantizer.

@@ -37,7 +37,7 @@ class Producer(NamedTuple):
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         """The quantizer's input, followed by tensors for `backward`.
 
-        The quantizer's input is bit-identical to the output of torch's module.
+        The quantizer's input is bit-identical to the result of torch's operation.
         """
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
@@ -51,10 +51,11 @@ class Producer(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias; for a softmax, of the unscaled scores instead of x.
+        """Gradients of x (for a softmax, of the unscaled scores), and of weight and bias or None.
 
         Args:
-            grad: gradient of the input of the quantizer, in the dtype of `x`; may be overwritten.
+            grad: gradient of the quantizer's input, for a LayerNorm or GELU in the dtype of `x`;
+                may be overwritten.
             x: the input of `forward`.
             weight: weight of the LayerNorm, or None.
             bias: bias of the LayerNorm, or None.

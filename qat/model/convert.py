@@ -66,10 +66,11 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 def own_input_size(net: nn.Module) -> tuple[int, int, int]:
     """Image size (channels, height, width) of a model, from its config.
 
-    The first timm model in `net` counts; without one, the first model of Transformers does.
+    The first timm model in `net` counts, or else the first model of Transformers whose config has
+    an image size.
 
     Raises:
-        UsageError: there is no such model, or its config has no image size.
+        UsageError: there is no such model.
     """
     for module in net.modules():
         if getattr(module, "pretrained_cfg", None):
@@ -108,10 +109,11 @@ def convert(
         `net` itself.
 
     Raises:
-        UsageError: the model is already converted, `recipe` is not a recipe, a rule of `overrides`
-            matches no module, QKR is impossible, the model's config has no input size, the model
-            cannot process an image of `input_size`, or training drops tokens although each token
-            has its own scale. The model is then left unchanged.
+        UsageError: the model is already converted or takes more than images, `recipe` is
+            not a recipe, a rule of `overrides` matches no module, QKR or an integer LayerNorm is
+            impossible, the model's config has no input size, the model cannot process an image of
+            `input_size`, or training drops tokens although each token has its own scale. The model
+            is then left unchanged.
     """
     exempt = apply_recipe(net, recipe, input_size=input_size)
     conversion = conversion_of(net)
@@ -138,6 +140,9 @@ def apply_recipe(
 
     Returns:
         Names of modules that stay in float on purpose.
+
+    Raises:
+        UsageError: see `convert`.
     """
     if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError(
@@ -211,7 +216,7 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
     """Check that each rule matches a module with quantizers, or an attention.
 
     A rule for an attention needs no quantizers, because it may itself leave the attention in float.
-    Rules that belong to a preset need no match, because not every model has attentions.
+    Rules of presets need no match: they concern attentions, which not every model has.
     """
     names = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
     preset_rules = {rule for preset in PRESETS.values() for rule in preset.get("overrides", {})}
@@ -245,7 +250,7 @@ def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]])
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
-    """Check that training drops no tokens if each token has its own scale.
+    """Check that quantization-aware training drops no tokens if each token has its own scale.
 
     Scales belong to positions, and dropping a token moves all later tokens to earlier positions.
     """
@@ -270,7 +275,7 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
     The names come from timm's config of the model, or of models inside it; `head` is always a head.
     If the model has no module with the stem's name, as can happen with `features_only=True`, the
-    stem is the first convolution.
+    stem is the first `nn.Conv2d`, if any.
     """
     modules = dict(net.named_modules())
     places = {"head": "head"}
@@ -290,7 +295,7 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
 
 def _transformers_heads(net: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Names of the layers that compute the outputs of Transformers' models, with values `head`."""
+    """Names of layers that compute outputs of Transformers' models, each with the value `head`."""
     models = hf_models(net)
     if not models:
         return {}
@@ -303,7 +308,8 @@ def _transformers_heads(net: nn.Module, input_size: tuple[int, int, int]) -> dic
 def recipe_of(net: nn.Module) -> QuantRecipe | None:
     """The current recipe of a model; None for a float model.
 
-    If a head was replaced after the conversion, the recipe leaves the new head in float.
+    If a Linear or `Conv2d` has replaced a head that `stem_and_heads` finds, the new layer stays in
+    float.
     """
     conversion = conversion_of(net)
     if conversion is None:
@@ -325,11 +331,11 @@ class _Walk:
     Attributes:
         recipe: the recipe.
         places: see `stem_and_heads`.
-        unsigned_inputs: modules whose input comes from an activation function.
+        unsigned_inputs: layers that `ActivationTracer.unsigned_inputs` found.
         projections: layers of Transformers' models that do what `attn.proj` does in timm.
         swapped: parent, name and replaced module of each swap.
         replacements: new modules by old module and kind of input (`SwapContext.input`). A module
-            with several names thus gets only one replacement.
+            with several names thus gets one replacement per kind.
         in_float: names of modules that stay in float on purpose.
     """
 
@@ -379,8 +385,8 @@ _REPLACED_CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "
 def _replace_child(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
     """Replace a child of a module.
 
-    The new child takes over the old child's hooks, and attributes, tensors and children that the
-    new child lacks.
+    Hooks, attributes, tensors and children that the new child lacks are taken from the old child,
+    except for `_REPLACED_CHILDREN`.
     """
     old = getattr(parent, name)
     if new is old:
@@ -456,8 +462,8 @@ def _allocate(
 ) -> None:
     """Create scales and offsets in a forward pass; their shapes depend on the number of tokens.
 
-    Swaps of modules that the forward pass does not call are undone. The model reads the weights of
-    such modules directly, so their quantizers would never get a scale.
+    Swaps of modules whose quantizers the forward pass does not call are undone: these quantizers
+    would never get a scale. The model may read the weights of such modules directly.
     """
     num_scales_by_quantizer: dict[Quantizer, int] = {}
 

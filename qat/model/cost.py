@@ -27,8 +27,7 @@ class Cost:
     """Cost of a model.
 
     Attributes:
-        n_params: number of parameters in training; for a frozen model, number of codes and
-            remaining parameters.
+        n_params: number of parameters; for a frozen model, of codes and remaining parameters.
         size_bytes: bytes of the weights at their bit-widths (with QKR, of the folded matrix), of
             scales (1 for the scale of a block of floats, else 4), and of the rest in float32.
         macs: multiply-accumulates for one image.
@@ -96,7 +95,10 @@ def total(parts: list[ModuleCost]) -> Cost:
 
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
-    """Costs of all modules whose cost is not zero, in the order of `named_modules`."""
+    """Costs of all modules whose cost is not zero, in the order of `named_modules`.
+
+    `input_size` is (channels, height, width).
+    """
     products: dict[str, list[MatrixProduct]] = defaultdict(list)
     for product in matmuls(net, input_size):
         products[product.module].append(product)
@@ -124,16 +126,20 @@ def weights_by_bits(net: nn.Module) -> Counter[int]:
         _, kind = _module_and_kind(name, sites)
         if kind == "float_bytes":
             counts[FLOAT_BITS] += parameter.numel()
+    seen = set()  # layers can share a weight
     for site in sites.values():
-        if _has_codes(site):
-            num_quantized = sum(tensor.numel() for tensor in _replaced_by_codes(site))
-            counts[site.quantizer.spec.bits] += num_quantized
-            counts[FLOAT_BITS] -= num_quantized
+        if not _has_codes(site):
+            continue
+        for tensor in _replaced_by_codes(site):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                counts[site.quantizer.spec.bits] += tensor.numel()
+                counts[FLOAT_BITS] -= tensor.numel()
     return counts
 
 
 def macs_by_bits(net: nn.Module, input_size: tuple[int, ...]) -> Counter[int]:
-    """Multiply-accumulates for one image, by the bit-width of the wider operand."""
+    """Multiply-accumulates by bits of the wider operand, for an image (channels, height, width)."""
     counts: Counter[int] = Counter()
     for product in matmuls(net, input_size):
         counts[max(product.bits)] += product.macs
@@ -197,7 +203,7 @@ def _weight_sizes(site: Site) -> Counter[str]:
 
 
 def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
-    """Bytes of a weight's (rows, ...) scales and zero points that only a frozen model stores."""
+    """Bytes of scales and zero points that only a frozen model stores, of a weight (rows, ...)."""
     rows = len(weight)
     if isinstance(quantizer, BlockFloat):
         return quantizer.scale_bytes(weight.shape)
@@ -209,7 +215,7 @@ def _computed_scale_bytes(quantizer: Quantizer, weight: Tensor) -> int:
 
 
 def _replaced_by_codes(site: Site) -> list[Tensor]:
-    """Tensors that codes replace when the model is deployed."""
+    """Tensors that a deployed model does not store in addition to packed codes."""
     quantizer = site.quantizer
     owner: Any = site.owner
     if isinstance(quantizer, FrozenWeight):

@@ -14,7 +14,7 @@ class EntryFreezer:
     """Sets gradients of frozen entries to zero before a step, and restores the entries after it.
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move
-    an entry. The values are written back in a hook of the optimizer, so that averages and
+    an entry. The values are written back in a hook of the optimizer, so that EMA weights and
     checkpoints contain the frozen values. If a gradient scaler skips the step, the next `freeze`
     discards the values.
 
@@ -28,7 +28,7 @@ class EntryFreezer:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Register a hook for the steps of each optimizer."""
+        """Register a hook for the steps of each optimizer, in place of earlier hooks."""
         self.detach()
         self._handles = [
             optimizer.register_step_post_hook(self._restore) for optimizer in optimizers

@@ -32,7 +32,7 @@ def _timm_name(name: str) -> str:
 
 
 def _timm_stage(match: re.Match[str]) -> str:
-    """Prefix in timm for `features.N`; 1 is the first stage, 2 the merging before the second."""
+    """Prefix in timm for `features.N`: N = 1 is stage 1, N = 2 the merging before stage 2."""
     index = int(match[1])
     part = "blocks" if index % 2 else "downsample"
     return f"layers.{index // 2}.{part}."

@@ -43,24 +43,24 @@ def freeze(net: nn.Module) -> nn.Module:
 
     Parameters of the copy cannot be trained. A weight becomes codes with the scales of its
     quantizer; a code k of StatsQ, SEQ or DoReFa means (k + 1/2) * step size. With query-key
-    reparameterization, only the codes of the folded matrix remain. If an offset c after the
+    reparameterization, the folded matrix becomes codes. If an offset c after the
     quantizer of a linear layer's input has one number per channel, it becomes part of the layer's
     bias (W c). In attentions of ViT and Swin, offsets before the quantizers of queries, keys and
     values become part of the bias of the layer that computes them; if a norm changes queries or
     keys, or with query-key reparameterization, only offsets before the quantizers of values do.
-    Other offsets stay where they are; offsets that are zero are removed.
+    Of the other offsets in quantizers of activations, only those that are zero are removed.
 
     Args:
         net: a converted model whose scales are all set; it is not changed.
 
     Returns:
-        The frozen model, in evaluation mode. `qat.iter_quantizers` finds its quantizers, whose
-        `codes()` returns the codes of a weight.
+        The frozen model, in float32 and evaluation mode. `qat.iter_quantizers` finds its
+        quantizers, whose `codes()` returns the codes of a weight.
 
     Raises:
-        UsageError: the model is in float or already frozen, a scale was never set, a quantizer has
-            no fixed grid, or a layer's weight is computed from other tensors (pruning,
-            parametrizations).
+        UsageError: the model is in float or already frozen, a scale was never set, a quantizer
+            cannot be frozen, or the weight of a quantized layer is computed from other tensors
+            (pruning, parametrizations).
     """
     if conversion_of(net) is None:
         raise UsageError(
@@ -86,7 +86,7 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 
 
 def can_recover_weights(net: nn.Module) -> bool:
-    """True unless freezing has lost float weights.
+    """True unless freezing may have lost weights or biases; codes count as weights.
 
     With QKR, only the folded matrix is left. If the model still has some offsets, others may have
     been folded into biases and cannot be separated from them.
@@ -101,7 +101,7 @@ def can_recover_weights(net: nn.Module) -> bool:
 
 @torch.no_grad()
 def freeze_structure(net: nn.Module) -> nn.Module:
-    """Freeze a model in place; scales need not be set, because a file of codes may contain them."""
+    """Freeze a model in place; scales may still be NaN, to be loaded from a file afterwards."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
         setattr(site.owner, site.name.rpartition(".")[2], _freeze_quantizer(site))
@@ -226,7 +226,7 @@ def _drop_float_weights(module: QuantModule) -> None:
 
 
 def _fold_offsets(module: nn.Module) -> None:
-    """Fold the offsets before and after a linear layer into the layer's bias."""
+    """Fold offsets before and after linear layers into biases, as `freeze` describes."""
     if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, FrozenActivation):
         offset = module.input_quantizer.after
         if offset is not None and offset.shape == (module.in_features,):

@@ -24,8 +24,8 @@ class Frozen(Quantizer):
 
     Attributes:
         name: path of the quantizer in the model.
-        in_graph: function that is set only while a graph is written; it maps the input of `forward`
-            to an operand of products in the exported graph.
+        in_graph: function that is set only while a graph is exported; it maps the quantizer's input
+            (None for a weight) to the quantizer's result in this graph.
     """
 
     in_graph: Callable[[Any], Any] | None = None
@@ -65,7 +65,7 @@ class FrozenWeight(Frozen):
             self.register_buffer(key, value)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
-        """The float32 weight. `x` is not used."""
+        """The dequantized weight. `x` is not used."""
         return self.grid().dequantize(self.stored)
 
     def stored_weight(self) -> Tensor:
@@ -77,7 +77,7 @@ class FrozenWeight(Frozen):
         return self.stored
 
     def grid(self, x: Tensor | None = None) -> Grid:
-        """The grid to which the removed float weight was rounded."""
+        """The grid of the stored codes."""
         lowest = -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
         highest = lowest + 2**self.spec.bits - 1
         after = None if self.after is None else view_along(self.after, self.stored.ndim, self.axis)
@@ -136,8 +136,8 @@ class FrozenBlocks(FrozenWeight):
         """The weight as the tensors that torchao's `MXTensor` and `NVFP4Tensor` consist of.
 
         Returns:
-            A dict with `qdata` (two E2M1 codes or one E4M3 code per byte), `scale`, and
-            `per_tensor_scale` if there is one.
+            A dict with `qdata` (uint8 with two E2M1 codes per byte, or float8), `scale` (float8),
+            and `per_tensor_scale` if there is one. The dimension of blocks is last.
         """
         codes = self.stored.movedim(self.empty_grid.dim, -1)
         if self.spec.bits == 4:
@@ -200,7 +200,7 @@ class FrozenActivation(Frozen):
         self.register_buffer(name, None if value is None else value.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`, computed in float32 and returned in the dtype of `x`."""
+        """Fake-quantize `x` in float32 and restore its dtype, or call `in_graph` if set."""
         if self.in_graph is not None:
             return self.in_graph(x)
         return self.grid().dequantize(self._codes_as_float(x)).to(x.dtype)
@@ -222,7 +222,6 @@ class FrozenActivation(Frozen):
         )
 
     def _codes_as_float(self, x: Tensor) -> Tensor:
-        """Codes as float32."""
         check_fit(x, self.scale, self.axis, self.before)
         return self.grid().codes(x)
 
@@ -271,7 +270,7 @@ class FrozenFp8Activation(FrozenNonuniform):
     onnx_bounds = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`."""
+        """Fake-quantize `x`, or call `in_graph` if set."""
         return super().forward(x) if self.in_graph is None else self.in_graph(x)
 
 

@@ -73,15 +73,15 @@ def describe(
         model: timm name; None = the name that timm stored in the model. Models of Transformers need
             no name.
         model_kwargs: arguments of `timm.create_model`; None = the arguments that timm stored in the
-            model.
+            model. `net.num_classes`, if set, takes precedence.
         data: config of the training data; None = the config that `load` found in the model's file.
         classes: class names in the order of the outputs; None = the names that `load` found in the
             model's file.
 
     Raises:
-        UsageError: the model does not record how it was built, or the record is not plain data;
-            `data` is not a dict, or `classes` is not a list of names; or the head does not have
-            `net.num_classes` outputs.
+        UsageError: the model's name or arguments are unknown, or the arguments are not plain data;
+            `data` is not a dict of plain data, or `classes` is not a list of names; or the head
+            does not have `net.num_classes` outputs.
     """
     if data is None:
         data = data_of(net)
@@ -152,7 +152,7 @@ def _check_outputs(net: nn.Module, num_classes: int) -> None:
 
 
 def check_metadata(meta: Any, origin: str) -> None:
-    """Raise `UsageError` if a file's metadata does not have the form that `describe` returns."""
+    """Raise `UsageError` if required metadata of a file is missing, or a type or range is wrong."""
     try:
         check_bounds(meta)
         _check_types(meta)

@@ -3,7 +3,7 @@
 import pytest
 import timm
 
-from qat.model.cost import cost, matmuls
+from qat.model.cost import cost, matmuls, weights_by_bits
 from tests.tiny import SIZE, convert, identical, vit, with_scales
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
@@ -123,3 +123,11 @@ def test_swin_tiny_as_published():
     found = cost(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224))
     assert found.macs / 1e9 == pytest.approx(4.5, abs=0.05)
     assert found.n_params / 1e6 == pytest.approx(29, abs=1)
+
+
+def test_a_shared_weight_counts_once():
+    apart, shared = vit(depth=2), vit(depth=2)
+    shared.blocks[1].mlp.fc1.weight = shared.blocks[0].mlp.fc1.weight
+    expected = weights_by_bits(convert(apart, "lsq", bits=2))
+    expected[2] -= FC
+    assert weights_by_bits(convert(shared, "lsq", bits=2)) == expected

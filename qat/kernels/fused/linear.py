@@ -52,7 +52,7 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 class _LsqLinear(torch.autograd.Function):
-    """LSQ and a Linear; backward quantizes the input again, and outside CUDA also the weight."""
+    """LSQ and a Linear; backward quantizes the input again, outside CUDA often also the weight."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -66,7 +66,7 @@ class _LsqLinear(torch.autograd.Function):
 
         x_q = operators.quantize(inputs.quantizer, source.value, dtype)
         out = linear(x_q.reshape(-1, x_q.shape[-1]), weight_q, inputs.bias)
-        # A model may write into the output of a Linear in place; autograd forbids this for a view.
+        # A model may write into this output in place; autograd forbids this for a Function's view.
         return torch.ops.aten._unsafe_view(out, (*x_q.shape[:-1], len(inputs.weight)))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Helpers for fused Functions: whether one may run, how to flatten inputs, and what to save."""
+"""Helpers for the fused Functions of `qat.kernels.fused`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from qat.kernels.rows import PLAIN_CLASSES
 def can_fuse(x: Tensor) -> bool:
     """True if kernels are on, `x` is a plain tensor, and no mode intercepts torch functions.
 
-    Tensors of subclasses and tensors on the meta device are not plain.
+    Tensors on the meta device and of subclasses other than `Parameter` are not plain.
+
+    Raises:
+        UsageError: kernels are on inside a transform of `torch.func`.
     """
     is_plain_tensor = type(x) in PLAIN_CLASSES and not x.is_meta
     return not kernels.are_off() and is_plain_tensor and torch._C._len_torch_function_stack() == 0

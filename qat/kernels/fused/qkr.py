@@ -34,10 +34,11 @@ from qat.kernels.library import check_not_double_backward
 
 
 class QkrWeights(NamedTuple):
-    """Float weights of the matrix products.
+    """Weights of the matrix products.
 
     Attributes:
-        matrix: M (h*C, C), float32: the query and key weights of each head, folded into one matrix.
+        matrix: M (h*C, C), the query and key weights of each head, folded into one matrix; float32,
+            or the cached quantized matrix if no gradient is needed.
         v: Wv (h*d, C).
         v_bias: (h*d,) or None.
         offset: (h*C,), added to the product M x before its quantizer, or None.
@@ -129,7 +130,7 @@ def _pad_product_quantizer(quantizer: LSQParams, rows: Tensor, num_rows: int) ->
 
 
 def _compute_probs(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: ScoreShape) -> Tensor:
-    """Attention probabilities (h, B, N, M), by `to_probs`.
+    """Compute the scores and apply `to_probs`; the result is (h, B, N, M).
 
     Args:
         padded_x: (B, M, C), the quantized input, padded from N to M tokens.
@@ -140,8 +141,8 @@ def _compute_probs(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: Score
     num_tokens = inputs.source.origin.shape[1]
     queries = padded_x[:, :num_tokens]
     scores = queries.new_empty(*keys.shape[:2], num_tokens, keys.shape[2])
-    # Multiplying by a power of two does not round, so it may be applied to both terms of the scores
-    # separately. For any other `shape.factor`, `factor` is 1, and the sum is multiplied at the end.
+    # Multiplying by a power of two does not round, so each term of the scores may be multiplied.
+    # For any other `shape.factor`, `factor` is 1, and their sum is multiplied at the end.
     factor = exact_factor(shape.factor)
     heads_product(queries, keys.transpose(-2, -1), scores, factor)
     per_key = inputs.weights.per_key
@@ -156,7 +157,7 @@ def _compute_probs(padded_x: Tensor, keys: Tensor, inputs: _Inputs, shape: Score
 def _linear_backward(
     grad_y: Tensor, x_q: Tensor, grad_x_q: Tensor, weight: Tensor, quantizer: WeightParams
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a weight and of its step size; the gradient of the input is added to `grad_x_q`.
+    """Gradients of a weight and of its step size; the latter is None without LSQ.
 
     Args:
         grad_y: gradient of the output (B*M, out).
@@ -177,7 +178,7 @@ def _padded_input(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
-    """Compute the product of the input with the folded matrix again in backward, (B, M, h*C)."""
+    """Compute again in backward: input times folded matrix, plus the offset, (B, M, h*C)."""
     weights = inputs.weights
     # Backward may run inside an autocast block.
     with torch.autocast(padded_x.device.type, enabled=False):
@@ -186,7 +187,7 @@ def _multiply_input(inputs: _Inputs, padded_x: Tensor) -> Tensor:
 
 
 class _Qkr(torch.autograd.Function):
-    """Attention as in the code below, where `q_*` are quantizers. Backward quantizes x again.
+    """Attention as in the code below: `q_*` are quantizers, and terms that are None are left out.
 
     x_q = q_input(x)  # (B, N, C)
     x_times_matrix = F.linear(x_q, q_matrix(matrix), offset)  # (B, N, h*C)
@@ -352,13 +353,13 @@ def qkr_attention(
 
     Args:
         x: (B, N, C).
-        weights: float weights of the matrix products.
+        weights: weights of the matrix products.
         params: quantizers of M (h*C, C) and of Wv.
         quantizers: quantizers of the input and of the intermediate results.
         scoring: operations between scores and probabilities.
 
     Returns:
-        (B, N, h*d).
+        (B, N, h*d), in the dtype of `x`; under autocast, in the dtype of autocast.
     """
     inputs = _Inputs(function_input(x), scoring, weights, *params, quantizers)
     return _Qkr.apply(*_flatten(inputs))

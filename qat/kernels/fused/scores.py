@@ -24,9 +24,9 @@ class Scoring(NamedTuple):
         mask: (W, N, N) without gradient, added to the W windows of each image, or None.
         num_heads: h.
         factor: factor on the scores, before bias and mask are added.
-        save_probs: True = save the probabilities for backward, and with query-key
-            reparameterization also the product with its folded matrix; False = backward recomputes
-            both.
+        save_probs: True = save the result of `to_probs` for backward, and with query-key
+            reparameterization also the product with its folded matrix; False = recompute them. No
+            effect if one kernel computes the whole attention.
     """
 
     bias: Tensor | None
@@ -133,10 +133,10 @@ def weigh_values_backward(
     *,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `weigh_values(softmax(factor * scores + bias), values)`.
+    """Gradients of `weigh_values(softmax(factor * scores + bias + mask), values)`.
 
     Args:
-        grad: gradient of the result (B, N, h*d).
+        grad: gradient of the result (B, N, h*d), in the dtype of `values`.
         probs: (h, B, N, M), result of `to_probs`: probabilities, or on CUDA the scores before the
             softmax.
         values: (B, M, h*d), quantized and padded.

@@ -5,7 +5,7 @@ of the recorded operation, which autograd saves anyway. In backward, the Functio
 input.
 
 In the autograd graph, the Function then depends on the recorded tensors, not on its own input. To
-get a gradient of the input, call `retain_grad` on the input before the Function runs.
+get a gradient of this input in eager mode, call `retain_grad` on it before the Function runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qat.kernels.library import operator
 from qat.kernels.producer import Producer
 from qat.kernels.rows import PLAIN_CLASSES
 
-# Name of the attribute of a tensor that contains its source.
+# Name of the tensor attribute that contains the source.
 _ATTRIBUTE = "qat_source"
 
 
@@ -32,8 +32,8 @@ class Source(NamedTuple):
     Attributes:
         tensors: input, weight and bias of the operation; None instead of a missing weight or bias.
         producer: the operation.
-        version: sum of the version counters of the tensor and of the input. If the sum differs
-            later, one of the two tensors was written to.
+        version: sum of the version counters of the tensor and of the input; it grows if one of the
+            two is written to. Always 0 in compiled graphs.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
@@ -106,7 +106,7 @@ def _valid_source(x: Tensor) -> Source | None:
 
 
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
-    """`x.unflatten(dim, sizes)` with the source of `x`; `dim` must not be the last dimension."""
+    """`x.unflatten(dim, sizes)` with the source of `x`, if any; `dim` must not be the last one."""
     out = x.unflatten(dim, sizes)
     source = _valid_source(x)
     if source is None:
@@ -116,7 +116,7 @@ def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
 
 
 class FunctionInput(NamedTuple):
-    """The input of a fused Function, and the tensor that it was computed from.
+    """The input of a fused Function, and the tensor that is saved for backward.
 
     Attributes:
         result: the tensor to quantize, without gradient; None if `origin` is to be quantized.
@@ -146,7 +146,7 @@ def source_gradient(grads: LsqGradients) -> Any:
 
 
 def function_input(x: Tensor) -> FunctionInput:
-    """Wrap `x`, and the tensor that `x` was computed from, for a fused Function."""
+    """Wrap `x`, and the tensors of its source, if any, for a fused Function."""
     source = _valid_source(x)
     if source is None:
         return FunctionInput(None, x, None, None, Producer())

@@ -11,7 +11,7 @@ from qat.functional.lsq import CodeRange
 from qat.kernels import LSQParams, operators
 
 # Devices on which the quantized weight is saved for backward, because another kernel launch costs
-# more than the memory. On other devices, backward quantizes the weight again.
+# more than the memory. Elsewhere, backward quantizes the weight again unless it was cached before.
 SAVED_ON = {"cuda"}
 
 
@@ -47,8 +47,8 @@ class WeightParams(NamedTuple):
         """Quantize in the forward pass.
 
         Returns:
-            The result of `forward`, and parameters with which backward computes this result again:
-            they contain the scale that StatsQ computed, or the result itself.
+            The quantized weight in `dtype`, and parameters with which `forward` returns it again in
+            backward.
         """
         scale = self.scale
         bits = self.statsq_bits
@@ -60,7 +60,7 @@ class WeightParams(NamedTuple):
         return quantized, self._replace(scale=scale, cached=cached)
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The quantized weight in `dtype`."""
+        """The quantized weight in `dtype`; StatsQ needs `scale` or `cached`."""
         if self.cached is not None:
             return self.cached.to(dtype)
         bits = self.statsq_bits
@@ -72,7 +72,7 @@ class WeightParams(NamedTuple):
         return operators.quantize(lsq, weight, dtype)
 
     def backward(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weight and of LSQ's step size.
+        """Gradients of the weight and of LSQ's step size; the latter is None without LSQ.
 
         Args:
             grad: gradient of the quantized weight; may be overwritten.
